@@ -1,0 +1,100 @@
+"""The epoch plan: which sample is consumed at which step by which rank, as pure functions.
+
+An epoch is a permutation of the split's index that depends on (seed, epoch) only. Step s consumes the window
+`order[s*B : (s+1)*B]`, B the global batch; of a window of n positions rank r of w takes floor(r*n/w) to floor((r+1)*n/w).
+Progress is therefore (epoch, step), and a resume on another number of workers repeats and skips nothing.
+A `Phase` is one pass over one split (a training epoch, a validation, an evaluation); the data pipeline streams a list of
+phases as numbered blocks, and this file alone knows the numbering. numpy only.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One pass over one split: `num_samples` rows in windows of `batch`, from `first_step` on.
+
+    `shuffle` says whether the order is the epoch's permutation or the index as it stands; `recipe` is the plain dict
+    of the per-sample recipe that the decoding side reads. `epoch` keys shuffling and augmentation.
+    """
+
+    name: str
+    split: str
+    epoch: int
+    num_samples: int
+    batch: int
+    shuffle: bool
+    recipe: dict[str, Any]
+    first_step: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole pass, a short last window included."""
+        return -(-self.num_samples // self.batch)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Positions `lo` to `hi` of phase number `phase`, all for one rank within one step: one decoding task."""
+
+    phase: int
+    step: int
+    rank: int
+    lo: int
+    hi: int
+
+
+@lru_cache(maxsize=4)
+def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
+    """The sample ids of an epoch in order, int64 `[num_samples]`, a pure function of its arguments; read-only."""
+    if shuffle:
+        order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(num_samples)
+    else:
+        order = np.arange(num_samples)
+    order.setflags(write=False)
+    return order
+
+
+def rank_slice(phase: Phase, step: int, rank: int, world: int) -> tuple[int, int]:
+    """The positions [lo, hi) of the plan that `rank` of `world` consumes at `step`; may be empty."""
+    start = step * phase.batch
+    count = min(phase.batch, phase.num_samples - start)
+    return start + rank * count // world, start + (rank + 1) * count // world
+
+
+def microbatches(phase: Phase, step: int, rank: int, world: int, per_worker: int) -> list[tuple[int, int]]:
+    """The rank's slice cut into pieces of at most `per_worker` positions; every rank gets equally many pieces.
+
+    A rank whose slice is shorter gets empty pieces at its end, so that all ranks take part in every collective.
+    """
+    count = min(phase.batch, phase.num_samples - step * phase.batch)
+    pieces = -(-(-(-count // world)) // per_worker)
+    lo, hi = rank_slice(phase, step, rank, world)
+    return [(min(hi, lo + i * per_worker), min(hi, lo + (i + 1) * per_worker)) for i in range(pieces)]
+
+
+def blocks(phases: Sequence[Phase], world: int, ranks: Sequence[int], max_rows: int) -> Iterator[Block]:
+    """All blocks of `phases` for `ranks`, in the order of consumption: step by step, first pieces of all ranks first."""
+    for number, phase in enumerate(phases):
+        for step in range(phase.first_step, phase.num_steps):
+            pieces = [(rank, microbatches(phase, step, rank, world, max_rows)) for rank in ranks]
+            for turn in range(len(pieces[0][1])):
+                for rank, cuts in pieces:
+                    lo, hi = cuts[turn]
+                    if lo < hi:
+                        yield Block(number, step, rank, lo, hi)
+
+
+def num_feeders(world: int, free_cpus_of_smallest_node: float) -> int:
+    """How many feeder actors serve `world` ranks: one per 64, as far as a node's free CPUs (four for each) go."""
+    return max(1, min(-(-world // 64), int(free_cpus_of_smallest_node) // 4))
+
+
+def feeder_ranks(world: int, num: int, group: int) -> range:
+    """The ranks that feeder `group` of `num` serves."""
+    return range(group * world // num, (group + 1) * world // num)
