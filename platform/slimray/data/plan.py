@@ -1,10 +1,10 @@
 """The epoch plan: which sample is consumed at which step by which rank, as pure functions.
 
 An epoch is a permutation of the split's index that depends on (seed, epoch) only. Step s consumes the window
-`order[s*B : (s+1)*B]`, B the global batch; of a window of n positions rank r of w takes floor(r*n/w) to floor((r+1)*n/w).
-Progress is therefore (epoch, step), and a resume on another number of workers repeats and skips nothing.
-A `Phase` is one pass over one split (a training epoch, a validation, an evaluation); the data pipeline streams a list of
-phases as numbered blocks, and this file alone knows the numbering. numpy only.
+`order[s*B : (s+1)*B]`, B the global batch; of a window of n positions rank r of w takes floor(r*n/w) to
+floor((r+1)*n/w). Progress is therefore (epoch, step), and a resume on another number of workers repeats and skips
+nothing. A `Phase` is one pass over one split (a training epoch, a validation, an evaluation); the data pipeline
+streams a list of phases as numbered blocks, and this file alone knows the numbering. numpy only.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The smallest integer not below a / b."""
+    return -(-a // b)
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Phase:
     @property
     def num_steps(self) -> int:
         """Steps of the whole pass, a short last window included."""
-        return -(-self.num_samples // self.batch)
+        return ceil_div(self.num_samples, self.batch)
 
 
 @dataclass(frozen=True)
@@ -73,13 +78,13 @@ def microbatches(phase: Phase, step: int, rank: int, world: int, per_worker: int
     A rank whose slice is shorter gets empty pieces at its end, so that all ranks take part in every collective.
     """
     count = min(phase.batch, phase.num_samples - step * phase.batch)
-    pieces = -(-(-(-count // world)) // per_worker)
+    pieces = ceil_div(ceil_div(count, world), per_worker)
     lo, hi = rank_slice(phase, step, rank, world)
     return [(min(hi, lo + i * per_worker), min(hi, lo + (i + 1) * per_worker)) for i in range(pieces)]
 
 
 def blocks(phases: Sequence[Phase], world: int, ranks: Sequence[int], max_rows: int) -> Iterator[Block]:
-    """All blocks of `phases` for `ranks`, in the order of consumption: step by step, first pieces of all ranks first."""
+    """All blocks of `phases` for `ranks`, step by step, the first pieces of all ranks first."""
     for number, phase in enumerate(phases):
         for step in range(phase.first_step, phase.num_steps):
             pieces = [(rank, microbatches(phase, step, rank, world, max_rows)) for rank in ranks]
@@ -92,7 +97,7 @@ def blocks(phases: Sequence[Phase], world: int, ranks: Sequence[int], max_rows: 
 
 def num_feeders(world: int, free_cpus_of_smallest_node: float) -> int:
     """How many feeder actors serve `world` ranks: one per 64, as far as a node's free CPUs (four for each) go."""
-    return max(1, min(-(-world // 64), int(free_cpus_of_smallest_node) // 4))
+    return max(1, min(ceil_div(world, 64), int(free_cpus_of_smallest_node) // 4))
 
 
 def feeder_ranks(world: int, num: int, group: int) -> range:

@@ -1,0 +1,329 @@
+"""Ray Data feeds the ranks: plan positions in, decoded uint8 batches out, in the plan's order.
+
+A feeder actor serves a group of ranks. It turns a list of phases (data/plan.py) into numbered blocks and streams them
+through Ray Data: one CPU task reads and decodes one block, `preserve_order` keeps the sequence, and the feeder hands
+the *reference* of each finished block to its rank, so that pixels never pass through the feeder. Several epochs and the
+validations between them share one execution, and the next execution starts before the last has drained: a restart
+costs seconds, an epoch of a large batch may last eight. `RankStream` is the rank's end; it collects a step's rows,
+checks that they are its own, and never waits without bound.
+Sample failures stay in their slot (`valid` 0, `reason`); storage failures are retried, then raised.
+"""
+
+import asyncio
+import functools
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data.block import BlockAccessor
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from slimray.data import cards
+from slimray.data.decoder import BadSample, Decoder
+from slimray.data.plan import Block, Phase, blocks, ceil_div, epoch_order, feeder_ranks, num_feeders, rank_slice
+from slimray.data.video import ClipRecipe, flip_label
+from slimray.spec import RunFailed
+from slimray.storage import StorageError, open_uri
+
+BLOCKS_PER_EXECUTION = 2000  # planning 2,000 read tasks takes about 1.5 s and the next execution hides it
+STEPS_AHEAD = 2  # decoded steps kept ready for every rank
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split of a dataset as the pipeline reads it: where its files lie and, in the object store, its index."""
+
+    root: str
+    index: "ray.ObjectRef[pa.Table]"
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class FeedConfig:
+    """What all feeders of a run share. `max_rows` is the microbatch of one rank; times are seconds."""
+
+    phases: tuple[Phase, ...]
+    sources: dict[str, Source]
+    seed: int
+    world: int
+    max_rows: int
+    decode_slots: int
+    decode_timeout_s: float = 30.0
+    wait_timeout_s: float = 600.0
+
+
+class Batch:
+    """The rows of one step (or microbatch) of one rank, as numpy arrays that share memory with the object store.
+
+    `data` uint8 `[n, V, T, H, W, 3]`, `label` int64 `[n]` (-1 unknown), `sample` int64 `[n]` row in the index,
+    `position` int64 `[n]` place in the plan, `valid` bool `[n]`, `reason` list of str ("" where valid).
+    """
+
+    def __init__(self, tables: Sequence[pa.Table]):
+        parts = [BlockAccessor.for_block(table).to_batch_format("numpy") for table in tables]
+        order = np.argsort(np.concatenate([p["position"] for p in parts]), kind="stable") if len(parts) > 1 else None
+
+        def column(name: str) -> np.ndarray:
+            joined = parts[0][name] if len(parts) == 1 else np.concatenate([p[name] for p in parts])
+            return joined if order is None else joined[order]
+
+        self.position, self.sample, self.label = column("position"), column("sample"), column("label")
+        self.valid, self.data, self.reason = column("valid").astype(bool), column("data"), column("reason").tolist()
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+
+# ---------------------------------------------------------------------------------------- in the decoding tasks
+
+
+@functools.cache
+def _decoder(timeout_s: float) -> Decoder:
+    """One decoding child per Ray worker process, kept between tasks; it dies with the process."""
+    return Decoder(timeout_s=timeout_s)
+
+
+@functools.lru_cache(maxsize=8)
+def _filesystem(root: str) -> tuple[Any, str]:
+    return open_uri(root)
+
+
+def load_video(row: dict[str, Any], root: str, recipe: ClipRecipe, key: tuple[int, int, int], timeout_s: float):
+    """Return (uint8 `[V, T, H, W, 3]`, label) of one index row; raise BadSample, StorageError or FileNotFoundError.
+
+    `key` is (seed, epoch, sample): augmentation depends on it and on nothing else.
+    """
+    fs, path = _filesystem(root)
+    data = cards.read_sample(fs, path, row, recipe, key)
+    clip, flipped = _decoder(timeout_s).clip(row["path"], data, recipe, key)
+    return clip, flip_label(row["label"], recipe) if flipped else row["label"]
+
+
+def decode_block(numbers: dict[str, np.ndarray], plan: "ray.ObjectRef[np.ndarray]", config: FeedConfig) -> dict:
+    """Decode one block: `numbers["id"][0]` is its row in `plan` (int64 columns phase, step, rank, lo, hi)."""
+    phase_number, _, _, lo, hi = (int(v) for v in _fetch(plan)[int(numbers["id"][0])])
+    phase = config.phases[phase_number]
+    source = config.sources[phase.split]
+    index = _fetch(source.index)
+    samples = epoch_order(phase.num_samples, config.seed, phase.epoch, phase.shuffle)[lo:hi]
+    recipe = ClipRecipe.from_dict(phase.recipe)
+    shape = (recipe.num_views, recipe.num_segments, recipe.size, recipe.size, 3)
+    clips, labels, reasons = np.zeros((len(samples), *shape), np.uint8), [], []
+    for i, sample in enumerate(samples):
+        row = index.slice(int(sample), 1).to_pylist()[0]
+        label, reason = row["label"], ""
+        try:
+            clips[i], label = load_video(
+                row, source.root, recipe, (config.seed, phase.epoch, int(sample)), config.decode_timeout_s
+            )
+        except BadSample as bad:
+            reason = str(bad) or "does not decode"
+        labels.append(label)
+        reasons.append(reason)
+    return {
+        "position": np.arange(lo, hi),
+        "sample": samples.copy(),
+        "label": np.array(labels, np.int64),
+        "valid": np.array([not reason for reason in reasons], np.uint8),
+        "reason": np.array(reasons, object),
+        "data": clips,
+    }
+
+
+def _fetch(ref: Any) -> Any:
+    return ray.get(ref, timeout=300)
+
+
+# ------------------------------------------------------------------------------------------------- the feeder
+
+
+class _Feeder:
+    """The actor behind `feeder_for`: streams the blocks of its ranks and hands out their references in order."""
+
+    def __init__(self, config: FeedConfig, ranks: list[int]):
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        self.config, self.ranks = config, ranks
+        self.plan = list(blocks(config.phases, config.world, ranks, config.max_rows))
+        self.queues: dict[int, asyncio.Queue] = {rank: asyncio.Queue() for rank in ranks}
+        ahead = max(8, STEPS_AHEAD * self._blocks_per_step() * len(ranks))
+        self.room = threading.Semaphore(ahead)
+        self.failure: str | None = None
+
+    def _blocks_per_step(self) -> int:
+        largest = max((phase.batch for phase in self.config.phases), default=1)
+        return ceil_div(ceil_div(largest, self.config.world), self.config.max_rows)
+
+    async def start(self) -> int:
+        """Begin streaming in a background thread; returns the number of blocks to come."""
+        self.loop = asyncio.get_running_loop()
+        threading.Thread(target=self._stream, daemon=True, name="feeder").start()
+        return len(self.plan)
+
+    async def take(self, rank: int) -> tuple[list[Any], int]:
+        """The next block of `rank`: ([reference], rows). Raises RunFailed with the sentence of a failed pipeline."""
+        ref, num_rows = await self.queues[rank].get()
+        if ref is None:
+            self.queues[rank].put_nowait((None, 0))
+            raise RunFailed(self.failure or "the data pipeline ended before the plan did")
+        self.room.release()
+        return [ref], num_rows
+
+    def _stream(self) -> None:
+        try:
+            for block, ref, num_rows in self._blocks():
+                self.room.acquire()
+                self.loop.call_soon_threadsafe(self.queues[block.rank].put_nowait, (ref, num_rows))
+        except BaseException as error:  # noqa: BLE001  (whatever it is, the ranks must hear of it instead of waiting)
+            self.failure = _sentence(error)
+        for queue in self.queues.values():
+            self.loop.call_soon_threadsafe(queue.put_nowait, (None, 0))
+
+    def _blocks(self) -> Iterator[tuple[Block, Any, int]]:
+        """All blocks in order; the next execution is started when the current one has nothing left to begin."""
+        cuts = [self.plan[i : i + BLOCKS_PER_EXECUTION] for i in range(0, len(self.plan), BLOCKS_PER_EXECUTION)]
+        with ThreadPoolExecutor(1) as starter:
+            following: Future | None = starter.submit(self._execute, cuts[0]) if cuts else None
+            for number, cut in enumerate(cuts):
+                assert following is not None
+                bundles, following = following.result(), None
+                rows = iter([(block, block.hi - block.lo) for block in cut])
+                block, left = next(rows)
+                done = 0
+                for bundle in bundles:
+                    for entry in bundle.blocks:
+                        yield block, entry.ref, entry.metadata.num_rows
+                        left -= entry.metadata.num_rows
+                        if left == 0:
+                            done += 1
+                            block, left = next(rows, (block, 0))
+                    if following is None and number + 1 < len(cuts) and len(cut) - done <= 4 * self.config.decode_slots:
+                        following = starter.submit(self._execute, cuts[number + 1])
+                if done != len(cut):
+                    raise RunFailed(f"the data pipeline delivered {done} of {len(cut)} blocks")
+
+    def _execute(self, cut: list[Block]) -> Iterator[Any]:
+        """Start one Ray Data execution over `cut` and return its stream of bundles, the first one already there."""
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+        context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=self.config.decode_slots)
+        context.raise_original_map_exception = True
+        plan = ray.put(np.array([[b.phase, b.step, b.rank, b.lo, b.hi] for b in cut], np.int64))
+        config = self.config
+        dataset = ray.data.range(len(cut), override_num_blocks=len(cut)).map_batches(
+            lambda numbers: decode_block(numbers, plan, config), batch_size=None, batch_format="numpy", num_cpus=1
+        )
+        bundles = iter(dataset.iter_internal_ref_bundles())
+        first = next(bundles, None)
+        return _chain(first, bundles)
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    if first is not None:
+        yield first
+    yield from rest
+
+
+def _sentence(error: BaseException) -> str:
+    """The root cause of a failed task as one sentence, without Ray's wrapping."""
+    cause: BaseException = error
+    while isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None and cause.cause is not cause:
+        cause = cause.cause
+    if isinstance(cause, FileNotFoundError):
+        return f"a file of the index is missing ({cause}): mend the list, or run `prepare` again"
+    if isinstance(cause, StorageError | RunFailed):
+        return str(cause)
+    last = traceback.format_exception_only(cause)[-1].strip()
+    return f"the data pipeline failed: {last}"
+
+
+def start_feeders(config: FeedConfig, name: str) -> list[Any]:
+    """Start the feeders of a worker group as actors `name-0`, `name-1`, ...; returns their handles.
+
+    They live as long as the caller (rank 0) holds the handles; `feeder_of` finds them from the other ranks.
+    """
+    free = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    num = num_feeders(config.world, min(free, default=0))
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # out of Train's group
+    handles = []
+    for group in range(num):
+        options = {"name": f"{name}-{group}", "num_cpus": 0, "scheduling_strategy": here, "max_concurrency": 1000}
+        feeder = ray.remote(_Feeder).options(**options).remote(config, list(feeder_ranks(config.world, num, group)))
+        handles.append(feeder)
+        feeder.start.remote()
+    return handles
+
+
+def feeder_of(rank: int, world: int, num: int, name: str) -> Any:
+    """The handle of the feeder actor that serves `rank`; the feeders were started by rank 0 under `name`."""
+    group = next(g for g in range(num) if rank in feeder_ranks(world, num, g))
+    return ray.get_actor(f"{name}-{group}")
+
+
+# ---------------------------------------------------------------------------------------------- the rank's end
+
+
+class RankStream:
+    """Iterates over the steps of one rank: yields (phase, step, batch), batch None where the rank has no rows.
+
+    The step after the one in use is fetched by a thread, so that waiting here is waiting for decoding;
+    `waited_s` is how long the last one took.
+    """
+
+    def __init__(self, feeder: Any, config: FeedConfig, rank: int):
+        self.feeder, self.config, self.rank = feeder, config, rank
+        self.waited_s = 0.0
+
+    def __iter__(self) -> Iterator[tuple[Phase, int, Batch | None]]:
+        steps = [
+            (n, step) for n, phase in enumerate(self.config.phases) for step in range(phase.first_step, phase.num_steps)
+        ]
+        fetcher = ThreadPoolExecutor(1)
+        try:
+            following = fetcher.submit(self._collect, *steps[0]) if steps else None
+            for i, (number, step) in enumerate(steps):
+                assert following is not None
+                start = time.perf_counter()
+                batch = following.result()
+                self.waited_s = time.perf_counter() - start
+                following = fetcher.submit(self._collect, *steps[i + 1]) if i + 1 < len(steps) else None
+                yield self.config.phases[number], step, batch
+        finally:
+            fetcher.shutdown(wait=False, cancel_futures=True)
+
+    def _collect(self, number: int, step: int) -> Batch | None:
+        """The rank's rows of one step, checked to be its own."""
+        phase = self.config.phases[number]
+        lo, hi = rank_slice(phase, step, self.rank, self.config.world)
+        tables, have = [], 0
+        while have < hi - lo:
+            refs, num_rows = self._get(self.feeder.take.remote(self.rank), phase, step)
+            tables.append(self._get(refs[0], phase, step))
+            have += num_rows
+        batch = Batch(tables) if tables else None
+        if batch is not None and not np.array_equal(batch.position, np.arange(lo, hi)):
+            raise RunFailed(
+                f"rank {self.rank} got positions {batch.position[0]} to {batch.position[-1]} at step {step} of "
+                f"{phase.name}, its own are {lo} to {hi - 1}: a fault of the pipeline"
+            )
+        return batch
+
+    def _get(self, ref: Any, phase: Phase, step: int) -> Any:
+        try:
+            return ray.get(ref, timeout=self.config.wait_timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            raise RunFailed(
+                f"rank {self.rank} waited {self.config.wait_timeout_s:.0f} s for the data of {phase.name} epoch "
+                f"{phase.epoch} step {step}: no decoding task delivered it (are there free CPUs?)"
+            ) from None
+        except ray.exceptions.RayTaskError as error:
+            raise RunFailed(_sentence(error)) from None

@@ -1,0 +1,224 @@
+"""`kind: evaluate`: finished runs scored on a split, side by side, with pictures of what they saw.
+
+Reads the model folders of `runs` and their dataset (or another one), writes results.json and a report. The test
+protocols are those of arXiv 1811.08383 (views = clips x crops); `frame_orders: [natural, shuffled]` shows whether a
+network uses motion: without order, only what single frames tell is left.
+"""
+
+import base64
+import io
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import ray
+import ray.train
+import torch
+from pydantic import Field
+from ray.train.torch import get_device
+
+from slimray import learn, loop, predict, report, runs, workers
+from slimray.data.pipeline import FeedConfig, Source
+from slimray.data.plan import Phase
+from slimray.edge import cost
+from slimray.jobs.inputs import DataSpec, open_splits
+from slimray.progress import follow
+from slimray.spec import Spec, UserError, parse
+
+
+class EvaluateJob(Spec):
+    """Score finished training runs on one split."""
+
+    kind: Literal["evaluate"]
+    name: str
+    """Name of this evaluation, a folder of the storage."""
+    runs: tuple[str, ...] = Field(min_length=1)
+    """Training runs, by name or URI."""
+    data: DataSpec | None = None
+    """Another dataset than the one the first run was trained on."""
+    split: str | None = None
+    """Split to score; default the validation split."""
+    clips: Literal[1, 2, 10] = 1
+    """Clips per video: 1, 2 (centre and left edge of each segment) or 10 (dense sampling)."""
+    crops: Literal[1, 3, 5, 10] = 1
+    """Crops per frame: centre, three, five, or five and their mirror images."""
+    size: int | None = None
+    """Side of the crop in pixels, if not the trained one (256 for the "full resolution" protocol)."""
+    average: Literal["logits", "prob"] = "logits"
+    """How views become one score."""
+    frame_orders: tuple[Literal["natural", "shuffled"], ...] = ("natural",)
+    """Orders of the frames to score; `shuffled` takes the motion away."""
+    batch: int = Field(16, ge=1)
+    """Samples a worker handles at once."""
+    pictures: int = Field(12, ge=0, le=100)
+    """Clips shown in the report, per run."""
+    scale: workers.ScaleSpec = workers.ScaleSpec()
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One pass: a run, an order of frames."""
+
+    run_uri: str
+    run_name: str
+    order: str
+
+
+@dataclass(frozen=True)
+class _Config:
+    cases: tuple[_Case, ...]
+    phases: tuple[Phase, ...]
+    source: Source
+    average: str
+    batch: int
+    pictures: int
+    scale: workers.ScaleSpec
+    decode_slots: int
+    decode_timeout_s: float
+    board: Any
+
+
+def run(job: EvaluateJob, ctx: Any) -> None:
+    """Score every run of `job` and write the comparison to the run folder `ctx.run`."""
+    found = [runs.find_run(name, ctx.storage) for name in job.runs]
+    for one in found:
+        status = runs.read_status(one)
+        if status is None or status.state != "finished":
+            raise UserError(f"{ctx.where}: runs: {one.name!r} has not finished: run it first")
+    trained = [predict.load_network(one) for one in found]
+    data = job.data or parse(DataSpec, runs.read_job(found[0])["data"], f"{found[0].name}: job.yaml")
+    split = job.split or data.val or data.train
+    splits = open_splits(data, ctx.where, ctx.storage, [split])
+    names = tuple(splits.card.class_names())
+    for one, network in zip(found, trained, strict=True):
+        if network.classes != names:
+            raise UserError(
+                f"{ctx.where}: runs: {one.name!r} knows other classes than {splits.card.name}: score it apart"
+            )
+    table = splits.tables[split]
+    slots = workers.decode_slots(job.scale)
+    workers.connect(job.scale.workers * job.scale.cpus_per_worker, slots)
+    workers.require(job.scale, slots)
+    cases, phases = [], []
+    for one, network in zip(found, trained, strict=True):
+        for order in job.frame_orders:
+            cases.append(_Case(one.uri, one.name, order))
+            total = job.batch * job.scale.workers
+            phases.append(
+                Phase("eval", "eval", len(cases) - 1, table.num_rows, total, False, _recipe(job, network, order))
+            )
+    board = workers.make_board()
+    config = _Config(
+        cases=tuple(cases),
+        phases=tuple(phases),
+        source=Source(splits.root, ray.put(table), table.num_rows),
+        average=job.average,
+        batch=job.batch,
+        pictures=job.pictures,
+        scale=job.scale,
+        decode_slots=slots,
+        decode_timeout_s=data.decode_timeout_s,
+        board=board,
+    )
+    with follow(board, job.name, ctx.console):
+        result = workers.launch(_worker, config, job.scale, job.name)
+    by_name = {one.name: network for one, network in zip(found, trained, strict=True)}
+    for row in result["rows"]:
+        network = by_name[row["run"]]
+        shape = (1, network.recipe["num_segments"], len(network.pixels.mean), *[job.size or network.recipe["size"]] * 2)
+        row |= {"params": cost.count_params(network.net), "macs": cost.count_macs(network.net, shape)}
+        row |= {"chance": 100 / len(names), "views": job.clips * job.crops, "split": split}
+    results = {
+        "rows": result["rows"],
+        "classes": list(names),
+        "confusion": result["confusion"],
+        "clips": result["clips"],
+    }
+    ctx.finish({"metrics": {"rows": result["rows"]}, "dataset": {"fingerprint": splits.fingerprint}}, results)
+    runs.write_report(ctx.run, report.evaluate_report(ctx.run))
+
+
+def _recipe(job: EvaluateJob, network: predict.Network, order: str) -> dict[str, Any]:
+    """The run's own recipe, with the views and the frame order of this evaluation."""
+    plain = job.clips == 1 and job.crops == 1
+    recipe = network.recipe | {"mode": "val" if plain else "test", "num_clips": job.clips, "crops": job.crops}
+    if job.size:
+        recipe |= {"size": job.size, "resize": max(job.size, recipe["resize"])}
+    return recipe | {"frame_order": order, "flip": False}
+
+
+# --------------------------------------------------------------------------------------------- on the workers
+
+
+def _worker(config: _Config) -> dict[str, Any]:
+    """Score all cases on this rank's part of the split; rank 0 returns the merged results."""
+    context, device = ray.train.get_context(), get_device()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(max(1, int(config.scale.cpus_per_worker)))
+    feed = FeedConfig(
+        phases=config.phases,
+        sources={"eval": config.source},
+        seed=0,
+        world=world,
+        max_rows=config.batch,
+        decode_slots=config.decode_slots,
+        decode_timeout_s=config.decode_timeout_s,
+        wait_timeout_s=config.scale.data_timeout_s,
+    )
+    out: dict[str, Any] = {"rows": [], "confusion": {}, "clips": []}
+    network, score, bad = None, None, 0
+    with workers.open_stream(feed) as stream:
+        for phase, step, batch in stream:
+            case = config.cases[phase.epoch]
+            if network is None or score is None:
+                network = predict.load_network(runs.run_at(case.run_uri), device)
+                network = replace(network, pixels=replace(network.pixels, average=config.average))
+                score, bad = learn.Score(len(network.classes)), 0
+            if batch is not None:
+                bad += int((~batch.valid).sum())
+                scores = loop.score_batch(network.net, batch, network.pixels, device, config.batch, score)
+                shown = sum(clip["run"] == case.run_name for clip in out["clips"])
+                if rank == 0 and scores is not None and case.order == "natural" and shown < config.pictures:
+                    out["clips"] += _pictures(case, network, batch, scores, config.pictures - shown)
+            if rank == 0:
+                state = {"phase": case.run_name, "epoch": phase.epoch, "epochs": len(config.cases)}
+                config.board.update.remote(**state, step=step + 1, steps=phase.num_steps)
+            if step + 1 == phase.num_steps:
+                loop.merge_scores(score, world, device)
+                numbers = score.result()
+                out["rows"].append(
+                    {"run": case.run_name, "variant": case.order, "bad_on_rank_0": bad, **_plain(numbers)}
+                )
+                out["confusion"][f"{case.run_name} ({case.order})"] = score.confusion.tolist()
+                network = score = None
+    return out
+
+
+def _plain(numbers: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in numbers.items() if isinstance(v, int | float)}
+
+
+def _pictures(case: _Case, network: predict.Network, batch: Any, scores: torch.Tensor, most: int) -> list[dict]:
+    """Filmstrips of the first view of up to `most` valid samples, with truth and the three best classes."""
+    clips, valid = [], np.flatnonzero(batch.valid)
+    for i, one in list(zip(valid, scores, strict=True))[:most]:
+        clips.append(
+            {
+                "run": case.run_name,
+                "frames_jpeg_base64": filmstrip(batch.data[i, 0]),
+                "truth": network.classes[int(batch.label[i])],
+                "top": predict.top_classes(one, network.classes, 3),
+            }
+        )
+    return clips
+
+
+def filmstrip(frames: np.ndarray, height: int = 96) -> str:
+    """uint8 `[T, H, W, 3]` side by side as one JPEG of `height` pixels, base64 text."""
+    from PIL import Image
+
+    strip = Image.fromarray(np.concatenate(list(frames), axis=1))
+    strip = strip.resize((round(strip.width * height / strip.height), height), Image.Resampling.BILINEAR)
+    buffer = io.BytesIO()
+    strip.save(buffer, "JPEG", quality=80)
+    return base64.b64encode(buffer.getvalue()).decode()

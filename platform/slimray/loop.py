@@ -1,0 +1,485 @@
+"""The one data-parallel training loop: places in the plan, exact resume, checkpoints, validation, timers.
+
+`fit` is the worker function that `workers.launch` runs on every rank. What a step computes lies in replica.py; here is
+everything around it. The plan (data/plan.py) says which samples a step consumes, so progress is (epoch, step) and a
+killed worker ends in the same weights. Metrics never pass through `ray.train.report` (a barrier drained every 2 s).
+Checkpoints are written by the run folder, in the background and with a marker of completeness; saving and validating
+never change training state. A bad sample keeps its slot with weight 0; all ranks agree on the mask at an epoch's end.
+"""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray.train
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.torch import get_device
+from torch import Tensor
+
+from slimray import learn, models, runs, tracking
+from slimray.data.pipeline import Batch, FeedConfig, Source
+from slimray.data.plan import Phase, microbatches
+from slimray.models import published
+from slimray.predict import Input, predict_scores
+from slimray.replica import Piece, Replica, breaks_on_one_sample, part
+from slimray.spec import RunFailed, Spec
+from slimray.workers import ScaleSpec, open_stream
+
+MAX_BAD_STEPS = 10  # steps in a row with a non-finite gradient before the run ends
+
+
+class CheckpointSpec(Spec):
+    """When training state is saved; saving runs in the background and changes nothing in the run."""
+
+    every_s: float = 300
+    """Seconds between checkpoints within an epoch; each epoch ends with one as well."""
+    every_steps: int | None = None
+    """Steps between checkpoints within an epoch, in place of `every_s`."""
+    keep_last: int = 2
+    """Newest checkpoints kept; the best one by `best_metric` is kept besides."""
+    best_metric: str = "val/top1"
+    """Metric by which a checkpoint is the best, higher is better."""
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """All that the workers of one training run need; plain values, specs and object references.
+
+    `recipes` maps split to the plain form of its per-sample recipe, `job` is the resolved job as written to the run.
+    """
+
+    run_uri: str
+    attempt: int
+    model: dict[str, Any]
+    init: dict[str, Any] | None
+    optim: learn.OptimSpec
+    batch_total: int
+    per_worker: int
+    scale: ScaleSpec
+    checkpoint: CheckpointSpec
+    tracking: tracking.TrackingSpec
+    pixels: Input
+    classes: tuple[str, ...]
+    sources: dict[str, Source]
+    recipes: dict[str, dict[str, Any]]
+    decode_slots: int
+    decode_timeout_s: float
+    max_bad_fraction: float
+    seed: int
+    log_every: int
+    val_every: int
+    macs: int
+    record_samples: bool
+    job: dict[str, Any]
+    board: Any
+
+
+@dataclass
+class Progress:
+    """Where training stands. `step` counts within `epoch`, `total_steps` over all epochs; metrics of validations."""
+
+    epoch: int = 0
+    step: int = 0
+    total_steps: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Clock:
+    """Seconds and sums over the steps since the last log line."""
+
+    wait: float = 0.0
+    transfer: float = 0.0
+    compute: float = 0.0
+    communication: float = 0.0
+    total: float = 0.0
+    steps: int = 0
+    samples: int = 0
+    loss: float = 0.0
+
+
+class _Saver:
+    """Writes checkpoints in the background, one at a time, and sweeps what is no longer kept."""
+
+    def __init__(self, run: runs.Run, spec: CheckpointSpec):
+        self.run, self.spec = run, spec
+        self.pool = ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+
+    def save(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Take a snapshot now and write it later; waits for the one before, and raises what went wrong with it."""
+        self.wait()
+        snapshot = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+        self.pending = self.pool.submit(self._write, snapshot, meta)
+
+    def _write(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        files = {"state.safetensors": safetensors.torch.save(tensors)}
+        runs.save_checkpoint(self.run, meta["progress"]["total_steps"], files, meta)
+        runs.keep(self.run, metric=self.spec.best_metric, last=self.spec.keep_last)
+
+    def wait(self) -> None:
+        """Return once everything saved so far is on storage."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+
+
+class _Records:
+    """The append-only records one rank writes: metrics (rank 0), bad samples, consumed samples on request."""
+
+    def __init__(self, config: FitConfig, run: runs.Run, rank: int):
+        self.rank = rank
+        self.bad = runs.PartWriter(run, "quarantine", config.attempt, rank)
+        self.samples = runs.PartWriter(run, "samples", config.attempt, rank) if config.record_samples else None
+        self.rows = runs.PartWriter(run, "metrics", config.attempt, rank) if rank == 0 else None
+        self.tracker = None
+        if self.rows is not None:
+            self.tracker = tracking.Tracker(config.tracking, self.rows, run.name, run.uri, config.job)
+
+    def close(self) -> None:
+        for writer in (self.tracker, self.rows, self.bad, self.samples):
+            if writer is not None:
+                writer.close()
+
+
+class _Rank:
+    """One rank of a training run between its first and its last step."""
+
+    def __init__(self, config: FitConfig):
+        context = ray.train.get_context()
+        self.config, self.rank, self.world = config, context.get_world_rank(), context.get_world_size()
+        self.device = get_device()
+        torch.set_num_threads(max(1, int(config.scale.cpus_per_worker)))
+        self.run = runs.run_at(config.run_uri)
+        self.num_train = config.sources["train"].num_samples
+        self.progress, self.clock = Progress(), _Clock()
+        self.mask = np.zeros(self.num_train, bool)  # samples known to be bad when the epoch began: weight 0
+        self.bad_seen = torch.zeros(self.num_train, dtype=torch.uint8)
+        self.bad_steps = 0
+        self.told_at = self.saved_at = time.monotonic()
+        self.replica = self._make_replica()
+        self._restore()
+        self.saver = _Saver(self.run, config.checkpoint) if self.rank == 0 else None
+        self.records = _Records(config, self.run, self.rank)
+        self.result: learn.Score | None = None
+
+    def _make_replica(self) -> Replica:
+        config, recipe = self.config, self.config.recipes["train"]
+        torch.manual_seed(config.seed)
+        net = models.build(**config.model)
+        if config.init:
+            load_start(net, config.init)
+        shape = (recipe["num_segments"], len(config.pixels.mean), recipe["size"], recipe["size"])
+        repeat = breaks_on_one_sample(config.model, shape)
+        return Replica(net, config.optim, config.pixels, shape, self.device, self.rank, self.world, repeat)
+
+    # ------------------------------------------------------------------------------------ resume and saving
+
+    def _restore(self) -> None:
+        """Take over the newest complete checkpoint, the same one on every rank. A collective."""
+        found = runs.newest_checkpoint(self.run) if self.rank == 0 else None
+        step = broadcast_from_rank_zero(None if found is None else found.step)
+        if step is None:
+            return
+        checkpoint = found or runs.checkpoint_at(self.run, step)
+        tensors = safetensors.torch.load(runs.read_checkpoint(self.run, checkpoint)["state.safetensors"])
+        self.replica.load(part(tensors, "replica."))
+        self.mask, self.bad_seen = tensors["mask"].numpy().astype(bool), tensors["bad_seen"].clone()
+        self.progress = Progress(**checkpoint.meta["progress"])
+
+    def _save(self) -> None:
+        """Start writing a checkpoint of all ranks' state. A collective."""
+        tensors = {f"replica.{k}": v for k, v in self.replica.tensors().items()}
+        tensors |= {"mask": torch.from_numpy(self.mask.astype(np.uint8)), "bad_seen": self._merged_bad()}
+        self.saved_at = time.monotonic()
+        if self.saver is not None:
+            progress = {**vars(self.progress), "best": dict(self.progress.best), "last": dict(self.progress.last)}
+            meta = {
+                "progress": progress,
+                "epoch": self.progress.epoch,
+                "metrics": progress["last"],
+                "world": self.world,
+            }
+            self.saver.save(tensors, meta)
+
+    def _save_due(self) -> bool:
+        """Whether all ranks save now: by steps, or by rank 0's clock, which the others hear of at log steps."""
+        spec, steps = self.config.checkpoint, self.progress.total_steps
+        if spec.every_steps:
+            return steps % spec.every_steps == 0
+        if steps % self.config.log_every:
+            return False
+        due = torch.tensor([float(time.monotonic() - self.saved_at >= spec.every_s)], device=self.device)
+        if self.world > 1:
+            dist.broadcast(due, 0)
+        return bool(due)
+
+    # ------------------------------------------------------------------------------------------- the passes
+
+    @property
+    def samples_seen(self) -> int:
+        """Positions of the plan consumed so far; learning rate and warm-up depend on nothing else."""
+        step = min(self.progress.step * self.config.batch_total, self.num_train)
+        return self.progress.epoch * self.num_train + step
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The passes that are left: training epochs from where the run stands, validations between them."""
+        config, epochs, passes = self.config, self.config.optim.epochs, []
+        for epoch in range(self.progress.epoch, epochs):
+            first = self.progress.step if epoch == self.progress.epoch else 0
+            recipe = config.recipes["train"]
+            passes.append(Phase("train", "train", epoch, self.num_train, config.batch_total, True, recipe, first))
+            if self._validates(epoch):
+                num_val = config.sources["val"].num_samples
+                passes.append(Phase("val", "val", epoch, num_val, config.batch_total, False, config.recipes["val"]))
+        return tuple(passes)
+
+    def _validates(self, epoch: int) -> bool:
+        due = (epoch + 1) % self.config.val_every == 0 or epoch + 1 == self.config.optim.epochs
+        return due and "val" in self.config.sources
+
+    def run_all(self) -> dict[str, Any]:
+        """Train to the end of the plan; rank 0 returns the final numbers, or {"failed": sentence}."""
+        try:
+            phases = self.phases()
+            failure = self._run(phases) if phases else None
+            return {"failed": failure} if failure else self._finish()
+        finally:
+            self.records.close()
+
+    def _run(self, phases: tuple[Phase, ...]) -> str | None:
+        config = self.config
+        feed = FeedConfig(
+            phases=phases,
+            sources=config.sources,
+            seed=config.seed,
+            world=self.world,
+            max_rows=config.per_worker,
+            decode_slots=config.decode_slots,
+            decode_timeout_s=config.decode_timeout_s,
+            wait_timeout_s=config.scale.data_timeout_s,
+        )
+        with open_stream(feed) as stream:
+            score, net, started = None, None, time.perf_counter()
+            for phase, step, batch in stream:
+                last = step + 1 == phase.num_steps
+                if phase.name == "train":
+                    self.clock.wait += stream.waited_s
+                    failure = self._train(phase, step, batch)
+                    if failure:
+                        return failure
+                    self.clock.total += time.perf_counter() - started
+                    self._log(phase, step)
+                    if last:
+                        self._end_epoch()
+                    if self._save_due() if not last else not self._validates(phase.epoch):
+                        self._save()
+                else:
+                    if score is None or net is None:
+                        score, net = learn.Score(len(config.classes)), self.replica.averaged()
+                    if batch is not None:
+                        self._note_bad(batch, phase)
+                        score_batch(net, batch, config.pixels, self.device, config.per_worker, score)
+                    self._tell(phase, step)
+                    if last:
+                        self._end_validation(phase, score)
+                        score = net = None
+                        self._save()
+                started = time.perf_counter()
+        return None
+
+    def _train(self, phase: Phase, step: int, batch: Batch | None) -> str | None:
+        """One step over the global batch; returns the sentence that ends the run, or None."""
+        config, clock, progress = self.config, self.clock, self.progress
+        keep = np.zeros(0, bool) if batch is None else batch.valid & ~self.mask[batch.sample]
+        if batch is not None:
+            self._note_bad(batch, phase)
+        start = time.perf_counter()
+        num_valid, num_bad = self._sum(float(keep.sum()), float(len(keep) - keep.sum()))
+        clock.communication += time.perf_counter() - start
+        if num_bad and (failure := self._too_many_bad()):
+            return failure
+        if num_valid:
+            lr = learn.learning_rate(config.optim, config.batch_total, self.num_train, self.samples_seen)
+            report = self.replica.step(
+                self._pieces(phase, step, batch, keep), int(num_valid), lr, (config.seed, progress.total_steps)
+            )
+            clock.loss += report.loss_sum
+            clock.transfer += report.transfer_s
+            clock.compute += report.compute_s
+            self.bad_steps = 0 if report.finite else self.bad_steps + 1
+            if self.bad_steps >= MAX_BAD_STEPS:
+                return f"the gradient was not finite for {MAX_BAD_STEPS} steps in a row (lr {lr:g}): lower optim.lr"
+        if self.records.samples is not None and batch is not None:
+            self.records.samples.write(
+                {"step": progress.total_steps, "epoch": phase.epoch, "ids": batch.sample.tolist()}
+            )
+        progress.step, progress.total_steps = step + 1, progress.total_steps + 1
+        clock.steps += 1
+        clock.samples += int(num_valid)
+        return None
+
+    def _pieces(self, phase: Phase, step: int, batch: Batch | None, keep: np.ndarray) -> list[Piece]:
+        cuts = microbatches(phase, step, self.rank, self.world, self.config.per_worker)
+        if batch is None:
+            return [Piece(np.zeros((0,), np.uint8), np.zeros(0, np.int64)) for _ in cuts]
+        pieces = []
+        for lo, hi in cuts:
+            rows = np.flatnonzero(keep[lo - cuts[0][0] : hi - cuts[0][0]]) + lo - cuts[0][0]
+            pieces.append(Piece(batch.data[rows], batch.label[rows]))
+        return pieces
+
+    def _sum(self, *values: float) -> list[float]:
+        """The sums of `values` over all ranks. A collective."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def _end_epoch(self) -> None:
+        self.bad_seen = self._merged_bad()
+        self.mask = self.bad_seen.numpy().astype(bool)
+        self.progress.epoch, self.progress.step = self.progress.epoch + 1, 0
+
+    def _end_validation(self, phase: Phase, score: learn.Score) -> None:
+        merge_scores(score, self.world, self.device)
+        numbers = {f"val/{k}": v for k, v in score.result().items() if isinstance(v, float)}
+        metric, progress = self.config.checkpoint.best_metric, self.progress
+        if metric not in numbers:
+            raise RunFailed(f"checkpoint.best_metric: {metric!r} is not among {', '.join(sorted(numbers))}")
+        progress.last = {**numbers, "epoch": progress.epoch, "step": progress.total_steps}
+        if numbers[metric] > progress.best.get(metric, float("-inf")):
+            progress.best = dict(progress.last)
+        self.result = score
+        self._write_row({"phase": "val", "epoch": progress.epoch, **numbers})
+        if self.rank == 0:
+            self.config.board.update.remote(last=progress.last, best=progress.best)
+
+    def _finish(self) -> dict[str, Any]:
+        """Write the model folder once every checkpoint is safe; the final numbers. A collective."""
+        net, config = self.replica.averaged(), self.config
+        out: dict[str, Any] = {"best": self.progress.best, "last": self.progress.last}
+        out["steps"] = self.progress.total_steps
+        out["confusion"] = None if self.result is None else self.result.confusion.tolist()
+        if self.saver is not None:
+            self.saver.wait()
+            weights = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+            taken = {
+                "kind": "clip",
+                "recipe": config.recipes.get("val", config.recipes["train"]),
+                "pixels": vars(config.pixels),
+                "classes": list(config.classes),
+            }
+            runs.write_model(self.run, safetensors.torch.save(weights), config.model, taken)
+        return out
+
+    # ------------------------------------------------------------------------------------------- bad samples
+
+    def _note_bad(self, batch: Batch, phase: Phase) -> None:
+        """Write each sample that does not decode to the run's quarantine, once per attempt and rank."""
+        for i in np.flatnonzero(~batch.valid):
+            sample = int(batch.sample[i])
+            if phase.split == "train" and self.bad_seen[sample]:
+                continue
+            if phase.split == "train":
+                self.bad_seen[sample] = 1
+            row = {"split": phase.split, "sample": sample, "epoch": phase.epoch, "reason": batch.reason[i]}
+            self.records.bad.write(row)
+
+    def _merged_bad(self) -> Tensor:
+        merged = self.bad_seen.to(self.device, copy=True)
+        if self.world > 1:
+            dist.all_reduce(merged, op=dist.ReduceOp.MAX)
+        return merged.cpu()
+
+    def _too_many_bad(self) -> str | None:
+        num_bad, bound = int(self._merged_bad().sum()), self.config.max_bad_fraction
+        if num_bad <= bound * self.num_train:
+            return None
+        return (
+            f"{num_bad} of {self.num_train} training files do not decode, more than data.max_bad_fraction ({bound:g}) "
+            "allows: see quarantine/ in the run folder, then mend the files, run `prepare`, or raise the bound"
+        )
+
+    # ------------------------------------------------------------------------------------------ what is shown
+
+    def _log(self, phase: Phase, step: int) -> None:
+        clock, config = self.clock, self.config
+        self._tell(phase, step)
+        if self.progress.total_steps % config.log_every and step + 1 != phase.num_steps:
+            return
+        (loss,) = self._sum(clock.loss)
+        rate = clock.samples / max(clock.total, 1e-9)
+        row = {
+            "phase": "train",
+            "epoch": phase.epoch + (step + 1) / phase.num_steps,
+            "train/loss": loss / max(clock.samples, 1),
+            "train/lr": learn.learning_rate(config.optim, config.batch_total, self.num_train, self.samples_seen),
+            "train/samples_per_s": rate,
+            "time/step_s": clock.total / clock.steps,
+            "data/wait_s": clock.wait / clock.steps,
+            "time/transfer_s": clock.transfer / clock.steps,
+            "time/compute_s": clock.compute / clock.steps,
+            "time/communication_s": clock.communication / clock.steps,
+        }
+        used = learn.mfu(config.macs, rate / self.world, self.device)
+        self._write_row(row if used is None else row | {"train/mfu": used})
+        self.clock = _Clock()
+
+    def _write_row(self, row: dict[str, Any]) -> None:
+        if self.records.tracker is not None:
+            self.records.tracker.log({"step": self.progress.total_steps, "time": time.time(), **row})
+
+    def _tell(self, phase: Phase, step: int) -> None:
+        """Tell the driver how far the run is; at most three times a second, never waited for."""
+        now, clock = time.monotonic(), self.clock
+        if self.rank != 0 or (now - self.told_at < 0.3 and step + 1 != phase.num_steps):
+            return
+        self.told_at = now
+        state = {"phase": phase.name, "epoch": phase.epoch, "epochs": self.config.optim.epochs}
+        state |= {"step": step + 1, "steps": phase.num_steps, "total_steps": self.progress.total_steps}
+        if clock.total:
+            state |= {"samples_per_s": clock.samples / clock.total, "wait": clock.wait / clock.total}
+        self.config.board.update.remote(**state)
+
+
+def fit(config: FitConfig) -> dict[str, Any]:
+    """The worker function of a training run: {"best", "last", "steps", "confusion"} or {"failed": sentence}."""
+    return _Rank(config).run_all()
+
+
+# ------------------------------------------------------------------------------------------- shared by verbs
+
+
+def score_batch(
+    net: torch.nn.Module, batch: Batch, pixels: Input, device: torch.device, rows: int, score: learn.Score
+) -> Tensor | None:
+    """Add the valid rows of `batch` to `score`; returns their scores `[n, C]`, None if there are none."""
+    if not batch.valid.any():
+        return None
+    scores = predict_scores(net, batch.data[batch.valid], pixels, device, rows)
+    score.add(scores, torch.from_numpy(batch.label[batch.valid]).to(device))
+    return scores
+
+
+def merge_scores(score: learn.Score, world: int, device: torch.device) -> None:
+    """Sum the counts of all ranks into everybody's `score`. A collective."""
+    for tensor in score.tensors() if world > 1 else ():
+        moved = tensor.to(device)
+        dist.all_reduce(moved)
+        tensor.copy_(moved)
+
+
+def load_start(net: torch.nn.Module, init: dict[str, Any]) -> published.LoadReport:
+    """Load starting weights as `init` says: {"from": path, "exclude": [...], "freeze": [prefixes]}."""
+    report = published.load(net, init["from"], exclude=tuple(init.get("exclude", ())))
+    for name, parameter in net.named_parameters():
+        if name.startswith(tuple(init.get("freeze", ()))):
+            parameter.requires_grad_(False)
+    return report

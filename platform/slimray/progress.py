@@ -1,0 +1,79 @@
+"""What a person sees while a run runs: a bar with samples/s, data-wait % and ETA on a terminal, few lines elsewhere.
+
+`follow` polls the run's board (an actor that rank 0 tells how far it is) from a thread of the driver; `Counted` is the
+same for work that counts items. Nothing here is needed for the run itself.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+def make_bar(console: Console) -> Progress:
+    """A rich progress bar in slimray's columns; shows nothing when `console` is no terminal."""
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+
+@contextlib.contextmanager
+def follow(board: Any, title: str, console: Console) -> Iterator[None]:
+    """Show how far the run behind `board` is until the block ends."""
+    done = threading.Event()
+    thread = threading.Thread(target=_poll, args=(board, title, console, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=5)
+
+
+def _poll(board: Any, title: str, console: Console, done: threading.Event) -> None:
+    shown: dict[str, Any] = {}
+    started: tuple[float, float] | None = None
+    with make_bar(console) as bar:
+        task = bar.add_task(f"{title}: starting workers", total=1, note="")
+        while not done.wait(0.5):
+            try:
+                state = ray.get(board.read.remote(), timeout=5)
+            except (ray.exceptions.RayError, TimeoutError):
+                continue
+            if not state.get("steps"):
+                continue
+            last = state.get("last") or {}
+            if last and last != shown:
+                shown = last
+                numbers = "  ".join(f"{k} {v:.2f}" for k, v in last.items() if k.startswith("val/"))
+                console.print(f"{title}: epoch {last['epoch']}/{state['epochs']}  {numbers}", highlight=False)
+            passed = state["epoch"] + (state["step"] / state["steps"] if state["phase"] == "train" else 1)
+            started = started or (time.monotonic(), passed)
+            bar.update(
+                task,
+                description=f"{title}: {state['phase']} epoch {state['epoch'] + 1}/{state['epochs']}",
+                completed=state["step"],
+                total=state["steps"],
+                note=_note(state, passed, started),
+            )
+
+
+def _note(state: dict[str, Any], passed: float, started: tuple[float, float]) -> str:
+    """`123 samples/s, 4 % waiting for data, 2:10 left`."""
+    parts = []
+    if "samples_per_s" in state:
+        parts += [f"{state['samples_per_s']:.1f} samples/s", f"{100 * state['wait']:.0f} % waiting for data"]
+    if passed > started[1]:
+        left = (time.monotonic() - started[0]) / (passed - started[1]) * max(0.0, state["epochs"] - passed)
+        parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+    return ", ".join(parts)

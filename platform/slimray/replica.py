@@ -1,0 +1,202 @@
+"""One rank's replica of the network: weights, optimizer, averaged weights, BatchNorm statistics, one step.
+
+The step is exact whatever the number of ranks: gradients are those of the mean loss over the valid samples of the
+*global* batch (arXiv 1706.02677), because each rank's sum is scaled by world / (all-reduced valid count) before DDP
+averages. A rank without samples takes part with zero gradients and leaves its statistics alone; BatchNorm never sees a
+single value per channel. `tensors` is the whole training state by name, so that a resumed run ends in the same bits.
+torch only: it runs under Ray Train (loop.py), under torchrun, or alone.
+"""
+
+import contextlib
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from slimray import learn, models
+from slimray.predict import Input, to_clips
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A microbatch of one rank: uint8 `[n, V, T, H, W, 3]` and int64 `[n]`, valid samples only; n may be 0."""
+
+    data: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did: loss summed over this rank's samples, whether the gradient was finite, seconds spent."""
+
+    loss_sum: float
+    finite: bool
+    transfer_s: float
+    compute_s: float
+
+
+class Replica:
+    """A network with its optimizer on one rank of `world`; wrapped in DDP when `world` > 1."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optim: learn.OptimSpec,
+        pixels: Input,
+        sample_shape: Sequence[int],
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+        repeat_single: bool = True,
+    ):
+        """`sample_shape` is (T, C, H, W) of one sample; `repeat_single`: see `breaks_on_one_sample`."""
+        self.optim, self.pixels, self.device, self.rank, self.world = optim, pixels, device, rank, world
+        self.sample_shape, self.repeat_single = tuple(sample_shape), repeat_single
+        learn.set_norm_policy(net, optim.norm)
+        layout = torch.channels_last if device.type == "cuda" and not _has_3d(net) else torch.preserve_format
+        self.net = net.to(device=device, memory_format=layout)
+        self.optimizer = learn.make_optimizer(self.net, optim)
+        self.ema = learn.Ema(self.net, optim.ema) if optim.ema else None
+        self.ddp: nn.Module = self.net
+        if world > 1:
+            ids = [device] if device.type == "cuda" else None
+            self.ddp = DistributedDataParallel(
+                self.net, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
+            )
+
+    # --------------------------------------------------------------------------------------------- one step
+
+    def step(self, pieces: Sequence[Piece], num_valid: int, lr: float, seed: tuple[int, int]) -> StepReport:
+        """Take one optimizer step; a collective. `num_valid` > 0 counts the samples of all ranks.
+
+        `seed` is (run seed, number of the step): dropout is a function of it and the rank. All ranks must pass equally
+        many pieces. A gradient that is not finite is dropped by all ranks alike (it is all-reduced).
+        """
+        learn.seed_step(*seed, self.rank)
+        learn.train_mode(self.net, self.optim.norm)
+        learn.set_learning_rate(self.optimizer, lr)
+        loss_sum, transfer_s, start = 0.0, 0.0, time.perf_counter()
+        for i, piece in enumerate(pieces):
+            quiet = contextlib.nullcontext() if self.world == 1 or i + 1 == len(pieces) else self.ddp.no_sync()  # type: ignore[operator]
+            with quiet:
+                loss, seconds = self._loss(piece)
+                (loss * (self.world / num_valid)).backward()
+            loss_sum += float(loss.detach())
+            transfer_s += seconds
+        finite = self._apply()
+        return StepReport(loss_sum, finite, transfer_s, time.perf_counter() - start - transfer_s)
+
+    def _loss(self, piece: Piece) -> tuple[Tensor, float]:
+        """The summed loss of a microbatch, and the seconds its transfer took."""
+        if not len(piece.data):
+            with norms_in_eval(self.net), learn.autocast(self.device):
+                return self.ddp(torch.zeros(1, *self.sample_shape, device=self.device)).float().sum() * 0.0, 0.0
+        start = time.perf_counter()
+        clips = to_clips(piece.data, self.pixels, self.device)
+        labels = torch.from_numpy(piece.labels).to(self.device)
+        seconds = time.perf_counter() - start
+        if len(clips) == 1 and self.repeat_single:  # a second, unweighted copy gives BatchNorm its two values
+            clips = clips.expand(2, *clips.shape[1:])
+        with learn.autocast(self.device):
+            logits = self.ddp(clips)
+        return learn.sample_losses(logits[: len(labels)], labels, self.optim).sum(), seconds
+
+    def _apply(self) -> bool:
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or float("inf"))
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            self.optimizer.step()
+            if self.ema:
+                self.ema.update(self.net)
+        self.optimizer.zero_grad(set_to_none=True)
+        return finite
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole training state by name, the BatchNorm statistics of every rank included. A collective."""
+        out = {f"model.{k}": v for k, v in self.net.state_dict().items()}
+        out |= {f"optim.{k}": v for k, v in learn.optimizer_tensors(self.optimizer).items()}
+        if self.ema:
+            out |= {f"ema.{k}": v for k, v in self.ema.tensors().items()}
+        return out | {f"norms.{rank}": vector for rank, vector in enumerate(self._all_norms())}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over a state from `tensors`; statistics are the rank's own if the world is the same, else merged."""
+        self.net.load_state_dict(part(tensors, "model."))
+        learn.load_optimizer_tensors(self.optimizer, part(tensors, "optim."))
+        if self.ema:
+            self.ema.load(part(tensors, "ema."))
+        norms = part(tensors, "norms.")
+        if len(norms) == self.world:
+            learn.load_norm_state(self.net, norms[str(self.rank)].to(self.device))
+        elif norms:
+            merged = learn.merge_norm_states(torch.stack([norms[k] for k in sorted(norms, key=int)]), self.net)
+            learn.load_norm_state(self.net, merged.to(self.device))
+
+    def averaged(self) -> nn.Module:
+        """A copy to evaluate and to ship: averaged weights if kept, all ranks' BatchNorm statistics merged.
+
+        A collective; training state is not touched.
+        """
+        net = copy.deepcopy(self.net).eval()
+        if self.ema:
+            self.ema.copy_to(net)
+        norms = self._all_norms()
+        if len(norms):
+            learn.load_norm_state(net, learn.merge_norm_states(norms, net))
+        return net
+
+    def _all_norms(self) -> Tensor:
+        """The running statistics of every rank, `[world, K]`; `[0]` for a network without BatchNorm."""
+        mine = learn.norm_state(self.net)
+        if not mine.numel():
+            return mine
+        if self.world == 1:
+            return mine[None]
+        everyone = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(everyone, mine)
+        return torch.stack(everyone)
+
+
+def breaks_on_one_sample(model: dict[str, Any], sample_shape: Sequence[int]) -> bool:
+    """Whether a batch of one sample leaves some BatchNorm with one value per channel, which torch refuses.
+
+    `model` is what `models.build` takes; runs on the meta device.
+    """
+    with torch.device("meta"):
+        net = models.build(**model).train()
+        try:
+            net(torch.zeros(1, *sample_shape))
+        except ValueError:
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def norms_in_eval(net: nn.Module) -> Iterator[None]:
+    """Inside the block BatchNorm uses, and does not touch, its running statistics."""
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries of `tensors` under `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _has_3d(net: nn.Module) -> bool:
+    return any(isinstance(m, nn.Conv3d) for m in net.modules())

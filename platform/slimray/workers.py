@@ -1,0 +1,159 @@
+"""A group of Ray Train workers and its cluster: joining, checking, starting, progress, failing in one sentence.
+
+`connect` joins the cluster of RAY_ADDRESS or starts a local one, `require` refuses what can never fit, `launch` runs a
+worker function on every worker and returns what rank 0 returned. `open_stream` gives a rank its data. Ray's own
+checkpoint book-keeping is not used: a restarted worker finds its place in the run folder (loop.py).
+"""
+
+import contextlib
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.torch import TorchConfig, TorchTrainer
+
+import slimray
+from slimray.data.pipeline import FeedConfig, RankStream, feeder_of, start_feeders
+from slimray.spec import RunFailed, Spec, UserError
+
+MAX_WORKERS = 1000  # Ray Train's barrier dead-locks above 1,000 ranks (its actor takes 1,000 calls at a time)
+
+
+class ScaleSpec(Spec):
+    """How many workers, on what, and how much patience."""
+
+    workers: int = 1
+    """Data-parallel workers. Learning rate and warm-up depend on `batch.total` only, never on this."""
+    cpus_per_worker: float = 1
+    """Logical CPUs each worker reserves; also its torch threads."""
+    gpus_per_worker: float = 0
+    """GPUs each worker reserves; 0 trains on the CPU."""
+    decode_slots: int = 0
+    """Clips blocks decoded at once, a CPU each; 0 = as many as the cluster has left, on a laptop one per core."""
+    retries: int = 3
+    """Worker failures survived before the run fails."""
+    start_timeout_s: float = 300
+    """Longest wait for the workers to start."""
+    data_timeout_s: float = 600
+    """Longest wait of a rank for the data of one step."""
+
+
+class _Board:
+    """A tiny actor through which rank 0 tells the driver how far it is (fire and forget, never waited for)."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+
+    def update(self, **state: Any) -> None:
+        self.state.update(state)
+
+    def read(self) -> dict[str, Any]:
+        return self.state
+
+
+def make_board() -> Any:
+    """Start the progress actor of a run; it belongs to the driver and dies with it."""
+    return ray.remote(_Board).options(num_cpus=0).remote()
+
+
+def connect(workers_cpus: float, decode_slots: int) -> None:
+    """Join the cluster of RAY_ADDRESS, or start a local one with `workers_cpus + decode_slots` logical CPUs.
+
+    A local cluster counts logical CPUs: the workers' plus the decoding slots, so that decoding always has a place.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        package = Path(slimray.__file__).resolve().parent
+        ray.init(address, runtime_env={"py_modules": [str(package)]}, logging_level="warning", log_to_driver=False)
+    else:
+        cpus = int(-(-workers_cpus // 1)) + decode_slots
+        ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level="warning", log_to_driver=False)
+
+
+def decode_slots(scale: ScaleSpec) -> int:
+    """How many blocks are decoded at once: as told, else one per core here, else what the cluster has left."""
+    if scale.decode_slots:
+        return scale.decode_slots
+    if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
+        return max(1, os.cpu_count() or 1)
+    return max(1, int(ray.cluster_resources().get("CPU", 1) - scale.workers * scale.cpus_per_worker))
+
+
+def require(scale: ScaleSpec, slots: int) -> None:
+    """Raise UserError when the cluster as it stands can never hold the workers and at least one decoding task."""
+    have = ray.cluster_resources()
+    cpus, gpus = scale.workers * scale.cpus_per_worker + min(slots, 1), scale.workers * scale.gpus_per_worker
+    if scale.workers > MAX_WORKERS:
+        raise UserError(
+            f"scale.workers: at most {MAX_WORKERS} (a barrier of Ray Train dead-locks above), got {scale.workers}"
+        )
+    for name, need in (("CPU", cpus), ("GPU", gpus)):
+        if need > have.get(name, 0):
+            raise UserError(
+                f"scale: the run needs {need:g} {name}s ({scale.workers} workers and decoding), the cluster has "
+                f"{have.get(name, 0):g}: lower scale.workers or use a larger cluster"
+            )
+
+
+def launch(worker: Any, config: Any, scale: ScaleSpec, name: str) -> Any:
+    """Run `worker(config)` on `scale.workers` Ray Train workers and return rank 0's return value.
+
+    Lost workers restart the group up to `scale.retries` times; then RunFailed with the first line of the cause.
+    """
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(scale.start_timeout_s)
+    threads = str(max(1, int(scale.cpus_per_worker)))
+    with tempfile.TemporaryDirectory(prefix="slimray-") as scratch:
+        trainer = TorchTrainer(
+            worker,
+            train_loop_config=config,
+            torch_config=TorchConfig(timeout_s=int(scale.data_timeout_s) + 60),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=scale.workers,
+                use_gpu=scale.gpus_per_worker > 0,
+                resources_per_worker={"CPU": scale.cpus_per_worker}
+                | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {}),
+            ),
+            run_config=ray.train.RunConfig(
+                name=f"{name}-{uuid.uuid4().hex[:8]}",
+                storage_path=scratch,
+                failure_config=ray.train.FailureConfig(max_failures=scale.retries, controller_failure_limit=0),
+                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "RAY_CHDIR_TO_TRIAL_DIR": "0"}},
+            ),
+        )
+        try:
+            return trainer.fit().return_value
+        except ray.train.TrainingFailedError as error:
+            raise RunFailed(_cause(error)) from error
+
+
+def _cause(error: BaseException) -> str:
+    """The first worker's exception as one sentence."""
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = [str(failure).strip().splitlines()[-1] for failure in failures.values() if str(failure).strip()]
+    text = causes[0] if causes else str(error).strip().splitlines()[-1]
+    return text.removeprefix("slimray.spec.RunFailed: ")
+
+
+@contextlib.contextmanager
+def open_stream(feed: FeedConfig) -> Iterator[RankStream]:
+    """This rank's data for as long as the block lasts; rank 0 starts the feeders and tells the others. A collective."""
+    context = ray.train.get_context()
+    rank, feeders, told = context.get_world_rank(), [], None
+    if rank == 0:
+        name = f"slimray-feeder-{uuid.uuid4().hex}"
+        feeders = start_feeders(feed, name)
+        told = {"name": name, "num": len(feeders)}
+    told = broadcast_from_rank_zero(told)
+    yield RankStream(feeder_of(rank, feed.world, told["num"], told["name"]), feed, rank)
+    for feeder in feeders:
+        ray.kill(feeder)
