@@ -1,0 +1,281 @@
+"""Files on any storage a job may name: a local folder, `s3://bucket/...` or `gs://bucket/...`, by one code path.
+
+`open_uri` turns what the user wrote into a pyarrow filesystem and a path; the functions below it read, write, list and
+delete there. What may pass is retried a bounded number of times with growing waits, then raised as StorageError: one
+sentence, never taken for "the file is not there". Credentials come from the environment (AWS_*, GOOGLE_*), never from
+the URI, because URIs are written into run folders. A put to an object store is atomic; on a disk a rename is.
+"""
+
+import contextlib
+import errno
+import itertools
+import os
+import random
+import re
+import time
+import urllib.parse
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from slimray.spec import RunFailed, UserError, did_you_mean
+
+CONNECT_TIMEOUT_S = 5
+REQUEST_TIMEOUT_S = 10  # without a byte received
+SDK_ATTEMPTS = 3
+SCHEMES = ("file", "gs", "s3")
+OPTIONS = ("anonymous", "endpoint_override", "region", "scheme")
+CHUNK_BYTES = 8 << 20
+FINAL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR)
+FINAL_WORDS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN")
+
+T = TypeVar("T")
+
+
+class StorageError(RunFailed):
+    """The storage did not do what was asked, also when asked again: one sentence."""
+
+
+def open_uri(uri: str | Path) -> tuple[pafs.FileSystem, str]:
+    """Return (filesystem, path) of a local path, `file://`, `s3://` or `gs://` URI; a bucket must answer.
+
+    Query options of a bucket: `endpoint_override`, `scheme`, `region`, `anonymous=true`; AWS_ENDPOINT_URL_S3 and
+    AWS_ENDPOINT_URL are honoured. The path itself need not exist. Raises UserError: unknown scheme or option,
+    credentials inside the URI, a bucket that is missing, out of reach or closed to us.
+    """
+    text = str(uri)
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/{1,2}", text)
+    if isinstance(uri, Path) or scheme is None:
+        if not text:
+            raise UserError("storage: an empty path names no folder: write a local path, s3://... or gs://...")
+        return pafs.LocalFileSystem(), str(Path(text).expanduser().absolute())
+    if scheme[1] not in SCHEMES or not scheme[0].endswith("//"):
+        hint = did_you_mean(scheme[1], SCHEMES)
+        raise UserError(f"{_no_secrets(text)}: unknown storage {scheme[0]!r}{hint}; a local path needs no scheme")
+    parts = urllib.parse.urlsplit(text)
+    if scheme[1] == "file":
+        if parts.netloc not in ("", "localhost"):
+            raise UserError(f"{text}: a file URI has three slashes, file:///folder")
+        return pafs.LocalFileSystem(), urllib.parse.unquote(parts.path)
+    if parts.username is not None or parts.password is not None:
+        raise UserError(
+            f"{_no_secrets(text)}: credentials do not belong into a URI, it is written to run folders: "
+            "use the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS)"
+        )
+    if not parts.netloc:
+        raise UserError(f"{text}: names no bucket, write {scheme[1]}://bucket/folder")
+    options = _options(parts.query, text)
+    path = urllib.parse.unquote(parts.netloc + parts.path).strip("/")
+    where = f"{scheme[1]}://{path}"
+    try:
+        fs = _s3(parts.netloc, options) if scheme[1] == "s3" else _gcs(options)
+        _require_bucket(fs, path, where)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(_unreachable(where, error)) from error
+    return fs, path
+
+
+def join(base: str, *names: str) -> str:
+    """Return `base/name/...`, for a path as well as for a URI, whose query stays at the end."""
+    head, mark, query = base.partition("?") if "://" in base else (base, "", "")
+    return "/".join([head.rstrip("/"), *names]) + mark + query
+
+
+def read_bytes(fs: pafs.FileSystem, path: str, attempts: int = 4) -> bytes:
+    """Return the whole file; FileNotFoundError if it is missing, StorageError if it cannot be read completely."""
+
+    def read() -> bytes:
+        with fs.open_input_file(path) as file:
+            size = file.size()
+            data = file.read()
+        if len(data) != size:
+            raise OSError(f"{len(data)} of {size} bytes came")
+        return data
+
+    return _attempt(read, "read", path, attempts)
+
+
+def write_atomic(fs: pafs.FileSystem, path: str, data: bytes | Path, attempts: int = 4) -> None:
+    """Write `data`, or the content of the local file it names, so that a reader sees the old file or the whole new one.
+
+    A local file is streamed. On a disk: temporary file in the same folder, fsync, rename; missing folders are made.
+    Raises StorageError, for a full disk at once.
+    """
+    put = _put_local if isinstance(fs, pafs.LocalFileSystem) else _put_object
+    _attempt(lambda: put(fs, path, data), "write", path, attempts)
+
+
+def list_files(fs: pafs.FileSystem, path: str, recursive: bool = False) -> list[pafs.FileInfo]:
+    """Return the files under folder `path` sorted by path (`.path`, `.base_name`, `.size`); none if it is missing."""
+    return [info for info in _list(fs, path, recursive) if info.type == pafs.FileType.File]
+
+
+def list_folders(fs: pafs.FileSystem, path: str) -> list[str]:
+    """Return the sorted names of the folders directly under `path`; none if it is missing."""
+    return [info.base_name for info in _list(fs, path, False) if info.type == pafs.FileType.Directory]
+
+
+def exists(fs: pafs.FileSystem, path: str) -> bool:
+    """Return whether a file or folder is there; StorageError when the storage does not say."""
+    return _attempt(lambda: fs.get_file_info(path), "look up", path).type != pafs.FileType.NotFound
+
+
+def delete(fs: pafs.FileSystem, path: str) -> None:
+    """Delete the file or the whole folder at `path`; nothing happens when it is missing."""
+
+    def remove() -> None:
+        kind = fs.get_file_info(path).type
+        with contextlib.suppress(FileNotFoundError):
+            if kind == pafs.FileType.Directory:
+                fs.delete_dir(path)
+            elif kind != pafs.FileType.NotFound:
+                fs.delete_file(path)
+
+    _attempt(remove, "delete", path)
+
+
+# ------------------------------------------------------------------------------------------------------ how
+
+
+def _options(query: str, uri: str) -> dict[str, str]:
+    options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    for name in options:
+        if name not in OPTIONS:
+            raise UserError(f"{_no_secrets(uri)}: unknown option {name!r}{did_you_mean(name, OPTIONS)}")
+    return options
+
+
+def _s3(bucket: str, options: dict[str, str]) -> pafs.FileSystem:
+    told = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    endpoint = options.get("endpoint_override") or told
+    scheme, _, host = endpoint.rpartition("://")
+    region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return pafs.S3FileSystem(
+        anonymous=options.get("anonymous", "").lower() == "true",
+        endpoint_override=host.rstrip("/") or None,
+        scheme=options.get("scheme") or scheme or "https",
+        region=region or ("us-east-1" if host else pafs.resolve_s3_region(bucket)),
+        connect_timeout=CONNECT_TIMEOUT_S,
+        request_timeout=REQUEST_TIMEOUT_S,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=SDK_ATTEMPTS),
+        allow_delayed_open=True,  # a small file is then one put in place of a multipart upload
+    )
+
+
+def _gcs(options: dict[str, str]) -> pafs.FileSystem:
+    if "region" in options:
+        raise UserError("storage: option 'region' is for s3:// only")
+    return pafs.GcsFileSystem(
+        anonymous=options.get("anonymous", "").lower() == "true",
+        endpoint_override=options.get("endpoint_override"),
+        scheme=options.get("scheme"),
+        retry_time_limit=timedelta(seconds=CONNECT_TIMEOUT_S + REQUEST_TIMEOUT_S),
+    )
+
+
+def _require_bucket(fs: pafs.FileSystem, path: str, where: str) -> None:
+    bucket = path.partition("/")[0]
+    missing = all(fs.get_file_info(place).type == pafs.FileType.NotFound for place in dict.fromkeys((path, bucket)))
+    if missing:
+        raise UserError(f"{where}: there is no bucket {bucket!r}: create it, or mend its name")
+
+
+def _unreachable(where: str, error: BaseException) -> str:
+    text = str(error)
+    if any(word in text for word in ("ACCESS_DENIED", "403", "INVALID_ACCESS_KEY_ID", "SIGNATURE", "TOKEN")):
+        found = "the credentials at hand are refused" if _credentials_in_sight() else "no credentials were found"
+        return (
+            f"{where}: access denied, {found}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or for "
+            "gs:// GOOGLE_APPLICATION_CREDENTIALS, to an identity that may list, read and write there"
+        )
+    return f"{where}: the storage does not answer ({_reason(error)}): check the name, the network and AWS_ENDPOINT_URL"
+
+
+def _credentials_in_sight() -> bool:
+    names = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN", "GOOGLE_APPLICATION_CREDENTIALS")
+    return any(os.environ.get(name) for name in names) or Path("~/.aws/credentials").expanduser().is_file()
+
+
+def _no_secrets(uri: str) -> str:
+    return re.sub(r"//[^/@]*@", "//***@", uri)
+
+
+def _list(fs: pafs.FileSystem, path: str, recursive: bool) -> list[pafs.FileInfo]:
+    selector = pafs.FileSelector(path, allow_not_found=True, recursive=recursive)
+    found = _attempt(lambda: fs.get_file_info(selector), "list", path)
+    return sorted((info for info in found if not info.base_name.endswith(".tmp")), key=lambda info: info.path)
+
+
+def _put_local(fs: pafs.FileSystem, path: str, data: bytes | Path) -> None:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(part, "xb") as file:
+            file.writelines(_chunks(data))
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _put_object(fs: pafs.FileSystem, path: str, data: bytes | Path) -> None:
+    chunks = _chunks(data)
+    first = next(chunks, b"")  # a source that cannot be read must not leave an empty object
+    try:
+        with fs.open_output_stream(path) as out:
+            for chunk in itertools.chain([first], chunks):
+                out.write(chunk)
+    except OSError as error:
+        if error.errno is not None:  # the local source broke off, and closing the stream has put what came before
+            with contextlib.suppress(OSError):
+                fs.delete_file(path)
+        raise
+
+
+def _chunks(data: bytes | Path) -> Iterator[bytes]:
+    if isinstance(data, bytes):
+        yield data
+        return
+    with open(data, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _attempt(action: Callable[[], T], verb: str, path: str, attempts: int = 4) -> T:
+    """Return `action()`, asked again after about 0.2, 0.8, 3.2 seconds while it raises what may pass."""
+    for attempt in range(1, attempts + 1):
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            final = error.errno in FINAL_ERRNOS or any(word in str(error) for word in FINAL_WORDS)
+            if final or attempt == attempts:
+                tried = "" if final else f" after {attempts} attempts"
+                raise StorageError(f"{path}: cannot {verb} it{tried} ({_reason(error)})") from error
+        time.sleep(0.2 * 4 ** (attempt - 1) * random.uniform(0.75, 1.25))
+    raise AssertionError("attempts must be at least 1")
+
+
+def _reason(error: BaseException) -> str:
+    """The cause in few words: what the operating system or the storage's client says, without its request numbers."""
+    number = getattr(error, "errno", None)
+    if number == errno.ENOSPC:
+        return "the disk is full"
+    if number:
+        return os.strerror(number).lower()
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    _, found, rest = text.partition("AWS Error ")
+    return re.sub(r"\s*\(Request ID: \w+\)", "", rest if found else text)[:200]
