@@ -1,0 +1,499 @@
+"""The report of a run: one HTML page that needs nothing but itself, to open, mail, print and keep.
+
+In: a run folder (metrics, results.json, card.json, quarantine, job.yaml). Out: the page as a string; the caller writes
+it. `render` is the pure core: plain values in, HTML out, all of it autoescaped, no script, and a content security
+policy that would stop one. Surprising: matplotlib draws charts in stand-in colours that become CSS variables, so that
+one picture is right in dark, in light and on paper.
+"""
+
+import base64
+import binascii
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from slimray import runs
+
+MAX_LABELLED_CLASSES = 40
+MAX_QUARANTINE_ROWS = 500
+NUM_BINS = 300
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+INK, GRID = "#010101", "#020202"
+SERIES = ("#030301", "#030302", "#030303", "#030304", "#030305")
+CSS_COLOURS = {INK: "var(--soft)", GRID: "var(--line)", **{c: f"var(--series-{i})" for i, c in enumerate(SERIES, 1)}}
+DASHES = ("-", "--", ":", "-.", "-")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a title; columns named in `bars` hold percent (0-100) and get bars, `fold` starts it closed."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    note: str = ""
+    bars: frozenset[str] = frozenset()
+    fold: bool = False
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Up to five series over steps in one chart: name -> (steps [N], values [N]); `stacked` ones share their steps."""
+
+    title: str
+    unit: str
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    stacked: bool = False
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Counts of a validation: `counts[truth][predicted]`, a square of as many rows as `classes`."""
+
+    title: str
+    classes: Sequence[str]
+    counts: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip as it was judged.
+
+    `strip` is a base64 JPEG or PNG of its frames side by side; square frames are also played one after the other.
+    `top` holds (class, probability 0-1), the likeliest first, of which three are shown.
+    """
+
+    run: str
+    strip: str
+    truth: str
+    top: Sequence[tuple[str, float]] = field(default_factory=tuple)
+
+
+def train_report(run: runs.Run) -> str:
+    """Return the page of a train run: curves, best and last numbers, confusions, clips, quarantine, how it was made.
+
+    Works on a run of any state, as far as it got; a file that is not there leaves its section out.
+    """
+    rows = sorted(runs.read_parts(run, "metrics"), key=lambda row: row.get("step", 0))
+    card, results = _json(run, "card.json"), _json(run, "results.json")
+    final = final_numbers(rows, card)
+    best, last = final["best"], final["last"]
+    headline = {
+        "best top-1": _percent(best.get("val/top1")),
+        "last top-1": _percent(last.get("val/top1")),
+        "best mean class accuracy": _percent(best.get("val/mean_class_accuracy")),
+        "last val loss": _show("val/loss", last.get("val/loss")),
+        "median samples/s": _show("", _median(rows, "train/samples_per_s")),
+        "epochs": _show("", _last(rows, "epoch")),
+        "steps whose loss is not finite": _show("", sum(_lost(row.get("train/loss")) for row in rows) or None),
+    }
+    names = [name for name in {**last, **best} if name not in ("phase", "attempt", "rank")]
+    numbers = Table("Final numbers", ("metric", "best", "last"), [(n, best.get(n), last.get(n)) for n in names])
+    return _page(run, card, results, headline, [numbers] if names else [], train_curves(rows))
+
+
+def evaluate_report(run: runs.Run) -> str:
+    """Return the page of an evaluate run: all its runs in one table, what frame order is worth, confusions, clips."""
+    card, results = _json(run, "card.json"), _json(run, "results.json")
+    rows = results.get("rows", [])
+    headline = {_key(row): _percent(row.get("top1")) for row in rows}
+    return _page(run, card, results, headline, [compare(rows), *order_matters(rows)] if rows else [], [])
+
+
+def _page(
+    run: runs.Run,
+    card: dict[str, Any],
+    results: dict[str, Any],
+    headline: Mapping[str, str],
+    tables: Sequence[Table],
+    curves: Sequence[Curves],
+) -> str:
+    status = _json(run, "status.json")
+    confusions = [Confusion(key, results.get("classes", []), m) for key, m in results.get("confusion", {}).items() if m]
+    clips = [
+        Clip(c.get("run", ""), c.get("frames_jpeg_base64", ""), c["truth"], [(n, p) for n, p in c["top"]])
+        for c in results.get("clips", [])
+    ]
+    return render(
+        run.name,
+        subtitle=" · ".join(filter(None, [str(status.get("state", "")), str(status.get("message") or ""), run.uri])),
+        headline=headline,
+        curves=curves,
+        tables=tables,
+        confusions=confusions,
+        clips=clips,
+        quarantine=runs.read_parts(run, "quarantine"),
+        facts={name: value for name, value in card.items() if name != "metrics"},
+        job=(_bytes(run, "job.yaml") or b"").decode("utf-8", "replace"),
+    )
+
+
+def render(
+    title: str,
+    *,
+    subtitle: str = "",
+    headline: Mapping[str, str] | None = None,
+    curves: Sequence[Curves] = (),
+    tables: Sequence[Table] = (),
+    confusions: Sequence[Confusion] = (),
+    clips: Sequence[Clip] = (),
+    quarantine: Sequence[Mapping[str, Any]] = (),
+    facts: Mapping[str, Any] | None = None,
+    job: str = "",
+) -> str:
+    """Return one self-contained HTML page of these sections; an empty one is left out.
+
+    `headline`: a few names and ready text, shown large. `quarantine`: rows with `path` (or `split` and `sample`) and
+    `reason`. `facts`: how the run was made, a nested dict is shown on one line. `job`: the resolved YAML. Any text may
+    be hostile: it is shown, never run. Raises ValueError for a confusion that is no square of its classes.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(show=_show, percent=_percent)
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=title,
+        subtitle=subtitle,
+        headline={name: text for name, text in (headline or {}).items() if text != "–"},
+        charts=[_chart(c, f"c{i}") for i, c in enumerate(curves) if any(len(s) for s, _ in c.series.values())],
+        tables=[table for table in tables if table.rows],
+        confusions=[_confusion_section(confusion) for confusion in confusions],
+        clips=[_clip_section(clip) for clip in clips],
+        quarantine=_quarantine_table(quarantine),
+        facts=[(name, _show(name, value)) for name, value in (facts or {}).items() if value is not None],
+        job=job,
+    )
+    return page.encode("utf-8", "replace").decode("utf-8")  # a file name may hold bytes that are no text
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def final_numbers(rows: Sequence[Mapping[str, Any]], card: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return {"best": ..., "last": ...}: as the card says, else the val rows of highest val/top1 and highest step."""
+    written = card.get("metrics", {})
+    judged = [row for row in rows if _finite(row.get("val/top1"))]
+    best = max(judged, key=lambda row: row["val/top1"], default={})
+    last = judged[-1] if judged else {}
+    return {"best": dict(written.get("best") or best), "last": dict(written.get("last") or last)}
+
+
+def train_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:
+    """Return the charts of a training from its metric rows, which are sorted by step."""
+
+    def lines(title: str, unit: str, **names: str) -> Curves:
+        return Curves(title, unit, {label: _series(rows, name) for label, name in names.items()})
+
+    split = {
+        "data wait": "data/wait_s",
+        "transfer": "time/transfer_s",
+        "compute": "time/compute_s",
+        "communication": "time/communication_s",
+    }
+    timed = [row for row in rows if any(_finite(row.get(name)) for name in split.values())]
+    parts = {label: [row.get(name) or 0.0 for row in timed] for label, name in split.items()}
+    if any("time/step_s" in row for row in timed):
+        known = [sum(values) for values in zip(*parts.values())]
+        parts["other"] = [max(0.0, (row.get("time/step_s") or 0.0) - part) for row, part in zip(timed, known)]
+    steps = [row["step"] for row in timed]
+    return [
+        lines("Loss", "loss", train="train/loss", validation="val/loss"),
+        Curves(
+            "Validation accuracy",
+            "%",
+            {name: _series(rows, f"val/{name}") for name in ("top1", "top5", "mean_class_accuracy")},
+        ),
+        lines("Learning rate", "lr", lr="train/lr"),
+        lines("Throughput", "samples/s", samples="train/samples_per_s"),
+        Curves(
+            "Where a step's time goes",
+            "s",
+            {label: (steps, values) for label, values in parts.items()},
+            stacked=True,
+        ),
+    ]
+
+
+def compare(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the rows of an evaluation side by side, with the 95 % Wilson interval of top1."""
+    known = ["run", "variant", "top1", "top5", "mean_class_accuracy", "chance", "num_samples", "params", "macs"]
+    columns = [name for name in known if any(name in row for row in rows)]
+    columns += sorted({name for row in rows for name in row} - set(known))
+    cells = [[row.get(name) for name in columns] for row in rows]
+    if "top1" in columns and "num_samples" in columns:
+        at = columns.index("top1") + 1
+        for row, line in zip(rows, cells):
+            line.insert(at, _interval(row.get("top1"), row.get("num_samples")))
+        columns.insert(at, "95 % interval")
+    note = "Percent, 0-100. The interval (Wilson) counts every sample as independent; clips of one scene are not."
+    return Table("Side by side", columns, cells, note, frozenset({"top1", "top5", "mean_class_accuracy"}))
+
+
+def order_matters(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Return a table of top1 with frames in natural and in shuffled order, for the runs that were judged both ways."""
+    top1 = {(row.get("run"), row.get("variant")): row.get("top1") for row in rows}
+    names = list(dict.fromkeys(row.get("run") for row in rows))
+    pairs = [(name, top1.get((name, "natural")), top1.get((name, "shuffled"))) for name in names]
+    cells = [(name, a, b, a - b) for name, a, b in pairs if _finite(a) and _finite(b)]
+    note = "Points of top1 lost when frames come in random order: near 0, the network does not use motion."
+    return [Table("What frame order is worth", ("run", "natural", "shuffled", "lost"), cells, note)] if cells else []
+
+
+def per_class(confusion: Confusion) -> Table:
+    """Return samples, accuracy and the class most often taken for it, for each class, the weakest first."""
+    counts = np.asarray(confusion.counts, dtype=np.int64)  # [truth, predicted]
+    wrong = counts - np.diag(np.diag(counts))
+    rows = []
+    for index, name in enumerate(confusion.classes):
+        num_samples = int(counts[index].sum())
+        accuracy = 100.0 * float(counts[index, index]) / num_samples if num_samples else None
+        taken = int(wrong[index].argmax())
+        rival = f"{confusion.classes[taken]} ({wrong[index, taken]})" if wrong[index, taken] else "–"
+        rows.append((name, num_samples, accuracy, rival))
+    rows.sort(key=lambda row: math.inf if row[2] is None else row[2])
+    header = ("class", "samples", "accuracy", "most often taken for")
+    return Table("Accuracy per class", header, rows, bars=frozenset({"accuracy"}), fold=len(rows) > 20)
+
+
+def most_confused(confusion: Confusion, num_pairs: int = 10) -> Table:
+    """Return the `num_pairs` largest off-diagonal cells: truth, predicted, count, percent of the truth's samples."""
+    counts = np.asarray(confusion.counts, dtype=np.int64)
+    wrong = counts - np.diag(np.diag(counts))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:num_pairs]
+    cells = [(int(at) // len(wrong), int(at) % len(wrong)) for at in order]
+    rows = [
+        (
+            confusion.classes[t],
+            confusion.classes[p],
+            int(wrong[t, p]),
+            100.0 * float(wrong[t, p]) / int(counts[t].sum()),
+        )
+        for t, p in cells
+        if wrong[t, p]
+    ]
+    header = ("truth", "predicted", "samples", "share of truth")
+    return Table("Most confused", header, rows, bars=frozenset({"share of truth"}))
+
+
+def _interval(percent: float | None, num_samples: int | None) -> str:
+    """The 95 % Wilson score interval of a share of `num_samples`, in percent."""
+    if not num_samples or not _finite(percent):
+        return "–"
+    z, p = 1.96, percent / 100.0
+    centre = (p + z * z / (2 * num_samples)) / (1 + z * z / num_samples)
+    half = z * math.sqrt(p * (1 - p) / num_samples + z * z / (4 * num_samples**2)) / (1 + z * z / num_samples)
+    return f"{100 * max(0.0, centre - half):.1f} – {100 * min(1.0, centre + half):.1f}"
+
+
+def _finite(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _lost(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    found = [(row["step"], row[name]) for row in rows if _finite(row.get(name))]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _median(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    values = _series(rows, name)[1]
+    return float(np.median(values)) if values else None
+
+
+def _last(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    values = _series(rows, name)[1]
+    return values[-1] if values else None
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+
+def _chart(curves: Curves, prefix: str) -> dict[str, Any]:
+    """A chart as inline SVG with its legend (name, text) apart, so that no text of a user gets into the SVG."""
+    import matplotlib
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
+
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": prefix, "text.parse_math": False, "font.size": 10.5}
+    series = {name: pair for name, pair in curves.series.items() if len(pair[0])}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.8, 2.6), layout="constrained")
+        _draw(figure.add_subplot(), curves, {name: _binned(*pair) for name, pair in series.items()})
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    total = sum(float(np.sum(values)) for _, values in series.values()) or 1.0
+    legend = [
+        (name, f"{100 * float(np.sum(values)) / total:.0f} %" if curves.stacked else _show("", values[-1]))
+        for name, (_, values) in series.items()
+    ]
+    svg = Markup(_inline(buffer.getvalue(), prefix, curves.title))  # noqa: S704
+    return {"title": curves.title, "svg": svg, "legend": legend, "stacked": curves.stacked}
+
+
+def _draw(axes: Any, curves: Curves, binned: Mapping[str, tuple[np.ndarray, ...]]) -> None:
+    """Draw the binned series, in stand-in colours, on a bare set of axes."""
+    if curves.stacked:
+        steps = next(iter(binned.values()))[0]
+        axes.stackplot(steps, [mean for _, mean, _, _ in binned.values()], colors=SERIES, linewidth=0, alpha=0.8)
+    else:
+        for colour, dash, (steps, mean, low, high) in zip(SERIES, DASHES, binned.values()):
+            marker = "o" if len(steps) < 40 else ""
+            axes.plot(steps, mean, dash, color=colour, linewidth=1.6, marker=marker, markersize=3)
+            if (high > low).any():
+                axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+    if all(low.min() >= 0 for _, _, low, _ in binned.values()):
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylabel(curves.unit, color=INK)
+    axes.tick_params(colors=INK, length=0)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    axes.margins(x=0.02)
+    axes.ticklabel_format(axis="both", style="plain", useOffset=False)
+
+
+def _inline(svg: str, prefix: str, title: str) -> str:
+    """Matplotlib's SVG made fit for a page: own ids, CSS colours, size of its frame, no prologue or global style."""
+    from markupsafe import escape
+
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", svg)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+    for stand_in, colour in CSS_COLOURS.items():
+        svg = svg.replace(stand_in, colour)
+    return svg
+
+
+def _binned(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Step, mean, minimum and maximum of at most NUM_BINS consecutive groups of points."""
+    num_bins = min(len(steps), NUM_BINS)
+    groups = np.array_split(np.asarray(values, dtype=np.float64), num_bins)
+    at = np.array([group.mean() for group in np.array_split(np.asarray(steps, dtype=np.float64), num_bins)])
+    mean, low, high = (np.array([reduce(group) for group in groups]) for reduce in (np.mean, np.min, np.max))
+    return at, mean, low, high
+
+
+def _confusion_section(confusion: Confusion) -> dict[str, Any]:
+    counts = np.asarray(confusion.counts, dtype=np.int64)
+    num_classes = len(confusion.classes)
+    if counts.shape != (num_classes, num_classes):
+        raise ValueError(f"confusion {confusion.title!r} has shape {counts.shape} for {num_classes} classes")
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # of the truth's samples, 0-1
+    small = num_classes <= MAX_LABELLED_CLASSES
+    return {
+        "title": confusion.title,
+        "classes": confusion.classes,
+        "cells": [list(zip(row, part)) for row, part in zip(counts.tolist(), share.tolist())] if small else [],
+        "picture": "" if small else _heat_map(share),
+        "tables": [table for table in (most_confused(confusion), per_class(confusion)) if table.rows],
+    }
+
+
+def _heat_map(share: np.ndarray) -> str:
+    """A data URI of a PNG, one pixel a cell, whose opacity is the root of the share: it fits any background."""
+    from PIL import Image
+
+    picture = Image.fromarray(np.round(255 * np.sqrt(share)).astype(np.uint8))
+    picture = picture.convert("L").convert("P")
+    picture.putpalette([37, 99, 235] * 256)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", transparency=bytes(range(256)), optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _clip_section(clip: Clip) -> dict[str, Any]:
+    from PIL import Image
+
+    picture, num_frames, aspect = "", 1, 1.0
+    try:
+        raw = base64.b64decode(clip.strip, validate=True)
+        with Image.open(io.BytesIO(raw), formats=("JPEG", "PNG")) as image:
+            width, height = image.size
+            kind = str(image.format).lower()
+    except (binascii.Error, OSError, ValueError):
+        pass  # the page says "no picture"; a clip without one is still worth its prediction
+    else:
+        picture = f"data:image/{kind};base64," + base64.b64encode(raw).decode("ascii")
+        num_frames = width // height if width % height == 0 else 1  # frames are square as the network sees them
+        aspect = width / height
+    predicted = clip.top[0][0] if clip.top else "–"
+    return {
+        "run": clip.run,
+        "picture": picture,
+        "num_frames": num_frames,
+        "aspect": aspect,
+        "truth": clip.truth,
+        "right": predicted == clip.truth,
+        "top": [(name, 100.0 * probability) for name, probability in clip.top[:3]],
+    }
+
+
+def _quarantine_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
+    """The quarantined files, each once however many attempts and epochs met it; None if there are none."""
+    once = list({tuple(row.get(name) for name in ("path", "split", "sample")): row for row in rows}.values())
+    if not once:
+        return None
+    columns = [name for name in ("path", "split", "sample", "epoch", "reason") if any(name in row for row in once)]
+    cells = [[row.get(name) for name in columns] for row in once[:MAX_QUARANTINE_ROWS]]
+    note = "" if len(cells) == len(once) else f"The first {len(cells)}; the run's quarantine folder has all."
+    return Table(f"Quarantined files: {len(once):,}", columns, cells, note, fold=len(once) > 20)
+
+
+# ---- text and files ------------------------------------------------------------------------------------------------
+
+
+def _show(name: str, value: Any) -> str:
+    """A value as text: large counts short (24.3 M), floats to four digits, a dict on one line, nothing as a dash."""
+    if value is None or value == "" or value == {}:
+        return "–"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_show(str(key), inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_show(name, inner) for inner in value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if not math.isfinite(value):
+        return "not finite"
+    if name.rsplit("/", 1)[-1] in ("params", "macs") and value >= 1000:
+        power = min(int(math.log10(value) // 3), 4)
+        return f"{value / 1000**power:.3g} {' kMGT'[power]}"
+    if isinstance(value, int) or abs(value) >= 10_000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def _percent(value: Any) -> str:
+    return f"{value:.1f} %" if _finite(value) else "–"
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    return " · ".join(str(row[name]) for name in ("run", "variant") if row.get(name))
+
+
+def _json(run: runs.Run, name: str) -> dict[str, Any]:
+    data = _bytes(run, name)
+    return json.loads(data) if data else {}
+
+
+def _bytes(run: runs.Run, name: str) -> bytes | None:
+    try:
+        return runs.read_file(run, name)
+    except FileNotFoundError:
+        return None
