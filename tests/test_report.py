@@ -137,8 +137,7 @@ def test_charts_follow_the_theme_and_are_the_same_each_time():
 
 
 def test_a_long_curve_is_thinned_to_means_with_their_range():
-    steps = np.arange(9000)
-    at, mean, low, high = report._binned(steps, np.where(steps % 2, 1.0, 3.0))
+    at, mean, low, high = report._binned(range(9000), [1.0, 3.0] * 4500)
     assert len(at) == report.NUM_BINS
     np.testing.assert_allclose([mean.min(), mean.max(), low.max(), high.min()], [2, 2, 1, 3])
 
@@ -298,3 +297,14 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path):
     run = runs.open_run(str(tmp_path), "new")
     for page in (report.train_report(run), report.evaluate_report(run)):
         assert "<h1>new</h1>" in page
+
+
+def test_a_page_says_how_its_run_ended(tmp_path: Path):
+    run = runs.open_run(str(tmp_path), "tsm")
+    runs.begin(run, {"kind": "train", "name": "tsm"}, 1)
+    assert "running · " in report.train_report(run)
+    assert "kind: train" in report.train_report(run)
+    runs.end(run, "failed", "the disk is full")
+    assert "failed · the disk is full · " in report.train_report(run)
+    runs.write_card(run, {"seconds": 1.0})
+    assert "finished · " in report.train_report(run)

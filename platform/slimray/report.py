@@ -82,7 +82,7 @@ def train_report(run: runs.Run) -> str:
     Works on a run of any state, as far as it got; a file that is not there leaves its section out.
     """
     rows = sorted(runs.read_parts(run, "metrics"), key=lambda row: row.get("step", 0))
-    card, results = _json(run, "card.json"), _json(run, "results.json")
+    card, results = runs.read_card(run) or {}, _results(run)
     final = final_numbers(rows, card)
     best, last = final["best"], final["last"]
     headline = {
@@ -101,7 +101,7 @@ def train_report(run: runs.Run) -> str:
 
 def evaluate_report(run: runs.Run) -> str:
     """Return the page of an evaluate run: all its runs in one table, what frame order is worth, confusions, clips."""
-    card, results = _json(run, "card.json"), _json(run, "results.json")
+    card, results = runs.read_card(run) or {}, _results(run)
     rows = results.get("rows", [])
     headline = {_key(row): _percent(row.get("top1")) for row in rows}
     return _page(run, card, results, headline, [compare(rows), *order_matters(rows)] if rows else [], [])
@@ -115,7 +115,8 @@ def _page(
     tables: Sequence[Table],
     curves: Sequence[Curves],
 ) -> str:
-    status = _json(run, "status.json")
+    status = None if card else runs.read_status(run)  # a page is written just before its run is called finished
+    state = ["finished"] if card else [status.state, status.message] if status else []
     confusions = [Confusion(key, results.get("classes", []), m) for key, m in results.get("confusion", {}).items() if m]
     clips = [
         Clip(c.get("run", ""), c.get("frames_jpeg_base64", ""), c["truth"], [(n, p) for n, p in c["top"]])
@@ -123,7 +124,7 @@ def _page(
     ]
     return render(
         run.name,
-        subtitle=" · ".join(filter(None, [str(status.get("state", "")), str(status.get("message") or ""), run.uri])),
+        subtitle=" · ".join(filter(None, [*state, run.uri])),
         headline=headline,
         curves=curves,
         tables=tables,
@@ -131,7 +132,7 @@ def _page(
         clips=clips,
         quarantine=runs.read_parts(run, "quarantine"),
         facts={name: value for name, value in card.items() if name != "metrics"},
-        job=(_bytes(run, "job.yaml") or b"").decode("utf-8", "replace"),
+        job=runs.read_file(run, "job.yaml").decode("utf-8", "replace") if runs.exists(run, "job.yaml") else "",
     )
 
 
@@ -487,13 +488,5 @@ def _key(row: Mapping[str, Any]) -> str:
     return " · ".join(str(row[name]) for name in ("run", "variant") if row.get(name))
 
 
-def _json(run: runs.Run, name: str) -> dict[str, Any]:
-    data = _bytes(run, name)
-    return json.loads(data) if data else {}
-
-
-def _bytes(run: runs.Run, name: str) -> bytes | None:
-    try:
-        return runs.read_file(run, name)
-    except FileNotFoundError:
-        return None
+def _results(run: runs.Run) -> dict[str, Any]:
+    return json.loads(runs.read_file(run, "results.json")) if runs.exists(run, "results.json") else {}
