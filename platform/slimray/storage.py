@@ -277,5 +277,6 @@ def _reason(error: BaseException) -> str:
     if number:
         return os.strerror(number).lower()
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    _, found, rest = text.partition("AWS Error ")
-    return re.sub(r"\s*\(Request ID: \w+\)", "", rest if found else text)[:200]
+    for mark in ("AWS Error ", "Details: ", "last message of "):
+        text = text.rpartition(mark)[2]
+    return re.sub(r"\s*(\(Request ID: \w+\)|error_info=.*)", "", text)[:200]
