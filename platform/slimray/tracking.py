@@ -1,0 +1,186 @@
+"""Where the metric rows of a run go: its own JSONL always, Weights & Biases and TensorBoard on request.
+
+`Tracker` lives on rank 0 and takes rows such as `{"step": 40, "phase": "train", "train/loss": 1.2}`. The W&B run has an
+id made of the run's name and place, so that a resumed run goes on where it stopped; steps are an ordinary metric there,
+because W&B refuses a step that goes back, as one does after a resume. Nobody is told more than the numbers: secrets
+are redacted, paths and other texts stay here unless `media` is set, console, code and git are never captured.
+A service that fails is given up with one warning; only the JSONL, written to the run folder, may end a run.
+"""
+
+import hashlib
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from slimray.spec import Spec
+
+SECRET_NAMES = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
+HIDDEN = "***"
+
+log = logging.getLogger(__name__)
+
+
+class TrackingSpec(Spec):
+    """Who is told about the metrics besides the run folder, where they always are."""
+
+    wandb: bool = False
+    """Send metrics and the redacted job to Weights & Biases; WANDB_API_KEY is read from the environment."""
+    project: str = "slimray"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team or user; default that of the API key."""
+    mode: Literal["online", "offline"] | None = None
+    """`offline` writes to the run folder for a later `wandb sync`; default WANDB_MODE, else online."""
+    tags: tuple[str, ...] = ()
+    """W&B tags."""
+    media: bool = False
+    """Also send file names and other texts that are part of the job or of a row."""
+    tensorboard: bool = False
+    """Write TensorBoard event files to `tensorboard/` of the run folder."""
+
+
+class Rows(Protocol):
+    """What takes the rows for the run folder."""
+
+    def write(self, row: Mapping[str, Any], /) -> None: ...
+
+
+class Tracker:
+    """Rank 0's sink of metric rows; `folder` is the local place for the files of W&B and TensorBoard.
+
+    `rows` is the run's own record, `name` and `uri` name the run, `job` is the resolved job. Without `folder`: the run
+    folder, or a place in the user's cache when that is no local folder. Raises nothing but what `rows.write` raises.
+    """
+
+    def __init__(
+        self, spec: TrackingSpec, rows: Rows, name: str, uri: str, job: Mapping[str, Any], folder: Path | None = None
+    ):
+        self.rows, self.media = rows, spec.media
+        folder = folder or _local_folder(name, uri)
+        self._wandb: Any = _guarded("W&B", lambda: _start_wandb(spec, name, uri, job, folder)) if spec.wandb else None
+        self._board: Any = None
+        self._board_folder = folder / "tensorboard" if spec.tensorboard else None
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Write one row: `step` and any of numbers, text, lists. Services get its finite numbers."""
+        self.rows.write(row)
+        shown = {key: value for key, value in row.items() if self.media or _is_number(value)}
+        if self._wandb is not None and not _guarded("W&B", lambda: (self._wandb.log(shown), True)):
+            self._wandb = None
+        if self._board_folder is not None and not _guarded("TensorBoard", lambda: self._to_board(row)):
+            self._board_folder = None
+
+    def close(self) -> None:
+        """Finish the W&B run and the event file; `rows` stays open, it belongs to the caller."""
+        if self._wandb is not None:
+            _guarded("W&B", self._wandb.finish)
+        if self._board is not None:
+            _guarded("TensorBoard", self._board.close)
+        self._wandb = self._board = self._board_folder = None
+
+    def _to_board(self, row: Mapping[str, Any]) -> bool:
+        if self._board is None:
+            from tensorboardX import SummaryWriter
+
+            # purge_step: what an attempt before this one wrote from here on is done again
+            self._board = SummaryWriter(str(self._board_folder), purge_step=row.get("step"))
+        for key, value in row.items():
+            if key != "step" and _is_number(value):
+                self._board.add_scalar(key, value, row.get("step"))
+        return True
+
+
+def run_id(name: str, uri: str) -> str:
+    """Return the W&B id of a run: its name and a digest of where it lies; the same whenever it is resumed."""
+    return f"{name[:100]}-{hashlib.sha256(f'{name} {uri}'.encode()).hexdigest()[:10]}"
+
+
+def redact(value: Any) -> Any:
+    """Return `value` with secrets replaced by `***`, in dicts, lists and strings of any depth.
+
+    Secret is what stands under a name with key, token, secret, passw(ord) or credential in it, the user part of a URL,
+    and URL parameters of such names or that sign it.
+    """
+    if isinstance(value, Mapping):
+        return {k: HIDDEN if v and SECRET_NAMES.search(str(k)) else redact(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([redact(item) for item in value])
+    if isinstance(value, str):
+        value = re.sub(r"(\w+://)[^/\s@]+@", rf"\1{HIDDEN}@", value)
+        return re.sub(
+            r"([?&][^=&\s]*(?:key|token|secret|passw|credential|signature|sig)[^=&\s]*=)[^&\s]+",
+            rf"\1{HIDDEN}",
+            value,
+            flags=re.IGNORECASE,
+        )
+    return value
+
+
+def _without_paths(value: Any) -> Any:
+    """`value` with every string that has a slash in it (paths, URIs) replaced by `***`."""
+    if isinstance(value, Mapping):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(item) for item in value]
+    return HIDDEN if isinstance(value, str) and ("/" in value or "\\" in value) else value
+
+
+def _start_wandb(spec: TrackingSpec, name: str, uri: str, job: Mapping[str, Any], folder: Path) -> Any:
+    import wandb
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = redact(dict(job))
+    mode: Any = spec.mode or os.environ.get("WANDB_MODE") or "online"
+    run = wandb.init(
+        id=run_id(name, uri),
+        name=name,
+        resume="allow",
+        project=spec.project,
+        entity=spec.entity,
+        tags=spec.tags,
+        mode=mode,
+        dir=str(folder),
+        config=config if spec.media else _without_paths(config),
+        settings=wandb.Settings(
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+            save_code=False,
+            host="",
+            silent=True,
+            init_timeout=30,
+            finish_timeout=60,
+            x_disable_meta=True,  # host, user, command line
+            x_save_requirements=False,
+        ),
+    )
+    run.define_metric("step", hidden=True)
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def _guarded(service: str, action: Callable[[], Any]) -> Any:
+    """What `action` returns; None after one warning when it fails, for tracking must not end a training."""
+    try:
+        return action()
+    except Exception as error:  # noqa: BLE001 whatever a service raises
+        reason = redact(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        log.warning("tracking: %s is given up for this run (%s); metrics/ of the run folder has all", service, reason)
+        return None
+
+
+def _local_folder(name: str, uri: str) -> Path:
+    if "://" not in uri:
+        return Path(uri)
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "slimray" / "tracking" / run_id(name, uri)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
