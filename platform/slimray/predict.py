@@ -56,7 +56,7 @@ def to_clips(data: np.ndarray, pixels: Input, device: torch.device) -> Tensor:
     frames = frames.to(device, non_blocking=True).flatten(0, 1).movedim(-1, 2)
     mean = torch.tensor(pixels.mean, device=device).view(1, 1, -1, 1, 1) * 255
     std = torch.tensor(pixels.std, device=device).view(1, 1, -1, 1, 1) * 255
-    return (frames.float() - mean) / std
+    return (frames.to(torch.get_default_dtype()) - mean) / std
 
 
 @torch.no_grad()

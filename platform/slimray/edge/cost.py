@@ -1,0 +1,32 @@
+"""What a network costs: parameters and multiply-accumulates, counted without computing.
+
+MACs are those of convolutions, linear layers and matrix products for one sample ("FLOPs" in the papers of this field
+are MACs). Counting runs on the meta device: shapes flow, numbers do not.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_params(module: nn.Module) -> int:
+    """The number of parameters of `module`, trainable or not; buffers do not count."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count_macs(module: nn.Module, input_shape: Sequence[int]) -> int:
+    """MACs of one forward pass of `module` in eval mode on an input of `input_shape` (batch included)."""
+    on_meta = next(module.parameters()).is_meta
+    net = (module if on_meta else copy.deepcopy(module).to("meta")).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.zeros(*input_shape, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def build_on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    """What `make` builds, with shapes and no memory."""
+    with torch.device("meta"):
+        return make()

@@ -1,0 +1,287 @@
+"""`kind: prepare`: a dataset probed, quarantined and packed for training, as a resumable Ray Data job.
+
+Every file is decoded once from end to end: what does not decode goes to the run's quarantine with its reason, the rest
+gets its true frame count, rate and size into the index. `pack` re-encodes it as short-GOP H.264 or JPEG frames into
+parquet shards (one clip per row group: large sequential objects that can still be read clip by clip), so that training
+decodes cheaply. Generated datasets are made here. Work is cut into shards; a shard whose part file exists is done, so a
+killed job goes on where it stopped.
+"""
+
+import io
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import yaml
+from pydantic import Field, model_validator
+
+from slimray import runs, storage, workers
+from slimray.data import cards, moving_shapes
+from slimray.data.decoder import BadSample, Decoder, Pack
+from slimray.progress import make_bar
+from slimray.spec import RunFailed, Spec, UserError, parse
+
+
+class PrepareData(Spec):
+    """The raw dataset."""
+
+    card: str | dict[str, Any]
+    """Dataset card: its name, the path of its YAML, or the card itself."""
+    run: None = None
+    root: str | None = None
+    """Folder of the raw files: a path, s3:// or gs://; not for generated datasets."""
+    splits: tuple[str, ...] | None = None
+    """Splits to prepare; default all of the card."""
+    clips: int = Field(480, ge=16)
+    """Clips to generate in all, a fifth of them for validation (generated datasets only)."""
+    size: int = Field(64, ge=16, le=512)
+    """Side of generated frames in pixels."""
+    frames: int = Field(24, ge=2, le=1000)
+    """Frames of a generated clip."""
+    seed: int = Field(0, ge=0)
+    """Seed of generated clips."""
+
+
+class PackSpec(Spec):
+    """How clips are stored for training; without it only the index is written."""
+
+    format: Literal["h264", "jpeg"] = "h264"
+    """Short-GOP H.264, or every frame as a JPEG (9 to 28 times cheaper to decode, 10 to 18 times the bytes)."""
+    short_side: int | None = Field(256, ge=16)
+    """Short side in pixels, never enlarged; null keeps the size."""
+    gop: int = Field(12, ge=1)
+    """Frames from one key frame to the next (H.264): the shorter, the cheaper a seek."""
+    crf: int = Field(23, ge=0, le=51)
+    """Quality of H.264, lower is better."""
+    quality: int = Field(90, ge=1, le=100)
+    """Quality of JPEG, higher is better."""
+
+
+class PrepareJob(Spec):
+    """Probe, quarantine and pack a dataset, or generate one."""
+
+    kind: Literal["prepare"]
+    name: str
+    """Name of the run, a folder of the storage; training reads it by `data: {run: NAME}`."""
+    data: PrepareData
+    pack: PackSpec | None = None
+    clips_per_shard: int = Field(64, ge=1)
+    """Clips per unit of work, and per parquet shard."""
+    tasks: int = Field(0, ge=0)
+    """Files decoded at once, a CPU each; 0 = all the CPUs there are."""
+    decode_timeout_s: float = Field(120, gt=0)
+    """Longest time a file may take; then its decoder is killed and the file is quarantined."""
+    max_bad_fraction: float = Field(0.5, ge=0, le=1)
+    """Largest part of a split that may fail before the job is called failed."""
+
+    @model_validator(mode="after")
+    def _generated_is_not_packed(self) -> "PrepareJob":
+        if isinstance(self.data.card, dict) and self.data.card.get("layout") == "generated" and self.data.root:
+            raise ValueError("data.root: a generated dataset has none")
+        return self
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A unit of work: rows `lo` to `hi` of a split, written as shard `number`."""
+
+    split: str
+    number: int
+    lo: int
+    hi: int
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the tasks share."""
+
+    run_uri: str
+    root: str
+    chunks: tuple[_Chunk, ...]
+    tables: dict[str, Any]
+    generated: bool
+    data: PrepareData
+    pack: PackSpec | None
+    timeout_s: float
+
+
+def facts(job: PrepareJob, where: str) -> dict[str, Any]:
+    """What is known before any file is read: the card, its classes, the splits."""
+    card = parse(cards.Card, _card(job), f"{where}: data.card")
+    out: dict[str, Any] = {"dataset": card.name, "classes": card.num_classes, "splits": _splits(job, card)}
+    if card.layout == "generated":
+        out["clips"] = job.data.clips
+    elif not (job.data.root or card.root):
+        raise UserError(f"{where}: data.root: is required, the folder where {card.name} lies")
+    return out
+
+
+def run(job: PrepareJob, ctx: Any) -> None:
+    """Prepare the dataset of `job` in the run folder `ctx.run`."""
+    card = parse(cards.Card, _card(job), f"{ctx.where}: data.card")
+    generated = card.layout == "generated"
+    root = "" if generated else job.data.root or card.root
+    assert root is not None
+    tables = {}
+    for split in _splits(job, card):
+        tables[split] = _to_generate(job, split) if generated else cards.read_split(card, split, root)
+    chunks = [
+        _Chunk(split, number, lo, min(lo + job.clips_per_shard, table.num_rows))
+        for split, table in tables.items()
+        for number, lo in enumerate(range(0, table.num_rows, job.clips_per_shard))
+    ]
+    done = {name for name in runs.list_names(ctx.run, "parts") if name.endswith(".json")}
+    todo = tuple(chunk for chunk in chunks if _part_name(chunk) not in done)
+    if todo:
+        _process(job, ctx, root, tables, todo, generated)
+    _write_indexes(job, ctx, card, chunks, root)
+
+
+def _card(job: PrepareJob) -> dict[str, Any]:
+    assert isinstance(job.data.card, dict)  # embedded when the job was loaded
+    return job.data.card
+
+
+def _splits(job: PrepareJob, card: cards.Card) -> list[str]:
+    for split in job.data.splits or ():
+        if split not in card.splits:
+            raise UserError(f"data.splits: {split!r} is no split of {card.name} ({', '.join(card.splits)})")
+    return list(job.data.splits or card.splits)
+
+
+def _to_generate(job: PrepareJob, split: str) -> pa.Table:
+    """A fifth of the clips validates; numbers go on from split to split, so that no clip is in two."""
+    num_val = job.data.clips // 5
+    first, count = (0, job.data.clips - num_val) if split == "train" else (job.data.clips - num_val, num_val)
+    return pa.table({"number": np.arange(first, first + count)})
+
+
+def _part_name(chunk: _Chunk) -> str:
+    return f"{chunk.split}-{chunk.number:06d}.json"
+
+
+def _process(job: PrepareJob, ctx: Any, root: str, tables: dict, todo: tuple[_Chunk, ...], generated: bool) -> None:
+    """Run the chunks as Ray Data tasks and show how far they are."""
+    import os
+
+    slots = job.tasks or os.cpu_count() or 1
+    workers.connect(0, slots)
+    slots = min(slots, max(1, int(ray.cluster_resources().get("CPU", 1))))
+    refs = {split: ray.put(table) for split, table in tables.items()}
+    work = _Work(ctx.run.uri, root, todo, refs, generated, job.data, job.pack, job.decode_timeout_s)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
+    context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=slots)
+    dataset = ray.data.range(len(todo), override_num_blocks=len(todo)).map_batches(
+        lambda numbers: _do_chunk(work, todo[int(numbers["id"][0])]), batch_size=None, batch_format="numpy", num_cpus=1
+    )
+    total = sum(chunk.hi - chunk.lo for chunk in todo)
+    with make_bar(ctx.console) as bar:
+        task = bar.add_task(f"{job.name}: clips", total=total, note="")
+        try:
+            for row in dataset.iter_rows():
+                bar.update(task, advance=int(row["clips"]))
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause if error.cause is not None else error
+            raise RunFailed(str(cause).strip().splitlines()[-1]) from error
+
+
+def _write_indexes(job: PrepareJob, ctx: Any, card: cards.Card, chunks: list[_Chunk], root: str) -> None:
+    """Join the parts to one index per split, the quarantine, the card of the prepared dataset."""
+    rows: dict[str, list] = {chunk.split: [] for chunk in chunks}
+    bad: dict[str, list] = {chunk.split: [] for chunk in chunks}
+    totals: dict[str, Any] = {"bytes_in": 0, "bytes_out": 0, "psnr": []}
+    for chunk in chunks:
+        part = json.loads(runs.read_file(ctx.run, f"parts/{_part_name(chunk)}"))
+        rows[chunk.split] += part["rows"]
+        bad[chunk.split] += part["bad"]
+        totals["bytes_in"] += part["bytes_in"]
+        totals["bytes_out"] += part["bytes_out"]
+        totals["psnr"] += part["psnr"]
+    with runs.PartWriter(ctx.run, "quarantine", ctx.attempt, 0) as writer:
+        for split, items in bad.items():
+            for item in items:
+                writer.write({"split": split, **item})
+    metrics: dict[str, Any] = {}
+    for split, items in rows.items():
+        total = len(items) + len(bad[split])
+        if not items:
+            raise RunFailed(f"split {split!r}: none of {total} files decodes, see quarantine/ in the run folder")
+        if len(bad[split]) > job.max_bad_fraction * total:
+            raise RunFailed(
+                f"split {split!r}: {len(bad[split])} of {total} files do not decode, more than max_bad_fraction "
+                f"({job.max_bad_fraction:g}): see quarantine/ in the run folder, or raise the bound"
+            )
+        buffer = io.BytesIO()
+        pq.write_table(cards.index_table(items), buffer)
+        runs.write_file(ctx.run, f"data/{split}.parquet", buffer.getvalue())
+        metrics[split] = {"clips": len(items), "quarantined": len(bad[split])}
+    prepared = card.prepared(list(rows), None if job.pack or card.layout == "generated" else root)
+    text = yaml.safe_dump(prepared.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+    runs.write_file(ctx.run, "data/card.yaml", text.encode())
+    packed: dict[str, Any] = {key: totals[key] for key in ("bytes_in", "bytes_out")} if job.pack else {}
+    if totals["psnr"]:
+        packed["psnr_db"] = float(np.median(totals["psnr"]))
+    ctx.finish({"metrics": metrics, "packed": packed, "dataset": {"name": card.name}})
+    summary = ", ".join(f"{split} {m['clips']} clips ({m['quarantined']} quarantined)" for split, m in metrics.items())
+    ctx.console.print(f"{job.name}: {summary}", highlight=False)
+
+
+# ------------------------------------------------------------------------------------------------ in the tasks
+
+
+def _do_chunk(work: _Work, chunk: _Chunk) -> dict[str, np.ndarray]:
+    """Make one shard and its part file; the part is written last and says that the shard is whole."""
+    fs, folder = storage.open_uri(work.run_uri)
+    table = ray.get(work.tables[chunk.split], timeout=300).slice(chunk.lo, chunk.hi - chunk.lo)
+    part: dict[str, Any] = {"rows": [], "bad": [], "bytes_in": 0, "bytes_out": 0, "psnr": []}
+    make = _generate if work.generated else _convert
+    make(work, chunk, table.to_pylist(), part, fs, folder)
+    storage.write_atomic(fs, f"{folder}/parts/{_part_name(chunk)}", json.dumps(part).encode())
+    return {"clips": np.array([chunk.hi - chunk.lo])}
+
+
+def _generate(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any], fs: Any, folder: str) -> None:
+    """H.264 files under data/clips."""
+    data = work.data
+    for row in rows:
+        frames, label = moving_shapes.make_clip(row["number"], data.seed, size=data.size, num_frames=data.frames)
+        path = f"clips/{chunk.split}/{row['number']:06d}.mp4"
+        encoded = moving_shapes.encode_h264(frames)
+        storage.write_atomic(fs, f"{folder}/data/{path}", encoded)
+        shape = {"frames": data.frames, "fps": float(moving_shapes.FPS), "width": data.size, "height": data.size}
+        part["rows"].append({"path": path, "label": int(label), **shape, "shard": "", "row": -1})
+        part["bytes_out"] += len(encoded)
+
+
+def _convert(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any], fs: Any, folder: str) -> None:
+    """Probe every file, and pack the good ones into one parquet shard."""
+    source, root = storage.open_uri(work.root)
+    shard = f"shards/{chunk.split}-{chunk.number:06d}.parquet" if work.pack else ""
+    packed = []
+    with Decoder(timeout_s=work.timeout_s) as decoder:
+        for row in rows:
+            try:
+                data = cards.read_whole(source, root, row)
+                if work.pack is None:
+                    found, encoded, psnr = decoder.probe(row["path"], data), b"", None
+                else:
+                    encoded, found, psnr = decoder.repack(row["path"], data, Pack(**work.pack.model_dump()))
+            except BadSample as error:
+                part["bad"].append({"path": row["path"], "reason": str(error)})
+                continue
+            shape = {"frames": found.frames, "fps": found.fps, "width": found.width, "height": found.height}
+            place = {"shard": shard, "row": len(packed) if shard else -1}
+            part["rows"].append({"path": row["path"], "label": row["label"], **shape, **place})
+            part["bytes_in"] += len(data)
+            if shard:
+                packed.append({"path": row["path"], "label": row["label"], "data": encoded})
+                part["bytes_out"] += len(encoded)
+                part["psnr"] += [] if psnr is None else [psnr]
+    if packed:
+        cards.write_shard(fs, f"{folder}/data/{shard}", packed)

@@ -1,0 +1,118 @@
+"""The networks: `MODELS`, a table one can read, and `build`, which makes a network from a row and its options.
+
+A new model is one file and one row. Video networks take `[B, T, C, H, W]` and return `[B, num_classes]`; each has
+`num_segments` (T), `head_name` (prefix of the last linear layer) and `first_conv_name`, by which optimisers group.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from slimray.models.i3d import I3D, INFLATIONS
+from slimray.models.mobilenetv2 import MobileNetV2
+from slimray.models.resnet import ResNet
+from slimray.models.tsm import VideoNet2D
+from slimray.spec import UserError, did_you_mean, lookup
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of MODELS: how to build it, what it takes, what it is. `defaults` are the options that differ by row."""
+
+    make: Callable[..., nn.Module]
+    description: str
+    input: str = "clip"
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+def _video_net(
+    backbone: Callable[..., Any],
+    shift: bool,
+    non_local: bool = False,
+    *,
+    num_classes: int,
+    num_segments: int = 8,
+    width: float = 1.0,
+    in_channels: int = 3,
+    dropout: float = 0.5,
+    shift_div: int = 8,
+    causal: bool = False,
+    place: str = "blockres",
+    temporal_pool: bool = False,
+    zero_gamma: bool = False,
+) -> nn.Module:
+    """A 2D backbone over frames; the keyword arguments are the options a user may give."""
+    if place not in ("blockres", "block"):
+        raise UserError(f"place: must be blockres or block (got {place!r})")
+    if temporal_pool and backbone is MobileNetV2:
+        raise UserError("temporal_pool: needs a ResNet")
+    net = backbone(num_classes=num_classes, width=width, in_channels=in_channels, zero_gamma=zero_gamma)
+    return VideoNet2D(
+        net, num_classes, num_segments, shift, dropout, shift_div, causal, place, temporal_pool, non_local
+    )
+
+
+def _i3d(non_local: bool = False, *, inflation: str = "3x1x1", **options: Any) -> nn.Module:
+    if inflation not in INFLATIONS:
+        raise UserError(f"inflation: must be one of {', '.join(INFLATIONS)} (got {inflation!r})")
+    return I3D(inflation=inflation, non_local=non_local, **options)
+
+
+def _resnet(depth: int, *arguments: Any, shift: bool) -> Callable[..., nn.Module]:
+    return partial(_video_net, partial(ResNet, depth), shift, *arguments)
+
+
+_T8, _T32 = {"num_segments": 8}, {"num_segments": 32, "inflation": "3x1x1"}
+
+MODELS: dict[str, Model] = {
+    "tsn_resnet18": Model(_resnet(18, shift=False), "ResNet-18 over frames, logits averaged", defaults=_T8),
+    "tsn_resnet50": Model(_resnet(50, shift=False), "ResNet-50 over frames, logits averaged", defaults=_T8),
+    "tsn_resnet101": Model(_resnet(101, shift=False), "ResNet-101 over frames, logits averaged", defaults=_T8),
+    "tsn_resnet50_nl": Model(_resnet(50, True, shift=False), "TSN ResNet-50, five non-local blocks", defaults=_T8),
+    "tsn_mobilenetv2": Model(partial(_video_net, MobileNetV2, False), "MobileNetV2 over frames", defaults=_T8),
+    "tsm_resnet18": Model(_resnet(18, shift=True), "TSM: ResNet-18 with temporal shift", defaults=_T8),
+    "tsm_resnet50": Model(_resnet(50, shift=True), "TSM: ResNet-50 with temporal shift", defaults=_T8),
+    "tsm_resnet101": Model(_resnet(101, shift=True), "TSM: ResNet-101 with temporal shift", defaults=_T8),
+    "tsm_resnet50_nl": Model(_resnet(50, True, shift=True), "TSM ResNet-50, five non-local blocks", defaults=_T8),
+    "tsm_mobilenetv2": Model(partial(_video_net, MobileNetV2, True), "TSM: MobileNetV2, for devices", defaults=_T8),
+    "i3d_resnet50": Model(_i3d, "I3D: ResNet-50 inflated to 3D", defaults=_T32),
+    "i3d_resnet50_nl": Model(partial(_i3d, True), "I3D ResNet-50, five non-local blocks", defaults=_T32),
+}
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """The options of a model and their defaults (`inspect.Parameter.empty` where required); UserError if unknown."""
+    row = lookup(MODELS, name, "model")
+    make = I3D.__init__ if row.make is _i3d or getattr(row.make, "func", None) is _i3d else row.make
+    parameters = inspect.signature(make).parameters
+    hidden = ("self", "non_local", "backbone", "shift")
+    return {k: v.default for k, v in parameters.items() if k not in hidden} | row.defaults
+
+
+def build(name: str, **options: Any) -> nn.Module:
+    """Build the network `name` of MODELS; UserError for an unknown name or option, or a value out of range."""
+    known = options_of(name)
+    for option, value in options.items():
+        if option not in known:
+            raise UserError(f"model {name}: unknown option {option!r}{did_you_mean(option, known)}")
+        _check(name, option, value, known[option])
+    if "num_classes" not in options:
+        raise UserError(f"model {name}: num_classes is required")
+    return MODELS[name].make(**options)
+
+
+def _check(name: str, option: str, value: Any, default: Any) -> None:
+    """One option's value against the type of its default and the ranges that all models share."""
+    where = f"model {name}: {option}"
+    kind = int if default is inspect.Parameter.empty else type(default)
+    fits = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    if not fits and not (kind is float and isinstance(value, int) and not isinstance(value, bool)):
+        raise UserError(f"{where}: must be {kind.__name__} (got {value!r})")
+    if option == "dropout" and not 0 <= value < 1:
+        raise UserError(f"{where}: must be at least 0 and below 1 (got {value!r})")
+    if kind in (int, float) and option not in ("dropout",) and not 0 < value <= 100_000:
+        raise UserError(f"{where}: must be > 0 (got {value!r})")

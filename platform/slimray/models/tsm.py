@@ -1,0 +1,238 @@
+"""TSM: the temporal shift that lets a 2D network see motion at no cost, its 2D twin TSN, and the online form.
+
+Temporal Shift Module for Efficient Video Understanding (arXiv 1811.08383); Temporal Segment Networks (1608.00859).
+A clip `[B, T, 3, H, W]` is run frame by frame through a 2D backbone; an eighth of the channels comes from the next
+frame, an eighth from the last (`causal`: only from the last), and the frames' logits are averaged. Parameter names are
+those of the published checkpoints. The shift is written with `cat`, never in place, so that it exports and compiles.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from slimray.models.mobilenetv2 import InvertedResidual, MobileNetV2
+from slimray.models.nonlocal_block import NonLocal
+from slimray.models.resnet import ResNet
+
+NON_LOCAL_PLACES = {"layer2": (0, 2), "layer3": (0, 2, 4)}
+
+
+def temporal_shift(x: Tensor, num_segments: int, shift_div: int = 8, causal: bool = False) -> Tensor:
+    """Shift a part of the channels by one frame along time, zeros at the ends of a clip.
+
+    `x` is `[B*T, C, H, W]`, time fastest. With fold = C // shift_div: channels [0, fold) come from the next frame and
+    [fold, 2*fold) from the last; `causal` moves only [0, fold), from the last. The rest stays.
+    """
+    rows, channels, height, width = x.shape
+    clips = x.view(-1, num_segments, channels, height, width)
+    fold = channels // shift_div
+    if fold == 0:
+        return x
+    first, second, rest = clips[:, :, :fold], clips[:, :, fold : 2 * fold], clips[:, :, 2 * fold :]
+    if causal:
+        shifted = torch.cat([_delay(first), clips[:, :, fold:]], dim=2)
+    else:
+        ahead = torch.cat([first[:, 1:], torch.zeros_like(first[:, :1])], dim=1)
+        shifted = torch.cat([ahead, _delay(second), rest], dim=2)
+    return shifted.view(rows, channels, height, width)
+
+
+def _delay(x: Tensor) -> Tensor:
+    """Every frame of `[B, T, C, H, W]` replaced by the one before, the first by zeros."""
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+
+
+class Shift(nn.Module):
+    """`net` behind a temporal shift: `[B*T, C, H, W]` in, what `net` returns out."""
+
+    def __init__(self, net: nn.Module, num_segments: int, shift_div: int, causal: bool):
+        super().__init__()
+        self.net, self.num_segments, self.shift_div, self.causal = net, num_segments, shift_div, causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(temporal_shift(x, self.num_segments, self.shift_div, self.causal))
+
+
+class TemporalPool(nn.Module):
+    """`net` behind a max pool over three frames with stride two: `[B*T, C, H, W]` -> `net([B*T/2, C, H, W])`."""
+
+    def __init__(self, net: nn.Module, num_segments: int):
+        super().__init__()
+        self.net, self.num_segments = net, num_segments
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(temporal_pool(x, self.num_segments))
+
+
+def temporal_pool(x: Tensor, num_segments: int) -> Tensor:
+    """Maximum over frames t-1, t, t+1 at every second t: `[B*T, C, H, W]` -> `[B*ceil(T/2), C, H, W]`."""
+    clips = x.view(-1, num_segments, *x.shape[1:]).transpose(1, 2)  # [B, C, T, H, W]
+    return nn.functional.max_pool3d(clips, (3, 1, 1), (2, 1, 1), (1, 0, 0)).transpose(1, 2).flatten(0, 1)
+
+
+class NonLocalAfter(nn.Module):
+    """`block` followed by a non-local block over the clip: `[B*T, C, H, W]` in and out."""
+
+    def __init__(self, block: nn.Module, channels: int, num_segments: int):
+        super().__init__()
+        self.block, self.nl, self.num_segments = block, NonLocal(channels), num_segments
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        clips = x.view(-1, self.num_segments, *x.shape[1:]).transpose(1, 2)
+        return self.nl(clips).transpose(1, 2).reshape(x.shape)
+
+
+class VideoNet2D(nn.Module):
+    """A 2D backbone over the frames of a clip and the mean of their logits: `[B, T, C, H, W]` -> `[B, num_classes]`.
+
+    `shift` turns TSN into TSM. With dropout the classifier is `new_fc`, without it is the backbone's own, as in the
+    published checkpoints. `num_segments` is T.
+    """
+
+    def __init__(
+        self,
+        base_model: ResNet | MobileNetV2,
+        num_classes: int,
+        num_segments: int,
+        shift: bool,
+        dropout: float,
+        shift_div: int,
+        causal: bool,
+        place: str,
+        temporal_pool: bool,
+        non_local: bool,
+    ):
+        super().__init__()
+        self.num_segments, self.causal = num_segments, causal
+        self.num_outputs = -(-num_segments // 2) if temporal_pool else num_segments
+        last = "fc" if isinstance(base_model, ResNet) else "classifier"
+        self.head_name = "new_fc" if dropout > 0 else f"base_model.{last}"
+        self.first_conv_name = "base_model.conv1" if isinstance(base_model, ResNet) else "base_model.features.0.0"
+        head = nn.Linear(base_model.num_features, num_classes)
+        nn.init.normal_(head.weight, 0, 0.001)
+        nn.init.zeros_(head.bias)
+        setattr(base_model, last, nn.Dropout(dropout) if dropout > 0 else head)
+        self.base_model = base_model
+        self.new_fc = head if dropout > 0 else None
+        if isinstance(base_model, ResNet):
+            stages = [num_segments] + [self.num_outputs] * 3
+            if shift:
+                _shift_resnet(base_model, stages, shift_div, causal, place)
+            if non_local:
+                _add_non_local(base_model, stages)
+            if temporal_pool:
+                base_model.layer2 = TemporalPool(base_model.layer2, num_segments)  # type: ignore[assignment]
+        elif shift:
+            _shift_mobilenetv2(base_model, num_segments, shift_div, causal)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.base_model(x.flatten(0, 1))
+        if self.new_fc is not None:
+            logits = self.new_fc(logits)
+        return logits.view(x.shape[0], self.num_outputs, -1).mean(1)
+
+
+def _stages(net: ResNet) -> list[nn.Sequential]:
+    return [net.layer1, net.layer2, net.layer3, net.layer4]
+
+
+def _shift_resnet(net: ResNet, num_segments: Sequence[int], shift_div: int, causal: bool, place: str) -> None:
+    """Wrap the first convolution of the blocks (or the blocks): all of them, every second one in a ResNet-101."""
+    step = 2 if len(net.layer3) >= 23 else 1
+    for stage, segments in zip(_stages(net), num_segments, strict=True):
+        for i in range(0, len(stage), step if place == "blockres" else 1):
+            if place == "blockres":
+                stage[i].conv1 = Shift(stage[i].conv1, segments, shift_div, causal)  # type: ignore[arg-type]
+            else:
+                stage[i] = Shift(stage[i], segments, shift_div, causal)
+
+
+def _add_non_local(net: ResNet, num_segments: Sequence[int]) -> None:
+    for name, segments in (("layer2", num_segments[1]), ("layer3", num_segments[2])):
+        stage = getattr(net, name)
+        for i in NON_LOCAL_PLACES[name]:
+            inner = stage[i].net if isinstance(stage[i], Shift) else stage[i]
+            stage[i] = NonLocalAfter(stage[i], inner.conv3.out_channels, segments)
+
+
+def _shift_mobilenetv2(net: MobileNetV2, num_segments: int, shift_div: int, causal: bool) -> None:
+    """Wrap the expansion of every block that has a residual connection and expands."""
+    for block in net.features:
+        if isinstance(block, InvertedResidual) and block.residual and block.expansion != 1:
+            block.conv[0] = Shift(block.conv[0], num_segments, shift_div, causal)
+
+
+# ------------------------------------------------------------------------------------------------ online
+
+
+class _Stream:
+    """What flows through one step of an online network: buffers in, buffers out, in the order of the places."""
+
+    def __init__(self) -> None:
+        self.incoming: list[Tensor] | None = None
+        self.outgoing: list[Tensor] = []
+
+
+class _Cached(nn.Module):
+    """`net` behind the causal shift of one frame; the delayed channels come from and go to the stream."""
+
+    def __init__(self, shift: Shift, stream: _Stream):
+        super().__init__()
+        self.net, self.shift_div, self.stream = shift.net, shift.shift_div, stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        fold, place = x.shape[1] // self.shift_div, len(self.stream.outgoing)
+        now = x[:, :fold]
+        before = torch.zeros_like(now) if self.stream.incoming is None else self.stream.incoming[place]
+        self.stream.outgoing.append(now)
+        return self.net(torch.cat([before, x[:, fold:]], dim=1))
+
+
+class OnlineTSM(nn.Module):
+    """A causal TSM stepped frame by frame: `(frame [B, C, H, W], buffers) -> (logits [B, num_classes], buffers)`.
+
+    `buffers` is a tuple with one tensor `[B, C//shift_div, h, w]` per shifted place, `initial_buffers` makes the zeros
+    of a stream's start. Nothing is kept between calls: a stream is its buffers. The mean of the logits over a clip
+    equals what the offline network returns. Raises ValueError for a network that has no online form.
+    """
+
+    def __init__(self, net: VideoNet2D):
+        super().__init__()
+        if not net.causal or net.num_outputs != net.num_segments:
+            raise ValueError("OnlineTSM: needs a network built with causal=True and without temporal_pool")
+        if any(isinstance(m, NonLocalAfter) for m in net.modules()):
+            raise ValueError("OnlineTSM: non-local blocks look at the whole clip and have no online form")
+        self.base_model, self.new_fc = copy.deepcopy(net.base_model), copy.deepcopy(net.new_fc)
+        self._stream = _Stream()
+        for parent in list(self.base_model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, Shift):
+                    setattr(parent, name, _Cached(child, self._stream))
+
+    def forward(self, frame: Tensor, buffers: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self._run(frame, list(buffers))
+
+    step = forward
+
+    @torch.no_grad()
+    def initial_buffers(self, batch: int, height: int, width: int, channels: int = 3) -> tuple[Tensor, ...]:
+        """The zero buffers of a stream of frames `[batch, channels, height, width]`."""
+        like, training = next(self.parameters()), self.training
+        _, shapes = self.eval()._run(
+            torch.zeros(1, channels, height, width, dtype=like.dtype, device=like.device), None
+        )
+        self.train(training)
+        return tuple(b.new_zeros(batch, *b.shape[1:]) for b in shapes)
+
+    def _run(self, frame: Tensor, buffers: list[Tensor] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self._stream.incoming, self._stream.outgoing = buffers, []
+        try:
+            logits = self.base_model(frame)
+            if self.new_fc is not None:
+                logits = self.new_fc(logits)
+            return logits, tuple(self._stream.outgoing)
+        finally:
+            self._stream.incoming, self._stream.outgoing = None, []

@@ -1,0 +1,1 @@
+"""Long measurements, one module each; `make bench` or `python -m tests.benchmarks [NAME...]` runs them."""

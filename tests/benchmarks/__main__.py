@@ -1,0 +1,23 @@
+"""Runs the measurements named on the command line, or all of them, and prints their figures."""
+
+import importlib
+import os
+import platform
+import sys
+from datetime import date
+
+NAMES = ("models", "overhead", "cold_start", "ingest", "packed")
+
+
+def main() -> None:
+    names = sys.argv[1:] or NAMES
+    print(f"# {date.today()}, {platform.machine()}, {os.cpu_count()} cores", flush=True)
+    for name in names:
+        if name not in NAMES:
+            sys.exit(f"unknown measurement {name!r}, one of {', '.join(NAMES)}")
+        print(f"## {name}", flush=True)
+        importlib.import_module(f"tests.benchmarks.{name}").main()
+
+
+if __name__ == "__main__":
+    main()

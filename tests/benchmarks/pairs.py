@@ -1,0 +1,33 @@
+"""Ratios that hold on a noisy machine: two things measured in turn, the median of the pairwise ratios, its interval."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """`a / b`, pair by pair: median, and the order statistics that enclose it with 96 % at nine pairs."""
+
+    name: str
+    a: tuple[float, ...]
+    b: tuple[float, ...]
+
+    @property
+    def ratios(self) -> list[float]:
+        return sorted(x / y for x, y in zip(self.a, self.b, strict=True))
+
+    def __str__(self) -> str:
+        ratios, skip = self.ratios, max(0, len(self.a) // 2 - 3)
+        low, high = ratios[skip], ratios[-1 - skip]
+        return (
+            f"{self.name}: median {median(ratios):.3f} [{low:.3f}, {high:.3f}] of {len(ratios)} pairs "
+            f"(a median {median(self.a):.4g}, b median {median(self.b):.4g})"
+        )
+
+
+def alternate(name: str, a: Callable[[], float], b: Callable[[], float], pairs: int = 9) -> Ratio:
+    """Measure `a` and `b` in turn `pairs` times after one unmeasured round; each returns its own figure."""
+    a(), b()
+    measured = [(a(), b()) if i % 2 == 0 else tuple(reversed((b(), a()))) for i in range(pairs)]
+    return Ratio(name, tuple(x for x, _ in measured), tuple(y for _, y in measured))
