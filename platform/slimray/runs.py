@@ -28,10 +28,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow.fs as pafs
-import yaml
 
 from slimray import storage
-from slimray.spec import RunFailed, UserError, did_you_mean, parse_yaml
+from slimray.spec import RunFailed, UserError, did_you_mean, dump_yaml, parse_yaml
 from slimray.storage import StorageError, join
 
 HEARTBEAT_S = 15.0
@@ -181,7 +180,7 @@ def read_job(run: Run) -> dict[str, Any]:
 
 def write_job(run: Run, document: Mapping[str, Any]) -> None:
     """Write the resolved job, all defaults explicit, as job.yaml."""
-    write_file(run, "job.yaml", _yaml(document).encode())
+    write_file(run, "job.yaml", dump_yaml(_plain(document)).encode())
 
 
 def read_status(run: Run) -> Status | None:
@@ -762,19 +761,9 @@ def _json_value(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
-class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _yaml(document: Mapping[str, Any]) -> str:
-    plain = json.loads(_json(document))
-    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
 def _plain(document: Mapping[str, Any]) -> dict[str, Any]:
-    """`document` as it would read back from job.yaml."""
-    return parse_yaml(_yaml(document), "job.yaml")[0]
+    """`document` as JSON values only, as it reads back from job.yaml."""
+    return json.loads(_json(document))
 
 
 def _differences(old: Any, new: Any, may_change: Sequence[str], field: str = "") -> Iterator[str]:

@@ -1,28 +1,32 @@
 """How slimray reads what a user wrote: strict specs, safe YAML, errors of one sentence.
 
-`Spec` is the base of every section of a job YAML: frozen, unknown fields refused, the string under a field is its help.
-`read_yaml` returns plain documents and refuses duplicate keys, alias bombs and oversized files. `parse` turns a document
-into a Spec and every pydantic complaint into `file: field: what is wrong (got ...)` with a "did you mean" for unknown names.
-A user's mistake is always a `UserError`; the command line prints it and exits with 2, without a traceback.
+`Spec` is the base of every section of a job YAML: frozen, unknown fields refused, the string under a field is its
+help. `read_yaml` returns plain documents and refuses duplicate keys, alias bombs and oversized files. `parse` turns a
+document into a Spec and every pydantic complaint into `file: field: what is wrong (got ...)`, with a "did you mean" for
+unknown names. A user's mistake is always a `UserError`; the command line prints it and exits with 2, without a
+traceback. `1e-3` is a number here, although YAML 1.1 says it is text.
 """
 
 import difflib
+import re
+import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 MAX_YAML_BYTES = 1_000_000
 MAX_YAML_ALIASES = 50
+MAX_YAML_VALUES = 100_000
 
 
 class UserError(Exception):
     """Something the user can mend: one sentence that names file, field and next step. Exit code 2."""
 
 
-class RunFailed(Exception):
+class RunFailed(Exception):  # noqa: N818 it says what happened to a run, the code may be right
     """A run that was right to start and did not finish: one sentence. Exit code 1."""
 
 
@@ -42,7 +46,7 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return `, did you mean 'x'?` for the closest of `options`, or the sorted list when nothing is close."""
     options = sorted(options)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
-    return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(options)})"
+    return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(options) or 'none'})"
 
 
 def lookup(table: Mapping[str, T], name: str, what: str) -> T:
@@ -69,11 +73,31 @@ class _SafeLoader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key != "<<" and key in seen:
+            if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is written twice", key_node.start_mark)
             seen.add(key if isinstance(key, str) else id(key_node))
         return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that writes repeated values in full, in place of aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _reader_or_writer in (_SafeLoader, _Dumper):  # YAML 1.1 reads `1e-3` as text; a user means the number
+    _reader_or_writer.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
+def dump_yaml(document: Mapping[str, Any]) -> str:
+    """Return plain `document` as YAML that `parse_yaml` reads back equal, in the order of its fields."""
+    return yaml.dump(dict(document), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def parse_yaml(text: str, where: str) -> list[dict[str, Any]]:
@@ -90,7 +114,19 @@ def parse_yaml(text: str, where: str) -> list[dict[str, Any]]:
     for document in documents:
         if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
             raise UserError(f"{where}: each document must be a mapping of names to values")
+        if _is_larger(document, MAX_YAML_VALUES):
+            raise UserError(f"{where}: its aliases make it larger than {MAX_YAML_VALUES} values")
     return documents
+
+
+def _is_larger(value: Any, num_values: int) -> bool:
+    """Whether `value` holds more than `num_values` values, a shared one counted wherever it appears."""
+    stack, room = [value], num_values
+    while stack and room >= 0:
+        item = stack.pop()
+        room -= 1
+        stack.extend(item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
+    return room < 0
 
 
 def read_yaml(path: str | Path) -> list[dict[str, Any]]:
@@ -109,11 +145,11 @@ def parse(spec: type[S], document: Mapping[str, Any], where: str) -> S:
     try:
         return spec.model_validate(dict(document))
     except ValidationError as error:
-        raise UserError("\n".join(_sentence(spec, item, where) for item in error.errors())) from None
+        raise UserError("\n".join(_sentences(spec, error, where))) from None
 
 
 def set_value(document: dict[str, Any], assignment: str) -> None:
-    """Apply one `--set a.b=value` to a plain document in place; the value is read as YAML (`[1, 2]`, `true`, `1e-3`)."""
+    """Apply one `--set a.b=value` to a plain document in place; the value is YAML (`[1, 2]`, `true`, `1e-3`)."""
     path, equals, value = assignment.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -125,47 +161,99 @@ def set_value(document: dict[str, Any], assignment: str) -> None:
             raise UserError(f"--set {assignment}: {key!r} is a value, it has no fields")
         node = child
     try:
-        parsed = yaml.load(value, Loader=_SafeLoader) if value.strip() else ""
-    except yaml.YAMLError:
+        parsed = yaml.load(value, Loader=_SafeLoader) if value.strip() else ""  # noqa: S506 a SafeLoader
+    except (yaml.YAMLError, ValueError):
         parsed = value
-    node[keys[-1]] = _number(parsed)
+    node[keys[-1]] = parsed
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-3` as text; a user means the number."""
-    if isinstance(value, str):
-        try:
-            return float(value) if value[:1] in "+-.0123456789" else value
-        except ValueError:
-            return value
-    return value
+def _sentences(spec: type[BaseModel], error: ValidationError, where: str) -> list[str]:
+    """`where: field: reason` for each field complained about; the members of a union share a line."""
+    reasons: dict[str, list[str]] = {}
+    shown: dict[str, str] = {}
+    for item in error.errors():
+        loc = [part for part in item["loc"] if not str(part).startswith("function-")]
+        names, owners = _walk(spec, loc)
+        field, reason = _reason(item, names, owners)
+        reasons.setdefault(field, []).append(reason)
+        got = repr(item.get("input"))
+        if item["type"] in ("missing", "extra_forbidden", "value_error", "union_tag_invalid", "union_tag_not_found"):
+            got = ""
+        shown[field] = f" (got {got})" if got and len(got) < 80 and not isinstance(item.get("input"), dict) else ""
+    return [
+        f"{where}: {field + ': ' if field else ''}{' or '.join(said)}{shown[field]}" for field, said in reasons.items()
+    ]
 
 
-def _sentence(spec: type[BaseModel], item: Any, where: str) -> str:
-    loc = [part for part in item["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
-    field = ".".join(str(part) for part in loc) or "document"
-    got = item.get("input")
-    if item["type"] == "extra_forbidden":
-        owner = _owner(spec, loc[:-1])
-        hint = did_you_mean(str(loc[-1]), owner.model_fields) if owner else ""
-        return f"{where}: {field}: unknown field{hint}"
-    if item["type"] == "missing":
-        return f"{where}: {field}: is required"
-    message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    message = message.replace("should be", "must be").replace("greater than or equal to", ">=")
-    message = message.replace("less than or equal to", "<=").replace("greater than", ">").replace("less than", "<")
-    shown = repr(got)
-    return f"{where}: {field}: {message}" + (f" (got {shown})" if len(shown) < 80 and not isinstance(got, dict) else "")
+def _reason(item: Any, names: list[str], owners: list[Any]) -> tuple[str, str]:
+    """The field and what is wrong with it. A validator of a whole section may name the field: `lr: reason`."""
+    kind, field = item["type"], ".".join(names)
+    if kind == "extra_forbidden":
+        known = [name for owner in owners if _is_spec(owner) for name in owner.model_fields]
+        return field, "unknown field" + (did_you_mean(names[-1], known) if known else "")
+    if kind == "missing":
+        return field, "is required"
+    if kind.startswith("union_tag"):
+        discriminator = item["ctx"]["discriminator"].strip("'")
+        field = ".".join([*names, discriminator])
+        if kind == "union_tag_not_found":
+            return field, "is required"
+        known = [tag.strip(" '") for tag in item["ctx"]["expected_tags"].split(",")]
+        return field, f"unknown {discriminator} {item['ctx']['tag']!r}{did_you_mean(item['ctx']['tag'], known)}"
+    if kind in ("model_type", "model_attributes_type"):
+        return field, "must be a section of fields"
+    message = item["msg"].removeprefix("Value error, ")
+    inner = re.match(r"([A-Za-z_][\w.]*): ", message)
+    if kind == "value_error" and inner:
+        return ".".join([*names, inner[1]]), message[inner.end() :]
+    message = re.sub(r"^(Input|Value|Tuple|List|Set|Dictionary|String) should", "must", message)
+    for words, sign in (("greater than", ">"), ("less than", "<")):
+        message = message.replace(f"{words} or equal to", f"{sign}=").replace(words, sign)
+    return field, re.sub(r" after validation|, unable to parse string as an? \w+", "", message)
 
 
-def _owner(spec: type[BaseModel], loc: list[Any]) -> type[BaseModel] | None:
-    """The Spec class that holds the field at `loc`, for "did you mean"; None inside unions and lists."""
-    owner: type[BaseModel] = spec
+def _walk(spec: type[BaseModel], loc: list[Any]) -> tuple[list[str], list[Any]]:
+    """The names the user wrote on the way to `loc`, and the types that hold the last of them.
+
+    In a `loc` pydantic puts a tag of its own (a type, a discriminator's value) after every field that is a union.
+    """
+    names: list[str] = []
+    kinds, owners = [spec], [spec]
     for part in loc:
-        field = owner.model_fields.get(str(part))
-        kinds = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
-        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not inner:
-            return None
-        owner = inner[0]
-    return owner
+        if len(kinds) > 1 and not isinstance(part, int):
+            kinds = [kind for kind in kinds if _has_tag(kind, part)] or kinds
+            kinds = kinds[:1]
+            continue
+        names.append(str(part))
+        owners, inner = kinds, []
+        for kind in kinds:
+            if _is_spec(kind):
+                fields = [field for name, field in kind.model_fields.items() if part in (name, field.alias)]
+                inner += [member for field in fields for member in _members(field.annotation)]
+            else:
+                inner += [member for argument in get_args(kind)[-1:] for member in _members(argument)]
+        kinds = inner
+    return names, owners
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types that an annotation allows, but for None and `...`."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _members(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [member for part in get_args(annotation) for member in _members(part)]
+    if origin is tuple:  # the parts of a tuple are told by its first type
+        return [tuple[get_args(annotation)[:1]]]
+    return [] if annotation in (type(None), ...) else [annotation]
+
+
+def _has_tag(kind: Any, tag: str) -> bool:
+    """Whether pydantic's `tag` means this member of a union."""
+    if not _is_spec(kind):
+        return tag.startswith(getattr(get_origin(kind) or kind, "__name__", " "))
+    return kind.__name__ == tag or any(tag in get_args(field.annotation) for field in kind.model_fields.values())
+
+
+def _is_spec(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
