@@ -1,0 +1,224 @@
+"""Storage: a real disk, a real S3 server on loopback, and servers that do not answer."""
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pyarrow.fs as pafs
+import pytest
+from moto.server import ThreadedMotoServer
+
+from slimray import storage
+from slimray.spec import UserError
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """A function from a folder name to its URI in a bucket of an S3 server on loopback."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "id")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        endpoint = f"http://127.0.0.1:{port}"
+        pafs.S3FileSystem(endpoint_override=endpoint, allow_bucket_creation=True).create_dir("team")
+        yield lambda name: f"s3://team/{name}?endpoint_override=127.0.0.1:{port}&scheme=http"
+    server.stop()
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def place(request, tmp_path):
+    """(filesystem, path) of an empty folder on a disk and in a bucket."""
+    name = f"{tmp_path.name}-files"
+    return storage.open_uri(tmp_path if request.param == "disk" else request.getfixturevalue("bucket")(name))
+
+
+class Failing:
+    """A filesystem whose first `times` reads fail with `error`."""
+
+    def __init__(self, times: int, error: OSError):
+        self.left, self.error = times, error
+
+    def open_input_file(self, path):
+        if self.left:
+            self.left -= 1
+            raise self.error
+        return pafs.LocalFileSystem().open_input_file(path)
+
+
+def test_what_is_written_is_read_listed_and_deleted(place, tmp_path):
+    fs, path = place
+    local = tmp_path / "source.bin"
+    local.write_bytes(os.urandom(300_000))
+    storage.write_atomic(fs, storage.join(path, "a", "one.txt"), b"one")
+    storage.write_atomic(fs, storage.join(path, "a", "b", "two.bin"), local)
+    storage.write_atomic(fs, storage.join(path, "a", "one.txt"), b"again")
+    folder = storage.join(path, "a")
+    assert storage.read_bytes(fs, storage.join(folder, "one.txt")) == b"again"
+    assert storage.read_bytes(fs, storage.join(folder, "b", "two.bin")) == local.read_bytes()
+    assert [file.base_name for file in storage.list_files(fs, folder)] == ["one.txt"]
+    assert [file.size for file in storage.list_files(fs, folder, recursive=True)] == [300_000, 5]
+    assert storage.list_folders(fs, folder) == ["b"]
+    storage.delete(fs, storage.join(folder, "one.txt"))
+    storage.delete(fs, storage.join(folder, "never-there"))
+    assert not storage.exists(fs, storage.join(folder, "one.txt"))
+    storage.delete(fs, folder)
+    assert not storage.exists(fs, folder)
+
+
+def test_a_missing_file_is_file_not_found_and_a_missing_folder_is_empty(place):
+    fs, path = place
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(fs, storage.join(path, "none"))
+    assert storage.list_files(fs, storage.join(path, "none")) == []
+    assert storage.list_folders(fs, storage.join(path, "none")) == []
+
+
+def test_a_source_that_cannot_be_read_leaves_nothing(place, tmp_path):
+    fs, path = place
+    with pytest.raises(FileNotFoundError):
+        storage.write_atomic(fs, storage.join(path, "new"), tmp_path / "no-source")
+    assert not storage.exists(fs, storage.join(path, "new"))
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one_whole(tmp_path):
+    fs, path = storage.open_uri(tmp_path / "file")
+    contents = [bytes([i]) * 200_000 for i in range(40)]
+    storage.write_atomic(fs, path, contents[0])
+    seen, done = [], threading.Event()
+
+    def read():
+        while not done.is_set():
+            seen.append(storage.read_bytes(fs, path))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for content in contents:
+        storage.write_atomic(fs, path, content)
+    done.set()
+    reader.join()
+    assert seen
+    assert set(seen) <= set(contents)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_failures_that_pass_are_retried_and_others_are_one_sentence(tmp_path):
+    (tmp_path / "x").write_bytes(b"there")
+    path = str(tmp_path / "x")
+    assert storage.read_bytes(Failing(1, OSError("AWS Error SLOW_DOWN: reduce your rate")), path) == b"there"
+    with pytest.raises(storage.StorageError, match=r"x: cannot read it after 2 attempts \(SLOW_DOWN\)"):
+        storage.read_bytes(Failing(9, OSError("AWS Error SLOW_DOWN")), path, attempts=2)
+    failing = Failing(9, OSError(errno.EACCES, "no"))
+    with pytest.raises(storage.StorageError, match=r"cannot read it \(permission denied\)"):
+        storage.read_bytes(failing, path)
+    assert failing.left == 8  # what cannot pass is not asked for again
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_old_file(tmp_path):
+    code = (
+        "import sys; from slimray import storage\n"
+        "fs, path = storage.open_uri(sys.argv[1] + '/file')\n"
+        "storage.write_atomic(fs, path, b'old')\n"
+        "try: storage.write_atomic(fs, path, bytes(1_000_000))\n"
+        "except storage.StorageError as error: print(error)\n"
+        "print(storage.read_bytes(fs, path), [f.base_name for f in storage.list_files(fs, sys.argv[1])])\n"
+    )
+    mounted = 'mount -t tmpfs -o size=128k none "$1" || exit 77; "$2" -c "$3" "$1"'
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted, "sh"]
+    try:
+        done = subprocess.run(
+            [*command, str(tmp_path), sys.executable, code], capture_output=True, text=True, timeout=60
+        )
+    except FileNotFoundError:
+        pytest.skip("no unshare on this machine")
+    if "Operation not permitted" in done.stderr or done.returncode == 77:
+        pytest.skip("this machine lets nobody mount a small disk")
+    assert "file: cannot write it (the disk is full)" in done.stdout
+    assert "b'old' ['file']" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("uri", "sentence"),
+    [
+        ("s4://team/x", "unknown storage 's4://' (known: file, gs, s3)"),
+        ("s3:/team/x", "did you mean 's3'?"),
+        ("https://host/x", "unknown storage 'https://'"),
+        ("s3://id:hunter2@team/x", "s3://***@team/x: credentials do not belong into a URI"),
+        ("s3:///x", "names no bucket"),
+        ("s3://team/x?endpont_override=a", "unknown option 'endpont_override', did you mean 'endpoint_override'?"),
+        ("file://host/x", "three slashes"),
+        ("", "an empty path names no folder"),
+    ],
+)
+def test_a_uri_that_cannot_be_meant_is_one_sentence(uri, sentence):
+    with pytest.raises(UserError) as caught:
+        storage.open_uri(uri)
+    assert sentence in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_local_paths_are_absolute_and_file_uris_are_decoded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert storage.open_uri("runs")[1] == str(tmp_path / "runs")
+    assert storage.open_uri("file:///data/my%20clips")[1] == "/data/my clips"
+    assert storage.join("s3://team/runs?scheme=http", "a", "b") == "s3://team/runs/a/b?scheme=http"
+    assert storage.join("/runs/", "a") == "/runs/a"
+
+
+def test_a_missing_bucket_is_the_users_mistake(bucket):
+    with pytest.raises(UserError, match="there is no bucket 'tame'"):
+        storage.open_uri(bucket("x").replace("team", "tame"))
+
+
+def test_the_endpoint_of_the_environment_is_honoured(bucket, monkeypatch):
+    endpoint = bucket("x").partition("endpoint_override=")[2].partition("&")[0]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{endpoint}")
+    fs, path = storage.open_uri("s3://team/from-environment")
+    storage.write_atomic(fs, path, b"x")
+    assert storage.read_bytes(*storage.open_uri(bucket("from-environment"))) == b"x"
+
+
+def test_a_server_that_is_not_there_or_never_answers_costs_bounded_time(monkeypatch):
+    monkeypatch.setattr(storage, "SDK_ATTEMPTS", 1)
+    monkeypatch.setattr(storage, "REQUEST_TIMEOUT_S", 1)
+    with socket.socket() as silent, socket.socket() as closed:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        closed.bind(("127.0.0.1", 0))
+        for port in (silent.getsockname()[1], closed.getsockname()[1]):
+            began = time.monotonic()
+            with pytest.raises(UserError, match="the storage does not answer"):
+                storage.open_uri(f"s3://team/x?endpoint_override=127.0.0.1:{port}&scheme=http&anonymous=true")
+            assert time.monotonic() - began < 10
+
+
+def test_refused_credentials_are_one_sentence(monkeypatch):
+    """A server of a few lines that refuses everyone, as S3 does."""
+    import http.server
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(403)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    uri = f"s3://team/x?endpoint_override=127.0.0.1:{server.server_port}&scheme=http"
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with pytest.raises(UserError, match="access denied, the credentials at hand are refused"):
+        storage.open_uri(uri)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("HOME", "/nonexistent")
+    with pytest.raises(UserError, match="access denied, no credentials were found: set AWS_ACCESS_KEY_ID"):
+        storage.open_uri(uri + "&anonymous=true")
+    server.shutdown()
