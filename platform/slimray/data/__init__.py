@@ -1,0 +1,1 @@
+"""Data on its way to a network: cards and indexes, samples, the epoch plan, the Ray Data pipeline."""
