@@ -15,7 +15,7 @@ from slimray import learn
 from slimray.predict import Input
 from slimray.replica import Piece, Replica, breaks_on_one_sample
 
-OPTIM = learn.OptimSpec(lr=0.1, epochs=1, groups="plain", clip_norm=None, weight_decay=0.0)
+OPTIM = learn.OptimSpec(lr=0.1, reference_batch=8, epochs=1, groups="plain", clip_norm=None, weight_decay=0.0)
 SHAPE = (2, 3, 8, 8)
 
 
@@ -71,6 +71,7 @@ def _child(rank: int, world: int, case: str, out: str) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     cuts, num = CASES[case]
     torch.save(one_step(rank, world, cuts, num), f"{out}/{rank}.pt")
+    torch.distributed.barrier()  # gloo aborts when one side goes away while the other still talks
     torch.distributed.destroy_process_group()
 
 
@@ -99,11 +100,11 @@ def test_two_ranks_take_the_step_of_one(case: str, tmp_path: Path):
 
 def test_state_goes_round_bit_for_bit():
     data, labels = samples(8)
-    first = Replica(_tsm(), learn.OptimSpec(lr=0.1, epochs=1, ema=0.9), Input(), SHAPE32, torch.device("cpu"))
+    first = Replica(_tsm(), learn.OptimSpec(lr=0.1, reference_batch=8, epochs=1, ema=0.9), Input(), SHAPE32, torch.device("cpu"))
     data = np.repeat(np.repeat(data, 4, 3), 4, 4)
     first.step([Piece(data[:4], labels[:4])], 4, 0.1, (0, 0))
     state = {k: v.clone() for k, v in first.tensors().items()}
-    second = Replica(_tsm(seed=1), learn.OptimSpec(lr=0.1, epochs=1, ema=0.9), Input(), SHAPE32, torch.device("cpu"))
+    second = Replica(_tsm(seed=1), learn.OptimSpec(lr=0.1, reference_batch=8, epochs=1, ema=0.9), Input(), SHAPE32, torch.device("cpu"))
     second.load(state)
     for replica in (first, second):
         replica.step([Piece(data[4:], labels[4:])], 4, 0.1, (0, 1))

@@ -427,9 +427,9 @@ class _Rank:
             "time/transfer_s": clock.transfer / clock.steps,
             "time/compute_s": clock.compute / clock.steps,
             "time/communication_s": clock.communication / clock.steps,
+            "train/mfu": learn.mfu(config.macs, rate / self.world, self.device),
         }
-        used = learn.mfu(config.macs, rate / self.world, self.device)
-        self._write_row(row if used is None else row | {"train/mfu": used})
+        self._write_row(row)
         self.clock = _Clock()
 
     def _write_row(self, row: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ def _times(work) -> list[float]:
 
 def _slimray(data: np.ndarray, labels: np.ndarray, rank: int):
     torch.manual_seed(0)
-    optim = learn.OptimSpec(lr=0.01, epochs=1, groups="plain")
+    optim = learn.OptimSpec(lr=0.01, reference_batch=8, epochs=1, groups="plain")
     net = models.build(**MODEL)
     replica = Replica(net, optim, Input(), (8, 3, SIZE, SIZE), torch.device("cpu"), rank, 2)
 
