@@ -100,11 +100,19 @@ def test_two_ranks_take_the_step_of_one(case: str, tmp_path: Path):
 
 def test_state_goes_round_bit_for_bit():
     data, labels = samples(8)
-    first = Replica(_tsm(), learn.OptimSpec(lr=0.1, reference_batch=8, epochs=1, ema=0.9), Input(), SHAPE32, torch.device("cpu"))
+    first = Replica(
+        _tsm(), learn.OptimSpec(lr=0.1, reference_batch=8, epochs=1, ema=0.9), Input(), SHAPE32, torch.device("cpu")
+    )
     data = np.repeat(np.repeat(data, 4, 3), 4, 4)
     first.step([Piece(data[:4], labels[:4])], 4, 0.1, (0, 0))
     state = {k: v.clone() for k, v in first.tensors().items()}
-    second = Replica(_tsm(seed=1), learn.OptimSpec(lr=0.1, reference_batch=8, epochs=1, ema=0.9), Input(), SHAPE32, torch.device("cpu"))
+    second = Replica(
+        _tsm(seed=1),
+        learn.OptimSpec(lr=0.1, reference_batch=8, epochs=1, ema=0.9),
+        Input(),
+        SHAPE32,
+        torch.device("cpu"),
+    )
     second.load(state)
     for replica in (first, second):
         replica.step([Piece(data[4:], labels[4:])], 4, 0.1, (0, 1))

@@ -261,7 +261,7 @@ def test_the_heartbeat_is_renewed_while_a_lock_is_held(local):
 
 def test_losing_the_lock_interrupts_and_fails_the_run_and_leaves_the_winners_state(local, monkeypatch):
     monkeypatch.setattr(runs, "SETTLE_S", 0.1)
-    with pytest.raises(RunFailed, match="taken over by process 1 on elsewhere"), runs.hold(local, heartbeat_s=0.05):
+    with pytest.raises(RunFailed, match="taken over by process 1 on elsewhere"), runs.hold(local, heartbeat_s=0.05):  # noqa: PT012
         runs.begin(local, JOB, 1)
         put_lock(local)
         time.sleep(20)  # interrupted
@@ -322,7 +322,7 @@ def test_rows_that_cannot_be_written_raise_once(local):
     writer = runs.PartWriter(local, "metrics", 1, 0, flush_s=0.01, patience_s=0.1)
     writer.write({"step": 1})
     wait_until(lambda: writer._failed)
-    with pytest.raises(StorageError, match="1 rows of metrics/0001-00000-.* are lost"):
+    with pytest.raises(StorageError, match=r"1 rows of metrics/0001-00000-.* are lost"):
         writer.write({"step": 2})
     writer.write({"step": 3})
     writer.close()

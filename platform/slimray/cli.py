@@ -98,10 +98,9 @@ def run(
         except UserError:
             raise
         except (RunFailed, OSError) as error:
-            raise RunFailed(
-                f"{one.where}: {str(error).strip().splitlines()[0]} (logs: {runs.open_run(where, one.job.name).uri}/logs; "
-                "the same command resumes the run)"
-            ) from error
+            logs = f"{runs.open_run(where, one.job.name).uri}/logs"
+            sentence = str(error).strip().splitlines()[0]
+            raise RunFailed(f"{one.where}: {sentence} (logs: {logs}; the same command resumes the run)") from error
     _summary(loaded[-1].job.name, where)
 
 

@@ -6,8 +6,10 @@ says everything about itself. `check` finds what can be found before machines ar
 in a state that says what happened.
 """
 
+import contextlib
 import copy
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from slimray import runs
 from slimray.jobs import evaluate, inputs, prepare, train
 from slimray.jobs.context import Context
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean, lookup, parse, read_yaml, set_value
+from slimray.storage import StorageError
 
 Job = prepare.PrepareJob | train.TrainJob | evaluate.EvaluateJob
 
@@ -180,7 +183,10 @@ def _check_train(one: Loaded, storage: str, ahead: set[str]) -> dict[str, Any]:
 
 
 def run(one: Loaded, storage: str, console: Console, restart: bool = False) -> str:
-    """Do one job; returns "finished" or "skipped". UserError, RunFailed as they come; the run folder says what happened."""
+    """Do one job; returns "finished" or "skipped". The run folder says what happened, `logs/` of it has the traceback.
+
+    Raises UserError and RunFailed as they come; anything else that goes wrong becomes a RunFailed.
+    """
     folder = runs.open_run(storage, one.job.name)
     claim = runs.claim(folder, one.document, restart=restart, may_change=MAY_CHANGE)
     if claim.finished:
@@ -193,12 +199,25 @@ def run(one: Loaded, storage: str, console: Console, restart: bool = False) -> s
         try:
             VERBS[one.job.kind](one.job, context)
         except BaseException as error:
-            message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            runs.end(folder, "failed", message)
-            raise
+            _note_failure(folder, claim.attempt, error)
+            if isinstance(error, UserError | RunFailed | KeyboardInterrupt):
+                raise
+            raise RunFailed(_sentence(error)) from error
         runs.end(folder, "finished", "")
     console.print(f"{one.job.name}: done in {time.time() - started:.0f} s", highlight=False)
     return "finished"
 
 
-_ = RunFailed
+def _note_failure(folder: runs.Run, attempt: int, error: BaseException) -> None:
+    """Write the traceback to the run's logs and the sentence to its status."""
+    text = "".join(traceback.format_exception(error))
+    with contextlib.suppress(StorageError):  # the storage itself may be what failed; the sentence is printed anyway
+        runs.write_file(folder, f"logs/{attempt:04d}-driver.log", text.encode())
+        runs.end(folder, "failed", _sentence(error))
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by the user"
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -389,7 +389,7 @@ class _Rank:
                 continue
             if phase.split == "train":
                 self.bad_seen[sample] = 1
-            row = {"split": phase.split, "sample": sample, "epoch": phase.epoch, "reason": batch.reason[i]}
+            row = {"path": batch.path[i], "split": phase.split, "sample": sample, "reason": batch.reason[i]}
             self.records.bad.write(row)
 
     def _merged_bad(self) -> Tensor:

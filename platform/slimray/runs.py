@@ -169,6 +169,11 @@ def write_file(run: Run, name: str, data: bytes | Path) -> None:
     storage.write_atomic(run.fs, join(run.path, _known(name)), data)
 
 
+def list_names(run: Run, folder: str) -> list[str]:
+    """Return the sorted names of the files in `folder` of the run; none if it is missing."""
+    return [info.base_name for info in storage.list_files(run.fs, join(run.path, folder))]
+
+
 def read_job(run: Run) -> dict[str, Any]:
     """Return the resolved job; UserError if the run has none or it is no YAML mapping."""
     try:

@@ -38,7 +38,9 @@ def main() -> None:
                 for line in part.read_text().splitlines()
             ]
             seconds.append(min(row["time"] for row in rows if row["phase"] == "train") - start)
-    print(f"cold start to the first step done: median {median(seconds):.1f} s, {[round(s, 1) for s in sorted(seconds)]}")
+    print(
+        f"cold start to the first step done: median {median(seconds):.1f} s, {[round(s, 1) for s in sorted(seconds)]}"
+    )
 
 
 def _run(folder: str, name: str, text: str) -> None:

@@ -8,10 +8,10 @@ import time
 from statistics import median
 
 import torch
+from tests.benchmarks.pairs import alternate
 from torch import nn
 
 from slimray import models
-from tests.benchmarks.pairs import alternate
 
 SIZE = 224
 VARIANTS = {
@@ -23,7 +23,9 @@ VARIANTS = {
 def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(torch.get_num_threads())
-    print(f"device {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, {torch.get_num_threads()} threads")
+    print(
+        f"device {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, {torch.get_num_threads()} threads"
+    )
     tsm = _ready(models.build("tsm_resnet50", num_classes=400, num_segments=8), device)
     batch = 16 if device.type == "cuda" else 2
     for name, (options, frames) in VARIANTS.items():
@@ -31,8 +33,18 @@ def main() -> None:
         one = (_clip(1, 8, device), _clip(1, frames, device))
         many = (_clip(batch, 8, device), _clip(batch, frames, device))
         print(alternate(f"latency {name} / tsm 8f (batch 1)", _forward(i3d, one[1]), _forward(tsm, one[0])), flush=True)
-        print(alternate(f"inference time per clip {name} / tsm 8f (batch {batch})", _forward(i3d, many[1]), _forward(tsm, many[0])), flush=True)
-        print(alternate(f"training step {name} / tsm 8f (batch {batch})", _train(i3d, many[1]), _train(tsm, many[0])), flush=True)
+        print(
+            alternate(
+                f"inference time per clip {name} / tsm 8f (batch {batch})",
+                _forward(i3d, many[1]),
+                _forward(tsm, many[0]),
+            ),
+            flush=True,
+        )
+        print(
+            alternate(f"training step {name} / tsm 8f (batch {batch})", _train(i3d, many[1]), _train(tsm, many[0])),
+            flush=True,
+        )
 
 
 def _ready(net: nn.Module, device: torch.device) -> nn.Module:

@@ -11,12 +11,12 @@ import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
+from tests.benchmarks.pairs import Ratio
 from torch import nn
 
 from slimray import learn, models, workers
 from slimray.predict import Input
 from slimray.replica import Piece, Replica
-from tests.benchmarks.pairs import Ratio
 
 MODEL = {"name": "tsm_resnet18", "num_classes": 8, "num_segments": 8, "width": 0.5}
 SIZE, BATCH, STEPS, PAIRS = 64, 8, 6, 15
@@ -26,7 +26,9 @@ def main() -> None:
     scale = workers.ScaleSpec(workers=2)
     workers.connect(2, 2)
     result = workers.launch(_worker, {}, scale, "bench-overhead")
-    print(Ratio("step time slimray / hand-written DDP (2 CPU workers)", tuple(result["slimray"]), tuple(result["plain"])))
+    print(
+        Ratio("step time slimray / hand-written DDP (2 CPU workers)", tuple(result["slimray"]), tuple(result["plain"]))
+    )
 
 
 def _worker(_: dict) -> dict[str, list[float]]:

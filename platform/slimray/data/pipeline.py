@@ -65,7 +65,8 @@ class Batch:
     """The rows of one step (or microbatch) of one rank, as numpy arrays that share memory with the object store.
 
     `data` uint8 `[n, V, T, H, W, 3]`, `label` int64 `[n]` (-1 unknown), `sample` int64 `[n]` row in the index,
-    `position` int64 `[n]` place in the plan, `valid` bool `[n]`, `reason` list of str ("" where valid).
+    `position` int64 `[n]` place in the plan, `valid` bool `[n]`, `path` and `reason` lists of
+    str (reason "" where valid).
     """
 
     def __init__(self, tables: Sequence[pa.Table]):
@@ -77,7 +78,8 @@ class Batch:
             return joined if order is None else joined[order]
 
         self.position, self.sample, self.label = column("position"), column("sample"), column("label")
-        self.valid, self.data, self.reason = column("valid").astype(bool), column("data"), column("reason").tolist()
+        self.valid, self.data = column("valid").astype(bool), column("data")
+        self.path, self.reason = column("path").tolist(), column("reason").tolist()
 
     def __len__(self) -> int:
         return len(self.position)
@@ -117,7 +119,7 @@ def decode_block(numbers: dict[str, np.ndarray], plan: "ray.ObjectRef[np.ndarray
     samples = epoch_order(phase.num_samples, config.seed, phase.epoch, phase.shuffle)[lo:hi]
     recipe = ClipRecipe.from_dict(phase.recipe)
     shape = (recipe.num_views, recipe.num_segments, recipe.size, recipe.size, 3)
-    clips, labels, reasons = np.zeros((len(samples), *shape), np.uint8), [], []
+    clips, labels, paths, reasons = np.zeros((len(samples), *shape), np.uint8), [], [], []
     for i, sample in enumerate(samples):
         row = index.slice(int(sample), 1).to_pylist()[0]
         label, reason = row["label"], ""
@@ -128,12 +130,14 @@ def decode_block(numbers: dict[str, np.ndarray], plan: "ray.ObjectRef[np.ndarray
         except BadSample as bad:
             reason = str(bad) or "does not decode"
         labels.append(label)
+        paths.append(row["path"])
         reasons.append(reason)
     return {
         "position": np.arange(lo, hi),
         "sample": samples.copy(),
         "label": np.array(labels, np.int64),
         "valid": np.array([not reason for reason in reasons], np.uint8),
+        "path": np.array(paths, object),
         "reason": np.array(reasons, object),
         "data": clips,
     }

@@ -9,6 +9,7 @@ killed job goes on where it stopped.
 
 import io
 import json
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -134,7 +135,7 @@ def run(job: PrepareJob, ctx: Any) -> None:
         for split, table in tables.items()
         for number, lo in enumerate(range(0, table.num_rows, job.clips_per_shard))
     ]
-    done = {name for name in runs.list_names(ctx.run, "parts") if name.endswith(".json")}
+    done = set(runs.list_names(ctx.run, "data/parts"))
     todo = tuple(chunk for chunk in chunks if _part_name(chunk) not in done)
     if todo:
         _process(job, ctx, root, tables, todo, generated)
@@ -166,8 +167,6 @@ def _part_name(chunk: _Chunk) -> str:
 
 def _process(job: PrepareJob, ctx: Any, root: str, tables: dict, todo: tuple[_Chunk, ...], generated: bool) -> None:
     """Run the chunks as Ray Data tasks and show how far they are."""
-    import os
-
     slots = job.tasks or os.cpu_count() or 1
     workers.connect(0, slots)
     slots = min(slots, max(1, int(ray.cluster_resources().get("CPU", 1))))
@@ -197,7 +196,7 @@ def _write_indexes(job: PrepareJob, ctx: Any, card: cards.Card, chunks: list[_Ch
     bad: dict[str, list] = {chunk.split: [] for chunk in chunks}
     totals: dict[str, Any] = {"bytes_in": 0, "bytes_out": 0, "psnr": []}
     for chunk in chunks:
-        part = json.loads(runs.read_file(ctx.run, f"parts/{_part_name(chunk)}"))
+        part = json.loads(runs.read_file(ctx.run, f"data/parts/{_part_name(chunk)}"))
         rows[chunk.split] += part["rows"]
         bad[chunk.split] += part["bad"]
         totals["bytes_in"] += part["bytes_in"]
@@ -242,7 +241,7 @@ def _do_chunk(work: _Work, chunk: _Chunk) -> dict[str, np.ndarray]:
     part: dict[str, Any] = {"rows": [], "bad": [], "bytes_in": 0, "bytes_out": 0, "psnr": []}
     make = _generate if work.generated else _convert
     make(work, chunk, table.to_pylist(), part, fs, folder)
-    storage.write_atomic(fs, f"{folder}/parts/{_part_name(chunk)}", json.dumps(part).encode())
+    storage.write_atomic(fs, f"{folder}/data/parts/{_part_name(chunk)}", json.dumps(part).encode())
     return {"clips": np.array([chunk.hi - chunk.lo])}
 
 

@@ -4,7 +4,6 @@ Reads a dataset (a card with its root, or a finished `prepare` run), writes a ru
 model and a report. TSM: arXiv 1811.08383; linear scaling with warm-up: arXiv 1706.02677, at scale: arXiv 1910.00932.
 """
 
-import dataclasses
 from typing import Any, Literal
 
 import ray
@@ -18,7 +17,7 @@ from slimray.edge import cost
 from slimray.jobs.inputs import DataSpec, Splits, make_recipe, open_splits
 from slimray.predict import Input
 from slimray.progress import follow
-from slimray.spec import RunFailed, Spec, UserError
+from slimray.spec import RunFailed, Spec
 
 
 class ModelSpec(Spec):
@@ -190,6 +189,3 @@ def run(job: TrainJob, ctx: Any) -> None:
 def _start(init: InitSpec, ctx: Any) -> str:
     """The file that `init.from` means: itself, or the weights of a run. Its digest is checked if one is given."""
     return runs.weights_source(init.source, ctx.storage, init.sha256)
-
-
-_ = (dataclasses, UserError)
