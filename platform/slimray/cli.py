@@ -19,7 +19,7 @@ from rich.table import Table
 from slimray.spec import RunFailed, UserError
 
 app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__.split("\n")[0]
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=(__doc__ or "").split("\n")[0]
 )
 console = Console(stderr=True)
 out = Console()
@@ -326,10 +326,11 @@ def main() -> None:
         console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
     except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
-            error.show()  # a wrong option or argument
-            sys.exit(2)
-        raise
+        show = getattr(error, "show", None)
+        if show is None or not type(error).__module__.startswith(("click", "typer")):
+            raise
+        show()  # a wrong option or argument
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def load_network(run: runs.Run, device: torch.device | str = "cpu") -> Network:
     weights, model, taken = runs.read_model(run)
     net = models.build(**model)
     net.load_state_dict(safetensors.torch.load(weights))
-    pixels = {k: tuple(v) if isinstance(v, list) else v for k, v in taken["pixels"].items()}
+    pixels: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in taken["pixels"].items()}
     return Network(net.to(device).eval(), Input(**pixels), taken["recipe"], tuple(taken["classes"]), model)
 
 

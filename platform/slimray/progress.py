@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+from ray import exceptions
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -47,8 +48,8 @@ def _poll(board: Any, title: str, console: Console, done: threading.Event) -> No
         task = bar.add_task(f"{title}: starting workers", total=1, note="")
         while not done.wait(0.5):
             try:
-                state = ray.get(board.read.remote(), timeout=5)
-            except (ray.exceptions.RayError, TimeoutError):
+                state: Any = ray.get(board.read.remote(), timeout=5)
+            except (exceptions.RayError, TimeoutError):
                 continue
             if not state.get("steps"):
                 continue

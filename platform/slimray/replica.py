@@ -61,7 +61,7 @@ class Replica:
         self.sample_shape, self.repeat_single = tuple(sample_shape), repeat_single
         learn.set_norm_policy(net, optim.norm)
         layout = torch.channels_last if device.type == "cuda" and not _has_3d(net) else torch.preserve_format
-        self.net = net.to(device=device, memory_format=layout)
+        self.net = net.to(device=device, memory_format=layout)  # type: ignore[call-overload]
         self.optimizer = learn.make_optimizer(self.net, optim)
         self.ema = learn.Ema(self.net, optim.ema) if optim.ema else None
         self.ddp: nn.Module = self.net

@@ -6,6 +6,7 @@ checkpoint book-keeping is not used: a restarted worker finds its place in the r
 """
 
 import contextlib
+import logging
 import os
 import tempfile
 import uuid
@@ -74,10 +75,12 @@ def connect(workers_cpus: float, decode_slots: int) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         package = Path(slimray.__file__).resolve().parent
-        ray.init(address, runtime_env={"py_modules": [str(package)]}, logging_level="warning", log_to_driver=False)
+        ray.init(
+            address, runtime_env={"py_modules": [str(package)]}, logging_level=logging.WARNING, log_to_driver=False
+        )
     else:
         cpus = int(-(-workers_cpus // 1)) + decode_slots
-        ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level="warning", log_to_driver=False)
+        ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
 
 
 def decode_slots(scale: ScaleSpec) -> int:
@@ -148,12 +151,14 @@ def _cause(error: BaseException) -> str:
 def open_stream(feed: FeedConfig) -> Iterator[RankStream]:
     """This rank's data for as long as the block lasts; rank 0 starts the feeders and tells the others. A collective."""
     context = ray.train.get_context()
-    rank, feeders, told = context.get_world_rank(), [], None
+    rank, feeders = context.get_world_rank(), []
+    told: Any = None
     if rank == 0:
         name = f"slimray-feeder-{uuid.uuid4().hex}"
         feeders = start_feeders(feed, name)
         told = {"name": name, "num": len(feeders)}
     told = broadcast_from_rank_zero(told)
+    assert told is not None
     yield RankStream(feeder_of(rank, feed.world, told["num"], told["name"]), feed, rank)
     for feeder in feeders:
         ray.kill(feeder)

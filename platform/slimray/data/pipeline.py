@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from ray import exceptions
 from ray.data.block import BlockAccessor
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -70,7 +71,7 @@ class Batch:
     """
 
     def __init__(self, tables: Sequence[pa.Table]):
-        parts = [BlockAccessor.for_block(table).to_batch_format("numpy") for table in tables]
+        parts: list[Any] = [BlockAccessor.for_block(table).to_batch_format("numpy") for table in tables]
         order = np.argsort(np.concatenate([p["position"] for p in parts]), kind="stable") if len(parts) > 1 else None
 
         def column(name: str) -> np.ndarray:
@@ -224,7 +225,10 @@ class _Feeder:
         plan = ray.put(np.array([[b.phase, b.step, b.rank, b.lo, b.hi] for b in cut], np.int64))
         config = self.config
         dataset = ray.data.range(len(cut), override_num_blocks=len(cut)).map_batches(
-            lambda numbers: decode_block(numbers, plan, config), batch_size=None, batch_format="numpy", num_cpus=1
+            lambda numbers: decode_block(numbers, plan, config),  # type: ignore[arg-type]
+            batch_size=None,
+            batch_format="numpy",
+            num_cpus=1,
         )
         bundles = iter(dataset.iter_internal_ref_bundles())
         first = next(bundles, None)
@@ -239,8 +243,8 @@ def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
 
 def _sentence(error: BaseException) -> str:
     """The root cause of a failed task as one sentence, without Ray's wrapping."""
-    cause: BaseException = error
-    while isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None and cause.cause is not cause:
+    cause: Any = error
+    while isinstance(cause, exceptions.RayTaskError) and cause.cause is not None and cause.cause is not cause:
         cause = cause.cause
     if isinstance(cause, FileNotFoundError):
         return f"a file of the index is missing ({cause}): mend the list, or run `prepare` again"
@@ -324,10 +328,10 @@ class RankStream:
     def _get(self, ref: Any, phase: Phase, step: int) -> Any:
         try:
             return ray.get(ref, timeout=self.config.wait_timeout_s)
-        except ray.exceptions.GetTimeoutError:
+        except exceptions.GetTimeoutError:
             raise RunFailed(
                 f"rank {self.rank} waited {self.config.wait_timeout_s:.0f} s for the data of {phase.name} epoch "
                 f"{phase.epoch} step {step}: no decoding task delivered it (are there free CPUs?)"
             ) from None
-        except ray.exceptions.RayTaskError as error:
+        except exceptions.RayTaskError as error:
             raise RunFailed(_sentence(error)) from None

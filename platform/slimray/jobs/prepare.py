@@ -7,6 +7,7 @@ decodes cheaply. Generated datasets are made here. Work is cut into shards; a sh
 killed job goes on where it stopped.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 import ray
 import yaml
 from pydantic import Field, model_validator
+from ray import exceptions
 
 from slimray import runs, storage, workers
 from slimray.data import cards, moving_shapes
@@ -177,7 +179,10 @@ def _process(job: PrepareJob, ctx: Any, root: str, tables: dict, todo: tuple[_Ch
     context.raise_original_map_exception = True
     context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=slots)
     dataset = ray.data.range(len(todo), override_num_blocks=len(todo)).map_batches(
-        lambda numbers: _do_chunk(work, todo[int(numbers["id"][0])]), batch_size=None, batch_format="numpy", num_cpus=1
+        lambda numbers: _do_chunk(work, todo[int(numbers["id"][0])]),  # type: ignore[index]
+        batch_size=None,
+        batch_format="numpy",
+        num_cpus=1,
     )
     total = sum(chunk.hi - chunk.lo for chunk in todo)
     with make_bar(ctx.console) as bar:
@@ -185,7 +190,7 @@ def _process(job: PrepareJob, ctx: Any, root: str, tables: dict, todo: tuple[_Ch
         try:
             for row in dataset.iter_rows():
                 bar.update(task, advance=int(row["clips"]))
-        except ray.exceptions.RayTaskError as error:
+        except exceptions.RayTaskError as error:
             cause = error.cause if error.cause is not None else error
             raise RunFailed(str(cause).strip().splitlines()[-1]) from error
 
@@ -202,7 +207,7 @@ def _write_indexes(job: PrepareJob, ctx: Any, card: cards.Card, chunks: list[_Ch
         totals["bytes_in"] += part["bytes_in"]
         totals["bytes_out"] += part["bytes_out"]
         totals["psnr"] += part["psnr"]
-    with runs.PartWriter(ctx.run, "quarantine", ctx.attempt, 0) as writer:
+    with contextlib.closing(runs.PartWriter(ctx.run, "quarantine", ctx.attempt, 0)) as writer:
         for split, items in bad.items():
             for item in items:
                 writer.write({"split": split, **item})
@@ -237,7 +242,8 @@ def _write_indexes(job: PrepareJob, ctx: Any, card: cards.Card, chunks: list[_Ch
 def _do_chunk(work: _Work, chunk: _Chunk) -> dict[str, np.ndarray]:
     """Make one shard and its part file; the part is written last and says that the shard is whole."""
     fs, folder = storage.open_uri(work.run_uri)
-    table = ray.get(work.tables[chunk.split], timeout=300).slice(chunk.lo, chunk.hi - chunk.lo)
+    table: Any = ray.get(work.tables[chunk.split], timeout=300)
+    table = table.slice(chunk.lo, chunk.hi - chunk.lo)
     part: dict[str, Any] = {"rows": [], "bad": [], "bytes_in": 0, "bytes_out": 0, "psnr": []}
     make = _generate if work.generated else _convert
     make(work, chunk, table.to_pylist(), part, fs, folder)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import ray
 from pydantic import ConfigDict, Field, model_validator
 
-from slimray import learn, loop, models, report, runs, tracking, workers
+from slimray import learn, loop, models, report, runs, workers
 from slimray.data.cards import Card
 from slimray.data.pipeline import Source
 from slimray.data.plan import ceil_div
@@ -18,6 +18,7 @@ from slimray.jobs.inputs import DataSpec, Splits, make_recipe, open_splits
 from slimray.predict import Input
 from slimray.progress import follow
 from slimray.spec import RunFailed, Spec
+from slimray.tracking import TrackingSpec
 
 
 class ModelSpec(Spec):
@@ -70,7 +71,7 @@ class TrainJob(Spec):
     optim: learn.OptimSpec
     scale: workers.ScaleSpec = workers.ScaleSpec()
     checkpoint: loop.CheckpointSpec = loop.CheckpointSpec()
-    tracking: tracking.TrackingSpec = tracking.TrackingSpec()
+    tracking: TrackingSpec = TrackingSpec()
     average: Literal["logits", "prob"] = "logits"
     """How the views of a validation sample become one score."""
     seed: int = Field(0, ge=0)
@@ -105,7 +106,7 @@ def facts(job: TrainJob, splits: Splits | None, card: Card) -> dict[str, Any]:
     """What can be known before machines are asked for: parameters, MACs, batch, learning rate, steps."""
     options = model_options(job, card.num_classes)
     net = cost.build_on_meta(lambda: models.build(**options))
-    segments = net.num_segments
+    segments: Any = net.num_segments
     shape = (segments, options.get("in_channels", 3), job.data.size, job.data.size)
     out: dict[str, Any] = {
         "model": job.model.name,

@@ -79,6 +79,7 @@ class I3D(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         long = 3 if pool_stride > 1 else 1
         self.maxpool = nn.MaxPool3d((long, 3, 3), (pool_stride, 2, 2), (long // 2, 1, 1))
+        stages = []
         for stage, count in enumerate(LAYERS[50], start=1):
             inner, blocks = scaled(32 * 2**stage, width), []
             for i in range(count):
@@ -87,7 +88,8 @@ class I3D(nn.Module):
                 channels = inner * 4
                 if non_local and i in NON_LOCAL_PLACES.get(stage, ()):
                     blocks.append(NonLocal(channels))
-            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.pool2 = nn.MaxPool3d((2, 1, 1)) if temporal_pool else nn.Identity()
         self.avgpool = nn.AdaptiveAvgPool3d(1)
         self.dropout = nn.Dropout(dropout)
