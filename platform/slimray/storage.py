@@ -97,7 +97,7 @@ def read_bytes(fs: pafs.FileSystem, path: str, attempts: int = 4) -> bytes:
             raise OSError(f"{len(data)} of {size} bytes came")
         return data
 
-    return _attempt(read, "read", path, attempts)
+    return retry(read, "read", path, attempts)
 
 
 def write_atomic(fs: pafs.FileSystem, path: str, data: bytes | Path, attempts: int = 4) -> None:
@@ -107,7 +107,7 @@ def write_atomic(fs: pafs.FileSystem, path: str, data: bytes | Path, attempts: i
     Raises StorageError, for a full disk at once.
     """
     put = _put_local if isinstance(fs, pafs.LocalFileSystem) else _put_object
-    _attempt(lambda: put(fs, path, data), "write", path, attempts)
+    retry(lambda: put(fs, path, data), "write", path, attempts)
 
 
 def list_files(fs: pafs.FileSystem, path: str, recursive: bool = False) -> list[pafs.FileInfo]:
@@ -122,7 +122,7 @@ def list_folders(fs: pafs.FileSystem, path: str) -> list[str]:
 
 def exists(fs: pafs.FileSystem, path: str) -> bool:
     """Return whether a file or folder is there; StorageError when the storage does not say."""
-    return _attempt(lambda: fs.get_file_info(path), "look up", path).type != pafs.FileType.NotFound
+    return retry(lambda: fs.get_file_info(path), "look up", path).type != pafs.FileType.NotFound
 
 
 def delete(fs: pafs.FileSystem, path: str) -> None:
@@ -136,7 +136,26 @@ def delete(fs: pafs.FileSystem, path: str) -> None:
             elif kind != pafs.FileType.NotFound:
                 fs.delete_file(path)
 
-    _attempt(remove, "delete", path)
+    retry(remove, "delete", path)
+
+
+def retry(action: Callable[[], T], verb: str, path: str, attempts: int = 4) -> T:
+    """Return `action()`, asked again after about 0.2, 0.8, 3.2 seconds while it raises an OSError that may pass.
+
+    Then StorageError `path: cannot verb it ...`; FileNotFoundError is an answer and passes at once.
+    """
+    for attempt in range(1, attempts + 1):
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            final = error.errno in FINAL_ERRNOS or any(word in str(error) for word in FINAL_WORDS)
+            if final or attempt == attempts:
+                tried = "" if final else f" after {attempts} attempts"
+                raise StorageError(f"{path}: cannot {verb} it{tried} ({_reason(error)})") from error
+        time.sleep(0.2 * 4 ** (attempt - 1) * random.uniform(0.75, 1.25))
+    raise AssertionError("attempts must be at least 1")
 
 
 # ------------------------------------------------------------------------------------------------------ how
@@ -207,7 +226,7 @@ def _no_secrets(uri: str) -> str:
 
 def _list(fs: pafs.FileSystem, path: str, recursive: bool) -> list[pafs.FileInfo]:
     selector = pafs.FileSelector(path, allow_not_found=True, recursive=recursive)
-    found = _attempt(lambda: fs.get_file_info(selector), "list", path)
+    found = retry(lambda: fs.get_file_info(selector), "list", path)
     return sorted((info for info in found if not info.base_name.endswith(".tmp")), key=lambda info: info.path)
 
 
@@ -251,22 +270,6 @@ def _chunks(data: bytes | Path) -> Iterator[bytes]:
     with open(data, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             yield chunk
-
-
-def _attempt(action: Callable[[], T], verb: str, path: str, attempts: int = 4) -> T:
-    """Return `action()`, asked again after about 0.2, 0.8, 3.2 seconds while it raises what may pass."""
-    for attempt in range(1, attempts + 1):
-        try:
-            return action()
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            final = error.errno in FINAL_ERRNOS or any(word in str(error) for word in FINAL_WORDS)
-            if final or attempt == attempts:
-                tried = "" if final else f" after {attempts} attempts"
-                raise StorageError(f"{path}: cannot {verb} it{tried} ({_reason(error)})") from error
-        time.sleep(0.2 * 4 ** (attempt - 1) * random.uniform(0.75, 1.25))
-    raise AssertionError("attempts must be at least 1")
 
 
 def _reason(error: BaseException) -> str:

@@ -48,8 +48,8 @@ def _video_net(
     """A 2D backbone over frames; the keyword arguments are the options a user may give."""
     if place not in ("blockres", "block"):
         raise UserError(f"place: must be blockres or block (got {place!r})")
-    if temporal_pool and backbone is MobileNetV2:
-        raise UserError("temporal_pool: needs a ResNet")
+    if backbone is MobileNetV2 and (temporal_pool or place == "block"):
+        raise UserError(f"{'temporal_pool' if temporal_pool else 'place: block'}: needs a ResNet")
     net = backbone(num_classes=num_classes, width=width, in_channels=in_channels, zero_gamma=zero_gamma)
     return VideoNet2D(
         net, num_classes, num_segments, shift, dropout, shift_div, causal, place, temporal_pool, non_local
@@ -102,7 +102,7 @@ def build(name: str, **options: Any) -> nn.Module:
         _check(name, option, value, known[option])
     if "num_classes" not in options:
         raise UserError(f"model {name}: num_classes is required")
-    return MODELS[name].make(**options)
+    return MODELS[name].make(**MODELS[name].defaults | options)
 
 
 def _check(name: str, option: str, value: Any, default: Any) -> None:

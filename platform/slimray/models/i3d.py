@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slimray.models.nonlocal_block import NonLocal
 from slimray.models.resnet import LAYERS, init_convolutions, scaled, zero_last_norms
+from slimray.spec import UserError
 
 ALTERNATE = {1: (1, 1, 1), 2: (1, 0, 1, 0), 3: (1, 0, 1, 0, 1, 0), 4: (0, 1, 0)}  # blocks whose conv1 is 3x1x1
 INFLATIONS = ("3x1x1", "3x1x1_every", "3x3x3")
@@ -22,9 +23,12 @@ def _conv3d(in_channels: int, out_channels: int, frames: int, kernel: int, strid
 
 
 class Bottleneck3D(nn.Module):
-    """A bottleneck over `[N, C, T, H, W]`; `frames` are the temporal lengths of its first and second convolution."""
+    """A bottleneck over `[N, C, T, H, W]`; `frames` are the temporal lengths of its first and second convolution.
 
-    def __init__(self, in_channels: int, channels: int, stride: int, frames: tuple[int, int]):
+    A non-local block after it is its child `nl`, so that the blocks of a stage are numbered as in the 2D network.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int, frames: tuple[int, int], non_local: bool = False):
         super().__init__()
         self.conv1 = _conv3d(in_channels, channels, frames[0], 1)
         self.bn1 = nn.BatchNorm3d(channels)
@@ -38,11 +42,13 @@ class Bottleneck3D(nn.Module):
             self.downsample = nn.Sequential(
                 _conv3d(in_channels, channels * 4, 1, 1, stride), nn.BatchNorm3d(channels * 4)
             )
+        self.nl = NonLocal(channels * 4) if non_local else None
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        return self.relu(self.bn3(self.conv3(out)) + (x if self.downsample is None else self.downsample(x)))
+        out = self.relu(self.bn3(self.conv3(out)) + (x if self.downsample is None else self.downsample(x)))
+        return out if self.nl is None else self.nl(out)
 
 
 class I3D(nn.Module):
@@ -70,6 +76,11 @@ class I3D(nn.Module):
         zero_gamma: bool = False,
     ):
         super().__init__()
+        if temporal_pool and num_segments <= stem_stride * pool_stride:
+            raise UserError(
+                f"num_segments: {num_segments} frames are too few for stem_stride, pool_stride and temporal_pool: use "
+                f"more than {stem_stride * pool_stride}, or temporal_pool: false"
+            )
         self.num_segments = num_segments
         channels = scaled(64, width)
         self.conv1 = nn.Conv3d(
@@ -84,10 +95,9 @@ class I3D(nn.Module):
             inner, blocks = scaled(32 * 2**stage, width), []
             for i in range(count):
                 stride = 2 if stage > 1 and i == 0 else 1
-                blocks.append(Bottleneck3D(channels, inner, stride, _frames(inflation, stage, i)))
+                looks_around = non_local and i in NON_LOCAL_PLACES.get(stage, ())
+                blocks.append(Bottleneck3D(channels, inner, stride, _frames(inflation, stage, i), looks_around))
                 channels = inner * 4
-                if non_local and i in NON_LOCAL_PLACES.get(stage, ()):
-                    blocks.append(NonLocal(channels))
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.pool2 = nn.MaxPool3d((2, 1, 1)) if temporal_pool else nn.Identity()
@@ -97,9 +107,6 @@ class I3D(nn.Module):
         init_convolutions(self)
         nn.init.normal_(self.fc.weight, 0, 0.01)
         nn.init.zeros_(self.fc.bias)
-        for module in self.modules():
-            if isinstance(module, NonLocal):
-                nn.init.zeros_(module.W[1].weight)  # type: ignore[arg-type]
         if zero_gamma:
             zero_last_norms(self, (Bottleneck3D,))
 

@@ -1,9 +1,9 @@
 """Weights that others trained, read without running their code and put into a network by what their names mean.
 
-`load` takes a checkpoint (TSM, torchvision, mmaction2, PVCNN, our own) or a state dict; `read` returns its tensors. In a
-pickle every name that is not part of a tensor means an inert value. Names are compared without the wrappers they passed
-through (`module.`, `base_model.`, `.net`, `.block`), so a 2D network starts a shifted, pooled, online or inflated one and
-the other way round. A kernel inflates by repetition over time, divided by its length (arXiv 1705.07750).
+`load` takes a checkpoint (TSM, torchvision, mmaction2, PVCNN, our own) or a state dict; `read` returns its tensors. In
+a pickle every name that is not part of a tensor means an inert value. Names are compared without the wrappers they
+passed through (`module.`, `base_model.`, `.net`, `.block`), so a 2D network starts a shifted, pooled, online or
+inflated one. A kernel inflates by repetition over time, divided by its length (arXiv 1705.07750).
 """
 
 import io
@@ -71,7 +71,7 @@ def load(model: nn.Module, source: str | Path | Mapping[str, Any], exclude: Sequ
     keys, head = _keys(ours), getattr(model, "head_name", "fc") + "."
     found = _find(theirs, set(keys.values()), where)
     body = [n for n in ours if not (n.startswith(head) or keys[n].startswith("fc.") or _is_counter(n))]
-    if 2 * sum(keys[name] in found for name in body) < max(len(body), 1):
+    if 3 * sum(keys[name] in found for name in body) < 2 * max(len(body), 1):
         raise UserError(_another_network(where, theirs, keys, found, body))
     first = getattr(model, "first_conv_name", "") + ".weight"
     loaded: dict[str, Tensor] = {}
@@ -113,7 +113,7 @@ def read(source: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{source}: no such file") from None
     try:
         content = _parse(data)
-    except Exception as error:  # noqa: BLE001 (damaged bytes raise whatever the formats' readers stumble over)
+    except Exception as error:  # damaged bytes raise whatever a format's reader stumbles over
         raise UserError(
             f"{source}: is no checkpoint that can be read safely, or is cut short: fetch it again, or save its "
             "state_dict() as safetensors"
@@ -165,7 +165,7 @@ def _find(theirs: Mapping[str, Tensor], wanted: set[str], where: str) -> dict[st
 def _fit(value: Tensor, shape: torch.Size, is_first: bool) -> Tensor | None:
     """`value` in `shape`: as it is, over other input channels, inflated over time; None if it does not fit."""
     if is_first and value.ndim in (4, 5) and value.shape[1] != shape[1]:
-        value = value.mean(1, keepdim=True).expand(-1, shape[1], *value.shape[2:])
+        value = value.float().mean(1, keepdim=True).expand(-1, shape[1], *value.shape[2:])
     if value.ndim == 4 and len(shape) == 5:
         value = value.unsqueeze(2).expand(-1, -1, shape[2], -1, -1) / shape[2]
     return value if value.shape == shape else None

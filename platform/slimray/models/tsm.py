@@ -129,6 +129,8 @@ class VideoNet2D(nn.Module):
             _shift_mobilenetv2(base_model, num_segments, shift_div, causal)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != self.num_segments:  # the logits of 16 frames would be viewed as 8 frames of twice the classes
+            raise ValueError(f"a clip has {x.shape[1]} frames, the network takes {self.num_segments}")
         logits = self.base_model(x.flatten(0, 1))
         if self.new_fc is not None:
             logits = self.new_fc(logits)

@@ -1,0 +1,115 @@
+"""Real runs for the tests of the verbs: one local Ray cluster, one small generated dataset, the command line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+DATA = "{kind: prepare, name: data, data: {card: moving_shapes, clips: 60, size: 32, frames: 12}}"
+TRAIN = """
+kind: train
+name: {name}
+data: {{run: data, size: 32, record_samples: true}}
+model: {{name: tsm_resnet18, width: 0.125, num_segments: 4}}
+batch: {{total: 8, per_worker: {per_worker}}}
+optim: {{lr: 0.02, reference_batch: 8, epochs: {epochs}, schedule: cosine}}
+scale: {{workers: {workers}}}
+checkpoint: {{every_steps: 2}}
+log_every: 1
+"""
+
+
+def train_yaml(name: str, workers: int = 2, epochs: int = 2, per_worker: int = 4) -> str:
+    """A training of 6 steps an epoch on 48 small clips."""
+    return TRAIN.format(name=name, workers=workers, epochs=epochs, per_worker=per_worker)
+
+
+class Shell:
+    """The `slimray` command in a folder of its own, as a user types it."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.storage = folder, folder / "runs"
+
+    def write(self, name: str, text: str) -> str:
+        (self.folder / name).write_text(text)
+        return name
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "slimray.cli", *arguments]
+        return subprocess.Popen(
+            command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def run(self, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess:
+        child = self.start(*arguments)
+        try:
+            out, err = child.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            end_session(child)
+            raise
+        return subprocess.CompletedProcess(arguments, child.returncode, out, err)
+
+    def ok(self, *arguments: str) -> str:
+        done = self.run(*arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+
+def end_session(child: subprocess.Popen) -> None:
+    """SIGKILL the command and everything that it started."""
+    for pid in session_of(child.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    child.wait(timeout=30)
+
+
+def session_of(leader: int) -> list[int]:
+    """The processes whose parents lead up to `leader`, and itself."""
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, IndexError):
+                continue
+    found, grew = {leader}, True
+    while grew:
+        children = {pid for pid, parent in parents.items() if parent in found} - found
+        found |= children
+        grew = bool(children)
+    return sorted(found)
+
+
+def find_process(leader: int, words: str) -> int:
+    """The first process below `leader` whose command line holds `words`."""
+    for pid in session_of(leader):
+        try:
+            if words in Path(f"/proc/{pid}/cmdline").read_text():
+                return pid
+        except OSError:
+            continue
+    raise AssertionError(f"no process with {words!r} below {leader}")
+
+
+def wait_for(what: str, condition: Callable[[], bool], timeout_s: float = 120) -> None:
+    """Poll until `condition` holds; AssertionError that says what was waited for after `timeout_s`."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"waited {timeout_s:g} s for {what}"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def shell(tmp_path_factory) -> Shell:
+    """A folder with the prepared dataset `data` in its storage."""
+    folder = tmp_path_factory.mktemp("shell")
+    shell = Shell(folder)
+    shell.ok("run", shell.write("data.yaml", DATA))
+    return shell
