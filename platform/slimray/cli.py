@@ -92,9 +92,10 @@ def run(
 
     loaded, where = job.load(files, set_ or []), _storage(storage)
     job.check(loaded, where)
+    cpus = job.local_cpus(loaded)
     for one in loaded:
         try:
-            job.run(one, where, console, restart)
+            job.run(one, where, console, restart, cpus)
         except UserError:
             raise
         except (RunFailed, OSError) as error:

@@ -8,6 +8,7 @@ in a state that says what happened.
 
 import contextlib
 import copy
+import os
 import time
 import traceback
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 import slimray
-from slimray import runs
+from slimray import runs, workers
 from slimray.jobs import evaluate, inputs, prepare, train
 from slimray.jobs.context import Context
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean, lookup, parse, read_yaml, set_value
@@ -182,7 +183,18 @@ def _check_train(one: Loaded, storage: str, ahead: set[str]) -> dict[str, Any]:
         raise UserError(text if text.startswith(one.where) else f"{one.where}: {text}") from None
 
 
-def run(one: Loaded, storage: str, console: Console, restart: bool = False) -> str:
+def local_cpus(loaded: Sequence[Loaded]) -> int:
+    """Logical CPUs with which a local cluster holds every one of the jobs."""
+    wanted = [
+        one.job.tasks or os.cpu_count() or 1
+        if isinstance(one.job, prepare.PrepareJob)
+        else workers.local_cpus(one.job.scale)
+        for one in loaded
+    ]
+    return max(wanted, default=1)
+
+
+def run(one: Loaded, storage: str, console: Console, restart: bool = False, cpus: int = 0) -> str:
     """Do one job; returns "finished" or "skipped". The run folder says what happened, `logs/` of it has the traceback.
 
     Raises UserError and RunFailed as they come; anything else that goes wrong becomes a RunFailed.
@@ -194,7 +206,7 @@ def run(one: Loaded, storage: str, console: Console, restart: bool = False) -> s
         return "skipped"
     with runs.hold(folder):
         runs.begin(folder, one.document, claim.attempt)
-        context = Context(folder, storage, claim.attempt, one.where, console)
+        context = Context(folder, storage, claim.attempt, one.where, console, max(cpus, local_cpus([one])))
         started = time.time()
         try:
             VERBS[one.job.kind](one.job, context)

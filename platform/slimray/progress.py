@@ -54,7 +54,7 @@ def _poll(board: Any, title: str, console: Console, done: threading.Event) -> No
             if not state.get("steps"):
                 continue
             last = state.get("last") or {}
-            if last and last != shown:
+            if last and last != shown and console.is_terminal:
                 shown = last
                 numbers = "  ".join(f"{k} {v:.2f}" for k, v in last.items() if k.startswith("val/"))
                 console.print(f"{title}: epoch {last['epoch']}/{state['epochs']}  {numbers}", highlight=False)

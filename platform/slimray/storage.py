@@ -80,6 +80,11 @@ def open_uri(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     return fs, path
 
 
+def absolute(uri: str) -> str:
+    """Return a local path as it is from any folder; a URI stays as it is."""
+    return uri if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", uri) else str(Path(uri).expanduser().absolute())
+
+
 def join(base: str, *names: str) -> str:
     """Return `base/name/...`, for a path as well as for a URI, whose query stays at the end."""
     head, mark, query = base.partition("?") if "://" in base else (base, "", "")

@@ -7,6 +7,7 @@ checkpoint book-keeping is not used: a restarted worker finds its place in the r
 
 import contextlib
 import logging
+import math
 import os
 import tempfile
 import uuid
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.data
 import ray.train
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -63,32 +65,40 @@ def make_board() -> Any:
     return ray.remote(_Board).options(num_cpus=0).remote()
 
 
-def connect(workers_cpus: float, decode_slots: int) -> None:
-    """Join the cluster of RAY_ADDRESS, or start a local one with `workers_cpus + decode_slots` logical CPUs.
+def local_cpus(scale: ScaleSpec) -> int:
+    """Logical CPUs that `scale` wants of a local cluster: the workers' and a slot per decoder, so that both have a place.
 
-    A local cluster counts logical CPUs: the workers' plus the decoding slots, so that decoding always has a place.
+    They are counted, not owned: on a laptop workers and decoders share the cores.
     """
+    return math.ceil(scale.workers * scale.cpus_per_worker) + (scale.decode_slots or os.cpu_count() or 1)
+
+
+def connect(cpus: int) -> None:
+    """Join the cluster of RAY_ADDRESS, or start a local one with `cpus` logical CPUs; one that is too small is replaced."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    if ray.is_initialized():
-        return
+    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    for name in ("ray.data", "ray.train", "ray._private.authentication.authentication_token_setup"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized():
+        if address or ray.cluster_resources().get("CPU", 0) >= cpus:
+            return
+        ray.shutdown()
     if address:
         package = Path(slimray.__file__).resolve().parent
-        ray.init(
-            address, runtime_env={"py_modules": [str(package)]}, logging_level=logging.WARNING, log_to_driver=False
-        )
+        ray.init(address, runtime_env={"py_modules": [str(package)]}, **quiet)
     else:
-        cpus = int(-(-workers_cpus // 1)) + decode_slots
-        ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+        ray.init("local", num_cpus=cpus, include_dashboard=False, **quiet)
+    ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 def decode_slots(scale: ScaleSpec) -> int:
-    """How many blocks are decoded at once: as told, else one per core here, else what the cluster has left."""
+    """How many blocks are decoded at once: as told, else one per core of this machine, or what a cluster has left."""
     if scale.decode_slots:
         return scale.decode_slots
-    if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
-        return max(1, os.cpu_count() or 1)
+    if not os.environ.get("RAY_ADDRESS"):
+        return os.cpu_count() or 1
     return max(1, int(ray.cluster_resources().get("CPU", 1) - scale.workers * scale.cpus_per_worker))
 
 

@@ -34,7 +34,7 @@ def fight_surv() -> Path:
 def main() -> None:
     root = fight_surv()
     table = cards.read_split(cards.load_card("my_clips", [Path("datasets")]), "train", str(root))
-    workers.connect(2, 2)
+    workers.connect(4)
     source = Source(str(root), ray.put(table), table.num_rows)
     scale = workers.ScaleSpec(workers=2)
     result = workers.launch(_worker, {"source": source, "table": table, "root": str(root)}, scale, "bench-ingest")

@@ -24,7 +24,7 @@ SIZE, BATCH, STEPS, PAIRS = 64, 8, 6, 15
 
 def main() -> None:
     scale = workers.ScaleSpec(workers=2)
-    workers.connect(2, 2)
+    workers.connect(4)
     result = workers.launch(_worker, {}, scale, "bench-overhead")
     print(
         Ratio("step time slimray / hand-written DDP (2 CPU workers)", tuple(result["slimray"]), tuple(result["plain"]))

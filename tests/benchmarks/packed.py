@@ -44,7 +44,7 @@ def main() -> None:
             tables[kind], roots[kind] = pq.read_table(run / "data/train.parquet"), str(run / "data")
             packed = json.loads((run / "card.json").read_text())["packed"]
             print(f"{kind}: {packed}, {sum(tables[kind]['frames'].to_pylist()):,} frames in the training split")
-        workers.connect(2, 2)
+        workers.connect(4)
         sources = {k: Source(roots[k], ray.put(t), t.num_rows) for k, t in tables.items()}
         result = workers.launch(_worker, sources, workers.ScaleSpec(workers=2), "bench-packed")
         for kind in ("h264", "jpeg"):

@@ -1,39 +1,52 @@
 """Decoding that cannot take a run down: one child process per decoder, killed when a file takes too long.
 
-decord and ffmpeg can hang in C code that no signal but SIGKILL ends, and can crash the process on odd files. So a
-`Decoder` sends a file's bytes to a child (`python -m slimray.data.decoder`) over pipes and gets a small uint8 clip back;
-a timeout or a death costs that one file (`BadSample`), which this decoder then refuses at once. In the child decord
-reads first, PyAV what decord cannot (AV1, GIF, no decord on this platform), PIL packed JPEG frames. A frame that does
-not decode is never replaced by another one.
+ffmpeg can hang in C code that no signal but SIGKILL ends, and can crash the process on odd files. So a `Decoder`
+sends a file's bytes to a child (`python -m slimray.data.decoder`) over a socket and gets a small uint8 clip back; a
+timeout or a death costs that one file (`BadSample`), which this decoder then refuses at once. PyAV reads videos and
+finds frames by their timestamps: what comes back is the frame that was asked for, or nothing. decord 0.6 was slower
+and without a word gave other frames of intact files (open GOPs, MPEG-TS, AVI with B-frames) and wrong pixels of
+damaged ones. Damage that ffmpeg does not notice (rare in H.264, common in HEVC) stays unnoticed. PIL reads pictures.
 """
 
-import contextlib
+import ctypes
 import io
+import itertools
 import json
 import os
+import resource
 import signal
+import socket
 import struct
 import subprocess
 import sys
-import threading
-import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
+from av import logging as av_logging
+from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from slimray.data.video import ClipRecipe, frame_indices, generators, make_clip
 
 MAX_PIXELS = 64_000_000  # a declared frame larger than this is refused before anything is allocated
 MAX_FRAMES = 1_000_000
-MAX_CLIP_BYTES = 2_000_000_000  # decoded frames of one request
-CHUNK = 16  # frames decoded at once when all are wanted
+MAX_BYTES = 2_000_000_000  # of a file, and of the decoded frames of one request
+MAX_HEADER_BYTES = 1_000_000
+MAX_MEMORY = 8 << 30  # address space of a child; what needs more is refused
+START_TIMEOUT_S = 120.0  # for a child to import its libraries on a busy machine; no file pays for that
+DROPPABLE = ("h264", "mpeg4", "mpeg2video", "mpeg1video", "vp9")  # their non-reference frames serve no other frame
 
 
 class BadSample(Exception):
@@ -72,7 +85,8 @@ class Decoder:
         self.timeout_s = timeout_s
         self.refused: dict[str, str] = {}  # files that once hung or crashed the child
         self._child: subprocess.Popen | None = None
-        self._exchanges = ThreadPoolExecutor(1, thread_name_prefix="decoder")
+        self._link: socket.socket | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")  # starts the child and talks to it
 
     def clip(self, path: str, data: bytes, recipe: ClipRecipe, key: tuple[int, int, int]) -> tuple[np.ndarray, bool]:
         """Decode the frames that `recipe` asks for: uint8 `[V, T, size, size, 3]`, and whether it was mirrored.
@@ -92,7 +106,7 @@ class Decoder:
         The PSNR is None for frames that are stored without loss. Raises BadSample.
         """
         header, body = self._ask(path, {"do": "repack", "pack": asdict(pack)}, data)
-        return body, Probe(**header["probe"]), header["psnr"]
+        return bytes(body), Probe(**header["probe"]), header["psnr"]
 
     @property
     def pid(self) -> int | None:
@@ -101,8 +115,8 @@ class Decoder:
 
     def close(self) -> None:
         """End the child."""
-        self._kill()
-        self._exchanges.shutdown(wait=False, cancel_futures=True)
+        self._end()
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> "Decoder":
         return self
@@ -110,109 +124,143 @@ class Decoder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, path: str, request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+    def _ask(self, path: str, request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytearray]:
         if path in self.refused:
             raise BadSample(self.refused[path])
-        if not data:
-            raise BadSample("the file is empty")
-        if self._child is None:
-            self._child = _start_child()
-        exchange = self._exchanges.submit(_exchange, self._child, {"path": path, **request}, data)
+        if not 0 < len(data) <= MAX_BYTES:
+            raise BadSample("the file is empty" if not data else f"the file is larger than {MAX_BYTES:,} bytes")
+        self._be_ready()
         try:
-            header, body = exchange.result(self.timeout_s)
-        except FutureTimeout:
-            self._kill()
-            self.refused[path] = f"decoding took over {self.timeout_s:g} s"
-            raise BadSample(self.refused[path]) from None
-        except (EOFError, OSError):
-            self.refused[path] = f"the decoder {self._death()}"
+            header, body = self._talk(self.timeout_s, _exchange, {"path": path, **request}, data)
+        except _Gone as gone:
+            self.refused[path] = f"decoding {gone}"
             raise BadSample(self.refused[path]) from None
         if "error" in header:
             raise BadSample(header["error"])
         return header, body
 
-    def _death(self) -> str:
-        """How the child ended, in words."""
-        assert self._child is not None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._child.wait(5)
-        code = self._child.returncode
-        self._kill()
-        return f"died with {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
+    def _be_ready(self) -> None:
+        """See to a child that waits for a request, one that died idle is replaced. RuntimeError if none starts."""
+        if self._link is not None:
+            with suppress(BlockingIOError):  # as it should be: nothing to read, and no end
+                self._link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                self._end()
+        if self._child is None:
+            self._child, self._link = self._thread.submit(_start_child).result()
+            try:
+                self._talk(START_TIMEOUT_S, _receive)
+            except _Gone as gone:
+                raise RuntimeError(f"the start of a decoding process {gone}") from None
 
-    def _kill(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._child.wait()
-            for pipe in (self._child.stdin, self._child.stdout):
-                with contextlib.suppress(OSError):
-                    pipe.close()  # type: ignore[union-attr]
-            self._child = None
+    def _talk(self, timeout_s: float, talk: Callable[..., Any], *args: Any) -> Any:
+        """The result of `talk(link, *args)`; what cuts it short, Ctrl-C too, ends the child: it would answer late."""
+        try:
+            return self._thread.submit(talk, self._link, *args).result(timeout_s)
+        except FutureTimeout:
+            self._end()
+            raise _Gone(f"took over {timeout_s:g} s") from None
+        except (EOFError, OSError):
+            raise _Gone(self._end(grace_s=5)) from None
+        except BaseException:
+            self._end()
+            raise
+
+    def _end(self, grace_s: float = 0) -> str:
+        """End the child, after `grace_s` in which it may do so itself; how it ended, in words."""
+        if self._child is None or self._link is None:
+            return ""
+        with suppress(subprocess.TimeoutExpired):
+            self._child.wait(grace_s)
+        self._child.kill()
+        code = self._child.wait()
+        self._link.close()
+        self._child = self._link = None
+        return f"ended with {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
-def _start_child() -> subprocess.Popen:
+class _Gone(Exception):
+    """The child was ended or has ended; the words go behind what it was doing."""
+
+
+def _start_child() -> tuple[subprocess.Popen, socket.socket]:
+    ours, theirs = socket.socketpair()
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DECORD_LOG_LEVEL": "3"}
-    command = [sys.executable, "-m", "slimray.data.decoder", str(os.getpid())]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, cwd="/"
-    )
+    command = [sys.executable, "-P", "-m", "slimray.data.decoder", str(theirs.fileno()), str(os.getpid())]
+    null = subprocess.DEVNULL
+    with theirs:  # a socket of its own: whatever a library prints never reaches it
+        child = subprocess.Popen(
+            command, stdin=null, stdout=null, stderr=null, pass_fds=[theirs.fileno()], cwd="/",
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    return child, ours
 
 
-def _exchange(child: subprocess.Popen, request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
-    assert child.stdin is not None
-    assert child.stdout is not None
-    _write(child.stdin, request, data)
-    return _read(child.stdout)
+def _exchange(link: socket.socket, request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytearray]:
+    _send(link, request, data)
+    return _receive(link)
 
 
-def _write(pipe: Any, header: dict[str, Any], body: bytes | memoryview) -> None:
+def _send(link: socket.socket, header: dict[str, Any], body: bytes | memoryview = b"") -> None:
     text = json.dumps(header).encode()
-    pipe.write(struct.pack("<IQ", len(text), len(body)) + text)
-    pipe.write(body)
-    pipe.flush()
+    link.sendall(struct.pack("<IQ", len(text), len(body)) + text)
+    link.sendall(body)
 
 
-def _read(pipe: Any) -> tuple[dict[str, Any], bytes]:
-    head = pipe.read(12)
-    if len(head) < 12:
+def _receive(link: socket.socket) -> tuple[dict[str, Any], bytearray]:
+    """A header and a body; EOFError at the end, or when what comes is no message."""
+    header_size, body_size = struct.unpack("<IQ", _take(link, 12))
+    if header_size > MAX_HEADER_BYTES or body_size > MAX_BYTES:
         raise EOFError
-    header_size, body_size = struct.unpack("<IQ", head)
-    header, body = pipe.read(header_size), pipe.read(body_size)
-    if len(header) < header_size or len(body) < body_size:
-        raise EOFError
-    return json.loads(header), body
+    return json.loads(_take(link, header_size)), _take(link, body_size)
+
+
+def _take(link: socket.socket, size: int) -> bytearray:
+    """Exactly `size` bytes."""
+    data = bytearray(size)
+    left = memoryview(data)
+    while left:
+        count = link.recv_into(left)
+        if count == 0:
+            raise EOFError
+        left = left[count:]
+    return data
 
 
 # ------------------------------------------------------------------------------------------- the child's side
 
 
 def main() -> None:
-    """Answer requests from standard input until it closes or the parent is gone."""
-    threading.Thread(target=_leave_with_parent, args=(int(sys.argv[1]),), daemon=True).start()
-    pipe_in, pipe_out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints must not reach the protocol
-    while True:
-        try:
-            request, data = _read(pipe_in)
-        except EOFError:
-            return
-        try:
-            header, body = _answer(request, data)
-        except BadSample as error:
-            header, body = {"error": str(error)}, b""
-        except Exception as error:  # noqa: BLE001  (any complaint of a decoder is the reason a file is quarantined)
-            words = " ".join(str(error).split())[-200:]
-            header, body = {"error": f"does not decode ({type(error).__name__}: {words})"}, b""
-        _write(pipe_out, header, body)
+    """Answer requests on the inherited socket until it closes or the parent is gone."""
+    link = socket.socket(fileno=int(sys.argv[1]))
+    _be_bound(int(sys.argv[2]))
+    _send(link, {"ready": True})
+    with suppress(EOFError, OSError):
+        while True:
+            request, data = _receive(link)
+            try:
+                header, body = _answer(request, bytes(data))
+            except BadSample as error:
+                header, body = {"error": str(error)}, b""
+            except MemoryError:
+                header, body = {"error": f"needs more than {MAX_MEMORY >> 30} GiB to decode"}, b""
+            except Exception as error:  # noqa: BLE001  (any complaint of a decoder is the reason of a quarantine)
+                words = " ".join(str(error).split())[-200:]
+                header, body = {"error": f"does not decode ({type(error).__name__}: {words})"}, b""
+            _send(link, header, body)
 
 
-def _leave_with_parent(parent: int) -> None:
-    """End this process when its parent is gone, even while a decoder hangs (the C code runs without the GIL)."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+def _be_bound(parent: int) -> None:
+    """Live no longer than the parent, even hanging in C; leave Ctrl-C and SIGTERM to it; keep to MAX_MEMORY."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; the parent is a thread, which the decoder keeps
+    if os.getppid() != parent:
+        sys.exit()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    with suppress(ValueError, OSError):  # a lower bound that is set already
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    av_logging.set_level(av_logging.PANIC)
 
 
 def _answer(request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes | memoryview]:
@@ -223,160 +271,212 @@ def _answer(request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes
             wanted = frame_indices(recipe, video.num_frames, frames_rng)
             unique, place = np.unique(wanted, return_inverse=True)
             pictures = video.frames(unique.tolist())
-            clip, flipped = make_clip([pictures[i] for i in place], recipe, crop_rng)
-        return {"shape": clip.shape, "flipped": bool(flipped)}, memoryview(np.ascontiguousarray(clip)).cast("B")
+        if len({picture.shape for picture in pictures}) > 1:
+            raise BadSample("its frames differ in size")
+        clip, flipped = make_clip([pictures[i] for i in place], recipe, crop_rng)
+        return {"shape": clip.shape, "flipped": bool(flipped)}, clip.data.cast("B")
     with open_video(data) as video:
         if request["do"] == "probe":
-            return {"probe": asdict(_probe(video))}, b""
+            return {"probe": asdict(Probe(video.num_frames, video.fps, *video.check(), video.codec))}, b""
         return _repack(video, Pack(**request["pack"]))
 
 
+# ------------------------------------------------------------------------------------------------- what is read
+
+
 class _Video:
-    """A video open for reading: `num_frames` as declared, `frames(indices)` in ascending order, `fps`, `codec`."""
+    """A video open for reading; frame n is shown at `ticks[n] * tick` seconds, `fps` is 0 if unknown."""
 
     num_frames: int
     fps: float
     codec: str
+    ticks: Sequence[int]
+    tick: Fraction
 
     def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """The uint8 `[H, W, 3]` pictures of ascending `indices`; raises when one does not decode."""
+        """The uint8 `[H, W, 3]` pictures of ascending `indices`, each once. BadSample when one does not decode."""
         raise NotImplementedError
 
     def walk(self) -> Iterator[np.ndarray]:
-        """All frames in order."""
-        for start in range(0, self.num_frames, CHUNK):
-            yield from self.frames(range(start, min(start + CHUNK, self.num_frames)))
+        """All pictures in order. BadSample at the first that does not decode."""
+        return (self.frames([i])[0] for i in range(self.num_frames))
+
+    def check(self) -> tuple[int, int]:
+        """Decode everything; the width and height of a picture. BadSample as in `walk`."""
+        sizes = [picture.shape[1::-1] for picture in self.walk()]
+        return sizes[-1]
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_video(data: bytes) -> Iterator[_Video]:
-    """Open a video file, an image, or a stored ZIP of JPEG frames, by the first reader that can read it to its end."""
-    if data[:4] == b"PK\x03\x04":
-        yield _Jpegs(data)
-        return
-    if data[:3] == b"\xff\xd8\xff" or data[:8] == b"\x89PNG\r\n\x1a\n":
-        yield _Still(data)
-        return
+    """Open a video, a picture, or a ZIP of numbered pictures. Errors of ffmpeg become BadSample, also in the block."""
+    told, _ = av_logging.get_last_error()
     try:
-        video: _Video = _Decord(data)
-        video.frames([0])
-    except Exception:  # noqa: BLE001  (decord's errors have no common class; PyAV gives the verdict)
-        video = _PyAv(data)
-    yield _Fallback(video, data)
+        if data[:4] == b"PK\x03\x04":
+            yield _Pictures(data)
+        elif data[:3] == b"\xff\xd8\xff" or data[:8] == b"\x89PNG\r\n\x1a\n":
+            yield _Still(data)
+        else:
+            yield _Movie(data)
+    except FFmpegError as error:
+        count, log = av_logging.get_last_error()
+        words = f": {log[2].strip()}" if log and count > told else ""
+        raise BadSample(f"does not decode ({error.strerror}{words})") from None
 
 
-class _Fallback(_Video):
-    """decord's answer, or PyAV's where decord fails on a frame; PyAV refuses what is damaged."""
-
-    def __init__(self, video: _Video, data: bytes):
-        self.video, self.data = video, data
-        self.num_frames, self.fps, self.codec = video.num_frames, video.fps, video.codec
-
-    def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
-        try:
-            return self.video.frames(indices)
-        except Exception:
-            if isinstance(self.video, _PyAv):
-                raise
-            self.video = _PyAv(self.data)
-            if self.video.num_frames < self.num_frames:
-                raise BadSample(f"{self.video.num_frames} of {self.num_frames} declared frames decode") from None
-            return self.video.frames(indices)
-
-
-class _Decord(_Video):
-    def __init__(self, data: bytes):
-        import decord
-
-        decord.logging.set_level(decord.logging.QUIET)
-        self.reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
-        self.num_frames, self.fps, self.codec = len(self.reader), float(self.reader.get_avg_fps()), ""
-        if not 0 < self.num_frames <= MAX_FRAMES:
-            raise BadSample(f"declares {self.num_frames} frames")
-
-    def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
-        indices = list(indices)
-        first = self.reader[indices[0]].asnumpy()
-        _check_size(first.shape[1], first.shape[0], len(indices))
-        if len(indices) == 1:
-            return [first]
-        return [first, *self.reader.get_batch(indices[1:]).asnumpy()]
-
-
-class _PyAv(_Video):
-    """Reads from start to end, twice: once to count, once to pick. For what decord cannot read."""
+class _Movie(_Video):
+    """A video file. Its packets are read once, then decoded from the key frame before each frame that is wanted."""
 
     def __init__(self, data: bytes):
-        self.data = data
-        with self._open() as (_, stream):
-            self.fps, self.codec = float(stream.average_rate or 0), stream.codec_context.name
-        self.num_frames = sum(1 for _ in self._pictures(convert=False))
-        if self.num_frames == 0:
-            raise BadSample("no frame decodes")
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[tuple[Any, Any]]:
-        import av
-
-        av.logging.set_level(av.logging.PANIC)
-        with av.open(io.BytesIO(self.data)) as container:
-            stream = container.streams.best("video")
-            if stream is None:
-                raise BadSample("holds no video stream")
-            stream.thread_count = 1
-            _check_size(stream.codec_context.width, stream.codec_context.height, 1)
-            yield container, stream
-
-    def _pictures(self, convert: bool = True) -> Iterator[np.ndarray | None]:
-        with self._open() as (container, stream):
-            for frame in container.decode(stream):
-                yield _upright(frame) if convert else None
+        limits = {"max_pixels": str(MAX_PIXELS)}
+        with av.open(io.BytesIO(data), options={**limits, "protocol_whitelist": "none"}) as container:
+            stream: Any = container.streams.best("video")
+            if stream is None or stream.codec_context is None:
+                raise BadSample("holds no video that can be decoded")
+            self.context, self.codec = stream.codec_context, stream.codec_context.codec.canonical_name
+            self.width, self.height = self.context.width, self.context.height
+            _check_size(self.width, self.height, 1)
+            self.context.thread_count, self.context.options = 1, limits
+            self.fps, self.tick = float(stream.average_rate or 0), stream.time_base
+            self.packets = _read_packets(container, stream)
+            times: list[Any] = [packet.pts for packet in self.packets]
+            keys: list[Any] = [packet.pts for packet in self.packets if packet.is_keyframe]
+            reordered_avi = container.format.name == "avi" and self.context.has_b_frames  # its timestamps are guesses
+        if None in times or len({*times}) < len(times) or keys != sorted(keys) or reordered_avi:
+            self._number_packets()
+        shown = [(p.pts, n) for n, p in enumerate(self.packets) if p.pts is not None and not p.is_discard]
+        self.keys = [(p.pts, n) for n, p in enumerate(self.packets) if p.is_keyframe and p.pts is not None]
+        first = self.keys[0][0] if self.keys else shown[0][0]  # what is shown before the first key frame is cut off
+        self.place = {pts: n for pts, n in shown if pts >= first}
+        self.ticks = sorted(self.place)
+        self.num_frames = len(self.ticks)
+        self.reformatter = VideoReformatter()
 
     def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
-        wanted, found = set(indices), {}
-        with self._open() as (container, stream):
-            for number, frame in enumerate(container.decode(stream)):
-                if number in wanted:
-                    found[number] = _upright(frame)
-                    _check_size(frame.width, frame.height, len(found))
-                if len(found) == len(wanted):
-                    break
-        if len(found) < len(wanted):
-            raise BadSample(f"frame {min(wanted - set(found))} does not decode")
-        return [found[i] for i in indices]
+        wanted = [self.ticks[i] for i in indices]
+        _check_size(self.width, self.height, len(wanted))
+        found: dict[int, np.ndarray] = {}
+        with suppress(FFmpegError):
+            for start, group in itertools.groupby(wanted, self._start_of):
+                self._pick(start, set(group), found, drop=self.codec in DROPPABLE)
+        if len(found) < len(wanted):  # damage, or a frame that needs more than its key frame: the whole way decides
+            with suppress(FFmpegError):
+                self._pick(0, set(wanted), found, drop=False)
+        for index, pts in zip(indices, wanted, strict=True):
+            if pts not in found:
+                raise self._missing(index)
+        return [found[pts] for pts in wanted]
 
     def walk(self) -> Iterator[np.ndarray]:
-        for picture in self._pictures():
-            assert picture is not None
-            yield picture
+        return map(self._picture, self._shown())
+
+    def check(self) -> tuple[int, int]:
+        turned = False
+        for frame in self._shown():
+            turned = bool(_quarter_turns(frame) % 2)
+        return (self.height, self.width) if turned else (self.width, self.height)
+
+    def _start_of(self, pts: int) -> int:
+        """The packet of the last key frame that is not shown after `pts`."""
+        return self.keys[max(0, bisect_right(self.keys, (pts, len(self.packets))) - 1)][1] if self.keys else 0
+
+    def _pick(self, start: int, wanted: set[int], found: dict[int, np.ndarray], drop: bool) -> None:
+        """Add the intact ones of the `wanted` frames to `found`, decoding from packet `start`."""
+        end = max(self.place[pts] for pts in wanted) + 1
+        for frame in self._decode(start, end, wanted if drop else None):
+            if frame.pts in wanted and not frame.is_corrupt:
+                found[frame.pts] = self._picture(frame)
+
+    def _shown(self) -> Iterator[av.VideoFrame]:
+        """All frames in order; BadSample at the first that is missing or damaged."""
+        count = 0
+        with suppress(FFmpegError):
+            for frame in self._decode(0, len(self.packets)):
+                if frame.pts not in self.place:
+                    continue
+                if frame.is_corrupt or frame.pts != self.ticks[count]:
+                    break
+                yield frame
+                count += 1
+        if count < self.num_frames:
+            raise self._missing(count)
+
+    def _decode(self, start: int, end: int, wanted: Collection[int] | None = None) -> Iterator[av.VideoFrame]:
+        """What packets `start` to `end` decode to; with `wanted`, others that serve no other frame are left out."""
+        self.context.flush_buffers()
+        for packet in itertools.chain(self.packets[start:end], [None]):
+            drop = packet is not None and wanted is not None and packet.pts not in wanted
+            self.context.skip_frame = "NONREF" if drop else "DEFAULT"
+            yield from self.context.decode(packet)
+
+    def _number_packets(self) -> None:
+        """Give the packets of a file without usable timestamps the rank at which their frames come out."""
+        for number, packet in enumerate(self.packets):
+            packet.pts = number
+        came = [frame.pts for frame in self._decode(0, len(self.packets))]
+        ranks = {number: rank for rank, number in enumerate(came)}
+        if len(ranks) < len(came) or not came:
+            raise BadSample("holds frames that cannot be told apart" if came else "holds no frames")
+        for number, packet in enumerate(self.packets):
+            packet.pts = ranks.get(number)
+        self.tick = 1 / Fraction(self.fps or 25).limit_denominator(100_000)
+
+    def _picture(self, frame: av.VideoFrame) -> np.ndarray:
+        """The pixels, turned as the file asks, and scaled if the frames of the file change their size."""
+        image = self.reformatter.reformat(frame, self.width, self.height, "rgb24", threads=1).to_ndarray()
+        turns = _quarter_turns(frame)
+        return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+
+    def _missing(self, index: int) -> BadSample:
+        return BadSample(f"frame {index} of {self.num_frames} is missing or damaged")
 
 
-def _upright(frame: Any) -> np.ndarray:
-    """RGB pixels of a PyAV frame, turned as its metadata asks (decord does the same)."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), getattr(frame, "rotation", 0) // 90))
+def _read_packets(container: Any, stream: Any) -> list[av.Packet]:
+    """The packets of a stream in decoding order, from the first key frame on."""
+    packets = [packet for packet in itertools.islice(container.demux(stream), MAX_FRAMES + 1) if packet.size]
+    declared = len(stream.index_entries) if container.format.name.startswith("mov") else len(packets)
+    whole = sum(not packet.is_corrupt for packet in packets)
+    if whole < max(declared, len(packets), 1):
+        raise BadSample(f"breaks off: {whole} of {declared} frames are there" if declared else "holds no frames")
+    if len(packets) > MAX_FRAMES:
+        raise BadSample(f"holds more than {MAX_FRAMES:,} frames")
+    return packets[next((n for n, packet in enumerate(packets) if packet.is_keyframe), 0) :]
 
 
-class _Jpegs(_Video):
-    """A stored ZIP of JPEG frames, named by number; frames that were left out are missing, not shifted."""
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    """How often the frame is to be turned left by 90 degrees to stand upright."""
+    return frame.rotation // 90 % 4 if frame.rotation % 90 == 0 else 0
+
+
+class _Pictures(_Video):
+    """A ZIP of pictures named by number; frames that were left out are missing, not shifted."""
+
+    codec = "jpeg"
 
     def __init__(self, data: bytes):
         self.zip = zipfile.ZipFile(io.BytesIO(data))
-        names = self.zip.namelist()
-        comment = json.loads(self.zip.comment or b"{}")
-        self.num_frames, self.fps, self.codec = comment.get("frames", len(names)), comment.get("fps", 0.0), "jpeg"
-        self.names = {int(Path(name).stem): name for name in names}
+        files = self.zip.infolist()
+        try:
+            notes = json.loads(self.zip.comment or b"{}")
+            self.names = {int(Path(file.filename).stem): file.filename for file in files}
+            self.num_frames, self.fps = int(notes.get("frames", len(files))), float(notes.get("fps", 0))
+        except ValueError:
+            raise BadSample("is a ZIP of something else than numbered pictures") from None
+        if not 0 < self.num_frames <= MAX_FRAMES or sum(file.file_size for file in files) > MAX_BYTES:
+            raise BadSample(f"declares {self.num_frames} pictures, more or larger ones than are decoded")
+        self.ticks, self.tick = range(self.num_frames), 1 / Fraction(self.fps or 25).limit_denominator(100_000)
 
     def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
-        return [_picture(self.zip.read(self._name(i))) for i in indices]
-
-    def _name(self, index: int) -> str:
-        if index not in self.names:
-            raise BadSample(f"frame {index} is missing")
-        return self.names[index]
+        for index in indices:
+            if index not in self.names:
+                raise BadSample(f"frame {index} of {self.num_frames} is missing")
+        return [_picture(self.zip.read(self.names[index])) for index in indices]
 
 
 class _Still(_Video):
-    num_frames, fps, codec = 1, 0.0, "image"
+    """A picture as a video of one frame."""
+
+    num_frames, fps, codec, ticks, tick = 1, 0.0, "image", (0,), Fraction(1, 25)
 
     def __init__(self, data: bytes):
         self.data = data
@@ -392,7 +492,7 @@ def _picture(data: bytes) -> np.ndarray:
 
 
 def _check_size(width: int, height: int, count: int) -> None:
-    if width * height > MAX_PIXELS or width * height * 3 * count > MAX_CLIP_BYTES:
+    if width * height > MAX_PIXELS or width * height * 3 * count > MAX_BYTES:
         raise BadSample(f"{count} frames of {width} x {height} pixels are larger than what is decoded")
 
 
@@ -409,71 +509,84 @@ def zip_frames(frames: dict[int, bytes], num_frames: int, fps: float = 0.0) -> b
 # ------------------------------------------------------------------------------------------- probe and repack
 
 
-def _probe(video: _Video) -> Probe:
-    """Decode everything; the number of frames is what came out."""
-    count, shape = 0, (0, 0)
-    for frame in video.walk():
-        count, shape = count + 1, frame.shape[:2]
-    if count < video.num_frames:
-        raise BadSample(f"{count} of {video.num_frames} declared frames decode")
-    return Probe(count, video.fps, shape[1], shape[0], video.codec)
+class _Loss:
+    """What encoding cost so far, over all pixels; it holds no pictures, videos may be long."""
+
+    def __init__(self) -> None:
+        self.squares, self.values, self.frames = 0.0, 0, 0
+
+    def add(self, before: np.ndarray, after: np.ndarray) -> None:
+        difference = (before.astype(np.float32) - after).ravel()
+        self.squares, self.values = self.squares + float(difference @ difference), self.values + before.size
+        self.frames, (self.height, self.width) = self.frames + 1, before.shape[:2]
+
+    @property
+    def psnr(self) -> float | None:
+        """In dB; None if nothing was lost."""
+        return None if self.squares == 0 else 10 * float(np.log10(255**2 * self.values / self.squares))
 
 
 def _repack(video: _Video, pack: Pack) -> tuple[dict[str, Any], bytes]:
     """Re-encode every frame; PSNR is over all pixels, against the resized frames that went into the encoder."""
-    frames = (_small(frame, pack.short_side) for frame in video.walk())
-    kept: list[np.ndarray] = []
-    encoded = (
-        _encode_jpeg(frames, kept, video, pack) if pack.format == "jpeg" else _encode_h264(frames, kept, video, pack)
-    )
-    if len(kept) < video.num_frames:
-        raise BadSample(f"{len(kept)} of {video.num_frames} declared frames decode")
-    squared, count = 0.0, 0
+    loss = _Loss()
+    encoded = (_encode_jpeg if pack.format == "jpeg" else _encode_h264)(video, pack, loss)
     with open_video(encoded) as again:
-        if again.num_frames != len(kept):
-            raise BadSample(f"re-encoding kept {again.num_frames} of {len(kept)} frames")
-        for before, after in zip(kept, again.walk(), strict=True):
-            squared += float(np.square(before.astype(np.int32) - after).sum())
-            count += before.size
-    height, width = kept[0].shape[:2]
-    psnr = None if squared == 0 else 10 * np.log10(255**2 * count / squared)
-    return {"probe": asdict(Probe(len(kept), video.fps, width, height, pack.format)), "psnr": psnr}, encoded
+        if not video.num_frames == loss.frames == again.num_frames:
+            raise BadSample(f"re-encoding kept {again.num_frames} of {video.num_frames} frames")
+    found = Probe(loss.frames, video.fps, loss.width, loss.height, pack.format)
+    return {"probe": asdict(found), "psnr": loss.psnr}, encoded
 
 
-def _small(frame: np.ndarray, short_side: int | None) -> np.ndarray:
-    """The frame with its short side at most `short_side`, both sides even."""
+def _small(frame: np.ndarray, short_side: int | None, step: int) -> np.ndarray:
+    """The frame with its short side at most `short_side`, both sides multiples of `step`: cut, if it keeps its size."""
     height, width = frame.shape[:2]
     scale = 1.0 if short_side is None else min(1.0, short_side / min(height, width))
-    w, h = (max(2, round(side * scale / 2) * 2) for side in (width, height))
-    if (h, w) == (height, width):
-        return frame
+    if scale == 1 and min(height, width) >= step:
+        return frame[: height // step * step, : width // step * step]
+    w, h = (max(step, round(side * scale / step) * step) for side in (width, height))
     return np.asarray(Image.fromarray(frame).resize((w, h), Image.Resampling.BILINEAR))
 
 
-def _encode_h264(frames: Iterator[np.ndarray], kept: list[np.ndarray], video: _Video, pack: Pack) -> bytes:
-    import av
-
-    buffer = io.BytesIO()
+def _encode_h264(video: _Video, pack: Pack, loss: _Loss) -> bytes:
+    """An mp4 file with the timestamps of `video`."""
+    buffer, waiting = io.BytesIO(), deque[np.ndarray]()
+    back: Any = av.CodecContext.create("h264", "r")
     with av.open(buffer, "w", format="mp4") as container:
         options = {"crf": str(pack.crf), "preset": "veryfast", "threads": "1", "bf": "0", "g": str(pack.gop)}
-        stream = container.add_stream("libx264", rate=max(1, round(video.fps or 25)), options=options)
-        stream.pix_fmt, stream.thread_count = "yuv420p", 1
-        for frame in frames:
-            if not kept:
-                stream.height, stream.width = frame.shape[:2]
-            kept.append(frame)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
+        rate = Fraction(video.fps or 25).limit_denominator(100_000)
+        stream: Any = container.add_stream("libx264", rate=rate, options=options)
+        stream.pix_fmt, stream.thread_count, stream.codec_context.time_base = "yuv420p", 1, video.tick
+
+        def put(frame: av.VideoFrame | None) -> None:
+            for packet in stream.encode(frame):
+                back.extradata = back.extradata or stream.codec_context.extradata
+                compare(back.decode(packet))
+                container.mux(packet)
+
+        def compare(frames: list[av.VideoFrame]) -> None:
+            for frame in frames:
+                loss.add(waiting.popleft(), frame.to_ndarray(format="rgb24"))
+
+        for pts, picture in zip(video.ticks, video.walk(), strict=True):
+            waiting.append(np.ascontiguousarray(_small(picture, pack.short_side, step=2)))
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = waiting[-1].shape[:2]
+            frame = av.VideoFrame.from_ndarray(waiting[-1], format="rgb24")
+            frame.pts, frame.time_base = pts - video.ticks[0], video.tick
+            put(frame)
+        put(None)
+        compare(back.decode(None))
     return buffer.getvalue()
 
 
-def _encode_jpeg(frames: Iterator[np.ndarray], kept: list[np.ndarray], video: _Video, pack: Pack) -> bytes:
+def _encode_jpeg(video: _Video, pack: Pack, loss: _Loss) -> bytes:
+    """A ZIP of JPEG pictures."""
     encoded = {}
-    for number, frame in enumerate(frames):
-        kept.append(frame)
-        buffer = io.BytesIO()
-        Image.fromarray(frame).save(buffer, "JPEG", quality=pack.quality)
+    for number, picture in enumerate(video.walk()):
+        small, buffer = _small(picture, pack.short_side, step=1), io.BytesIO()
+        Image.fromarray(small).save(buffer, "JPEG", quality=pack.quality)
         encoded[number] = buffer.getvalue()
+        loss.add(small, _picture(encoded[number]))
     return zip_frames(encoded, len(encoded), video.fps)
 
 

@@ -20,13 +20,17 @@ from slimray import runs
 
 @dataclass(frozen=True)
 class Context:
-    """A claimed run while its verb works on it. `where` names the job in messages (`jobs/x.yaml (name)`)."""
+    """A claimed run while its verb works on it. `where` names the job in messages (`jobs/x.yaml (name)`).
+
+    `cpus` are the logical CPUs that a local cluster gets: enough for this job and those that follow in its file.
+    """
 
     run: runs.Run
     storage: str
     attempt: int
     where: str
     console: Console
+    cpus: int
     started: float = field(default_factory=time.time)
 
     def finish(self, card: dict[str, Any], results: dict[str, Any] | None = None) -> None:

@@ -96,8 +96,8 @@ def run(job: EvaluateJob, ctx: Any) -> None:
                 f"{ctx.where}: runs: {one.name!r} knows other classes than {splits.card.name}: score it apart"
             )
     table = splits.tables[split]
+    workers.connect(ctx.cpus)
     slots = workers.decode_slots(job.scale)
-    workers.connect(job.scale.workers * job.scale.cpus_per_worker, slots)
     workers.require(job.scale, slots)
     cases, phases = [], []
     for one, network in zip(found, trained, strict=True):

@@ -16,6 +16,7 @@ from slimray import runs
 from slimray.data import cards
 from slimray.data.video import ClipRecipe
 from slimray.spec import Spec, UserError, parse
+from slimray.storage import absolute, join
 
 AVERAGE_NUM_CROPS = Literal[1, 3, 5, 10]
 
@@ -72,14 +73,18 @@ def embed(data: DataSpec, where: str, search: Sequence[Path], prepared: dict[str
     """
     if (data.card is None) == (data.run is None):
         raise UserError(f"{where}: data: give either card (a dataset card) or run (a prepare run)")
-    if isinstance(data.card, str):
-        card = cards.load_card(data.card, search)
+    if data.card is not None:
+        card = embed_card(data.card, data.root, where, search)
         return data.model_copy(update={"card": card.model_dump(mode="json", exclude_defaults=True)})
-    if isinstance(data.card, dict):
-        parse(cards.Card, data.card, f"{where}: data.card")
     if data.run in prepared:
         return data.model_copy(update={"card": prepared[data.run]})
     return data
+
+
+def embed_card(card: str | dict[str, Any], root: str | None, where: str, search: Sequence[Path]) -> cards.Card:
+    """The dataset card that a job names or holds, its classes read from the dataset if they are known only there."""
+    found = cards.load_card(card, search) if isinstance(card, str) else parse(cards.Card, card, f"{where}: data.card")
+    return cards.complete(found, root or found.root)
 
 
 def open_splits(data: DataSpec, where: str, storage: str, names: Sequence[str]) -> Splits:
@@ -89,14 +94,16 @@ def open_splits(data: DataSpec, where: str, storage: str, names: Sequence[str]) 
         status = runs.read_status(run)
         if status is None or status.state != "finished":
             raise UserError(f"{where}: data.run: {data.run!r} has not finished: run it first")
-        root = f"{run.uri}/data"
-        card = cards.load_card(f"{root}/card.yaml", [])
-    else:
-        assert isinstance(data.card, dict)
-        card = parse(cards.Card, data.card, f"{where}: data.card")
-        root = data.root or card.root
-        if not root:
-            raise UserError(f"{where}: data.root: is required, the folder where {card.name} lies")
+        folder = join(run.uri, "data")
+        card = cards.load_card(join(folder, "card.yaml"), [])
+        tables = {name: cards.read_split(card, name, folder) for name in names}
+        return Splits(card.root or folder, card, tables)  # an index of files that were probed, not packed, is elsewhere
+    assert isinstance(data.card, dict)  # embedded when the job was loaded
+    card = parse(cards.Card, data.card, f"{where}: data.card")
+    root = data.root or card.root
+    if not root:
+        raise UserError(f"{where}: data.root: is required, the folder where {card.name} lies")
+    root = absolute(root)
     return Splits(root, card, {name: cards.read_split(card, name, root) for name in names})
 
 

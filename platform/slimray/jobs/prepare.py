@@ -129,6 +129,7 @@ def run(job: PrepareJob, ctx: Any) -> None:
     generated = card.layout == "generated"
     root = "" if generated else job.data.root or card.root
     assert root is not None
+    root = root and storage.absolute(root)
     tables = {}
     for split in _splits(job, card):
         tables[split] = _to_generate(job, split) if generated else cards.read_split(card, split, root)
@@ -170,7 +171,7 @@ def _part_name(chunk: _Chunk) -> str:
 def _process(job: PrepareJob, ctx: Any, root: str, tables: dict, todo: tuple[_Chunk, ...], generated: bool) -> None:
     """Run the chunks as Ray Data tasks and show how far they are."""
     slots = job.tasks or os.cpu_count() or 1
-    workers.connect(0, slots)
+    workers.connect(ctx.cpus)
     slots = min(slots, max(1, int(ray.cluster_resources().get("CPU", 1))))
     refs = {split: ray.put(table) for split, table in tables.items()}
     work = _Work(ctx.run.uri, root, todo, refs, generated, job.data, job.pack, job.decode_timeout_s)
@@ -277,8 +278,9 @@ def _convert(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any],
                     found, encoded, psnr = decoder.probe(row["path"], data), b"", None
                 else:
                     encoded, found, psnr = decoder.repack(row["path"], data, Pack(**work.pack.model_dump()))
-            except BadSample as error:
-                part["bad"].append({"path": row["path"], "reason": str(error)})
+            except (BadSample, FileNotFoundError) as error:
+                reason = str(error) if isinstance(error, BadSample) else "no such file"
+                part["bad"].append({"path": row["path"], "reason": reason})
                 continue
             shape = {"frames": found.frames, "fps": found.fps, "width": found.width, "height": found.height}
             place = {"shard": shard, "row": len(packed) if shard else -1}

@@ -137,8 +137,8 @@ def run(job: TrainJob, ctx: Any) -> None:
     splits = open_splits(job.data, ctx.where, ctx.storage, split_names(job))
     known = facts(job, splits, splits.card)
     segments = known["input"][0]
+    workers.connect(ctx.cpus)
     slots = workers.decode_slots(job.scale)
-    workers.connect(job.scale.workers * job.scale.cpus_per_worker, slots)
     workers.require(job.scale, slots)
     names = {"train": job.data.train} | ({"val": job.data.val} if job.data.val else {})
     sources = {

@@ -1,0 +1,170 @@
+"""A generated point-cloud dataset with labelled parts: what a single point's coordinates cannot tell.
+
+Five classes (lamp, rocket, table, mug, hammer) of two or three parts each, with random proportions, lying, standing or
+upside down, turned about z by any angle, at a random size. What part a point belongs to is a matter of the shape around
+it: which end is the head, which class it is. A network that sees one point at a time stays far below 50 % part mIoU.
+numpy only.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+PARTS = {
+    "lamp": ("base", "pole", "shade"),
+    "rocket": ("body", "nose", "fins"),
+    "table": ("top", "legs"),
+    "mug": ("body", "handle"),
+    "hammer": ("head", "grip"),
+}
+CLASSES = tuple(PARTS)
+NUM_PARTS = sum(len(parts) for parts in PARTS.values())
+MIN_SHARE = 0.15  # of the points, for every part; the rest goes by area
+
+Sampler = Callable[[np.random.Generator, int], np.ndarray]  # (rng, n) -> points on the surface, float64 [n, 3]
+Piece = tuple[float, Sampler]  # its area and how to sample it
+
+
+def make_cloud(number: int, seed: int, num_points: int = 1024) -> tuple[np.ndarray, np.ndarray, int]:
+    """Cloud `number` of the dataset `seed`: coords float32 `[N, 3]`, part labels int64 `[N]`, class (number modulo 5).
+
+    Parts are numbered through all classes, in the order of PARTS. Points are in random order.
+    """
+    label = number % len(CLASSES)
+    rng = np.random.default_rng([seed, number])
+    parts = _SHAPES[CLASSES[label]](rng)
+    areas = np.array([sum(area for area, _ in pieces) for pieces in parts])
+    shares = MIN_SHARE + (1 - MIN_SHARE * len(parts)) * areas / areas.sum()
+    counts = np.diff(np.round(np.cumsum([0, *shares]) * num_points).astype(int))
+    coords = np.concatenate([_sample(pieces, count, rng) for pieces, count in zip(parts, counts, strict=True)])
+    labels = np.repeat(np.arange(len(parts)) + part_range(label).start, counts)
+    coords = _pose(coords - (coords.min(0) + coords.max(0)) / 2, rng)
+    order = rng.permutation(num_points)
+    return coords[order].astype(np.float32), labels[order].astype(np.int64), label
+
+
+def part_range(label: int) -> range:
+    """The part numbers of class `label`."""
+    start = sum(len(PARTS[name]) for name in CLASSES[:label])
+    return range(start, start + len(PARTS[CLASSES[label]]))
+
+
+def _pose(coords: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Standing, upside down or lying (half of the shapes), then any turn about z and a size of 0.6 to 1.4."""
+    tilt = rng.choice([0.0, 1.0, 0.5, 0.5]) * np.pi
+    turn = rng.uniform(0, 2 * np.pi)
+    coords = _turn(_turn(coords, rng.uniform(0, 2 * np.pi), 2), tilt, 0)
+    return _turn(coords, turn, 2) * rng.uniform(0.6, 1.4)
+
+
+def _turn(coords: np.ndarray, angle: float, axis: int) -> np.ndarray:
+    """Turned about coordinate axis `axis`, right-handed, radians."""
+    a, b = (axis + 1) % 3, (axis + 2) % 3
+    out = coords.copy()
+    out[:, a] = np.cos(angle) * coords[:, a] - np.sin(angle) * coords[:, b]
+    out[:, b] = np.sin(angle) * coords[:, a] + np.cos(angle) * coords[:, b]
+    return out
+
+
+def _sample(pieces: list[Piece], count: int, rng: np.random.Generator) -> np.ndarray:
+    areas = np.array([area for area, _ in pieces])
+    counts = rng.multinomial(count, areas / areas.sum())
+    return np.concatenate([sampler(rng, n) for (_, sampler), n in zip(pieces, counts, strict=True)])
+
+
+# --------------------------------------------------------------------------------------------------- surfaces
+
+
+def _tube(r0: float, r1: float, z0: float, z1: float) -> Piece:
+    """The side of a cylinder or cone about z, radius r0 at z0 to r1 at z1; a flat ring where z0 is z1."""
+
+    def sample(rng: np.random.Generator, n: int) -> np.ndarray:
+        r = np.sqrt(r0**2 + (r1**2 - r0**2) * rng.random(n))
+        z = z0 + (z1 - z0) * ((r - r0) / (r1 - r0) if r0 != r1 else rng.random(n))
+        angle = rng.uniform(0, 2 * np.pi, n)
+        return np.stack([r * np.cos(angle), r * np.sin(angle), z], 1)
+
+    return np.pi * (r0 + r1) * float(np.hypot(r1 - r0, z1 - z0)), sample
+
+
+def _plate(corner: tuple[float, ...], u: tuple[float, ...], v: tuple[float, ...]) -> Piece:
+    """The parallelogram of `corner` and the edges u and v."""
+
+    def sample(rng: np.random.Generator, n: int) -> np.ndarray:
+        return np.array(corner) + rng.random((n, 1)) * np.array(u) + rng.random((n, 1)) * np.array(v)
+
+    return float(np.linalg.norm(np.cross(u, v))), sample
+
+
+def _box(centre: tuple[float, float, float], size: tuple[float, float, float]) -> list[Piece]:
+    """The six sides of a box."""
+    low = np.array(centre) - np.array(size) / 2
+    edges = np.diag(size)
+    pieces = []
+    for axis in range(3):
+        u, v = edges[(axis + 1) % 3], edges[(axis + 2) % 3]
+        pieces += [_plate(tuple(low), tuple(u), tuple(v)), _plate(tuple(low + edges[axis]), tuple(u), tuple(v))]
+    return pieces
+
+
+def _arc(x: float, radius: float, thickness: float) -> Piece:
+    """Half a ring in the plane y = 0 about (x, 0, 0), open towards the z axis: a handle."""
+
+    def sample(rng: np.random.Generator, n: int) -> np.ndarray:
+        along, around = rng.uniform(-np.pi / 2, np.pi / 2, n), rng.uniform(0, 2 * np.pi, n)
+        r = radius + thickness * np.cos(around)
+        return np.stack([x + r * np.cos(along), thickness * np.sin(around), r * np.sin(along)], 1)
+
+    return 2 * np.pi * thickness * np.pi * radius, sample
+
+
+# ----------------------------------------------------------------------------------------------------- shapes
+
+
+def _lamp(rng: np.random.Generator) -> list[list[Piece]]:
+    pole, radius = rng.uniform(0.5, 1.2), rng.uniform(0.25, 0.5)
+    low, wide = rng.uniform(0.3, 0.6), rng.uniform(0.3, 0.55)
+    base = [_tube(0, radius, 0, 0), _tube(radius, radius, 0, 0.06), _tube(0, radius, 0.06, 0.06)]
+    shade = [_tube(wide * rng.uniform(1.0, 1.2), wide * rng.uniform(0.4, 0.6), pole, pole + low)]
+    return [base, [_tube(0.03, 0.03, 0.06, pole)], shade]
+
+
+def _rocket(rng: np.random.Generator) -> list[list[Piece]]:
+    length, radius = rng.uniform(0.6, 1.2), rng.uniform(0.15, 0.3)
+    nose, fin, height = rng.uniform(0.25, 0.7), rng.uniform(0.2, 0.4), rng.uniform(0.2, 0.5)
+    fins = []
+    for angle in np.arange(3) * 2 * np.pi / 3:
+        out = (np.cos(angle), np.sin(angle), 0.0)
+        fins.append(_plate((out[0] * radius, out[1] * radius, 0), (out[0] * fin, out[1] * fin, -0.15), (0, 0, height)))
+    body = [_tube(radius, radius, 0, length), _tube(0, radius, 0, 0)]
+    return [body, [_tube(radius, 0, length, length + nose)], fins]
+
+
+def _table(rng: np.random.Generator) -> list[list[Piece]]:
+    w, d, h = rng.uniform(0.6, 1.4), rng.uniform(0.5, 1.0), rng.uniform(0.3, 1.0)
+    leg, thick = rng.uniform(0.06, 0.12), rng.uniform(0.04, 0.1)
+    x, y = (w - leg) / 2 * rng.uniform(0.6, 1), (d - leg) / 2 * rng.uniform(0.6, 1)
+    legs = [piece for i in (-x, x) for j in (-y, y) for piece in _box((i, j, h / 2), (leg, leg, h))]
+    return [_box((0, 0, h + thick / 2), (w, d, thick)), legs]
+
+
+def _mug(rng: np.random.Generator) -> list[list[Piece]]:
+    radius, height = rng.uniform(0.3, 0.5), rng.uniform(0.5, 1.2)
+    ring = height * rng.uniform(0.25, 0.4)
+    body = [_tube(radius, radius, -height / 2, height / 2), _tube(0, radius, -height / 2, -height / 2)]
+    return [body, [_arc(radius, ring, rng.uniform(0.03, 0.06))]]
+
+
+def _hammer(rng: np.random.Generator) -> list[list[Piece]]:
+    grip, r = rng.uniform(0.6, 1.4), rng.uniform(0.04, 0.08)
+    size = (rng.uniform(0.4, 0.8), rng.uniform(0.15, 0.3), rng.uniform(0.15, 0.3))
+    return [_box((0, 0, grip + size[2] / 2), size), [_tube(r, r, 0, grip), _tube(0, r, 0, 0)]]
+
+
+_SHAPES: dict[str, Callable[[np.random.Generator], list[list[Piece]]]] = {
+    "lamp": _lamp,
+    "rocket": _rocket,
+    "table": _table,
+    "mug": _mug,
+    "hammer": _hammer,
+}
