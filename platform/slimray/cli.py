@@ -21,8 +21,9 @@ from slimray.spec import RunFailed, UserError
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=(__doc__ or "").split("\n")[0]
 )
-console = Console(stderr=True)
-out = Console()
+WIDTH = None if sys.stdout.isatty() else 160  # a file or a pipe has no width of its own
+console = Console(stderr=True, width=None if sys.stderr.isatty() else 160)
+out = Console(width=WIDTH)
 
 Files = Annotated[list[str], typer.Argument(help="Job files; several documents in one file run in order.")]
 Sets = Annotated[
@@ -114,20 +115,22 @@ def _summary(name: str, storage: str) -> None:
         out.print(f"report: {run.uri}/report.html", highlight=False, soft_wrap=True)
 
 
+COLUMNS = ("top1", "top5", "mean_class_accuracy", "loss", "epoch", "num_samples", "num_quarantined", "chance", "macs")
+
+
 def _print_run(run: Any) -> None:
+    """The final numbers of a run, best and last of a training, a row for each run of an evaluation."""
     from slimray import runs
 
-    card = runs.read_card(run) or {}
-    metrics = card.get("metrics") or {}
-    rows = metrics.get("rows") or [
-        {"": which, **numbers} for which, numbers in metrics.items() if isinstance(numbers, dict)
-    ]
+    metrics = (runs.read_card(run) or {}).get("metrics") or {}
+    rows = metrics.get("rows") or [{"run": which, **row} for which, row in metrics.items() if isinstance(row, dict)]
     if not rows:
         return
-    keys = [k for k in dict.fromkeys(k for row in rows for k in row) if not isinstance(rows[0].get(k), list | dict)]
+    rows = [{key.removeprefix("val/"): value for key, value in row.items()} for row in rows]
+    keys = [key for key in ("run", "variant", *COLUMNS, "clips", "quarantined") if any(key in row for row in rows)]
     table = Table(title=run.name, title_justify="left")
     for key in keys:
-        table.add_column(key, justify="left" if isinstance(rows[0].get(key), str) else "right")
+        table.add_column(key.replace("_", " "), justify="left" if key in ("run", "variant") else "right")
     for row in rows:
         table.add_row(*[_cell(row.get(key)) for key in keys])
     out.print(table)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 PARTS = {
-    "lamp": ("base", "pole", "shade"),
+    "lamp": ("stand", "shade"),
     "rocket": ("body", "nose", "fins"),
     "table": ("top", "legs"),
     "mug": ("body", "handle"),
@@ -19,7 +19,7 @@ PARTS = {
 }
 CLASSES = tuple(PARTS)
 NUM_PARTS = sum(len(parts) for parts in PARTS.values())
-MIN_SHARE = 0.15  # of the points, for every part; the rest goes by area
+MIN_SHARE = 0.2  # of the points, for every part; the rest is shared out at random, so that the mean tells little
 
 Sampler = Callable[[np.random.Generator, int], np.ndarray]  # (rng, n) -> points on the surface, float64 [n, 3]
 Piece = tuple[float, Sampler]  # its area and how to sample it
@@ -33,12 +33,12 @@ def make_cloud(number: int, seed: int, num_points: int = 1024) -> tuple[np.ndarr
     label = number % len(CLASSES)
     rng = np.random.default_rng([seed, number])
     parts = _SHAPES[CLASSES[label]](rng)
-    areas = np.array([sum(area for area, _ in pieces) for pieces in parts])
-    shares = MIN_SHARE + (1 - MIN_SHARE * len(parts)) * areas / areas.sum()
+    shares = MIN_SHARE + (1 - MIN_SHARE * len(parts)) * rng.dirichlet(np.ones(len(parts)))
     counts = np.diff(np.round(np.cumsum([0, *shares]) * num_points).astype(int))
     coords = np.concatenate([_sample(pieces, count, rng) for pieces, count in zip(parts, counts, strict=True)])
     labels = np.repeat(np.arange(len(parts)) + part_range(label).start, counts)
-    coords = _pose(coords - (coords.min(0) + coords.max(0)) / 2, rng)
+    coords = (coords - (coords.min(0) + coords.max(0)) / 2) * rng.uniform(0.7, 1.4, 3)
+    coords = _pose(coords, rng)
     order = rng.permutation(num_points)
     return coords[order].astype(np.float32), labels[order].astype(np.int64), label
 
@@ -122,15 +122,15 @@ def _arc(x: float, radius: float, thickness: float) -> Piece:
 
 
 def _lamp(rng: np.random.Generator) -> list[list[Piece]]:
-    pole, radius = rng.uniform(0.5, 1.2), rng.uniform(0.25, 0.5)
-    low, wide = rng.uniform(0.3, 0.6), rng.uniform(0.3, 0.55)
+    pole, radius = rng.uniform(0.15, 1.2), rng.uniform(0.2, 0.6)
+    low, wide = rng.uniform(0.3, 0.7), rng.uniform(0.2, 0.6)
     base = [_tube(0, radius, 0, 0), _tube(radius, radius, 0, 0.06), _tube(0, radius, 0.06, 0.06)]
     shade = [_tube(wide * rng.uniform(1.0, 1.2), wide * rng.uniform(0.4, 0.6), pole, pole + low)]
-    return [base, [_tube(0.03, 0.03, 0.06, pole)], shade]
+    return [[*base, _tube(0.04, 0.04, 0.06, pole)], shade]
 
 
 def _rocket(rng: np.random.Generator) -> list[list[Piece]]:
-    length, radius = rng.uniform(0.6, 1.2), rng.uniform(0.15, 0.3)
+    length, radius = rng.uniform(0.4, 1.2), rng.uniform(0.15, 0.3)
     nose, fin, height = rng.uniform(0.25, 0.7), rng.uniform(0.2, 0.4), rng.uniform(0.2, 0.5)
     fins = []
     for angle in np.arange(3) * 2 * np.pi / 3:
@@ -156,9 +156,9 @@ def _mug(rng: np.random.Generator) -> list[list[Piece]]:
 
 
 def _hammer(rng: np.random.Generator) -> list[list[Piece]]:
-    grip, r = rng.uniform(0.6, 1.4), rng.uniform(0.04, 0.08)
-    size = (rng.uniform(0.4, 0.8), rng.uniform(0.15, 0.3), rng.uniform(0.15, 0.3))
-    return [_box((0, 0, grip + size[2] / 2), size), [_tube(r, r, 0, grip), _tube(0, r, 0, 0)]]
+    length, r = rng.uniform(0.3, 1.0), rng.uniform(0.05, 0.1)
+    size = (rng.uniform(0.4, 1.0), rng.uniform(0.15, 0.4), rng.uniform(0.15, 0.4))
+    return [_box((0, 0, length + size[2] / 2), size), [_tube(r, r, 0, length), _tube(0, r, 0, 0)]]
 
 
 _SHAPES: dict[str, Callable[[np.random.Generator], list[list[Piece]]]] = {

@@ -6,6 +6,7 @@ network uses motion: without order, only what single frames tell is left.
 """
 
 import base64
+import contextlib
 import io
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from slimray.data.plan import Phase
 from slimray.edge import cost
 from slimray.jobs.inputs import DataSpec, open_splits
 from slimray.progress import follow
-from slimray.spec import Spec, UserError, parse
+from slimray.spec import RunFailed, Spec, UserError, parse
 
 
 class EvaluateJob(Spec):
@@ -66,6 +67,8 @@ class _Case:
 
 @dataclass(frozen=True)
 class _Config:
+    run_uri: str
+    attempt: int
     cases: tuple[_Case, ...]
     phases: tuple[Phase, ...]
     source: Source
@@ -109,6 +112,8 @@ def run(job: EvaluateJob, ctx: Any) -> None:
             )
     board = workers.make_board()
     config = _Config(
+        run_uri=ctx.run.uri,
+        attempt=ctx.attempt,
         cases=tuple(cases),
         phases=tuple(phases),
         source=Source(splits.root, ray.put(table), table.num_rows),
@@ -128,6 +133,9 @@ def run(job: EvaluateJob, ctx: Any) -> None:
         shape = (1, network.recipe["num_segments"], len(network.pixels.mean), *[job.size or network.recipe["size"]] * 2)
         row |= {"params": cost.count_params(network.net), "macs": cost.count_macs(network.net, shape)}
         row |= {"chance": 100 / len(names), "views": job.clips * job.crops, "split": split}
+        row |= {"num_quarantined": table.num_rows - row["num_samples"]}
+    if not all(row["num_samples"] for row in result["rows"]):
+        raise RunFailed(f"no file of split {split!r} decodes: see quarantine/ in the run folder")
     results = {
         "rows": result["rows"],
         "classes": list(names),
@@ -166,16 +174,21 @@ def _worker(config: _Config) -> dict[str, Any]:
         wait_timeout_s=config.scale.data_timeout_s,
     )
     out: dict[str, Any] = {"rows": [], "confusion": {}, "clips": []}
-    network, score, bad = None, None, 0
-    with workers.open_stream(feed) as stream:
+    network, score = None, None
+    bad: dict[int, dict[str, Any]] = {}  # sample -> its row of the quarantine
+    quarantine = runs.PartWriter(runs.run_at(config.run_uri), "quarantine", config.attempt, rank)
+    with workers.open_stream(feed) as stream, contextlib.closing(quarantine):
         for phase, step, batch in stream:
             case = config.cases[phase.epoch]
             if network is None or score is None:
                 network = predict.load_network(runs.run_at(case.run_uri), device)
                 network = replace(network, pixels=replace(network.pixels, average=config.average))
-                score, bad = learn.Score(len(network.classes)), 0
+                score = learn.Score(len(network.classes))
             if batch is not None:
-                bad += int((~batch.valid).sum())
+                for i in np.flatnonzero(~batch.valid):
+                    if int(batch.sample[i]) not in bad:
+                        bad[int(batch.sample[i])] = {"path": batch.path[i], "reason": batch.reason[i]}
+                        quarantine.write(bad[int(batch.sample[i])])
                 scores = loop.score_batch(network.net, batch, network.pixels, device, config.batch, score)
                 shown = sum(clip["run"] == case.run_name for clip in out["clips"])
                 if rank == 0 and scores is not None and case.order == "natural" and shown < config.pictures:
@@ -186,9 +199,7 @@ def _worker(config: _Config) -> dict[str, Any]:
             if step + 1 == phase.num_steps:
                 loop.merge_scores(score, world, device)
                 numbers = score.result()
-                out["rows"].append(
-                    {"run": case.run_name, "variant": case.order, "bad_on_rank_0": bad, **_plain(numbers)}
-                )
+                out["rows"].append({"run": case.run_name, "variant": case.order, **_plain(numbers)})
                 out["confusion"][f"{case.run_name} ({case.order})"] = score.confusion.tolist()
                 network = score = None
     return out

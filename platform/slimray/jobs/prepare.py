@@ -43,7 +43,7 @@ class PrepareData(Spec):
     """Clips to generate in all, a fifth of them for validation (generated datasets only)."""
     size: int = Field(64, ge=16, le=512)
     """Side of generated frames in pixels."""
-    frames: int = Field(24, ge=2, le=1000)
+    frames: int = Field(16, ge=2, le=1000)
     """Frames of a generated clip."""
     seed: int = Field(0, ge=0)
     """Seed of generated clips."""

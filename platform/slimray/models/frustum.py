@@ -84,10 +84,13 @@ class FrustumNet(nn.Module):
 
     size_templates: Tensor
 
-    def __init__(self, mask_net: nn.Module, center_net: nn.Module, box_net: nn.Module, num_classes: int, num_points: int):
+    def __init__(
+        self, mask_net: nn.Module, center_net: nn.Module, box_net: nn.Module, num_classes: int, num_points: int
+    ):
         super().__init__()
         self.inst_seg_net, self.center_reg_net, self.box_est_net = mask_net, center_net, box_net
         self.num_classes, self.num_points = num_classes, num_points
+        self.head_name = f"box_est_net.{box_net.head_name}"
         self.register_buffer("size_templates", torch.tensor([list(SIZE_TEMPLATES.values())]))
 
     def mask_net(self, points: Tensor, one_hot: Tensor) -> Tensor:
@@ -242,8 +245,8 @@ def frustum_loss(
     rows = torch.arange(len(targets["center"]), device=targets["center"].device)
     heading_id, size_id = targets["heading_id"], targets["size_id"]
     template = size_templates.view(-1, 3)[size_id]
-    heading_error = (
-        outputs["heading_residuals_normalized"][rows, heading_id] - targets["heading_residual"] / (HEADING_BIN / 2)
+    heading_error = outputs["heading_residuals_normalized"][rows, heading_id] - targets["heading_residual"] / (
+        HEADING_BIN / 2
     )
     size_error = outputs["size_residuals_normalized"][rows, size_id] - targets["size_residual"] / template
     bin_center = heading_id * HEADING_BIN
@@ -267,10 +270,11 @@ def frustum_loss(
     return F.cross_entropy(outputs["mask_logits"].float(), targets["mask"]) + box_weight * box
 
 
-def mutual_loss(logits: Tensor, peer_logits: Tensor) -> Tensor:
-    """How far `peer_logits` `[B, C, ...]` are from `logits`, which get no gradient from the first factor (KL, mean).
+def mutual_loss(target: Tensor, logits: Tensor) -> Tensor:
+    """KL(softmax(`target`) || softmax(`logits`)) over the classes of `[B, C, ...]`, the mean of the rest.
 
-    Deep Mutual Learning (arXiv 1706.00384): each of two networks adds `mutual_loss(peer.detach(), own)` to its loss.
+    Deep Mutual Learning (arXiv 1706.00384): of two networks, each adds `mutual_loss(peer.detach(), own)` to its loss.
+    The gradient goes to `logits` alone: `target` counts as given.
     """
-    own, peer = logits.float().log_softmax(1), peer_logits.float().log_softmax(1)
-    return (own.exp().detach() * (own - peer)).sum(1).mean()
+    given, own = target.float().log_softmax(1), logits.float().log_softmax(1)
+    return (given.exp().detach() * (given - own)).sum(1).mean()

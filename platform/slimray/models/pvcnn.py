@@ -78,8 +78,8 @@ class PVConv(nn.Module):
     def forward(self, cloud: Cloud) -> Cloud:
         features, coords = cloud
         places = normalize_coords(coords, self.resolution, self.normalize, self.eps)
-        grid = self.voxel_layers(voxelize(features, places, self.resolution))
-        return self.point_features(features) + devoxelize(grid, places), coords
+        grid = voxelize(features, places, self.resolution).contiguous()  # CPU BatchNorm errs by 1e-4 on channels-last
+        return self.point_features(features) + devoxelize(self.voxel_layers(grid), places), coords
 
 
 def point_voxel_blocks(
@@ -159,7 +159,7 @@ FP_STAGES: tuple[tuple[tuple[int, ...], list[Block]], ...] = (
 def pvcnnpp_s3dis(
     *, num_classes: int, width: float = 1.0, voxel: float = 1.0, in_channels: int = 9, dropout: float = 0.5
 ) -> PointNet2:
-    """PointNet++ with PVConvs before each sampling and after each propagation. Needs channels beyond coordinates."""
+    """PointNet++ with PVConvs before each sampling and after each propagation."""
     channels, sa_layers, skips = in_channels, [], [in_channels - 3]
     for blocks, num_centers, radius, num_neighbors, widths in SA_STAGES:
         layers, out = point_voxel_blocks(channels, blocks, width, voxel, with_se=True)
