@@ -107,8 +107,8 @@ class _Clock:
 class _Saver:
     """Writes checkpoints in the background, one at a time, and sweeps what is no longer kept."""
 
-    def __init__(self, run: runs.Run, spec: CheckpointSpec):
-        self.run, self.spec = run, spec
+    def __init__(self, run: runs.Run, spec: CheckpointSpec, records: "_Records"):
+        self.run, self.spec, self.records = run, spec, records
         self.pool = ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
@@ -119,6 +119,7 @@ class _Saver:
         self.pending = self.pool.submit(self._write, snapshot, meta)
 
     def _write(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        self.records.flush()
         files = {"state.safetensors": safetensors.torch.save(tensors)}
         runs.save_checkpoint(self.run, meta["progress"]["total_steps"], files, meta)
         runs.keep(self.run, metric=self.spec.best_metric, last=self.spec.keep_last)
@@ -141,6 +142,12 @@ class _Records:
         self.tracker = None
         if self.rows is not None:
             self.tracker = tracking.Tracker(config.tracking, self.rows, run.name, run.uri, config.job)
+
+    def flush(self) -> None:
+        """Return once every row is on storage: a checkpoint must not outlive the records of its steps."""
+        for writer in (self.rows, self.bad, self.samples):
+            if writer is not None:
+                writer.flush()
 
     def close(self) -> None:
         for writer in (self.tracker, self.rows, self.bad, self.samples):
@@ -165,8 +172,8 @@ class _Rank:
         self.told_at = self.saved_at = time.monotonic()
         self.replica = self._make_replica()
         self._restore()
-        self.saver = _Saver(self.run, config.checkpoint) if self.rank == 0 else None
         self.records = _Records(config, self.run, self.rank)
+        self.saver = _Saver(self.run, config.checkpoint, self.records) if self.rank == 0 else None
         self.result: learn.Score | None = None
 
     def _make_replica(self) -> Replica:
@@ -195,6 +202,8 @@ class _Rank:
 
     def _save(self) -> None:
         """Start writing a checkpoint of all ranks' state. A collective."""
+        if self.saver is None:  # rank 0 does so in the background
+            self.records.flush()
         tensors = {f"replica.{k}": v for k, v in self.replica.tensors().items()}
         tensors |= {"mask": torch.from_numpy(self.mask.astype(np.uint8)), "bad_seen": self._merged_bad()}
         self.saved_at = time.monotonic()

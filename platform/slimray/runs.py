@@ -504,7 +504,8 @@ class PartWriter:
         self._stem = f"{_known(folder)}/{attempt:04d}-{rank:05d}-{time.time_ns() // 1_000_000}"
         self._lines: list[bytes] = []
         self._changed = threading.Condition()
-        self._closing = self._failed = False
+        self._closing = self._failed = self._hurry = False
+        self._num_written = 0
         self._error: StorageError | None = None
         self._thread = threading.Thread(target=self._work, daemon=True, name=f"{folder} of {run.name}")
         self._thread.start()
@@ -520,6 +521,14 @@ class PartWriter:
                 self._lines.append(line)
             if len(self._lines) >= FLUSH_ROWS:
                 self._changed.notify_all()
+        self._raise_once()
+
+    def flush(self) -> None:
+        """Return once all rows queued so far are on storage; StorageError once if they cannot be written."""
+        with self._changed:
+            wanted, self._hurry = self._num_written + len(self._lines), True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._failed or self._num_written >= wanted)
         self._raise_once()
 
     def close(self) -> None:
@@ -540,8 +549,10 @@ class PartWriter:
             number = 0
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._closing or len(self._lines) >= FLUSH_ROWS, self._flush_s)
-                    lines, closing = self._lines[: 10 * FLUSH_ROWS], self._closing
+                    self._changed.wait_for(
+                        lambda: self._closing or self._hurry or len(self._lines) >= FLUSH_ROWS, self._flush_s
+                    )
+                    lines, closing, self._hurry = self._lines[: 10 * FLUSH_ROWS], self._closing, False
                 if lines:
                     self._put(f"{self._stem}-{number:06d}.jsonl", b"\n".join(lines) + b"\n")
                     number += 1
@@ -549,6 +560,8 @@ class PartWriter:
                     return
                 with self._changed:
                     del self._lines[: len(lines)]
+                    self._num_written += len(lines)
+                    self._hurry = self._hurry or (bool(self._lines) and len(lines) == 10 * FLUSH_ROWS)
                     self._changed.notify_all()
         except Exception as error:  # noqa: BLE001 a thread's failure is raised where the rows come from
             with self._changed:

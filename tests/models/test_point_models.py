@@ -1,8 +1,9 @@
-"""Point networks equal the recorded ones in counts, names and values; every one trains, in bfloat16 too, and repeats."""
+"""Point networks equal the recorded ones in counts, names and values; each trains, in bfloat16 too, and repeats."""
 
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimray.edge import cost
-from slimray.models import frustum
+from slimray.models import frustum, published
 from slimray.models.point_table import POINT_MODELS
 from slimray.models.pvcnn import PVConv
 
@@ -41,7 +42,7 @@ def build(name: str, **options) -> nn.Module:
 def small(name: str, **options) -> nn.Module:
     torch.manual_seed(0)
     if "unet3d" in name:
-        options.setdefault("voxel", 0.125)
+        options.setdefault("voxel", 0.5)
     return build(name, width=0.125, **options)
 
 
@@ -109,6 +110,15 @@ def test_pvcnn_evaluates_as_recorded(recorded):
     torch.testing.assert_close(out, recorded["eval_output"], rtol=0, atol=1e-5)
 
 
+def test_a_published_checkpoint_loads_and_computes_as_recorded(shared):
+    net = build("pvcnn_s3dis", width=0.125).eval()
+    report = published.load(net, shared / "parity/pvcnn_checkpoint_format_s3dis_pvcnn_c0p125.pth.tar")
+    assert not report.missing
+    with np.load(shared / "parity/pvcnn_checkpoint_format_io.npz") as io, torch.no_grad():
+        out, expected = net(torch.as_tensor(io["input"])), torch.as_tensor(io["eval_output"])
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
 def test_pvcnn_trains_as_recorded(recorded):
     net = loaded(recorded, dropout=0.0).train()
     out = net(recorded["input"])
@@ -116,11 +126,15 @@ def test_pvcnn_trains_as_recorded(recorded):
     loss = F.cross_entropy(out, recorded["targets"])
     assert loss.item() == pytest.approx(float(recorded["train_loss_dropout0"]), abs=1e-4)
     loss.backward()
+    # Behind the head, gradients come through the BatchNorm of `cloud_features`, over two samples: 1e-7 more or less in
+    # the input moves them by up to 2 %, and the recorded ones lie 0.9 % from those in float64 (ours 0.4 %).
     for name, parameter in net.named_parameters():
-        norm = parameter.grad.norm().item()
-        assert norm == pytest.approx(float(recorded["grad_norms"][name]), rel=1e-3, abs=1e-6), name
+        norm, rel = parameter.grad.norm().item(), 1e-3 if name.startswith("classifier") else 2e-2
+        floor = 1e-5 if name.endswith("bias") else 1e-6  # a bias before a BatchNorm has no gradient but rounding
+        assert norm == pytest.approx(float(recorded["grad_norms"][name]), rel=rel, abs=floor), name
         if name in recorded["grads_small"]:
-            torch.testing.assert_close(parameter.grad, recorded["grads_small"][name], rtol=1e-3, atol=1e-4)
+            difference = (parameter.grad - recorded["grads_small"][name]).norm().item()
+            assert difference <= 2e-2 * norm + floor, name
     state = net.state_dict()
     for name, value in recorded["running_stats_after_one_train_forward"].items():
         torch.testing.assert_close(state[name], value, rtol=0, atol=1e-4)
@@ -180,10 +194,15 @@ def test_bfloat16_is_near_float32(name):
     assert (rough - exact).norm() < 0.05 * exact.norm()
 
 
-def test_pvcnn_exports_and_computes_the_same():
-    net, x = small("pvcnn_s3dis").eval(), cloud("pvcnn_s3dis", 128)
-    exported = torch.export.export(net, (x,))
-    torch.testing.assert_close(exported.module()(x), net(x), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("name", ["pvcnn_s3dis", "pvcnn_shapenet"])
+def test_pvcnn_exports_for_any_number_of_points_in_common_operators(name):
+    net = small(name).eval()
+    num_points = torch.export.Dim("num_points", min=16, max=65536)
+    program = torch.export.export(net, (cloud(name, 128),), dynamic_shapes=({2: num_points},)).run_decompositions()
+    assert not any("embedding" in str(node.target) for node in program.graph.nodes)
+    for count in (128, 301):
+        x = cloud(name, count)
+        torch.testing.assert_close(program.module()(x), net(x), rtol=1e-4, atol=1e-5)
 
 
 def test_voxel_scales_the_grids_and_width_the_channels():
@@ -285,7 +304,9 @@ def test_a_perfect_box_costs_nothing_and_each_error_what_the_paper_says():
     assert frustum.frustum_loss(wrong, targets, templates).item() == pytest.approx(20 * 0.125, abs=1e-3)
     guess = out | {"center_reg": out["center_reg"] + torch.tensor([3.0, 0.0, 0.0])}  # linear: 0.5 + 2
     assert frustum.frustum_loss(guess, targets, templates).item() == pytest.approx(2.5, abs=1e-3)
-    turned = out | {"heading_residuals": out["heading_residuals"] + math.pi}  # corners of a box turned round count as its own
+    turned = out | {
+        "heading_residuals": out["heading_residuals"] + math.pi
+    }  # corners of a box turned round count as its own
     assert frustum.frustum_loss(turned, targets, templates).item() == pytest.approx(0, abs=1e-3)
 
 

@@ -5,7 +5,8 @@ sends a file's bytes to a child (`python -m slimray.data.decoder`) over a socket
 timeout or a death costs that one file (`BadSample`), which this decoder then refuses at once. PyAV reads videos and
 finds frames by their timestamps: what comes back is the frame that was asked for, or nothing. decord 0.6 was slower
 and without a word gave other frames of intact files (open GOPs, MPEG-TS, AVI with B-frames) and wrong pixels of
-damaged ones. Damage that ffmpeg does not notice (rare in H.264, common in HEVC) stays unnoticed. PIL reads pictures.
+damaged ones. Damage that ffmpeg does not notice (rare in H.264, common in HEVC and VP9) stays unnoticed. PIL reads
+pictures.
 """
 
 import ctypes
@@ -142,15 +143,16 @@ class Decoder:
     def _be_ready(self) -> None:
         """See to a child that waits for a request, one that died idle is replaced. RuntimeError if none starts."""
         if self._link is not None:
-            with suppress(BlockingIOError):  # as it should be: nothing to read, and no end
-                self._link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-                self._end()
-        if self._child is None:
-            self._child, self._link = self._thread.submit(_start_child).result()
             try:
-                self._talk(START_TIMEOUT_S, _receive)
-            except _Gone as gone:
-                raise RuntimeError(f"the start of a decoding process {gone}") from None
+                self._link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:  # neither an end nor an answer that nobody asked for
+                return
+            self._end()
+        self._child, self._link = self._thread.submit(_start_child).result()
+        try:
+            self._talk(START_TIMEOUT_S, _receive)
+        except _Gone as gone:
+            raise RuntimeError(f"the start of a decoding process {gone}") from None
 
     def _talk(self, timeout_s: float, talk: Callable[..., Any], *args: Any) -> Any:
         """The result of `talk(link, *args)`; what cuts it short, Ctrl-C too, ends the child: it would answer late."""
@@ -329,12 +331,15 @@ class _Movie(_Video):
 
     def __init__(self, data: bytes):
         limits = {"max_pixels": str(MAX_PIXELS)}
-        with av.open(io.BytesIO(data), options={**limits, "protocol_whitelist": "none"}) as container:
+        options = {**limits, "protocol_whitelist": "none"}  # a playlist opens no other file
+        with av.open(io.BytesIO(data), options=options, metadata_errors="replace") as container:
             stream: Any = container.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise BadSample("holds no video that can be decoded")
             self.context, self.codec = stream.codec_context, stream.codec_context.codec.canonical_name
             self.width, self.height = self.context.width, self.context.height
+            if not self.width * self.height:
+                raise BadSample("declares no size, or one that is larger than what is decoded")
             _check_size(self.width, self.height, 1)
             self.context.thread_count, self.context.options = 1, limits
             self.fps, self.tick = float(stream.average_rate or 0), stream.time_base
@@ -344,10 +349,12 @@ class _Movie(_Video):
             reordered_avi = container.format.name == "avi" and self.context.has_b_frames  # its timestamps are guesses
         if None in times or len({*times}) < len(times) or keys != sorted(keys) or reordered_avi:
             self._number_packets()
-        shown = [(p.pts, n) for n, p in enumerate(self.packets) if p.pts is not None and not p.is_discard]
+        shown = [(p.pts, n) for n, p in enumerate(self.packets) if p.pts is not None and not self._is_hidden(p)]
         self.keys = [(p.pts, n) for n, p in enumerate(self.packets) if p.is_keyframe and p.pts is not None]
-        first = self.keys[0][0] if self.keys else shown[0][0]  # what is shown before the first key frame is cut off
+        first = self.keys[0][0] if self.keys else -float("inf")  # what is shown before needs what was cut off
         self.place = {pts: n for pts, n in shown if pts >= first}
+        if not self.place:
+            raise BadSample("holds no frames")
         self.ticks = sorted(self.place)
         self.num_frames = len(self.ticks)
         self.reformatter = VideoReformatter()
@@ -356,12 +363,10 @@ class _Movie(_Video):
         wanted = [self.ticks[i] for i in indices]
         _check_size(self.width, self.height, len(wanted))
         found: dict[int, np.ndarray] = {}
-        with suppress(FFmpegError):
-            for start, group in itertools.groupby(wanted, self._start_of):
-                self._pick(start, set(group), found, drop=self.codec in DROPPABLE)
+        for start, group in itertools.groupby(wanted, self._start_of):
+            self._pick(start, set(group), found, drop=self.codec in DROPPABLE)
         if len(found) < len(wanted):  # damage, or a frame that needs more than its key frame: the whole way decides
-            with suppress(FFmpegError):
-                self._pick(0, set(wanted), found, drop=False)
+            self._pick(0, set(wanted), found, drop=False)
         for index, pts in zip(indices, wanted, strict=True):
             if pts not in found:
                 raise self._missing(index)
@@ -381,11 +386,18 @@ class _Movie(_Video):
         return self.keys[max(0, bisect_right(self.keys, (pts, len(self.packets))) - 1)][1] if self.keys else 0
 
     def _pick(self, start: int, wanted: set[int], found: dict[int, np.ndarray], drop: bool) -> None:
-        """Add the intact ones of the `wanted` frames to `found`, decoding from packet `start`."""
-        end = max(self.place[pts] for pts in wanted) + 1
-        for frame in self._decode(start, end, wanted if drop else None):
-            if frame.pts in wanted and not frame.is_corrupt:
-                found[frame.pts] = self._picture(frame)
+        """Add the `wanted` frames to `found`, decoding from packet `start`; none that decodes after a damaged one."""
+        first, end = self.packets[start].pts or 0, max(self.place[pts] for pts in wanted) + 1
+        taken, intact = {}, end
+        with suppress(FFmpegError):
+            for frame in self._decode(start, end, wanted if drop else None):
+                if frame.pts not in self.place or frame.pts < first:  # of an open GOP: it needs what was before `start`
+                    continue
+                if frame.is_corrupt:
+                    intact = min(intact, self.place[frame.pts])
+                elif frame.pts in wanted:
+                    taken[frame.pts] = self._picture(frame)
+        found.update({pts: picture for pts, picture in taken.items() if self.place[pts] < intact})
 
     def _shown(self) -> Iterator[av.VideoFrame]:
         """All frames in order; BadSample at the first that is missing or damaged."""
@@ -420,6 +432,10 @@ class _Movie(_Video):
         for number, packet in enumerate(self.packets):
             packet.pts = ranks.get(number)
         self.tick = 1 / Fraction(self.fps or 25).limit_denominator(100_000)
+
+    def _is_hidden(self, packet: av.Packet) -> bool:
+        """Whether the frame of a packet only serves others: cut off by an edit list, or marked so in VP8."""
+        return packet.is_discard or (self.codec == "vp8" and not bytes(packet)[0] & 16)
 
     def _picture(self, frame: av.VideoFrame) -> np.ndarray:
         """The pixels, turned as the file asks, and scaled if the frames of the file change their size."""
@@ -548,13 +564,13 @@ def _small(frame: np.ndarray, short_side: int | None, step: int) -> np.ndarray:
 
 
 def _encode_h264(video: _Video, pack: Pack, loss: _Loss) -> bytes:
-    """An mp4 file with the timestamps of `video`."""
+    """An mp4 file with the timestamps of `video`. No lookahead: x264's makes the bytes differ from run to run."""
     buffer, waiting = io.BytesIO(), deque[np.ndarray]()
     back: Any = av.CodecContext.create("h264", "r")
     with av.open(buffer, "w", format="mp4") as container:
-        options = {"crf": str(pack.crf), "preset": "veryfast", "threads": "1", "bf": "0", "g": str(pack.gop)}
+        options = {"crf": str(pack.crf), "g": str(pack.gop), "bf": "0", "rc-lookahead": "0", "threads": "1"}
         rate = Fraction(video.fps or 25).limit_denominator(100_000)
-        stream: Any = container.add_stream("libx264", rate=rate, options=options)
+        stream: Any = container.add_stream("libx264", rate=rate, options={**options, "preset": "veryfast"})
         stream.pix_fmt, stream.thread_count, stream.codec_context.time_base = "yuv420p", 1, video.tick
 
         def put(frame: av.VideoFrame | None) -> None:

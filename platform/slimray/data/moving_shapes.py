@@ -56,8 +56,8 @@ def encode_h264(frames: np.ndarray, fps: int = FPS, gop: int = 12, crf: int = 18
     """uint8 `[T, H, W, 3]` (even sides) as an H.264 mp4 file; the same frames give the same bytes."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        options = {"crf": str(crf), "preset": "veryfast", "threads": "1", "bf": "0", "g": str(gop)}
-        stream = container.add_stream("libx264", rate=fps, options=options)
+        options = {"crf": str(crf), "g": str(gop), "bf": "0", "rc-lookahead": "0", "threads": "1"}  # as in decoder.py
+        stream = container.add_stream("libx264", rate=fps, options={**options, "preset": "veryfast"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.thread_count = "yuv420p", 1
         for frame in frames:

@@ -130,6 +130,10 @@ def decode_block(numbers: dict[str, np.ndarray], plan: "ray.ObjectRef[np.ndarray
             )
         except BadSample as bad:
             reason = str(bad) or "does not decode"
+        except FileNotFoundError as error:  # Ray would take an OSError for something that passes
+            raise RunFailed(
+                f"a file of the index is missing ({error}): mend the list, or run `prepare` again"
+            ) from error
         labels.append(label)
         paths.append(row["path"])
         reasons.append(reason)
@@ -246,8 +250,6 @@ def _sentence(error: BaseException) -> str:
     cause: Any = error
     while isinstance(cause, exceptions.RayTaskError) and cause.cause is not None and cause.cause is not cause:
         cause = cause.cause
-    if isinstance(cause, FileNotFoundError):
-        return f"a file of the index is missing ({cause}): mend the list, or run `prepare` again"
     if isinstance(cause, StorageError | RunFailed):
         return str(cause)
     last = traceback.format_exception_only(cause)[-1].strip()

@@ -1,10 +1,10 @@
 """Frustum networks: a 3D box out of the points behind a 2D box, KITTI's cars, pedestrians and cyclists.
 
-Frustum PointNets (arXiv 1711.08488), with the networks of Point-Voxel CNN (1907.03739). One network says which points are
-the object, one where its centre is, one what its box is. Points are `[B, 4, N]` (coordinates, intensity) in rect camera
-axes (y down) turned so that the frustum looks along z; the class is a one-hot `[B, 3]`. A box is centre, heading about y
-and size (l, w, h); heading is one of 12 bins and a residual, size one of 8 templates and a residual. `frustum_loss` is
-what they are trained with.
+Frustum PointNets (arXiv 1711.08488), with the networks of Point-Voxel CNN (1907.03739). One network says which points
+are the object, one where its centre is, one what its box is. Points are `[B, 4, N]` (coordinates, intensity) in rect
+camera axes (y down), turned so that the frustum looks along z; the class is a one-hot `[B, 3]`. A box is centre,
+heading about y and size (l, w, h); heading is one of 12 bins and a residual, size one of 8 templates and a residual.
+`frustum_loss` is what they are trained with.
 """
 
 import math
@@ -218,10 +218,10 @@ def box_corners(center: Tensor, heading: Tensor, size: Tensor) -> Tensor:
 
     Length lies along x, height along y, width along z at heading 0; the first four corners have the larger y.
     """
-    l, w, h = (size / 2).unbind(1)
-    x = torch.stack([l, l, -l, -l, l, l, -l, -l], 1)
-    y = torch.stack([h, h, h, h, -h, -h, -h, -h], 1)
-    z = torch.stack([w, -w, -w, w, w, -w, -w, w], 1)
+    length, width, height = (size / 2).unbind(1)
+    x = torch.stack([length, length, -length, -length] * 2, 1)
+    y = torch.stack([height] * 4 + [-height] * 4, 1)
+    z = torch.stack([width, -width, -width, width] * 2, 1)
     cos, sin = heading.cos()[:, None], heading.sin()[:, None]
     return torch.stack([cos * x + sin * z, y, cos * z - sin * x], 2) + center[:, None]
 
@@ -238,8 +238,8 @@ def frustum_loss(
 ) -> Tensor:
     """The loss of a FrustumNet: mask, centre, heading, size and corners in one number (arXiv 1711.08488, section 4.5).
 
-    `targets`: `mask` `[B, N]` int64, `center` `[B, 3]`, `heading_id` and `size_id` `[B]` int64, `heading_residual` `[B]`
-    in radians, `size_residual` `[B, 3]` in metres. The corners are those of the true bin and template with the
+    `targets`: `mask` `[B, N]` int64, `center` `[B, 3]`, `heading_id` and `size_id` `[B]` int64, `heading_residual`
+    `[B]` in radians, `size_residual` `[B, 3]` in metres. The corners are those of the true bin and template with the
     predicted residuals, against the true box or the same turned round, whichever is nearer.
     """
     rows = torch.arange(len(targets["center"]), device=targets["center"].device)

@@ -1,11 +1,10 @@
-"""Operators on point clouds in pure torch: they run on CPU and GPU, differentiate, export and need no compiled extension.
+"""Operators on point clouds in pure torch: CPU and GPU, differentiable, exportable, no compiled extension.
 
-Features are `[B, C, N]`, coordinates `[B, 3, N]`, indices int64. Point-Voxel CNN (arXiv 1907.03739) gives voxelization and
-devoxelization, PointNet++ (1706.02413) sampling, grouping and interpolation; indices and ties are those of the published
-kernels. Inside, points and voxels are rows `[B * N, C]`, so that a neighbour is one contiguous read: grids and groups
-come out in channels-last memory, which convolutions like best. Coordinates, counts and sums are float32 whatever the
-features are. What adds up in a fixed order does so always; the rest (`index_add` on CUDA) under
-`torch.use_deterministic_algorithms(True)`.
+Features are `[B, C, N]`, coordinates `[B, 3, N]`, indices int64. Point-Voxel CNN (arXiv 1907.03739) gives voxelization
+and devoxelization, PointNet++ (1706.02413) sampling, grouping and interpolation; indices and ties are those of the
+published kernels. Inside, points and voxels are rows `[B * N, C]`, so that a neighbour is one contiguous read: grids
+and groups come out in channels-last memory. Coordinates, counts and sums are float32 whatever the features are. Sums
+run in a fixed order, but for `index_add` on CUDA, which does under `torch.use_deterministic_algorithms(True)`.
 """
 
 from collections.abc import Callable
@@ -77,15 +76,18 @@ def _weighted_sum(features: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     batch, channels = features.shape[:2]
     table = _to_rows(features).float()
     rows = _to_rows(_row_numbers(index.int(), table.shape[0] // batch))
-    summed = _WeightedSum.apply(table, rows, _to_rows(weights))
-    return summed.view(batch, -1, channels).transpose(1, 2).to(features.dtype)  # type: ignore[union-attr]
+    if torch.compiler.is_exporting():  # other runtimes know indexing, few know embedding_bag
+        summed = (table[rows] * _to_rows(weights)[..., None]).sum(1)
+    else:
+        summed: Any = _WeightedSum.apply(table, rows, _to_rows(weights))
+    return summed.view(batch, -1, channels).transpose(1, 2).to(features.dtype)
 
 
 def gather(features: Tensor, index: Tensor) -> Tensor:
     """`features` `[B, C, N]` at `index` `[B, ...]`: `[B, C, ...]` in channels-last memory. Differentiable."""
     rows = _row_numbers(index, features.shape[2]).flatten()
     taken = _to_rows(features).index_select(0, rows)
-    return taken.view(*index.shape, -1).movedim(-1, 1)
+    return taken.view(*index.shape, features.shape[1]).movedim(-1, 1)
 
 
 # ------------------------------------------------------------------------------------------------ voxels
@@ -129,9 +131,9 @@ def voxelize(features: Tensor, voxel_coords: Tensor, resolution: int) -> Tensor:
 
 @torch.no_grad()
 def trilinear_corners(voxel_coords: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
-    """The eight voxels around each point and their weights: int32 and float32 `[B, 8, N]`, in the order 000, 001 ... 111.
+    """The eight voxels around each point and their weights: int32 and float32 `[B, 8, N]`.
 
-    The last bit is z. A coordinate that is whole has its upper corner where its lower one is.
+    In the order 000, 001 ... 111, the last bit is z. Where a coordinate is whole, its upper corner is its lower one.
     """
     low, high = voxel_coords.floor(), voxel_coords.ceil()
     part = voxel_coords - low
@@ -249,7 +251,7 @@ def three_nearest(coords: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def interpolate(coords: Tensor, centers: Tensor, center_features: Tensor) -> Tensor:
-    """Features of the points from their three nearest centres: `[B, C, M]` -> `[B, C, N]`. No gradient to coordinates."""
+    """Features of the points from their three nearest centres: `[B, C, M]` -> `[B, C, N]`. Coordinates do not learn."""
     return _weighted_sum(center_features, *three_nearest(coords, centers))
 
 

@@ -34,7 +34,9 @@ class XConv(nn.Module):
     `in_channels` of the points' features, 0 for none; `delta` channels are lifted from the local coordinates.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, k: int, dilation: int, delta: int, depth: int, summary: int):
+    def __init__(
+        self, in_channels: int, out_channels: int, k: int, dilation: int, delta: int, depth: int, summary: int
+    ):
         super().__init__()
         self.k, self.dilation, self.in_channels = k, dilation, in_channels
         self.lift = nn.Sequential(_dense(3, delta), _dense(delta, delta))
@@ -75,16 +77,17 @@ class PointCNN(nn.Module):
         super().__init__()
         self.num_features = num_features
         channels = scaled([c for *_, c in ENCODER], width)
-        self.encoder, before = nn.ModuleList(), num_features
+        self.encoder, before, skips = nn.ModuleList(), num_features, []
         for level, ((k, dilation, _, _), out) in enumerate(zip(ENCODER, channels)):
             if level == 0:
                 delta, depth = max(1, out // (4 if num_features else 2)), 4
             else:
                 delta, depth = max(1, channels[level - 1] // 4), math.ceil(out / channels[level - 1])
             summary = max(1, out // GLOBAL_SHARE) if level == len(ENCODER) - 1 else 0
-            self.encoder.append(XConv(before, out, k, dilation, delta, depth, summary))
-            before = self.encoder[-1].out_channels
-        skips: list[int] = [layer.out_channels for layer in self.encoder]  # type: ignore[assignment,misc]
+            layer = XConv(before, out, k, dilation, delta, depth, summary)
+            self.encoder.append(layer)
+            before = layer.out_channels
+            skips.append(before)
         self.decoder, self.merge = nn.ModuleList(), nn.ModuleList()
         for k, dilation, source, target in DECODER:
             out, delta = channels[target], max(1, channels[source] // 4)

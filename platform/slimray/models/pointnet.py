@@ -2,8 +2,8 @@
 
 PointNet (arXiv 1612.00593), PointNet++ (1706.02413), in the form of the Point-Voxel CNN models (1907.03739). A cloud is
 a pair (features `[B, C, N]`, coords `[B, 3, N]`); a block takes and returns one, so that blocks chain in a Sequential.
-Networks take `[B, C, N]`, coordinates first, and return `[B, num_classes, N]`. Parameter names are those of the published
-checkpoints. Every hidden width is `int(width * channels)`.
+Networks take `[B, C, N]`, coordinates first, and return `[B, num_classes, N]`. Parameter names are those of the
+published checkpoints. Every hidden width is `int(width * channels)`.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def scaled(channels: Sequence[int], width: float) -> list[int]:
 
 
 class SharedMLP(nn.Module):
-    """The same MLP at every point: 1x1 convolutions, each with BatchNorm and ReLU; `[B, C, *]` or a cloud in and out."""
+    """One MLP at every point: 1x1 convolutions, each with BatchNorm and ReLU; `[B, C, *]` or a cloud in and out."""
 
     def __init__(self, in_channels: int, channels: Sequence[int], dim: int = 1):
         super().__init__()
@@ -300,7 +300,7 @@ class PointNet2(nn.Module):
 
 
 def abstractions(in_channels: int, stages: Sequence[tuple], width: float) -> list[nn.Module]:
-    """Set abstractions of `stages`: (centres, radii, neighbours, widths of each scale), or (widths,) for a global one."""
+    """Set abstractions of `stages`: (centres, radii, neighbours, widths per scale), or (widths,) for a global one."""
     layers: list[nn.Module] = []
     for stage in stages:
         if len(stage) == 1:

@@ -1,9 +1,9 @@
 """PVCNN and PVCNN++: points carry the detail, a coarse voxel grid carries the neighbourhood.
 
-Point-Voxel CNN for Efficient 3D Deep Learning (arXiv 1907.03739). A PVConv adds a voxel branch (average into a grid, two
-3D convolutions, interpolate back) to a point branch (a shared MLP). Networks take `[B, C, N]`, coordinates first, and
-return `[B, num_classes, N]`. `width` multiplies the channels and `voxel` the grid resolutions, both cut to whole numbers
-as in the published models; parameter names are those of the published checkpoints.
+Point-Voxel CNN for Efficient 3D Deep Learning (arXiv 1907.03739). A PVConv adds a voxel branch (average into a grid,
+two 3D convolutions, interpolate back) to a point branch (a shared MLP). Networks take `[B, C, N]`, coordinates first,
+and return `[B, num_classes, N]`. `width` multiplies the channels and `voxel` the grid resolutions, both cut to whole
+numbers as in the published models; parameter names are those of the published checkpoints.
 """
 
 from collections.abc import Sequence

@@ -1,12 +1,13 @@
 """A 3D U-Net over voxels, the baseline that point-voxel networks are measured against: our own definition.
 
 After 3D U-Net (arXiv 1606.06650). Point-Voxel CNN (1907.03739) reports such a baseline but published no configuration:
-points are averaged into a grid of 64 (`voxel=1.5` for the 96 recalled from the paper), two 3x3x3 convolutions per level,
-three times down and up by strided convolutions (no pooling, whose backward is not deterministic on CUDA), and the grid is
-interpolated at the points. `[B, C, N]` in, coordinates first, `[B, num_classes, N]` out.
+points are averaged into a grid of 64 (`voxel=1.5` for the 96 recalled from the paper), two 3x3x3 convolutions per
+level, three times down and up by strided convolutions (no pooling, whose backward is not deterministic on CUDA), and
+the grid is interpolated at the points. `[B, C, N]` in, coordinates first, `[B, num_classes, N]` out.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from slimray.models.point_ops import devoxelize, normalize_coords, voxelize
 from slimray.models.pointnet import DROPOUT, NUM_NORMALS, NUM_SHAPES, head_widths, point_head, scaled
 
 CHANNELS, RESOLUTION = (32, 64, 128, 256), 64
+MIN_GRID = 4  # on CPU, torch 2.13's bfloat16 weight gradient of a 3x3x3 convolution over 2x2x2 is wrong
 
 
 def _level(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -26,7 +28,7 @@ def _level(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class UNet3D(nn.Module):
-    """`[B, C, N]` -> `[B, num_classes, N]`. With `num_shapes`, the head also sees the last channels, a one-hot shape."""
+    """`[B, C, N]` -> `[B, num_classes, N]`. With `num_shapes`, the last channels are a one-hot shape for the head."""
 
     def __init__(
         self,
@@ -42,11 +44,11 @@ class UNet3D(nn.Module):
         super().__init__()
         self.in_channels, self.num_shapes, self.normalize = in_channels, num_shapes, normalize
         step = 2 ** (len(CHANNELS) - 1)
-        self.resolution = max(4 * step, round(voxel * RESOLUTION / step) * step)  # coarsest grid 4: MIN_BFLOAT16_GRID
+        self.resolution = max(MIN_GRID * step, round(voxel * RESOLUTION / step) * step)  # see MIN_GRID
         channels = scaled(CHANNELS, width)
         self.down = nn.ModuleList(_level(a, b) for a, b in zip([in_channels, *channels[1:]], channels))
-        self.shrink = nn.ModuleList(nn.Conv3d(a, b, 2, 2) for a, b in zip(channels, channels[1:]))
-        self.grow = nn.ModuleList(nn.ConvTranspose3d(b, a, 2, 2) for a, b in zip(channels, channels[1:]))
+        self.shrink = nn.ModuleList(nn.Conv3d(a, b, 2, 2) for a, b in pairwise(channels))
+        self.grow = nn.ModuleList(nn.ConvTranspose3d(b, a, 2, 2) for a, b in pairwise(channels))
         self.up = nn.ModuleList(_level(2 * a, a) for a in channels[:-1])
         self.classifier = point_head(channels[0] + num_shapes, head_widths(head, width), num_classes, dropout)
         self.head_name = f"classifier.{len(self.classifier) - 1}"
