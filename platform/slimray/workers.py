@@ -9,9 +9,10 @@ import contextlib
 import logging
 import math
 import os
+import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 import slimray
 from slimray.data.pipeline import FeedConfig, RankStream, feeder_of, start_feeders
 from slimray.spec import RunFailed, Spec, UserError
+from slimray.storage import StorageError
 
 MAX_WORKERS = 1000  # Ray Train's barrier dead-locks above 1,000 ranks (its actor takes 1,000 calls at a time)
 
@@ -66,7 +68,7 @@ def make_board() -> Any:
 
 
 def local_cpus(scale: ScaleSpec) -> int:
-    """Logical CPUs that `scale` wants of a local cluster: the workers' and a slot per decoder, so that both have a place.
+    """Logical CPUs that `scale` wants of a local cluster: the workers' and a slot per decoder, a place for each.
 
     They are counted, not owned: on a laptop workers and decoders share the cores.
     """
@@ -74,7 +76,7 @@ def local_cpus(scale: ScaleSpec) -> int:
 
 
 def connect(cpus: int) -> None:
-    """Join the cluster of RAY_ADDRESS, or start a local one with `cpus` logical CPUs; one that is too small is replaced."""
+    """Join the cluster of RAY_ADDRESS, or have a local one with at least `cpus` logical CPUs."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
@@ -118,16 +120,31 @@ def require(scale: ScaleSpec, slots: int) -> None:
             )
 
 
-def launch(worker: Any, config: Any, scale: ScaleSpec, name: str) -> Any:
+def launch(worker: Callable[[Any], Any], config: Any, scale: ScaleSpec, name: str, board: Any = None) -> Any:
     """Run `worker(config)` on `scale.workers` Ray Train workers and return rank 0's return value.
 
-    Lost workers restart the group up to `scale.retries` times; then RunFailed with the first line of the cause.
+    Lost workers restart the group up to `scale.retries` times; then RunFailed with the first line of the cause. What a
+    worker itself calls a RunFailed is not tried again where there is a `board`, unless the storage was at fault. A
+    worker may also return {"failed": sentence}, which ends the run at once.
     """
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(scale.start_timeout_s)
     threads = str(max(1, int(scale.cpus_per_worker)))
+
+    def entry(config: Any) -> Any:
+        if board is not None and (sentence := _ask(board.read.remote()).get("failed")):
+            return {"failed": sentence}
+        try:
+            return worker(config)
+        except StorageError:
+            raise
+        except RunFailed as error:
+            if board is not None:
+                _ask(board.update.remote(failed=str(error).splitlines()[0]))
+            raise
+
     with tempfile.TemporaryDirectory(prefix="slimray-") as scratch:
         trainer = TorchTrainer(
-            worker,
+            entry,
             train_loop_config=config,
             torch_config=TorchConfig(timeout_s=int(scale.data_timeout_s) + 60),
             scaling_config=ray.train.ScalingConfig(
@@ -144,17 +161,27 @@ def launch(worker: Any, config: Any, scale: ScaleSpec, name: str) -> Any:
             ),
         )
         try:
-            return trainer.fit().return_value
+            result: Any = trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
             raise RunFailed(_cause(error)) from error
+    if isinstance(result, dict) and "failed" in result:
+        raise RunFailed(result["failed"])
+    return result
+
+
+def _ask(ref: Any) -> Any:
+    return ray.get(ref, timeout=60)
 
 
 def _cause(error: BaseException) -> str:
-    """The first worker's exception as one sentence."""
-    failures = getattr(error, "worker_failures", None) or {}
-    causes = [str(failure).strip().splitlines()[-1] for failure in failures.values() if str(failure).strip()]
-    text = causes[0] if causes else str(error).strip().splitlines()[-1]
-    return text.removeprefix("slimray.spec.RunFailed: ")
+    """One sentence out of the workers' exceptions: what slimray itself said, else the last line of the first one."""
+    failures = [str(failure).strip() for failure in (getattr(error, "worker_failures", None) or {}).values()]
+    failures = [text for text in failures if text] or [str(error).strip() or type(error).__name__]
+    for text in failures:
+        said = re.findall(r"^slimray\.\w+\.(?:RunFailed|StorageError|UserError): (.+)$", text, re.MULTILINE)
+        if said:
+            return said[-1]
+    return failures[0].splitlines()[-1]
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ import numpy as np
 from av import logging as av_logging
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from slimray.data.video import ClipRecipe, frame_indices, generators, make_clip
 
@@ -502,9 +502,12 @@ class _Still(_Video):
 
 
 def _picture(data: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(data)) as image:
-        _check_size(image.width, image.height, 1)
-        return np.asarray(image.convert("RGB"))
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            _check_size(image.width, image.height, 1)
+            return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError:
+        raise BadSample("is no picture that can be read") from None
 
 
 def _check_size(width: int, height: int, count: int) -> None:

@@ -251,7 +251,7 @@ def _sentence(error: BaseException) -> str:
     while isinstance(cause, exceptions.RayTaskError) and cause.cause is not None and cause.cause is not cause:
         cause = cause.cause
     if isinstance(cause, StorageError | RunFailed):
-        return str(cause)
+        return str(cause).splitlines()[0]  # Ray adds lines of its own
     last = traceback.format_exception_only(cause)[-1].strip()
     return f"the data pipeline failed: {last}"
 

@@ -119,8 +119,8 @@ def _lamp(rng: np.random.Generator) -> list[list[Piece]]:
 
 
 def _rocket(rng: np.random.Generator) -> list[list[Piece]]:
-    length, radius = rng.uniform(0.4, 1.2), rng.uniform(0.15, 0.3)
-    nose, fin, height = rng.uniform(0.25, 0.7), rng.uniform(0.2, 0.4), rng.uniform(0.2, 0.5)
+    length, radius = rng.uniform(0.4, 1.0), rng.uniform(0.15, 0.3)
+    nose, fin, height = rng.uniform(0.25, 0.9), rng.uniform(0.15, 0.5), rng.uniform(0.2, 0.7)
     fins = []
     for angle in np.arange(3) * 2 * np.pi / 3:
         out = (np.cos(angle), np.sin(angle), 0.0)
@@ -130,9 +130,9 @@ def _rocket(rng: np.random.Generator) -> list[list[Piece]]:
 
 
 def _table(rng: np.random.Generator) -> list[list[Piece]]:
-    w, d, h = rng.uniform(0.6, 1.4), rng.uniform(0.5, 1.0), rng.uniform(0.3, 1.0)
-    leg, thick = rng.uniform(0.06, 0.12), rng.uniform(0.04, 0.1)
-    x, y = (w - leg) / 2 * rng.uniform(0.6, 1), (d - leg) / 2 * rng.uniform(0.6, 1)
+    w, d, h = rng.uniform(0.5, 1.4), rng.uniform(0.5, 1.0), rng.uniform(0.2, 0.9)
+    leg, thick = rng.uniform(0.06, 0.12), rng.uniform(0.05, 0.25)
+    x, y = (w - leg) / 2 * rng.uniform(0.4, 1), (d - leg) / 2 * rng.uniform(0.4, 1)
     legs = [piece for i in (-x, x) for j in (-y, y) for piece in _box((i, j, h / 2), (leg, leg, h))[:4]]
     return [_box((0, 0, h + thick / 2), (w, d, thick)), legs]
 
@@ -145,8 +145,8 @@ def _pan(rng: np.random.Generator) -> list[list[Piece]]:
 
 
 def _hammer(rng: np.random.Generator) -> list[list[Piece]]:
-    length, r = rng.uniform(0.25, 0.9), rng.uniform(0.05, 0.12)
-    size = (rng.uniform(0.4, 1.0), rng.uniform(0.15, 0.4), rng.uniform(0.15, 0.4))
+    length, r = rng.uniform(0.2, 0.9), rng.uniform(0.05, 0.12)
+    size = (rng.uniform(0.4, 0.8), rng.uniform(0.2, 0.4), rng.uniform(0.2, 0.9))
     return [_box((0, 0, length + size[2] / 2), size), [_tube(r, r, 0, length), _tube(0, r, 0, 0)]]
 
 

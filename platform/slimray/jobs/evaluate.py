@@ -126,7 +126,7 @@ def run(job: EvaluateJob, ctx: Any) -> None:
         board=board,
     )
     with follow(board, job.name, ctx.console):
-        result = workers.launch(_worker, config, job.scale, job.name)
+        result = workers.launch(_worker, config, job.scale, job.name, board)
     by_name = {one.name: network for one, network in zip(found, trained, strict=True)}
     for row in result["rows"]:
         network = by_name[row["run"]]

@@ -17,7 +17,7 @@ from slimray.edge import cost
 from slimray.jobs.inputs import DataSpec, Splits, make_recipe, open_splits
 from slimray.predict import Input
 from slimray.progress import follow
-from slimray.spec import RunFailed, Spec
+from slimray.spec import Spec
 from slimray.tracking import TrackingSpec
 
 
@@ -173,9 +173,7 @@ def run(job: TrainJob, ctx: Any) -> None:
         board=board,
     )
     with follow(board, job.name, ctx.console):
-        result = workers.launch(loop.fit, config, job.scale, job.name)
-    if "failed" in result:
-        raise RunFailed(result["failed"])
+        result = workers.launch(loop.fit, config, job.scale, job.name, board)
     card = {
         "metrics": {"best": result["best"], "last": result["last"]},
         "steps": result["steps"],

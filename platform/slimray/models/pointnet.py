@@ -76,7 +76,7 @@ def repeat_points(cloud: Tensor, num_points: int) -> Tensor:
 class Transform(nn.Module):
     """A T-Net: a `C x C` matrix from the points themselves, applied to their first C channels, near identity.
 
-    In a published network it comes before a block, and adds nothing to the features that the head sees.
+    Its sizes are those of the published counts; where it stands among the blocks is our choice.
     """
 
     def __init__(self, channels: int, width: float = 1.0):
