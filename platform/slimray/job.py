@@ -141,7 +141,7 @@ def _set(documents: list[dict[str, Any]], assignment: str) -> None:
         rest, section = assignment, assignment.partition("=")[0].split(".")[0].strip()
         chosen = [d for d in documents if section in getattr(SPECS.get(str(d.get("kind"))), "model_fields", {})]
         if rest.startswith("data.root") and len(chosen) > 1:  # a document that reads a run has its root from there
-            chosen = [d for d in chosen if "run" not in (d.get("data") or {})]
+            chosen = [d for d in chosen if "card" in (d.get("data") or {})]
         if not chosen:
             raise UserError(f"--set {assignment}: no document has a section {section!r}")
     for document in chosen:

@@ -26,7 +26,7 @@ class UserError(Exception):
     """Something the user can mend: one sentence that names file, field and next step. Exit code 2."""
 
 
-class RunFailed(Exception):  # noqa: N818 it says what happened to a run, the code may be right
+class RunFailed(Exception):
     """A run that was right to start and did not finish: one sentence. Exit code 1."""
 
 

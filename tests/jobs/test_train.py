@@ -1,4 +1,4 @@
-"""Training on real workers: exact after kills, on other worker counts, with damaged files; every message one sentence."""
+"""Training on real workers: exact after kills, on other worker counts, with damaged files; errors are one sentence."""
 
 import hashlib
 import json

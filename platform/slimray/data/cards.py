@@ -412,7 +412,7 @@ class _Entry:
     label: int | str
 
 
-class _NotThere(UserError):  # noqa: N818 it says what a dataset lacks
+class _NotThere(UserError):
     """The list of a split is not there."""
 
 

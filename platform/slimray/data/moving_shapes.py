@@ -1,10 +1,10 @@
 """A generated video dataset whose classes are motions: nothing in the frames tells them, only the order of the frames.
 
-A textured shape circles round the frame (what leaves on one side comes back on the other), once or three times per clip,
+A textured shape circles round the frame (what leaves on one side comes back on the other), once or three times a clip,
 to the right or to the left, from a random place with random shape and colours. A single frame is equally likely under
 every class. So is a whole *set* of frames: 1 and 3 have no factor in common with 4, 8 or 16, so that as many evenly
-spaced frames show the same places whatever the class, in another order. Hence a network that does not use order stays at
-chance, 25 %, and one that does falls there when the frames are shuffled.
+spaced frames show the same places whatever the class, in another order. Hence a network that does not use order stays
+at chance, 25 %, and one that does falls there when the frames are shuffled.
 """
 
 import io
