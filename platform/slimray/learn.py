@@ -172,15 +172,19 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
 
 
 def sample_losses(logits: Tensor, labels: Tensor, optim: OptimSpec) -> Tensor:
-    """Cross-entropy of each sample, `[n]`: logits `[n, C]`, labels int64 `[n]`; smoothed and weighted as told."""
+    """Cross-entropy of each sample, `[n]`: logits `[n, C]`, labels int64 `[n]`; smoothed and weighted as told.
+
+    With logits `[n, C, N]` and labels `[n, N]` the mean over a sample's points; points with label -1 do not count.
+    """
     weights = optim.class_weights
     weight = None
     if weights is not None and weights != "balanced":
         weight = torch.tensor(weights, dtype=torch.float32, device=logits.device)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return nn.functional.cross_entropy(
-        logits, labels, weight=weight, label_smoothing=optim.label_smoothing, reduction="none"
+    losses = nn.functional.cross_entropy(
+        logits, labels, weight=weight, label_smoothing=optim.label_smoothing, reduction="none", ignore_index=-1
     )
+    return losses if losses.ndim == 1 else losses.sum(1) / (labels >= 0).sum(1).clamp(min=1)
 
 
 def balanced_weights(labels: Sequence[int], num_classes: int) -> tuple[float, ...]:
@@ -303,10 +307,10 @@ class Ema:
 
 
 def merge_views(logits: Tensor, num_views: int, average: str) -> Tensor:
-    """Scores `[n, C]` from the logits `[n*V, C]` of V views each: their mean, or the log of mean probabilities."""
-    views = logits.view(-1, num_views, logits.shape[-1])
+    """Scores `[n, C, ...]` from logits `[n*V, C, ...]` of V views: their mean, or the log of mean probabilities."""
+    views = logits.view(-1, num_views, *logits.shape[1:])
     if average == "prob":
-        return torch.logsumexp(torch.log_softmax(views, -1), 1) - math.log(num_views)
+        return torch.logsumexp(torch.log_softmax(views, 2), 1) - math.log(num_views)
     return views.mean(1)
 
 

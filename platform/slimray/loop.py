@@ -24,12 +24,15 @@ from torch import Tensor
 from slimray import learn, models, runs, tracking
 from slimray.data.pipeline import Batch, FeedConfig, Source
 from slimray.data.plan import Phase, microbatches
+from slimray.data.samples import input_shape
 from slimray.models import published
+from slimray.point_scores import SegmentationScore
 from slimray.predict import Input, predict_scores
 from slimray.replica import Piece, Replica, breaks_on_one_sample, part
 from slimray.spec import RunFailed, Spec
 from slimray.workers import ScaleSpec, open_stream
 
+Score = learn.Score | SegmentationScore
 MAX_BAD_STEPS = 10  # steps in a row with a non-finite gradient before the run ends
 
 
@@ -174,15 +177,17 @@ class _Rank:
         self._restore()
         self.records = _Records(config, self.run, self.rank)
         self.saver = _Saver(self.run, config.checkpoint, self.records) if self.rank == 0 else None
-        self.result: learn.Score | None = None
+        self.result: Score | None = None
 
     def _make_replica(self) -> Replica:
         config, recipe = self.config, self.config.recipes["train"]
         torch.manual_seed(config.seed)
         net = models.build(**config.model)
         if config.init:
-            load_start(net, config.init)
-        shape = (recipe["num_segments"], len(config.pixels.mean), recipe["size"], recipe["size"])
+            report = load_start(net, config.init)
+            if self.rank == 0:
+                config.board.update.remote(note=f"starts from {config.init['from']}: {report}")
+        shape = input_shape(recipe)
         repeat = breaks_on_one_sample(config.model, shape)
         return Replica(net, config.optim, config.pixels, shape, self.device, self.rank, self.world, repeat)
 
@@ -291,7 +296,8 @@ class _Rank:
                         self._save()
                 else:
                     if score is None or net is None:
-                        score, net = learn.Score(len(config.classes)), self.replica.averaged()
+                        score = make_score(config.recipes["val"], len(config.classes))
+                        net = self.replica.averaged()
                     if batch is not None:
                         self._note_bad(batch, phase)
                         score_batch(net, batch, config.pixels, self.device, config.per_worker, score)
@@ -356,7 +362,7 @@ class _Rank:
         self.mask = self.bad_seen.numpy().astype(bool)
         self.progress.epoch, self.progress.step = self.progress.epoch + 1, 0
 
-    def _end_validation(self, phase: Phase, score: learn.Score) -> None:
+    def _end_validation(self, phase: Phase, score: Score) -> None:
         merge_scores(score, self.world, self.device)
         numbers = {f"val/{k}": v for k, v in score.result().items() if isinstance(v, float)}
         metric, progress = self.config.checkpoint.best_metric, self.progress
@@ -380,7 +386,6 @@ class _Rank:
             self.saver.wait()
             weights = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
             taken = {
-                "kind": "clip",
                 "recipe": config.recipes.get("val", config.recipes["train"]),
                 "pixels": vars(config.pixels),
                 "classes": list(config.classes),
@@ -466,10 +471,15 @@ def fit(config: FitConfig) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- shared by verbs
 
 
+def make_score(recipe: dict[str, Any], num_classes: int) -> Score:
+    """What counts hits of samples of a plain recipe: per sample, or per point."""
+    return SegmentationScore(num_classes, ignore_label=-1) if recipe.get("per_point") else learn.Score(num_classes)
+
+
 def score_batch(
-    net: torch.nn.Module, batch: Batch, pixels: Input, device: torch.device, rows: int, score: learn.Score
+    net: torch.nn.Module, batch: Batch, pixels: Input, device: torch.device, rows: int, score: Score
 ) -> Tensor | None:
-    """Add the valid rows of `batch` to `score`; returns their scores `[n, C]`, None if there are none."""
+    """Add the valid rows of `batch` to `score`; returns their scores `[n, C, ...]`, None if there are none."""
     if not batch.valid.any():
         return None
     scores = predict_scores(net, batch.data[batch.valid], pixels, device, rows)
@@ -477,7 +487,7 @@ def score_batch(
     return scores
 
 
-def merge_scores(score: learn.Score, world: int, device: torch.device) -> None:
+def merge_scores(score: Score, world: int, device: torch.device) -> None:
     """Sum the counts of all ranks into everybody's `score`. A collective."""
     for tensor in score.tensors() if world > 1 else ():
         moved = tensor.to(device)

@@ -1,4 +1,4 @@
-"""A finished network as a function: uint8 samples in, class scores out; for validation, `evaluate` and `predict`.
+"""A finished network as a function: samples in, class scores out; for validation, `evaluate` and `predict`.
 
 `Input` is how pixels become numbers and views become one score; it is stored in the run's `model/input.json`, so that
 a prediction prepares its input as training did. Torch only: a machine without Ray predicts too.
@@ -48,24 +48,30 @@ def load_network(run: runs.Run, device: torch.device | str = "cpu") -> Network:
     return Network(net.to(device).eval(), Input(**pixels), taken["recipe"], tuple(taken["classes"]), model)
 
 
-def to_clips(data: np.ndarray, pixels: Input, device: torch.device) -> Tensor:
-    """uint8 `[n, V, T, H, W, 3]` -> normalised float32 `[n*V, T, 3, H, W]` on `device` (pixels travel as uint8)."""
-    frames = torch.from_numpy(np.ascontiguousarray(data))
+def to_input(data: np.ndarray, pixels: Input, device: torch.device) -> Tensor:
+    """Samples `[n, V, ...]` as a network takes them, `[n*V, ...]` on `device`.
+
+    uint8 frames `[n, V, T, H, W, 3]` become normalised `[n*V, T, 3, H, W]` (pixels travel as uint8); points go as they
+    are.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(data))
     if device.type == "cuda":
-        frames = frames.pin_memory()
-    frames = frames.to(device, non_blocking=True).flatten(0, 1).movedim(-1, 2)
+        tensor = tensor.pin_memory()
+    tensor = tensor.to(device, non_blocking=True).flatten(0, 1)
+    if data.dtype != np.uint8:
+        return tensor.to(torch.get_default_dtype())
     mean = torch.tensor(pixels.mean, device=device).view(1, 1, -1, 1, 1) * 255
     std = torch.tensor(pixels.std, device=device).view(1, 1, -1, 1, 1) * 255
-    return (frames.to(torch.get_default_dtype()) - mean) / std
+    return (tensor.movedim(-1, 2).to(torch.get_default_dtype()) - mean) / std
 
 
 @torch.no_grad()
 def predict_scores(net: nn.Module, data: np.ndarray, pixels: Input, device: torch.device, rows: int) -> Tensor:
-    """Scores `[n, C]` of uint8 samples `[n, V, T, H, W, 3]`, views averaged, at most `rows` samples at once."""
+    """Scores `[n, C]`, or `[n, C, N]` per point, of samples `[n, V, ...]`, views averaged, at most `rows` at once."""
     parts = []
     for i in range(0, len(data), rows):
         with learn.autocast(device):
-            logits = net(to_clips(data[i : i + rows], pixels, device))
+            logits = net(to_input(data[i : i + rows], pixels, device))
         parts.append(learn.merge_views(logits.float(), data.shape[1], pixels.average))
     return torch.cat(parts)
 

@@ -43,6 +43,7 @@ def follow(board: Any, title: str, console: Console) -> Iterator[None]:
 
 def _poll(board: Any, title: str, console: Console, done: threading.Event) -> None:
     shown: dict[str, Any] = {}
+    note = ""
     started: tuple[float, float] | None = None
     with make_bar(console) as bar:
         task = bar.add_task(f"{title}: starting workers", total=1, note="")
@@ -51,6 +52,9 @@ def _poll(board: Any, title: str, console: Console, done: threading.Event) -> No
                 state: Any = ray.get(board.read.remote(), timeout=5)
             except (exceptions.RayError, TimeoutError):
                 continue
+            if state.get("note", "") != note:
+                note = state["note"]
+                console.print(f"{title}: {note}", highlight=False, markup=False)
             if not state.get("steps"):
                 continue
             last = state.get("last") or {}

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from slimray import learn, models
-from slimray.predict import Input, to_clips
+from slimray.predict import Input, to_input
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A microbatch of one rank: uint8 `[n, V, T, H, W, 3]` and int64 `[n]`, valid samples only; n may be 0."""
+    """A microbatch of one rank, valid samples only: `[n, V, ...]` and int64 labels `[n]` or `[n, N]`; n may be 0."""
 
     data: np.ndarray
     labels: np.ndarray
@@ -56,7 +56,7 @@ class Replica:
         world: int = 1,
         repeat_single: bool = True,
     ):
-        """`sample_shape` is (T, C, H, W) of one sample; `repeat_single`: see `breaks_on_one_sample`."""
+        """`sample_shape`: one input of the network, (T, C, H, W) or (C, N); `repeat_single`: see `breaks_on_one_sample`."""
         self.optim, self.pixels, self.device, self.rank, self.world = optim, pixels, device, rank, world
         self.sample_shape, self.repeat_single = tuple(sample_shape), repeat_single
         learn.set_norm_policy(net, optim.norm)
@@ -99,7 +99,7 @@ class Replica:
             with norms_in_eval(self.net), learn.autocast(self.device):
                 return self.ddp(torch.zeros(1, *self.sample_shape, device=self.device)).float().sum() * 0.0, 0.0
         start = time.perf_counter()
-        clips = to_clips(piece.data, self.pixels, self.device)
+        clips = to_input(piece.data, self.pixels, self.device)
         labels = torch.from_numpy(piece.labels).to(self.device)
         seconds = time.perf_counter() - start
         if len(clips) == 1 and self.repeat_single:  # a second, unweighted copy gives BatchNorm its two values

@@ -144,6 +144,16 @@ def test_frames_equal_those_of_decord_bit_by_bit(video):
             assert np.array_equal(opened.frames(wanted), reader.get_batch(wanted).asnumpy()), file
 
 
+def test_frames_come_in_the_order_in_which_a_player_shows_them(video):
+    data = (video / "mmaction2_samples/tests/data/test.avi").read_bytes()  # its timestamps are guesses and wrong
+    with av.open(io.BytesIO(data)) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    with open_video(data) as opened:
+        assert np.array_equal(opened.frames(range(164)), shown)
+    with open_video(data) as opened:
+        assert np.array_equal(list(opened.walk()), shown)
+
+
 def remux(data: bytes, change, **options: str) -> bytes:
     """The same packets in a new file of the same kind, each after `change(packet, number)`."""
     buffer = io.BytesIO()
@@ -289,7 +299,7 @@ def test_a_playlist_opens_no_other_file(video, decoder):
     target = video / "codec_zoo/white.mp4"
     for text in (
         f"ffconcat version 1.0\nfile {target}\n",
-        f"ffconcat version 1.0\nfile file:{target}\n",
+        f"ffconcat version 1.0\nfile {str(target)[1:]}\n",  # the child's folder is /
         f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile://{target}\n#EXT-X-ENDLIST\n",
     ):
         with pytest.raises(BadSample, match="does not decode"):
@@ -557,7 +567,17 @@ def test_packing_as_h264_keeps_frames_times_and_states_its_loss(decoder):
         keys = [n for n, packet in enumerate(container.demux(video=0)) if packet.is_keyframe]
     assert max(np.diff(keys)) <= 6
     assert loss == pytest.approx(psnr(data, packed), abs=0.01)
-    assert decoder.repack("again", data, Pack(short_side=None, gop=6))[0] == packed
+
+
+def test_packing_twice_gives_the_same_bytes(video):
+    data = (video / "codec_zoo/realshort.mp4").read_bytes()  # with x264's lookahead every fifth result differed
+    rng, packed = np.random.default_rng(0), set()
+    for _ in range(15):
+        litter = [np.full(int(rng.integers(1, 400_000)), int(rng.integers(256)), np.uint8) for _ in range(20)]
+        del litter  # it is what the next allocations find in memory
+        with open_video(data) as opened:
+            packed.add(module._repack(opened, Pack())[1])
+    assert len(packed) == 1
 
 
 def test_packing_keeps_fractional_rates(decoder):

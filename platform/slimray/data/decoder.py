@@ -161,7 +161,7 @@ class Decoder:
         except FutureTimeout:
             self._end()
             raise _Gone(f"took over {timeout_s:g} s") from None
-        except (EOFError, OSError):
+        except (EOFError, OSError, ValueError):
             raise _Gone(self._end(grace_s=5)) from None
         except BaseException:
             self._end()
@@ -387,14 +387,12 @@ class _Movie(_Video):
 
     def _pick(self, start: int, wanted: set[int], found: dict[int, np.ndarray], drop: bool) -> None:
         """Add the `wanted` frames to `found`, decoding from packet `start`; none that decodes after a damaged one."""
-        first, end = self.packets[start].pts or 0, max(self.place[pts] for pts in wanted) + 1
+        end = max(self.place[pts] for pts in wanted) + 1
         taken, intact = {}, end
         with suppress(FFmpegError):
             for frame in self._decode(start, end, wanted if drop else None):
-                if frame.pts not in self.place or frame.pts < first:  # of an open GOP: it needs what was before `start`
-                    continue
                 if frame.is_corrupt:
-                    intact = min(intact, self.place[frame.pts])
+                    intact = min(intact, self.place.get(frame.pts, end))
                 elif frame.pts in wanted:
                     taken[frame.pts] = self._picture(frame)
         found.update({pts: picture for pts, picture in taken.items() if self.place[pts] < intact})
@@ -413,8 +411,8 @@ class _Movie(_Video):
         if count < self.num_frames:
             raise self._missing(count)
 
-    def _decode(self, start: int, end: int, wanted: Collection[int] | None = None) -> Iterator[av.VideoFrame]:
-        """What packets `start` to `end` decode to; with `wanted`, others that serve no other frame are left out."""
+    def _decode(self, start: int, end: int, wanted: Collection[int] | None = None) -> Iterator[Any]:
+        """The frames of packets `start` to `end`; with `wanted`, others that serve no other frame are left out."""
         self.context.flush_buffers()
         for packet in itertools.chain(self.packets[start:end], [None]):
             drop = packet is not None and wanted is not None and packet.pts not in wanted

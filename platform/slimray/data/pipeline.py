@@ -10,7 +10,6 @@ Sample failures stay in their slot (`valid` 0, `reason`); storage failures are r
 """
 
 import asyncio
-import functools
 import logging
 import threading
 import time
@@ -28,12 +27,11 @@ from ray import exceptions
 from ray.data.block import BlockAccessor
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from slimray.data import cards
-from slimray.data.decoder import BadSample, Decoder
+from slimray.data.decoder import BadSample
 from slimray.data.plan import Block, Phase, blocks, ceil_div, epoch_order, feeder_ranks, num_feeders, rank_slice
-from slimray.data.video import ClipRecipe, flip_label
+from slimray.data.samples import kind_of
 from slimray.spec import RunFailed
-from slimray.storage import StorageError, open_uri
+from slimray.storage import StorageError
 
 BLOCKS_PER_EXECUTION = 2000  # planning 2,000 read tasks takes about 1.5 s and the next execution hides it
 STEPS_AHEAD = 2  # decoded steps kept ready for every rank
@@ -65,7 +63,8 @@ class FeedConfig:
 class Batch:
     """The rows of one step (or microbatch) of one rank, as numpy arrays that share memory with the object store.
 
-    `data` uint8 `[n, V, T, H, W, 3]`, `label` int64 `[n]` (-1 unknown), `sample` int64 `[n]` row in the index,
+    `data` `[n, ...]` as the kind of sample has it (data/samples.py), `label` int64 `[n]` or `[n, N]` with one per point
+    (-1 unknown), `sample` int64 `[n]` row in the index,
     `position` int64 `[n]` place in the plan, `valid` bool `[n]`, `path` and `reason` lists of
     str (reason "" where valid).
     """
@@ -89,28 +88,6 @@ class Batch:
 # ---------------------------------------------------------------------------------------- in the decoding tasks
 
 
-@functools.cache
-def _decoder(timeout_s: float) -> Decoder:
-    """One decoding child per Ray worker process, kept between tasks; it dies with the process."""
-    return Decoder(timeout_s=timeout_s)
-
-
-@functools.lru_cache(maxsize=8)
-def _filesystem(root: str) -> tuple[Any, str]:
-    return open_uri(root)
-
-
-def load_video(row: dict[str, Any], root: str, recipe: ClipRecipe, key: tuple[int, int, int], timeout_s: float):
-    """Return (uint8 `[V, T, H, W, 3]`, label) of one index row; raise BadSample, StorageError or FileNotFoundError.
-
-    `key` is (seed, epoch, sample): augmentation depends on it and on nothing else.
-    """
-    fs, path = _filesystem(root)
-    data = cards.read_sample(fs, path, row, recipe, key)
-    clip, flipped = _decoder(timeout_s).clip(row["path"], data, recipe, key)
-    return clip, flip_label(row["label"], recipe) if flipped else row["label"]
-
-
 def decode_block(numbers: dict[str, np.ndarray], plan: "ray.ObjectRef[np.ndarray]", config: FeedConfig) -> dict:
     """Decode one block: `numbers["id"][0]` is its row in `plan` (int64 columns phase, step, rank, lo, hi)."""
     phase_number, _, _, lo, hi = (int(v) for v in _fetch(plan)[int(numbers["id"][0])])
@@ -118,33 +95,32 @@ def decode_block(numbers: dict[str, np.ndarray], plan: "ray.ObjectRef[np.ndarray
     source = config.sources[phase.split]
     index = _fetch(source.index)
     samples = epoch_order(phase.num_samples, config.seed, phase.epoch, phase.shuffle)[lo:hi]
-    recipe = ClipRecipe.from_dict(phase.recipe)
-    shape = (recipe.num_views, recipe.num_segments, recipe.size, recipe.size, 3)
-    clips, labels, paths, reasons = np.zeros((len(samples), *shape), np.uint8), [], [], []
+    kind = kind_of(phase.recipe)
+    recipe = kind.from_dict(phase.recipe)
+    data = np.zeros((len(samples), *kind.shape(recipe)), kind.dtype)
+    labels = np.full((len(samples), *kind.label_shape(recipe)), -1, np.int64)
+    paths, reasons = [], []
     for i, sample in enumerate(samples):
-        row = index.slice(int(sample), 1).to_pylist()[0]
-        label, reason = row["label"], ""
+        row, reason = index.slice(int(sample), 1).to_pylist()[0], ""
+        key = (config.seed, phase.epoch, int(sample))
         try:
-            clips[i], label = load_video(
-                row, source.root, recipe, (config.seed, phase.epoch, int(sample)), config.decode_timeout_s
-            )
+            data[i], labels[i] = kind.load(row, source.root, recipe, key, config.decode_timeout_s)
         except BadSample as bad:
             reason = str(bad) or "does not decode"
         except FileNotFoundError as error:  # Ray would take an OSError for something that passes
             raise RunFailed(
                 f"a file of the index is missing ({error}): mend the list, or run `prepare` again"
             ) from error
-        labels.append(label)
         paths.append(row["path"])
         reasons.append(reason)
     return {
         "position": np.arange(lo, hi),
         "sample": samples.copy(),
-        "label": np.array(labels, np.int64),
+        "label": labels,
         "valid": np.array([not reason for reason in reasons], np.uint8),
         "path": np.array(paths, object),
         "reason": np.array(reasons, object),
-        "data": clips,
+        "data": data,
     }
 
 

@@ -28,11 +28,14 @@ MESH_POINTS = 10_000  # drawn from the surface of a mesh
 
 GROUPS = {"coords": ("x", "y", "z"), "normals": ("nx", "ny", "nz"), "colors": ("r", "g", "b")}
 ALIASES = {
-    "normal_x": "nx", "normal_y": "ny", "normal_z": "nz", "red": "r", "green": "g", "blue": "b",
-    "labels": "label", "class": "label", "classification": "label", "scalar_label": "label", "scalar_classification": "label",
-    "points": "coords", "xyz": "coords", "pos": "coords", "positions": "coords", "normal": "normals", "color": "colors", "rgb": "colors",
+    "normal_x": "nx", "normal_y": "ny", "normal_z": "nz", "normal": "normals",
+    "red": "r", "green": "g", "blue": "b", "color": "colors", "rgb": "colors",
+    "labels": "label", "class": "label", "classification": "label", "scalar_label": "label",
+    "points": "coords", "xyz": "coords", "pos": "coords", "positions": "coords",
     "reflectance": "intensity", "scalar_intensity": "intensity",
 }  # fmt: skip
+
+WIDTHS = {"colors": 3, "normals": 3, "place": 3}  # channels of a feature, others have one
 
 Table = dict[str, np.ndarray]  # column name -> [N] or [N, k]
 
@@ -148,9 +151,7 @@ def _cloud(table: Table, drop: bool, labels: tuple[str, bytes] | None) -> Cloud:
         if len(array) != len(coords):
             raise BadSample(f"{len(array)} {name} for {len(coords)} points")
     features = {name: _feature(name, array) for name, array in table.items()}
-    finite = np.isfinite(coords).all(1)
-    for array in features.values():
-        finite &= np.isfinite(array).all(1)
+    finite = np.isfinite(np.concatenate([coords, *features.values()], 1)).min(1)
     removed = len(finite) - int(finite.sum())
     if removed and not drop:
         raise BadSample(f"{removed} of {len(finite)} points are not finite numbers")
@@ -193,7 +194,7 @@ def _first_line(error: Exception) -> str:
 
 def _named(array: np.ndarray, columns: Sequence[str], default: Sequence[str]) -> Table:
     """Columns of `[N, C]` by name; without names x y z, and the rest together as "extra"."""
-    names = columns or default
+    names = [name.strip("\"'") for name in columns or default]
     if array.ndim != 2 or array.shape[1] < 3:
         raise BadSample(f"holds an array of shape {list(array.shape)}, not [points, 3 or more]")
     if columns and len(columns) != array.shape[1]:
@@ -253,9 +254,9 @@ def _are_names(words: Sequence[str]) -> bool:
 
 def _ends_whole(text: str) -> bool:
     """Whether the last number is written as long as those above it: then nothing of it can be missing."""
-    ends = [line.split()[-1] for line in text.splitlines()[-200:] if line.strip()]
+    ends = [line.split()[-1] for line in text[-20_000:].splitlines()[-100:] if line.strip()]
     places = {len(end.rpartition(".")[2]) for end in ends}
-    return len(ends) > 1 and len(places) == 1
+    return (len(ends) > 1 and len(places) == 1) or not np.isfinite(float(ends[-1]))
 
 
 def _npy_array(data: bytes) -> np.ndarray:
@@ -297,7 +298,7 @@ def _read_bin(data: bytes, _: str, columns: Sequence[str]) -> Table:
 
 
 def _read_pcd(data: bytes, _: str, __: Sequence[str]) -> Table:
-    """The header is checked against the bytes; Open3D then reads binary bodies, numpy text (Open3D reads "abc" as 0)."""
+    """The header is checked against the bytes; Open3D reads binary bodies, numpy text (Open3D reads "abc" as 0)."""
     start = re.search(rb"^DATA[ \t]+(\w+)[ \t]*\r?\n", data[:65536], re.MULTILINE)
     if start is None:
         raise BadSample("has no PCD header with a DATA line")
@@ -333,7 +334,7 @@ def _pcd_text(body: bytes, fields: list[str], counts: list[int], kinds: list[str
     if array.shape[1] != sum(counts):
         raise BadSample(f"has {array.shape[1]} numbers a point, the header declares {sum(counts)}")
     starts = np.cumsum([0, *counts])
-    table = {name: array[:, at] for name, at, n in zip(fields, starts, counts) if n == 1 and name != "_"}
+    table: Table = {name: array[:, at] for name, at, n in zip(fields, starts, counts) if n == 1 and name != "_"}
     for packed in ("rgb", "rgba"):
         if packed in table:
             values = table.pop(packed)
@@ -457,7 +458,7 @@ _READERS: dict[str, Callable[[bytes, str, Sequence[str]], Table]] = {
     ".off": _read_mesh,
     ".obj": _read_mesh,
     ".stl": _read_mesh,
-    **{suffix: _read_text for suffix in (".xyz", ".txt", ".pts", ".csv", ".asc", ".xyzn", ".xyzrgb")},
+    **dict.fromkeys((".xyz", ".txt", ".pts", ".csv", ".asc", ".xyzn", ".xyzrgb"), _read_text),
 }
 
 
@@ -509,6 +510,7 @@ class PointRecipe:
     standard deviation in xyz cut at `jitter_clip`, colors zeroed with chance `color_drop`. As published: S3DIS none,
     ShapeNet jitter 0.01 (clip 0.05), KITTI flip and `published_shift`. PointNeXt's S3DIS recipe (arXiv 2206.04670):
     rotate_z 180, scale 0.9 to 1.1, jitter 0.005 (clip 0.02), color_drop 0.2.
+    `per_point` says that the label is one per point, not one per cloud.
     `published_shift` moves a frustum by 0.8 times its box's distance from the axis along z: a slip in frustum-pointnets
     that its published numbers include.
     """
@@ -528,6 +530,13 @@ class PointRecipe:
     jitter_clip: float = 0.05
     color_drop: float = 0.0
     published_shift: bool = False
+    per_point: bool = False
+    kind: str = "points"
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of a sample: coordinates, `channels`, one-hot."""
+        return 3 + sum(WIDTHS.get(name, 1) for name in self.channels) + self.num_shapes
 
     def num_views(self, num_points: int = 0) -> int:
         """Views of a cloud of `num_points`; the same for all clouds unless mode is "test" without `max_points`."""
@@ -634,6 +643,8 @@ def _augmented(
     """Every draw is made whatever the recipe, so that switching one augmentation does not change the others."""
     angle, size, mirror, drop = rng.uniform(-1, 1), rng.uniform(*recipe.scale), rng.random() < 0.5, rng.random()
     coords = coords.astype(np.float32)
+    if box is not None and (recipe.rotate_z or recipe.scale != (1.0, 1.0)):
+        raise ValueError("a box in camera coordinates can be mirrored and shifted, not turned about z or scaled")
     if recipe.rotate_z:
         cos, sin = np.cos(np.radians(angle * recipe.rotate_z)), np.sin(np.radians(angle * recipe.rotate_z))
         turn = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]], np.float32).T

@@ -37,6 +37,7 @@ class ClipRecipe:
     flip: bool = False
     flip_labels: tuple[tuple[int, int], ...] = ()
     frame_order: str = "natural"
+    kind: str = "clip"
 
     @property
     def num_views(self) -> int:

@@ -1,0 +1,107 @@
+"""What a sample is, by the kind of its recipe: a clip of a video, a cloud of points; a new kind is a row of KINDS.
+
+A recipe travels as a plain dict whose `kind` names the row. `load` makes one sample of one row of an index: an array
+of the row's shape and type, and its label (a number, or one per point). Everything random in it is a function of the key
+(seed, epoch, sample). What does not decode raises BadSample; storage that fails raises StorageError.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from slimray.data import cards, points
+from slimray.data.decoder import BadSample, Decoder
+from slimray.data.points import PointRecipe
+from slimray.data.video import ClipRecipe, flip_label
+from slimray.spec import lookup
+from slimray.storage import open_uri
+
+Key = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row of KINDS: `shape` of a sample's array, `label_shape` of its label (() for a number), `input_shape` of what
+    the network takes of one view, without the batch."""
+
+    from_dict: Callable[[dict[str, Any]], Any]
+    shape: Callable[[Any], tuple[int, ...]]
+    input_shape: Callable[[Any], tuple[int, ...]]
+    label_shape: Callable[[Any], tuple[int, ...]]
+    dtype: type
+    load: Callable[[dict[str, Any], str, Any, Key, float], tuple[np.ndarray, Any]]
+
+
+def kind_of(recipe: dict[str, Any]) -> Kind:
+    """The row of KINDS that a plain recipe names; UserError for an unknown one."""
+    return lookup(KINDS, recipe.get("kind", "clip"), "kind of sample")
+
+
+def input_shape(recipe: dict[str, Any]) -> tuple[int, ...]:
+    """What a network takes of one view of a plain recipe, without the batch: (T, 3, H, W) or (C, N)."""
+    kind = kind_of(recipe)
+    return kind.input_shape(kind.from_dict(recipe))
+
+
+@functools.cache
+def _decoder(timeout_s: float) -> Decoder:
+    """One decoding child per process, kept between tasks; it dies with the process."""
+    return Decoder(timeout_s=timeout_s)
+
+
+@functools.lru_cache(maxsize=8)
+def _filesystem(root: str) -> tuple[Any, str]:
+    return open_uri(root)
+
+
+def load_clip(row: dict[str, Any], root: str, recipe: ClipRecipe, key: Key, timeout_s: float) -> tuple[np.ndarray, int]:
+    """A clip uint8 `[V, T, size, size, 3]` and its label."""
+    fs, path = _filesystem(root)
+    data = cards.read_sample(fs, path, row, recipe, key)
+    clip, flipped = _decoder(timeout_s).clip(row["path"], data, recipe, key)
+    return clip, flip_label(row["label"], recipe) if flipped else row["label"]
+
+
+def load_points(
+    row: dict[str, Any], root: str, recipe: PointRecipe, key: Key, timeout_s: float
+) -> tuple[np.ndarray, Any]:
+    """A cloud float32 `[V, C, N]` and its label, or a label per point int64 `[N]` where `recipe.per_point`.
+
+    `row["label"]` is the class of the whole cloud. Per-point labels of several views are those of the first.
+    """
+    fs, path = _filesystem(root)
+    cloud = points.read_cloud(row["path"], cards.read_whole(fs, path, row))
+    sample = points.make_points(cloud, recipe, key, shape=max(0, row["label"]))
+    if not recipe.per_point:
+        return sample.points, row["label"]
+    if sample.labels is None:
+        raise BadSample("has no label per point")
+    return sample.points, sample.labels[0]
+
+
+def _clip_shape(recipe: ClipRecipe) -> tuple[int, ...]:
+    return (recipe.num_views, recipe.num_segments, recipe.size, recipe.size, 3)
+
+
+def _clip_input(recipe: ClipRecipe) -> tuple[int, ...]:
+    return (recipe.num_segments, 3, recipe.size, recipe.size)
+
+
+def _points_shape(recipe: PointRecipe) -> tuple[int, ...]:
+    return (recipe.num_views(), recipe.num_channels, recipe.num_points)
+
+
+KINDS: dict[str, Kind] = {
+    "clip": Kind(ClipRecipe.from_dict, _clip_shape, _clip_input, lambda _: (), np.uint8, load_clip),
+    "points": Kind(
+        PointRecipe.from_dict,
+        _points_shape,
+        lambda recipe: (recipe.num_channels, recipe.num_points),
+        lambda recipe: (recipe.num_points,) if recipe.per_point else (),
+        np.float32,
+        load_points,
+    ),
+}
