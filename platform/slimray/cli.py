@@ -6,32 +6,39 @@ machine without Ray. `--json` prints what a program may read, and nothing else, 
 
 import json
 import os
+import shlex
 import shutil
 import sys
+import types
 import webbrowser
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from slimray.spec import RunFailed, UserError
+from slimray import __version__
+from slimray.spec import RunFailed, UserError, did_you_mean, located, lookup
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=(__doc__ or "").split("\n")[0]
 )
-WIDTH = None if sys.stdout.isatty() else 160  # a file or a pipe has no width of its own
-console = Console(stderr=True, width=None if sys.stderr.isatty() else 160)
-out = Console(width=WIDTH)
+WIDTH = 160  # of a file or a pipe, which have none of their own
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # names are text, whatever is in them
+console = Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH, **PLAIN)
+out = Console(width=None if sys.stdout.isatty() else WIDTH, **PLAIN)
 
-Files = Annotated[list[str], typer.Argument(help="Job files; several documents in one file run in order.")]
+Files = Annotated[
+    list[str], typer.Argument(help="Job files; several documents in one file run in order.", metavar="FILE...")
+]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="Override a field: section.field=value, or NAME:section.field=value.")
 ]
 Storage = Annotated[
     str | None, typer.Option(help="Where runs lie: a folder, s3:// or gs://. Default $SLIMRAY_STORAGE or ./runs.")
 ]
+Restart = Annotated[bool, typer.Option("--restart", help="Clear an unfinished or finished run of the same name first.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -43,40 +50,70 @@ def _emit(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
 
 
+def _say(text: str) -> None:
+    """A line of its own, however long."""
+    out.print(text, soft_wrap=True)
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        _say(f"slimray {__version__}")
+        raise typer.Exit
+
+
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(help="Folder to fill; must not hold other files of these names.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to fill; must not hold files of these names.")],
 ) -> None:
-    """Copy example jobs and dataset cards into FOLDER to start from."""
-    from slimray import job
+    """Copy example jobs, dataset cards and their schemas into FOLDER to start from."""
+    from slimray.jobs import inputs
 
-    for part in ("jobs", "datasets"):
-        source = job.packaged(part)
-        for file in sorted(source.glob("*.yaml")):
-            target = folder / part / file.name
-            if target.exists():
-                raise UserError(f"{target}: exists already, choose an empty folder")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
-    out.print(
-        f"next: cd {folder} && slimray check jobs/quickstart.yaml && slimray run jobs/quickstart.yaml", highlight=False
-    )
+    pairs = [
+        (file, folder / part / file.name)
+        for part in ("jobs", "datasets")
+        for pattern in ("*.yaml", "*.json")
+        for file in sorted(inputs.packaged(part).glob(pattern))
+    ]
+    for _, target in pairs:
+        if target.exists():
+            raise UserError(f"{target}: exists already, choose an empty folder")
+    for file, target in pairs:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    go = "" if folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(folder))} && "
+    _say(f"next: {go}slimray check jobs/quickstart.yaml && slimray run jobs/quickstart.yaml")
+
+
+# ------------------------------------------------------------------------------------------------ check and run
 
 
 @app.command()
 def check(files: Files, set_: Sets = None, storage: Storage = None, as_json: AsJson = False) -> None:
-    """Validate jobs without running them, and print parameters, MACs, batch, learning rate and steps."""
+    """Validate jobs without running them, and print parameters, MACs, batch, learning rate and steps.
+
+    Exit code 0 means that `run` would start; else all that is wrong is printed, a line each.
+    """
     from slimray import job
 
-    facts = job.check(job.load(files, set_ or []), _storage(storage))
+    facts = job.check(job.load(files, set_ or []), _storage(storage), look=True)
     if as_json:
         _emit(facts)
-        return
-    for one in facts:
-        table = Table(title=f"{one.pop('name')} ({one.pop('kind')})", show_header=False, title_justify="left")
+    for one in facts if not as_json else ():
+        table = Table(title=f"{one['name']} ({one['kind']})", show_header=False, title_justify="left")
         for key, value in one.items():
-            table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+            if key not in ("name", "kind", "problems"):
+                table.add_row(key.replace("_", " "), _fact(key, value))
         out.print(table)
+    job.require(facts)
+
+
+def _fact(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_cell(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return (" x " if key == "input" else ", ").join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else _cell(value)
 
 
 @app.command()
@@ -84,51 +121,85 @@ def run(
     files: Files,
     set_: Sets = None,
     storage: Storage = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Clear an unfinished or finished run of the same name first.")
-    ] = False,
+    restart: Restart = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run the jobs of FILES in order; a finished one is skipped, an unfinished one resumes where it stopped."""
+    from slimray import job
+
+    _run(job.load(files, set_ or []), _storage(storage), restart, as_json)
+
+
+@app.command()
+def evaluate(
+    names: Annotated[list[str], typer.Argument(help="Finished training runs, by name or URI.", metavar="RUN...")],
+    name: Annotated[str | None, typer.Option(help="Name of the evaluation; default RUN-eval.")] = None,
+    set_: Sets = None,
+    storage: Storage = None,
+    restart: Restart = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score finished runs side by side, without writing a YAML; --set takes any field of an evaluate job."""
     from slimray import job, runs
 
-    loaded, where = job.load(files, set_ or []), _storage(storage)
-    job.check(loaded, where)
+    where = _storage(storage)
+    document = {"kind": "evaluate", "name": name or f"{runs.find_run(names[0], where).name}-eval", "runs": names}
+    _run(job.resolve([(Path("evaluate"), document)], set_ or []), where, restart, as_json)
+
+
+def _run(loaded: list[Any], storage: str, restart: bool, as_json: bool) -> None:
+    """Check everything, then do the jobs in order, and show what the last one found (all of them as JSON)."""
+    from slimray import job, runs
+
+    job.require(job.check(loaded, storage, restart))
     cpus = job.local_cpus(loaded)
+    rows = []
     for one in loaded:
-        try:
-            job.run(one, where, console, restart, cpus)
-        except UserError:
-            raise
-        except (RunFailed, OSError) as error:
-            logs = f"{runs.open_run(where, one.job.name).uri}/logs"
-            sentence = str(error).strip().splitlines()[0]
-            raise RunFailed(f"{one.where}: {sentence} (logs: {logs}; the same command resumes the run)") from error
-    _summary(loaded[-1].job.name, where)
-
-
-def _summary(name: str, storage: str) -> None:
-    from slimray import runs
-
-    run = runs.find_run(name, storage)
-    _print_run(run)
+        done = _do(one, storage, restart, cpus)
+        if as_json:
+            run = runs.find_run(one.job.name, storage)
+            metrics = (runs.read_card(run) or {}).get("metrics")
+            rows.append({"name": run.name, "kind": one.job.kind, "result": done, "uri": run.uri, "metrics": metrics})
+    if as_json:
+        _emit(rows)
+        return
+    run = runs.find_run(loaded[-1].job.name, storage)
+    _print_numbers(run.name, runs.read_card(run) or {})
     if runs.exists(run, "report.html"):
-        out.print(f"report: {run.uri}/report.html", highlight=False, soft_wrap=True)
+        _say(f"report: {run.uri}/report.html")
+
+
+def _do(one: Any, storage: str, restart: bool, cpus: int) -> str:
+    """Do one job: "finished" or "skipped"; what goes wrong says which job, where its log is and how to go on."""
+    from slimray import job, runs
+
+    try:
+        return job.run(one, storage, console, restart, cpus)
+    except UserError as error:
+        raise UserError(located(str(error), one.where)) from None
+    except KeyboardInterrupt:
+        raise RunFailed(f"{one.where}: stopped: the same command resumes the run") from None
+    except (RunFailed, OSError) as error:
+        logs = f"{runs.open_run(storage, one.job.name).uri}/logs"
+        sentence = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunFailed(f"{one.where}: {sentence} (logs: {logs}; the same command resumes the run)") from error
+
+
+# ---------------------------------------------------------------------------------------------- look at what is there
 
 
 COLUMNS = ("top1", "top5", "mean_class_accuracy", "loss", "epoch", "num_samples", "num_quarantined", "chance", "macs")
 
 
-def _print_run(run: Any) -> None:
-    """The final numbers of a run, best and last of a training, a row for each run of an evaluation."""
-    from slimray import runs
-
-    metrics = (runs.read_card(run) or {}).get("metrics") or {}
+def _print_numbers(title: str, card: dict[str, Any]) -> None:
+    """The final numbers of a run: best and last of a training, a row for each run of an evaluation."""
+    metrics = card.get("metrics") or {}
     rows = metrics.get("rows") or [{"run": which, **row} for which, row in metrics.items() if isinstance(row, dict)]
     if not rows:
         return
     rows = [{key.removeprefix("val/"): value for key, value in row.items()} for row in rows]
     keys = [key for key in ("run", "variant", *COLUMNS, "clips", "quarantined") if any(key in row for row in rows)]
-    table = Table(title=run.name, title_justify="left")
+    table = Table(title=title, title_justify="left")
     for key in keys:
         table.add_column(key.replace("_", " "), justify="left" if key in ("run", "variant") else "right")
     for row in rows:
@@ -139,62 +210,30 @@ def _print_run(run: Any) -> None:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2f}"
-    return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
+    return (
+        f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else "" if value is None else str(value)
+    )
 
 
-@app.command()
-def evaluate(
-    names: Annotated[list[str], typer.Argument(help="Finished training runs, by name or URI.", metavar="RUN...")],
-    name: Annotated[str | None, typer.Option(help="Name of the evaluation; default RUN-eval.")] = None,
-    set_: Sets = None,
-    storage: Storage = None,
-    as_json: AsJson = False,
-) -> None:
-    """Score finished runs side by side, without writing a YAML; --set takes any field of an evaluate job."""
-    from slimray import job, runs
-    from slimray.jobs import evaluate as verb
-    from slimray.spec import parse, set_value
-
-    document: dict[str, Any] = {
-        "kind": "evaluate",
-        "name": name or f"{names[0].rstrip('/').rpartition('/')[2]}-eval",
-        "runs": names,
-    }
-    for assignment in set_ or []:
-        set_value(document, assignment)
-    where = _storage(storage)
-    one = job.Loaded(parse(verb.EvaluateJob, document, "evaluate"), "evaluate")
-    job.run(one, where, console)
-    if as_json:
-        _emit((runs.read_card(runs.find_run(one.job.name, where)) or {}).get("metrics"))
-    else:
-        _summary(one.job.name, where)
+DAMAGED = (AttributeError, KeyError, TypeError, ValueError)  # what a file with other content than we wrote ends in
 
 
-@app.command()
-def predict(
-    name: Annotated[str, typer.Argument(help="A finished training run, by name or URI.", metavar="RUN")],
-    files: Annotated[list[Path], typer.Argument(help="Videos.")],
-    top: Annotated[int, typer.Option(help="Classes shown per file.", min=1)] = 5,
-    storage: Storage = None,
-    as_json: AsJson = False,
-) -> None:
-    """Print the best classes of each clip with their probabilities. Needs no Ray."""
-    from slimray import predict as use
+def _describe(run: Any) -> dict[str, Any]:
+    """A line about a run; `damaged` if its folder does not hold what slimray writes."""
     from slimray import runs
 
-    network = use.load_network(runs.find_run(name, _storage(storage)))
-    bad, rows = 0, []
-    for path, best, reason in use.predict_files(network, files, top):
-        bad += bool(reason)
-        rows.append({"file": str(path), "top": best, "reason": reason})
-        if not as_json:
-            shown = reason or "  ".join(f"{label} {100 * p:.1f} %" for label, p in best)
-            out.print(f"{path}: {shown}", highlight=False, soft_wrap=True, markup=False)
-    if as_json:
-        _emit(rows)
-    if bad:
-        raise UserError(f"{bad} of {len(rows)} files could not be read, the others are above")
+    try:
+        return runs.describe(run)
+    except (UserError, RunFailed, *DAMAGED) as error:
+        message = (
+            str(error)
+            if isinstance(error, UserError | RunFailed)
+            else f"is no run folder as slimray writes it ({error})"
+        )
+        return {
+            "name": run.name, "kind": None, "state": "damaged", "result": None, "updated": None,
+            "message": message, "uri": run.uri,
+        }  # fmt: skip
 
 
 @app.command()
@@ -202,16 +241,20 @@ def runs(storage: Storage = None, as_json: AsJson = False) -> None:
     """List the runs of a storage folder: kind, state, best result, age."""
     from slimray import runs as folder
 
-    rows = [folder.describe(run) for run in folder.list_runs(_storage(storage))]
+    where = _storage(storage)
+    rows = [_describe(run) for run in folder.list_runs(where)]
     if as_json:
         _emit(rows)
+        return
+    if not rows:
+        _say(f"no runs in {where} (--storage looks elsewhere)")
         return
     table = Table()
     for key in ("name", "kind", "state", "result", "updated", "message"):
         table.add_column(key)
     for row in rows:
         table.add_row(*[str(row.get(key) or "") for key in ("name", "kind", "state", "result", "updated", "message")])
-    out.print(table if rows else f"no runs in {_storage(storage)}")
+    out.print(table)
 
 
 @app.command()
@@ -225,92 +268,207 @@ def show(
     from slimray import runs as folder
 
     run = folder.find_run(name, _storage(storage))
-    described = folder.describe(run) | {"card": folder.read_card(run)}
+    described = _describe(run)
+    card = {} if described["state"] == "damaged" else folder.read_card(run) or {}
     if as_json:
-        _emit(described)
-        return
-    for key in ("kind", "state", "message", "updated"):
-        if described.get(key):
-            out.print(f"{key}: {described[key]}", highlight=False, markup=False)
-    _print_run(run)
-    if not folder.exists(run, "report.html"):
-        out.print("no report yet")
-        return
-    out.print(f"report: {run.uri}/report.html", highlight=False, soft_wrap=True)
+        _emit(described | {"card": card or None})
+    else:
+        for key in ("kind", "state", "message", "updated"):
+            if described.get(key):
+                _say(f"{key}: {described[key]}")
+        _print_numbers(run.name, card)
+        if described["state"] in ("failed", "stopped"):
+            _say(f"logs: {run.uri}/logs (the command that started it resumes it)")
+        if folder.exists(run, "report.html"):
+            _say(f"report: {run.uri}/report.html")
+        elif not open_:
+            _say("report: none yet, it is written when the run has finished")
     if open_:
-        local = Path(f"{run.uri.removeprefix('file://')}/report.html")
-        if not local.is_file():
+        local = Path(run.uri.removeprefix("file://"), "report.html")
+        if "://" in run.uri.removeprefix("file://"):
             raise UserError(f"{run.uri}/report.html: lies on remote storage, copy it here to open it")
+        if not local.is_file():
+            raise UserError(f"{local}: there is no report yet, it is written when the run has finished")
         webbrowser.open(local.resolve().as_uri())
 
 
 @app.command()
-def explain(
-    what: Annotated[str | None, typer.Argument(help="A kind, a section as kind.section, or `models`.")] = None,
+def predict(
+    name: Annotated[str, typer.Argument(help="A finished training run, by name or URI.", metavar="RUN")],
+    files: Annotated[list[Path], typer.Argument(help="Videos.", metavar="FILE...")],
+    top: Annotated[int, typer.Option(help="Classes shown per file.", min=1)] = 5,
+    storage: Storage = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Explain the fields of a kind of job from their documentation, or list the models."""
-    from slimray import job, models
-    from slimray.spec import did_you_mean, lookup
+    """Print the best classes of each clip with their probabilities. Needs no Ray."""
+    from safetensors import SafetensorError
 
+    from slimray import predict as use
+    from slimray import runs
+
+    run = runs.find_run(name, _storage(storage))
+    try:
+        network = use.load_network(run)
+    except (RuntimeError, SafetensorError, FileNotFoundError, *DAMAGED) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{run.uri}/model: is damaged or of another version ({reason}): train it again") from None
+    there = [path for path in files if path.is_file()]
+    answers = use.predict_files(network, there, top)
+    rows: list[dict[str, Any]] = []
+    for path in files:
+        _, best, reason = next(answers) if path in there else (path, [], "no such file")
+        rows.append({"file": str(path), "top": [list(one) for one in best], "reason": reason})
+        if not as_json:
+            _say(f"{path}: {reason or '  '.join(f'{label} {100 * p:.1f} %' for label, p in best)}")
+    if as_json:
+        _emit(rows)
+    bad = sum(bool(row["reason"]) for row in rows)
+    if bad:
+        raise UserError(f"{bad} of {len(rows)} files could not be read, the reasons are above")
+
+
+# --------------------------------------------------------------------------------------------------------- help
+
+
+@app.command()
+def explain(
+    what: Annotated[
+        str | None,
+        typer.Argument(help="A kind, `card`, `models`; a section or field of them: train.optim, models.tsm_resnet50."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Explain the fields of a kind of job from their documentation, or list the models and their options."""
+    from slimray import job
+    from slimray.data.cards import Card
+
+    topics: dict[str, Any] = {**job.SPECS, "card": Card, "models": None}
+    kind, *path = (what or "").split(".")
     if what is None:
-        for kind, spec in job.SPECS.items():
-            out.print(f"{kind:10} {(spec.__doc__ or '').splitlines()[0]}", highlight=False)
+        title = "slimray explain WHAT"
+        rows = [{"what": name, "meaning": _first_line(spec)} for name, spec in job.SPECS.items()]
+        rows.append({"what": "card", "meaning": _first_line(Card)})
+        rows.append({"what": "models", "meaning": "The networks; models.NAME: the options of one."})
+    elif lookup(topics, kind, "topic") is None:
+        title, rows = what, _explain_models(path)
+    else:
+        title, rows = _explain_spec(topics[kind], kind, path)
+    if as_json:
+        _emit(rows)
         return
-    if what == "models":
-        table = Table()
-        for key in ("name", "what", "options"):
-            table.add_column(key)
-        for name, row in models.MODELS.items():
-            table.add_row(name, row.description, ", ".join(f"{k}={v}" for k, v in row.defaults.items()))
-        out.print(table)
-        return
-    kind, *sections = what.split(".")
-    spec: Any = lookup(job.SPECS, kind, "kind")
-    for section in sections:
-        if section not in spec.model_fields:
-            raise UserError(f"explain {what}: no field {section!r}{did_you_mean(section, spec.model_fields)}")
-        spec = _spec_inside(spec.model_fields[section].annotation)
-        if spec is None:
-            raise UserError(f"explain {what}: {section!r} is a value, it has no fields")
-    table = Table(title=f"{what}: {(spec.__doc__ or '').splitlines()[0]}", title_justify="left")
-    for key in ("field", "type", "default", "meaning"):
+    table = Table(title=title, title_justify="left")
+    for key in rows[0]:
         table.add_column(key)
-    for name, field in spec.model_fields.items():
-        default = "required" if field.is_required() else _default(field)
-        kind_of = _spec_inside(field.annotation)
-        meaning = field.description or (f"section, see `slimray explain {what}.{name}`" if kind_of else "")
-        shown = (
-            kind_of.__name__
-            if kind_of
-            else str(field.annotation).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
-        )
-        table.add_row(field.alias or name, shown, default, meaning)
+    for row in rows:
+        table.add_row(*[str(value) for value in row.values()])
     out.print(table)
 
 
-def _default(field: Any) -> str:
-    value = field.get_default(call_default_factory=True)
-    return "" if hasattr(value, "model_fields") else repr(value)
+def _explain_models(path: list[str]) -> list[dict[str, str]]:
+    from inspect import Parameter
+
+    from slimray import models
+
+    if not path:
+        return [
+            {"name": name, "what": row.description, "takes": row.input, "options": _options_text(row.defaults)}
+            for name, row in models.MODELS.items()
+        ]
+    options = models.options_of(".".join(path))
+    return [
+        {"option": name, "type": _type_name(type(value)), "default": str(value)}
+        for name, value in options.items()
+        if value is not Parameter.empty
+    ]
 
 
-def _spec_inside(annotation: Any) -> Any:
-    from pydantic import BaseModel
+def _options_text(options: dict[str, Any]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in options.items())
 
-    kinds = [annotation, *getattr(annotation, "__args__", ())]
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+def _explain_spec(spec: Any, what: str, path: list[str]) -> tuple[str, list[dict[str, str]]]:
+    """A title and a row per field of the section at `path`, or the one row of a field that holds a value."""
+    from slimray import job
+
+    for place, section in enumerate(path):
+        fields = {field.alias or name: field for name, field in spec.model_fields.items()}
+        if section not in fields:
+            raise UserError(f"explain {what}: there is no field {section!r}{did_you_mean(section, fields)}")
+        inner = job.section_of(fields[section].annotation)
+        if inner is None and place + 1 < len(path):
+            raise UserError(f"explain {what}.{section}: is a value, it has no fields")
+        if inner is None:
+            return what, [_explain_field(section, fields[section], what)]
+        spec, what = inner, f"{what}.{section}"
+    title = f"{what}: {_first_line(spec)}"
+    fields = {field.alias or name: field for name, field in spec.model_fields.items()}
+    return title, [_explain_field(name, field, what) for name, field in fields.items()]
+
+
+def _explain_field(name: str, field: Any, what: str) -> dict[str, str]:
+    from slimray import job
+
+    inner = job.section_of(field.annotation)
+    default = "required"
+    if not field.is_required():
+        value = field.get_default(call_default_factory=True)
+        default = "" if hasattr(value, "model_fields") else _literal(value)
+    meaning = field.description or (f"{_first_line(inner)} See `slimray explain {what}.{name}`." if inner else "")
+    return {
+        "field": name,
+        "type": _type_name(field.annotation),
+        "default": default,
+        "meaning": " ".join(meaning.split()),
+    }
+
+
+def _first_line(spec: Any) -> str:
+    return (spec.__doc__ or "").split("\n")[0]
+
+
+def _literal(value: Any) -> str:
+    """A default as one would write it in YAML."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_literal, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _type_name(annotation: Any) -> str:
+    """The type of a field in a user's words: text, number, list of ..., `a | b`."""
+    names = {
+        str: "text",
+        int: "whole number",
+        float: "number",
+        bool: "true | false",
+        type(None): "null",
+        Any: "anything",
+    }
+    if annotation in names:
+        return names[annotation]
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (Union, types.UnionType):
+        return " | ".join(_type_name(one) for one in arguments)
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"list of {_type_name(arguments[0])}"
+        return f"[{', '.join(_type_name(one) for one in arguments)}]"
+    return "mapping" if origin is dict else "section"
 
 
 @app.command()
 def schema(
     card: Annotated[bool, typer.Option("--card", help="The schema of dataset cards in place of jobs.")] = False,
 ) -> None:
-    """Print the JSON Schema of job files, for editors."""
-    from pydantic import TypeAdapter
-
+    """Print the JSON Schema of job files, for editors: jobs/schema.json, and datasets/card.schema.json by --card."""
     from slimray import job
-    from slimray.data.cards import Card
 
-    _emit(Card.model_json_schema() if card else TypeAdapter(job.Job).json_schema(by_alias=True))
+    _emit(job.card_schema() if card else job.json_schema())
 
 
 def main() -> None:
@@ -321,20 +479,27 @@ def main() -> None:
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        console.print("stopped: the same command resumes the run")
-        sys.exit(1)
+        _fail("stopped", 1)
     except UserError as error:
-        console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error), 2)
     except RunFailed as error:
-        console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        _fail(str(error), 1)
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename or 'slimray'}: {(error.strerror or str(error)).lower()}", 2)
     except Exception as error:
         show = getattr(error, "show", None)
         if show is None or not type(error).__module__.startswith(("click", "typer")):
             raise
         show()  # a wrong option or argument
         sys.exit(2)
+
+
+def _fail(sentence: str, code: int) -> None:
+    console.print(sentence, style="red", soft_wrap=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

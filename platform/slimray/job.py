@@ -1,9 +1,9 @@
 """From a YAML file to a run: load, resolve, check, run. A job is one document; its `kind` names its verb.
 
-`load` reads the documents of the files, applies `extends:` and `--set`, and embeds the dataset cards, so that a job
-says everything about itself. `check` finds what can be found before machines are asked for. `run` claims the run folder
-(same name: finished is skipped, unfinished resumes, other settings are refused), does the work and leaves the folder
-in a state that says what happened.
+`load` reads the documents of the files, `resolve` applies `extends:` and `--set` and embeds the dataset cards, so that
+a job says everything about itself. `check` finds what can be found before machines are asked for. `run` claims the run
+folder (same name: finished is skipped, unfinished resumes, other settings are refused), does the work and leaves the
+folder in a state that says what happened. `json_schema` is for editors.
 """
 
 import contextlib
@@ -11,19 +11,20 @@ import copy
 import os
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from pydantic import TypeAdapter
 from rich.console import Console
 
-import slimray
-from slimray import runs, workers
+from slimray import models, runs, workers
+from slimray.data import cards
 from slimray.jobs import evaluate, inputs, prepare, train
 from slimray.jobs.context import Context
-from slimray.spec import RunFailed, Spec, UserError, did_you_mean, lookup, parse, read_yaml, set_value
-from slimray.storage import StorageError
+from slimray.spec import RunFailed, Spec, UserError, did_you_mean, lookup, noting, parse, read_yaml, set_value
+from slimray.storage import StorageError, open_uri
 
 Job = prepare.PrepareJob | train.TrainJob | evaluate.EvaluateJob
 
@@ -49,75 +50,84 @@ class Loaded:
         return self.job.model_dump(mode="json", by_alias=True)
 
 
-def packaged(folder: str) -> Path:
-    """The folder `jobs` or `datasets` that came with slimray: of the checkout, else of the installed package."""
-    package = Path(slimray.__file__).resolve().parent
-    checkout = package.parents[1] / folder
-    return (
-        checkout if (checkout / "..").resolve().joinpath("pyproject.toml").is_file() else package / "examples" / folder
-    )
+# ---------------------------------------------------------------------------------------------- from YAML to jobs
 
 
 def load(paths: Sequence[str | Path], sets: Sequence[str] = ()) -> list[Loaded]:
     """Read, complete and parse the documents of `paths` in order; UserError with file and field otherwise."""
     documents: list[tuple[Path, dict[str, Any]]] = []
-    by_name: dict[str, dict[str, Any]] = {}
     for path in map(Path, paths):
-        for document in read_yaml(path):
-            merged = _extend(document, by_name, str(path))
-            by_name[str(merged.get("name"))] = merged
-            documents.append((path, merged))
-    if not documents:
-        raise UserError(f"{', '.join(map(str, paths))}: holds no job")
+        if not path.exists():
+            raise UserError(f"{path}: no such file (`slimray init DIR` writes examples to start from)")
+        found = read_yaml(path)
+        if not found:
+            raise UserError(f"{path}: holds no job (`slimray init DIR` writes examples to start from)")
+        documents += [(path, document) for document in found]
+    return resolve(documents, sets)
+
+
+def resolve(documents: Sequence[tuple[Path, dict[str, Any]]], sets: Sequence[str] = ()) -> list[Loaded]:
+    """The jobs of plain documents, each with the file it is from; UserError with all that is wrong, a line each."""
+    merged: list[tuple[Path, dict[str, Any]]] = []
+    by_name: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
+    for path, document in documents:
+        with noting(problems, str(path)):
+            merged.append((path, _extend(document, by_name)))
+            by_name[str(merged[-1][1].get("name"))] = merged[-1][1]
+    _raise(problems)
     for assignment in sets:
-        _set([document for _, document in documents], assignment)
+        _set([document for _, document in merged], assignment)
     loaded: list[Loaded] = []
     prepared: dict[str, dict[str, Any]] = {}
-    for path, document in documents:
-        one = _parse(document, path, prepared)
-        if any(one.job.name == other.job.name for other in loaded):
-            raise UserError(f"{path}: name: {one.job.name!r} is used twice")
-        if isinstance(one.job, prepare.PrepareJob) and isinstance(one.job.data.card, dict):
-            prepared[one.job.name] = one.job.data.card
-        loaded.append(one)
+    for path, document in merged:
+        with noting(problems, str(path)):
+            one = _parse(document, path, prepared)
+            if any(one.job.name == other.job.name for other in loaded):
+                raise UserError(f"{path}: name: {one.job.name!r} is used twice: each document needs a name of its own")
+            if isinstance(one.job, prepare.PrepareJob) and isinstance(one.job.data.card, dict):
+                prepared[one.job.name] = one.job.data.card
+            loaded.append(one)
+    _raise(problems)
     return loaded
 
 
-def _parse(document: dict[str, Any], path: Path, prepared: dict[str, dict[str, Any]]) -> Loaded:
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+
+
+def _parse(document: dict[str, Any], path: Path, prepared: Mapping[str, dict[str, Any]]) -> Loaded:
     kind, name = document.get("kind"), document.get("name")
-    where = f"{path} ({name})" if name else str(path)
+    where = f"{path} ({name})" if name and isinstance(name, str) else str(path)
+    if kind is None and "layout" in document:
+        raise UserError(f"{where}: is a dataset card: name it in `data: {{card: ...}}` of a job")
     if not isinstance(kind, str):
-        raise UserError(f"{where}: kind: is required, one of {', '.join(SPECS)}")
+        raise UserError(f"{where}: kind: must be one of {', '.join(SPECS)} (got {kind!r})")
     try:
         spec = lookup(SPECS, kind, "kind")
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    job = parse(spec, document, where)
-    if not _is_name(job.name):  # type: ignore[attr-defined]
-        raise UserError(f"{where}: name: letters, digits, '.', '_' and '-' only, as it becomes a folder")
+    job: Any = parse(spec, document, where)
+    try:
+        runs.open_run(".", job.name)
+    except UserError as error:
+        raise UserError(f"{where}: name: {error}") from None
     data = getattr(job, "data", None)
     if data is not None:
-        search = [
-            path.resolve().parent,
-            path.resolve().parent.parent / "datasets",
-            Path("datasets"),
-            packaged("datasets"),
-        ]
+        beside = path.resolve().parent
+        search = [beside, beside.parent / "datasets", Path("datasets"), inputs.packaged("datasets")]
         job = job.model_copy(update={"data": inputs.embed(data, where, search, prepared)})
     return Loaded(job, where)
 
 
-def _is_name(name: str) -> bool:
-    return bool(name) and name[0] not in ".-" and all(c.isalnum() or c in "._-" for c in name) and name.isascii()
-
-
-def _extend(document: dict[str, Any], by_name: dict[str, dict[str, Any]], where: str) -> dict[str, Any]:
+def _extend(document: dict[str, Any], by_name: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """`extends: NAME` copies an earlier document of the same command and lays this one over it, field by field."""
     if "extends" not in document:
         return document
     parent = document["extends"]
-    if parent not in by_name:
-        raise UserError(f"{where}: extends: {parent!r} is no earlier document{did_you_mean(str(parent), by_name)}")
+    if not isinstance(parent, str) or parent not in by_name:
+        raise UserError(f"extends: {parent!r} is the name of no earlier document{did_you_mean(str(parent), by_name)}")
     return _merge(by_name[parent], {k: v for k, v in document.items() if k != "extends"})
 
 
@@ -130,57 +140,162 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set(documents: list[dict[str, Any]], assignment: str) -> None:
-    """Apply one --set to the documents it can mean: `NAME:a.b=c` to one, `a.b=c` to all whose kind has section `a`."""
-    target, colon, rest = assignment.partition(":")
-    if colon and "=" not in target and "." not in target:
-        chosen = [d for d in documents if d.get("name") == target]
-        if not chosen:
-            names = [str(d.get("name")) for d in documents]
+    """Apply one --set to the documents it means: `NAME:a.b=c` to one, `a.b=c` to all whose kind has such a field.
+
+    Of those, to the ones that write section `a` or always have it, if there are any: `init.from` does not give an
+    `init` to a document without. `data.root` is not for documents that read a run, they have it from there.
+    """
+    path, equals, _ = assignment.partition("=")
+    target, colon, _ = path.partition(":")
+    if colon:
+        names = [str(d.get("name")) for d in documents]
+        if target.strip() not in names:
             raise UserError(f"--set {assignment}: no document is named {target!r}{did_you_mean(target, names)}")
-    else:
-        rest, section = assignment, assignment.partition("=")[0].split(".")[0].strip()
-        chosen = [d for d in documents if section in getattr(SPECS.get(str(d.get("kind"))), "model_fields", {})]
-        if rest.startswith("data.root") and len(chosen) > 1:  # a document that reads a run has its root from there
-            chosen = [d for d in chosen if "card" in (d.get("data") or {})]
-        if not chosen:
-            raise UserError(f"--set {assignment}: no document has a section {section!r}")
+        return set_value(documents[names.index(target.strip())], assignment.partition(":")[2])
+    keys = path.strip().split(".")
+    if not equals:
+        set_value({}, assignment)  # raises
+    specs = [SPECS.get(str(d.get("kind"))) for d in documents]
+    chosen = [d for d, spec in zip(documents, specs, strict=True) if spec is not None and keys[0] in spec.model_fields]
+    if not chosen:
+        known = {name for spec in specs if spec is not None for name in spec.model_fields}
+        raise UserError(f"--set {assignment}: no document has a field {keys[0]!r}{did_you_mean(keys[0], known)}")
+    chosen = [d for d in chosen if _has_field(SPECS[str(d["kind"])], keys)] or chosen
+    if len(keys) > 1:
+        chosen = [d for d in chosen if keys[0] in d or not _is_optional(d, keys[0])] or chosen
+    if keys == ["data", "root"]:
+        chosen = [d for d in chosen if not isinstance(d.get("data"), dict) or "run" not in d["data"]] or chosen
     for document in chosen:
-        set_value(document, rest)
+        set_value(document, assignment)
 
 
-# ------------------------------------------------------------------------------------------------ check and run
+def _has_field(spec: Any, keys: Sequence[str]) -> bool:
+    """Whether a kind of job, or a section, has the field at `keys`; a section of free options has any."""
+    fields = {field.alias or name: field for name, field in spec.model_fields.items()}
+    if keys[0] not in fields:
+        return spec.model_config.get("extra") == "allow"
+    inner = section_of(fields[keys[0]].annotation)
+    return len(keys) == 1 or (inner is not None and _has_field(inner, keys[1:]))
 
 
-def check(loaded: Sequence[Loaded], storage: str) -> list[dict[str, Any]]:
-    """Validate everything that can be known now and return the facts of each job, in order."""
-    ahead = {one.job.name for one in loaded}
-    out = []
+def _is_optional(document: dict[str, Any], section: str) -> bool:
+    return type(None) in get_args(SPECS[str(document["kind"])].model_fields[section].annotation)
+
+
+def section_of(annotation: Any) -> type[Spec] | None:
+    """The Spec that a field of this type holds, if it is a section."""
+    kinds = [annotation, *get_args(annotation)]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Spec)), None)
+
+
+# ---------------------------------------------------------------------------------------------------------- check
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A job that will run before the one that is looked at, and what is known about it."""
+
+    job: Any
+    facts: dict[str, Any]
+
+
+def check(loaded: Sequence[Loaded], storage: str, restart: bool = False, look: bool = False) -> list[dict[str, Any]]:
+    """Validate everything that can be known now; the facts of each job in order, with what to mend in `problems`.
+
+    `state` is what `run` would do: "new", "resume", or "finished" (skip it, then nothing is a problem). `restart` takes
+    no notice of what is there. `look` opens a few files of each split. UserError if the storage is out of reach.
+    """
+    open_uri(storage)
+    out: list[dict[str, Any]] = []
+    ahead: dict[str, _Ahead] = {}
     for one in loaded:
+        problems: list[str] = []
         facts: dict[str, Any] = {"name": one.job.name, "kind": one.job.kind}
+        with noting(problems, one.where):
+            facts["state"] = "new" if restart else _state(one, storage)
         if isinstance(one.job, train.TrainJob):
-            facts |= _check_train(one, storage, ahead)
+            facts |= _check_train(one, storage, ahead, problems, look)
         elif isinstance(one.job, evaluate.EvaluateJob):
-            for name in one.job.runs:
-                if name not in ahead:
-                    runs.find_run(name, storage)
-            facts |= {"runs": list(one.job.runs), "views": one.job.clips * one.job.crops}
+            with noting(problems, one.where):
+                facts |= evaluate.facts(one.job, one.where, storage, {name: a.job for name, a in ahead.items()})
         else:
-            facts |= prepare.facts(one.job, one.where)
-        out.append(facts)
+            facts |= _check_prepare(one, problems, look)
+        if facts.get("state") == "finished":
+            problems.clear()
+        else:
+            ahead[one.job.name] = _Ahead(one.job, facts)
+        out.append(facts | {"problems": problems})
     return out
 
 
-def _check_train(one: Loaded, storage: str, ahead: set[str]) -> dict[str, Any]:
+def require(facts: Sequence[dict[str, Any]]) -> None:
+    """Raise UserError with all `problems` that `check` found, a line each."""
+    _raise([problem for one in facts for problem in one["problems"]])
+
+
+def _state(one: Loaded, storage: str) -> str:
+    claim = runs.claim(runs.open_run(storage, one.job.name), one.document, may_change=MAY_CHANGE)
+    return "finished" if claim.finished else "resume" if claim.attempt > 1 else "new"
+
+
+def _check_prepare(one: Loaded, problems: list[str], look: bool) -> dict[str, Any]:
+    data, facts = one.job.data, {}
+    assert isinstance(data.card, dict)  # embedded when the job was loaded
+    with noting(problems, one.where):
+        card = parse(cards.Card, data.card, "data.card")
+        if card.layout == "generated" and (data.root or one.job.pack):
+            raise UserError(f"{'pack' if one.job.pack else 'data.root'}: {card.name} is generated, leave it out")
+        facts |= prepare.facts(one.job, one.where)
+        root = data.root or card.root or ""
+        if card.layout == "generated":
+            tables = {split: prepare._to_generate(one.job, split) for split in facts["splits"]}
+        else:
+            tables = {split: cards.read_split(card, split, root) for split in facts["splits"]}
+        facts["samples"] = {split: table.num_rows for split, table in tables.items()}
+        for split, table in tables.items() if look and root else ():
+            absent = inputs.absent_samples(table, root)
+            if len(absent) == min(3, table.num_rows):
+                raise UserError(f"data.root: the files of split {split!r} are not there ({absent[0]})")
+    return facts
+
+
+def _check_train(
+    one: Loaded, storage: str, ahead: Mapping[str, _Ahead], problems: list[str], look: bool
+) -> dict[str, Any]:
     job: train.TrainJob = one.job
-    try:
-        if job.data.run in ahead and isinstance(job.data.card, dict):
-            card = parse(inputs.cards.Card, job.data.card, one.where)
-            return train.facts(job, None, card)
-        splits = inputs.open_splits(job.data, one.where, storage, train.split_names(job))
-        return train.facts(job, splits, splits.card)
-    except UserError as error:
-        text = str(error)
-        raise UserError(text if text.startswith(one.where) else f"{one.where}: {text}") from None
+    facts: dict[str, Any] = {}
+    card, counts = None, {}
+    if isinstance(job.data.card, dict):
+        card = parse(cards.Card, job.data.card, f"{one.where}: data.card")
+    with noting(problems, one.where):
+        if job.data.run is not None and job.data.run in ahead:
+            counts = _counts_ahead(job, ahead[job.data.run])
+        else:
+            splits = inputs.open_splits(job.data, one.where, storage, train.split_names(job))
+            card, counts = splits.card, {name: table.num_rows for name, table in splits.tables.items()}
+            card.flip_labels()
+            facts["fingerprint"] = splits.fingerprint
+            for split, table in splits.tables.items() if look else ():
+                if absent := inputs.absent_samples(table, splits.root):
+                    raise UserError(f"data.root: a file of split {split!r} is missing ({absent[0]})")
+    facts |= {"dataset": card.name} if card is not None else {}
+    with noting(problems, one.where):
+        facts |= train.facts(job, card, counts.get(job.data.train))
+    with noting(problems, one.where):
+        train.check_init(job, storage, {name: a.job for name, a in ahead.items()})
+    return facts
+
+
+def _counts_ahead(job: train.TrainJob, before: _Ahead) -> dict[str, int]:
+    """Samples per split that a `prepare` job will leave, if none is bad; {} while it has problems of its own."""
+    if not isinstance(before.job, prepare.PrepareJob):
+        raise UserError(f"data.run: {before.job.name!r} is of kind {before.job.kind}, it holds no dataset")
+    if "splits" in before.facts:
+        inputs.require_splits(f"data: {before.job.name}", before.facts["splits"], train.split_names(job))
+    return before.facts.get("samples", {})
+
+
+# ------------------------------------------------------------------------------------------------------------ run
 
 
 def local_cpus(loaded: Sequence[Loaded]) -> int:
@@ -233,3 +348,80 @@ def _sentence(error: BaseException) -> str:
         return "stopped by the user"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------------- for editors
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 7, which editors know) of one document of a job file, its help from the field docstrings.
+
+    `kind` decides which fields there are; a document with `extends` may leave any of them out.
+    """
+    union = TypeAdapter(Job).json_schema(by_alias=True, ref_template="#/definitions/{model}")
+    full = {name: _draft_7(part) for name, part in union["$defs"].items()}
+    full["ModelSpec"] |= {"properties": _model_properties(full["ModelSpec"]), "additionalProperties": False}
+    parts = {f"{name}Part": _as_part(part) for name, part in full.items()}
+    extends = {"type": "string", "description": "Name of an earlier document: its fields, with those here laid over."}
+    for spec in SPECS.values():
+        parts[f"{spec.__name__}Part"]["properties"] |= {"extends": extends}
+    kinds = {"enum": list(SPECS), "description": "What is to be done: the verb, which decides the other fields."}
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "slimray job",
+        "description": "One document of a job file; the documents of a file run in order.",
+        "type": "object",
+        "properties": {"kind": kinds, "extends": extends},
+        "if": {"required": ["extends"]},
+        "then": {"allOf": [_for_kind(kind, f"{spec.__name__}Part") for kind, spec in SPECS.items()]},
+        "else": {"required": ["kind"], "allOf": [_for_kind(kind, spec.__name__) for kind, spec in SPECS.items()]},
+        "definitions": full | parts,
+    }
+
+
+def card_schema() -> dict[str, Any]:
+    """JSON Schema (draft 7) of a dataset card."""
+    whole = cards.Card.model_json_schema(ref_template="#/definitions/{model}")
+    return {"$schema": "http://json-schema.org/draft-07/schema#", **_draft_7(whole)}
+
+
+def _for_kind(kind: str, definition: str) -> dict[str, Any]:
+    condition = {"properties": {"kind": {"const": kind}}, "required": ["kind"]}
+    return {"if": condition, "then": {"$ref": f"#/definitions/{definition}"}}
+
+
+def _model_properties(model_spec: dict[str, Any]) -> dict[str, Any]:
+    """`name` as one of the table, and the options of all models with the ones that know them."""
+    properties = {"name": model_spec["properties"]["name"] | {"enum": list(models.MODELS)}}
+    known_by: dict[str, dict[str, Any]] = {}
+    for name in models.MODELS:
+        for option, default in models.options_of(name).items():
+            if option not in train.OWNED:
+                known_by.setdefault(option, {})[name] = default
+    types = {bool: "boolean", int: "integer", float: "number", str: "string"}
+    for option, defaults in known_by.items():
+        found = {types.get(type(default)) for default in defaults.values()}
+        kind = {"type": found.pop()} if len(found) == 1 and None not in found else {}
+        values = ", ".join(dict.fromkeys(str(default) for default in defaults.values()))
+        few = len(defaults) < len(models.MODELS)
+        who = f" Known by {', '.join(defaults)}." if few else ""
+        properties[option] = {**kind, "description": f"Option of the network, default {values}.{who}"}
+    return properties
+
+
+def _draft_7(node: Any) -> Any:
+    """A schema of pydantic as draft 7 writes it: the members of a fixed array are its `items`."""
+    if isinstance(node, list):
+        return [_draft_7(one) for one in node]
+    if not isinstance(node, dict):
+        return node
+    return {"items" if key == "prefixItems" else key: _draft_7(value) for key, value in node.items()}
+
+
+def _as_part(node: Any) -> Any:
+    """A schema that requires nothing, in itself and what it refers to."""
+    if isinstance(node, list):
+        return [_as_part(one) for one in node]
+    if not isinstance(node, dict):
+        return f"{node}Part" if isinstance(node, str) and node.startswith("#/definitions/") else node
+    return {key: _as_part(value) for key, value in node.items() if key != "required"}

@@ -370,7 +370,7 @@ def peak_flops(device: torch.device) -> float:
 
 
 @functools.cache
-def _measured_flops(device: torch.device, name: str, size: int = 768, rounds: int = 5) -> float:
+def _measured_flops(device: torch.device, name: str, size: int = 768, rounds: int = 20) -> float:
     """Measured once per process and device as `name` tells it."""
     a = torch.ones(size, size, device=device)
     seconds = []

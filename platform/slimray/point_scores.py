@@ -1,8 +1,8 @@
 """How good predictions on point clouds are: segments (S3DIS, ShapeNet parts) and 3D boxes (KITTI), as published.
 
 In: scores, votes or boxes and the truth. Out: percent, 0-100. All of it is merged over workers: `SegmentationScore`,
-`ShapeScore` and `FrustumScore` by summing `tensors()`, `Votes` point by point, KITTI by gathering its `Frame`s, a
-kilobyte or so each. Protocols are those of Point-Voxel CNN (arXiv 1907.03739), PointNet (1612.00593) and the KITTI
+`ShapeScore` and `FrustumScore` by summing `tensors()`, `Votes` point by point, KITTI by gathering its `Frame`s, two
+kilobytes or so each. Protocols are those of Point-Voxel CNN (arXiv 1907.03739), PointNet (1612.00593) and the KITTI
 devkit (AP at 11 points; at 40: 1905.12365). Surprising: an AP over few objects is not the area under their curve
 (a single car, found, gets 1/11), and a KITTI detection too low in the image is neutral whatever its class is. numpy
 and torch do all of it, without CUDA.
@@ -430,7 +430,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in an image: `boxes` `[n, 7]`, `heights` of their 2D boxes in pixels, `scores` (higher is surer)."""
+    """What was found in an image: `boxes` `[n, 7]`, `heights` of their 2D boxes in pixels, `scores` (high is sure)."""
 
     names: Sequence[str]
     boxes: np.ndarray

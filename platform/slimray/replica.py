@@ -56,7 +56,7 @@ class Replica:
         world: int = 1,
         repeat_single: bool = True,
     ):
-        """`sample_shape`: one input of the network, (T, C, H, W) or (C, N); `repeat_single`: see `breaks_on_one_sample`."""
+        """`sample_shape`: one input, (T, C, H, W) or (C, N); `repeat_single`: see `breaks_on_one_sample`."""
         self.optim, self.pixels, self.device, self.rank, self.world = optim, pixels, device, rank, world
         self.sample_shape, self.repeat_single = tuple(sample_shape), repeat_single
         learn.set_norm_policy(net, optim.norm)

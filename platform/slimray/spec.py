@@ -7,12 +7,13 @@ unknown names. A user's mistake is always a `UserError`; the command line prints
 traceback. `1e-3` is a number here, although YAML 1.1 says it is text.
 """
 
+import contextlib
 import difflib
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -56,8 +57,22 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
     return table[name]
 
 
+def located(message: str, where: str) -> str:
+    """Return `message` with the file (and job) it is about in front of each of its lines, once."""
+    return "\n".join(line if line.startswith(where) else f"{where}: {line}" for line in message.splitlines())
+
+
+@contextlib.contextmanager
+def noting(problems: list[str], where: str) -> Iterator[None]:
+    """Add what a UserError inside the block says to `problems`, so that the rest is looked at all the same."""
+    try:
+        yield
+    except UserError as error:
+        problems.extend(located(str(error), where).splitlines())
+
+
 class _SafeLoader(yaml.SafeLoader):
-    """SafeLoader that caps aliases (expansion bombs) and refuses a key written twice."""
+    """SafeLoader that caps aliases and merges (expansion bombs) and refuses a key written twice."""
 
     num_aliases = 0
 
@@ -65,21 +80,25 @@ class _SafeLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             self.num_aliases += 1
             if self.num_aliases > MAX_YAML_ALIASES:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"more than {MAX_YAML_ALIASES} aliases", self.peek_event().start_mark
-                )
+                self._refuse(f"more than {MAX_YAML_ALIASES} aliases", self.peek_event())
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node, deep=False):
+    def compose_mapping_node(self, anchor):
+        node: Any = super().compose_mapping_node(anchor)
         seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is written twice", key_node.start_mark)
-            seen.add(key if isinstance(key, str) else id(key_node))
-        return super().construct_mapping(node, deep)
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                self._refuse(f"{key.value!r} is written twice", key)
+            seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None)
+        return node
+
+    def flatten_mapping(self, node):
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_YAML_VALUES:
+            self._refuse(f"its merges make more than {MAX_YAML_VALUES} values", node)
+
+    def _refuse(self, why: str, at: Any) -> NoReturn:
+        raise yaml.constructor.ConstructorError(None, None, why, at.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -108,7 +127,10 @@ def parse_yaml(text: str, where: str) -> list[dict[str, Any]]:
         documents = [d for d in yaml.load_all(text, Loader=_SafeLoader) if d is not None]
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
-        raise UserError(f"{where}:{line} {error.problem or 'not valid YAML'}") from None
+        tab = "'\\t'" in (error.problem or "")
+        raise UserError(
+            f"{where}:{line} {'a tab, YAML takes blanks only' if tab else error.problem or 'not valid YAML'}"
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid YAML ({str(error).splitlines()[0]})") from None
     for document in documents:
@@ -132,11 +154,15 @@ def _is_larger(value: Any, num_values: int) -> bool:
 def read_yaml(path: str | Path) -> list[dict[str, Any]]:
     """Return the documents of the YAML file at `path`; UserError if it is missing, unreadable or not YAML."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            data = file.read(MAX_YAML_BYTES + 1)
+        text = data.decode("utf-8", "strict" if len(data) <= MAX_YAML_BYTES else "replace")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({(error.strerror or str(error)).lower()})") from None
     return parse_yaml(text, str(path))
 
 
@@ -156,13 +182,15 @@ def set_value(document: dict[str, Any], assignment: str) -> None:
         raise UserError(f"--set {assignment}: must look like section.field=value")
     node = document
     for key in keys[:-1]:
-        child = node.setdefault(key, {})
+        child = node.get(key)
+        if child is None:
+            child = node[key] = {}
         if not isinstance(child, dict):
             raise UserError(f"--set {assignment}: {key!r} is a value, it has no fields")
         node = child
     try:
         parsed = yaml.load(value, Loader=_SafeLoader) if value.strip() else ""  # noqa: S506 a SafeLoader
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         parsed = value
     node[keys[-1]] = parsed
 
@@ -189,7 +217,9 @@ def _reason(item: Any, names: list[str], owners: list[Any]) -> tuple[str, str]:
     """The field and what is wrong with it. A validator of a whole section may name the field: `lr: reason`."""
     kind, field = item["type"], ".".join(names)
     if kind == "extra_forbidden":
-        known = [name for owner in owners if _is_spec(owner) for name in owner.model_fields]
+        known = [
+            field.alias or name for owner in owners if _is_spec(owner) for name, field in owner.model_fields.items()
+        ]
         return field, "unknown field" + (did_you_mean(names[-1], known) if known else "")
     if kind == "missing":
         return field, "is required"
@@ -207,6 +237,7 @@ def _reason(item: Any, names: list[str], owners: list[Any]) -> tuple[str, str]:
     if kind == "value_error" and inner:
         return ".".join([*names, inner[1]]), message[inner.end() :]
     message = re.sub(r"^(Input|Value|Tuple|List|Set|Dictionary|String) should", "must", message)
+    message = re.sub(r"a valid (tuple|list)\b", "a list", message).replace("a valid dictionary", "a mapping")
     for words, sign in (("greater than", ">"), ("less than", "<")):
         message = message.replace(f"{words} or equal to", f"{sign}=").replace(words, sign)
     return field, re.sub(r" after validation|, unable to parse string as an? \w+", "", message)

@@ -11,6 +11,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -616,3 +617,15 @@ def test_packing_a_long_video_takes_no_more_memory():
             decoder.repack(f"{count} frames", film(count=count, size=(256, 344), preset="ultrafast", g=30), Pack())
             peaks.append(peak_mb(decoder))
     assert peaks[1] - peaks[0] < 60  # MB; the frames alone are 264
+
+
+def test_decord_reads_on_request_and_pyav_what_decord_cannot(shared):
+    pytest.importorskip("decord")
+    folder = shared / "data/video/codec_zoo"
+    with Decoder() as decoder:
+        for name in ("derived/eight_frames.mp4", "newtonscradle.gif"):
+            data = (folder / name).read_bytes()
+            recipe = ClipRecipe(num_segments=8, size=64, resize=73, mode="val")
+            ours, _ = decoder.clip(name, data, recipe, (0, 0, 0))
+            theirs, _ = decoder.clip(name, data, replace(recipe, reader="decord"), (0, 0, 0))
+            assert np.array_equal(ours, theirs), name

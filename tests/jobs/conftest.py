@@ -106,6 +106,17 @@ def wait_for(what: str, condition: Callable[[], bool], timeout_s: float = 120) -
         time.sleep(0.05)
 
 
+def write_list(shell: Shell, folder: str, files: list[Path], labels: int = 2) -> None:
+    """A folder with links to `files` and lists of them, the same for both splits."""
+    root = shell.folder / folder
+    root.mkdir()
+    for file in files:
+        (root / file.name).symlink_to(file)
+    lines = [f"{file.name} {i % labels}" for i, file in enumerate(files)]
+    for split in ("train", "val"):
+        (root / f"{split}.txt").write_text("\n".join(lines) + "\n")
+
+
 @pytest.fixture(scope="session")
 def shell(tmp_path_factory) -> Shell:
     """A folder with the prepared dataset `data` in its storage."""

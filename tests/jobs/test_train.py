@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.numpy
-from tests.jobs.conftest import Shell, end_session, find_process, train_yaml, wait_for
+from tests.jobs.conftest import Shell, end_session, find_process, train_yaml, wait_for, write_list
 
 from slimray import runs
 
@@ -106,16 +106,6 @@ def test_nothing_is_left_running(shell, undisturbed):
     assert "the same command resumes the run" in err
     assert "Traceback" not in err
     wait_for("the decoders to end", lambda: not Path(f"/proc/{decoder}").exists(), 30)
-
-
-def write_list(shell: Shell, folder: str, files: list[Path], labels: int = 2) -> None:
-    root = shell.folder / folder
-    root.mkdir()
-    for file in files:
-        (root / file.name).symlink_to(file)
-    lines = [f"{file.name} {i % labels}" for i, file in enumerate(files)]
-    for split in ("train", "val"):
-        (root / f"{split}.txt").write_text("\n".join(lines) + "\n")
 
 
 FOLDER_JOB = """

@@ -3,9 +3,9 @@
 ffmpeg can hang in C code that no signal but SIGKILL ends, and can crash the process on odd files. So a `Decoder`
 sends a file's bytes to a child (`python -m slimray.data.decoder`) over a socket and gets a small uint8 clip back; a
 timeout or a death costs that one file (`BadSample`), which this decoder then refuses at once. PyAV reads videos and
-finds frames by their timestamps: what comes back is the frame that was asked for, or nothing. decord 0.6 was slower
-and without a word gave other frames of intact files (open GOPs, MPEG-TS, AVI with B-frames) and wrong pixels of
-damaged ones. Damage that ffmpeg does not notice (rare in H.264, common in HEVC and VP9) stays unnoticed. PIL reads
+finds frames by their timestamps: what comes back is the frame that was asked for, or nothing. decord is there for those
+who ask for it (`data.reader: decord`; PyAV then reads what it cannot): decord 0.6 was slower and without a word gave
+other frames of intact files (open GOPs, MPEG-TS, AVI with B-frames) and wrong pixels of damaged ones. Damage that ffmpeg does not notice (rare in H.264, common in HEVC and VP9) stays unnoticed. PIL reads
 pictures.
 """
 
@@ -269,7 +269,7 @@ def _answer(request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes
     if request["do"] == "clip":
         recipe = ClipRecipe.from_dict(request["recipe"])
         frames_rng, crop_rng = generators(request["key"])
-        with open_video(data) as video:
+        with open_video(data, recipe.reader) as video:
             wanted = frame_indices(recipe, video.num_frames, frames_rng)
             unique, place = np.unique(wanted, return_inverse=True)
             pictures = video.frames(unique.tolist())
@@ -310,8 +310,11 @@ class _Video:
 
 
 @contextmanager
-def open_video(data: bytes) -> Iterator[_Video]:
-    """Open a video, a picture, or a ZIP of numbered pictures. Errors of ffmpeg become BadSample, also in the block."""
+def open_video(data: bytes, reader: str = "pyav") -> Iterator[_Video]:
+    """Open a video, a picture, or a ZIP of numbered pictures. Errors of ffmpeg become BadSample, also in the block.
+
+    `reader` "decord" reads a video with decord, as far as decord opens it.
+    """
     told, _ = av_logging.get_last_error()
     try:
         if data[:4] == b"PK\x03\x04":
@@ -319,7 +322,7 @@ def open_video(data: bytes) -> Iterator[_Video]:
         elif data[:3] == b"\xff\xd8\xff" or data[:8] == b"\x89PNG\r\n\x1a\n":
             yield _Still(data)
         else:
-            yield _Movie(data)
+            yield (_decord(data) if reader == "decord" else None) or _Movie(data)
     except FFmpegError as error:
         count, log = av_logging.get_last_error()
         words = f": {log[2].strip()}" if log and count > told else ""
@@ -460,6 +463,35 @@ def _read_packets(container: Any, stream: Any) -> list[av.Packet]:
 def _quarter_turns(frame: av.VideoFrame) -> int:
     """How often the frame is to be turned left by 90 degrees to stand upright."""
     return frame.rotation // 90 % 4 if frame.rotation % 90 == 0 else 0
+
+
+class _Decord(_Video):
+    """A video file as decord sees it; fps and codec are not asked for."""
+
+    fps, codec = 0.0, ""
+
+    def __init__(self, reader: Any):
+        self.reader, self.num_frames = reader, len(reader)
+
+    def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
+        try:
+            return list(self.reader.get_batch(list(indices)).asnumpy())
+        except Exception as error:  # noqa: BLE001  (DECORDError is no common class)
+            raise BadSample(f"decord does not decode it ({str(error).splitlines()[0][-120:]})") from None
+
+
+def _decord(data: bytes) -> _Decord | None:
+    """The video opened by decord, None where decord cannot (AV1, GIF, no decord on this platform)."""
+    try:
+        import decord
+
+        decord.logging.set_level(decord.logging.QUIET)
+        reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
+        height, width = reader[0].shape[:2]
+    except Exception:  # noqa: BLE001  (whatever it is: PyAV reads the file, and has the last word)
+        return None
+    _check_size(width, height, 1)
+    return _Decord(reader) if len(reader) else None
 
 
 class _Pictures(_Video):

@@ -1,8 +1,8 @@
 """What a sample is, by the kind of its recipe: a clip of a video, a cloud of points; a new kind is a row of KINDS.
 
 A recipe travels as a plain dict whose `kind` names the row. `load` makes one sample of one row of an index: an array
-of the row's shape and type, and its label (a number, or one per point). Everything random in it is a function of the key
-(seed, epoch, sample). What does not decode raises BadSample; storage that fails raises StorageError.
+of the row's shape and type, and its label (a number, or one per point). Everything random in it is a function of the
+key (seed, epoch, sample). What does not decode raises BadSample; storage that fails raises StorageError.
 """
 
 import functools

@@ -19,7 +19,7 @@ PARTS = {
 }
 CLASSES = tuple(PARTS)
 NUM_PARTS = sum(len(parts) for parts in PARTS.values())
-MIN_SHARE = 0.25  # of the points, for every part; the rest is shared out at random, so that the mean tells little
+MIN_SHARE = 0.2  # of the points, for every part; the rest is shared out at random, so that the mean tells little
 
 Sampler = Callable[[np.random.Generator, int], np.ndarray]  # (rng, n) -> points on the surface, float64 [n, 3]
 Piece = tuple[float, Sampler]  # its area and how to sample it
@@ -119,8 +119,8 @@ def _lamp(rng: np.random.Generator) -> list[list[Piece]]:
 
 
 def _rocket(rng: np.random.Generator) -> list[list[Piece]]:
-    length, radius = rng.uniform(0.4, 1.0), rng.uniform(0.15, 0.3)
-    nose, fin, height = rng.uniform(0.25, 0.9), rng.uniform(0.15, 0.5), rng.uniform(0.2, 0.7)
+    length, radius = rng.uniform(0.3, 1.0), rng.uniform(0.15, 0.25)
+    nose, fin, height = rng.uniform(0.3, 1.0), rng.uniform(0.25, 0.5), rng.uniform(0.2, 0.8)
     fins = []
     for angle in np.arange(3) * 2 * np.pi / 3:
         out = (np.cos(angle), np.sin(angle), 0.0)
@@ -145,8 +145,8 @@ def _pan(rng: np.random.Generator) -> list[list[Piece]]:
 
 
 def _hammer(rng: np.random.Generator) -> list[list[Piece]]:
-    length, r = rng.uniform(0.2, 0.9), rng.uniform(0.05, 0.12)
-    size = (rng.uniform(0.4, 0.8), rng.uniform(0.2, 0.4), rng.uniform(0.2, 0.9))
+    length, r = rng.uniform(0.2, 1.0), rng.uniform(0.06, 0.14)
+    size = (rng.uniform(0.3, 0.6), rng.uniform(0.25, 0.4), rng.uniform(0.2, 1.0))
     return [_box((0, 0, length + size[2] / 2), size), [_tube(r, r, 0, length), _tube(0, r, 0, 0)]]
 
 

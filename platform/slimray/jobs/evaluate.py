@@ -8,6 +8,8 @@ network uses motion: without order, only what single frames tell is left.
 import base64
 import contextlib
 import io
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,16 +17,16 @@ import numpy as np
 import ray
 import ray.train
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from ray.train.torch import get_device
 
 from slimray import learn, loop, predict, report, runs, workers
 from slimray.data.pipeline import FeedConfig, Source
 from slimray.data.plan import Phase
 from slimray.edge import cost
-from slimray.jobs.inputs import DataSpec, open_splits
+from slimray.jobs.inputs import DataSpec, Splits, open_splits
 from slimray.progress import follow
-from slimray.spec import RunFailed, Spec, UserError, parse
+from slimray.spec import RunFailed, Spec, UserError, located, parse
 
 
 class EvaluateJob(Spec):
@@ -43,17 +45,27 @@ class EvaluateJob(Spec):
     """Clips per video: 1, 2 (centre and left edge of each segment) or 10 (dense sampling)."""
     crops: Literal[1, 3, 5, 10] = 1
     """Crops per frame: centre, three, five, or five and their mirror images."""
-    size: int | None = None
+    size: int | None = Field(None, ge=16, le=1024)
     """Side of the crop in pixels, if not the trained one (256 for the "full resolution" protocol)."""
     average: Literal["logits", "prob"] = "logits"
     """How views become one score."""
-    frame_orders: tuple[Literal["natural", "shuffled"], ...] = ("natural",)
+    frame_orders: tuple[Literal["natural", "shuffled"], ...] = Field(("natural",), min_length=1)
     """Orders of the frames to score; `shuffled` takes the motion away."""
     batch: int = Field(16, ge=1)
     """Samples a worker handles at once."""
     pictures: int = Field(12, ge=0, le=100)
     """Clips shown in the report, per run."""
     scale: workers.ScaleSpec = workers.ScaleSpec()
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> "EvaluateJob":
+        if self.scale.workers < 1:
+            raise ValueError(f"scale.workers: must be >= 1 (got {self.scale.workers})")
+        for field in ("runs", "frame_orders"):
+            values = getattr(self, field)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{field}: one is named twice ({', '.join(values)})")
+        return self
 
 
 @dataclass(frozen=True)
@@ -81,23 +93,87 @@ class _Config:
     board: Any
 
 
-def run(job: EvaluateJob, ctx: Any) -> None:
-    """Score every run of `job` and write the comparison to the run folder `ctx.run`."""
-    found = [runs.find_run(name, ctx.storage) for name in job.runs]
+def facts(job: EvaluateJob, where: str, storage: str, ahead: Mapping[str, Any]) -> dict[str, Any]:
+    """What can be known before machines are asked for; UserError for runs, data or views that do not fit together.
+
+    `ahead` are the jobs by name that will have run before this one; of the others the run folders are read.
+    """
+    out: dict[str, Any] = {"runs": list(job.runs), "views": job.clips * job.crops, "orders": list(job.frame_orders)}
+    for name in set(job.runs) & set(ahead):
+        if ahead[name].kind != "train":
+            raise UserError(f"{where}: runs: {name!r} is of kind {ahead[name].kind}, there is no network to score")
+        _require_views(job, where, name, ahead[name].data.sampling)
+    found = _find(job, where, storage, ahead)
+    known = {}
     for one in found:
+        taken = _taken(one, where)
+        _require_views(job, where, one.name, taken["recipe"].get("sampling", "uniform"))
+        known[one.name] = tuple(taken["classes"])
+    waits = job.data.run in ahead if job.data is not None else job.runs[0] in ahead
+    if not waits:
+        _, split, splits = _open_data(job, where, storage, found)
+        for name, classes in known.items():
+            _require_classes(where, name, classes, splits)
+        out |= {"dataset": splits.card.name, "split": split, "samples": splits.tables[split].num_rows}
+    return out
+
+
+def _find(job: EvaluateJob, where: str, storage: str, ahead: Mapping[str, Any]) -> list[runs.Run]:
+    """The finished runs of `job`, those of `ahead` left out; UserError for others, or two of one name."""
+    try:
+        found = [runs.find_run(name, storage) for name in job.runs if name not in ahead]
+    except UserError as error:
+        raise UserError(located(str(error), f"{where}: runs")) from None
+    names = [*ahead.keys() & set(job.runs), *(one.name for one in found)]
+    for one in found:
+        if names.count(one.name) > 1:
+            raise UserError(f"{where}: runs: two of them are named {one.name!r}: score them apart")
         status = runs.read_status(one)
         if status is None or status.state != "finished":
-            raise UserError(f"{ctx.where}: runs: {one.name!r} has not finished: run it first")
-    trained = [predict.load_network(one) for one in found]
-    data = job.data or parse(DataSpec, runs.read_job(found[0])["data"], f"{found[0].name}: job.yaml")
+            raise UserError(f"{where}: runs: {one.name!r} has not finished: run it first")
+        if not runs.exists(one, "model/input.json"):
+            raise UserError(f"{where}: runs: {one.name!r} is no training run, there is no network to score")
+    return found
+
+
+def _taken(one: runs.Run, where: str) -> dict[str, Any]:
+    """What the network of a run takes, without its weights."""
+    try:
+        taken = json.loads(runs.read_file(one, "model/input.json"))
+        return {"recipe": dict(taken["recipe"]), "classes": list(taken["classes"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: runs: {one.uri}/model/input.json is damaged ({error}): train it again") from None
+
+
+def _open_data(job: EvaluateJob, where: str, storage: str, found: list[runs.Run]) -> tuple[DataSpec, str, Splits]:
+    """The data section, the split and its index: those of the job, else of the first run."""
+    data = job.data
+    if data is None:
+        data = parse(DataSpec, runs.read_job(found[0]).get("data") or {}, f"{found[0].uri}/job.yaml: data")
     split = job.split or data.val or data.train
-    splits = open_splits(data, ctx.where, ctx.storage, [split])
+    return data, split, open_splits(data, where, storage, [split])
+
+
+def _require_views(job: EvaluateJob, where: str, name: str, sampling: str) -> None:
+    wanted = {2: "uniform", 10: "dense"}.get(job.clips, sampling)
+    if sampling != wanted:
+        raise UserError(f"{where}: clips: {job.clips} is for {wanted} sampling, {name!r} was trained with {sampling}")
+
+
+def _require_classes(where: str, name: str, classes: tuple[str, ...], splits: Splits) -> None:
+    if classes != tuple(splits.card.class_names()):
+        raise UserError(f"{where}: runs: {name!r} knows other classes than {splits.card.name}: score it apart")
+
+
+def run(job: EvaluateJob, ctx: Any) -> None:
+    """Score every run of `job` and write the comparison to the run folder `ctx.run`."""
+    found = _find(job, ctx.where, ctx.storage, {})
+    trained = [predict.load_network(one) for one in found]
+    data, split, splits = _open_data(job, ctx.where, ctx.storage, found)
     names = tuple(splits.card.class_names())
     for one, network in zip(found, trained, strict=True):
-        if network.classes != names:
-            raise UserError(
-                f"{ctx.where}: runs: {one.name!r} knows other classes than {splits.card.name}: score it apart"
-            )
+        _require_classes(ctx.where, one.name, network.classes, splits)
+        _require_views(job, ctx.where, one.name, network.recipe.get("sampling", "uniform"))
     table = splits.tables[split]
     workers.connect(ctx.cpus)
     slots = workers.decode_slots(job.scale)

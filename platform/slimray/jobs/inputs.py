@@ -1,24 +1,26 @@
 """From the `data:` section of a job to splits and recipes: what train and evaluate read, and how samples are prepared.
 
 `DataSpec` is what a user writes. `embed` puts the dataset card into the section, so that the resolved job says all and
-workers read no folder; `open_splits` reads the indexes; `make_recipe` says how a sample becomes a clip.
+workers read no folder; `open_splits` reads the indexes; `make_recipe` says how a sample becomes a clip. `packaged` is
+where the examples are that came with slimray. No Ray here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
+import slimray
 from slimray import runs
 from slimray.data import cards
+from slimray.data.decoder import BadSample
 from slimray.data.video import ClipRecipe
-from slimray.spec import Spec, UserError, parse
-from slimray.storage import absolute, join
-
-AVERAGE_NUM_CROPS = Literal[1, 3, 5, 10]
+from slimray.spec import Spec, UserError, did_you_mean, located, parse
+from slimray.storage import absolute, join, open_uri
 
 
 class DataSpec(Spec):
@@ -36,7 +38,7 @@ class DataSpec(Spec):
     """Split to validate on; null validates never."""
     size: int = Field(224, ge=16, le=1024)
     """Side of the square input in pixels."""
-    resize: int | None = None
+    resize: int | None = Field(None, ge=16)
     """Short side that frames get before a centre or test crop; default 8/7 of `size` (256 for 224)."""
     sampling: Literal["uniform", "dense"] = "uniform"
     """Frames: one per segment of the clip (TSN), or `num_segments` out of a window of 64 (I3D)."""
@@ -50,6 +52,14 @@ class DataSpec(Spec):
     """Longest time a file may take to decode; then its decoder is killed and the file is quarantined."""
     record_samples: bool = False
     """Write which samples each step consumed to `samples/` of the run, to audit that each is seen once per epoch."""
+
+    @model_validator(mode="after")
+    def _pixels_fit(self) -> "DataSpec":
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(f"resize: must be at least size ({self.size}), got {self.resize}")
+        if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
+            raise ValueError(f"scales: must be numbers above 0 and at most 1, got {list(self.scales)}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -66,45 +76,93 @@ class Splits:
         return "-".join(cards.fingerprint(self.tables[name])[:16] for name in sorted(self.tables))
 
 
-def embed(data: DataSpec, where: str, search: Sequence[Path], prepared: dict[str, dict[str, Any]]) -> DataSpec:
+def packaged(folder: str) -> Path:
+    """The folder `jobs` or `datasets` that came with slimray: of the checkout, else of the installed package."""
+    package = Path(slimray.__file__).resolve().parent
+    checkout = package.parents[1]
+    return checkout / folder if (checkout / "pyproject.toml").is_file() else package / "examples" / folder
+
+
+def embed(data: DataSpec, where: str, search: Sequence[Path], prepared: Mapping[str, dict[str, Any]]) -> DataSpec:
     """Return `data` with its card embedded; UserError for none or two sources, or a card that is not there.
 
-    `prepared` maps the names of `prepare` documents earlier in the same file to their cards.
+    `prepared` maps the names of `prepare` documents earlier in the same file to their cards. A section that was
+    resolved before, a run with its card, is taken as it is.
     """
-    if (data.card is None) == (data.run is None):
+    if data.run is not None and (data.card is None or isinstance(data.card, dict)):
+        return data.model_copy(update={"card": prepared[data.run]}) if data.run in prepared else data
+    if data.card is None or data.run is not None:
         raise UserError(f"{where}: data: give either card (a dataset card) or run (a prepare run)")
-    if data.card is not None:
-        card = embed_card(data.card, data.root, where, search)
-        return data.model_copy(update={"card": card.model_dump(mode="json", exclude_defaults=True)})
-    if data.run in prepared:
-        return data.model_copy(update={"card": prepared[data.run]})
-    return data
+    card = embed_card(data.card, data.root, where, search)
+    return data.model_copy(update={"card": card.model_dump(mode="json", exclude_defaults=True)})
 
 
 def embed_card(card: str | dict[str, Any], root: str | None, where: str, search: Sequence[Path]) -> cards.Card:
     """The dataset card that a job names or holds, its classes read from the dataset if they are known only there."""
-    found = cards.load_card(card, search) if isinstance(card, str) else parse(cards.Card, card, f"{where}: data.card")
-    return cards.complete(found, root or found.root)
+    try:
+        found = (
+            cards.load_card(card, search) if isinstance(card, str) else parse(cards.Card, card, f"{where}: data.card")
+        )
+    except UserError as error:
+        raise UserError(located(str(error), f"{where}: data.card")) from None
+    try:
+        return cards.complete(found, root or found.root)
+    except UserError as error:
+        raise UserError(located(str(error), f"{where}: data.root")) from None
 
 
 def open_splits(data: DataSpec, where: str, storage: str, names: Sequence[str]) -> Splits:
     """Read the indexes of the splits `names`; UserError with the field when the dataset or the run is not there."""
     if data.run is not None:
-        run = runs.find_run(data.run, storage)
-        status = runs.read_status(run)
-        if status is None or status.state != "finished":
-            raise UserError(f"{where}: data.run: {data.run!r} has not finished: run it first")
-        folder = join(run.uri, "data")
+        folder = join(_finished_prepare(data.run, where, storage).uri, "data")
         card = cards.load_card(join(folder, "card.yaml"), [])
-        tables = {name: cards.read_split(card, name, folder) for name in names}
-        return Splits(card.root or folder, card, tables)  # an index of files that were probed, not packed, is elsewhere
-    assert isinstance(data.card, dict)  # embedded when the job was loaded
-    card = parse(cards.Card, data.card, f"{where}: data.card")
-    root = data.root or card.root
-    if not root:
-        raise UserError(f"{where}: data.root: is required, the folder where {card.name} lies")
-    root = absolute(root)
-    return Splits(root, card, {name: cards.read_split(card, name, root) for name in names})
+        root = card.root or folder  # an index of files that were probed, not packed, tells of files elsewhere
+    else:
+        assert isinstance(data.card, dict)  # embedded when the job was loaded
+        card = parse(cards.Card, data.card, f"{where}: data.card")
+        root = folder = absolute(data.root or card.root or "")
+        if card.layout != "generated" and not (data.root or card.root):
+            raise UserError(f"{where}: data.root: is required, the folder where {card.name} lies")
+    try:
+        require_splits(card.name, list(card.splits), names)
+        return Splits(root, card, {name: cards.read_split(card, name, folder) for name in names})
+    except UserError as error:
+        raise UserError(located(str(error), f"{where}: data")) from None
+
+
+def require_splits(dataset: str, known: Sequence[str], names: Sequence[str]) -> None:
+    """Raise UserError for the first of `names` that is no split of the dataset."""
+    for name in names:
+        if name not in known:
+            raise UserError(f"{dataset} has no split {name!r}{did_you_mean(name, known)}")
+
+
+def absent_samples(table: pa.Table, root: str, count: int = 3) -> list[str]:
+    """The paths of those of `count` samples, spread evenly over an index, whose files are not there."""
+    fs, folder = open_uri(root)
+    absent = []
+    for place in np.unique(np.linspace(0, table.num_rows - 1, count).round().astype(int)):
+        try:
+            cards.read_whole(fs, folder, table.slice(int(place), 1).to_pylist()[0])
+        except FileNotFoundError as error:
+            absent.append(str(error))
+        except BadSample:
+            continue
+    return absent
+
+
+def _finished_prepare(name: str, where: str, storage: str) -> runs.Run:
+    """The run that `data.run` names; UserError unless it is a `prepare` run that has finished."""
+    try:
+        run = runs.find_run(name, storage)
+        kind, status = runs.read_job(run).get("kind"), runs.read_status(run)
+    except UserError as error:
+        raise UserError(located(str(error), f"{where}: data.run")) from None
+    if kind != "prepare":
+        raise UserError(f"{where}: data.run: {name!r} is no prepare run (kind: {kind}), it holds no dataset")
+    if status is None or status.state != "finished":
+        raise UserError(f"{where}: data.run: {name!r} has not finished: run it first")
+    return run
 
 
 def make_recipe(data: DataSpec, card: cards.Card, num_segments: int, mode: str, **options: Any) -> dict[str, Any]:

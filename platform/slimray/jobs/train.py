@@ -4,6 +4,7 @@ Reads a dataset (a card with its root, or a finished `prepare` run), writes a ru
 model and a report. TSM: arXiv 1811.08383; linear scaling with warm-up: arXiv 1706.02677, at scale: arXiv 1910.00932.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import ray
@@ -13,12 +14,16 @@ from slimray import learn, loop, models, report, runs, workers
 from slimray.data.cards import Card
 from slimray.data.pipeline import Source
 from slimray.data.plan import ceil_div
+from slimray.data.video import DENSE_WINDOW
 from slimray.edge import cost
-from slimray.jobs.inputs import DataSpec, Splits, make_recipe, open_splits
+from slimray.jobs.inputs import DataSpec, make_recipe, open_splits
 from slimray.predict import Input
 from slimray.progress import follow
-from slimray.spec import Spec
+from slimray.spec import Spec, UserError, did_you_mean, located, lookup
 from slimray.tracking import TrackingSpec
+
+GIVES = {"clip": "clips", "points": "points", "frustum": "frustums"}  # what a dataset gives and a network wants
+OWNED = {"num_classes": "the dataset says how many", "zero_gamma": "write optim.zero_gamma"}  # no options of `model`
 
 
 class ModelSpec(Spec):
@@ -83,6 +88,8 @@ class TrainJob(Spec):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "TrainJob":
+        if self.scale.workers < 1:
+            raise ValueError(f"scale.workers: must be >= 1 (got {self.scale.workers})")
         per_pass = self.scale.workers * self.batch.per_worker
         if self.batch.total % per_pass:
             raise ValueError(
@@ -91,40 +98,122 @@ class TrainJob(Spec):
             )
         if self.optim.zero_gamma and self.init is not None:
             raise ValueError("optim.zero_gamma: would wipe out the weights of init, use one of the two")
+        if self.optim.norm == "sync" and not self.scale.gpus_per_worker:
+            raise ValueError("optim.norm: sync needs GPUs: set scale.gpus_per_worker, or take local")
         return self
 
 
 def model_options(job: TrainJob, num_classes: int) -> dict[str, Any]:
-    """What `models.build` takes for this job; UserError for an unknown model or option."""
+    """What `models.build` takes for this job."""
     options = {"num_classes": num_classes, **job.model.options()}
     if job.optim.zero_gamma:
         options["zero_gamma"] = True
     return {"name": job.model.name, **options}
 
 
-def facts(job: TrainJob, splits: Splits | None, card: Card) -> dict[str, Any]:
-    """What can be known before machines are asked for: parameters, MACs, batch, learning rate, steps."""
-    options = model_options(job, card.num_classes)
-    net = cost.build_on_meta(lambda: models.build(**options))
-    segments: Any = net.num_segments
-    shape = (segments, options.get("in_channels", 3), job.data.size, job.data.size)
-    out: dict[str, Any] = {
-        "model": job.model.name,
-        "classes": card.num_classes,
-        "params": cost.count_params(net),
-        "macs": cost.count_macs(net, (1, *shape)),
-        "input": list(shape),
+def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, Any]:
+    """What can be known before machines are asked for: parameters, MACs, batch, learning rate, steps.
+
+    Without the number of classes (the dataset is not there) no parameters and MACs, without `num_train` no steps.
+    UserError, with the field, for a network that cannot be built or does not fit the data.
+    """
+    num_classes = card.num_classes if card is not None else 0
+    _require_weights(job, num_classes)
+    net, macs = _measure(job, num_classes or 1)
+    out: dict[str, Any] = {"model": job.model.name}
+    if num_classes:
+        out |= {"classes": num_classes, "params": cost.count_params(net), "macs": macs}
+    out |= {
+        "input": list(_input_shape(job, net)),
         "batch": job.batch.total,
         "accumulation": job.batch.total // (job.scale.workers * job.batch.per_worker),
-        "peak_lr": job.optim.lr * job.batch.total / job.optim.reference_batch,
+        "peak_lr": learn.peak_rate(job.optim, job.batch.total),
         "epochs": job.optim.epochs,
     }
-    if splits is not None:
-        out["train_samples"] = splits.tables[job.data.train].num_rows
-        out["steps_per_epoch"] = ceil_div(out["train_samples"], job.batch.total)
-        out["steps"] = out["steps_per_epoch"] * job.optim.epochs
-        out["dataset"] = splits.fingerprint
+    if num_train is not None:
+        steps = ceil_div(num_train, job.batch.total)
+        out |= {"train_samples": num_train, "steps_per_epoch": steps, "steps": steps * job.optim.epochs}
     return out
+
+
+def _measure(job: TrainJob, num_classes: int) -> tuple[Any, int]:
+    """The network on the meta device and its MACs; UserError `model.width: ...` if it cannot be or does not fit."""
+    name, options = job.model.name, job.model.options()
+    try:
+        row = lookup(models.MODELS, name, "model")
+    except UserError as error:
+        raise UserError(f"model.name: {error}, `slimray explain models` lists them") from None
+    if row.input != "clip":
+        raise UserError(f"model.name: {name} wants {GIVES.get(row.input, row.input)}, the dataset gives clips")
+    known = models.options_of(name)
+    for option in options:
+        if option in OWNED:
+            raise UserError(f"model.{option}: is no option here, {OWNED[option]}")
+        if option not in known:
+            raise UserError(f"model.{option}: {name} has no such option{did_you_mean(option, set(known) - set(OWNED))}")
+    if options.get("in_channels", 3) != 3:
+        raise UserError(f"model.in_channels: the clips have 3 channels (got {options['in_channels']!r})")
+    try:
+        net = cost.build_on_meta(lambda: models.build(**model_options(job, num_classes)))
+    except UserError as error:
+        raise UserError(f"model.{str(error).removeprefix(f'model {name}: ')}") from None
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"model: {name} cannot be built with these options ({_first_line(error)})") from None
+    shape = _input_shape(job, net)
+    if job.data.sampling == "dense" and shape[0] > DENSE_WINDOW:
+        raise UserError(f"model.num_segments: at most {DENSE_WINDOW} frames with data.sampling: dense (got {shape[0]})")
+    try:
+        return net, cost.count_macs(net, (1, *shape))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"model: {name} does not take clips of {' x '.join(map(str, shape))}: change data.size or its options "
+            f"({_first_line(error)})"
+        ) from None
+
+
+def _input_shape(job: TrainJob, net: Any) -> tuple[int, int, int, int]:
+    """A clip as the network takes it: (T, 3, H, W)."""
+    return (net.num_segments, 3, job.data.size, job.data.size)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _require_weights(job: TrainJob, num_classes: int) -> None:
+    weights = job.optim.class_weights
+    if not isinstance(weights, tuple):
+        return
+    if num_classes and len(weights) != num_classes:
+        raise UserError(f"optim.class_weights: {len(weights)} weights, the dataset has {num_classes} classes")
+    if min(weights, default=0) < 0 or not any(weights):
+        raise UserError("optim.class_weights: must be numbers >= 0, at least one of them above 0")
+
+
+def resolve_weights(optim: learn.OptimSpec, table: Any, num_classes: int) -> learn.OptimSpec:
+    """`optim` with class weights as numbers: `balanced` is counted in the labels of the training index `table`."""
+    if optim.class_weights != "balanced":
+        return optim
+    weights = learn.balanced_weights(table.column("label").to_pylist(), num_classes)
+    return optim.model_copy(update={"class_weights": weights})
+
+
+def check_init(job: TrainJob, storage: str, ahead: Mapping[str, Any]) -> None:
+    """Raise UserError if the weights of `init` are not there. A URL is not fetched for that.
+
+    `ahead` are the jobs by name that will have run before this one.
+    """
+    if job.init is None or job.init.source.startswith(("http://", "https://")):
+        return
+    if job.init.source in ahead:
+        kind = ahead[job.init.source].kind
+        if kind != "train":
+            raise UserError(f"init.from: {job.init.source!r} is of kind {kind}, it makes no weights")
+        return
+    try:
+        runs.weights_source(job.init.source, storage, job.init.sha256)
+    except UserError as error:
+        raise UserError(located(str(error), "init.from")) from None
 
 
 def split_names(job: TrainJob) -> list[str]:
@@ -135,7 +224,7 @@ def split_names(job: TrainJob) -> list[str]:
 def run(job: TrainJob, ctx: Any) -> None:
     """Train `job` in the run folder `ctx.run`; RunFailed with one sentence if it cannot be finished."""
     splits = open_splits(job.data, ctx.where, ctx.storage, split_names(job))
-    known = facts(job, splits, splits.card)
+    known = facts(job, splits.card, splits.tables[job.data.train].num_rows)
     segments = known["input"][0]
     workers.connect(ctx.cpus)
     slots = workers.decode_slots(job.scale)
@@ -151,7 +240,7 @@ def run(job: TrainJob, ctx: Any) -> None:
         attempt=ctx.attempt,
         model=model_options(job, splits.card.num_classes),
         init=None if job.init is None else job.init.model_dump(by_alias=True) | {"from": _start(job.init, ctx)},
-        optim=job.optim,
+        optim=resolve_weights(job.optim, splits.tables[job.data.train], splits.card.num_classes),
         batch_total=job.batch.total,
         per_worker=job.batch.per_worker,
         scale=job.scale,
