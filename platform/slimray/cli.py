@@ -75,6 +75,8 @@ def init(
         for pattern in ("*.yaml", "*.json")
         for file in sorted(inputs.packaged(part).glob(pattern))
     ]
+    if not pairs:
+        raise UserError("init: this installation of slimray came without its examples: install it again")
     for _, target in pairs:
         if target.exists():
             raise UserError(f"{target}: exists already, choose an empty folder")
@@ -100,7 +102,8 @@ def check(files: Files, set_: Sets = None, storage: Storage = None, as_json: AsJ
     if as_json:
         _emit(facts)
     for one in facts if not as_json else ():
-        table = Table(title=f"{one['name']} ({one['kind']})", show_header=False, title_justify="left")
+        _say(f"{one['name']} ({one['kind']})")
+        table = Table(show_header=False)
         for key, value in one.items():
             if key not in ("name", "kind", "problems"):
                 table.add_row(key.replace("_", " "), _fact(key, value))
@@ -127,7 +130,9 @@ def run(
     """Run the jobs of FILES in order; a finished one is skipped, an unfinished one resumes where it stopped."""
     from slimray import job
 
-    _run(job.load(files, set_ or []), _storage(storage), restart, as_json)
+    rows = _run(job.load(files, set_ or []), _storage(storage), restart, show=not as_json)
+    if as_json:
+        _emit(rows)
 
 
 @app.command()
@@ -144,29 +149,28 @@ def evaluate(
 
     where = _storage(storage)
     document = {"kind": "evaluate", "name": name or f"{runs.find_run(names[0], where).name}-eval", "runs": names}
-    _run(job.resolve([(Path("evaluate"), document)], set_ or []), where, restart, as_json)
+    rows = _run(job.resolve([(Path("evaluate"), document)], set_ or []), where, restart, show=not as_json)
+    if as_json:
+        _emit(rows[0]["metrics"])
 
 
-def _run(loaded: list[Any], storage: str, restart: bool, as_json: bool) -> None:
-    """Check everything, then do the jobs in order, and show what the last one found (all of them as JSON)."""
+def _run(loaded: list[Any], storage: str, restart: bool, show: bool) -> list[dict[str, Any]]:
+    """Check everything, then do the jobs in order; returns a row for each, and on `show` prints what the last found."""
     from slimray import job, runs
 
     job.require(job.check(loaded, storage, restart))
-    cpus = job.local_cpus(loaded)
-    rows = []
+    cpus, rows = job.local_cpus(loaded), []
     for one in loaded:
         done = _do(one, storage, restart, cpus)
-        if as_json:
-            run = runs.find_run(one.job.name, storage)
-            metrics = (runs.read_card(run) or {}).get("metrics")
-            rows.append({"name": run.name, "kind": one.job.kind, "result": done, "uri": run.uri, "metrics": metrics})
-    if as_json:
-        _emit(rows)
-        return
-    run = runs.find_run(loaded[-1].job.name, storage)
-    _print_numbers(run.name, runs.read_card(run) or {})
-    if runs.exists(run, "report.html"):
-        _say(f"report: {run.uri}/report.html")
+        run = runs.open_run(storage, one.job.name)
+        metrics = (runs.read_card(run) or {}).get("metrics")
+        rows.append({"name": run.name, "kind": one.job.kind, "result": done, "uri": run.uri, "metrics": metrics})
+    if show:
+        run = runs.open_run(storage, loaded[-1].job.name)
+        _print_numbers(run.name, rows[-1])
+        if runs.exists(run, "report.html"):
+            _say(f"report: {run.uri}/report.html")
+    return rows
 
 
 def _do(one: Any, storage: str, restart: bool, cpus: int) -> str:
@@ -199,7 +203,8 @@ def _print_numbers(title: str, card: dict[str, Any]) -> None:
         return
     rows = [{key.removeprefix("val/"): value for key, value in row.items()} for row in rows]
     keys = [key for key in ("run", "variant", *COLUMNS, "clips", "quarantined") if any(key in row for row in rows)]
-    table = Table(title=title, title_justify="left")
+    _say(title)
+    table = Table()
     for key in keys:
         table.add_column(key.replace("_", " "), justify="left" if key in ("run", "variant") else "right")
     for row in rows:
@@ -309,6 +314,8 @@ def predict(
     run = runs.find_run(name, _storage(storage))
     try:
         network = use.load_network(run)
+    except UserError as error:
+        raise UserError(located(str(error), run.uri)) from None
     except (RuntimeError, SafetensorError, FileNotFoundError, *DAMAGED) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{run.uri}/model: is damaged or of another version ({reason}): train it again") from None
@@ -356,7 +363,8 @@ def explain(
     if as_json:
         _emit(rows)
         return
-    table = Table(title=title, title_justify="left")
+    _say(title)
+    table = Table()
     for key in rows[0]:
         table.add_column(key)
     for row in rows:
@@ -365,9 +373,8 @@ def explain(
 
 
 def _explain_models(path: list[str]) -> list[dict[str, str]]:
-    from inspect import Parameter
-
     from slimray import models
+    from slimray.jobs.train import OWNED
 
     if not path:
         return [
@@ -376,9 +383,9 @@ def _explain_models(path: list[str]) -> list[dict[str, str]]:
         ]
     options = models.options_of(".".join(path))
     return [
-        {"option": name, "type": _type_name(type(value)), "default": str(value)}
+        {"option": name, "type": _type_name(type(value)), "default": _literal(value)}
         for name, value in options.items()
-        if value is not Parameter.empty
+        if name not in OWNED
     ]
 
 

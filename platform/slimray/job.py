@@ -143,7 +143,7 @@ def _set(documents: list[dict[str, Any]], assignment: str) -> None:
     """Apply one --set to the documents it means: `NAME:a.b=c` to one, `a.b=c` to all whose kind has such a field.
 
     Of those, to the ones that write section `a` or always have it, if there are any: `init.from` does not give an
-    `init` to a document without. `data.root` is not for documents that read a run, they have it from there.
+    `init` to a document without. `data.root` and `data.card` are not for documents that read a run.
     """
     path, equals, _ = assignment.partition("=")
     target, colon, _ = path.partition(":")
@@ -163,7 +163,7 @@ def _set(documents: list[dict[str, Any]], assignment: str) -> None:
     chosen = [d for d in chosen if _has_field(SPECS[str(d["kind"])], keys)] or chosen
     if len(keys) > 1:
         chosen = [d for d in chosen if keys[0] in d or not _is_optional(d, keys[0])] or chosen
-    if keys == ["data", "root"]:
+    if keys in (["data", "root"], ["data", "card"]):
         chosen = [d for d in chosen if not isinstance(d.get("data"), dict) or "run" not in d["data"]] or chosen
     for document in chosen:
         set_value(document, assignment)
@@ -234,7 +234,13 @@ def require(facts: Sequence[dict[str, Any]]) -> None:
 
 
 def _state(one: Loaded, storage: str) -> str:
-    claim = runs.claim(runs.open_run(storage, one.job.name), one.document, may_change=MAY_CHANGE)
+    folder = runs.open_run(storage, one.job.name)
+    try:
+        claim = runs.claim(folder, one.document, may_change=MAY_CHANGE)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder.uri}: does not hold what slimray writes ({error}): choose another name, or delete it"
+        ) from None
     return "finished" if claim.finished else "resume" if claim.attempt > 1 else "new"
 
 
@@ -245,6 +251,7 @@ def _check_prepare(one: Loaded, problems: list[str], look: bool) -> dict[str, An
         card = parse(cards.Card, data.card, "data.card")
         if card.layout == "generated" and (data.root or one.job.pack):
             raise UserError(f"{'pack' if one.job.pack else 'data.root'}: {card.name} is generated, leave it out")
+        facts["dataset"] = card.name
         facts |= prepare.facts(one.job, one.where)
         root = data.root or card.root or ""
         if card.layout == "generated":
@@ -264,7 +271,7 @@ def _check_train(
 ) -> dict[str, Any]:
     job: train.TrainJob = one.job
     facts: dict[str, Any] = {}
-    card, counts = None, {}
+    card, counts, fingerprint = None, {}, {}
     if isinstance(job.data.card, dict):
         card = parse(cards.Card, job.data.card, f"{one.where}: data.card")
     with noting(problems, one.where):
@@ -274,7 +281,7 @@ def _check_train(
             splits = inputs.open_splits(job.data, one.where, storage, train.split_names(job))
             card, counts = splits.card, {name: table.num_rows for name, table in splits.tables.items()}
             card.flip_labels()
-            facts["fingerprint"] = splits.fingerprint
+            fingerprint = {"fingerprint": splits.fingerprint}
             for split, table in splits.tables.items() if look else ():
                 if absent := inputs.absent_samples(table, splits.root):
                     raise UserError(f"data.root: a file of split {split!r} is missing ({absent[0]})")
@@ -283,7 +290,7 @@ def _check_train(
         facts |= train.facts(job, card, counts.get(job.data.train))
     with noting(problems, one.where):
         train.check_init(job, storage, {name: a.job for name, a in ahead.items()})
-    return facts
+    return facts | fingerprint
 
 
 def _counts_ahead(job: train.TrainJob, before: _Ahead) -> dict[str, int]:
@@ -382,7 +389,7 @@ def json_schema() -> dict[str, Any]:
 def card_schema() -> dict[str, Any]:
     """JSON Schema (draft 7) of a dataset card."""
     whole = cards.Card.model_json_schema(ref_template="#/definitions/{model}")
-    return {"$schema": "http://json-schema.org/draft-07/schema#", **_draft_7(whole)}
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "slimray dataset card", **_draft_7(whole)}
 
 
 def _for_kind(kind: str, definition: str) -> dict[str, Any]:
@@ -410,12 +417,13 @@ def _model_properties(model_spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draft_7(node: Any) -> Any:
-    """A schema of pydantic as draft 7 writes it: the members of a fixed array are its `items`."""
+    """A schema of pydantic as draft 7 writes it, where fixed arrays have `items`, and without its made-up titles."""
     if isinstance(node, list):
         return [_draft_7(one) for one in node]
     if not isinstance(node, dict):
         return node
-    return {"items" if key == "prefixItems" else key: _draft_7(value) for key, value in node.items()}
+    kept = {key: value for key, value in node.items() if key != "title" or not isinstance(value, str)}
+    return {"items" if key == "prefixItems" else key: _draft_7(value) for key, value in kept.items()}
 
 
 def _as_part(node: Any) -> Any:

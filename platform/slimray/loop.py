@@ -45,8 +45,8 @@ class CheckpointSpec(Spec):
     """Steps between checkpoints within an epoch, in place of `every_s`."""
     keep_last: int = 2
     """Newest checkpoints kept; the best one by `best_metric` is kept besides."""
-    best_metric: str = "val/top1"
-    """Metric by which a checkpoint is the best, higher is better."""
+    best_metric: str | None = None
+    """Metric by which a checkpoint is the best, higher is better; default val/top1, for labels per point val/miou."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class _Clock:
 class _Saver:
     """Writes checkpoints in the background, one at a time, and sweeps what is no longer kept."""
 
-    def __init__(self, run: runs.Run, spec: CheckpointSpec, records: "_Records"):
-        self.run, self.spec, self.records = run, spec, records
+    def __init__(self, run: runs.Run, keep_last: int, best_metric: str, records: "_Records"):
+        self.run, self.keep_last, self.best_metric, self.records = run, keep_last, best_metric, records
         self.pool = ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
@@ -125,7 +125,7 @@ class _Saver:
         self.records.flush()
         files = {"state.safetensors": safetensors.torch.save(tensors)}
         runs.save_checkpoint(self.run, meta["progress"]["total_steps"], files, meta)
-        runs.keep(self.run, metric=self.spec.best_metric, last=self.spec.keep_last)
+        runs.keep(self.run, metric=self.best_metric, last=self.keep_last)
 
     def wait(self) -> None:
         """Return once everything saved so far is on storage."""
@@ -176,7 +176,10 @@ class _Rank:
         self.replica = self._make_replica()
         self._restore()
         self.records = _Records(config, self.run, self.rank)
-        self.saver = _Saver(self.run, config.checkpoint, self.records) if self.rank == 0 else None
+        per_point = config.recipes["train"].get("per_point")
+        self.best_metric = config.checkpoint.best_metric or ("val/miou" if per_point else "val/top1")
+        keep = config.checkpoint.keep_last
+        self.saver = _Saver(self.run, keep, self.best_metric, self.records) if self.rank == 0 else None
         self.result: Score | None = None
 
     def _make_replica(self) -> Replica:
@@ -365,7 +368,7 @@ class _Rank:
     def _end_validation(self, phase: Phase, score: Score) -> None:
         merge_scores(score, self.world, self.device)
         numbers = {f"val/{k}": v for k, v in score.result().items() if isinstance(v, float)}
-        metric, progress = self.config.checkpoint.best_metric, self.progress
+        metric, progress = self.best_metric, self.progress
         if metric not in numbers:
             raise RunFailed(f"checkpoint.best_metric: {metric!r} is not among {', '.join(sorted(numbers))}")
         progress.last = {**numbers, "epoch": progress.epoch, "step": progress.total_steps}

@@ -19,7 +19,7 @@ from typing import Any
 import ray
 import ray.data
 import ray.train
-from ray.train.collective import broadcast_from_rank_zero
+from ray.train.collective import barrier, broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
 import slimray
@@ -186,7 +186,10 @@ def _cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def open_stream(feed: FeedConfig) -> Iterator[RankStream]:
-    """This rank's data for as long as the block lasts; rank 0 starts the feeders and tells the others. A collective."""
+    """This rank's data for as long as the block lasts; rank 0 starts the feeders and tells the others.
+
+    A collective, at its beginning and at its end.
+    """
     context = ray.train.get_context()
     rank, feeders = context.get_world_rank(), []
     told: Any = None
@@ -196,6 +199,9 @@ def open_stream(feed: FeedConfig) -> Iterator[RankStream]:
         told = {"name": name, "num": len(feeders)}
     told = broadcast_from_rank_zero(told)
     assert told is not None
-    yield RankStream(feeder_of(rank, feed.world, told["num"], told["name"]), feed, rank)
-    for feeder in feeders:
-        ray.kill(feeder)
+    try:
+        yield RankStream(feeder_of(rank, feed.world, told["num"], told["name"]), feed, rank)
+        barrier()  # the others may still be taking their last blocks
+    finally:
+        for feeder in feeders:
+            ray.kill(feeder)

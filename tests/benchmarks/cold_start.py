@@ -19,7 +19,7 @@ name: cold-%d
 data: {run: data, size: 64}
 model: {name: tsm_resnet18, width: 0.25}
 batch: {total: 16, per_worker: 8}
-optim: {lr: 0.01, epochs: 1}
+optim: {lr: 0.01, reference_batch: 16, epochs: 1}
 scale: {workers: 2}
 log_every: 1
 """

@@ -41,7 +41,7 @@ INDEX = pa.schema(
     [
         ("path", pa.string()),  # relative to the root; unique in a split
         ("label", pa.int64()),
-        ("frames", pa.int32()),  # 0 = unknown, also below
+        ("frames", pa.int32()),  # of a clip, points of a cloud; 0 = unknown, also below
         ("fps", pa.float32()),
         ("width", pa.int32()),
         ("height", pa.int32()),
@@ -96,6 +96,17 @@ class Card(Spec):
     flip_pairs: tuple[tuple[int | str, int | str], ...] = ()
     """Classes that become each other in a mirror, by number or name."""
 
+    sample: Literal["clip", "points"] = "clip"
+    """What a sample is: a clip of a video, or a cloud of points."""
+    labels: Literal["sample", "point"] = "sample"
+    """Whether a label belongs to a sample, or to each of its points (the label of a list is then its shape, from 0)."""
+    point_columns: tuple[str, ...] = ()
+    """Columns of text, .npy and .bin point files: x y z, nx ny nz, r g b, intensity, label; `-` leaves one out."""
+    point_labels: str | None = None
+    """File under the root with a label for each point; `{name}` is the cloud's path without its extension."""
+    label_map: dict[int, int] = {}
+    """Class of each label per point as the files have it; labels not named do not count. Empty: as they are."""
+
     @model_validator(mode="before")
     @classmethod
     def _count_classes(cls, document: Any) -> Any:
@@ -118,6 +129,10 @@ class Card(Spec):
                 raise ValueError(f"num_classes: {self.num_classes}, but classes names {len(self.classes)}")
         if (self.flip == "labels") != bool(self.flip_pairs):
             raise ValueError("flip_pairs: belong to flip: labels, neither goes without the other")
+        if self.sample == "clip" and (self.labels == "point" or self.point_columns or self.point_labels):
+            raise ValueError("labels: point_columns, point_labels and labels per point need sample: points")
+        if self.labels == "point" and not (self.classes or self.num_classes):
+            raise ValueError("classes: must be named, or num_classes given, where labels belong to points")
         mirrored = [one for pair in self.flip_pairs for one in pair]
         if len(set(mirrored)) != len(mirrored):
             raise ValueError("flip_pairs: a class stands in more than one pair")
@@ -136,7 +151,7 @@ class Card(Spec):
 
         `root` is where the files themselves lie if not there (they were probed, not packed).
         """
-        kept = {"name", "description", "source", "licence", "num_classes", "flip", "flip_pairs"}
+        kept = {"name", "description", "source", "licence", "num_classes", "flip", "flip_pairs", "sample", "labels"}
         document = self.model_dump(include=kept | ({"classes"} if isinstance(self.classes, tuple) else set()))
         if root is not None and "://" not in root:
             root = str(Path(root).expanduser().absolute())
@@ -191,7 +206,8 @@ def complete(card: Card, root: str | None) -> Card:
     From its file of classes, else from the lists of all splits that are there: the names in them, sorted, or the
     numbers from 0 to the largest. Without a root the card is returned as it is.
     """
-    if root is None or isinstance(card.classes, tuple) or card.layout in ("generated", "index"):
+    known = isinstance(card.classes, tuple) or (card.classes is None and card.labels == "point")
+    if root is None or known or card.layout in ("generated", "index"):
         return card
     fs, folder = storage.open_uri(root)
     if card.classes is not None:
@@ -227,7 +243,8 @@ def read_split(card: Card, split: str, root: str) -> pa.Table:
         if path in seen:
             raise UserError(f"{entry.where}: {path} is listed twice, before in {seen[path]}")
         seen[path] = entry.where
-        rows.append({"path": path, "label": _label_of(entry, names, card.name), "frames": frames})
+        label = _label_of(entry, names, card.name) if card.labels == "sample" else _shape_of(card, entry)
+        rows.append({"path": path, "label": label, "frames": frames})
     if not rows:
         raise UserError(f"{join(folder, _place(card, split))}: lists no sample for split {split!r} of {card.name}")
     return index_table(rows)
@@ -512,7 +529,7 @@ def _read_index(card: Card, split: str, fs: pafs.FileSystem, root: str) -> pa.Ta
     paths, labels = table.column("path").to_pylist(), table.column("label").to_numpy()
     if len(set(paths)) < len(paths):
         raise UserError(f"{where}: lists a path twice: run prepare again")
-    if labels.min() < 0 or labels.max() >= card.num_classes:
+    if card.labels == "sample" and (labels.min() < 0 or labels.max() >= card.num_classes):
         raise UserError(
             f"{where}: labels from {labels.min()} to {labels.max()}, {card.name} has {card.num_classes} classes"
         )
@@ -602,6 +619,17 @@ def _label_of(entry: _Entry, names: dict[str, int], dataset: str) -> int:
     if entry.label not in names:
         raise UserError(f"{entry.where}: {entry.label!r} is no class of {dataset}{_close(entry.label, names)}")
     return names[entry.label]
+
+
+def _shape_of(card: Card, entry: _Entry) -> int:
+    """The shape of a cloud whose points have labels of their own: its label in the list, 0 where lists have none."""
+    if "label" not in card.columns:
+        return 0
+    if isinstance(entry.label, int) and entry.label >= 0:
+        return entry.label
+    raise UserError(
+        f"{entry.where}: {entry.label!r}: the shape of a cloud with a label per point is a number from 0 on"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- helpers

@@ -5,8 +5,8 @@ sends a file's bytes to a child (`python -m slimray.data.decoder`) over a socket
 timeout or a death costs that one file (`BadSample`), which this decoder then refuses at once. PyAV reads videos and
 finds frames by their timestamps: what comes back is the frame that was asked for, or nothing. decord is there for those
 who ask for it (`data.reader: decord`; PyAV then reads what it cannot): decord 0.6 was slower and without a word gave
-other frames of intact files (open GOPs, MPEG-TS, AVI with B-frames) and wrong pixels of damaged ones. Damage that ffmpeg does not notice (rare in H.264, common in HEVC and VP9) stays unnoticed. PIL reads
-pictures.
+other frames of intact files (open GOPs, MPEG-TS, AVI with B-frames) and wrong pixels of damaged ones. Damage that
+ffmpeg does not notice (rare in H.264, common in HEVC and VP9) stays unnoticed. PIL reads pictures.
 """
 
 import ctypes

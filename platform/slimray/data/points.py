@@ -9,6 +9,7 @@ is a function of the key (seed, epoch, sample). Open3D is imported here only, an
 
 import io
 import re
+import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -141,17 +142,19 @@ def _cloud(table: Table, drop: bool, labels: tuple[str, bytes] | None) -> Cloud:
             table[group] = np.stack([table.pop(name) for name in names], 1)
     if "coords" not in table:
         raise BadSample(f"has no x, y, z (it has: {', '.join(table) or 'nothing'})")
-    coords = np.asarray(table.pop("coords"), np.float64)
+    with np.errstate(all="ignore"):
+        coords = np.asarray(table.pop("coords"), np.float64)
     if coords.ndim != 2 or coords.shape[1] != 3:
         raise BadSample(f"coordinates of shape {list(coords.shape)}, not [points, 3]")
     label, rows, origin = table.pop("label", None), table.pop("rows", None), table.pop("origin", np.zeros(3))
     if labels is not None:
         label = read_labels(*labels, len(coords))
-    for name, array in table.items():
-        if len(array) != len(coords):
+    for name, array in (table | {"labels": label, "rows": rows}).items():
+        if array is not None and len(array) != len(coords):
             raise BadSample(f"{len(array)} {name} for {len(coords)} points")
-    features = {name: _feature(name, array) for name, array in table.items()}
-    finite = np.isfinite(np.concatenate([coords, *features.values()], 1)).min(1)
+    with np.errstate(all="ignore"):  # what does not fit float32 becomes infinite, and is found so
+        features = {name: _feature(name, array) for name, array in table.items()}
+        finite = np.isfinite(np.concatenate([coords, *features.values()], 1, dtype=np.float32)).min(1)
     removed = len(finite) - int(finite.sum())
     if removed and not drop:
         raise BadSample(f"{removed} of {len(finite)} points are not finite numbers")
@@ -167,8 +170,6 @@ def _cloud(table: Table, drop: bool, labels: tuple[str, bytes] | None) -> Cloud:
         step = np.floor(coords.min(0))
         coords, origin = coords - step, origin + step
     label = None if label is None else _whole_numbers(label)
-    if label is not None and len(label) != len(coords):
-        raise BadSample(f"{len(label)} labels for {len(coords)} points")
     return Cloud(coords.astype(np.float32), features, label, rows, np.asarray(origin, np.float64), removed)
 
 
@@ -298,59 +299,68 @@ def _read_bin(data: bytes, _: str, columns: Sequence[str]) -> Table:
 
 
 def _read_pcd(data: bytes, _: str, __: Sequence[str]) -> Table:
-    """The header is checked against the bytes; Open3D reads binary bodies, numpy text (Open3D reads "abc" as 0)."""
+    """Every count of the header is checked against the bytes before they are read; fields of several numbers are left."""
     start = re.search(rb"^DATA[ \t]+(\w+)[ \t]*\r?\n", data[:65536], re.MULTILINE)
     if start is None:
         raise BadSample("has no PCD header with a DATA line")
     lines = (line.split() for line in data[: start.end()].decode("latin-1").splitlines() if not line.startswith("#"))
     header = {line[0]: line[1:] for line in lines if line}
-    fields = header.get("FIELDS", header.get("COLUMNS", []))
-    sizes, counts = ([int(v) for v in header.get(key, [])] for key in ("SIZE", "COUNT"))
-    counts = counts or [1] * len(fields)
-    if not fields or not len(fields) == len(sizes) == len(header.get("TYPE", [])) == len(counts):
-        raise BadSample("the PCD header names its fields and their sizes differently")
-    if not {"x", "y", "z"} <= set(fields):
-        raise BadSample(f"has no x, y, z (it has: {', '.join(fields)})")
+    names, kinds = header.get("FIELDS", header.get("COLUMNS", [])), header.get("TYPE", [])
+    sizes = [int(size) for size in header.get("SIZE", [])]
+    counts = [int(count) for count in header.get("COUNT", ["1"] * len(names))]
+    if not len(names) == len(kinds) == len(sizes) == len(counts) or min(counts, default=0) < 1:
+        raise BadSample("its header does not give a type, size and count for each field")
+    if not {"x", "y", "z"} <= set(names):
+        raise BadSample(f"has no x, y, z (it has: {', '.join(names)})")
     width, height = (int(header.get(key, ["1"])[0]) for key in ("WIDTH", "HEIGHT"))
     points = int(header.get("POINTS", [width * height])[0])
-    if points != width * height or not 0 < points <= MAX_POINTS or min(*sizes, *counts) < 1:
+    if points != width * height or not 0 < points <= MAX_POINTS:
         raise BadSample(f"declares {points} points in {width} x {height}")
-    body, stride = data[start.end() :], sum(size * count for size, count in zip(sizes, counts))
-    if start[1] == b"ascii":
-        return _pcd_text(body, fields, counts, header["TYPE"], points)
-    if start[1] == b"binary" and len(body) < points * stride:
-        raise BadSample(f"{len(body) // stride} of {points} declared points are there")
-    if start[1] == b"binary_compressed":
-        packed, unpacked = (int(v) for v in np.frombuffer(body[:8], "<u4")) if len(body) >= 8 else (1, 0)
-        if unpacked != points * stride or packed > len(body) - 8:
-            raise BadSample(f"{max(0, len(body) - 8)} of {packed} declared bytes of packed points are there")
-    return _open3d_table(data, points)
+    layout = np.dtype([(f"f{i}", _PCD_TYPES[kind, size], (n,)) for i, (kind, size, n) in enumerate(zip(kinds, sizes, counts))])
+    body, words = data[start.end() :], start[1].decode()
+    if words == "ascii":
+        columns = _pcd_text(body, points, counts)
+    elif words == "binary":
+        if len(body) < points * layout.itemsize:
+            raise BadSample(f"{len(body) // layout.itemsize} of {points} declared points are there")
+        array = np.frombuffer(body, layout, points)
+        columns = [array[name][:, 0] for name in layout.names or ()]
+    elif words == "binary_compressed":
+        columns = _pcd_packed(body, points, layout)
+    else:
+        raise BadSample(f"its points are stored as {words!r}, not ascii, binary or binary_compressed")
+    table: Table = {name: column for name, column, n in zip(names, columns, counts) if n == 1 and name != "_"}
+    for packed in {"rgb", "rgba"} & set(table):
+        values = table.pop(packed)
+        bits = values.astype("<f4").view("<u4") if kinds[names.index(packed)] == "F" else values.astype(np.uint32)
+        table["colors"] = np.stack([bits >> 16 & 255, bits >> 8 & 255, bits & 255], 1).astype(np.uint8)
+    return table
 
 
-def _pcd_text(body: bytes, fields: list[str], counts: list[int], kinds: list[str], points: int) -> Table:
+_PCD_TYPES = {(kind, size): f"<{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)} | {
+    ("F", 4): "<f4",
+    ("F", 8): "<f8",
+}
+
+
+def _pcd_text(body: bytes, points: int, counts: list[int]) -> list[np.ndarray]:
+    """By numpy: Open3D reads an unreadable number as 0 and a short line as none."""
     array = np.loadtxt(io.BytesIO(body), dtype=np.float64, comments=None, ndmin=2) if body.strip() else np.zeros((0, 0))
     if len(array) != points:
         raise BadSample(f"{len(array)} of {points} declared points are there")
     if array.shape[1] != sum(counts):
         raise BadSample(f"has {array.shape[1]} numbers a point, the header declares {sum(counts)}")
-    starts = np.cumsum([0, *counts])
-    table: Table = {name: array[:, at] for name, at, n in zip(fields, starts, counts) if n == 1 and name != "_"}
-    for packed in ("rgb", "rgba"):
-        if packed in table:
-            values = table.pop(packed)
-            bits = values.astype("<f4").view("<u4") if kinds[fields.index(packed)] == "F" else values.astype(np.uint32)
-            table["colors"] = np.stack([bits >> 16 & 255, bits >> 8 & 255, bits & 255], 1).astype(np.uint8)
-    return table
+    return [array[:, at] for at in np.cumsum([0, *counts[:-1]])]
 
 
-def _open3d_table(data: bytes, points: int) -> Table:
-    o3d = _open3d()
-    with _on_disk(data, ".pcd") as path:
-        cloud = o3d.t.io.read_point_cloud(path, remove_nan_points=False, remove_infinite_points=False)
-    table = {name: cloud.point[name].numpy() for name in cloud.point if name != "_"}
-    if not table or len(table["positions"]) != points:
-        raise BadSample("the points do not unpack")
-    return {name: array[:, 0] if array.shape[1] == 1 else array for name, array in table.items()}
+def _pcd_packed(body: bytes, points: int, layout: np.dtype) -> list[np.ndarray]:
+    """By Open3D, under a header of our own: the process dies of some that it does not understand."""
+    packed, unpacked = struct.unpack_from("<2I", body) if len(body) >= 8 else (1, 0)
+    if packed > len(body) - 8 or unpacked != points * layout.itemsize:
+        raise BadSample(f"{max(0, len(body) - 8)} of {packed} declared bytes of packed points are there")
+    fields = [(name, *(layout[name].subdtype or (layout[name], (1,)))) for name in layout.names or ()]
+    places = {"x": 0, "y": 1, "z": 2}
+    raise NotImplementedError(fields, places)
 
 
 def _read_ply(data: bytes, _: str, __: Sequence[str]) -> Table:
@@ -365,14 +375,15 @@ def _read_ply(data: bytes, _: str, __: Sequence[str]) -> Table:
         return {name: np.array(vertices[name]) for name in names}
 
 
-def _read_las(data: bytes, suffix: str, _: Sequence[str]) -> Table:
+def _read_las(data: bytes, _: str, __: Sequence[str]) -> Table:
     """Scaled coordinates, the classification as label, intensity and colors. Points are counted: laspy does not."""
     import laspy
 
+    _check_las(data)
     with laspy.open(io.BytesIO(data)) as reader:
-        declared, size = reader.header.point_count, reader.header.point_format.size
-        there = (len(data) - reader.header.offset_to_point_data) // size
-        if declared > MAX_POINTS or (suffix == ".las" and declared > there):
+        header = reader.header
+        declared, there = header.point_count, (len(data) - header.offset_to_point_data) // header.point_format.size
+        if declared > MAX_POINTS or (declared > there and not header.are_points_compressed):
             raise BadSample(f"{there} of {declared} declared points are there")
         las = reader.read()
     if len(las.points) != declared:
@@ -380,6 +391,23 @@ def _read_las(data: bytes, suffix: str, _: Sequence[str]) -> Table:
     table = {"coords": np.asarray(las.xyz), "label": np.asarray(las.classification)}
     known = set(las.point_format.dimension_names)
     return table | {name: np.asarray(las[name]) for name in ("intensity", "red", "green", "blue") if name in known}
+
+
+def _check_las(data: bytes) -> None:
+    """Counts that laspy and lazrs believe: too many records take minutes, too many chunks end the process."""
+    if len(data) < 227:
+        raise BadSample(f"has {len(data)} bytes, less than a LAS header")
+    minor, compressed = data[25], data[104] >= 128
+    start, records = struct.unpack_from("<2I", data, 96)
+    extended = struct.unpack_from("<I", data, 243)[0] if minor >= 4 and len(data) >= 375 else 0
+    if start > len(data) or 54 * records + 60 * extended > len(data):
+        raise BadSample(f"declares {records + extended} records and points from byte {start} in {len(data)} bytes")
+    if compressed:
+        table = struct.unpack_from("<q", data, start)[0] if len(data) >= start + 8 else len(data)
+        table = struct.unpack_from("<q", data, len(data) - 8)[0] if table == -1 else table
+        chunks = struct.unpack_from("<I", data, table + 4)[0] if 0 <= table <= len(data) - 8 else len(data)
+        if chunks > len(data):
+            raise BadSample("its table of chunks is cut or broken")
 
 
 # ---------------------------------------------------------------------------------------------------- meshes
@@ -505,7 +533,8 @@ class PointRecipe:
     ShapeNet part is published; "block": middle of x and y to 0, lowest z to 0, in metres, as an S3DIS block; "none".
     `mode` "train" draws and augments, "val" draws only, "test" covers all points: `votes` times
     ceil(n / num_points) views, n the cloud's size or, where given, `max_points` (8192 for S3DIS windows).
-    `replace` draws with replacement always (ShapeNet, KITTI), else only where points are too few (S3DIS).
+    `replace` draws with replacement always (ShapeNet, KITTI), else only where points are too few (S3DIS); `spread`
+    makes "val" take the farthest points instead of a draw, the same every time.
     Augmentation: `rotate_z` degrees to either side, `scale` range, mirrored x by `flip` half of the time, `jitter`
     standard deviation in xyz cut at `jitter_clip`, colors zeroed with chance `color_drop`. As published: S3DIS none,
     ShapeNet jitter 0.01 (clip 0.05), KITTI flip and `published_shift`. PointNeXt's S3DIS recipe (arXiv 2206.04670):
@@ -521,6 +550,7 @@ class PointRecipe:
     normalize: str = "none"
     mode: str = "train"
     replace: bool = False
+    spread: bool = False
     votes: int = 1
     max_points: int = 0
     rotate_z: float = 0.0
@@ -584,7 +614,10 @@ def make_points(
     draw, augment = streams(key)
     coords = normalized(cloud.coords, recipe.normalize)
     features = {name: _channel(cloud, name) for name in recipe.channels}
-    indices = draw_indices(recipe, len(cloud), draw)
+    if recipe.mode == "val" and recipe.spread and len(cloud) >= recipe.num_points:
+        indices = farthest_points(coords, recipe.num_points)[None]
+    else:
+        indices = draw_indices(recipe, len(cloud), draw)
     coords, features = coords[indices], {name: array[indices] for name, array in features.items()}  # [V, N, k]
     if recipe.mode == "train":
         coords, features, box = _augmented(coords, features, box, recipe, augment)

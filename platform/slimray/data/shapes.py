@@ -119,8 +119,8 @@ def _lamp(rng: np.random.Generator) -> list[list[Piece]]:
 
 
 def _rocket(rng: np.random.Generator) -> list[list[Piece]]:
-    length, radius = rng.uniform(0.3, 1.0), rng.uniform(0.15, 0.25)
-    nose, fin, height = rng.uniform(0.3, 1.0), rng.uniform(0.25, 0.5), rng.uniform(0.2, 0.8)
+    length, radius = rng.uniform(0.3, 0.9), rng.uniform(0.2, 0.3)
+    nose, fin, height = rng.uniform(0.25, 0.6), rng.uniform(0.35, 0.6), rng.uniform(0.2, 0.7)
     fins = []
     for angle in np.arange(3) * 2 * np.pi / 3:
         out = (np.cos(angle), np.sin(angle), 0.0)
@@ -130,8 +130,8 @@ def _rocket(rng: np.random.Generator) -> list[list[Piece]]:
 
 
 def _table(rng: np.random.Generator) -> list[list[Piece]]:
-    w, d, h = rng.uniform(0.5, 1.4), rng.uniform(0.5, 1.0), rng.uniform(0.2, 0.9)
-    leg, thick = rng.uniform(0.06, 0.12), rng.uniform(0.05, 0.25)
+    w, d, h = rng.uniform(0.5, 1.2), rng.uniform(0.5, 1.0), rng.uniform(0.3, 0.9)
+    leg, thick = rng.uniform(0.06, 0.12), rng.uniform(0.05, 0.15)
     x, y = (w - leg) / 2 * rng.uniform(0.4, 1), (d - leg) / 2 * rng.uniform(0.4, 1)
     legs = [piece for i in (-x, x) for j in (-y, y) for piece in _box((i, j, h / 2), (leg, leg, h))[:4]]
     return [_box((0, 0, h + thick / 2), (w, d, thick)), legs]

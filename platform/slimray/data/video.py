@@ -22,7 +22,8 @@ class ClipRecipe:
     """How a sample is prepared. Sizes are pixels; `resize` is the short side before a centre or test crop, 0 = as is.
 
     `mode` "train" draws at random, "val" takes segment centres, "test" likewise without the short-video guard;
-    `reader` "pyav" or "decord" decodes (decoder.py); `num_clips` is 1, 2 (centres, then left edges) or 10 (dense); `crops` 1, 3, 5, or 10 (five and their mirrors).
+    `num_clips` is 1, 2 (centres, then left edges) or 10 (dense); `crops` 1, 3, 5, or 10 (five and their mirrors);
+    `reader` "pyav" or "decord" decodes (decoder.py).
     """
 
     num_segments: int = 8

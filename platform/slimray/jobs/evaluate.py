@@ -133,6 +133,8 @@ def _find(job: EvaluateJob, where: str, storage: str, ahead: Mapping[str, Any]) 
             raise UserError(f"{where}: runs: {one.name!r} has not finished: run it first")
         if not runs.exists(one, "model/input.json"):
             raise UserError(f"{where}: runs: {one.name!r} is no training run, there is no network to score")
+        if not runs.exists(one, "model/weights.safetensors"):
+            raise UserError(f"{where}: runs: {one.name!r} has lost its model/weights.safetensors: train it again")
     return found
 
 

@@ -77,10 +77,10 @@ class Splits:
 
 
 def packaged(folder: str) -> Path:
-    """The folder `jobs` or `datasets` that came with slimray: of the checkout, else of the installed package."""
+    """The folder `jobs` or `datasets` that came with slimray: within the package, else of the checkout it lies in."""
     package = Path(slimray.__file__).resolve().parent
-    checkout = package.parents[1]
-    return checkout / folder if (checkout / "pyproject.toml").is_file() else package / "examples" / folder
+    inside = package / "examples" / folder
+    return inside if inside.is_dir() else package.parents[1] / folder
 
 
 def embed(data: DataSpec, where: str, search: Sequence[Path], prepared: Mapping[str, dict[str, Any]]) -> DataSpec:

@@ -8,6 +8,7 @@ killed job goes on where it stopped.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -23,7 +24,7 @@ from pydantic import Field, model_validator
 from ray import exceptions
 
 from slimray import runs, storage, workers
-from slimray.data import cards, moving_shapes
+from slimray.data import cards, moving_shapes, points, shapes
 from slimray.data.decoder import BadSample, Decoder, Pack
 from slimray.progress import make_bar
 from slimray.spec import RunFailed, Spec, UserError, parse
@@ -40,13 +41,15 @@ class PrepareData(Spec):
     splits: tuple[str, ...] | None = None
     """Splits to prepare; default all of the card."""
     clips: int = Field(480, ge=16)
-    """Clips to generate in all, a fifth of them for validation (generated datasets only)."""
+    """Clips, or clouds, to generate in all, a fifth of them for validation (generated datasets only)."""
     size: int = Field(64, ge=16, le=512)
     """Side of generated frames in pixels."""
     frames: int = Field(16, ge=2, le=1000)
     """Frames of a generated clip."""
+    points: int = Field(1024, ge=16, le=1_000_000)
+    """Points of a generated cloud."""
     seed: int = Field(0, ge=0)
-    """Seed of generated clips."""
+    """Seed of generated clips or clouds."""
 
 
 class PackSpec(Spec):
@@ -106,7 +109,7 @@ class _Work:
     root: str
     chunks: tuple[_Chunk, ...]
     tables: dict[str, Any]
-    generated: bool
+    card: cards.Card
     data: PrepareData
     pack: PackSpec | None
     timeout_s: float
@@ -141,7 +144,7 @@ def run(job: PrepareJob, ctx: Any) -> None:
     done = set(runs.list_names(ctx.run, "data/parts"))
     todo = tuple(chunk for chunk in chunks if _part_name(chunk) not in done)
     if todo:
-        _process(job, ctx, root, tables, todo, generated)
+        _process(job, ctx, card, root, tables, todo)
     _write_indexes(job, ctx, card, chunks, root)
 
 
@@ -168,13 +171,13 @@ def _part_name(chunk: _Chunk) -> str:
     return f"{chunk.split}-{chunk.number:06d}.json"
 
 
-def _process(job: PrepareJob, ctx: Any, root: str, tables: dict, todo: tuple[_Chunk, ...], generated: bool) -> None:
+def _process(job: PrepareJob, ctx: Any, card: cards.Card, root: str, tables: dict, todo: tuple[_Chunk, ...]) -> None:
     """Run the chunks as Ray Data tasks and show how far they are."""
     slots = job.tasks or os.cpu_count() or 1
     workers.connect(ctx.cpus)
     slots = min(slots, max(1, int(ray.cluster_resources().get("CPU", 1))))
     refs = {split: ray.put(table) for split, table in tables.items()}
-    work = _Work(ctx.run.uri, root, todo, refs, generated, job.data, job.pack, job.decode_timeout_s)
+    work = _Work(ctx.run.uri, root, todo, refs, card, job.data, job.pack, job.decode_timeout_s)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
@@ -226,7 +229,8 @@ def _write_indexes(job: PrepareJob, ctx: Any, card: cards.Card, chunks: list[_Ch
         pq.write_table(cards.index_table(items), buffer)
         runs.write_file(ctx.run, f"data/{split}.parquet", buffer.getvalue())
         metrics[split] = {"clips": len(items), "quarantined": len(bad[split])}
-    prepared = card.prepared(list(rows), None if job.pack or card.layout == "generated" else root)
+    here = job.pack is not None or card.layout == "generated" or card.sample == "points"
+    prepared = card.prepared(list(rows), None if here else root)
     text = yaml.safe_dump(prepared.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
     runs.write_file(ctx.run, "data/card.yaml", text.encode())
     packed: dict[str, Any] = {key: totals[key] for key in ("bytes_in", "bytes_out")} if job.pack else {}
@@ -246,49 +250,105 @@ def _do_chunk(work: _Work, chunk: _Chunk) -> dict[str, np.ndarray]:
     table: Any = ray.get(work.tables[chunk.split], timeout=300)
     table = table.slice(chunk.lo, chunk.hi - chunk.lo)
     part: dict[str, Any] = {"rows": [], "bad": [], "bytes_in": 0, "bytes_out": 0, "psnr": []}
-    make = _generate if work.generated else _convert
+    make = _generate if work.card.layout == "generated" else _convert
     make(work, chunk, table.to_pylist(), part, fs, folder)
     storage.write_atomic(fs, f"{folder}/data/parts/{_part_name(chunk)}", json.dumps(part).encode())
     return {"clips": np.array([chunk.hi - chunk.lo])}
 
 
 def _generate(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any], fs: Any, folder: str) -> None:
-    """H.264 files under data/clips."""
-    data = work.data
+    """Clips as H.264 files under data/clips, clouds as a parquet shard."""
+    data, packed = work.data, []
+    shard = f"shards/{chunk.split}-{chunk.number:06d}.parquet"
     for row in rows:
-        frames, label = moving_shapes.make_clip(row["number"], data.seed, size=data.size, num_frames=data.frames)
-        path = f"clips/{chunk.split}/{row['number']:06d}.mp4"
-        encoded = moving_shapes.encode_h264(frames)
-        storage.write_atomic(fs, f"{folder}/data/{path}", encoded)
-        shape = {"frames": data.frames, "fps": float(moving_shapes.FPS), "width": data.size, "height": data.size}
-        part["rows"].append({"path": path, "label": int(label), **shape, "shard": "", "row": -1})
+        if work.card.sample == "points":
+            coords, labels, label = shapes.make_cloud(row["number"], data.seed, num_points=data.points)
+            encoded = points.write_cloud(points.Cloud(coords, labels=labels))
+            path, shape = f"{chunk.split}/{row['number']:06d}.npz", {"frames": data.points}
+            place = {"shard": shard, "row": len(packed)}
+            packed.append({"path": path, "label": label, "data": encoded})
+        else:
+            frames, label = moving_shapes.make_clip(row["number"], data.seed, size=data.size, num_frames=data.frames)
+            encoded = moving_shapes.encode_h264(frames)
+            path, place = f"clips/{chunk.split}/{row['number']:06d}.mp4", {}
+            storage.write_atomic(fs, f"{folder}/data/{path}", encoded)
+            shape = {"frames": data.frames, "fps": float(moving_shapes.FPS), "width": data.size, "height": data.size}
+        part["rows"].append({"path": path, "label": int(label), **shape, **place})
         part["bytes_out"] += len(encoded)
+    if packed:
+        cards.write_shard(fs, f"{folder}/data/{shard}", packed)
 
 
 def _convert(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any], fs: Any, folder: str) -> None:
-    """Probe every file, and pack the good ones into one parquet shard."""
-    source, root = storage.open_uri(work.root)
-    shard = f"shards/{chunk.split}-{chunk.number:06d}.parquet" if work.pack else ""
+    """Read every file whole, and pack the good ones into one parquet shard."""
+    one = _cloud if work.card.sample == "points" else _clip
+    shard = f"shards/{chunk.split}-{chunk.number:06d}.parquet" if work.pack or work.card.sample == "points" else ""
     packed = []
     with Decoder(timeout_s=work.timeout_s) as decoder:
         for row in rows:
             try:
-                data = cards.read_whole(source, root, row)
-                if work.pack is None:
-                    found, encoded, psnr = decoder.probe(row["path"], data), b"", None
-                else:
-                    encoded, found, psnr = decoder.repack(row["path"], data, Pack(**work.pack.model_dump()))
+                made = one(work, row, decoder)
             except (BadSample, FileNotFoundError) as error:
                 reason = str(error) if isinstance(error, BadSample) else "no such file"
                 part["bad"].append({"path": row["path"], "reason": reason})
                 continue
-            shape = {"frames": found.frames, "fps": found.fps, "width": found.width, "height": found.height}
             place = {"shard": shard, "row": len(packed) if shard else -1}
-            part["rows"].append({"path": row["path"], "label": row["label"], **shape, **place})
-            part["bytes_in"] += len(data)
+            part["rows"].append({"path": row["path"], "label": row["label"], **made.shape, **place})
+            part["bytes_in"] += made.bytes_in
             if shard:
-                packed.append({"path": row["path"], "label": row["label"], "data": encoded})
-                part["bytes_out"] += len(encoded)
-                part["psnr"] += [] if psnr is None else [psnr]
+                packed.append({"path": row["path"], "label": row["label"], "data": made.data})
+                part["bytes_out"] += len(made.data)
+                part["psnr"] += [] if made.psnr is None else [made.psnr]
     if packed:
         cards.write_shard(fs, f"{folder}/data/{shard}", packed)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A sample as stored, columns of the index that say what it holds, bytes read, PSNR in dB of what was lost."""
+
+    data: bytes
+    shape: dict[str, Any]
+    bytes_in: int
+    psnr: float | None = None
+
+
+def _clip(work: _Work, row: dict[str, Any], decoder: Decoder) -> _Made:
+    """A video probed, and re-encoded if it is to be packed."""
+    source, root = storage.open_uri(work.root)
+    data = cards.read_whole(source, root, row)
+    if work.pack is None:
+        found, encoded, psnr = decoder.probe(row["path"], data), b"", None
+    else:
+        encoded, found, psnr = decoder.repack(row["path"], data, Pack(**work.pack.model_dump()))
+    shape = {"frames": found.frames, "fps": found.fps, "width": found.width, "height": found.height}
+    return _Made(encoded, shape, len(data), psnr)
+
+
+def _cloud(work: _Work, row: dict[str, Any], decoder: Decoder) -> _Made:
+    """A cloud read from any point file, with the labels of its points as classes."""
+    card, (source, root) = work.card, storage.open_uri(work.root)
+    data, labels = cards.read_whole(source, root, row), None
+    if card.point_labels:
+        path = card.point_labels.replace("{name}", row["path"].rpartition(".")[0])
+        labels = (path, cards.read_whole(source, root, {**row, "path": path}))
+    cloud = points.read_cloud(row["path"], data, card.point_columns, labels)
+    if card.labels == "point":
+        cloud = _with_classes(cloud, card)
+    return _Made(points.write_cloud(cloud), {"frames": len(cloud)}, len(data) + len(labels[1] if labels else b""))
+
+
+def _with_classes(cloud: points.Cloud, card: cards.Card) -> points.Cloud:
+    """`cloud` with the class of each point in place of its label; -1 for labels that do not count."""
+    if cloud.labels is None:
+        raise BadSample("has no label per point")
+    classes = cloud.labels
+    if card.label_map:
+        table = np.full(int(classes.max()) + 1, -1, np.int64)
+        for label, number in card.label_map.items():
+            if label < len(table):
+                table[label] = number
+        classes = np.where(classes >= 0, table[classes], -1)
+    if len(classes) and classes.max() >= card.num_classes:
+        raise BadSample(f"has label {int(classes.max())}, there are {card.num_classes} classes")
+    return dataclasses.replace(cloud, labels=classes)

@@ -119,7 +119,7 @@ def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, 
     """
     num_classes = card.num_classes if card is not None else 0
     _require_weights(job, num_classes)
-    net, macs = _measure(job, num_classes or 1)
+    net, macs = _measure(job, num_classes or 1, card.sample if card is not None else "clip")
     out: dict[str, Any] = {"model": job.model.name}
     if num_classes:
         out |= {"classes": num_classes, "params": cost.count_params(net), "macs": macs}
@@ -136,15 +136,18 @@ def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, 
     return out
 
 
-def _measure(job: TrainJob, num_classes: int) -> tuple[Any, int]:
-    """The network on the meta device and its MACs; UserError `model.width: ...` if it cannot be or does not fit."""
+def _measure(job: TrainJob, num_classes: int, sample: str) -> tuple[Any, int]:
+    """The network on the meta device and its MACs; UserError `model.width: ...` if it cannot be or does not fit.
+
+    `sample` is what the dataset gives, as its card says.
+    """
     name, options = job.model.name, job.model.options()
     try:
         row = lookup(models.MODELS, name, "model")
     except UserError as error:
-        raise UserError(f"model.name: {error}, `slimray explain models` lists them") from None
-    if row.input != "clip":
-        raise UserError(f"model.name: {name} wants {GIVES.get(row.input, row.input)}, the dataset gives clips")
+        raise UserError(f"model.name: {error} (`slimray explain models` lists them)") from None
+    if row.input != sample:
+        raise UserError(f"model.name: {name} wants {GIVES[row.input]}, the dataset gives {GIVES[sample]}")
     known = models.options_of(name)
     for option in options:
         if option in OWNED:
