@@ -273,15 +273,24 @@ def show(
     from slimray import runs as folder
 
     run = folder.find_run(name, _storage(storage))
-    described = _describe(run)
-    card = {} if described["state"] == "damaged" else folder.read_card(run) or {}
+    described, card, latest = _describe(run), None, {}
+    if described["state"] != "damaged":
+        card = folder.read_card(run)
+        latest = {} if card else _latest(run)
     if as_json:
-        _emit(described | {"card": card or None})
+        _emit(described | {"card": card, "latest": latest})
     else:
         for key in ("kind", "state", "message", "updated"):
             if described.get(key):
                 _say(f"{key}: {described[key]}")
-        _print_numbers(run.name, card)
+        _print_numbers(run.name, card or {})
+        for phase, row in latest.items():
+            numbers = [
+                f"{key.removeprefix(f'{phase}/')} {value:.4g}"
+                for key, value in row.items()
+                if key.startswith(f"{phase}/") and isinstance(value, int | float)
+            ]
+            _say(f"{phase}: epoch {row['epoch']:.2f}, {', '.join(numbers)}")
         if described["state"] in ("failed", "stopped"):
             _say(f"logs: {run.uri}/logs (the command that started it resumes it)")
         if folder.exists(run, "report.html"):
@@ -295,6 +304,18 @@ def show(
         if not local.is_file():
             raise UserError(f"{local}: there is no report yet, it is written when the run has finished")
         webbrowser.open(local.resolve().as_uri())
+
+
+def _latest(run: Any) -> dict[str, dict[str, Any]]:
+    """The newest row of each phase in the newest part of the metrics of a run that has not finished."""
+    from slimray import runs
+
+    parts = runs.list_names(run, "metrics")
+    try:
+        lines = runs.read_file(run, f"metrics/{parts[-1]}").splitlines() if parts else []
+        return {str(row["phase"]): row for row in map(json.loads, lines) if isinstance(row["epoch"], int | float)}
+    except DAMAGED:
+        return {}
 
 
 @app.command()

@@ -236,7 +236,7 @@ def require(facts: Sequence[dict[str, Any]]) -> None:
 def _state(one: Loaded, storage: str) -> str:
     folder = runs.open_run(storage, one.job.name)
     try:
-        claim = runs.claim(folder, one.document, may_change=MAY_CHANGE)
+        claim = runs.claim(folder, one.document, may_change=_may_change(one))
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder.uri}: does not hold what slimray writes ({error}): choose another name, or delete it"
@@ -305,6 +305,12 @@ def _counts_ahead(job: train.TrainJob, before: _Ahead) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------------------ run
 
 
+def _may_change(one: Loaded) -> tuple[str, ...]:
+    """What a resumed run may change; the card of a run that is read is there only if both are in one file."""
+    reads_run = getattr(getattr(one.job, "data", None), "run", None) is not None
+    return (*MAY_CHANGE, "data.card") if reads_run else MAY_CHANGE
+
+
 def local_cpus(loaded: Sequence[Loaded]) -> int:
     """Logical CPUs with which a local cluster holds every one of the jobs."""
     wanted = [
@@ -322,7 +328,7 @@ def run(one: Loaded, storage: str, console: Console, restart: bool = False, cpus
     Raises UserError and RunFailed as they come; anything else that goes wrong becomes a RunFailed.
     """
     folder = runs.open_run(storage, one.job.name)
-    claim = runs.claim(folder, one.document, restart=restart, may_change=MAY_CHANGE)
+    claim = runs.claim(folder, one.document, restart=restart, may_change=_may_change(one))
     if claim.finished:
         console.print(f"{one.job.name}: already finished, skipped", highlight=False)
         return "skipped"

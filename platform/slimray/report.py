@@ -88,6 +88,8 @@ def train_report(run: runs.Run) -> str:
     headline = {
         "best top-1": _percent(best.get("val/top1")),
         "last top-1": _percent(last.get("val/top1")),
+        "best mIoU": _percent(best.get("val/miou")),
+        "last mIoU": _percent(last.get("val/miou")),
         "best mean class accuracy": _percent(best.get("val/mean_class_accuracy")),
         "last val loss": _show("val/loss", last.get("val/loss")),
         "median samples/s": _show("", _median(rows, "train/samples_per_s")),
@@ -103,7 +105,7 @@ def evaluate_report(run: runs.Run) -> str:
     """Return the page of an evaluate run: all its runs in one table, what frame order is worth, confusions, clips."""
     card, results = runs.read_card(run) or {}, _results(run)
     rows = results.get("rows", [])
-    headline = {_key(row): _percent(row.get("top1")) for row in rows}
+    headline = {_key(row): _percent(row.get("miou", row.get("top1"))) for row in rows}
     return _page(run, card, results, headline, [compare(rows), *order_matters(rows)] if rows else [], [])
 
 
@@ -180,10 +182,11 @@ def render(
 
 
 def final_numbers(rows: Sequence[Mapping[str, Any]], card: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return {"best": ..., "last": ...}: as the card says, else the val rows of highest val/top1 and highest step."""
+    """Return {"best": ..., "last": ...}: as the card says, else the val rows of highest miou or top1 and highest step."""
     written = card.get("metrics", {})
-    judged = [row for row in rows if _finite(row.get("val/top1"))]
-    best = max(judged, key=lambda row: row["val/top1"], default={})
+    metric = "val/miou" if any("val/miou" in row for row in rows) else "val/top1"
+    judged = [row for row in rows if _finite(row.get(metric))]
+    best = max(judged, key=lambda row: row[metric], default={})
     last = judged[-1] if judged else {}
     return {"best": dict(written.get("best") or best), "last": dict(written.get("last") or last)}
 
@@ -211,7 +214,11 @@ def train_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:
         Curves(
             "Validation accuracy",
             "%",
-            {name: _series(rows, f"val/{name}") for name in ("top1", "top5", "mean_class_accuracy")},
+            {
+                name: _series(rows, f"val/{name}")
+                for name in ("top1", "top5", "miou", "overall_acc", "mean_class_accuracy")
+                if any(f"val/{name}" in row for row in rows)
+            },
         ),
         lines("Learning rate", "lr", lr="train/lr"),
         lines("Throughput", "samples/s", samples="train/samples_per_s"),
@@ -226,7 +233,19 @@ def train_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:
 
 def compare(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the rows of an evaluation side by side, with the 95 % Wilson interval of top1."""
-    known = ["run", "variant", "top1", "top5", "mean_class_accuracy", "chance", "num_samples", "params", "macs"]
+    known = [
+        "run",
+        "variant",
+        "top1",
+        "top5",
+        "miou",
+        "overall_acc",
+        "mean_class_accuracy",
+        "chance",
+        "num_samples",
+        "params",
+        "macs",
+    ]
     columns = [name for name in known if any(name in row for row in rows)]
     columns += sorted({name for row in rows for name in row} - set(known))
     cells = [[row.get(name) for name in columns] for row in rows]
@@ -236,7 +255,9 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> Table:
             line.insert(at, _interval(row.get("top1"), row.get("num_samples")))
         columns.insert(at, "95 % interval")
     note = "Percent, 0-100. The interval (Wilson) counts every sample as independent; clips of one scene are not."
-    return Table("Side by side", columns, cells, note, frozenset({"top1", "top5", "mean_class_accuracy"}))
+    return Table(
+        "Side by side", columns, cells, note, frozenset({"top1", "top5", "miou", "overall_acc", "mean_class_accuracy"})
+    )
 
 
 def order_matters(rows: Sequence[Mapping[str, Any]]) -> list[Table]:

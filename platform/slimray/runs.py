@@ -138,13 +138,18 @@ def describe(run: Run) -> dict[str, Any]:
         state = "stopped"
     metrics = card.get("metrics") or {}
     rows = [metrics.get("best") or {}, *(metrics.get("rows") or [])]
-    numbers = [(row.get("val/top1", row.get("top1")), row) for row in rows if isinstance(row, dict)]
-    best = max((value for value, _ in numbers if isinstance(value, int | float)), default=None)
+    found = [
+        (row[name], name.removeprefix("val/"))
+        for row in rows
+        for name in ("val/miou", "miou", "val/top1", "top1")
+        if isinstance(row.get(name), int | float)
+    ]
+    best = max(found, default=None)
     return {
         "name": run.name,
         "kind": job.get("kind"),
         "state": state,
-        "result": None if best is None else f"top1 {best:.1f} %",
+        "result": None if best is None else f"{best[1]} {best[0]:.1f} %",
         "updated": None if status is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(status.updated)),
         "message": status.message if status else "",
         "uri": run.uri,

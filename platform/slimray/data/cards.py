@@ -206,8 +206,9 @@ def complete(card: Card, root: str | None) -> Card:
     From its file of classes, else from the lists of all splits that are there: the names in them, sorted, or the
     numbers from 0 to the largest. Without a root the card is returned as it is.
     """
-    known = isinstance(card.classes, tuple) or (card.classes is None and card.labels == "point")
-    if root is None or known or card.layout in ("generated", "index"):
+    if root is None or isinstance(card.classes, tuple) or card.layout in ("generated", "index"):
+        return card
+    if card.classes is None and card.labels == "point":
         return card
     fs, folder = storage.open_uri(root)
     if card.classes is not None:

@@ -25,6 +25,7 @@ from slimray.data.decoder import BadSample
 MIN_POINTS = 2
 MAX_POINTS = 100_000_000  # a declared count larger than this is refused before anything is allocated
 FAR = 10_000.0  # from here on float32 steps are about a millimetre of a metre: the cloud gets an origin of its own
+HUGE = 1e30  # no number of a point cloud; sums and squares of such numbers overflow
 MESH_POINTS = 10_000  # drawn from the surface of a mesh
 
 GROUPS = {"coords": ("x", "y", "z"), "normals": ("nx", "ny", "nz"), "colors": ("r", "g", "b")}
@@ -154,7 +155,7 @@ def _cloud(table: Table, drop: bool, labels: tuple[str, bytes] | None) -> Cloud:
             raise BadSample(f"{len(array)} {name} for {len(coords)} points")
     with np.errstate(all="ignore"):  # what does not fit float32 becomes infinite, and is found so
         features = {name: _feature(name, array) for name, array in table.items()}
-        finite = np.isfinite(np.concatenate([coords, *features.values()], 1, dtype=np.float32)).min(1)
+        finite = (np.abs(np.concatenate([coords, *features.values()], 1, dtype=np.float32)) < HUGE).min(1)  # not NaN
     removed = len(finite) - int(finite.sum())
     if removed and not drop:
         raise BadSample(f"{removed} of {len(finite)} points are not finite numbers")
@@ -184,8 +185,8 @@ def _feature(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _whole_numbers(values: np.ndarray) -> np.ndarray:
-    if values.dtype.kind not in "iub" and not (np.isfinite(values).all() and (values == np.floor(values)).all()):
-        raise BadSample("a label is no whole number")
+    if not ((np.abs(values) < 2**31) & (values == np.floor(values))).all():  # NaN is not below
+        raise BadSample("a label is no whole number of 32 bits")
     return values.astype(np.int64)
 
 
@@ -299,7 +300,7 @@ def _read_bin(data: bytes, _: str, columns: Sequence[str]) -> Table:
 
 
 def _read_pcd(data: bytes, _: str, __: Sequence[str]) -> Table:
-    """Every count of the header is checked against the bytes before they are read; fields of several numbers are left."""
+    """Every count of the header is checked against the bytes first. Fields of several numbers a point are left out."""
     start = re.search(rb"^DATA[ \t]+(\w+)[ \t]*\r?\n", data[:65536], re.MULTILINE)
     if start is None:
         raise BadSample("has no PCD header with a DATA line")
@@ -316,7 +317,9 @@ def _read_pcd(data: bytes, _: str, __: Sequence[str]) -> Table:
     points = int(header.get("POINTS", [width * height])[0])
     if points != width * height or not 0 < points <= MAX_POINTS:
         raise BadSample(f"declares {points} points in {width} x {height}")
-    layout = np.dtype([(f"f{i}", _PCD_TYPES[kind, size], (n,)) for i, (kind, size, n) in enumerate(zip(kinds, sizes, counts))])
+    layout = np.dtype(
+        [(f"f{i}", _PCD_TYPES[kind, size], (n,)) for i, (kind, size, n) in enumerate(zip(kinds, sizes, counts))]
+    )
     body, words = data[start.end() :], start[1].decode()
     if words == "ascii":
         columns = _pcd_text(body, points, counts)
@@ -354,13 +357,23 @@ def _pcd_text(body: bytes, points: int, counts: list[int]) -> list[np.ndarray]:
 
 
 def _pcd_packed(body: bytes, points: int, layout: np.dtype) -> list[np.ndarray]:
-    """By Open3D, under a header of our own: the process dies of some that it does not understand."""
+    """Unpacked by Open3D, field after field, as columns of single bytes: some headers, so read, end the process."""
     packed, unpacked = struct.unpack_from("<2I", body) if len(body) >= 8 else (1, 0)
     if packed > len(body) - 8 or unpacked != points * layout.itemsize:
         raise BadSample(f"{max(0, len(body) - 8)} of {packed} declared bytes of packed points are there")
-    fields = [(name, *(layout[name].subdtype or (layout[name], (1,)))) for name in layout.names or ()]
-    places = {"x": 0, "y": 1, "z": 2}
-    raise NotImplementedError(fields, places)
+    names, ones = ["x", "y", "z", *(f"b{i}" for i in range(3, layout.itemsize))], " 1" * layout.itemsize
+    header = f"VERSION .7\nFIELDS {' '.join(names)}\nSIZE{ones}\nTYPE{' U' * layout.itemsize}\nCOUNT{ones}\n"
+    header += f"WIDTH {points}\nHEIGHT 1\nVIEWPOINT 0 0 0 1 0 0 0\nPOINTS {points}\nDATA binary_compressed\n"
+    with _on_disk(header.encode() + body, ".pcd") as path:
+        read = _open3d().t.io.read_point_cloud(path, remove_nan_points=False, remove_infinite_points=False).point
+    if "positions" not in read or len(read.positions) != points:
+        raise BadSample("the packed points do not unpack")
+    flat = np.concatenate([*read.positions.numpy().T, *(read[name].numpy()[:, 0] for name in names[3:])]).tobytes()
+    columns, at = [], 0
+    for name in layout.names or ():
+        columns.append(np.frombuffer(flat, layout[name].base, points, at))
+        at += points * layout[name].itemsize
+    return columns
 
 
 def _read_ply(data: bytes, _: str, __: Sequence[str]) -> Table:

@@ -101,7 +101,7 @@ def _box(centre: tuple[float, float, float], size: tuple[float, float, float]) -
     low = np.array(centre) - np.array(size) / 2
     edges = np.diag(size)
     pieces = []
-    for axis in (0, 1, 2):
+    for axis in range(3):
         u, v = edges[(axis + 1) % 3], edges[(axis + 2) % 3]
         pieces += [_plate(tuple(low), tuple(u), tuple(v)), _plate(tuple(low + edges[axis]), tuple(u), tuple(v))]
     return pieces

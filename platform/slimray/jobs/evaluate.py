@@ -20,9 +20,10 @@ import torch
 from pydantic import Field, model_validator
 from ray.train.torch import get_device
 
-from slimray import learn, loop, predict, report, runs, workers
+from slimray import loop, predict, report, runs, workers
 from slimray.data.pipeline import FeedConfig, Source
 from slimray.data.plan import Phase
+from slimray.data.samples import input_shape
 from slimray.edge import cost
 from slimray.jobs.inputs import DataSpec, Splits, open_splits
 from slimray.progress import follow
@@ -99,7 +100,7 @@ def facts(job: EvaluateJob, where: str, storage: str, ahead: Mapping[str, Any]) 
     `ahead` are the jobs by name that will have run before this one; of the others the run folders are read.
     """
     out: dict[str, Any] = {"runs": list(job.runs), "views": job.clips * job.crops, "orders": list(job.frame_orders)}
-    for name in set(job.runs) & set(ahead):
+    for name in (name for name in job.runs if name in ahead):
         if ahead[name].kind != "train":
             raise UserError(f"{where}: runs: {name!r} is of kind {ahead[name].kind}, there is no network to score")
         _require_views(job, where, name, ahead[name].data.sampling)
@@ -208,8 +209,8 @@ def run(job: EvaluateJob, ctx: Any) -> None:
     by_name = {one.name: network for one, network in zip(found, trained, strict=True)}
     for row in result["rows"]:
         network = by_name[row["run"]]
-        shape = (1, network.recipe["num_segments"], len(network.pixels.mean), *[job.size or network.recipe["size"]] * 2)
-        row |= {"params": cost.count_params(network.net), "macs": cost.count_macs(network.net, shape)}
+        shape = input_shape(_recipe(job, network, row["variant"]))
+        row |= {"params": cost.count_params(network.net), "macs": cost.count_macs(network.net, (1, *shape))}
         row |= {"chance": 100 / len(names), "views": job.clips * job.crops, "split": split}
         row |= {"num_quarantined": table.num_rows - row["num_samples"]}
     if not all(row["num_samples"] for row in result["rows"]):
@@ -226,6 +227,8 @@ def run(job: EvaluateJob, ctx: Any) -> None:
 
 def _recipe(job: EvaluateJob, network: predict.Network, order: str) -> dict[str, Any]:
     """The run's own recipe, with the views and the frame order of this evaluation."""
+    if network.recipe["kind"] != "clip":
+        return network.recipe
     plain = job.clips == 1 and job.crops == 1
     recipe = network.recipe | {"mode": "val" if plain else "test", "num_clips": job.clips, "crops": job.crops}
     if job.size:
@@ -261,7 +264,7 @@ def _worker(config: _Config) -> dict[str, Any]:
             if network is None or score is None:
                 network = predict.load_network(runs.run_at(case.run_uri), device)
                 network = replace(network, pixels=replace(network.pixels, average=config.average))
-                score = learn.Score(len(network.classes))
+                score = loop.make_score(network.recipe, len(network.classes))
             if batch is not None:
                 for i in np.flatnonzero(~batch.valid):
                     if int(batch.sample[i]) not in bad:
@@ -269,7 +272,13 @@ def _worker(config: _Config) -> dict[str, Any]:
                         quarantine.write(bad[int(batch.sample[i])])
                 scores = loop.score_batch(network.net, batch, network.pixels, device, config.batch, score)
                 shown = sum(clip["run"] == case.run_name for clip in out["clips"])
-                if rank == 0 and scores is not None and case.order == "natural" and shown < config.pictures:
+                if (
+                    rank == 0
+                    and scores is not None
+                    and case.order == "natural"
+                    and shown < config.pictures
+                    and batch.data.ndim == 6
+                ):
                     out["clips"] += _pictures(case, network, batch, scores, config.pictures - shown)
             if rank == 0:
                 state = {"phase": case.run_name, "epoch": phase.epoch, "epochs": len(config.cases)}

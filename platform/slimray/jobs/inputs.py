@@ -18,9 +18,37 @@ import slimray
 from slimray import runs
 from slimray.data import cards
 from slimray.data.decoder import BadSample
+from slimray.data.points import PointRecipe
 from slimray.data.video import ClipRecipe
 from slimray.spec import Spec, UserError, did_you_mean, located, parse
 from slimray.storage import absolute, join, open_uri
+
+
+class PointsSpec(Spec):
+    """How a sample is made of a cloud of points (arXiv 1907.03739; augmentation as in 2206.04670)."""
+
+    num_points: int = Field(1024, ge=4, le=1_000_000)
+    """Points of a sample, drawn anew each epoch."""
+    channels: tuple[str, ...] = ()
+    """Features beside x y z: `normals` (estimated where the files have none), `colors`, `intensity`, ..."""
+    one_hot: int = Field(0, ge=0)
+    """Number of shapes whose one-hot is appended to the channels (16 for ShapeNet part); 0 appends none."""
+    normalize: Literal["sphere", "block", "none"] = "sphere"
+    """`sphere`: centred, largest radius 1; `block`: middle of x and y and lowest z to 0, in metres; or as it is."""
+    replace: bool = False
+    """Draw points with replacement always, not only where they are too few."""
+    rotate_z: float = Field(0.0, ge=0, le=180)
+    """Training clouds are turned about z by up to so many degrees to either side."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Range of the factor by which training clouds are scaled."""
+    flip: bool = False
+    """Mirror x of half of the training clouds."""
+    jitter: float = Field(0.0, ge=0)
+    """Standard deviation of noise on training coordinates."""
+    jitter_clip: float = Field(0.05, ge=0)
+    """Largest noise."""
+    color_drop: float = Field(0.0, ge=0, le=1)
+    """Chance that a training cloud loses its colors."""
 
 
 class DataSpec(Spec):
@@ -46,6 +74,10 @@ class DataSpec(Spec):
     """Sides of the training crop as parts of the short side."""
     flip: bool = True
     """Mirror half of the training clips, as far as the card allows it; labels follow the card's map."""
+    reader: Literal["pyav", "decord"] = "pyav"
+    """What decodes videos. PyAV gives the frame that was asked for, or none; decord 0.6 at times another one."""
+    points: PointsSpec = PointsSpec.model_validate({})
+    """How samples of clouds are made, in place of the fields about frames above."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Largest part of the training files that may fail to decode before the run ends."""
     decode_timeout_s: float = Field(30, gt=0)
@@ -166,7 +198,14 @@ def _finished_prepare(name: str, where: str, storage: str) -> runs.Run:
 
 
 def make_recipe(data: DataSpec, card: cards.Card, num_segments: int, mode: str, **options: Any) -> dict[str, Any]:
-    """The plain form of the ClipRecipe of a split: `mode` "train", "val" or "test"; `options` override its fields."""
+    """The plain recipe of a split's samples: `mode` "train", "val" or "test"; `options` override its fields.
+
+    `num_segments` is for clips only.
+    """
+    if card.sample == "points":
+        given = data.points.model_dump(exclude={"one_hot"})
+        given |= {"num_shapes": data.points.one_hot, "mode": mode, "per_point": card.labels == "point"}
+        return PointRecipe(**(given | options)).to_dict()
     fields: dict[str, Any] = {
         "num_segments": num_segments,
         "size": data.size,
@@ -176,5 +215,6 @@ def make_recipe(data: DataSpec, card: cards.Card, num_segments: int, mode: str, 
         "scales": data.scales,
         "flip": data.flip and mode == "train" and card.flip != "never",
         "flip_labels": card.flip_labels(),
+        "reader": data.reader,
     }
     return ClipRecipe(**(fields | options)).to_dict()

@@ -14,6 +14,7 @@ from slimray import learn, loop, models, report, runs, workers
 from slimray.data.cards import Card
 from slimray.data.pipeline import Source
 from slimray.data.plan import ceil_div
+from slimray.data.samples import input_shape
 from slimray.data.video import DENSE_WINDOW
 from slimray.edge import cost
 from slimray.jobs.inputs import DataSpec, make_recipe, open_splits
@@ -119,12 +120,12 @@ def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, 
     """
     num_classes = card.num_classes if card is not None else 0
     _require_weights(job, num_classes)
-    net, macs = _measure(job, num_classes or 1, card.sample if card is not None else "clip")
+    net, macs = _measure(job, num_classes or 1, card)
     out: dict[str, Any] = {"model": job.model.name}
     if num_classes:
         out |= {"classes": num_classes, "params": cost.count_params(net), "macs": macs}
     out |= {
-        "input": list(_input_shape(job, net)),
+        "input": list(_input_shape(job, card, net)),
         "batch": job.batch.total,
         "accumulation": job.batch.total // (job.scale.workers * job.batch.per_worker),
         "peak_lr": learn.peak_rate(job.optim, job.batch.total),
@@ -136,11 +137,9 @@ def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, 
     return out
 
 
-def _measure(job: TrainJob, num_classes: int, sample: str) -> tuple[Any, int]:
-    """The network on the meta device and its MACs; UserError `model.width: ...` if it cannot be or does not fit.
-
-    `sample` is what the dataset gives, as its card says.
-    """
+def _measure(job: TrainJob, num_classes: int, card: Card | None) -> tuple[Any, int]:
+    """The network on the meta device and its MACs; UserError `model.width: ...` if it cannot be or does not fit."""
+    sample = "clip" if card is None else card.sample
     name, options = job.model.name, job.model.options()
     try:
         row = lookup(models.MODELS, name, "model")
@@ -154,7 +153,7 @@ def _measure(job: TrainJob, num_classes: int, sample: str) -> tuple[Any, int]:
             raise UserError(f"model.{option}: is no option here, {OWNED[option]}")
         if option not in known:
             raise UserError(f"model.{option}: {name} has no such option{did_you_mean(option, set(known) - set(OWNED))}")
-    if options.get("in_channels", 3) != 3:
+    if sample == "clip" and options.get("in_channels", 3) != 3:
         raise UserError(f"model.in_channels: the clips have 3 channels (got {options['in_channels']!r})")
     try:
         net = cost.build_on_meta(lambda: models.build(**model_options(job, num_classes)))
@@ -162,21 +161,23 @@ def _measure(job: TrainJob, num_classes: int, sample: str) -> tuple[Any, int]:
         raise UserError(f"model.{str(error).removeprefix(f'model {name}: ')}") from None
     except (RuntimeError, ValueError) as error:
         raise UserError(f"model: {name} cannot be built with these options ({_first_line(error)})") from None
-    shape = _input_shape(job, net)
-    if job.data.sampling == "dense" and shape[0] > DENSE_WINDOW:
+    shape = _input_shape(job, card, net)
+    if sample == "clip" and job.data.sampling == "dense" and shape[0] > DENSE_WINDOW:
         raise UserError(f"model.num_segments: at most {DENSE_WINDOW} frames with data.sampling: dense (got {shape[0]})")
     try:
         return net, cost.count_macs(net, (1, *shape))
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"model: {name} does not take clips of {' x '.join(map(str, shape))}: change data.size or its options "
+            f"model: {name} does not take {GIVES[sample]} of {' x '.join(map(str, shape))}: change data or its options "
             f"({_first_line(error)})"
         ) from None
 
 
-def _input_shape(job: TrainJob, net: Any) -> tuple[int, int, int, int]:
-    """A clip as the network takes it: (T, 3, H, W)."""
-    return (net.num_segments, 3, job.data.size, job.data.size)
+def _input_shape(job: TrainJob, card: Card | None, net: Any) -> tuple[int, ...]:
+    """A sample as the network takes it: (T, 3, H, W) or (C, N)."""
+    if card is None or card.sample == "clip":
+        return (net.num_segments, 3, job.data.size, job.data.size)
+    return input_shape(make_recipe(job.data, card, 0, "train"))
 
 
 def _first_line(error: Exception) -> str:
@@ -228,7 +229,7 @@ def run(job: TrainJob, ctx: Any) -> None:
     """Train `job` in the run folder `ctx.run`; RunFailed with one sentence if it cannot be finished."""
     splits = open_splits(job.data, ctx.where, ctx.storage, split_names(job))
     known = facts(job, splits.card, splits.tables[job.data.train].num_rows)
-    segments = known["input"][0]
+    segments = known["input"][0] if splits.card.sample == "clip" else 0
     workers.connect(ctx.cpus)
     slots = workers.decode_slots(job.scale)
     workers.require(job.scale, slots)

@@ -2,6 +2,7 @@
 
 A new model is one file and one row. Video networks take `[B, T, C, H, W]` and return `[B, num_classes]`; each has
 `num_segments` (T), `head_name` (prefix of the last linear layer) and `first_conv_name`, by which optimisers group.
+Point networks are the rows of point_table.py.
 """
 
 import inspect
@@ -14,6 +15,7 @@ from torch import nn
 
 from slimray.models.i3d import I3D, INFLATIONS
 from slimray.models.mobilenetv2 import MobileNetV2
+from slimray.models.point_table import POINT_MODELS
 from slimray.models.resnet import ResNet
 from slimray.models.tsm import VideoNet2D
 from slimray.spec import UserError, did_you_mean, lookup
@@ -82,6 +84,8 @@ MODELS: dict[str, Model] = {
     "i3d_resnet50": Model(_i3d, "I3D: ResNet-50 inflated to 3D", defaults=_T32),
     "i3d_resnet50_nl": Model(partial(_i3d, True), "I3D ResNet-50, five non-local blocks", defaults=_T32),
 }
+
+MODELS |= {name: Model(make, text, takes) for name, (make, text, takes) in POINT_MODELS.items()}
 
 
 def options_of(name: str) -> dict[str, Any]:
