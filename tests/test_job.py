@@ -299,7 +299,7 @@ def test_a_wrong_set_is_one_sentence(assignment, sentence):
         (["optim.class_weights=[1, 2, 3, -4]"], "optim.class_weights: must be numbers >= 0, at least one"),
         (["optim.class_weights=balance"], "optim.class_weights: must be a list or must be 'balanced' (got 'balance')"),
         (["tsm:init.from=gone.pth"], "init.from: gone.pth: no such weights: give a checkpoint file, a URL or"),
-        (["tsm:init.from=tsn"], "init.from: runs: no run 'tsn'"),
+        (["tsm:init.from=tsn"], "init.from: no run 'tsn'"),
         (["tsm:init.from=data"], "init.from: 'data' is of kind prepare, it makes no weights"),
     ],
 )
@@ -333,6 +333,13 @@ def test_balanced_weights_are_counted_in_the_training_index():
     assert weights == pytest.approx((6 / 11, 18 / 11, 9 / 11, 0))
     given = optim.model_copy(update={"class_weights": (1.0, 2.0)})
     assert train.resolve_weights(given, table, 4) is given
+
+
+def test_classes_of_points_are_not_balanced_by_counting_clouds():
+    card = "{name: c, layout: generated, sample: points, labels: point, splits: {train: a, val: a}, classes: [a, b]}"
+    text = CHAIN.replace("card: moving_shapes", f"card: {card}").replace("tsm_resnet18", "pointnet_cls")
+    said = problems("optim.class_weights=balanced", file=write(text))
+    assert "optim.class_weights: balanced counts samples, here labels belong to points: write numbers" in said
 
 
 def test_weights_to_start_from_are_looked_for_but_not_fetched():

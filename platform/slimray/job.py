@@ -416,8 +416,8 @@ def _model_properties(model_spec: dict[str, Any]) -> dict[str, Any]:
         found = {types.get(type(default)) for default in defaults.values()}
         kind = {"type": found.pop()} if len(found) == 1 and None not in found else {}
         values = ", ".join(dict.fromkeys(str(default) for default in defaults.values()))
-        few = len(defaults) < len(models.MODELS)
-        who = f" Known by {', '.join(defaults)}." if few else ""
+        who = f" Known by {', '.join(defaults)}." if len(defaults) <= 6 else " Not every network knows it."
+        who = "" if len(defaults) == len(models.MODELS) else who
         properties[option] = {**kind, "description": f"Option of the network, default {values}.{who}"}
     return properties
 

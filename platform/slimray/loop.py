@@ -17,6 +17,7 @@ import ray.train
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 from torch import Tensor
@@ -39,11 +40,11 @@ MAX_BAD_STEPS = 10  # steps in a row with a non-finite gradient before the run e
 class CheckpointSpec(Spec):
     """When training state is saved; saving runs in the background and changes nothing in the run."""
 
-    every_s: float = 300
+    every_s: float = Field(default=300, gt=0)
     """Seconds between checkpoints within an epoch; each epoch ends with one as well."""
-    every_steps: int | None = None
+    every_steps: int | None = Field(default=None, ge=1)
     """Steps between checkpoints within an epoch, in place of `every_s`."""
-    keep_last: int = 2
+    keep_last: int = Field(default=2, ge=1)
     """Newest checkpoints kept; the best one by `best_metric` is kept besides."""
     best_metric: str | None = None
     """Metric by which a checkpoint is the best, higher is better; default val/top1, for labels per point val/miou."""

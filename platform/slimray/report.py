@@ -182,7 +182,7 @@ def render(
 
 
 def final_numbers(rows: Sequence[Mapping[str, Any]], card: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return {"best": ..., "last": ...}: as the card says, else the val rows of highest miou or top1 and highest step."""
+    """Return {"best": ..., "last": ...}: as the card says, else the val rows of highest miou or top1 and the last."""
     written = card.get("metrics", {})
     metric = "val/miou" if any("val/miou" in row for row in rows) else "val/top1"
     judged = [row for row in rows if _finite(row.get(metric))]

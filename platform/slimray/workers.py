@@ -19,6 +19,7 @@ from typing import Any
 import ray
 import ray.data
 import ray.train
+from pydantic import Field
 from ray.train.collective import barrier, broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -33,19 +34,19 @@ MAX_WORKERS = 1000  # Ray Train's barrier dead-locks above 1,000 ranks (its acto
 class ScaleSpec(Spec):
     """How many workers, on what, and how much patience."""
 
-    workers: int = 1
+    workers: int = Field(default=1, ge=1)
     """Data-parallel workers. Learning rate and warm-up depend on `batch.total` only, never on this."""
-    cpus_per_worker: float = 1
+    cpus_per_worker: float = Field(default=1, gt=0)
     """Logical CPUs each worker reserves; also its torch threads."""
-    gpus_per_worker: float = 0
+    gpus_per_worker: float = Field(default=0, ge=0)
     """GPUs each worker reserves; 0 trains on the CPU."""
-    decode_slots: int = 0
+    decode_slots: int = Field(default=0, ge=0)
     """Clips blocks decoded at once, a CPU each; 0 = as many as the cluster has left, on a laptop one per core."""
-    retries: int = 3
+    retries: int = Field(default=3, ge=0)
     """Worker failures survived before the run fails."""
-    start_timeout_s: float = 300
+    start_timeout_s: float = Field(default=300, gt=0)
     """Longest wait for the workers to start."""
-    data_timeout_s: float = 600
+    data_timeout_s: float = Field(default=600, gt=0)
     """Longest wait of a rank for the data of one step."""
 
 

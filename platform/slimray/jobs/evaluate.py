@@ -60,8 +60,6 @@ class EvaluateJob(Spec):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "EvaluateJob":
-        if self.scale.workers < 1:
-            raise ValueError(f"scale.workers: must be >= 1 (got {self.scale.workers})")
         for field in ("runs", "frame_orders"):
             values = getattr(self, field)
             if len(set(values)) < len(values):

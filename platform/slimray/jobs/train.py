@@ -89,8 +89,6 @@ class TrainJob(Spec):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "TrainJob":
-        if self.scale.workers < 1:
-            raise ValueError(f"scale.workers: must be >= 1 (got {self.scale.workers})")
         per_pass = self.scale.workers * self.batch.per_worker
         if self.batch.total % per_pass:
             raise ValueError(
@@ -119,7 +117,7 @@ def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, 
     UserError, with the field, for a network that cannot be built or does not fit the data.
     """
     num_classes = card.num_classes if card is not None else 0
-    _require_weights(job, num_classes)
+    _require_weights(job, card)
     net, macs = _measure(job, num_classes or 1, card)
     out: dict[str, Any] = {"model": job.model.name}
     if num_classes:
@@ -184,8 +182,10 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def _require_weights(job: TrainJob, num_classes: int) -> None:
-    weights = job.optim.class_weights
+def _require_weights(job: TrainJob, card: Card | None) -> None:
+    weights, num_classes = job.optim.class_weights, card.num_classes if card is not None else 0
+    if weights == "balanced" and card is not None and card.labels == "point":
+        raise UserError("optim.class_weights: balanced counts samples, here labels belong to points: write numbers")
     if not isinstance(weights, tuple):
         return
     if num_classes and len(weights) != num_classes:
