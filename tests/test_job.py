@@ -299,7 +299,7 @@ def test_a_wrong_set_is_one_sentence(assignment, sentence):
         (["optim.class_weights=[1, 2, 3, -4]"], "optim.class_weights: must be numbers >= 0, at least one"),
         (["optim.class_weights=balance"], "optim.class_weights: must be a list or must be 'balanced' (got 'balance')"),
         (["tsm:init.from=gone.pth"], "init.from: gone.pth: no such weights: give a checkpoint file, a URL or"),
-        (["tsm:init.from=tsn"], "init.from: no run 'tsn'"),
+        (["tsm:init.from=tsn"], "init.from: runs: no run 'tsn'"),
         (["tsm:init.from=data"], "init.from: 'data' is of kind prepare, it makes no weights"),
     ],
 )
@@ -489,8 +489,8 @@ def test_a_finished_job_has_no_problems_any_more(tmp_path, clips):
 def test_a_damaged_run_folder_is_one_sentence():
     finish(job.load(["chain.yaml"])[0], state="failed")
     for content, sentence in (
-        ("[1]", "does not hold what slimray writes"),
-        ("{}", "does not hold what slimray writes"),
+        ("[1]", "is no lock"),
+        ("{}", "is no lock"),
     ):
         Path("runs/data/lock").write_text(content)
         assert sentence in problems()[0]

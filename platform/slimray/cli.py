@@ -321,12 +321,24 @@ def _latest(run: Any) -> dict[str, dict[str, Any]]:
 @app.command()
 def predict(
     name: Annotated[str, typer.Argument(help="A finished training run, by name or URI.", metavar="RUN")],
-    files: Annotated[list[Path], typer.Argument(help="Videos.", metavar="FILE...")],
+    files: Annotated[list[Path], typer.Argument(help="Videos, or clouds of points.", metavar="FILE...")],
     top: Annotated[int, typer.Option(help="Classes shown per file.", min=1)] = 5,
+    columns: Annotated[
+        str | None, typer.Option(help='Of clouds as text, .npy or .bin: "x y z nx ny nz r g b"; "-" leaves one out.')
+    ] = None,
+    shape: Annotated[
+        int | None, typer.Option(help="Class of the clouds, from 0, for a network trained with one_hot.", min=0)
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for labels of points. Default: beside each file.")
+    ] = None,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the best classes of each clip with their probabilities. Needs no Ray."""
+    """Print the best classes of each clip or cloud with their probabilities. Needs no Ray.
+
+    A network that labels points writes FILE.labels.npz and FILE.labels.ply; printed is each class's share of the points.
+    """
     from safetensors import SafetensorError
 
     from slimray import predict as use
@@ -341,13 +353,17 @@ def predict(
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{run.uri}/model: is damaged or of another version ({reason}): train it again") from None
     there = [path for path in files if path.is_file()]
-    answers = use.predict_files(network, there, top)
+    names = (columns or "").replace(",", " ").split()
+    answers = use.predict_files(network, there, top, columns=names, shape=shape, out=folder)
     rows: list[dict[str, Any]] = []
     for path in files:
-        _, best, reason = next(answers) if path in there else (path, [], "no such file")
-        rows.append({"file": str(path), "top": [list(one) for one in best], "reason": reason})
+        found = next(answers) if path in there else use.Answer(path, reason="no such file")
+        written = [str(one) for one in found.written]
+        rows.append({"file": str(path), "top": found.top, "reason": found.reason, "written": written})
         if not as_json:
-            _say(f"{path}: {reason or '  '.join(f'{label} {100 * p:.1f} %' for label, p in best)}")
+            _say(f"{path}: {found.reason or '  '.join(f'{label} {100 * p:.1f} %' for label, p in found.top)}")
+        if written and not as_json:
+            _say(f"  labels of its points: {', '.join(written)}")
     if as_json:
         _emit(rows)
     bad = sum(bool(row["reason"]) for row in rows)

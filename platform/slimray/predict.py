@@ -1,11 +1,13 @@
 """A finished network as a function: samples in, class scores out; for validation, `evaluate` and `predict`.
 
 `Input` is how pixels become numbers and views become one score; it is stored in the run's `model/input.json`, so that
-a prediction prepares its input as training did. Torch only: a machine without Ray predicts too.
+a prediction prepares its input as training did. A file is a sample, as it is in a dataset: a network that was trained
+on blocks of rooms wants blocks. Torch only: a machine without Ray predicts too.
 """
 
+import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +16,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from slimray import learn, models, runs
+from slimray import learn, models, runs, storage
 from slimray.data.decoder import BadSample, Decoder
+from slimray.data.points import Cloud, PointRecipe, PointSample, make_points, read_cloud
+from slimray.data.samples import kind_of
 from slimray.data.video import ClipRecipe
+from slimray.spec import UserError
+
+KEY = (0, 0, 0)  # seed, epoch, sample: the same answer every time
+PALETTE = (  # of Okabe and Ito, safe for the colour-blind, grey in place of black; further classes get darker shades
+    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
+    (153, 153, 153),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class Network:
 def load_network(run: runs.Run, device: torch.device | str = "cpu") -> Network:
     """Load the network that `run` wrote; UserError if it wrote none."""
     weights, model, taken = runs.read_model(run)
+    kind_of(taken["recipe"]).from_dict(taken["recipe"])  # a recipe of another version fails here, not at the first file
     net = models.build(**model)
     net.load_state_dict(safetensors.torch.load(weights))
     pixels: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in taken["pixels"].items()}
@@ -83,18 +95,152 @@ def top_classes(scores: Tensor, classes: Sequence[str], k: int) -> list[tuple[st
     return [(classes[int(i)], float(v)) for i, v in zip(indices, values, strict=True)]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What was found in a file: its `top` classes, best first, or the `reason` why it could not be read.
+
+    The number of a class is its probability, or its share of the points where those have labels, which are `written`.
+    """
+
+    path: Path
+    top: list[tuple[str, float]] = field(default_factory=list)
+    reason: str = ""
+    written: tuple[Path, ...] = ()
+
+
 def predict_files(
-    network: Network, paths: Sequence[Path], k: int, timeout_s: float = 30
-) -> Iterator[tuple[Path, list[tuple[str, float]], str]]:
-    """For each file (path, top-`k` classes, ""), or (path, [], reason) when it does not decode."""
-    recipe = ClipRecipe.from_dict(network.recipe)
-    with Decoder(timeout_s=timeout_s) as decoder:
-        for path in paths:
-            try:
-                clip, _ = decoder.clip(str(path), path.read_bytes(), recipe, (0, 0, 0))
-            except (BadSample, OSError) as error:
-                yield path, [], str(error)
-                continue
-            device = next(network.net.parameters()).device
-            scores = predict_scores(network.net, clip[None], network.pixels, device, 1)
-            yield path, top_classes(scores[0], network.classes, k), ""
+    network: Network,
+    paths: Sequence[Path],
+    k: int,
+    *,
+    columns: Sequence[str] = (),
+    shape: int | None = None,
+    out: Path | None = None,
+    rows: int = 8,
+    timeout_s: float = 30,
+) -> Iterator[Answer]:
+    """Return the answers for files in turn, with `k` classes at most: of one view, as validated, or of all points.
+
+    For clouds: `columns` as `read_cloud` takes them, `shape` the class whose one-hot the network takes, `out` the
+    folder for labels of points (default: beside the file). The network sees at most `rows` views at once. UserError,
+    before anything is read, for an option that does not fit the network and labels that would overwrite a file.
+    """
+    recipe = kind_of(network.recipe).from_dict(network.recipe | {"mode": "val"})
+    per_point, num_shapes = getattr(recipe, "per_point", False), getattr(recipe, "num_shapes", 0)
+    if columns and isinstance(recipe, ClipRecipe):
+        raise UserError("--columns: is for clouds of points, this network takes clips")
+    if num_shapes and shape not in range(num_shapes):
+        raise UserError(f"--shape: the network takes the class of each cloud: give a number from 0 to {num_shapes - 1}")
+    if shape is not None and not num_shapes:
+        raise UserError("--shape: the network takes no class of a cloud")
+    if out is not None and not per_point:
+        raise UserError("--out: the network labels whole files, there is nothing to write")
+    if per_point:
+        _require_apart(paths, out)
+        recipe = replace(recipe, mode="test", votes=1, max_points=0)  # views that hold every point
+
+    def answer(path: Path, decoder: Decoder) -> Answer:
+        device = next(network.net.parameters()).device
+        if isinstance(recipe, ClipRecipe):
+            views, _ = decoder.clip(str(path), path.read_bytes(), recipe, KEY)
+        else:
+            cloud = read_cloud(str(path), path.read_bytes(), columns)
+            sample = _make_points(cloud, recipe, shape or 0)
+            if per_point:
+                scores = score_points(network, sample, len(cloud), device, rows)
+                return _write_labels(cloud, scores, network.classes, k, path, label_files(path, out))
+            views = sample.points
+        scores = predict_scores(network.net, views[None], network.pixels, device, 1)
+        return Answer(path, top_classes(scores[0], network.classes, k))
+
+    def answers() -> Iterator[Answer]:
+        with Decoder(timeout_s=timeout_s) as decoder:
+            for path in paths:
+                try:
+                    found = answer(path, decoder)
+                except (BadSample, OSError) as error:
+                    found = Answer(path, reason=str(error))
+                yield found
+
+    return answers()
+
+
+# ------------------------------------------------------------------------------------------------ labels of points
+
+
+def label_files(path: Path, out: Path | None = None) -> tuple[Path, Path]:
+    """Where the labels of the points of `path` go: NAME.labels.npz and NAME.labels.ply, beside it or in `out`."""
+    stem = (path.parent if out is None else out) / path.stem
+    return Path(f"{stem}.labels.npz"), Path(f"{stem}.labels.ply")
+
+
+def score_points(network: Network, sample: PointSample, num_points: int, device: torch.device, rows: int) -> Tensor:
+    """Scores `[num_points, C]` on the CPU of a cloud whose views hold every point: a point's logits are averaged."""
+    total = torch.zeros(num_points, len(network.classes))
+    for i in range(0, len(sample.points), rows):
+        scores = predict_scores(network.net, sample.points[i : i + rows, None], network.pixels, device, rows)
+        places = torch.from_numpy(sample.indices[i : i + rows].reshape(-1))
+        total.index_add_(0, places, scores.movedim(1, 2).flatten(0, 1).float().cpu())  # [v, C, N] -> [v*N, C]
+    seen = torch.from_numpy(np.bincount(sample.indices.reshape(-1), minlength=num_points))
+    return total / seen[:, None]
+
+
+def class_colors(num_classes: int) -> np.ndarray:
+    """A colour for each class, uint8 `[num_classes, 3]`, the same whatever their number."""
+    number = np.arange(num_classes)
+    return (np.array(PALETTE)[number % len(PALETTE)] * 0.6 ** (number // len(PALETTE))[:, None]).astype(np.uint8)
+
+
+def _make_points(cloud: Cloud, recipe: PointRecipe, shape: int) -> PointSample:
+    """The sample of a user's own file; BadSample that says which channels are missing and what can be done."""
+    missing = [name for name in recipe.channels if name not in cloud.features and name != "normals"]
+    if missing:
+        hint = ": name its columns with --columns" if "extra" in cloud.features else ""
+        there = ", ".join(cloud.features) or "coordinates only"
+        raise BadSample(f"has no {', '.join(missing)}, which the network takes (it has: {there}){hint}")
+    sample = make_points(cloud, recipe, KEY, shape)
+    if sample.points.shape[1] != recipe.num_channels:
+        raise BadSample(f"gives {sample.points.shape[1]} channels, the network takes {recipe.num_channels}")
+    return sample
+
+
+def _require_apart(paths: Sequence[Path], out: Path | None) -> None:
+    """Raise UserError if the labels of one of the files would overwrite another file of them, or its labels."""
+    given, owners = {path.resolve() for path in paths}, dict[Path, Path]()
+    for path in paths:
+        for target in label_files(path, out):
+            if target.resolve() in given:
+                raise UserError(
+                    f"{target}: would be overwritten with the labels of {path}: leave it out, or write elsewhere by --out"
+                )
+            other = owners.setdefault(target.resolve(), path)
+            if other.resolve() != path.resolve():
+                raise UserError(f"{path} and {other}: their labels would be one file, {target}: predict them in turn")
+
+
+def _write_labels(
+    cloud: Cloud, scores: Tensor, classes: Sequence[str], k: int, path: Path, targets: tuple[Path, Path]
+) -> Answer:
+    """Write the labels of a cloud as .npz for programs and .ply for viewers, in the coordinates of its file."""
+    import plyfile
+
+    best, places = torch.softmax(scores, 1).max(1)
+    labels, coords = places.numpy(), cloud.coords + cloud.origin  # float64
+    rows = np.arange(len(cloud)) if cloud.rows is None else cloud.rows
+    arrays = io.BytesIO()
+    np.savez_compressed(
+        arrays, coords=coords, labels=labels, confidence=best.numpy(), rows=rows, classes=np.array(classes)
+    )
+    columns = [*coords.T, labels, *class_colors(len(classes))[labels].T]
+    types = "x f8, y f8, z f8, label i4, red u1, green u1, blue u1".split(", ")
+    table = np.rec.fromarrays(columns, [tuple(one.split()) for one in types])
+    legend = [f"class {number} {ascii(name)}" for number, name in enumerate(classes)]
+    picture = io.BytesIO()
+    plyfile.PlyData([plyfile.PlyElement.describe(np.asarray(table), "vertex")], byte_order="<", comments=legend).write(
+        picture
+    )
+    for target, buffer in zip(targets, (arrays, picture), strict=True):
+        storage.write_atomic(*storage.open_uri(target), buffer.getvalue())
+    shares = np.bincount(labels, minlength=len(classes)) / len(labels)
+    order = [number for number in np.argsort(-shares, kind="stable")[:k] if shares[number]]
+    return Answer(path, [(classes[number], float(shares[number])) for number in order], written=targets)

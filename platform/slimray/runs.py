@@ -112,7 +112,7 @@ def find_run(name_or_uri: str, where: str) -> Run:
     run = open_run(where, name_or_uri)
     if not _is_run(run):
         names = [run.name for run in list_runs(where)]
-        raise UserError(f"no run {name_or_uri!r} in {where}" + did_you_mean(name_or_uri, names))
+        raise UserError(f"{where}: no run {name_or_uri!r}" + (did_you_mean(name_or_uri, names) if names else " or any"))
     return run
 
 
@@ -446,9 +446,7 @@ def _read_lock(run: Run) -> _Owner | None:
     try:
         return None if found is None else _Owner(**found)
     except TypeError:
-        raise StorageError(
-            f"{join(run.uri, 'lock')}: is no lock of slimray: delete it if nothing writes there"
-        ) from None
+        raise UserError(f"{join(run.uri, 'lock')}: is no lock of slimray: delete it if nothing writes there") from None
 
 
 def _is_alive(owner: _Owner | None) -> bool:

@@ -39,7 +39,7 @@ def test_views_change_what_is_scored_not_how_many(shell, trained):
 def test_a_run_that_has_not_finished_cannot_be_scored(shell, trained):
     refused = shell.run("evaluate", "smal")
     assert refused.returncode == 2
-    assert "no run 'smal' in runs, did you mean 'small'?" in refused.stderr
+    assert "no run 'smal', did you mean 'small'?" in refused.stderr
 
 
 def test_files_are_classified_and_bad_ones_are_named(shell, trained, shared):
