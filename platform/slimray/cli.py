@@ -337,7 +337,7 @@ def predict(
 ) -> None:
     """Print the best classes of each clip or cloud with their probabilities. Needs no Ray.
 
-    A network that labels points writes FILE.labels.npz and FILE.labels.ply; printed is each class's share of the points.
+    A network that labels points writes NAME.labels.npz and NAME.labels.ply; printed are the classes' shares of points.
     """
     from safetensors import SafetensorError
 

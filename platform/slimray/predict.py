@@ -135,6 +135,8 @@ def predict_files(
         raise UserError("--shape: the network takes no class of a cloud")
     if out is not None and not per_point:
         raise UserError("--out: the network labels whole files, there is nothing to write")
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is no folder")
     if per_point:
         _require_apart(paths, out)
         recipe = replace(recipe, mode="test", votes=1, max_points=0)  # views that hold every point
@@ -210,12 +212,12 @@ def _require_apart(paths: Sequence[Path], out: Path | None) -> None:
     for path in paths:
         for target in label_files(path, out):
             if target.resolve() in given:
-                raise UserError(
-                    f"{target}: would be overwritten with the labels of {path}: leave it out, or write elsewhere by --out"
-                )
+                raise UserError(f"{target}: the labels of {path} would overwrite it: leave it out, or give --out")
             other = owners.setdefault(target.resolve(), path)
             if other.resolve() != path.resolve():
-                raise UserError(f"{path} and {other}: their labels would be one file, {target}: predict them in turn")
+                raise UserError(
+                    f"{other}, {path}: their labels would be one file, {target}: predict one by one, with --out"
+                )
 
 
 def _write_labels(
@@ -232,15 +234,13 @@ def _write_labels(
         arrays, coords=coords, labels=labels, confidence=best.numpy(), rows=rows, classes=np.array(classes)
     )
     columns = [*coords.T, labels, *class_colors(len(classes))[labels].T]
-    types = "x f8, y f8, z f8, label i4, red u1, green u1, blue u1".split(", ")
-    table = np.rec.fromarrays(columns, [tuple(one.split()) for one in types])
-    legend = [f"class {number} {ascii(name)}" for number, name in enumerate(classes)]
+    types = [("x", "f8"), ("y", "f8"), ("z", "f8"), ("label", "i4"), ("red", "u1"), ("green", "u1"), ("blue", "u1")]
+    vertices = plyfile.PlyElement.describe(np.asarray(np.rec.fromarrays(columns, types)), "vertex")
+    legend = [f"class {number} {name!a}" for number, name in enumerate(classes)]
     picture = io.BytesIO()
-    plyfile.PlyData([plyfile.PlyElement.describe(np.asarray(table), "vertex")], byte_order="<", comments=legend).write(
-        picture
-    )
+    plyfile.PlyData([vertices], byte_order="<", comments=legend).write(picture)
     for target, buffer in zip(targets, (arrays, picture), strict=True):
         storage.write_atomic(*storage.open_uri(target), buffer.getvalue())
     shares = np.bincount(labels, minlength=len(classes)) / len(labels)
-    order = [number for number in np.argsort(-shares, kind="stable")[:k] if shares[number]]
+    order = [int(number) for number in np.argsort(-shares, kind="stable")[:k] if shares[number]]
     return Answer(path, [(classes[number], float(shares[number])) for number in order], written=targets)

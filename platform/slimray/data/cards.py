@@ -2,9 +2,10 @@
 
 A `Card` is YAML that says where the lists of a dataset are and how to read them. `complete` adds the classes that only
 the dataset knows, `read_split` makes an index of a split: an Arrow table, a row per sample. `read_whole` and
-`read_sample` fetch the bytes of a row: a video file, the numbered pictures of a folder (`clip/{00001..00300}.jpg`, one
-path for all of them) as a stored ZIP, or one clip of a packed shard. A shard holds one clip per row group, so that a
-clip is one range read. A new list format is one function of READERS.
+`read_sample` fetch the bytes of a row: a video or point file, the numbered pictures of a folder
+(`clip/{00001..00300}.jpg`, one path for all of them) or all its files (`room/{*}.txt`) as a stored ZIP, or one clip of
+a packed shard. A shard holds one clip per row group, so that a clip is one range read. A new list format is one
+function of READERS.
 """
 
 import csv
@@ -15,8 +16,9 @@ import json
 import posixpath
 import re
 import tempfile
+import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -29,12 +31,14 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from slimray import storage
+from slimray.data import point_sets
 from slimray.data.decoder import MAX_FRAMES, BadSample, zip_frames
 from slimray.data.video import ClipRecipe, frame_indices, generators
 from slimray.spec import Spec, UserError, did_you_mean, parse, parse_yaml, read_yaml
 from slimray.storage import join
 
 MAX_CLASSES = 100_000
+SYNSETS = "synsetoffset2category.txt"
 NUM_FOOTERS = 4096  # kept per process as written, some 11 kB for 64 clips; parsed they would take 170 kB
 
 INDEX = pa.schema(
@@ -55,6 +59,10 @@ UNKNOWN = {"frames": 0, "fps": 0.0, "width": 0, "height": 0, "shard": "", "row":
 _COLUMN = re.compile(r"\{([A-Za-z_]\w*)(?::0(\d\d?)d)?\}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _PICTURES = re.compile(r"\{(\d{1,9})\.\.(\d{0,9})\}(?=[^/]*$)")
+_ALL_FILES = "{*}"  # in the last part of a path
+_CLASS = "{class}"  # a part of a pattern of layout `files`
+_PATTERNS = ("files", "s3dis", "shapenet_part")  # layouts whose splits may be found in several places
+_LABELS_OF = ("name", "folder", "stem")  # what `point_labels` may say of a cloud's path
 
 
 class Card(Spec):
@@ -68,14 +76,20 @@ class Card(Spec):
     """Where it comes from: address and citation."""
     licence: str = ""
     """Terms of use, as far as they are known."""
-    layout: Literal["list", "folders", "something_v2", "hmdb51", "generated", "index"]
-    """`list`: text or CSV; `folders`: a folder per class; `something_v2`: JSON lists; `hmdb51`: a list per class;
-    `generated`: made by a `prepare` job; `index`: what a `prepare` job wrote."""
+    layout: Literal[
+        "list", "folders", "files", "something_v2", "hmdb51", "s3dis", "shapenet_part", "generated", "index"
+    ]
+    """`list`: text or CSV; `folders`: a folder per class; `files`: patterns of paths; `something_v2`: JSON lists;
+    `hmdb51`: a list per class; `s3dis`: rooms, a file per object; `shapenet_part`: JSON lists of shapes; `generated`:
+    made by a `prepare` job; `index`: what a `prepare` job wrote."""
     root: str | None = None
     """Folder of the dataset, if it is always the same; `data.root` of a job goes before it."""
-    splits: dict[str, str | tuple[str, int]] = Field(min_length=1)
-    """Where each split is found under the root: its list (`list`, `something_v2`, `index`), the folder of its class
-    folders (`folders`; `.` = the root), `[pattern of the lists, mark of its lines]` (`hmdb51`)."""
+    splits: dict[str, str | tuple[str | int, ...]] = Field(min_length=1)
+    """Where each split is found under the root: its list (`list`, `something_v2`, `index`) or lists (`shapenet_part`),
+    the folder of its class folders (`folders`; `.` = the root), `[pattern of the lists, mark of its lines]` (`hmdb51`),
+    a pattern of its files or several (`files`, `s3dis`). In a pattern `*` and `[0-7]` stand for characters of one part
+    of a path, the part `{class}` for any name, which is the class, and `{*}` in the last part makes all files of a
+    folder one sample: `{class}/train/*.off`, `Area_[12346]/*/Annotations/{*}.txt`."""
     delimiter: str | None = Field(None, min_length=1, max_length=1)
     """Character between the columns of a list; default white space, then paths have none."""
     columns: tuple[str, ...] | Literal["header"] = ("path", "label")
@@ -103,9 +117,13 @@ class Card(Spec):
     point_columns: tuple[str, ...] = ()
     """Columns of text, .npy and .bin point files: x y z, nx ny nz, r g b, intensity, label; `-` leaves one out."""
     point_labels: str | None = None
-    """File under the root with a label for each point; `{name}` is the cloud's path without its extension."""
+    """File under the root with a label for each point; `{name}` is the cloud's path without its extension, `{folder}`
+    and `{stem}` are its two halves: `{folder}/../labels/{stem}.label`."""
     label_map: dict[int, int] = {}
     """Class of each label per point as the files have it; labels not named do not count. Empty: as they are."""
+    tile: float | None = Field(None, gt=0)
+    """Side, in the unit of the coordinates, of the squares of x and y into which `prepare` cuts each cloud, a sample
+    each; for scenes that are larger than a sample. null keeps clouds whole."""
 
     @model_validator(mode="before")
     @classmethod
@@ -118,9 +136,17 @@ class Card(Spec):
     @model_validator(mode="after")
     def _fields_fit(self) -> "Card":
         for split, place in self.splits.items():
-            if isinstance(place, str) == (self.layout == "hmdb51"):
-                form = "[pattern, mark]" if self.layout == "hmdb51" else "one path"
+            several = isinstance(place, tuple)
+            if self.layout == "hmdb51":
+                form, fits = "[pattern, mark]", several and [type(one) for one in place] == [str, int]
+            elif self.layout in _PATTERNS:
+                form, fits = "a path or several", all(isinstance(one, str) for one in place) and len(place) > 0
+            else:
+                form, fits = "one path", not several
+            if not fits:
                 raise ValueError(f"splits.{split}: must be {form} for layout {self.layout}")
+            if self.layout == "files":
+                self._require_class(split)
         if isinstance(self.classes, tuple):
             twice = [name for name, count in Counter(self.classes).items() if count > 1 or not name]
             if twice:
@@ -129,14 +155,32 @@ class Card(Spec):
                 raise ValueError(f"num_classes: {self.num_classes}, but classes names {len(self.classes)}")
         if (self.flip == "labels") != bool(self.flip_pairs):
             raise ValueError("flip_pairs: belong to flip: labels, neither goes without the other")
-        if self.sample == "clip" and (self.labels == "point" or self.point_columns or self.point_labels):
-            raise ValueError("labels: point_columns, point_labels and labels per point need sample: points")
+        if self.sample == "clip" and (self.labels == "point" or self.point_columns or self.point_labels or self.tile):
+            raise ValueError("labels: point_columns, point_labels, tile and labels per point need sample: points")
+        if self.layout in ("s3dis", "shapenet_part") and self.labels == "sample":
+            raise ValueError(f"labels: must be point for layout {self.layout}")
+        for name in _COLUMN.findall(self.point_labels or ""):
+            if name[0] not in _LABELS_OF:
+                raise ValueError(f"point_labels: {name[0]!r} is not known{did_you_mean(name[0], _LABELS_OF)}")
         if self.labels == "point" and not (self.classes or self.num_classes):
             raise ValueError("classes: must be named, or num_classes given, where labels belong to points")
         mirrored = [one for pair in self.flip_pairs for one in pair]
         if len(set(mirrored)) != len(mirrored):
             raise ValueError("flip_pairs: a class stands in more than one pair")
         return self
+
+    def _require_class(self, split: str) -> None:
+        for pattern in self.places(split):
+            if (_CLASS in pattern.split("/")) != (self.labels == "sample"):
+                reason = f"{_CLASS} must be a part of it, it names the class of a file"
+                if self.labels == "point":
+                    reason = f"{_CLASS} has no place in it, labels belong to points"
+                raise ValueError(f"splits.{split}: {pattern!r}: {reason}")
+
+    def places(self, split: str) -> list[str]:
+        """The lists or patterns of a split."""
+        place = self.splits[split]
+        return [place] if isinstance(place, str) else [one for one in place if isinstance(one, str)]
 
     def class_names(self) -> list[str]:
         """The classes in the order of their numbers; the numbers themselves where no names are known."""
@@ -244,7 +288,7 @@ def read_split(card: Card, split: str, root: str) -> pa.Table:
         if path in seen:
             raise UserError(f"{entry.where}: {path} is listed twice, before in {seen[path]}")
         seen[path] = entry.where
-        label = _label_of(entry, names, card.name) if card.labels == "sample" else _shape_of(card, entry)
+        label = _label_of(entry, names, card.name) if card.labels == "sample" else _shape_of(entry)
         rows.append({"path": path, "label": label, "frames": frames})
     if not rows:
         raise UserError(f"{join(folder, _place(card, split))}: lists no sample for split {split!r} of {card.name}")
@@ -275,7 +319,7 @@ def fingerprint(table: pa.Table) -> str:
 
 
 def read_whole(fs: pafs.FileSystem, root: str, row: dict[str, Any]) -> bytes:
-    """Return all bytes of the sample of an index row; pictures as a stored ZIP of all of them.
+    """Return all bytes of the sample of an index row; pictures, or files of `{*}`, as a stored ZIP of all of them.
 
     FileNotFoundError: the file, folder or shard of the index is not there. BadSample: the folder is there, but a
     picture of it is missing; like a damaged file that costs this one sample, not the run. StorageError.
@@ -283,9 +327,33 @@ def read_whole(fs: pafs.FileSystem, root: str, row: dict[str, Any]) -> bytes:
     if row["shard"]:
         return _read_packed(fs, join(root, row["shard"]), row["row"])
     pictures = _pictures_of(fs, root, row)
-    if pictures is None:
+    if pictures is not None:
+        return _read_pictures(fs, pictures, range(pictures.count))
+    if _ALL_FILES not in posixpath.basename(row["path"]):
         return _read_file(fs, join(root, row["path"]))
-    return _read_pictures(fs, pictures, range(pictures.count))
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in read_files(fs, root, row["path"]).items():
+            archive.writestr(zipfile.ZipInfo(name), data)
+    return buffer.getvalue()
+
+
+def read_files(fs: pafs.FileSystem, root: str, path: str) -> dict[str, bytes]:
+    """Return the files that the path of a row with `{*}` stands for: name -> bytes, by name. Raises as `read_whole`."""
+    folder, _, form = join(root, path).rpartition("/")
+    names = _matching([info.base_name for info in storage.list_files(fs, folder)], form.replace(_ALL_FILES, "*"))
+    if not names:
+        raise FileNotFoundError(join(folder, form))
+    return {name: _read_file(fs, join(folder, name)) for name in names}
+
+
+def labels_path(card: Card, path: str) -> str:
+    """The file with the labels of the points of the cloud at `path`; UserError where it could lead out of the root."""
+    assert card.point_labels is not None
+    name = path[: -len(posixpath.splitext(path)[1]) or None]
+    known = {"name": name, "folder": posixpath.dirname(name) or ".", "stem": posixpath.basename(name)}
+    filled = _COLUMN.sub(lambda match: known[match[1]], card.point_labels)
+    return _inside(posixpath.normpath(filled), f"{card.name}: point_labels")
 
 
 def read_sample(
@@ -302,10 +370,10 @@ def read_sample(
     return _read_pictures(fs, pictures, sorted(set(wanted.tolist())))
 
 
-def write_shard(fs: pafs.FileSystem, path: str, packed_rows: list[dict[str, Any]]) -> None:
+def write_shard(fs: pafs.FileSystem, path: str, packed_rows: Iterable[dict[str, Any]]) -> None:
     """Write rows with path, label and data (bytes) as a parquet shard, a row group each, all at once or not at all.
 
-    No compression, dictionary or statistics: videos do not shrink, and statistics would put them into the footer.
+    One row at a time is in memory. No compression, dictionary or statistics: videos do not shrink, and statistics would put them into the footer.
     """
     options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     options |= {"store_schema": False, "write_page_checksum": True}
@@ -474,6 +542,63 @@ def _read_folders(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Ite
             yield _Entry(inside, {"path": posixpath.normpath(join(place, name, one))}, name)
 
 
+def _read_files(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[_Entry]:
+    """Files that match the patterns of a split, part for part. Names with a dot in front are left out."""
+    for pattern in card.places(split):
+        where = join(root, pattern)
+        *parts, last = _inside(pattern, card.name).split("/")
+        folders = [("", "")]  # path, class
+        for part in parts:
+            if _is_plain(part):
+                folders = [(posixpath.join(folder, part), label) for folder, label in folders]
+                continue
+            folders = [
+                (posixpath.join(folder, name), name if part == _CLASS else label)
+                for folder, label in folders
+                for name in _matching(storage.list_folders(fs, join(root, folder).rstrip("/")), part)
+            ]
+        found = 0
+        for folder, label in folders:
+            names = [last]
+            if _ALL_FILES not in last and not _is_plain(last):
+                files = storage.list_files(fs, join(root, folder).rstrip("/"))
+                names = _matching([info.base_name for info in files], last)
+            found += len(names)
+            for name in names:
+                yield _Entry(where, {"path": posixpath.join(folder, name)}, label)
+        if not found:
+            raise _NotThere(f"{where}: there are no such files ({_split_of(card, split)}): mend data.root or the card")
+
+
+def _is_plain(part: str) -> bool:
+    return part != _CLASS and not any(sign in part for sign in "*?[")
+
+
+def _matching(names: Sequence[str], part: str) -> list[str]:
+    form = "*" if part == _CLASS else part
+    return [name for name in names if not name.startswith(".") and fnmatchcase(name, form)]
+
+
+def _read_shapenet_part(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[_Entry]:
+    """JSON lists of "shape_data/FOLDER/NAME"; synsetoffset2category.txt says which shape a folder holds."""
+    try:
+        text = _read_text(fs, root, SYNSETS, f"the shapes of {card.name}")
+        shapes = point_sets.shapenet_synsets(text.encode())
+    except BadSample as error:
+        raise UserError(f"{join(root, SYNSETS)}: {error}") from None
+    for place in card.places(split):
+        where = join(root, place)
+        try:
+            listed = point_sets.shapenet_split(_read_text(fs, root, place, _split_of(card, split)).encode())
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise UserError(f"{where}: must be a JSON list of shapes") from None
+        for number, path in enumerate(listed, 1):
+            shape = shapes.get(path.partition("/")[0])
+            if shape is None:
+                raise UserError(f"{where} entry {number}: {path!r} lies in none of the folders of {SYNSETS}")
+            yield _Entry(f"{where} entry {number}", {"path": path, "label": str(shape)}, shape)
+
+
 def _read_something_v2(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[_Entry]:
     """A JSON list of objects with `id` and `template`, which is the class with its objects in brackets."""
     place = _place(card, split)
@@ -490,14 +615,12 @@ def _read_something_v2(card: Card, split: str, fs: pafs.FileSystem, root: str) -
 
 def _read_hmdb51(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[_Entry]:
     """A list per class, `CLASS_test_split1.txt`, with lines `file mark`: 1 trains, 2 tests, 0 is left out."""
-    pattern, mark = card.splits[split]
-    folder, _, form = _inside(str(pattern), card.name).rpartition("/")
+    pattern, mark = _place(card, split), card.splits[split][1]
+    folder, _, form = _inside(pattern, card.name).rpartition("/")
     lists = [info.base_name for info in storage.list_files(fs, join(root, folder) if folder else root)]
     lists = [name for name in lists if fnmatchcase(name, form)]
     if not lists:
-        raise _NotThere(
-            f"{join(root, str(pattern))}: no such lists ({_split_of(card, split)}): mend data.root or the card"
-        )
+        raise _NotThere(f"{join(root, pattern)}: no such lists ({_split_of(card, split)}): mend data.root or the card")
     for name in lists:
         place, label = join(folder, name) if folder else name, name.removesuffix(form.lstrip("*"))
         for where, fields in _lines(_read_text(fs, root, place, _split_of(card, split)), join(root, place), None):
@@ -510,8 +633,11 @@ def _read_hmdb51(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iter
 READERS: dict[str, Callable[[Card, str, pafs.FileSystem, str], Iterator[_Entry]]] = {
     "list": _read_list,
     "folders": _read_folders,
+    "files": _read_files,
     "something_v2": _read_something_v2,
     "hmdb51": _read_hmdb51,
+    "s3dis": _read_files,
+    "shapenet_part": _read_shapenet_part,
 }
 
 
@@ -622,9 +748,9 @@ def _label_of(entry: _Entry, names: dict[str, int], dataset: str) -> int:
     return names[entry.label]
 
 
-def _shape_of(card: Card, entry: _Entry) -> int:
+def _shape_of(entry: _Entry) -> int:
     """The shape of a cloud whose points have labels of their own: its label in the list, 0 where lists have none."""
-    if "label" not in card.columns:
+    if "label" not in entry.columns:
         return 0
     if isinstance(entry.label, int) and entry.label >= 0:
         return entry.label
@@ -638,8 +764,7 @@ def _shape_of(card: Card, entry: _Entry) -> int:
 
 def _place(card: Card, split: str) -> str:
     """Where the card finds a split, as one word."""
-    place = card.splits[split]
-    return place if isinstance(place, str) else place[0]
+    return card.places(split)[0]
 
 
 def _split_of(card: Card, split: str) -> str:

@@ -3,16 +3,20 @@
 Every file is decoded once from end to end: what does not decode goes to the run's quarantine with its reason, the rest
 gets its true frame count, rate and size into the index. `pack` re-encodes it as short-GOP H.264 or JPEG frames into
 parquet shards (one clip per row group: large sequential objects that can still be read clip by clip), so that training
-decodes cheaply. Generated datasets are made here. Work is cut into shards; a shard whose part file exists is done, so a
-killed job goes on where it stopped.
+decodes cheaply. Clouds of points are always packed, as .npz; a scene may become several (an S3DIS room its windows,
+`room#zero-0007`; the tiles of a scan), whose array `rows` leads back into it. Generated datasets are made here. Work is
+cut into shards; a shard whose part file exists is done, so a killed job goes on where it stopped.
 """
 
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -24,10 +28,12 @@ from pydantic import Field, model_validator
 from ray import exceptions
 
 from slimray import runs, storage, workers
-from slimray.data import cards, moving_shapes, points, shapes
+from slimray.data import cards, moving_shapes, point_sets, points, shapes
 from slimray.data.decoder import BadSample, Decoder, Pack
 from slimray.progress import make_bar
 from slimray.spec import RunFailed, Spec, UserError, parse
+
+MIN_TILE_POINTS = 100  # tiles with fewer are left out
 
 
 class PrepareData(Spec):
@@ -203,11 +209,13 @@ def _write_indexes(job: PrepareJob, ctx: Any, card: cards.Card, chunks: list[_Ch
     """Join the parts to one index per split, the quarantine, the card of the prepared dataset."""
     rows: dict[str, list] = {chunk.split: [] for chunk in chunks}
     bad: dict[str, list] = {chunk.split: [] for chunk in chunks}
+    files = dict.fromkeys(rows, 0)
     totals: dict[str, Any] = {"bytes_in": 0, "bytes_out": 0, "psnr": []}
     for chunk in chunks:
         part = json.loads(runs.read_file(ctx.run, f"data/parts/{_part_name(chunk)}"))
         rows[chunk.split] += part["rows"]
         bad[chunk.split] += part["bad"]
+        files[chunk.split] += chunk.hi - chunk.lo
         totals["bytes_in"] += part["bytes_in"]
         totals["bytes_out"] += part["bytes_out"]
         totals["psnr"] += part["psnr"]
@@ -217,7 +225,7 @@ def _write_indexes(job: PrepareJob, ctx: Any, card: cards.Card, chunks: list[_Ch
                 writer.write({"split": split, **item})
     metrics: dict[str, Any] = {}
     for split, items in rows.items():
-        total = len(items) + len(bad[split])
+        total = files[split]
         if not items:
             raise RunFailed(f"split {split!r}: none of {total} files decodes, see quarantine/ in the run folder")
         if len(bad[split]) > job.max_bad_fraction * total:
@@ -281,39 +289,51 @@ def _generate(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any]
 
 def _convert(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any], fs: Any, folder: str) -> None:
     """Read every file whole, and pack the good ones into one parquet shard."""
-    one = _cloud if work.card.sample == "points" else _clip
     shard = f"shards/{chunk.split}-{chunk.number:06d}.parquet" if work.pack or work.card.sample == "points" else ""
-    packed = []
     with Decoder(timeout_s=work.timeout_s) as decoder:
-        for row in rows:
-            try:
-                made = one(work, row, decoder)
-            except (BadSample, FileNotFoundError) as error:
-                reason = str(error) if isinstance(error, BadSample) else "no such file"
-                part["bad"].append({"path": row["path"], "reason": reason})
-                continue
-            place = {"shard": shard, "row": len(packed) if shard else -1}
-            part["rows"].append({"path": row["path"], "label": row["label"], **made.shape, **place})
-            part["bytes_in"] += made.bytes_in
-            if shard:
-                packed.append({"path": row["path"], "label": row["label"], "data": made.data})
-                part["bytes_out"] += len(made.data)
-                part["psnr"] += [] if made.psnr is None else [made.psnr]
-    if packed:
-        cards.write_shard(fs, f"{folder}/data/{shard}", packed)
+        packed = _pack(work, rows, part, shard, decoder)
+        first = next(packed, None)
+        if first is not None:
+            cards.write_shard(fs, f"{folder}/data/{shard}", itertools.chain([first], packed))
+
+
+def _pack(work: _Work, rows: list[dict], part: dict[str, Any], shard: str, decoder: Decoder) -> Iterator[dict]:
+    """The rows of the shard, made one by one (none without a shard); `part` notes what is made and what is bad."""
+    make = _MAKERS.get(work.card.layout) or (_cloud if work.card.sample == "points" else _clip)
+    packed = 0
+    for row in rows:
+        try:
+            for made in make(work, row, decoder):
+                place = {"shard": shard, "row": packed if shard else -1}
+                part["rows"].append({"path": made.path, "label": row["label"], **made.shape, **place})
+                part["bad"] += [{"path": path, "reason": reason} for path, reason in made.left_out.items()]
+                part["bytes_in"] += made.bytes_in
+                if shard:
+                    packed += 1
+                    part["bytes_out"] += len(made.data)
+                    part["psnr"] += [] if made.psnr is None else [made.psnr]
+                    yield {"path": made.path, "label": row["label"], "data": made.data}
+        except (BadSample, FileNotFoundError) as error:
+            reason = str(error) if isinstance(error, BadSample) else "no such file"
+            part["bad"].append({"path": row["path"], "reason": reason})
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A sample as stored, columns of the index that say what it holds, bytes read, PSNR in dB of what was lost."""
+    """A sample as stored: its path in the index, columns of the index that say what it holds, bytes read for it.
 
+    `psnr` is in dB, of what was lost; `left_out` are files that it lacks, with the reason.
+    """
+
+    path: str
     data: bytes
     shape: dict[str, Any]
     bytes_in: int
     psnr: float | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
-def _clip(work: _Work, row: dict[str, Any], decoder: Decoder) -> _Made:
+def _clip(work: _Work, row: dict[str, Any], decoder: Decoder) -> Iterator[_Made]:
     """A video probed, and re-encoded if it is to be packed."""
     source, root = storage.open_uri(work.root)
     data = cards.read_whole(source, root, row)
@@ -322,20 +342,81 @@ def _clip(work: _Work, row: dict[str, Any], decoder: Decoder) -> _Made:
     else:
         encoded, found, psnr = decoder.repack(row["path"], data, Pack(**work.pack.model_dump()))
     shape = {"frames": found.frames, "fps": found.fps, "width": found.width, "height": found.height}
-    return _Made(encoded, shape, len(data), psnr)
+    yield _Made(row["path"], encoded, shape, len(data), psnr)
 
 
-def _cloud(work: _Work, row: dict[str, Any], decoder: Decoder) -> _Made:
-    """A cloud read from any point file, with the labels of its points as classes."""
+def _cloud(work: _Work, row: dict[str, Any], _: Decoder) -> Iterator[_Made]:
+    """A cloud read from any point file, with the labels of its points as classes; whole, or in tiles."""
     card, (source, root) = work.card, storage.open_uri(work.root)
     data, labels = cards.read_whole(source, root, row), None
     if card.point_labels:
-        path = card.point_labels.replace("{name}", row["path"].rpartition(".")[0])
+        path = cards.labels_path(card, row["path"])
         labels = (path, cards.read_whole(source, root, {**row, "path": path}))
     cloud = points.read_cloud(row["path"], data, card.point_columns, labels)
     if card.labels == "point":
         cloud = _with_classes(cloud, card)
-    return _Made(points.write_cloud(cloud), {"frames": len(cloud)}, len(data) + len(labels[1] if labels else b""))
+    size = len(data) + len(labels[1] if labels else b"")
+    if card.tile is None:
+        yield _stored(row["path"], cloud, size)
+        return
+    tiles = _tiles(cloud, card.tile)
+    if not tiles:
+        raise BadSample(f"no tile of it has {MIN_TILE_POINTS} points and a label that counts")
+    for number, tile in enumerate(tiles):
+        yield _stored(f"{row['path']}#{number:04d}", tile, 0 if number else size)
+
+
+def _room(work: _Work, row: dict[str, Any], _: Decoder) -> Iterator[_Made]:
+    """The windows of an S3DIS room, first those of offset "zero", then those of "half"."""
+    source, root = storage.open_uri(work.root)
+    objects = cards.read_files(source, root, row["path"])
+    folder, room = row["path"].rpartition("/")[0], row["path"].partition("/Annotations/")[0]
+    xyzrgb, labels, skipped = point_sets.s3dis_room(objects)
+    size, left_out = sum(map(len, objects.values())), {f"{folder}/{name}": why for name, why in skipped.items()}
+    for key, (name, offset) in enumerate(point_sets.S3DIS_OFFSETS.items()):
+        windows = point_sets.s3dis_windows(xyzrgb, labels, offset, (zlib.crc32(room.encode()), key))
+        for number, window in enumerate(windows):
+            if not np.ptp(window.coords, 0).any():
+                continue  # a lone point, far from all others, is no cloud
+            features = {"colors": window.features["colors"], "place": window.features["position"]}
+            window = dataclasses.replace(window, features=features)
+            yield _stored(f"{room}#{name}-{number:04d}", window, size, left_out)
+            size, left_out = 0, {}
+
+
+def _shape(work: _Work, row: dict[str, Any], _: Decoder) -> Iterator[_Made]:
+    """A shape of ShapeNet part, whose parts must be those of its class."""
+    source, root = storage.open_uri(work.root)
+    data = cards.read_whole(source, root, row)
+    yield _stored(row["path"], point_sets.shapenet_cloud(row["path"], data, row["label"]), len(data))
+
+
+_MAKERS: dict[str, Callable[[_Work, dict[str, Any], Decoder], Iterator[_Made]]] = {
+    "s3dis": _room,
+    "shapenet_part": _shape,
+}
+
+
+def _stored(path: str, cloud: points.Cloud, bytes_in: int, left_out: Mapping[str, str] | None = None) -> _Made:
+    return _Made(path, points.write_cloud(cloud), {"frames": len(cloud)}, bytes_in, left_out=left_out or {})
+
+
+def _tiles(cloud: points.Cloud, side: float) -> list[points.Cloud]:
+    """Squares of x and y, in their order; `rows` lead back into the file. Left out are sparse ones, and those without
+    a label that counts."""
+    cells = np.floor((cloud.coords[:, :2] - cloud.coords[:, :2].min(0)) / side).astype(np.int64)
+    inverse = np.unique(cells, axis=0, return_inverse=True)[1].reshape(-1)
+    order = np.argsort(inverse, kind="stable")
+    tiles = []
+    for taken in np.split(order, np.flatnonzero(np.diff(inverse[order])) + 1):
+        labels = None if cloud.labels is None else cloud.labels[taken]
+        useless = labels is not None and labels.max() < 0
+        if len(taken) < MIN_TILE_POINTS or useless or not np.ptp(cloud.coords[taken], 0).any():
+            continue
+        features = {name: array[taken] for name, array in cloud.features.items()}
+        rows = taken if cloud.rows is None else cloud.rows[taken]
+        tiles.append(points.Cloud(cloud.coords[taken], features, labels, rows, cloud.origin))
+    return tiles
 
 
 def _with_classes(cloud: points.Cloud, card: cards.Card) -> points.Cloud:
@@ -344,11 +425,9 @@ def _with_classes(cloud: points.Cloud, card: cards.Card) -> points.Cloud:
         raise BadSample("has no label per point")
     classes = cloud.labels
     if card.label_map:
-        table = np.full(int(classes.max()) + 1, -1, np.int64)
+        classes = np.full(len(cloud), -1, np.int64)
         for label, number in card.label_map.items():
-            if label < len(table):
-                table[label] = number
-        classes = np.where(classes >= 0, table[classes], -1)
-    if len(classes) and classes.max() >= card.num_classes:
+            classes[cloud.labels == label] = number
+    if classes.max() >= card.num_classes:
         raise BadSample(f"has label {int(classes.max())}, there are {card.num_classes} classes")
     return dataclasses.replace(cloud, labels=classes)
