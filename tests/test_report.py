@@ -1,6 +1,7 @@
-"""The report: one page that loads and runs nothing, says what happened, and stands any name, size or missing file."""
+"""The report: one page that loads nothing, runs only what turns clouds, and stands any name, size or missing file."""
 
 import base64
+import hashlib
 import io
 import json
 import math
@@ -16,18 +17,19 @@ import pytest
 from PIL import Image
 
 from slimray import report, runs
-from slimray.report import Clip, Confusion, Curves, Table, render
+from slimray.report import Clip, CloudView, Confusion, Curves, Table, render
 
 HOSTILE = "<script>alert(1)</script>\"' onerror=alert(1) $x_1$"
 
 
 class Elements(HTMLParser):
-    """Every start tag of a page with its attributes, and the text outside style."""
+    """Every start tag of a page with its attributes, the text outside style and script, and the scripts."""
 
     def __init__(self, page: str):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
+        self.scripts: list[str] = []
         self.open: list[str] = []
         self.feed(page)
 
@@ -36,8 +38,18 @@ class Elements(HTMLParser):
         self.open.append(tag)
 
     def handle_data(self, data):
-        if self.open[-1:] != ["style"]:
+        if self.open[-1:] == ["script"]:
+            self.scripts.append(data)
+        elif self.open[-1:] != ["style"]:
             self.text += data
+
+    def handle_endtag(self, tag):
+        if tag == "script":
+            self.open.append("")
+
+    def all(self, name: str) -> list[str]:
+        """The values of an attribute, in their order."""
+        return [str(attrs[name]) for _, attrs in self.tags if name in attrs]
 
 
 def metric_rows(num_steps: int = 40) -> list[dict]:
@@ -59,8 +71,18 @@ def strip() -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def full_page(name: str = "circle") -> str:
+def judged_cloud(classes: list[str], num_points: int = 300, run: str = "r") -> CloudView:
+    """A cloud of two parts, the upper half of the second of which is taken for the first; ten points have no label."""
+    coords = np.random.default_rng(0).random((num_points, 3))
+    truth = (coords[:, 0] > 0.5).astype(np.int64)
+    predicted = np.where(coords[:, 2] > 0.5, 0, truth)
+    truth[:10] = -1
+    return CloudView(run, coords * 50 + 4e5, truth, predicted, classes)
+
+
+def full_page(name: str = "circle", clouds: bool = True) -> str:
     classes = [name, "square"]
+    views = [judged_cloud(classes, run=name), CloudView(name, np.eye(3), name, classes=classes, top=[(name, 0.7)])]
     return render(
         name,
         subtitle=name,
@@ -69,6 +91,7 @@ def full_page(name: str = "circle") -> str:
         tables=[Table(name, (name, "top1"), [(name, 50.0)], note=name, bars=frozenset({"top1"}))],
         confusions=[Confusion(name, classes, [[3, 1], [2, 4]])],
         clips=[Clip(name, strip(), name, [("square", 0.7), (name, 0.3)]), Clip("", name, name)],
+        clouds=views if clouds else [],
         quarantine=[{"path": name, "reason": name}],
         facts={name: name, "versions": {name: name}},
         job=name,
@@ -78,10 +101,19 @@ def full_page(name: str = "circle") -> str:
 def test_a_hostile_name_is_text_everywhere():
     page = full_page(HOSTILE)
     elements = Elements(page)
-    assert "script" not in {tag for tag, _ in elements.tags}
+    assert [attrs for tag, attrs in elements.tags if tag == "script"] == [{}]
+    assert elements.scripts == Elements(full_page("circle")).scripts  # nothing of a name gets into the script
     assert not [name for _, attrs in elements.tags for name in attrs if name.startswith("on")]
-    assert elements.text.count(HOSTILE) >= 15
+    assert elements.text.count(HOSTILE) >= 20
+    assert page.count("<script") == 1
+    data = "".join(elements.all("data-points") + elements.all("data-labels") + elements.all("data-colours"))
+    assert re.fullmatch(r"[\w+/=# ]+", data)
+
+
+def test_without_clouds_the_page_has_no_script():
+    page = full_page(HOSTILE, clouds=False)
     assert "<script" not in page
+    assert Elements(page).scripts == []
 
 
 def test_the_page_loads_nothing_from_outside():
@@ -93,8 +125,22 @@ def test_the_page_loads_nothing_from_outside():
     assert all(str(link).startswith(("data:image/", "#")) for link in links)
     assert not re.search(r"url\((?!'?data:image/|#)", page)
     assert "@import" not in page
-    policy = [attrs["content"] for tag, attrs in elements.tags if tag == "meta" and "http-equiv" in attrs]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+    (script,) = elements.scripts
+    assert not re.search(r"fetch|XMLHttp|WebSocket|import|eval|Function\(|innerHTML|location|https?:", script)
+
+
+def policy_of(page: str) -> str:
+    (policy,) = [attrs["content"] for tag, attrs in Elements(page).tags if tag == "meta" and "http-equiv" in attrs]
+    return str(policy)
+
+
+def test_the_policy_allows_no_script_but_that_of_the_clouds():
+    nothing = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert policy_of(full_page(clouds=False)) == nothing
+    page = full_page(HOSTILE)
+    script = page[page.index("<script>") + len("<script>") : page.index("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy_of(page) == f"{nothing}; script-src 'sha256-{digest}'"
 
 
 def test_a_picture_that_is_no_jpeg_or_png_is_left_out():
@@ -122,6 +168,130 @@ def test_a_clip_shows_its_three_likeliest_classes():
 
 def test_a_strip_of_square_frames_is_played():
     assert "--frames:4;" in render("clips", clips=[Clip("a", strip(), "circle")])
+
+
+def png(uri: str) -> np.ndarray:
+    """The pixels [H, W, 4] of a data URI of a PNG."""
+    raw = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
+    return np.asarray(Image.open(io.BytesIO(raw), formats=["PNG"]).convert("RGBA"))
+
+
+def test_a_cloud_shows_prediction_truth_and_error_without_a_script():
+    page = render("clouds", clouds=[judged_cloud(["leg", "top"])])
+    elements = Elements(page)
+    assert [attrs["alt"] for tag, attrs in elements.tags if tag == "img"] == ["prediction", "truth", "error"]
+    colours = [
+        {f"#{bytes(pixel[:3]).hex()}" for pixel in png(uri)[png(uri)[..., 3] > 0]} for uri in elements.all("src")
+    ]
+    leg, top = report.class_colour(0), report.class_colour(1)
+    assert colours == [{leg, top}, {leg, top, report.QUIET}, {report.WRONG, report.QUIET}]
+    text = " ".join(elements.text.split())
+    cloud = judged_cloud(["leg", "top"])
+    known, right = cloud.truth >= 0, cloud.truth == cloud.predicted
+    assert f"{100 * right[known].mean():.1f} % of 290 labelled points right" in text
+    both, either = (right & (cloud.truth == 1)).sum(), (known & ((cloud.truth == 1) | (cloud.predicted == 1))).sum()
+    assert f"top {100 * both / either:.1f} %" in text
+    assert "any other, or without label" in text
+
+
+def test_what_the_script_turns_is_what_the_still_pictures_show():
+    cloud = judged_cloud(["leg", "top"])
+    elements = Elements(render("clouds", clouds=[cloud]))
+    points = np.frombuffer(base64.b64decode(elements.all("data-points")[0]), "<i2").reshape(-1, 3) / 32767
+    middle = (cloud.coords.min(0) + cloud.coords.max(0)) / 2
+    size = np.linalg.norm(cloud.coords - middle, axis=1)
+    np.testing.assert_allclose(np.linalg.norm(points, axis=1), size / size.max(), atol=1e-4)
+    assert np.corrcoef(points[:, 1], cloud.coords[:, 2])[0, 1] > 0.9  # z is up
+    prediction, truth, error = (
+        np.frombuffer(base64.b64decode(one), np.uint8) for one in elements.all("data-labels")[0].split()
+    )
+    np.testing.assert_array_equal(prediction, cloud.predicted + 2)
+    np.testing.assert_array_equal(truth, np.where(cloud.truth < 0, 0, cloud.truth + 2))
+    np.testing.assert_array_equal(error, (cloud.truth >= 0) & (cloud.truth != cloud.predicted))
+    assert elements.all("data-colours")[0].split()[2:] == [report.class_colour(0), report.class_colour(1)]
+
+
+def test_a_near_point_hides_a_far_one():
+    places, colours = np.array([[0, 0, 0.9], [0, 0, -0.9]]), [report.QUIET, report.WRONG, "#000002", "#000003"]
+    for labels in ([2, 3], [3, 2]):
+        picture = png(report._still(places, np.array(labels, np.uint8), colours))
+        assert picture[report.STILL // 2, report.STILL // 2].tolist() == [0, 0, labels[0], 255]
+
+
+def test_a_cloud_comes_back_from_its_results_as_it_was_judged():
+    classes = [f"part {i}" for i in range(400)]
+    cloud = judged_cloud(classes, num_points=9000)
+    labels = np.random.default_rng(1).integers(-1, 400, 9000)
+    plain = json.loads(json.dumps(CloudView("r", cloud.coords, labels, labels[::-1], classes).to_plain()))
+    back = CloudView.from_plain(plain, classes)
+    kept = np.linspace(0, 8999, report.MAX_CLOUD_POINTS).astype(int)
+    np.testing.assert_array_equal(back.truth, labels[kept])
+    np.testing.assert_array_equal(back.predicted, labels[::-1][kept])
+    coords = cloud.coords[kept] - (cloud.coords[kept].min(0) + cloud.coords[kept].max(0)) / 2
+    np.testing.assert_allclose(back.coords, coords / np.linalg.norm(coords, axis=1).max(), atol=2e-5)
+    assert len(json.dumps(plain)) < 30_000
+    whole = CloudView("r", np.eye(3), "leg", top=[("top", 0.75), ("leg", 0.25)])
+    back = CloudView.from_plain(json.loads(json.dumps(whole.to_plain())), classes)
+    assert (back.run, back.truth, back.top) == ("r", "leg", [("top", 0.75), ("leg", 0.25)])
+
+
+def test_a_cloud_judged_as_a_whole_is_right_or_wrong_and_coloured_by_height():
+    views = [CloudView("r", np.eye(3), truth, top=[("leg", 0.75), ("top", 0.25)]) for truth in ("leg", "top")]
+    elements = Elements(render("clouds", clouds=views))
+    assert elements.text.count("✓ right") == elements.text.count("✗ wrong") == 1
+    assert "75.0 %" in elements.text
+    labels = np.frombuffer(base64.b64decode(elements.all("data-labels")[0]), np.uint8)
+    assert labels.tolist() == [2, 2, 13]  # of eye's rows the last is the highest
+
+
+def test_many_classes_and_odd_clouds_can_be_shown():
+    rng, classes = np.random.default_rng(0), ["few"]
+    labels = rng.integers(0, 300, 5000)
+    odd = [
+        CloudView("many", rng.random((5000, 3)), labels, labels, classes),
+        CloudView("one", np.zeros((1, 3)), np.array([-1]), np.array([7]), classes),
+        CloudView("far", np.array([[np.nan, np.inf, 1e30], [0, 0, -1e30]]), "a"),
+        CloudView("none", np.zeros((0, 3)), "a"),
+    ]
+    elements = Elements(render("odd", clouds=odd))
+    assert len(elements.all("data-points")) == 3
+    assert len(elements.all("data-colours")[0].split()) == 2 + report.MAX_CLOUD_CLASSES
+    assert "no point is labelled" in elements.text
+
+
+def test_a_cloud_whose_labels_are_not_those_of_its_points_is_refused():
+    with pytest.raises(ValueError, match=r"a cloud of 'r' has coordinates \(4, 3\) and labels \[\(4,\), \(5,\)\]"):
+        render("c", clouds=[CloudView("r", np.zeros((4, 3)), np.zeros(4, int), np.zeros(5, int), ["a"])])
+
+
+def test_colours_of_classes_differ_for_the_colour_blind_too():
+    blind = {  # Machado et al. 2009, severity 1, on linear RGB
+        "nobody": np.eye(3),
+        "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    }
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    rgb = np.array([list(bytes.fromhex(colour[1:])) for colour in report.CLASS_COLOURS]) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    for eye in blind.values():
+        x, y, z = np.cbrt((linear @ np.transpose(eye)).clip(0, 1) @ xyz.T / [0.9505, 1, 1.089]).T
+        lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
+        apart = np.linalg.norm(lab[:, None] - lab, axis=-1)[np.triu_indices(len(lab), 1)]
+        assert apart.min() > 15
+    assert len({report.class_colour(place) for place in range(60)}) == 60
+
+
+def test_iou_per_class_begins_with_the_weakest_and_ends_with_the_absent():
+    rows = [
+        {"run": "a", "variant": "natural", "miou": 60.0, "class_iou": [90.0, 20.0, None, 40.0]},
+        {"run": "b", "miou": 70.0, "class_iou": [80.0, 70.0, None, 30.0]},
+        {"run": "c", "top1": 70.0},
+    ]
+    (table,) = report.class_ious(rows, ["floor", "wall", "beam", "door"])
+    assert table.header == ("class", "a · natural", "b")
+    assert table.rows == [("door", 40.0, 30.0), ("wall", 20.0, 70.0), ("floor", 90.0, 80.0), ("beam", None, None)]
+    assert report.class_ious(rows[2:], ["floor"]) == []
+    assert "class_iou" not in report.compare(rows).header
 
 
 def test_ids_of_the_charts_are_unique_on_the_page():
@@ -291,6 +461,42 @@ def test_the_page_of_an_evaluate_run_sets_the_runs_side_by_side(tmp_path: Path):
     for told in ("Side by side", "What frame order is worth", "82.4 – 94.5", "55.5 %", "✗ wrong"):
         assert told in text, told
     assert "Confusion" not in text
+
+
+@pytest.mark.parametrize("per_point", [True, False])
+def test_the_page_of_an_evaluation_shows_the_clouds_that_its_workers_saw(tmp_path: Path, per_point: bool):
+    import pyarrow as pa
+    import torch
+
+    from slimray import predict
+    from slimray.data.pipeline import Batch
+    from slimray.jobs import evaluate
+
+    rng, num_points = np.random.default_rng(0), 3000
+    clouds = rng.random((3, 1, 6, num_points), np.float32)
+    labels = rng.integers(0, 2, (3, num_points) if per_point else 3)
+    table = pa.table(
+        {"position": range(3), "sample": range(3), "valid": [1, 0, 1], "path": "abc", "reason": ["", "torn", ""]}
+    )
+    batch = Batch([table.append_column("data", pa.array([0] * 3)).append_column("label", pa.array([0] * 3))])
+    batch.data, batch.label = clouds, labels
+    network = predict.Network(torch.nn.Identity(), predict.Input(), {"kind": "points"}, ("leg", "top"), {})
+    scores = torch.from_numpy(rng.random((2, 2, num_points) if per_point else (2, 2)))
+    found = evaluate._pictures(evaluate._Case("", "net", "natural"), network, batch, scores, 5)
+    assert [kind for kind, _ in found] == ["clouds"] * 2
+    assert len(evaluate._pictures(evaluate._Case("", "net", "natural"), network, batch, scores, 1)) == 1
+    row = evaluate._plain({"miou": 50.0, "class_iou": [30.0, None], "category_iou": {"a": 1.0}})
+    assert row == {"miou": 50.0, "class_iou": [30.0, None]}
+    results = {"rows": [{"run": "net", **row}], "classes": ["leg", "top"], "clouds": [cloud for _, cloud in found]}
+    elements = Elements(report.evaluate_report(run_folder(tmp_path, [], {}, results)))
+    assert len(elements.all("data-points")) == 2
+    if per_point:
+        kept = np.linspace(0, num_points - 1, report.MAX_CLOUD_POINTS).astype(int)
+        wrong = np.frombuffer(base64.b64decode(elements.all("data-labels")[1].split()[2]), np.uint8)
+        np.testing.assert_array_equal(wrong, (labels[2] != scores[1].argmax(0).numpy())[kept])
+    else:
+        assert elements.text.count("✓ right") + elements.text.count("✗ wrong") == 2
+    assert "IoU per class" in elements.text
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path):

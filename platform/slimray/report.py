@@ -1,19 +1,22 @@
 """The report of a run: one HTML page that needs nothing but itself, to open, mail, print and keep.
 
 In: a run folder (metrics, results.json, card.json, quarantine, job.yaml). Out: the page as a string; the caller writes
-it. `render` is the pure core: plain values in, HTML out, all of it autoescaped, no script, and a content security
-policy that would stop one. Surprising: matplotlib draws charts in stand-in colours that become CSS variables, so that
-one picture is right in dark, in light and on paper.
+it. `render` is the pure core: plain values in, HTML out, all of it autoescaped, and a content security policy that
+lets no script run but the one that turns clouds, by its hash, where there are clouds. Surprising: matplotlib draws
+charts in stand-in colours that become CSS variables, so that one picture is right in dark, in light and on paper; and
+a cloud is a still picture until somebody touches it, so that a page of a hundred opens at once.
 """
 
 import base64
 import binascii
+import colorsys
+import hashlib
 import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -24,11 +27,21 @@ from slimray import runs
 MAX_LABELLED_CLASSES = 40
 MAX_QUARANTINE_ROWS = 500
 NUM_BINS = 300
+MAX_CLOUD_POINTS = 2048
+MAX_CLOUD_CLASSES = 24  # of one cloud that get a colour and a name, the most frequent
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 INK, GRID = "#010101", "#020202"
 SERIES = ("#030301", "#030302", "#030303", "#030304", "#030305")
 CSS_COLOURS = {INK: "var(--soft)", GRID: "var(--line)", **{c: f"var(--series-{i})" for i, c in enumerate(SERIES, 1)}}
 DASHES = ("-", "--", ":", "-.", "-")
+CLASS_COLOURS = (  # of Okabe and Ito, as in predict.py, then those farthest from them for the colour-blind too
+    "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7",
+    "#5424fc", "#90e490", "#4878fc", "#b42430", "#78e4c0", "#54e4f0",
+)  # fmt: skip
+QUIET, WRONG = "#8a8f98", "#e0342b"  # of a cloud's colours the first two, the quiet one is drawn small and faint
+HEIGHTS = ((31, 82, 160), (120, 130, 140), (235, 185, 60))  # from low to high, where points have no class
+DEPTHS = np.linspace(0.4, 1, 9)  # opacities of a still picture, from far to near; 26 colours of them fit a palette
+STILL = 480  # pixels of its side
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,56 @@ class Clip:
     top: Sequence[tuple[str, float]] = field(default_factory=tuple)
 
 
+@dataclass(frozen=True, eq=False)
+class CloudView:
+    """One cloud as it was judged: `coords` `[N, 3]` in any unit, z up; at most MAX_CLOUD_POINTS of them are shown.
+
+    Judged per point, `truth` and `predicted` are places in `classes`, integers `[N]`, a negative truth is unknown.
+    Judged as a whole, `truth` is its class and `top` holds (class, probability 0-1), the likeliest first, of which
+    three are shown.
+    """
+
+    run: str
+    coords: np.ndarray
+    truth: np.ndarray | str
+    predicted: np.ndarray | None = None
+    classes: Sequence[str] = ()
+    top: Sequence[tuple[str, float]] = ()
+
+    def thinned(self) -> "CloudView":
+        """Every k-th point, MAX_CLOUD_POINTS of them at most; ValueError if the arrays do not fit each other."""
+        shapes = [np.shape(labels) for labels in (self.truth, self.predicted) if not isinstance(labels, str | None)]
+        per_point = not isinstance(self.truth, str)
+        if np.shape(self.coords) != (len(self.coords), 3) or shapes != [(len(self.coords),)] * 2 * per_point:
+            raise ValueError(f"a cloud of {self.run!r} has coordinates {np.shape(self.coords)} and labels {shapes}")
+        kept = np.linspace(0, len(self.coords) - 1, min(len(self.coords), MAX_CLOUD_POINTS)).astype(np.int64)
+        labels = {name: np.asarray(getattr(self, name))[kept] for name in ("truth", "predicted") if per_point}
+        return replace(self, coords=np.asarray(self.coords)[kept], **labels)
+
+    def to_plain(self) -> dict[str, Any]:
+        """A row of "clouds" in results.json, without `classes`: thinned, int16 coordinates and labels as base64.
+
+        The coordinates lose their unit: the box's middle goes to 0, the farthest point from it to a distance of 1.
+        """
+        cloud = self.thinned()
+        plain = {"run": cloud.run, "coords": _base64(_quantised(_in_unit_ball(cloud.coords)))}
+        if isinstance(cloud.truth, str):
+            return plain | {"truth": cloud.truth, "top": [[name, float(share)] for name, share in cloud.top]}
+        labels = {name: np.asarray(getattr(cloud, name)).clip(-1, 2**15 - 1) for name in ("truth", "predicted")}
+        return plain | {name: _base64(values.astype("<i2")) for name, values in labels.items()}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any], classes: Sequence[str]) -> "CloudView":
+        """The cloud of `to_plain`."""
+        coords = np.frombuffer(base64.b64decode(plain["coords"]), "<i2").reshape(-1, 3) / np.float32(2**15 - 1)
+        if "predicted" not in plain:
+            return cls(plain["run"], coords, plain["truth"], top=[(name, share) for name, share in plain["top"]])
+        truth, predicted = (
+            np.frombuffer(base64.b64decode(plain[name]), "<i2").astype(np.int64) for name in ("truth", "predicted")
+        )
+        return cls(plain["run"], coords, truth, predicted, classes)
+
+
 def train_report(run: runs.Run) -> str:
     """Return the page of a train run: curves, best and last numbers, confusions, clips, quarantine, how it was made.
 
@@ -102,11 +165,12 @@ def train_report(run: runs.Run) -> str:
 
 
 def evaluate_report(run: runs.Run) -> str:
-    """Return the page of an evaluate run: all its runs in one table, what frame order is worth, confusions, clips."""
+    """Return the page of an evaluate run: its runs in one table, what order is worth, classes, confusions, pictures."""
     card, results = runs.read_card(run) or {}, _results(run)
     rows = results.get("rows", [])
     headline = {_key(row): _percent(row.get("miou", row.get("top1"))) for row in rows}
-    return _page(run, card, results, headline, [compare(rows), *order_matters(rows)] if rows else [], [])
+    tables = [compare(rows), *order_matters(rows), *class_ious(rows, results.get("classes", []))] if rows else []
+    return _page(run, card, results, headline, tables, [])
 
 
 def _page(
@@ -124,6 +188,7 @@ def _page(
         Clip(c.get("run", ""), c.get("frames_jpeg_base64", ""), c["truth"], [(n, p) for n, p in c["top"]])
         for c in results.get("clips", [])
     ]
+    clouds = [CloudView.from_plain(plain, results.get("classes", [])) for plain in results.get("clouds", [])]
     return render(
         run.name,
         subtitle=" · ".join(filter(None, [*state, run.uri])),
@@ -132,6 +197,7 @@ def _page(
         tables=tables,
         confusions=confusions,
         clips=clips,
+        clouds=clouds,
         quarantine=runs.read_parts(run, "quarantine"),
         facts={name: value for name, value in card.items() if name != "metrics"},
         job=runs.read_file(run, "job.yaml").decode("utf-8", "replace") if runs.exists(run, "job.yaml") else "",
@@ -147,6 +213,7 @@ def render(
     tables: Sequence[Table] = (),
     confusions: Sequence[Confusion] = (),
     clips: Sequence[Clip] = (),
+    clouds: Sequence[CloudView] = (),
     quarantine: Sequence[Mapping[str, Any]] = (),
     facts: Mapping[str, Any] | None = None,
     job: str = "",
@@ -155,14 +222,15 @@ def render(
 
     `headline`: a few names and ready text, shown large. `quarantine`: rows with `path` (or `split` and `sample`) and
     `reason`. `facts`: how the run was made, a nested dict is shown on one line. `job`: the resolved YAML. Any text may
-    be hostile: it is shown, never run. Raises ValueError for a confusion that is no square of its classes.
+    be hostile: it is shown, never run. Raises ValueError for a confusion that is no square of its classes, or a cloud
+    whose labels are not those of its points.
     """
     import jinja2
 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(show=_show, percent=_percent)
+    environment.filters.update(show=_show, percent=_percent, sha256=_sha256)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
         subtitle=subtitle,
@@ -171,6 +239,7 @@ def render(
         tables=[table for table in tables if table.rows],
         confusions=[_confusion_section(confusion) for confusion in confusions],
         clips=[_clip_section(clip) for clip in clips],
+        clouds=[_cloud_section(cloud.thinned()) for cloud in clouds if len(cloud.coords)],
         quarantine=_quarantine_table(quarantine),
         facts=[(name, _show(name, value)) for name, value in (facts or {}).items() if value is not None],
         job=job,
@@ -247,14 +316,15 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> Table:
         "macs",
     ]
     columns = [name for name in known if any(name in row for row in rows)]
-    columns += sorted({name for row in rows for name in row} - set(known))
+    columns += sorted({name for row in rows for name in row} - {*known, "class_iou"})
     cells = [[row.get(name) for name in columns] for row in rows]
+    note = "Percent, 0-100."
     if "top1" in columns and "num_samples" in columns:
+        note += " The interval (Wilson) counts every sample as independent; clips of one scene are not."
         at = columns.index("top1") + 1
         for row, line in zip(rows, cells):
             line.insert(at, _interval(row.get("top1"), row.get("num_samples")))
         columns.insert(at, "95 % interval")
-    note = "Percent, 0-100. The interval (Wilson) counts every sample as independent; clips of one scene are not."
     return Table(
         "Side by side", columns, cells, note, frozenset({"top1", "top5", "miou", "overall_acc", "mean_class_accuracy"})
     )
@@ -268,6 +338,19 @@ def order_matters(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
     cells = [(name, a, b, a - b) for name, a, b in pairs if _finite(a) and _finite(b)]
     note = "Points of top1 lost when frames come in random order: near 0, the network does not use motion."
     return [Table("What frame order is worth", ("run", "natural", "shuffled", "lost"), cells, note)] if cells else []
+
+
+def class_ious(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Table]:
+    """Return a table of the IoU of each class in each row that has `class_iou`, the weakest (by their mean) first."""
+    judged = {_key(row): row["class_iou"] for row in rows if row.get("class_iou")}
+    if not judged:
+        return []
+    cells = [(name, *ious) for name, *ious in zip(classes, *judged.values())]
+    known = [[value for value in ious if _finite(value)] for _, *ious in cells]
+    order = sorted(range(len(cells)), key=lambda i: float(np.mean(known[i])) if known[i] else math.inf)
+    note = "Percent of the points that are of a class or were taken for it which are both. –: there were none."
+    bars = frozenset(judged)
+    return [Table("IoU per class", ("class", *judged), [cells[i] for i in order], note, bars, fold=len(cells) > 40)]
 
 
 def per_class(confusion: Confusion) -> Table:
@@ -435,9 +518,7 @@ def _heat_map(share: np.ndarray) -> str:
     picture = Image.fromarray(np.round(255 * np.sqrt(share)).astype(np.uint8))
     picture = picture.convert("L").convert("P")
     picture.putpalette([37, 99, 235] * 256)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", transparency=bytes(range(256)), optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return _png(picture, bytes(range(256)))
 
 
 def _clip_section(clip: Clip) -> dict[str, Any]:
@@ -465,6 +546,132 @@ def _clip_section(clip: Clip) -> dict[str, Any]:
         "right": predicted == clip.truth,
         "top": [(name, 100.0 * probability) for name, probability in clip.top[:3]],
     }
+
+
+def class_colour(place: int) -> str:
+    """The colour of a class as #rrggbb, the same on every page; after CLASS_COLOURS, hues as far apart as can be."""
+    if place < len(CLASS_COLOURS):
+        return CLASS_COLOURS[place]
+    lightness = (0.42, 0.66, 0.54)[place % 3]
+    return _hex(255 * value for value in colorsys.hls_to_rgb(place * 0.618034 % 1, lightness, 0.65))
+
+
+def _cloud_section(cloud: CloudView) -> dict[str, Any]:
+    """The panels of a thinned cloud: a still picture of each, what its script needs to turn it, and what colours mean.
+
+    Coordinates come as the first view shows them: to the right, up, and towards who looks.
+    """
+    places = _in_unit_ball(cloud.coords) @ _view().T
+    if isinstance(cloud.truth, str):
+        panels, colours, keys = {"points": _height_colours(cloud.coords[:, 2])}, _heights(), []
+        predicted = cloud.top[0][0] if cloud.top else "–"
+        verdict = {"truth": cloud.truth, "right": predicted == cloud.truth}
+    else:
+        panels, colours, keys = _judged_points(cloud)
+        right = panels["error"][cloud.truth >= 0] == 0
+        verdict = {"num_known": len(right), "share": 100 * float(right.mean()) if len(right) else None}
+    return {
+        "run": cloud.run,
+        "num_points": len(places),
+        "panels": [(name, _still(places, labels, colours)) for name, labels in panels.items()],
+        "points": _base64(_quantised(places)),
+        "labels": " ".join(_base64(labels) for labels in panels.values()),
+        "colours": " ".join(colours),
+        "wrong": WRONG,
+        "keys": keys,
+        "top": [(name, 100.0 * probability) for name, probability in cloud.top[:3]],
+        **verdict,
+    }
+
+
+def _judged_points(
+    cloud: CloudView,
+) -> tuple[dict[str, np.ndarray], list[str], list[tuple[str, str, str]]]:
+    """Panel -> place of each point's colour, uint8 `[N]`; the colours; and (colour, class, IoU in this cloud)."""
+    truth, predicted = np.asarray(cloud.truth), np.asarray(cloud.predicted)
+    known = truth >= 0
+    found, counts = np.unique(np.concatenate([predicted, truth[known]]), return_counts=True)
+    kept = np.sort(found[np.argsort(-counts, kind="stable")[:MAX_CLOUD_CLASSES]]).tolist()
+    colours, keys = [QUIET, WRONG], []
+    spots = {"prediction": np.zeros(len(truth), np.uint8), "truth": np.zeros(len(truth), np.uint8)}
+    for place in kept:
+        own, taken = truth == place, predicted == place
+        spots["truth"][own], spots["prediction"][taken] = len(colours), len(colours)
+        colours.append(class_colour(place))
+        union = int(((own | taken) & known).sum())
+        iou = _percent(100 * int((own & taken).sum()) / union) if union else "–"
+        keys.append((colours[-1], cloud.classes[place] if place < len(cloud.classes) else str(place), iou))
+    if len(kept) < len(found) or not known.all():
+        keys.append((QUIET, "any other, or without label", ""))
+    return {**spots, "error": (known & (truth != predicted)).astype(np.uint8)}, colours, keys
+
+
+def _height_colours(height: np.ndarray) -> np.ndarray:
+    """The place of each point's colour among those of `_heights`, uint8 `[N]`."""
+    span = max(float(np.ptp(height)), 1e-12)
+    return (2 + np.round((height - height.min()) / span * (len(_heights()) - 3))).astype(np.uint8)
+
+
+def _heights() -> list[str]:
+    steps, at = np.linspace(0, 2, 12), np.arange(3)
+    shades = np.stack([np.interp(steps, at, channel) for channel in np.transpose(HEIGHTS)], 1)
+    return [QUIET, WRONG, *(_hex(shade) for shade in shades)]
+
+
+def _view() -> np.ndarray:
+    """The first view as rows: what points right, up, and towards who looks, from the front, half left and above."""
+    turn, lift = np.radians((-60, 22))
+    towards = np.array([np.cos(lift) * np.cos(turn), np.cos(lift) * np.sin(turn), np.sin(lift)])
+    right = np.array([-np.sin(turn), np.cos(turn), 0])
+    return np.stack([right, np.cross(towards, right), towards])
+
+
+def _in_unit_ball(coords: np.ndarray) -> np.ndarray:
+    """The points moved and shrunk: the middle of their box at 0, the farthest from it at a distance of 1; float64."""
+    points = np.nan_to_num(np.asarray(coords, np.float64), posinf=0.0, neginf=0.0)
+    if not len(points):
+        return points
+    points = points - (points.min(0) + points.max(0)) / 2
+    return points / max(float(np.linalg.norm(points, axis=1).max()), 1e-30)
+
+
+def _still(places: np.ndarray, labels: np.ndarray, colours: Sequence[str]) -> str:
+    """A data URI of a PNG of points `[N, 3]` (right, up, near; within 1) as discs, near ones over far ones.
+
+    Its pixels are places in a palette: nothing, then each colour in each of DEPTHS. Far points are fainter and smaller.
+    """
+    from PIL import Image
+
+    order = np.argsort(places[:, 2], kind="stable")  # far to near: of what is written to a pixel, the last stays
+    places, labels = places[order], labels[order].astype(np.int64)
+    depth = ((places[:, 2] + 1) / 2).clip(0, 1)
+    radius = STILL * float(np.clip(0.33 / np.sqrt(len(places)), 0.007, 0.014))
+    radii = radius * (0.7 + 0.6 * depth) * np.where(labels == 0, 0.6, 1)
+    reach = np.arange(-math.ceil(1.3 * radius), math.ceil(1.3 * radius) + 1)
+    middles = np.stack([STILL / 2 - places[:, 1] * 0.47 * STILL, STILL / 2 + places[:, 0] * 0.47 * STILL], 1)
+    pixels = np.floor(middles)[:, None] + np.stack(np.meshgrid(reach, reach, indexing="ij"), -1).reshape(1, -1, 2)
+    inside = ((pixels + 0.5 - middles[:, None]) ** 2).sum(-1) <= radii[:, None] ** 2
+    value = 1 + labels * len(DEPTHS) + (depth * (len(DEPTHS) - 1)).round().astype(np.int64)
+    canvas = np.zeros((STILL, STILL), np.uint8)
+    rows, columns = pixels[inside].astype(np.int64).clip(0, STILL - 1).T
+    canvas[rows, columns] = np.broadcast_to(value[:, None], inside.shape)[inside]
+    faint = [0.5] + [1.0] * (len(colours) - 1)
+    opacity = [0, *(round(255 * share * depth) for share in faint for depth in DEPTHS)]
+    picture = Image.fromarray(canvas).convert("P")
+    picture.putpalette([0, 0, 0, *(value for colour in colours for value in bytes.fromhex(colour[1:]) * len(DEPTHS))])
+    return _png(picture, bytes(opacity))
+
+
+def _png(picture: Any, opacity: bytes) -> str:
+    """A data URI of a palette picture, `opacity` 0-255 for each of its colours."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", transparency=opacity, optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _quantised(places: np.ndarray) -> np.ndarray:
+    """Coordinates within 1 as little-endian int16."""
+    return np.round(places * (2**15 - 1)).astype("<i2")
 
 
 def _quarantine_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
@@ -499,6 +706,19 @@ def _show(name: str, value: Any) -> str:
     if isinstance(value, int) or abs(value) >= 10_000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
+
+
+def _base64(values: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode("ascii")
+
+
+def _hex(rgb: Iterable[float]) -> str:
+    return "#" + bytes(round(value) for value in rgb).hex()
+
+
+def _sha256(text: str) -> str:
+    """The hash of an inline script as a content security policy names it."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
 
 
 def _percent(value: Any) -> str:

@@ -6,7 +6,7 @@ import platform
 import sys
 from datetime import date
 
-NAMES = ("models", "overhead", "cold_start", "ingest", "packed")
+NAMES = ("models", "overhead", "cold_start", "ingest", "packed", "knn")
 
 
 def main() -> None:

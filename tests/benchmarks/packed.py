@@ -8,7 +8,9 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import ray
@@ -22,42 +24,52 @@ from slimray.data import cards
 from slimray.data.pipeline import Source
 
 PAIRS = 9
+SETTINGS = {112: 128, 224: 256}  # side of the input, short side of the packed frames
 PREPARE = """
 kind: prepare
-name: %s
-data: {card: my_clips, root: "%s"}
-pack: {format: %s, short_side: 256}
+name: {kind}-{short_side}
+data: {{card: my_clips, root: "{root}"}}
+pack: {{format: {kind}, short_side: {short_side}}}
 """
 
 
 def main() -> None:
     root = fight_surv()
     with tempfile.TemporaryDirectory() as folder:
-        tables = {"original": cards.read_split(cards.load_card("my_clips", [Path("datasets")]), "train", str(root))}
-        roots = {"original": str(root)}
-        for kind in ("h264", "jpeg"):
-            path = Path(folder, f"{kind}.yaml")
-            path.write_text(PREPARE % (kind, root, kind))
-            command = [sys.executable, "-m", "slimray.cli", "run", str(path), "--storage", f"{folder}/runs"]
-            subprocess.run(command, check=True, timeout=900)
-            run = Path(folder, "runs", kind)
-            tables[kind], roots[kind] = pq.read_table(run / "data/train.parquet"), str(run / "data")
-            packed = json.loads((run / "card.json").read_text())["packed"]
-            print(f"{kind}: {packed}, {sum(tables[kind]['frames'].to_pylist()):,} frames in the training split")
-        workers.connect(4)
-        sources = {k: Source(roots[k], ray.put(t), t.num_rows) for k, t in tables.items()}
-        result = workers.launch(_worker, sources, workers.ScaleSpec(workers=2), "bench-packed")
-        for kind in ("h264", "jpeg"):
-            print(Ratio(f"clips/s packed {kind} / original mp4", tuple(result[kind]), tuple(result["original"])))
+        for size, short_side in SETTINGS.items():
+            _compare(folder, root, size, short_side)
 
 
-def _worker(sources: dict[str, Source]) -> dict[str, list[float]]:
-    out: dict[str, list[float]] = {name: [] for name in sources}
+def _compare(folder: str, root: Path, size: int, short_side: int) -> None:
+    tables = {"original": cards.read_split(cards.load_card("my_clips", [Path("datasets")]), "train", str(root))}
+    roots = {"original": str(root)}
+    for kind in ("h264", "jpeg"):
+        path = Path(folder, f"{kind}.yaml")
+        path.write_text(PREPARE.format(kind=kind, root=root, short_side=short_side))
+        command = [sys.executable, "-m", "slimray.cli", "run", str(path), "--storage", f"{folder}/runs"]
+        subprocess.run(command, check=True, timeout=900, stdout=subprocess.DEVNULL)
+        run = Path(folder, "runs", f"{kind}-{short_side}")
+        tables[kind], roots[kind] = pq.read_table(run / "data/train.parquet"), str(run / "data")
+        packed = json.loads((run / "card.json").read_text())["packed"]
+        frames = sum(tables[kind]["frames"].to_pylist())
+        print(f"{kind}, short side {short_side}: {packed}, {frames:,} frames in the training split", flush=True)
+    workers.connect(4)
+    sources = {k: Source(roots[k], ray.put(t), t.num_rows) for k, t in tables.items()}
+    config = {"sources": sources, "recipe": replace(RECIPE, size=size, resize=short_side)}
+    result = workers.launch(_worker, config, workers.ScaleSpec(workers=2), "bench-packed")
+    ray.shutdown()
+    for kind in ("h264", "jpeg"):
+        name = f"clips/s packed {kind} (short side {short_side}) / original mp4, {size} px"
+        print(Ratio(name, tuple(result[kind]), tuple(result["original"])), flush=True)
+
+
+def _worker(config: dict[str, Any]) -> dict[str, list[float]]:
+    out: dict[str, list[float]] = {name: [] for name in config["sources"]}
     for turn in range(PAIRS + 1):
-        names = list(sources)
+        names = list(out)
         for name in names if turn % 2 == 0 else names[::-1]:
             dist.barrier()
-            rate = pipeline_rate(sources[name], RECIPE, epochs=1 if name == "original" else 3)
+            rate = pipeline_rate(config["sources"][name], config["recipe"], epochs=1 if name == "original" else 3)
             if turn:
                 out[name].append(rate)
     return out

@@ -373,7 +373,8 @@ def read_sample(
 def write_shard(fs: pafs.FileSystem, path: str, packed_rows: Iterable[dict[str, Any]]) -> None:
     """Write rows with path, label and data (bytes) as a parquet shard, a row group each, all at once or not at all.
 
-    One row at a time is in memory. No compression, dictionary or statistics: videos do not shrink, and statistics would put them into the footer.
+    One row at a time is in memory. No compression, dictionary or statistics: videos do not shrink, and statistics would
+    put them into the footer.
     """
     options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     options |= {"store_schema": False, "write_page_checksum": True}

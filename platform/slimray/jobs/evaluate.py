@@ -218,6 +218,7 @@ def run(job: EvaluateJob, ctx: Any) -> None:
         "classes": list(names),
         "confusion": result["confusion"],
         "clips": result["clips"],
+        "clouds": result["clouds"],
     }
     ctx.finish({"metrics": {"rows": result["rows"]}, "dataset": {"fingerprint": splits.fingerprint}}, results)
     runs.write_report(ctx.run, report.evaluate_report(ctx.run))
@@ -252,7 +253,7 @@ def _worker(config: _Config) -> dict[str, Any]:
         decode_timeout_s=config.decode_timeout_s,
         wait_timeout_s=config.scale.data_timeout_s,
     )
-    out: dict[str, Any] = {"rows": [], "confusion": {}, "clips": []}
+    out: dict[str, Any] = {"rows": [], "confusion": {}, "clips": [], "clouds": []}
     network, score = None, None
     bad: dict[int, dict[str, Any]] = {}  # sample -> its row of the quarantine
     quarantine = runs.PartWriter(runs.run_at(config.run_uri), "quarantine", config.attempt, rank)
@@ -269,15 +270,10 @@ def _worker(config: _Config) -> dict[str, Any]:
                         bad[int(batch.sample[i])] = {"path": batch.path[i], "reason": batch.reason[i]}
                         quarantine.write(bad[int(batch.sample[i])])
                 scores = loop.score_batch(network.net, batch, network.pixels, device, config.batch, score)
-                shown = sum(clip["run"] == case.run_name for clip in out["clips"])
-                if (
-                    rank == 0
-                    and scores is not None
-                    and case.order == "natural"
-                    and shown < config.pictures
-                    and batch.data.ndim == 6
-                ):
-                    out["clips"] += _pictures(case, network, batch, scores, config.pictures - shown)
+                shown = sum(one["run"] == case.run_name for one in (*out["clips"], *out["clouds"]))
+                if rank == 0 and scores is not None and case.order == "natural" and shown < config.pictures:
+                    for kind, picture in _pictures(case, network, batch, scores, config.pictures - shown):
+                        out[kind].append(picture)
             if rank == 0:
                 state = {"phase": case.run_name, "epoch": phase.epoch, "epochs": len(config.cases)}
                 config.board.update.remote(**state, step=step + 1, steps=phase.num_steps)
@@ -291,22 +287,34 @@ def _worker(config: _Config) -> dict[str, Any]:
 
 
 def _plain(numbers: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in numbers.items() if isinstance(v, int | float)}
+    """The numbers of a row; the only list among them is `class_iou`, None for a class that is not there."""
+    return {k: v for k, v in numbers.items() if isinstance(v, int | float) or k == "class_iou"}
 
 
-def _pictures(case: _Case, network: predict.Network, batch: Any, scores: torch.Tensor, most: int) -> list[dict]:
-    """Filmstrips of the first view of up to `most` valid samples, with truth and the three best classes."""
-    clips, valid = [], np.flatnonzero(batch.valid)
-    for i, one in list(zip(valid, scores, strict=True))[:most]:
-        clips.append(
-            {
-                "run": case.run_name,
-                "frames_jpeg_base64": filmstrip(batch.data[i, 0]),
-                "truth": network.classes[int(batch.label[i])],
-                "top": predict.top_classes(one, network.classes, 3),
-            }
-        )
-    return clips
+def _pictures(
+    case: _Case, network: predict.Network, batch: Any, scores: torch.Tensor, most: int
+) -> list[tuple[str, dict[str, Any]]]:
+    """Where the first view of each of up to `most` valid samples goes in the results, and its picture."""
+    kind, picture = {6: ("clips", _clip), 4: ("clouds", _cloud)}.get(batch.data.ndim, ("", None))
+    if picture is None:
+        return []
+    chosen = list(zip(np.flatnonzero(batch.valid), scores, strict=True))[:most]
+    return [(kind, picture(case.run_name, network, batch.data[i, 0], batch.label[i], one)) for i, one in chosen]
+
+
+def _clip(run: str, network: predict.Network, view: np.ndarray, label: Any, scores: torch.Tensor) -> dict[str, Any]:
+    """Frames `[T, H, W, 3]` as a filmstrip, with truth and the three best classes."""
+    top = predict.top_classes(scores, network.classes, 3)
+    return {"run": run, "frames_jpeg_base64": filmstrip(view), "truth": network.classes[int(label)], "top": top}
+
+
+def _cloud(run: str, network: predict.Network, view: np.ndarray, label: Any, scores: torch.Tensor) -> dict[str, Any]:
+    """Points `[C, N]`, x y z first, with the labels of scores `[C, N]`, or as a whole as a clip."""
+    coords, classes = view[:3].T, network.classes
+    if scores.ndim == 1:
+        top = predict.top_classes(scores, classes, 3)
+        return report.CloudView(run, coords, classes[int(label)], top=top).to_plain()
+    return report.CloudView(run, coords, np.asarray(label), scores.argmax(0).cpu().numpy(), classes).to_plain()
 
 
 def filmstrip(frames: np.ndarray, height: int = 96) -> str:

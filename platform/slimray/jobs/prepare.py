@@ -209,13 +209,14 @@ def _write_indexes(job: PrepareJob, ctx: Any, card: cards.Card, chunks: list[_Ch
     """Join the parts to one index per split, the quarantine, the card of the prepared dataset."""
     rows: dict[str, list] = {chunk.split: [] for chunk in chunks}
     bad: dict[str, list] = {chunk.split: [] for chunk in chunks}
-    files = dict.fromkeys(rows, 0)
+    files, failed = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0)
     totals: dict[str, Any] = {"bytes_in": 0, "bytes_out": 0, "psnr": []}
     for chunk in chunks:
         part = json.loads(runs.read_file(ctx.run, f"data/parts/{_part_name(chunk)}"))
         rows[chunk.split] += part["rows"]
-        bad[chunk.split] += part["bad"]
+        bad[chunk.split] += part["bad"] + part["left_out"]
         files[chunk.split] += chunk.hi - chunk.lo
+        failed[chunk.split] += len(part["bad"])
         totals["bytes_in"] += part["bytes_in"]
         totals["bytes_out"] += part["bytes_out"]
         totals["psnr"] += part["psnr"]
@@ -228,9 +229,9 @@ def _write_indexes(job: PrepareJob, ctx: Any, card: cards.Card, chunks: list[_Ch
         total = files[split]
         if not items:
             raise RunFailed(f"split {split!r}: none of {total} files decodes, see quarantine/ in the run folder")
-        if len(bad[split]) > job.max_bad_fraction * total:
+        if failed[split] > job.max_bad_fraction * total:
             raise RunFailed(
-                f"split {split!r}: {len(bad[split])} of {total} files do not decode, more than max_bad_fraction "
+                f"split {split!r}: {failed[split]} of {total} files do not decode, more than max_bad_fraction "
                 f"({job.max_bad_fraction:g}): see quarantine/ in the run folder, or raise the bound"
             )
         buffer = io.BytesIO()
@@ -257,7 +258,7 @@ def _do_chunk(work: _Work, chunk: _Chunk) -> dict[str, np.ndarray]:
     fs, folder = storage.open_uri(work.run_uri)
     table: Any = ray.get(work.tables[chunk.split], timeout=300)
     table = table.slice(chunk.lo, chunk.hi - chunk.lo)
-    part: dict[str, Any] = {"rows": [], "bad": [], "bytes_in": 0, "bytes_out": 0, "psnr": []}
+    part: dict[str, Any] = {"rows": [], "bad": [], "left_out": [], "bytes_in": 0, "bytes_out": 0, "psnr": []}
     make = _generate if work.card.layout == "generated" else _convert
     make(work, chunk, table.to_pylist(), part, fs, folder)
     storage.write_atomic(fs, f"{folder}/data/parts/{_part_name(chunk)}", json.dumps(part).encode())
@@ -306,7 +307,7 @@ def _pack(work: _Work, rows: list[dict], part: dict[str, Any], shard: str, decod
             for made in make(work, row, decoder):
                 place = {"shard": shard, "row": packed if shard else -1}
                 part["rows"].append({"path": made.path, "label": row["label"], **made.shape, **place})
-                part["bad"] += [{"path": path, "reason": reason} for path, reason in made.left_out.items()]
+                part["left_out"] += [{"path": path, "reason": reason} for path, reason in made.left_out.items()]
                 part["bytes_in"] += made.bytes_in
                 if shard:
                     packed += 1
