@@ -34,7 +34,18 @@ SPECS: dict[str, type[Spec]] = {
     "evaluate": evaluate.EvaluateJob,
 }
 VERBS = {"prepare": prepare.run, "train": train.run, "evaluate": evaluate.run}
-MAY_CHANGE = ("scale", "tracking", "checkpoint")  # sections that a resumed run may have changed
+MAY_CHANGE = (
+    "scale",
+    "tracking",
+    "checkpoint",
+    "log_every",
+    "tasks",
+    "max_bad_fraction",
+    "decode_timeout_s",
+    "data.max_bad_fraction",
+    "data.decode_timeout_s",
+    "data.record_samples",
+)  # sections that a resumed run may have changed
 
 
 @dataclass(frozen=True)
@@ -299,6 +310,9 @@ def _counts_ahead(job: train.TrainJob, before: _Ahead) -> dict[str, int]:
         raise UserError(f"data.run: {before.job.name!r} is of kind {before.job.kind}, it holds no dataset")
     if "splits" in before.facts:
         inputs.require_splits(f"data: {before.job.name}", before.facts["splits"], train.split_names(job))
+    card = before.job.data.card
+    if isinstance(card, dict) and (card.get("layout") == "s3dis" or card.get("tile")):
+        return {}  # a row of the list becomes several samples
     return before.facts.get("samples", {})
 
 

@@ -196,13 +196,13 @@ def balanced_weights(labels: Sequence[int], num_classes: int) -> tuple[float, ..
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Make torch's randomness (dropout) of a step a function of (seed, step, rank)."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % (1 << 63))
 
 
 @contextlib.contextmanager
 def autocast(device: torch.device) -> Iterator[None]:
     """bf16 autocast on a GPU that has it; elsewhere nothing changes."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         with torch.autocast("cuda", torch.bfloat16):
             yield
     else:

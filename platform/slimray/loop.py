@@ -30,7 +30,7 @@ from slimray.models import published
 from slimray.point_scores import SegmentationScore
 from slimray.predict import Input, predict_scores
 from slimray.replica import Piece, Replica, breaks_on_one_sample, part
-from slimray.spec import RunFailed, Spec
+from slimray.spec import RunFailed, Spec, UserError
 from slimray.workers import ScaleSpec, open_stream
 
 Score = learn.Score | SegmentationScore
@@ -54,7 +54,8 @@ class CheckpointSpec(Spec):
 class FitConfig:
     """All that the workers of one training run need; plain values, specs and object references.
 
-    `recipes` maps split to the plain form of its per-sample recipe, `job` is the resolved job as written to the run.
+    `dataset` is the fingerprint of the indexes, `recipes` maps split to the plain form of its per-sample recipe, `job`
+    is the resolved job as written to the run.
     """
 
     run_uri: str
@@ -69,6 +70,7 @@ class FitConfig:
     tracking: tracking.TrackingSpec
     pixels: Input
     classes: tuple[str, ...]
+    dataset: str
     sources: dict[str, Source]
     recipes: dict[str, dict[str, Any]]
     decode_slots: int
@@ -175,13 +177,15 @@ class _Rank:
         self.bad_steps = 0
         self.told_at = self.saved_at = time.monotonic()
         self.replica = self._make_replica()
+        self.result: Score | None = None
+        if "val" in config.recipes:
+            self.result = make_score(config.recipes["val"], len(config.classes))
         self._restore()
         self.records = _Records(config, self.run, self.rank)
         per_point = config.recipes["train"].get("per_point")
         self.best_metric = config.checkpoint.best_metric or ("val/miou" if per_point else "val/top1")
         keep = config.checkpoint.keep_last
         self.saver = _Saver(self.run, keep, self.best_metric, self.records) if self.rank == 0 else None
-        self.result: Score | None = None
 
     def _make_replica(self) -> Replica:
         config, recipe = self.config, self.config.recipes["train"]
@@ -205,7 +209,11 @@ class _Rank:
             return
         checkpoint = found or runs.checkpoint_at(self.run, step)
         tensors = safetensors.torch.load(runs.read_checkpoint(self.run, checkpoint)["state.safetensors"])
+        if checkpoint.meta.get("dataset", self.config.dataset) != self.config.dataset:
+            raise RunFailed("the dataset is not the one the run began with: restore it, or start again with --restart")
         self.replica.load(part(tensors, "replica."))
+        if self.result is not None and "confusion" in tensors:
+            self.result.confusion.copy_(tensors["confusion"])
         self.mask, self.bad_seen = tensors["mask"].numpy().astype(bool), tensors["bad_seen"].clone()
         self.progress = Progress(**checkpoint.meta["progress"])
 
@@ -214,6 +222,7 @@ class _Rank:
         if self.saver is None:  # rank 0 does so in the background
             self.records.flush()
         tensors = {f"replica.{k}": v for k, v in self.replica.tensors().items()}
+        tensors |= {"confusion": self.result.confusion} if self.result is not None else {}
         tensors |= {"mask": torch.from_numpy(self.mask.astype(np.uint8)), "bad_seen": self._merged_bad()}
         self.saved_at = time.monotonic()
         if self.saver is not None:
@@ -223,6 +232,7 @@ class _Rank:
                 "epoch": self.progress.epoch,
                 "metrics": progress["last"],
                 "world": self.world,
+                "dataset": self.config.dataset,
             }
             self.saver.save(tensors, meta)
 
@@ -293,6 +303,7 @@ class _Rank:
                     if failure:
                         return failure
                     self.clock.total += time.perf_counter() - started
+                    started = time.perf_counter()  # what follows belongs to the next step
                     self._log(phase, step)
                     if last:
                         self._end_epoch()
@@ -310,7 +321,8 @@ class _Rank:
                         self._end_validation(phase, score)
                         score = net = None
                         self._save()
-                started = time.perf_counter()
+                if phase.name != "train":
+                    started = time.perf_counter()
         return None
 
     def _train(self, phase: Phase, step: int, batch: Batch | None) -> str | None:
@@ -319,8 +331,9 @@ class _Rank:
         keep = np.zeros(0, bool) if batch is None else batch.valid & ~self.mask[batch.sample]
         if batch is not None:
             self._note_bad(batch, phase)
+        new_bad = 0.0 if batch is None else float((~batch.valid & ~self.mask[batch.sample]).sum())
         start = time.perf_counter()
-        num_valid, num_bad = self._sum(float(keep.sum()), float(len(keep) - keep.sum()))
+        num_valid, num_bad = self._sum(float(keep.sum()), new_bad)
         clock.communication += time.perf_counter() - start
         if num_bad and (failure := self._too_many_bad()):
             return failure
@@ -332,6 +345,7 @@ class _Rank:
             clock.loss += report.loss_sum
             clock.transfer += report.transfer_s
             clock.compute += report.compute_s
+            clock.communication += report.communication_s
             self.bad_steps = 0 if report.finite else self.bad_steps + 1
             if self.bad_steps >= MAX_BAD_STEPS:
                 return f"the gradient was not finite for {MAX_BAD_STEPS} steps in a row (lr {lr:g}): lower optim.lr"
@@ -368,7 +382,10 @@ class _Rank:
 
     def _end_validation(self, phase: Phase, score: Score) -> None:
         merge_scores(score, self.world, self.device)
-        numbers = {f"val/{k}": v for k, v in score.result().items() if isinstance(v, float)}
+        counted = score.result()
+        if not counted["num_samples"]:
+            raise RunFailed("no sample of the validation split decodes: see quarantine/ in the run folder")
+        numbers = {f"val/{k}": v for k, v in counted.items() if isinstance(v, float)}
         metric, progress = self.best_metric, self.progress
         if metric not in numbers:
             raise RunFailed(f"checkpoint.best_metric: {metric!r} is not among {', '.join(sorted(numbers))}")
@@ -422,7 +439,7 @@ class _Rank:
             return None
         return (
             f"{num_bad} of {self.num_train} training files do not decode, more than data.max_bad_fraction ({bound:g}) "
-            "allows: see quarantine/ in the run folder, then mend the files, run `prepare`, or raise the bound"
+            "allows: see quarantine/ in the run folder, then raise the bound, or mend the files and --restart"
         )
 
     # ------------------------------------------------------------------------------------------ what is shown
@@ -502,7 +519,10 @@ def merge_scores(score: Score, world: int, device: torch.device) -> None:
 def load_start(net: torch.nn.Module, init: dict[str, Any]) -> published.LoadReport:
     """Load starting weights as `init` says: {"from": path, "exclude": [...], "freeze": [prefixes]}."""
     report = published.load(net, init["from"], exclude=tuple(init.get("exclude", ())))
-    for name, parameter in net.named_parameters():
-        if name.startswith(tuple(init.get("freeze", ()))):
+    for prefix in init.get("freeze", ()):
+        frozen = [parameter for name, parameter in net.named_parameters() if name.startswith(prefix)]
+        if not frozen:
+            raise UserError(f"init.freeze: no weight of this network starts with {prefix!r}")
+        for parameter in frozen:
             parameter.requires_grad_(False)
     return report

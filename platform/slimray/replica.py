@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from slimray import learn, models
@@ -34,12 +35,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did: loss summed over this rank's samples, whether the gradient was finite, seconds spent."""
+    """What one step did: loss summed over this rank's samples, whether the gradient was finite, seconds spent.
+
+    `communication_s` is the exposed part of the all-reduce: from the last gradient to the end of the backward pass. On
+    GPUs, where work is queued, it is 0 and part of `compute_s`.
+    """
 
     loss_sum: float
     finite: bool
     transfer_s: float
     compute_s: float
+    communication_s: float
 
 
 class Replica:
@@ -65,11 +71,13 @@ class Replica:
         self.optimizer = learn.make_optimizer(self.net, optim)
         self.ema = learn.Ema(self.net, optim.ema) if optim.ema else None
         self.ddp: nn.Module = self.net
+        self.last_bucket_at = 0.0  # when the last bucket of gradients was ready
         if world > 1:
             ids = [device] if device.type == "cuda" else None
             self.ddp = DistributedDataParallel(
                 self.net, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
             )
+            self.ddp.register_comm_hook(self, _timed_allreduce)
 
     # --------------------------------------------------------------------------------------------- one step
 
@@ -82,16 +90,22 @@ class Replica:
         learn.seed_step(*seed, self.rank)
         learn.train_mode(self.net, self.optim.norm)
         learn.set_learning_rate(self.optimizer, lr)
-        loss_sum, transfer_s, start = 0.0, 0.0, time.perf_counter()
+        norms = learn.norm_state(self.net)  # a step that is dropped must leave no trace in them either
+        loss_sum, transfer_s, exposed_s, start = 0.0, 0.0, 0.0, time.perf_counter()
         for i, piece in enumerate(pieces):
             quiet = contextlib.nullcontext() if self.world == 1 or i + 1 == len(pieces) else self.ddp.no_sync()  # type: ignore[operator]
             with quiet:
                 loss, seconds = self._loss(piece)
                 (loss * (self.world / num_valid)).backward()
+            if self.world > 1 and self.device.type == "cpu" and i + 1 == len(pieces):
+                exposed_s = time.perf_counter() - self.last_bucket_at
             loss_sum += float(loss.detach())
             transfer_s += seconds
         finite = self._apply()
-        return StepReport(loss_sum, finite, transfer_s, time.perf_counter() - start - transfer_s)
+        if not finite:
+            learn.load_norm_state(self.net, norms)
+        compute_s = time.perf_counter() - start - transfer_s - exposed_s
+        return StepReport(loss_sum, finite, transfer_s, compute_s, exposed_s)
 
     def _loss(self, piece: Piece) -> tuple[Tensor, float]:
         """The summed loss of a microbatch, and the seconds its transfer took."""
@@ -164,6 +178,12 @@ class Replica:
         everyone = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(everyone, mine)
         return torch.stack(everyone)
+
+
+def _timed_allreduce(replica: Replica, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore
+    """DDP's own all-reduce, and a note of when the bucket was ready."""
+    replica.last_bucket_at = time.perf_counter()
+    return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
 
 
 def breaks_on_one_sample(model: dict[str, Any], sample_shape: Sequence[int]) -> bool:

@@ -10,18 +10,22 @@ import logging
 import math
 import os
 import re
+import signal
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.data
 import ray.train
 from pydantic import Field
+from ray import exceptions
 from ray.train.collective import barrier, broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import slimray
 from slimray.data.pipeline import FeedConfig, RankStream, feeder_of, start_feeders
@@ -38,7 +42,7 @@ class ScaleSpec(Spec):
     """Data-parallel workers. Learning rate and warm-up depend on `batch.total` only, never on this."""
     cpus_per_worker: float = Field(default=1, gt=0)
     """Logical CPUs each worker reserves; also its torch threads."""
-    gpus_per_worker: float = Field(default=0, ge=0)
+    gpus_per_worker: Literal[0, 1] = 0
     """GPUs each worker reserves; 0 trains on the CPU."""
     decode_slots: int = Field(default=0, ge=0)
     """Clips blocks decoded at once, a CPU each; 0 = as many as the cluster has left, on a laptop one per core."""
@@ -47,7 +51,7 @@ class ScaleSpec(Spec):
     start_timeout_s: float = Field(default=300, gt=0)
     """Longest wait for the workers to start."""
     data_timeout_s: float = Field(default=600, gt=0)
-    """Longest wait of a rank for the data of one step."""
+    """Longest wait of a rank for the data of one step, and of the ranks for each other."""
 
 
 class _Board:
@@ -65,7 +69,8 @@ class _Board:
 
 def make_board() -> Any:
     """Start the progress actor of a run; it belongs to the driver and dies with it."""
-    return ray.remote(_Board).options(num_cpus=0).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(_Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
 
 
 def local_cpus(scale: ScaleSpec) -> int:
@@ -129,18 +134,20 @@ def launch(worker: Callable[[Any], Any], config: Any, scale: ScaleSpec, name: st
     worker may also return {"failed": sentence}, which ends the run at once.
     """
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(scale.start_timeout_s)
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(scale.data_timeout_s + 60)
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     threads = str(max(1, int(scale.cpus_per_worker)))
 
     def entry(config: Any) -> Any:
-        if board is not None and (sentence := _ask(board.read.remote()).get("failed")):
+        sentence = _read(board).get("failed")
+        if sentence:
             return {"failed": sentence}
         try:
             return worker(config)
         except StorageError:
             raise
-        except RunFailed as error:
-            if board is not None:
-                _ask(board.update.remote(failed=str(error).splitlines()[0]))
+        except (RunFailed, UserError) as error:
+            _tell(board, failed=str(error).splitlines()[0])
             raise
 
     with tempfile.TemporaryDirectory(prefix="slimray-") as scratch:
@@ -157,25 +164,45 @@ def launch(worker: Callable[[Any], Any], config: Any, scale: ScaleSpec, name: st
             run_config=ray.train.RunConfig(
                 name=f"{name}-{uuid.uuid4().hex[:8]}",
                 storage_path=scratch,
-                failure_config=ray.train.FailureConfig(max_failures=scale.retries, controller_failure_limit=0),
-                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "RAY_CHDIR_TO_TRIAL_DIR": "0"}},
+                failure_config=ray.train.FailureConfig(
+                    max_failures=scale.retries, controller_failure_limit=scale.retries
+                ),
+                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
             ),
         )
+        before = signal.getsignal(signal.SIGINT)
         try:
             result: Any = trainer.fit().return_value
+        except SystemExit:  # Ray Train's answer to Ctrl-C
+            raise KeyboardInterrupt from None
         except ray.train.TrainingFailedError as error:
             raise RunFailed(_cause(error)) from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, before)  # fit() leaves a handler of its own behind
     if isinstance(result, dict) and "failed" in result:
         raise RunFailed(result["failed"])
     return result
 
 
-def _ask(ref: Any) -> Any:
-    return ray.get(ref, timeout=60)
+def _read(board: Any) -> dict[str, Any]:
+    """What the board says; nothing if there is none or it has gone: no run needs it."""
+    try:
+        return {} if board is None else ray.get(board.read.remote(), timeout=60)
+    except (exceptions.RayError, TimeoutError):
+        return {}
+
+
+def _tell(board: Any, **state: Any) -> None:
+    with contextlib.suppress(exceptions.RayError, TimeoutError):
+        if board is not None:
+            ray.get(board.update.remote(**state), timeout=60)
 
 
 def _cause(error: BaseException) -> str:
     """One sentence out of the workers' exceptions: what slimray itself said, else the last line of the first one."""
+    if type(error).__name__ == "ControllerError" and "tim" in str(error).lower():
+        return "scale.start_timeout_s: the workers did not start in time: lower scale.workers, or wait longer"
     failures = [str(failure).strip() for failure in (getattr(error, "worker_failures", None) or {}).values()]
     failures = [text for text in failures if text] or [str(error).strip() or type(error).__name__]
     for text in failures:

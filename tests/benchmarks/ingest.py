@@ -21,7 +21,7 @@ from slimray.data.pipeline import FeedConfig, Source
 from slimray.data.plan import Phase, epoch_order
 from slimray.data.video import ClipRecipe, frame_indices, generators, make_clip
 
-PAIRS, EPOCHS, BATCH = 9, 3, 16
+PAIRS, EPOCHS, BATCH = 9, 2, 16
 RECIPE = ClipRecipe(num_segments=8, size=224, resize=256, mode="train")
 
 

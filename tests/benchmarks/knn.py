@@ -6,7 +6,6 @@ fixed number of points, tell no size; beside them those of the size alone: exten
 """
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +68,7 @@ def folds(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def main() -> None:
     shared = Path(os.environ.get("SLIMRAY_SHARED", Path(__file__).resolve().parents[3] / "shared"))
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else shared / "data/pointcloud/dales_objects"
+    folder = shared / "data/pointcloud/dales_objects"
     lists = {split: [line.split() for line in (folder / f"{split}.txt").open()] for split in ("train", "val")}
     rows = [row for split in lists.values() for row in split]
     is_val = np.repeat([False, True], [len(lists["train"]), len(lists["val"])])

@@ -1,10 +1,11 @@
 """PVCNN against the point networks, side by side: latency, throughput and peak memory of a forward pass.
 
 The settings are those of Point-Voxel CNN (arXiv 1907.03739): 8 x 2048 points of ShapeNet, 8 x 4096 of S3DIS, 1 x 1024
-of KITTI frustums; `SLIMRAY_BENCH_BATCH` makes the batch smaller. Each network alternates with its setting's reference,
-PVCNN at width 1: a ratio of 2 means twice the reference's time. Peak memory is that of a fresh process: on a CPU
-resident memory beyond the imports, on a GPU what torch allocated; weights and input count. Inputs are random points on
-surfaces, weights random, and every frustum point is called object, so that 512 distinct points go on to the box.
+of KITTI frustums; on a CPU half those batches, unless `SLIMRAY_BENCH_BATCH=8` says otherwise. Each network alternates
+with its setting's reference, PVCNN at width 1: a ratio of 2 means twice the reference's time. Peak memory is that of a
+fresh process: on a CPU resident memory beyond the imports (to some 25 % where it is below 100 MB), on a GPU what torch
+allocated; weights and input count. Inputs are random points on surfaces, weights random, and every frustum point is
+called object, so that 512 distinct points go on to the box.
 """
 
 import multiprocessing
@@ -28,6 +29,7 @@ from slimray.edge import cost
 from slimray.models import pointcnn
 
 PAIRS = 9
+CPU_BATCH = 4  # at 8 all tables take longer than a quarter of an hour on two cores
 WIDTHS = (0.25, 0.5, 1.0)
 NUM_SHAPES, NUM_OBJECTS = 16, 3
 
@@ -234,7 +236,8 @@ def main() -> None:
 
 def _table(key: str, device: torch.device) -> None:
     setting = SETTINGS[key]
-    batch = min(setting.batch, int(os.environ.get("SLIMRAY_BENCH_BATCH", setting.batch)))
+    usual = setting.batch if device.type == "cuda" else CPU_BATCH
+    batch = min(setting.batch, int(os.environ.get("SLIMRAY_BENCH_BATCH", usual)))
     print(
         f"\n### {setting.name}, batch {batch} (the paper's is {setting.batch})\n"
         f"{setting.note + chr(10) if setting.note else ''}"

@@ -18,7 +18,7 @@ def recorded(shared):
 
 
 def nine_channels(window) -> np.ndarray:
-    return np.concatenate([window.coords, window.features["colors"], window.features["position"]], 1)
+    return np.concatenate([window.coords, window.features["colors"], window.features["place"]], 1)
 
 
 @pytest.mark.parametrize("offset", sets.S3DIS_OFFSETS)

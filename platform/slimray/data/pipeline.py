@@ -10,13 +10,13 @@ Sample failures stay in their slot (`valid` 0, `reason`); storage failures are r
 """
 
 import asyncio
+import itertools
 import logging
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from slimray.data.decoder import BadSample
 from slimray.data.plan import Block, Phase, blocks, ceil_div, epoch_order, feeder_ranks, num_feeders, rank_slice
 from slimray.data.samples import kind_of
-from slimray.spec import RunFailed
+from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError
 
 BLOCKS_PER_EXECUTION = 2000  # planning 2,000 read tasks takes about 1.5 s and the next execution hides it
@@ -137,28 +137,27 @@ class _Feeder:
     def __init__(self, config: FeedConfig, ranks: list[int]):
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         self.config, self.ranks = config, ranks
-        self.plan = list(blocks(config.phases, config.world, ranks, config.max_rows))
+        self.plan = blocks(config.phases, config.world, ranks, config.max_rows)  # lazily: an epoch may have millions
         self.queues: dict[int, asyncio.Queue] = {rank: asyncio.Queue() for rank in ranks}
         ahead = max(8, STEPS_AHEAD * self._blocks_per_step() * len(ranks))
         self.room = threading.Semaphore(ahead)
-        self.failure: str | None = None
+        self.failure: RunFailed | None = None
 
     def _blocks_per_step(self) -> int:
         largest = max((phase.batch for phase in self.config.phases), default=1)
         return ceil_div(ceil_div(largest, self.config.world), self.config.max_rows)
 
-    async def start(self) -> int:
-        """Begin streaming in a background thread; returns the number of blocks to come."""
+    async def start(self) -> None:
+        """Begin streaming in a background thread."""
         self.loop = asyncio.get_running_loop()
         threading.Thread(target=self._stream, daemon=True, name="feeder").start()
-        return len(self.plan)
 
     async def take(self, rank: int) -> tuple[list[Any], int]:
-        """The next block of `rank`: ([reference], rows). Raises RunFailed with the sentence of a failed pipeline."""
+        """The next block of `rank`: ([reference], rows). Raises what ended the pipeline: RunFailed, StorageError."""
         ref, num_rows = await self.queues[rank].get()
         if ref is None:
             self.queues[rank].put_nowait((None, 0))
-            raise RunFailed(self.failure or "the data pipeline ended before the plan did")
+            raise self.failure or RunFailed("the data pipeline ended before the plan did")
         self.room.release()
         return [ref], num_rows
 
@@ -168,18 +167,18 @@ class _Feeder:
                 self.room.acquire()
                 self.loop.call_soon_threadsafe(self.queues[block.rank].put_nowait, (ref, num_rows))
         except BaseException as error:  # noqa: BLE001  (whatever it is, the ranks must hear of it instead of waiting)
-            self.failure = _sentence(error)
+            self.failure = _failure(error)
         for queue in self.queues.values():
             self.loop.call_soon_threadsafe(queue.put_nowait, (None, 0))
 
     def _blocks(self) -> Iterator[tuple[Block, Any, int]]:
         """All blocks in order; the next execution is started when the current one has nothing left to begin."""
-        cuts = [self.plan[i : i + BLOCKS_PER_EXECUTION] for i in range(0, len(self.plan), BLOCKS_PER_EXECUTION)]
         with ThreadPoolExecutor(1) as starter:
-            following: Future | None = starter.submit(self._execute, cuts[0]) if cuts else None
-            for number, cut in enumerate(cuts):
+            cut = self._next_cut()
+            following: Future | None = starter.submit(self._execute, cut) if cut else None
+            while cut:
                 assert following is not None
-                bundles, following = following.result(), None
+                bundles, following, after = following.result(), None, self._next_cut()
                 rows = iter([(block, block.hi - block.lo) for block in cut])
                 block, left = next(rows)
                 done = 0
@@ -190,10 +189,16 @@ class _Feeder:
                         if left == 0:
                             done += 1
                             block, left = next(rows, (block, 0))
-                    if following is None and number + 1 < len(cuts) and len(cut) - done <= 4 * self.config.decode_slots:
-                        following = starter.submit(self._execute, cuts[number + 1])
+                    if following is None and after and len(cut) - done <= 4 * self.config.decode_slots:
+                        following = starter.submit(self._execute, after)
                 if done != len(cut):
                     raise RunFailed(f"the data pipeline delivered {done} of {len(cut)} blocks")
+                if following is None and after:
+                    following = starter.submit(self._execute, after)
+                cut = after
+
+    def _next_cut(self) -> list[Block]:
+        return list(itertools.islice(self.plan, BLOCKS_PER_EXECUTION))
 
     def _execute(self, cut: list[Block]) -> Iterator[Any]:
         """Start one Ray Data execution over `cut` and return its stream of bundles, the first one already there."""
@@ -202,6 +207,7 @@ class _Feeder:
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=self.config.decode_slots)
         context.raise_original_map_exception = True
+        context.execution_no_progress_timeout_s = -1  # training may pause longer; a rank's wait has its own bound
         plan = ray.put(np.array([[b.phase, b.step, b.rank, b.lo, b.hi] for b in cut], np.int64))
         config = self.config
         dataset = ray.data.range(len(cut), override_num_blocks=len(cut)).map_batches(
@@ -221,15 +227,17 @@ def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
     yield from rest
 
 
-def _sentence(error: BaseException) -> str:
-    """The root cause of a failed task as one sentence, without Ray's wrapping."""
+def _failure(error: BaseException) -> RunFailed:
+    """The root cause of a failed task as one sentence; a StorageError, which is tried again, where storage failed."""
     cause: Any = error
     while isinstance(cause, exceptions.RayTaskError) and cause.cause is not None and cause.cause is not cause:
         cause = cause.cause
-    if isinstance(cause, StorageError | RunFailed):
-        return str(cause).splitlines()[0]  # Ray adds lines of its own
-    last = traceback.format_exception_only(cause)[-1].strip()
-    return f"the data pipeline failed: {last}"
+    first = (str(cause).splitlines() or [type(cause).__name__])[0]  # Ray adds lines of its own
+    if isinstance(cause, StorageError | UserError):  # a bucket that did not answer when it was opened is a UserError
+        return StorageError(first)
+    if isinstance(cause, RunFailed):
+        return RunFailed(first)
+    return RunFailed(f"the data pipeline failed: {type(cause).__name__}: {first}")
 
 
 def start_feeders(config: FeedConfig, name: str) -> list[Any]:
@@ -237,8 +245,9 @@ def start_feeders(config: FeedConfig, name: str) -> list[Any]:
 
     They live as long as the caller (rank 0) holds the handles; `feeder_of` finds them from the other ranks.
     """
-    free = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    num = num_feeders(config.world, min(free, default=0))
+    cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    num = num_feeders(config.world, min((count for count in cpus if count), default=0))
+    config = replace(config, decode_slots=max(1, config.decode_slots // num))
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # out of Train's group
     handles = []
     for group in range(num):
@@ -290,10 +299,10 @@ class RankStream:
         """The rank's rows of one step, checked to be its own."""
         phase = self.config.phases[number]
         lo, hi = rank_slice(phase, step, self.rank, self.config.world)
-        tables, have = [], 0
+        tables, have, deadline = [], 0, time.monotonic() + self.config.wait_timeout_s
         while have < hi - lo:
-            refs, num_rows = self._get(self.feeder.take.remote(self.rank), phase, step)
-            tables.append(self._get(refs[0], phase, step))
+            refs, num_rows = self._get(self.feeder.take.remote(self.rank), phase, step, deadline)
+            tables.append(self._get(refs[0], phase, step, deadline))
             have += num_rows
         batch = Batch(tables) if tables else None
         if batch is not None and not np.array_equal(batch.position, np.arange(lo, hi)):
@@ -303,13 +312,13 @@ class RankStream:
             )
         return batch
 
-    def _get(self, ref: Any, phase: Phase, step: int) -> Any:
+    def _get(self, ref: Any, phase: Phase, step: int, deadline: float) -> Any:
         try:
-            return ray.get(ref, timeout=self.config.wait_timeout_s)
+            return ray.get(ref, timeout=max(0.1, deadline - time.monotonic()))
         except exceptions.GetTimeoutError:
             raise RunFailed(
                 f"rank {self.rank} waited {self.config.wait_timeout_s:.0f} s for the data of {phase.name} epoch "
                 f"{phase.epoch} step {step}: no decoding task delivered it (are there free CPUs?)"
             ) from None
         except exceptions.RayTaskError as error:
-            raise RunFailed(_sentence(error)) from None
+            raise _failure(error) from None

@@ -64,7 +64,7 @@ def s3dis_windows(
     """Cut a room (float64 `[N, 6]`, metres and 0..255) into windows; `offset` is a value of S3DIS_OFFSETS.
 
     A window's coords are x and y about its block's middle and z above the room's floor; features "colors" 0..1 and
-    "position", x y z as shares of the room: nine channels in the published order. `rows` lead back into the room. No
+    "place", x y z as shares of the room: nine channels in the published order. `rows` lead back into the room. No
     point is left out; in a block, 3 cm cells with fewer points than its mean cell are filled up by repeats. `key`
     decides the repeats, and which window of several a point goes to.
     """
@@ -81,7 +81,7 @@ def s3dis_windows(
             taken = rows[start : start + size]
             features = {
                 "colors": (xyzrgb[taken, 3:] / 255).astype(np.float32),
-                "position": (xyz[taken] / np.where(room > 0, room, 1)).astype(np.float32),
+                "place": (xyz[taken] / np.where(room > 0, room, 1)).astype(np.float32),
             }
             windows.append(Cloud((xyz[taken] - middle).astype(np.float32), features, labels[taken], taken))
     return windows

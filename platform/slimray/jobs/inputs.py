@@ -155,6 +155,10 @@ def open_splits(data: DataSpec, where: str, storage: str, names: Sequence[str]) 
         root = folder = absolute(data.root or card.root or "")
         if card.layout != "generated" and not (data.root or card.root):
             raise UserError(f"{where}: data.root: is required, the folder where {card.name} lies")
+        if card.sample == "points" and card.layout != "generated":
+            raise UserError(
+                f"{where}: data.card: clouds are read by a prepare job first: write data: {{run: NAME}} of it"
+            )
     try:
         require_splits(card.name, list(card.splits), names)
         return Splits(root, card, {name: cards.read_split(card, name, folder) for name in names})

@@ -379,7 +379,7 @@ def _room(work: _Work, row: dict[str, Any], _: Decoder) -> Iterator[_Made]:
         for number, window in enumerate(windows):
             if not np.ptp(window.coords, 0).any():
                 continue  # a lone point, far from all others, is no cloud
-            features = {"colors": window.features["colors"], "place": window.features["position"]}
+            features = dict(window.features)
             window = dataclasses.replace(window, features=features)
             yield _stored(f"{room}#{name}-{number:04d}", window, size, left_out)
             size, left_out = 0, {}

@@ -252,6 +252,7 @@ def run(job: TrainJob, ctx: Any) -> None:
         tracking=job.tracking,
         pixels=Input(average=job.average),
         classes=tuple(splits.card.class_names()),
+        dataset=splits.fingerprint,
         sources=sources,
         recipes={role: make_recipe(job.data, splits.card, segments, role) for role in names},
         decode_slots=slots,
