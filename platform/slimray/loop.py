@@ -203,7 +203,11 @@ class _Rank:
 
     def _restore(self) -> None:
         """Take over the newest complete checkpoint, the same one on every rank. A collective."""
+        if not runs.exists(self.run, "status.json"):
+            raise RunFailed(f"{self.run.uri}: is another folder on this machine: use a shared folder, s3:// or gs://")
         found = runs.newest_checkpoint(self.run) if self.rank == 0 else None
+        if found is not None:
+            runs.drop_after(self.run, found.step)
         step = broadcast_from_rank_zero(None if found is None else found.step)
         if step is None:
             return

@@ -703,6 +703,13 @@ def keep(run: Run, metric: str | None = None, last: int = 2, mode: Literal["max"
             _delete_checkpoint(run, _step_folder(one.step))
 
 
+def drop_after(run: Run, step: int) -> None:
+    """Delete the checkpoints after `step`: damaged ones, which a resume passed over and `keep` would take for newer."""
+    for one in list_checkpoints(run):
+        if one.step > step:
+            _delete_checkpoint(run, _step_folder(one.step))
+
+
 def sweep_orphans(run: Run) -> list[str]:
     """Delete checkpoint folders without a marker, left by a crash, and return their names. Only under `hold`."""
     folders = storage.list_folders(run.fs, join(run.path, "checkpoints"))

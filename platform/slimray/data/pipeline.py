@@ -214,7 +214,7 @@ class _Feeder:
             lambda numbers: decode_block(numbers, plan, config),  # type: ignore[arg-type]
             batch_size=None,
             batch_format="numpy",
-            num_cpus=0.5,
+            num_cpus=1,
         )
         bundles = iter(dataset.iter_internal_ref_bundles())
         first = next(bundles, None)

@@ -40,6 +40,12 @@ def kind_of(recipe: dict[str, Any]) -> Kind:
     return lookup(KINDS, recipe.get("kind", "clip"), "kind of sample")
 
 
+def sample_shape(recipe: dict[str, Any]) -> tuple[int, ...]:
+    """The shape of a sample of a plain recipe, its views first."""
+    kind = kind_of(recipe)
+    return kind.shape(kind.from_dict(recipe))
+
+
 def input_shape(recipe: dict[str, Any]) -> tuple[int, ...]:
     """What a network takes of one view of a plain recipe, without the batch: (T, 3, H, W) or (C, N)."""
     kind = kind_of(recipe)

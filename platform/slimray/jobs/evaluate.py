@@ -23,7 +23,7 @@ from ray.train.torch import get_device
 from slimray import loop, predict, report, runs, workers
 from slimray.data.pipeline import FeedConfig, Source
 from slimray.data.plan import Phase
-from slimray.data.samples import input_shape
+from slimray.data.samples import input_shape, sample_shape
 from slimray.edge import cost
 from slimray.jobs.inputs import DataSpec, Splits, open_splits
 from slimray.progress import follow
@@ -243,12 +243,14 @@ def _worker(config: _Config) -> dict[str, Any]:
     context, device = ray.train.get_context(), get_device()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, int(config.scale.cpus_per_worker)))
+    views = max(sample_shape(phase.recipe)[0] for phase in config.phases)
+    rows = max(1, config.batch // views)  # views of a sample are scored together
     feed = FeedConfig(
         phases=config.phases,
         sources={"eval": config.source},
         seed=0,
         world=world,
-        max_rows=config.batch,
+        max_rows=rows,
         decode_slots=config.decode_slots,
         decode_timeout_s=config.decode_timeout_s,
         wait_timeout_s=config.scale.data_timeout_s,
@@ -269,7 +271,7 @@ def _worker(config: _Config) -> dict[str, Any]:
                     if int(batch.sample[i]) not in bad:
                         bad[int(batch.sample[i])] = {"path": batch.path[i], "reason": batch.reason[i]}
                         quarantine.write(bad[int(batch.sample[i])])
-                scores = loop.score_batch(network.net, batch, network.pixels, device, config.batch, score)
+                scores = loop.score_batch(network.net, batch, network.pixels, device, rows, score)
                 shown = sum(one["run"] == case.run_name for one in (*out["clips"], *out["clouds"]))
                 if rank == 0 and scores is not None and case.order == "natural" and shown < config.pictures:
                     for kind, picture in _pictures(case, network, batch, scores, config.pictures - shown):
