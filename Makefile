@@ -20,7 +20,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/pytest -q -m 'not ray and not benchmark'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m 'not ray and not benchmark'
 
 test: check
 	$(BIN)/pytest -q -m 'ray and not benchmark'

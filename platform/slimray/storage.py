@@ -231,7 +231,13 @@ def _no_secrets(uri: str) -> str:
 
 def _list(fs: pafs.FileSystem, path: str, recursive: bool) -> list[pafs.FileInfo]:
     selector = pafs.FileSelector(path, allow_not_found=True, recursive=recursive)
-    found = retry(lambda: fs.get_file_info(selector), "list", path)
+    found: list[pafs.FileInfo] = []
+    for _ in range(5):
+        try:
+            found = retry(lambda: fs.get_file_info(selector), "list", path)
+            break
+        except FileNotFoundError:  # a folder came or went between two looks
+            continue
     return sorted((info for info in found if not info.base_name.endswith(".tmp")), key=lambda info: info.path)
 
 
