@@ -192,7 +192,19 @@ def _do(one: Any, storage: str, restart: bool, cpus: int) -> str:
 # ---------------------------------------------------------------------------------------------- look at what is there
 
 
-COLUMNS = ("top1", "top5", "mean_class_accuracy", "loss", "epoch", "num_samples", "num_quarantined", "chance", "macs")
+COLUMNS = (
+    "top1",
+    "top5",
+    "miou",
+    "overall_acc",
+    "mean_class_accuracy",
+    "loss",
+    "epoch",
+    "num_samples",
+    "num_quarantined",
+    "chance",
+    "macs",
+)
 
 
 def _print_numbers(title: str, card: dict[str, Any]) -> None:
