@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
+import pyarrow.fs as pafs
 import pytest
+from moto.server import ThreadedMotoServer
 
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -18,3 +20,18 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"reference values not found at {folder}: set SLIMRAY_SHARED")
     return folder
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """A function from a folder name to its URI in a bucket of an S3 server on loopback."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "id")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        endpoint = f"http://127.0.0.1:{port}"
+        pafs.S3FileSystem(endpoint_override=endpoint, allow_bucket_creation=True).create_dir("team")
+        yield lambda name: f"s3://team/{name}?endpoint_override=127.0.0.1:{port}&scheme=http"
+    server.stop()

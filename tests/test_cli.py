@@ -22,8 +22,6 @@ import slimray
 from slimray import cli, job, learn, runs
 from slimray.data import moving_shapes
 
-EXAMPLES = ROOT / "platform/slimray/examples"
-
 
 @dataclass(frozen=True)
 class Done:
@@ -426,7 +424,6 @@ def test_a_reader_that_has_enough_is_no_error():
     assert (done.stdout, done.stderr) == ('{\n  "$sche', "")
 
 
-@pytest.mark.skipif(not EXAMPLES.exists(), reason="the examples are not linked into the package yet")
 def test_a_wheel_brings_the_examples_along(tmp_path):
     for part in ("platform", "jobs", "datasets"):
         shutil.copytree(

@@ -10,30 +10,13 @@ import threading
 import time
 from pathlib import Path
 
-import pyarrow.fs as pafs
 import pytest
-from moto.server import ThreadedMotoServer
 
 from slimray import runs, storage
 from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError, join
 
 JOB = {"kind": "train", "name": "a", "optim": {"lr": 0.1, "tags": ("1e-3", "x")}, "scale": {"workers": 2}, "init": None}
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """A function from a folder name to its URI in a bucket of an S3 server on loopback."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "id")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        endpoint = f"http://127.0.0.1:{port}"
-        pafs.S3FileSystem(endpoint_override=endpoint, allow_bucket_creation=True).create_dir("team")
-        yield lambda name: f"s3://team/{name}?endpoint_override=127.0.0.1:{port}&scheme=http"
-    server.stop()
 
 
 @pytest.fixture(params=["disk", "bucket"])

@@ -11,7 +11,6 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from slimray import storage
@@ -701,34 +700,25 @@ def test_a_damaged_shard_is_a_storage_error_and_a_missing_one_a_missing_file(sha
         read_whole(DISK, root, rows[5])
 
 
-def test_lists_pictures_and_shards_are_read_from_a_bucket(tmp_path, monkeypatch):
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        endpoint = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        pafs.S3FileSystem(endpoint_override=endpoint, allow_bucket_creation=True).create_dir("team")
-        fs, root = storage.open_uri("s3://team/clips")
-        storage.write_atomic(fs, f"{root}/train.txt", b"a 0\nb 1\n")
-        for number in range(1, 5):
-            storage.write_atomic(fs, f"{root}/a/{number:05d}.jpg", picture(number))
-        rows = read_split(custom(file="{path}/{00001..}.jpg"), "train", "s3://team/clips").to_pylist()
-        with Decoder() as decoder:
-            assert decoder.probe("a", read_whole(fs, root, rows[0])).frames == 4
-        with pytest.raises(FileNotFoundError, match=r"clips/b$"):
-            read_whole(fs, root, rows[1])
-        storage.delete(fs, f"{root}/a/00002.jpg")
-        with pytest.raises(BadSample, match="frame 1 of 4 is missing"):
-            read_whole(fs, root, rows[0])
-        packed = [{"path": str(i), "label": i, "data": bytes([i]) * 1000} for i in range(3)]
-        cards.write_shard(fs, f"{root}/shards/0.parquet", packed)
-        for row in index_table(
-            [{"path": str(i), "label": i, "shard": "shards/0.parquet", "row": i} for i in range(3)]
-        ).to_pylist():
-            assert read_whole(fs, root, row) == packed[row["row"]]["data"]
-        with pytest.raises(FileNotFoundError, match=r"shards/1.parquet$"):
-            read_whole(fs, root, row | {"shard": "shards/1.parquet"})
-    finally:
-        server.stop()
+def test_lists_pictures_and_shards_are_read_from_a_bucket(bucket):
+    uri = bucket("clips")
+    fs, root = storage.open_uri(uri)
+    storage.write_atomic(fs, f"{root}/train.txt", b"a 0\nb 1\n")
+    for number in range(1, 5):
+        storage.write_atomic(fs, f"{root}/a/{number:05d}.jpg", picture(number))
+    rows = read_split(custom(file="{path}/{00001..}.jpg"), "train", uri).to_pylist()
+    with Decoder() as decoder:
+        assert decoder.probe("a", read_whole(fs, root, rows[0])).frames == 4
+    with pytest.raises(FileNotFoundError, match=r"clips/b$"):
+        read_whole(fs, root, rows[1])
+    storage.delete(fs, f"{root}/a/00002.jpg")
+    with pytest.raises(BadSample, match="frame 1 of 4 is missing"):
+        read_whole(fs, root, rows[0])
+    packed = [{"path": str(i), "label": i, "data": bytes([i]) * 1000} for i in range(3)]
+    cards.write_shard(fs, f"{root}/shards/0.parquet", packed)
+    for row in index_table(
+        [{"path": str(i), "label": i, "shard": "shards/0.parquet", "row": i} for i in range(3)]
+    ).to_pylist():
+        assert read_whole(fs, root, row) == packed[row["row"]]["data"]
+    with pytest.raises(FileNotFoundError, match=r"shards/1.parquet$"):
+        read_whole(fs, root, row | {"shard": "shards/1.parquet"})

@@ -21,6 +21,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -286,7 +287,7 @@ def _answer(request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes
 # ------------------------------------------------------------------------------------------------- what is read
 
 
-class _Video:
+class _Video(ABC):
     """A video open for reading; frame n is shown at `ticks[n] * tick` seconds, `fps` is 0 if unknown."""
 
     num_frames: int
@@ -295,9 +296,9 @@ class _Video:
     ticks: Sequence[int]
     tick: Fraction
 
+    @abstractmethod
     def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
         """The uint8 `[H, W, 3]` pictures of ascending `indices`, each once. BadSample when one does not decode."""
-        raise NotImplementedError
 
     def walk(self) -> Iterator[np.ndarray]:
         """All pictures in order. BadSample at the first that does not decode."""
