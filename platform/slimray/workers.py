@@ -87,7 +87,7 @@ def connect(cpus: int) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     for name in ("ray.data", "ray.train", "ray._private.authentication.authentication_token_setup"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters becomes a sentence, the rest is in logs/
     address = os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():
         if address or ray.cluster_resources().get("CPU", 0) >= cpus:

@@ -167,7 +167,7 @@ class _Feeder:
                 self.room.acquire()
                 self.loop.call_soon_threadsafe(self.queues[block.rank].put_nowait, (ref, num_rows))
         except BaseException as error:  # noqa: BLE001  (whatever it is, the ranks must hear of it instead of waiting)
-            self.failure = _failure(error)
+            self.failure = failure_of(error)
         for queue in self.queues.values():
             self.loop.call_soon_threadsafe(queue.put_nowait, (None, 0))
 
@@ -227,8 +227,8 @@ def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
     yield from rest
 
 
-def _failure(error: BaseException) -> RunFailed:
-    """The root cause of a failed task as one sentence; a StorageError, which is tried again, where storage failed."""
+def failure_of(error: BaseException) -> RunFailed:
+    """The root cause of a failed Ray task as one sentence; a StorageError, which may be tried again, if storage failed."""
     cause: Any = error
     while isinstance(cause, exceptions.RayTaskError) and cause.cause is not None and cause.cause is not cause:
         cause = cause.cause
@@ -321,4 +321,4 @@ class RankStream:
                 f"{phase.epoch} step {step}: no decoding task delivered it (are there free CPUs?)"
             ) from None
         except exceptions.RayTaskError as error:
-            raise _failure(error) from None
+            raise failure_of(error) from None

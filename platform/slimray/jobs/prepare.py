@@ -30,6 +30,7 @@ from ray import exceptions
 from slimray import runs, storage, workers
 from slimray.data import cards, moving_shapes, point_sets, points, shapes
 from slimray.data.decoder import BadSample, Decoder, Pack
+from slimray.data.pipeline import failure_of
 from slimray.progress import make_bar
 from slimray.spec import RunFailed, Spec, UserError, parse
 
@@ -201,8 +202,7 @@ def _process(job: PrepareJob, ctx: Any, card: cards.Card, root: str, tables: dic
             for row in dataset.iter_rows():
                 bar.update(task, advance=int(row["clips"]))
         except exceptions.RayTaskError as error:
-            cause = error.cause if error.cause is not None else error
-            raise RunFailed(str(cause).strip().splitlines()[-1]) from error
+            raise failure_of(error) from error
 
 
 def _write_indexes(job: PrepareJob, ctx: Any, card: cards.Card, chunks: list[_Chunk], root: str) -> None:
