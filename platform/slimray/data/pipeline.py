@@ -228,7 +228,7 @@ def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
 
 
 def failure_of(error: BaseException) -> RunFailed:
-    """The root cause of a failed Ray task as one sentence; a StorageError, which may be tried again, if storage failed."""
+    """The root cause of a failed Ray task as one sentence; a StorageError, which is tried again, if storage failed."""
     cause: Any = error
     while isinstance(cause, exceptions.RayTaskError) and cause.cause is not None and cause.cause is not cause:
         cause = cause.cause
