@@ -266,7 +266,7 @@ def _check_prepare(one: Loaded, problems: list[str], look: bool) -> dict[str, An
         facts |= prepare.facts(one.job, one.where)
         root = data.root or card.root or ""
         if card.layout == "generated":
-            tables = {split: prepare._to_generate(one.job, split) for split in facts["splits"]}
+            tables = {split: prepare.to_generate(one.job, split) for split in facts["splits"]}
         else:
             tables = {split: cards.read_split(card, split, root) for split in facts["splits"]}
         facts["samples"] = {split: table.num_rows for split, table in tables.items()}

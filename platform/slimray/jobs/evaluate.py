@@ -184,9 +184,7 @@ def run(job: EvaluateJob, ctx: Any) -> None:
         for order in job.frame_orders:
             cases.append(_Case(one.uri, one.name, order))
             total = job.batch * job.scale.workers
-            phases.append(
-                Phase("eval", "eval", len(cases) - 1, table.num_rows, total, False, _recipe(job, network, order))
-            )
+            phases.append(Phase("eval", "eval", 0, table.num_rows, total, False, _recipe(job, network, order)))
     board = workers.make_board()
     config = _Config(
         run_uri=ctx.run.uri,
@@ -256,13 +254,14 @@ def _worker(config: _Config) -> dict[str, Any]:
         wait_timeout_s=config.scale.data_timeout_s,
     )
     out: dict[str, Any] = {"rows": [], "confusion": {}, "clips": [], "clouds": []}
-    network, score = None, None
+    network, score, number, case = None, None, -1, config.cases[0]
     bad: dict[int, dict[str, Any]] = {}  # sample -> its row of the quarantine
     quarantine = runs.PartWriter(runs.run_at(config.run_uri), "quarantine", config.attempt, rank)
     with workers.open_stream(feed) as stream, contextlib.closing(quarantine):
         for phase, step, batch in stream:
-            case = config.cases[phase.epoch]
             if network is None or score is None:
+                number += 1
+                case = config.cases[number]
                 network = predict.load_network(runs.run_at(case.run_uri), device)
                 network = replace(network, pixels=replace(network.pixels, average=config.average))
                 score = loop.make_score(network.recipe, len(network.classes))
@@ -277,7 +276,7 @@ def _worker(config: _Config) -> dict[str, Any]:
                     for kind, picture in _pictures(case, network, batch, scores, config.pictures - shown):
                         out[kind].append(picture)
             if rank == 0:
-                state = {"phase": case.run_name, "epoch": phase.epoch, "epochs": len(config.cases)}
+                state = {"phase": case.run_name, "epoch": number, "epochs": len(config.cases)}
                 config.board.update.remote(**state, step=step + 1, steps=phase.num_steps)
             if step + 1 == phase.num_steps:
                 loop.merge_scores(score, world, device)

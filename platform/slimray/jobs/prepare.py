@@ -142,7 +142,7 @@ def run(job: PrepareJob, ctx: Any) -> None:
     root = root and storage.absolute(root)
     tables = {}
     for split in _splits(job, card):
-        tables[split] = _to_generate(job, split) if generated else cards.read_split(card, split, root)
+        tables[split] = to_generate(job, split) if generated else cards.read_split(card, split, root)
     chunks = [
         _Chunk(split, number, lo, min(lo + job.clips_per_shard, table.num_rows))
         for split, table in tables.items()
@@ -167,7 +167,7 @@ def _splits(job: PrepareJob, card: cards.Card) -> list[str]:
     return list(job.data.splits or card.splits)
 
 
-def _to_generate(job: PrepareJob, split: str) -> pa.Table:
+def to_generate(job: PrepareJob, split: str) -> pa.Table:
     """A fifth of the clips validates; numbers go on from split to split, so that no clip is in two."""
     num_val = job.data.clips // 5
     first, count = (0, job.data.clips - num_val) if split == "train" else (job.data.clips - num_val, num_val)
