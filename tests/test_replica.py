@@ -145,6 +145,25 @@ def test_one_sample_does_not_break_batchnorm():
     assert np.isfinite(report.loss_sum)
 
 
+def test_a_still_piece_trains_without_touching_the_statistics():
+    replica = Replica(_tsm(), OPTIM, Input(), SHAPE32, torch.device("cpu"))
+    data = np.random.default_rng(0).integers(0, 256, (2, 1, 2, 32, 32, 3), dtype=np.uint8)
+    norms, weights = learn.norm_state(replica.net).clone(), replica.net.new_fc.weight.clone()
+    replica.step([Piece(data, np.array([0, 1]))], 2, 0.1, (0, 0), frozenset({0}))
+    assert torch.equal(learn.norm_state(replica.net), norms)
+    assert not torch.equal(replica.net.new_fc.weight, weights)
+    replica.step([Piece(data, np.array([0, 1]))], 2, 0.1, (0, 1))
+    assert not torch.equal(learn.norm_state(replica.net), norms)
+
+
+def test_a_step_that_is_not_finite_leaves_no_trace():
+    replica = Replica(_tsm(), OPTIM, Input(std=(1e-45,) * 3), SHAPE32, torch.device("cpu"))
+    before = {k: v.clone() for k, v in replica.tensors().items() if "num_batches" not in k}
+    data = np.random.default_rng(0).integers(0, 256, (2, 1, 2, 32, 32, 3), dtype=np.uint8)
+    assert not replica.step([Piece(data, np.array([0, 1]))], 2, 0.1, (0, 0)).finite
+    assert all(torch.equal(v, before[k]) for k, v in replica.tensors().items() if "num_batches" not in k)
+
+
 def test_validation_copy_and_state_leave_training_untouched():
     replica = Replica(_tsm(), OPTIM, Input(), SHAPE32, torch.device("cpu"))
     before = {k: v.clone() for k, v in replica.tensors().items()}

@@ -336,16 +336,18 @@ class _Rank:
         if batch is not None:
             self._note_bad(batch, phase)
         new_bad = 0.0 if batch is None else float((~batch.valid & ~self.mask[batch.sample]).sum())
+        pieces = self._pieces(phase, step, batch, keep)
+        empty = [float(not len(piece.data)) for piece in pieces] if config.optim.norm == "sync" else []
         start = time.perf_counter()
-        num_valid, num_bad = self._sum(float(keep.sum()), new_bad)
+        num_valid, num_bad, *num_empty = self._sum(float(keep.sum()), new_bad, *empty)
         clock.communication += time.perf_counter() - start
         if num_bad and (failure := self._too_many_bad()):
             return failure
         if num_valid:
             lr = learn.learning_rate(config.optim, config.batch_total, self.num_train, self.samples_seen)
-            report = self.replica.step(
-                self._pieces(phase, step, batch, keep), int(num_valid), lr, (config.seed, progress.total_steps)
-            )
+            still = frozenset(i for i, count in enumerate(num_empty) if count)
+            seed = (config.seed, progress.total_steps)
+            report = self.replica.step(pieces, int(num_valid), lr, seed, still)
             clock.loss += report.loss_sum
             clock.transfer += report.transfer_s
             clock.compute += report.compute_s

@@ -81,11 +81,20 @@ class Replica:
 
     # --------------------------------------------------------------------------------------------- one step
 
-    def step(self, pieces: Sequence[Piece], num_valid: int, lr: float, seed: tuple[int, int]) -> StepReport:
+    def step(
+        self,
+        pieces: Sequence[Piece],
+        num_valid: int,
+        lr: float,
+        seed: tuple[int, int],
+        still: frozenset[int] = frozenset(),
+    ) -> StepReport:
         """Take one optimizer step; a collective. `num_valid` > 0 counts the samples of all ranks.
 
         `seed` is (run seed, number of the step): dropout is a function of it and the rank. All ranks must pass equally
-        many pieces. A gradient that is not finite is dropped by all ranks alike (it is all-reduced).
+        many pieces. A gradient that is not finite is dropped by all ranks alike (it is all-reduced). In the pieces
+        `still` BatchNorm uses its running statistics: with `norm: sync` those in which some rank has no samples, which
+        would else be missed where the others gather statistics.
         """
         learn.seed_step(*seed, self.rank)
         learn.train_mode(self.net, self.optim.norm)
@@ -95,7 +104,7 @@ class Replica:
         for i, piece in enumerate(pieces):
             quiet = contextlib.nullcontext() if self.world == 1 or i + 1 == len(pieces) else self.ddp.no_sync()  # type: ignore[operator]
             with quiet:
-                loss, seconds = self._loss(piece)
+                loss, seconds = self._loss(piece, i in still)
                 (loss * (self.world / num_valid)).backward()
             if self.world > 1 and self.device.type == "cpu" and i + 1 == len(pieces):
                 exposed_s = time.perf_counter() - self.last_bucket_at
@@ -107,7 +116,7 @@ class Replica:
         compute_s = time.perf_counter() - start - transfer_s - exposed_s
         return StepReport(loss_sum, finite, transfer_s, compute_s, exposed_s)
 
-    def _loss(self, piece: Piece) -> tuple[Tensor, float]:
+    def _loss(self, piece: Piece, still: bool) -> tuple[Tensor, float]:
         """The summed loss of a microbatch, and the seconds its transfer took."""
         if not len(piece.data):
             with norms_in_eval(self.net), learn.autocast(self.device):
@@ -118,7 +127,7 @@ class Replica:
         seconds = time.perf_counter() - start
         if len(clips) == 1 and self.repeat_single:  # a second, unweighted copy gives BatchNorm its two values
             clips = clips.expand(2, *clips.shape[1:])
-        with learn.autocast(self.device):
+        with norms_in_eval(self.net) if still else contextlib.nullcontext(), learn.autocast(self.device):
             logits = self.ddp(clips)
         return learn.sample_losses(logits[: len(labels)], labels, self.optim).sum(), seconds
 

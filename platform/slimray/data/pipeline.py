@@ -34,6 +34,7 @@ from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError
 
 BLOCKS_PER_EXECUTION = 2000  # planning 2,000 read tasks takes about 1.5 s and the next execution hides it
+TASK_RETRIES = 3  # of a task whose process died; Ray's own number is "for ever", and a file may be what kills it
 STEPS_AHEAD = 2  # decoded steps kept ready for every rank
 
 
@@ -215,6 +216,7 @@ class _Feeder:
             batch_size=None,
             batch_format="numpy",
             num_cpus=1,
+            max_retries=TASK_RETRIES,
         )
         bundles = iter(dataset.iter_internal_ref_bundles())
         first = next(bundles, None)

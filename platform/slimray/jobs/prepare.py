@@ -30,7 +30,7 @@ from ray import exceptions
 from slimray import runs, storage, workers
 from slimray.data import cards, moving_shapes, point_sets, points, shapes
 from slimray.data.decoder import BadSample, Decoder, Pack
-from slimray.data.pipeline import failure_of
+from slimray.data.pipeline import TASK_RETRIES, failure_of
 from slimray.progress import make_bar
 from slimray.spec import RunFailed, Spec, UserError, parse
 
@@ -148,11 +148,28 @@ def run(job: PrepareJob, ctx: Any) -> None:
         for split, table in tables.items()
         for number, lo in enumerate(range(0, table.num_rows, job.clips_per_shard))
     ]
+    if not generated:
+        _require_same_lists(ctx, tables)
     done = set(runs.list_names(ctx.run, "data/parts"))
     todo = tuple(chunk for chunk in chunks if _part_name(chunk) not in done)
     if todo:
         _process(job, ctx, card, root, tables, todo)
     _write_indexes(job, ctx, card, chunks, root)
+
+
+def _require_same_lists(ctx: Any, tables: Mapping[str, pa.Table]) -> None:
+    """Raise UserError if a list is not the one this run began with: its shards are numbered by places in it."""
+    now = {split: cards.fingerprint(table) for split, table in tables.items()}
+    try:
+        before = json.loads(runs.read_file(ctx.run, "data/lists.json"))
+    except FileNotFoundError:
+        runs.write_file(ctx.run, "data/lists.json", json.dumps(now).encode())
+        return
+    for split in now:
+        if now[split] != before.get(split):
+            raise UserError(
+                f"{ctx.where}: the list of split {split!r} has changed since this run began: restore it, or --restart"
+            )
 
 
 def _card(job: PrepareJob) -> dict[str, Any]:
@@ -194,6 +211,7 @@ def _process(job: PrepareJob, ctx: Any, card: cards.Card, root: str, tables: dic
         batch_size=None,
         batch_format="numpy",
         num_cpus=1,
+        max_retries=TASK_RETRIES,
     )
     total = sum(chunk.hi - chunk.lo for chunk in todo)
     with make_bar(ctx.console) as bar:
