@@ -1,5 +1,6 @@
 """Real runs for the tests of the verbs: one local Ray cluster, one small generated dataset, the command line."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.numpy
+
+from slimray import runs
 
 DATA = "{kind: prepare, name: data, data: {card: moving_shapes, clips: 60, size: 32, frames: 12}}"
 TRAIN = """
@@ -115,6 +119,37 @@ def write_list(shell: Shell, folder: str, files: list[Path], labels: int = 2) ->
     lines = [f"{file.name} {i % labels}" for i, file in enumerate(files)]
     for split in ("train", "val"):
         (root / f"{split}.txt").write_text("\n".join(lines) + "\n")
+
+
+def weights(shell: Shell, name: str) -> str:
+    """A digest of the trained weights, bit for bit."""
+    data = (shell.storage / name / "model/weights.safetensors").read_bytes()
+    tensors = safetensors.numpy.load(data)
+    return hashlib.sha256(b"".join(tensors[k].tobytes() for k in sorted(tensors))).hexdigest()
+
+
+def seen(shell: Shell, name: str) -> dict[int, list[int]]:
+    """Epoch -> samples that its steps consumed, in order of their ids."""
+    out: dict[int, list[int]] = {}
+    for row in runs.read_parts(runs.open_run(str(shell.storage), name), "samples"):
+        out.setdefault(row["epoch"], []).extend(row["ids"])
+    return {epoch: sorted(ids) for epoch, ids in out.items()}
+
+
+def has_checkpoint(shell: Shell, name: str, step: int) -> bool:
+    return any(
+        int(folder.name.removeprefix("step_")) >= step and (folder / "complete.json").exists()
+        for folder in (shell.storage / name / "checkpoints").glob("step_*")
+    )
+
+
+def run_and_kill_a_worker(shell: Shell, file: str, name: str) -> None:
+    """Start the training `name` of `file`, SIGKILL a worker after step 8, in mid-epoch, and see the run end well."""
+    child = shell.start("run", file)
+    wait_for("a checkpoint in mid-epoch", lambda: has_checkpoint(shell, name, 8))
+    os.kill(find_process(child.pid, "ray::RayTrainWorker"), signal.SIGKILL)
+    out, err = child.communicate(timeout=240)
+    assert child.returncode == 0, out + err
 
 
 @pytest.fixture(scope="session")

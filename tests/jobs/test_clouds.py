@@ -1,13 +1,10 @@
 """Clouds of points on the same spine: prepared, trained exactly, shown in 3D, labelled; a kill costs no bit here."""
 
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
-from tests.jobs.conftest import Shell, find_process, wait_for
-from tests.jobs.test_train import has_checkpoint, seen, weights
+from tests.jobs.conftest import Shell, run_and_kill_a_worker, seen, weights
 
 from slimray import runs
 from slimray.data import points, shapes
@@ -44,11 +41,7 @@ def test_labels_per_point_are_learnt_and_counted(shell, parts):
 
 
 def test_a_killed_worker_costs_no_bit(shell, parts):
-    child = shell.start("run", shell.write("again.yaml", TRAIN.format(name="parts-killed")))
-    wait_for("a checkpoint in mid-epoch", lambda: has_checkpoint(shell, "parts-killed", 8))
-    os.kill(find_process(child.pid, "ray::RayTrainWorker"), signal.SIGKILL)
-    out, err = child.communicate(timeout=240)
-    assert child.returncode == 0, out + err
+    run_and_kill_a_worker(shell, shell.write("again.yaml", TRAIN.format(name="parts-killed")), "parts-killed")
     assert weights(shell, "parts-killed") == parts
     assert seen(shell, "parts-killed") == {epoch: list(range(48)) for epoch in range(3)}
 

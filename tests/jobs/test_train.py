@@ -1,42 +1,28 @@
 """Training on real workers: exact after kills, on other worker counts, with damaged files; errors are one sentence."""
 
-import hashlib
 import json
-import os
 import re
 import signal
 import time
 from pathlib import Path
 
 import pytest
-import safetensors.numpy
-from tests.jobs.conftest import Shell, end_session, find_process, train_yaml, wait_for, write_list
+from tests.jobs.conftest import (
+    Shell,
+    end_session,
+    find_process,
+    has_checkpoint,
+    run_and_kill_a_worker,
+    seen,
+    train_yaml,
+    wait_for,
+    weights,
+    write_list,
+)
 
 from slimray import runs
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
-
-
-def weights(shell: Shell, name: str) -> str:
-    """A digest of the trained weights, bit for bit."""
-    data = (shell.storage / name / "model/weights.safetensors").read_bytes()
-    tensors = safetensors.numpy.load(data)
-    return hashlib.sha256(b"".join(tensors[k].tobytes() for k in sorted(tensors))).hexdigest()
-
-
-def seen(shell: Shell, name: str) -> dict[int, list[int]]:
-    """Epoch -> samples that its steps consumed, in order of their ids."""
-    out: dict[int, list[int]] = {}
-    for row in runs.read_parts(runs.open_run(str(shell.storage), name), "samples"):
-        out.setdefault(row["epoch"], []).extend(row["ids"])
-    return {epoch: sorted(ids) for epoch, ids in out.items()}
-
-
-def has_checkpoint(shell: Shell, name: str, step: int) -> bool:
-    return any(
-        int(folder.name.removeprefix("step_")) >= step and (folder / "complete.json").exists()
-        for folder in (shell.storage / name / "checkpoints").glob("step_*")
-    )
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +59,7 @@ def test_the_same_name_is_skipped_and_another_job_of_that_name_is_refused(shell,
 
 
 def test_a_killed_worker_costs_no_bit(shell, undisturbed):
-    child = shell.start("run", shell.write("killed.yaml", train_yaml("killed", epochs=3)))
-    wait_for("a checkpoint in mid-epoch", lambda: has_checkpoint(shell, "killed", 8))
-    os.kill(find_process(child.pid, "ray::RayTrainWorker"), signal.SIGKILL)
-    out, err = child.communicate(timeout=240)
-    assert child.returncode == 0, out + err
+    run_and_kill_a_worker(shell, shell.write("killed.yaml", train_yaml("killed", epochs=3)), "killed")
     assert weights(shell, "killed") == undisturbed
     assert seen(shell, "killed") == {epoch: list(range(48)) for epoch in range(3)}
 
