@@ -420,7 +420,7 @@ def test_a_list_that_is_wrong_is_named_with_its_line(tmp_path, clips):
     ("sets", "sentence"),
     [
         (["data.train=trian"], "data: data has no split 'trian', did you mean 'train'?"),
-        (["tsm:data.run=tsn"], "data.run: runs: no run 'tsn' or any"),
+        (["tsm:data.run=tsn"], "data.run: runs: no run 'tsn', nor any other"),
         (["tsn:data.run=tsm"], "data.run: 'tsm' is of kind train, it holds no dataset"),
         (["tsm:data.card=moving_shapes"], "data: give either card (a dataset card) or run (a prepare run)"),
         (["tsm:data={size: 32}"], "data: give either card (a dataset card) or run (a prepare run)"),

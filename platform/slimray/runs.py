@@ -112,7 +112,8 @@ def find_run(name_or_uri: str, where: str) -> Run:
     run = open_run(where, name_or_uri)
     if not _is_run(run):
         names = [run.name for run in list_runs(where)]
-        raise UserError(f"{where}: no run {name_or_uri!r}" + (did_you_mean(name_or_uri, names) if names else " or any"))
+        hint = did_you_mean(name_or_uri, names) if names else ", nor any other: --storage says where runs lie"
+        raise UserError(f"{where}: no run {name_or_uri!r}{hint}")
     return run
 
 
