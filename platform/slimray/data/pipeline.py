@@ -33,7 +33,6 @@ from slimray.data.samples import kind_of
 from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError
 
-BLOCKS_PER_EXECUTION = 2000  # planning 2,000 read tasks takes about 1.5 s and the next execution hides it
 TASK_RETRIES = 3  # of a task whose process died; Ray's own number is "for ever", and a file may be what kills it
 STEPS_AHEAD = 2  # decoded steps kept ready for every rank
 
@@ -59,15 +58,15 @@ class FeedConfig:
     decode_slots: int
     decode_timeout_s: float = 30.0
     wait_timeout_s: float = 600.0
+    blocks_per_execution: int = 2000  # planning 2,000 read tasks takes about 1.5 s, while the execution before runs on
 
 
 class Batch:
     """The rows of one step (or microbatch) of one rank, as numpy arrays that share memory with the object store.
 
     `data` `[n, ...]` as the kind of sample has it (data/samples.py), `label` int64 `[n]` or `[n, N]` with one per point
-    (-1 unknown), `sample` int64 `[n]` row in the index,
-    `position` int64 `[n]` place in the plan, `valid` bool `[n]`, `path` and `reason` lists of
-    str (reason "" where valid).
+    (-1 unknown), `sample` int64 `[n]` row in the index, `position` int64 `[n]` place in the plan, `valid` bool `[n]`,
+    `path` and `reason` lists of str (reason "" where valid).
     """
 
     def __init__(self, tables: Sequence[pa.Table]):
@@ -199,7 +198,7 @@ class _Feeder:
                 cut = after
 
     def _next_cut(self) -> list[Block]:
-        return list(itertools.islice(self.plan, BLOCKS_PER_EXECUTION))
+        return list(itertools.islice(self.plan, self.config.blocks_per_execution))
 
     def _execute(self, cut: list[Block]) -> Iterator[Any]:
         """Start one Ray Data execution over `cut` and return its stream of bundles, the first one already there."""
