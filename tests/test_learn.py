@@ -208,3 +208,28 @@ def test_dropout_is_a_function_of_seed_step_and_rank():
 
     assert draw(0, 1, 2) == draw(0, 1, 2)
     assert len({draw(s, t, r) for s in range(3) for t in range(3) for r in range(3)}) == 27
+
+
+def test_divergence_teaches_one_network_at_a_time():
+    a, b = torch.randn(2, 5, 7, requires_grad=True), torch.randn(2, 5, 7, requires_grad=True)
+    learn.divergences(a, b).mean().backward()
+    expected = (b.softmax(1) - a.softmax(1)) / (2 * 7)
+    assert a.grad is None
+    torch.testing.assert_close(b.grad, expected.detach())
+    assert learn.divergences(a, a).tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert learn.divergences(a[:, :, 0], b[:, :, 0]).shape == (2,)
+
+
+def test_adam_adds_its_decay_to_the_gradient():
+    weights = {}
+    for name in ("adam", "adamw"):
+        net = torch.nn.Linear(2, 1, bias=False)
+        torch.nn.init.ones_(net.weight)
+        optim = OptimSpec(optimizer=name, lr=0.1, reference_batch=1, epochs=1, groups="plain", weight_decay=0.5)
+        optimizer = learn.make_optimizer(net, optim)
+        learn.set_learning_rate(optimizer, 0.1)
+        net.weight.grad = torch.tensor([[1.0, -0.25]])
+        optimizer.step()
+        weights[name] = net.weight.detach()[0].tolist()
+    assert weights["adam"] == pytest.approx([0.9, 0.9], abs=1e-4)  # the sign of the gradient with decay decides
+    assert weights["adamw"] == pytest.approx([0.95 - 0.1, 0.95 + 0.1], abs=1e-4)

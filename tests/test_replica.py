@@ -1,5 +1,6 @@
 """A step is exact whatever the number of ranks: real gloo processes against one process."""
 
+import copy
 import os
 import socket
 import subprocess
@@ -12,8 +13,8 @@ import torch
 from torch import nn
 
 from slimray import learn
-from slimray.predict import Input
-from slimray.replica import Piece, Replica, breaks_on_one_sample
+from slimray.predict import Input, to_input
+from slimray.replica import Peers, Piece, Replica, breaks_on_one_sample
 
 OPTIM = learn.OptimSpec(lr=0.1, reference_batch=8, epochs=1, groups="plain", clip_norm=None, weight_decay=0.0)
 SHAPE = (2, 3, 8, 8)
@@ -96,6 +97,24 @@ def test_two_ranks_take_the_step_of_one(case: str, tmp_path: Path):
         together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, value in alone.items():
             torch.testing.assert_close(together[name], value, rtol=1e-10, atol=1e-13)
+
+
+def test_peers_learn_from_each_other_and_the_first_is_kept():
+    torch.manual_seed(3)
+    optim = OPTIM.model_copy(update={"mutual": 1.0})
+    data, labels = samples(4)
+    replica = Replica(Peers(Plain(), Plain()), optim, Input(), SHAPE, torch.device("cpu"))
+    start = copy.deepcopy(replica.net)
+    replica.step([Piece(data, labels)], 4, 0.1, (0, 0))
+    assert isinstance(replica.averaged(), Plain)
+    clips, targets = to_input(data, Input(), torch.device("cpu")), torch.from_numpy(labels)
+    own, other = start.first(clips), start.second(clips).detach()
+    loss = nn.functional.cross_entropy(own, targets)
+    loss = loss + (other.softmax(1) * (other.log_softmax(1) - own.log_softmax(1))).sum(1).mean()
+    (gradient,) = torch.autograd.grad(loss, start.first.head.weight)
+    expected = start.first.head.weight - 0.1 * gradient
+    torch.testing.assert_close(replica.net.first.head.weight, expected, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(replica.net.second.head.weight, start.second.head.weight)
 
 
 def test_state_goes_round_bit_for_bit():

@@ -8,10 +8,11 @@ needs no correction.
 """
 
 import contextlib
+import copy
 import functools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,8 +29,8 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "V
 class OptimSpec(Spec):
     """How the weights are changed."""
 
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """Stochastic gradient descent with momentum, or AdamW."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Stochastic gradient descent with momentum, Adam (decay is part of the gradient, as PVCNN is published), AdamW."""
     lr: float = Field(gt=0)
     """Learning rate for a global batch of `reference_batch`; the peak is lr x batch.total / reference_batch."""
     reference_batch: int = Field(ge=1)
@@ -45,7 +46,7 @@ class OptimSpec(Spec):
     gamma: float = Field(0.1, gt=0, le=1)
     """Factor at each milestone."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of SGD, or the first beta of AdamW."""
+    """Momentum of SGD, or the first beta of Adam."""
     weight_decay: float = Field(1e-4, ge=0)
     """Weight decay of the weights; biases and BatchNorm as `groups` says."""
     clip_norm: float | None = Field(20.0, gt=0)
@@ -61,6 +62,9 @@ class OptimSpec(Spec):
     """Part of the target that is spread over all classes."""
     class_weights: tuple[float, ...] | Literal["balanced"] | None = None
     """A weight per class in the loss; `balanced` is inverse to the class's share of the training split, mean 1."""
+    mutual: float = Field(0.0, ge=0)
+    """Weight of deep mutual learning (arXiv 1706.00384; as published for PVCNN: 1): above 0 two networks are trained,
+    each on the labels and on the other's answers, and the first is kept."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights, which is then evaluated and shipped; null keeps none."""
 
@@ -143,8 +147,9 @@ def make_optimizer(net: nn.Module, optim: OptimSpec) -> torch.optim.Optimizer:
     groups = parameter_groups(net, optim.groups)
     for group in groups:
         group["weight_decay"] = optim.weight_decay * group["decay_mult"]
-    if optim.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.momentum, 0.999))
+    if optim.optimizer != "sgd":
+        adam = torch.optim.AdamW if optim.optimizer == "adamw" else torch.optim.Adam
+        return adam(groups, lr=optim.lr, betas=(optim.momentum, 0.999))
     return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
 
 
@@ -185,6 +190,16 @@ def sample_losses(logits: Tensor, labels: Tensor, optim: OptimSpec) -> Tensor:
         logits, labels, weight=weight, label_smoothing=optim.label_smoothing, reduction="none", ignore_index=-1
     )
     return losses if losses.ndim == 1 else losses.sum(1) / (labels >= 0).sum(1).clamp(min=1)
+
+
+def divergences(target: Tensor, logits: Tensor) -> Tensor:
+    """KL(softmax(`target`) || softmax(`logits`)) of each sample of `[n, C, ...]`: over the classes, mean of the rest.
+
+    What Deep Mutual Learning (arXiv 1706.00384) adds to the loss of each of two networks. The gradient goes to `logits`
+    alone: `target` counts as given.
+    """
+    given, own = target.detach().float().log_softmax(1), logits.float().log_softmax(1)
+    return (given.exp() * (given - own)).sum(1).view(len(logits), -1).mean(1)
 
 
 def balanced_weights(labels: Sequence[int], num_classes: int) -> tuple[float, ...]:
@@ -379,3 +394,58 @@ def _measured_flops(device: torch.device, name: str, size: int = 768, rounds: in
         float((a @ a)[0, 0])  # waits for the device
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
+
+
+# ------------------------------------------------------------------------------------------------- re-calibration
+
+
+@torch.no_grad()
+def recalibrate_norms(subnet: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """A copy of `subnet` with the BatchNorm statistics of `batches` (inputs `[n, ...]`); `subnet` stays as it is.
+
+    As in Once-for-All (arXiv 1908.09791): every batch is normalised by its own statistics, and a layer gets the mean
+    over the batches, weighted by their samples, of its input's mean and of its biased variance in the batch (not the
+    variance of all samples together). Dropout is off. ValueError without batches, or for a supernet: extract first.
+    Several workers add up their `norm_sums` instead, for the same result however the batches are dealt out.
+    """
+    out = copy.deepcopy(subnet)
+    load_norm_sums(out, norm_sums(subnet, batches))
+    return out
+
+
+@torch.no_grad()
+def norm_sums(net: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    """What `recalibrate_norms` learns from `batches`, float64 `[K]`: may be added up over workers (`load_norm_sums`).
+
+    For each BatchNorm in order: samples, the sum over batches of samples x mean, and of samples x variance.
+    """
+    probe = copy.deepcopy(net).eval()
+    norms = _tracking(probe)
+    parts = [norm.running_mean.new_zeros(1 + 2 * norm.num_features, dtype=torch.float64) for norm in norms]
+    samples = 0
+
+    def collect(part: Tensor, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].transpose(0, 1).flatten(1).float()  # [C, everything else]
+        part += samples * torch.cat([part.new_ones(1), x.mean(1), x.var(1, correction=0)])
+
+    for norm, part in zip(norms, parts, strict=True):
+        norm.running_mean = norm.running_var = None  # torch normalises by the batch where there are no statistics
+        norm.register_forward_pre_hook(functools.partial(collect, part))
+    device = next(iter(probe.parameters())).device
+    for batch in batches:
+        samples = len(batch)
+        probe(batch.to(device))
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+@torch.no_grad()
+def load_norm_sums(net: nn.Module, sums: Tensor) -> None:
+    """Give the BatchNorms of `net` in place the statistics that `sums` hold; ValueError if one of them saw no input."""
+    at = 0
+    for norm in _tracking(net):
+        samples, mean, var = sums[at : at + 1 + 2 * norm.num_features].split([1, norm.num_features, norm.num_features])
+        if not samples:
+            raise ValueError("recalibrate_norms: a BatchNorm saw no input: give batches, and an extracted subnet")
+        norm.running_mean.copy_(mean / samples)
+        norm.running_var.copy_(var / samples)
+        at += 1 + 2 * norm.num_features

@@ -27,13 +27,14 @@ from slimray.data.pipeline import Batch, FeedConfig, Source
 from slimray.data.plan import Phase, microbatches
 from slimray.data.samples import input_shape
 from slimray.models import published
-from slimray.point_scores import SegmentationScore
-from slimray.predict import Input, predict_scores
-from slimray.replica import Piece, Replica, breaks_on_one_sample, part
+from slimray.point_scores import FrustumScore, SegmentationScore
+from slimray.predict import Input, predict_scores, to_input
+from slimray.replica import Peers, Piece, Replica, breaks_on_one_sample, part
 from slimray.spec import RunFailed, Spec, UserError
 from slimray.workers import ScaleSpec, open_stream
 
-Score = learn.Score | SegmentationScore
+Score = learn.Score | SegmentationScore | FrustumScore
+BEST = {"clip": "val/top1", "image": "val/top1", "points": "val/top1", "frustum": "val/class_found_3d"}
 MAX_BAD_STEPS = 10  # steps in a row with a non-finite gradient before the run ends
 
 
@@ -47,7 +48,8 @@ class CheckpointSpec(Spec):
     keep_last: int = Field(default=2, ge=1)
     """Newest checkpoints kept; the best one by `best_metric` is kept besides."""
     best_metric: str | None = None
-    """Metric by which a checkpoint is the best, higher is better; default val/top1, for labels per point val/miou."""
+    """Metric by which a checkpoint is the best, higher is better; default val/top1, for labels per point val/miou, for
+    boxes val/class_found_3d."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,9 @@ class _Rank:
             self.result = make_score(config.recipes["val"], len(config.classes))
         self._restore()
         self.records = _Records(config, self.run, self.rank)
-        per_point = config.recipes["train"].get("per_point")
-        self.best_metric = config.checkpoint.best_metric or ("val/miou" if per_point else "val/top1")
+        recipe = config.recipes["train"]
+        best = "val/miou" if recipe.get("per_point") else BEST[recipe["kind"]]
+        self.best_metric = config.checkpoint.best_metric or best
         keep = config.checkpoint.keep_last
         self.saver = _Saver(self.run, keep, self.best_metric, self.records) if self.rank == 0 else None
 
@@ -195,6 +198,8 @@ class _Rank:
             report = load_start(net, config.init)
             if self.rank == 0:
                 config.board.update.remote(note=f"starts from {config.init['from']}: {report}")
+        if config.optim.mutual:
+            net = Peers(net, models.build(**config.model))
         shape = input_shape(recipe)
         repeat = breaks_on_one_sample(config.model, shape)
         return Replica(net, config.optim, config.pixels, shape, self.device, self.rank, self.world, repeat)
@@ -216,17 +221,23 @@ class _Rank:
         if checkpoint.meta.get("dataset", self.config.dataset) != self.config.dataset:
             raise RunFailed("the dataset is not the one the run began with: restore it, or start again with --restart")
         self.replica.load(part(tensors, "replica."))
-        if self.result is not None and "confusion" in tensors:
-            self.result.confusion.copy_(tensors["confusion"])
+        for name, count in self._counts().items():
+            if name in tensors:
+                count.copy_(tensors[name])
         self.mask, self.bad_seen = tensors["mask"].numpy().astype(bool), tensors["bad_seen"].clone()
         self.progress = Progress(**checkpoint.meta["progress"])
+
+    def _counts(self) -> dict[str, Tensor]:
+        """The counts of the last validation, by the names they have in a checkpoint."""
+        counts = () if self.result is None else self.result.tensors()
+        return {f"score.{number}": count for number, count in enumerate(counts)}
 
     def _save(self) -> None:
         """Start writing a checkpoint of all ranks' state. A collective."""
         if self.saver is None:  # rank 0 does so in the background
             self.records.flush()
         tensors = {f"replica.{k}": v for k, v in self.replica.tensors().items()}
-        tensors |= {"confusion": self.result.confusion} if self.result is not None else {}
+        tensors |= self._counts()
         tensors |= {"mask": torch.from_numpy(self.mask.astype(np.uint8)), "bad_seen": self._merged_bad()}
         self.saved_at = time.monotonic()
         if self.saver is not None:
@@ -408,7 +419,7 @@ class _Rank:
         net, config = self.replica.averaged(), self.config
         out: dict[str, Any] = {"best": self.progress.best, "last": self.progress.last}
         out["steps"] = self.progress.total_steps
-        out["confusion"] = None if self.result is None else self.result.confusion.tolist()
+        out["confusion"] = confusion_of(self.result)
         if self.saver is not None:
             self.saver.wait()
             weights = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
@@ -498,8 +509,15 @@ def fit(config: FitConfig) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- shared by verbs
 
 
+def confusion_of(score: Score | None) -> list[list[int]] | None:
+    """The confusion of a score as lists; None where boxes were found, which have none."""
+    return None if score is None or isinstance(score, FrustumScore) else score.confusion.tolist()
+
+
 def make_score(recipe: dict[str, Any], num_classes: int) -> Score:
-    """What counts hits of samples of a plain recipe: per sample, or per point."""
+    """What counts hits of samples of a plain recipe: per sample, per point, or boxes found."""
+    if recipe["kind"] == "frustum":
+        return FrustumScore()
     return SegmentationScore(num_classes, ignore_label=-1) if recipe.get("per_point") else learn.Score(num_classes)
 
 
@@ -509,9 +527,33 @@ def score_batch(
     """Add the valid rows of `batch` to `score`; returns their scores `[n, C, ...]`, None if there are none."""
     if not batch.valid.any():
         return None
+    if isinstance(score, FrustumScore):
+        find_boxes(net, batch, pixels, device, rows, score)
+        return None
     scores = predict_scores(net, batch.data[batch.valid], pixels, device, rows)
     score.add(scores, torch.from_numpy(batch.label[batch.valid]).to(device))
     return scores
+
+
+@torch.no_grad()
+def find_boxes(
+    net: torch.nn.Module, batch: Batch, pixels: Input, device: torch.device, rows: int, score: FrustumScore
+) -> list[dict[str, Tensor]]:
+    """What a frustum network gives for the valid rows of `batch`, piece by piece; known objects count in `score`."""
+    pieces, places = [], np.flatnonzero(batch.valid)
+    for start in range(0, len(places), rows):
+        chosen = places[start : start + rows]
+        with learn.autocast(device):
+            outputs = net(to_input(batch.data[chosen], pixels, device))
+        outputs = {name: value.float() for name, value in outputs.items()}
+        targets = net.targets(torch.from_numpy(batch.label[chosen]).to(device))  # type: ignore[operator]
+        known = targets["known"]
+        if known.any():
+            found = {name: value[known] for name, value in outputs.items()}
+            truth = {name: value[known] for name, value in targets.items()}
+            score.add(found, truth, truth["label"], net.size_templates)  # type: ignore[arg-type]
+        pieces.append(outputs)
+    return pieces
 
 
 def merge_scores(score: Score, world: int, device: torch.device) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from slimray import learn, models, runs, storage
 from slimray.data.decoder import BadSample, Decoder
+from slimray.data.images import ImageRecipe
 from slimray.data.points import Cloud, PointRecipe, PointSample, make_points, read_cloud
 from slimray.data.samples import kind_of
 from slimray.data.video import ClipRecipe
@@ -63,8 +64,8 @@ def load_network(run: runs.Run, device: torch.device | str = "cpu") -> Network:
 def to_input(data: np.ndarray, pixels: Input, device: torch.device) -> Tensor:
     """Samples `[n, V, ...]` as a network takes them, `[n*V, ...]` on `device`.
 
-    uint8 frames `[n, V, T, H, W, 3]` become normalised `[n*V, T, 3, H, W]` (pixels travel as uint8); points go as they
-    are.
+    uint8 frames `[n, V, T, H, W, 3]` become normalised `[n*V, T, 3, H, W]`, images `[n, V, H, W, 3]` `[n*V, 3, H, W]`
+    (pixels travel as uint8); points go as they are.
     """
     tensor = torch.from_numpy(np.ascontiguousarray(data))
     if device.type == "cuda":
@@ -72,9 +73,9 @@ def to_input(data: np.ndarray, pixels: Input, device: torch.device) -> Tensor:
     tensor = tensor.to(device, non_blocking=True).flatten(0, 1)
     if data.dtype != np.uint8:
         return tensor.to(torch.get_default_dtype())
-    mean = torch.tensor(pixels.mean, device=device).view(1, 1, -1, 1, 1) * 255
-    std = torch.tensor(pixels.std, device=device).view(1, 1, -1, 1, 1) * 255
-    return (tensor.movedim(-1, 2).to(torch.get_default_dtype()) - mean) / std
+    mean = torch.tensor(pixels.mean, device=device).view(-1, 1, 1) * 255
+    std = torch.tensor(pixels.std, device=device).view(-1, 1, 1) * 255
+    return (tensor.movedim(-1, -3).to(torch.get_default_dtype()) - mean) / std
 
 
 @torch.no_grad()
@@ -127,8 +128,8 @@ def predict_files(
     """
     recipe = kind_of(network.recipe).from_dict(network.recipe | {"mode": "val"})
     per_point, num_shapes = getattr(recipe, "per_point", False), getattr(recipe, "num_shapes", 0)
-    if columns and isinstance(recipe, ClipRecipe):
-        raise UserError("--columns: is for clouds of points, this network takes clips")
+    if columns and isinstance(recipe, ClipRecipe | ImageRecipe):
+        raise UserError(f"--columns: is for clouds of points, this network takes {recipe.kind}s")
     if num_shapes and shape not in range(num_shapes):
         raise UserError(f"--shape: the network takes the class of each cloud: give a number from 0 to {num_shapes - 1}")
     if shape is not None and not num_shapes:
@@ -145,6 +146,8 @@ def predict_files(
         device = next(network.net.parameters()).device
         if isinstance(recipe, ClipRecipe):
             views, _ = decoder.clip(str(path), path.read_bytes(), recipe, KEY)
+        elif isinstance(recipe, ImageRecipe):
+            views, _ = decoder.image(str(path), path.read_bytes(), recipe, KEY)
         else:
             cloud = read_cloud(str(path), path.read_bytes(), columns)
             sample = _make_points(cloud, recipe, shape or 0)

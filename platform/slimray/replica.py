@@ -10,7 +10,7 @@ torch only: it runs under Ray Train (loop.py), under torchrun, or alone.
 import contextlib
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,22 @@ from slimray.predict import Input, to_input
 
 @dataclass(frozen=True)
 class Piece:
-    """A microbatch of one rank, valid samples only: `[n, V, ...]` and int64 labels `[n]` or `[n, N]`; n may be 0."""
+    """A microbatch of one rank, valid samples only: `[n, V, ...]` and labels `[n]`, `[n, N]` or as the kind of sample
+    has them; n may be 0."""
 
     data: np.ndarray
     labels: np.ndarray
+
+
+class Peers(nn.Module):
+    """Two networks of the same form that learn from each other: outputs `[B, 2, classes, ...]`. The first is kept."""
+
+    def __init__(self, first: nn.Module, second: nn.Module):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.first(x), self.second(x)], 1)
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,9 @@ class Replica:
         """The summed loss of a microbatch, and the seconds its transfer took."""
         if not len(piece.data):
             with norms_in_eval(self.net), learn.autocast(self.device):
-                return self.ddp(torch.zeros(1, *self.sample_shape, device=self.device)).float().sum() * 0.0, 0.0
+                outputs = self.ddp(torch.zeros(1, *self.sample_shape, device=self.device))
+            parts = outputs.values() if isinstance(outputs, Mapping) else [outputs]
+            return sum((part.float().sum() * 0.0 for part in parts), torch.zeros((), device=self.device)), 0.0
         start = time.perf_counter()
         clips = to_input(piece.data, self.pixels, self.device)
         labels = torch.from_numpy(piece.labels).to(self.device)
@@ -129,7 +143,7 @@ class Replica:
             clips = clips.expand(2, *clips.shape[1:])
         with norms_in_eval(self.net) if still else contextlib.nullcontext(), learn.autocast(self.device):
             logits = self.ddp(clips)
-        return learn.sample_losses(logits[: len(labels)], labels, self.optim).sum(), seconds
+        return sample_losses(self.net, first_rows(logits, len(labels)), labels, self.optim).sum(), seconds
 
     def _apply(self) -> bool:
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or float("inf"))
@@ -175,7 +189,7 @@ class Replica:
         norms = self._all_norms()
         if len(norms):
             learn.load_norm_state(net, learn.merge_norm_states(norms, net))
-        return net
+        return net.first if isinstance(net, Peers) else net
 
     def _all_norms(self) -> Tensor:
         """The running statistics of every rank, `[world, K]`; `[0]` for a network without BatchNorm."""
@@ -193,6 +207,39 @@ def _timed_allreduce(replica: Replica, bucket: dist.GradBucket) -> torch.futures
     """DDP's own all-reduce, and a note of when the bucket was ready."""
     replica.last_bucket_at = time.perf_counter()
     return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
+
+
+Outputs = Tensor | Mapping[str, Tensor]
+
+
+def first_rows(outputs: Outputs, count: int) -> Outputs:
+    """The first `count` samples of what a network gives."""
+    if isinstance(outputs, Mapping):
+        return {name: value[:count] for name, value in outputs.items()}
+    return outputs[:count]
+
+
+def sample_losses(net: nn.Module, outputs: Outputs, labels: Tensor, optim: learn.OptimSpec) -> Tensor:
+    """The loss of each sample `[n]`: the network's own where it gives several things, peers' of peers, else that of
+    `learn.sample_losses`."""
+    if isinstance(outputs, Mapping):
+        return net.losses(outputs, labels)  # type: ignore[operator]
+    if isinstance(net, Peers):
+        return mutual_losses(outputs, labels, optim)
+    return learn.sample_losses(outputs, labels, optim)
+
+
+def mutual_losses(outputs: Tensor, labels: Tensor, optim: learn.OptimSpec) -> Tensor:
+    """Deep mutual learning of two peers (arXiv 1706.00384), `[n]`: each learns from the labels and from the other.
+
+    `outputs` `[n, 2, C, ...]`. The loss of each is its own plus `optim.mutual` x KL(other || own), the other taken as
+    given; their sum is returned.
+    """
+    total = torch.zeros(len(labels), device=outputs.device)
+    for own, other in ((0, 1), (1, 0)):
+        logits, given = outputs[:, own], outputs[:, other].detach()
+        total = total + learn.sample_losses(logits, labels, optim) + optim.mutual * learn.divergences(given, logits)
+    return total
 
 
 def breaks_on_one_sample(model: dict[str, Any], sample_shape: Sequence[int]) -> bool:

@@ -91,13 +91,16 @@ def join(base: str, *names: str) -> str:
     return "/".join([head.rstrip("/"), *names]) + mark + query
 
 
-def read_bytes(fs: pafs.FileSystem, path: str, attempts: int = 4) -> bytes:
-    """Return the whole file; FileNotFoundError if it is missing, StorageError if it cannot be read completely."""
+def read_bytes(fs: pafs.FileSystem, path: str, first: int | None = None, attempts: int = 4) -> bytes:
+    """Return the whole file, or its `first` bytes if it has so many.
+
+    FileNotFoundError if it is missing, StorageError if it cannot be read completely.
+    """
 
     def read() -> bytes:
         with fs.open_input_file(path) as file:
-            size = file.size()
-            data = file.read()
+            size = file.size() if first is None else min(first, file.size())
+            data = file.read(size)
         if len(data) != size:
             raise OSError(f"{len(data)} of {size} bytes came")
         return data

@@ -8,6 +8,7 @@ import pytest
 from slimray.data import point_sets as sets
 from slimray.data.decoder import BadSample
 from slimray.data.points import PointRecipe, make_points, read_cloud, read_labels
+from slimray.data.samples import kind_of, sample_shape
 
 # ------------------------------------------------------------------------------------------------------ S3DIS
 
@@ -304,3 +305,37 @@ def test_small_samples_of_other_formats_read(shared):
     cloud = read_cloud(sweep.name, sweep.read_bytes(), ("x", "y", "z", "intensity", "ring"))
     assert len(cloud) == 100
     assert set(cloud.features) == {"intensity", "ring"}
+
+
+def test_a_frustum_is_stored_whole(scan, calibration):
+    (made,) = sets.kitti_frustums(scan, calibration, sets.kitti_objects(labelled(scan, calibration, BOX)), IMAGE)
+    data = sets.write_frustum(made)
+    assert data == sets.write_frustum(made)
+    back = sets.read_frustum("f.npz", data)
+    assert (back.kind, back.rotation, back.box_2d, back.score) == (made.kind, made.rotation, made.box_2d, made.score)
+    assert np.array_equal(back.box, made.box)
+    assert np.array_equal(back.cloud.coords, made.cloud.coords)
+    assert np.array_equal(back.cloud.labels, made.cloud.labels)
+    with pytest.raises(BadSample, match="no frustum"):
+        sets.read_frustum("f.npz", data[:-30])
+
+
+def test_a_frustum_is_a_sample_with_its_truth(scan, calibration, tmp_path):
+    (made, *_) = sets.kitti_frustums(scan, calibration, sets.kitti_objects(labelled(scan, calibration, BOX)), IMAGE)
+    (tmp_path / "f.npz").write_bytes(sets.write_frustum(made))
+    recipe = PointRecipe(64, ("intensity",), 3, replace=True, mode="val", kind="frustum")
+    row = {"path": "f.npz", "label": 0, "shard": "", "row": -1, "frames": 0}
+    kind = kind_of(recipe.to_dict())
+    points, truth = kind.load(row, str(tmp_path), recipe, (0, 0, 0), 10.0)
+    assert points.shape == sample_shape(recipe.to_dict()) == (1, 7, 64)
+    assert truth.shape == kind.label_shape(recipe) == (75,)
+    number = sets.KITTI_CLASSES.index(made.kind)
+    assert points[0, 4:, 0].tolist() == [float(i == number) for i in range(3)]
+    on_object = sets.inside_box(points[0, :3].T.astype(np.float64), made.box)
+    assert (truth[:64].astype(bool) == on_object).mean() > 0.95  # float32 at the rim
+    np.testing.assert_allclose(truth[64:71], made.box, rtol=1e-6)
+    assert truth[71] == number
+    assert truth[72] == pytest.approx(made.rotation, abs=1e-6)
+    mirrored = PointRecipe(**(vars(recipe) | {"mode": "train", "flip": True}))
+    boxes = {round(float(kind.load(row, str(tmp_path), mirrored, (0, e, 0), 10.0)[1][64]), 4) for e in range(12)}
+    assert boxes == {round(float(made.box[0]), 4), round(-float(made.box[0]), 4)}

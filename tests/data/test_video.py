@@ -106,7 +106,7 @@ def test_mirroring_mirrors_pixels_and_swaps_labels():
         clip, flipped = make_clip(frame, recipe, video.generators((0, epoch, 0))[1])
         seen[flipped] = clip[0, 0]
     assert np.array_equal(seen[True], seen[False][:, ::-1])
-    assert [flip_label(label, recipe) for label in (2, 5, 3)] == [5, 2, 3]
+    assert [flip_label(label, recipe.flip_labels) for label in (2, 5, 3)] == [5, 2, 3]
 
 
 def test_shuffled_frames_are_the_same_frames_in_another_order():

@@ -66,3 +66,16 @@ def test_a_cloud_of_ones_own_is_labelled(shell, parts):
     assert len(labelled) == 300
     assert labelled.labels is not None
     assert 0 <= labelled.labels.min() <= labelled.labels.max() < shapes.NUM_PARTS
+
+
+def test_votes_cover_every_point_and_peers_train(shell, parts):
+    """Two draws of every point of a cloud are voted on; a network that learnt with a peer is an ordinary run."""
+    peers = TRAIN.format(name="peers").replace("epochs: 3", "epochs: 1, mutual: 1")
+    votes = "---\nkind: evaluate\nname: voted\nruns: [parts, peers]\nvotes: 2\nscale: {workers: 2}\n"
+    shell.ok("run", shell.write("voted.yaml", peers + votes))
+    results = json.loads(runs.read_file(runs.open_run(str(shell.storage), "voted"), "results.json"))
+    assert [row["num_samples"] for row in results["rows"]] == [12, 12]
+    for counts in results["confusion"].values():
+        assert np.sum(counts) == 12 * 256  # each point of each cloud once
+    tensors, _, _ = runs.read_model(runs.open_run(str(shell.storage), "peers"))
+    assert b"second." not in tensors

@@ -27,8 +27,8 @@ REFERENCE = {
     "kitti.frustum.pointnet2": "frustum_pointnetpp",
     "kitti.frustum.pvcnne": "frustum_pvcnne",
 }
-CLASSES = {"s3dis": 13, "shapenet": 50, "frustum": 3, "cls": 40}
-CHANNELS = {"s3dis": 9, "shapenet": 22, "frustum": 7, "cls": 3}
+CLASSES = {"s3dis": 13, "shapenet": 50, "frustum": 3, "cls": 40, "ofa": 13}
+CHANNELS = {"s3dis": 9, "shapenet": 22, "frustum": 7, "cls": 3, "ofa": 9}
 
 
 def kind(name: str) -> str:
@@ -310,10 +310,29 @@ def test_a_perfect_box_costs_nothing_and_each_error_what_the_paper_says():
     assert frustum.frustum_loss(turned, targets, templates).item() == pytest.approx(0, abs=1e-3)
 
 
-def test_mutual_loss_teaches_one_network_at_a_time():
-    a, b = torch.randn(2, 5, 7, requires_grad=True), torch.randn(2, 5, 7, requires_grad=True)
-    frustum.mutual_loss(a.detach(), b).backward()
-    expected = (b.softmax(1) - a.softmax(1)) / (2 * 7)
-    assert a.grad is None
-    torch.testing.assert_close(b.grad, expected.detach())
-    assert frustum.mutual_loss(a, a).item() == pytest.approx(0, abs=1e-6)
+def test_headings_fall_into_the_published_bins(shared):
+    conventions = np.load(shared / "parity/pvcnn_conventions.npz", allow_pickle=False)
+    number, residual = frustum.heading_bins(torch.from_numpy(conventions["angles"]).double())
+    assert number.tolist() == conventions["bin_id"].tolist()
+    np.testing.assert_allclose(residual, conventions["residual"], atol=1e-6)
+
+
+def test_truths_become_targets_and_frustums_without_object_have_no_loss():
+    net = small("frustum_pointnet")
+    truth = torch.zeros(3, 20 + 11)
+    truth[:, 20:27] = torch.tensor([1.0, 2.0, 10.0, 4.0, 1.7, 1.5, 0.6])
+    truth[1, -4] = 2
+    truth[2, :20], truth[2, 20:27] = -1, torch.nan
+    targets = net.targets(truth)
+    assert targets["known"].tolist() == [True, True, False]
+    assert targets["size_id"].tolist() == [0, 5, 0]
+    sizes = net.size_templates[0, targets["size_id"]] + targets["size_residual"]
+    torch.testing.assert_close(sizes[:2], truth[:2, 23:26])
+    heading = targets["heading_id"] * frustum.HEADING_BIN + targets["heading_residual"]
+    torch.testing.assert_close(heading[:2], truth[:2, 26])
+    points = torch.randn(3, 7, 20)
+    losses = net.losses(net(points), truth)
+    losses.sum().backward()
+    assert losses[2] == 0
+    assert (losses[:2] > 0).all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())

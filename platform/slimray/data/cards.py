@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from slimray import storage
-from slimray.data import point_sets
+from slimray.data import image_sets, point_sets
 from slimray.data.decoder import MAX_FRAMES, BadSample, zip_frames
 from slimray.data.video import ClipRecipe, frame_indices, generators
 from slimray.spec import Spec, UserError, did_you_mean, parse, parse_yaml, read_yaml
@@ -50,7 +50,7 @@ INDEX = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("shard", pa.string()),  # "" = a file, or a folder of pictures, of its own
-        ("row", pa.int32()),  # row group in the shard, else -1
+        ("row", pa.int32()),  # row group in the shard, in a .bin the byte where the pixels begin; else -1
     ]
 )
 SHARD = pa.schema([("path", pa.string()), ("label", pa.int64()), ("data", pa.binary())])
@@ -61,7 +61,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _PICTURES = re.compile(r"\{(\d{1,9})\.\.(\d{0,9})\}(?=[^/]*$)")
 _ALL_FILES = "{*}"  # in the last part of a path
 _CLASS = "{class}"  # a part of a pattern of layout `files`
-_PATTERNS = ("files", "s3dis", "shapenet_part")  # layouts whose splits may be found in several places
+_PATTERNS = ("files", "s3dis", "shapenet_part", "cifar10", "cifar100")  # a split may be found in several places
 _LABELS_OF = ("name", "folder", "stem")  # what `point_labels` may say of a cloud's path
 
 
@@ -77,19 +77,22 @@ class Card(Spec):
     licence: str = ""
     """Terms of use, as far as they are known."""
     layout: Literal[
-        "list", "folders", "files", "something_v2", "hmdb51", "s3dis", "shapenet_part", "generated", "index"
-    ]
+        "list", "folders", "files", "something_v2", "hmdb51", "s3dis", "shapenet_part", "kitti", "cifar10", "cifar100",
+        "visual_wake_words", "generated", "index",
+    ]  # fmt: skip
     """`list`: text or CSV; `folders`: a folder per class; `files`: patterns of paths; `something_v2`: JSON lists;
-    `hmdb51`: a list per class; `s3dis`: rooms, a file per object; `shapenet_part`: JSON lists of shapes; `generated`:
-    made by a `prepare` job; `index`: what a `prepare` job wrote."""
+    `hmdb51`: a list per class; `s3dis`: rooms, a file per object; `shapenet_part`: JSON lists of shapes; `kitti`: lists
+    of scans of the object benchmark; `cifar10`, `cifar100`: the binary releases; `visual_wake_words`: instance
+    annotations of COCO; `generated`: made by a `prepare` job; `index`: what a `prepare` job wrote."""
     root: str | None = None
     """Folder of the dataset, if it is always the same; `data.root` of a job goes before it."""
     splits: dict[str, str | tuple[str | int, ...]] = Field(min_length=1)
     """Where each split is found under the root: its list (`list`, `something_v2`, `index`) or lists (`shapenet_part`),
-    the folder of its class folders (`folders`; `.` = the root), `[pattern of the lists, mark of its lines]` (`hmdb51`),
-    a pattern of its files or several (`files`, `s3dis`). In a pattern `*` and `[0-7]` stand for characters of one part
-    of a path, the part `{class}` for any name, which is the class, and `{*}` in the last part makes all files of a
-    folder one sample: `{class}/train/*.off`, `Area_[12346]/*/Annotations/{*}.txt`."""
+    its annotations (`visual_wake_words`), the folder of its class folders (`folders`; `.` = the root), `[pattern of the
+    lists, mark of its lines]` (`hmdb51`), a pattern of its files or several (`files`, `s3dis`, `cifar10`). In a pattern
+    `*` and `[0-7]` stand for characters of one part of a path, the part `{class}` for any name, which is the class, and
+    `{*}` in the last part makes all files of a folder one sample: `{class}/train/*.off`,
+    `Area_[12346]/*/Annotations/{*}.txt`."""
     delimiter: str | None = Field(None, min_length=1, max_length=1)
     """Character between the columns of a list; default white space, then paths have none."""
     columns: tuple[str, ...] | Literal["header"] = ("path", "label")
@@ -105,13 +108,13 @@ class Card(Spec):
     num_classes: int = Field(0, ge=0, le=MAX_CLASSES)
     """Number of classes; 0 = as many as are named or found in the lists."""
     flip: Literal["always", "labels", "never"] = "always"
-    """Whether training may mirror clips: always, with the labels of `flip_pairs` exchanged, or never, because left and
-    right tell classes apart."""
+    """Whether training may mirror clips and images: always, with the labels of `flip_pairs` exchanged, or never: left
+    and right tell classes apart."""
     flip_pairs: tuple[tuple[int | str, int | str], ...] = ()
     """Classes that become each other in a mirror, by number or name."""
 
-    sample: Literal["clip", "points"] = "clip"
-    """What a sample is: a clip of a video, or a cloud of points."""
+    sample: Literal["clip", "image", "points", "frustum"] = "clip"
+    """What a sample is: a clip of a video, an image, a cloud of points, or the points behind a 2D box."""
     labels: Literal["sample", "point"] = "sample"
     """Whether a label belongs to a sample, or to each of its points (the label of a list is then its shape, from 0)."""
     point_columns: tuple[str, ...] = ()
@@ -124,6 +127,13 @@ class Card(Spec):
     tile: float | None = Field(None, gt=0)
     """Side, in the unit of the coordinates, of the squares of x and y into which `prepare` cuts each cloud, a sample
     each; for scenes that are larger than a sample. null keeps clouds whole."""
+
+    parts: dict[str, int] = {}
+    """Shapes whose parts are the classes, in order, and how many parts each has (ShapeNet: `Airplane: 4, Bag: 2, ...`);
+    evaluation by votes then chooses among a shape's own parts, and counts IoU per shape."""
+    detections: dict[str, str] = {}
+    """File under the root with 2D boxes that a detector found in the images of a split, in place of those of the
+    labels: lines `path type score x1 y1 x2 y2`, type 1 pedestrian, 2 car, 3 cyclist (layout `kitti`)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -155,8 +165,24 @@ class Card(Spec):
                 raise ValueError(f"num_classes: {self.num_classes}, but classes names {len(self.classes)}")
         if (self.flip == "labels") != bool(self.flip_pairs):
             raise ValueError("flip_pairs: belong to flip: labels, neither goes without the other")
-        if self.sample == "clip" and (self.labels == "point" or self.point_columns or self.point_labels or self.tile):
+        of_points = self.labels == "point" or self.point_columns or self.point_labels or self.tile
+        if self.sample in ("clip", "image") and of_points:
             raise ValueError("labels: point_columns, point_labels, tile and labels per point need sample: points")
+        if (self.layout == "kitti") != (self.sample == "frustum") and self.layout != "index":
+            raise ValueError("layout: kitti goes with sample: frustum, neither without the other")
+        if self.sample == "frustum" and tuple(self.classes or ()) != point_sets.KITTI_CLASSES:
+            raise ValueError(f"classes: frustums have [{', '.join(point_sets.KITTI_CLASSES)}], in this order")
+        for split in self.detections:
+            if self.layout != "kitti" or split not in self.splits:
+                raise ValueError(f"detections: {split!r} is no split of a card of layout kitti")
+        if self.parts and (self.labels == "sample" or sum(self.parts.values()) != self.num_classes):
+            raise ValueError(f"parts: {sum(self.parts.values())} parts in all, the card has {self.num_classes} classes")
+        if self.layout in ("cifar10", "cifar100", "visual_wake_words") and self.sample != "image":
+            raise ValueError(f"sample: must be image for layout {self.layout}")
+        if self.layout == "visual_wake_words" and not (isinstance(self.classes, tuple) and len(self.classes) == 2):
+            raise ValueError("classes: must be two: a name for images without the object, and its category in COCO")
+        if self.sample == "image" and (_PICTURES.search(self.file) or _ALL_FILES in str(self.splits)):
+            raise ValueError("file: a sample is one image, no folder of them")
         if self.layout in ("s3dis", "shapenet_part") and self.labels == "sample":
             raise ValueError(f"labels: must be point for layout {self.layout}")
         for name in _COLUMN.findall(self.point_labels or ""):
@@ -195,7 +221,18 @@ class Card(Spec):
 
         `root` is where the files themselves lie if not there (they were probed, not packed).
         """
-        kept = {"name", "description", "source", "licence", "num_classes", "flip", "flip_pairs", "sample", "labels"}
+        kept = {
+            "name",
+            "description",
+            "source",
+            "licence",
+            "num_classes",
+            "flip",
+            "flip_pairs",
+            "sample",
+            "labels",
+            "parts",
+        }
         document = self.model_dump(include=kept | ({"classes"} if isinstance(self.classes, tuple) else set()))
         if root is not None and "://" not in root:
             root = str(Path(root).expanduser().absolute())
@@ -289,7 +326,7 @@ def read_split(card: Card, split: str, root: str) -> pa.Table:
             raise UserError(f"{entry.where}: {path} is listed twice, before in {seen[path]}")
         seen[path] = entry.where
         label = _label_of(entry, names, card.name) if card.labels == "sample" else _shape_of(entry)
-        rows.append({"path": path, "label": label, "frames": frames})
+        rows.append({"path": path, "label": label, "frames": frames} | entry.place)
     if not rows:
         raise UserError(f"{join(folder, _place(card, split))}: lists no sample for split {split!r} of {card.name}")
     return index_table(rows)
@@ -324,6 +361,8 @@ def read_whole(fs: pafs.FileSystem, root: str, row: dict[str, Any]) -> bytes:
     FileNotFoundError: the file, folder or shard of the index is not there. BadSample: the folder is there, but a
     picture of it is missing; like a damaged file that costs this one sample, not the run. StorageError.
     """
+    if row["shard"].endswith(".bin"):
+        return image_sets.cifar_picture(_read_part(fs, join(root, row["shard"]), row["row"], image_sets.CIFAR_PIXELS))
     if row["shard"]:
         return _read_packed(fs, join(root, row["shard"]), row["row"])
     pictures = _pictures_of(fs, root, row)
@@ -415,6 +454,22 @@ def _read_file(fs: pafs.FileSystem, path: str) -> bytes:
         raise FileNotFoundError(path) from None
 
 
+def _read_part(fs: pafs.FileSystem, path: str, start: int, size: int) -> bytes:
+    """`size` bytes of a file from `start` on."""
+
+    def read() -> bytes:
+        try:
+            with fs.open_input_file(path) as file:
+                data = file.read_at(size, start)
+        except FileNotFoundError:
+            raise FileNotFoundError(path) from None
+        if len(data) < size:
+            raise OSError(f"it ends before byte {start + size}, where the index has a picture")
+        return data
+
+    return storage.retry(read, "read", path)
+
+
 def _read_packed(fs: pafs.FileSystem, path: str, row: int) -> bytes:
     """The data of one row group; its checksum is verified, and a footer that no longer fits is read anew."""
     at = _At(path, fs)
@@ -492,11 +547,15 @@ def _read_pictures(fs: pafs.FileSystem, pictures: _Pictures, wanted: Sequence[in
 
 @dataclass(frozen=True)
 class _Entry:
-    """A sample as its list names it: where it says so, the columns that fill `file`, the class by number or name."""
+    """A sample as its list names it: where it says so, the columns that fill `file`, the class by number or name.
+
+    `place` are further columns of the index.
+    """
 
     where: str
     columns: dict[str, str]
     label: int | str
+    place: dict[str, Any] = field(default_factory=dict)
 
 
 class _NotThere(UserError):
@@ -600,6 +659,15 @@ def _read_shapenet_part(card: Card, split: str, fs: pafs.FileSystem, root: str) 
             yield _Entry(f"{where} entry {number}", {"path": path, "label": str(shape)}, shape)
 
 
+def _read_kitti(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[_Entry]:
+    """Numbers of scans, one a line, of files `training/velodyne/NUMBER.bin`."""
+    place = _place(card, split)
+    for where, fields in _lines(_read_text(fs, root, place, _split_of(card, split)), join(root, place), None):
+        if len(fields) != 1:
+            raise UserError(f"{where}: must be the number of a scan alone, as in 000123")
+        yield _Entry(where, {"path": f"training/velodyne/{fields[0]}.bin", "number": fields[0]}, 0)
+
+
 def _read_something_v2(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[_Entry]:
     """A JSON list of objects with `id` and `template`, which is the class with its objects in brackets."""
     place = _place(card, split)
@@ -631,14 +699,48 @@ def _read_hmdb51(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iter
                 yield _Entry(where, {"path": f"{label}/{fields[0]}"}, label)
 
 
+def _read_cifar(num_labels: int, card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[_Entry]:
+    """The pictures of .bin files, `data_batch_1.bin#00017`; a picture is read where its pixels begin."""
+    side = image_sets.CIFAR_SIDE
+    for file in _read_files(card, split, fs, root):
+        path = file.columns["path"]
+        where = join(root, path)
+        try:
+            classes, offsets = image_sets.cifar_records(storage.read_bytes(fs, where), num_labels)
+        except FileNotFoundError:
+            raise _NotThere(f"{where}: there is no such file ({_split_of(card, split)}): mend data.root") from None
+        except ValueError as error:
+            raise UserError(f"{where}: is no file of {card.layout}: {error}") from None
+        for number, (label, offset) in enumerate(zip(classes.tolist(), offsets.tolist(), strict=True)):
+            place = {"shard": path, "row": offset, "width": side, "height": side}
+            yield _Entry(f"{where} picture {number}", {"path": f"{path}#{number:05d}"}, label, place)
+
+
+def _read_visual_wake_words(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[_Entry]:
+    """Instance annotations of COCO: is the category that is the second class in an image, yes or no."""
+    place = _place(card, split)
+    where = join(root, place)
+    text = _read_text(fs, root, place, _split_of(card, split))
+    try:
+        found = image_sets.coco_presence(text, card.class_names()[1])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {error}") from None
+    for number, (name, there) in enumerate(found, 1):
+        yield _Entry(f"{where} image {number}", {"path": name}, int(there))
+
+
 READERS: dict[str, Callable[[Card, str, pafs.FileSystem, str], Iterator[_Entry]]] = {
     "list": _read_list,
     "folders": _read_folders,
     "files": _read_files,
     "something_v2": _read_something_v2,
     "hmdb51": _read_hmdb51,
+    "cifar10": functools.partial(_read_cifar, 1),
+    "cifar100": functools.partial(_read_cifar, 2),
+    "visual_wake_words": _read_visual_wake_words,
     "s3dis": _read_files,
     "shapenet_part": _read_shapenet_part,
+    "kitti": _read_kitti,
 }
 
 

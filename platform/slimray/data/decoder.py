@@ -6,7 +6,8 @@ timeout or a death costs that one file (`BadSample`), which this decoder then re
 finds frames by their timestamps: what comes back is the frame that was asked for, or nothing. decord is there for those
 who ask for it (`data.reader: decord`; PyAV then reads what it cannot): decord 0.6 was slower and without a word gave
 other frames of intact files (open GOPs, MPEG-TS, AVI with B-frames) and wrong pixels of damaged ones. Damage that
-ffmpeg does not notice (rare in H.264, common in HEVC and VP9) stays unnoticed. PIL reads pictures.
+ffmpeg does not notice (rare in H.264, common in HEVC and VP9) stays unnoticed. PIL reads pictures, upright as their
+EXIF says; it notices a JPEG that breaks off, and wrong bits in a PNG, but hardly ever wrong bits within a JPEG.
 """
 
 import ctypes
@@ -40,6 +41,7 @@ from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 from PIL import Image, UnidentifiedImageError
 
+from slimray.data.images import ImageRecipe, make_image
 from slimray.data.video import ClipRecipe, frame_indices, generators, make_clip
 
 MAX_PIXELS = 64_000_000  # a declared frame larger than this is refused before anything is allocated
@@ -48,6 +50,17 @@ MAX_BYTES = 2_000_000_000  # of a file, and of the decoded frames of one request
 MAX_HEADER_BYTES = 1_000_000
 MAX_MEMORY = 8 << 30  # address space of a child; what needs more is refused
 START_TIMEOUT_S = 120.0  # for a child to import its libraries on a busy machine; no file pays for that
+PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")  # of those of PIL that run no program
+EXIF_ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 DROPPABLE = ("h264", "mpeg4", "mpeg2video", "mpeg1video", "vp9")  # their non-reference frames serve no other frame
 
 
@@ -97,6 +110,24 @@ class Decoder:
         """
         header, body = self._ask(path, {"do": "clip", "recipe": recipe.to_dict(), "key": list(key)}, data)
         return np.frombuffer(body, np.uint8).reshape(header["shape"]), header["flipped"]
+
+    def image(self, path: str, data: bytes, recipe: ImageRecipe, key: tuple[int, int, int]) -> tuple[np.ndarray, bool]:
+        """Decode a picture as `recipe` says: uint8 `[V, size, size, 3]`, and whether it was mirrored.
+
+        `key` is (seed, epoch, sample). Raises BadSample.
+        """
+        header, body = self._ask(path, {"do": "image", "recipe": recipe.to_dict(), "key": list(key)}, data)
+        return np.frombuffer(body, np.uint8).reshape(header["shape"]), header["flipped"]
+
+    def shrink(
+        self, path: str, data: bytes, short_side: int | None, quality: int = 90
+    ) -> tuple[bytes, Probe, float | None]:
+        """A picture's file as it is, or, if its short side is longer than `short_side`, as a smaller JPEG.
+
+        Also what it now holds and, of a smaller one, the PSNR as `repack` has it. Raises BadSample.
+        """
+        header, body = self._ask(path, {"do": "shrink", "short_side": short_side, "quality": quality}, data)
+        return bytes(body) or data, Probe(**header["probe"]), header["psnr"]
 
     def probe(self, path: str, data: bytes) -> Probe:
         """Decode the whole file and say what it holds. Raises BadSample if not every frame decodes."""
@@ -278,6 +309,17 @@ def _answer(request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes
             raise BadSample("its frames differ in size")
         clip, flipped = make_clip([pictures[i] for i in place], recipe, crop_rng)
         return {"shape": clip.shape, "flipped": bool(flipped)}, clip.data.cast("B")
+    if request["do"] == "image":
+        picture = _picture(data)
+        try:
+            views, flipped = make_image(
+                picture, ImageRecipe.from_dict(request["recipe"]), generators(request["key"])[1]
+            )
+        except ValueError as error:
+            raise BadSample(str(error)) from None
+        return {"shape": views.shape, "flipped": bool(flipped)}, np.ascontiguousarray(views).data.cast("B")
+    if request["do"] == "shrink":
+        return _shrink(_picture(data), request["short_side"], request["quality"])
     with open_video(data) as video:
         if request["do"] == "probe":
             return {"probe": asdict(Probe(video.num_frames, video.fps, *video.check(), video.codec))}, b""
@@ -533,12 +575,37 @@ class _Still(_Video):
 
 
 def _picture(data: bytes) -> np.ndarray:
+    """The pixels of a picture file, uint8 `[H, W, 3]`, upright; of a moving picture the first. Read by its content."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=PICTURES) as image:
             _check_size(image.width, image.height, 1)
-            return np.asarray(image.convert("RGB"))
+            turn = TURNS.get(_orientation(image))
+            image = _of_eight_bits(image).convert("RGB")
+            return np.asarray(image if turn is None else image.transpose(turn))
     except UnidentifiedImageError:
         raise BadSample("is no picture that can be read") from None
+    except (OSError, SyntaxError) as error:  # PIL calls a damaged PNG a wrong syntax
+        raise BadSample(f"does not decode ({error})") from None
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the camera was held, as EXIF numbers it; 1 (upright) where that is not said, or its note is damaged."""
+    try:
+        return int(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # noqa: BLE001  (a damaged note is no damage to the picture)
+        return 1
+
+
+def _of_eight_bits(image: Image.Image) -> Image.Image:
+    """16 bits a value become their upper 8, which PIL would cut off at 255."""
+    if image.mode == "F":
+        raise BadSample("holds real numbers, not brightness in 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() >= 1 << 16:
+        raise BadSample("holds numbers of more than 16 bits")
+    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def _check_size(width: int, height: int, count: int) -> None:
@@ -595,6 +662,18 @@ def _small(frame: np.ndarray, short_side: int | None, step: int) -> np.ndarray:
         return frame[: height // step * step, : width // step * step]
     w, h = (max(step, round(side * scale / step) * step) for side in (width, height))
     return np.asarray(Image.fromarray(frame).resize((w, h), Image.Resampling.BILINEAR))
+
+
+def _shrink(picture: np.ndarray, short_side: int | None, quality: int) -> tuple[dict[str, Any], bytes]:
+    """The answer of `Decoder.shrink`; no bytes if the file stays as it is."""
+    small, encoded, loss = _small(picture, short_side, step=1), b"", _Loss()
+    if small.shape != picture.shape:
+        buffer = io.BytesIO()
+        Image.fromarray(small).save(buffer, "JPEG", quality=quality)
+        encoded = buffer.getvalue()
+        loss.add(small, _picture(encoded))
+    found = Probe(1, 0.0, small.shape[1], small.shape[0], "image")
+    return {"probe": asdict(found), "psnr": loss.psnr if encoded else None}, encoded
 
 
 def _encode_h264(video: _Video, pack: Pack, loss: _Loss) -> bytes:

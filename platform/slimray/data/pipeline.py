@@ -14,7 +14,8 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,7 @@ import ray
 import ray.data
 from ray import exceptions
 from ray.data.block import BlockAccessor
+from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from slimray.data.decoder import BadSample
@@ -64,8 +66,8 @@ class FeedConfig:
 class Batch:
     """The rows of one step (or microbatch) of one rank, as numpy arrays that share memory with the object store.
 
-    `data` `[n, ...]` as the kind of sample has it (data/samples.py), `label` int64 `[n]` or `[n, N]` with one per point
-    (-1 unknown), `sample` int64 `[n]` row in the index, `position` int64 `[n]` place in the plan, `valid` bool `[n]`,
+    `data` and `label` `[n, ...]` as the kind of sample has them (data/samples.py), -1 unknown,
+    `sample` int64 `[n]` row in the index, `position` int64 `[n]` place in the plan, `valid` bool `[n]`,
     `path` and `reason` lists of str (reason "" where valid).
     """
 
@@ -98,7 +100,7 @@ def decode_block(numbers: dict[str, np.ndarray], plan: "ray.ObjectRef[np.ndarray
     kind = kind_of(phase.recipe)
     recipe = kind.from_dict(phase.recipe)
     data = np.zeros((len(samples), *kind.shape(recipe)), kind.dtype)
-    labels = np.full((len(samples), *kind.label_shape(recipe)), -1, np.int64)
+    labels = np.full((len(samples), *kind.label_shape(recipe)), -1, kind.label_dtype)
     paths, reasons = [], []
     for i, sample in enumerate(samples):
         row, reason = index.slice(int(sample), 1).to_pylist()[0], ""
@@ -122,6 +124,14 @@ def decode_block(numbers: dict[str, np.ndarray], plan: "ray.ObjectRef[np.ndarray
         "reason": np.array(reasons, object),
         "data": data,
     }
+
+
+def map_numbers(count: int, task: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> ray.data.Dataset:
+    """The dataset of `task({"id": [i]})`, i below `count`: a task and a CPU each, tried again if its process dies."""
+    numbers = ray.data.range(count, override_num_blocks=count)
+    with warnings.catch_warnings():  # no named parameter says how often; the way that remains is announced to go
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return numbers.map_batches(task, batch_size=None, batch_format="numpy", num_cpus=1, max_retries=TASK_RETRIES)  # type: ignore[arg-type]
 
 
 def _fetch(ref: Any) -> Any:
@@ -210,13 +220,7 @@ class _Feeder:
         context.execution_no_progress_timeout_s = -1  # training may pause longer; a rank's wait has its own bound
         plan = ray.put(np.array([[b.phase, b.step, b.rank, b.lo, b.hi] for b in cut], np.int64))
         config = self.config
-        dataset = ray.data.range(len(cut), override_num_blocks=len(cut)).map_batches(
-            lambda numbers: decode_block(numbers, plan, config),  # type: ignore[arg-type]
-            batch_size=None,
-            batch_format="numpy",
-            num_cpus=1,
-            max_retries=TASK_RETRIES,
-        )
+        dataset = map_numbers(len(cut), lambda numbers: decode_block(numbers, plan, config))
         bundles = iter(dataset.iter_internal_ref_bundles())
         first = next(bundles, None)
         return _chain(first, bundles)

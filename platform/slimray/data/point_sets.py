@@ -6,15 +6,18 @@ ready-made ones are no longer offered for download); SemanticKITTI labels. No fi
 wrong (unreadable S3DIS objects) is left out and named, never guessed.
 """
 
+import dataclasses
+import io
 import json
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from slimray.data.decoder import BadSample
-from slimray.data.points import Cloud, read_cloud
+from slimray.data.points import Cloud, read_cloud, write_cloud
 
 # ------------------------------------------------------------------------------------------------------ S3DIS
 
@@ -216,6 +219,35 @@ class Frustum:
     score: float = 1.0
 
 
+def write_frustum(frustum: Frustum) -> bytes:
+    """A frustum as an .npz that `read_frustum` reads back: a cloud whose further fields are a feature of its points."""
+    box = np.full(7, np.nan) if frustum.box is None else frustum.box
+    number = KITTI_CLASSES.index(frustum.kind)
+    facts = np.concatenate([[number, frustum.rotation, frustum.score], frustum.box_2d, box])
+    cloud = frustum.cloud
+    features = dict(cloud.features) | {"frustum": facts}
+    return write_cloud(dataclasses.replace(cloud, features=features))
+
+
+def read_frustum(path: str, data: bytes) -> Frustum:
+    """Read what `write_frustum` wrote. Raises BadSample."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            facts = arrays["frustum"].astype(np.float64)
+            coords, intensity, rows = (np.asarray(arrays[name]) for name in ("coords", "intensity", "rows"))
+            labels = np.asarray(arrays["labels"]) if "labels" in arrays else None
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise BadSample(f"is no frustum: {error}") from None
+    if facts.shape != (14,) or not 0 <= facts[0] < len(KITTI_CLASSES):
+        raise BadSample("is no frustum of this version: run prepare again")
+    if len(coords) < 1 or not np.isfinite(coords).all():
+        raise BadSample("has no points, or some that are not finite")
+    cloud = Cloud(coords, {"intensity": intensity}, labels, rows)
+    x1, y1, x2, y2 = facts[3:7].tolist()
+    box = None if np.isnan(facts[7:]).any() else facts[7:]
+    return Frustum(cloud, KITTI_CLASSES[int(facts[0])], facts[1].item(), (x1, y1, x2, y2), box, facts[2].item())
+
+
 def kitti_calibration(data: bytes) -> Calibration:
     """Read a calib/NNNNNN.txt (P2, R0_rect, Tr_velo_to_cam). Raises BadSample."""
     found = dict(re.findall(r"^(\w+):\s*(.+)$", data.decode("ascii", "replace"), re.MULTILINE))
@@ -228,6 +260,13 @@ def kitti_calibration(data: bytes) -> Calibration:
     if (p2.shape, rect.shape, to_camera.shape) != ((3, 4), (3, 3), (3, 4)):
         raise BadSample("a matrix of the calibration has the wrong size")
     return Calibration(p2, rect @ to_camera)
+
+
+def png_size(data: bytes) -> tuple[int, int]:
+    """(width, height) out of the first 24 bytes of a PNG. Raises BadSample."""
+    if len(data) < 24 or not data.startswith(b"\x89PNG\r\n\x1a\n") or data[12:16] != b"IHDR":
+        raise BadSample("the image of the scan is no PNG")
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
 
 
 def kitti_objects(data: bytes) -> list[KittiObject]:

@@ -545,7 +545,8 @@ class PointRecipe:
     `num_shapes` > 0 adds the one-hot. `normalize` "sphere": mean to 0, largest radius to 1, over the whole cloud, as
     ShapeNet part is published; "block": middle of x and y to 0, lowest z to 0, in metres, as an S3DIS block; "none".
     `mode` "train" draws and augments, "val" draws only, "test" covers all points: `votes` times
-    ceil(n / num_points) views, n the cloud's size or, where given, `max_points` (8192 for S3DIS windows).
+    ceil(n / num_points) views, n the cloud's size or, where given, `max_points` (8192 for S3DIS windows); without
+    `fill` a cloud smaller than that has fewer views, and the rest of its sample is blank (ShapeNet).
     `replace` draws with replacement always (ShapeNet, KITTI), else only where points are too few (S3DIS); `spread`
     makes "val" take the farthest points instead of a draw, the same every time.
     Augmentation: `rotate_z` degrees to either side, `scale` range, mirrored x by `flip` half of the time, `jitter`
@@ -566,6 +567,7 @@ class PointRecipe:
     spread: bool = False
     votes: int = 1
     max_points: int = 0
+    fill: bool = True
     rotate_z: float = 0.0
     scale: tuple[float, float] = (1.0, 1.0)
     flip: bool = False
@@ -656,7 +658,8 @@ def draw_indices(recipe: PointRecipe, num_points: int, rng: np.random.Generator)
         return rng.choice(num_points, recipe.num_points, replace=replace)[None].astype(np.int64)
     if recipe.max_points and num_points > recipe.max_points:
         raise BadSample(f"has {num_points} points, max_points is {recipe.max_points}")
-    total = recipe.num_views(num_points) * recipe.num_points
+    views = recipe.num_views(num_points) if recipe.fill else recipe.votes * -(-num_points // recipe.num_points)
+    total = views * recipe.num_points
     return rng.permutation(np.arange(total) % num_points).reshape(-1, recipe.num_points)
 
 

@@ -207,9 +207,9 @@ def _resized(frame: np.ndarray, width: int, height: int) -> np.ndarray:
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def flip_label(label: int, recipe: ClipRecipe) -> int:
-    """The label of a mirrored clip: pairs such as "left to right" and "right to left" change places."""
-    for a, b in recipe.flip_labels:
+def flip_label(label: int, pairs: Sequence[tuple[int, int]]) -> int:
+    """The label of a mirrored clip or image: `pairs` such as "left to right" and "right to left" change places."""
+    for a, b in pairs:
         if label in (a, b):
             return b if label == a else a
     return label

@@ -1,7 +1,7 @@
 """From the `data:` section of a job to splits and recipes: what train and evaluate read, and how samples are prepared.
 
 `DataSpec` is what a user writes. `embed` puts the dataset card into the section, so that the resolved job says all and
-workers read no folder; `open_splits` reads the indexes; `make_recipe` says how a sample becomes a clip. `packaged` is
+workers read no folder; `open_splits` reads the indexes; `make_recipe` says how a file becomes a sample. `packaged` is
 where the examples are that came with slimray. No Ray here.
 """
 
@@ -18,6 +18,7 @@ import slimray
 from slimray import runs
 from slimray.data import cards
 from slimray.data.decoder import BadSample
+from slimray.data.images import ImageRecipe
 from slimray.data.points import PointRecipe
 from slimray.data.video import ClipRecipe
 from slimray.spec import Spec, UserError, did_you_mean, located, parse
@@ -49,6 +50,29 @@ class PointsSpec(Spec):
     """Largest noise."""
     color_drop: float = Field(0.0, ge=0, le=1)
     """Chance that a training cloud loses its colors."""
+    published_shift: bool = False
+    """Move training frustums by 0.8 times their distance from the axis: a slip in KITTI's published numbers."""
+
+
+class ImagesSpec(Spec):
+    """How training images are varied, beside `flip` (arXiv 1908.09791)."""
+
+    area: tuple[float, float] = ImageRecipe.scale
+    """Range of the training crop's share of the picture's area; `[1, 1]` takes all of it."""
+    ratio: tuple[float, float] = ImageRecipe.ratio
+    """Range of the training crop's width over its height, before it is made square."""
+    brightness: float = Field(ImageRecipe.brightness, ge=0, le=1)
+    """Largest relative change of brightness."""
+    saturation: float = Field(ImageRecipe.saturation, ge=0, le=1)
+    """Largest relative change of saturation."""
+
+    @model_validator(mode="after")
+    def _ranges_fit(self) -> "ImagesSpec":
+        if not 0 < self.area[0] <= self.area[1] <= 1:
+            raise ValueError(f"area: must be a range above 0 and up to 1, got {list(self.area)}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio: must be a range above 0, got {list(self.ratio)}")
+        return self
 
 
 class DataSpec(Spec):
@@ -67,15 +91,17 @@ class DataSpec(Spec):
     size: int = Field(224, ge=16, le=1024)
     """Side of the square input in pixels."""
     resize: int | None = Field(None, ge=16)
-    """Short side that frames get before a centre or test crop; default 8/7 of `size` (256 for 224)."""
+    """Short side that frames and images get before a centre or test crop; default 8/7 of `size` (256 for 224)."""
     sampling: Literal["uniform", "dense"] = "uniform"
     """Frames: one per segment of the clip (TSN), or `num_segments` out of a window of 64 (I3D)."""
     scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
     """Sides of the training crop as parts of the short side."""
     flip: bool = True
-    """Mirror half of the training clips, as far as the card allows it; labels follow the card's map."""
+    """Mirror half of the training clips or images, as far as the card allows it; labels follow the card's map."""
     reader: Literal["pyav", "decord"] = "pyav"
     """What decodes videos. PyAV gives the frame that was asked for, or none; decord 0.6 at times another one."""
+    images: ImagesSpec = ImagesSpec.model_validate({})
+    """How training images are varied, in place of `scales`."""
     points: PointsSpec = PointsSpec.model_validate({})
     """How samples of clouds are made, in place of the fields about frames above."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
@@ -155,7 +181,7 @@ def open_splits(data: DataSpec, where: str, storage: str, names: Sequence[str]) 
         root = folder = absolute(data.root or card.root or "")
         if card.layout != "generated" and not (data.root or card.root):
             raise UserError(f"{where}: data.root: is required, the folder where {card.name} lies")
-        if card.sample == "points" and card.layout != "generated":
+        if card.sample in ("points", "frustum") and card.layout not in ("generated", "index"):
             raise UserError(
                 f"{where}: data.card: clouds are read by a prepare job first: write data: {{run: NAME}} of it"
             )
@@ -206,18 +232,28 @@ def make_recipe(data: DataSpec, card: cards.Card, num_segments: int, mode: str, 
 
     `num_segments` is for clips only.
     """
-    if card.sample == "points":
-        given = data.points.model_dump(exclude={"one_hot"})
-        given |= {"num_shapes": data.points.one_hot, "mode": mode, "per_point": card.labels == "point"}
-        return PointRecipe(**(given | options)).to_dict()
-    fields: dict[str, Any] = {
+    flip = data.flip and mode == "train" and card.flip != "never"
+    if card.sample == "image":
+        varied = data.images
+        fields: dict[str, Any] = {"size": data.size, "resize": data.resize or 0, "mode": mode, "flip": flip}
+        fields |= {"scale": varied.area, "ratio": varied.ratio, "flip_labels": card.flip_labels()}
+        fields |= {"brightness": varied.brightness, "saturation": varied.saturation}
+        return ImageRecipe(**(fields | options)).to_dict()
+    if card.sample in ("points", "frustum"):
+        given: dict[str, Any] = data.points.model_dump(exclude={"one_hot"})
+        if card.sample == "frustum":
+            given |= {"channels": ("intensity",), "num_shapes": card.num_classes, "normalize": "none"}
+        else:
+            given |= {"num_shapes": data.points.one_hot, "per_point": card.labels == "point"}
+        return PointRecipe(**(given | {"mode": mode, "kind": card.sample} | options)).to_dict()
+    fields = {
         "num_segments": num_segments,
         "size": data.size,
         "resize": data.resize or round(data.size * 8 / 7),
         "sampling": data.sampling,
         "mode": mode,
         "scales": data.scales,
-        "flip": data.flip and mode == "train" and card.flip != "never",
+        "flip": flip,
         "flip_labels": card.flip_labels(),
         "reader": data.reader,
     }

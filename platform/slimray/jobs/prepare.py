@@ -4,12 +4,14 @@ Every file is decoded once from end to end: what does not decode goes to the run
 gets its true frame count, rate and size into the index. `pack` re-encodes it as short-GOP H.264 or JPEG frames into
 parquet shards (one clip per row group: large sequential objects that can still be read clip by clip), so that training
 decodes cheaply. Clouds of points are always packed, as .npz; a scene may become several (an S3DIS room its windows,
-`room#zero-0007`; the tiles of a scan), whose array `rows` leads back into it. Generated datasets are made here. Work is
+`room#zero-0007`; the tiles of a scan; the frustums of the objects in a scan), whose array `rows` leads back into it.
+Generated datasets are made here. Work is
 cut into shards; a shard whose part file exists is done, so a killed job goes on where it stopped.
 """
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -30,7 +32,7 @@ from ray import exceptions
 from slimray import runs, storage, workers
 from slimray.data import cards, moving_shapes, point_sets, points, shapes
 from slimray.data.decoder import BadSample, Decoder, Pack
-from slimray.data.pipeline import TASK_RETRIES, failure_of
+from slimray.data.pipeline import failure_of, map_numbers
 from slimray.progress import make_bar
 from slimray.spec import RunFailed, Spec, UserError, parse
 
@@ -55,6 +57,9 @@ class PrepareData(Spec):
     """Frames of a generated clip."""
     points: int = Field(1024, ge=16, le=1_000_000)
     """Points of a generated cloud."""
+    copies: int = Field(5, ge=1, le=100)
+    """Frustums made of each object of split `train`, its 2D box moved and resized by up to a tenth; 1 takes it as it is
+    (KITTI only)."""
     seed: int = Field(0, ge=0)
     """Seed of generated clips or clouds."""
 
@@ -206,13 +211,7 @@ def _process(job: PrepareJob, ctx: Any, card: cards.Card, root: str, tables: dic
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
     context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=slots)
-    dataset = ray.data.range(len(todo), override_num_blocks=len(todo)).map_batches(
-        lambda numbers: _do_chunk(work, todo[int(numbers["id"][0])]),  # type: ignore[index]
-        batch_size=None,
-        batch_format="numpy",
-        num_cpus=1,
-        max_retries=TASK_RETRIES,
-    )
+    dataset = map_numbers(len(todo), lambda numbers: _do_chunk(work, todo[int(numbers["id"][0])]))
     total = sum(chunk.hi - chunk.lo for chunk in todo)
     with make_bar(ctx.console) as bar:
         task = bar.add_task(f"{job.name}: clips", total=total, note="")
@@ -227,12 +226,14 @@ def _write_indexes(job: PrepareJob, ctx: Any, card: cards.Card, chunks: list[_Ch
     """Join the parts to one index per split, the quarantine, the card of the prepared dataset."""
     rows: dict[str, list] = {chunk.split: [] for chunk in chunks}
     bad: dict[str, list] = {chunk.split: [] for chunk in chunks}
+    objects: dict[str, list] = {chunk.split: [] for chunk in chunks}
     files, failed = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0)
     totals: dict[str, Any] = {"bytes_in": 0, "bytes_out": 0, "psnr": []}
     for chunk in chunks:
         part = json.loads(runs.read_file(ctx.run, f"data/parts/{_part_name(chunk)}"))
         rows[chunk.split] += part["rows"]
         bad[chunk.split] += part["bad"] + part["left_out"]
+        objects[chunk.split] += part.get("objects", [])
         files[chunk.split] += chunk.hi - chunk.lo
         failed[chunk.split] += len(part["bad"])
         totals["bytes_in"] += part["bytes_in"]
@@ -255,8 +256,10 @@ def _write_indexes(job: PrepareJob, ctx: Any, card: cards.Card, chunks: list[_Ch
         buffer = io.BytesIO()
         pq.write_table(cards.index_table(items), buffer)
         runs.write_file(ctx.run, f"data/{split}.parquet", buffer.getvalue())
+        if objects[split]:  # what is to be found, also in images without a frustum
+            runs.write_file(ctx.run, f"data/{split}.objects.json", json.dumps(objects[split]).encode())
         metrics[split] = {"clips": len(items), "quarantined": len(bad[split])}
-    here = job.pack is not None or card.layout == "generated" or card.sample == "points"
+    here = job.pack is not None or card.layout == "generated" or card.sample in ("points", "frustum")
     prepared = card.prepared(list(rows), None if here else root)
     text = yaml.safe_dump(prepared.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
     runs.write_file(ctx.run, "data/card.yaml", text.encode())
@@ -276,7 +279,15 @@ def _do_chunk(work: _Work, chunk: _Chunk) -> dict[str, np.ndarray]:
     fs, folder = storage.open_uri(work.run_uri)
     table: Any = ray.get(work.tables[chunk.split], timeout=300)
     table = table.slice(chunk.lo, chunk.hi - chunk.lo)
-    part: dict[str, Any] = {"rows": [], "bad": [], "left_out": [], "bytes_in": 0, "bytes_out": 0, "psnr": []}
+    part: dict[str, Any] = {
+        "rows": [],
+        "bad": [],
+        "left_out": [],
+        "objects": [],
+        "bytes_in": 0,
+        "bytes_out": 0,
+        "psnr": [],
+    }
     make = _generate if work.card.layout == "generated" else _convert
     make(work, chunk, table.to_pylist(), part, fs, folder)
     storage.write_atomic(fs, f"{folder}/data/parts/{_part_name(chunk)}", json.dumps(part).encode())
@@ -308,7 +319,9 @@ def _generate(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any]
 
 def _convert(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any], fs: Any, folder: str) -> None:
     """Read every file whole, and pack the good ones into one parquet shard."""
-    shard = f"shards/{chunk.split}-{chunk.number:06d}.parquet" if work.pack or work.card.sample == "points" else ""
+    packed_here = work.pack or work.card.sample in ("points", "frustum")
+    shard = f"shards/{chunk.split}-{chunk.number:06d}.parquet" if packed_here else ""
+    rows = [{**row, "split": chunk.split} for row in rows]
     with Decoder(timeout_s=work.timeout_s) as decoder:
         packed = _pack(work, rows, part, shard, decoder)
         first = next(packed, None)
@@ -324,14 +337,17 @@ def _pack(work: _Work, rows: list[dict], part: dict[str, Any], shard: str, decod
         try:
             for made in make(work, row, decoder):
                 place = {"shard": shard, "row": packed if shard else -1}
-                part["rows"].append({"path": made.path, "label": row["label"], **made.shape, **place})
+                label = row["label"] if made.label is None else made.label
+                part["rows"].append({"path": made.path, "label": label, **made.shape, **place})
                 part["left_out"] += [{"path": path, "reason": reason} for path, reason in made.left_out.items()]
                 part["bytes_in"] += made.bytes_in
                 if shard:
                     packed += 1
                     part["bytes_out"] += len(made.data)
                     part["psnr"] += [] if made.psnr is None else [made.psnr]
-                    yield {"path": made.path, "label": row["label"], "data": made.data}
+                    yield {"path": made.path, "label": label, "data": made.data}
+            if work.card.layout == "kitti":
+                part["objects"].append({"image": row["path"], "objects": list(map(vars, _objects(work, row["path"])))})
         except (BadSample, FileNotFoundError) as error:
             reason = str(error) if isinstance(error, BadSample) else "no such file"
             part["bad"].append({"path": row["path"], "reason": reason})
@@ -341,7 +357,8 @@ def _pack(work: _Work, rows: list[dict], part: dict[str, Any], shard: str, decod
 class _Made:
     """A sample as stored: its path in the index, columns of the index that say what it holds, bytes read for it.
 
-    `psnr` is in dB, of what was lost; `left_out` are files that it lacks, with the reason.
+    `psnr` is in dB, of what was lost; `left_out` are files that it lacks, with the reason; `label` is its class, if
+    that is another than the file's.
     """
 
     path: str
@@ -350,6 +367,7 @@ class _Made:
     bytes_in: int
     psnr: float | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
+    label: int | None = None
 
 
 def _clip(work: _Work, row: dict[str, Any], decoder: Decoder) -> Iterator[_Made]:
@@ -410,9 +428,59 @@ def _shape(work: _Work, row: dict[str, Any], _: Decoder) -> Iterator[_Made]:
     yield _stored(row["path"], point_sets.shapenet_cloud(row["path"], data, row["label"]), len(data))
 
 
+def _scan(work: _Work, row: dict[str, Any], _: Decoder) -> Iterator[_Made]:
+    """The frustums of a KITTI scan: behind the 2D boxes of its labels, or of a detector where the card names one."""
+    path, split, (source, root) = row["path"], row["split"], storage.open_uri(work.root)
+    data, number = cards.read_whole(source, root, row), path.rpartition("/")[2].removesuffix(".bin")
+    cloud = points.read_cloud(path, data)
+    scan = np.concatenate([cloud.coords + cloud.origin, cloud.features["intensity"]], 1)
+    calibration = point_sets.kitti_calibration(_beside(work, path, "calib", ".txt"))
+    image_size = point_sets.png_size(_beside(work, path, "image_2", ".png", 32))
+    objects = _objects(work, path)
+    if split in work.card.detections:
+        objects = _detections(work.root, work.card.detections[split]).get(number, [])
+    training = split == "train"
+    copies, shake = (work.data.copies, 0.1) if training and work.data.copies > 1 else (1, 0.0)
+    key = (work.data.seed, zlib.crc32(path.encode()))
+    frustums = point_sets.kitti_frustums(scan, calibration, objects, image_size, key, copies, shake)
+    for place, frustum in enumerate(frustums):
+        stored = point_sets.write_frustum(frustum)
+        label = point_sets.KITTI_CLASSES.index(frustum.kind)
+        shape = {"frames": len(frustum.cloud)}
+        yield _Made(f"{path}#{place:04d}", stored, shape, 0 if place else len(data), label=label)
+
+
+def _objects(work: _Work, path: str) -> list[point_sets.KittiObject]:
+    """All that is labelled in the image of a scan."""
+    return point_sets.kitti_objects(_beside(work, path, "label_2", ".txt"))
+
+
+def _beside(work: _Work, path: str, folder: str, suffix: str, num_bytes: int | None = None) -> bytes:
+    """The file that belongs to a scan, `training/velodyne/000123.bin`, in another folder; its first bytes, or all."""
+    source, root = storage.open_uri(work.root)
+    name = path.replace("/velodyne/", f"/{folder}/").removesuffix(".bin") + suffix
+    try:
+        return storage.read_bytes(source, storage.join(root, name), num_bytes)
+    except FileNotFoundError:
+        raise BadSample(f"{name} is missing") from None
+
+
+@functools.lru_cache(maxsize=2)
+def _detections(root: str, name: str) -> dict[str, list[point_sets.KittiObject]]:
+    """The 2D boxes of a detector by the number of their image; read once in a process."""
+    fs, folder = storage.open_uri(root)
+    try:
+        return point_sets.rgb_detections(storage.read_bytes(fs, storage.join(folder, name)))
+    except FileNotFoundError:
+        raise RunFailed(f"{storage.join(root, name)}: there are no such detections: mend the card") from None
+    except BadSample as bad:
+        raise RunFailed(f"{storage.join(root, name)}: {bad}") from None
+
+
 _MAKERS: dict[str, Callable[[_Work, dict[str, Any], Decoder], Iterator[_Made]]] = {
     "s3dis": _room,
     "shapenet_part": _shape,
+    "kitti": _scan,
 }
 
 

@@ -23,7 +23,7 @@ from slimray.progress import follow
 from slimray.spec import Spec, UserError, did_you_mean, located, lookup
 from slimray.tracking import TrackingSpec
 
-GIVES = {"clip": "clips", "points": "points", "frustum": "frustums"}  # what a dataset gives and a network wants
+GIVES = {"clip": "clips", "image": "images", "points": "points", "frustum": "frustums"}  # what data is, a network wants
 OWNED = {"num_classes": "the dataset says how many", "zero_gamma": "write optim.zero_gamma"}  # no options of `model`
 
 
@@ -97,6 +97,9 @@ class TrainJob(Spec):
             )
         if self.optim.zero_gamma and self.init is not None:
             raise ValueError("optim.zero_gamma: would wipe out the weights of init, use one of the two")
+        if self.optim.mutual and (self.init is not None or self.optim.groups == "tsm"):
+            taken = "init" if self.init is not None else "optim.groups: tsm"
+            raise ValueError(f"optim.mutual: two networks are trained from scratch, it does not go with {taken}")
         if self.optim.norm == "sync" and not self.scale.gpus_per_worker:
             raise ValueError("optim.norm: sync needs GPUs: set scale.gpus_per_worker, or take local")
         return self
@@ -143,6 +146,8 @@ def _measure(job: TrainJob, num_classes: int, card: Card | None) -> tuple[Any, i
         row = lookup(models.MODELS, name, "model")
     except UserError as error:
         raise UserError(f"model.name: {error} (`slimray explain models` lists them)") from None
+    if job.optim.mutual and sample == "frustum":
+        raise UserError("optim.mutual: is for classes of samples or points, not for boxes: leave it out")
     if row.input != sample:
         raise UserError(f"model.name: {name} wants {GIVES[row.input]}, the dataset gives {GIVES[sample]}")
     known = models.options_of(name)
@@ -151,8 +156,8 @@ def _measure(job: TrainJob, num_classes: int, card: Card | None) -> tuple[Any, i
             raise UserError(f"model.{option}: is no option here, {OWNED[option]}")
         if option not in known:
             raise UserError(f"model.{option}: {name} has no such option{did_you_mean(option, set(known) - set(OWNED))}")
-    if sample == "clip" and options.get("in_channels", 3) != 3:
-        raise UserError(f"model.in_channels: the clips have 3 channels (got {options['in_channels']!r})")
+    if sample in ("clip", "image") and options.get("in_channels", 3) != 3:
+        raise UserError(f"model.in_channels: the {GIVES[sample]} have 3 channels (got {options['in_channels']!r})")
     try:
         net = cost.build_on_meta(lambda: models.build(**model_options(job, num_classes)))
     except UserError as error:
@@ -172,7 +177,7 @@ def _measure(job: TrainJob, num_classes: int, card: Card | None) -> tuple[Any, i
 
 
 def _input_shape(job: TrainJob, card: Card | None, net: Any) -> tuple[int, ...]:
-    """A sample as the network takes it: (T, 3, H, W) or (C, N)."""
+    """A sample as the network takes it: (T, 3, H, W), (3, H, W) or (C, N)."""
     if card is None or card.sample == "clip":
         return (net.num_segments, 3, job.data.size, job.data.size)
     return input_shape(make_recipe(job.data, card, 0, "train"))

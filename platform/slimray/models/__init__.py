@@ -1,8 +1,10 @@
 """The networks: `MODELS`, a table one can read, and `build`, which makes a network from a row and its options.
 
-A new model is one file and one row. Video networks take `[B, T, C, H, W]` and return `[B, num_classes]`; each has
-`num_segments` (T), `head_name` (prefix of the last linear layer) and `first_conv_name`, by which optimisers group.
-Point networks are the rows of point_table.py.
+A new model is one file and one row. Video networks take `[B, T, C, H, W]` and have `num_segments` (T), image networks
+take `[B, C, H, W]`; both return `[B, num_classes]` and have `head_name` (prefix of the last linear layer) and
+`first_conv_name`, by which optimisers group.
+Point networks are the rows of point_table.py. Image networks take `[B, 3, H, W]`. The `ofa_` rows are supernets
+(supernet.py): one network with a `space` of archs, each of which it runs and extracts.
 """
 
 import inspect
@@ -15,6 +17,14 @@ from torch import nn
 
 from slimray.models.i3d import I3D, INFLATIONS
 from slimray.models.mobilenetv2 import MobileNetV2
+from slimray.models.ofa_mobilenet import (
+    mobilenetv3_large,
+    ofa_mobilenetv3,
+    ofa_proxyless,
+    ofa_tsm_mobilenetv3,
+    proxyless_net,
+)
+from slimray.models.ofa_resnet import ofa_resnet50, ofa_tsm_resnet50
 from slimray.models.point_table import POINT_MODELS
 from slimray.models.resnet import ResNet
 from slimray.models.tsm import VideoNet2D
@@ -83,8 +93,23 @@ MODELS: dict[str, Model] = {
     "tsm_mobilenetv2": Model(partial(_video_net, MobileNetV2, True), "TSM: MobileNetV2, for devices", defaults=_T8),
     "i3d_resnet50": Model(_i3d, "I3D: ResNet-50 inflated to 3D", defaults=_T32),
     "i3d_resnet50_nl": Model(partial(_i3d, True), "I3D ResNet-50, five non-local blocks", defaults=_T32),
+    "resnet18": Model(partial(ResNet, 18), "ResNet-18 for images", "image"),
+    "resnet50": Model(partial(ResNet, 50), "ResNet-50 for images", "image"),
+    "mobilenetv2": Model(MobileNetV2, "MobileNetV2 for images", "image"),
 }
 
+MODELS |= {
+    "mobilenetv3_large": Model(mobilenetv3_large, "MobileNetV3-Large for images", "image"),
+    "proxyless_mobile": Model(partial(proxyless_net, "mobile"), "what ProxylessNAS found for phones", "image"),
+    "proxyless_cpu": Model(partial(proxyless_net, "cpu"), "what ProxylessNAS found for CPUs", "image"),
+    "proxyless_gpu": Model(partial(proxyless_net, "gpu"), "what ProxylessNAS found for GPUs", "image"),
+    "proxyless_mobile_14": Model(partial(proxyless_net, "mobile_14"), "proxyless_mobile, widened 1.4 times", "image"),
+    "ofa_mobilenetv3": Model(ofa_mobilenetv3, "Once-for-All supernet of MobileNetV3 blocks", "image"),
+    "ofa_proxyless": Model(ofa_proxyless, "Once-for-All supernet of ProxylessNAS blocks", "image"),
+    "ofa_resnet50": Model(ofa_resnet50, "Once-for-All supernet of ResNet-50D", "image"),
+    "ofa_tsm_mobilenetv3": Model(ofa_tsm_mobilenetv3, "Once-for-All over TSM: MobileNetV3 blocks", "clip"),
+    "ofa_tsm_resnet50": Model(ofa_tsm_resnet50, "Once-for-All over TSM: ResNet-50D", "clip"),
+}
 MODELS |= {name: Model(make, text, takes) for name, (make, text, takes) in POINT_MODELS.items()}
 
 

@@ -4,7 +4,7 @@ Frustum PointNets (arXiv 1711.08488), with the networks of Point-Voxel CNN (1907
 are the object, one where its centre is, one what its box is. Points are `[B, 4, N]` (coordinates, intensity) in rect
 camera axes (y down), turned so that the frustum looks along z; the class is a one-hot `[B, 3]`. A box is centre,
 heading about y and size (l, w, h); heading is one of 12 bins and a residual, size one of 8 templates and a residual.
-`frustum_loss` is what they are trained with.
+`frustum_losses` is what they are trained with.
 """
 
 import math
@@ -43,6 +43,7 @@ SIZE_TEMPLATES = {  # mean l, w, h in metres over KITTI's training split
     "Misc": (3.64300781, 1.54298177, 1.92320313),
 }
 NUM_SIZES = len(SIZE_TEMPLATES)
+CLASSES = ("Car", "Pedestrian", "Cyclist")  # of the one-hot, in this order
 BOX_PARTS = [3, NUM_HEADING_BINS, NUM_HEADING_BINS, NUM_SIZES, NUM_SIZES * 3]  # 59 outputs of a box network
 IN_CHANNELS = 4
 EPS = 1e-15  # of voxel grids around masked points, which may all coincide
@@ -83,6 +84,7 @@ class FrustumNet(nn.Module):
     """
 
     size_templates: Tensor
+    class_sizes: Tensor
 
     def __init__(
         self, mask_net: nn.Module, center_net: nn.Module, box_net: nn.Module, num_classes: int, num_points: int
@@ -92,6 +94,8 @@ class FrustumNet(nn.Module):
         self.num_classes, self.num_points = num_classes, num_points
         self.head_name = f"box_est_net.{box_net.head_name}"
         self.register_buffer("size_templates", torch.tensor([list(SIZE_TEMPLATES.values())]))
+        sizes = torch.tensor([list(SIZE_TEMPLATES).index(name) for name in CLASSES])
+        self.register_buffer("class_sizes", sizes, persistent=False)
 
     def mask_net(self, points: Tensor, one_hot: Tensor) -> Tensor:
         """`[B, 4, N]`, `[B, 3]` -> logits of background and object `[B, 2, N]`."""
@@ -127,6 +131,16 @@ class FrustumNet(nn.Module):
             "size_residuals_normalized": sizes,
             "size_residuals": sizes * self.size_templates,
         }
+
+    def targets(self, truth: Tensor) -> dict[str, Tensor]:
+        """What its outputs should be: see `frustum_targets`."""
+        return frustum_targets(truth, self.class_sizes, self.size_templates)
+
+    def losses(self, outputs: Mapping[str, Tensor], truth: Tensor) -> Tensor:
+        """The loss of each sample `[B]` against truths `[B, N + 11]`; 0 where no object is known."""
+        targets = self.targets(truth)
+        losses = frustum_losses(outputs, targets, self.size_templates)
+        return torch.where(targets["known"], losses, 0.0)
 
 
 MASK_HEAD = (512, 256, 128, 128, DROPOUT)
@@ -228,15 +242,56 @@ def box_corners(center: Tensor, heading: Tensor, size: Tensor) -> Tensor:
 
 def huber(error: Tensor, delta: float) -> Tensor:
     """The mean Huber loss of `error`: quadratic up to `delta`, linear beyond."""
+    return _huber(error, delta).mean()
+
+
+def _huber(error: Tensor, delta: float) -> Tensor:
     size = error.abs()
     quadratic = size.clamp_max(delta)
-    return (0.5 * quadratic.square() + delta * (size - quadratic)).mean()
+    return 0.5 * quadratic.square() + delta * (size - quadratic)
+
+
+def heading_bins(heading: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the 12 bins headings in radians fall into, int64, and how far they are from its middle (bin 0: 0)."""
+    shifted = (heading % (2 * math.pi) + HEADING_BIN / 2) % (2 * math.pi)
+    number = (shifted / HEADING_BIN).floor().clamp_max(NUM_HEADING_BINS - 1)
+    return number.long(), shifted - (number + 0.5) * HEADING_BIN
+
+
+def frustum_targets(truth: Tensor, class_sizes: Tensor, size_templates: Tensor) -> dict[str, Tensor]:
+    """What `frustum_losses` takes, of truths `[B, N + 11]`: mask `[N]`, box (centre, l w h, heading), class, 3 more.
+
+    `class_sizes` int64 says which size template belongs to each class; class and `known` (bool: there is a truth) are
+    among what is returned.
+    """
+    mask, box, label = truth[:, :-11], truth[:, -11:-4], truth[:, -4].long()
+    known = ~box.isnan().any(1)
+    box = torch.where(known[:, None], box, 0.0)
+    heading_id, heading_residual = heading_bins(box[:, 6])
+    size_id = class_sizes[label]
+    return {
+        "mask": mask.long().clamp_min(0),
+        "center": box[:, :3],
+        "heading_id": heading_id,
+        "heading_residual": heading_residual,
+        "size_id": size_id,
+        "size_residual": box[:, 3:6] - size_templates.view(-1, 3)[size_id],
+        "label": label,
+        "known": known,
+    }
 
 
 def frustum_loss(
     outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], size_templates: Tensor, box_weight: float = 1.0
 ) -> Tensor:
-    """The loss of a FrustumNet: mask, centre, heading, size and corners in one number (arXiv 1711.08488, section 4.5).
+    """The mean of `frustum_losses`."""
+    return frustum_losses(outputs, targets, size_templates, box_weight).mean()
+
+
+def frustum_losses(
+    outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], size_templates: Tensor, box_weight: float = 1.0
+) -> Tensor:
+    """The loss of a FrustumNet for each sample `[B]`: mask, centre, heading, size, corners (1711.08488, section 4.5).
 
     `targets`: `mask` `[B, N]` int64, `center` `[B, 3]`, `heading_id` and `size_id` `[B]` int64, `heading_residual`
     `[B]` in radians, `size_residual` `[B, 3]` in metres. The corners are those of the true bin and template with the
@@ -259,22 +314,13 @@ def frustum_loss(
     corners = [box_corners(targets["center"], true_heading + turn, true_size) for turn in (0.0, math.pi)]
     distance = torch.minimum(*((predicted - true).norm(dim=2) for true in corners))
     box = (
-        huber((outputs["center"] - targets["center"]).norm(dim=1), 2.0)
-        + huber((outputs["center_reg"] - targets["center"]).norm(dim=1), 1.0)
-        + F.cross_entropy(outputs["heading_scores"], heading_id)
-        + F.cross_entropy(outputs["size_scores"], size_id)
-        + 20 * huber(heading_error, 1.0)
-        + 20 * huber(size_error.norm(dim=1), 1.0)
-        + 10 * huber(distance, 1.0)
+        _huber((outputs["center"] - targets["center"]).norm(dim=1), 2.0)
+        + _huber((outputs["center_reg"] - targets["center"]).norm(dim=1), 1.0)
+        + F.cross_entropy(outputs["heading_scores"], heading_id, reduction="none")
+        + F.cross_entropy(outputs["size_scores"], size_id, reduction="none")
+        + 20 * _huber(heading_error, 1.0)
+        + 20 * _huber(size_error.norm(dim=1), 1.0)
+        + 10 * _huber(distance, 1.0).mean(1)
     )
-    return F.cross_entropy(outputs["mask_logits"].float(), targets["mask"]) + box_weight * box
-
-
-def mutual_loss(target: Tensor, logits: Tensor) -> Tensor:
-    """KL(softmax(`target`) || softmax(`logits`)) over the classes of `[B, C, ...]`, the mean of the rest.
-
-    Deep Mutual Learning (arXiv 1706.00384): of two networks, each adds `mutual_loss(peer.detach(), own)` to its loss.
-    The gradient goes to `logits` alone: `target` counts as given.
-    """
-    given, own = target.float().log_softmax(1), logits.float().log_softmax(1)
-    return (given.exp().detach() * (given - own)).sum(1).mean()
+    mask = F.cross_entropy(outputs["mask_logits"].float(), targets["mask"], reduction="none").mean(1)
+    return mask + box_weight * box

@@ -42,6 +42,8 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """MobileNetV2; `classifier` is the classifier."""
 
+    head_name, first_conv_name = "classifier", "features.0.0"
+
     def __init__(self, num_classes: int, width: float = 1.0, in_channels: int = 3, zero_gamma: bool = False):
         super().__init__()
         features: list[nn.Module] = [nn.Sequential(*_conv(in_channels, STEM_CHANNELS, 3, 2), nn.ReLU6(inplace=True))]

@@ -1,9 +1,10 @@
 """Weights that others trained, read without running their code and put into a network by what their names mean.
 
-`load` takes a checkpoint (TSM, torchvision, mmaction2, PVCNN, our own) or a state dict; `read` returns its tensors. In
-a pickle every name that is not part of a tensor means an inert value. Names are compared without the wrappers they
-passed through (`module.`, `base_model.`, `.net`, `.block`), so a 2D network starts a shifted, pooled, online or
-inflated one. A kernel inflates by repetition over time, divided by its length (arXiv 1705.07750).
+`load` takes a checkpoint (TSM, torchvision, mmaction2, PVCNN, Once-for-All, our own) or a state dict; `read` returns
+its tensors. In a pickle every name that is not part of a tensor means an inert value. Names are compared without the
+wrappers they passed through (`module.`, `base_model.`, `.net`, `.block`), so a 2D network starts a shifted, pooled,
+online or inflated one, and a plain network the supernet whose largest arch it is. A kernel inflates by repetition over
+time, divided by its length (arXiv 1705.07750).
 """
 
 import io
@@ -25,7 +26,9 @@ from slimray.spec import UserError
 
 # Parts of a name that say through which hands a weight went, not what it is.
 WRAPPERS = ("module", "_orig_mod", "base_model", "backbone", "model", "net", "block")
-HEADS = ("new_fc", "classifier", "classifier.1", "cls_head.fc_cls")  # all mean `fc`
+HEADS = ("new_fc", "classifier", "classifier.1", "cls_head.fc_cls", "classifier.linear")  # all mean `fc`
+# Supernets have a level more than plain nets (`conv.conv.weight`), and older ones another name for a block's branch.
+ELASTIC = ((r"\bmobile_inverted_conv\.", "conv."), (r"\b(conv|bn|linear)\.(?:\1\.)+", r"\1."))
 MMACTION = ((r"\bconv(\d)\.conv\.", r"conv\1."), (r"\bconv(\d)\.bn\.", r"bn\1."))
 MMACTION += ((r"\bdownsample\.conv\.", "downsample.0."), (r"\bdownsample\.bn\.", "downsample.1."))
 # The layers of a MobileNetV2 block in torchvision and here, with an expansion in front and without.
@@ -131,7 +134,7 @@ def read(source: str | Path) -> dict[str, Tensor]:
 def _key(name: str) -> str:
     """What a name means: without wrappers, in torchvision's form, the classifier as `fc`."""
     key = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-    for pattern, plain in MMACTION:
+    for pattern, plain in (*MMACTION, *ELASTIC):
         key = re.sub(pattern, plain, key)
     stem, _, leaf = key.rpartition(".")
     return f"fc.{leaf}" if stem in HEADS else key

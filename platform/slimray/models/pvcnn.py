@@ -76,10 +76,15 @@ class PVConv(nn.Module):
         self.point_features = SharedMLP(in_channels, [out_channels])
 
     def forward(self, cloud: Cloud) -> Cloud:
+        voxel, point = self.branches(cloud)
+        return point + voxel, cloud[1]
+
+    def branches(self, cloud: Cloud) -> tuple[Tensor, Tensor]:
+        """What the voxel branch and the point branch give, `[B, out_channels, N]` both; the output is their sum."""
         features, coords = cloud
         places = normalize_coords(coords, self.resolution, self.normalize, self.eps)
         grid = voxelize(features, places, self.resolution).contiguous()  # CPU BatchNorm errs by 1e-4 on channels-last
-        return self.point_features(features) + devoxelize(self.voxel_layers(grid), places), coords
+        return devoxelize(self.voxel_layers(grid), places), self.point_features(features)
 
 
 def point_voxel_blocks(

@@ -66,6 +66,8 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential 
 class ResNet(nn.Module):
     """ResNet of `depth` 18, 50 or 101; `fc` is the classifier."""
 
+    head_name, first_conv_name = "fc", "conv1"
+
     def __init__(
         self, depth: int, num_classes: int, width: float = 1.0, in_channels: int = 3, zero_gamma: bool = False
     ):

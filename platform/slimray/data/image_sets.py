@@ -1,0 +1,94 @@
+"""From the raw releases of image datasets to what an index names: bytes and text in, labels and places out.
+
+CIFAR-10 and CIFAR-100 in their binary form (the one in Python is a pickle, which runs what it holds, and is not read);
+Visual Wake Words (arXiv 1906.05721) from the instance annotations of COCO: an object is there where a box of it takes
+more than 0.5 % of the picture. No files are opened here.
+"""
+
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+
+CIFAR_SIDE = 32
+CIFAR_PIXELS = 3 * CIFAR_SIDE**2  # bytes: all red values, then green, then blue, row by row
+MIN_OBJECT_SHARE = 0.005  # of the picture's area; a box must take more
+
+
+def cifar_records(data: bytes, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
+    """The class of each picture of a .bin file, int64 `[n]`, and the offset of its pixels in the file, int64 `[n]`.
+
+    `num_labels` bytes stand before the pixels, the last of them is the class: 1 in CIFAR-10, 2 in CIFAR-100 (coarse,
+    then fine). Raises ValueError for a file that is no whole number of records.
+    """
+    length = num_labels + CIFAR_PIXELS
+    if not data or len(data) % length:
+        raise ValueError(f"{len(data):,} bytes are no whole number of records of {length} bytes")
+    table = np.frombuffer(data, np.uint8).reshape(-1, length)
+    offsets = np.arange(len(table), dtype=np.int64) * length + num_labels
+    return table[:, num_labels - 1].astype(np.int64), offsets
+
+
+def cifar_picture(pixels: bytes) -> bytes:
+    """The pixels of a record as a picture file (PPM), unchanged. Raises ValueError for another number of bytes."""
+    planes = np.frombuffer(pixels, np.uint8).reshape(3, CIFAR_SIDE, CIFAR_SIDE)
+    return f"P6 {CIFAR_SIDE} {CIFAR_SIDE} 255\n".encode() + planes.transpose(1, 2, 0).tobytes()
+
+
+def coco_presence(text: str, category: str) -> list[tuple[str, bool]]:
+    """The file name of each image of COCO instance annotations, and whether an object of `category` is in it.
+
+    It is where the box of at least one such object takes more than MIN_OBJECT_SHARE of the image; images with smaller
+    ones only count as without. Raises ValueError for text that is no such JSON, or knows no such category.
+    """
+    document = json.loads(text, object_hook=_slim)
+    found = {one.get("name"): one.get("id") for one in _dicts(document, "categories")}
+    if category not in found:
+        known = ", ".join(sorted(str(name) for name in found)[:100])
+        raise ValueError(f"knows no category {category!r} (it has: {known})")
+    areas: dict[int, float] = {}  # the largest box of each image
+    for box in _list(document, "annotations"):
+        if not isinstance(box, _Box):
+            raise ValueError("has annotations without a box: must be instance annotations of COCO")
+        if box.category == found[category]:
+            areas[box.image] = max(areas.get(box.image, 0.0), box.area)
+    out = []
+    for image in _dicts(document, "images"):
+        number, name = image.get("id"), image.get("file_name")
+        sides = [side for side in (image.get("width"), image.get("height")) if isinstance(side, int) and side > 0]
+        if not isinstance(number, int) or not isinstance(name, str) or len(sides) < 2:
+            raise ValueError(f"image {number!r} lacks its id, file_name, width or height")
+        out.append((name, areas.get(number, 0.0) > MIN_OBJECT_SHARE * sides[0] * sides[1]))
+    return out
+
+
+class _Box(NamedTuple):
+    """What is kept of an annotation: with their outlines, those of COCO would take gigabytes."""
+
+    image: int
+    category: int
+    area: float
+
+
+def _slim(entry: dict[str, Any]) -> Any:
+    if "bbox" not in entry:
+        return entry
+    box, image, category = entry["bbox"], entry.get("image_id"), entry.get("category_id")
+    fits = isinstance(box, list) and len(box) == 4 and all(isinstance(number, int | float) for number in box)
+    if not fits or not isinstance(image, int) or not isinstance(category, int):
+        raise ValueError(f"annotation {entry.get('id')!r} lacks its image_id, its category_id or the 4 numbers of bbox")
+    return _Box(image, category, float(box[2]) * float(box[3]))
+
+
+def _list(document: Any, name: str) -> list[Any]:
+    found = document.get(name) if isinstance(document, dict) else None
+    if not isinstance(found, list):
+        raise ValueError(f"has no list of {name}: must be instance annotations of COCO")
+    return found
+
+
+def _dicts(document: Any, name: str) -> list[dict[str, Any]]:
+    found = _list(document, name)
+    if not all(isinstance(one, dict) for one in found):
+        raise ValueError(f"has something else than objects in {name}")
+    return found

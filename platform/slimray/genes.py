@@ -1,0 +1,275 @@
+"""Archs as matrices of whole numbers, and costs that are looked up: what lets a search try 50,000 archs in a second.
+
+`GeneTable` turns the archs of a `Space` into rows, a column per gene, and draws, mutates, crosses and encodes many at a
+time; it agrees with `Space` in all it does. `cost_tables` adds up what the parts of a network cost by the genes that
+they depend on, as the latency tables of ProxylessNAS (arXiv 1812.00332) and Once-for-All (arXiv 1908.09791) do.
+Surprising: rows keep the genes of skipped blocks, as archs do, because a child may let the block run again.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimray.arch import Arch, Gene, Space
+
+Codes = NDArray[np.intp]  # [n, genes]: for every gene the place of its value among the choices
+Floats = NDArray[np.float64]
+Costs = Callable[[Codes], Mapping[str, Floats]]  # cost name -> [n]
+
+
+@dataclass(frozen=True)
+class GeneTable:
+    """The archs of `space` as rows of whole numbers `[n, genes]`, the genes in the order of `space.choices`.
+
+    Draws are those of `Space` (`sample`, `mutate`, `cross`), many at a time. Rows keep the genes of skipped blocks, as
+    archs do; `canonical` drops them.
+    """
+
+    space: Space
+
+    @cached_property
+    def genes(self) -> tuple[tuple[str, int], ...]:
+        """Dimension and place in it of every column."""
+        return tuple((name, i) for name, choices in self.space.choices for i in range(len(choices)))
+
+    @cached_property
+    def values(self) -> tuple[tuple[Gene, ...], ...]:
+        """The choices of every column, ascending."""
+        return tuple(values for _, choices in self.space.choices for values in choices)
+
+    @cached_property
+    def sizes(self) -> Codes:
+        """How many choices every column has."""
+        return np.array([len(values) for values in self.values], np.intp)
+
+    @cached_property
+    def smallest(self) -> Codes:
+        """The row of the smallest arch, `[genes]`."""
+        return np.zeros(len(self.genes), np.intp)
+
+    @cached_property
+    def num_archs(self) -> int:
+        """How many different archs there are."""
+        return self.space.num_archs()
+
+    @cached_property
+    def columns(self) -> dict[tuple[str, int], int]:
+        """(dimension, place in it) -> column."""
+        return {gene: i for i, gene in enumerate(self.genes)}
+
+    def codes(self, archs: Iterable[Arch]) -> Codes:
+        """The rows of `archs`; KeyError for a gene that is not of the space."""
+        places = [{value: i for i, value in enumerate(values)} for values in self.values]
+        rows = []
+        for arch in archs:
+            flat: list[Gene] = []
+            for name, _ in self.space.choices:
+                genes = arch[name]
+                flat.extend(genes if isinstance(genes, tuple) else (genes,))
+            rows.append([place[gene] for place, gene in zip(places, flat, strict=True)])
+        return np.array(rows, np.intp).reshape(len(rows), len(self.genes))
+
+    def archs(self, codes: Codes) -> list[Arch]:
+        """The archs that rows stand for."""
+        cuts, start = [], 0
+        for name, choices in self.space.choices:
+            cuts.append((name, start, start + len(choices), name in self.space.single))
+            start += len(choices)
+        out = []
+        for row in codes.tolist():
+            flat = [values[code] for values, code in zip(self.values, row, strict=True)]
+            genes = tuple((name, flat[lo] if single else tuple(flat[lo:hi])) for name, lo, hi, single in cuts)
+            out.append(Arch(genes, self.space.stages))
+        return out
+
+    def sample(self, count: int, rng: np.random.Generator) -> Codes:
+        """`count` rows, every gene drawn evenly and on its own."""
+        return (rng.random((count, len(self.genes))) * self.sizes).astype(np.intp)
+
+    def mutate(self, codes: Codes, rng: np.random.Generator, prob: float, single_prob: float) -> Codes:
+        """Draw anew: all genes of a block together, each other gene, with `prob`; single numbers with `single_prob`."""
+        together, single = self._together
+        hit = rng.random((len(codes), len(single))) < np.where(single, single_prob, prob)
+        return np.where(hit[:, together], self.sample(len(codes), rng), codes)
+
+    def cross(self, mothers: Codes, fathers: Codes, rng: np.random.Generator) -> Codes:
+        """Each gene from one or the other with even chance."""
+        return np.where(rng.random(mothers.shape) < 0.5, fathers, mothers)
+
+    def neighbours(self, row: Codes) -> Codes:
+        """All rows that differ from `row` in one gene."""
+        column = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        code = np.concatenate([np.arange(size) for size in self.sizes])
+        differs = code != row[column]
+        rows = np.repeat(row[None], int(differs.sum()), axis=0)
+        rows[np.arange(len(rows)), column[differs]] = code[differs]
+        return rows
+
+    def runs(self, codes: Codes) -> NDArray[np.bool_]:
+        """Whether each gene is one of a part that runs, `[n, genes]`: False for the genes of skipped blocks."""
+        layout = self._blocks
+        out = np.ones(codes.shape, bool)
+        if layout is not None:
+            counts = layout.counts[layout.stages, codes[:, layout.depths]]  # [n, stages]
+            out[:, layout.columns] = counts[:, layout.stage] > layout.place
+        return out
+
+    def canonical(self, codes: Codes) -> Codes:
+        """Rows that are equal just where the archs are: genes without effect at their first choice."""
+        layout = self._blocks
+        if layout is None:
+            return codes
+        out = np.where(self.runs(codes), codes, 0)
+        out[:, layout.depths] = layout.same[layout.stages, codes[:, layout.depths]]
+        return out
+
+    def keys(self, codes: Codes) -> list[bytes]:
+        """A key per row, equal just where the archs are."""
+        small = np.uint8 if self.sizes.max(initial=0) <= 256 else np.intp
+        return [row.tobytes() for row in self.canonical(codes).astype(small)]
+
+    def features(self, codes: Codes) -> NDArray[np.float32]:
+        """What `space.encode` says of every row, float32 `[n, features]`."""
+        columns, starts, width = self._one_hot
+        out = np.zeros((len(codes), width), np.float32)
+        np.put_along_axis(out, codes[:, columns] + starts, self.runs(codes)[:, columns].astype(np.float32), axis=1)
+        return out
+
+    @cached_property
+    def _together(self) -> tuple[Codes, NDArray[np.bool_]]:
+        """The group of every column (those of a block are mutated together) and whether a group is a single number."""
+        groups = {
+            gene: ("", gene[1]) if gene[0] in self.space.per_block else gene for gene in self.genes
+        }  # insertion order
+        numbers = {group: i for i, group in enumerate(dict.fromkeys(groups.values()))}
+        single = np.array([name in self.space.single for name, _ in numbers], bool)
+        return np.array([numbers[groups[gene]] for gene in self.genes], np.intp), single
+
+    @cached_property
+    def _blocks(self) -> "_Blocks | None":
+        """Where the genes of blocks are; None if no block can be skipped."""
+        stages, depth = self.space.stages, self.space.dimensions.get("depth", ())
+        if not stages or len(depth) != len(stages):
+            return None
+        widest = max(map(len, depth))
+        counts, same = np.zeros((2, len(stages), widest), np.intp)
+        for s, (stage, choices) in enumerate(zip(stages, depth, strict=True)):
+            active = [stage.active(choice) for choice in choices]
+            counts[s, : len(active)] = active
+            same[s, : len(active)] = [active.index(n) if stage.blocks else i for i, n in enumerate(active)]
+        columns, block = [], []
+        for name in self.space.per_block:
+            for i in range(len(self.space.dimensions[name])):
+                columns.append(self.columns[name, i])
+                block.append(i)
+        stage_of = np.repeat(np.arange(len(stages)), [stage.blocks for stage in stages])
+        place_of = np.concatenate([np.arange(stage.blocks) for stage in stages])
+        depths = np.array([self.columns["depth", s] for s in range(len(stages))], np.intp)
+        at = np.array(block, np.intp)
+        return _Blocks(
+            np.arange(len(stages)), depths, counts, same, np.array(columns, np.intp), stage_of[at], place_of[at]
+        )
+
+    @cached_property
+    def _one_hot(self) -> tuple[Codes, Codes, int]:
+        """The columns that a predictor is told, where in the features each of them starts, how many there are."""
+        columns, starts, width = [], [], 0
+        for column, (name, i) in enumerate(self.genes):
+            told = name == "depth" and self.space.per_block and i < len(self.space.stages)
+            if len(self.values[column]) > 1 and not (told and self.space.stages[i].blocks):
+                columns.append(column)
+                starts.append(width)
+                width += len(self.values[column])
+        return np.array(columns, np.intp), np.array(starts, np.intp), width
+
+
+@dataclass(frozen=True, eq=False)
+class _Blocks:
+    """Per stage: its number, column of depth, blocks that run by choice, first choice with as many; and per gene of a
+    block its column, its stage and the place of the block in it."""
+
+    stages: Codes
+    depths: Codes
+    counts: Codes
+    same: Codes
+    columns: Codes
+    stage: Codes
+    place: Codes
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a part of the network costs, by the genes it depends on: `values[code of columns[0], columns[1], ...]`."""
+
+    columns: tuple[int, ...]
+    values: Floats
+
+
+def part(table: GeneTable, genes: Sequence[tuple[str, int]], value: Callable[..., float]) -> Part:
+    """Tabulate `value(gene, gene, ...)` for all choices of `genes`, pairs of dimension and place (`("kernel", 3)`).
+
+    Genes of a block that may be skipped bring the depth of its stage with them: the part costs 0 where it is.
+    """
+    space = table.space
+    blocks = [stage for stage, s in enumerate(space.stages) for _ in range(s.blocks)]
+    starts = np.cumsum([0, *(stage.blocks for stage in space.stages)])
+    gates = {}  # place of a depth in `depths` -> blocks of that stage that must run
+    for name, i in genes:
+        if name in space.per_block and "depth" in space.dimensions:
+            stage = blocks[i]
+            needed = i - int(starts[stage]) + 1
+            if any(space.stages[stage].active(gene) < needed for gene in space.dimensions["depth"][stage]):
+                gates[stage] = max(gates.get(stage, 0), needed)
+    depths = [("depth", stage) for stage in gates]
+    columns = tuple(table.columns[gene] for gene in [*genes, *depths])
+    values = np.zeros([len(table.values[column]) for column in columns])
+    for place in np.ndindex(*values.shape):
+        chosen = [table.values[column][code] for column, code in zip(columns, place, strict=True)]
+        given, depth = chosen[: len(genes)], chosen[len(genes) :]
+        runs = zip(gates.items(), depth, strict=True)
+        if all(space.stages[stage].active(gene) >= needed for (stage, needed), gene in runs):
+            values[place] = value(*given)
+    return Part(columns, values)
+
+
+def cost_tables(table: GeneTable, parts: Mapping[str, Sequence[Part]], peaks: Sequence[str] = ()) -> Costs:
+    """Costs that are sums over parts of the network, of those in `peaks` (memory) the largest part; nothing is run."""
+    lookups = {}
+    for name, of_name in parts.items():
+        strides, starts, flat = np.zeros((len(table.genes), len(of_name))), [], []
+        for p, one in enumerate(of_name):
+            step = one.values.size
+            for column, size in zip(one.columns, one.values.shape, strict=True):
+                step //= size
+                strides[column, p] += step
+            starts.append(sum(map(len, flat)))
+            flat.append(one.values.ravel())
+        lookups[name] = (strides, np.array(starts, float), np.concatenate(flat), name in peaks)
+
+    def costs(codes: Codes) -> dict[str, Floats]:
+        rows = codes.astype(float)  # in floats the product is BLAS, and exact far beyond any table
+        out = {}
+        for name, (strides, starts, flat, peak) in lookups.items():
+            found = flat[(rows @ strides + starts).astype(np.intp)]
+            out[name] = found.max(1) if peak else found.sum(1)
+        return out
+
+    return costs
+
+
+def costs_by_arch(table: GeneTable, costs: Callable[[Arch], Mapping[str, float]]) -> Costs:
+    """Costs out of a function of one arch, which is called once for every different arch."""
+    known: dict[bytes, Mapping[str, float]] = {}
+
+    def of_rows(codes: Codes) -> dict[str, Floats]:
+        keys = table.keys(codes)
+        missing = {key: row for row, key in enumerate(keys) if key not in known}
+        for key, arch in zip(missing, table.archs(codes[list(missing.values())]), strict=True):
+            known[key] = costs(arch)
+        names = known[keys[0]] if keys else {}
+        return {name: np.array([known[key][name] for key in keys], float) for name in names}
+
+    return of_rows
