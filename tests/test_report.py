@@ -9,47 +9,17 @@ import re
 import subprocess
 import sys
 from contextlib import closing
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tests.pages import Elements, judged_cloud, response, street
 
-from slimray import report, runs
+from slimray import report, report_points, runs
 from slimray.report import Clip, CloudView, Confusion, Curves, Table, render
 
 HOSTILE = "<script>alert(1)</script>\"' onerror=alert(1) $x_1$"
-
-
-class Elements(HTMLParser):
-    """Every start tag of a page with its attributes, the text outside style and script, and the scripts."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.scripts: list[str] = []
-        self.open: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.open.append(tag)
-
-    def handle_data(self, data):
-        if self.open[-1:] == ["script"]:
-            self.scripts.append(data)
-        elif self.open[-1:] != ["style"]:
-            self.text += data
-
-    def handle_endtag(self, tag):
-        if tag == "script":
-            self.open.append("")
-
-    def all(self, name: str) -> list[str]:
-        """The values of an attribute, in their order."""
-        return [str(attrs[name]) for _, attrs in self.tags if name in attrs]
 
 
 def metric_rows(num_steps: int = 40) -> list[dict]:
@@ -71,18 +41,12 @@ def strip() -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def judged_cloud(classes: list[str], num_points: int = 300, run: str = "r") -> CloudView:
-    """A cloud of two parts, the upper half of the second of which is taken for the first; ten points have no label."""
-    coords = np.random.default_rng(0).random((num_points, 3))
-    truth = (coords[:, 0] > 0.5).astype(np.int64)
-    predicted = np.where(coords[:, 2] > 0.5, 0, truth)
-    truth[:10] = -1
-    return CloudView(run, coords * 50 + 4e5, truth, predicted, classes)
-
-
 def full_page(name: str = "circle", clouds: bool = True) -> str:
     classes = [name, "square"]
-    views = [judged_cloud(classes, run=name), CloudView(name, np.eye(3), name, classes=classes, top=[(name, 0.7)])]
+    views = [
+        judged_cloud(classes, run=name),
+        CloudView(name, np.eye(3), name, classes=classes, top=[(name, 0.7)], responses=[response(name, 3)]),
+    ]
     return render(
         name,
         subtitle=name,
@@ -92,6 +56,7 @@ def full_page(name: str = "circle", clouds: bool = True) -> str:
         confusions=[Confusion(name, classes, [[3, 1], [2, 4]])],
         clips=[Clip(name, strip(), name, [("square", 0.7), (name, 0.3)]), Clip("", name, name)],
         clouds=views if clouds else [],
+        boxes=[street(name)],
         quarantine=[{"path": name, "reason": name}],
         facts={name: name, "versions": {name: name}},
         job=name,
@@ -170,117 +135,6 @@ def test_a_strip_of_square_frames_is_played():
     assert "--frames:4;" in render("clips", clips=[Clip("a", strip(), "circle")])
 
 
-def png(uri: str) -> np.ndarray:
-    """The pixels [H, W, 4] of a data URI of a PNG."""
-    raw = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
-    return np.asarray(Image.open(io.BytesIO(raw), formats=["PNG"]).convert("RGBA"))
-
-
-def test_a_cloud_shows_prediction_truth_and_error_without_a_script():
-    page = render("clouds", clouds=[judged_cloud(["leg", "top"])])
-    elements = Elements(page)
-    assert [attrs["alt"] for tag, attrs in elements.tags if tag == "img"] == ["prediction", "truth", "error"]
-    colours = [
-        {f"#{bytes(pixel[:3]).hex()}" for pixel in png(uri)[png(uri)[..., 3] > 0]} for uri in elements.all("src")
-    ]
-    leg, top = report.class_colour(0), report.class_colour(1)
-    assert colours == [{leg, top}, {leg, top, report.QUIET}, {report.WRONG, report.QUIET}]
-    text = " ".join(elements.text.split())
-    cloud = judged_cloud(["leg", "top"])
-    known, right = cloud.truth >= 0, cloud.truth == cloud.predicted
-    assert f"{100 * right[known].mean():.1f} % of 290 labelled points right" in text
-    both, either = (right & (cloud.truth == 1)).sum(), (known & ((cloud.truth == 1) | (cloud.predicted == 1))).sum()
-    assert f"top {100 * both / either:.1f} %" in text
-    assert "any other, or without label" in text
-
-
-def test_what_the_script_turns_is_what_the_still_pictures_show():
-    cloud = judged_cloud(["leg", "top"])
-    elements = Elements(render("clouds", clouds=[cloud]))
-    points = np.frombuffer(base64.b64decode(elements.all("data-points")[0]), "<i2").reshape(-1, 3) / 32767
-    middle = (cloud.coords.min(0) + cloud.coords.max(0)) / 2
-    size = np.linalg.norm(cloud.coords - middle, axis=1)
-    np.testing.assert_allclose(np.linalg.norm(points, axis=1), size / size.max(), atol=1e-4)
-    assert np.corrcoef(points[:, 1], cloud.coords[:, 2])[0, 1] > 0.9  # z is up
-    prediction, truth, error = (
-        np.frombuffer(base64.b64decode(one), np.uint8) for one in elements.all("data-labels")[0].split()
-    )
-    np.testing.assert_array_equal(prediction, cloud.predicted + 2)
-    np.testing.assert_array_equal(truth, np.where(cloud.truth < 0, 0, cloud.truth + 2))
-    np.testing.assert_array_equal(error, (cloud.truth >= 0) & (cloud.truth != cloud.predicted))
-    assert elements.all("data-colours")[0].split()[2:] == [report.class_colour(0), report.class_colour(1)]
-
-
-def test_a_near_point_hides_a_far_one():
-    places, colours = np.array([[0, 0, 0.9], [0, 0, -0.9]]), [report.QUIET, report.WRONG, "#000002", "#000003"]
-    for labels in ([2, 3], [3, 2]):
-        picture = png(report._still(places, np.array(labels, np.uint8), colours))
-        assert picture[report.STILL // 2, report.STILL // 2].tolist() == [0, 0, labels[0], 255]
-
-
-def test_a_cloud_comes_back_from_its_results_as_it_was_judged():
-    classes = [f"part {i}" for i in range(400)]
-    cloud = judged_cloud(classes, num_points=9000)
-    labels = np.random.default_rng(1).integers(-1, 400, 9000)
-    plain = json.loads(json.dumps(CloudView("r", cloud.coords, labels, labels[::-1], classes).to_plain()))
-    back = CloudView.from_plain(plain, classes)
-    kept = np.linspace(0, 8999, report.MAX_CLOUD_POINTS).astype(int)
-    np.testing.assert_array_equal(back.truth, labels[kept])
-    np.testing.assert_array_equal(back.predicted, labels[::-1][kept])
-    coords = cloud.coords[kept] - (cloud.coords[kept].min(0) + cloud.coords[kept].max(0)) / 2
-    np.testing.assert_allclose(back.coords, coords / np.linalg.norm(coords, axis=1).max(), atol=2e-5)
-    assert len(json.dumps(plain)) < 30_000
-    whole = CloudView("r", np.eye(3), "leg", top=[("top", 0.75), ("leg", 0.25)])
-    back = CloudView.from_plain(json.loads(json.dumps(whole.to_plain())), classes)
-    assert (back.run, back.truth, back.top) == ("r", "leg", [("top", 0.75), ("leg", 0.25)])
-
-
-def test_a_cloud_judged_as_a_whole_is_right_or_wrong_and_coloured_by_height():
-    views = [CloudView("r", np.eye(3), truth, top=[("leg", 0.75), ("top", 0.25)]) for truth in ("leg", "top")]
-    elements = Elements(render("clouds", clouds=views))
-    assert elements.text.count("✓ right") == elements.text.count("✗ wrong") == 1
-    assert "75.0 %" in elements.text
-    labels = np.frombuffer(base64.b64decode(elements.all("data-labels")[0]), np.uint8)
-    assert labels.tolist() == [2, 2, 13]  # of eye's rows the last is the highest
-
-
-def test_many_classes_and_odd_clouds_can_be_shown():
-    rng, classes = np.random.default_rng(0), ["few"]
-    labels = rng.integers(0, 300, 5000)
-    odd = [
-        CloudView("many", rng.random((5000, 3)), labels, labels, classes),
-        CloudView("one", np.zeros((1, 3)), np.array([-1]), np.array([7]), classes),
-        CloudView("far", np.array([[np.nan, np.inf, 1e30], [0, 0, -1e30]]), "a"),
-        CloudView("none", np.zeros((0, 3)), "a"),
-    ]
-    elements = Elements(render("odd", clouds=odd))
-    assert len(elements.all("data-points")) == 3
-    assert len(elements.all("data-colours")[0].split()) == 2 + report.MAX_CLOUD_CLASSES
-    assert "no point is labelled" in elements.text
-
-
-def test_a_cloud_whose_labels_are_not_those_of_its_points_is_refused():
-    with pytest.raises(ValueError, match=r"a cloud of 'r' has coordinates \(4, 3\) and labels \[\(4,\), \(5,\)\]"):
-        render("c", clouds=[CloudView("r", np.zeros((4, 3)), np.zeros(4, int), np.zeros(5, int), ["a"])])
-
-
-def test_colours_of_classes_differ_for_the_colour_blind_too():
-    blind = {  # Machado et al. 2009, severity 1, on linear RGB
-        "nobody": np.eye(3),
-        "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-        "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-    }
-    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-    rgb = np.array([list(bytes.fromhex(colour[1:])) for colour in report.CLASS_COLOURS]) / 255
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    for eye in blind.values():
-        x, y, z = np.cbrt((linear @ np.transpose(eye)).clip(0, 1) @ xyz.T / [0.9505, 1, 1.089]).T
-        lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
-        apart = np.linalg.norm(lab[:, None] - lab, axis=-1)[np.triu_indices(len(lab), 1)]
-        assert apart.min() > 15
-    assert len({report.class_colour(place) for place in range(60)}) == 60
-
-
 def test_iou_per_class_begins_with_the_weakest_and_ends_with_the_absent():
     rows = [
         {"run": "a", "variant": "natural", "miou": 60.0, "class_iou": [90.0, 20.0, None, 40.0]},
@@ -292,6 +146,55 @@ def test_iou_per_class_begins_with_the_weakest_and_ends_with_the_absent():
     assert table.rows == [("door", 40.0, 30.0), ("wall", 20.0, 70.0), ("floor", 90.0, 80.0), ("beam", None, None)]
     assert report.class_ious(rows[2:], ["floor"]) == []
     assert "class_iou" not in report.compare(rows).header
+
+
+def test_iou_per_category_has_a_table_of_its_own():
+    rows = [
+        {"run": "a", "instance_miou": 80.0, "category_iou": {"Bag": 90.0, "Cap": 20.0, "Mug": None}},
+        {"run": "b", "instance_miou": 70.0, "category_iou": {"Bag": 50.0, "Cap": 70.0, "Mug": None}},
+    ]
+    (table,) = report.class_ious(rows, [])
+    assert table.header == ("category", "a", "b")
+    assert table.rows == [("Cap", 20.0, 70.0), ("Bag", 90.0, 50.0), ("Mug", None, None)]
+    assert "category_iou" not in report.compare(rows).header
+
+
+def test_ious_are_drawn_as_long_bars(tmp_path: Path):
+    rows = [{"run": "a", "miou": 45.0, "class_iou": [30.0, 60.0]}]
+    page = report.evaluate_report(run_folder(tmp_path, [], {}, {"rows": rows, "classes": ["floor", "wall"]}))
+    chart = page[page.index('<table class="bars" style="--columns:1">') :]
+    assert re.findall(r"--share:([\d.]+)", chart[: chart.index("</table>")]) == ["0.300", "0.600"]
+
+
+def kitti_rows(std: float) -> list[dict]:
+    """A row as `evaluate` writes it for boxes, of one repeat (`std` 0) or several."""
+    names = [
+        f"ap{recalls}_{seen}_{kind}_{level}"
+        for kind in ("car", "cyclist")
+        for seen in ("3d", "bev")
+        for level in ("easy", "moderate", "hard")
+        for recalls in (11, 40)
+    ]
+    ap = {name: {"mean": 40.0 + i, "std": std, "max": 90.0} for i, name in enumerate(names)}
+    repeats = {"repeats": {"mask_acc": {"mean": 91.0, "std": std, "max": 92.0}}} if std else {}
+    return [{"run": "f", "variant": "natural", "class_found_3d": 66.0, "mask_acc": 91.0, "ap": ap, **repeats}]
+
+
+def test_average_precision_is_told_by_class_and_difficulty():
+    (table,) = report.average_precisions(kitti_rows(0.0))
+    assert table.header == ("run", "class", "boxes", "recalls", "easy", "moderate", "hard")
+    assert table.rows[0] == ("f · natural", "car", "in space", "11", 40.0, 42.0, 44.0)
+    assert table.rows[-1] == ("f · natural", "cyclist", "from above", "40", 59.0, 61.0, 63.0)
+    assert len(table.rows) == 8
+    assert report.average_precisions([{"run": "a"}]) == report.spreads(kitti_rows(0.0)) == []
+
+
+def test_numbers_of_several_repeats_come_with_their_deviation():
+    (table,) = report.spreads(kitti_rows(0.5))
+    assert table.rows[0] == ("f · natural", "mask_acc", 91.0, 0.5, 92.0)
+    assert table.rows[1] == ("f · natural", "ap11_3d_car_easy", 40.0, 0.5, 90.0)
+    assert len(table.rows) == 25
+    assert table.fold
 
 
 def test_ids_of_the_charts_are_unique_on_the_page():
@@ -463,6 +366,28 @@ def test_the_page_of_an_evaluate_run_sets_the_runs_side_by_side(tmp_path: Path):
     assert "Confusion" not in text
 
 
+def test_the_page_of_an_evaluation_of_boxes_shows_ap_and_scenes(tmp_path: Path):
+    results = {"rows": kitti_rows(0.5), "classes": ["Car"], "boxes": [street("a").to_plain(), street("b").to_plain()]}
+    page = report.evaluate_report(run_folder(tmp_path, [], {}, results))
+    text = " ".join(Elements(page).text.split())
+    assert "66.0 %" in text
+    assert "Average precision of boxes" in text
+    assert page.count('<svg class="drawing"') == 2
+    header = text[text.index("Side by side") : text.index("Average precision")]
+    assert "mask_acc" in header
+    assert "mean" not in header  # no dict in a cell
+
+
+def test_the_best_epoch_of_boxes_is_the_one_that_found_most(tmp_path: Path):
+    rows = [
+        {"step": i, "val/class_found_3d": found, "val/mask_acc": 90.0 - i} for i, found in enumerate((10.0, 30.0, 20.0))
+    ]
+    assert report.final_numbers(rows, {})["best"]["step"] == 1
+    assert "class_found_3d" in report.train_curves(rows)[1].series
+    text = " ".join(Elements(report.train_report(run_folder(tmp_path, rows, {}, {}))).text.split())
+    assert "best boxes found 30.0 %" in re.sub(r"<[^>]+>", " ", text)
+
+
 @pytest.mark.parametrize("per_point", [True, False])
 def test_the_page_of_an_evaluation_shows_the_clouds_that_its_workers_saw(tmp_path: Path, per_point: bool):
     import pyarrow as pa
@@ -491,7 +416,7 @@ def test_the_page_of_an_evaluation_shows_the_clouds_that_its_workers_saw(tmp_pat
     elements = Elements(report.evaluate_report(run_folder(tmp_path, [], {}, results)))
     assert len(elements.all("data-points")) == 2
     if per_point:
-        kept = np.linspace(0, num_points - 1, report.MAX_CLOUD_POINTS).astype(int)
+        kept = np.linspace(0, num_points - 1, report_points.MAX_CLOUD_POINTS).astype(int)
         wrong = np.frombuffer(base64.b64decode(elements.all("data-labels")[1].split()[2]), np.uint8)
         np.testing.assert_array_equal(wrong, (labels[2] != scores[1].argmax(0).numpy())[kept])
     else:

@@ -21,19 +21,20 @@ from rich.console import Console
 
 from slimray import models, runs, workers
 from slimray.data import cards
-from slimray.jobs import evaluate, inputs, prepare, train
+from slimray.jobs import evaluate, inputs, prepare, shrink, train
 from slimray.jobs.context import Context
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean, lookup, noting, parse, read_yaml, set_value
 from slimray.storage import StorageError, open_uri
 
-Job = prepare.PrepareJob | train.TrainJob | evaluate.EvaluateJob
+Job = prepare.PrepareJob | train.TrainJob | evaluate.EvaluateJob | shrink.ShrinkJob
 
 SPECS: dict[str, type[Spec]] = {
     "prepare": prepare.PrepareJob,
     "train": train.TrainJob,
     "evaluate": evaluate.EvaluateJob,
+    "shrink": shrink.ShrinkJob,
 }
-VERBS = {"prepare": prepare.run, "train": train.run, "evaluate": evaluate.run}
+VERBS = {"prepare": prepare.run, "train": train.run, "evaluate": evaluate.run, "shrink": shrink.run}
 MAY_CHANGE = (
     "scale",
     "tracking",
@@ -224,7 +225,7 @@ def check(loaded: Sequence[Loaded], storage: str, restart: bool = False, look: b
         facts: dict[str, Any] = {"name": one.job.name, "kind": one.job.kind}
         with noting(problems, one.where):
             facts["state"] = "new" if restart else _state(one, storage)
-        if isinstance(one.job, train.TrainJob):
+        if isinstance(one.job, train.TrainJob | shrink.ShrinkJob):
             facts |= _check_train(one, storage, ahead, problems, look)
         elif isinstance(one.job, evaluate.EvaluateJob):
             with noting(problems, one.where):
@@ -280,7 +281,7 @@ def _check_prepare(one: Loaded, problems: list[str], look: bool) -> dict[str, An
 def _check_train(
     one: Loaded, storage: str, ahead: Mapping[str, _Ahead], problems: list[str], look: bool
 ) -> dict[str, Any]:
-    job: train.TrainJob = one.job
+    job: train.TrainJob | shrink.ShrinkJob = one.job
     facts: dict[str, Any] = {}
     card, counts, fingerprint = None, {}, {}
     if isinstance(job.data.card, dict):
@@ -298,13 +299,14 @@ def _check_train(
                     raise UserError(f"data.root: a file of split {split!r} is missing ({absent[0]})")
     facts |= {"dataset": card.name} if card is not None else {}
     with noting(problems, one.where):
-        facts |= train.facts(job, card, counts.get(job.data.train))
+        known = shrink.facts if isinstance(job, shrink.ShrinkJob) else train.facts
+        facts |= known(job, card, counts.get(job.data.train))  # type: ignore[arg-type]
     with noting(problems, one.where):
         train.check_init(job, storage, {name: a.job for name, a in ahead.items()})
     return facts | fingerprint
 
 
-def _counts_ahead(job: train.TrainJob, before: _Ahead) -> dict[str, int]:
+def _counts_ahead(job: train.TrainJob | shrink.ShrinkJob, before: _Ahead) -> dict[str, int]:
     """Samples per split that a `prepare` job will leave, if none is bad; {} while it has problems of its own."""
     if not isinstance(before.job, prepare.PrepareJob):
         raise UserError(f"data.run: {before.job.name!r} is of kind {before.job.kind}, it holds no dataset")

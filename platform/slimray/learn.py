@@ -19,6 +19,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from slimray.arch import Arch
 from slimray.spec import Spec
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -190,6 +191,29 @@ def sample_losses(logits: Tensor, labels: Tensor, optim: OptimSpec) -> Tensor:
         logits, labels, weight=weight, label_smoothing=optim.label_smoothing, reduction="none", ignore_index=-1
     )
     return losses if losses.ndim == 1 else losses.sum(1) / (labels >= 0).sum(1).clamp(min=1)
+
+
+def distill_losses(teacher: Tensor, logits: Tensor) -> Tensor:
+    """Cross-entropy of each sample of `logits` `[n, C, ...]` against the teacher's answers, mean of the rest.
+
+    The gradient goes to `logits` alone (Hinton et al., arXiv 1503.02531, at temperature 1, as Once-for-All has it).
+    """
+    given, own = teacher.detach().float().softmax(1), logits.float().log_softmax(1)
+    return -(given * own).sum(1).reshape(len(logits), -1).mean(1)
+
+
+def fit_input(x: Tensor, arch: Arch) -> Tensor:
+    """Inputs of the largest size as `arch` takes them: `[n, (T,) 3, H, W]` resized to its resolution, T to its frames.
+
+    Frames are the middle ones of equal parts. Clouds, and dimensions that the arch has not, stay as they are.
+    """
+    frames, side = arch.get("frames"), arch.get("resolution")
+    if frames is not None and frames != x.shape[1]:
+        x = x[:, ((torch.arange(frames) + 0.5) * (x.shape[1] / frames)).long().to(x.device)]
+    if side is None or x.ndim < 4 or x.shape[-1] == side:
+        return x
+    flat = nn.functional.interpolate(x.flatten(0, -4), (side, side), mode="bilinear", antialias=True)
+    return flat.view(*x.shape[:-2], side, side)
 
 
 def divergences(target: Tensor, logits: Tensor) -> Tensor:

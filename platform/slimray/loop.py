@@ -28,9 +28,10 @@ from slimray.data.plan import Phase, microbatches
 from slimray.data.samples import input_shape
 from slimray.models import published
 from slimray.point_scores import FrustumScore, SegmentationScore
-from slimray.predict import Input, predict_scores, to_input
+from slimray.predict import Input, load_network, predict_scores, to_input
 from slimray.replica import Peers, Piece, Replica, breaks_on_one_sample, part
 from slimray.spec import RunFailed, Spec, UserError
+from slimray.supernet_replica import SubnetPlan, SupernetReplica
 from slimray.workers import ScaleSpec, open_stream
 
 Score = learn.Score | SegmentationScore | FrustumScore
@@ -56,6 +57,7 @@ class CheckpointSpec(Spec):
 class FitConfig:
     """All that the workers of one training run need; plain values, specs and object references.
 
+    With `subnets` the network is a supernet of which each step trains some, taught by the network of the run `teacher`.
     `dataset` is the fingerprint of the indexes, `recipes` maps split to the plain form of its per-sample recipe, `job`
     is the resolved job as written to the run.
     """
@@ -85,6 +87,8 @@ class FitConfig:
     record_samples: bool
     job: dict[str, Any]
     board: Any
+    subnets: SubnetPlan | None = None
+    teacher: str | None = None
 
 
 @dataclass
@@ -202,7 +206,11 @@ class _Rank:
             net = Peers(net, models.build(**config.model))
         shape = input_shape(recipe)
         repeat = breaks_on_one_sample(config.model, shape)
-        return Replica(net, config.optim, config.pixels, shape, self.device, self.rank, self.world, repeat)
+        common = (config.optim, config.pixels, shape, self.device, self.rank, self.world, repeat)
+        if config.subnets is None:
+            return Replica(net, *common)
+        teacher = None if config.teacher is None else load_network(runs.run_at(config.teacher)).net
+        return SupernetReplica(net, config.subnets, teacher, *common)
 
     # ------------------------------------------------------------------------------------ resume and saving
 

@@ -82,14 +82,19 @@ class Replica:
         self.net = net.to(device=device, memory_format=layout)  # type: ignore[call-overload]
         self.optimizer = learn.make_optimizer(self.net, optim)
         self.ema = learn.Ema(self.net, optim.ema) if optim.ema else None
-        self.ddp: nn.Module = self.net
         self.last_bucket_at = 0.0  # when the last bucket of gradients was ready
-        if world > 1:
-            ids = [device] if device.type == "cuda" else None
-            self.ddp = DistributedDataParallel(
-                self.net, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
-            )
-            self.ddp.register_comm_hook(self, _timed_allreduce)
+        self.ddp = self._wrap()
+
+    def _wrap(self) -> nn.Module:
+        """The network whose backward pass averages the gradients over ranks."""
+        if self.world == 1:
+            return self.net
+        ids = [self.device] if self.device.type == "cuda" else None
+        ddp = DistributedDataParallel(
+            self.net, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
+        )
+        ddp.register_comm_hook(self, _timed_allreduce)
+        return ddp
 
     # --------------------------------------------------------------------------------------------- one step
 
@@ -112,7 +117,19 @@ class Replica:
         learn.train_mode(self.net, self.optim.norm)
         learn.set_learning_rate(self.optimizer, lr)
         norms = learn.norm_state(self.net)  # a step that is dropped must leave no trace in them either
-        loss_sum, transfer_s, exposed_s, start = 0.0, 0.0, 0.0, time.perf_counter()
+        start = time.perf_counter()
+        loss_sum, transfer_s, exposed_s = self._gradients(pieces, num_valid, seed, still)
+        finite = self._apply()
+        if not finite:
+            learn.load_norm_state(self.net, norms)
+        compute_s = time.perf_counter() - start - transfer_s - exposed_s
+        return StepReport(loss_sum, finite, transfer_s, compute_s, exposed_s)
+
+    def _gradients(
+        self, pieces: Sequence[Piece], num_valid: int, seed: tuple[int, int], still: frozenset[int]
+    ) -> tuple[float, float, float]:
+        """Leave the gradients of the global batch in the parameters: loss sum, seconds of transfer and all-reduce."""
+        loss_sum, transfer_s, exposed_s = 0.0, 0.0, 0.0
         for i, piece in enumerate(pieces):
             quiet = contextlib.nullcontext() if self.world == 1 or i + 1 == len(pieces) else self.ddp.no_sync()  # type: ignore[operator]
             with quiet:
@@ -122,11 +139,7 @@ class Replica:
                 exposed_s = time.perf_counter() - self.last_bucket_at
             loss_sum += float(loss.detach())
             transfer_s += seconds
-        finite = self._apply()
-        if not finite:
-            learn.load_norm_state(self.net, norms)
-        compute_s = time.perf_counter() - start - transfer_s - exposed_s
-        return StepReport(loss_sum, finite, transfer_s, compute_s, exposed_s)
+        return loss_sum, transfer_s, exposed_s
 
     def _loss(self, piece: Piece, still: bool) -> tuple[Tensor, float]:
         """The summed loss of a microbatch, and the seconds its transfer took."""

@@ -2,51 +2,53 @@
 
 In: a run folder (metrics, results.json, card.json, quarantine, job.yaml). Out: the page as a string; the caller writes
 it. `render` is the pure core: plain values in, HTML out, all of it autoescaped, and a content security policy that
-lets no script run but the one that turns clouds, by its hash, where there are clouds. Surprising: matplotlib draws
-charts in stand-in colours that become CSS variables, so that one picture is right in dark, in light and on paper; and
-a cloud is a still picture until somebody touches it, so that a page of a hundred opens at once.
+lets no script run but the one that turns clouds, by its hash, where there are clouds. Pictures of points come from
+report_points.py. Surprising: matplotlib draws charts in stand-in colours that become CSS variables, so that one picture
+is right in dark, in light and on paper; and a cloud is a still picture until somebody touches it, so that a page of a
+hundred opens at once.
 """
 
 import base64
 import binascii
-import colorsys
 import hashlib
 import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 
 from slimray import runs
+from slimray.report_points import BoxView, CloudView, box_section, cloud_section, png
+from slimray.report_points import ResponseView as ResponseView  # for those who fill results.json
 
 MAX_LABELLED_CLASSES = 40
 MAX_QUARANTINE_ROWS = 500
 NUM_BINS = 300
-MAX_CLOUD_POINTS = 2048
-MAX_CLOUD_CLASSES = 24  # of one cloud that get a colour and a name, the most frequent
+MAX_SCENES = 12  # with boxes, of all runs together
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 INK, GRID = "#010101", "#020202"
 SERIES = ("#030301", "#030302", "#030303", "#030304", "#030305")
 CSS_COLOURS = {INK: "var(--soft)", GRID: "var(--line)", **{c: f"var(--series-{i})" for i, c in enumerate(SERIES, 1)}}
 DASHES = ("-", "--", ":", "-.", "-")
-CLASS_COLOURS = (  # of Okabe and Ito, as in predict.py, then those farthest from them for the colour-blind too
-    "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7",
-    "#5424fc", "#90e490", "#4878fc", "#b42430", "#78e4c0", "#54e4f0",
+KITTI_AP = re.compile(r"ap(\d+)_(3d|bev)_(.+)_(easy|moderate|hard)")  # see point_scores.kitti_ap
+TABLES_OF_THEIR_OWN = ("class_iou", "category_iou", "ap", "repeats")  # what is in a row besides numbers
+ACCURACIES = (  # of a row or a validation, percent, the one that says most first
+    "miou", "instance_miou", "class_found_3d", "top1", "top5", "overall_acc", "mean_class_accuracy",
+    "category_miou", "found_3d", "mean_iou_3d", "mask_acc",
 )  # fmt: skip
-QUIET, WRONG = "#8a8f98", "#e0342b"  # of a cloud's colours the first two, the quiet one is drawn small and faint
-HEIGHTS = ((31, 82, 160), (120, 130, 140), (235, 185, 60))  # from low to high, where points have no class
-DEPTHS = np.linspace(0.4, 1, 9)  # opacities of a still picture, from far to near; 26 colours of them fit a palette
-STILL = 480  # pixels of its side
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a title; columns named in `bars` hold percent (0-100) and get bars, `fold` starts it closed."""
+    """Rows under a title; columns named in `bars` hold percent (0-100) and get bars, long ones if `chart`.
+
+    `fold` starts it closed.
+    """
 
     title: str
     header: Sequence[str]
@@ -54,6 +56,7 @@ class Table:
     note: str = ""
     bars: frozenset[str] = frozenset()
     fold: bool = False
+    chart: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def train_report(run: runs.Run) -> str:
         "best mIoU": _percent(best.get("val/miou")),
         "last mIoU": _percent(last.get("val/miou")),
         "best mean class accuracy": _percent(best.get("val/mean_class_accuracy")),
+        "best boxes found": _percent(best.get("val/class_found_3d")),
+        "last boxes found": _percent(last.get("val/class_found_3d")),
         "last val loss": _show("val/loss", last.get("val/loss")),
         "median samples/s": _show("", _median(rows, "train/samples_per_s")),
         "epochs": _show("", _last(rows, "epoch")),
@@ -115,12 +120,36 @@ def train_report(run: runs.Run) -> str:
 
 
 def evaluate_report(run: runs.Run) -> str:
-    """Return the page of an evaluate run: its runs in one table, what order is worth, classes, confusions, pictures."""
+    """Return the page of an evaluate run: its runs in one table, what order is worth, classes, AP, pictures."""
     card, results = runs.read_card(run) or {}, _results(run)
     rows = results.get("rows", [])
-    headline = {_key(row): _percent(row.get("miou", row.get("top1"))) for row in rows}
-    tables = [compare(rows), *order_matters(rows), *class_ious(rows, results.get("classes", []))] if rows else []
+    headline = {_key(row): _percent(next((row[name] for name in ACCURACIES if name in row), None)) for row in rows}
+    classes = class_ious(rows, results.get("classes", []))
+    tables = [compare(rows), *order_matters(rows), *average_precisions(rows), *classes, *spreads(rows)] if rows else []
     return _page(run, card, results, headline, tables, [])
+
+
+def shrink_report(run: runs.Run) -> str:
+    """Return the page of a shrink run: what each stage did to the subnets that are judged after it."""
+    card, results = runs.read_card(run) or {}, _results(run)
+    stages, metric = results.get("stages", []), str(results.get("metric", "top1"))
+    names = [row["subnet"] for row in stages[0]["rows"]] if stages else []
+    series = {
+        name: (list(range(len(stages))), [stage["rows"][number][metric] for stage in stages])
+        for number, name in enumerate(names)
+    }
+    cells = [
+        [name, stages[0]["rows"][number].get("params"), *values]
+        for number, (name, (_, values)) in enumerate(series.items())
+    ]
+    columns = ["subnet", "params", *(f"{metric} after {stage['stage']}" for stage in stages)]
+    note = "Percent, 0-100, of subnets cut out of the supernet and re-calibrated, on the validation split."
+    table = Table("What shrinking did", columns, cells, note, frozenset(columns[2:]))
+    headline = {name: _percent(values[-1]) for name, (_, values) in list(series.items())[:2]}
+    headline["archs"] = _show("", card.get("archs"))
+    shown = dict(list(series.items())[:5])
+    curves = [Curves(f"{metric} of subnets, stage by stage", "%", shown)] if series else []
+    return _page(run, card, {}, headline, [table] if series else [], curves)
 
 
 def _page(
@@ -148,6 +177,7 @@ def _page(
         confusions=confusions,
         clips=clips,
         clouds=clouds,
+        boxes=[BoxView.from_plain(plain) for plain in results.get("boxes", [])],
         quarantine=runs.read_parts(run, "quarantine"),
         facts={name: value for name, value in card.items() if name != "metrics"},
         job=runs.read_file(run, "job.yaml").decode("utf-8", "replace") if runs.exists(run, "job.yaml") else "",
@@ -164,16 +194,18 @@ def render(
     confusions: Sequence[Confusion] = (),
     clips: Sequence[Clip] = (),
     clouds: Sequence[CloudView] = (),
+    boxes: Sequence[BoxView] = (),
     quarantine: Sequence[Mapping[str, Any]] = (),
     facts: Mapping[str, Any] | None = None,
     job: str = "",
 ) -> str:
     """Return one self-contained HTML page of these sections; an empty one is left out.
 
-    `headline`: a few names and ready text, shown large. `quarantine`: rows with `path` (or `split` and `sample`) and
+    `headline`: a few names and ready text, shown large. `boxes`: MAX_SCENES are shown, of each run as many, scenes of
+    the same place in their runs side by side. `quarantine`: rows with `path` (or `split` and `sample`) and
     `reason`. `facts`: how the run was made, a nested dict is shown on one line. `job`: the resolved YAML. Any text may
-    be hostile: it is shown, never run. Raises ValueError for a confusion that is no square of its classes, or a cloud
-    whose labels are not those of its points.
+    be hostile: it is shown, never run. Raises ValueError for a confusion that is no square of its classes, and a cloud
+    or a scene whose arrays do not fit each other.
     """
     import jinja2
 
@@ -189,7 +221,9 @@ def render(
         tables=[table for table in tables if table.rows],
         confusions=[_confusion_section(confusion) for confusion in confusions],
         clips=[_clip_section(clip) for clip in clips],
-        clouds=[_cloud_section(cloud.thinned()) for cloud in clouds if len(cloud.coords)],
+        clouds=[cloud_section(cloud) for cloud in clouds if len(cloud.coords)],
+        scenes=[box_section(scene) for scene in _first_of_each(boxes)[:MAX_SCENES]],
+        num_scenes=len(boxes),
         quarantine=_quarantine_table(quarantine),
         facts=[(name, _show(name, value)) for name, value in (facts or {}).items() if value is not None],
         job=job,
@@ -201,9 +235,10 @@ def render(
 
 
 def final_numbers(rows: Sequence[Mapping[str, Any]], card: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return {"best": ..., "last": ...}: as the card says, else the val rows of highest miou or top1 and the last."""
+    """Return {"best": ..., "last": ...}: as the card says, else the val rows of the best of ACCURACIES and the last."""
     written = card.get("metrics", {})
-    metric = "val/miou" if any("val/miou" in row for row in rows) else "val/top1"
+    found = (f"val/{name}" for name in ACCURACIES if any(f"val/{name}" in row for row in rows))
+    metric = next(found, "val/top1")
     judged = [row for row in rows if _finite(row.get(metric))]
     best = max(judged, key=lambda row: row[metric], default={})
     last = judged[-1] if judged else {}
@@ -235,8 +270,7 @@ def train_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:
             "%",
             {
                 name: _series(rows, f"val/{name}")
-                for name in ("top1", "top5", "miou", "overall_acc", "mean_class_accuracy")
-                if any(f"val/{name}" in row for row in rows)
+                for name in [name for name in ACCURACIES if any(f"val/{name}" in row for row in rows)][:5]
             },
         ),
         lines("Learning rate", "lr", lr="train/lr"),
@@ -266,7 +300,7 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> Table:
         "macs",
     ]
     columns = [name for name in known if any(name in row for row in rows)]
-    columns += sorted({name for row in rows for name in row} - {*known, "class_iou"})
+    columns += sorted({name for row in rows for name in row} - {*known, *TABLES_OF_THEIR_OWN})
     cells = [[row.get(name) for name in columns] for row in rows]
     note = "Percent, 0-100."
     if "top1" in columns and "num_samples" in columns:
@@ -275,9 +309,7 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> Table:
         for row, line in zip(rows, cells):
             line.insert(at, _interval(row.get("top1"), row.get("num_samples")))
         columns.insert(at, "95 % interval")
-    return Table(
-        "Side by side", columns, cells, note, frozenset({"top1", "top5", "miou", "overall_acc", "mean_class_accuracy"})
-    )
+    return Table("Side by side", columns, cells, note, frozenset(ACCURACIES))
 
 
 def order_matters(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
@@ -291,16 +323,54 @@ def order_matters(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 
 def class_ious(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Table]:
-    """Return a table of the IoU of each class in each row that has `class_iou`, the weakest (by their mean) first."""
-    judged = {_key(row): row["class_iou"] for row in rows if row.get("class_iou")}
-    if not judged:
-        return []
-    cells = [(name, *ious) for name, *ious in zip(classes, *judged.values())]
+    """Return a table of the IoU of each class in the rows with `class_iou`, and of each category of `category_iou`.
+
+    The weakest, by their mean over the rows, are first. `class_iou` is a list, one for each of `classes`;
+    `category_iou` has names; None is unknown.
+    """
+    note = "Percent of the points that are of a class or were taken for it which are both. –: there were none."
+    shapes = "Mean over shapes of the mean IoU of their parts, percent. –: there were none."
+    judged = {_key(row): dict(zip(classes, row["class_iou"])) for row in rows if row.get("class_iou")}
+    categories = {_key(row): row["category_iou"] for row in rows if row.get("category_iou")}
+    return [*_ious("IoU per class", "class", judged, note), *_ious("IoU per category", "category", categories, shapes)]
+
+
+def _ious(title: str, kind: str, judged: Mapping[str, Mapping[str, float | None]], note: str) -> list[Table]:
+    """A table out of row -> name -> IoU, [] without rows."""
+    names = list(dict.fromkeys(name for ious in judged.values() for name in ious))
+    cells = [(name, *(ious.get(name) for ious in judged.values())) for name in names]
     known = [[value for value in ious if _finite(value)] for _, *ious in cells]
     order = sorted(range(len(cells)), key=lambda i: float(np.mean(known[i])) if known[i] else math.inf)
-    note = "Percent of the points that are of a class or were taken for it which are both. –: there were none."
-    bars = frozenset(judged)
-    return [Table("IoU per class", ("class", *judged), [cells[i] for i in order], note, bars, fold=len(cells) > 40)]
+    header, bars = (kind, *judged), frozenset(judged)
+    lines = [cells[i] for i in order]
+    return [Table(title, header, lines, note, bars, fold=len(cells) > 40, chart=True)] if cells else []
+
+
+def average_precisions(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Return a table of KITTI's AP of the rows that have `ap`: its name -> `mean`, `std` and `max` over repeats."""
+    levels, found = ("easy", "moderate", "hard"), dict[tuple[str, ...], dict[str, float]]()
+    for row in rows:
+        for name, numbers in row.get("ap", {}).items():
+            if parts := KITTI_AP.fullmatch(name):
+                recalls, seen, kind, level = parts.groups()
+                where = "in space" if seen == "3d" else "from above"
+                found.setdefault((_key(row), kind, where, recalls), {})[level] = numbers["mean"]
+    cells = [(*key, *(triple.get(level) for level in levels)) for key, triple in found.items()]
+    note = "Percent; boxes count by their IoU in space or from above; the mean of the precision at 11 or 40 recalls."
+    header = ("run", "class", "boxes", "recalls", *levels)
+    return [Table("Average precision of boxes", header, cells, note, frozenset(levels))] if cells else []
+
+
+def spreads(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Return a table of how far the numbers of the rows with `repeats` (name -> `mean`, `std`, `max`) lie apart."""
+    cells = [
+        (_key(row), name, numbers["mean"], numbers["std"], numbers["max"])
+        for row in rows
+        for name, numbers in ({**row["repeats"], **row.get("ap", {})} if row.get("repeats") else {}).items()
+    ]
+    header = ("run", "number", "mean", "deviation", "largest")
+    note = "Each repeat is a pass over the split with other random draws."
+    return [Table("Over repeats", header, cells, note, fold=len(cells) > 12)] if cells else []
 
 
 def per_class(confusion: Confusion) -> Table:
@@ -468,7 +538,7 @@ def _heat_map(share: np.ndarray) -> str:
     picture = Image.fromarray(np.round(255 * np.sqrt(share)).astype(np.uint8))
     picture = picture.convert("L").convert("P")
     picture.putpalette([37, 99, 235] * 256)
-    return _png(picture, bytes(range(256)))
+    return png(picture, bytes(range(256)))
 
 
 def _clip_section(clip: Clip) -> dict[str, Any]:
@@ -496,6 +566,12 @@ def _clip_section(clip: Clip) -> dict[str, Any]:
         "right": predicted == clip.truth,
         "top": [(name, 100.0 * probability) for name, probability in clip.top[:3]],
     }
+
+
+def _first_of_each(scenes: Sequence[BoxView]) -> list[BoxView]:
+    """The first scene of each run, then the second of each, and so on."""
+    turn = [sum(before.run == scene.run for before in scenes[:i]) for i, scene in enumerate(scenes)]
+    return [scenes[i] for i in sorted(range(len(scenes)), key=turn.__getitem__)]
 
 
 def _quarantine_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
@@ -530,14 +606,6 @@ def _show(name: str, value: Any) -> str:
     if isinstance(value, int) or abs(value) >= 10_000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
-
-
-def _base64(values: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode("ascii")
-
-
-def _hex(rgb: Iterable[float]) -> str:
-    return "#" + bytes(round(value) for value in rgb).hex()
 
 
 def _sha256(text: str) -> str:

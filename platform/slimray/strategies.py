@@ -76,21 +76,24 @@ class Problem:
         for name in self.limits:
             if name not in known:
                 raise UserError(f"limits: unknown cost {name!r}{did_you_mean(name, known)}")
-        row = self._descend(row, self._excess, enough=0.0)
-        if self.keeps(row[None])[0]:
-            return row
+        nearest = self._descend(row, self._excess, enough=0.0)
+        if self.keeps(nearest[None])[0]:
+            return nearest
         for name, limit in self.limits.items():
-            cheapest = self._descend(self.table.smallest, lambda codes, name=name: self.costs(codes)[name])
-            value = float(self.costs(cheapest[None])[name][0])
-            if value > limit:
+            cheapest = self._descend(row, lambda codes, name=name: self.costs(codes)[name])
+            lowest = float(self.costs(cheapest[None])[name][0])
+            if lowest > limit:
                 raise UserError(
-                    f"limits: {name}: no arch of this space is at most {limit:g}, the smallest found is {value:.6g}; "
+                    f"limits: {name}: no arch is at most {limit:.12g}, the smallest found is {_rounded_up(lowest)}: "
                     "raise the limit or search a space with smaller archs"
                 )
-        nearest = {name: float(of_rows[0]) for name, of_rows in self.costs(row[None]).items()}
-        found = ", ".join(f"{name} {nearest[name]:.6g}" for name in self.limits)
-        wanted = " and ".join(f"{name} <= {limit:g}" for name, limit in self.limits.items())
-        raise UserError(f"limits: no arch found with {wanted}, the nearest has {found}; raise one of the limits")
+            nearest = min(
+                nearest, self._descend(cheapest, self._excess, enough=0.0), key=lambda r: self._excess(r[None])[0]
+            )
+            if self.keeps(nearest[None])[0]:
+                return nearest
+        found = ", ".join(f"{n} {_rounded_up(self.costs(nearest[None])[n][0])}" for n in self.limits)
+        raise UserError(f"limits: no arch found that keeps all of them, the nearest has {found}: raise one of them")
 
     def _excess(self, codes: Codes) -> Floats:
         """By how much rows break the limits, 0 where they keep them all."""
@@ -110,6 +113,12 @@ class Problem:
                 break
             row, lowest = steps[values.argmin()], float(values.min())
         return row
+
+
+def _rounded_up(value: float) -> str:
+    """`value` for reading, in six digits: as a limit it is not below `value`."""
+    unit = 10.0 ** (np.floor(np.log10(abs(value) or 1.0)) - 5)
+    return f"{value:.0f}" if float(value).is_integer() else f"{np.ceil(value / unit) * unit:.10g}"
 
 
 @dataclass(frozen=True)

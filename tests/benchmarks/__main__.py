@@ -6,7 +6,7 @@ import platform
 import sys
 from datetime import date
 
-NAMES = ("models", "overhead", "cold_start", "ingest", "packed", "point_models", "voxels", "knn")
+NAMES = ("models", "overhead", "cold_start", "ingest", "packed", "point_models", "voxels", "knn", "folds")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slimray import learn
 from slimray.arch import Arch
 from slimray.edge import cost
 from slimray.models import build
@@ -19,8 +20,8 @@ from slimray.models.pvcnn import PVConv, pvcnn_cls, pvcnn_s3dis, pvcnn_shapenet
 from slimray.spec import UserError
 
 CASES = {
-    "points": ("ofa_pvcnn", {"preset": "tiny", "in_channels": 6}),
-    "clouds": ("ofa_pvcnn_cls", {"preset": "tiny", "in_channels": 5}),
+    "points": ("ofa_pvcnn", {"preset": "tiny", "voxel": 0.5, "in_channels": 6}),
+    "clouds": ("ofa_pvcnn_cls", {"preset": "tiny", "voxel": 0.5, "in_channels": 5}),
     "parts": (
         "ofa_pvcnn",
         {"preset": "parts", "width": 0.25, "voxel": 0.25, "in_channels": 6, "num_shapes": 4},  # with SE
@@ -64,7 +65,7 @@ def recalibrate(net: OfaPVCNN, arch: Arch) -> None:
     """Give a subnet, in place, the statistics of a batch of its own: without them a small one gives constants."""
     for norm in norms(net.train()):
         norm.momentum = 1.0
-    net(cloud(net, 6, 128, seed=9), arch)
+    net(cloud(net, 6, 64, seed=9), arch)
     net.eval()
 
 
@@ -182,7 +183,7 @@ def test_the_published_network_within_the_supernet_computes_as_recorded(shared):
 def test_a_subnet_that_runs_is_the_subnet_extracted(net):
     whole, x, other = copy.deepcopy(net), cloud(net), cloud(net, seed=2)
     with torch.no_grad():
-        for arch in corners(net) + some(net, 80 if net.num_shapes or not net.dense else 200):
+        for arch in corners(net) + some(net, 40 if net.num_shapes or not net.dense else 200):
             recalibrate(whole, arch)
             plain, out = whole.extract(arch), whole(x, arch)
             assert distance(whole(other, arch), out) > 0.02, arch  # what comes out depends on what goes in
@@ -338,6 +339,18 @@ def test_subnets_learn_together():
         optimizer.step()
         optimizer.zero_grad()
     assert all(end < 0.7 * start for start, end in zip(losses[0][:2], losses[-1][:2], strict=True))
+
+
+def test_another_grid_has_other_statistics():
+    net = calibrated(supernet("parts"))
+    batches, high = [cloud(net, 8, seed=seed) for seed in range(3)], net.space.largest()
+    fine, coarse = (
+        learn.recalibrate_norms(net.extract(arch), batches) for arch in (high, high.replace(voxel=[0.5, 0.5]))
+    )
+    stats = [torch.cat([m.running_mean for m in norms(n) if m.running_mean is not None]) for n in (fine, coarse)]
+    assert distance(stats[1], stats[0]) > 0.05
+    with torch.no_grad():
+        assert distance(net.extract(high.replace(voxel=[0.5, 0.5]))(batches[0]), coarse(batches[0])) > 0.05
 
 
 # ------------------------------------------------------------------------------------------------ sorting

@@ -54,7 +54,7 @@ def small(name: str, preset: str = "tiny", **options) -> Supernet:
     return net.eval()
 
 
-def batch(net: nn.Module, arch: Arch | None = None, seed: int = 0, count: int = 4) -> Tensor:
+def batch(net: nn.Module, arch: Arch | None = None, seed: int = 0, count: int = 3) -> Tensor:
     """Inputs `[count, (T,) 3, SIDE, SIDE]`."""
     generator = torch.Generator().manual_seed(seed)
     frames = (net.num_segments if arch is None else arch["frames"],) if net.num_segments else ()
@@ -70,7 +70,7 @@ def settle(net: Supernet, arch: Arch) -> None:
 
 def gap(a: Tensor, b: Tensor) -> float:
     """The largest difference relative to the largest value."""
-    return float((a - b).abs().max() / b.abs().max())
+    return float(((a - b).abs().max() / b.abs().max()).detach())
 
 
 def spread(out: Tensor) -> float:
@@ -89,18 +89,18 @@ def corners(net: Supernet) -> list[Arch]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "preset"), list(product(NETS, ("imagenet", "tiny"))))
-def test_the_supernet_computes_what_the_extracted_subnet_computes(name, preset):
+@pytest.mark.parametrize(
+    ("name", "preset", "count"), [(n, p, c) for n, (p, c) in product(NETS, (("tiny", 200), ("imagenet", 20)))]
+)
+def test_the_supernet_computes_what_the_extracted_subnet_computes(name, preset, count):
     net = small(name, preset, width=0.25 if preset == "imagenet" else 1.0, **clip_options(name))
     rng = random.Random(1)
-    archs = corners(net) + [net.space.sample(rng) for _ in range(100)]
-    for arch in archs:
+    for arch in corners(net) + [net.space.sample(rng) for _ in range(count)]:
         settle(net, arch)
         x = batch(net, arch)
         ours, theirs = net(x, arch), net.extract(arch)(x)
         assert spread(theirs) > 0.05, arch
         assert gap(ours, theirs) < 1e-5, arch
-    assert len({tuple(net.extract(arch).state_dict()) for arch in archs[:20]}) > 5
 
 
 def clip_options(name: str) -> dict:
@@ -123,11 +123,8 @@ def _crop_only(sub: Subnet, net: Supernet, arch: Arch) -> None:
 def _last_inputs(sub: Subnet, net: Supernet, arch: Arch) -> None:
     for placed in net.layout.plan(arch):
         if placed.elastic and placed.name.startswith("blocks."):
-            name = (
-                "conv.point_linear.conv"
-                if hasattr(sub.get_submodule(placed.name).conv, "point_linear")
-                else "conv3.conv"
-            )
+            is_mobile = isinstance(sub.get_submodule(placed.name), MBConvBlock)
+            name = "conv.point_linear.conv" if is_mobile else "conv3.conv"
             conv = sub.get_submodule(f"{placed.name}.{name}")
             whole = net.get_submodule(f"{placed.source}.{name}").conv.weight
             conv.weight.copy_(whole[: conv.out_channels, -conv.in_channels :])
@@ -200,7 +197,7 @@ def test_gradients_and_statistics_of_a_training_step_agree(name):
     for arch in corners(net)[:2] + [net.space.sample(rng) for _ in range(10)]:
         net.zero_grad(set_to_none=True)
         sub, x = net.extract(arch).train(), batch(net, arch)
-        before = {k: v.clone() for k, v in net.state_dict().items()}
+        before = {k: v.clone() for k, v in net.named_buffers()}
         outputs = [net.train()(x, arch), sub(x)]
         assert gap(*outputs) < 1e-4
         for out in outputs:
@@ -211,7 +208,7 @@ def test_gradients_and_statistics_of_a_training_step_agree(name):
                 touched |= same_gradient(net, placed.source, name_there, plain)
             for name_there, plain in sub.get_submodule(placed.name).named_buffers():
                 shared = find(net, f"{placed.source}.{name_there}")
-                now, was = net.state_dict()[shared], before[shared]
+                now, was = net.get_buffer(shared), before[shared]
                 first = tuple(slice(size) for size in plain.shape)
                 torch.testing.assert_close(now[first], plain, rtol=1e-4, atol=1e-5)
                 if plain.ndim:
@@ -222,9 +219,10 @@ def test_gradients_and_statistics_of_a_training_step_agree(name):
 
 def find(net: nn.Module, name: str) -> str:
     """The name in the supernet of a tensor with that name in a plain net."""
-    names = dict.fromkeys([*dict(net.named_parameters()), *dict(net.named_buffers())])
-    doubled = re.sub(r"\b(conv|bn|linear)(\.\w+)$", r"\1.\1\2", name)
-    return doubled if doubled in names else name
+    path, _, leaf = name.rpartition(".")
+    module = net.get_submodule(path)
+    inner = next((n for n in ("conv", "bn", "linear") if path.endswith(n) and hasattr(module, n)), None)
+    return f"{path}.{inner}.{leaf}" if inner else name
 
 
 def same_gradient(net: Supernet, source: str, name: str, plain: nn.Parameter) -> set[str]:
@@ -239,7 +237,8 @@ def same_gradient(net: Supernet, source: str, name: str, plain: nn.Parameter) ->
             torch.testing.assert_close(parameter.grad, gradient, **close(gradient))
         return {f"{shared.removesuffix('.conv.weight')}.{n}" for n, _ in used}
     gradient = net.get_parameter(shared).grad
-    assert gradient is not None and plain.grad is not None
+    assert gradient is not None
+    assert plain.grad is not None
     inside = torch.zeros_like(gradient)
     inside[tuple(slice(size) for size in plain.shape)] = plain.grad
     torch.testing.assert_close(gradient, inside, **close(inside))
@@ -314,7 +313,7 @@ def test_clips_of_other_lengths_than_the_arch_says_are_refused():
     net = small("ofa_tsm_mobilenetv3")
     arch = net.space.arch({"frames": 4})
     for run in (lambda x: net(x, arch), net.extract(arch)):
-        assert run(batch(net, arch)).shape == (4, 5)
+        assert run(batch(net, arch)).shape == (3, 5)
         with pytest.raises(ValueError, match="takes clips of 4 frames"):
             run(batch(net))
         with pytest.raises(ValueError, match="takes clips of 4 frames"):
@@ -396,7 +395,8 @@ def test_no_channel_that_a_shift_acts_on_is_ever_sorted():
             if placed.elastic and placed.name.startswith("blocks.")
         }
         users = {user for group in net.channel_groups() for user in group.users}
-        assert into_blocks and not users & into_blocks
+        assert into_blocks
+        assert not users & into_blocks
     with_widths = small("ofa_resnet50")
     assert len(with_widths.channel_groups()) > len(small("ofa_tsm_resnet50").channel_groups())
 
@@ -428,12 +428,12 @@ def test_units_one_after_another_are_the_extracted_net(name):
     net, rng = small(name), random.Random(6)
     by_key = defaultdict(set)
     everything = net.all_units([SIDE])
-    for arch in corners(net) + [net.space.sample(rng) for _ in range(4)]:
+    for arch in corners(net)[:2] + [net.space.sample(rng) for _ in range(2)]:
         settle(net, arch)
         sub, out = net.extract(arch), batch(net, arch)
         expected, units = sub(out), net.units(arch, SIDE)
         modules = [unit.make().eval() for unit in units]
-        values = [v for v in sub.state_dict().values()]
+        values = list(sub.state_dict().values())
         places = [v for module in modules for v in module.state_dict().values()]
         for place, value in zip(places, values, strict=True):
             place.copy_(value)
@@ -461,9 +461,11 @@ def test_all_units_are_those_of_all_archs_and_no_others(name):
 
 def test_units_of_a_space_are_few_enough_to_be_measured():
     net = cost.build_on_meta(lambda: models.build("ofa_mobilenetv3", num_classes=1000))
-    at_224 = net.all_units([224])
-    assert len(at_224) == 1 + 1 + 10 * 9 + 4  # stem, first block, two places per stage, the end
-    assert len(net.all_units()) == 25 * len(at_224) - 24 * 2  # mix and classifier see no resolution
+    assert len(net.all_units([224])) == 1 + 1 + 10 * 9 + 4  # stem, first block, two kinds per stage, the end
+    sizes = [len({-(-side // 2**k) for side in range(128, 225, 4)}) for k in range(6)]  # of inputs halved k times
+    assert sizes == [25, 25, 25, 13, 7, 4]
+    blocks = sum(sizes[k] for k in (1, 2, 2, 3, 3, 4, 4, 4, 4, 5))  # the first block of each stage, and the others
+    assert len(net.all_units()) == 25 + 25 + 9 * blocks + 4 + 4 + 1 + 1
     assert [unit.key for unit in net.units(net.space.smallest())][1] == (
         "MBConv-64x64-inputs:16-middle:16-outputs:16-kernel:3-stride:1-act:relu-se:0-expands:0-frames:0"
     )
@@ -689,7 +691,8 @@ def test_options_change_what_they_say():
     for name in NETS:
         net, plain = (models.build(name, num_classes=3, preset="tiny", zero_gamma=zero) for zero in (True, False))
         zeroed = [n for n, v in net.named_parameters() if n.endswith("bn.weight") and not v.any()]
-        assert zeroed and all("point_linear" in n or "conv3" in n for n in zeroed)
+        assert zeroed
+        assert all("point_linear" in n or "conv3" in n for n in zeroed)
         assert all(v.any() for n, v in plain.named_parameters() if n.endswith("bn.weight"))
 
 

@@ -24,21 +24,23 @@ def make_image(number: int, seed: int, size: int = 64) -> tuple[np.ndarray, int]
     label = number % len(CLASSES)
     rng = np.random.default_rng([seed, number])
     x, y = np.meshgrid(*[(np.arange(size) + 0.5) / size * 2 - 1] * 2)  # -1 to 1
-    picture = _colour(rng) + (x[..., None] * rng.uniform(-30, 30, 3) + y[..., None] * rng.uniform(-30, 30, 3))
+    picture = rng.uniform(30, 110, 3) + (x[..., None] * rng.uniform(-30, 30, 3) + y[..., None] * rng.uniform(-30, 30, 3))
     for _ in range(rng.integers(0, 3)):  # patches of pattern, without an outline that counts
         u, v = _turned(x, y, rng, reach=1.0)
         patch = _edge(rng.uniform(0.2, 0.4) - np.hypot(u * rng.uniform(0.5, 1), v) + 0.1 * np.sin(9 * u), size)
-        picture = _laid(picture, 0.5 * patch, _filled(PATTERNS[rng.integers(3)], u, v, rng.uniform(0.1, 0.2), rng))
+        waves = _waves(PATTERNS[rng.integers(3)], u, v, rng.uniform(0.1, 0.2))
+        picture = _laid(picture, patch * waves, rng.uniform(30, 150, 3))
     for _ in range(rng.integers(0, 3)):  # outlines without a pattern
         u, v = _turned(x, y, rng, reach=1.0)
         inside = _inside(OUTLINES[rng.integers(4)], u, v, rng.uniform(0.15, 0.3), size)
-        picture = _laid(picture, inside, _colour(rng))
-    radius = rng.uniform(0.45, 0.8)
+        picture = _laid(picture, inside, rng.uniform(60, 200, 3))
+    radius = rng.uniform(0.4, 0.8)
     u, v = _turned(x, y, rng, reach=1 - radius)
     inside = _inside(OUTLINES[label // len(PATTERNS)], u, v, radius, size)
-    fill = _filled(PATTERNS[label % len(PATTERNS)], u, v, radius * rng.uniform(0.35, 0.55), rng)
-    picture = _laid(picture, inside, fill)
-    picture = picture * rng.uniform(0.7, 1.1) + rng.normal(0, rng.uniform(2, 14), picture.shape)
+    waves = _waves(PATTERNS[label % len(PATTERNS)], u, v, radius * rng.uniform(0.35, 0.55))
+    bright = rng.uniform(150, 255, 3)
+    picture = _laid(picture, inside, _laid(bright, waves, bright * rng.uniform(0.3, 0.7)))
+    picture = picture + rng.normal(0, rng.uniform(2, 12), picture.shape)
     return np.clip(picture, 0, 255).astype(np.uint8), label
 
 
@@ -73,16 +75,14 @@ def _inside(outline: str, u: np.ndarray, v: np.ndarray, radius: float, size: int
     return _edge(radius * np.cos(np.pi / corners) - r * np.cos(part * np.pi / corners), size)
 
 
-def _filled(pattern: str, u: np.ndarray, v: np.ndarray, period: float, rng: np.random.Generator) -> np.ndarray:
-    """A pattern of two colours, float `[H, W, 3]`."""
+def _waves(pattern: str, u: np.ndarray, v: np.ndarray, period: float) -> np.ndarray:
+    """A pattern, 0 to 1 `[H, W]`."""
     waves = {
         "stripes": lambda: np.sin(2 * np.pi * u / period),
         "checks": lambda: np.sin(2 * np.pi * u / period) * np.sin(2 * np.pi * v / period) * 1.5,
         "rings": lambda: np.sin(2 * np.pi * np.hypot(u, v) / period),
     }[pattern]()
-    first = _colour(rng)
-    second = np.clip(first + rng.choice([-1, 1]) * rng.uniform(60, 140) * rng.uniform(0.4, 1, 3), 0, 255)
-    return _laid(first, np.clip(0.5 + 1.5 * waves, 0, 1), second)
+    return np.clip(0.5 + 1.5 * waves, 0, 1)
 
 
 def _edge(distance: np.ndarray, size: int) -> np.ndarray:

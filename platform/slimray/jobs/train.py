@@ -17,7 +17,7 @@ from slimray.data.plan import ceil_div
 from slimray.data.samples import input_shape
 from slimray.data.video import DENSE_WINDOW
 from slimray.edge import cost
-from slimray.jobs.inputs import DataSpec, make_recipe, open_splits
+from slimray.jobs.inputs import DataSpec, Splits, make_recipe, open_splits
 from slimray.predict import Input
 from slimray.progress import follow
 from slimray.spec import Spec, UserError, did_you_mean, located, lookup
@@ -207,7 +207,7 @@ def resolve_weights(optim: learn.OptimSpec, table: Any, num_classes: int) -> lea
     return optim.model_copy(update={"class_weights": weights})
 
 
-def check_init(job: TrainJob, storage: str, ahead: Mapping[str, Any]) -> None:
+def check_init(job: Any, storage: str, ahead: Mapping[str, Any]) -> None:
     """Raise UserError if the weights of `init` are not there. A URL is not fetched for that.
 
     `ahead` are the jobs by name that will have run before this one.
@@ -225,8 +225,8 @@ def check_init(job: TrainJob, storage: str, ahead: Mapping[str, Any]) -> None:
         raise UserError(located(str(error), "init.from")) from None
 
 
-def split_names(job: TrainJob) -> list[str]:
-    """The splits a training job reads."""
+def split_names(job: Any) -> list[str]:
+    """The splits that a job with a `data` section trains and validates on."""
     return [name for name in (job.data.train, job.data.val) if name is not None]
 
 
@@ -234,18 +234,35 @@ def run(job: TrainJob, ctx: Any) -> None:
     """Train `job` in the run folder `ctx.run`; RunFailed with one sentence if it cannot be finished."""
     splits = open_splits(job.data, ctx.where, ctx.storage, split_names(job))
     known = facts(job, splits.card, splits.tables[job.data.train].num_rows)
-    segments = known["input"][0] if splits.card.sample == "clip" else 0
     workers.connect(ctx.cpus)
-    slots = workers.decode_slots(job.scale)
-    workers.require(job.scale, slots)
-    names = {"train": job.data.train} | ({"val": job.data.val} if job.data.val else {})
-    sources = {
-        role: Source(splits.root, ray.put(splits.tables[name]), splits.tables[name].num_rows)
-        for role, name in names.items()
+    workers.require(job.scale, workers.decode_slots(job.scale))
+    config = fit_config(job, ctx, ctx.run.uri, splits, put_tables(splits), known)
+    with follow(config.board, job.name, ctx.console):
+        result = workers.launch(loop.fit, config, job.scale, job.name, config.board)
+    card = {
+        "metrics": {"best": result["best"], "last": result["last"]},
+        "steps": result["steps"],
+        "dataset": {"name": splits.card.name, "fingerprint": splits.fingerprint},
+        **{key: known[key] for key in ("params", "macs", "batch", "peak_lr", "train_samples")},
+        "init": None if job.init is None else job.init.source,
     }
-    board = workers.make_board()
-    config = loop.FitConfig(
-        run_uri=ctx.run.uri,
+    ctx.finish(card, {"classes": list(config.classes), "confusion": {job.name: result["confusion"]}})
+    runs.write_report(ctx.run, report.train_report(ctx.run))
+
+
+def put_tables(splits: Splits) -> dict[str, Source]:
+    """The indexes of all splits in the object store, by split."""
+    return {name: Source(splits.root, ray.put(table), table.num_rows) for name, table in splits.tables.items()}
+
+
+def fit_config(
+    job: TrainJob, ctx: Any, run_uri: str, splits: Splits, tables: Mapping[str, Source], known: Mapping[str, Any]
+) -> loop.FitConfig:
+    """What the workers of `job` need to train in the run at `run_uri`; `known` are its `facts`, the board is new."""
+    segments = known["input"][0] if splits.card.sample == "clip" else 0
+    names = {"train": job.data.train} | ({"val": job.data.val} if job.data.val else {})
+    return loop.FitConfig(
+        run_uri=run_uri,
         attempt=ctx.attempt,
         model=model_options(job, splits.card.num_classes),
         init=None if job.init is None else job.init.model_dump(by_alias=True) | {"from": _start(job.init, ctx)},
@@ -258,9 +275,9 @@ def run(job: TrainJob, ctx: Any) -> None:
         pixels=Input(average=job.average),
         classes=tuple(splits.card.class_names()),
         dataset=splits.fingerprint,
-        sources=sources,
+        sources={role: tables[name] for role, name in names.items()},
         recipes={role: make_recipe(job.data, splits.card, segments, role) for role in names},
-        decode_slots=slots,
+        decode_slots=workers.decode_slots(job.scale),
         decode_timeout_s=job.data.decode_timeout_s,
         max_bad_fraction=job.data.max_bad_fraction,
         seed=job.seed,
@@ -269,19 +286,8 @@ def run(job: TrainJob, ctx: Any) -> None:
         macs=known["macs"],
         record_samples=job.data.record_samples,
         job=job.model_dump(mode="json"),
-        board=board,
+        board=workers.make_board(),
     )
-    with follow(board, job.name, ctx.console):
-        result = workers.launch(loop.fit, config, job.scale, job.name, board)
-    card = {
-        "metrics": {"best": result["best"], "last": result["last"]},
-        "steps": result["steps"],
-        "dataset": {"name": splits.card.name, "fingerprint": splits.fingerprint},
-        **{key: known[key] for key in ("params", "macs", "batch", "peak_lr", "train_samples")},
-        "init": None if job.init is None else job.init.source,
-    }
-    ctx.finish(card, {"classes": list(config.classes), "confusion": {job.name: result["confusion"]}})
-    runs.write_report(ctx.run, report.train_report(ctx.run))
 
 
 def _start(init: InitSpec, ctx: Any) -> str:

@@ -91,8 +91,9 @@ def take(plain: nn.Module, source: nn.Module, spans: Spans | None = None) -> Non
     """Give every tensor of `plain` a copy of the first rows and columns of the tensor of that name in `source`.
 
     `plain` says the sizes and may be on the meta device; afterwards its tensors have the device and the type of
-    `source` and share nothing with it. The level of names that elastic layers add is left out, and an
-    `ElasticDepthwise` gives the kernel of the size wanted. `spans`: which columns of the weight instead of the first.
+    `source` and share nothing with it, and a BatchNorm its `eps` and `momentum`. The level of names that elastic layers
+    add is left out, and an `ElasticDepthwise` gives the kernel of the size wanted. `spans`: which columns of the weight
+    instead of the first.
     """
     source = getattr(source, _LEVEL[type(source)]) if type(source) in _LEVEL else source
     for name, like in list(plain.named_parameters(recurse=False)):
@@ -104,6 +105,8 @@ def take(plain: nn.Module, source: nn.Module, spans: Spans | None = None) -> Non
         plain.register_parameter(name, nn.Parameter(copied, like.requires_grad))
     for name, like in list(plain.named_buffers(recurse=False)):
         setattr(plain, name, _slice(getattr(source, name), like.shape, None))
+    if isinstance(plain, nn.modules.batchnorm._BatchNorm):
+        plain.eps, plain.momentum = cast(nn.BatchNorm2d, source).eps, cast(nn.BatchNorm2d, source).momentum
     for name, child in plain.named_children():
         if any(True for _ in child.parameters()) or any(True for _ in child.buffers()):
             take(child, getattr(source, name), spans)

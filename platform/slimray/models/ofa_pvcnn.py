@@ -4,8 +4,9 @@ Our own design: the training of Once-for-All (arXiv 1908.09791) over the blocks 
 are the blocks of a stage (`depth`), the channels of a block (`width`, a part of its widest), the grid of a stage
 (`voxel`, a part of its finest) and the layers behind the blocks (`head`). Networks take `[B, C, N]`, coordinates first;
 `extract` gives an ordinary PVCNN. Surprising: the head sees the outputs of all blocks in a row, so it is sliced part by
-part. A subnet, above all one of another `voxel`, has its own statistics (a coarser grid has fewer empty voxels, which
-BatchNorm and SE average over): run `learn.recalibrate_norms` over the extracted net before you judge it.
+part. The subnets share running statistics that fit none of them, least of all those of another `voxel` (on a coarser
+grid fewer voxels are empty, and BatchNorm and SE average over those too): run `learn.recalibrate_norms` over an
+extracted net, the largest too, before you judge it.
 """
 
 from collections.abc import Mapping, Sequence

@@ -134,7 +134,7 @@ def read(source: str | Path) -> dict[str, Tensor]:
 def _key(name: str) -> str:
     """What a name means: without wrappers, in torchvision's form, the classifier as `fc`."""
     key = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-    for pattern, plain in (*MMACTION, *ELASTIC):
+    for pattern, plain in (*ELASTIC, *MMACTION):
         key = re.sub(pattern, plain, key)
     stem, _, leaf = key.rpartition(".")
     return f"fc.{leaf}" if stem in HEADS else key

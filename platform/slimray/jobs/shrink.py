@@ -1,0 +1,328 @@
+"""`kind: shrink`: a supernet trained by progressive shrinking (Once-for-All, arXiv 1908.09791), teacher included.
+
+The first stage trains the largest subnet alone; it is the teacher of those that follow, each of which frees some
+dimensions. A stage is a data-parallel training on the shared loop in a folder of its own, `stages/01-kernel`, which
+starts from the weights of the stage before (channels sorted by importance where it asks for it) and resumes exactly; a
+stage that is done is not done again. After each stage a fixed sample of subnets is judged. The run's model folder holds
+the supernet: `search` reads it.
+"""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+from pydantic import Field, model_validator
+
+from slimray import loop, models, report, runs, workers
+from slimray.arch import Arch, Space
+from slimray.data.pipeline import Source
+from slimray.edge import cost
+from slimray.jobs import train
+from slimray.jobs.inputs import DataSpec, Splits, open_splits
+from slimray.jobs.judge import Exhibits, JudgeSpec, decode, judge_all, metric_of
+from slimray.jobs.train import BatchSpec, InitSpec, ModelSpec, TrainJob
+from slimray.learn import OptimSpec
+from slimray.models.elastic import sort_channels
+from slimray.progress import follow
+from slimray.spec import RunFailed, Spec, UserError, did_you_mean
+from slimray.supernet_replica import SubnetPlan
+from slimray.tracking import TrackingSpec
+
+
+class StageSpec(Spec):
+    """A stage: what it frees, how long and how fast it learns."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$")
+    """Name of the stage, part of its folder."""
+    free: dict[str, tuple[float, ...]] = {}
+    """Dimension -> the values that it may take from now on: `{kernel: [3, 5, 7]}`. The first stage frees nothing."""
+    epochs: int = Field(ge=1)
+    """Passes over the training split."""
+    lr: float = Field(gt=0)
+    """Learning rate for a batch of `optim.reference_batch`."""
+    warmup_epochs: float = Field(0, ge=0)
+    """Epochs over which the rate rises to its peak."""
+    subnets: int = Field(1, ge=1, le=16)
+    """Subnets per step, whose gradients are summed."""
+    sandwich: bool = False
+    """Let the largest and the smallest be among them always (needs `subnets: 2` or more)."""
+    distill_weight: float = Field(1.0, ge=0)
+    """Weight of the teacher's answers beside the labels."""
+    sort_channels: bool = False
+    """Sort channels by importance before the stage, so that narrow subnets keep the most important ones."""
+
+
+class SharedOptimSpec(OptimSpec):
+    """How the weights are changed in all stages; each stage has its own learning rate and epochs."""
+
+    lr: float = Field(1.0, exclude=True)
+    epochs: int = Field(1, exclude=True)
+    warmup_epochs: float = Field(0, exclude=True)
+
+    @model_validator(mode="after")
+    def _stages_decide(self) -> "SharedOptimSpec":
+        for name in ("lr", "epochs", "warmup_epochs", "milestones"):
+            if name in self.model_fields_set:
+                raise ValueError(f"{name}: belongs to each of the stages, write it there")
+        if self.mutual:
+            raise ValueError("mutual: does not go with shrink, a supernet has a teacher")
+        return self
+
+
+class ShrinkJob(Spec):
+    """Train a supernet by progressive shrinking."""
+
+    kind: Literal["shrink"]
+    name: str
+    """Name of the run, a folder of the storage."""
+    data: DataSpec
+    model: ModelSpec
+    init: InitSpec | None = None
+    """Weights of the largest subnet to start the first stage from."""
+    batch: BatchSpec
+    optim: SharedOptimSpec
+    stages: tuple[StageSpec, ...] = Field(min_length=2)
+    """The teacher, then what is freed one after another."""
+    hold_out: int = Field(0, ge=0)
+    """Training samples kept out of training, for `search`: they judge subnets, and the test split is touched once."""
+    judge: JudgeSpec = JudgeSpec.model_validate({})
+    judged: int = Field(6, ge=2, le=64)
+    """Subnets judged after each stage: the largest, the smallest, and others of the whole space."""
+    scale: workers.ScaleSpec = workers.ScaleSpec()
+    checkpoint: loop.CheckpointSpec = loop.CheckpointSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    seed: int = Field(0, ge=0)
+    """Seed of order, augmentation, dropout, starting weights and of which subnets are trained."""
+    log_every: int = Field(10, ge=1)
+    """Steps between metric rows."""
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "ShrinkJob":
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError("stages: two have the same name")
+        if self.stages[0].free:
+            raise ValueError(f"stages.{names[0]}.free: the first stage trains the largest subnet, it frees nothing")
+        for stage in self.stages:
+            if stage.sandwich and stage.subnets < 2:
+                raise ValueError(f"stages.{stage.name}.sandwich: needs subnets: 2 or more")
+            if stage is not self.stages[0] and not stage.free:
+                raise ValueError(f"stages.{stage.name}.free: frees nothing: name a dimension, or leave the stage out")
+        return self
+
+
+def stage_job(job: ShrinkJob, number: int, init: InitSpec | None) -> TrainJob:
+    """Stage `number` of `job` as a training."""
+    stage = job.stages[number]
+    own = {"epochs": stage.epochs, "lr": stage.lr, "warmup_epochs": stage.warmup_epochs}
+    optim = job.optim.model_dump(exclude={"milestones"}) | own
+    if number:
+        optim |= {"zero_gamma": False}
+    document = {
+        "kind": "train",
+        "name": job.name,
+        "data": job.data,
+        "model": job.model,
+        "init": init,
+        "batch": job.batch,
+        "optim": OptimSpec.model_validate(optim),
+        "scale": job.scale,
+        "checkpoint": job.checkpoint,
+        "tracking": job.tracking,
+        "seed": job.seed + number,
+        "log_every": job.log_every,
+        "val_every": stage.epochs if number else max(1, stage.epochs // 10),
+    }
+    return TrainJob.model_validate(document)
+
+
+def spaces(job: ShrinkJob, space: Space) -> list[Space]:
+    """The space of each stage: what the stages up to it have freed of `space`; UserError for what is not of it."""
+    known = {name: {value for gene in genes for value in gene} for name, genes in space.dimensions.items()}
+    allowed: dict[str, tuple] = {name: (max(values),) for name, values in known.items()}
+    for name in ("resolution", "frames"):
+        allowed.pop(name, None)  # free from the start, as published
+    out = []
+    for stage in job.stages:
+        for name, values in stage.free.items():
+            if name not in known:
+                raise UserError(f"stages.{stage.name}.free: no dimension {name!r}{did_you_mean(name, known)}")
+            for value in values:
+                if value not in known[name]:
+                    listed = ", ".join(f"{one:g}" for one in sorted(known[name]))
+                    raise UserError(f"stages.{stage.name}.free.{name}: {value:g} is none of {listed}")
+            allowed[name] = values
+        first = stage is job.stages[0]
+        inputs = {n: (max(known[n]),) for n in ("resolution", "frames") if n in known} if first else {}
+        out.append(space.restrict(**allowed, **inputs))
+    return out
+
+
+def facts(job: ShrinkJob, card: Any, num_train: int | None) -> dict[str, Any]:
+    """What can be known before machines are asked for; UserError for what does not fit."""
+    out = train.facts(stage_job(job, 0, job.init), card, num_train)
+    net = _on_meta(job, card.num_classes if card is not None else 1)
+    steps = 0
+    for number, space in enumerate(spaces(job, net.space)):
+        known = train.facts(stage_job(job, number, None), card, num_train)
+        steps += known.get("steps", 0)
+        out[f"archs of {job.stages[number].name}"] = space.num_archs()
+    if num_train is not None:
+        if job.hold_out >= num_train:
+            raise UserError(f"hold_out: {job.hold_out} of {num_train} training samples leave none to train on")
+        out["steps"] = steps
+    smallest = net.space.smallest()
+    out["smallest_params"] = cost.count_params(cost.build_on_meta(lambda: net.extract(smallest)))
+    return out
+
+
+def _on_meta(job: ShrinkJob, num_classes: int) -> Any:
+    net = cost.build_on_meta(lambda: models.build(**train.model_options(stage_job(job, 0, None), num_classes)))
+    if not isinstance(getattr(net, "space", None), Space):
+        rows = ", ".join(name for name in models.MODELS if name.startswith("ofa_"))
+        raise UserError(f"model.name: {job.model.name} is no supernet, one of {rows}")
+    return net
+
+
+def held_out(job: ShrinkJob, table: pa.Table) -> tuple[pa.Table, pa.Table | None]:
+    """The training index without, and only, the samples that are kept out: a function of the seed."""
+    if not job.hold_out:
+        return table, None
+    order = list(range(table.num_rows))
+    random.Random(f"hold-out-{job.seed}").shuffle(order)
+    return table.take(sorted(order[job.hold_out :])), table.take(sorted(order[: job.hold_out]))
+
+
+def sample_archs(space: Space, count: int, seed: int) -> list[Arch]:
+    """The subnets that are judged after every stage: largest, smallest, random ones at the largest input."""
+    rng = random.Random(f"judged-{seed}")
+    inputs = {name: space.largest()[name] for name in ("resolution", "frames") if name in space.dimensions}
+    archs = [space.largest(), space.smallest().replace(**inputs)]
+    while len(archs) < count:
+        archs.append(space.sample(rng).replace(**inputs))
+    return archs
+
+
+def run(job: ShrinkJob, ctx: Any) -> None:
+    """Train `job` in the run folder `ctx.run`, stage by stage."""
+    splits = open_splits(job.data, ctx.where, ctx.storage, train.split_names(stage_job(job, 0, None)))
+    kept, out = held_out(job, splits.tables[job.data.train])
+    splits = Splits(splits.root, splits.card, splits.tables | {job.data.train: kept})
+    net = _on_meta(job, splits.card.num_classes)
+    workers.connect(ctx.cpus)
+    workers.require(job.scale, workers.decode_slots(job.scale))
+    tables, archs = train.put_tables(splits), sample_archs(net.space, job.judged, job.seed)
+    exhibits: Exhibits | None = None
+    stages: list[dict[str, Any]] = []
+    previous: runs.Run | None = None
+    for number, space in enumerate(spaces(job, net.space)):
+        stage = runs.run_at(f"{ctx.run.uri}/stages/{number:02d}-{job.stages[number].name}")
+        teacher = None if number == 0 else f"{ctx.run.uri}/stages/00-{job.stages[0].name}"
+        status = runs.read_status(stage) if runs.exists(stage, "status.json") else None
+        if status is None or status.state != "finished":
+            _train_stage(job, ctx, number, space, stage, previous, teacher, splits, tables)
+        if not runs.exists(stage, "judged.json"):
+            exhibits = exhibits or _exhibits(job, stage, splits, tables)
+            _judge_stage(job, ctx, stage, archs, exhibits, net)
+        stages.append({"stage": job.stages[number].name, **json.loads(runs.read_file(stage, "judged.json"))})
+        previous = stage
+    assert previous is not None
+    weights, model, taken = runs.read_model(previous)
+    runs.write_model(ctx.run, weights, model, taken)
+    if out is not None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(out, sink)
+        runs.write_file(ctx.run, "held_out.parquet", sink.getvalue().to_pybytes())
+    metric = metric_of(taken["recipe"])
+    last = {
+        f"{which}_{metric}": row[metric]
+        for which, row in zip(("largest", "smallest"), stages[-1]["rows"], strict=False)
+    }
+    card = {"metrics": {"last": last}, "dataset": {"name": splits.card.name, "fingerprint": splits.fingerprint}}
+    ctx.finish(card | {"archs": net.space.num_archs()}, {"stages": stages, "metric": metric})
+    runs.write_report(ctx.run, report.shrink_report(ctx.run))
+
+
+def _train_stage(
+    job: ShrinkJob,
+    ctx: Any,
+    number: int,
+    space: Space,
+    stage: runs.Run,
+    previous: runs.Run | None,
+    teacher: str | None,
+    splits: Splits,
+    tables: Mapping[str, Source],
+) -> None:
+    """Train one stage in its own folder, or go on with it."""
+    init = job.init
+    if previous is not None:
+        start = f"{stage.uri}/start.safetensors"
+        if not runs.exists(stage, "start.safetensors"):
+            freed = {name: values for spec in job.stages[:number] for name, values in spec.free.items()}
+            weights = _start_weights(previous, freed if job.stages[number].sort_channels else None)
+            runs.write_file(stage, "start.safetensors", weights)
+        init = InitSpec.model_validate({"from": start})
+    as_training = stage_job(job, number, init)
+    if not runs.exists(stage, "status.json"):
+        runs.begin(stage, as_training.model_dump(mode="json"), ctx.attempt)
+    known = train.facts(as_training, splits.card, splits.tables[job.data.train].num_rows)
+    config = train.fit_config(as_training, ctx, stage.uri, splits, tables, known)
+    if number:
+        spec = job.stages[number]
+        plan = SubnetPlan(space, spec.subnets, spec.sandwich, spec.distill_weight)
+        sources = {"train": config.sources["train"]}  # subnets are judged once they are re-calibrated
+        config = replace(config, subnets=plan, teacher=teacher, sources=sources)
+    title = f"{job.name}: {job.stages[number].name} ({number + 1} of {len(job.stages)})"
+    with follow(config.board, title, ctx.console):
+        workers.launch(loop.fit, config, job.scale, job.name, config.board)
+    runs.end(stage, "finished")
+
+
+def _start_weights(previous: runs.Run, freed: Mapping[str, Sequence[float]] | None) -> bytes:
+    """The weights of the stage before; with what was `freed` until now, the channels sorted by importance."""
+    weights, model, _ = runs.read_model(previous)
+    if freed is None:
+        return weights
+    net = models.build(**model)
+    net.load_state_dict(safetensors.torch.load(weights))
+    sort_channels(net, freed)
+    return safetensors.torch.save({name: value.contiguous() for name, value in net.state_dict().items()})
+
+
+def _exhibits(job: ShrinkJob, stage: runs.Run, splits: Splits, tables: Mapping[str, Source]) -> Exhibits:
+    """Training samples to calibrate with and validation samples to score, decoded once."""
+    _, _, taken = runs.read_model(stage)
+    recipe, source = taken["recipe"], tables[job.data.train]
+    trained = recipe | {"mode": "train"}
+    val = tables[job.data.val or job.data.train]
+    timeout = job.data.decode_timeout_s
+    count = min(job.judge.calibrate, source.num_samples)
+    calibrate = decode(source, trained, count, job.seed, True, timeout)
+    score = decode(val, recipe, min(job.judge.samples or val.num_samples, val.num_samples), job.seed, False, timeout)
+    return Exhibits(calibrate, score)
+
+
+def _judge_stage(
+    job: ShrinkJob, ctx: Any, stage: runs.Run, archs: Sequence[Arch], exhibits: Exhibits, net: Any
+) -> None:
+    """Judge the sample of subnets with the weights of a stage and write `judged.json`."""
+    rows: list[dict[str, Any]] = [{} for _ in archs]
+    for number, metrics in judge_all(
+        stage.uri, exhibits, job.judge, archs, job.scale.workers, job.scale.gpus_per_worker
+    ):
+        rows[number] = {"arch": archs[number].to_dict(), **metrics}
+    if not all(row.get("num_samples") for row in rows):
+        raise RunFailed("no sample of the validation split decodes: see quarantine/ in the run folder")
+    names = ["largest", "smallest", *(f"sample {number}" for number in range(1, len(archs) - 1))]
+    for name, row, arch in zip(names, rows, archs, strict=True):
+        row |= {"subnet": name, "params": cost.count_params(cost.build_on_meta(lambda arch=arch: net.extract(arch)))}
+    runs.write_file(stage, "judged.json", json.dumps({"rows": rows}).encode())
+    metric = "miou" if "miou" in rows[0] else "top1"
+    text = ", ".join(f"{row['subnet']} {row[metric]:.1f}" for row in rows)
+    ctx.console.print(f"{job.name}: {stage.uri.rpartition('/')[2]}: {metric} {text}", highlight=False)
