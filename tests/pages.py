@@ -61,7 +61,7 @@ def response(name: str, num_points: int = 300) -> ResponseView:
 
 
 def street(name: str = "", num_points: int = 600) -> BoxView:
-    """A car and a cyclist, both found somewhat beside their places, and what is no pedestrian; `name` for every name."""
+    """A car and a cyclist, found somewhat beside their places, and what is no pedestrian; `name` for every name."""
     points = np.random.default_rng(0).uniform((-12, 0, 4), (12, 2, 24), (num_points, 3))
     truths = np.array([[3.0, 1.6, 12.0, 3.9, 1.6, 1.5, 0.3], [-4.0, 1.6, 9.0, 1.8, 0.6, 1.7, 1.4]])
     predictions = np.concatenate([truths, truths[1:]]) + np.array([[0.3], [0.1], [0.02]]) * [1, 0, 1, 0, 0, 0, 0.5]

@@ -338,7 +338,7 @@ def _latest(run: Any) -> dict[str, dict[str, Any]]:
 @app.command()
 def predict(
     name: Annotated[str, typer.Argument(help="A finished training run, by name or URI.", metavar="RUN")],
-    files: Annotated[list[Path], typer.Argument(help="Videos, or clouds of points.", metavar="FILE...")],
+    files: Annotated[list[Path], typer.Argument(help="Videos, images, or clouds of points.", metavar="FILE...")],
     top: Annotated[int, typer.Option(help="Classes shown per file.", min=1)] = 5,
     columns: Annotated[
         str | None, typer.Option(help='Of clouds as text, .npy or .bin: "x y z nx ny nz r g b"; "-" leaves one out.')
@@ -352,7 +352,7 @@ def predict(
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the best classes of each clip or cloud with their probabilities. Needs no Ray.
+    """Print the best classes of each clip, image or cloud with their probabilities. Needs no Ray.
 
     A network that labels points writes NAME.labels.npz and NAME.labels.ply; printed are the classes' shares of points.
     """

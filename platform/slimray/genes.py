@@ -129,7 +129,8 @@ class GeneTable:
     def keys(self, codes: Codes) -> list[bytes]:
         """A key per row, equal just where the archs are."""
         small = np.uint8 if self.sizes.max(initial=0) <= 256 else np.intp
-        return [row.tobytes() for row in self.canonical(codes).astype(small)]
+        rows = np.ascontiguousarray(self.canonical(codes), small)
+        return rows.view(f"V{rows.shape[1] * rows.itemsize}")[:, 0].tolist()  # bytes, far faster than row by row
 
     def features(self, codes: Codes) -> NDArray[np.float32]:
         """What `space.encode` says of every row, float32 `[n, features]`."""

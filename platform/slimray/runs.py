@@ -40,7 +40,19 @@ FLUSH_S = 10.0
 FLUSH_ROWS = 1000
 MAX_WAITING_ROWS = 100_000
 FILES = ("job.yaml", "status.json", "card.json", "results.json", "report.html")
-FOLDERS = ("metrics", "quarantine", "samples", "checkpoints", "model", "logs", "data", "tensorboard", "wandb")
+FOLDERS = (
+    "metrics",
+    "quarantine",
+    "samples",
+    "checkpoints",
+    "model",
+    "stages",
+    "trials",
+    "logs",
+    "data",
+    "tensorboard",
+    "wandb",
+)
 
 log = logging.getLogger(__name__)
 

@@ -408,9 +408,11 @@ def _draw(
                 rows = rows[problem.keeps(rows)]
                 new = []
                 for row, key in enumerate(table.keys(rows)):
-                    if key not in seen and key not in taken and len(new) < missing:
+                    if key not in seen and key not in taken:
                         taken.add(key)
                         new.append(row)
+                        if len(new) == missing:
+                            break
                 kept.append(rows[new])
                 repeats = rows if len(rows) else repeats
                 missing, left, rate = missing - len(new), left - asked, (len(new) + 1) / (asked + 1)

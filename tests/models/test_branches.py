@@ -23,7 +23,7 @@ NETS = {
     "frustum_pvcnn_complete": (
         lambda: frustum.frustum_pvcnn_complete(num_classes=3, num_points=64, **WIDTH),
         7,
-        [256] * 3 + [64] * 5,
+        [256] * 4 + [64] * 5,
     ),
 }
 

@@ -1,9 +1,9 @@
-"""A generated image dataset on which networks of different size differ: a shape filled with a pattern, among others.
+"""A generated image dataset on which networks of different size differ: a bright shape filled with a pattern.
 
 Twelve classes: four outlines (triangle, square, star, disc) with three patterns (stripes, checks, rings), at any place,
-turn, size, stretch and colour. The background is patched with the same patterns, plain shapes of the same outlines lie
-about: neither the outline nor the pattern alone, nor colour and brightness, tells the class. Patterns are fine, so
-that resolution counts. A picture is a function of (seed, number), about a millisecond of numpy.
+turn, size, stretch and colour. Patches of the same patterns and plain shapes of the same outlines lie about: an outline
+or a pattern that is somewhere in the picture does not tell the class, nor do colour and brightness. Patterns are fine,
+so that resolution counts too. A picture is a function of (seed, number); numpy only.
 """
 
 import io
@@ -22,24 +22,25 @@ def make_image(number: int, seed: int, size: int = 64) -> tuple[np.ndarray, int]
     Labels are balanced: the class is `number` modulo 12.
     """
     label = number % len(CLASSES)
+    outline, pattern = divmod(label, len(PATTERNS))
     rng = np.random.default_rng([seed, number])
     x, y = np.meshgrid(*[(np.arange(size) + 0.5) / size * 2 - 1] * 2)  # -1 to 1
-    picture = rng.uniform(30, 110, 3) + (x[..., None] * rng.uniform(-30, 30, 3) + y[..., None] * rng.uniform(-30, 30, 3))
-    for _ in range(rng.integers(0, 3)):  # patches of pattern, without an outline that counts
+    slopes = rng.uniform(-30, 30, (2, 3))
+    picture = rng.uniform(30, 110, 3) + x[..., None] * slopes[0] + y[..., None] * slopes[1]
+    for _ in range(rng.integers(3)):  # patches of a pattern, without an outline that counts
         u, v = _turned(x, y, rng, reach=1.0)
         patch = _edge(rng.uniform(0.2, 0.4) - np.hypot(u * rng.uniform(0.5, 1), v) + 0.1 * np.sin(9 * u), size)
         waves = _waves(PATTERNS[rng.integers(3)], u, v, rng.uniform(0.1, 0.2))
         picture = _laid(picture, patch * waves, rng.uniform(30, 150, 3))
-    for _ in range(rng.integers(0, 3)):  # outlines without a pattern
+    for _ in range(rng.integers(3)):  # outlines without a pattern
         u, v = _turned(x, y, rng, reach=1.0)
         inside = _inside(OUTLINES[rng.integers(4)], u, v, rng.uniform(0.15, 0.3), size)
         picture = _laid(picture, inside, rng.uniform(60, 200, 3))
-    radius = rng.uniform(0.4, 0.8)
+    radius, bright = rng.uniform(0.4, 0.8), rng.uniform(150, 255, 3)
     u, v = _turned(x, y, rng, reach=1 - radius)
-    inside = _inside(OUTLINES[label // len(PATTERNS)], u, v, radius, size)
-    waves = _waves(PATTERNS[label % len(PATTERNS)], u, v, radius * rng.uniform(0.35, 0.55))
-    bright = rng.uniform(150, 255, 3)
-    picture = _laid(picture, inside, _laid(bright, waves, bright * rng.uniform(0.3, 0.7)))
+    waves = _waves(PATTERNS[pattern], u, v, radius * rng.uniform(0.35, 0.55))
+    shape = _laid(bright, waves, bright * rng.uniform(0.3, 0.7))
+    picture = _laid(picture, _inside(OUTLINES[outline], u, v, radius, size), shape)
     picture = picture + rng.normal(0, rng.uniform(2, 12), picture.shape)
     return np.clip(picture, 0, 255).astype(np.uint8), label
 
@@ -49,10 +50,6 @@ def encode_png(picture: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _colour(rng: np.random.Generator) -> np.ndarray:
-    return rng.uniform(20, 235, 3)
 
 
 def _turned(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, reach: float) -> tuple[np.ndarray, np.ndarray]:
@@ -67,7 +64,7 @@ def _inside(outline: str, u: np.ndarray, v: np.ndarray, radius: float, size: int
     """How much of each pixel lies inside an outline whose corners are `radius` from its middle: 0 to 1."""
     r, angle = np.hypot(u, v), np.arctan2(v, u)
     if outline == "disc":
-        return _edge(0.8 * radius - r, size)
+        return _edge(0.8 * radius - r, size)  # about as large as the square
     corners = {"triangle": 3, "square": 4, "star": 5}[outline]
     part = np.abs((angle * corners / (2 * np.pi)) % 1 - 0.5) * 2  # 0 in the middle of a side, 1 at a corner
     if outline == "star":
@@ -77,11 +74,13 @@ def _inside(outline: str, u: np.ndarray, v: np.ndarray, radius: float, size: int
 
 def _waves(pattern: str, u: np.ndarray, v: np.ndarray, period: float) -> np.ndarray:
     """A pattern, 0 to 1 `[H, W]`."""
-    waves = {
-        "stripes": lambda: np.sin(2 * np.pi * u / period),
-        "checks": lambda: np.sin(2 * np.pi * u / period) * np.sin(2 * np.pi * v / period) * 1.5,
-        "rings": lambda: np.sin(2 * np.pi * np.hypot(u, v) / period),
-    }[pattern]()
+    u, v = 2 * np.pi * u / period, 2 * np.pi * v / period
+    if pattern == "stripes":
+        waves = np.sin(u)
+    elif pattern == "checks":
+        waves = 1.5 * np.sin(u) * np.sin(v)
+    else:
+        waves = np.sin(np.hypot(u, v))
     return np.clip(0.5 + 1.5 * waves, 0, 1)
 
 

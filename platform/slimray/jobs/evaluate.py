@@ -49,7 +49,7 @@ class EvaluateJob(Spec):
     clips: Literal[1, 2, 10] = 1
     """Clips per video: 1, 2 (centre and left edge of each segment) or 10 (dense sampling)."""
     crops: Literal[1, 3, 5, 10] = 1
-    """Crops per frame: centre, three, five, or five and their mirror images."""
+    """Crops per frame or image: centre, three, five, or five and their mirror images."""
     size: int | None = Field(None, ge=16, le=1024)
     """Side of the crop in pixels, if not the trained one (256 for the "full resolution" protocol)."""
     average: Literal["logits", "prob"] = "logits"
@@ -64,7 +64,7 @@ class EvaluateJob(Spec):
     batch: int = Field(16, ge=1)
     """Samples a worker handles at once."""
     pictures: int = Field(12, ge=0, le=100)
-    """Clips shown in the report, per run."""
+    """Clips, images or clouds shown in the report, per run."""
     scale: workers.ScaleSpec = workers.ScaleSpec()
 
     @model_validator(mode="after")
@@ -118,7 +118,7 @@ def facts(job: EvaluateJob, where: str, storage: str, ahead: Mapping[str, Any]) 
     known = {}
     for one in found:
         taken = _taken(one, where)
-        _require_views(job, where, one.name, taken["recipe"].get("sampling", "uniform"))
+        _require_views(job, where, one.name, taken["recipe"].get("sampling", "uniform"), taken["recipe"].get("kind"))
         known[one.name] = tuple(taken["classes"])
     waits = job.data.run in ahead if job.data is not None else job.runs[0] in ahead
     if not waits:
@@ -167,7 +167,10 @@ def _open_data(job: EvaluateJob, where: str, storage: str, found: list[runs.Run]
     return data, split, open_splits(data, where, storage, [split])
 
 
-def _require_views(job: EvaluateJob, where: str, name: str, sampling: str) -> None:
+def _require_views(job: EvaluateJob, where: str, name: str, sampling: str, kind: str | None = None) -> None:
+    if kind == "image" and (job.clips > 1 or job.frame_orders != ("natural",)):
+        field = "clips" if job.clips > 1 else "frame_orders"
+        raise UserError(f"{where}: {field}: is for clips, {name!r} was trained on images: leave it out")
     wanted = {2: "uniform", 10: "dense"}.get(job.clips, sampling)
     if sampling != wanted:
         raise UserError(f"{where}: clips: {job.clips} is for {wanted} sampling, {name!r} was trained with {sampling}")
@@ -186,7 +189,7 @@ def run(job: EvaluateJob, ctx: Any) -> None:
     names = tuple(splits.card.class_names())
     for one, network in zip(found, trained, strict=True):
         _require_classes(ctx.where, one.name, network.classes, splits)
-        _require_views(job, ctx.where, one.name, network.recipe.get("sampling", "uniform"))
+        _require_views(job, ctx.where, one.name, network.recipe.get("sampling", "uniform"), network.recipe["kind"])
     table = splits.tables[split]
     workers.connect(ctx.cpus)
     slots = workers.decode_slots(job.scale)
@@ -284,6 +287,10 @@ def _recipe(job: EvaluateJob, network: predict.Network, order: str, splits: Spli
         most = int(np.max(splits.tables[split].column("frames").to_numpy()))
         fill = not splits.card.parts  # windows are voted on equally often, shapes by how many points they have
         return network.recipe | {"mode": "test", "votes": job.votes, "max_points": most, "fill": fill}
+    if network.recipe["kind"] == "image":
+        size, resize = job.size or network.recipe["size"], network.recipe["resize"]
+        recipe = network.recipe | {"mode": "test", "crops": job.crops, "flip": False, "size": size}
+        return recipe | {"resize": resize and max(size, resize)}  # 0 follows the size
     if network.recipe["kind"] != "clip":
         return network.recipe
     plain = job.clips == 1 and job.crops == 1
@@ -433,7 +440,8 @@ def _pictures(
     case: _Case, network: predict.Network, batch: Any, scores: torch.Tensor, most: int
 ) -> list[tuple[str, dict[str, Any]]]:
     """Where the first view of each of up to `most` valid samples goes in the results, and its picture."""
-    kind, picture = {6: ("clips", _clip), 4: ("clouds", _cloud)}.get(batch.data.ndim, ("", None))
+    places = {6: ("clips", _clip), 5: ("clips", _image), 4: ("clouds", _cloud)}
+    kind, picture = places.get(batch.data.ndim, ("", None))
     if picture is None:
         return []
     chosen = list(zip(np.flatnonzero(batch.valid), scores, strict=True))[:most]
@@ -446,6 +454,11 @@ def _clip(run: str, network: predict.Network, view: np.ndarray, label: Any, scor
     """Frames `[T, H, W, 3]` as a filmstrip, with truth and the three best classes."""
     top = predict.top_classes(scores, network.classes, 3)
     return {"run": run, "frames_jpeg_base64": filmstrip(view), "truth": network.classes[int(label)], "top": top}
+
+
+def _image(run: str, network: predict.Network, view: np.ndarray, label: Any, scores: torch.Tensor) -> dict[str, Any]:
+    """A picture `[H, W, 3]` as a clip of one frame."""
+    return _clip(run, network, view[None], label, scores)
 
 
 def _cloud(run: str, network: predict.Network, view: np.ndarray, label: Any, scores: torch.Tensor) -> dict[str, Any]:

@@ -5,8 +5,8 @@ gets its true frame count, rate and size into the index. `pack` re-encodes it as
 parquet shards (one clip per row group: large sequential objects that can still be read clip by clip), so that training
 decodes cheaply. Clouds of points are always packed, as .npz; a scene may become several (an S3DIS room its windows,
 `room#zero-0007`; the tiles of a scan; the frustums of the objects in a scan), whose array `rows` leads back into it.
-Generated datasets are made here. Work is
-cut into shards; a shard whose part file exists is done, so a killed job goes on where it stopped.
+Images are packed as they are, too large ones as smaller JPEGs. Generated datasets are made here. Work is cut into
+shards; a shard whose part file exists is done, so a killed job goes on where it stopped.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 from ray import exceptions
 
 from slimray import runs, storage, workers
-from slimray.data import cards, moving_shapes, point_sets, points, shapes
+from slimray.data import cards, image_shapes, moving_shapes, point_sets, points, shapes
 from slimray.data.decoder import BadSample, Decoder, Pack
 from slimray.data.pipeline import failure_of, map_numbers
 from slimray.progress import make_bar
@@ -50,9 +50,9 @@ class PrepareData(Spec):
     splits: tuple[str, ...] | None = None
     """Splits to prepare; default all of the card."""
     clips: int = Field(480, ge=16)
-    """Clips, or clouds, to generate in all, a fifth of them for validation (generated datasets only)."""
+    """Clips, images or clouds to generate in all, a fifth of them for validation (generated datasets only)."""
     size: int = Field(64, ge=16, le=512)
-    """Side of generated frames in pixels."""
+    """Side of generated frames and images in pixels."""
     frames: int = Field(16, ge=2, le=1000)
     """Frames of a generated clip."""
     points: int = Field(1024, ge=16, le=1_000_000)
@@ -65,7 +65,10 @@ class PrepareData(Spec):
 
 
 class PackSpec(Spec):
-    """How clips are stored for training; without it only the index is written."""
+    """How clips and images are stored for training; without it only the index is written.
+
+    An image is kept as it is, or where its short side is too long made a smaller JPEG, whatever `format` says.
+    """
 
     format: Literal["h264", "jpeg"] = "h264"
     """Short-GOP H.264, or every frame as a JPEG (9 to 28 times cheaper to decode, 10 to 18 times the bytes)."""
@@ -295,7 +298,7 @@ def _do_chunk(work: _Work, chunk: _Chunk) -> dict[str, np.ndarray]:
 
 
 def _generate(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any], fs: Any, folder: str) -> None:
-    """Clips as H.264 files under data/clips, clouds as a parquet shard."""
+    """Clips as H.264 files under data/clips, clouds and images as a parquet shard."""
     data, packed = work.data, []
     shard = f"shards/{chunk.split}-{chunk.number:06d}.parquet"
     for row in rows:
@@ -304,6 +307,11 @@ def _generate(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any]
             encoded = points.write_cloud(points.Cloud(coords, labels=labels))
             path, shape = f"{chunk.split}/{row['number']:06d}.npz", {"frames": data.points}
             place = {"shard": shard, "row": len(packed)}
+            packed.append({"path": path, "label": label, "data": encoded})
+        elif work.card.sample == "image":
+            picture, label = image_shapes.make_image(row["number"], data.seed, size=data.size)
+            encoded, path = image_shapes.encode_png(picture), f"{chunk.split}/{row['number']:06d}.png"
+            place, shape = {"shard": shard, "row": len(packed)}, {"width": data.size, "height": data.size}
             packed.append({"path": path, "label": label, "data": encoded})
         else:
             frames, label = moving_shapes.make_clip(row["number"], data.seed, size=data.size, num_frames=data.frames)
@@ -331,12 +339,12 @@ def _convert(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any],
 
 def _pack(work: _Work, rows: list[dict], part: dict[str, Any], shard: str, decoder: Decoder) -> Iterator[dict]:
     """The rows of the shard, made one by one (none without a shard); `part` notes what is made and what is bad."""
-    make = _MAKERS.get(work.card.layout) or (_cloud if work.card.sample == "points" else _clip)
+    make = _MAKERS.get(work.card.layout) or {"points": _cloud, "image": _image}.get(work.card.sample, _clip)
     packed = 0
     for row in rows:
         try:
             for made in make(work, row, decoder):
-                place = {"shard": shard, "row": packed if shard else -1}
+                place = {"shard": shard, "row": packed} if shard else {"shard": row["shard"], "row": row["row"]}
                 label = row["label"] if made.label is None else made.label
                 part["rows"].append({"path": made.path, "label": label, **made.shape, **place})
                 part["left_out"] += [{"path": path, "reason": reason} for path, reason in made.left_out.items()]
@@ -380,6 +388,15 @@ def _clip(work: _Work, row: dict[str, Any], decoder: Decoder) -> Iterator[_Made]
         encoded, found, psnr = decoder.repack(row["path"], data, Pack(**work.pack.model_dump()))
     shape = {"frames": found.frames, "fps": found.fps, "width": found.width, "height": found.height}
     yield _Made(row["path"], encoded, shape, len(data), psnr)
+
+
+def _image(work: _Work, row: dict[str, Any], decoder: Decoder) -> Iterator[_Made]:
+    """An image decoded, and made smaller if it is to be packed and its short side is too long."""
+    source, root = storage.open_uri(work.root)
+    data = cards.read_whole(source, root, row)
+    short_side, quality = (None, 90) if work.pack is None else (work.pack.short_side, work.pack.quality)
+    encoded, found, psnr = decoder.shrink(row["path"], data, short_side, quality)
+    yield _Made(row["path"], encoded, {"width": found.width, "height": found.height}, len(data), psnr)
 
 
 def _cloud(work: _Work, row: dict[str, Any], _: Decoder) -> Iterator[_Made]:

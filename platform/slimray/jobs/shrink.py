@@ -167,6 +167,9 @@ def facts(job: ShrinkJob, card: Any, num_train: int | None) -> dict[str, Any]:
     """What can be known before machines are asked for; UserError for what does not fit."""
     out = train.facts(stage_job(job, 0, job.init), card, num_train)
     net = _on_meta(job, card.num_classes if card is not None else 1)
+    side = net.space.largest().get("resolution")
+    if side is not None and job.data.size != side:
+        raise UserError(f"data.size: must be {side:g}, the largest resolution of the space (got {job.data.size})")
     steps = 0
     for number, space in enumerate(spaces(job, net.space)):
         known = train.facts(stage_job(job, number, None), card, num_train)
@@ -226,10 +229,10 @@ def run(job: ShrinkJob, ctx: Any) -> None:
         status = runs.read_status(stage) if runs.exists(stage, "status.json") else None
         if status is None or status.state != "finished":
             _train_stage(job, ctx, number, space, stage, previous, teacher, splits, tables)
-        if not runs.exists(stage, "judged.json"):
+        if not runs.exists(stage, "results.json"):
             exhibits = exhibits or _exhibits(job, stage, splits, tables)
             _judge_stage(job, ctx, stage, archs, exhibits, net)
-        stages.append({"stage": job.stages[number].name, **json.loads(runs.read_file(stage, "judged.json"))})
+        stages.append({"stage": job.stages[number].name, **json.loads(runs.read_file(stage, "results.json"))})
         previous = stage
     assert previous is not None
     weights, model, taken = runs.read_model(previous)
@@ -237,7 +240,7 @@ def run(job: ShrinkJob, ctx: Any) -> None:
     if out is not None:
         sink = pa.BufferOutputStream()
         pq.write_table(out, sink)
-        runs.write_file(ctx.run, "held_out.parquet", sink.getvalue().to_pybytes())
+        runs.write_file(ctx.run, "data/held_out.parquet", sink.getvalue().to_pybytes())
     metric = metric_of(taken["recipe"])
     last = {
         f"{which}_{metric}": row[metric]
@@ -262,22 +265,22 @@ def _train_stage(
     """Train one stage in its own folder, or go on with it."""
     init = job.init
     if previous is not None:
-        start = f"{stage.uri}/start.safetensors"
-        if not runs.exists(stage, "start.safetensors"):
+        start = f"{stage.uri}/data/start.safetensors"
+        if not runs.exists(stage, "data/start.safetensors"):
             freed = {name: values for spec in job.stages[:number] for name, values in spec.free.items()}
             weights = _start_weights(previous, freed if job.stages[number].sort_channels else None)
-            runs.write_file(stage, "start.safetensors", weights)
+            runs.write_file(stage, "data/start.safetensors", weights)
         init = InitSpec.model_validate({"from": start})
     as_training = stage_job(job, number, init)
     if not runs.exists(stage, "status.json"):
         runs.begin(stage, as_training.model_dump(mode="json"), ctx.attempt)
     known = train.facts(as_training, splits.card, splits.tables[job.data.train].num_rows)
     config = train.fit_config(as_training, ctx, stage.uri, splits, tables, known)
-    if number:
-        spec = job.stages[number]
-        plan = SubnetPlan(space, spec.subnets, spec.sandwich, spec.distill_weight)
-        sources = {"train": config.sources["train"]}  # subnets are judged once they are re-calibrated
-        config = replace(config, subnets=plan, teacher=teacher, sources=sources)
+    spec = job.stages[number]
+    plan = SubnetPlan(space, spec.subnets, spec.sandwich, spec.distill_weight)
+    # once others than the largest are trained, scores mean nothing before re-calibration: the judge has that
+    sources = {"train": config.sources["train"]} if number else config.sources
+    config = replace(config, subnets=plan, teacher=teacher, sources=sources)
     title = f"{job.name}: {job.stages[number].name} ({number + 1} of {len(job.stages)})"
     with follow(config.board, title, ctx.console):
         workers.launch(loop.fit, config, job.scale, job.name, config.board)
@@ -311,7 +314,7 @@ def _exhibits(job: ShrinkJob, stage: runs.Run, splits: Splits, tables: Mapping[s
 def _judge_stage(
     job: ShrinkJob, ctx: Any, stage: runs.Run, archs: Sequence[Arch], exhibits: Exhibits, net: Any
 ) -> None:
-    """Judge the sample of subnets with the weights of a stage and write `judged.json`."""
+    """Judge the sample of subnets with the weights of a stage and write `results.json`."""
     rows: list[dict[str, Any]] = [{} for _ in archs]
     for number, metrics in judge_all(
         stage.uri, exhibits, job.judge, archs, job.scale.workers, job.scale.gpus_per_worker
@@ -322,7 +325,7 @@ def _judge_stage(
     names = ["largest", "smallest", *(f"sample {number}" for number in range(1, len(archs) - 1))]
     for name, row, arch in zip(names, rows, archs, strict=True):
         row |= {"subnet": name, "params": cost.count_params(cost.build_on_meta(lambda arch=arch: net.extract(arch)))}
-    runs.write_file(stage, "judged.json", json.dumps({"rows": rows}).encode())
+    runs.write_file(stage, "results.json", json.dumps({"rows": rows}).encode())
     metric = "miou" if "miou" in rows[0] else "top1"
     text = ", ".join(f"{row['subnet']} {row[metric]:.1f}" for row in rows)
     ctx.console.print(f"{job.name}: {stage.uri.rpartition('/')[2]}: {metric} {text}", highlight=False)
