@@ -233,3 +233,77 @@ def test_adam_adds_its_decay_to_the_gradient():
         weights[name] = net.weight.detach()[0].tolist()
     assert weights["adam"] == pytest.approx([0.9, 0.9], abs=1e-4)  # the sign of the gradient with decay decides
     assert weights["adamw"] == pytest.approx([0.95 - 0.1, 0.95 + 0.1], abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- re-calibration
+
+
+def two_norms() -> torch.nn.Sequential:
+    """A network with two BatchNorms, the second behind dropout and an activation, that has seen other data before."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 3, 3),
+        torch.nn.BatchNorm2d(3),
+        torch.nn.ReLU(),
+        torch.nn.Dropout(0.5),
+        torch.nn.Conv2d(3, 4, 1),
+        torch.nn.BatchNorm2d(4),
+    )
+    net(torch.randn(8, 2, 5, 5) * 5 + 2)
+    return net.eval()
+
+
+def some_batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [i + torch.randn(i, 2, 6, 6, generator=generator) for i in (2, 5, 3)]
+
+
+@torch.no_grad()
+def test_recalibrated_norms_hold_the_weighted_mean_of_what_each_batch_is_like():
+    net, batches = two_norms(), some_batches()
+    means, variances, samples = [], [], []
+    for x in batches:  # by hand: every batch is normalised by its own statistics, dropout is off
+        hidden = net[0](x)
+        inner = torch.nn.functional.batch_norm(hidden, None, None, net[1].weight, net[1].bias, training=True)
+        outer = net[4](inner.relu())
+        means.append(torch.cat([hidden.mean((0, 2, 3)), outer.mean((0, 2, 3))]))
+        variances.append(torch.cat([v.var((0, 2, 3), correction=0) for v in (hidden, outer)]))
+        samples.append(len(x))
+    weights = torch.tensor(samples)[:, None] / sum(samples)
+    ready = learn.recalibrate_norms(net, batches)
+    found = [torch.cat([ready[i].get_buffer(f"running_{what}") for i in (1, 5)]) for what in ("mean", "var")]
+    torch.testing.assert_close(found[0], (weights * torch.stack(means)).sum(0))
+    torch.testing.assert_close(found[1], (weights * torch.stack(variances)).sum(0))
+    pooled = net[0](torch.cat(batches)).var((0, 2, 3), correction=0)
+    assert (found[1][:3] < 0.9 * pooled).all()  # the batches differ: the variance of all together is another number
+
+
+def test_recalibration_makes_a_copy_and_leaves_the_network_as_it_is():
+    net = two_norms()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    x = some_batches()[0]
+    ready = learn.recalibrate_norms(net, [x])
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert not torch.equal(ready[1].running_mean, net[1].running_mean)
+    assert not ready.training
+    assert learn.recalibrate_norms(net.train(), [x]).training
+    assert all(parameter.requires_grad for parameter in ready.parameters())
+    assert not any(module._forward_pre_hooks for module in [*net.modules(), *ready.modules()])
+    assert net(x).requires_grad
+
+
+def test_sums_of_several_workers_make_the_statistics_of_one_however_batches_are_dealt_out():
+    net, batches = two_norms(), some_batches()
+    alone = learn.norm_state(learn.recalibrate_norms(net, batches))
+    for deal in ([[0], [1, 2]], [[2, 0], [1]], [[1], [0], [2]]):
+        sums = sum(learn.norm_sums(net, [batches[i] for i in mine]) for mine in deal)
+        learn.load_norm_sums(net, sums)
+        torch.testing.assert_close(learn.norm_state(net), alone)
+    nothing = learn.norm_sums(net, [])
+    assert nothing.shape == sums.shape
+    assert not nothing.any()
+
+
+def test_without_batches_there_are_no_statistics():
+    with pytest.raises(ValueError, match="a BatchNorm saw no input"):
+        learn.recalibrate_norms(two_norms(), [])

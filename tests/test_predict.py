@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 
 from slimray import cli, models, predict, runs
-from slimray.data import moving_shapes, shapes
+from slimray.data import image_shapes, moving_shapes, shapes
+from slimray.data.images import ImageRecipe
 from slimray.data.points import Cloud, PointRecipe, make_points, read_cloud, write_cloud
 from slimray.data.video import ClipRecipe
 
@@ -134,6 +135,25 @@ def test_a_clip_gets_probabilities_also_by_a_run_that_never_validated(shell):
     assert {name for name, _ in row["top"]} == set(moving_shapes.CLASSES)
     assert sum(p for _, p in row["top"]) == pytest.approx(1)
     assert shell("a.mp4", "--json")[1] == out, "nothing is drawn at random"
+
+
+def test_an_image_gets_the_probabilities_of_its_centre_and_what_is_no_image_a_reason(shell):
+    recipe = ImageRecipe(size=32, mode="train", flip=True)
+    network = train("resnet18", image_shapes.CLASSES, recipe, width=0.125)
+    picture, _ = image_shapes.make_image(5, 0, 37)
+    put("a.jpg", image_shapes.encode_png(picture))
+    put("b.jpg", b"no image")
+    code, out, err = shell("a.jpg", "b.jpg", "--top", "3", "--json")
+    found, refused = json.loads(out)
+    with torch.no_grad():
+        view = predict.to_input(picture[None, None, 2:34, 2:34], network.pixels, torch.device("cpu"))
+        expected = predict.top_classes(network.net(view)[0], image_shapes.CLASSES, 3)
+    assert [name for name, _ in found["top"]] == [name for name, _ in expected]
+    assert [p for _, p in found["top"]] == pytest.approx([p for _, p in expected], abs=1e-5)
+    assert (code, refused["reason"]) == (2, "is no picture that can be read")
+    assert "1 of 2 files could not be read" in err
+    code, _, err = shell("a.jpg", "--columns", "x y z")
+    assert (code, "--columns: is for clouds of points, this network takes images" in err) == (2, True)
 
 
 @pytest.mark.parametrize("file", FORMATS)

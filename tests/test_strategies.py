@@ -302,6 +302,16 @@ def test_failed_trials_count_as_finished_and_are_no_parents():
     assert front(failed, []) == []
 
 
+def test_a_trial_that_failed_needs_no_costs():
+    strategy = Nsga2(population=10, iterations=3)
+    first = generation(strategy, FREE, [], 0, 0) or []
+    history = [Trial(i, arch, float("nan"), {}) if i % 2 else trial(i, arch) for i, arch in enumerate(first)]
+    second = generation(strategy, FREE, history, 0, 1)
+    assert len(set(second or ()) - set(first)) == 10  # and is not tried again
+    failed = [Trial(i, arch, float("nan"), {}) for i, arch in enumerate(first)]
+    assert len(set(generation(strategy, FREE, failed, 0, 1) or ()) - set(first)) == 10
+
+
 def test_parents_are_the_best_of_all_generations():
     strategy = Evolution(population=20, iterations=5)
     found = search(FREE, strategy, made_up_score, 0)

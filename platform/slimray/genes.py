@@ -142,9 +142,7 @@ class GeneTable:
     @cached_property
     def _together(self) -> tuple[Codes, NDArray[np.bool_]]:
         """The group of every column (those of a block are mutated together) and whether a group is a single number."""
-        groups = {
-            gene: ("", gene[1]) if gene[0] in self.space.per_block else gene for gene in self.genes
-        }  # insertion order
+        groups = {gene: ("", gene[1]) if gene[0] in self.space.per_block else gene for gene in self.genes}
         numbers = {group: i for i, group in enumerate(dict.fromkeys(groups.values()))}
         single = np.array([name in self.space.single for name, _ in numbers], bool)
         return np.array([numbers[groups[gene]] for gene in self.genes], np.intp), single
@@ -217,7 +215,7 @@ def part(table: GeneTable, genes: Sequence[tuple[str, int]], value: Callable[...
     space = table.space
     blocks = [stage for stage, s in enumerate(space.stages) for _ in range(s.blocks)]
     starts = np.cumsum([0, *(stage.blocks for stage in space.stages)])
-    gates = {}  # place of a depth in `depths` -> blocks of that stage that must run
+    gates: dict[int, int] = {}  # stage -> how many of its blocks must run for this part to
     for name, i in genes:
         if name in space.per_block and "depth" in space.dimensions:
             stage = blocks[i]
@@ -262,7 +260,7 @@ def cost_tables(table: GeneTable, parts: Mapping[str, Sequence[Part]], peaks: Se
 
 
 def costs_by_arch(table: GeneTable, costs: Callable[[Arch], Mapping[str, float]]) -> Costs:
-    """Costs out of a function of one arch, which is called once for every different arch."""
+    """Costs out of a function of one arch, which is called once for every different arch; slower than tables."""
     known: dict[bytes, Mapping[str, float]] = {}
 
     def of_rows(codes: Codes) -> dict[str, Floats]:

@@ -21,20 +21,27 @@ from rich.console import Console
 
 from slimray import models, runs, workers
 from slimray.data import cards
-from slimray.jobs import evaluate, inputs, prepare, shrink, train
+from slimray.jobs import evaluate, inputs, prepare, search, shrink, train
 from slimray.jobs.context import Context
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean, lookup, noting, parse, read_yaml, set_value
 from slimray.storage import StorageError, open_uri
 
-Job = prepare.PrepareJob | train.TrainJob | evaluate.EvaluateJob | shrink.ShrinkJob
+Job = prepare.PrepareJob | train.TrainJob | evaluate.EvaluateJob | shrink.ShrinkJob | search.SearchJob
 
 SPECS: dict[str, type[Spec]] = {
     "prepare": prepare.PrepareJob,
     "train": train.TrainJob,
     "evaluate": evaluate.EvaluateJob,
     "shrink": shrink.ShrinkJob,
+    "search": search.SearchJob,
 }
-VERBS = {"prepare": prepare.run, "train": train.run, "evaluate": evaluate.run, "shrink": shrink.run}
+VERBS = {
+    "prepare": prepare.run,
+    "train": train.run,
+    "evaluate": evaluate.run,
+    "shrink": shrink.run,
+    "search": search.run,
+}
 MAY_CHANGE = (
     "scale",
     "tracking",
@@ -230,6 +237,9 @@ def check(loaded: Sequence[Loaded], storage: str, restart: bool = False, look: b
         elif isinstance(one.job, evaluate.EvaluateJob):
             with noting(problems, one.where):
                 facts |= evaluate.facts(one.job, one.where, storage, {name: a.job for name, a in ahead.items()})
+        elif isinstance(one.job, search.SearchJob):
+            with noting(problems, one.where):
+                facts |= search.facts(one.job, one.where, storage, {name: a.job for name, a in ahead.items()})
         else:
             facts |= _check_prepare(one, problems, look)
         if facts.get("state") == "finished":

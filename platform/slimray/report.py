@@ -70,6 +70,25 @@ class Curves:
 
 
 @dataclass(frozen=True)
+class Scatter:
+    """Points (x, y), those that no other beats joined by a line (x low, y high), and some by name: (x, y, name)."""
+
+    title: str
+    x_name: str
+    y_name: str
+    points: Sequence[tuple[float, float]]
+    named: Sequence[tuple[float, float, str]] = ()
+
+    def front(self) -> list[tuple[float, float]]:
+        """The points that no other beats, x rising."""
+        out: list[tuple[float, float]] = []
+        for x, y in sorted(self.points, key=lambda point: (point[0], -point[1])):
+            if not out or y > out[-1][1]:
+                out.append((x, y))
+        return out
+
+
+@dataclass(frozen=True)
 class Confusion:
     """Counts of a validation: `counts[truth][predicted]`, a square of as many rows as `classes`."""
 
@@ -152,13 +171,32 @@ def shrink_report(run: runs.Run) -> str:
     return _page(run, card, {}, headline, [table] if series else [], curves)
 
 
+def search_report(run: runs.Run) -> str:
+    """Return the page of a search run: what was found for each target, all that was tried, the fronts."""
+    card, results = runs.read_card(run) or {}, _results(run)
+    metric, rows = str(results.get("metric", "top1")), results.get("targets", [])
+    names = [name for name in ("target", "run", metric, "searched", "params", "macs", "memory_mb") if rows]
+    found = Table(
+        "Found", names, [[row.get(name) for name in names] for row in rows], _SEARCHED, frozenset({metric, "searched"})
+    )
+    trials, scatters = results.get("trials", []), []
+    for name in ("macs", "params", "memory_mb") if trials else ():
+        chosen = [(row[name], row["searched"], row["target"]) for row in rows]
+        scatters.append(Scatter(f"{metric} by {name}", name, metric, [(t[name], t["metric"]) for t in trials], chosen))
+    reports = [{"target": target, **one} for target, many in results.get("predictors", {}).items() for one in many]
+    columns = list(dict.fromkeys(name for one in reports for name in one))
+    told = Table("The predictor", columns, [[one.get(name) for name in columns] for one in reports], _PREDICTED)
+    headline = {row["target"]: _percent(row.get(metric)) for row in rows} | {"tried": _show("", len(trials))}
+    return _page(run, card, {}, headline, [found] * bool(rows) + [told] * bool(reports), scatters)
+
+
 def _page(
     run: runs.Run,
     card: dict[str, Any],
     results: dict[str, Any],
     headline: Mapping[str, str],
     tables: Sequence[Table],
-    curves: Sequence[Curves],
+    curves: Sequence[Curves | Scatter],
 ) -> str:
     status = None if card else runs.read_status(run)  # a page is written just before its run is called finished
     state = ["finished"] if card else [status.state, status.message] if status else []
@@ -189,7 +227,7 @@ def render(
     *,
     subtitle: str = "",
     headline: Mapping[str, str] | None = None,
-    curves: Sequence[Curves] = (),
+    curves: Sequence[Curves | Scatter] = (),
     tables: Sequence[Table] = (),
     confusions: Sequence[Confusion] = (),
     clips: Sequence[Clip] = (),
@@ -217,7 +255,11 @@ def render(
         title=title,
         subtitle=subtitle,
         headline={name: text for name, text in (headline or {}).items() if text != "–"},
-        charts=[_chart(c, f"c{i}") for i, c in enumerate(curves) if any(len(s) for s, _ in c.series.values())],
+        charts=[
+            _scatter(chart, f"c{i}") if isinstance(chart, Scatter) else _chart(chart, f"c{i}")
+            for i, chart in enumerate(curves)
+            if (chart.points if isinstance(chart, Scatter) else any(len(s) for s, _ in chart.series.values()))
+        ],
         tables=[table for table in tables if table.rows],
         confusions=[_confusion_section(confusion) for confusion in confusions],
         clips=[_clip_section(clip) for clip in clips],
@@ -230,6 +272,9 @@ def render(
     )
     return page.encode("utf-8", "replace").decode("utf-8")  # a file name may hold bytes that are no text
 
+
+_SEARCHED = "Percent, 0-100: searched on samples held out of training, the other on the split for the end, scored once."
+_PREDICTED = "Held-out error (in units of the metric) and rank correlation, and how it fared on what was measured next."
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
 
@@ -465,6 +510,34 @@ def _chart(curves: Curves, prefix: str) -> dict[str, Any]:
     ]
     svg = Markup(_inline(buffer.getvalue(), prefix, curves.title))  # noqa: S704
     return {"title": curves.title, "svg": svg, "legend": legend, "stacked": curves.stacked}
+
+
+def _scatter(scatter: Scatter, prefix: str) -> dict[str, Any]:
+    """Points and their front as inline SVG; the named points are in the legend."""
+    import matplotlib
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
+
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": prefix, "text.parse_math": False, "font.size": 10.5}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.8, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        axes.scatter(*zip(*scatter.points), s=9, color=INK, alpha=0.35, linewidths=0)
+        axes.plot(*zip(*scatter.front()), drawstyle="steps-post", color=SERIES[0], linewidth=1.6)
+        for colour, marker, (x, y, _) in zip(SERIES, "osD^v", scatter.named[:5]):
+            axes.plot([x], [y], marker, color=colour, markersize=7)
+        axes.set_xlabel(scatter.x_name, color=INK)
+        axes.set_ylabel(scatter.y_name, color=INK)
+        axes.tick_params(colors=INK, length=0)
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(GRID)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    legend = [(name, f"{_show('', x)}, {_show('', y)}") for x, y, name in scatter.named[:5]]
+    svg = Markup(_inline(buffer.getvalue(), prefix, scatter.title))  # noqa: S704
+    return {"title": scatter.title, "svg": svg, "legend": legend, "stacked": False}
 
 
 def _draw(axes: Any, curves: Curves, binned: Mapping[str, tuple[np.ndarray, ...]]) -> None:

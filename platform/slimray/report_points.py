@@ -351,7 +351,7 @@ def box_section(view: BoxView) -> dict[str, Any]:
 
     truths, predictions = (np.flatnonzero(((o.max(1) > low) & (o.min(1) < high)).all(1)) for o in outlines)
     drawn = [to_page(outlines[0][truths]), to_page(outlines[1][predictions])]
-    texts = [_text(scene, place) for place in predictions]
+    texts = [_text(scene, place) for place in predictions.tolist()]
     spots = _text_spots(drawn[1], texts, height)
     inside = ((scene.points[:, [0, 2]] > low) & (scene.points[:, [0, 2]] < high)).all(1)
     step = _step(high - low)

@@ -39,7 +39,7 @@ SETTLE_S = 2.0  # object stores have no exclusive create: write, wait, and whose
 FLUSH_S = 10.0
 FLUSH_ROWS = 1000
 MAX_WAITING_ROWS = 100_000
-FILES = ("job.yaml", "status.json", "card.json", "results.json", "report.html")
+FILES = ("job.yaml", "status.json", "card.json", "results.json", "front.json", "report.html")
 FOLDERS = (
     "metrics",
     "quarantine",

@@ -4,8 +4,8 @@ A strategy is a function of the past: what generation g proposes depends on the 
 before it scored, sorted by index, never on the order in which trials finished. So `generation` is pure, a resumed
 search is the same search, and the strategies are frozen settings without state. Evolution has the settings published
 with Once-for-All (arXiv 1908.09791), NSGA-II is that of Deb et al. (IEEE TEC 6(2), 2002). Surprising: inside, archs are
-rows of whole numbers (`GeneTable`), and scores and costs are functions of a whole matrix of them; one arch at a time a
-search on a predictor would take minutes. No torch here: a predictor comes as a function.
+rows of whole numbers (`GeneTable`), and scores and costs are functions of a whole matrix of them, because a search on a
+predictor asks for 50,000. No torch here: a predictor comes as a function.
 """
 
 import itertools
@@ -194,8 +194,9 @@ def join(pools: Sequence[Pool]) -> Pool:
 
 
 # ----------------------------------------------------------------------------------------------------- strategies
-# A strategy says how many trials are a generation, whether one waits for the scores of the one before (`waits`), whom
-# of all so far it keeps as parents (`survivors`; of those it kept and a new generation), and whom it proposes next.
+# A strategy says how many trials are a generation (`population`), whether a generation waits for the scores of the one
+# before (`waits`), who stays when a new generation joins those kept so far (`survivors`), and who is tried next
+# (`children`, given those kept and the keys of all archs ever tried).
 
 
 class Random(Spec):
@@ -268,7 +269,10 @@ class Evolution(Spec):
 
 
 class PredictorGuided(Spec):
-    """Few archs are measured: a predictor learns from them, and the best of an evolution on what it says are next."""
+    """Few archs are measured: a predictor learns from them, and the best of an evolution on what it says are next.
+
+    It repeats as exactly as `problem.fit` does.
+    """
 
     name: Literal["predictor_guided"] = "predictor_guided"
     population: int = Field(default=50, ge=2)
@@ -514,9 +518,11 @@ def _past(
         finished = [trial for trial in trials if trial is not None]
         if len(finished) < len(trials):
             return None
-        pool = Pool.of(problem.table, finished)
-        pool = pool.take(_new(problem.table, pool.codes, seen))
-        parents = strategy.survivors(join([parents, pool]) if len(parents) else pool)
+        scored = Pool.of(problem.table, [trial for trial in finished if not np.isnan(trial.metric)])
+        scored = scored.take(_new(problem.table, scored.codes, seen))
+        _new(problem.table, problem.table.codes(trial.arch for trial in finished), seen)  # failed: not again either
+        if len(scored):
+            parents = strategy.survivors(join([parents, scored]) if len(parents) else scored)
     return parents, seen
 
 

@@ -28,8 +28,8 @@ INPUTS = ("resolution", "frames")  # dimensions of the input, one value for all 
 
 @dataclass(frozen=True)
 class SubnetPlan:
-    """Which subnets a step trains: `count` archs of `space` drawn anew each step, with `sandwich` (arXiv 1903.05134) the
-    first the largest and the last the smallest. `distill_weight` is that of the teacher's answers."""
+    """Which subnets a step trains: `count` archs of `space`, drawn anew each step. With `sandwich` (1903.05134) the
+    first is the largest and the last the smallest. `distill_weight` is that of the teacher's answers."""
 
     space: Space
     count: int = 1

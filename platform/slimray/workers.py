@@ -86,7 +86,7 @@ def connect(cpus: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
-    for name in ("ray.data", "ray.train", "ray._private.authentication.authentication_token_setup"):
+    for name in ("ray.data", "ray.train", "ray.tune", "ray._private.authentication.authentication_token_setup"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters becomes a sentence, the rest is in logs/
     address = os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():

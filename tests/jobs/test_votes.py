@@ -73,7 +73,7 @@ def test_two_ranks_count_what_one_counts(tmp_path):
 
 
 def test_a_shape_is_judged_among_its_own_parts():
-    votes = SceneVotes(["a.txt", "b.txt"], 2, 5, [range(0, 2), range(2, 5)])
+    votes = SceneVotes(["a.txt", "b.txt"], 2, 5, {"a": range(0, 2), "b": range(2, 5)})
     truth = np.array([[2, 3, 4, 2]])
     scores = torch.zeros(1, 5, 4)
     scores[0, 0] = 9  # the surest class is none of the second shape's
@@ -84,7 +84,7 @@ def test_a_shape_is_judged_among_its_own_parts():
     result = votes.score.result()
     assert result["instance_miou"] == pytest.approx(100)
     assert result["num_samples"] == 1
-    assert result["category_iou"] == {"0": None, "1": pytest.approx(100)}
+    assert result["category_iou"] == {"a": None, "b": pytest.approx(100)}
 
 
 if __name__ == "__main__":

@@ -37,6 +37,15 @@ PROXYLESS = ("proxyless_mobile", "proxyless_cpu", "proxyless_gpu", "proxyless_mo
 SIDE = 24  # of the inputs here: far smaller than any resolution of the spaces for ImageNet
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Inputs here are too small for more to be faster."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @torch.no_grad()
 def small(name: str, preset: str = "tiny", **options) -> Supernet:
     """A narrow supernet whose every weight matters: kernel matrices are no identity, BatchNorms differ by channel."""

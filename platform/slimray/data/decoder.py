@@ -7,7 +7,7 @@ finds frames by their timestamps: what comes back is the frame that was asked fo
 who ask for it (`data.reader: decord`; PyAV then reads what it cannot): decord 0.6 was slower and without a word gave
 other frames of intact files (open GOPs, MPEG-TS, AVI with B-frames) and wrong pixels of damaged ones. Damage that
 ffmpeg does not notice (rare in H.264, common in HEVC and VP9) stays unnoticed. PIL reads pictures, upright as their
-EXIF says; it notices a JPEG that breaks off, and wrong bits in a PNG, but hardly ever wrong bits within a JPEG.
+EXIF says; a picture that breaks off is noticed, and wrong bits in a PNG, but hardly ever wrong bits within a JPEG.
 """
 
 import ctypes
@@ -51,6 +51,7 @@ MAX_HEADER_BYTES = 1_000_000
 MAX_MEMORY = 8 << 30  # address space of a child; what needs more is refused
 START_TIMEOUT_S = 120.0  # for a child to import its libraries on a busy machine; no file pays for that
 PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")  # of those of PIL that run no program
+PNG = b"\x89PNG\r\n\x1a\n"
 EXIF_ORIENTATION = 0x0112
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -362,7 +363,7 @@ def open_video(data: bytes, reader: str = "pyav") -> Iterator[_Video]:
     try:
         if data[:4] == b"PK\x03\x04":
             yield _Pictures(data)
-        elif data[:3] == b"\xff\xd8\xff" or data[:8] == b"\x89PNG\r\n\x1a\n":
+        elif data[:3] == b"\xff\xd8\xff" or data[:8] == PNG:
             yield _Still(data)
         else:
             yield (_decord(data) if reader == "decord" else None) or _Movie(data)
@@ -577,6 +578,9 @@ class _Still(_Video):
 def _picture(data: bytes) -> np.ndarray:
     """The pixels of a picture file, uint8 `[H, W, 3]`, upright; of a moving picture the first. Read by its content."""
     try:
+        if data[:8] == PNG:
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+                image.verify()  # the checksums, which decoding passes over
         with Image.open(io.BytesIO(data), formats=PICTURES) as image:
             _check_size(image.width, image.height, 1)
             turn = TURNS.get(_orientation(image))

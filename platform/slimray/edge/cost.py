@@ -19,7 +19,7 @@ def count_params(module: nn.Module) -> int:
 
 def count_macs(module: nn.Module, input_shape: Sequence[int]) -> int:
     """MACs of one forward pass of `module` in eval mode on an input of `input_shape` (batch included)."""
-    on_meta = next(module.parameters()).is_meta
+    on_meta = all(parameter.is_meta for parameter in module.parameters())
     net = (module if on_meta else copy.deepcopy(module).to("meta")).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.zeros(*input_shape, device="meta"))

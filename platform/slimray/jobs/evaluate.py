@@ -9,7 +9,7 @@ import base64
 import contextlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -29,9 +29,12 @@ from slimray.edge import cost
 from slimray.jobs import boxes
 from slimray.jobs.inputs import DataSpec, Splits, open_splits
 from slimray.jobs.votes import SceneVotes
+from slimray.models.branches import branch_responses
 from slimray.point_scores import FrustumScore
 from slimray.progress import follow
 from slimray.spec import RunFailed, Spec, UserError, located, parse
+
+EXPLAINED = 2  # clouds of a run that are shown with what the branches of its PVConvs respond to
 
 
 class EvaluateJob(Spec):
@@ -95,7 +98,7 @@ class _Config:
     source: Source
     average: str
     votes: int
-    parts: tuple[range, ...]
+    parts: dict[str, range]
     batch: int
     pictures: int
     scale: workers.ScaleSpec
@@ -244,10 +247,10 @@ def run(job: EvaluateJob, ctx: Any) -> None:
     runs.write_report(ctx.run, report.evaluate_report(ctx.run))
 
 
-def _parts(parts: Mapping[str, int]) -> tuple[range, ...]:
+def _parts(parts: Mapping[str, int]) -> dict[str, range]:
     """The labels of each shape's parts."""
     ends = np.cumsum(list(parts.values())).tolist()
-    return tuple(range(end - count, end) for count, end in zip(parts.values(), ends, strict=True))
+    return {name: range(end - count, end) for (name, count), end in zip(parts.items(), ends, strict=True)}
 
 
 def _score_boxes(result: dict[str, Any], splits: Splits, split: str) -> None:
@@ -256,7 +259,7 @@ def _score_boxes(result: dict[str, Any], splits: Splits, split: str) -> None:
     for row, found in zip(result["rows"], result["found"], strict=True):
         row["ap"] = boxes.average_precisions(found, objects)
         points = result["scenes"].get(row["run"], {})
-        if row["repeat"] == 0 and hasattr(report, "BoxView"):
+        if row["repeat"] == 0:
             result["boxes"] += boxes.pictures(row["run"], points, found, objects)
 
 
@@ -427,27 +430,39 @@ def _show(config: _Config, current: _Pass, batch: Batch, scores: torch.Tensor | 
     shown = sum(one["run"] == run for one in (*out["clips"], *out["clouds"]))
     if scores is None or shown >= config.pictures:
         return
-    for kind, picture in _pictures(current.case, current.network, batch, scores, config.pictures - shown):
+    for kind, picture in _pictures(current.case, current.network, batch, scores, shown, config.pictures):
         out[kind].append(picture)
 
 
 def _plain(numbers: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of a row; the only list among them is `class_iou`, None for a class that is not there."""
-    return {k: v for k, v in numbers.items() if isinstance(v, int | float) or k == "class_iou"}
+    """The numbers of a row, with `class_iou` (a list) and `category_iou` (by name): None for what is not there."""
+    return {k: v for k, v in numbers.items() if isinstance(v, int | float) or k in ("class_iou", "category_iou")}
 
 
 def _pictures(
-    case: _Case, network: predict.Network, batch: Any, scores: torch.Tensor, most: int
+    case: _Case, network: predict.Network, batch: Any, scores: torch.Tensor, shown: int, most: int
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Where the first view of each of up to `most` valid samples goes in the results, and its picture."""
+    """Where the first view of each valid sample goes in the results, and its picture; `most` of a run, after `shown`."""
     places = {6: ("clips", _clip), 5: ("clips", _image), 4: ("clouds", _cloud)}
     kind, picture = places.get(batch.data.ndim, ("", None))
     if picture is None:
         return []
-    chosen = list(zip(np.flatnonzero(batch.valid), scores, strict=True))[:most]
+    chosen = list(zip(np.flatnonzero(batch.valid), scores, strict=True))[: most - shown]
     votes = batch.label.ndim == 4  # labels and rows of several views: those of the first
     labels = batch.label[:, 0, 0] if votes else batch.label
-    return [(kind, picture(case.run_name, network, batch.data[i, 0], labels[i], one)) for i, one in chosen]
+    out = []
+    for number, (i, one) in enumerate(chosen, shown):
+        view = batch.data[i, 0]
+        options = {"responses": _responses(network, view)} if kind == "clouds" and number < EXPLAINED else {}
+        out.append((kind, picture(case.run_name, network, view, labels[i], one, **options)))
+    return out
+
+
+def _responses(network: predict.Network, view: np.ndarray) -> list[report.ResponseView]:
+    """What the two branches of each PVConv respond to in points `[C, N]`; nothing where a network has none."""
+    device = next(network.net.parameters()).device
+    found = branch_responses(network.net, torch.from_numpy(view)[None].to(device))
+    return [report.ResponseView(one.name, one.voxel, one.point, one.coords.T) for one in found]
 
 
 def _clip(run: str, network: predict.Network, view: np.ndarray, label: Any, scores: torch.Tensor) -> dict[str, Any]:
@@ -461,13 +476,21 @@ def _image(run: str, network: predict.Network, view: np.ndarray, label: Any, sco
     return _clip(run, network, view[None], label, scores)
 
 
-def _cloud(run: str, network: predict.Network, view: np.ndarray, label: Any, scores: torch.Tensor) -> dict[str, Any]:
+def _cloud(
+    run: str,
+    network: predict.Network,
+    view: np.ndarray,
+    label: Any,
+    scores: torch.Tensor,
+    responses: Sequence[report.ResponseView] = (),
+) -> dict[str, Any]:
     """Points `[C, N]`, x y z first, with the labels of scores `[C, N]`, or as a whole as a clip."""
     coords, classes = view[:3].T, network.classes
     if scores.ndim == 1:
         top = predict.top_classes(scores, classes, 3)
-        return report.CloudView(run, coords, classes[int(label)], top=top).to_plain()
-    return report.CloudView(run, coords, np.asarray(label), scores.argmax(0).cpu().numpy(), classes).to_plain()
+        return report.CloudView(run, coords, classes[int(label)], top=top, responses=responses).to_plain()
+    predicted = scores.argmax(0).cpu().numpy()
+    return report.CloudView(run, coords, np.asarray(label), predicted, classes, responses=responses).to_plain()
 
 
 def filmstrip(frames: np.ndarray, height: int = 96) -> str:

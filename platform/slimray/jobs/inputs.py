@@ -245,7 +245,8 @@ def make_recipe(data: DataSpec, card: cards.Card, num_segments: int, mode: str, 
             given |= {"channels": ("intensity",), "num_shapes": card.num_classes, "normalize": "none"}
         else:
             given |= {"num_shapes": data.points.one_hot, "per_point": card.labels == "point"}
-        return PointRecipe(**(given | {"mode": mode, "kind": card.sample} | options)).to_dict()
+        given |= {"mode": mode, "kind": card.sample, **options}
+        return PointRecipe(**given).to_dict()
     fields = {
         "num_segments": num_segments,
         "size": data.size,

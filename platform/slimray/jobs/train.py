@@ -121,6 +121,9 @@ def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, 
     """
     num_classes = card.num_classes if card is not None else 0
     _require_weights(job, card)
+    row = models.MODELS.get(job.model.name)
+    if card is None and row is not None and row.input != "clip":
+        return {"model": job.model.name}  # what its samples are, only the dataset says
     net, macs = _measure(job, num_classes or 1, card)
     out: dict[str, Any] = {"model": job.model.name}
     if num_classes:

@@ -8,7 +8,7 @@ equally sure, the lower class wins.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,18 +23,17 @@ UNKNOWN = -1
 class SceneVotes:
     """The scenes under way on this rank, and the score of those that are settled.
 
-    `paths` are those of the whole index; what comes before `#` is the scene. `parts` (per shape, its labels) makes it a
+    `paths` are those of the whole index; what comes before `#` is the scene. `parts` (shape -> its labels) makes it a
     score of shapes. All ranks take every step, and `settle` after it.
     """
 
-    def __init__(self, paths: Sequence[str], batch: int, num_classes: int, parts: Sequence[range] = ()):
+    def __init__(self, paths: Sequence[str], batch: int, num_classes: int, parts: Mapping[str, range] | None = None):
         self.scenes = [path.partition("#")[0] for path in paths]
         self.last = {scene: row // batch for row, scene in enumerate(self.scenes)}  # step of its last row
         self.alone = {scene for scene, count in Counter(self.scenes).items() if count == 1}
-        self.parts, self.batch = tuple(parts), batch
+        self.parts, self.batch = tuple((parts or {}).values()), batch
         self.open: dict[str, _Scene] = {}
-        names = {str(number): labels for number, labels in enumerate(self.parts)}
-        self.score = ShapeScore(names) if self.parts else SegmentationScore(num_classes, ignore_label=UNKNOWN)
+        self.score = ShapeScore(parts) if parts else SegmentationScore(num_classes, ignore_label=UNKNOWN)
 
     def add(self, sample: int, scores: Tensor, labels: np.ndarray) -> None:
         """Take over the views of row `sample`: scores `[v, C, N]`, labels and rows int64 `[2, v, N]`."""

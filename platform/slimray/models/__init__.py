@@ -3,8 +3,8 @@
 A new model is one file and one row. Video networks take `[B, T, C, H, W]` and have `num_segments` (T), image networks
 take `[B, C, H, W]`; both return `[B, num_classes]` and have `head_name` (prefix of the last linear layer) and
 `first_conv_name`, by which optimisers group.
-Point networks are the rows of point_table.py. Image networks take `[B, 3, H, W]`. The `ofa_` rows are supernets
-(supernet.py): one network with a `space` of archs, each of which it runs and extracts.
+Point networks are the rows of point_table.py. The `ofa_` rows are supernets (supernet.py, ofa_pvcnn.py): one network
+with a `space` of archs, each of which it runs and extracts.
 """
 
 import inspect
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from slimray.arch import Arch
 from slimray.models.i3d import I3D, INFLATIONS
 from slimray.models.mobilenetv2 import MobileNetV2
 from slimray.models.ofa_mobilenet import (
@@ -119,11 +120,15 @@ def options_of(name: str) -> dict[str, Any]:
     make = I3D.__init__ if row.make is _i3d or getattr(row.make, "func", None) is _i3d else row.make
     parameters = inspect.signature(make).parameters
     hidden = ("self", "non_local", "backbone", "shift")
-    return {k: v.default for k, v in parameters.items() if k not in hidden} | row.defaults
+    supernet: dict[str, Any] = {"arch": {}} if name.startswith("ofa_") else {}
+    return {k: v.default for k, v in parameters.items() if k not in hidden} | supernet | row.defaults
 
 
 def build(name: str, **options: Any) -> nn.Module:
-    """Build the network `name` of MODELS; UserError for an unknown name or option, or a value out of range."""
+    """Build the network `name` of MODELS; UserError for an unknown name or option, or a value out of range.
+
+    With `arch` (plain, as of `Arch.to_dict`) a supernet gives that subnet.
+    """
     known = options_of(name)
     for option, value in options.items():
         if option not in known:
@@ -131,7 +136,9 @@ def build(name: str, **options: Any) -> nn.Module:
         _check(name, option, value, known[option])
     if "num_classes" not in options:
         raise UserError(f"model {name}: num_classes is required")
-    return MODELS[name].make(**MODELS[name].defaults | options)
+    arch = options.pop("arch", None)
+    net = MODELS[name].make(**MODELS[name].defaults | options)
+    return net.extract(Arch.from_dict(arch)) if arch else net  # type: ignore[operator]
 
 
 def _check(name: str, option: str, value: Any, default: Any) -> None:

@@ -50,7 +50,7 @@ KERNELS, EXPANDS = (3, 5, 7), (3, 4, 6)
 
 @dataclass(frozen=True)
 class MBConv:
-    """An inverted residual block: expand (1x1, unless `middle` is `inputs` and `expands` is off), depthwise, project.
+    """An inverted residual block: expand (1x1, left out without `expands`), filter by depth, project.
 
     `frames`: the residual branch begins with a temporal shift over that many; 0 for none.
     """
@@ -393,8 +393,8 @@ def _supernet(layout: MobileLayout, zero_gamma: bool) -> Supernet:
 
 # ------------------------------------------------------------------------------------------ published static nets
 
-# Channels of the stem, the first block, the stages and the last layer; the stages' blocks as "kernel/expansion", "-" for
-# a block that is only its shortcut.
+# Channels of the stem, the first block, the stages and the last layer; the stages' blocks as "kernel/expansion", "-"
+# for a block that is only its shortcut.
 PROXYLESS_NETS: dict[str, tuple[tuple[int, ...], str]] = {
     "mobile": (
         (32, 16, 32, 40, 80, 96, 192, 320, 1280),

@@ -16,19 +16,26 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 MAX_DISTANCES = 2**22  # distances held at a time by a search, 16 MB
+CACHE_LINE = 16  # floats
 KERNEL_THREADS = 512  # ties of the published sampling kernel go to the lowest index modulo its threads
 
 
 # ------------------------------------------------------------------------------------------------ rows
 
 
-def _to_rows(x: Tensor) -> Tensor:
-    """`[B, C, ...]` -> `[B * prod(...), C]`, contiguous; free where `x` has channels-last memory."""
-    x = x.movedim(1, -1)
-    if x.is_contiguous():
-        return x.flatten(0, -2)
-    matrices = [sample.flatten(0, -2).contiguous() for sample in x]  # torch transposes matrices faster than batches
-    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+def _to_rows(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """`[B, C, N]`, times `scale` `[B, 1, N]` -> `[B * N, C]`, contiguous; without `scale` free where x lies so already."""
+    rows = x.transpose(1, 2)
+    if rows.is_contiguous() or x.device.type != "cpu" or torch.compiler.is_exporting():
+        rows = rows if scale is None else rows * scale.transpose(1, 2)
+        return rows.contiguous().flatten(0, 1)
+    rows = torch.empty(rows.shape, dtype=x.dtype if scale is None else torch.float32)
+    # Channels a power of two apart share a few lines of the cache: setting them apart first takes half the time.
+    apart = torch.empty(x.shape[1], x.shape[2] + CACHE_LINE, dtype=rows.dtype)[:, : x.shape[2]]
+    for number, sample in enumerate(x):
+        apart.copy_(sample) if scale is None else torch.mul(sample, scale[number], out=apart)
+        rows[number].copy_(apart.T)
+    return rows.flatten(0, 1)
 
 
 def _row_numbers(index: Tensor, size: int) -> Tensor:
@@ -38,55 +45,93 @@ def _row_numbers(index: Tensor, size: int) -> Tensor:
 
 
 def _count(rows: Tensor, size: int) -> Tensor:
-    """How often each of `size` numbers is in `rows`, in the type of `rows`."""
+    """How often each of `size` numbers is in `rows`, in the type of `rows`; slow on a CPU if they are sorted."""
     return torch.zeros(size, dtype=rows.dtype, device=rows.device).index_add_(0, rows, torch.ones_like(rows))
 
 
-class _WeightedSum(torch.autograd.Function):
-    """Row i of the result is `sum_k weights[i, k] * table[index[i, k]]`; the gradient of `table` is in a fixed order.
+def _collect(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """`sum_k weights[k, n] * x[index[k, n]]`: `[B, C, M]`, index and weights `[B, K, N]` -> `[B, C, N]`."""
+    batch, channels, size = x.shape
+    table, rows = _to_rows(x).float(), _to_rows(_row_numbers(index, size))
+    if torch.compiler.is_exporting():  # other runtimes know indexing, few know embedding_bag
+        out = (table[rows] * _to_rows(weights)[..., None]).sum(1)
+    else:
+        out = F.embedding_bag(rows, table, mode="sum", per_sample_weights=_to_rows(weights))
+    return out.view(batch, -1, channels).transpose(1, 2).to(x.dtype)
 
-    The backward sums per row of `table` after a sort, five times as fast on a CPU as that of `embedding_bag`.
-    """
+
+def _spread(x: Tensor, index: Tensor, weights: Tensor, size: int) -> Tensor:
+    """The transpose of `_collect`, which adds `weights[k, n] * x[n]` to row `index[k, n]`: -> `[B, C, size]`."""
+    step = 1 if x.device.type == "cpu" and not torch.compiler.is_exporting() else x.shape[0]  # one stays in the cache
+    parts = zip(*(tensor.split(step) for tensor in (x, index, weights)))
+    if step == x.shape[0]:
+        out = _spread_rows(x, index, weights, size)
+    else:
+        out = torch.empty(x.shape[0] * size, x.shape[1])
+        for rows, part in zip(out.split(size), parts):
+            rows.copy_(_spread_rows(*part, size))
+    return out.view(x.shape[0], size, -1).transpose(1, 2).to(x.dtype)
+
+
+def _spread_rows(x: Tensor, index: Tensor, weights: Tensor, size: int) -> Tensor:
+    """`[B * size, C]` in float32. Several rows per point are sorted and summed, which keeps their order fixed."""
+    rows, total = _to_rows(_row_numbers(index, size)), x.shape[0] * size
+    if index.shape[1] == 1:
+        return torch.zeros(total, x.shape[1], device=x.device).index_add_(0, rows[:, 0], _to_rows(x, weights))
+    points = torch.arange(len(rows), dtype=rows.dtype, device=rows.device)[:, None].expand_as(rows).flatten()
+    weights, rows = _to_rows(weights).flatten(), rows.flatten()
+    order = (rows.short() if total <= 2**15 else rows).sort(stable=True).indices  # fewer bytes, less time
+    counts = _count(rows, total)
+    return F.embedding_bag(
+        points.index_select(0, order),
+        _to_rows(x).float(),
+        counts.cumsum(0, dtype=rows.dtype) - counts,
+        mode="sum",
+        per_sample_weights=weights.index_select(0, order),
+    )
+
+
+class _WeightedSum(torch.autograd.Function):
+    """`_collect`, or with a `size` `_spread`: the gradient of either is the other."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, weights: Tensor, size: int | None) -> Tensor:
         ctx.save_for_backward(index, weights)
-        ctx.num_rows = table.shape[0]
-        return F.embedding_bag(index, table, mode="sum", per_sample_weights=weights)
+        ctx.collected = x.shape[2] if size is None else None
+        return _collect(x, index, weights) if size is None else _spread(x, index, weights, size)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        index, weights = ctx.saved_tensors
-        rows, order = index.flatten().sort(stable=True)
-        points = torch.arange(len(index), dtype=index.dtype, device=index.device)[:, None].expand_as(index)
-        counts = _count(rows, ctx.num_rows)
-        grad = F.embedding_bag(
-            points.flatten().index_select(0, order),
-            grads[0].contiguous(),
-            counts.cumsum(0, dtype=index.dtype) - counts,
-            mode="sum",
-            per_sample_weights=weights.flatten().index_select(0, order),
-        )
-        return grad, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        size, parts = ctx.collected, (grads[0], *ctx.saved_tensors)
+        return _collect(*parts) if size is None else _spread(*parts, size), None, None, None
 
 
-def _weighted_sum(features: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """`[B, C, ...]`, index and weights `[B, K, N]` -> `[B, C, N]`, summed in float32, in the type of `features`."""
-    batch, channels = features.shape[:2]
-    table = _to_rows(features).float()
-    rows = _to_rows(_row_numbers(index.int(), table.shape[0] // batch))
-    if torch.compiler.is_exporting():  # other runtimes know indexing, few know embedding_bag
-        summed = (table[rows] * _to_rows(weights)[..., None]).sum(1)
-    else:
-        summed: Any = _WeightedSum.apply(table, rows, _to_rows(weights))
-    return summed.view(batch, -1, channels).transpose(1, 2).to(features.dtype)
+def _weighted_sum(x: Tensor, index: Tensor, weights: Tensor, size: int | None = None) -> Tensor:
+    if torch.compiler.is_exporting():
+        return _collect(x, index, weights) if size is None else _spread(x, index, weights, size)
+    return _WeightedSum.apply(x, index, weights, size)  # type: ignore[return-value]
+
+
+class _Rows(torch.autograd.Function):
+    """`_to_rows` for autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.batch = x.shape[0]
+        return _to_rows(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].unflatten(0, (ctx.batch, -1)).transpose(1, 2)
 
 
 def gather(features: Tensor, index: Tensor) -> Tensor:
     """`features` `[B, C, N]` at `index` `[B, ...]`: `[B, C, ...]` in channels-last memory. Differentiable."""
     rows = _row_numbers(index, features.shape[2]).flatten()
-    taken = _to_rows(features).index_select(0, rows)
+    table: Any = _to_rows(features) if torch.compiler.is_exporting() else _Rows.apply(features)
+    taken = table.index_select(0, rows)
     return taken.view(*index.shape, features.shape[1]).movedim(-1, 1)
 
 
@@ -120,13 +165,10 @@ def voxelize(features: Tensor, voxel_coords: Tensor, resolution: int) -> Tensor:
 
     `voxel_coords` are those of `normalize_coords`. Axes are x, y, z. Differentiable in the features.
     """
-    batch, channels, _ = features.shape
-    size = resolution**3
-    rows = _row_numbers(voxel_index(voxel_coords, resolution), size).flatten()
-    weights = _count(rows, batch * size)[rows].float().reciprocal()
-    shares = _to_rows(features).float() * weights[:, None]
-    grid = torch.zeros(batch * size, channels, device=features.device).index_add_(0, rows, shares)
-    return grid.view(batch, *[resolution] * 3, channels).permute(0, 4, 1, 2, 3).to(features.dtype)
+    index, size = voxel_index(voxel_coords, resolution), resolution**3
+    rows = _row_numbers(index, size).flatten()
+    shares = _count(rows, len(index) * size).index_select(0, rows).float().reciprocal().view_as(index)
+    return _weighted_sum(features, index[:, None], shares[:, None], size).unflatten(2, [resolution] * 3)
 
 
 @torch.no_grad()
@@ -150,7 +192,7 @@ def devoxelize(grid: Tensor, voxel_coords: Tensor) -> Tensor:
 
     `voxel_coords` are those of `normalize_coords`, not rounded. Differentiable in the grid, in a fixed order.
     """
-    return _weighted_sum(grid, *trilinear_corners(voxel_coords.detach().float(), grid.shape[-1]))
+    return _weighted_sum(grid.flatten(2), *trilinear_corners(voxel_coords.detach().float(), grid.shape[-1]))
 
 
 # ------------------------------------------------------------------------------------------------ neighbours
