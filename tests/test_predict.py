@@ -398,7 +398,19 @@ def test_options_of_clouds_are_refused_for_clips(shell, option, sentence):
     assert shell("a.mp4", option) == (2, "", sentence)
 
 
-@pytest.mark.parametrize("recipe", [{"kind": "frustum"}, {"kind": "points", "colour": 1}, []])
+def test_what_takes_no_files_says_so(shell):
+    frustums = PointRecipe(16, ("intensity",), 3, mode="val", kind="frustum")
+    train("frustum_pointnet", ("Car", "Pedestrian", "Cyclist"), frustums, width=0.125)
+    put("a.ply", ply(CLOUD))
+    assert shell("a.ply") == (2, "", "this network takes frustums, which files are not: score it by an evaluate job\n")
+    images = ImageRecipe(size=32, mode="val")
+    train("ofa_mobilenetv3", ("a", "b"), images, preset="tiny")
+    code, out, err = shell("a.ply")
+    assert (code, out) == (2, "")
+    assert err.startswith("this run holds a supernet")
+
+
+@pytest.mark.parametrize("recipe", [{"kind": "hologram"}, {"kind": "points", "colour": 1}, []])
 def test_a_recipe_of_another_version_is_one_sentence(shell, recipe):
     segmentation()
     path = Path("runs/net/model/input.json")

@@ -27,7 +27,7 @@ from slimray.data.pipeline import Batch, FeedConfig, Source
 from slimray.data.plan import Phase, microbatches
 from slimray.data.samples import input_shape
 from slimray.models import published
-from slimray.point_scores import FrustumScore, SegmentationScore
+from slimray.point_scores import FrustumScore, SegmentationScore, ShapeScore
 from slimray.predict import Input, load_network, predict_scores, to_input
 from slimray.replica import Peers, Piece, Replica, breaks_on_one_sample, part
 from slimray.spec import RunFailed, Spec, UserError
@@ -517,9 +517,10 @@ def fit(config: FitConfig) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- shared by verbs
 
 
-def confusion_of(score: Score | None) -> list[list[int]] | None:
-    """The confusion of a score as lists; None where boxes were found, which have none."""
-    return None if score is None or isinstance(score, FrustumScore) else score.confusion.tolist()
+def confusion_of(score: Any) -> list[list[int]] | None:
+    """The confusion of a score as lists; None where it has none (boxes, shapes) or there is no score."""
+    confusion = getattr(score, "confusion", None)
+    return None if confusion is None else confusion.tolist()
 
 
 def make_score(recipe: dict[str, Any], num_classes: int) -> Score:
@@ -564,7 +565,7 @@ def find_boxes(
     return pieces
 
 
-def merge_scores(score: Score, world: int, device: torch.device) -> None:
+def merge_scores(score: Score | ShapeScore, world: int, device: torch.device) -> None:
     """Sum the counts of all ranks into everybody's `score`. A collective."""
     for tensor in score.tensors() if world > 1 else ():
         moved = tensor.to(device)

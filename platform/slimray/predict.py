@@ -127,6 +127,10 @@ def predict_files(
     before anything is read, for an option that does not fit the network and labels that would overwrite a file.
     """
     recipe = kind_of(network.recipe).from_dict(network.recipe | {"mode": "val"})
+    if recipe.kind == "frustum":
+        raise UserError("this network takes frustums, which files are not: score it by an evaluate job")
+    if hasattr(network.net, "space"):
+        raise UserError("this run holds a supernet: a search job chooses subnets, predict with one of those")
     per_point, num_shapes = getattr(recipe, "per_point", False), getattr(recipe, "num_shapes", 0)
     if columns and isinstance(recipe, ClipRecipe | ImageRecipe):
         raise UserError(f"--columns: is for clouds of points, this network takes {recipe.kind}s")

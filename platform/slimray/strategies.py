@@ -203,6 +203,7 @@ class Random(Spec):
     """Archs drawn evenly, none twice."""
 
     name: Literal["random"] = "random"
+    """Which strategy."""
     evaluations: int = Field(default=1000, ge=1)
     """Archs to try."""
     population: ClassVar[int] = 50
@@ -226,6 +227,7 @@ class Evolution(Spec):
     """Evolution with the settings of Once-for-All: the best of all so far are parents of mutants and of crossings."""
 
     name: Literal["evolution"] = "evolution"
+    """Which strategy."""
     population: int = Field(default=100, ge=2)
     """Archs tried in a generation."""
     iterations: int = Field(default=500, ge=0)
@@ -275,6 +277,7 @@ class PredictorGuided(Spec):
     """
 
     name: Literal["predictor_guided"] = "predictor_guided"
+    """Which strategy."""
     population: int = Field(default=50, ge=2)
     """Archs measured in a generation."""
     iterations: int = Field(default=5, ge=0)
@@ -321,6 +324,7 @@ class Nsga2(Spec):
     """NSGA-II: archs that are best for some weighting of metric and costs, spread evenly."""
 
     name: Literal["nsga2"] = "nsga2"
+    """Which strategy."""
     objectives: tuple[str, ...] = Field(default=("latency_ms",), min_length=1)
     """Costs to lower, beside the metric, which is raised."""
     population: int = Field(default=100, ge=2)

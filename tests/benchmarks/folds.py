@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-
 from tests.benchmarks.knn import FOLDS, NUM_POINTS, folds, knn_accuracy, shape_features, size_features, unit_sphere
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -138,7 +138,7 @@ def test_a_report_shows_images_with_truth_and_guess():
 
     case = evaluate._Case("uri", "net", "natural", 0)
     scores = torch.tensor([[3.0, 0.0, 0.0], [0.0, 3.0, 0.0]])
-    found = evaluate._pictures(case, network, Batch, scores, 5)
+    found = evaluate._pictures(case, network, Batch, scores, 0, 5)
     assert [(kind, one["truth"], one["top"][0][0]) for kind, one in found] == [
         ("clips", network.classes[0], network.classes[0]),
         ("clips", network.classes[2], network.classes[1]),

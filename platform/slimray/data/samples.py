@@ -118,9 +118,9 @@ def load_frustum(
     frustum = point_sets.read_frustum(row["path"], cards.read_whole(fs, path, row))
     number = point_sets.KITTI_CLASSES.index(frustum.kind)
     sample = points.make_points(frustum.cloud, recipe, key, shape=number, box=frustum.box)
-    known = sample.labels is not None and sample.box is not None
-    mask = sample.labels[0] if known else np.full(recipe.num_points, -1)
-    box = sample.box if known else np.full(7, np.nan)
+    mask, box = np.full(recipe.num_points, -1), np.full(7, np.nan)
+    if sample.labels is not None and sample.box is not None:
+        mask, box = sample.labels[0], sample.box
     height = frustum.box_2d[3] - frustum.box_2d[1]
     truth = np.concatenate([mask, box, [number, frustum.rotation, frustum.score, height]], dtype=np.float32)
     return sample.points, truth

@@ -145,6 +145,8 @@ def _find(job: EvaluateJob, where: str, storage: str, ahead: Mapping[str, Any]) 
         status = runs.read_status(one)
         if status is None or status.state != "finished":
             raise UserError(f"{where}: runs: {one.name!r} has not finished: run it first")
+        if runs.read_job(one).get("kind") == "shrink":
+            raise UserError(f"{where}: runs: {one.name!r} holds a supernet: score the subnets that a search job finds")
         if not runs.exists(one, "model/input.json"):
             raise UserError(f"{where}: runs: {one.name!r} is no training run, there is no network to score")
         if not runs.exists(one, "model/weights.safetensors"):
@@ -442,7 +444,7 @@ def _plain(numbers: dict[str, Any]) -> dict[str, Any]:
 def _pictures(
     case: _Case, network: predict.Network, batch: Any, scores: torch.Tensor, shown: int, most: int
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Where the first view of each valid sample goes in the results, and its picture; `most` of a run, after `shown`."""
+    """Where the first view of each valid sample goes in the results, and its picture; `most` of a run, with `shown`."""
     places = {6: ("clips", _clip), 5: ("clips", _image), 4: ("clouds", _cloud)}
     kind, picture = places.get(batch.data.ndim, ("", None))
     if picture is None:

@@ -61,8 +61,11 @@ class SharedOptimSpec(OptimSpec):
     """How the weights are changed in all stages; each stage has its own learning rate and epochs."""
 
     lr: float = Field(1.0, exclude=True)
+    """Belongs to the stages."""
     epochs: int = Field(1, exclude=True)
+    """Belongs to the stages."""
     warmup_epochs: float = Field(0, exclude=True)
+    """Belongs to the stages."""
 
     @model_validator(mode="after")
     def _stages_decide(self) -> "SharedOptimSpec":
@@ -86,6 +89,7 @@ class ShrinkJob(Spec):
     """Weights of the largest subnet to start the first stage from."""
     batch: BatchSpec
     optim: SharedOptimSpec
+    """What all stages share."""
     stages: tuple[StageSpec, ...] = Field(min_length=2)
     """The teacher, then what is freed one after another."""
     hold_out: int = Field(0, ge=0)
