@@ -17,9 +17,9 @@ from tests.benchmarks.knn import FOLDS, NUM_POINTS, folds, knn_accuracy, shape_f
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
-    "data.points": f"{{num_points: {NUM_POINTS}, normalize: sphere, rotate_z: 180, scale: [0.8, 1.25], jitter: 0.01}}",
+    "data.points": "{num_points: 512, normalize: sphere, rotate_z: 180, scale: [0.8, 1.25], jitter: 0.01}",
     "model": "{name: pvcnn_cls, width: 0.25, voxel: 0.5}",
-    "optim.epochs": "60",
+    "optim.epochs": "40",
     "optim.label_smoothing": "0.1",
 }
 
@@ -51,7 +51,7 @@ def trained(folder: Path, rows: list[list[str]], fold: np.ndarray, number: int, 
     job = (ROOT / "jobs/my_clouds.yaml").read_text().replace("my-clouds", f"fold{number}")
     train = job.split("\n---\n")
     (work / f"fold{number}.yaml").write_text("\n---\n".join(train[:2]))
-    sets = [f"--set={key}={value}" for key, value in SETTINGS.items()]
+    sets = [f"--set=fold{number}-pvcnn:{key}={value}" for key, value in SETTINGS.items()]
     command = [sys.executable, "-m", "slimray.cli", "run", f"fold{number}.yaml", f"--storage={storage}"]
     command += [f"--set=data.root={root}", *sets]
     subprocess.run(command, cwd=work, check=True, timeout=3600, stdout=subprocess.DEVNULL)
