@@ -21,7 +21,13 @@ optim: {{reference_batch: 8, schedule: cosine, groups: no_norm_decay}}
 stages:
   - {{name: teacher, epochs: 1, lr: 0.02}}
   - {{name: kernel, free: {{kernel: [3, 5, 7]}}, epochs: 1, lr: 0.01}}
-  - {{name: rest, free: {{depth: [2, 3], expand: [3, 4, 6]}}, epochs: 1, lr: 0.01, subnets: 2, sandwich: true, sort_channels: true}}
+  - name: rest
+    free: {{depth: [2, 3], expand: [3, 4, 6]}}
+    epochs: 1
+    lr: 0.01
+    subnets: 2
+    sandwich: true
+    sort_channels: true
 hold_out: 16
 judge: {{calibrate: 32, calibrate_batch: 16}}
 judged: 3
@@ -84,13 +90,9 @@ def test_a_search_keeps_limits_and_goes_on_from_its_trials(shell, ofa):
     kept = {name: runs.read_file(found, f"trials/small/{name}") for name in runs.list_names(found, "trials/small")}
     shell.ok("run", "found.yaml")
     assert {name: runs.read_file(found, f"trials/small/{name}") for name in kept} == kept
-    again = json.loads(
-        shell.run("run", shell.write("twin.yaml", text.replace("name: found", "name: twin")), "--json").stdout
-    )
-    assert again
-    results = [
-        json.loads(runs.read_file(runs.open_run(str(shell.storage), n), "results.json")) for n in ("found", "twin")
-    ]
+    shell.ok("run", shell.write("twin.yaml", text.replace("name: found", "name: twin")))
+    both = [runs.open_run(str(shell.storage), name) for name in ("found", "twin")]
+    results = [json.loads(runs.read_file(run, "results.json")) for run in both]
     assert results[0]["trials"] == results[1]["trials"]
     for row in results[0]["targets"]:
         assert row["macs"] <= row["limits"].get("macs", float("inf"))
