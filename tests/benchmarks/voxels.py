@@ -1,12 +1,18 @@
 """Voxelize and devoxelize, forward and backward, against the time that their memory traffic alone must take.
 
 N = 16384 points of C = 64 channels, R = 32, in turn with a large copy, whose bandwidth (read and write) makes bytes
-into seconds: a ratio of 1 is as fast as copying. Two counts: each tensor once per direction, a lower bound that holds
-for any kernel; and with eight corners read per point each way, what a kernel moves that keeps no neighbour in cache.
-`channels last` hands the grid over as it lies, `contiguous` as PVConv does, with two transpositions that are not
-counted as necessary. Points fill a cube evenly, which is the worst for locality.
+into seconds: a ratio of 1 is as fast as copying. Two counts: what any kernel must move, see `traffic`; and with eight
+corners read per point each way, what a kernel moves that keeps no neighbour in cache. `channels last` hands the grid
+over as it lies, `contiguous` as PVConv does, with two transpositions that are not counted as necessary. Points fill a
+cube evenly, in no order, which is the worst for locality.
+
+The operators allocate what they return, the copy does not. A C library that gives freed memory back to the system has
+it cleared page by page at the next call, which at B = 8 takes longer than all the rest: the second half of the
+figures is taken with freed memory kept, and each line says how many pages were faulted in.
 """
 
+import ctypes
+import sys
 import time
 from collections.abc import Callable
 from statistics import median
@@ -15,52 +21,75 @@ import torch
 from tests.benchmarks.pairs import Ratio, alternate
 from torch import Tensor
 
-from slimray.models.point_ops import devoxelize, normalize_coords, voxelize
+from slimray.models.point_ops import devoxelize, normalize_coords, trilinear_corners, voxel_index, voxelize
 
 NUM_POINTS, CHANNELS, RESOLUTION = 16384, 64, 32
 BATCHES = (1, 8)
 COPY_BYTES = 2**28
 PAIRS = 9
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc, <malloc.h>
 
 
-def traffic(batch: int, num_points: int, channels: int, resolution: int) -> tuple[int, int]:
-    """Bytes that float32 must move, forward and backward: each tensor once per direction, and with eight corners.
+def traffic(places: Tensor, channels: int, resolution: int) -> tuple[int, int]:
+    """Bytes that float32 must move, forward and backward, for points at `places` `[B, 3, N]`: at least, with corners.
 
-    Once: features in, grid out, grid in, features out, and their gradients the other way; coordinates in all four
-    operators. With corners: devoxelization reads eight grid rows per point, its gradient the points' gradient eight
-    times, each in place of one whole tensor.
+    At least: features in, grid out, grid in, features out, and their gradients the other way, each once; coordinates
+    in all four operators. What is written is dense and counts in full; of a grid that is read only the voxels count
+    that the points use: corners of some weight forward, occupied voxels backward. With corners: eight grid rows per
+    point in devoxelization and eight times the gradient of the points in its backward, in place of one read each.
     """
-    points, grid = channels * num_points, channels * resolution**3
-    once = 4 * (points + grid + 3 * num_points)
-    corners = once + (8 * points - grid) + (8 * points - points)
-    return 4 * batch * once, 4 * batch * corners
+    batch, _, num_points = places.shape
+    index, weights = trilinear_corners(places, resolution)
+    touched = sum(len(i[w > 0].unique()) for i, w in zip(index, weights))
+    occupied = sum(len(i.unique()) for i in voxel_index(places, resolution))
+    points, grid = batch * num_points, batch * resolution**3
+    least = channels * (4 * points + 2 * grid + touched + occupied) + 4 * 3 * points
+    return 4 * least, 4 * (least + channels * (8 * points - touched + 8 * points - points))
 
 
 def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"device {where}, N={NUM_POINTS}, C={CHANNELS}, R={RESOLUTION}, float32, copies of {COPY_BYTES >> 20} MiB")
+    print(f"N={NUM_POINTS}, C={CHANNELS}, R={RESOLUTION}, float32, copies of {COPY_BYTES >> 20} MiB")
+    if device.type == "cuda":
+        _figures(f"{torch.cuda.get_device_name()}", device)
+        return
+    most = torch.get_num_threads()
+    for memory in ("returned", "kept"):
+        if memory == "kept" and not _keep_freed_memory():
+            print("freed memory can not be kept here")
+            continue
+        for threads in sorted({1, most}):
+            torch.set_num_threads(threads)
+            _figures(f"CPU, {threads} threads, freed memory {memory}", device)
+
+
+def _figures(where: str, device: torch.device) -> None:
+    print(where)
     source = torch.ones(COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     copy = _timed(lambda: target.copy_(source), device)
     for batch in BATCHES:
-        once, corners = traffic(batch, NUM_POINTS, CHANNELS, RESOLUTION)
+        torch.manual_seed(0)
+        places = normalize_coords(torch.rand(batch, 3, NUM_POINTS), RESOLUTION)
+        counts = list(zip(("at least", "eight corners each way"), traffic(places, CHANNELS, RESOLUTION)))
         for layout in ("channels last", "contiguous"):
+            round_trip = _round_trip(places.to(device), layout == "contiguous")
             name = f"voxelize + devoxelize, forward + backward, B={batch}, {layout}"
-            work = _timed(_round_trip(batch, layout == "contiguous", device), device)
-            measured = alternate(name, work, copy, PAIRS)
+            measured = alternate(name, _timed(round_trip, device), copy, PAIRS)
+            before = _page_faults()
+            for _ in range(5):
+                round_trip()
+            faults = (_page_faults() - before) // 5
             copied_per_s = 2 * COPY_BYTES / median(measured.b)
-            print(f"{name}: {median(measured.a) * 1e3:.2f} ms, copy {copied_per_s / 1e9:.1f} GB/s", flush=True)
-            for count, needed in (("each tensor once", once), ("eight corners each way", corners)):
+            print(f"{name}: {median(measured.a) * 1e3:.2f} ms, {faults} pages, copy {copied_per_s / 1e9:.1f} GB/s")
+            for count, needed in counts:
                 bound = tuple(seconds * needed / (2 * COPY_BYTES) for seconds in measured.b)
                 print("  ", Ratio(f"time / bound, {count} ({needed / 1e6:.1f} MB)", measured.a, bound), flush=True)
 
 
-def _round_trip(batch: int, contiguous: bool, device: torch.device) -> Callable[[], object]:
-    torch.manual_seed(0)
-    places = normalize_coords(torch.rand(batch, 3, NUM_POINTS), RESOLUTION).to(device)
-    features = torch.randn(batch, CHANNELS, NUM_POINTS, device=device, requires_grad=True)
-    grad = torch.randn(batch, CHANNELS, NUM_POINTS, device=device)
+def _round_trip(places: Tensor, contiguous: bool) -> Callable[[], object]:
+    features = torch.randn(len(places), CHANNELS, NUM_POINTS, device=places.device, requires_grad=True)
+    grad = torch.randn_like(features)
 
     def work() -> tuple[Tensor, ...]:
         grid = voxelize(features, places, RESOLUTION)
@@ -68,6 +97,23 @@ def _round_trip(batch: int, contiguous: bool, device: torch.device) -> Callable[
         return torch.autograd.grad(out, features, grad)
 
     return work
+
+
+def _keep_freed_memory() -> bool:
+    """What the variables MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ do at the start of a process; glibc only."""
+    if sys.platform != "linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    most = 2**31 - 1
+    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, most) and mallopt(M_TRIM_THRESHOLD, most))
+
+
+def _page_faults() -> int:
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> Callable[[], float]:

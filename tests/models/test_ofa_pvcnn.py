@@ -139,7 +139,7 @@ def test_widths_that_are_the_same_in_channels_count_once():
         (("ofa_pvcnn", {"preset": "parts", "in_channels": 6, "num_shapes": 16, "dropout": 0.2}), pvcnn_shapenet),
         (("ofa_pvcnn_cls", {}), pvcnn_cls),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_the_ordinary_networks_are_subnets(ours, published):
     name, options = ours

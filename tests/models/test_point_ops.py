@@ -147,6 +147,34 @@ def test_backward_is_the_transpose_of_forward():
         torch.testing.assert_close((grad * other).sum(), (linear(other) * given).sum(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("resolution", [6, 33])  # 33 ** 3 voxels have numbers beyond 16 bits
+def test_a_batch_is_its_samples_in_values_and_gradients(resolution):
+    torch.manual_seed(0)
+    places = point_ops.normalize_coords(torch.randn(3, 3, 200), resolution)
+
+    def through(x, places, given):
+        x = x.clone().requires_grad_()
+        grid = point_ops.voxelize(x, places, resolution)
+        out = point_ops.devoxelize(grid, places)
+        return grid, out, *torch.autograd.grad(out, (grid, x), given)
+
+    features, given = torch.randn(3, 5, 200), torch.randn(3, 5, 200)
+    for whole, *samples in zip(
+        through(features, places, given),
+        *(through(*(t[i : i + 1] for t in (features, places, given))) for i in range(3)),
+    ):
+        assert torch.equal(whole, torch.cat(samples))
+
+
+def test_the_memory_of_features_and_grids_does_not_matter():
+    torch.manual_seed(0)
+    places = point_ops.normalize_coords(torch.randn(2, 3, 150), 7)
+    features, grid = torch.randn(2, 150, 6).transpose(1, 2), torch.randn(2, 6, 7, 7, 7)
+    close(point_ops.voxelize(features, places, 7), point_ops.voxelize(features.contiguous(), places, 7))
+    channels_last = grid.to(memory_format=torch.channels_last_3d)
+    close(point_ops.devoxelize(channels_last, places), point_ops.devoxelize(grid, places), 0)
+
+
 @pytest.mark.parametrize("dim", [3, 16])
 def test_nearest_neighbours_are_the_nearest(dim):
     torch.manual_seed(0)
@@ -234,7 +262,7 @@ def test_the_operators_export():
             return operate(coords, features)
 
     torch.manual_seed(0)
-    inputs = torch.randn(1, 3, 64), torch.randn(1, 4, 64)
+    inputs = torch.randn(2, 3, 64), torch.randn(2, 4, 64)
     exported = torch.export.export(All().eval(), inputs).module()
     for ours, theirs in zip(operate(*inputs), exported(*inputs)):
         close(ours, theirs)

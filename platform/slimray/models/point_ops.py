@@ -24,7 +24,7 @@ KERNEL_THREADS = 512  # ties of the published sampling kernel go to the lowest i
 
 
 def _to_rows(x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """`[B, C, N]`, times `scale` `[B, 1, N]` -> `[B * N, C]`, contiguous; without `scale` free where x lies so already."""
+    """`[B, C, N]`, times `scale` `[B, 1, N]` -> `[B * N, C]`, contiguous; free if `x` has channels-last memory."""
     rows = x.transpose(1, 2)
     if rows.is_contiguous() or x.device.type != "cpu" or torch.compiler.is_exporting():
         rows = rows if scale is None else rows.float() * scale.transpose(1, 2)
@@ -62,13 +62,12 @@ def _collect(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
 
 def _spread(x: Tensor, index: Tensor, weights: Tensor, size: int) -> Tensor:
     """The transpose of `_collect`, which adds `weights[k, n] * x[n]` to row `index[k, n]`: -> `[B, C, size]`."""
-    step = 1 if x.device.type == "cpu" and not torch.compiler.is_exporting() else x.shape[0]  # one stays in the cache
-    if step == x.shape[0]:
+    if x.device.type != "cpu" or len(x) == 1 or torch.compiler.is_exporting():
         out = _spread_rows(x, index, weights, size)
-    else:
+    else:  # one sample at a time stays in the cache, and a batch is slow to sort
         out = torch.empty(x.shape[0] * size, x.shape[1])
-        for rows, *part in zip(out.split(size), *(tensor.split(step) for tensor in (x, index, weights))):
-            _spread_rows(*part, size, rows)
+        for rows, part, where, weight in zip(out.split(size), x.split(1), index.split(1), weights.split(1)):
+            _spread_rows(part, where, weight, size, rows)
     return out.view(x.shape[0], size, -1).transpose(1, 2).to(x.dtype)
 
 
@@ -82,7 +81,7 @@ def _spread_rows(x: Tensor, index: Tensor, weights: Tensor, size: int, out: Tens
     order = (rows.short() if total <= 2**15 else rows).sort(stable=True).indices  # fewer bytes, less time
     counts = _count(rows, total)
     sums = F.embedding_bag(
-        order >> 3 if each == 8 else order // each,  # a quarter of the time
+        order >> 3 if each == 8 else order // each,  # a shift takes a quarter of the time
         _to_rows(x).float(),
         counts.cumsum(0) - counts,
         mode="sum",
@@ -103,8 +102,9 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        size, parts = ctx.collected, (grads[0], *ctx.saved_tensors)
-        return _collect(*parts) if size is None else _spread(*parts, size), None, None, None
+        (index, weights), size = ctx.saved_tensors, ctx.collected
+        grad = _collect(grads[0], index, weights) if size is None else _spread(grads[0], index, weights, size)
+        return grad, None, None, None
 
 
 def _weighted_sum(x: Tensor, index: Tensor, weights: Tensor, size: int | None = None) -> Tensor:
