@@ -73,7 +73,7 @@ def consume(config: FeedConfig, name: str) -> list[list[tuple[str, int, int, lis
         return list(pool.map(rank_sees, range(WORLD)))
 
 
-@pytest.mark.parametrize("blocks_per_execution", [2000, 5, 1])
+@pytest.mark.parametrize("blocks_per_execution", [2000, 5])
 def test_every_rank_sees_its_own_samples_in_order(cluster, tmp_path, blocks_per_execution):
     config = feed(tmp_path, clouds(tmp_path), blocks_per_execution)
     seen = consume(config, f"feeder-{blocks_per_execution}")

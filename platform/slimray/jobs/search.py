@@ -186,6 +186,11 @@ class _Progress:
                 self.measured[trial.arch] = plain["metrics"]
 
     @property
+    def trials(self) -> list[Trial]:
+        """The finished trials in their order, whatever the order in which they finished."""
+        return [self.history[index] for index in sorted(self.history)]
+
+    @property
     def total(self) -> int:
         """Trials of the whole search."""
         return self.job.strategy.num_evaluations
@@ -207,8 +212,7 @@ class _Progress:
     def _proposal(self, index: int) -> Arch | None:
         number, place = divmod(index, self.job.strategy.population)
         if number not in self.proposed:
-            trials = list(self.history.values())
-            archs = strategies.generation(self.job.strategy, self.problem, trials, self.job.seed, number)
+            archs = strategies.generation(self.job.strategy, self.problem, self.trials, self.job.seed, number)
             if archs is None:
                 return None
             self.proposed[number] = archs
@@ -355,7 +359,7 @@ def _tune(job: SearchJob, found: runs.Run, progress: _Progress, exhibits: Exhibi
 
 
 def _best(progress: _Progress) -> Trial:
-    best = strategies.best_under(progress.history.values(), progress.target.limits)
+    best = strategies.best_under(progress.trials, progress.target.limits)
     if best is None:
         raise RunFailed(f"{progress.target.name}: every one of {progress.total} trials failed")
     return best
@@ -421,7 +425,7 @@ def _write_subnet(
 
 
 def _finish(job: SearchJob, ctx: Any, searches: Sequence[_Progress], rows: list[dict], metric: str) -> None:
-    trials = [trial for progress in searches for trial in progress.history.values() if trial.metric == trial.metric]
+    trials = [trial for progress in searches for trial in progress.trials if trial.metric == trial.metric]
     different = {trial.arch: trial for trial in trials}
     fronts = {name: strategies.front(different.values(), [name]) for name in COSTS}
     plain = {name: [_plain(trial) for trial in front] for name, front in fronts.items()}
@@ -430,7 +434,7 @@ def _finish(job: SearchJob, ctx: Any, searches: Sequence[_Progress], rows: list[
     if isinstance(job.strategy, strategies.PredictorGuided):
         predictors = {
             progress.target.name: strategies.predictor_reports(
-                job.strategy, progress.problem, list(progress.history.values()), job.seed
+                job.strategy, progress.problem, progress.trials, job.seed
             )
             for progress in searches
         }
