@@ -354,10 +354,13 @@ def test_frustums_of_two_ranks_are_those_of_one():
         "mean_iou_3d": 100 * (1 + iou) / 3,
         "found_3d": 100 / 3,
         "class_found_3d": 75,
+        "num_known": 3,
         "num_samples": 3,
     }
     assert one.result() == pytest.approx(expected, rel=1e-6)
     assert summed(a, b).result() == pytest.approx(one.result())
+    one.add_unknown(2)  # a detector's: they are samples, and change nothing else
+    assert one.result() == pytest.approx(expected | {"num_samples": 5}, rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ KITTI's AP

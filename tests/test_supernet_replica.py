@@ -1,5 +1,6 @@
 """A step on subnets is exact whatever the number of ranks: real gloo processes against one process."""
 
+import copy
 import os
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import torch
 
 from slimray import learn, models
 from slimray.arch import Arch, Space
-from slimray.predict import Input
+from slimray.predict import Input, to_input
 from slimray.replica import Piece
 from slimray.supernet_replica import SubnetPlan, SupernetReplica
 
@@ -92,11 +93,27 @@ def test_subnets_of_a_step_are_a_function_of_seed_and_step():
 
 def test_gradients_of_subnets_add_up_and_the_teacher_is_left_alone():
     replica = make(sandwich=False)
-    before = {name: value.clone() for name, value in replica.teacher.named_parameters()}
+    freeze_norms(replica)
+    start = {name: value.clone() for name, value in replica.net.named_parameters()}
+    teacher = {name: value.clone() for name, value in replica.teacher.named_parameters()}
     rng = np.random.default_rng(1)
     data, labels = rng.integers(0, 256, (4, 1, SIDE, SIDE, 3), dtype=np.uint8), rng.integers(0, 5, 4)
+    net = copy.deepcopy(replica.net).eval()
+    targets, archs = torch.from_numpy(labels), replica.plan.draw((0, 0))
+    x = learn.fit_input(to_input(data, Input(), torch.device("cpu")), archs[0])
+    with torch.no_grad():
+        given = replica.teacher(x).softmax(1)
+    for arch in archs:
+        logits = net(x, arch)
+        loss = torch.nn.functional.cross_entropy(logits, targets) - (given * logits.log_softmax(1)).sum(1).mean()
+        loss.backward()
     replica.step([Piece(data, labels)], 4, 0.1, (0, 0))
-    assert all(torch.equal(value, before[name]) for name, value in replica.teacher.named_parameters())
+    moved = dict(replica.net.named_parameters())
+    for name, parameter in net.named_parameters():
+        step = torch.zeros_like(parameter) if parameter.grad is None else 0.1 * parameter.grad
+        torch.testing.assert_close(moved[name], start[name] - step, rtol=1e-4, atol=1e-5)
+    assert sum(not torch.equal(moved[name], start[name]) for name in start) > 50
+    assert all(torch.equal(value, teacher[name]) for name, value in replica.teacher.named_parameters())
     assert all(parameter.grad is None for parameter in replica.teacher.parameters())
 
 

@@ -410,6 +410,8 @@ class _Rank:
         counted = score.result()
         if not counted["num_samples"]:
             raise RunFailed("no sample of the validation split decodes: see quarantine/ in the run folder")
+        if counted.get("num_known", 1) == 0:
+            raise RunFailed("data.val: no frustum of this split has a known object: validate on the labels' 2D boxes")
         numbers = {f"val/{k}": v for k, v in counted.items() if isinstance(v, float)}
         metric, progress = self.best_metric, self.progress
         if metric not in numbers:
@@ -557,6 +559,7 @@ def find_boxes(
         outputs = {name: value.float() for name, value in outputs.items()}
         targets = net.targets(torch.from_numpy(batch.label[chosen]).to(device))  # type: ignore[operator]
         known = targets["known"]
+        score.add_unknown(int((~known).sum()))
         if known.any():
             found = {name: value[known] for name, value in outputs.items()}
             truth = {name: value[known] for name, value in targets.items()}

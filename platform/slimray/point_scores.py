@@ -351,7 +351,11 @@ class FrustumScore:
     def __init__(self, min_ious: Sequence[float] = (0.7, 0.5, 0.5)):
         self.min_ious = np.asarray(min_ious)
         self.boxes = torch.zeros(len(min_ious), 4, dtype=torch.float64)  # boxes, found, IoU of at least 0.7, sum of IoU
-        self.sums = torch.zeros(2, dtype=torch.float64)  # points whose mask is right, points
+        self.sums = torch.zeros(3, dtype=torch.float64)  # points whose mask is right, points, frustums without a truth
+
+    def add_unknown(self, count: int) -> None:
+        """Count frustums in which no object is known: a detector's. They are samples, and say nothing of a network."""
+        self.sums[2] += count
 
     def add(
         self,
@@ -379,15 +383,16 @@ class FrustumScore:
 
     def result(self) -> dict[str, Any]:
         """mask_acc, mean_iou_3d, found_3d (IoU of at least 0.7), class_found_3d (mean over classes, each at its own
-        threshold), num_samples; percent."""
+        threshold), percent, of the frustums with a known object; num_known of these, num_samples of all."""
         total, _, found, iou = self.boxes.sum(0).tolist()
-        right, points = self.sums.tolist()
+        right, points, unknown = self.sums.tolist()
         return {
             "mask_acc": 100 * right / max(points, 1),
             "mean_iou_3d": 100 * iou / max(total, 1),
             "found_3d": 100 * found / max(total, 1),
             "class_found_3d": _mean(_percent(self.boxes[:, 1], self.boxes[:, 0])),
-            "num_samples": int(total),
+            "num_known": int(total),
+            "num_samples": int(total + unknown),
         }
 
 

@@ -116,12 +116,13 @@ def facts(job: EvaluateJob, where: str, storage: str, ahead: Mapping[str, Any]) 
     for name in (name for name in job.runs if name in ahead):
         if ahead[name].kind != "train":
             raise UserError(f"{where}: runs: {name!r} is of kind {ahead[name].kind}, there is no network to score")
-        _require_views(job, where, name, ahead[name].data.sampling)
+        data = ahead[name].data
+        _require_views(job, where, name, data.sampling, (data.card or {}).get("sample", "clip"))
     found = _find(job, where, storage, ahead)
     known = {}
     for one in found:
         taken = _taken(one, where)
-        _require_views(job, where, one.name, taken["recipe"].get("sampling", "uniform"), taken["recipe"].get("kind"))
+        _require_views(job, where, one.name, taken["recipe"].get("sampling", "uniform"), taken["recipe"]["kind"])
         known[one.name] = tuple(taken["classes"])
     waits = job.data.run in ahead if job.data is not None else job.runs[0] in ahead
     if not waits:
@@ -172,10 +173,17 @@ def _open_data(job: EvaluateJob, where: str, storage: str, found: list[runs.Run]
     return data, split, open_splits(data, where, storage, [split])
 
 
-def _require_views(job: EvaluateJob, where: str, name: str, sampling: str, kind: str | None = None) -> None:
-    if kind == "image" and (job.clips > 1 or job.frame_orders != ("natural",)):
-        field = "clips" if job.clips > 1 else "frame_orders"
-        raise UserError(f"{where}: {field}: is for clips, {name!r} was trained on images: leave it out")
+GIVEN = {"clip": "clips", "image": "images", "points": "clouds", "frustum": "frustums"}  # kinds of samples, in words
+
+
+def _require_views(job: EvaluateJob, where: str, name: str, sampling: str, kind: str) -> None:
+    """Raise UserError for a field of `job` that means nothing for samples of `kind`, or not for this `sampling`."""
+    for field, kinds in (("clips", "clip"), ("frame_orders", "clip"), ("crops", "clip image"), ("votes", "points")):
+        if kind not in kinds.split() and getattr(job, field) != EvaluateJob.model_fields[field].default:
+            words = " and ".join(GIVEN[one] for one in kinds.split())
+            raise UserError(f"{where}: {field}: is for {words}, {name!r} was trained on {GIVEN[kind]}: leave it out")
+    if kind != "clip":
+        return
     wanted = {2: "uniform", 10: "dense"}.get(job.clips, sampling)
     if sampling != wanted:
         raise UserError(f"{where}: clips: {job.clips} is for {wanted} sampling, {name!r} was trained with {sampling}")

@@ -172,7 +172,7 @@ def embed_card(card: str | dict[str, Any], root: str | None, where: str, search:
 def open_splits(data: DataSpec, where: str, storage: str, names: Sequence[str]) -> Splits:
     """Read the indexes of the splits `names`; UserError with the field when the dataset or the run is not there."""
     if data.run is not None:
-        folder = join(_finished_prepare(data.run, where, storage).uri, "data")
+        folder = join(finished_run(data.run, storage, "prepare", "dataset", f"{where}: data.run").uri, "data")
         card = cards.load_card(join(folder, "card.yaml"), [])
         root = card.root or folder  # an index of files that were probed, not packed, tells of files elsewhere
     else:
@@ -213,17 +213,20 @@ def absent_samples(table: pa.Table, root: str, count: int = 3) -> list[str]:
     return absent
 
 
-def _finished_prepare(name: str, where: str, storage: str) -> runs.Run:
-    """The run that `data.run` names; UserError unless it is a `prepare` run that has finished."""
+def finished_run(name: str, storage: str, kind: str, holds: str, field: str) -> runs.Run:
+    """The finished run of that `kind` that `field` names (`x.yaml (name): data.run`); it `holds` what is wanted.
+
+    UserError, with the field, if it is not there, of another kind, or has not finished.
+    """
     try:
         run = runs.find_run(name, storage)
-        kind, status = runs.read_job(run).get("kind"), runs.read_status(run)
+        found, status = runs.read_job(run).get("kind"), runs.read_status(run)
     except UserError as error:
-        raise UserError(located(str(error), f"{where}: data.run")) from None
-    if kind != "prepare":
-        raise UserError(f"{where}: data.run: {name!r} is no prepare run (kind: {kind}), it holds no dataset")
+        raise UserError(located(str(error), field)) from None
+    if found != kind:
+        raise UserError(f"{field}: {name!r} is no {kind} run (kind: {found}), it holds no {holds}")
     if status is None or status.state != "finished":
-        raise UserError(f"{where}: data.run: {name!r} has not finished: run it first")
+        raise UserError(f"{field}: {name!r} has not finished: run it first")
     return run
 
 

@@ -5,18 +5,20 @@ takes an arch and gives its metrics, the same whoever asks and however many ther
 arch: extract, statistics of BatchNorm from whole batches of training samples (Once-for-All, arXiv 1908.09791), score.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
+import safetensors.torch
 import torch
 from pydantic import Field
 from ray import exceptions
 from ray.util import ActorPool
 
-from slimray import learn, loop, predict, runs
+from slimray import learn, loop, predict, runs, workers
 from slimray.arch import Arch
 from slimray.data.pipeline import Batch, FeedConfig, Source, decode_block, failure_of, map_numbers
 from slimray.data.plan import Phase, blocks
@@ -47,7 +49,7 @@ class Exhibits:
 
 
 def decode(source: Source, recipe: dict[str, Any], count: int, seed: int, shuffle: bool, timeout_s: float) -> tuple:
-    """References to `count` decoded samples of a split, in the order of the epoch -1 of `seed`, or of the index."""
+    """References to `count` decoded samples of a split, the first of epoch 0 of `seed` (`shuffle`) or of the index."""
     phase = Phase("judge", "split", 0, source.num_samples, ROWS, shuffle, recipe)
     plan = [block for block in blocks([phase], 1, [0], ROWS) if block.lo < count]
     config = FeedConfig((phase,), {"split": source}, seed, 1, ROWS, 1, timeout_s)
@@ -90,6 +92,10 @@ class Judge:
 
     def score(self, arch: dict[str, Any]) -> dict[str, float]:
         """The metrics of an arch (percent) on the samples to score: top1, ... or miou, ..."""
+        return self.try_out(arch)[1]
+
+    def try_out(self, arch: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, float]]:
+        """The subnet of an arch on its own, and its metrics."""
         known = Arch.from_dict(arch)
         net, score = self.subnet(known), loop.make_score(self.network.recipe, len(self.network.classes))
         for ref in self.exhibits.score:
@@ -102,7 +108,7 @@ class Judge:
                     logits = net(learn.fit_input(x, known))
                 merged = learn.merge_views(logits.float(), batch.data.shape[1], self.network.pixels.average)
                 score.add(merged, torch.from_numpy(batch.label[rows]).to(self.device))  # type: ignore[call-arg]
-        return {name: value for name, value in score.result().items() if isinstance(value, int | float)}
+        return net, {name: value for name, value in score.result().items() if isinstance(value, int | float)}
 
 
 def metric_of(recipe: dict[str, Any]) -> str:
@@ -111,36 +117,56 @@ def metric_of(recipe: dict[str, Any]) -> str:
 
 
 def judge_all(
-    run_uri: str, exhibits: Exhibits, spec: JudgeSpec, archs: Sequence[Arch], judges: int, gpus: float = 0
-) -> Iterator[tuple[int, dict[str, float]]]:
-    """The metrics of each arch as (its number, metrics), as they come, from `judges` actors."""
-    options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
-    device = "cuda" if gpus else "cpu"
-    make: Any = ray.remote(_Numbered).options(**options).remote
-    actors = [make(run_uri, exhibits, spec, device) for _ in range(min(judges, len(archs)))]
+    run_uri: str,
+    exhibits: Exhibits,
+    spec: JudgeSpec,
+    archs: Sequence[Arch],
+    scale: workers.ScaleSpec,
+    weights: bool = False,
+) -> Iterator[tuple[int, Any]]:
+    """The metrics of each arch as (its number, metrics), as they come, from an actor per worker of `scale`.
+
+    With `weights` it is (metrics, weights of the re-calibrated subnet as safetensors bytes). RunFailed for a judge that
+    fails, or says nothing for `scale.data_timeout_s`.
+    """
+    threads = {"OMP_NUM_THREADS": str(max(1, int(scale.cpus_per_worker)))}
+    resources = {"num_cpus": scale.cpus_per_worker, "num_gpus": scale.gpus_per_worker}
+    make: Any = ray.remote(_Numbered).options(**resources, runtime_env={"env_vars": threads}).remote
+    device = "cuda" if scale.gpus_per_worker else "cpu"
+    actors = [make(run_uri, exhibits, spec, device) for _ in range(min(scale.workers, len(archs)))]
     pool: Any = ActorPool(actors)
+    for number, arch in enumerate(archs):
+        pool.submit(lambda actor, one: actor.judge.remote(*one), (number, arch.to_dict(), weights))
     try:
-        yield from pool.map_unordered(lambda actor, one: actor.score.remote(*one), _plain(archs))
+        while pool.has_next():
+            yield pool.get_next_unordered(timeout=scale.data_timeout_s)
+    except TimeoutError:
+        raise RunFailed(
+            f"no subnet was judged for {scale.data_timeout_s:g} s (scale.data_timeout_s): judge on fewer samples, or "
+            "wait longer"
+        ) from None
     except exceptions.RayTaskError as error:
         raise failure_of(error) from error
+    except exceptions.RayActorError as error:
+        raise RunFailed(f"a judge of subnets died ({str(error).splitlines()[0]}): is there memory enough?") from error
     finally:
         for actor in actors:
             ray.kill(actor)
-
-
-def _plain(archs: Sequence[Arch]) -> list[tuple[int, dict[str, Any]]]:
-    return [(number, arch.to_dict()) for number, arch in enumerate(archs)]
 
 
 class _Numbered:
     """A judge as an actor."""
 
     def __init__(self, *arguments: Any):
-        torch.set_num_threads(1)
-        self.judge = Judge(*arguments)
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        self.of = Judge(*arguments)
 
-    def score(self, number: int, arch: dict[str, Any]) -> tuple[int, dict[str, float]]:
-        return number, self.judge.score(arch)
+    def judge(self, number: int, arch: dict[str, Any], weights: bool) -> tuple[int, Any]:
+        net, metrics = self.of.try_out(arch)
+        if not weights:
+            return number, metrics
+        tensors = {name: value.cpu().contiguous() for name, value in net.state_dict().items()}
+        return number, (metrics, safetensors.torch.save(tensors))
 
 
 def _fetch(ref: Any) -> Batch:

@@ -13,14 +13,13 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import safetensors.torch
 from pydantic import Field, model_validator
 from ray import tune
 from ray.tune.search import Searcher
@@ -31,12 +30,13 @@ from slimray.data import cards
 from slimray.data.pipeline import Source
 from slimray.edge import cost
 from slimray.genes import GeneTable, costs_by_arch
-from slimray.jobs.inputs import DataSpec, open_splits
-from slimray.jobs.judge import Exhibits, Judge, JudgeSpec, decode, metric_of
+from slimray.jobs.inputs import DataSpec, finished_run, open_splits
+from slimray.jobs.judge import Exhibits, Judge, JudgeSpec, decode, judge_all, metric_of
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean, located, parse
 from slimray.strategies import Problem, Trial
 
 COSTS = ("params", "macs", "memory_mb")
+HELD_OUT = "held_out"  # in place of a split: training samples that the shrink run kept out
 
 
 class TargetSpec(Spec):
@@ -61,7 +61,7 @@ class SearchJob(Spec):
     targets: tuple[TargetSpec, ...] = Field(min_length=1)
     """One search each; an arch that was measured for one target is not measured again for another."""
     judge: JudgeSpec = JudgeSpec.model_validate({})
-    split: str = "held_out"
+    split: str = HELD_OUT
     """Where subnets are judged: `held_out` (training samples that the shrink run kept out), or a split."""
     final: str | None = None
     """Split on which the chosen subnets are scored, once; default the validation split of the shrink run."""
@@ -87,32 +87,43 @@ def facts(job: SearchJob, where: str, storage: str, ahead: Mapping[str, Any]) ->
     """What can be known before machines are asked for; UserError for a supernet or limits that do not fit."""
     out: dict[str, Any] = {"supernet": job.supernet, "targets": [target.name for target in job.targets]}
     out["evaluations"] = job.strategy.num_evaluations * len(job.targets)
+    _require_free_names(job, where, storage)
+    nothing_held = f"{where}: split: {job.supernet!r} held no samples out (hold_out: 0): name a split, or shrink anew"
     if job.supernet in ahead:
-        if ahead[job.supernet].kind != "shrink":
-            raise UserError(f"{where}: supernet: {job.supernet!r} is of kind {ahead[job.supernet].kind}, not shrink")
+        before = ahead[job.supernet]
+        if before.kind != "shrink":
+            raise UserError(f"{where}: supernet: {job.supernet!r} is of kind {before.kind}, it makes no supernet")
+        if job.split == HELD_OUT and not before.hold_out:
+            raise UserError(nothing_held)
         return out
     found = _find(job, where, storage)
+    if job.split == HELD_OUT and not runs.exists(found, "data/held_out.parquet"):
+        raise UserError(nothing_held)
     net = _on_meta(found)
     out["archs"] = net.space.num_archs()
-    for target in job.targets:
-        try:
-            _problem(net, _recipe(found), target).anchor  # noqa: B018  (raises for a limit that is impossible)
-        except UserError as error:
-            raise UserError(located(str(error), f"{where}: targets.{target.name}")) from None
+    _require_possible(job, where, net, _recipe(found))
     return out
 
 
 def _find(job: SearchJob, where: str, storage: str) -> runs.Run:
-    try:
-        found = runs.find_run(job.supernet, storage)
-        kind, status = runs.read_job(found).get("kind"), runs.read_status(found)
-    except UserError as error:
-        raise UserError(located(str(error), f"{where}: supernet")) from None
-    if kind != "shrink":
-        raise UserError(f"{where}: supernet: {job.supernet!r} is of kind {kind}, a shrink run makes supernets")
-    if status is None or status.state != "finished":
-        raise UserError(f"{where}: supernet: {job.supernet!r} has not finished: run it first")
-    return found
+    return finished_run(job.supernet, storage, "shrink", "supernet", f"{where}: supernet")
+
+
+def _require_possible(job: SearchJob, where: str, net: Any, recipe: Mapping[str, Any]) -> None:
+    """Raise UserError, with the smallest value there is, for a target whose limits no subnet keeps."""
+    for target in job.targets:
+        try:
+            _problem(net, recipe, target).anchor  # noqa: B018  (raises)
+        except UserError as error:
+            raise UserError(located(str(error), f"{where}: targets.{target.name}")) from None
+
+
+def _require_free_names(job: SearchJob, where: str, storage: str) -> None:
+    """Raise UserError if the run that a target's subnet becomes is there already, and is not of this search."""
+    for target in job.targets:
+        run = runs.open_run(storage, f"{job.name}-{target.name}")
+        if runs.exists(run, "job.yaml") and runs.read_job(run).get("search") != job.name:
+            raise UserError(f"{where}: targets.{target.name}: there is a run {run.name!r} already: name it otherwise")
 
 
 def _on_meta(found: runs.Run) -> Any:
@@ -220,9 +231,8 @@ class _Progress:
 
     def note(self, index: int, arch: Arch, metrics: dict[str, float]) -> None:
         """Write a trial that is over; without metrics it has failed."""
-        (costs,) = (
-            {name: float(values[0]) for name, values in self.problem.costs(self.problem.table.codes([arch])).items()},
-        )
+        values = self.problem.costs(self.problem.table.codes([arch]))
+        costs = {name: float(value[0]) for name, value in values.items()}
         trial = Trial(index, arch, metrics.get(self.metric, float("nan")), costs)
         self.history[index] = trial
         if metrics:
@@ -302,8 +312,8 @@ def run(job: SearchJob, ctx: Any) -> None:
     searches = [
         _Progress(job, ctx.run, target, _problem(net, recipe, target), measured, metric) for target in job.targets
     ]
+    _require_possible(job, ctx.where, net, recipe)
     for progress in searches:
-        progress.problem.anchor  # noqa: B018  (an impossible limit ends the job before any work)
         progress.read()
     workers.connect(ctx.cpus)
     workers.require(job.scale, 0)
@@ -315,12 +325,12 @@ def run(job: SearchJob, ctx: Any) -> None:
             _tune(job, found, progress, exhibits["search"])
     chosen = {progress.target.name: _best(progress) for progress in searches}
     final = job.final or _data(found, ctx.where).val or _data(found, ctx.where).train
-    judge = Judge(found.uri, _exhibits(job, ctx, found, final), job.judge)
+    archs = [chosen[target.name].arch for target in job.targets]
+    judged = dict(judge_all(found.uri, _exhibits(job, ctx, found, final), job.judge, archs, job.scale, weights=True))
     rows = []
-    for target in job.targets:
-        trial = chosen[target.name]
-        scored = judge.score(trial.arch.to_dict())
-        run_of = _write_subnet(job, ctx, found, target, trial, judge, scored)
+    for number, target in enumerate(job.targets):
+        trial, (scored, weights) = chosen[target.name], judged[number]
+        run_of = _write_subnet(job, ctx, found, target, trial, scored, weights)
         rows.append({"target": target.name, "run": run_of.name, "searched": trial.metric, metric: scored[metric]})
         rows[-1] |= {**trial.costs, "limits": target.limits, "arch": trial.arch.to_dict()}
     _finish(job, ctx, searches, rows, metric)
@@ -372,16 +382,11 @@ def _data(found: runs.Run, where: str) -> DataSpec:
 def _exhibits(job: SearchJob, ctx: Any, found: runs.Run, split: str) -> Exhibits:
     """Training samples to calibrate with and samples of `split` to score, decoded once."""
     data = _data(found, ctx.where)
-    wanted = [data.train] if split == "held_out" else list(dict.fromkeys([data.train, split]))
+    wanted = [data.train] if split == HELD_OUT else list(dict.fromkeys([data.train, split]))
     splits = open_splits(data, ctx.where, ctx.storage, wanted)
     recipe, table = _recipe(found), splits.tables[data.train]
-    if split == "held_out":
-        try:
-            kept = pq.read_table(pa.BufferReader(runs.read_file(found, "data/held_out.parquet")))
-        except FileNotFoundError:
-            raise UserError(
-                f"{ctx.where}: split: {job.supernet!r} held no samples out (hold_out: 0): name a split, or shrink anew"
-            ) from None
+    if split == HELD_OUT:
+        kept = pq.read_table(pa.BufferReader(runs.read_file(found, "data/held_out.parquet")))
         out = set(kept.column("path").to_pylist())
         table = table.filter(pa.array([path not in out for path in table.column("path").to_pylist()]))
     else:
@@ -402,23 +407,17 @@ def _write_subnet(
     found: runs.Run,
     target: TargetSpec,
     trial: Trial,
-    judge: Judge,
     scored: Mapping[str, float],
+    weights: bytes,
 ) -> runs.Run:
     """The chosen subnet as a finished run."""
-    run = runs.open_run(ctx.storage, f"{job.name}-{target.name}")
-    data = runs.read_job(found).get("data")
-    document = {"kind": "subnet", "name": run.name, "supernet": found.uri, "arch": trial.arch.to_dict(), "data": data}
-    runs.begin(run, document, ctx.attempt)
-    weights = judge.subnet(trial.arch).state_dict()
-    recipe, arch = dict(judge.network.recipe), trial.arch
-    if arch.get("resolution") is not None:
-        recipe |= {"size": int(arch["resolution"])}
-    if arch.get("frames") is not None:
-        recipe |= {"num_segments": int(arch["frames"])}
-    taken = {"recipe": recipe, "pixels": asdict(judge.network.pixels), "classes": list(judge.network.classes)}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    runs.write_model(run, safetensors.torch.save(tensors), judge.network.model | {"arch": arch.to_dict()}, taken)
+    run, arch = runs.open_run(ctx.storage, f"{job.name}-{target.name}"), trial.arch
+    _, model, taken = runs.read_model(found)
+    document = {"kind": "subnet", "name": run.name, "search": job.name, "supernet": found.uri, "arch": arch.to_dict()}
+    runs.begin(run, document | {"data": runs.read_job(found).get("data")}, ctx.attempt)
+    sizes = {"resolution": "size", "frames": "num_segments"}
+    recipe = taken["recipe"] | {field: int(arch[name]) for name, field in sizes.items() if arch.get(name) is not None}
+    runs.write_model(run, weights, model | {"arch": arch.to_dict()}, taken | {"recipe": recipe})
     runs.write_card(run, {"metrics": {"last": dict(scored)}, "costs": dict(trial.costs), "supernet": found.uri})
     runs.end(run, "finished")
     return run

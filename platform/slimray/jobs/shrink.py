@@ -320,9 +320,7 @@ def _judge_stage(
 ) -> None:
     """Judge the sample of subnets with the weights of a stage and write `results.json`."""
     rows: list[dict[str, Any]] = [{} for _ in archs]
-    for number, metrics in judge_all(
-        stage.uri, exhibits, job.judge, archs, job.scale.workers, job.scale.gpus_per_worker
-    ):
+    for number, metrics in judge_all(stage.uri, exhibits, job.judge, archs, job.scale):
         rows[number] = {"arch": archs[number].to_dict(), **metrics}
     if not all(row.get("num_samples") for row in rows):
         raise RunFailed("no sample of the validation split decodes: see quarantine/ in the run folder")
