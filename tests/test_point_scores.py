@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from slimray import point_scores
-from slimray.point_scores import Detections, FrustumScore, Labels, SegmentationScore, ShapeScore, Votes
+from slimray.data.point_sets import SHAPENET_PARTS
+from slimray.point_scores import Detections, FrustumScore, Labels, SegmentationScore, ShapeScore, Votes, part_ranges
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +95,13 @@ def test_a_label_beyond_the_classes_is_refused():
 
 
 def test_the_parts_of_shapenet_are_fifty_in_a_row():
-    parts = point_scores.shapenet_parts()
+    parts = part_ranges(SHAPENET_PARTS)
     assert [label for labels in parts.values() for label in labels] == list(range(50))
     assert (list(parts), parts["Motorbike"]) == (sorted(parts), range(30, 36))
 
 
 def test_the_meter_of_shapenet_is_the_recorded_one(recorded):
-    score = ShapeScore(point_scores.shapenet_parts())
+    score = ShapeScore(part_ranges(SHAPENET_PARTS))
     score.add(torch.as_tensor(recorded["shapenet_logits"]), torch.as_tensor(recorded["shapenet_targets"]))
     result = score.result()
     assert result["instance_miou"] == pytest.approx(100 * float(recorded["shapenet_iou"]), abs=1e-6)
@@ -109,7 +110,7 @@ def test_the_meter_of_shapenet_is_the_recorded_one(recorded):
 
 def test_shapes_of_two_ranks_are_those_of_one(recorded):
     scores, labels = torch.as_tensor(recorded["shapenet_logits"]), torch.as_tensor(recorded["shapenet_targets"])
-    one, a, b = (ShapeScore(point_scores.shapenet_parts()) for _ in range(3))
+    one, a, b = (ShapeScore(part_ranges(SHAPENET_PARTS)) for _ in range(3))
     one.add(scores, labels)
     a.add(scores[:2], labels[:2])
     b.add(scores[2:], labels[2:])

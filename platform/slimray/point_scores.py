@@ -18,12 +18,6 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-SHAPENET_NUM_PARTS = {
-    "Airplane": 4, "Bag": 2, "Cap": 2, "Car": 4, "Chair": 4, "Earphone": 3, "Guitar": 3, "Knife": 2,
-    "Lamp": 4, "Laptop": 2, "Motorbike": 6, "Mug": 2, "Pistol": 3, "Rocket": 3, "Skateboard": 3, "Table": 3,
-}  # fmt: skip
-
-
 # ------------------------------------------------------------------------------------------------ segments
 
 
@@ -118,10 +112,10 @@ def _listed(percent: Tensor) -> list[float | None]:
     return [None if math.isnan(value) else value for value in percent.tolist()]
 
 
-def shapenet_parts() -> dict[str, range]:
-    """The 50 part labels of the 16 categories of ShapeNet part, in their order."""
-    ends = np.cumsum(list(SHAPENET_NUM_PARTS.values())).tolist()
-    return {name: range(end - num, end) for (name, num), end in zip(SHAPENET_NUM_PARTS.items(), ends, strict=True)}
+def part_ranges(num_parts: Mapping[str, int]) -> dict[str, range]:
+    """The labels of each shape's parts, which are numbered through all shapes in order: name -> how many parts it has."""
+    ends = np.cumsum(list(num_parts.values())).tolist()
+    return {name: range(end - num, end) for (name, num), end in zip(num_parts.items(), ends, strict=True)}
 
 
 class ShapeScore:

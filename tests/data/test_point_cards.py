@@ -76,6 +76,7 @@ def test_cards_count_as_the_releases_do():
         assert shipped(name).label_map == counted
         assert shipped(name).classes == point_sets.SEMANTIC_KITTI_CLASSES
     assert shipped("shapenet_part").num_classes == sum(point_sets.SHAPENET_PARTS.values())
+    assert shipped("shapenet_part").parts == point_sets.SHAPENET_PARTS
 
 
 @pytest.mark.parametrize(

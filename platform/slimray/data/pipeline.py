@@ -66,9 +66,9 @@ class FeedConfig:
 class Batch:
     """The rows of one step (or microbatch) of one rank, as numpy arrays that share memory with the object store.
 
-    `data` and `label` `[n, ...]` as the kind of sample has them (data/samples.py), -1 unknown,
-    `sample` int64 `[n]` row in the index, `position` int64 `[n]` place in the plan, `valid` bool `[n]`,
-    `path` and `reason` lists of str (reason "" where valid).
+    `data` and `label` `[n, ...]` as the kind of sample has them (data/samples.py), `sample` int64 `[n]` row in the
+    index, `position` int64 `[n]` place in the plan, `valid` bool `[n]`, `path` and `reason` lists of str (reason ""
+    where valid).
     """
 
     def __init__(self, tables: Sequence[pa.Table]):

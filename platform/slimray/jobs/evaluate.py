@@ -30,7 +30,7 @@ from slimray.jobs import boxes
 from slimray.jobs.inputs import DataSpec, Splits, open_splits
 from slimray.jobs.votes import SceneVotes
 from slimray.models.branches import branch_responses
-from slimray.point_scores import FrustumScore
+from slimray.point_scores import FrustumScore, part_ranges
 from slimray.progress import follow
 from slimray.spec import RunFailed, Spec, UserError, located, parse
 
@@ -223,7 +223,7 @@ def run(job: EvaluateJob, ctx: Any) -> None:
         source=Source(splits.root, ray.put(table), table.num_rows),
         average=job.average,
         votes=job.votes,
-        parts=_parts(splits.card.parts),
+        parts=part_ranges(splits.card.parts),
         batch=job.batch,
         pictures=job.pictures,
         scale=job.scale,
@@ -255,12 +255,6 @@ def run(job: EvaluateJob, ctx: Any) -> None:
     }
     ctx.finish({"metrics": {"rows": result["rows"]}, "dataset": {"fingerprint": splits.fingerprint}}, results)
     runs.write_report(ctx.run, report.evaluate_report(ctx.run))
-
-
-def _parts(parts: Mapping[str, int]) -> dict[str, range]:
-    """The labels of each shape's parts."""
-    ends = np.cumsum(list(parts.values())).tolist()
-    return {name: range(end - count, end) for (name, count), end in zip(parts.items(), ends, strict=True)}
 
 
 def _score_boxes(result: dict[str, Any], splits: Splits, split: str) -> None:
