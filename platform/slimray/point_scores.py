@@ -113,7 +113,7 @@ def _listed(percent: Tensor) -> list[float | None]:
 
 
 def part_ranges(num_parts: Mapping[str, int]) -> dict[str, range]:
-    """The labels of each shape's parts, which are numbered through all shapes in order: name -> how many parts it has."""
+    """The labels of each shape's parts, numbered through all shapes in order; name -> how many parts it has."""
     ends = np.cumsum(list(num_parts.values())).tolist()
     return {name: range(end - num, end) for (name, num), end in zip(num_parts.items(), ends, strict=True)}
 
