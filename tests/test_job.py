@@ -633,3 +633,65 @@ def test_every_field_is_documented(spec):
             test_every_field_is_documented(inner)
         elif name not in ("kind", "run"):
             assert field.description, f"{spec.__name__}.{name}"
+
+
+SHRINK = """
+kind: prepare
+name: pictures
+data: {card: image_shapes, clips: 60, size: 32}
+---
+kind: shrink
+name: ofa
+data: {run: pictures, size: 32}
+model: {name: ofa_mobilenetv3, preset: tiny}
+batch: {total: 8, per_worker: 8}
+optim: {reference_batch: 8}
+stages: [{name: teacher, epochs: 1, lr: 0.1}, {name: rest, epochs: 1, lr: 0.1, free: {kernel: [3, 5, 7]}}]
+hold_out: 10
+---
+kind: search
+name: found
+supernet: ofa
+strategy: {name: random, evaluations: 5}
+targets: [{name: small, limits: {macs: 2.0e+6}}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("size: 32}\nmodel", "size: 40}\nmodel", "data.size: must be 32, the largest resolution of the space (got 40)"),
+        ("kernel: [3", "kernels: [3", "stages.rest.free: no dimension 'kernels', did you mean 'kernel'?"),
+        ("kernel: [3, 5", "kernel: [3, 4", "stages.rest.free.kernel: 4 is none of 3, 5, 7"),
+        ("reference_batch: 8", "reference_batch: 8, lr: 1", "optim.lr: belongs to each of the stages, write it there"),
+        ("{macs: 2", "{flops: 2", "targets.small.limits: unknown cost 'flops' (known: macs, memory_mb, params)"),
+        ("hold_out: 10", "hold_out: 48", "hold_out: 48 of 48 training samples leave none to train on"),
+        (
+            "hold_out: 10",
+            "hold_out: 0",
+            "split: 'ofa' held no samples out (hold_out: 0): name a split, or shrink anew",
+        ),
+        ("supernet: ofa", "supernet: pictures", "supernet: 'pictures' is of kind prepare, it makes no supernet"),
+    ],
+)
+def test_what_does_not_fit_a_supernet_is_one_sentence(old, new, sentence):
+    assert problems(file=write(SHRINK, "ofa.yaml")) == []
+    assert sentence in problems(file=write(SHRINK.replace(old, new), "ofa.yaml"))
+
+
+def test_a_subnet_is_trained_at_its_own_resolution_and_overwrites_no_run():
+    arch = {"kernel": [3] * 9, "expand": [3] * 9, "depth": [2] * 3, "resolution": 24}
+    train = f"""
+kind: train
+name: tuned
+data: {{run: pictures, size: 32}}
+model: {{name: ofa_mobilenetv3, preset: tiny, arch: {json.dumps(arch)}}}
+batch: {{total: 8, per_worker: 8}}
+optim: {{lr: 0.1, reference_batch: 8, epochs: 1}}
+"""
+    text = SHRINK.partition("---")[0] + "---" + train
+    assert problems(file=write(text)) == ["data.size: must be 24, the resolution of model.arch (got 32)"]
+    assert problems(file=write(text.replace("size: 32}\nmodel", "size: 24}\nmodel"))) == []
+    runs.begin(runs.open_run("runs", "found-small"), {"kind": "train", "name": "found-small"}, 1)
+    said = "targets.small: there is a run 'found-small' already: name it otherwise"
+    assert problems(file=write(SHRINK, "ofa.yaml")) == [said]

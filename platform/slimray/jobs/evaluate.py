@@ -117,7 +117,8 @@ def facts(job: EvaluateJob, where: str, storage: str, ahead: Mapping[str, Any]) 
         if ahead[name].kind != "train":
             raise UserError(f"{where}: runs: {name!r} is of kind {ahead[name].kind}, there is no network to score")
         data = ahead[name].data
-        _require_views(job, where, name, data.sampling, (data.card or {}).get("sample", "clip"))
+        if data.card is not None:  # else what its samples are is known when the run it reads is opened
+            _require_views(job, where, name, data.sampling, data.card.get("sample", "clip"))
     found = _find(job, where, storage, ahead)
     known = {}
     for one in found:

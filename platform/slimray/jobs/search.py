@@ -419,6 +419,7 @@ def _write_subnet(
     recipe = taken["recipe"] | {field: int(arch[name]) for name, field in sizes.items() if arch.get(name) is not None}
     runs.write_model(run, weights, model | {"arch": arch.to_dict()}, taken | {"recipe": recipe})
     runs.write_card(run, {"metrics": {"last": dict(scored)}, "costs": dict(trial.costs), "supernet": found.uri})
+    runs.write_report(run, report.train_report(run))
     runs.end(run, "finished")
     return run
 

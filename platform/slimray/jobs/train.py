@@ -159,6 +159,9 @@ def _measure(job: TrainJob, num_classes: int, card: Card | None) -> tuple[Any, i
             raise UserError(f"model.{option}: is no option here, {OWNED[option]}")
         if option not in known:
             raise UserError(f"model.{option}: {name} has no such option{did_you_mean(option, set(known) - set(OWNED))}")
+    side = (options.get("arch") or {}).get("resolution")
+    if side is not None and job.data.size != side:
+        raise UserError(f"data.size: must be {side}, the resolution of model.arch (got {job.data.size})")
     if sample in ("clip", "image") and options.get("in_channels", 3) != 3:
         raise UserError(f"model.in_channels: the {GIVES[sample]} have 3 channels (got {options['in_channels']!r})")
     try:
