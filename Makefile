@@ -1,5 +1,5 @@
 # make run    sets up everything and trains the quickstart        make test    sets up everything and passes the tests
-# make check  lint, types, tests without Ray (four minutes)       make bench   the long measurements (ONLY="ingest packed")
+# make check  lint, types, tests without Ray (three minutes)      make bench   the long measurements (ONLY="ingest packed")
 # make schema the JSON Schemas that editors read                  make clean   away with the environment and ./runs
 SHELL := /bin/bash
 PYTHON ?= python3
