@@ -40,15 +40,18 @@ def samples(num: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, 256, (num, 1, t, h, w, c), dtype=np.uint8), rng.integers(0, 4, num)
 
 
-def make(rank: int = 0, world: int = 1) -> Replica:
+def make(rank: int = 0, world: int = 1, compress: str = "none") -> Replica:
     torch.manual_seed(0)
-    return Replica(Plain().double(), OPTIM, Input(), SHAPE, torch.device("cpu"), rank, world)
+    cpu = torch.device("cpu")
+    return Replica(Plain().double(), OPTIM, Input(), SHAPE, cpu, rank, world, compress=compress)
 
 
-def one_step(rank: int, world: int, cuts: list[list[tuple[int, int]]], num: int) -> dict[str, torch.Tensor]:
+def one_step(
+    rank: int, world: int, cuts: list[list[tuple[int, int]]], num: int, compress: str = "none"
+) -> dict[str, torch.Tensor]:
     torch.set_default_dtype(torch.float64)
     data, labels = samples(num)
-    replica = make(rank, world)
+    replica = make(rank, world, compress)
     pieces = [Piece(data[lo:hi], labels[lo:hi]) for lo, hi in cuts[rank]]
     replica.step(pieces, num, 0.1, (0, 0))
     return {k: v.clone() for k, v in replica.net.state_dict().items()}
@@ -68,20 +71,38 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _child(rank: int, world: int, case: str, out: str) -> None:
+def _child(rank: int, world: int, case: str, out: str, compress: str) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     cuts, num = CASES[case]
-    torch.save(one_step(rank, world, cuts, num), f"{out}/{rank}.pt")
+    torch.save(one_step(rank, world, cuts, num, compress), f"{out}/{rank}.pt")
     torch.distributed.barrier()  # gloo aborts when one side goes away while the other still talks
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_take_the_step_of_one(case: str, tmp_path: Path):
+    alone, together = alone_and_together(case, tmp_path)
+    for ours in together:
+        for name, value in alone.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-10, atol=1e-13)
+
+
+def test_gradients_sent_as_bf16_are_rounded_to_bf16_and_alike_on_all_ranks(tmp_path: Path):
+    alone, together = alone_and_together("two ranks of 4", tmp_path, "bf16")
+    start = make().net.state_dict()
+    for name, value in alone.items():
+        assert torch.equal(together[0][name], together[1][name])
+        exact, sent = value - start[name], together[0][name] - start[name]
+        assert not torch.equal(exact, sent)
+        assert (exact - sent).norm() < 2**-7 * exact.norm()
+
+
+def alone_and_together(case: str, tmp_path: Path, compress: str = "none") -> tuple[dict, list[dict]]:
+    """The weights after one step of one process, and those of two ranks."""
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__]
     children = [
-        subprocess.Popen([*command, str(rank), "2", case, str(tmp_path)], env=env, stderr=subprocess.PIPE)
+        subprocess.Popen([*command, str(rank), "2", case, str(tmp_path), compress], env=env, stderr=subprocess.PIPE)
         for rank in (0, 1)
     ]
     for child in children:
@@ -93,10 +114,7 @@ def test_two_ranks_take_the_step_of_one(case: str, tmp_path: Path):
         alone = one_step(0, 1, [[cut for rank in cuts for cut in rank if cut[0] < cut[1]]], num)
     finally:
         torch.set_default_dtype(default)
-    for rank in (0, 1):
-        together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for name, value in alone.items():
-            torch.testing.assert_close(together[name], value, rtol=1e-10, atol=1e-13)
+    return alone, [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 def test_peers_learn_from_each_other_and_the_first_is_kept():
@@ -192,4 +210,4 @@ def test_validation_copy_and_state_leave_training_untouched():
 
 
 if __name__ == "__main__":
-    _child(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    _child(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6])

@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from slimray.arch import Arch
+from slimray.lars import Lars
 from slimray.spec import Spec
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -30,8 +31,9 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "V
 class OptimSpec(Spec):
     """How the weights are changed."""
 
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """Stochastic gradient descent with momentum, Adam (decay is part of the gradient, as PVCNN is published), AdamW."""
+    optimizer: Literal["sgd", "adam", "adamw", "lars"] = "sgd"
+    """Stochastic gradient descent with momentum, Adam (decay is part of the gradient, as PVCNN is published), AdamW,
+    LARS (arXiv 1708.03888: a rate for each layer, for very large batches; `lr` is then some hundred times larger)."""
     lr: float = Field(gt=0)
     """Learning rate for a global batch of `reference_batch`; the peak is lr x batch.total / reference_batch."""
     reference_batch: int = Field(ge=1)
@@ -148,6 +150,8 @@ def make_optimizer(net: nn.Module, optim: OptimSpec) -> torch.optim.Optimizer:
     groups = parameter_groups(net, optim.groups)
     for group in groups:
         group["weight_decay"] = optim.weight_decay * group["decay_mult"]
+    if optim.optimizer == "lars":
+        return Lars(groups, lr=optim.lr, momentum=optim.momentum)
     if optim.optimizer != "sgd":
         adam = torch.optim.AdamW if optim.optimizer == "adamw" else torch.optim.Adam
         return adam(groups, lr=optim.lr, betas=(optim.momentum, 0.999))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from slimray import learn, models
@@ -73,8 +73,14 @@ class Replica:
         rank: int = 0,
         world: int = 1,
         repeat_single: bool = True,
+        bucket_mb: float = 25,
+        compress: str = "none",
     ):
-        """`sample_shape`: one input, (T, C, H, W) or (C, N); `repeat_single`: see `breaks_on_one_sample`."""
+        """`sample_shape`: one input, (T, C, H, W) or (C, N); `repeat_single`: see `breaks_on_one_sample`.
+
+        Gradients are all-reduced `bucket_mb` at a time, as bfloat16 with `compress` "bf16", else as they are.
+        """
+        self.bucket_mb, self.compress = bucket_mb, compress
         self.optim, self.pixels, self.device, self.rank, self.world = optim, pixels, device, rank, world
         self.sample_shape, self.repeat_single = tuple(sample_shape), repeat_single
         learn.set_norm_policy(net, optim.norm)
@@ -83,6 +89,7 @@ class Replica:
         self.optimizer = learn.make_optimizer(self.net, optim)
         self.ema = learn.Ema(self.net, optim.ema) if optim.ema else None
         self.last_bucket_at = 0.0  # when the last bucket of gradients was ready
+        self.stepped_at = 0.0  # when the last step was over
         self.ddp = self._wrap()
 
     def _wrap(self) -> nn.Module:
@@ -91,7 +98,11 @@ class Replica:
             return self.net
         ids = [self.device] if self.device.type == "cuda" else None
         ddp = DistributedDataParallel(
-            self.net, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
+            self.net,
+            device_ids=ids,
+            gradient_as_bucket_view=True,
+            forward_sync_buffers=False,
+            bucket_cap_mb=self.bucket_mb,  # type: ignore[arg-type]
         )
         ddp.register_comm_hook(self, _timed_allreduce)
         return ddp
@@ -120,6 +131,7 @@ class Replica:
         start = time.perf_counter()
         loss_sum, transfer_s, exposed_s = self._gradients(pieces, num_valid, seed, still)
         finite = self._apply()
+        self.stepped_at = time.perf_counter()
         if not finite:
             learn.load_norm_state(self.net, norms)
         compute_s = time.perf_counter() - start - transfer_s - exposed_s
@@ -167,6 +179,10 @@ class Replica:
                 self.ema.update(self.net)
         self.optimizer.zero_grad(set_to_none=True)
         return finite
+
+    def reduces_since(self) -> float:
+        """For how many seconds the all-reduce of a step has been going on, 0 between steps and before it."""
+        return time.perf_counter() - self.last_bucket_at if self.last_bucket_at > self.stepped_at else 0.0
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -217,9 +233,10 @@ class Replica:
 
 
 def _timed_allreduce(replica: Replica, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore
-    """DDP's own all-reduce, and a note of when the bucket was ready."""
+    """DDP's own all-reduce, of bfloat16 on request, and a note of when the bucket was ready."""
     replica.last_bucket_at = time.perf_counter()
-    return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
+    reduce = bf16_compress_hook if replica.compress == "bf16" else allreduce_hook
+    return reduce(dist.group.WORLD, bucket)  # type: ignore[arg-type]
 
 
 Outputs = Tensor | Mapping[str, Tensor]

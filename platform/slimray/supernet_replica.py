@@ -113,8 +113,11 @@ class SupernetReplica(Replica):
             bucket.append(gradient)
             if number + 1 == len(gradients) or sum(one.numel() for one in bucket) >= BUCKET:
                 flat = torch.cat([one.reshape(-1) for one in bucket])
+                if self.compress == "bf16":  # divided first, as DDP's hook does: the sum must not overflow
+                    flat = (flat / self.world).bfloat16()
                 dist.all_reduce(flat)
-                for one, part in zip(bucket, (flat / self.world).split([one.numel() for one in bucket]), strict=True):
+                flat = flat if self.compress == "bf16" else flat / self.world
+                for one, part in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
                     one.copy_(part.view_as(one))
                 bucket = []
 

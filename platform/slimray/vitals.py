@@ -1,0 +1,112 @@
+"""The signs of life of a run: is a rank stuck, is one slow, and how much of the time went into useful steps?
+
+`Watchdog` watches one rank from a thread: when nothing moved for a bound it says what the rank was doing and hands
+over the stacks of all its threads. `slow_ranks` finds stragglers in the step times of all ranks (MegaScale, arXiv
+2402.15627, does so with a heat map). `goodput` is useful step seconds over wall seconds. No Ray, no torch.
+"""
+
+import faulthandler
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+OTHERS = "waiting for the other ranks"  # what a rank does that is itself not stuck
+SLOW_RATIO, SLOW_Z = 1.3, 3.5  # of the median, and in robust standard deviations: both, else noise is blamed
+
+
+class Watchdog:
+    """Calls `stuck(doing, seconds, stacks)` from its thread, once, when `beat` was not called for `limit_s` seconds.
+
+    `doing` is what the last beat said. The thread needs the interpreter: code that holds it for ever is not caught here
+    but by the other ranks, whose collectives time out.
+    """
+
+    def __init__(self, limit_s: float, stuck: Callable[[str, float, str], None]):
+        self.limit_s, self.stuck = limit_s, stuck
+        self.doing, self._at = "starting", time.monotonic()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+        self._thread.start()
+
+    def beat(self, doing: str) -> None:
+        """The rank goes on, now with `doing`."""
+        self.doing, self._at = doing, time.monotonic()
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self.limit_s / 4)):
+            seconds = time.monotonic() - self._at
+            if seconds > self.limit_s:
+                self.stuck(self.doing, seconds, stacks())
+                return
+
+
+def stacks() -> str:
+    """The stacks of all threads of this process, innermost call first."""
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read().decode(errors="replace")
+
+
+def slow_ranks(seconds: Sequence[float]) -> dict[int, float]:
+    """Rank -> its time over the median, of the ranks that are far out; `seconds` is the own work of every rank.
+
+    Far out: SLOW_RATIO times the median and SLOW_Z standard deviations above it, these by the median of distances
+    (so that stragglers do not hide themselves). With two ranks there is no majority: the ratio alone decides.
+    """
+    values = np.asarray(seconds, float)
+    if len(values) < 2:
+        return {}
+    middle = float(np.median(values)) if len(values) > 2 else float(values.min())
+    spread = 1.4826 * float(np.median(np.abs(values - middle))) if len(values) > 2 else 0.0
+    bar = max(SLOW_RATIO * middle, middle + SLOW_Z * spread)
+    return {int(rank): float(values[rank] / middle) for rank in np.flatnonzero(values > bar)} if middle > 0 else {}
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """Seconds of a run: in training steps that counted, and in all since it began; steps done a second time."""
+
+    useful_s: float
+    wall_s: float
+    repeated_steps: int
+    restarts: int
+
+    def to_dict(self) -> dict[str, float]:
+        """As the run's card has it; `goodput` is the share of useful seconds."""
+        share = self.useful_s / self.wall_s if self.wall_s > 0 else 0.0
+        return {
+            "goodput": round(share, 4),
+            "useful_s": round(self.useful_s, 1),
+            "wall_s": round(self.wall_s, 1),
+            "repeated_steps": self.repeated_steps,
+            "restarts": self.restarts,
+        }
+
+
+def goodput(rows: Sequence[Mapping[str, Any]], began: float, ended: float, board: Mapping[str, Any]) -> Goodput:
+    """Goodput of a run from its metric `rows` (newest attempt per step) and Unix times.
+
+    `board` is what the ranks told the driver: `restarts` and `repeated` (steps done again after them).
+    """
+    useful, before = 0.0, 0
+    for row in sorted((r for r in rows if r.get("phase") == "train"), key=lambda r: r["step"]):
+        useful += row["time/step_s"] * (row["step"] - before)
+        before = row["step"]
+        began = min(began, row["time"] - row["time/step_s"])
+    return Goodput(useful, max(ended - began, useful), int(board.get("repeated", 0)), int(board.get("restarts", 0)))
+
+
+def end_process() -> None:
+    """End this process at once, as a crash would; whoever started it decides what follows."""
+    os._exit(17)
