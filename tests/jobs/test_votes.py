@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 
 from slimray.data.plan import Phase, rank_slice
+from slimray.jobs.evaluate import EvaluateJob
 from slimray.jobs.votes import SceneVotes
 from slimray.point_scores import SegmentationScore, ShapeScore, Votes
 
@@ -70,6 +72,22 @@ def test_two_ranks_count_what_one_counts(tmp_path):
     together = [sum(pair) for pair in zip(*parts, strict=True)]
     for mine, alone in zip(together, counted(0, 1).score.tensors(), strict=True):
         assert torch.allclose(mine.double(), alone.double())
+
+
+def test_points_that_no_window_votes_on_may_count_as_published():
+    job = {"kind": "evaluate", "name": "e", "runs": ["r"], "missed": "last_class"}
+    with pytest.raises(ValidationError, match="missed: belongs to votes"):
+        EvaluateJob.model_validate(job)
+    assert EvaluateJob.model_validate(job | {"votes": 1}).missed == "last_class"
+    votes = SceneVotes(["room#0"], 1, 3)
+    scores = torch.eye(3)[[0, 1]].T[None] * 9  # two of the room's three points are in the window
+    votes.add(0, scores, np.array([[[0, 1]], [[0, 1]]]))
+    votes.open["room"].grow(3)
+    votes.open["room"].truth[2] = 1
+    votes.settle(0, 1, torch.device("cpu"))
+    ours, published = votes.score.result(), votes.score.result(missed_as_last=True)
+    assert ours["class_iou"] == [100.0, 50.0, None]
+    assert published["class_iou"] == [100.0, 50.0, 0.0]
 
 
 def test_a_shape_is_judged_among_its_own_parts():

@@ -30,7 +30,7 @@ from slimray.jobs import boxes
 from slimray.jobs.inputs import DataSpec, Splits, open_splits
 from slimray.jobs.votes import SceneVotes
 from slimray.models.branches import branch_responses
-from slimray.point_scores import FrustumScore, part_ranges
+from slimray.point_scores import FrustumScore, SegmentationScore, part_ranges
 from slimray.progress import follow
 from slimray.spec import RunFailed, Spec, UserError, located, parse
 
@@ -62,6 +62,9 @@ class EvaluateJob(Spec):
     votes: int = Field(0, ge=0, le=100)
     """Draws in which each point of a cloud is voted on, the surest answer wins (labels per point); published: 1 for
     S3DIS, over the windows of a room at both offsets, 10 for ShapeNet part. 0 scores one draw, as in training."""
+    missed: Literal["wrong", "last_class"] = "wrong"
+    """Points of a room that no window votes on: wrong for their own class, or as published for S3DIS also counted as
+    predicted to be of the last class."""
     repeats: int = Field(1, ge=1, le=100)
     """Runs over the split with other random draws; their mean, deviation and best are told (KITTI as published: 20)."""
     batch: int = Field(16, ge=1)
@@ -76,6 +79,8 @@ class EvaluateJob(Spec):
             values = getattr(self, field)
             if len(set(values)) < len(values):
                 raise ValueError(f"{field}: one is named twice ({', '.join(values)})")
+        if self.missed != "wrong" and not self.votes:
+            raise ValueError("missed: belongs to votes: say how many")
         return self
 
 
@@ -98,6 +103,7 @@ class _Config:
     source: Source
     average: str
     votes: int
+    missed: str
     parts: dict[str, range]
     batch: int
     pictures: int
@@ -211,7 +217,7 @@ def run(job: EvaluateJob, ctx: Any) -> None:
     cases, phases = [], []
     for one, network in zip(found, trained, strict=True):
         for order in job.frame_orders:
-            recipe, total = _recipe(job, network, order, splits, split), job.batch * job.scale.workers
+            recipe, total = _recipe(job, network, order, splits, split), job.batch * job.scale.most
             for repeat in range(job.repeats):
                 cases.append(_Case(one.uri, one.name, order, repeat))
                 phases.append(Phase("eval", "eval", repeat, table.num_rows, total, False, recipe))
@@ -224,6 +230,7 @@ def run(job: EvaluateJob, ctx: Any) -> None:
         source=Source(splits.root, ray.put(table), table.num_rows),
         average=job.average,
         votes=job.votes,
+        missed=job.missed,
         parts=part_ranges(splits.card.parts),
         batch=job.batch,
         pictures=job.pictures,
@@ -361,7 +368,10 @@ class _Pass:
             found = [[] for _ in range(world)]
             dist.all_gather_object(found, self.found)
         row = {"run": self.case.run_name, "variant": self.case.order, "repeat": self.case.repeat}
-        return row | _plain(score.result()), loop.confusion_of(score), [one for part in found for one in part]
+        result = score.result()
+        if isinstance(score, SegmentationScore) and self.config.missed == "last_class":
+            result = score.result(missed_as_last=True)
+        return row | _plain(result), loop.confusion_of(score), [one for part in found for one in part]
 
 
 def _worker(config: _Config) -> dict[str, Any]:
