@@ -1,0 +1,596 @@
+"""How long a training takes on a cluster and why: compute, data, exposed all-reduce, stragglers; money, checkpoints.
+
+In go a `Work` (what a job asks for) and a `Cluster` (what machines give, by data sheets or by `plan --measure`), and
+out comes a `Row` per number of workers. Every uncertain figure is a range (low, likely, high), so is every answer: the
+high one takes the slow end of everything at once. Formulas: ring, double binary tree and two-level all-reduce; linear
+scaling with accumulation as in arXiv 1706.02677; checkpoints by Young and Daly; E[max of n] ~ sigma sqrt(2 ln n) for
+stragglers. Surprising: a step is as slow as its slowest rank, so jitter is charged by ranks, not by nodes; and workers
+that share cores (a laptop) are charged each other's work and the decoders'. numpy and a spec only: no torch, no Ray.
+"""
+
+import datetime
+import functools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from slimray.spec import Spec, UserError, did_you_mean
+
+Range = tuple[float, float, float]  # low, likely, high
+LOW, LIKELY, HIGH = 0, 1, 2
+BACKWARD = 2 / 3  # part of forward + backward in which gradients come to be: backward costs twice the forward pass
+LAST_BUCKET_MB = 25.0  # DDP's default bucket: the last one is reduced when no gradient is left to hide it
+RESTART_S = 60.0  # what a lost node costs beside the work since the last checkpoint: a new group of workers
+
+
+class MachineSpec(Spec):
+    """What a node of a cluster gives a training; the section `machine:` of a cluster file. Everything is optional."""
+
+    gpus_per_node: int = Field(0, ge=0)
+    """GPUs of a node; 0 trains on its cores."""
+    gpu: str | None = None
+    """Name of the GPU, a row of the planner's table (V100, A100, H100, H200, L4, T4, A10G)."""
+    tmacs: float | None = Field(None, gt=0)
+    """Peak of a GPU, or of a core, in 10^12 multiply-accumulates a second, in place of the table's."""
+    utilisation: tuple[float, float, float] | None = None
+    """Part of the peak that training reaches, as low, likely, high."""
+    link_gb_s: float = Field(50.0, gt=0)
+    """Bandwidth between two workers of a node in one direction, GB/s."""
+    link_latency_us: float = Field(5.0, ge=0)
+    """Latency of a hop within a node, microseconds."""
+    nic_gb_s: float = Field(1.25, gt=0)
+    """Bandwidth of a node's network cards together in one direction, GB/s (1.25 = 10 Gbit/s)."""
+    nic_latency_us: float = Field(20.0, ge=0)
+    """Latency of a hop between nodes, microseconds."""
+    bandwidth_share: tuple[float, float, float] = (0.5, 0.8, 1.0)
+    """Part of these bandwidths that an all-reduce reaches, as low, likely, high."""
+    cores: int | None = Field(None, ge=1)
+    """Physical cores of a node for decoding (and training without GPUs); left out: those of this machine."""
+    disk_gb_s: float = Field(1.0, gt=0)
+    """What a node reads from, and writes to, the storage of dataset and checkpoints, GB/s."""
+    storage_gb_s: float | None = Field(None, gt=0)
+    """What the shared storage gives to all nodes together, GB/s."""
+    nodes: int | None = Field(None, ge=1)
+    """Largest number of nodes."""
+    mtbf_hours: float = Field(5000.0, gt=0)
+    """Mean time between failures of a node, hours."""
+    jitter: tuple[float, float, float] = (0.01, 0.02, 0.04)
+    """Standard deviation of a rank's step time over its mean, as low, likely, high."""
+    price: str | float | None = None
+    """A row of prices.yaml, or US dollars per node and hour."""
+    unverified: tuple[str, ...] = ()
+    """Fields whose figures are recalled, not looked up."""
+    source: str = ""
+    """Where the figures are from, and when."""
+
+
+class PriceSpec(Spec):
+    """What a node costs."""
+
+    usd_per_hour: float = Field(ge=0)
+    """US dollars per node and hour."""
+    source: str
+    """Where the price is from."""
+    date: datetime.date
+    """When it was, year-month-day."""
+    unverified: bool = False
+    """Recalled, not looked up: shown as such."""
+
+
+class PriceTable(Spec):
+    """`prices.yaml`: dated prices by name."""
+
+    prices: dict[str, PriceSpec]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak of a GPU in 10^12 MACs a second as the data sheet has it, and in which arithmetic."""
+
+    tmacs: float
+    arithmetic: str
+
+
+# Dense peaks of the data sheets over two (a MAC is two operations), as learn.PEAK_FLOPS; mixed precision but for V100.
+GPUS = {
+    "V100": Gpu(7.85, "fp32"),
+    "A100": Gpu(156.0, "bf16"),
+    "H100": Gpu(494.5, "bf16"),
+    "H200": Gpu(494.5, "bf16"),
+    "L40S": Gpu(181.0, "bf16"),
+    "T4": Gpu(32.5, "fp16"),
+}
+UTILISATION = {"fp32": (0.2, 0.35, 0.5), "bf16": (0.05, 0.12, 0.3), "fp16": (0.05, 0.12, 0.3)}  # convolutional nets
+CORE_TMACS, CORE_UTILISATION = 0.08, (0.1, 0.3, 0.7)  # a core with wide vectors; a guess that --measure replaces
+
+
+@dataclass(frozen=True)
+class Link:
+    """A way between two ranks: `gb_s` in one direction, `latency_us` per hop."""
+
+    gb_s: float
+    latency_us: float = 0.0
+
+    def seconds(self, num_bytes: float) -> float:
+        return num_bytes / (self.gb_s * 1e9)
+
+    @property
+    def latency_s(self) -> float:
+        return self.latency_us * 1e-6
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Machines as the planner sees them. `ranks_per_node` 0: as many as asked for, on one node (a laptop).
+
+    `inner` joins ranks of a node, `outer` is a node's way out, shared by its ranks; `shares_cores` where ranks compute
+    on the node's `cores`, "" as `gpu`. `tmacs` is the peak of a rank, `utilisation` the part that training reaches.
+    """
+
+    name: str
+    ranks_per_node: int
+    inner: Link
+    outer: Link
+    cores: int
+    shares_cores: bool
+    tmacs: float
+    utilisation: Range
+    gpu: str = ""
+    disk_gb_s: float = 1.0
+    storage_gb_s: float | None = None
+    nodes: int | None = None
+    bandwidth_share: Range = (0.5, 0.8, 1.0)
+    jitter: Range = (0.01, 0.02, 0.04)
+    mtbf_hours: float = 5000.0
+    usd_per_node_hour: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def place(self, workers: int) -> tuple[int, int]:
+        """Nodes and the most ranks on one of them for `workers`."""
+        per_node = self.ranks_per_node or workers
+        return -(-workers // per_node), min(workers, per_node)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a training asks of machines. Megabytes are 10^6 bytes; times are of one rank that nobody disturbs.
+
+    `compute_s`: forward and backward pass of a sample; `step_s`: what every step costs beside (optimizer); `decode_s`:
+    core-seconds to make a sample of its `sample_mb` on storage; `restart_s`: idle time of an epoch's beginning.
+    `threads`: cores a rank uses where it has no GPU. `basis` says where the times are from.
+    """
+
+    name: str
+    gradient_mb: float
+    samples: int
+    epochs: int
+    batch_total: int
+    per_worker: int
+    compute_s: Range
+    step_s: float = 0.0
+    decode_s: float = 0.0
+    sample_mb: float = 0.0
+    val_passes: float = 0.0
+    val_samples: int = 0
+    checkpoint_mb: float = 0.0
+    restart_s: Range = (0.0, 0.0, 0.0)
+    threads: float = 1.0
+    basis: str = ""
+
+    def accumulation(self, workers: int) -> int:
+        """Microbatches per step and rank; ValueError where `batch_total` does not divide."""
+        per_pass = workers * self.per_worker
+        if self.batch_total % per_pass:
+            raise ValueError(
+                f"batch.total {self.batch_total} is no multiple of {workers} workers x batch.per_worker "
+                f"{self.per_worker}"
+            )
+        return self.batch_total // per_pass
+
+
+@dataclass(frozen=True)
+class Split:
+    """The seconds of a step: computing, waiting for data, exposed all-reduce, waiting for the slowest rank."""
+
+    compute_s: float
+    data_s: float
+    comm_s: float
+    straggler_s: float
+    algorithm: str
+    data_cause: str
+
+    @property
+    def step_s(self) -> float:
+        return self.compute_s + self.data_s + self.comm_s + self.straggler_s
+
+
+@dataclass(frozen=True)
+class Row:
+    """A plan for one number of workers. Ranges are (low, likely, high), the milliseconds the likely ones.
+
+    `efficiency` is the rate over `workers` times that of one worker of the same job (0-1). `goodput` is the useful part
+    of the time with failures and checkpoints every `checkpoint_every_s`. `decode_cores` are needed all over.
+    """
+
+    workers: int
+    nodes: int
+    accumulation: int
+    step_ms: float
+    compute_ms: float
+    data_ms: float
+    comm_ms: float
+    straggler_ms: float
+    algorithm: str
+    samples_per_s: Range
+    efficiency: Range
+    hours: Range
+    usd: Range | None
+    decode_cores: float
+    storage_mb_s: float
+    checkpoint_every_s: float
+    goodput: float
+    bottleneck: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of a job on a cluster, and what one should know about the figures behind them."""
+
+    job: str
+    cluster: str
+    rows: tuple[Row, ...]
+    basis: str
+    notes: tuple[str, ...] = field(default=())
+
+
+# ------------------------------------------------------------------------------------------------- all-reduce
+
+
+def ring_s(ranks: int, num_bytes: float, link: Link) -> float:
+    """Seconds of a ring all-reduce: 2 (n-1) hops, and 2 (n-1)/n of the bytes over each link."""
+    return 2 * (ranks - 1) * link.latency_s + 2 * (ranks - 1) / ranks * link.seconds(num_bytes)
+
+
+def tree_s(ranks: int, num_bytes: float, link: Link) -> float:
+    """Seconds of an all-reduce by a double binary tree: 2 log2 n hops and twice the bytes; 0 for one rank."""
+    return 0.0 if ranks == 1 else 2 * math.log2(ranks) * link.latency_s + 2 * link.seconds(num_bytes)
+
+
+def hierarchical_s(nodes: int, per_node: int, num_bytes: float, inner: Link, outer: Link) -> float:
+    """Seconds of reduce-scatter in each node, all-reduce of the shares between nodes, all-gather in each node.
+
+    Each of the `per_node` ranks reduces its share between nodes by ring or tree at 1/per_node of the node's bandwidth.
+    """
+    share = Link(outer.gb_s / per_node, outer.latency_us)
+    within = ring_s(per_node, num_bytes, inner) if per_node > 1 else 0.0
+    between = min(ring_s(nodes, num_bytes / per_node, share), tree_s(nodes, num_bytes / per_node, share))
+    return within + (between if nodes > 1 else 0.0)
+
+
+def torus_s(x: int, y: int, num_bytes: float, link: Link) -> float:
+    """Seconds of an all-reduce on a 2D torus of `x` times `y` ranks."""
+    across = 2 * (x - 1) * link.latency_s + 2 * (x - 1) / x * link.seconds(num_bytes)
+    return across + 2 * (y - 1) * link.latency_s + 2 * (y - 1) / y * link.seconds(num_bytes / x)
+
+
+def allreduce_s(cluster: Cluster, workers: int, num_bytes: float, share: float = 1.0) -> dict[str, float]:
+    """Seconds of each way to all-reduce `num_bytes` over `workers`, at a `share` of the data sheets' bandwidth.
+
+    A flat ring or tree enters and leaves a node once, with all of its network bandwidth.
+    """
+    if workers == 1:
+        return {"none": 0.0}
+    nodes, per_node = cluster.place(workers)
+    inner = replace(cluster.inner, gb_s=cluster.inner.gb_s * share)
+    outer = replace(cluster.outer, gb_s=cluster.outer.gb_s * share)
+    if nodes == 1:
+        return {"ring": ring_s(workers, num_bytes, inner), "tree": tree_s(workers, num_bytes, inner)}
+    flat = Link(min(inner.gb_s, outer.gb_s), outer.latency_us)
+    return {
+        "ring": ring_s(workers, num_bytes, flat),
+        "tree": tree_s(workers, num_bytes, flat),
+        "hierarchical": hierarchical_s(nodes, per_node, num_bytes, inner, outer),
+    }
+
+
+def straggler_tax(ranks: int, jitter: float) -> float:
+    """By what part the slowest of `ranks` is slower than the mean: jitter x sqrt(2 ln n); 0 for one rank."""
+    return jitter * math.sqrt(2 * math.log(ranks))
+
+
+# ------------------------------------------------------------------------------------------------------- a step
+
+
+def split_step(work: Work, cluster: Cluster, workers: int, case: int = LIKELY, batch: int | None = None) -> Split:
+    """The seconds of a step of `batch` samples (default the global batch) on `workers`, for a `case` LOW to HIGH.
+
+    LOW and LIKELY hide the all-reduce behind the last backward pass and take its fastest algorithm; HIGH hides nothing
+    and takes the slowest flat one. CPUs hide nothing: what moves the bytes is what computes.
+    """
+    nodes, here = cluster.place(workers)
+    rows = -(-(batch or work.batch_total) // workers)  # of the fullest rank
+    own = rows * work.compute_s[case] + work.step_s
+    decode = here * rows * work.decode_s
+    if cluster.shares_cores:
+        compute = own * max(1.0, here * work.threads / cluster.cores)
+        cores_busy = (here * own * work.threads + decode) / cluster.cores
+        waits = {"cores": cores_busy - compute}
+    else:
+        compute = own
+        waits = {"decode": decode / cluster.cores - compute}
+    read_gb = rows * work.sample_mb / 1e3
+    waits["disk"] = here * read_gb / cluster.disk_gb_s - compute
+    if nodes > 1:
+        waits["network"] = here * read_gb / cluster.outer.gb_s - compute
+    if cluster.storage_gb_s:
+        waits["storage"] = workers * read_gb / cluster.storage_gb_s - compute
+    cause = max(waits, key=lambda name: waits[name])
+    data = max(0.0, waits[cause])
+    share = cluster.bandwidth_share[2 - case]
+    ways = allreduce_s(cluster, workers, work.gradient_mb * 1e6, share)
+    if case == HIGH:
+        ways = {name: seconds for name, seconds in ways.items() if name != "tree" or len(ways) == 1}
+    name = (max if case == HIGH else min)(ways, key=lambda way: ways[way])
+    comm = ways[name]
+    if case != HIGH and not cluster.shares_cores:
+        backward = BACKWARD * min(rows, work.per_worker) * work.compute_s[case]
+        comm = max(comm * min(1.0, LAST_BUCKET_MB / work.gradient_mb), comm - backward)
+    late = compute * straggler_tax(workers, cluster.jitter[case])
+    return Split(compute, data, comm, late, name, cause)
+
+
+def train_s(work: Work, cluster: Cluster, workers: int, case: int = LIKELY) -> float:
+    """Seconds of the whole training: full steps, the short last step of each epoch, its beginning, validations."""
+    full, rest = divmod(work.samples, work.batch_total)
+    epoch = full * split_step(work, cluster, workers, case).step_s + work.restart_s[case]
+    if rest:
+        epoch += split_step(work, cluster, workers, case, batch=rest).step_s
+    validate = 0.0
+    if work.val_samples:
+        forward = replace(work, compute_s=scaled(work.compute_s, 1 - BACKWARD), step_s=0.0, gradient_mb=1e-6)
+        validate = work.val_passes * split_step(forward, cluster, workers, case, batch=work.val_samples).step_s
+    return work.epochs * epoch + validate
+
+
+def scaled(values: Range, factor: float) -> Range:
+    """`values` times `factor`."""
+    low, likely, high = (value * factor for value in values)
+    return low, likely, high
+
+
+def anchored(work: Work, cluster: Cluster, workers: int, seconds: float) -> Work:
+    """`work` with the computing time at which a training on `workers` lasts `seconds`, for each case of its own.
+
+    So all that a known run lost there (stragglers, all-reduce, restarts) is taken off first, as the case has it.
+    """
+    found = []
+    for case in (LOW, LIKELY, HIGH):
+        low, high = 0.0, seconds * workers / (work.samples * work.epochs)
+        for _ in range(60):
+            middle = (low + high) / 2
+            takes = train_s(replace(work, compute_s=(middle, middle, middle)), cluster, workers, case)
+            low, high = (middle, high) if takes < seconds else (low, middle)
+        found.append((low + high) / 2)
+    return replace(work, compute_s=(found[0], found[1], found[2]), basis=f"a known run on {workers} workers")
+
+
+# ----------------------------------------------------------------------------------------- failures and storage
+
+
+def checkpoint_interval_s(save_s: float, mtbf_s: float) -> float:
+    """Seconds between checkpoints that lose least (Young and Daly): sqrt(2 x seconds of a save x MTBF of the job)."""
+    return math.sqrt(2 * save_s * mtbf_s)
+
+
+def goodput(save_s: float, every_s: float, mtbf_s: float, restart_s: float = RESTART_S) -> float:
+    """The useful part of the time, 0-1: saves, and per failure half an interval and a restart, are lost."""
+    return max(0.0, 1 - save_s / every_s - (every_s / 2 + restart_s) / mtbf_s)
+
+
+# ------------------------------------------------------------------------------------------------------- a plan
+
+
+def make_plan(work: Work, cluster: Cluster, workers: Sequence[int]) -> Plan:
+    """A row for each of `workers`; UserError for a number that the job or the cluster does not allow."""
+    rows = []
+    for count in workers:
+        try:
+            work.accumulation(count)
+        except ValueError as error:
+            fit = [n for n in range(1, work.batch_total + 1) if work.batch_total % (n * work.per_worker) == 0]
+            near = sorted(fit, key=lambda n: abs(math.log(n / max(count, 1))))[:3]
+            said = ", ".join(map(str, sorted(near))) or "none: change batch.total"
+            raise UserError(f"--workers {count}: {error} (near: {said})") from None
+        nodes, _ = cluster.place(count)
+        if cluster.nodes is not None and nodes > cluster.nodes:
+            raise UserError(
+                f"--workers {count}: needs {nodes} nodes, {cluster.name} has {cluster.nodes}: ask for fewer"
+            )
+        rows.append(_row(work, cluster, count))
+    return Plan(work.name, cluster.name, tuple(rows), work.basis, cluster.notes)
+
+
+def _row(work: Work, cluster: Cluster, workers: int) -> Row:
+    splits = [split_step(work, cluster, workers, case) for case in (LOW, LIKELY, HIGH)]
+    alone = [split_step(work, cluster, 1, case).step_s for case in (LOW, LIKELY, HIGH)]
+    hours = [train_s(work, cluster, workers, case) / 3600 for case in (LOW, LIKELY, HIGH)]
+    likely, (nodes, _) = splits[LIKELY], cluster.place(workers)
+    rates = [work.batch_total / split.step_s for split in splits]
+    save_s = max(work.checkpoint_mb, 1e-3) / 1e3 / cluster.disk_gb_s
+    mtbf_s = cluster.mtbf_hours * 3600 / nodes
+    every_s = checkpoint_interval_s(save_s, mtbf_s)
+    usd = None
+    if cluster.usd_per_node_hour is not None:
+        usd = _range(nodes * cluster.usd_per_node_hour * hour for hour in hours)
+    bottleneck = _bottleneck(likely)
+    return Row(
+        workers=workers,
+        nodes=nodes,
+        accumulation=work.accumulation(workers),
+        step_ms=likely.step_s * 1e3,
+        compute_ms=likely.compute_s * 1e3,
+        data_ms=likely.data_s * 1e3,
+        comm_ms=likely.comm_s * 1e3,
+        straggler_ms=likely.straggler_s * 1e3,
+        algorithm=likely.algorithm,
+        samples_per_s=_range(reversed(rates)),
+        efficiency=_range(sorted(a / split.step_s / workers for a, split in zip(alone, splits, strict=True))),
+        hours=_range(hours),
+        usd=usd,
+        decode_cores=rates[LIKELY] * work.decode_s,
+        storage_mb_s=rates[LIKELY] * work.sample_mb,
+        checkpoint_every_s=every_s,
+        goodput=goodput(save_s, every_s, mtbf_s),
+        bottleneck=bottleneck,
+        advice=_advice(work, cluster, workers, likely, bottleneck),
+    )
+
+
+def _range(values: Any) -> Range:
+    low, likely, high = values
+    return low, likely, high
+
+
+def _bottleneck(split: Split) -> str:
+    """The largest part of a step beside computing, if it is a tenth of it or more; else computing itself."""
+    parts = {split.data_cause: split.data_s, "all-reduce": split.comm_s, "stragglers": split.straggler_s}
+    worst = max(parts, key=lambda name: parts[name])
+    return worst if parts[worst] >= 0.1 * split.step_s else "compute"
+
+
+def _advice(work: Work, cluster: Cluster, workers: int, split: Split, bottleneck: str) -> str:
+    """One sentence: what to change."""
+    rate = work.batch_total / split.step_s
+    crowded = cluster.shares_cores and cluster.place(workers)[1] * work.threads > cluster.cores
+    if bottleneck == "decode":
+        need = math.ceil(work.batch_total * work.decode_s / (split.compute_s + split.comm_s + split.straggler_s))
+        return (
+            f"decoding wants {need} cores, {cluster.place(workers)[0] * cluster.cores} are there: pack the dataset "
+            "(prepare with pack: jpeg, or h264 with gop 12), or take nodes with more cores"
+        )
+    if bottleneck in ("disk", "network", "storage"):
+        return (
+            f"the {bottleneck} must give {rate * work.sample_mb:.0f} MB/s: pack the dataset smaller (short_side), or "
+            "bring it nearer to the nodes"
+        )
+    if crowded or bottleneck == "cores":
+        return f"workers and decoders share {cluster.cores} cores: more workers bring nothing here"
+    if bottleneck == "all-reduce":
+        return "raise batch.total or batch.per_worker (more to compute per all-reduce), or take fewer workers"
+    if bottleneck == "stragglers":
+        return "the slowest of so many ranks sets the pace: leave out slow nodes, or take fewer workers"
+    if work.accumulation(workers) > 1:
+        return f"computing bounds it: up to {work.batch_total // work.per_worker} workers take the same batch"
+    return "computing bounds it: a smaller network, fewer frames, a faster device; more workers want more batch.total"
+
+
+# ------------------------------------------------------------------------------------------- from data sheets
+
+
+def compute_s(macs: float, tmacs: float, utilisation: Range) -> Range:
+    """Seconds of a sample's forward and backward pass (three times the forward MACs) on a device; low is fastest."""
+    low, likely, high = utilisation
+    return 3 * macs / (tmacs * 1e12 * high), 3 * macs / (tmacs * 1e12 * likely), 3 * macs / (tmacs * 1e12 * low)
+
+
+def make_cluster(name: str, machine: MachineSpec, prices: Mapping[str, PriceSpec], single: bool = False) -> Cluster:
+    """The planner's view of a machine; `single`: workers all run on one node (a laptop). UserError names the field."""
+    notes = [f"recalled, not looked up: {', '.join(machine.unverified)}"] if machine.unverified else []
+    notes += [machine.source] if machine.source else []
+    usd, cores = None, machine.cores or physical_cores()
+    if isinstance(machine.price, str):
+        if machine.price not in prices:
+            raise UserError(f"{name}: machine.price: no such row in prices.yaml{did_you_mean(machine.price, prices)}")
+        row = prices[machine.price]
+        usd = row.usd_per_hour
+        recalled = " (recalled, unverified)" if row.unverified else ""
+        notes.append(f"price of {machine.price}: {row.usd_per_hour:g} USD/h, {row.source}, {row.date}{recalled}")
+    elif machine.price is not None:
+        usd = machine.price
+    tmacs, utilisation = machine.tmacs or CORE_TMACS, machine.utilisation or CORE_UTILISATION
+    if machine.gpus_per_node:
+        if machine.gpu is None and machine.tmacs is None:
+            raise UserError(f"{name}: machine.gpu: is required where there are GPUs{did_you_mean('', GPUS)}")
+        if machine.tmacs is None and machine.gpu not in GPUS:
+            raise UserError(f"{name}: machine.gpu: unknown {machine.gpu!r}{did_you_mean(str(machine.gpu), GPUS)}")
+        known = GPUS.get(str(machine.gpu), Gpu(machine.tmacs or 1.0, "bf16"))
+        tmacs = machine.tmacs or known.tmacs
+        utilisation = machine.utilisation or UTILISATION[known.arithmetic]
+    return Cluster(
+        name=name,
+        ranks_per_node=machine.gpus_per_node or (0 if single else cores),
+        inner=Link(machine.link_gb_s, machine.link_latency_us),
+        outer=Link(machine.nic_gb_s, machine.nic_latency_us),
+        cores=cores,
+        shares_cores=machine.gpus_per_node == 0,
+        tmacs=tmacs,
+        utilisation=utilisation,
+        gpu=machine.gpu or "" if machine.gpus_per_node else "",
+        disk_gb_s=machine.disk_gb_s,
+        storage_gb_s=machine.storage_gb_s,
+        nodes=1 if single else machine.nodes,
+        bandwidth_share=machine.bandwidth_share,
+        jitter=machine.jitter,
+        mtbf_hours=machine.mtbf_hours,
+        usd_per_node_hour=usd,
+        notes=tuple(notes),
+    )
+
+
+def this_machine(gpu: str = "", gpus: int = 0) -> Cluster:
+    """The machine this runs on, workers as local processes: on its `gpus` of the name `gpu`, or on its cores.
+
+    Without GPUs gloo moves gradients, at about 1 GB/s (an assumption).
+    """
+    if not gpus:
+        fields: dict[str, Any] = {"link_gb_s": 1.0, "link_latency_us": 50.0, "source": "gradients at 1 GB/s assumed"}
+        return make_cluster("this machine", MachineSpec.model_validate(fields), {}, single=True)
+    known = next((name for name in GPUS if name in gpu), None)
+    fields = {"gpus_per_node": gpus, "gpu": known, "nodes": 1, "source": f"{gpus} x {gpu}"}
+    if known is None:
+        fields |= {"tmacs": 50.0, "source": f"{gpus} x {gpu}, its peak assumed: plan --measure tells"}
+    return make_cluster("this machine", MachineSpec.model_validate(fields), {})
+
+
+@functools.cache
+def physical_cores(cpuinfo: str = "/proc/cpuinfo", quota: str = "/sys/fs/cgroup/cpu.max") -> int:
+    """Physical cores this process may use: hyper-threads count once, a container's quota bounds them; at least 1."""
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    cores = set()
+    try:
+        for block in Path(cpuinfo).read_text().split("\n\n"):
+            fields = dict(line.split(":", 1) for line in block.replace("\t", "").splitlines() if ":" in line)
+            if int(fields.get("processor", -1)) in allowed and "core id" in fields:
+                cores.add((fields.get("physical id"), fields["core id"]))
+    except (OSError, ValueError):
+        cores = set()
+    count = len(cores) or len(allowed)
+    try:
+        most, period = Path(quota).read_text().split()
+        count = min(count, math.ceil(int(most) / int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, count)
+
+
+# ------------------------------------------------------------------------------------------------- afterwards
+
+
+def compare(predicted: float, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Plan and measurement of a run: its `train/samples_per_s` rows, the first left out where there are more.
+
+    None where nothing was measured.
+    """
+    rates = [row["train/samples_per_s"] for row in rows if isinstance(row.get("train/samples_per_s"), int | float)]
+    if not rates or predicted <= 0:
+        return None
+    measured = float(np.median(rates[1:] or rates))
+    out = {"predicted_samples_per_s": predicted, "measured_samples_per_s": measured, "ratio": predicted / measured}
+    return {name: round(value, 4) for name, value in out.items()}
