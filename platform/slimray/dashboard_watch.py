@@ -1,0 +1,369 @@
+"""What a storage folder holds, for pages that ask every two seconds: `Watch`, which keeps what it has read.
+
+In: a folder or URI, only read. Out: a row per run, as `slimray runs` has it, and a `Look` at one run: its records,
+results, stages, trials. A run's folder is listed once per look, and a file is read again only when its size or time
+changed: of a run that trains, its new parts alone. Surprising: the functions of runs.py read that listing as if it were
+a filesystem, so that what a page shows is of one moment. What does not read is a sentence in its place, never an error.
+"""
+
+import hashlib
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from slimray import runs, storage
+from slimray.spec import RunFailed, UserError
+from slimray.storage import StorageError
+
+POLL_S = 2.0  # between two looks of a page that is open
+PATIENCE_S = 0.7  # that a page waits for the rows of runs; the others come with the next look
+SETTLED_S = 30.0  # after which the state of a run in a bucket that does not run is asked for again
+LOOK_PATIENCE_S = 1.5  # the same for a look at one run
+NUM_READERS, NUM_LOOKERS = 16, 4
+MAX_FILE_BYTES = 64 << 20  # of one file
+KEPT_BYTES = 256 << 20  # of all files together
+KEPT_LOOKS = 32
+READ = ("job.yaml", "status.json", "card.json", "results.json", "front.json", "report.html")
+READ_FOLDERS = ("metrics", "quarantine", "stages", "trials")
+DAMAGED = (AttributeError, KeyError, TypeError, ValueError, OSError)  # what other content than we write ends in
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a shrink run, or one trial of its sweep: a run of its own inside the run."""
+
+    name: str
+    state: str
+    metrics: Sequence[Mapping[str, Any]] = ()
+    judged: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class Look:
+    """All that is shown of one run. `trials`: target -> those that are done; `problems`: what did not read, and why."""
+
+    row: Mapping[str, Any]
+    version: str
+    started: float = 0.0
+    ended: float = 0.0
+    job: Mapping[str, Any] = field(default_factory=dict)
+    job_text: str = ""
+    card: Mapping[str, Any] = field(default_factory=dict)
+    results: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Sequence[Mapping[str, Any]] = ()
+    quarantine: Sequence[Mapping[str, Any]] = ()
+    stages: Sequence[Stage] = ()
+    trials: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    fronts: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    has_report: bool = False
+    problems: Sequence[str] = ()
+
+
+class _Kept:
+    """The bytes of files that were read, by path, size and time; those asked for last, KEPT_BYTES in all."""
+
+    def __init__(self) -> None:
+        self._bytes: OrderedDict[tuple[str, int, int | None], bytes] = OrderedDict()
+        self._size = 0
+        self._lock = threading.Lock()
+
+    def read(self, fs: pafs.FileSystem, info: pafs.FileInfo) -> bytes:
+        key = (info.path, info.size, info.mtime_ns)
+        with self._lock:
+            if key in self._bytes:
+                self._bytes.move_to_end(key)
+                return self._bytes[key]
+        if info.size > MAX_FILE_BYTES:
+            raise StorageError(f"{info.path}: {info.size >> 20} MB are too many for a page")
+        data = storage.read_bytes(fs, info.path, first=MAX_FILE_BYTES, attempts=2)
+        with self._lock:
+            if key not in self._bytes:
+                self._bytes[key] = data
+                self._size += len(data)
+            while self._size > KEPT_BYTES:
+                self._size -= len(self._bytes.popitem(last=False)[1])
+        return data
+
+
+class _Snapshot:
+    """The files of a run as they were listed, in place of a filesystem: what storage.py asks of one to read."""
+
+    def __init__(self, fs: pafs.FileSystem, infos: Sequence[pafs.FileInfo], kept: _Kept):
+        self._fs, self._kept = fs, kept
+        self._infos = {info.path: info for info in infos}
+        for info in infos:
+            folder = info.path.rpartition("/")[0]
+            while folder and folder not in self._infos:
+                self._infos[folder] = pafs.FileInfo(folder, pafs.FileType.Directory)
+                folder = folder.rpartition("/")[0]
+
+    def get_file_info(self, what: str | pafs.FileSelector) -> Any:
+        if isinstance(what, str):
+            return self._infos.get(what) or pafs.FileInfo(what, pafs.FileType.NotFound)
+        base = what.base_dir.rstrip("/") + "/"
+        inside = [(path[len(base) :], info) for path, info in self._infos.items() if path.startswith(base)]
+        return [info for name, info in inside if what.recursive or "/" not in name]
+
+    def open_input_file(self, path: str) -> Any:
+        if path not in self._infos:
+            raise FileNotFoundError(path)
+        return pa.BufferReader(self._kept.read(self._fs, self._infos[path]))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A folder as it was last looked at: size and time of its status.json, and its row; None: it is no run."""
+
+    stamp: tuple[int, int | None]
+    row: dict[str, Any] | None
+    at: float
+
+
+class Watch:
+    """What a storage folder holds, asked again and again by pages that are open; safe to ask from several threads."""
+
+    def __init__(self, where: str):
+        self.where = where
+        self._fs, self._path = storage.open_uri(where)
+        self._on_disk = isinstance(self._fs, pafs.LocalFileSystem)
+        self._pool = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="dashboard")
+        self._lock, self._listed_at = threading.Lock(), -POLL_S
+        self._names: list[str] = []
+        self._seen: dict[str, _Seen] = {}
+        self._asked: dict[str, Future[_Seen]] = {}
+        self._looks: OrderedDict[str, Look] = OrderedDict()
+        self._looking: dict[str, Future[Look | None]] = {}
+        self._lookers = ThreadPoolExecutor(NUM_LOOKERS, thread_name_prefix="dashboard-look")
+        self._kept = _Kept()
+
+    def rows(self, patience_s: float = PATIENCE_S) -> list[dict[str, Any]]:
+        """A row for each run as `runs.describe` has it, by name; `damaged` ones say why, `reading` ones come later.
+
+        StorageError if the folder cannot be listed.
+        """
+        with self._lock:
+            if time.monotonic() - self._listed_at > POLL_S / 2:
+                self._names = [n for n in storage.list_folders(self._fs, self._path) if not n.startswith(".")]
+                self._listed_at = time.monotonic()
+                there = set(self._names)
+                self._seen = {name: seen for name, seen in self._seen.items() if name in there}
+                for name in self._names:
+                    if name not in self._asked and self._is_due(name):
+                        self._asked[name] = self._pool.submit(self._ask, name)
+            names, asked = list(self._names), list(self._asked.values())
+        wait(asked, patience_s)
+        with self._lock:
+            for name in [name for name, future in self._asked.items() if future.done()]:
+                self._seen[name] = self._asked.pop(name).result()
+            seen = {name: self._seen.get(name) for name in names}
+        unread = {"kind": None, "state": "reading", "result": None, "updated": None, "message": ""}
+        rows = [{"name": name, **unread} if one is None else one.row for name, one in seen.items()]
+        return [row for row in rows if row is not None]
+
+    def find(self, name: str) -> runs.Run | None:
+        """The run of this name, None if the storage has no such folder; a name that could lead elsewhere is none."""
+        if not name or "/" in name or "\\" in name or name.startswith("."):
+            return None
+        path = storage.join(self._path, name)
+        run = runs.Run(self._fs, path, name, storage.join(self.where if not self._on_disk else self._path, name))
+        return run if runs.exists(run, "status.json") or runs.exists(run, "job.yaml") else None
+
+    def look(self, name: str, patience_s: float = LOOK_PATIENCE_S) -> Look | None:
+        """All that is shown of the run, None if there is none; what does not read is among its `problems`.
+
+        Where that takes longer than `patience_s`, what was there before, or a Look whose state is `reading`; it is read
+        on meanwhile, by one reader however many ask. StorageError if the storage does not answer.
+        """
+        with self._lock:
+            if name not in self._looking:
+                self._looking[name] = self._lookers.submit(self._look, name)
+            asked = self._looking[name]
+        try:
+            found = asked.result(patience_s)
+        except TimeoutError:
+            with self._lock:
+                return self._looks.get(name) or Look({"name": name, "state": "reading"}, "reading")
+        finally:
+            with self._lock:
+                if asked.done() and self._looking.get(name) is asked:
+                    del self._looking[name]
+        return found
+
+    def _look(self, name: str) -> Look | None:
+        run = self.find(name)
+        if run is None:
+            return None
+        snapshot, infos = self._listed(run)
+        row = _described(run)
+        marks = "".join(f"{info.path}{info.size}{info.mtime_ns}" for info in infos)
+        version = hashlib.sha256(f"{json.dumps(row)}{marks}".encode("utf-8", "replace")).hexdigest()[:16]
+        with self._lock:
+            before = self._looks.get(name)
+        if before is not None and before.version == version:
+            return before
+        look = self._read(snapshot, row, version)
+        with self._lock:
+            self._looks[name] = look
+            self._looks.move_to_end(name)
+            while len(self._looks) > KEPT_LOOKS:
+                self._looks.popitem(last=False)
+        return look
+
+    def report(self, name: str) -> bytes | None:
+        """The page that the run left, None if there is none."""
+        run = self.find(name)
+        if run is None or not runs.exists(run, "report.html"):
+            return None
+        return runs.read_file(self._listed(run)[0], "report.html")
+
+    def close(self) -> None:
+        """Let the threads end."""
+        for pool in (self._pool, self._lookers):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _is_due(self, name: str) -> bool:
+        """Whether the folder has to be looked at: on a disk always, in a bucket a settled run less often."""
+        seen = self._seen.get(name)
+        settled = seen is not None and seen.row is not None and seen.row["state"] in ("finished", "failed", "damaged")
+        return seen is None or self._on_disk or not settled or time.monotonic() - seen.at > SETTLED_S
+
+    def _ask(self, name: str) -> _Seen:
+        run = runs.Run(self._fs, storage.join(self._path, name), name, storage.join(self.where, name))
+        seen, now = self._seen.get(name), time.monotonic()
+        try:
+            info = storage.retry(lambda: self._fs.get_file_info(f"{run.path}/status.json"), "look up", run.path, 2)
+            stamp = (info.size or 0, info.mtime_ns)
+            if info.type == pafs.FileType.NotFound and not runs.exists(run, "job.yaml"):
+                return _Seen(stamp, None, now)
+        except (UserError, RunFailed, *DAMAGED) as error:
+            return _Seen((0, None), _damaged(run, error), now)
+        if seen is not None and seen.stamp == stamp and seen.row is not None:
+            state, age = seen.row["state"], now - seen.at
+            if state in ("finished", "failed", "damaged") and info.type != pafs.FileType.NotFound:
+                return _Seen(stamp, seen.row, now)
+            if state == "stopped" and age < SETTLED_S / 3:
+                return seen  # its writer may have slept: the lock tells, status.json does not
+        return _Seen(stamp, _described(run), now)
+
+    def _listed(self, run: runs.Run) -> tuple[runs.Run, list[pafs.FileInfo]]:
+        """The run with the files that are shown, as they are now."""
+        top = [self._fs.get_file_info(f"{run.path}/{name}") for name in READ]
+        infos = [info for info in top if info.type == pafs.FileType.File]
+        folders = [f"{run.path}/{name}" for name in READ_FOLDERS]
+        for found in self._pool.map(lambda path: storage.list_files(self._fs, path, recursive=True), folders):
+            infos += [info for info in found if _is_shown(info.path[len(run.path) + 1 :])]
+        snapshot = cast(pafs.FileSystem, _Snapshot(self._fs, infos, self._kept))
+        return runs.Run(snapshot, run.path, run.name, run.uri), infos
+
+    def _read(self, run: runs.Run, row: dict[str, Any], version: str) -> Look:
+        problems: list[str] = []
+
+        def part(read: Callable[[], Any], default: Any) -> Any:
+            try:
+                return read()
+            except (UserError, RunFailed, *DAMAGED) as error:
+                problems.append(_sentence(error))
+                return default
+
+        status = part(lambda: runs.read_status(run), None)
+        text = part(lambda: runs.read_file(run, "job.yaml").decode("utf-8", "replace"), "")
+        results = part(lambda: _mapping(run, "results.json"), {})
+        return Look(
+            row=row,
+            version=version,
+            started=status.started if status else 0.0,
+            ended=status.updated if status else 0.0,
+            job=part(lambda: runs.read_job(run), {}) if text else {},
+            job_text=text[:200_000],
+            card=part(lambda: _mapping(run, "card.json"), {}),
+            results=results,
+            metrics=part(lambda: _rows(run, "metrics"), []),
+            quarantine=part(lambda: _rows(run, "quarantine"), []),
+            stages=part(lambda: self._stages(run, row["state"]), []),
+            trials=part(lambda: self._trials(run, results), {}),
+            fronts=part(lambda: _fronts(run), {}),
+            has_report=runs.exists(run, "report.html"),
+            problems=problems,
+        )
+
+    def _stages(self, run: runs.Run, whole: str) -> list[Stage]:
+        out = []
+        for name in storage.list_folders(run.fs, f"{run.path}/stages"):
+            stage = runs.Run(run.fs, f"{run.path}/stages/{name}", name, f"{run.uri}/stages/{name}")
+            status = runs.read_status(stage)
+            judged = _mapping(stage, "results.json").get("rows") or []
+            state: str = status.state if status else "queued"
+            state = "stopped" if state == "running" and whole != "running" else state
+            out.append(Stage(name, state, _rows(stage, "metrics"), [row for row in judged if isinstance(row, dict)]))
+        return out
+
+    def _trials(self, run: runs.Run, results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+        """The trials of a search: out of results.json when it is over, else of the files of those that are done."""
+        told = results.get("trials")
+        if told:
+            targets = [str(row.get("target")) for row in results.get("targets") or [] if isinstance(row, dict)]
+            name = targets[0] if len(targets) == 1 else "trial"
+            return {name: [{"index": i, **one} for i, one in enumerate(told) if isinstance(one, dict)]}
+        files = storage.list_files(run.fs, f"{run.path}/trials", recursive=True)
+        files = [info for info in files if info.base_name.endswith(".json")]
+
+        def read(info: pafs.FileInfo) -> Any:
+            return json.loads(storage.read_bytes(run.fs, info.path, attempts=1))
+
+        out: dict[str, list[dict[str, Any]]] = {}
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            for info, one in zip(files, pool.map(read, files), strict=True):
+                target = info.path[len(run.path) + len("/trials/") :].rpartition("/")[0] or "trial"
+                if isinstance(one, dict):
+                    out.setdefault(target, []).append(one)
+        return out
+
+
+def _is_shown(name: str) -> bool:
+    """Whether a file in READ_FOLDERS is read: of a stage its records, neither weights nor checkpoints."""
+    parts = name.split("/")
+    return parts[0] != "stages" or (len(parts) > 2 and (parts[2] in READ[:4] or parts[2] == "metrics"))
+
+
+def _described(run: runs.Run) -> dict[str, Any]:
+    try:
+        return runs.describe(run)
+    except (UserError, RunFailed, *DAMAGED) as error:
+        return _damaged(run, error)
+
+
+def _damaged(run: runs.Run, error: BaseException) -> dict[str, Any]:
+    row = {"name": run.name, "kind": None, "state": "damaged", "result": None, "updated": None}
+    return row | {"message": _sentence(error), "uri": run.uri}
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, UserError | RunFailed):
+        return str(error)
+    return f"is no run folder as slimray writes it ({type(error).__name__}: {error})"
+
+
+def _mapping(run: runs.Run, name: str) -> dict[str, Any]:
+    """The JSON object in a file of the run; {} without the file."""
+    if not runs.exists(run, name):
+        return {}
+    found = json.loads(runs.read_file(run, name))
+    if not isinstance(found, dict):
+        raise StorageError(f"{run.uri}/{name}: is no JSON object")
+    return found
+
+
+def _rows(run: runs.Run, folder: str) -> list[dict[str, Any]]:
+    return runs.read_parts(run, folder)
+
+
+def _fronts(run: runs.Run) -> dict[str, list[dict[str, Any]]]:
+    return {str(cost): list(front) for cost, front in (_mapping(run, "front.json").get("fronts") or {}).items()}
