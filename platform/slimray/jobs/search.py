@@ -7,7 +7,6 @@ the best subnet within its limits is scored once on the split for the end, and b
 evaluated, predicted with, or trained on (`init: {from: NAME-TARGET}`).
 """
 
-import itertools
 import json
 import os
 import tempfile
@@ -28,14 +27,14 @@ from slimray import accuracy_predictor, models, report, runs, strategies, worker
 from slimray.arch import Arch
 from slimray.data import cards
 from slimray.data.pipeline import Source
-from slimray.edge import cost
-from slimray.genes import GeneTable, costs_by_arch
+from slimray.edge import cost, hardware
+from slimray.edge.arch_costs import COUNTED, MEASURED, Meter, Prices
 from slimray.jobs.inputs import DataSpec, finished_run, open_splits
 from slimray.jobs.judge import Exhibits, Judge, JudgeSpec, decode, judge_all, metric_of
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean, located, parse
 from slimray.strategies import Problem, Trial
 
-COSTS = ("params", "macs", "memory_mb")
+COSTS = (*COUNTED, *MEASURED)
 HELD_OUT = "held_out"  # in place of a split: training samples that the shrink run kept out
 
 
@@ -45,7 +44,11 @@ class TargetSpec(Spec):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$")
     """Name of the target; its subnet becomes the run NAME-TARGET."""
     limits: dict[str, float] = {}
-    """Cost -> upper bound: `params`, `macs` (per sample), `memory_mb` (weights and the largest layer, float32)."""
+    """Cost -> upper bound: `params`, `macs` (per sample), `memory_mb` (weights and the largest layer, float32); with
+    `hardware` also `latency_ms` and, of a described device, `energy_mj`, batch 1."""
+    hardware: str | None = None
+    """What tells latency: a `.json` table of `slimray profile`, a device of `slimray.edge.hardware.HARDWARE` (a model
+    from its data sheet), or a `.yaml` file that describes a device."""
 
 
 class SearchJob(Spec):
@@ -80,6 +83,11 @@ class SearchJob(Spec):
                     raise ValueError(
                         f"targets.{target.name}.limits: unknown cost {limit!r}{did_you_mean(limit, COSTS)}"
                     )
+                if limit in MEASURED and target.hardware is None:
+                    raise ValueError(
+                        f"targets.{target.name}.limits.{limit}: needs `hardware` beside `limits`: a table of "
+                        "`slimray profile`, or a described device"
+                    )
         return self
 
 
@@ -111,9 +119,10 @@ def _find(job: SearchJob, where: str, storage: str) -> runs.Run:
 
 def _require_possible(job: SearchJob, where: str, net: Any, recipe: Mapping[str, Any]) -> None:
     """Raise UserError, with the smallest value there is, for a target whose limits no subnet keeps."""
+    of_net = _prices(net, recipe)
     for target in job.targets:
         try:
-            _problem(net, recipe, target).anchor  # noqa: B018  (raises)
+            _problem(of_net.on(_meter(target)), target, job.strategy).anchor  # noqa: B018  (raises)
         except UserError as error:
             raise UserError(located(str(error), f"{where}: targets.{target.name}")) from None
 
@@ -139,35 +148,32 @@ def _recipe(found: runs.Run) -> dict[str, Any]:
 
 
 def arch_costs(net: Any, recipe: Mapping[str, Any]) -> Callable[[Arch], dict[str, float]]:
-    """What an arch of the supernet `net` (on the meta device) costs: parameters, MACs and memory, counted exactly.
-
-    MACs are sums over the units of the subnet, each counted once; memory is float32 weights and the largest pair of a
-    unit's input and the next one's, in MB of 10^6 bytes.
-    """
-    known: dict[str, tuple[int, int]] = {}
-
-    def of(arch: Arch) -> dict[str, float]:
-        units = net.units(arch, recipe["num_points"]) if recipe["kind"] == "points" else net.units(arch)
-        params = macs = 0
-        for unit in units:
-            if unit.key not in known:
-                module = cost.build_on_meta(unit.make).eval()
-                known[unit.key] = cost.count_params(module), cost.count_macs(module, (1, *unit.input))
-            params, macs = params + known[unit.key][0], macs + known[unit.key][1]
-        sizes = [float(np.prod(unit.input)) for unit in units] + [0.0]
-        peak = max(a + b for a, b in itertools.pairwise(sizes))
-        return {"params": float(params), "macs": float(macs), "memory_mb": 4e-6 * (params + peak)}
-
-    return of
+    """What an arch of the supernet `net` (on the meta device) costs: parameters, MACs and memory, counted exactly."""
+    return _prices(net, recipe).arch_costs
 
 
-def _problem(net: Any, recipe: Mapping[str, Any], target: TargetSpec) -> Problem:
-    table = GeneTable(net.space)
+def _prices(net: Any, recipe: Mapping[str, Any]) -> Prices:
+    return Prices(net, recipe["num_points"] if recipe["kind"] == "points" else None)
+
+
+def _meter(target: TargetSpec) -> Meter | None:
+    return hardware.named(target.hardware, "hardware") if target.hardware else None
+
+
+def _problem(prices: Prices, target: TargetSpec, strategy: strategies.Strategy) -> Problem:
+    """The search of a target; of the costs only those that it asks for, so that pricing many archs is fast."""
+    names = [*target.limits, *(strategy.objectives if isinstance(strategy, strategies.Nsga2) else ())]
+    told = (*COUNTED, *(prices.meter.names if prices.meter else ()))
+    for name in names:
+        if name in MEASURED and name not in told:
+            of = prices.meter.name if prices.meter else "no `hardware`"
+            field = "limits" if name in target.limits else "strategy: objectives"
+            raise UserError(f"{field}: {name}: {of} does not tell it: name a hardware that does")
 
     def fit(codes: np.ndarray, metrics: np.ndarray, seed: int) -> Any:
-        return accuracy_predictor.fit_predictor(net.space, codes, metrics, seed)
+        return accuracy_predictor.fit_predictor(prices.net.space, codes, metrics, seed)
 
-    return Problem(table, costs_by_arch(table, arch_costs(net, recipe)), target.limits, fit)
+    return Problem(prices.table, prices.matrix(list(dict.fromkeys(names))), target.limits, fit)
 
 
 # --------------------------------------------------------------------------------------------------- the search
@@ -180,6 +186,7 @@ class _Progress:
     job: SearchJob
     run: runs.Run
     target: TargetSpec
+    prices: Prices
     problem: Problem
     measured: dict[Arch, dict[str, float]]
     metric: str
@@ -231,8 +238,8 @@ class _Progress:
 
     def note(self, index: int, arch: Arch, metrics: dict[str, float]) -> None:
         """Write a trial that is over; without metrics it has failed."""
-        values = self.problem.costs(self.problem.table.codes([arch]))
-        costs = {name: float(value[0]) for name, value in values.items()}
+        values = self.problem.costs(self.problem.table.codes([arch]))  # to the last bit what the limits were held to
+        costs = self.prices.arch_costs(arch) | {name: float(value[0]) for name, value in values.items()}
         trial = Trial(index, arch, metrics.get(self.metric, float("nan")), costs)
         self.history[index] = trial
         if metrics:
@@ -309,10 +316,12 @@ def run(job: SearchJob, ctx: Any) -> None:
     found = _find(job, ctx.where, ctx.storage)
     net, recipe = _on_meta(found), _recipe(found)
     metric, measured = metric_of(recipe), {}
-    searches = [
-        _Progress(job, ctx.run, target, _problem(net, recipe, target), measured, metric) for target in job.targets
-    ]
     _require_possible(job, ctx.where, net, recipe)
+    searches, of_net = [], _prices(net, recipe)
+    for target in job.targets:
+        prices = of_net.on(_meter(target))
+        problem = _problem(prices, target, job.strategy)
+        searches.append(_Progress(job, ctx.run, target, prices, problem, measured, metric))
     for progress in searches:
         progress.read()
     workers.connect(ctx.cpus)
@@ -333,6 +342,9 @@ def run(job: SearchJob, ctx: Any) -> None:
         run_of = _write_subnet(job, ctx, found, target, trial, scored, weights)
         rows.append({"target": target.name, "run": run_of.name, "searched": trial.metric, metric: scored[metric]})
         rows[-1] |= {**trial.costs, "limits": target.limits, "arch": trial.arch.to_dict()}
+        meter = searches[number].prices.meter
+        if meter is not None:
+            rows[-1] |= {"hardware": meter.name, "how": meter.how, "source": meter.source}
     _finish(job, ctx, searches, rows, metric)
 
 
@@ -350,7 +362,7 @@ def _tune(job: SearchJob, found: runs.Run, progress: _Progress, exhibits: Exhibi
             tune_config=tune.TuneConfig(
                 search_alg=_Adapter(progress),
                 num_samples=progress.total - len(progress.history),
-                max_concurrent_trials=job.scale.workers,
+                max_concurrent_trials=job.scale.most,
                 reuse_actors=True,
                 metric="metric",
                 mode="max",
@@ -427,7 +439,7 @@ def _write_subnet(
 def _finish(job: SearchJob, ctx: Any, searches: Sequence[_Progress], rows: list[dict], metric: str) -> None:
     trials = [trial for progress in searches for trial in progress.trials if trial.metric == trial.metric]
     different = {trial.arch: trial for trial in trials}
-    fronts = {name: strategies.front(different.values(), [name]) for name in COSTS}
+    fronts = {name: strategies.front(different.values(), [name]) for name in COUNTED}
     plain = {name: [_plain(trial) for trial in front] for name, front in fronts.items()}
     runs.write_file(ctx.run, "front.json", json.dumps({"metric": metric, "fronts": plain}).encode())
     predictors = {}

@@ -1,0 +1,193 @@
+"""Devices that are not at hand: what a network would take on them, by a model made of a few numbers of a data sheet.
+
+`HARDWARE` is a table to read; a row says where its numbers come from. The model is the roofline (Williams et al., CACM
+52(4), 2009): a layer takes the longer of its multiply-accumulates at the peak rate and its bytes at the full bandwidth;
+energy counts picojoules per MAC and per byte. Surprising: the result is a bound that no real device reaches, good for
+comparing subnets and for limits that cannot be kept, and every figure says `how: model`. A file that `slimray profile`
+measured is taken in the same place and says `how: table`; a YAML file with the fields of `Device` describes your own.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from slimray.edge import latency
+from slimray.edge.arch_costs import Meter
+from slimray.edge.cost import build_on_meta
+from slimray.spec import Spec, UserError, did_you_mean, located, parse, read_yaml
+
+
+class Device(Spec):
+    """A device as its data sheet describes it."""
+
+    description: str
+    """What it is, and in which number format it computes."""
+    source: str
+    """Where the numbers come from."""
+    date: str
+    """When the source was published."""
+    gmacs_per_s: float = Field(gt=0)
+    """Peak rate, 10^9 multiply-accumulates a second."""
+    gb_per_s: float = Field(gt=0)
+    """Bandwidth of the memory that weights and activations lie in, 10^9 bytes a second."""
+    bits: int = Field(ge=1, le=64)
+    """Width of a weight and of an activation."""
+    per_layer_us: float = Field(default=0.0, ge=0)
+    """Microseconds that starting a layer takes; 0 where no source says."""
+    pj_per_mac: float | None = Field(default=None, ge=0)
+    """Picojoules of a multiply-accumulate; without it there is no energy."""
+    pj_per_byte: float | None = Field(default=None, ge=0)
+    """Picojoules of a byte from or to the memory; without it there is no energy."""
+    static_w: float = Field(default=0.0, ge=0)
+    """Watts that flow while nothing is computed."""
+
+    @property
+    def balance(self) -> float:
+        """MACs per byte (arithmetic intensity) from which a layer is bound by arithmetic and no longer by memory."""
+        return self.gmacs_per_s / self.gb_per_s
+
+
+# Energy per operation: M. Horowitz, "Computing's energy problem", ISSCC 2014, 45 nm at 0.9 V: multiply and add of
+# float16 1.1 + 0.4 pJ, float32 3.7 + 0.9 pJ, int8 0.2 and an int32 add 0.1 pJ; DRAM from 1.3 nJ for 64 bits. Processes
+# since are thriftier in arithmetic more than in memory: these are for comparing subnets.
+_ENERGY = "; energy per operation from Horowitz, ISSCC 2014 (45 nm), not from the vendor"
+_DRAM_PJ_PER_BYTE = 162.5
+
+HARDWARE: dict[str, Device] = {
+    "edge_gpu": Device(
+        description="NVIDIA Jetson Nano, 128 Maxwell cores at 921 MHz, float16",
+        source="NVIDIA Jetson Nano module data sheet: 472 GFLOP/s in float16, 25.6 GB/s LPDDR4" + _ENERGY,
+        date="2019",
+        gmacs_per_s=236,
+        gb_per_s=25.6,
+        bits=16,
+        pj_per_mac=1.5,
+        pj_per_byte=_DRAM_PJ_PER_BYTE,
+    ),
+    "edge_gpu_int8": Device(
+        description="NVIDIA Jetson Orin Nano 8GB, 1024 Ampere cores and 32 tensor cores, dense int8",
+        source="NVIDIA Jetson Orin Nano data sheet: 40 TOPS with sparsity, half of it dense, 68 GB/s LPDDR5" + _ENERGY,
+        date="2023",
+        gmacs_per_s=10_000,
+        gb_per_s=68,
+        bits=8,
+        pj_per_mac=0.3,
+        pj_per_byte=_DRAM_PJ_PER_BYTE,
+    ),
+    "fpga": Device(
+        description="AMD Zynq UltraScale+ ZU9EG on a ZCU102 board, every DSP slice two int8 MACs a cycle at 300 MHz",
+        source="AMD DS891: 2,520 DSP slices; WP486: two int8 MACs a slice; 64 bits of DDR4-2400: 19.2 GB/s; "
+        "300 MHz is assumed, a design of yours may differ" + _ENERGY,
+        date="2017",
+        gmacs_per_s=1512,
+        gb_per_s=19.2,
+        bits=8,
+        pj_per_mac=0.3,
+        pj_per_byte=_DRAM_PJ_PER_BYTE,
+    ),
+    "dsp": Device(
+        description="Texas Instruments TMS320C6678, eight C66x cores at 1.25 GHz, float32",
+        source="TI SPRS691: 20 GFLOP a core in float32, 64 bits of DDR3-1600: 12.8 GB/s" + _ENERGY,
+        date="2014",
+        gmacs_per_s=80,
+        gb_per_s=12.8,
+        bits=32,
+        pj_per_mac=4.6,
+        pj_per_byte=_DRAM_PJ_PER_BYTE,
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------------------------- roofline
+
+
+def layers_of(unit: Any) -> list[tuple[int, int]]:
+    """(MACs, values moved) of every convolution and linear layer of a unit: its input, weights and output, each once.
+
+    BatchNorm, activations and additions are taken as part of the layer before them; a unit without layers moves its
+    input and its output. Gathers of point networks are not counted.
+    """
+    found: list[tuple[int, int]] = []
+
+    def note(layer: Any, taken: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        weights = sum(parameter.numel() for parameter in layer.parameters())
+        found.append((out.numel() * layer.weight[0].numel(), taken[0].numel() + weights + out.numel()))
+
+    module = build_on_meta(unit.make).eval()
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            layer.register_forward_hook(note)
+    with torch.no_grad():
+        x = torch.zeros(1, *unit.input, device="meta")
+        out = module(x)
+    return found or [(0, x.numel() + out.numel())]
+
+
+def unit_costs(device: Device, unit: Any) -> dict[str, float]:
+    """What a unit takes on `device` by the roofline: `latency_ms`, and `energy_mj` where the device has numbers for it.
+
+    For one sample; see `layers_of` for what is counted.
+    """
+    seconds = joules = 0.0
+    for macs, values in layers_of(unit):
+        moved = values * device.bits / 8
+        seconds += max(macs / (1e9 * device.gmacs_per_s), moved / (1e9 * device.gb_per_s)) + 1e-6 * device.per_layer_us
+        joules += 1e-12 * (macs * (device.pj_per_mac or 0) + moved * (device.pj_per_byte or 0))
+    out = {"latency_ms": 1e3 * seconds}
+    if device.pj_per_mac is not None and device.pj_per_byte is not None:
+        out["energy_mj"] = 1e3 * (joules + device.static_w * seconds)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ what a user names
+
+
+def meter(name: str) -> Meter:
+    """What tells the latency (and energy) of archs on `name`: a row of HARDWARE, a described device, a table.
+
+    A row by its name, a device by a `.yaml` file with the fields of `Device`, a table by the `.json` file that
+    `slimray profile` wrote. UserError for anything else.
+    """
+    suffix = Path(name).suffix.lower()
+    if suffix == ".json":
+        table = latency.read_table(name)
+        if table.calibration is None:
+            raise UserError(f"{name}: its measurement is not finished: the same `slimray profile` goes on with it")
+        return latency.meter(table, name)
+    if suffix in (".yaml", ".yml"):
+        documents = read_yaml(name)
+        if len(documents) != 1:
+            raise UserError(f"{name}: must hold one device (holds {len(documents)} documents)")
+        return model_meter(parse(Device, documents[0], name), name)
+    if name not in HARDWARE:
+        raise UserError(
+            f"unknown device {name!r}{did_you_mean(name, HARDWARE)}; a measured table ends in .json, a described "
+            "device in .yaml"
+        )
+    return model_meter(HARDWARE[name], name)
+
+
+def model_meter(device: Device, name: str) -> Meter:
+    """The roofline of `device` as what tells the costs of units."""
+    known: dict[str, Mapping[str, float]] = {}
+
+    def of(unit: Any) -> Mapping[str, float]:
+        if unit.key not in known:
+            known[unit.key] = unit_costs(device, unit)
+        return known[unit.key]
+
+    has_energy = device.pj_per_mac is not None and device.pj_per_byte is not None
+    names = ("latency_ms", "energy_mj") if has_energy else ("latency_ms",)
+    return Meter(name=name, how="model", source=device.source, names=names, of=of)
+
+
+def named(name: str, where: str) -> Meter:
+    """`meter`, whose errors say `where` the name was written."""
+    try:
+        return meter(name)
+    except UserError as error:
+        raise UserError(located(str(error), where)) from None

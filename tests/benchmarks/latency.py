@@ -1,0 +1,79 @@
+"""What a latency table says of subnets against what they take, on this device: `ofa_mobilenetv3`, one thread, eager.
+
+The table is measured and calibrated first (slimray.edge.latency), then 50 other subnets are measured whole, spread
+evenly over the logarithm of a latency range of at least 4. Beside it, fitted to the same calibration subnets: a
+constant, and a line over MACs; and the test-retest noise, the difference of the odd and the even readings of a subnet.
+More subnets lie between the resolutions that were measured. A clock of processor time leaves out waiting for a core,
+not what neighbours do to caches: a quiet machine gives better figures. Goal: median error at most 5 %.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from slimray import models
+from slimray.arch import Arch
+from slimray.edge import latency
+from slimray.edge.arch_costs import Prices, draw_archs
+
+RESOLUTIONS = (128, 160, 192, 224)
+TESTED, BETWEEN = 50, 20
+ROUNDS = int(os.environ.get("SLIMRAY_BENCH_ROUNDS", "15"))
+OPTIONS = {"name": "ofa_mobilenetv3", "num_classes": 1000}
+
+
+def main() -> None:
+    net = models.build(**OPTIONS).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "table.json")
+        table = latency.profile(net, OPTIONS, path, resolutions=RESOLUTIONS, rounds=ROUNDS)
+    print(", ".join(f"{name} {_plain(value)}" for name, value in latency.summary(table).items()))
+    assert table.calibration is not None
+    prices = Prices(net, None, latency.meter(table, "table"))
+    used = [Arch.from_dict(row.arch) for row in table.calibration.rows]
+    tested = draw_archs(prices, TESTED, seed=1, exclude=used)
+    between = [a.replace(resolution=a["resolution"] + (12 if a["resolution"] < 224 else -12)) for a in tested]
+    between = between[:: len(between) // BETWEEN][:BETWEEN]
+    assert not set(used) & {*tested, *between}
+    measured = latency.measure_whole(net, [*tested, *between], "cpu-eager", 1, ROUNDS, seed=1)
+    ms, others = np.array(measured.ms[: len(tested)]), np.array(measured.ms[len(tested) :])
+    print(
+        f"{len(tested)} subnets, {ms.min():.1f} to {ms.max():.1f} ms ({ms.max() / ms.min():.1f} times), waited for a "
+        f"core {100 * measured.waited:.0f} % of the time, reference {measured.reference_ms:.3f} ms"
+    )
+    known = np.array([row.measured_ms for row in table.calibration.rows])
+    macs = np.array([prices.arch_costs(arch)["macs"] for arch in [*used, *tested]]) / 1e6
+    fixed, slope = latency.fit_line(macs[: len(used)] / 10, known)
+    _row("table", _says(prices, tested), ms)
+    drift = measured.reference_ms / np.median(table.reference_ms)
+    bias = 100 * float(np.median(_says(prices, tested) / ms) - 1)
+    print(f"median of said over measured {bias:+.1f} %; the reference took {100 * (drift - 1):+.1f} % since the table")
+    _row("table, put to the speed of the reference", drift * _says(prices, tested), ms)
+    _row("constant", np.full(len(ms), np.median(known)), ms)
+    _row("MACs alone", fixed + slope * macs[len(used) :] / 10, ms)
+    pairs = [latency.halves(rows) for rows in measured.readings_ms[: len(tested)]]
+    _row("test and retest", *(np.array(half) for half in zip(*pairs, strict=True)))
+    _row(f"table, {len(between)} subnets between its resolutions", _says(prices, between), others)
+
+
+def _says(prices: Prices, archs: list[Arch]) -> np.ndarray:
+    return np.array([prices.metered(arch)["latency_ms"] for arch in archs])
+
+
+def _row(name: str, said: np.ndarray, ms: np.ndarray) -> None:
+    errors = 100 * np.abs(said / ms - 1)
+    print(
+        f"{name}: median error {np.median(errors):.2f} %, nine of ten below {np.quantile(errors, 0.9):.2f} %, "
+        f"largest {errors.max():.2f} %",
+        flush=True,
+    )
+
+
+def _plain(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()
