@@ -440,3 +440,18 @@ def test_a_page_says_how_its_run_ended(tmp_path: Path):
     assert "failed · the disk is full · " in report.train_report(run)
     runs.write_card(run, {"seconds": 1.0})
     assert "finished · " in report.train_report(run)
+
+
+def test_accuracy_by_batch_is_a_curve_for_each_rule_of_the_rate():
+    rows = [
+        {"run": "a", "variant": "natural", "top1": 90.0, "batch": 16, "peak_lr": 0.1},
+        {"run": "b", "variant": "natural", "top1": 89.0, "batch": 64, "peak_lr": 0.4},
+        {"run": "c", "variant": "natural", "top1": 60.0, "batch": 64, "peak_lr": 0.1},
+        {"run": "a", "variant": "shuffled", "top1": 1.0, "batch": 16, "peak_lr": 0.1},
+    ]
+    (curves,) = report.by_batch(rows)
+    assert curves.series == {
+        "rate 6.25 per 1,000 of a batch": ([4.0, 6.0], [90.0, 89.0]),
+        "rate 0.1 whatever the batch": ([4.0, 6.0], [90.0, 60.0]),
+    }
+    assert report.by_batch(rows[:1]) == []

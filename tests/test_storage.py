@@ -10,9 +10,11 @@ import time
 
 import pyarrow.fs as pafs
 import pytest
+from tests.faulty_s3 import faulty_s3
 
 from slimray import storage
 from slimray.spec import UserError
+from slimray.storage import StorageError
 
 
 @pytest.fixture(params=["disk", "bucket"])
@@ -206,3 +208,20 @@ def test_refused_credentials_are_one_sentence(monkeypatch):
     with pytest.raises(UserError, match="access denied, no credentials were found: set AWS_ACCESS_KEY_ID"):
         storage.open_uri(uri + "&anonymous=true")
     server.shutdown()
+
+
+def test_a_store_that_throttles_breaks_and_delays_loses_nothing(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with faulty_s3(seed=1) as faults:
+        fs, path = storage.open_uri(faults.uri("runs"))
+        faults.rate = 0.3
+        wanted = {f"{number:02d}": bytes([number]) * (20_000 * number) for number in range(24)}
+        for name, data in wanted.items():
+            storage.write_atomic(fs, f"{path}/{name}", data)
+        found = {info.base_name: storage.read_bytes(fs, info.path) for info in storage.list_files(fs, path)}
+        assert found == wanted
+        assert {"throttle", "break", "slow"} <= {what for what, count in faults.done.items() if count}
+        faults.rate, faults.kinds = 1.0, ["throttle"]
+        with pytest.raises(StorageError, match="runs/00"):
+            storage.read_bytes(fs, f"{path}/00")

@@ -7,13 +7,15 @@ same for work that counts items. Nothing here is needed for the run itself.
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
 from ray import exceptions
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+Tell = Callable[[Mapping[str, Any]], None]
 
 
 def make_bar(console: Console) -> Progress:
@@ -29,10 +31,10 @@ def make_bar(console: Console) -> Progress:
 
 
 @contextlib.contextmanager
-def follow(board: Any, title: str, console: Console) -> Iterator[None]:
-    """Show how far the run behind `board` is until the block ends."""
+def follow(board: Any, title: str, console: Console, tell: Tell = lambda event: None) -> Iterator[None]:
+    """Show how far the run behind `board` is until the block ends; `tell` hears when a node is to be taken."""
     done = threading.Event()
-    thread = threading.Thread(target=_poll, args=(board, title, console, done), daemon=True)
+    thread = threading.Thread(target=_poll, args=(board, title, console, done, tell), daemon=True)
     thread.start()
     try:
         yield
@@ -41,9 +43,9 @@ def follow(board: Any, title: str, console: Console) -> Iterator[None]:
         thread.join(timeout=5)
 
 
-def _poll(board: Any, title: str, console: Console, done: threading.Event) -> None:
+def _poll(board: Any, title: str, console: Console, done: threading.Event, tell: Tell) -> None:
     shown: dict[str, Any] = {}
-    note = ""
+    note, preempted = "", False
     started: tuple[float, float] | None = None
     with make_bar(console) as bar:
         task = bar.add_task(f"{title}: starting workers", total=1, note="")
@@ -55,6 +57,10 @@ def _poll(board: Any, title: str, console: Console, done: threading.Event) -> No
             if state.get("note", "") != note:
                 note = state["note"]
                 console.print(f"{title}: {note}", highlight=False, markup=False)
+            if state.get("preempted", False) != preempted:
+                preempted = not preempted
+                if preempted:
+                    tell({"state": "preempted", "message": note})
             if not state.get("steps"):
                 continue
             last = state.get("last") or {}

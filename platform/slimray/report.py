@@ -145,7 +145,28 @@ def evaluate_report(run: runs.Run) -> str:
     headline = {_key(row): _percent(next((row[name] for name in ACCURACIES if name in row), None)) for row in rows}
     classes = class_ious(rows, results.get("classes", []))
     tables = [compare(rows), *order_matters(rows), *average_precisions(rows), *classes, *spreads(rows)] if rows else []
-    return _page(run, card, results, headline, tables, [])
+    return _page(run, card, results, headline, tables, by_batch(rows))
+
+
+def by_batch(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:
+    """Accuracy against the global batch, a curve for each rule of the learning rate; nothing for a single batch.
+
+    Runs whose rate grows with the batch (the same rate per sample) are one curve, those of one fixed rate another.
+    """
+    known = [row for row in rows if row.get("peak_lr") and row.get("variant", "natural") == "natural"]
+    if len({row["batch"] for row in known}) < 2:
+        return []
+    metric = next((name for name in ACCURACIES if name in known[0]), None)
+    rules: dict[str, list[Mapping[str, Any]]] = {}
+    for row in known:
+        rules.setdefault(f"rate {1000 * row['peak_lr'] / row['batch']:.3g} per 1,000 of a batch", []).append(row)
+        rules.setdefault(f"rate {row['peak_lr']:.3g} whatever the batch", []).append(row)
+    series = {}
+    for name, chosen in rules.items():
+        chosen = sorted(chosen, key=lambda row: row["batch"])
+        if metric and len({row["batch"] for row in chosen}) > 1:
+            series[name] = ([math.log2(row["batch"]) for row in chosen], [row[metric] for row in chosen])
+    return [Curves(f"{metric} by global batch (log2)", "%", series)] if series else []
 
 
 def shrink_report(run: runs.Run) -> str:
@@ -188,6 +209,29 @@ def search_report(run: runs.Run) -> str:
     told = Table("The predictor", columns, [[one.get(name) for name in columns] for one in reports], _PREDICTED)
     headline = {row["target"]: _percent(row.get(metric)) for row in rows} | {"tried": _show("", len(trials))}
     return _page(run, card, {}, headline, [found] * bool(rows) + [told] * bool(reports), scatters)
+
+
+def proxyless_report(run: runs.Run) -> str:
+    """Return the page of an architecture search by training: what was found, the trade-off, what blocks chose."""
+    card, results = runs.read_card(run) or {}, _results(run)
+    metric, rows = str(results.get("metric", "top1")), results.get("rows", [])
+    unit = "MACs" if results.get("cost") == "macs" else "ms"
+    names = ["run", "weight", metric, "cost", "expected_cost", "params", "macs", "blocks"]
+    aim = f"Cost in {unit}, {_show('', results.get('ref'))} aimed at; expected: under the final probabilities."
+    found = Table("Found", names, [[row.get(name) for name in names] for row in rows], aim, frozenset({metric}))
+    points = [(row["cost"], row[metric], f"{row['weight']:g}") for row in rows]
+    scatter = Scatter(f"{metric} by cost", f"cost [{unit}]", metric, [point[:2] for point in points], points)
+    choices = []
+    for row in rows:
+        codes = list(dict.fromkeys(code for block in row["choices"] for code in block))
+        cells = [
+            [number, *(100 * block[code] if code in block else "" for code in codes)]
+            for number, block in enumerate(row["choices"], 1)
+        ]
+        note = "Probability of each candidate, kernel/expansion or - for nothing, percent, block by block."
+        choices.append(Table(f"Choices of {row['run']}", ["block", *codes], cells, note, frozenset(codes), fold=True))
+    headline = {row["run"]: _percent(row.get(metric)) for row in rows}
+    return _page(run, card, {}, headline, [found, *choices] if rows else [], [scatter] if len(rows) > 1 else [])
 
 
 def _page(

@@ -6,6 +6,7 @@ import platform
 import socket
 import subprocess
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ class Context:
     """A claimed run while its verb works on it. `where` names the job in messages (`jobs/x.yaml (name)`).
 
     `cpus` are the logical CPUs that a local cluster gets: enough for this job and those that follow in its file.
+    `tell` hands an event ({"state": "preempted", "message": ...}) to whoever the job notifies.
     """
 
     run: runs.Run
@@ -31,6 +33,7 @@ class Context:
     where: str
     console: Console
     cpus: int
+    tell: Callable[[Mapping[str, Any]], None] = lambda event: None
     started: float = field(default_factory=time.time)
 
     def finish(self, card: dict[str, Any], results: dict[str, Any] | None = None) -> None:

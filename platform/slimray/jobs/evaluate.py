@@ -30,6 +30,7 @@ from slimray.jobs import boxes
 from slimray.jobs.inputs import DataSpec, Splits, open_splits
 from slimray.jobs.votes import SceneVotes
 from slimray.models.branches import branch_responses
+from slimray.notify import NotifySpec
 from slimray.point_scores import FrustumScore, SegmentationScore, part_ranges
 from slimray.progress import follow
 from slimray.spec import RunFailed, Spec, UserError, located, parse
@@ -72,6 +73,7 @@ class EvaluateJob(Spec):
     pictures: int = Field(12, ge=0, le=100)
     """Clips, images or clouds shown in the report, per run."""
     scale: workers.ScaleSpec = workers.ScaleSpec()
+    notify: NotifySpec | None = None
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "EvaluateJob":
@@ -241,6 +243,7 @@ def run(job: EvaluateJob, ctx: Any) -> None:
     )
     with follow(board, job.name, ctx.console):
         result = workers.launch(_worker, config, job.scale, job.name, board)
+    by_run = {one.name: one for one in found}
     by_name = {one.name: network for one, network in zip(found, trained, strict=True)}
     if splits.card.sample == "frustum":
         _score_boxes(result, splits, split)
@@ -251,6 +254,8 @@ def run(job: EvaluateJob, ctx: Any) -> None:
         row |= {"params": cost.count_params(network.net), "macs": cost.count_macs(network.net, (1, *shape))}
         row |= {"chance": 100 / len(names), "views": job.clips * job.crops, "split": split}
         row |= {"num_quarantined": table.num_rows - row["num_samples"]}
+        trained_with = runs.read_card(by_run[row["run"]]) or {}
+        row |= {key: trained_with[key] for key in ("batch", "peak_lr") if key in trained_with}
     if not all(row["num_samples"] for row in result["rows"]):
         raise RunFailed(f"no file of split {split!r} decodes: see quarantine/ in the run folder")
     results = {

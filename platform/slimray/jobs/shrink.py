@@ -11,27 +11,34 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 import safetensors.torch
 from pydantic import Field, model_validator
 
 from slimray import loop, models, report, runs, workers
 from slimray.arch import Arch, Space
+from slimray.data import cards
 from slimray.data.pipeline import Source
 from slimray.edge import cost
 from slimray.jobs import train
 from slimray.jobs.inputs import DataSpec, Splits, open_splits
-from slimray.jobs.judge import Exhibits, JudgeSpec, decode, judge_all, metric_of
+from slimray.jobs.judge import Exhibits, Judge, JudgeSpec, decode, judge_all, metric_of
+from slimray.jobs.sweep import SweepSpec, sweep, watch_losses
 from slimray.jobs.train import BatchSpec, InitSpec, ModelSpec, TrainJob
 from slimray.learn import OptimSpec
 from slimray.models.elastic import sort_channels
+from slimray.notify import NotifySpec
 from slimray.progress import follow
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean
 from slimray.supernet_replica import SubnetPlan
 from slimray.tracking import TrackingSpec
+
+TUNED = ("lr", "warmup_epochs", "distill_weight", "subnets")  # what a sweep over a stage may change
 
 
 class StageSpec(Spec):
@@ -55,6 +62,21 @@ class StageSpec(Spec):
     """Weight of the teacher's answers beside the labels."""
     sort_channels: bool = False
     """Sort channels by importance before the stage, so that narrow subnets keep the most important ones."""
+    tune: SweepSpec | None = None
+    """Train the stage several times with other settings; the best trial is what the next stage starts from. Its
+    subnets are scored on the held-out samples if there are any, else on the validation split."""
+
+    @model_validator(mode="after")
+    def _tunes_what_is_there(self) -> "StageSpec":
+        for name in self.tune.over if self.tune else ():
+            if name not in TUNED:
+                raise ValueError(f"tune.over: no field {name!r}, one of {', '.join(TUNED)}")
+        return self
+
+    def with_settings(self, settings: Mapping[str, float]) -> "StageSpec":
+        """The stage with other values; ValueError if they do not fit."""
+        plain = self.model_dump(exclude={"tune"}) | dict(settings)
+        return StageSpec.model_validate(plain | {"subnets": int(plain["subnets"])})
 
 
 class SharedOptimSpec(OptimSpec):
@@ -73,7 +95,7 @@ class SharedOptimSpec(OptimSpec):
             if name in self.model_fields_set:
                 raise ValueError(f"{name}: belongs to each of the stages, write it there")
         if self.mutual:
-            raise ValueError("mutual: does not go with shrink, a supernet has a teacher")
+            raise ValueError("mutual: is for plain networks, leave it out with a supernet")
         return self
 
 
@@ -100,6 +122,7 @@ class ShrinkJob(Spec):
     scale: workers.ScaleSpec = workers.ScaleSpec()
     checkpoint: loop.CheckpointSpec = loop.CheckpointSpec()
     tracking: TrackingSpec = TrackingSpec()
+    notify: NotifySpec | None = None
     seed: int = Field(0, ge=0)
     """Seed of order, augmentation, dropout, starting weights and of which subnets are trained."""
     log_every: int = Field(10, ge=1)
@@ -221,7 +244,8 @@ def run(job: ShrinkJob, ctx: Any) -> None:
     kept, out = held_out(job, splits.tables[job.data.train])
     splits = Splits(splits.root, splits.card, splits.tables | {job.data.train: kept})
     net = _on_meta(job, splits.card.num_classes)
-    workers.connect(ctx.cpus)
+    at_once = max((stage.tune.concurrent for stage in job.stages if stage.tune), default=0)
+    workers.connect(max(ctx.cpus, at_once * workers.local_cpus(job.scale) + min(1, at_once)))
     workers.require(job.scale, workers.decode_slots(job.scale))
     tables, archs = train.put_tables(splits), sample_archs(net.space, job.judged, job.seed)
     exhibits: Exhibits | None = None
@@ -232,11 +256,13 @@ def run(job: ShrinkJob, ctx: Any) -> None:
         teacher = None if number == 0 else f"{ctx.run.uri}/stages/00-{job.stages[0].name}"
         status = runs.read_status(stage) if runs.exists(stage, "status.json") else None
         if status is None or status.state != "finished":
-            _train_stage(job, ctx, number, space, stage, previous, teacher, splits, tables)
+            _train_stage(job, ctx, number, space, stage, previous, teacher, splits, tables, out, archs)
         if not runs.exists(stage, "results.json"):
             exhibits = exhibits or _exhibits(job, stage, splits, tables)
             _judge_stage(job, ctx, stage, archs, exhibits, net)
         stages.append({"stage": job.stages[number].name, **json.loads(runs.read_file(stage, "results.json"))})
+        if job.stages[number].tune:
+            stages[-1]["trials"] = json.loads(runs.read_file(stage, "data/sweep.json"))
         previous = stage
     assert previous is not None
     weights, model, taken = runs.read_model(previous)
@@ -265,8 +291,10 @@ def _train_stage(
     teacher: str | None,
     splits: Splits,
     tables: Mapping[str, Source],
+    out: pa.Table | None,
+    archs: Sequence[Arch],
 ) -> None:
-    """Train one stage in its own folder, or go on with it."""
+    """Train one stage in its own folder, or go on with it; several times, with other settings, if it is tuned."""
     init = job.init
     if previous is not None:
         start = f"{stage.uri}/data/start.safetensors"
@@ -286,9 +314,70 @@ def _train_stage(
     sources = {"train": config.sources["train"]} if number else config.sources
     config = replace(config, subnets=plan, teacher=teacher, sources=sources)
     title = f"{job.name}: {job.stages[number].name} ({number + 1} of {len(job.stages)})"
-    with follow(config.board, title, ctx.console):
+    if spec.tune is not None:
+        ctx.console.print(f"{title}: {spec.tune.count} trials", highlight=False)
+        judged = (archs[0],) if number == 0 else tuple(archs)
+        exhibits = _trial_exhibits(job, config, splits, tables, out)
+        work = partial(_trial, job, number, config, exhibits, judged)
+        records = sweep(spec.tune, stage, work, spec.epochs, job.seed)
+        best = runs.run_at(records[0]["uri"])
+        runs.write_model(stage, *runs.read_model(best))
+        runs.write_file(stage, "data/sweep.json", json.dumps(records).encode())
+        runs.end(stage, "finished")
+        settings = ", ".join(f"{name} {value:g}" for name, value in records[0]["settings"].items())
+        ctx.console.print(f"{title}: best with {settings}: {records[0]['score']:.1f}", highlight=False)
+        return
+    with follow(config.board, title, ctx.console, ctx.tell):
         workers.launch(loop.fit, config, job.scale, job.name, config.board)
     runs.end(stage, "finished")
+
+
+def _trial_exhibits(
+    job: ShrinkJob, config: loop.FitConfig, splits: Splits, tables: Mapping[str, Source], out: pa.Table | None
+) -> Exhibits:
+    """What the trials of a stage are judged on: held-out samples if there are any, else the validation split."""
+    recipe, timeout = config.recipes["train"], job.data.decode_timeout_s
+    val_recipe = config.recipes.get("val") or recipe | {"mode": "val"}
+    score = tables[job.data.val or job.data.train]
+    if out is not None:
+        score = Source(splits.root, ray.put(out.select(cards.INDEX.names)), out.num_rows)
+    count = min(job.judge.calibrate, tables[job.data.train].num_samples)
+    calibrate = decode(tables[job.data.train], recipe, count, job.seed, True, timeout)
+    samples = min(job.judge.samples or score.num_samples, score.num_samples)
+    return Exhibits(calibrate, decode(score, val_recipe, samples, job.seed, False, timeout))
+
+
+def _trial(
+    job: ShrinkJob,
+    number: int,
+    base: loop.FitConfig,
+    exhibits: Exhibits,
+    archs: Sequence[Arch],
+    settings: dict[str, float],
+    uri: str,
+    tell: Any,
+) -> dict[str, Any]:
+    """Train stage `number` with `settings` in the run `uri`, or go on with it, and score it. In a trial's process."""
+    run, stage = runs.run_at(uri), job.stages[number].with_settings(settings)
+    changed = job.model_copy(update={"stages": (*job.stages[:number], stage, *job.stages[number + 1 :])})
+    as_training = stage_job(changed, number, None)
+    status = runs.read_status(run)
+    if status is None or status.state != "finished":
+        attempt = 1 if status is None else status.attempt + 1
+        runs.begin(run, as_training.model_dump(mode="json"), attempt)
+        assert base.subnets is not None
+        plan = replace(base.subnets, count=stage.subnets, distill_weight=stage.distill_weight)
+        optim = as_training.optim.model_copy(update={"class_weights": base.optim.class_weights})
+        plain, board = as_training.model_dump(mode="json"), workers.make_board()
+        config = replace(base, run_uri=uri, attempt=attempt, optim=optim, subnets=plan, job=plain, board=board)
+        watch_losses(board, tell, lambda: workers.launch(loop.fit, config, job.scale, run.name, board))
+        runs.end(run, "finished")
+    _, _, taken = runs.read_model(run)
+    metric, judge = metric_of(taken["recipe"]), Judge(uri, exhibits, job.judge)
+    tune = job.stages[number].tune
+    chosen = {"largest": archs[:1], "smallest": archs[min(1, len(archs) - 1) :][:1]}
+    scores = [judge.score(arch.to_dict())[metric] for arch in chosen.get(tune.by if tune else "mean", archs)]
+    return {"score": sum(scores) / len(scores), "scores": scores}
 
 
 def _start_weights(previous: runs.Run, freed: Mapping[str, Sequence[float]] | None) -> bytes:
