@@ -11,12 +11,12 @@ SYSTEM := libGL.so.1:libgl1 libEGL.so.1:libegl1 libX11.so.6:libx11-6 libgomp.so.
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: run test check bench schema system clean
+.PHONY: run test check bench schema system browser clean
 
 run: $(READY)
 	$(BIN)/slimray run jobs/quickstart.yaml
 
-check: $(READY)
+check: $(READY) browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -46,6 +46,14 @@ system:
 	if [[ $$(id -u) -eq 0 ]] && command -v apt-get > /dev/null; then \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y "$${missing[@]}" > /dev/null; \
 	else echo "please install the system packages $${missing[*]} (needed by open3d), then run make again"; exit 1; fi
+
+# The same for a browser, which the tests of the dashboard need.
+browser:
+	@for name in chromium chromium-browser google-chrome; do if command -v $$name > /dev/null; then exit 0; fi; done; \
+	if [[ $$(uname -s) != Linux ]]; then exit 0; fi; \
+	if [[ $$(id -u) -eq 0 ]] && command -v apt-get > /dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y chromium > /dev/null; \
+	else echo "please install the system package chromium (needed by tests/test_dashboard.py), then run make again"; exit 1; fi
 
 clean:
 	rm -rf $(VENV) runs

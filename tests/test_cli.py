@@ -425,7 +425,7 @@ def test_a_reader_that_has_enough_is_no_error():
 
 
 def test_a_wheel_brings_the_examples_along(tmp_path):
-    for part in ("platform", "jobs", "datasets"):
+    for part in ("platform", "jobs", "datasets", "cluster"):
         shutil.copytree(
             ROOT / part, tmp_path / part, symlinks=True, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__")
         )
@@ -436,4 +436,6 @@ def test_a_wheel_brings_the_examples_along(tmp_path):
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     for path in (*JOBS, *CARDS, ROOT / "jobs/schema.json", ROOT / "datasets/card.schema.json"):
         assert f"slimray/examples/{path.parent.name}/{path.name}" in names
+    for file in ("aws.yaml", "local.yaml", "Dockerfile", "prometheus.yml", "grafana/training.json"):
+        assert f"slimray/examples/cluster/{file}" in names
     assert "slimray/report.html.j2" in names

@@ -4,6 +4,7 @@ Everything that needs Ray or torch is imported inside the verbs, so that `--help
 machine without Ray. `--json` prints what a program may read, and nothing else, to standard output.
 """
 
+import dataclasses
 import json
 import os
 import shlex
@@ -18,12 +19,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from slimray import __version__
-from slimray.spec import RunFailed, UserError, did_you_mean, located, lookup
+from slimray import __version__, cli_cluster
+from slimray.spec import RunFailed, UserError, did_you_mean, located, lookup, set_value
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=(__doc__ or "").split("\n")[0]
 )
+app.add_typer(cli_cluster.app)
 WIDTH = 160  # of a file or a pipe, which have none of their own
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # names are text, whatever is in them
 console = Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH, **PLAIN)
@@ -66,7 +68,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 def init(
     folder: Annotated[Path, typer.Argument(help="Folder to fill; must not hold files of these names.")],
 ) -> None:
-    """Copy example jobs, dataset cards and their schemas into FOLDER to start from."""
+    """Copy example jobs, dataset cards, cluster files and their schemas into FOLDER to start from."""
     from slimray.jobs import inputs
 
     pairs = [
@@ -75,6 +77,8 @@ def init(
         for pattern in ("*.yaml", "*.json")
         for file in sorted(inputs.packaged(part).glob(pattern))
     ]
+    clusters = inputs.packaged("cluster")
+    pairs += [(f, folder / "cluster" / f.relative_to(clusters)) for f in sorted(clusters.rglob("*")) if f.is_file()]
     if not pairs:
         raise UserError("init: this installation of slimray came without its examples: install it again")
     for _, target in pairs:
@@ -187,6 +191,95 @@ def _do(one: Any, storage: str, restart: bool, cpus: int) -> str:
         logs = f"{runs.open_run(storage, one.job.name).uri}/logs"
         sentence = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunFailed(f"{one.where}: {sentence} (logs: {logs}; the same command resumes the run)") from error
+
+
+@app.command()
+def plan(
+    files: Files,
+    workers: Annotated[
+        str | None, typer.Option(help="Numbers of workers to plan for: 6,96,768. Default: the job's.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Cluster file (a name or a path) with a machine section. Default: this machine.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Training samples, where the dataset is not at hand.", min=1)
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="First measure one worker on this machine.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw the plan into FILE.png or FILE.svg.")] = None,
+    set_: Sets = None,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict step time, throughput, hours and cost of training jobs, what bounds them and what to change.
+
+    --measure times a dozen steps and some decoding here and keeps that in STORAGE/calibration.json for later plans.
+    """
+    from slimray import job
+    from slimray.jobs import plan as planning
+
+    where, loaded = _storage(storage), job.load(files, set_ or [])
+    counts = _worker_counts(workers)
+    known = {one["name"]: one for one in job.check(loaded, where, restart=True)}
+    plans = []
+    for one in loaded:
+        if one.job.kind != "train":
+            continue
+        count = samples or known[one.job.name].get("train_samples")
+        prepared = next((other.job for other in loaded if other.job.name == one.job.data.run), None)
+        pack = getattr(getattr(prepared, "pack", None), "format", "")
+        plans.append(planning.plan_job(one.job, one.where, where, counts, cluster, count, measure, pack))
+    if not plans:
+        raise UserError(f"{files[0]}: holds no job of kind train, only those are planned")
+    if picture is not None:
+        planning.draw(plans[-1][0], picture)
+    if as_json:
+        _emit([dataclasses.asdict(found) | {"calibration": written} for found, written in plans])
+        return
+    for found, written in plans:
+        _print_plan(found)
+        if written:
+            _say(f"measured, for later plans too: {written}")
+    if picture is not None:
+        _say(f"picture: {picture}")
+
+
+def _worker_counts(text: str | None) -> list[int]:
+    words = [word.strip() for word in (text or "").split(",") if word.strip()]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise UserError(f"--workers {text}: must be whole numbers above 0 with commas, such as 6,96,768")
+    return sorted({int(word) for word in words})
+
+
+def _print_plan(found: Any) -> None:
+    """A row for each number of workers, what to change, and where the figures are from."""
+    _say(f"{found.job} on {found.cluster}: likely [low, high]")
+    table = Table()
+    names = ["workers", "step ms", "compute", "data", "all-reduce", "stragglers"]
+    for name in (*names, "samples/s", "efficiency", "hours", "USD", "bottleneck"):
+        table.add_column(name, justify="left" if name == "bottleneck" else "right")
+    for row in found.rows:
+        parts = (row.step_ms, row.compute_ms, row.data_ms, row.comm_ms, row.straggler_ms)
+        table.add_row(
+            f"{row.workers:,}", *[f"{value:.1f}" for value in parts], _interval(row.samples_per_s, "{:,.1f}"),
+            _interval([100 * value for value in row.efficiency], "{:.0f}") + " %", _interval(row.hours, "{:,.2f}"),
+            _interval(row.usd, "{:,.0f}") if row.usd else "", row.bottleneck,
+        )  # fmt: skip
+    out.print(table)
+    for row in found.rows:
+        _say(
+            f"{row.workers:,} workers: {row.advice}; {row.decode_cores:.1f} cores to decode, "
+            f"{row.storage_mb_s:.1f} MB/s of storage, {row.algorithm} all-reduce, a checkpoint every "
+            f"{row.checkpoint_every_s:.0f} s (goodput {100 * row.goodput:.1f} %)"
+        )
+    _say(f"times: {found.basis}")
+    for note in found.notes:
+        _say(f"note: {note}")
+
+
+def _interval(values: Any, form: str) -> str:
+    low, likely, high = map(form.format, values)
+    return f"{likely} [{low}, {high}]"
 
 
 # ---------------------------------------------------------------------------------------------- look at what is there
@@ -336,6 +429,21 @@ def _latest(run: Any) -> dict[str, dict[str, Any]]:
 
 
 @app.command()
+def dashboard(
+    where: Annotated[
+        str | None, typer.Argument(help="Where runs lie, a folder or URI. Default: that of --storage.", metavar="URI")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port of 127.0.0.1; 0 takes a free one.", min=0, max=65535)] = 8050,
+    open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    storage: Storage = None,
+) -> None:
+    """Serve a web page over a storage folder, live while runs write; only this machine can reach it."""
+    from slimray import dashboard as page
+
+    page.serve(where or _storage(storage), port, open_, _say)
+
+
+@app.command()
 def predict(
     name: Annotated[str, typer.Argument(help="A finished training run, by name or URI.", metavar="RUN")],
     files: Annotated[list[Path], typer.Argument(help="Videos, images, or clouds of points.", metavar="FILE...")],
@@ -386,6 +494,66 @@ def predict(
     bad = sum(bool(row["reason"]) for row in rows)
     if bad:
         raise UserError(f"{bad} of {len(rows)} files could not be read, the reasons are above")
+
+
+@app.command()
+def profile(
+    what: Annotated[str, typer.Argument(help="A finished shrink run, or an ofa_ model.", metavar="RUN_OR_MODEL")],
+    hardware: Annotated[str, typer.Option(help="cpu-eager, cpu-compiled, cpu-onnx or cuda.")] = "cpu-eager",
+    threads: Annotated[int, typer.Option(help="Threads of the network on a CPU.", min=1)] = 1,
+    table: Annotated[str | None, typer.Option("--out", help="The table; default WHAT.HARDWARE.json here.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Of a model: its space.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Option of a model: width=1.2, num_classes=10.")
+    ] = None,
+    resolutions: Annotated[
+        str | None, typer.Option(help="Measured ones: 128,176,224; costs in between are interpolated. Default: all.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Readings of every operator.", min=2)] = 15,
+    calibrate: Annotated[int, typer.Option(help="Subnets measured whole, to calibrate.", min=4)] = 12,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how long every operator of a supernet takes on this machine, as a table for the targets of a search.
+
+    Minutes with cpu-eager; cpu-compiled and cpu-onnx take seconds for every operator and so few resolutions by default.
+    The same command goes on with a table that was cut off. One thread is timed by the processor time that it got.
+    Needs no Ray. In a job: `targets: [{name: here, hardware: TABLE.json, limits: {latency_ms: 12}}]`.
+    """
+    from slimray import models, runs
+    from slimray.edge import latency
+
+    num_points, options = None, dict[str, Any](name=what, num_classes=1000)
+    if what in models.MODELS:
+        if not what.startswith("ofa_") or models.MODELS[what].input == "points":
+            raise UserError(f"profile {what}: must be an ofa_ model of images or clips, or a run of kind shrink")
+        for assignment in [*([f"preset={preset}"] if preset else []), *(set_ or [])]:
+            set_value(options, assignment)
+    else:
+        if preset or set_:
+            raise UserError(f"profile {what}: --preset and --set are for models, a run says what it holds")
+        run = runs.find_run(what, _storage(storage))
+        if runs.read_job(run).get("kind") != "shrink" or not runs.exists(run, "model/model.json"):
+            raise UserError(f"profile {what}: is no finished run of kind shrink, and no model")
+        options = json.loads(runs.read_file(run, "model/model.json"))
+        recipe = json.loads(runs.read_file(run, "model/input.json"))["recipe"]
+        num_points = recipe["num_points"] if recipe["kind"] == "points" else None
+    words = [word.strip() for word in (resolutions or "").split(",") if word.strip()]
+    if not all(word.isdecimal() for word in words):
+        raise UserError(f"--resolutions {resolutions}: must be whole numbers with commas, such as 128,176,224")
+    path = table or f"{what.rstrip('/').rpartition('/')[2]}.{hardware}.json"
+    found = latency.profile(
+        models.build(**options).eval(), options, path, hardware=hardware, threads=threads, num_points=num_points,
+        resolutions=[int(word) for word in words] or None, rounds=rounds, calibrate=calibrate,
+        say=lambda text: console.print(f"{path}: {text}", soft_wrap=True),
+    )  # fmt: skip
+    facts = latency.summary(found)
+    if as_json:
+        _emit({"table": path} | facts)
+        return
+    for key, value in facts.items():
+        _say(f"{key.replace('_', ' ')}: {_fact(key, value)}")
+    _say(f"table: {path}")
 
 
 # --------------------------------------------------------------------------------------------------------- help

@@ -13,20 +13,22 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from slimray import models, runs, workers
+from slimray import models, notify, runs, workers
 from slimray.data import cards
-from slimray.jobs import evaluate, inputs, prepare, search, shrink, train
+from slimray.jobs import evaluate, inputs, prepare, proxyless, search, shrink, train
 from slimray.jobs.context import Context
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean, lookup, noting, parse, read_yaml, set_value
 from slimray.storage import StorageError, open_uri
 
-Job = prepare.PrepareJob | train.TrainJob | evaluate.EvaluateJob | shrink.ShrinkJob | search.SearchJob
+Trained = train.TrainJob | shrink.ShrinkJob | proxyless.ProxylessJob
+Job = prepare.PrepareJob | Trained | evaluate.EvaluateJob | search.SearchJob
 
 SPECS: dict[str, type[Spec]] = {
     "prepare": prepare.PrepareJob,
@@ -34,6 +36,7 @@ SPECS: dict[str, type[Spec]] = {
     "evaluate": evaluate.EvaluateJob,
     "shrink": shrink.ShrinkJob,
     "search": search.SearchJob,
+    "proxyless": proxyless.ProxylessJob,
 }
 VERBS = {
     "prepare": prepare.run,
@@ -41,9 +44,12 @@ VERBS = {
     "evaluate": evaluate.run,
     "shrink": shrink.run,
     "search": search.run,
+    "proxyless": proxyless.run,
 }
 MAY_CHANGE = (
     "scale",
+    "limits",
+    "notify",
     "tracking",
     "checkpoint",
     "log_every",
@@ -232,7 +238,7 @@ def check(loaded: Sequence[Loaded], storage: str, restart: bool = False, look: b
         facts: dict[str, Any] = {"name": one.job.name, "kind": one.job.kind}
         with noting(problems, one.where):
             facts["state"] = "new" if restart else _state(one, storage)
-        if isinstance(one.job, train.TrainJob | shrink.ShrinkJob):
+        if isinstance(one.job, Trained):
             facts |= _check_train(one, storage, ahead, problems, look)
         elif isinstance(one.job, evaluate.EvaluateJob):
             with noting(problems, one.where):
@@ -291,7 +297,7 @@ def _check_prepare(one: Loaded, problems: list[str], look: bool) -> dict[str, An
 def _check_train(
     one: Loaded, storage: str, ahead: Mapping[str, _Ahead], problems: list[str], look: bool
 ) -> dict[str, Any]:
-    job: train.TrainJob | shrink.ShrinkJob = one.job
+    job: Trained = one.job
     facts: dict[str, Any] = {}
     card, counts, fingerprint = None, {}, {}
     if isinstance(job.data.card, dict):
@@ -309,14 +315,14 @@ def _check_train(
                     raise UserError(f"data.root: a file of split {split!r} is missing ({absent[0]})")
     facts |= {"dataset": card.name} if card is not None else {}
     with noting(problems, one.where):
-        known = shrink.facts if isinstance(job, shrink.ShrinkJob) else train.facts
+        known = {"shrink": shrink.facts, "proxyless": proxyless.facts}.get(job.kind, train.facts)
         facts |= known(job, card, counts.get(job.data.train))  # type: ignore[arg-type]
     with noting(problems, one.where):
         train.check_init(job, storage, {name: a.job for name, a in ahead.items()})
     return facts | fingerprint
 
 
-def _counts_ahead(job: train.TrainJob | shrink.ShrinkJob, before: _Ahead) -> dict[str, int]:
+def _counts_ahead(job: Trained, before: _Ahead) -> dict[str, int]:
     """Samples per split that a `prepare` job will leave, if none is bad; {} while it has problems of its own."""
     if not isinstance(before.job, prepare.PrepareJob):
         raise UserError(f"data.run: {before.job.name!r} is of kind {before.job.kind}, it holds no dataset")
@@ -360,18 +366,28 @@ def run(one: Loaded, storage: str, console: Console, restart: bool = False, cpus
         return "skipped"
     with runs.hold(folder):
         runs.begin(folder, one.document, claim.attempt)
-        context = Context(folder, storage, claim.attempt, one.where, console, max(cpus, local_cpus([one])))
+        tell = partial(_tell, one, folder)
+        context = Context(folder, storage, claim.attempt, one.where, console, max(cpus, local_cpus([one])), tell)
         started = time.time()
         try:
             VERBS[one.job.kind](one.job, context)
         except BaseException as error:
             _note_failure(folder, claim.attempt, error)
+            tell({"state": "failed", "message": _sentence(error)})
             if isinstance(error, UserError | RunFailed | KeyboardInterrupt):
                 raise
             raise RunFailed(_sentence(error)) from error
         runs.end(folder, "finished", "")
+        tell({"state": "finished", "metrics": ((runs.read_card(folder) or {}).get("metrics") or {}).get("last")})
     console.print(f"{one.job.name}: done in {time.time() - started:.0f} s", highlight=False)
     return "finished"
+
+
+def _tell(one: Loaded, folder: runs.Run, event: Mapping[str, Any]) -> None:
+    """Send an event of the run to the webhook of its job, if it has one."""
+    spec = getattr(one.job, "notify", None)
+    if spec is not None:
+        notify.send(spec, {"name": folder.name, "kind": one.job.kind, "uri": folder.uri, **event})
 
 
 def _note_failure(folder: runs.Run, attempt: int, error: BaseException) -> None:

@@ -7,19 +7,24 @@ Checkpoints are written by the run folder, in the background and with a marker o
 never change training state. A bad sample keeps its slot with weight 0; all ranks agree on the mask at an epoch's end.
 """
 
+import contextlib
+import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
+from ray import exceptions
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
+from ray.util.metrics import Gauge
 from torch import Tensor
 
 from slimray import learn, models, runs, tracking
@@ -29,14 +34,19 @@ from slimray.data.samples import input_shape
 from slimray.models import published
 from slimray.point_scores import FrustumScore, SegmentationScore, ShapeScore
 from slimray.predict import Input, load_network, predict_scores, to_input
+from slimray.proxyless_replica import PathPlan, ProxylessReplica
 from slimray.replica import Peers, Piece, Replica, breaks_on_one_sample, part
 from slimray.spec import RunFailed, Spec, UserError
 from slimray.supernet_replica import SubnetPlan, SupernetReplica
+from slimray.vitals import OTHERS, Watchdog, end_process, slow_ranks
 from slimray.workers import ScaleSpec, open_stream
 
 Score = learn.Score | SegmentationScore | FrustumScore
 BEST = {"clip": "val/top1", "image": "val/top1", "points": "val/top1", "frustum": "val/class_found_3d"}
 MAX_BAD_STEPS = 10  # steps in a row with a non-finite gradient before the run ends
+LOOK_S = 2.0  # how often the ranks ask whether a node of theirs is about to be taken
+NOTICE_S = 120.0  # the notice that Ray Train assumes where none is given
+GAUGES = {"train/samples_per_s": "slimray_samples_per_s", "train/loss": "slimray_loss", "step": "slimray_step"}
 
 
 class CheckpointSpec(Spec):
@@ -53,11 +63,37 @@ class CheckpointSpec(Spec):
     boxes val/class_found_3d."""
 
 
+class LimitsSpec(Spec):
+    """When a run ends by itself, whatever it has reached; it resumes with higher limits."""
+
+    hours: float | None = Field(None, gt=0)
+    """Hours of training over all attempts, from the first step on."""
+    cost: float | None = Field(None, gt=0)
+    """Money: hours x workers x `worker_hour`."""
+    worker_hour: float | None = Field(None, gt=0)
+    """Price of a worker for an hour, in the currency of `cost`."""
+
+    @model_validator(mode="after")
+    def _priced(self) -> "LimitsSpec":
+        if (self.cost is None) != (self.worker_hour is None):
+            raise ValueError("cost: goes together with worker_hour, write both or none")
+        return self
+
+    def reached(self, worker_seconds: float, seconds: float) -> str:
+        """The sentence that ends a run of so many seconds, "" if it may go on."""
+        if self.hours is not None and seconds > 3600 * self.hours:
+            return f"limits.hours: {self.hours:g} hours are over: raise it, and the same command resumes"
+        if self.cost is not None and self.worker_hour and worker_seconds / 3600 * self.worker_hour > self.cost:
+            return f"limits.cost: {self.cost:g} are spent: raise it, and the same command resumes"
+        return ""
+
+
 @dataclass(frozen=True)
 class FitConfig:
     """All that the workers of one training run need; plain values, specs and object references.
 
-    With `subnets` the network is a supernet of which each step trains some, taught by the network of the run `teacher`.
+    With `subnets` the network is a supernet of which each step trains some, taught by the network of the run `teacher`;
+    with `paths` one of choices, of whose training index the last rows teach what to choose.
     `dataset` is the fingerprint of the indexes, `recipes` maps split to the plain form of its per-sample recipe, `job`
     is the resolved job as written to the run.
     """
@@ -87,17 +123,26 @@ class FitConfig:
     record_samples: bool
     job: dict[str, Any]
     board: Any
+    limits: LimitsSpec | None = None
     subnets: SubnetPlan | None = None
     teacher: str | None = None
+    paths: PathPlan | None = None
 
 
 @dataclass
 class Progress:
-    """Where training stands. `step` counts within `epoch`, `total_steps` over all epochs; metrics of validations."""
+    """Where training stands. `step` counts within `epoch`, `total_steps` over all epochs; metrics of validations.
+
+    `validated` is the epoch of the last validation; `seconds` and `worker_seconds` are those of training over all
+    attempts, for the limits.
+    """
 
     epoch: int = 0
     step: int = 0
     total_steps: int = 0
+    validated: int = 0
+    seconds: float = 0.0
+    worker_seconds: float = 0.0
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
 
@@ -180,8 +225,10 @@ class _Rank:
         self.progress, self.clock = Progress(), _Clock()
         self.mask = np.zeros(self.num_train, bool)  # samples known to be bad when the epoch began: weight 0
         self.bad_seen = torch.zeros(self.num_train, dtype=torch.uint8)
-        self.bad_steps = 0
-        self.told_at = self.saved_at = time.monotonic()
+        self.bad_steps, self.looks = 0, False
+        self.told_at = self.saved_at = self.looked_at = self.counted_at = time.monotonic()
+        self.watchdog = Watchdog(config.scale.data_timeout_s + 20, self._stuck)
+        self._require_all_reduce()
         self.replica = self._make_replica()
         self.result: Score | None = None
         if "val" in config.recipes:
@@ -191,6 +238,7 @@ class _Rank:
         recipe = config.recipes["train"]
         best = "val/miou" if recipe.get("per_point") else BEST[recipe["kind"]]
         self.best_metric = config.checkpoint.best_metric or best
+        self.gauges = {} if self.rank else _make_gauges()
         keep = config.checkpoint.keep_last
         self.saver = _Saver(self.run, keep, self.best_metric, self.records) if self.rank == 0 else None
 
@@ -206,11 +254,39 @@ class _Rank:
             net = Peers(net, models.build(**config.model))
         shape = input_shape(recipe)
         repeat = breaks_on_one_sample(config.model, shape)
+        scale = config.scale
         common = (config.optim, config.pixels, shape, self.device, self.rank, self.world, repeat)
+        common = (*common, scale.bucket_mb, scale.compress)
+        if config.paths is not None:
+            return ProxylessReplica(net, config.paths, *common)  # type: ignore[arg-type]
         if config.subnets is None:
             return Replica(net, *common)
         teacher = None if config.teacher is None else load_network(runs.run_at(config.teacher)).net
         return SupernetReplica(net, config.subnets, teacher, *common)
+
+    def _require_all_reduce(self) -> None:
+        """RunFailed unless the ranks can add numbers: a network that is wrong is found before work starts."""
+        if self.world == 1:
+            return
+        numbers = torch.full((2**18,), float(self.rank + 1), device=self.device)
+        dist.all_reduce(numbers)
+        wanted = self.world * (self.world + 1) / 2
+        if not bool((numbers == wanted).all()):
+            raise RunFailed(f"the all-reduce of {self.world} ranks gives {float(numbers[0]):g}, not {wanted:g}")
+
+    def _stuck(self, doing: str, seconds: float, stacks: str) -> None:
+        """Called by the watchdog: leave the stacks in the logs; end this rank, unless it only waits for others."""
+        replica = getattr(self, "replica", None)  # none yet if the rank is stuck at the start
+        waits = doing == OTHERS or (replica is not None and replica.reduces_since() > 1)
+        where = f"rank {self.rank} ({socket.gethostname()})"
+        file = f"logs/{self.config.attempt:04d}-rank{self.rank:05d}-stacks.txt"
+        with contextlib.suppress(OSError, RunFailed):
+            runs.write_file(self.run, file, f"{where}, {OTHERS if waits else doing}\n\n{stacks}".encode())
+        if not waits:
+            sentence = f"{where} did not move for {seconds:.0f} s while {doing}: its stacks are in {file}"
+            with contextlib.suppress(exceptions.RayError, TimeoutError):
+                ray.get(self.config.board.stuck.remote(sentence), timeout=30)
+            end_process()
 
     # ------------------------------------------------------------------------------------ resume and saving
 
@@ -222,6 +298,8 @@ class _Rank:
         if found is not None:
             runs.drop_after(self.run, found.step)
         step = broadcast_from_rank_zero(None if found is None else found.step)
+        if self.rank == 0:
+            self.config.board.begin.remote(step or 0, self.world)
         if step is None:
             return
         checkpoint = found or runs.checkpoint_at(self.run, step)
@@ -276,20 +354,37 @@ class _Rank:
     @property
     def samples_seen(self) -> int:
         """Positions of the plan consumed so far; learning rate and warm-up depend on nothing else."""
-        step = min(self.progress.step * self.config.batch_total, self.num_train)
-        return self.progress.epoch * self.num_train + step
+        seen = self._training(self.progress.epoch).num_trained(self.progress.step)
+        return self.progress.epoch * self.num_learned + seen
+
+    @property
+    def num_learned(self) -> int:
+        """Samples from which an epoch trains weights."""
+        return self.num_train - (self.config.paths.held if self.config.paths is not None else 0)
 
     def phases(self) -> tuple[Phase, ...]:
         """The passes that are left: training epochs from where the run stands, validations between them."""
-        config, epochs, passes = self.config, self.config.optim.epochs, []
+        epochs, passes = self.config.optim.epochs, []
+        before = self.progress.epoch - 1
+        if self.progress.step == 0 and before >= self.progress.validated and self._validates(before):
+            passes.append(self._validation(before))  # the run was interrupted in the middle of it
         for epoch in range(self.progress.epoch, epochs):
             first = self.progress.step if epoch == self.progress.epoch else 0
-            recipe = config.recipes["train"]
-            passes.append(Phase("train", "train", epoch, self.num_train, config.batch_total, True, recipe, first))
+            passes.append(self._training(epoch, first))
             if self._validates(epoch):
-                num_val = config.sources["val"].num_samples
-                passes.append(Phase("val", "val", epoch, num_val, config.batch_total, False, config.recipes["val"]))
+                passes.append(self._validation(epoch))
         return tuple(passes)
+
+    def _training(self, epoch: int, first: int = 0) -> Phase:
+        config, paths = self.config, self.config.paths
+        held = (0, 0) if paths is None else (paths.held, paths.every if epoch >= paths.first_epoch else 0)
+        recipe = config.recipes["train"]
+        return Phase("train", "train", epoch, self.num_train, config.batch_total, True, recipe, first, *held)
+
+    def _validation(self, epoch: int) -> Phase:
+        config = self.config
+        num_val, recipe = config.sources["val"].num_samples, config.recipes["val"]
+        return Phase("val", "val", epoch, num_val, config.batch_total, False, recipe)
 
     def _validates(self, epoch: int) -> bool:
         due = (epoch + 1) % self.config.val_every == 0 or epoch + 1 == self.config.optim.epochs
@@ -302,6 +397,7 @@ class _Rank:
             failure = self._run(phases) if phases else None
             return {"failed": failure} if failure else self._finish()
         finally:
+            self.watchdog.close()
             self.records.close()
 
     def _run(self, phases: tuple[Phase, ...]) -> str | None:
@@ -318,7 +414,9 @@ class _Rank:
         )
         with open_stream(feed) as stream:
             score, net, started = None, None, time.perf_counter()
+            self.watchdog.beat("waiting for data")
             for phase, step, batch in stream:
+                self.watchdog.beat("computing")
                 last = step + 1 == phase.num_steps
                 if phase.name == "train":
                     self.clock.wait += stream.waited_s
@@ -330,6 +428,8 @@ class _Rank:
                     self._log(phase, step)
                     if last:
                         self._end_epoch()
+                    if self.looks and (failure := self._look_around()):
+                        return failure
                     if self._save_due() if not last else not self._validates(phase.epoch):
                         self._save()
                 else:
@@ -340,12 +440,17 @@ class _Rank:
                         self._note_bad(batch, phase)
                         score_batch(net, batch, config.pixels, self.device, config.per_worker, score)
                     self._tell(phase, step)
+                    self.looks = bool(self._sum(self._wants_look())[0])
                     if last:
                         self._end_validation(phase, score)
                         score = net = None
+                    if self.looks and (failure := self._look_around()):
+                        return failure
+                    if last:
                         self._save()
                 if phase.name != "train":
                     started = time.perf_counter()
+                self.watchdog.beat("waiting for data")
         return None
 
     def _train(self, phase: Phase, step: int, batch: Batch | None) -> str | None:
@@ -358,15 +463,21 @@ class _Rank:
         pieces = self._pieces(phase, step, batch, keep)
         empty = [float(not len(piece.data)) for piece in pieces] if config.optim.norm == "sync" else []
         start = time.perf_counter()
-        num_valid, num_bad, *num_empty = self._sum(float(keep.sum()), new_bad, *empty)
+        self.watchdog.beat(OTHERS)
+        num_valid, num_bad, looks, *num_empty = self._sum(float(keep.sum()), new_bad, self._wants_look(), *empty)
+        self.watchdog.beat("computing")
+        self.looks = bool(looks)
         clock.communication += time.perf_counter() - start
         if num_bad and (failure := self._too_many_bad()):
             return failure
         if num_valid:
-            lr = learn.learning_rate(config.optim, config.batch_total, self.num_train, self.samples_seen)
+            lr = learn.learning_rate(config.optim, config.batch_total, self.num_learned, self.samples_seen)
             still = frozenset(i for i, count in enumerate(num_empty) if count)
             seed = (config.seed, progress.total_steps)
-            report = self.replica.step(pieces, int(num_valid), lr, seed, still)
+            if phase.is_held(step):
+                report = self.replica.search_step(pieces, int(num_valid), seed)  # type: ignore[attr-defined]
+            else:
+                report = self.replica.step(pieces, int(num_valid), lr, seed, still)
             clock.loss += report.loss_sum
             clock.transfer += report.transfer_s
             clock.compute += report.compute_s
@@ -382,6 +493,57 @@ class _Rank:
         clock.steps += 1
         clock.samples += int(num_valid)
         return None
+
+    # ------------------------------------------------------------------------------- notices and limits
+
+    def _wants_look(self) -> float:
+        """1 on rank 0 every LOOK_S, else 0: all ranks hear of it in the sum that each step begins with."""
+        now = time.monotonic()
+        if self.rank or now - self.looked_at < LOOK_S:
+            return 0.0
+        self.looked_at = now
+        return 1.0
+
+    def _look_around(self) -> str | None:
+        """After a step that rank 0 chose: is a node to be taken, or a limit reached? The sentence that ends the run.
+
+        With notice the ranks save now, take no step more, and wait for Ray Train to start them anew elsewhere: no step
+        is done twice. A collective.
+        """
+        progress, now = self.progress, time.monotonic()
+        progress.seconds += now - self.counted_at
+        progress.worker_seconds += (now - self.counted_at) * self.world
+        self.counted_at = now
+        info = ray.train.get_preemption_info()
+        if info is not None:
+            self._save_and_wait(info)
+        (over,) = self._sum(float(self.rank == 0 and bool(self._over())))
+        if over:
+            self._save()
+            if self.saver is not None:
+                self.saver.wait()
+            return self._over() or "limits: reached"
+        return None
+
+    def _over(self) -> str:
+        limits, progress = self.config.limits, self.progress
+        return limits.reached(progress.worker_seconds, progress.seconds) if limits is not None else ""
+
+    def _save_and_wait(self, info: Any) -> None:
+        self._save()
+        if self.saver is not None:
+            self.saver.wait()
+        self._sum(0.0)  # the checkpoint is on storage
+        step, ranks = self.progress.total_steps, info.preempted_ranks
+        deadline = time.time() + NOTICE_S if info.deadline_ms is None else info.deadline_ms / 1000
+        if self.rank == 0:
+            note = f"a node is to be taken (ranks {', '.join(map(str, ranks))}): saved step {step}, waiting to restart"
+            self.config.board.update.remote(note=note, preempted=True, total_steps=step)
+        self.records.flush()
+        while time.time() < deadline + NOTICE_S:  # the controller ends this process; no collective: some ranks go first
+            self.watchdog.beat("waiting to be restarted")
+            time.sleep(0.5)
+        raise RuntimeError("the node that was to be taken is still there and Ray Train did not restart the workers")
 
     def _pieces(self, phase: Phase, step: int, batch: Batch | None, keep: np.ndarray) -> list[Piece]:
         cuts = microbatches(phase, step, self.rank, self.world, self.config.per_worker)
@@ -416,6 +578,7 @@ class _Rank:
         metric, progress = self.best_metric, self.progress
         if metric not in numbers:
             raise RunFailed(f"checkpoint.best_metric: {metric!r} is not among {', '.join(sorted(numbers))}")
+        progress.validated = progress.epoch
         progress.last = {**numbers, "epoch": progress.epoch, "step": progress.total_steps}
         if numbers[metric] > progress.best.get(metric, float("-inf")):
             progress.best = dict(progress.last)
@@ -476,13 +639,14 @@ class _Rank:
         self._tell(phase, step)
         if self.progress.total_steps % config.log_every and step + 1 != phase.num_steps:
             return
-        (loss,) = self._sum(clock.loss)
+        loss, own = self._gather(clock.loss, clock.compute + clock.transfer)
+        slow = slow_ranks((own / clock.steps).tolist())
         rate = clock.samples / max(clock.total, 1e-9)
         row = {
             "phase": "train",
             "epoch": phase.epoch + (step + 1) / phase.num_steps,
-            "train/loss": loss / max(clock.samples, 1),
-            "train/lr": learn.learning_rate(config.optim, config.batch_total, self.num_train, self.samples_seen),
+            "train/loss": float(loss.sum()) / max(clock.samples, 1),
+            "train/lr": learn.learning_rate(config.optim, config.batch_total, self.num_learned, self.samples_seen),
             "train/samples_per_s": rate,
             "time/step_s": clock.total / clock.steps,
             "data/wait_s": clock.wait / clock.steps,
@@ -491,8 +655,26 @@ class _Rank:
             "time/communication_s": clock.communication / clock.steps,
             "train/mfu": learn.mfu(config.macs, rate / self.world, self.device),
         }
+        if isinstance(self.replica, ProxylessReplica):
+            row |= self.replica.numbers()
+        if slow:
+            worst = max(slow, key=slow.__getitem__)
+            row |= {"straggler/rank": worst, "straggler/ratio": slow[worst]}
+        for name, gauge in self.gauges.items():
+            gauge.set(float(row.get(name, self.progress.total_steps)), {"run": self.run.name})
         self._write_row(row)
+        if self.rank == 0 and step + 1 == phase.num_steps:
+            self.config.board.update.remote(loss=(phase.epoch + 1, row["train/loss"]))
         self.clock = _Clock()
+
+    def _gather(self, *values: float) -> Tensor:
+        """`values` of every rank, `[len(values), world]`. A collective."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world == 1:
+            return mine[:, None].cpu()
+        everyone = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(everyone, mine)
+        return torch.stack(everyone, 1).cpu()
 
     def _write_row(self, row: dict[str, Any]) -> None:
         if self.records.tracker is not None:
@@ -509,6 +691,11 @@ class _Rank:
         if clock.total:
             state |= {"samples_per_s": clock.samples / clock.total, "wait": clock.wait / clock.total}
         self.config.board.update.remote(**state)
+
+
+def _make_gauges() -> dict[str, Gauge]:
+    """What Prometheus may ask Ray for, by the name in a metric row."""
+    return {row: Gauge(name, f"{row} of a run", ("run",)) for row, name in GAUGES.items()}
 
 
 def fit(config: FitConfig) -> dict[str, Any]:

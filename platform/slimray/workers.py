@@ -9,37 +9,47 @@ import contextlib
 import logging
 import math
 import os
+import platform
 import re
 import signal
 import tempfile
 import threading
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import ray
+import ray.actor
 import ray.data
 import ray.train
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
 from ray import exceptions
 from ray.train.collective import barrier, broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import slimray
+from slimray import runs
 from slimray.data.pipeline import FeedConfig, RankStream, feeder_of, start_feeders
 from slimray.spec import RunFailed, Spec, UserError
 from slimray.storage import StorageError
 
-MAX_WORKERS = 1000  # Ray Train's barrier dead-locks above 1,000 ranks (its actor takes 1,000 calls at a time)
+BARRIER_CALLS = 4096  # concurrent calls of Ray Train's barrier; its own number, 1,000, dead-locks a larger world
+MAX_WORKERS = 4000
+ELASTIC_START_S = 20.0  # an elastic group that cannot be placed asks anew after this, with as many as there are then
+NODE_LABEL = "ray.io/node-id"
 
 
 class ScaleSpec(Spec):
     """How many workers, on what, and how much patience."""
 
-    workers: int = Field(default=1, ge=1)
-    """Data-parallel workers. Learning rate and warm-up depend on `batch.total` only, never on this."""
+    workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
+    """Data-parallel workers, or [fewest, most] for an elastic run. Learning rate and warm-up depend on `batch.total`
+    only, never on this; accumulation and the place in the data follow it."""
     cpus_per_worker: float = Field(default=1, gt=0)
     """Logical CPUs each worker reserves; also its torch threads."""
     gpus_per_worker: Literal[0, 1] = 0
@@ -51,17 +61,51 @@ class ScaleSpec(Spec):
     start_timeout_s: float = Field(default=300, gt=0)
     """Longest wait for the workers to start."""
     data_timeout_s: float = Field(default=600, gt=0)
-    """Longest wait of a rank for the data of one step, and of the ranks for each other."""
+    """Longest wait of a rank for the data of one step, and of the ranks for each other; a rank that does not move for
+    20 s more leaves the stacks of its threads in `logs/` and is ended."""
+    resize_s: float = Field(default=600, gt=0)
+    """Seconds between looks whether an elastic run can have more workers: each resize costs a restart."""
+    bucket_mb: float = Field(default=25, gt=0)
+    """Gradients all-reduced at a time, in MB: smaller overlaps more of it with the backward pass."""
+    compress: Literal["none", "bf16"] = "none"
+    """All-reduce gradients as bf16: half the traffic, rounded to 8 bits of mantissa."""
+
+    @model_validator(mode="after")
+    def _fewest_first(self) -> "ScaleSpec":
+        if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
+            raise ValueError(f"workers: [fewest, most], got [{self.workers[0]}, {self.workers[1]}]")
+        return self
+
+    @property
+    def most(self) -> int:
+        """The largest number of workers."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def fewest(self) -> int:
+        """The smallest number of workers with which the run goes on."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
 
 
 class _Board:
-    """A tiny actor through which rank 0 tells the driver how far it is (fire and forget, never waited for)."""
+    """A tiny actor through which the ranks tell the driver how far they are (fire and forget, never waited for)."""
 
     def __init__(self) -> None:
-        self.state: dict[str, Any] = {}
+        self.state: dict[str, Any] = {"told": time.time(), "restarts": 0, "repeated": 0, "stuck": []}
 
     def update(self, **state: Any) -> None:
-        self.state.update(state)
+        self.state.update(state, told=time.time())
+
+    def begin(self, step: int, world: int) -> None:
+        """A group of workers goes on after `step`; counts the steps that are done again."""
+        if "world" in self.state:
+            self.state["restarts"] += 1
+            self.state["repeated"] += max(0, self.state.get("total_steps", step) - step)
+        self.update(world=world, total_steps=step, preempted=False)
+
+    def stuck(self, sentence: str) -> None:
+        """A rank does not move."""
+        self.state["stuck"].append(sentence)
 
     def read(self) -> dict[str, Any]:
         return self.state
@@ -78,7 +122,7 @@ def local_cpus(scale: ScaleSpec) -> int:
 
     They are counted, not owned: on a laptop workers and decoders share the cores.
     """
-    return math.ceil(scale.workers * scale.cpus_per_worker) + (scale.decode_slots or os.cpu_count() or 1)
+    return math.ceil(scale.most * scale.cpus_per_worker) + (scale.decode_slots or os.cpu_count() or 1)
 
 
 def connect(cpus: int) -> None:
@@ -95,10 +139,20 @@ def connect(cpus: int) -> None:
         ray.shutdown()
     if address:
         package = Path(slimray.__file__).resolve().parent
-        ray.init(address, runtime_env={"py_modules": [str(package)]}, **quiet)
+        shipped = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a Ray job: its workers have the code that it came with
+        ray.init(address, runtime_env=None if shipped else {"py_modules": [str(package)]}, **quiet)
     else:
         ray.init("local", num_cpus=cpus, include_dashboard=False, **quiet)
     ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+def capacity() -> dict[str, float]:
+    """The most the cluster can have: as SLIMRAY_CLUSTER_CPUS and _GPUS tell (`submit` sets them), else what it has."""
+    have: dict[str, float] = dict(ray.cluster_resources())
+    for name in ("CPU", "GPU"):
+        told = float(os.environ.get(f"SLIMRAY_CLUSTER_{name}S") or 0)
+        have[name] = max(have.get(name, 0.0), told)
+    return have
 
 
 def decode_slots(scale: ScaleSpec) -> int:
@@ -107,39 +161,157 @@ def decode_slots(scale: ScaleSpec) -> int:
         return scale.decode_slots
     if not os.environ.get("RAY_ADDRESS"):
         return os.cpu_count() or 1
-    return max(1, int(ray.cluster_resources().get("CPU", 1) - scale.workers * scale.cpus_per_worker))
+    return max(1, int(capacity().get("CPU", 1) - scale.most * scale.cpus_per_worker))
 
 
 def require(scale: ScaleSpec, slots: int) -> None:
-    """Raise UserError when the cluster as it stands can never hold the workers and at least one decoding task."""
-    have = ray.cluster_resources()
-    cpus, gpus = scale.workers * scale.cpus_per_worker + min(slots, 1), scale.workers * scale.gpus_per_worker
-    if scale.workers > MAX_WORKERS:
+    """Raise UserError when the cluster can never hold the fewest workers and one decoding task."""
+    have = capacity()
+    cpus, gpus = scale.fewest * scale.cpus_per_worker + min(slots, 1), scale.fewest * scale.gpus_per_worker
+    if scale.most > MAX_WORKERS:
         raise UserError(
-            f"scale.workers: at most {MAX_WORKERS} (a barrier of Ray Train dead-locks above), got {scale.workers}"
+            f"scale.workers: at most {MAX_WORKERS} (the ranks meet in one actor, which takes {BARRIER_CALLS} calls at "
+            f"a time), got {scale.most}"
         )
     for name, need in (("CPU", cpus), ("GPU", gpus)):
         if need > have.get(name, 0):
             raise UserError(
-                f"scale: the run needs {need:g} {name}s ({scale.workers} workers and decoding), the cluster has "
+                f"scale: the run needs {need:g} {name}s ({scale.fewest} workers and decoding), the cluster has "
                 f"{have.get(name, 0):g}: lower scale.workers or use a larger cluster"
             )
 
 
-def launch(worker: Callable[[Any], Any], config: Any, scale: ScaleSpec, name: str, board: Any = None) -> Any:
+# ------------------------------------------------------------------------------------------- before work starts
+
+
+def preflight(scale: ScaleSpec, run_uri: str) -> dict[str, str]:
+    """Look at every node of a cluster of several: node id -> what is wrong with it (versions, GPUs, storage).
+
+    Each node runs a task that compares its versions with the driver's, counts the GPUs it says it has, and reads from
+    the run's folder what the driver wrote there. Waits for `scale.start_timeout_s` at most; a node that has not
+    answered then is left out as well.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    if len(nodes) < 2:
+        return {}
+    run, token = runs.run_at(run_uri), uuid.uuid4().hex
+    runs.write_file(run, "logs/preflight.txt", token.encode())
+    wanted = _versions()
+    look = ray.remote(num_cpus=0, max_retries=1)(_look)
+    asked = {}
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        gpus = int(node["Resources"].get("GPU", 0)) if scale.gpus_per_worker else 0
+        asked[look.options(scheduling_strategy=there).remote(run_uri, token, wanted, gpus)] = node
+    done, late = ray.wait(list(asked), num_returns=len(asked), timeout=scale.start_timeout_s)
+    bad = {asked[ref]["NodeID"]: f"did not answer within {scale.start_timeout_s:g} s" for ref in late}
+    for ref in done:
+        try:
+            wrong = ray.get(ref)
+        except exceptions.RayError as error:
+            wrong = f"cannot run a task ({(str(error).strip().splitlines() or [type(error).__name__])[-1]})"
+        if wrong:
+            bad[asked[ref]["NodeID"]] = wrong
+    for ref in late:
+        ray.cancel(ref, force=True)
+    good = [node["Resources"] for node in nodes if node["NodeID"] not in bad]
+    per_node = [
+        min(
+            int(have.get("CPU", 0) // scale.cpus_per_worker),
+            int(have.get("GPU", 0)) if scale.gpus_per_worker else MAX_WORKERS,
+        )
+        for have in good
+    ]
+    if bad and sum(per_node) < scale.fewest:
+        first = next(iter(bad))
+        host = next(node["NodeManagerHostname"] for node in nodes if node["NodeID"] == first)
+        raise UserError(
+            f"scale: {len(bad)} of {len(nodes)} nodes are not fit for work and the others hold {sum(per_node)} of "
+            f"{scale.fewest} workers; {host} {bad[first]}"
+        )
+    return bad
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "ray": ray.__version__,
+        "torch": torch.__version__,
+        "slimray": slimray.__version__,
+    }
+
+
+def _look(run_uri: str, token: str, wanted: dict[str, str], gpus: int) -> str:
+    """On a node: what is wrong with it, "" if nothing."""
+    for name, version in _versions().items():
+        if version != wanted[name]:
+            return f"has {name} {version}, the driver has {wanted[name]}"
+    found = len([one for one in Path("/dev").glob("nvidia*") if one.name.removeprefix("nvidia").isdigit()])
+    if found < gpus:
+        return f"says it has {gpus} GPUs, {found} are there"
+    try:
+        if runs.read_file(runs.run_at(run_uri), "logs/preflight.txt").decode() != token:
+            return f"sees another {run_uri} than the driver: use a shared folder, s3:// or gs://"
+    except (OSError, RunFailed, UserError) as error:
+        return f"cannot read {run_uri} ({(str(error).splitlines() or [''])[0]})"
+    return ""
+
+
+class WideBarrier(ControllerCallback):
+    """Lets more than 1,000 ranks meet: Ray Train's barrier is an actor of the controller with the default number of
+    concurrent calls, so the controller is given a larger default before it makes one."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """In the controller's process, before there are workers."""
+        ray.actor.DEFAULT_MAX_CONCURRENCY_ASYNC = BARRIER_CALLS  # pyright: ignore[reportPrivateImportUsage]
+
+
+class _Silence(threading.Thread):
+    """Ends a launch from which nothing was heard for `limit_s`, as a Ctrl-C would: Ray itself may wait for ever."""
+
+    def __init__(self, board: Any, limit_s: float):
+        super().__init__(daemon=True, name="silence")
+        self.board, self.limit_s, self.sentence = board, limit_s, ""
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        """Ask the board every few seconds."""
+        while not self.done.wait(min(5.0, self.limit_s / 4)):
+            told = board_state(self.board).get("told")
+            if told is not None and time.time() - told > self.limit_s:
+                self.sentence = (
+                    f"no worker gave a sign of life for {self.limit_s:.0f} s: fewer nodes than scale.workers needs, or "
+                    "all are stuck (see logs/); the same command resumes"
+                )
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+
+def launch(
+    worker: Callable[[Any], Any],
+    config: Any,
+    scale: ScaleSpec,
+    name: str,
+    board: Any = None,
+    left_out: Mapping[str, str] | None = None,
+) -> Any:
     """Run `worker(config)` on `scale.workers` Ray Train workers and return rank 0's return value.
 
-    Lost workers restart the group up to `scale.retries` times; then RunFailed with the first line of the cause. What a
-    worker itself calls a RunFailed is not tried again where there is a `board`, unless the storage was at fault. A
-    worker may also return {"failed": sentence}, which ends the run at once.
+    Lost workers restart the group up to `scale.retries` times, announced preemptions as often as they come; then
+    RunFailed with the first line of the cause. What a worker itself calls a RunFailed is not tried again where there is
+    a `board`, unless the storage was at fault. A worker may also return {"failed": sentence}, which ends the run at
+    once. Nodes `left_out` (by `preflight`) get no worker.
     """
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(scale.start_timeout_s)
+    elastic = scale.most > scale.fewest
+    start_s = min(scale.start_timeout_s, ELASTIC_START_S) if elastic else scale.start_timeout_s
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_s)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(scale.data_timeout_s + 60)
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    os.environ["RAY_TRAIN_CALLBACKS"] = f"{WideBarrier.__module__}.{WideBarrier.__name__}"
     threads = str(max(1, int(scale.cpus_per_worker)))
 
     def entry(config: Any) -> Any:
-        sentence = _read(board).get("failed")
+        sentence = board_state(board).get("failed")
         if sentence:
             return {"failed": sentence}
         try:
@@ -150,13 +322,20 @@ def launch(worker: Callable[[Any], Any], config: Any, scale: ScaleSpec, name: st
             _tell(board, failed=str(error).splitlines()[0])
             raise
 
+    in_main = threading.current_thread() is threading.main_thread()
+    silence = _Silence(board, scale.start_timeout_s + scale.data_timeout_s + 120)
+    if board is not None and in_main:
+        silence.start()
+    excluded = {NODE_LABEL: f"!in({','.join(left_out)})"} if left_out else None
     with tempfile.TemporaryDirectory(prefix="slimray-") as scratch:
         trainer = TorchTrainer(
             entry,
             train_loop_config=config,
-            torch_config=TorchConfig(timeout_s=int(scale.data_timeout_s) + 60),
+            torch_config=TorchConfig(timeout_s=int(scale.data_timeout_s) + 40),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=scale.workers,
+                elastic_resize_monitor_interval_s=scale.resize_s,
+                label_selector=excluded,
                 use_gpu=scale.gpus_per_worker > 0,
                 resources_per_worker={"CPU": scale.cpus_per_worker}
                 | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {}),
@@ -174,18 +353,22 @@ def launch(worker: Callable[[Any], Any], config: Any, scale: ScaleSpec, name: st
         try:
             result: Any = trainer.fit().return_value
         except SystemExit:  # Ray Train's answer to Ctrl-C
+            if silence.sentence:
+                raise RunFailed(silence.sentence) from None
             raise KeyboardInterrupt from None
         except ray.train.TrainingFailedError as error:
-            raise RunFailed(_cause(error)) from error
+            stuck = board_state(board).get("stuck") or []
+            raise RunFailed(stuck[-1] if stuck else _cause(error)) from error
         finally:
-            if threading.current_thread() is threading.main_thread():
+            silence.done.set()
+            if in_main:
                 signal.signal(signal.SIGINT, before)  # fit() leaves a handler of its own behind
     if isinstance(result, dict) and "failed" in result:
         raise RunFailed(result["failed"])
     return result
 
 
-def _read(board: Any) -> dict[str, Any]:
+def board_state(board: Any) -> dict[str, Any]:
     """What the board says; nothing if there is none or it has gone: no run needs it."""
     try:
         return {} if board is None else ray.get(board.read.remote(), timeout=60)

@@ -7,6 +7,8 @@ import sys
 from datetime import date
 
 NAMES = ("models", "overhead", "cold_start", "ingest", "packed", "point_models", "voxels", "knn", "folds")
+NAMES += ("subnets", "rooms", "shrinking", "searching", "judging", "plan")
+NAMES += ("latency", "specialise", "dashboard")
 
 
 def main() -> None:

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from slimray.data.plan import Phase, blocks, epoch_order, feeder_ranks, microbatches, num_feeders, rank_slice
+from slimray.data.plan import (
+    Phase,
+    blocks,
+    epoch_order,
+    feeder_ranks,
+    microbatches,
+    num_feeders,
+    pass_order,
+    rank_slice,
+)
 
 
 def phase(num_samples: int, batch: int, first_step: int = 0) -> Phase:
@@ -52,3 +61,42 @@ def test_feeder_groups_cover_all_ranks_once():
         assert [r for g in range(num) for r in feeder_ranks(world, num, g)] == list(range(world))
     assert num_feeders(1536, 96) == 24
     assert num_feeders(1536, 2) == 1
+
+
+def test_held_out_windows_come_between_and_training_goes_over_the_others_once():
+    orders = []
+    for epoch in range(1, 7):
+        p = Phase("train", "train", epoch, 123, 8, True, {}, held=20, every=3)
+        order = pass_order(p, 5)
+        assert len(order) == p.num_positions
+        windows = [order[step * 8 : (step + 1) * 8] for step in range(p.num_steps)]
+        held = [window for step, window in enumerate(windows) if p.is_held(step)]
+        trained = np.concatenate([window for step, window in enumerate(windows) if not p.is_held(step)])
+        assert np.array_equal(np.sort(trained), np.arange(103))
+        assert [p.is_held(step) for step in range(5)] == [False, False, False, True, False]
+        assert len(held) == 4
+        assert all(len(window) == 8 and window.min() >= 103 for window in held)
+        done = [p.num_trained(step) for step in range(p.num_steps + 1)]
+        assert (done[:6], done[-1]) == ([0, 8, 16, 24, 24, 32], 103)
+        orders.append(np.concatenate(held))
+    uses = np.bincount(np.concatenate(orders), minlength=123)[103:]
+    assert uses.max() - uses.min() <= 2  # 192 positions on 20 samples, the first epoch is not counted
+    assert np.array_equal(pass_order(p, 5), order)
+    assert not np.array_equal(pass_order(p, 6), order)
+
+
+@pytest.mark.parametrize("world", [1, 3, 8])
+def test_held_out_windows_are_shared_out_and_resumed_like_the_others(world: int):
+    whole = Phase("train", "train", 1, 123, 8, True, {}, held=20, every=3)
+    rest = Phase("train", "train", 1, 123, 8, True, {}, 5, held=20, every=3)
+    seen = [(b.step, i) for b in blocks([whole], world, range(world), 3) for i in range(b.lo, b.hi)]
+    assert sorted(i for _, i in seen) == list(range(whole.num_positions))
+    left = [(b.step, i) for b in blocks([rest], world, range(world), 3) for i in range(b.lo, b.hi)]
+    assert left == [(step, i) for step, i in seen if step >= 5]
+
+
+def test_without_held_out_windows_held_samples_are_left_out():
+    p = Phase("train", "train", 0, 50, 8, True, {}, held=10)
+    assert np.array_equal(np.sort(pass_order(p, 0)), np.arange(40))
+    assert not any(p.is_held(step) for step in range(p.num_steps))
+    assert p.num_trained(99) == 40

@@ -30,7 +30,7 @@ from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from slimray.data.decoder import BadSample
-from slimray.data.plan import Block, Phase, blocks, ceil_div, epoch_order, feeder_ranks, num_feeders, rank_slice
+from slimray.data.plan import Block, Phase, blocks, ceil_div, feeder_ranks, num_feeders, pass_order, rank_slice
 from slimray.data.samples import kind_of
 from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError
@@ -96,7 +96,7 @@ def decode_block(numbers: dict[str, np.ndarray], plan: "ray.ObjectRef[np.ndarray
     phase = config.phases[phase_number]
     source = config.sources[phase.split]
     index = _fetch(source.index)
-    samples = epoch_order(phase.num_samples, config.seed, phase.epoch, phase.shuffle)[lo:hi]
+    samples = pass_order(phase, config.seed)[lo:hi]
     kind = kind_of(phase.recipe)
     recipe = kind.from_dict(phase.recipe)
     data = np.zeros((len(samples), *kind.shape(recipe)), kind.dtype)

@@ -26,6 +26,9 @@ class Phase:
 
     `shuffle` says whether the order is the epoch's permutation or the index as it stands; `recipe` is the plain dict
     of the per-sample recipe that the decoding side reads. `epoch` keys shuffling and augmentation.
+
+    With `held` the last so many samples of the split are left out, but for a window of them after every `every` full
+    windows of the others: what an architecture search learns from. Each is used equally often, over the epochs.
     """
 
     name: str
@@ -36,11 +39,33 @@ class Phase:
     shuffle: bool
     recipe: dict[str, Any]
     first_step: int = 0
+    held: int = 0
+    every: int = 0
 
     @property
     def num_steps(self) -> int:
         """Steps of the whole pass, a short last window included."""
-        return ceil_div(self.num_samples, self.batch)
+        return ceil_div(self.num_positions, self.batch)
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of the whole pass, those of held-out windows included."""
+        return self.num_samples - self.held + self.num_held_windows * self.batch
+
+    @property
+    def num_held_windows(self) -> int:
+        """Windows of held-out samples in the pass."""
+        return (self.num_samples - self.held) // (self.every * self.batch) if self.every else 0
+
+    def is_held(self, step: int) -> bool:
+        """Whether the window of `step` is of held-out samples."""
+        turn, place = divmod(step, self.every + 1)
+        return turn < self.num_held_windows and place == self.every
+
+    def num_trained(self, step: int) -> int:
+        """Samples, of those not held out, in the windows before `step`."""
+        windows = min(step // (self.every + 1), self.num_held_windows) if self.every else 0
+        return min((step - windows) * self.batch, self.num_samples - self.held)
 
 
 @dataclass(frozen=True)
@@ -65,10 +90,37 @@ def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool = True) -
     return order
 
 
+def pass_order(phase: Phase, seed: int) -> np.ndarray:
+    """The sample ids of a pass by position, int64 `[num_positions]`, a pure function of its arguments; read-only."""
+    if not phase.held:
+        return epoch_order(phase.num_samples, seed, phase.epoch, phase.shuffle)
+    numbers = (phase.num_samples, phase.held, phase.num_held_windows, phase.every, phase.batch)
+    return _order_with_held(*numbers, seed, phase.epoch, phase.shuffle)
+
+
+@lru_cache(maxsize=4)
+def _order_with_held(
+    num_samples: int, held: int, windows: int, every: int, batch: int, seed: int, epoch: int, shuffle: bool
+) -> np.ndarray:
+    trained = epoch_order(num_samples - held, seed, epoch, shuffle)
+    if not windows:
+        return trained
+    positions = np.arange(windows * batch) + epoch * windows * batch  # in a row of permutations without an end
+    drawn = np.empty(len(positions), np.int64)
+    for turn in np.unique(positions // held):
+        here = positions // held == turn
+        drawn[here] = num_samples - held + epoch_order(held, seed + 1, int(turn))[positions[here] % held]
+    full = windows * every * batch
+    mixed = np.concatenate([trained[:full].reshape(windows, -1), drawn.reshape(windows, batch)], 1).ravel()
+    order = np.concatenate([mixed, trained[full:]])
+    order.setflags(write=False)
+    return order
+
+
 def rank_slice(phase: Phase, step: int, rank: int, world: int) -> tuple[int, int]:
     """The positions [lo, hi) of the plan that `rank` of `world` consumes at `step`; may be empty."""
     start = step * phase.batch
-    count = min(phase.batch, phase.num_samples - start)
+    count = min(phase.batch, phase.num_positions - start)
     return start + rank * count // world, start + (rank + 1) * count // world
 
 
@@ -77,7 +129,7 @@ def microbatches(phase: Phase, step: int, rank: int, world: int, per_worker: int
 
     A rank whose slice is shorter gets empty pieces at its end, so that all ranks take part in every collective.
     """
-    count = min(phase.batch, phase.num_samples - step * phase.batch)
+    count = min(phase.batch, phase.num_positions - step * phase.batch)
     pieces = ceil_div(ceil_div(count, world), per_worker)
     lo, hi = rank_slice(phase, step, rank, world)
     return [(min(hi, lo + i * per_worker), min(hi, lo + (i + 1) * per_worker)) for i in range(pieces)]

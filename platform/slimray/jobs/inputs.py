@@ -135,7 +135,7 @@ class Splits:
 
 
 def packaged(folder: str) -> Path:
-    """The folder `jobs` or `datasets` that came with slimray: within the package, else of the checkout it lies in."""
+    """The folder `jobs`, `datasets` or `cluster` that came with slimray: within the package, else of its checkout."""
     package = Path(slimray.__file__).resolve().parent
     inside = package / "examples" / folder
     return inside if inside.is_dir() else package.parents[1] / folder

@@ -133,7 +133,7 @@ def judge_all(
     resources = {"num_cpus": scale.cpus_per_worker, "num_gpus": scale.gpus_per_worker}
     make: Any = ray.remote(_Numbered).options(**resources, runtime_env={"env_vars": threads}).remote
     device = "cuda" if scale.gpus_per_worker else "cpu"
-    actors = [make(run_uri, exhibits, spec, device) for _ in range(min(scale.workers, len(archs)))]
+    actors = [make(run_uri, exhibits, spec, device) for _ in range(min(scale.most, len(archs)))]
     pool: Any = ActorPool(actors)
     for number, arch in enumerate(archs):
         pool.submit(lambda actor, one: actor.judge.remote(*one), (number, arch.to_dict(), weights))

@@ -207,7 +207,7 @@ def _process(job: PrepareJob, ctx: Any, card: cards.Card, root: str, tables: dic
     """Run the chunks as Ray Data tasks and show how far they are."""
     slots = job.tasks or os.cpu_count() or 1
     workers.connect(ctx.cpus)
-    slots = min(slots, max(1, int(ray.cluster_resources().get("CPU", 1))))
+    slots = min(slots, max(1, int(workers.capacity().get("CPU", 1))))
     refs = {split: ray.put(table) for split, table in tables.items()}
     work = _Work(ctx.run.uri, root, todo, refs, card, job.data, job.pack, job.decode_timeout_s)
     context = ray.data.DataContext.get_current()

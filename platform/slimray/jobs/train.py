@@ -4,6 +4,7 @@ Reads a dataset (a card with its root, or a finished `prepare` run), writes a ru
 model and a report. TSM: arXiv 1811.08383; linear scaling with warm-up: arXiv 1706.02677, at scale: arXiv 1910.00932.
 """
 
+import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -17,11 +18,14 @@ from slimray.data.plan import ceil_div
 from slimray.data.samples import input_shape
 from slimray.data.video import DENSE_WINDOW
 from slimray.edge import cost
+from slimray.jobs import measure
 from slimray.jobs.inputs import DataSpec, Splits, make_recipe, open_splits
+from slimray.notify import NotifySpec
 from slimray.predict import Input
 from slimray.progress import follow
 from slimray.spec import Spec, UserError, did_you_mean, located, lookup
 from slimray.tracking import TrackingSpec
+from slimray.vitals import goodput
 
 GIVES = {"clip": "clips", "image": "images", "points": "points", "frustum": "frustums"}  # what data is, a network wants
 OWNED = {"num_classes": "the dataset says how many", "zero_gamma": "write optim.zero_gamma"}  # no options of `model`
@@ -78,6 +82,8 @@ class TrainJob(Spec):
     scale: workers.ScaleSpec = workers.ScaleSpec()
     checkpoint: loop.CheckpointSpec = loop.CheckpointSpec()
     tracking: TrackingSpec = TrackingSpec()
+    notify: NotifySpec | None = None
+    limits: loop.LimitsSpec = loop.LimitsSpec.model_validate({})
     average: Literal["logits", "prob"] = "logits"
     """How the views of a validation sample become one score."""
     seed: int = Field(0, ge=0)
@@ -89,12 +95,14 @@ class TrainJob(Spec):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "TrainJob":
-        per_pass = self.scale.workers * self.batch.per_worker
-        if self.batch.total % per_pass:
+        per_pass, elastic = self.scale.most * self.batch.per_worker, self.scale.most > self.scale.fewest
+        if self.batch.total % per_pass and not elastic:
             raise ValueError(
                 f"batch.total: {self.batch.total} must be a multiple of scale.workers x batch.per_worker "
-                f"({self.scale.workers} x {self.batch.per_worker} = {per_pass})"
+                f"({self.scale.most} x {self.batch.per_worker} = {per_pass})"
             )
+        if self.batch.total < self.scale.most:
+            raise ValueError(f"batch.total: {self.batch.total} leaves some of {self.scale.most} workers without work")
         if self.optim.zero_gamma and self.init is not None:
             raise ValueError("optim.zero_gamma: would wipe out the weights of init, use one of the two")
         if self.optim.mutual and (self.init is not None or self.optim.groups == "tsm"):
@@ -131,7 +139,7 @@ def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, 
     out |= {
         "input": list(_input_shape(job, card, net)),
         "batch": job.batch.total,
-        "accumulation": job.batch.total // (job.scale.workers * job.batch.per_worker),
+        "accumulation": ceil_div(job.batch.total, job.scale.most * job.batch.per_worker),
         "peak_lr": learn.peak_rate(job.optim, job.batch.total),
         "epochs": job.optim.epochs,
     }
@@ -243,14 +251,20 @@ def run(job: TrainJob, ctx: Any) -> None:
     workers.connect(ctx.cpus)
     workers.require(job.scale, workers.decode_slots(job.scale))
     config = fit_config(job, ctx, ctx.run.uri, splits, put_tables(splits), known)
-    with follow(config.board, job.name, ctx.console):
-        result = workers.launch(loop.fit, config, job.scale, job.name, config.board)
+    bad = workers.preflight(job.scale, ctx.run.uri)
+    for node, reason in bad.items():
+        ctx.console.print(f"{job.name}: node {node[:8]} is left out, it {reason}", highlight=False, markup=False)
+    with follow(config.board, job.name, ctx.console, ctx.tell):
+        result = workers.launch(loop.fit, config, job.scale, job.name, config.board, bad)
+    good = goodput(runs.read_parts(ctx.run, "metrics"), ctx.started, time.time(), workers.board_state(config.board))
     card = {
+        "goodput": good.to_dict(),
         "metrics": {"best": result["best"], "last": result["last"]},
         "steps": result["steps"],
         "dataset": {"name": splits.card.name, "fingerprint": splits.fingerprint},
         **{key: known[key] for key in ("params", "macs", "batch", "peak_lr", "train_samples")},
         "init": None if job.init is None else job.init.source,
+        "plan": measure.compared(job, known, config, ctx),
     }
     ctx.finish(card, {"classes": list(config.classes), "confusion": {job.name: result["confusion"]}})
     runs.write_report(ctx.run, report.train_report(ctx.run))
@@ -293,6 +307,7 @@ def fit_config(
         record_samples=job.data.record_samples,
         job=job.model_dump(mode="json"),
         board=workers.make_board(),
+        limits=job.limits,
     )
 
 

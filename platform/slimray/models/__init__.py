@@ -17,6 +17,7 @@ from torch import nn
 
 from slimray.arch import Arch
 from slimray.models.i3d import I3D, INFLATIONS
+from slimray.models.mixed import proxyless_found, proxyless_supernet
 from slimray.models.mobilenetv2 import MobileNetV2
 from slimray.models.ofa_mobilenet import (
     mobilenetv3_large,
@@ -105,6 +106,8 @@ MODELS |= {
     "proxyless_cpu": Model(partial(proxyless_net, "cpu"), "what ProxylessNAS found for CPUs", "image"),
     "proxyless_gpu": Model(partial(proxyless_net, "gpu"), "what ProxylessNAS found for GPUs", "image"),
     "proxyless_mobile_14": Model(partial(proxyless_net, "mobile_14"), "proxyless_mobile, widened 1.4 times", "image"),
+    "proxyless_supernet": Model(proxyless_supernet, "every block a choice: what ProxylessNAS searches", "image"),
+    "proxyless_found": Model(proxyless_found, "what a search found: one choice per block (`blocks`)", "image"),
     "ofa_mobilenetv3": Model(ofa_mobilenetv3, "Once-for-All supernet of MobileNetV3 blocks", "image"),
     "ofa_proxyless": Model(ofa_proxyless, "Once-for-All supernet of ProxylessNAS blocks", "image"),
     "ofa_resnet50": Model(ofa_resnet50, "Once-for-All supernet of ResNet-50D", "image"),

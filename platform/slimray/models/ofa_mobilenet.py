@@ -96,7 +96,10 @@ class MBConvBlock(nn.Module):
         self.residual, self.frames = block.residual, block.frames
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv(temporal_shift(x, self.frames, SHIFT_DIV) if self.frames else x)
+        out = temporal_shift(x, self.frames, SHIFT_DIV) if self.frames else x
+        for layers in self.conv:  # not self.conv(out): its frame would hold the widest activation while layers run
+            for layer in cast(nn.Sequential, layers):
+                out = layer(out)
         return x + out if self.residual else out
 
 
