@@ -87,6 +87,14 @@ def test_codes_tell_different_archs_apart_and_equal_ones_not():
     assert MOBILE.encode(skipped) == MOBILE.encode(skipped.replace(kernel=[7, 7, 3, 3] * 5))
 
 
+def test_depth_is_encoded_where_the_genes_of_the_blocks_are_fixed_and_cannot_tell_it():
+    depth_alone = MOBILE.restrict(kernel=[7], expand=[6], resolution=[224])
+    assert len({tuple(depth_alone.encode(arch)) for arch in depth_alone.archs()}) == depth_alone.num_archs() == 3**5
+    clamped = Space.of({"kernel": [(3,)] * 2, "depth": [(1, 2, 3)]}, [Stage(2)])
+    codes = [clamped.encode(clamped.arch({"depth": depth})) for depth in (1, 2, 3)]
+    assert codes[0] != codes[1] == codes[2]
+
+
 def test_the_published_spaces_have_their_size():
     assert MOBILE.num_archs() == 25 * (9**2 + 9**3 + 9**4) ** 5
     assert RESNET.num_archs() == 2 * (3**2 + 3**3 + 3**4) ** 3 * (3**4 + 3**5 + 3**6) * 3**6

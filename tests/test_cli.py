@@ -367,7 +367,7 @@ def test_what_is_explained_is_in_the_words_of_the_user(shell):
         "default": "required",
         "meaning": learn.OptimSpec.model_fields["lr"].description,
     }
-    assert (fields["optimizer"]["type"], fields["optimizer"]["default"]) == ("sgd | adam | adamw", "sgd")
+    assert (fields["optimizer"]["type"], fields["optimizer"]["default"]) == ("sgd | adam | adamw | lars", "sgd")
     assert (fields["class_weights"]["type"], fields["class_weights"]["default"]) == (
         "list of number | balanced | null",
         "null",

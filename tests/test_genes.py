@@ -11,8 +11,9 @@ from slimray.arch import Arch, Space, Stage
 from slimray.genes import GeneTable, cost_tables, costs_by_arch, part
 
 CLAMPED = Space.of({"kernel": [(3, 5)] * 4, "depth": [(1, 2, 3)] * 2, "frames": [(4, 8)]}, [Stage(2), Stage(2, 1)])
+FIXED = Space.of({"kernel": [(3,)] * 4, "depth": [(1, 2, 3)] * 2, "frames": [(4, 8)]}, [Stage(3), Stage(1)])
 FLAT = Space.of({"width": [(8, 16, 24)] * 3, "resolution": [(16, 32)]})
-SPACES = {"mobile": MOBILE, "resnet": RESNET, "clamped": CLAMPED, "flat": FLAT}
+SPACES = {"mobile": MOBILE, "resnet": RESNET, "clamped": CLAMPED, "fixed": FIXED, "flat": FLAT}
 
 
 @pytest.fixture(params=SPACES, ids=list(SPACES))

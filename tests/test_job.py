@@ -259,7 +259,7 @@ def test_set_does_not_give_a_section_to_documents_without_where_others_have_it(t
         ("optim", "--set optim: must look like section.field=value"),
         ("tsm:optim", "--set optim: must look like section.field=value"),
         ("optim.lr.x=1", "--set optim.lr.x=1: 'lr' is a value, it has no fields"),
-        ("scale.workers=0", "scale.workers: must be >= 1 (got 0)"),
+        ("scale.workers=0", "scale.workers: must be >= 1 or must be a list (got 0)"),
         ("optim.lr=fast", "optim.lr: must be a valid number (got 'fast')"),
         ("name=a", "name: 'a' is used twice: each document needs a name of its own"),
         ("data.card=moving_shape", "data.card: there is no dataset card 'moving_shape', did you mean 'moving_shapes'?"),
@@ -530,7 +530,7 @@ def test_a_storage_that_cannot_be_is_one_sentence(storage, sentence):
         ("eval:size=4", "size: must be >= 16 (got 4)"),
         ("eval:data={card: my_clips}", "data.root: is required, the folder where my_clips lies"),
         ("eval:data.card=nope", "data.card: there is no dataset card 'nope'"),
-        ("eval:scale.workers=0", "scale.workers: must be >= 1 (got 0)"),
+        ("eval:scale.workers=0", "scale.workers: must be >= 1 or must be a list (got 0)"),
     ],
 )
 def test_a_wrong_evaluation_is_one_sentence(sets, sentence):
@@ -664,7 +664,11 @@ targets: [{name: small, limits: {macs: 2.0e+6}}]
         ("kernel: [3", "kernels: [3", "stages.rest.free: no dimension 'kernels', did you mean 'kernel'?"),
         ("kernel: [3, 5", "kernel: [3, 4", "stages.rest.free.kernel: 4 is none of 3, 5, 7"),
         ("reference_batch: 8", "reference_batch: 8, lr: 1", "optim.lr: belongs to each of the stages, write it there"),
-        ("{macs: 2", "{flops: 2", "targets.small.limits: unknown cost 'flops' (known: macs, memory_mb, params)"),
+        (
+            "{macs: 2",
+            "{flops: 2",
+            "targets.small.limits: unknown cost 'flops' (known: energy_mj, latency_ms, macs, memory_mb, params)",
+        ),
         ("hold_out: 10", "hold_out: 48", "hold_out: 48 of 48 training samples leave none to train on"),
         (
             "hold_out: 10",

@@ -60,7 +60,7 @@ def test_a_job_goes_from_submit_to_its_result_while_nodes_come_and_go(tmp_path, 
         shell.write("long.yaml", train_yaml("long", epochs=200))
         started = shell.ok("submit", "long.yaml", *on)
         assert "next: slimray logs -f long-1 --cluster ./here.yaml" in started
-        running = shell.run("submit", "long.yaml", *on)
+        running = shell.run("submit", "long.yaml", "--unchecked", *on)
         assert (running.returncode, "long-1 runs already" in running.stderr) == (2, True)
         assert "long: is being stopped" in shell.ok("stop", "long", *on)
         ended = shell.run("logs", "-f", "long", *on)

@@ -165,6 +165,17 @@ class Space:
         num_blocks = sum(stage.blocks for stage in self.stages)
         return tuple(n for n, v in self.choices if n != "depth" and num_blocks and len(v) == num_blocks)
 
+    @cached_property
+    def depth_told(self) -> tuple[bool, ...]:
+        """For each stage, whether its blocks' genes tell its depth: every block that may be skipped has a choice."""
+        out, start = [], 0
+        for stage, depths in zip(self.stages, self.dimensions.get("depth", ()), strict=False):
+            skipped = range(start + min(map(stage.active, depths)), start + max(map(stage.active, depths)))
+            chosen = [any(len(self.dimensions[name][i]) > 1 for name in self.per_block) for i in skipped]
+            out.append(bool(stage.blocks) and all(chosen))
+            start += stage.blocks
+        return tuple(out)
+
     def arch(self, plain: "Mapping[str, Any] | Arch") -> Arch:
         """An arch of this space from plain values: a number for all genes of a dimension or a list; missing: largest.
 
@@ -220,16 +231,18 @@ class Space:
     def encode(self, arch: Arch) -> list[float]:
         """One-hot of every gene that has a choice, zeros for a block that does not run: what a predictor learns from.
 
-        Depth is told by those zeros, and has places of its own only where a stage has no genes per block.
+        Depth is told by those zeros, and has places of its own only where they do not tell it (`depth_told`).
         """
         out: list[float] = []
         genes = self._lists(arch)
         for name, choices in self.choices:
             for i, values in enumerate(choices):
                 runs = arch.active[i] if name in self.per_block else True
-                told = name == "depth" and self.per_block and i < len(self.stages) and self.stages[i].blocks
-                if len(values) > 1 and not told:
-                    out += [float(runs and value == genes[name][i]) for value in values]
+                gene, of_stage = genes[name][i], name == "depth" and i < len(self.depth_told)
+                if of_stage and self.stages[i].blocks:  # depths beyond the last block are one and the same
+                    gene = next(v for v in values if self.stages[i].active(v) == self.stages[i].active(gene))
+                if len(values) > 1 and not (of_stage and self.depth_told[i]):
+                    out += [float(runs and value == gene) for value in values]
         return out
 
     def restrict(self, **allowed: Sequence[Gene]) -> "Space":

@@ -394,6 +394,11 @@ def show(
             if described.get(key):
                 _say(f"{key}: {described[key]}")
         _print_numbers(run.name, card or {})
+        if isinstance(good := (card or {}).get("goodput"), dict):
+            _say(
+                f"goodput: {100 * good['goodput']:.0f} % ({good['useful_s']:g} s of training steps in {good['wall_s']:g} s, "
+                f"{good['restarts']} restarts, {good['repeated_steps']} steps done again)"
+            )
         for phase, row in latest.items():
             numbers = [
                 f"{key.removeprefix(f'{phase}/')} {value:.4g}"

@@ -573,7 +573,8 @@ def start_local(target: Target) -> str:
         env["RAY_AUTH_MODE"] = "token"
         subprocess.run([*ray, "get-auth-token", "--generate"], env=env, stdout=subprocess.DEVNULL,
                        stderr=subprocess.DEVNULL, check=True, timeout=START_TIMEOUT_S)  # fmt: skip
-        _token_path().chmod(0o600)  # Ray leaves it readable for everybody
+        with contextlib.suppress(OSError):  # a token from the environment has no file
+            _token_path().chmod(0o600)  # Ray leaves it readable for everybody
     command = [*ray, "start", "--head", "--block", "--port", str(cluster.port), "--num-cpus", "0"]
     command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(cluster.dashboard_port)]
     command += ["--autoscaling-config", str(config)]

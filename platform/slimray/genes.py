@@ -135,6 +135,7 @@ class GeneTable:
     def features(self, codes: Codes) -> NDArray[np.float32]:
         """What `space.encode` says of every row, float32 `[n, features]`."""
         columns, starts, width = self._one_hot
+        codes = self.canonical(codes)
         out = np.zeros((len(codes), width), np.float32)
         np.put_along_axis(out, codes[:, columns] + starts, self.runs(codes)[:, columns].astype(np.float32), axis=1)
         return out
@@ -177,8 +178,8 @@ class GeneTable:
         """The columns that a predictor is told, where in the features each of them starts, how many there are."""
         columns, starts, width = [], [], 0
         for column, (name, i) in enumerate(self.genes):
-            told = name == "depth" and self.space.per_block and i < len(self.space.stages)
-            if len(self.values[column]) > 1 and not (told and self.space.stages[i].blocks):
+            told = name == "depth" and i < len(self.space.depth_told) and self.space.depth_told[i]
+            if len(self.values[column]) > 1 and not told:
                 columns.append(column)
                 starts.append(width)
                 width += len(self.values[column])

@@ -50,7 +50,11 @@ class Source:
 
 @dataclass(frozen=True)
 class FeedConfig:
-    """What all feeders of a run share. `max_rows` is the microbatch of one rank; times are seconds."""
+    """What all feeders of a run share. `max_rows` is the microbatch of one rank; times are seconds.
+
+    `decode_cpus` is what a decoding task reserves: 1, or 0 where the workers of an elastic run hold every CPU there is
+    (they then share the cores, as on a laptop; a reservation would wait for ever).
+    """
 
     phases: tuple[Phase, ...]
     sources: dict[str, Source]
@@ -60,6 +64,7 @@ class FeedConfig:
     decode_slots: int
     decode_timeout_s: float = 30.0
     wait_timeout_s: float = 600.0
+    decode_cpus: int = 1
     blocks_per_execution: int = 2000  # planning 2,000 read tasks takes about 1.5 s, while the execution before runs on
 
 
@@ -126,12 +131,24 @@ def decode_block(numbers: dict[str, np.ndarray], plan: "ray.ObjectRef[np.ndarray
     }
 
 
-def map_numbers(count: int, task: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> ray.data.Dataset:
-    """The dataset of `task({"id": [i]})`, i below `count`: a task and a CPU each, tried again if its process dies."""
+def map_numbers(
+    count: int, task: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], at_once: int | None = None
+) -> ray.data.Dataset:
+    """The dataset of `task({"id": [i]})`, i below `count`: a task and a CPU each, tried again if its process dies.
+
+    With `at_once` that many tasks, which reserve no CPU.
+    """
     numbers = ray.data.range(count, override_num_blocks=count)
     with warnings.catch_warnings():  # no named parameter says how often; the way that remains is announced to go
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        return numbers.map_batches(task, batch_size=None, batch_format="numpy", num_cpus=1, max_retries=TASK_RETRIES)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"num_cpus": 1} if at_once is None else {"num_cpus": 0, "concurrency": at_once}
+        return numbers.map_batches(
+            task,  # type: ignore[arg-type]
+            batch_size=None,
+            batch_format="numpy",
+            max_retries=TASK_RETRIES,
+            **options,
+        )
 
 
 def _fetch(ref: Any) -> Any:
@@ -220,7 +237,8 @@ class _Feeder:
         context.execution_no_progress_timeout_s = -1  # training may pause longer; a rank's wait has its own bound
         plan = ray.put(np.array([[b.phase, b.step, b.rank, b.lo, b.hi] for b in cut], np.int64))
         config = self.config
-        dataset = map_numbers(len(cut), lambda numbers: decode_block(numbers, plan, config))
+        at_once = None if config.decode_cpus else config.decode_slots
+        dataset = map_numbers(len(cut), lambda numbers: decode_block(numbers, plan, config), at_once)
         bundles = iter(dataset.iter_internal_ref_bundles())
         first = next(bundles, None)
         return _chain(first, bundles)
