@@ -396,8 +396,8 @@ def show(
         _print_numbers(run.name, card or {})
         if isinstance(good := (card or {}).get("goodput"), dict):
             _say(
-                f"goodput: {100 * good['goodput']:.0f} % ({good['useful_s']:g} s of training steps in {good['wall_s']:g} s, "
-                f"{good['restarts']} restarts, {good['repeated_steps']} steps done again)"
+                f"goodput: {100 * good['goodput']:.0f} %, {good['useful_s']:g} s of training steps in {good['wall_s']:g} s"
+                f" ({good['restarts']} restarts, {good['repeated_steps']} steps done again)"
             )
         for phase, row in latest.items():
             numbers = [
