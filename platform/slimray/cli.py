@@ -1,4 +1,4 @@
-"""The `slimray` command: check, run, look, predict. Exit codes: 0 done, 2 the user's mistake, 1 a run that failed.
+"""The `slimray` command: check, run, look, predict. Exit codes: 0 done, 2 your mistake, 1 failed, 3 no retries left.
 
 Everything that needs Ray or torch is imported inside the verbs, so that `--help` is quick and `predict` works on a
 machine without Ray. `--json` prints what a program may read, and nothing else, to standard output.
@@ -190,7 +190,8 @@ def _do(one: Any, storage: str, restart: bool, cpus: int) -> str:
     except (RunFailed, OSError) as error:
         logs = f"{runs.open_run(storage, one.job.name).uri}/logs"
         sentence = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunFailed(f"{one.where}: {sentence} (logs: {logs}; the same command resumes the run)") from error
+        code = error.code if isinstance(error, RunFailed) else 1
+        raise RunFailed(f"{one.where}: {sentence} (logs: {logs}; the same command resumes the run)", code) from error
 
 
 @app.command()
@@ -396,7 +397,7 @@ def show(
         _print_numbers(run.name, card or {})
         if isinstance(good := (card or {}).get("goodput"), dict):
             _say(
-                f"goodput: {100 * good['goodput']:.0f} %, {good['useful_s']:g} s of training steps in {good['wall_s']:g} s"
+                f"goodput: {100 * good['goodput']:.0f} %, {good['useful_s']:g} s of steps in {good['wall_s']:g} s"
                 f" ({good['restarts']} restarts, {good['repeated_steps']} steps done again)"
             )
         for phase, row in latest.items():
@@ -717,7 +718,7 @@ def main() -> None:
     except UserError as error:
         _fail(str(error), 2)
     except RunFailed as error:
-        _fail(str(error), 1)
+        _fail(str(error), error.code)
     except BrokenPipeError:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -371,6 +371,8 @@ def run_script(job: Submission, cluster: Cluster) -> str:
     """The shell script that does the job beside it: `slimray run`, again while it fails for no fault of the user's.
 
     A missing secret ends it with one sentence and code 2. The loop lives beside the run, so that nobody has to stay.
+    Its retries and those of the run's workers are one budget: a run is told how many are left, and code 3 says that
+    its workers have used them up.
     """
     run = f'python -m slimray.cli run "$(dirname "$0")/"{shlex.quote(job.file)} --storage {shlex.quote(job.storage)}'
     said = "is not set on this cluster: put it into the environment of its nodes (secrets of the cluster file)"
@@ -381,10 +383,11 @@ def run_script(job: Submission, cluster: Cluster) -> str:
             *guard,
             f"code=0; left={cluster.retries}; restart={'--restart' if job.restart else ''}",
             'test "${SLURM_RESTART_COUNT:-0}" -eq 0 || restart=   # a requeued job goes on',
+            "export SLIMRAY_RETRIES_LEFT=$left",
             f"{run} $restart || code=$?",
-            'while [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "$left" -gt 0 ]; do',
+            'while [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "$code" -ne 3 ] && [ "$left" -gt 0 ]; do',
             '  echo "slimray: the run ended with code $code and goes on, $left retries are left" >&2',
-            "  left=$((left - 1)); code=0; sleep 5",
+            "  left=$((left - 1)); code=0; export SLIMRAY_RETRIES_LEFT=$left; sleep 5",
             f"  {run} || code=$?",
             "done",
             'exit "$code"',

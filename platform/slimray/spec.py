@@ -28,7 +28,11 @@ class UserError(Exception):
 
 
 class RunFailed(Exception):
-    """A run that was right to start and did not finish: one sentence. Exit code 1."""
+    """A run that was right to start and did not finish: one sentence. Exit code 1, or 3 if its retries are used up."""
+
+    def __init__(self, sentence: str, code: int = 1):
+        super().__init__(sentence)
+        self.code = code
 
 
 class Spec(BaseModel):

@@ -323,6 +323,8 @@ def launch(
             _tell(board, failed=str(error).splitlines()[0])
             raise
 
+    # one budget with the driver's own retries, where something starts it again (see `submit`)
+    retries = min(scale.retries, int(os.environ.get("SLIMRAY_RETRIES_LEFT") or scale.retries))
     in_main = threading.current_thread() is threading.main_thread()
     silence = _Silence(board, scale.start_timeout_s + scale.data_timeout_s + 120)
     if board is not None and in_main:
@@ -344,9 +346,7 @@ def launch(
             run_config=ray.train.RunConfig(
                 name=f"{name}-{uuid.uuid4().hex[:8]}",
                 storage_path=scratch,
-                failure_config=ray.train.FailureConfig(
-                    max_failures=scale.retries, controller_failure_limit=scale.retries
-                ),
+                failure_config=ray.train.FailureConfig(max_failures=retries, controller_failure_limit=retries),
                 worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
             ),
         )
@@ -359,7 +359,7 @@ def launch(
             raise KeyboardInterrupt from None
         except ray.train.TrainingFailedError as error:
             stuck = board_state(board).get("stuck") or []
-            raise RunFailed(stuck[-1] if stuck else _cause(error)) from error
+            raise RunFailed(stuck[-1] if stuck else _cause(error), code=3) from error
         finally:
             silence.done.set()
             if in_main:

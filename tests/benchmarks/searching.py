@@ -50,7 +50,7 @@ def judged(seed: int = 0, num_stages: int | None = None) -> tuple[Space, list[Ar
     data = setting.data(job)
     *_, (_, net) = shrinking.shrink(job, data, shrinking.keeper("images", seed))
     space = small_space(net.space)
-    archs, path = list(space.archs()), shrinking.folder() / f"searching-{seed}-{len(job.stages)}.jsonl"
+    archs, path = list(space.archs()), shrinking.place("images", f"-{seed}-{len(job.stages)}-archs.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     known = {Arch.from_dict(line["arch"]): line["metric"] for line in lines}
     judge = shrinking.Judge(data, job, held=True)

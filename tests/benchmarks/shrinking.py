@@ -9,6 +9,7 @@ one thread each. Results are lines of JSON and weights in `SLIMRAY_BENCH_DIR`: w
 """
 
 import functools
+import hashlib
 import json
 import os
 import sys
@@ -141,7 +142,7 @@ def clips(job: ShrinkJob, num_train: int = 240, num_test: int = 200, segments: i
     return Data(recipe.to_dict(), num_classes, num_train, 0, num_test, lambda i, k: one(i, recipe, k), test, test)
 
 
-def points(job: ShrinkJob, num_train: int = 240, num_test: int = 120) -> Data:
+def points(job: ShrinkJob, num_train: int = 384, num_test: int = 192) -> Data:
     """Generated shapes with labelled parts."""
     varied = PointRecipe(
         num_points=512, normalize="sphere", rotate_z=180, scale=(0.9, 1.1), jitter=0.005, per_point=True, mode="train"
@@ -165,11 +166,11 @@ def _named(cloud: tuple[np.ndarray, np.ndarray, int]) -> tuple[np.ndarray, dict,
 
 
 OPTIM = {"optimizer": "adamw", "schedule": "cosine", "groups": "no_norm_decay", "weight_decay": 0.01}
-RATES = (0.002, 0.004, 0.008)
+RATES = (0.004, 0.008, 0.016)
 
 
-def _teacher(epochs: int) -> dict[str, Any]:
-    return {"name": "teacher", "epochs": epochs, "lr": 0.004, "warmup_epochs": 1}
+def _teacher(epochs: int, lr: float) -> dict[str, Any]:
+    return {"name": "teacher", "epochs": epochs, "lr": lr, "warmup_epochs": 1}
 
 
 def _stage(name: str, epochs: int, lr: float, **free: Sequence[float]) -> dict[str, Any]:
@@ -188,9 +189,9 @@ SETTINGS = {
             "batch": {"total": 32, "per_worker": 32},
             "optim": {**OPTIM, "reference_batch": 32},
             "stages": [
-                _teacher(6),
+                _teacher(6, 0.008),
                 _stage("depth", 1, 0.002, depth=(0, 1, 2), expand=(0.2, 0.25, 0.35)),
-                _stage("width", 11, 0.004, width=(0, 1, 2)),
+                _stage("width", 11, 0.008, width=(0, 1, 2)),
             ],
             "hold_out": 500,
             "judge": {"calibrate": 500, "calibrate_batch": 100},
@@ -205,7 +206,7 @@ SETTINGS = {
             "batch": {"total": 16, "per_worker": 16},
             "optim": {**OPTIM, "reference_batch": 16},
             "stages": [
-                _teacher(8),
+                _teacher(8, 0.004),
                 # four frames cannot tell one round from three the other way: all subnets see eight
                 _stage("depth", 1, 0.002, depth=(0, 1, 2), frames=(8,)),
                 _stage("width", 9, 0.004, width=(0, 1, 2), expand=(0.2, 0.25, 0.35)),
@@ -222,9 +223,9 @@ SETTINGS = {
             "batch": {"total": 16, "per_worker": 16},
             "optim": {**OPTIM, "reference_batch": 16},
             "stages": [
-                _teacher(9),
-                _stage("depth", 1, 0.002, depth=(1, 2), voxel=(0.5, 0.75, 1.0)),
-                _stage("width", 14, 0.004, width=(0.25, 0.5, 0.75, 1.0), head=(0.25, 0.5, 0.75, 1.0)),
+                _teacher(20, 0.004),
+                _stage("depth", 2, 0.002, depth=(1, 2), voxel=(0.5, 0.75, 1.0)),
+                _stage("width", 28, 0.004, width=(0.25, 0.5, 0.75, 1.0), head=(0.25, 0.5, 0.75, 1.0)),
             ],
             "judge": {"calibrate": 160, "calibrate_batch": 40},
         },
@@ -343,11 +344,17 @@ def folder() -> Path:
     return Path(os.environ.get("SLIMRAY_BENCH_DIR", Path(tempfile.gettempdir()) / "slimray-bench"))
 
 
+def place(name: str, end: str) -> Path:
+    """The file of a kind of data whose name ends so; other settings have other files."""
+    digest = hashlib.sha256(json.dumps(SETTINGS[name].job, sort_keys=True).encode()).hexdigest()[:8]
+    return folder() / f"shrinking-{name}-{digest}{end}"
+
+
 def keeper(name: str, seed: int) -> Keep:
     """Keeps weights as files of `folder()`."""
 
     def keep(stage: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        path = folder() / f"shrinking-{name}-{seed}-{stage}.safetensors"
+        path = place(name, f"-{seed}-{stage}.safetensors")
         if not path.exists():
             tensors = {key: value.contiguous() for key, value in make().items()}
             part = path.with_suffix(".part")
@@ -360,7 +367,7 @@ def keeper(name: str, seed: int) -> Keep:
 
 def read(name: str) -> list[dict[str, Any]]:
     """The results so far of a kind of data."""
-    path = folder() / f"shrinking-{name}.jsonl"
+    path = place(name, ".jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -379,7 +386,7 @@ def one_seed(name: str, seed: int) -> None:
             return
         start = time.process_time()
         row = {"seed": seed, "what": what, "metric": measure(), "cpu_s": round(time.process_time() - start, 1)}
-        with (folder() / f"shrinking-{name}.jsonl").open("a") as file:
+        with place(name, ".jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(name, json.dumps(row), flush=True)
 
