@@ -17,7 +17,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -407,8 +406,6 @@ def open_stream(feed: FeedConfig) -> Iterator[RankStream]:
     told: Any = None
     if rank == 0:
         name = f"slimray-feeder-{uuid.uuid4().hex}"
-        free = ray.available_resources().get("CPU", 0)
-        feed = replace(feed, decode_cpus=1 if free >= 1 else 0)
         feeders = start_feeders(feed, name)
         told = {"name": name, "num": len(feeders)}
     told = broadcast_from_rank_zero(told)

@@ -141,6 +141,7 @@ def test_another_network_is_no_supernet_of_choices():
 
 
 @pytest.mark.ray
+@pytest.mark.benchmark
 @pytest.mark.timeout(600)
 def test_a_search_that_was_killed_ends_like_the_other_and_both_are_runs(shell: Shell):
     child = shell.start("run", shell.write("proxyless.yaml", JOBS))

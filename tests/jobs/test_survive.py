@@ -14,7 +14,7 @@ from tests.jobs.conftest import DATA, Shell, find_process, seen, session_of, wai
 
 from slimray import runs
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.ray, pytest.mark.benchmark, pytest.mark.timeout(500)]
 
 ELASTIC = """
 kind: train
