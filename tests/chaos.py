@@ -1,7 +1,7 @@
 """Random misfortune for a training on a cluster of several nodes: what happens, when, and what must be true after it.
 
-A seed decides the events. Storage is a real S3 server behind a proxy that fails on request. Used by the tests (one
-seed) and by `make soak` (twenty).
+A seed decides the events. Storage is a real S3 server behind a proxy that fails on request. Meant for the tests (one
+seed) and by `tests/benchmarks/chaos.py` (twenty).
 """
 
 import os

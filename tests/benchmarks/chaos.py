@@ -1,6 +1,6 @@
 """Chaos: twenty trainings, each under one or two random misfortunes, against the one that nothing disturbed.
 
-`make soak`. SEEDS of the environment sets how many, 20 if not given.
+`python -m tests.benchmarks.chaos`. SEEDS of the environment sets how many, 20 if not given.
 """
 
 import os
@@ -54,3 +54,7 @@ def main() -> None:
     print(f"{good} of {len(seeds)} ended as they must; events: {dict(kinds)}; faults {dict(faults.done)}", flush=True)
     ray.shutdown()
     cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
