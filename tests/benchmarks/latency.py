@@ -1,4 +1,5 @@
-"""What a latency table says of subnets against what they take, on this device: `ofa_mobilenetv3`, one thread, eager.
+"""What a latency table says of subnets against what they take, on this device: `ofa_mobilenetv3`, one thread, eager (or
+the runtime in SLIMRAY_BENCH_HARDWARE).
 
 The table is measured and calibrated first (slimray.edge.latency), then 50 other subnets are measured whole, spread
 evenly over the logarithm of a latency range of at least 4. Beside it, fitted to the same calibration subnets: a
@@ -20,6 +21,7 @@ from slimray.edge.arch_costs import Prices, draw_archs
 
 RESOLUTIONS = (128, 160, 192, 224)
 TESTED, BETWEEN = 50, 20
+HARDWARE = os.environ.get("SLIMRAY_BENCH_HARDWARE", "cpu-eager")
 ROUNDS = int(os.environ.get("SLIMRAY_BENCH_ROUNDS", "15"))
 OPTIONS = {"name": "ofa_mobilenetv3", "num_classes": 1000}
 
@@ -28,7 +30,7 @@ def main() -> None:
     net = models.build(**OPTIONS).eval()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "table.json")
-        table = latency.profile(net, OPTIONS, path, resolutions=RESOLUTIONS, rounds=ROUNDS)
+        table = latency.profile(net, OPTIONS, path, hardware=HARDWARE, resolutions=RESOLUTIONS, rounds=ROUNDS)
     print(", ".join(f"{name} {_plain(value)}" for name, value in latency.summary(table).items()))
     assert table.calibration is not None
     prices = Prices(net, None, latency.meter(table, "table"))
@@ -37,7 +39,7 @@ def main() -> None:
     between = [a.replace(resolution=a["resolution"] + (12 if a["resolution"] < 224 else -12)) for a in tested]
     between = between[:: len(between) // BETWEEN][:BETWEEN]
     assert not set(used) & {*tested, *between}
-    measured = latency.measure_whole(net, [*tested, *between], "cpu-eager", 1, ROUNDS, seed=1)
+    measured = latency.measure_whole(net, [*tested, *between], HARDWARE, 1, ROUNDS, seed=1)
     ms, others = np.array(measured.ms[: len(tested)]), np.array(measured.ms[len(tested) :])
     print(
         f"{len(tested)} subnets, {ms.min():.1f} to {ms.max():.1f} ms ({ms.max() / ms.min():.1f} times), waited for a "

@@ -3,10 +3,12 @@
 A generated room is cut as S3DIS is prepared (arXiv 1907.03739), at both offsets, into windows of 4096 points: every
 point is in a window of either. Windows go through in batches of 8. Where all of them would take longer than BUDGET_S, a
 sample of batches, evenly spread over the room, is measured and scaled by the number of windows; the table says so.
-Seconds are those of one core (`process_time`, one thread), so that other work on the machine does not count.
+Seconds are those of one core (`process_time`, one thread), so that other work on the machine does not count; where
+there is a GPU it is the GPU that is measured, the transfer of the windows included.
 """
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +22,7 @@ from slimray.data.points import Cloud, PointRecipe, make_points
 from slimray.edge import cost
 
 NUM_POINTS, WINDOW, BATCH, BUDGET_S, LEAST = 1_000_000, 4096, 8, 15.0, 2
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOM_M = (9.0, 6.0, 3.0)
 FURNITURE = (("table", 5, (1.6, 0.8, 0.05)), ("chair", 12, (0.5, 0.5, 0.9)), ("bookcase", 4, (0.9, 0.3, 2.0)))
 NUM_CLASSES = len(point_sets.S3DIS_CLASSES)
@@ -89,17 +92,21 @@ def inputs(clouds: list[Cloud]) -> torch.Tensor:
 def seconds_of(net: nn.Module, x: torch.Tensor) -> tuple[float, int]:
     """Seconds that all windows `x` take in batches, and how many batches were measured."""
     batches = x.split(BATCH)
-    net(batches[0])
-    start = time.process_time()
-    net(batches[len(batches) // 2])
-    each = time.process_time() - start
-    count = min(len(batches), max(LEAST, int(BUDGET_S / each)))
+
+    def seconds(chosen: Iterable[int]) -> float:
+        start = (time.perf_counter if DEVICE == "cuda" else time.process_time)()
+        for i in chosen:
+            net(batches[i].to(DEVICE))
+        if DEVICE == "cpu":
+            return time.process_time() - start
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds([0])
+    count = min(len(batches), max(LEAST, int(BUDGET_S / seconds([len(batches) // 2]))))
     chosen = np.linspace(0, len(batches) - 1, count).astype(int)
-    start = time.process_time()
-    for i in chosen:
-        net(batches[i])
     measured = sum(len(batches[i]) for i in chosen)
-    return (time.process_time() - start) / measured * len(x), count
+    return seconds(chosen) / measured * len(x), count
 
 
 def main() -> None:
@@ -110,18 +117,19 @@ def main() -> None:
     clouds = windows(xyzrgb, labels)
     cut, start = time.process_time() - start, time.process_time()
     x = inputs(clouds)
+    where = torch.cuda.get_device_name() if DEVICE == "cuda" else "one thread"
     seen = np.unique(np.concatenate([cloud.rows for cloud in clouds if cloud.rows is not None]))
     print(
         f"a room of {ROOM_M} m, {len(xyzrgb):,} points, {len(np.unique(labels))} classes (made in {made:.1f} s): "
         f"{len(x)} windows of {WINDOW} (cut in {cut:.1f} s, drawn in {time.process_time() - start:.1f} s), "
-        f"{len(seen) / len(xyzrgb):.1%} of the points in them; batches of {BATCH}, one thread, "
+        f"{len(seen) / len(xyzrgb):.1%} of the points in them; batches of {BATCH}, {where}, "
         f"float32, torch {torch.__version__}"
     )
     print(f"{'network':12}{'params':>12}{'ms/window':>11}{'s/room':>9}  measured", flush=True)
     total = -(-len(x) // BATCH)
     for name, make in NETS.items():
         torch.manual_seed(0)
-        net = make().eval()
+        net = make().eval().to(DEVICE)
         seconds, count = seconds_of(net, x)
         how = "all" if count == total else f"{count} of {total} batches, scaled"
         each = seconds / len(x) * 1e3

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from tests.benchmarks.pairs import alternate
+from tests.benchmarks.voxels import queued_s
 from torch import Tensor, nn
 
 from slimray import models
 from slimray.arch import Arch
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAIRS, SIDE = 21, 224
 REPEATS = {1: 5, 8: 1}  # by batch
 STAGES = (  # channels, stride, activation, squeeze-and-excitation: MobileNetV3 as Once-for-All has it
@@ -99,6 +101,8 @@ def forward_s(net: nn.Module, x: Tensor) -> Callable[[], float]:
         net(x)
         return time.process_time() - start
 
+    if x.is_cuda:
+        return lambda: queued_s(lambda: net(x))
     return lambda: median(once() for _ in range(REPEATS[len(x)]))
 
 
@@ -116,10 +120,10 @@ def main() -> None:
             subnet = net.extract(arch)
             seconds.append(time.process_time() - start)
         print(f"{name}: extracted in {median(seconds) * 1e3:.1f} ms (longest of {PAIRS}: {max(seconds) * 1e3:.1f})")
-        plain = plain_mobilenet(arch, 1000).eval()
+        plain, subnet = plain_mobilenet(arch, 1000).eval().to(DEVICE), subnet.to(DEVICE)
         copy_weights(subnet, plain)
         for batch in REPEATS:
-            x = torch.randn(batch, 3, SIDE, SIDE)
+            x = torch.randn(batch, 3, SIDE, SIDE, device=DEVICE)
             with torch.inference_mode():
                 torch.testing.assert_close(subnet(x), plain(x))
                 title = f"{name}, batch {batch}: extracted / plain"

@@ -11,16 +11,18 @@ it cleared page by page at the next call, which at B = 8 takes longer than all t
 figures is taken with freed memory kept, and each line says how many pages were faulted in.
 """
 
+import contextlib
 import ctypes
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 
 import torch
 from tests.benchmarks.pairs import Ratio, alternate
 from torch import Tensor
 
+from slimray.models import point_ops
 from slimray.models.point_ops import devoxelize, normalize_coords, trilinear_corners, voxel_index, voxelize
 
 NUM_POINTS, CHANNELS, RESOLUTION = 16384, 64, 32
@@ -51,7 +53,12 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"N={NUM_POINTS}, C={CHANNELS}, R={RESOLUTION}, float32, copies of {COPY_BYTES >> 20} MiB")
     if device.type == "cuda":
-        _figures(f"{torch.cuda.get_device_name()}", device)
+        for how in ("kernels", "torch alone"):
+            for captured in (False, True):
+                title = f"{torch.cuda.get_device_name()}, {how}, {'a CUDA graph' if captured else 'queued'}"
+                with kernels_off() if how == "torch alone" else contextlib.nullcontext():
+                    _figures(title, device, (8, 32), captured)
+        _neighbours(device)
         return
     most = torch.get_num_threads()
     for memory in ("returned", "kept"):
@@ -63,18 +70,62 @@ def main() -> None:
             _figures(f"CPU, {threads} threads, freed memory {memory}", device)
 
 
-def _figures(where: str, device: torch.device) -> None:
+@contextlib.contextmanager
+def kernels_off() -> Iterator[None]:
+    """The operators in torch alone."""
+    known = point_ops._kernels
+    point_ops._kernels = lambda x, adds=False: None
+    try:
+        yield
+    finally:
+        point_ops._kernels = known
+
+
+def _neighbours(device: torch.device) -> None:
+    """What the kernels gain where points are searched: PointNet++ on 8 scenes, the first level."""
+    torch.manual_seed(0)
+    coords = torch.rand(8, 3, 4096, device=device)
+    centers = point_ops.gather(coords, point_ops.furthest_point_sample(coords, 1024))
+    for name, work in {
+        "furthest point sampling, 8 x 4096 -> 1024": lambda: point_ops.furthest_point_sample(coords, 1024),
+        "ball query, 8 x 1024 centres, radius 0.1, 32 of 4096": lambda: point_ops.ball_query(coords, centers, 0.1, 32),
+    }.items():
+
+        def off(work: Callable[[], object] = work) -> float:
+            with kernels_off():
+                return queued_s(work, 3)
+
+        print(alternate(f"{name}: torch / kernel", off, lambda work=work: queued_s(work, 3), PAIRS), flush=True)
+
+
+def _captured(work: Callable[[], object]) -> Callable[[], object]:
+    """`work` as a CUDA graph: what the GPU takes, without the time to launch one operation after the other."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def _figures(where: str, device: torch.device, batches: tuple[int, ...] = BATCHES, captured: bool = False) -> None:
     print(where)
     source = torch.ones(COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     copy = _timed(lambda: target.copy_(source), device)
-    for batch in BATCHES:
+    for batch in batches:
         torch.manual_seed(0)
         places = normalize_coords(torch.rand(batch, 3, NUM_POINTS), RESOLUTION)
         counts = list(zip(("at least", "eight corners each way"), traffic(places, CHANNELS, RESOLUTION)))
         for layout in ("channels last", "contiguous"):
             round_trip = _round_trip(places.to(device), layout == "contiguous")
             name = f"voxelize + devoxelize, forward + backward, B={batch}, {layout}"
+            if captured:
+                round_trip = _captured(round_trip)
             measured = alternate(name, _timed(round_trip, device), copy, PAIRS)
             before = _page_faults()
             for _ in range(5):
@@ -117,16 +168,25 @@ def _page_faults() -> int:
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> Callable[[], float]:
-    """The median of a few runs, in seconds."""
+    """Seconds of a run: on a CPU the median of a few, on a GPU the mean of many that are queued, as in training."""
 
     def once() -> float:
         start = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    return lambda: median(once() for _ in range(10 if device.type == "cuda" else 3))
+    return (lambda: queued_s(work)) if device.type == "cuda" else (lambda: median(once() for _ in range(3)))
+
+
+def queued_s(work: Callable[[], object], runs: int = 20) -> float:
+    """Seconds of a run on the GPU, of several in a row."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(runs):
+        work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / runs / 1e3
 
 
 if __name__ == "__main__":

@@ -9,10 +9,16 @@ from slimray.learn import divergences
 from slimray.models import point_ops
 from slimray.models.frustum import huber
 
+PLACES = ["cpu"] + ["cuda, kernels", "cuda, torch"] * torch.cuda.is_available()
 
-@pytest.fixture(scope="module")
-def ops(shared):
-    return {k: torch.as_tensor(v) for k, v in np.load(shared / "parity/pvcnn_ops.npz").items()}
+
+@pytest.fixture(params=PLACES)
+def ops(request, shared, monkeypatch):
+    """The recorded values, on each device there is; on a GPU with the kernels and without."""
+    device, _, how = request.param.partition(", ")
+    if how == "torch":
+        monkeypatch.setattr(point_ops, "_kernels", lambda x, adds=False: None)
+    return {k: torch.as_tensor(v).to(device) for k, v in np.load(shared / "parity/pvcnn_ops.npz").items()}
 
 
 def close(ours, recorded, atol=1e-6):

@@ -1,13 +1,18 @@
-"""Operators on point clouds in pure torch: CPU and GPU, differentiable, exportable, no compiled extension.
+"""Operators on point clouds in torch: CPU and GPU, differentiable, exportable, no compiled extension.
 
 Features are `[B, C, N]`, coordinates `[B, 3, N]`, indices int64. Point-Voxel CNN (arXiv 1907.03739) gives voxelization
 and devoxelization, PointNet++ (1706.02413) sampling, grouping and interpolation; indices and ties are those of the
 published kernels. Inside, points and voxels are rows `[B * N, C]`, so that a neighbour is one contiguous read: grids
 and groups come out in channels-last memory. Coordinates, counts and sums are float32 whatever the features are. Sums
-run in a fixed order, but for `index_add` on CUDA, which does under `torch.use_deterministic_algorithms(True)`.
+run in a fixed order on a CPU, and on CUDA under `torch.use_deterministic_algorithms(True)`. On CUDA the Triton kernels
+of `point_kernels` take over where they are faster and give the same; `SLIMRAY_POINT_KERNELS=0` leaves all to torch.
 """
 
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +23,22 @@ from torch.nn import functional as F
 MAX_DISTANCES = 2**22  # distances held at a time by a search, 16 MB
 CACHE_LINE = 16  # floats
 KERNEL_THREADS = 512  # ties of the published sampling kernel go to the lowest index modulo its threads
+
+
+# ------------------------------------------------------------------------------------------------ kernels
+
+
+@cache
+def _triton_kernels() -> Any:
+    wanted = os.environ.get("SLIMRAY_POINT_KERNELS", "1") != "0" and importlib.util.find_spec("triton") is not None
+    return importlib.import_module("slimray.models.point_kernels") if wanted else None
+
+
+def _kernels(x: Tensor, *, adds: bool = False) -> Any:
+    """The module of kernels if they serve `x`, else None: those that add do so in no fixed order."""
+    if x.device.type != "cuda" or not x.numel() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return None
+    return None if adds and torch.are_deterministic_algorithms_enabled() else _triton_kernels()
 
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -165,6 +186,8 @@ def voxelize(features: Tensor, voxel_coords: Tensor, resolution: int) -> Tensor:
 
     `voxel_coords` are those of `normalize_coords`. Axes are x, y, z. Differentiable in the features.
     """
+    if kernels := _kernels(features, adds=True):
+        return kernels.voxelize(features, voxel_coords, resolution)
     index, size = voxel_index(voxel_coords, resolution), resolution**3
     rows = _row_numbers(index, size).flatten()
     shares = _count(rows, len(index) * size).index_select(0, rows).float().reciprocal().view_as(index)
@@ -190,8 +213,10 @@ def trilinear_corners(voxel_coords: Tensor, resolution: int) -> tuple[Tensor, Te
 def devoxelize(grid: Tensor, voxel_coords: Tensor) -> Tensor:
     """The trilinear interpolation of `grid` at the points: `[B, C, R, R, R]` -> `[B, C, N]`; values as `grid_sample`.
 
-    `voxel_coords` are those of `normalize_coords`, not rounded. Differentiable in the grid, in a fixed order.
+    `voxel_coords` are those of `normalize_coords`, not rounded. Differentiable in the grid.
     """
+    if kernels := _kernels(grid, adds=True):
+        return kernels.devoxelize(grid, voxel_coords)
     return _weighted_sum(grid.flatten(2), *trilinear_corners(voxel_coords.detach().float(), grid.shape[-1]))
 
 
@@ -229,6 +254,8 @@ def furthest_point_sample(coords: Tensor, num_centers: int) -> Tensor:
     number = torch.arange(num_points, device=coords.device)
     order = (number % KERNEL_THREADS * num_points + number // KERNEL_THREADS).argsort()
     points = coords.float()[:, :, order]
+    if (kernels := _kernels(points)) and num_points <= kernels.MAX_SAMPLED:
+        return kernels.furthest_point_sample(points, order, num_centers)
     nearest = torch.full((batch, num_points), 1e38, device=coords.device)
     last = torch.zeros(batch, 1, dtype=torch.int64, device=coords.device)
     chosen = [last]
@@ -246,7 +273,9 @@ def ball_query(coords: Tensor, centers: Tensor, radius: float, num_neighbors: in
 
     Where there are fewer, the first is repeated; where there is none, all are 0.
     """
-    limit = torch.tensor(radius, dtype=torch.float32, device=coords.device).square()
+    limit = torch.tensor(radius, dtype=torch.float32).square().item()
+    if kernels := _kernels(centers):
+        return kernels.ball_query(coords, centers, limit, num_neighbors)
     places = torch.arange(1, num_neighbors + 1, dtype=torch.int32, device=coords.device)
 
     def find(distances: Tensor) -> Tensor:

@@ -1,0 +1,129 @@
+"""What only a GPU can show: networks give there what they give on a CPU, a step trains, repeats and can be dropped."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from slimray import learn, models
+from slimray.edge import latency
+from slimray.models.point_ops import normalize_coords, voxelize
+from slimray.predict import Input
+from slimray.replica import Piece, Replica
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+S3DIS, CLIPS, IMAGES = (2, 9, 512), (2, 4, 3, 64, 64), (2, 3, 64, 64)
+NETS = {
+    "pvcnn_s3dis": ({"width": 0.25}, S3DIS),
+    "pvcnnpp_s3dis": ({"width": 0.25}, S3DIS),
+    "pointnet_s3dis": ({}, S3DIS),
+    "dgcnn_s3dis": ({}, S3DIS),
+    "pvcnn_cls": ({}, (4, 3, 512)),
+    "tsm_resnet50": ({"num_segments": 4}, CLIPS),
+    "tsm_mobilenetv2": ({"num_segments": 4}, CLIPS),
+    "ofa_mobilenetv3": ({}, IMAGES),
+    "ofa_pvcnn": ({}, S3DIS),
+}
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """Convolutions in float32, as on a CPU."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+
+
+def through(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    out = net(x)
+    (out.float() ** 2).mean().backward()
+    return [out.detach().cpu(), *(p.grad.cpu() for p in net.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_values_and_gradients_are_those_of_a_cpu(name):
+    options, shape = NETS[name]
+    net, x = models.build(name, num_classes=13, **options).eval(), torch.rand(shape)
+    other = copy.deepcopy(net).cuda()
+    expected, *grads = through(net, x)
+    ours, *ours_grads = through(other, x.cuda())
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    total = lambda tensors: torch.cat([g.flatten() for g in tensors]).double()  # noqa: E731
+    difference = (total(ours_grads) - total(grads)).norm() / total(grads).norm()
+    assert difference < 2e-3
+
+
+def batch(rng: np.random.Generator, num: int) -> Piece:
+    return Piece(rng.integers(0, 256, (num, 1, 4, 64, 64, 3), dtype=np.uint8), rng.integers(0, 5, num))
+
+
+def replica() -> Replica:
+    torch.manual_seed(0)
+    net = models.build("tsm_resnet50", num_classes=5, num_segments=4)
+    optim = learn.OptimSpec(lr=0.002, reference_batch=8, epochs=1, groups="plain")
+    return Replica(net, optim, Input(), (4, 3, 64, 64), torch.device("cuda"))
+
+
+def test_a_step_trains_in_bfloat16_and_repeats():
+    piece = batch(np.random.default_rng(0), 8)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for _ in range(2):
+            one = replica()
+            runs.append([one.step([piece], 8, 0.002, (0, i)).loss_sum for i in range(20)])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert runs[0] == runs[1]
+    assert max(runs[0][-3:]) < 0.7 * runs[0][0]
+    assert {p.dtype for p in one.net.parameters()} == {torch.float32}
+
+
+def test_a_resumed_replica_goes_on_in_the_same_bits():
+    piece = batch(np.random.default_rng(0), 8)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = replica(), replica()
+        for i in range(3):
+            first.step([piece], 8, 0.002, (0, i))
+        second.load({name: value.cpu().clone() for name, value in first.tensors().items()})
+        reports = [one.step([piece], 8, 0.002, (0, 3)).loss_sum for one in (first, second)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert reports[0] == reports[1]
+    for name, value in first.tensors().items():
+        assert torch.equal(value, second.tensors()[name]), name
+
+
+def test_a_gradient_that_is_not_finite_leaves_no_trace():
+    one = replica()
+    piece = batch(np.random.default_rng(0), 8)
+    one.step([piece], 8, 0.002, (0, 0))
+    with torch.no_grad():
+        weight = one.net.get_parameter(f"{one.net.head_name}.bias")
+        weight[0] = torch.inf
+    before = {name: value.clone() for name, value in one.tensors().items()}
+    assert not one.step([piece], 8, 0.002, (0, 1)).finite
+    for name, value in one.tensors().items():
+        assert torch.equal(value, before[name]) or name.endswith("num_batches_tracked"), name
+
+
+def test_determinism_on_request_leaves_the_kernels_that_add():
+    places = normalize_coords(torch.rand(2, 3, 5000, device="cuda"), 4)
+    features = torch.randn(2, 16, 5000, device="cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, *others = (voxelize(features, places, 4) for _ in range(5))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_a_latency_table_is_measured(tmp_path):
+    options = {"name": "ofa_mobilenetv3", "num_classes": 10, "width": 0.5}
+    net = models.build(**options).eval()
+    table = latency.profile(net, options, tmp_path / "t.json", hardware="cuda", resolutions=(128,), rounds=3)
+    assert table.device == torch.cuda.get_device_name()
+    assert table.calibration is not None
+    assert latency.read_table(tmp_path / "t.json") == table
