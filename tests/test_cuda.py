@@ -76,7 +76,7 @@ def test_a_step_trains_in_bfloat16_and_repeats():
     finally:
         torch.use_deterministic_algorithms(False)
     assert runs[0] == runs[1]
-    assert max(runs[0][-3:]) < 0.7 * runs[0][0]
+    assert max(runs[0][-3:]) < 0.85 * runs[0][0]
     assert {p.dtype for p in one.net.parameters()} == {torch.float32}
 
 

