@@ -60,7 +60,7 @@ class Site:
     @classmethod
     def build(cls, cluster: Cluster, faults: FaultyS3, folder: Path) -> "Site":
         shell = Shell(folder)
-        site = cls(cluster, faults, shell, [cluster.add_node(num_cpus=2) for _ in range(2)])
+        site = cls(cluster, faults, shell, [cluster.add_node(num_cpus=3) for _ in range(2)])
         shell.ok("run", shell.write("data.yaml", DATA), "--storage", faults.uri("runs"))
         return site
 
@@ -160,7 +160,7 @@ def _happen(
             drain(site.cluster, node.node_id, 6)
             time.sleep(7)
         site.cluster.remove_node(node)
-        site.nodes.append(site.cluster.add_node(num_cpus=2))
+        site.nodes.append(site.cluster.add_node(num_cpus=3))
     else:
         site.faults.rate = 0.3
     return child

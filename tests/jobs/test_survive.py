@@ -45,7 +45,7 @@ def cluster():
 def site(cluster, tmp_path_factory) -> Shell:
     """A storage with a dataset, and one node that can work."""
     shell = Shell(tmp_path_factory.mktemp("site"))
-    cluster.add_node(num_cpus=2)
+    cluster.add_node(num_cpus=3)
     shell.ok("run", shell.write("data.yaml", DATA))
     return shell
 
@@ -75,16 +75,16 @@ def world_of(shell: Shell, name: str) -> int:
 
 
 def test_a_node_that_is_announced_to_go_costs_no_step_and_one_that_comes_is_used(cluster, site):
-    second = cluster.add_node(num_cpus=2)
+    second = cluster.add_node(num_cpus=3)
     epochs = 150
-    file = site.write("spot.yaml", ELASTIC.format(name="spot", workers="[1, 2]", epochs=epochs, retries=0, every=20,
-                                                 patience=120))  # fmt: skip
+    text = ELASTIC.format(name="spot", workers="[1, 2]", epochs=epochs, retries=0, every=20, patience=120)
+    file = site.write("spot.yaml", text.replace("retries:", "cpus_per_worker: 2, retries:"))  # one worker to a node
     child = site.start("run", file)
     wait_for("two workers", lambda: world_of(site, "spot") == 2, 200)
     drain(cluster, second.node_id, 8)
     wait_for("one worker", lambda: world_of(site, "spot") == 1, 200)
     cluster.remove_node(second)
-    third = cluster.add_node(num_cpus=2)
+    third = cluster.add_node(num_cpus=3)
     wait_for("two workers again", lambda: world_of(site, "spot") == 2, 200)
     out, err = child.communicate(timeout=400)
     cluster.remove_node(third)

@@ -1,5 +1,5 @@
-# ruff: noqa: N803, as constants of a kernel are in capitals
-# pyright: reportIndexIssue=false, reportCallIssue=false, reportMissingImports=false, reportArgumentType=false
+# type: ignore
+# ruff: noqa: N803, as constants of a kernel are in capitals and pyright knows no kernels
 """Triton kernels for the operators on points that plain torch runs far below the memory bandwidth of a GPU.
 
 Each gives what the operator of the same name in `point_ops` gives, which is where the conventions are explained and
