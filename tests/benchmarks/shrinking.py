@@ -5,7 +5,8 @@
 on the same test samples: the smallest subnet after shrinking with the same subnet cut from the teacher, and with the
 same network trained alone for as many steps (the best of three learning rates with the first seed, by the test samples,
 in its favour); the largest with the teacher trained on for the steps of shrinking. Two seeds run at once,
-one thread each. Results are lines of JSON and weights in `SLIMRAY_BENCH_DIR`: what is there is not done again.
+one thread each, on a GPU where there is one. Results are lines of JSON and weights in `SLIMRAY_BENCH_DIR`: what is
+there is not done again.
 """
 
 import functools
@@ -51,7 +52,7 @@ from slimray.supernet_replica import SubnetPlan, SupernetReplica
 
 SEEDS = (0, 1, 2)
 AT_ONCE = 2
-CPU, PIXELS = torch.device("cpu"), Input()
+DEVICE, PIXELS = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Input()
 Key = tuple[int, int, int]
 Sample = tuple[np.ndarray, Any]  # one view `[1, ...]`, and its label or labels
 
@@ -261,20 +262,20 @@ class Judge:
         order = epoch_order(data.num_train, job.seed, 0)[: min(job.judge.calibrate, data.num_train)]
         calibrate = np.stack([data.train(int(i), (job.seed, 0, int(i)))[0] for i in order])
         size = job.judge.calibrate_batch
-        self.inputs = [to_input(calibrate[i : i + size], PIXELS, CPU) for i in range(0, len(calibrate), size)]
+        self.inputs = [to_input(calibrate[i : i + size], PIXELS, DEVICE) for i in range(0, len(calibrate), size)]
         make, count = (data.held, data.num_held) if held else (data.test, data.num_test)
         samples = [make(i) for i in range(count)]
-        self.x = to_input(np.stack([x for x, _ in samples]), PIXELS, CPU)
+        self.x = to_input(np.stack([x for x, _ in samples]), PIXELS, DEVICE)
         self.labels = torch.from_numpy(np.stack([y for _, y in samples]))
 
     @torch.no_grad()
     def score(self, plain: nn.Module, arch: Arch) -> float:
         """The metric of an extracted net on the test (or held-out) samples."""
-        net = learn.recalibrate_norms(plain, (learn.fit_input(x, arch) for x in self.inputs)).eval()
+        net = learn.recalibrate_norms(plain.to(DEVICE), (learn.fit_input(x, arch) for x in self.inputs)).eval()
         score = make_score(self.data.recipe, self.data.num_classes)
         for start in range(0, len(self.x), self.job.judge.batch):
             rows = slice(start, start + self.job.judge.batch)
-            score.add(net(learn.fit_input(self.x[rows], arch)), self.labels[rows])  # type: ignore[call-arg]
+            score.add(net(learn.fit_input(self.x[rows], arch)).cpu(), self.labels[rows])  # type: ignore[call-arg]
         return float(score.result()[metric_of(self.data.recipe)])
 
 
@@ -322,7 +323,7 @@ def _train_stage(
     if stage.sort_channels:
         sort_channels(net, {name: values for one in job.stages[:number] for name, values in one.free.items()})
     plan = SubnetPlan(space, stage.subnets, stage.sandwich, stage.distill_weight)
-    replica = SupernetReplica(net, plan, teacher, as_training.optim, PIXELS, input_shape(data.recipe), CPU)
+    replica = SupernetReplica(net, plan, teacher, as_training.optim, PIXELS, input_shape(data.recipe), DEVICE)
     fit(replica, data, as_training.optim, job, as_training.seed)
     return dict(replica.averaged().state_dict())
 
@@ -331,7 +332,7 @@ def alone(net: nn.Module, job: ShrinkJob, data: Data, lr: float, epochs: int, wa
     """`net` trained by itself."""
     changes = {"lr": lr, "epochs": epochs, "warmup_epochs": warmup}
     optim = stage_job(job, 0, None).optim.model_copy(update=changes)
-    replica = Replica(net, optim, PIXELS, input_shape(data.recipe), CPU)
+    replica = Replica(net, optim, PIXELS, input_shape(data.recipe), DEVICE)
     fit(replica, data, optim, job, job.seed)
     return replica.averaged()
 
