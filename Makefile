@@ -1,6 +1,7 @@
 # make run    sets up everything and trains the quickstart        make test    sets up everything and passes the tests
 # make check  lint, types, tests without Ray (three minutes)      make bench   the long measurements (ONLY="ingest packed")
-# make schema the JSON Schemas that editors read                  make clean   away with the environment and ./runs
+# make soak   random misfortune, many workers: an hour            make schema  the JSON Schemas that editors read
+# make clean  away with the environment and ./runs
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ SYSTEM := libGL.so.1:libgl1 libEGL.so.1:libegl1 libX11.so.6:libx11-6 libgomp.so.
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: run test check bench schema system browser clean
+.PHONY: run test check bench soak schema system browser clean
 
 run: $(READY)
 	$(BIN)/slimray run jobs/quickstart.yaml
@@ -27,6 +28,10 @@ test: check
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks $(ONLY)
+
+soak: $(READY)
+	$(BIN)/python -m tests.benchmarks chaos control_plane
+	$(BIN)/pytest -q -m benchmark
 
 schema: $(READY)
 	$(BIN)/slimray schema > jobs/schema.json

@@ -304,6 +304,7 @@ def launch(
     """
     elastic = scale.most > scale.fewest
     start_s = min(scale.start_timeout_s, ELASTIC_START_S) if elastic else scale.start_timeout_s
+    starts = round(scale.start_timeout_s / start_s)  # a node that drains counts as there until it is gone
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_s)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(scale.data_timeout_s + 60)
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
@@ -345,7 +346,9 @@ def launch(
             run_config=ray.train.RunConfig(
                 name=f"{name}-{uuid.uuid4().hex[:8]}",
                 storage_path=scratch,
-                failure_config=ray.train.FailureConfig(max_failures=retries, controller_failure_limit=retries),
+                failure_config=ray.train.FailureConfig(
+                    max_failures=retries, controller_failure_limit=starts if elastic else retries
+                ),
                 worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
             ),
         )

@@ -9,14 +9,15 @@ from datetime import date
 NAMES = ("models", "overhead", "cold_start", "ingest", "packed", "point_models", "voxels", "knn", "folds")
 NAMES += ("subnets", "rooms", "shrinking", "searching", "judging", "plan")
 NAMES += ("latency", "specialise", "dashboard")
+SOAK = ("chaos", "control_plane")  # on request only: `make soak`
 
 
 def main() -> None:
     names = sys.argv[1:] or NAMES
     print(f"# {date.today()}, {platform.machine()}, {os.cpu_count()} cores", flush=True)
     for name in names:
-        if name not in NAMES:
-            sys.exit(f"unknown measurement {name!r}, one of {', '.join(NAMES)}")
+        if name not in NAMES + SOAK:
+            sys.exit(f"unknown measurement {name!r}, one of {', '.join(NAMES + SOAK)}")
         print(f"## {name}", flush=True)
         importlib.import_module(f"tests.benchmarks.{name}").main()
 

@@ -1,7 +1,7 @@
 """How near to the optimum a search comes, where the optimum is known: every arch of a small space is judged once.
 
-The supernet is that of `shrinking.py` on images, seed 0 (trained first if its weights are not there). All archs of a
-part of its space are re-calibrated and scored on pictures held out of training, and kept as lines of JSON in
+The supernet is that of `shrinking.py` on clouds, seed 0 (trained first if its weights are not there). All archs of a
+part of its space are re-calibrated and scored on clouds held out of training, and kept as lines of JSON in
 `SLIMRAY_BENCH_DIR`. Then, under each of ten limits on MACs (tenths of the archs keep them) and with ten seeds, random
 search, evolution and predictor-guided search look for the best arch, in two budgets: a fifth of the evaluations that
 the whole space takes, and a fifth of the archs that keep the limit, which is less. Goals: within 0.5 points of the
@@ -27,30 +27,31 @@ from slimray.strategies import Evolution, Pool, PredictorGuided, Problem, Random
 
 SEEDS = {"random": 10, "evolution": 10, "predictor": 10}
 LIMITS, SHARE = 10, 0.2
-JUDGE = JudgeSpec.model_validate({"calibrate": 300, "calibrate_batch": 100, "batch": 100})
+JUDGE = JudgeSpec.model_validate({"calibrate": 160, "calibrate_batch": 40, "batch": 48})
 
 
 def small_space(space: Space) -> Space:
-    """512 archs of `ofa_resnet50`: depth of stem and stages, width of all but the first, resolution; others largest."""
+    """576 archs of `ofa_pvcnn`: depths, the ends of widths and head, resolution of the second stage; others largest."""
     choices: dict[str, Any] = {name: [(max(values),) for values in genes] for name, genes in space.choices}
-    choices["depth"] = [(0, 2)] * len(choices["depth"])
-    choices["width"][1:] = [(0, 2)] * (len(choices["width"]) - 1)
-    choices["resolution"] = [(20, 32)]
+    choices["depth"] = [tuple(sorted({min(values), max(values)})) for values in dict(space.choices)["depth"]]
+    choices["width"] = [(0.25, 1.0)] * len(choices["width"])
+    choices["head"] = [(0.25, 1.0)]
+    choices["voxel"][1] = (0.5, 1.0)
     return Space.of(choices, space.stages)
 
 
 def judged(seed: int = 0, num_stages: int | None = None) -> tuple[Space, list[Arch], np.ndarray, np.ndarray]:
-    """The space, its archs, what each scores on held-out pictures (percent) and its MACs.
+    """The space, its archs, what each scores on held-out clouds (mIoU in percent) and its MACs.
 
     Of the supernet of that seed after `num_stages` of its stages (None: all).
     """
-    setting = shrinking.SETTINGS["images"]
+    setting = shrinking.SETTINGS["points"]
     job = setting.of_seed(seed)
     job = job.model_copy(update={"stages": job.stages[:num_stages], "judge": JUDGE})
     data = setting.data(job)
-    *_, (_, net) = shrinking.shrink(job, data, shrinking.keeper("images", seed))
+    *_, (_, net) = shrinking.shrink(job, data, shrinking.keeper("points", seed))
     space = small_space(net.space)
-    archs, path = list(space.archs()), shrinking.place("images", f"-{seed}-{len(job.stages)}-archs.jsonl")
+    archs, path = list(space.archs()), shrinking.place("points", f"-{seed}-{len(job.stages)}-archs.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     known = {Arch.from_dict(line["arch"]): line["metric"] for line in lines}
     judge = shrinking.Judge(data, job, held=True)

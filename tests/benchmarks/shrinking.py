@@ -143,13 +143,13 @@ def clips(job: ShrinkJob, num_train: int = 240, num_test: int = 200, segments: i
     return Data(recipe.to_dict(), num_classes, num_train, 0, num_test, lambda i, k: one(i, recipe, k), test, test)
 
 
-def points(job: ShrinkJob, num_train: int = 384, num_test: int = 192) -> Data:
+def points(job: ShrinkJob, num_train: int = 384, num_test: int = 192, num_held: int = 192) -> Data:
     """Generated shapes with labelled parts."""
     varied = PointRecipe(
         num_points=512, normalize="sphere", rotate_z=180, scale=(0.9, 1.1), jitter=0.005, per_point=True, mode="train"
     )
     plain = PointRecipe(num_points=512, normalize="sphere", per_point=True, mode="val")
-    clouds = [Cloud(*_named(shapes.make_cloud(i, 0))) for i in range(num_train + num_test)]
+    clouds = [Cloud(*_named(shapes.make_cloud(i, 0))) for i in range(num_train + num_test + num_held)]
 
     def one(i: int, recipe: PointRecipe, key: Key) -> Sample:
         sample = make_points(clouds[i], recipe, key)
@@ -159,7 +159,11 @@ def points(job: ShrinkJob, num_train: int = 384, num_test: int = 192) -> Data:
     def test(i: int) -> Sample:
         return one(num_train + i, plain, (0, 0, i))
 
-    return Data(varied.to_dict(), shapes.NUM_PARTS, num_train, 0, num_test, lambda i, k: one(i, varied, k), test, test)
+    def held(i: int) -> Sample:
+        return test(num_test + i)
+
+    counts = (num_train, num_held, num_test)
+    return Data(varied.to_dict(), shapes.NUM_PARTS, *counts, lambda i, k: one(i, varied, k), held, test)
 
 
 def _named(cloud: tuple[np.ndarray, np.ndarray, int]) -> tuple[np.ndarray, dict, np.ndarray]:
@@ -224,9 +228,9 @@ SETTINGS = {
             "batch": {"total": 16, "per_worker": 16},
             "optim": {**OPTIM, "reference_batch": 16},
             "stages": [
-                _teacher(20, 0.004),
-                _stage("depth", 2, 0.002, depth=(1, 2), voxel=(0.5, 0.75, 1.0)),
-                _stage("width", 28, 0.004, width=(0.25, 0.5, 0.75, 1.0), head=(0.25, 0.5, 0.75, 1.0)),
+                _teacher(80, 0.004),  # a teacher that could still learn much holds the largest subnet back
+                _stage("depth", 4, 0.002, depth=(1, 2), voxel=(0.5, 0.75, 1.0)),
+                _stage("width", 60, 0.004, width=(0.25, 0.5, 0.75, 1.0), head=(0.25, 0.5, 0.75, 1.0)),
             ],
             "judge": {"calibrate": 160, "calibrate_batch": 40},
         },
