@@ -76,7 +76,7 @@ def world_of(shell: Shell, name: str) -> int:
 
 def test_a_node_that_is_announced_to_go_costs_no_step_and_one_that_comes_is_used(cluster, site):
     second = cluster.add_node(num_cpus=3)
-    epochs = 150
+    epochs = 50
     text = ELASTIC.format(name="spot", workers="[1, 2]", epochs=epochs, retries=0, every=20, patience=120)
     file = site.write("spot.yaml", text.replace("retries:", "cpus_per_worker: 2, retries:"))  # one worker to a node
     child = site.start("run", file)
