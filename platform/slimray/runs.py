@@ -602,6 +602,12 @@ class PartWriter:
             time.sleep(min(5.0, self._patience_s / 10))
 
 
+def count_writers(run: Run, folder: str) -> int:
+    """How often rank 0 began to write under `folder`: once for every start of the workers that did anything."""
+    names = [part.base_name.split("-") for part in storage.list_files(run.fs, join(run.path, folder))]
+    return len({(attempt, opened) for attempt, rank, opened, *_ in names if not int(rank)})
+
+
 def read_parts(run: Run, folder: str) -> list[dict[str, Any]]:
     """Return the rows under `folder` in writing order, each with its `attempt` and `rank`, the newest attempt per step.
 

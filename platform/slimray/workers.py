@@ -91,7 +91,7 @@ class _Board:
     """A tiny actor through which the ranks tell the driver how far they are (fire and forget, never waited for)."""
 
     def __init__(self) -> None:
-        self.state: dict[str, Any] = {"told": time.time(), "restarts": 0, "repeated": 0, "stuck": []}
+        self.state: dict[str, Any] = {"told": time.time(), "repeated": 0, "stuck": []}
 
     def update(self, **state: Any) -> None:
         self.state.update(state, told=time.time())
@@ -99,7 +99,6 @@ class _Board:
     def begin(self, step: int, world: int) -> None:
         """A group of workers goes on after `step`; counts the steps that are done again."""
         if "world" in self.state:
-            self.state["restarts"] += 1
             self.state["repeated"] += max(0, self.state.get("total_steps", step) - step)
         self.update(world=world, total_steps=step, preempted=False)
 

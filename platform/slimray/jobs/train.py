@@ -256,7 +256,8 @@ def run(job: TrainJob, ctx: Any) -> None:
         ctx.console.print(f"{job.name}: node {node[:8]} is left out, it {reason}", highlight=False, markup=False)
     with follow(config.board, job.name, ctx.console, ctx.tell):
         result = workers.launch(loop.fit, config, job.scale, job.name, config.board, bad)
-    good = goodput(runs.read_parts(ctx.run, "metrics"), ctx.started, time.time(), workers.board_state(config.board))
+    rows, board = runs.read_parts(ctx.run, "metrics"), workers.board_state(config.board)
+    good = goodput(rows, ctx.started, time.time(), board, runs.count_writers(ctx.run, "metrics") - 1)
     card = {
         "goodput": good.to_dict(),
         "metrics": {"best": result["best"], "last": result["last"]},
