@@ -22,7 +22,8 @@ from tests.faulty_s3 import FaultyS3
 from tests.jobs.conftest import DATA, Shell, session_of, wait_for
 
 from slimray import runs
-from slimray.spec import StorageError, UserError
+from slimray.spec import UserError
+from slimray.storage import StorageError
 
 EPOCHS, STEPS = 5, 30  # of 6 steps each
 JOB = """
