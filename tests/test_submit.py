@@ -11,7 +11,7 @@ from tests.jobs.conftest import DATA, Shell, train_yaml, wait_for
 
 from slimray import runs
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.ray, pytest.mark.benchmark, pytest.mark.timeout(480)]
 
 
 def free_port() -> int:

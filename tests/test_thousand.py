@@ -66,6 +66,7 @@ def _meet(config: dict) -> int:
 
 
 @pytest.mark.ray
+@pytest.mark.benchmark
 @pytest.mark.timeout(400)
 def test_1536_callers_pass_the_barrier_that_the_controller_made():
     workers.connect(2)

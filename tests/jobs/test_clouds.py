@@ -68,6 +68,7 @@ def test_a_cloud_of_ones_own_is_labelled(shell, parts):
     assert 0 <= labelled.labels.min() <= labelled.labels.max() < shapes.NUM_PARTS
 
 
+@pytest.mark.benchmark
 def test_votes_cover_every_point_and_peers_train(shell, parts):
     """Two draws of every point of a cloud are voted on; a network that learnt with a peer is an ordinary run."""
     peers = TRAIN.format(name="peers").replace("epochs: 3", "epochs: 1, mutual: 1")

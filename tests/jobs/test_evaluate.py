@@ -29,6 +29,7 @@ def test_a_run_is_scored_in_both_frame_orders_with_a_report(shell, trained):
     assert "Confusion" in page
 
 
+@pytest.mark.benchmark
 def test_views_change_what_is_scored_not_how_many(shell, trained):
     shell.ok("evaluate", trained, "--name", "views", "--set", "clips=2", "--set", "crops=3", "--set", "average=prob")
     card = json.loads(shell.ok("show", "views", "--json"))["card"]

@@ -55,7 +55,7 @@ def test_a_stage_tunes_only_fields_that_it_has():
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("search", ["grid", "optuna"])
+@pytest.mark.parametrize("search", ["grid", pytest.param("optuna", marks=pytest.mark.benchmark)])
 def test_finished_trials_are_not_done_again_and_the_best_comes_first(tmp_path, search):
     """The work is a made-up score: how often it was asked for is seen in files."""
     stage = runs.run_at(str(tmp_path / "stage"))

@@ -125,6 +125,7 @@ def test_too_many_damaged_files_end_the_run_with_one_sentence(shell, shared):
     assert status.state == "failed"
 
 
+@pytest.mark.benchmark
 def test_a_missing_file_ends_the_run_with_its_name(shell):
     root = shell.folder / "gone"
     root.mkdir()
