@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 MAX_DISTANCES = 2**22  # distances held at a time by a search, 16 MB
 CACHE_LINE = 16  # floats
+MIN_CAPABILITY = (8, 0)  # of a GPU that Triton compiles for
 KERNEL_THREADS = 512  # ties of the published sampling kernel go to the lowest index modulo its threads
 
 
@@ -38,7 +39,9 @@ def _kernels(x: Tensor, *, adds: bool = False) -> Any:
     """The module of kernels if they serve `x`, else None: those that add do so in no fixed order."""
     if x.device.type != "cuda" or not x.numel() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return None
-    return None if adds and torch.are_deterministic_algorithms_enabled() else _triton_kernels()
+    if adds and torch.are_deterministic_algorithms_enabled() or x.device.index != torch.cuda.current_device():
+        return None  # kernels are launched on the current device, whatever the tensors are on
+    return _triton_kernels() if torch.cuda.get_device_capability(x.device) >= MIN_CAPABILITY else None
 
 
 # ------------------------------------------------------------------------------------------------ rows
