@@ -39,7 +39,7 @@ def _kernels(x: Tensor, *, adds: bool = False) -> Any:
     """The module of kernels if they serve `x`, else None: those that add do so in no fixed order."""
     if x.device.type != "cuda" or not x.numel() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return None
-    if adds and torch.are_deterministic_algorithms_enabled() or x.device.index != torch.cuda.current_device():
+    if (adds and torch.are_deterministic_algorithms_enabled()) or x.device.index != torch.cuda.current_device():
         return None  # kernels are launched on the current device, whatever the tensors are on
     return _triton_kernels() if torch.cuda.get_device_capability(x.device) >= MIN_CAPABILITY else None
 
