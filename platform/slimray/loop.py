@@ -10,6 +10,7 @@ never change training state. A bad sample keeps its slot with weight 0; all rank
 import contextlib
 import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -288,6 +289,14 @@ class _Rank:
                 ray.get(self.config.board.stuck.remote(sentence), timeout=30)
             end_process()
 
+    @contextlib.contextmanager
+    def _collective(self) -> Iterator[None]:
+        """Who does not move within the block waits for the other ranks, and is not stuck itself."""
+        doing = self.watchdog.doing
+        self.watchdog.beat(OTHERS if self.world > 1 else doing)
+        yield
+        self.watchdog.beat(doing)
+
     # ------------------------------------------------------------------------------------ resume and saving
 
     def _restore(self) -> None:
@@ -322,7 +331,8 @@ class _Rank:
         """Start writing a checkpoint of all ranks' state. A collective."""
         if self.saver is None:  # rank 0 does so in the background
             self.records.flush()
-        tensors = {f"replica.{k}": v for k, v in self.replica.tensors().items()}
+        with self._collective():
+            tensors = {f"replica.{k}": v for k, v in self.replica.tensors().items()}
         tensors |= self._counts()
         tensors |= {"mask": torch.from_numpy(self.mask.astype(np.uint8)), "bad_seen": self._merged_bad()}
         self.saved_at = time.monotonic()
@@ -335,6 +345,7 @@ class _Rank:
                 "world": self.world,
                 "dataset": self.config.dataset,
             }
+            self.watchdog.beat("saving a checkpoint")
             self.saver.save(tensors, meta)
 
     def _save_due(self) -> bool:
@@ -345,9 +356,10 @@ class _Rank:
         if steps % self.config.log_every:
             return False
         due = torch.tensor([float(time.monotonic() - self.saved_at >= spec.every_s)], device=self.device)
-        if self.world > 1:
-            dist.broadcast(due, 0)
-        return bool(due)
+        with self._collective():
+            if self.world > 1:
+                dist.broadcast(due, 0)
+            return bool(due)
 
     # ------------------------------------------------------------------------------------------- the passes
 
@@ -435,7 +447,8 @@ class _Rank:
                 else:
                     if score is None or net is None:
                         score = make_score(config.recipes["val"], len(config.classes))
-                        net = self.replica.averaged()
+                        with self._collective():
+                            net = self.replica.averaged()
                     if batch is not None:
                         self._note_bad(batch, phase)
                         score_batch(net, batch, config.pixels, self.device, config.per_worker, score)
@@ -463,9 +476,7 @@ class _Rank:
         pieces = self._pieces(phase, step, batch, keep)
         empty = [float(not len(piece.data)) for piece in pieces] if config.optim.norm == "sync" else []
         start = time.perf_counter()
-        self.watchdog.beat(OTHERS)
         num_valid, num_bad, looks, *num_empty = self._sum(float(keep.sum()), new_bad, self._wants_look(), *empty)
-        self.watchdog.beat("computing")
         self.looks = bool(looks)
         clock.communication += time.perf_counter() - start
         if num_bad and (failure := self._too_many_bad()):
@@ -558,9 +569,10 @@ class _Rank:
     def _sum(self, *values: float) -> list[float]:
         """The sums of `values` over all ranks. A collective."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.world > 1:
-            dist.all_reduce(total)
-        return total.tolist()
+        with self._collective():
+            if self.world > 1:
+                dist.all_reduce(total)
+            return total.tolist()  # where a GPU waits
 
     def _end_epoch(self) -> None:
         self.bad_seen = self._merged_bad()
@@ -568,7 +580,8 @@ class _Rank:
         self.progress.epoch, self.progress.step = self.progress.epoch + 1, 0
 
     def _end_validation(self, phase: Phase, score: Score) -> None:
-        merge_scores(score, self.world, self.device)
+        with self._collective():
+            merge_scores(score, self.world, self.device)
         counted = score.result()
         if not counted["num_samples"]:
             raise RunFailed("no sample of the validation split decodes: see quarantine/ in the run folder")
@@ -589,7 +602,8 @@ class _Rank:
 
     def _finish(self) -> dict[str, Any]:
         """Write the model folder once every checkpoint is safe; the final numbers. A collective."""
-        net, config = self.replica.averaged(), self.config
+        with self._collective():
+            net, config = self.replica.averaged(), self.config
         out: dict[str, Any] = {"best": self.progress.best, "last": self.progress.last}
         out["steps"] = self.progress.total_steps
         out["confusion"] = confusion_of(self.result)
@@ -619,9 +633,10 @@ class _Rank:
 
     def _merged_bad(self) -> Tensor:
         merged = self.bad_seen.to(self.device, copy=True)
-        if self.world > 1:
-            dist.all_reduce(merged, op=dist.ReduceOp.MAX)
-        return merged.cpu()
+        with self._collective():
+            if self.world > 1:
+                dist.all_reduce(merged, op=dist.ReduceOp.MAX)
+            return merged.cpu()
 
     def _too_many_bad(self) -> str | None:
         num_bad, bound = int(self._merged_bad().sum()), self.config.max_bad_fraction
@@ -673,8 +688,9 @@ class _Rank:
         if self.world == 1:
             return mine[:, None].cpu()
         everyone = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(everyone, mine)
-        return torch.stack(everyone, 1).cpu()
+        with self._collective():
+            dist.all_gather(everyone, mine)
+            return torch.stack(everyone, 1).cpu()
 
     def _write_row(self, row: dict[str, Any]) -> None:
         if self.records.tracker is not None:

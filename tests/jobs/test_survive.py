@@ -1,7 +1,6 @@
 """A cluster of several nodes on this machine: nodes that are announced to go, that come, and workers that hang."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -112,7 +111,7 @@ def test_a_worker_that_hangs_is_found_and_the_run_goes_on(cluster, site):
     assert child.returncode == 0, out + err
     logs = sorted((site.storage / "hang/logs").glob("*-stacks.txt"))
     assert len(logs) == 1
-    assert re.match(r"rank \d .*(waiting for the other ranks|computing)", logs[0].read_text())  # or in the all-reduce
+    assert "waiting for the other ranks" in logs[0].read_text().splitlines()[0]
     assert "Thread 0x" in logs[0].read_text()
     assert seen(site, "hang") == {epoch: list(range(48)) for epoch in range(6)}
     wait_for("the hung process to end", lambda: stopped not in session_of(os.getpid()), 60)
