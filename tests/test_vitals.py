@@ -60,6 +60,6 @@ def test_goodput_is_useful_seconds_over_all_of_them():
         {"phase": "val", "step": 10, "time": 104.0},
         {"phase": "train", "step": 20, "time": 107.0, "time/step_s": 0.3},
     ]
-    found = vitals.goodput(rows, began=100.0, ended=110.0, board={"repeated": 4}, restarts=1).to_dict()
+    found = vitals.goodput(rows, began=100.0, ended=110.0, restarts=1, repeated=4).to_dict()
     assert found == {"goodput": 0.5, "useful_s": 5.0, "wall_s": 10.0, "repeated_steps": 4, "restarts": 1}
-    assert vitals.goodput([], 5.0, 5.0, {}).to_dict()["goodput"] == 0.0
+    assert vitals.goodput([], 5.0, 5.0).to_dict()["goodput"] == 0.0

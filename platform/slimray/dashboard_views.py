@@ -202,7 +202,7 @@ def _goodput(look: Look) -> float | None:
     if not timed or not all(_finite(row.get("time/step_s")) and _finite(row.get("time")) for row in timed):
         return None
     ended = look.ended if look.row["state"] == "finished" else max(row["time"] for row in timed)
-    found = vitals.goodput(timed, look.started or ended, ended, {})
+    found = vitals.goodput(timed, look.started or ended, ended)
     return min(1.0, found.useful_s / found.wall_s) if found.wall_s > 0 else None
 
 

@@ -95,18 +95,15 @@ class Goodput:
 
 
 def goodput(
-    rows: Sequence[Mapping[str, Any]], began: float, ended: float, board: Mapping[str, Any], restarts: int = 0
+    rows: Sequence[Mapping[str, Any]], began: float, ended: float, restarts: int = 0, repeated: int = 0
 ) -> Goodput:
-    """Goodput of a run from its metric `rows` (newest attempt per step) and Unix times.
-
-    `board` is what the ranks told the driver: `repeated`, the steps done again after `restarts`.
-    """
+    """Goodput of a run from its metric `rows` (newest attempt per step), Unix times, restarts, and steps done again."""
     useful, before = 0.0, 0
     for row in sorted((r for r in rows if r.get("phase") == "train"), key=lambda r: r["step"]):
         useful += row["time/step_s"] * (row["step"] - before)
         before = row["step"]
         began = min(began, row["time"] - row["time/step_s"])
-    return Goodput(useful, max(ended - began, useful), int(board.get("repeated", 0)), restarts)
+    return Goodput(useful, max(ended - began, useful), repeated, restarts)
 
 
 def end_process() -> None:

@@ -256,8 +256,9 @@ def run(job: TrainJob, ctx: Any) -> None:
         ctx.console.print(f"{job.name}: node {node[:8]} is left out, it {reason}", highlight=False, markup=False)
     with follow(config.board, job.name, ctx.console, ctx.tell):
         result = workers.launch(loop.fit, config, job.scale, job.name, config.board, bad)
-    rows, board = runs.read_parts(ctx.run, "metrics"), workers.board_state(config.board)
-    good = goodput(rows, ctx.started, time.time(), board, runs.count_writers(ctx.run, "metrics") - 1)
+    rows, restarts = runs.read_parts(ctx.run, "metrics"), runs.count_writers(ctx.run, "metrics") - 1
+    repeated = workers.board_state(config.board).get("repeated", 0)
+    good = goodput(rows, ctx.started, time.time(), restarts, repeated)
     card = {
         "goodput": good.to_dict(),
         "metrics": {"best": result["best"], "last": result["last"]},

@@ -183,11 +183,13 @@ class _Devoxelize(torch.autograd.Function):
 
 
 def voxelize(features: Tensor, voxel_coords: Tensor, resolution: int) -> Tensor:
-    return _Voxelize.apply(features, voxel_coords.detach().float(), resolution)  # type: ignore[return-value]
+    """`[B, C, N]`, `[B, 3, N]` -> `[B, C, R, R, R]` in channels-last memory; differentiable in the features."""
+    return _Voxelize.apply(features, voxel_coords.detach().float(), resolution)
 
 
 def devoxelize(grid: Tensor, voxel_coords: Tensor) -> Tensor:
-    return _Devoxelize.apply(grid, voxel_coords.detach().float())  # type: ignore[return-value]
+    """`[B, C, R, R, R]`, `[B, 3, N]` -> `[B, C, N]`; differentiable in the grid."""
+    return _Devoxelize.apply(grid, voxel_coords.detach().float())
 
 
 # ------------------------------------------------------------------------------------------------ neighbours
@@ -218,7 +220,10 @@ def _sample_kernel(points, order, chosen, size, num_centers: tl.constexpr, N: tl
 
 
 def furthest_point_sample(points: Tensor, order: Tensor, num_centers: int) -> Tensor:
-    """Of `points` float32 `[B, 3, N]` already in `order` `[N]`, where the first of equally far ones wins."""
+    """Indices `[B, num_centers]` of `points`, float32 `[B, 3, N]` already in `order` `[N]`: the first of ties wins.
+
+    N is at most MAX_SAMPLED.
+    """
     batch, _, size = points.shape
     chosen = torch.empty(batch, num_centers, dtype=torch.int64, device=points.device)
     block = triton.next_power_of_2(size)
@@ -267,7 +272,7 @@ def _ball_kernel(
 
 
 def ball_query(coords: Tensor, centers: Tensor, limit: float, num_neighbors: int) -> Tensor:
-    """`limit` is the squared radius, rounded to float32."""
+    """Indices `[B, M, num_neighbors]`: coords `[B, 3, N]`, centers `[B, 3, M]`; `limit` is the squared radius."""
     (batch, _, size), num_centers = coords.shape, centers.shape[2]
     found = torch.empty(batch, num_centers, num_neighbors, dtype=torch.int64, device=coords.device)
     _ball_kernel[(triton.cdiv(num_centers, CENTERS), batch)](

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -276,7 +277,7 @@ def ball_query(coords: Tensor, centers: Tensor, radius: float, num_neighbors: in
 
     Where there are fewer, the first is repeated; where there is none, all are 0.
     """
-    limit = torch.tensor(radius, dtype=torch.float32).square().item()
+    limit = float(np.float32(radius) ** 2)
     if kernels := _kernels(centers):
         return kernels.ball_query(coords, centers, limit, num_neighbors)
     places = torch.arange(1, num_neighbors + 1, dtype=torch.int32, device=coords.device)
