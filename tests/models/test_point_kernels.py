@@ -61,6 +61,6 @@ def test_samples_and_balls_with_ties(kernels, num_points, num_centers):
     assert torch.equal(kernels.furthest_point_sample(coords[:, :, order], order, num_centers), chosen)
     centers = coords.gather(2, chosen[:, None].expand(-1, 3, -1)) + 0.1
     for radius, num in ((1.5, 8), (0.05, 3), (2.3, 70)):
-        limit = float(np.float32(radius) ** 2)
+        limit = float(np.square(np.float32(radius)))
         expected = point_ops.ball_query(coords, centers, radius, num)
         assert torch.equal(kernels.ball_query(coords, centers, limit, num), expected)

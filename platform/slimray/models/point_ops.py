@@ -277,7 +277,7 @@ def ball_query(coords: Tensor, centers: Tensor, radius: float, num_neighbors: in
 
     Where there are fewer, the first is repeated; where there is none, all are 0.
     """
-    limit = float(np.float32(radius) ** 2)
+    limit = float(np.square(np.float32(radius)))
     if kernels := _kernels(centers):
         return kernels.ball_query(coords, centers, limit, num_neighbors)
     places = torch.arange(1, num_neighbors + 1, dtype=torch.int32, device=coords.device)
