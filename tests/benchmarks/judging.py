@@ -24,7 +24,7 @@ from slimray.edge import cost
 from slimray.jobs import search, shrink
 from slimray.jobs.judge import Exhibits, JudgeSpec, decode, judge_all
 
-NUM_ARCHS, NUM_PICTURES, PAIRS, TUNE_PAIRS = 24, 400, 5, 3
+NUM_ARCHS, NUM_PICTURES, PAIRS, TUNE_PAIRS = 24, 400, 9, 9
 MODEL = {"name": "ofa_mobilenetv3", "num_classes": len(image_shapes.CLASSES), "preset": "tiny"}
 SPEC = JudgeSpec.model_validate({"calibrate": NUM_PICTURES, "calibrate_batch": 100})
 

@@ -1,5 +1,6 @@
 """A cluster of several nodes on this machine: nodes that are announced to go, that come, and workers that hang."""
 
+import json
 import os
 import signal
 import subprocess
@@ -74,21 +75,31 @@ def world_of(shell: Shell, name: str) -> int:
     return newest[-1].meta["world"] if newest else 0
 
 
+def written_steps(shell: Shell, name: str) -> list[set[int]]:
+    """The steps that rank 0 wrote down, redone ones too, for each start of the workers."""
+    starts: dict[str, set[int]] = {}
+    for part in sorted((shell.storage / name / "metrics").iterdir()):
+        rows = [json.loads(line) for line in part.read_text().splitlines()]
+        steps = {row["step"] for row in rows if row["phase"] == "train"}
+        starts.setdefault(part.name.split("-")[2], set()).update(steps)
+    return list(starts.values())
+
+
 def test_a_node_that_is_announced_to_go_costs_no_step_and_one_that_comes_is_used(cluster, site):
-    second = cluster.add_node(num_cpus=3)
+    spot = cluster.add_node(num_cpus=3)
     epochs = 50
     text = ELASTIC.format(name="spot", workers="[1, 2]", epochs=epochs, retries=0, every=20, patience=120)
     file = site.write("spot.yaml", text.replace("retries:", "cpus_per_worker: 2, retries:"))  # one worker to a node
     child = site.start("run", file)
     wait_for("two workers", lambda: world_of(site, "spot") == 2, 200)
-    drain(cluster, second.node_id, 8)
+    drain(cluster, spot.node_id, 8)
     time.sleep(9)
-    cluster.remove_node(second)
+    cluster.remove_node(spot)
     wait_for("one worker", lambda: world_of(site, "spot") == 1, 200)
-    third = cluster.add_node(num_cpus=3)
+    added = cluster.add_node(num_cpus=3)
     wait_for("two workers again", lambda: world_of(site, "spot") == 2, 200)
     out, err = child.communicate(timeout=400)
-    cluster.remove_node(third)
+    cluster.remove_node(added)
     assert child.returncode == 0, out + err
     assert "a node is to be taken" in out + err
     assert seen(site, "spot") == {epoch: list(range(48)) for epoch in range(epochs)}
@@ -96,7 +107,11 @@ def test_a_node_that_is_announced_to_go_costs_no_step_and_one_that_comes_is_used
     assert card is not None
     assert card["steps"] == 6 * epochs
     assert card["goodput"]["restarts"] == 2
-    assert card["goodput"]["repeated_steps"] <= 20  # of the upscale; the preemption repeats none
+    assert card["goodput"]["repeated_steps"] <= 20
+    first, second, third = written_steps(site, "spot")
+    assert not first & second  # with notice no step is done twice
+    assert len(second & third) <= 20  # for the upscale at most those since a checkpoint
+    assert first | second | third == set(range(1, 6 * epochs + 1))
     assert 0 < card["goodput"]["goodput"] < 1
 
 
