@@ -19,7 +19,7 @@ from typing import Any
 import safetensors.numpy
 from ray.cluster_utils import Cluster
 from tests.faulty_s3 import FaultyS3
-from tests.jobs.conftest import DATA, Shell, session_of, wait_for
+from tests.verbs.conftest import DATA, Shell, session_of, wait_for
 
 from slimray import runs
 from slimray.spec import UserError

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from slimray.data.point_sets import box_corners
+from slimray.data.points.point_sets import box_corners
 
 IMAGE = (1242, 375)
 FOCAL, MIDDLE = 720.0, (609.0, 172.0)

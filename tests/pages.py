@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 from PIL import Image
 
-from slimray.report_points import BoxView, CloudView, ResponseView
+from slimray.report.points import BoxView, CloudView, ResponseView
 
 
 class Elements(HTMLParser):

@@ -5,7 +5,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from slimray import report, runs
+from slimray import runs
+from slimray.report import pages
 
 CLASSES = ("left", "right", "up")
 
@@ -43,7 +44,7 @@ def trained(where: str, name: str, state: runs.State = "finished", rows: int = 2
         runs.write_file(run, "results.json", json.dumps({"classes": CLASSES, "confusion": confusion}).encode())
         best = {"val/top1": 50.0 + rows, "val/loss": 0.5}
         runs.write_card(run, {"metrics": {"best": best, "last": best}, "seconds": 12.5, "environment": {"cpus": 2}})
-        runs.write_report(run, report.render(name, headline={"best top-1": "70.0 %"}))
+        runs.write_report(run, pages.render(name, headline={"best top-1": "70.0 %"}))
     if state != "running":
         runs.end(run, state, message)
     return run
@@ -82,7 +83,7 @@ def searched(where: str, name: str, num_trials: int, finished: bool = True) -> r
         rows = [{"target": t, "run": f"{name}-{t}", "searched": best["metric"], **best} for t in ("small", "large")]
         fronts = {}
         for cost in ("params", "macs", "memory_mb"):
-            on = set(report.Scatter("", cost, "top1", [(one[cost], one["metric"]) for one in flat]).front())
+            on = set(pages.Scatter("", cost, "top1", [(one[cost], one["metric"]) for one in flat]).front())
             fronts[cost] = [one for one in flat if (one[cost], one["metric"]) in on]
         runs.write_file(run, "front.json", json.dumps({"metric": "top1", "fronts": fronts}).encode())
         results = {"metric": "top1", "targets": rows, "trials": flat}

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from slimray import learn, models
+from slimray import models
 from slimray.edge import latency
-from slimray.models.point_ops import normalize_coords, voxelize
-from slimray.predict import Input
-from slimray.replica import Piece, Replica
+from slimray.models.points.ops import normalize_coords, voxelize
+from slimray.tasks.predict import Input
+from slimray.train import learn
+from slimray.train.methods.plain import Piece, Replica
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 S3DIS, CLIPS, IMAGES = (2, 9, 512), (2, 4, 3, 64, 64), (2, 3, 64, 64)

@@ -12,10 +12,11 @@ import pytest
 import safetensors.torch
 import yaml
 
-from slimray import job, learn, models, runs
+from slimray import job, models, runs
 from slimray.data import cards
-from slimray.jobs import inputs, train
 from slimray.spec import UserError, parse_yaml
+from slimray.train import learn
+from slimray.verbs import inputs, train
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))

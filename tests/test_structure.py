@@ -9,25 +9,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "platform/slimray"
-FLOORS = {
-    "spec": 1, "arch": 1.2, "genes": 1.3, "storage": 1.5, "lars": 1.8,
-    "models": 2, "learn": 2, "data": 2, "edge": 2, "runs": 2, "tracking": 2, "point_scores": 2, "strategies": 2,
-    "planner": 2, "manifests": 2, "vitals": 2, "notify": 2, "report_points": 2.4,
-    "predict": 2.5, "report": 2.5, "accuracy_predictor": 2.5, "replica": 2.6, "supernet_replica": 2.7,
-    "proxyless_replica": 2.7,
-    "workers": 3, "progress": 3, "loop": 3.3, "jobs": 3.6,
-    "job": 4, "dashboard_watch": 4.8, "dashboard_views": 4.9, "cluster": 5, "dashboard": 5, "cli_cluster": 5.5,
-    "cli": 6,
+FLOORS = (  # the folders and files of the package from the top down: a floor imports from those below it
+    "cli", "cluster", "job", "verbs", "report", "train", "export", "search", "edge", "tasks", "compress", "models",
+    "data", "runs", "spec arch storage",
+)  # fmt: skip
+PENDING = {  # upward imports of before the floors, each to be removed
+    ("edge/arch_costs.py", "search"), ("edge/latency.py", "search"), ("tasks/predict.py", "train"),
 }  # fmt: skip
 ONLY_IN = {
-    "ray": ("data/pipeline.py", "workers.py", "progress.py", "loop.py", "jobs/*.py", "cluster.py"),
-    "decord": ("data/decoder.py",),
-    "open3d": ("data/points.py",),
-    "wandb": ("tracking.py",),
+    "ray": ("data/pipeline.py", "train/*.py", "verbs/*.py", "cluster/*.py"),
+    "decord": ("data/video/decoder.py",),
+    "open3d": ("data/points/files.py",),
+    "wandb": ("runs/tracking.py",),
 }
 NEVER_IN = {
-    "torch": ("arch.py", "genes.py", "spec.py", "storage.py", "strategies.py", "runs.py", "planner.py",
-              "data/decoder.py"),
+    "torch": ("arch.py", "spec.py", "storage.py", "runs/*.py", "data/*.py", "data/*/*.py", "search/encoding.py",
+              "search/strategies.py", "train/planner.py"),
 }  # fmt: skip
 
 
@@ -46,18 +43,28 @@ def imports(path: Path) -> set[str]:
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 
 
+def floor_of(name: str) -> int | None:
+    """The number of the floor that a folder or file of the package is on, 0 at the top; None if it is on none."""
+    return next((number for number, names in enumerate(FLOORS) if name in names.split()), None)
+
+
 def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+def test_every_folder_is_a_floor():
+    assert {room(path) for path in FILES} <= {name for names in FLOORS for name in names.split()}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_a_file_imports_from_lower_floors_only(path: Path):
-    mine = room(path)
+    mine, here = room(path), path.relative_to(PACKAGE).as_posix()
     for name in imports(path):
         parts = name.split(".")
-        if parts[0] != "slimray" or len(parts) < 2 or parts[1] not in FLOORS:
+        if parts[0] != "slimray" or len(parts) < 2 or floor_of(parts[1]) is None or (here, parts[1]) in PENDING:
             continue
-        assert parts[1] == mine or FLOORS[parts[1]] < FLOORS[mine], f"{path.name} imports {name}"
+        below = floor_of(parts[1]) > floor_of(mine) or (floor_of(parts[1]) == floor_of(mine) == len(FLOORS) - 1)
+        assert parts[1] == mine or below, f"{here} imports {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -66,7 +73,7 @@ def test_big_libraries_stay_in_their_files(path: Path):
     for library, places in ONLY_IN.items():
         assert library not in tops or any(here.match(place) for place in places), f"{library} in {here}"
     for library, places in NEVER_IN.items():
-        assert library not in tops or here.as_posix() not in places, f"{library} in {here}"
+        assert library not in tops or not any(here.match(place) for place in places), f"{library} in {here}"
 
 
 def test_the_platform_folder_is_no_package():
@@ -80,8 +87,13 @@ def test_what_needs_no_ray_works_without_ray():
     code = """
 import sys
 sys.modules.update(ray=None, decord=None, open3d=None)
-from slimray import learn, models, predict, replica, report, runs, tracking
+from slimray import models, runs
 from slimray.edge import cost
+from slimray.report import pages
+from slimray.runs import tracking
+from slimray.tasks import predict
+from slimray.train import learn
+from slimray.train.methods import plain
 print(cost.count_params(models.build("tsm_resnet18", num_classes=4, width=0.25)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -89,6 +101,6 @@ print(cost.count_params(models.build("tsm_resnet18", num_classes=4, width=0.25))
 
 
 def test_the_decoding_child_imports_neither_torch_nor_ray():
-    code = "import sys, slimray.data.decoder; print({'torch', 'ray', 'pyarrow'} & set(sys.modules))"
+    code = "import sys, slimray.data.video.decoder; print({'torch', 'ray', 'pyarrow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "set()", done.stdout + done.stderr

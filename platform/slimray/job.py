@@ -20,12 +20,14 @@ from typing import Any, get_args
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from slimray import models, notify, runs, workers
+from slimray import models, runs
 from slimray.data import cards
-from slimray.jobs import evaluate, inputs, prepare, proxyless, search, shrink, train
-from slimray.jobs.context import Context
+from slimray.runs import notify
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean, lookup, noting, parse, read_yaml, set_value
 from slimray.storage import StorageError, open_uri
+from slimray.train import workers
+from slimray.verbs import evaluate, inputs, prepare, proxyless, search, shrink, train
+from slimray.verbs.context import Context
 
 Trained = train.TrainJob | shrink.ShrinkJob | proxyless.ProxylessJob
 Job = prepare.PrepareJob | Trained | evaluate.EvaluateJob | search.SearchJob

@@ -14,10 +14,11 @@ import pyarrow.fs as pafs
 import torch
 from moto.server import ThreadedMotoServer
 
-from slimray import learn, models, runs
-from slimray.loop import CheckpointSpec, _Saver
-from slimray.predict import Input
-from slimray.replica import Replica
+from slimray import models, runs
+from slimray.tasks.predict import Input
+from slimray.train import learn
+from slimray.train.loop import CheckpointSpec, _Saver
+from slimray.train.methods.plain import Replica
 
 TIMES = 9
 

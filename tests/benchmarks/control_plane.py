@@ -65,7 +65,7 @@ def dry_rank(config: dict[str, Any]) -> dict[str, float]:
 
 def _memory_mb(leader: int) -> dict[str, float]:
     """Proportional memory (PSS) of all processes below `leader`, by kind, in MB."""
-    from tests.jobs.conftest import session_of
+    from tests.verbs.conftest import session_of
 
     total: dict[str, float] = {}
     for pid in session_of(leader):

@@ -23,7 +23,7 @@ import pyarrow.fs as pafs
 from playwright.sync_api import sync_playwright
 from tests.runs_to_show import searched, trained
 
-from slimray import dashboard
+from slimray.report.dashboard import app
 
 RUNS, TRIALS, TIMES = 200, 1000, 9
 PAINTED = """() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"""
@@ -57,7 +57,7 @@ def _measure(browser: Any, kind: str, where: str) -> None:
     for name, path, shown in (("runs", "/", _rows), *sweeps):
         cold, warm, known = [], [], []
         for _ in range(TIMES):
-            server = dashboard.open_server(where, 0)
+            server = app.open_server(where, 0)
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
             address = f"http://127.0.0.1:{server.port}{path}"
             first, all_known = _seconds(browser, address, shown)
@@ -124,7 +124,7 @@ def _bucket() -> Iterator[str]:
 
 
 def _upload(folder: Path, where: str) -> None:
-    fs, path = dashboard.Watch(where)._fs, "team/runs"
+    fs, path = app.Watch(where)._fs, "team/runs"
     files = [file for file in folder.rglob("*") if file.is_file()]
 
     def put(file: Path) -> None:

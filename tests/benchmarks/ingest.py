@@ -15,11 +15,11 @@ import ray.train
 import torch.distributed as dist
 from tests.benchmarks.pairs import Ratio
 
-from slimray import workers
 from slimray.data import cards
 from slimray.data.pipeline import FeedConfig, Source
 from slimray.data.plan import Phase, epoch_order
-from slimray.data.video import ClipRecipe, frame_indices, generators, make_clip
+from slimray.data.video.clips import ClipRecipe, frame_indices, generators, make_clip
+from slimray.train import workers
 
 PAIRS, EPOCHS, BATCH = 9, 2, 16
 RECIPE = ClipRecipe(num_segments=8, size=224, resize=256, mode="train")

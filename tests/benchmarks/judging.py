@@ -16,13 +16,15 @@ import safetensors.torch
 import torch
 from tests.benchmarks.pairs import Ratio
 
-from slimray import models, runs, workers
-from slimray.data import cards, image_shapes
-from slimray.data.images import ImageRecipe
+from slimray import models, runs
+from slimray.data import cards
+from slimray.data.images import image_shapes
+from slimray.data.images.pictures import ImageRecipe
 from slimray.data.pipeline import Source
 from slimray.edge import cost
-from slimray.jobs import search, shrink
-from slimray.jobs.judge import Exhibits, JudgeSpec, decode, judge_all
+from slimray.train import workers
+from slimray.verbs import search, shrink
+from slimray.verbs.subnets import Exhibits, JudgeSpec, decode, judge_all
 
 NUM_ARCHS, NUM_PICTURES, PAIRS, TUNE_PAIRS = 24, 400, 9, 9
 MODEL = {"name": "ofa_mobilenetv3", "num_classes": len(image_shapes.CLASSES), "preset": "tiny"}

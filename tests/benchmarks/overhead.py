@@ -14,9 +14,10 @@ import torch.distributed as dist
 from tests.benchmarks.pairs import Ratio
 from torch import nn
 
-from slimray import learn, models, workers
-from slimray.predict import Input
-from slimray.replica import Piece, Replica
+from slimray import models
+from slimray.tasks.predict import Input
+from slimray.train import learn, workers
+from slimray.train.methods.plain import Piece, Replica
 
 MODEL = {"name": "tsm_resnet18", "num_classes": 8, "num_segments": 8, "width": 0.5}
 SIZE, BATCH, STEPS, PAIRS = 64, 8, 6, 15

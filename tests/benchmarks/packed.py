@@ -19,9 +19,9 @@ import torch.distributed as dist
 from tests.benchmarks.ingest import RECIPE, fight_surv, pipeline_rate
 from tests.benchmarks.pairs import Ratio
 
-from slimray import workers
 from slimray.data import cards
 from slimray.data.pipeline import Source
+from slimray.train import workers
 
 PAIRS = 9
 SETTINGS = {112: 128, 224: 256}  # side of the input, short side of the packed frames

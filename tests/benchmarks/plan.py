@@ -17,8 +17,9 @@ from pathlib import Path
 
 import psutil
 
-from slimray import planner, runs
+from slimray import runs
 from slimray.spec import parse, read_yaml
+from slimray.train import planner
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_S, TARGET_S = (49 * 60 + 55) * 60.0, 14 * 60 + 13.0

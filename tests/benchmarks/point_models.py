@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from slimray import models
 from slimray.edge import cost
-from slimray.models import pointcnn
+from slimray.models.points import pointcnn
 
 PAIRS = 9
 CPU_BATCH = 4  # at 8 all tables take longer than a quarter of an hour on two cores

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from tests.benchmarks import shrinking
 
-from slimray.accuracy_predictor import fit_predictor
 from slimray.arch import Arch, Space
 from slimray.edge import cost
-from slimray.genes import GeneTable, costs_by_arch
-from slimray.jobs.judge import JudgeSpec
-from slimray.jobs.search import arch_costs
-from slimray.strategies import Evolution, Pool, PredictorGuided, Problem, Random, search, spearman
+from slimray.search.encoding import GeneTable, costs_by_arch
+from slimray.search.predictor import fit_predictor
+from slimray.search.strategies import Evolution, Pool, PredictorGuided, Problem, Random, search, spearman
+from slimray.verbs.search import arch_costs
+from slimray.verbs.subnets import JudgeSpec
 
 SEEDS = {"random": 10, "evolution": 10, "predictor": 10}
 LIMITS, SHARE = 10, 0.2

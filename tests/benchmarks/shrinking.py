@@ -31,24 +31,26 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from slimray import learn, models
+from slimray import models
 from slimray.arch import Arch, Space
-from slimray.data import moving_shapes, shapes
-from slimray.data.images import ImageRecipe, make_image
+from slimray.data.images.pictures import ImageRecipe, make_image
+from slimray.data.modalities import input_shape
 from slimray.data.plan import Phase, epoch_order, microbatches
-from slimray.data.points import Cloud, PointRecipe, make_points
-from slimray.data.samples import input_shape
-from slimray.data.video import ClipRecipe, frame_indices, generators, make_clip
+from slimray.data.points import shapes
+from slimray.data.points.files import Cloud, PointRecipe, make_points
+from slimray.data.video import moving_shapes
+from slimray.data.video.clips import ClipRecipe, frame_indices, generators, make_clip
 from slimray.edge import cost
-from slimray.jobs import train
-from slimray.jobs.judge import metric_of
-from slimray.jobs.shrink import ShrinkJob, held_out, sample_archs, spaces, stage_job
-from slimray.loop import make_score
-from slimray.models.elastic import sort_channels
-from slimray.models.supernet import Subnet, initialise
-from slimray.predict import Input, to_input
-from slimray.replica import Piece, Replica
-from slimray.supernet_replica import SubnetPlan, SupernetReplica
+from slimray.models.supernets.elastic import sort_channels
+from slimray.models.supernets.supernet import Subnet, initialise
+from slimray.tasks.predict import Input, to_input
+from slimray.train import learn
+from slimray.train.loop import make_score
+from slimray.train.methods.plain import Piece, Replica
+from slimray.train.methods.supernet import SubnetPlan, SupernetReplica
+from slimray.verbs import train
+from slimray.verbs.shrink import ShrinkJob, held_out, sample_archs, spaces, stage_job
+from slimray.verbs.subnets import metric_of
 
 SEEDS = (0, 1, 2)
 AT_ONCE = 2

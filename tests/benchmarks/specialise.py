@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from slimray import models
-from slimray.accuracy_predictor import fit_predictor
 from slimray.edge import cost, hardware
 from slimray.edge.arch_costs import Meter, Prices
-from slimray.strategies import Evolution, Problem, search
+from slimray.search.predictor import fit_predictor
+from slimray.search.strategies import Evolution, Problem, search
 
 PAIRS, DEVICES = int(os.environ.get("SLIMRAY_BENCH_PAIRS", "100")), 10
 

@@ -22,8 +22,8 @@ import torch
 from tests.benchmarks.pairs import Ratio, alternate
 from torch import Tensor
 
-from slimray.models import point_ops
-from slimray.models.point_ops import devoxelize, normalize_coords, trilinear_corners, voxel_index, voxelize
+from slimray.models.points import ops
+from slimray.models.points.ops import devoxelize, normalize_coords, trilinear_corners, voxel_index, voxelize
 
 NUM_POINTS, CHANNELS, RESOLUTION = 16384, 64, 32
 BATCHES = (1, 8)
@@ -72,22 +72,22 @@ def main() -> None:
 @contextlib.contextmanager
 def kernels_off() -> Iterator[None]:
     """The operators in torch alone."""
-    known = point_ops._kernels
-    point_ops._kernels = lambda x, adds=False: None
+    known = ops._kernels
+    ops._kernels = lambda x, adds=False: None
     try:
         yield
     finally:
-        point_ops._kernels = known
+        ops._kernels = known
 
 
 def _neighbours(device: torch.device) -> None:
     """What the kernels gain where points are searched: PointNet++ on 8 scenes, the first level."""
     torch.manual_seed(0)
     coords = torch.rand(8, 3, 4096, device=device)
-    centers = point_ops.gather(coords, point_ops.furthest_point_sample(coords, 1024))
+    centers = ops.gather(coords, ops.furthest_point_sample(coords, 1024))
     for name, work in {
-        "furthest point sampling, 8 x 4096 -> 1024": lambda: point_ops.furthest_point_sample(coords, 1024),
-        "ball query, 8 x 1024 centres, radius 0.1, 32 of 4096": lambda: point_ops.ball_query(coords, centers, 0.1, 32),
+        "furthest point sampling, 8 x 4096 -> 1024": lambda: ops.furthest_point_sample(coords, 1024),
+        "ball query, 8 x 1024 centres, radius 0.1, 32 of 4096": lambda: ops.ball_query(coords, centers, 0.1, 32),
     }.items():
 
         def off(work: Callable[[], object] = work) -> float:

@@ -14,10 +14,11 @@ import yaml
 from PIL import Image
 
 from slimray import storage
-from slimray.data import cards, moving_shapes
+from slimray.data import cards
 from slimray.data.cards import Card, complete, fingerprint, index_table, load_card, read_sample, read_split, read_whole
-from slimray.data.decoder import BadSample, Decoder
-from slimray.data.video import ClipRecipe, frame_indices, generators
+from slimray.data.video import moving_shapes
+from slimray.data.video.clips import ClipRecipe, frame_indices, generators
+from slimray.data.video.decoder import BadSample, Decoder
 from slimray.spec import UserError, parse
 from slimray.storage import StorageError
 

@@ -6,7 +6,7 @@ from torch import nn
 from slimray import models
 from slimray.edge import cost, hardware
 from slimray.edge.hardware import HARDWARE, Device
-from slimray.models.elastic import Unit
+from slimray.models.supernets.elastic import Unit
 from slimray.spec import UserError
 
 DEVICE = Device(

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from slimray import cli, models
+from slimray import models
+from slimray.cli import main
 from slimray.edge import hardware, latency
 from slimray.edge.arch_costs import Prices
 from slimray.spec import UserError
@@ -139,7 +140,7 @@ def test_what_is_missing_for_a_runtime_is_said(net, tmp_path, monkeypatch):
 def profile(monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["slimray", "profile", *arguments])
     try:
-        cli.main()
+        main.main()
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0

@@ -6,11 +6,11 @@ import pytest
 from slimray import models
 from slimray.edge import cost, hardware
 from slimray.edge.arch_costs import Prices
-from slimray.jobs import search
-from slimray.jobs.search import SearchJob, TargetSpec
+from slimray.search.strategies import Evolution
+from slimray.search.strategies import search as search_in_process
 from slimray.spec import UserError, parse
-from slimray.strategies import Evolution
-from slimray.strategies import search as search_in_process
+from slimray.verbs import search
+from slimray.verbs.search import SearchJob, TargetSpec
 
 JOB = {"kind": "search", "name": "s", "supernet": "r", "strategy": {"name": "evolution"}}
 RECIPE = {"kind": "images"}

@@ -31,9 +31,10 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from slimray import storage
-from slimray.data import image_sets, point_sets
-from slimray.data.decoder import MAX_FRAMES, BadSample, zip_frames
-from slimray.data.video import ClipRecipe, frame_indices, generators
+from slimray.data.images import image_sets
+from slimray.data.points import point_sets
+from slimray.data.video.clips import ClipRecipe, frame_indices, generators
+from slimray.data.video.decoder import MAX_FRAMES, BadSample, zip_frames
 from slimray.spec import Spec, UserError, did_you_mean, parse, parse_yaml, read_yaml
 from slimray.storage import join
 

@@ -29,9 +29,9 @@ from ray.data.block import BlockAccessor
 from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from slimray.data.decoder import BadSample
+from slimray.data.modalities import kind_of
 from slimray.data.plan import Block, Phase, blocks, ceil_div, feeder_ranks, num_feeders, pass_order, rank_slice
-from slimray.data.samples import kind_of
+from slimray.data.video.decoder import BadSample
 from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from slimray.arch import Arch
 from slimray.edge.cost import build_on_meta, count_macs, count_params
-from slimray.genes import Codes, Costs, GeneTable, Part, cost_tables, costs_by_arch
+from slimray.search.encoding import Codes, Costs, GeneTable, Part, cost_tables, costs_by_arch
 from slimray.spec import UserError
 
 COUNTED = ("params", "macs", "memory_mb")

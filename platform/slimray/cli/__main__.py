@@ -1,0 +1,5 @@
+"""`python -m slimray.cli`."""
+
+from slimray.cli.main import main
+
+main()

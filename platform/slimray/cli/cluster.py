@@ -1,0 +1,208 @@
+"""`slimray submit`, `status`, `logs`, `stop` and `slimray cluster ...`: the same jobs, on a cluster.
+
+Part of the command line (cli.py), in a file of its own. `submit` returns when the job runs, `submit -f` and `logs -f`
+when it has ended, with the exit code that `slimray run` would have had.
+"""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer()
+local = typer.Typer(no_args_is_help=True, help="Start and stop several Ray nodes on this machine; list cluster files.")
+app.add_typer(local, name="cluster")
+
+WIDTH = 160  # of a file or a pipe
+
+Files = Annotated[list[str], typer.Argument(help="Job files, as for `run`.", metavar="FILE...")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a field, as for `run`.")]
+ClusterName = Annotated[
+    str,
+    typer.Option("--cluster", help="A cluster file, or its name. Default $SLIMRAY_CLUSTER.", envvar="SLIMRAY_CLUSTER"),
+]
+JobId = Annotated[str, typer.Argument(help="A job's name (its newest attempt) or id.", metavar="JOB")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+@app.command()
+def submit(
+    files: Files,
+    name: ClusterName,
+    set_: Sets = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Where runs lie: s3://, gs://, a shared folder. Default: the cluster file's.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Clear the runs of these names first.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Show the log and stay until the job has ended.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be applied, and apply nothing.")] = False,
+    out: Annotated[Path | None, typer.Option(help="With --dry-run: the file to write.", dir_okay=False)] = None,
+    unchecked: Annotated[
+        bool, typer.Option("--unchecked", help="Leave data and runs, that only the cluster sees, to its own check.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Hand the jobs of FILES to a cluster; submitted again, they resume. `--dry-run` prints the complete manifest."""
+    from slimray.cluster import submit
+
+    target = submit.load_cluster(name, files[0])
+    ready = submit.make_submission(files, target, set_ or [], storage, restart, unchecked)
+    if dry_run:
+        text = submit.render(ready, target)
+        if out is None:
+            sys.stdout.write(text)
+            return
+        out.write_text(text)
+        _say(f"next: {submit.how_to_apply(target, shlex.quote(str(out)))}")
+        return
+    job_id = submit.submit(ready, files, target, set_ or [])
+    if as_json:
+        _say(json.dumps({"id": job_id, "cluster": target.name, "storage": ready.storage}))
+    else:
+        _say(f"{job_id}: submitted to {target.name}, runs lie in {ready.storage}")
+    if follow:
+        _follow(job_id, target, quiet=as_json)
+    elif not as_json and target.cluster.kind in ("jobs", "local", "ray_up"):
+        _say(f"next: slimray logs -f {job_id} --cluster {name}")
+
+
+@app.command()
+def status(
+    name: ClusterName,
+    job_id: Annotated[str | None, typer.Argument(help="A job's name or id; default all.", metavar="[JOB]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the jobs of a cluster: id, status, age, and what they ended in."""
+    from slimray.cluster import submit
+
+    target = submit.load_cluster(name)
+    found = submit.jobs(target) if job_id is None else [submit.job_info(job_id, target)]
+    rows = [_row(one) for one in found]
+    if as_json:
+        _say(json.dumps(rows, indent=2))
+    elif rows:
+        _print(rows)
+    else:
+        _say(f"no jobs on {target.name}")
+
+
+def _row(info: dict[str, Any]) -> dict[str, Any]:
+    begun, ended = info.get("start_time"), info.get("end_time")
+    seconds = None if begun is None else round((ended or time.time() * 1000) / 1000 - begun / 1000)
+    lines = (info.get("message") or "").strip().splitlines()
+    return {
+        "id": info["submission_id"],
+        "status": info["status"].lower(),
+        "seconds": seconds,
+        "storage": (info.get("metadata") or {}).get("storage"),
+        "message": lines[-1] if lines else "",
+    }
+
+
+@app.command()
+def logs(
+    job_id: JobId,
+    name: ClusterName,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job has ended.")] = False,
+) -> None:
+    """Print what a job has printed; -f goes on until it ends, and ends as the job does."""
+    from slimray.cluster import submit
+
+    target = submit.load_cluster(name)
+    if follow:
+        _follow(job_id, target)
+    else:
+        sys.stdout.write(submit.log(job_id, target))
+
+
+def _follow(job_id: str, target: Any, quiet: bool = False) -> None:
+    """Copy the log of a job to standard output; raises what the job ended in. Ctrl-C leaves it running."""
+    from slimray.cluster import submit
+    from slimray.spec import RunFailed
+
+    try:
+        for text in submit.follow(job_id, target):
+            (sys.stderr if quiet else sys.stdout).write(text)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise RunFailed(
+            f"{job_id}: runs on (`slimray logs -f {job_id} --cluster {target.name}`, `slimray stop` ends it)"
+        ) from None
+    submit.require_success(submit.job_info(job_id, target), target)
+
+
+@app.command()
+def stop(job_id: JobId, name: ClusterName) -> None:
+    """End a job; submitted again, it resumes."""
+    from slimray.cluster import submit
+
+    target = submit.load_cluster(name)
+    stopped = submit.stop(job_id, target)
+    _say(f"{job_id}: {'is being stopped' if stopped else 'had ended already'}")
+
+
+# ------------------------------------------------------------------------------------------------ cluster files
+
+Name = Annotated[str, typer.Argument(help="A cluster file of kind local, or its name.", metavar="NAME")]
+
+
+@local.command()
+def start(name: Name = "local") -> None:
+    """Start a head on this machine; Ray's autoscaler adds nodes when a job wants them, and removes them when idle."""
+    from slimray.cluster import submit
+
+    target = submit.load_cluster(name)
+    address = submit.start_local(target)
+    _say(f"{target.name}: runs at {address}")
+    _say(f"next: slimray submit jobs/quickstart.yaml --cluster {name}")
+
+
+@local.command("stop")
+def stop_cluster(name: Name = "local") -> None:
+    """End the head on this machine and all its nodes."""
+    from slimray.cluster import submit
+
+    target = submit.load_cluster(name)
+    _say(f"{target.name}: {'stopped' if submit.stop_local(target) else 'does not run'}")
+
+
+@local.command("list")
+def list_(as_json: AsJson = False) -> None:
+    """List the cluster files that a name can mean, with the most that each can have."""
+    from slimray.cluster import manifests, submit
+
+    rows = []
+    for name in submit.list_clusters():
+        target = submit.load_cluster(name)
+        have = manifests.capacity(target.cluster)
+        room = {"cpus": None, "gpus": None} if have is None else {"cpus": have.cpus, "gpus": have.gpus}
+        rows.append({"name": name, "kind": target.cluster.kind, **room, "file": target.where})
+    if as_json:
+        _say(json.dumps(rows, indent=2))
+    else:
+        _print(rows)
+
+
+def _print(rows: Iterable[dict[str, Any]]) -> None:
+    rows = list(rows)
+    table = Table()
+    for key in rows[0]:
+        table.add_column(key)
+    for row in rows:
+        table.add_row(*["" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in row.values()])
+    width = None if sys.stdout.isatty() else WIDTH
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)

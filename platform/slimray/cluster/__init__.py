@@ -1,0 +1,1 @@
+"""Running jobs elsewhere: Jobs API, KubeRay, Slurm, `ray up`, raylets on this machine."""

@@ -1,0 +1,1 @@
+"""Images: reading, layouts, generated sets."""

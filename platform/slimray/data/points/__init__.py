@@ -1,0 +1,1 @@
+"""Point clouds: file formats, layouts, generated sets."""

@@ -1,0 +1,1 @@
+"""Videos: decoding, clips and their augmentation."""

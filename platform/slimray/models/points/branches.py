@@ -1,0 +1,68 @@
+"""What the two branches of a PVConv respond to: how strongly each answers at every point of a cloud.
+
+In: a network and one cloud. Out: for each PVConv the length of the feature vectors that its voxel branch and its point
+branch add up, as pictures of Point-Voxel CNN (arXiv 1907.03739) are made. Coordinates come with it: a PVConv of
+PVCNN++ or of a frustum network sees fewer points than the network does, or around another origin. Surprising: each
+PVConv is run twice, since what its sum was made of cannot be told from the sum.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slimray.models.points.pvcnn import PVConv
+
+
+@dataclass(frozen=True, eq=False)
+class BranchResponse:
+    """One PVConv: its name in the network, its points `coords` `[3, n]`, `voxel` and `point` `[n]`, all float32.
+
+    The two are L2 norms over the channels of what each branch gives, before they are added.
+    """
+
+    name: str
+    coords: np.ndarray
+    voxel: np.ndarray
+    point: np.ndarray
+
+
+@torch.no_grad()
+def branch_responses(net: nn.Module, points: Tensor) -> list[BranchResponse]:
+    """The responses of all PVConvs of `net` to a cloud `[1, C, N]`, in the order in which they run; [] without PVConvs.
+
+    In eval mode, float32, on the device of `net`, and as often as asked the same, also where the network draws points
+    at random. Leaves mode, hooks and random numbers as they were. Raises ValueError for any other number of clouds.
+    """
+    if points.ndim != 3 or len(points) != 1:
+        raise ValueError(f"points: must be one cloud [1, C, N], got {list(points.shape)}")
+    blocks = {name: module for name, module in net.named_modules() if isinstance(module, PVConv)}
+    if not blocks:
+        return []
+    found: list[BranchResponse] = []
+    modes = [(module, module.training) for module in net.modules()]
+    hooks = [block.register_forward_hook(_recorder(name, found)) for name, block in blocks.items()]
+    device = next(net.parameters()).device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            net.eval()(points.to(device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+    return found
+
+
+def _recorder(name: str, found: list[BranchResponse]) -> Callable[..., None]:
+    """A forward hook that adds what a PVConv responds with to `found`."""
+
+    def record(block: Any, inputs: tuple[Any, ...], _: Any) -> None:
+        voxel, point = (branch.float().norm(dim=1)[0].cpu().numpy() for branch in block.branches(inputs[0]))
+        found.append(BranchResponse(name, inputs[0][1][0].float().cpu().numpy(), voxel, point))
+
+    return record

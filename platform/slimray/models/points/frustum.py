@@ -1,0 +1,326 @@
+"""Frustum networks: a 3D box out of the points behind a 2D box, KITTI's cars, pedestrians and cyclists.
+
+Frustum PointNets (arXiv 1711.08488), with the networks of Point-Voxel CNN (1907.03739). One network says which points
+are the object, one where its centre is, one what its box is. Points are `[B, 4, N]` (coordinates, intensity) in rect
+camera axes (y down), turned so that the frustum looks along z; the class is a one-hot `[B, 3]`. A box is centre,
+heading about y and size (l, w, h); heading is one of 12 bins and a residual, size one of 8 templates and a residual.
+`frustum_losses` is what they are trained with.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from slimray.models.points import ops
+from slimray.models.points.pointnet import (
+    DROPOUT,
+    CloudNet,
+    PointNet,
+    PointNet2,
+    abstractions,
+    head_widths,
+    linear_head,
+    point_head,
+    propagations,
+    scaled,
+    shared_blocks,
+)
+from slimray.models.points.pvcnn import Block, point_voxel_blocks
+
+NUM_HEADING_BINS = 12
+HEADING_BIN = 2 * math.pi / NUM_HEADING_BINS
+SIZE_TEMPLATES = {  # mean l, w, h in metres over KITTI's training split
+    "Car": (3.88311640418, 1.62856739989, 1.52563191462),
+    "Van": (5.06763659, 1.9007158, 2.20532825),
+    "Truck": (10.13586957, 2.58549199, 3.2520595),
+    "Pedestrian": (0.84422524, 0.66068622, 1.76255119),
+    "Person_sitting": (0.80057803, 0.5983815, 1.27450867),
+    "Cyclist": (1.76282397, 0.59706367, 1.73698127),
+    "Tram": (16.17150617, 2.53246914, 3.53079012),
+    "Misc": (3.64300781, 1.54298177, 1.92320313),
+}
+NUM_SIZES = len(SIZE_TEMPLATES)
+CLASSES = ("Car", "Pedestrian", "Cyclist")  # of the one-hot, in this order
+BOX_PARTS = [3, NUM_HEADING_BINS, NUM_HEADING_BINS, NUM_SIZES, NUM_SIZES * 3]  # 59 outputs of a box network
+IN_CHANNELS = 4
+EPS = 1e-15  # of voxel grids around masked points, which may all coincide
+
+
+# ------------------------------------------------------------------------------------------------ masking
+
+
+def mask_points(
+    coords: Tensor, mask_logits: Tensor, num_points: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw `num_points` of the points that the mask calls object, around their mean.
+
+    `coords` `[B, 3, N]`, `mask_logits` `[B, 2, N]` -> coordinates less mean `[B, 3, num_points]`, mean `[B, 3]`, mask
+    `[B, N]`. Drawn without replacement; if there are too few, each equally often and a random rest once more; if there
+    is none, all are zero. Random also in eval mode unless `generator` is seeded. Differentiable in `coords`.
+    """
+    mask = mask_logits[:, 1] > mask_logits[:, 0]
+    kept = coords.float() * mask[:, None]
+    count = mask.sum(1, keepdim=True).clamp_min(1)
+    mean = kept.sum(2) / count
+    keys = torch.rand(mask.shape, generator=generator, device=coords.device)
+    order = (keys + ~mask).argsort(1)  # the object's points first, in random order
+    places = torch.arange(num_points, device=coords.device) % count
+    return ops.gather(kept, order.gather(1, places)) - mean[..., None], mean, mask
+
+
+# ------------------------------------------------------------------------------------------------ networks
+
+
+class FrustumNet(nn.Module):
+    """The three networks in a row: points `[B, 4, N]` and one-hot `[B, 3]` -> the parts of a box, by name.
+
+    Without `one_hot` it is the last three channels of `points`. Returns `mask_logits` `[B, 2, N]`, `center_reg` and
+    `center` `[B, 3]`, `heading_scores`, `heading_residuals_normalized` and `heading_residuals` (radians) `[B, 12]`,
+    `size_scores` `[B, 8]`, `size_residuals_normalized` and `size_residuals` (metres) `[B, 8, 3]`. `generator` fixes the
+    points drawn.
+    """
+
+    size_templates: Tensor
+    class_sizes: Tensor
+
+    def __init__(
+        self, mask_net: nn.Module, center_net: nn.Module, box_net: nn.Module, num_classes: int, num_points: int
+    ):
+        super().__init__()
+        self.inst_seg_net, self.center_reg_net, self.box_est_net = mask_net, center_net, box_net
+        self.num_classes, self.num_points = num_classes, num_points
+        self.head_name = f"box_est_net.{box_net.head_name}"
+        self.register_buffer("size_templates", torch.tensor([list(SIZE_TEMPLATES.values())]))
+        sizes = torch.tensor([list(SIZE_TEMPLATES).index(name) for name in CLASSES])
+        self.register_buffer("class_sizes", sizes, persistent=False)
+
+    def mask_net(self, points: Tensor, one_hot: Tensor) -> Tensor:
+        """`[B, 4, N]`, `[B, 3]` -> logits of background and object `[B, 2, N]`."""
+        return self.inst_seg_net(points, one_hot)
+
+    def center_net(self, coords: Tensor, one_hot: Tensor) -> Tensor:
+        """The object's points around their mean `[B, 3, num_points]` -> its centre from there `[B, 3]`."""
+        return self.center_reg_net(coords, one_hot)
+
+    def box_net(self, coords: Tensor, one_hot: Tensor) -> Tensor:
+        """The object's points around its centre `[B, 3, num_points]` -> `[B, 59]`: BOX_PARTS in a row."""
+        return self.box_est_net(coords, one_hot)
+
+    def forward(
+        self, points: Tensor, one_hot: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        if one_hot is None:
+            points, one_hot = points[:, : -self.num_classes], points[:, -self.num_classes :, 0]
+        mask_logits = self.mask_net(points, one_hot)
+        coords, mean, _ = mask_points(points[:, :3], mask_logits, self.num_points, generator)
+        delta = self.center_net(coords, one_hot).float()
+        box = self.box_net(coords - delta[..., None], one_hot).float()
+        center, heading_scores, headings, size_scores, sizes = box.split(BOX_PARTS, 1)
+        sizes = sizes.unflatten(1, (NUM_SIZES, 3))
+        return {
+            "mask_logits": mask_logits,
+            "center_reg": mean + delta,
+            "center": mean + delta + center,
+            "heading_scores": heading_scores,
+            "heading_residuals_normalized": headings,
+            "heading_residuals": headings * (HEADING_BIN / 2),
+            "size_scores": size_scores,
+            "size_residuals_normalized": sizes,
+            "size_residuals": sizes * self.size_templates,
+        }
+
+    def targets(self, truth: Tensor) -> dict[str, Tensor]:
+        """What its outputs should be: see `frustum_targets`."""
+        return frustum_targets(truth, self.class_sizes, self.size_templates)
+
+    def losses(self, outputs: Mapping[str, Tensor], truth: Tensor) -> Tensor:
+        """The loss of each sample `[B]` against truths `[B, N + 11]`; 0 where no object is known."""
+        targets = self.targets(truth)
+        losses = frustum_losses(outputs, targets, self.size_templates)
+        return torch.where(targets["known"], losses, 0.0)
+
+
+MASK_HEAD = (512, 256, 128, 128, DROPOUT)
+
+
+def _center_net(num_classes: int, width: float, layers: list[nn.Module] | None = None) -> CloudNet:
+    points, hidden = scaled([128, 128, 256], width), scaled([256, 128], width)
+    layers = layers or shared_blocks(3, points)
+    return CloudNet(layers, linear_head(points[-1] + num_classes, hidden, 3, 0.0), "regression")
+
+
+def _box_net(num_classes: int, width: float, layers: list[nn.Module] | None = None) -> CloudNet:
+    points, hidden = scaled([128, 128, 256, 512], width), scaled([512, 256], width)
+    layers = layers or shared_blocks(3, points)
+    return CloudNet(layers, linear_head(points[-1] + num_classes, hidden, sum(BOX_PARTS), 0.0))
+
+
+def frustum_pointnet(
+    *, num_classes: int, width: float = 1.0, num_points: int = 512, dropout: float = 0.5
+) -> FrustumNet:
+    """PointNets throughout."""
+    points, clouds = scaled([64, 64, 64], width), scaled([128, 1024], width)
+    head = point_head(num_classes + points[-1] + clouds[-1], head_widths(MASK_HEAD, width), 2, dropout)
+    summary = nn.Sequential(*shared_blocks(points[-1], clouds))
+    mask_net = PointNet(IN_CHANNELS, shared_blocks(IN_CHANNELS, points), summary, head, num_classes)
+    return FrustumNet(mask_net, _center_net(num_classes, width), _box_net(num_classes, width), num_classes, num_points)
+
+
+MASK_STAGES = (
+    (128, (0.2, 0.4, 0.8), (32, 64, 128), ((32, 32, 64), (64, 64, 128), (64, 96, 128))),
+    (32, (0.4, 0.8, 1.6), (64, 64, 128), ((64, 64, 128), (128, 128, 256), (128, 128, 256))),
+    ((128, 256, 1024),),
+)
+BOX_STAGES = (
+    (128, (0.2,), (64,), ((64, 64, 128),)),
+    (32, (0.4,), (64,), ((128, 128, 256),)),
+    ((256, 256, 512),),
+)
+
+
+def frustum_pointnetpp(
+    *, num_classes: int, width: float = 1.0, num_points: int = 512, dropout: float = 0.3
+) -> FrustumNet:
+    """PointNet++ for mask and box, PointNet for the centre."""
+    sa_layers = abstractions(IN_CHANNELS - 3, MASK_STAGES, width)
+    fp_layers = propagations(sa_layers, IN_CHANNELS, num_classes, ((128, 128),) * 3, width)
+    (hidden,) = scaled([128], width)
+    classifier = point_head(hidden, [hidden, DROPOUT], 2, dropout)
+    mask_net = PointNet2(sa_layers, fp_layers, classifier, slice(3, IN_CHANNELS), slice(IN_CHANNELS))
+    box_net = _box_net(num_classes, width, abstractions(0, BOX_STAGES, width))
+    return FrustumNet(mask_net, _center_net(num_classes, width), box_net, num_classes, num_points)
+
+
+def _pvcnn_mask_net(num_classes: int, width: float, voxel: float, dropout: float) -> PointNet:
+    blocks: list[Block] = [(64, 2, 16), (64, 1, 12), (128, 1, 12), (1024, 1, None)]
+    layers, channels = point_voxel_blocks(IN_CHANNELS, blocks, width, voxel)
+    head = point_head(num_classes + 2 * channels[-1], head_widths(MASK_HEAD, width), 2, dropout)
+    return PointNet(IN_CHANNELS, layers, None, head, num_classes)
+
+
+def frustum_pvcnne(
+    *, num_classes: int, width: float = 1.0, voxel: float = 1.0, num_points: int = 512, dropout: float = 0.5
+) -> FrustumNet:
+    """The efficient form: PVCNN for the mask, PointNets for centre and box."""
+    mask_net = _pvcnn_mask_net(num_classes, width, voxel, dropout)
+    return FrustumNet(mask_net, _center_net(num_classes, width), _box_net(num_classes, width), num_classes, num_points)
+
+
+CENTER_BLOCKS: Sequence[Block] = ((128, 2, 8), (256, 1, None))
+BOX_BLOCKS: Sequence[Block] = ((128, 2, 12), (256, 1, 8), (512, 1, None))
+
+
+def frustum_pvcnn_complete(
+    *, num_classes: int, width: float = 1.0, voxel: float = 1.0, num_points: int = 512, dropout: float = 0.5
+) -> FrustumNet:
+    """PVConvs in all three networks. The paper has such a row but published no configuration: the grids are ours."""
+    center, _ = point_voxel_blocks(3, CENTER_BLOCKS, width, voxel, eps=EPS)
+    box, _ = point_voxel_blocks(3, BOX_BLOCKS, width, voxel, eps=EPS)
+    mask_net = _pvcnn_mask_net(num_classes, width, voxel, dropout)
+    center_net, box_net = _center_net(num_classes, width, center), _box_net(num_classes, width, box)
+    return FrustumNet(mask_net, center_net, box_net, num_classes, num_points)
+
+
+# ------------------------------------------------------------------------------------------------ boxes and loss
+
+
+def box_corners(center: Tensor, heading: Tensor, size: Tensor) -> Tensor:
+    """The corners `[B, 8, 3]` of boxes of `center` `[B, 3]`, `heading` `[B]` about y, `size` (l, w, h) `[B, 3]`.
+
+    Length lies along x, height along y, width along z at heading 0; the first four corners have the larger y.
+    """
+    length, width, height = (size / 2).unbind(1)
+    x = torch.stack([length, length, -length, -length] * 2, 1)
+    y = torch.stack([height] * 4 + [-height] * 4, 1)
+    z = torch.stack([width, -width, -width, width] * 2, 1)
+    cos, sin = heading.cos()[:, None], heading.sin()[:, None]
+    return torch.stack([cos * x + sin * z, y, cos * z - sin * x], 2) + center[:, None]
+
+
+def huber(error: Tensor, delta: float) -> Tensor:
+    """The mean Huber loss of `error`: quadratic up to `delta`, linear beyond."""
+    return _huber(error, delta).mean()
+
+
+def _huber(error: Tensor, delta: float) -> Tensor:
+    size = error.abs()
+    quadratic = size.clamp_max(delta)
+    return 0.5 * quadratic.square() + delta * (size - quadratic)
+
+
+def heading_bins(heading: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the 12 bins headings in radians fall into, int64, and how far they are from its middle (bin 0: 0)."""
+    shifted = (heading % (2 * math.pi) + HEADING_BIN / 2) % (2 * math.pi)
+    number = (shifted / HEADING_BIN).floor().clamp_max(NUM_HEADING_BINS - 1)
+    return number.long(), shifted - (number + 0.5) * HEADING_BIN
+
+
+def frustum_targets(truth: Tensor, class_sizes: Tensor, size_templates: Tensor) -> dict[str, Tensor]:
+    """What `frustum_losses` takes, of truths `[B, N + 11]`: mask `[N]`, box (centre, l w h, heading), class, 3 more.
+
+    `class_sizes` int64 says which size template belongs to each class; class and `known` (bool: there is a truth) are
+    among what is returned.
+    """
+    mask, box, label = truth[:, :-11], truth[:, -11:-4], truth[:, -4].long()
+    known = ~box.isnan().any(1)
+    box = torch.where(known[:, None], box, 0.0)
+    heading_id, heading_residual = heading_bins(box[:, 6])
+    size_id = class_sizes[label]
+    return {
+        "mask": mask.long().clamp_min(0),
+        "center": box[:, :3],
+        "heading_id": heading_id,
+        "heading_residual": heading_residual,
+        "size_id": size_id,
+        "size_residual": box[:, 3:6] - size_templates.view(-1, 3)[size_id],
+        "label": label,
+        "known": known,
+    }
+
+
+def frustum_loss(
+    outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], size_templates: Tensor, box_weight: float = 1.0
+) -> Tensor:
+    """The mean of `frustum_losses`."""
+    return frustum_losses(outputs, targets, size_templates, box_weight).mean()
+
+
+def frustum_losses(
+    outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], size_templates: Tensor, box_weight: float = 1.0
+) -> Tensor:
+    """The loss of a FrustumNet for each sample `[B]`: mask, centre, heading, size, corners (1711.08488, section 4.5).
+
+    `targets`: `mask` `[B, N]` int64, `center` `[B, 3]`, `heading_id` and `size_id` `[B]` int64, `heading_residual`
+    `[B]` in radians, `size_residual` `[B, 3]` in metres. The corners are those of the true bin and template with the
+    predicted residuals, against the true box or the same turned round, whichever is nearer.
+    """
+    rows = torch.arange(len(targets["center"]), device=targets["center"].device)
+    heading_id, size_id = targets["heading_id"], targets["size_id"]
+    template = size_templates.view(-1, 3)[size_id]
+    heading_error = outputs["heading_residuals_normalized"][rows, heading_id] - targets["heading_residual"] / (
+        HEADING_BIN / 2
+    )
+    size_error = outputs["size_residuals_normalized"][rows, size_id] - targets["size_residual"] / template
+    bin_center = heading_id * HEADING_BIN
+    predicted = box_corners(
+        outputs["center"],
+        bin_center + outputs["heading_residuals"][rows, heading_id],
+        template + outputs["size_residuals"][rows, size_id],
+    )
+    true_heading, true_size = bin_center + targets["heading_residual"], template + targets["size_residual"]
+    corners = [box_corners(targets["center"], true_heading + turn, true_size) for turn in (0.0, math.pi)]
+    distance = torch.minimum(*((predicted - true).norm(dim=2) for true in corners))
+    box = (
+        _huber((outputs["center"] - targets["center"]).norm(dim=1), 2.0)
+        + _huber((outputs["center_reg"] - targets["center"]).norm(dim=1), 1.0)
+        + F.cross_entropy(outputs["heading_scores"], heading_id, reduction="none")
+        + F.cross_entropy(outputs["size_scores"], size_id, reduction="none")
+        + 20 * _huber(heading_error, 1.0)
+        + 20 * _huber(size_error.norm(dim=1), 1.0)
+        + 10 * _huber(distance, 1.0).mean(1)
+    )
+    mask = F.cross_entropy(outputs["mask_logits"].float(), targets["mask"], reduction="none").mean(1)
+    return mask + box_weight * box

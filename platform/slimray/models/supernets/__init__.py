@@ -1,0 +1,1 @@
+"""Supernets: elastic layers, Once-for-All and ProxylessNAS."""

@@ -1,0 +1,483 @@
+"""Once-for-All over MobileNetV3 and ProxylessNAS blocks, and the published static networks of the same blocks.
+
+Supernets: kernel, expansion and depth are elastic (Once-for-All, arXiv 1908.09791; layouts of MobileNetV3, 1905.02244,
+and ProxylessNAS, 1812.00332), parameter names as released. With `num_segments` the same over clips, with a temporal
+shift (TSM, 1811.08383) at the input of every block that has a residual connection, the first block excepted, as in
+TSM's MobileNetV2. `preset: tiny` is our own: three short stages for pictures of 32 pixels and clips of 64.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from slimray.arch import Arch, Space, Stage
+from slimray.models.supernets.elastic import (
+    SE_REDUCTION,
+    ChannelGroup,
+    ElasticConv,
+    ElasticDepthwise,
+    ElasticNorm,
+    SqueezeExcite,
+    make_divisible,
+    sliced_squeeze,
+)
+from slimray.models.supernets.supernet import (
+    ACTS,
+    SHIFT_DIV,
+    Classifier,
+    ConvNorm,
+    Part,
+    Placed,
+    Pool,
+    Shape,
+    Subnet,
+    Supernet,
+    halved,
+    input_choices,
+    make_subnet,
+    named,
+    of_preset,
+)
+from slimray.models.tsm import temporal_shift
+
+KERNELS, EXPANDS = (3, 5, 7), (3, 4, 6)
+
+# --------------------------------------------------------------------------------------------------------- block
+
+
+@dataclass(frozen=True)
+class MBConv:
+    """An inverted residual block: expand (1x1, left out without `expands`), filter by depth, project.
+
+    `frames`: the residual branch begins with a temporal shift over that many; 0 for none.
+    """
+
+    inputs: int
+    middle: int
+    outputs: int
+    kernel: int
+    stride: int
+    act: str
+    se: bool
+    expands: bool = True
+    frames: int = 0
+    eps: float = field(default=1e-5, metadata={"free": True})
+
+    @property
+    def residual(self) -> bool:
+        """Whether what comes in is added to what comes out."""
+        return self.stride == 1 and self.inputs == self.outputs
+
+    def make(self) -> "MBConvBlock":
+        return MBConvBlock(self)
+
+    def output(self, shape: Shape) -> Shape:
+        return (self.outputs, halved(shape[1], self.stride), halved(shape[2], self.stride))
+
+
+class MBConvBlock(nn.Module):
+    """A plain inverted residual block: `[N, inputs, H, W]` -> `[N, outputs, H/stride, W/stride]`."""
+
+    def __init__(self, block: MBConv):
+        super().__init__()
+        middle, eps = block.middle, block.eps
+        layers: dict[str, nn.Module] = {}
+        if block.expands:
+            layers["inverted_bottleneck"] = ConvNorm(block.inputs, middle, act=block.act, eps=eps).make()
+        depth = ConvNorm(middle, middle, block.kernel, block.stride, block.act, groups=middle, eps=eps).make()
+        if block.se:
+            depth.add_module("se", SqueezeExcite(middle))
+        layers["depth_conv"] = depth
+        layers["point_linear"] = ConvNorm(middle, block.outputs, eps=eps).make()
+        self.conv = named(**layers)
+        self.residual, self.frames = block.residual, block.frames
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = temporal_shift(x, self.frames, SHIFT_DIV) if self.frames else x
+        for layers in self.conv:  # not self.conv(out): its frame would hold the widest activation while layers run
+            for layer in cast(nn.Sequential, layers):
+                out = layer(out)
+        return x + out if self.residual else out
+
+
+class ElasticMBConv(nn.Module):
+    """An `MBConv` of which fewer middle channels and smaller kernels may run: called with the block that is meant."""
+
+    def __init__(self, widest: MBConv, kernels: tuple[int, ...]):
+        super().__init__()
+        middle, eps = widest.middle, widest.eps
+        depth: dict[str, nn.Module] = {
+            "conv": ElasticDepthwise(middle, kernels, widest.stride),
+            "bn": ElasticNorm(nn.BatchNorm2d(middle, eps)),
+            "act": ACTS[widest.act](inplace=True),
+        }
+        if widest.se:
+            depth["se"] = SqueezeExcite(middle)
+        self.conv = named(
+            inverted_bottleneck=named(
+                conv=ElasticConv(nn.Conv2d(widest.inputs, middle, 1, bias=False)),
+                bn=ElasticNorm(nn.BatchNorm2d(middle, eps)),
+                act=ACTS[widest.act](inplace=True),
+            ),
+            depth_conv=named(**depth),
+            point_linear=named(
+                conv=ElasticConv(nn.Conv2d(middle, widest.outputs, 1, bias=False)),
+                bn=ElasticNorm(nn.BatchNorm2d(widest.outputs, eps)),
+            ),
+        )
+
+    def forward(self, x: Tensor, block: MBConv) -> Tensor:
+        expand, depth, project = cast(Any, self.conv)
+        out = temporal_shift(x, block.frames, SHIFT_DIV) if block.frames else x
+        out = expand.act(expand.bn(expand.conv(out, block.middle)))
+        out = depth.act(depth.bn(depth.conv(out, block.kernel)))
+        if block.se:
+            out = sliced_squeeze(depth.se, out)
+        out = project.bn(project.conv(out))
+        return x + out if block.residual else out
+
+    def channel_groups(self, sizes: dict[Any, int]) -> list[ChannelGroup]:
+        """The middle channels, and those inside the SE; `sizes`: gene of `expand` -> middle channels."""
+        expand, depth, project = cast(Any, self.conv)
+        makers = [expand.conv.conv, expand.bn.bn, depth.conv.conv, depth.bn.bn]
+        judge = project.conv.conv
+        if not hasattr(depth, "se"):
+            return [ChannelGroup("expand", sizes, tuple(makers), (judge,), (judge,))]
+        inner, outer = depth.se.fc.reduce, depth.se.fc.expand
+        squeezed = {gene: make_divisible(size // SE_REDUCTION) for gene, size in sizes.items()}
+        return [
+            ChannelGroup("expand", sizes, (*makers, outer), (judge, inner), (judge,)),
+            ChannelGroup("expand", squeezed, (inner,), (outer,), (outer,)),
+        ]
+
+
+# -------------------------------------------------------------------------------------------------------- layout
+
+
+@dataclass(frozen=True)
+class MobileStage:
+    """Blocks of the same width; the first has the stride. `depths`: how many may run."""
+
+    channels: int
+    stride: int
+    act: str
+    se: bool = False
+    depths: tuple[int, ...] = (2, 3, 4)
+
+
+@dataclass(frozen=True)
+class MobileLayout:
+    """A supernet of inverted residual blocks, all channels as they are (`scaled` applies a width).
+
+    `expand` > 0: MobileNetV3's end (1x1 to `expand`, pool, 1x1 to `last` without BatchNorm); 0: 1x1 to `last`, pool.
+    """
+
+    stem: int
+    first: int
+    stages: tuple[MobileStage, ...]
+    expand: int
+    last: int
+    act: str
+    first_act: str
+    eps: float
+    resolution: int = 224
+    num_classes: int = 1000
+    dropout: float = 0.0
+    num_segments: int = 0
+    first_conv_name = "first_conv.conv"
+
+    def scaled(self, width: float, **changes: Any) -> "MobileLayout":
+        """The same with `width` times the channels, rounded to multiples of 8, and other `changes`."""
+        stages = tuple(replace(s, channels=make_divisible(s.channels * width)) for s in self.stages)
+        return replace(
+            self,
+            stem=make_divisible(self.stem * width),
+            first=make_divisible(self.first * width),
+            stages=stages,
+            expand=self.expand and make_divisible(self.expand * width),
+            last=make_divisible(self.last * width),
+            **changes,
+        )
+
+    def space(self) -> Space:
+        stages = [Stage(max(stage.depths)) for stage in self.stages]
+        num_blocks = sum(stage.blocks for stage in stages)
+        choices: dict[str, Any] = {
+            "kernel": [KERNELS] * num_blocks,
+            "expand": [EXPANDS] * num_blocks,
+            "depth": [stage.depths for stage in self.stages],
+        }
+        return Space.of(choices | input_choices(self.resolution, self.num_segments), stages)
+
+    def plan(self, arch: Arch) -> list[Placed]:
+        frames = int(arch.get("frames", 0))
+        first = MBConv(self.stem, self.stem, self.first, 3, 1, self.first_act, False, expands=False, eps=self.eps)
+        plan = [
+            Placed("first_conv", "first_conv", ConvNorm(3, self.stem, 3, 2, self.act, eps=self.eps)),
+            Placed("blocks.0", "blocks.0", first),
+        ]
+        place, channels = 0, self.first
+        for stage, depth in zip(self.stages, arch["depth"], strict=True):
+            for i in range(max(stage.depths)):
+                if i < depth:
+                    block = MBConv(
+                        inputs=channels,
+                        middle=_middle(channels, arch["expand"][place]),
+                        outputs=stage.channels,
+                        kernel=arch["kernel"][place],
+                        stride=1 if i else stage.stride,
+                        act=stage.act,
+                        se=stage.se,
+                        eps=self.eps,
+                    )
+                    block = replace(block, frames=frames) if frames and block.residual else block
+                    plan.append(Placed(f"blocks.{len(plan) - 1}", f"blocks.{place + 1}", block, elastic=True))
+                    channels = stage.channels
+                place += 1
+        return plan + [Placed(name, name, part) for name, part in self._end(channels).items()]
+
+    def _end(self, channels: int) -> dict[str, Part]:
+        return _end(channels, self.expand, self.last, self.act, self.eps, self.num_classes, self.dropout)
+
+    def elastic(self, widest: Part) -> nn.Module:
+        return ElasticMBConv(cast(MBConv, widest), KERNELS)
+
+    def cover(self) -> Iterable[Arch]:
+        space = self.space()
+        for kernel, expand in product(KERNELS, EXPANDS):
+            for frames in space.dimensions.get("frames", ((),))[0] or (None,):
+                single = {} if frames is None else {"frames": frames}
+                yield space.arch({"kernel": kernel, "expand": expand, **single})
+
+    def channel_groups(self, net: Supernet) -> list[ChannelGroup]:
+        out = []
+        for placed in self.plan(self.space().largest()):
+            if placed.elastic:
+                inputs = cast(MBConv, placed.part).inputs
+                block = cast(ElasticMBConv, net.get_submodule(placed.source))
+                out += block.channel_groups({gene: _middle(inputs, gene) for gene in EXPANDS})
+        return out
+
+
+def _middle(inputs: int, expand: float) -> int:
+    return make_divisible(round(inputs * expand))
+
+
+def _end(
+    channels: int, expand: int, last: int, act: str, eps: float, num_classes: int, dropout: float
+) -> dict[str, Part]:
+    """The parts behind the blocks: MobileNetV3's with `expand`, else those of ProxylessNAS."""
+    classifier = Classifier(last, num_classes, dropout)
+    if expand:
+        return {
+            "final_expand_layer": ConvNorm(channels, expand, act=act, eps=eps),
+            "pool": Pool(),
+            "feature_mix_layer": ConvNorm(expand, last, act=act, norm=False),
+            "classifier": classifier,
+        }
+    return {
+        "feature_mix_layer": ConvNorm(channels, last, act=act, eps=eps),
+        "pool": Pool(),
+        "classifier": classifier,
+    }
+
+
+MOBILENETV3 = MobileLayout(
+    stem=16,
+    first=16,
+    stages=(
+        MobileStage(24, 2, "relu"),
+        MobileStage(40, 2, "relu", se=True),
+        MobileStage(80, 2, "h_swish"),
+        MobileStage(112, 1, "h_swish", se=True),
+        MobileStage(160, 2, "h_swish", se=True),
+    ),
+    expand=960,
+    last=1280,
+    act="h_swish",
+    first_act="relu",
+    eps=1e-5,
+)
+MOBILENETV3_TINY = replace(
+    MOBILENETV3,
+    stem=8,
+    first=8,
+    stages=(
+        MobileStage(16, 1, "relu", depths=(2, 3)),
+        MobileStage(24, 2, "relu", se=True, depths=(2, 3)),
+        MobileStage(40, 2, "h_swish", se=True, depths=(2, 3)),
+    ),
+    expand=120,
+    last=160,
+    resolution=32,
+)
+PROXYLESS = MobileLayout(
+    stem=32,
+    first=16,
+    stages=(
+        MobileStage(24, 2, "relu6"),
+        MobileStage(40, 2, "relu6"),
+        MobileStage(80, 2, "relu6"),
+        MobileStage(96, 1, "relu6"),
+        MobileStage(192, 2, "relu6"),
+        MobileStage(320, 1, "relu6", depths=(1,)),
+    ),
+    expand=0,
+    last=1280,
+    act="relu6",
+    first_act="relu6",
+    eps=1e-3,
+)
+PROXYLESS_TINY = replace(
+    PROXYLESS,
+    stem=8,
+    first=8,
+    stages=(
+        MobileStage(16, 1, "relu6", depths=(2, 3)),
+        MobileStage(24, 2, "relu6", depths=(2, 3)),
+        MobileStage(40, 2, "relu6", depths=(2, 3)),
+        MobileStage(64, 1, "relu6", depths=(1,)),
+    ),
+    last=160,
+    resolution=32,
+)
+
+
+def at_twice_the_resolution(layout: MobileLayout) -> MobileLayout:
+    """`layout` for inputs of twice the size: its first stage halves them once more."""
+    first, *rest = layout.stages
+    return replace(layout, stages=(replace(first, stride=2 * first.stride), *rest), resolution=2 * layout.resolution)
+
+
+def ofa_mobilenetv3(
+    num_classes: int, width: float = 1.0, dropout: float = 0.1, preset: str = "imagenet", zero_gamma: bool = False
+) -> Supernet:
+    """The supernet of MobileNetV3 blocks; released with `width` 1.0 and 1.2."""
+    layout = of_preset({"imagenet": MOBILENETV3, "tiny": MOBILENETV3_TINY}, preset)
+    return _supernet(layout.scaled(width, num_classes=num_classes, dropout=dropout), zero_gamma)
+
+
+def ofa_proxyless(
+    num_classes: int, width: float = 1.0, dropout: float = 0.1, preset: str = "imagenet", zero_gamma: bool = False
+) -> Supernet:
+    """The supernet of ProxylessNAS blocks; released with `width` 1.3."""
+    layout = of_preset({"imagenet": PROXYLESS, "tiny": PROXYLESS_TINY}, preset)
+    return _supernet(layout.scaled(width, num_classes=num_classes, dropout=dropout), zero_gamma)
+
+
+def ofa_tsm_mobilenetv3(
+    num_classes: int,
+    num_segments: int = 8,
+    width: float = 1.0,
+    dropout: float = 0.1,
+    preset: str = "imagenet",
+    zero_gamma: bool = False,
+) -> Supernet:
+    """The supernet of MobileNetV3 blocks over clips: `frames` are `num_segments`, half and a quarter of them."""
+    tiny = at_twice_the_resolution(MOBILENETV3_TINY)
+    layout = of_preset({"imagenet": MOBILENETV3, "tiny": tiny}, preset)
+    options = {"num_classes": num_classes, "dropout": dropout, "num_segments": num_segments}
+    return _supernet(layout.scaled(width, **options), zero_gamma)
+
+
+def _supernet(layout: MobileLayout, zero_gamma: bool) -> Supernet:
+    net = Supernet(layout)
+    if zero_gamma:
+        for placed in layout.plan(net.space.largest()):
+            if isinstance(placed.part, MBConv) and placed.part.residual:
+                nn.init.zeros_(
+                    net.get_parameter(f"{placed.source}.conv.point_linear.bn{'.bn' * placed.elastic}.weight")
+                )
+    return net
+
+
+# ------------------------------------------------------------------------------------------ published static nets
+
+# Channels of the stem, the first block, the stages and the last layer; the stages' blocks as "kernel/expansion", "-"
+# for a block that is only its shortcut.
+PROXYLESS_NETS: dict[str, tuple[tuple[int, ...], str]] = {
+    "mobile": (
+        (32, 16, 32, 40, 80, 96, 192, 320, 1280),
+        "5/3 3/3 - -, 7/3 3/3 5/3 5/3, 7/6 5/3 5/3 5/3, 5/6 5/3 5/3 5/3, 7/6 7/6 7/3 7/3, 7/6",
+    ),
+    "cpu": (
+        (40, 24, 32, 48, 88, 104, 216, 360, 1432),
+        "3/6 3/3 3/3 3/3, 3/6 3/3 3/3 5/3, 3/6 - - 3/3, 5/6 3/3 3/3 3/3, 5/6 5/3 5/3 3/3, 5/6",
+    ),
+    "gpu": (
+        (40, 24, 32, 56, 112, 128, 256, 432, 1728),
+        "5/3 - - -, 7/3 - - 3/3, 7/6 - - 5/3, 5/6 - 3/3 5/3, 7/6 7/6 7/6 5/6, 7/6",
+    ),
+    "mobile_14": (
+        (48, 24, 40, 56, 112, 136, 256, 448, 1792),
+        "5/3 3/3 - -, 7/3 3/3 5/3 5/3, 7/6 5/3 5/3 5/3, 5/6 5/3 5/3 5/3, 7/6 7/6 7/3 7/3, 7/6",
+    ),
+}
+# kernel, middle, outputs, SE, activation, stride of MobileNetV3-Large (arXiv 1905.02244, table 1)
+MOBILENETV3_LARGE = (
+    (3, 16, 16, False, "relu", 1),
+    (3, 64, 24, False, "relu", 2),
+    (3, 72, 24, False, "relu", 1),
+    (5, 72, 40, True, "relu", 2),
+    (5, 120, 40, True, "relu", 1),
+    (5, 120, 40, True, "relu", 1),
+    (3, 240, 80, False, "h_swish", 2),
+    (3, 200, 80, False, "h_swish", 1),
+    (3, 184, 80, False, "h_swish", 1),
+    (3, 184, 80, False, "h_swish", 1),
+    (3, 480, 112, True, "h_swish", 1),
+    (3, 672, 112, True, "h_swish", 1),
+    (5, 672, 160, True, "h_swish", 2),
+    (5, 960, 160, True, "h_swish", 1),
+    (5, 960, 160, True, "h_swish", 1),
+)
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A block that is only its shortcut; it keeps its number, as in the released weights."""
+
+    def make(self) -> nn.Module:
+        return nn.Identity()
+
+    def output(self, shape: Shape) -> Shape:
+        return shape
+
+
+def proxyless_net(net: str, num_classes: int, width: float = 1.0, dropout: float = 0.0) -> Subnet:
+    """A network that ProxylessNAS (arXiv 1812.00332) found: `mobile`, `cpu`, `gpu` or `mobile_14`."""
+    widths, text = PROXYLESS_NETS[net]
+    stem, first, *stages, last = (make_divisible(channels * width) for channels in widths)
+    eps, act = PROXYLESS.eps, PROXYLESS.act
+    parts: dict[str, Part] = {
+        "first_conv": ConvNorm(3, stem, 3, 2, act, eps=eps),
+        "blocks.0": MBConv(stem, stem, first, 3, 1, act, False, expands=False, eps=eps),
+    }
+    channels = first
+    for outputs, stage, blocks in zip(stages, PROXYLESS.stages, text.split(","), strict=True):
+        for i, code in enumerate(blocks.split()):
+            part: Part = Nothing()
+            if code != "-":
+                kernel, expand = map(int, code.split("/"))
+                stride = 1 if i else stage.stride
+                part = MBConv(channels, _middle(channels, expand), outputs, kernel, stride, act, False, eps=eps)
+            parts[f"blocks.{len(parts) - 1}"] = part
+            channels = outputs
+    return make_subnet(parts | _end(channels, 0, last, act, eps, num_classes, dropout), "first_conv.conv")
+
+
+def mobilenetv3_large(num_classes: int, width: float = 1.0, dropout: float = 0.1) -> Subnet:
+    """MobileNetV3-Large, which the supernet of its blocks is measured against."""
+    stem = channels = make_divisible(16 * width)
+    parts: dict[str, Part] = {"first_conv": ConvNorm(3, stem, 3, 2, "h_swish")}
+    for kernel, middle, outputs, se, act, stride in MOBILENETV3_LARGE:
+        expands = len(parts) > 1
+        inner, channels_out = make_divisible(middle * width) if expands else channels, make_divisible(outputs * width)
+        block = MBConv(channels, inner, channels_out, kernel, stride, act, se, expands)
+        parts[f"blocks.{len(parts) - 1}"] = block
+        channels = channels_out
+    expand, last = make_divisible(960 * width), make_divisible(1280 * width)
+    return make_subnet(parts | _end(channels, expand, last, "h_swish", 1e-5, num_classes, dropout), "first_conv.conv")

@@ -1,0 +1,1 @@
+"""Numbers for people: tables, charts, one HTML page per run."""

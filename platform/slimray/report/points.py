@@ -1,0 +1,501 @@
+"""Pictures of points for the report: clouds as they were judged, what PVConvs respond to, boxes seen from above.
+
+In: numpy arrays, as `CloudView` (with a `ResponseView` per PVConv) and `BoxView`. Out: a row of results.json
+(`to_plain`) and, out of that row, what report.html.j2 draws (`cloud_section`, `box_section`): still pictures, labels,
+paths, plain numbers; no text of a user is made part of markup here. Surprising: points are thinned and lose their unit
+before they are stored, so that a page of a hundred clouds can be mailed; boxes keep their metres.
+"""
+
+import base64
+import colorsys
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+MAX_CLOUD_POINTS = 2048
+MAX_CLOUD_CLASSES = 24  # of one cloud that get a colour and a name, the most frequent
+MAX_BLOCKS = 6  # PVConvs of a network whose responses are shown, from the first to the last of them
+MAX_BOX_POINTS = 4096
+CLASS_COLOURS = (  # of Okabe and Ito, as in predict.py, then those farthest from them for the colour-blind too
+    "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7",
+    "#5424fc", "#90e490", "#4878fc", "#b42430", "#78e4c0", "#54e4f0",
+)  # fmt: skip
+QUIET, WRONG = "#8a8f98", "#e0342b"  # of a cloud's colours the first two, the quiet one is drawn small and faint
+RAMP = ((31, 82, 160), (120, 130, 140), (235, 185, 60))  # from low to high: heights, where there are no classes
+DEPTHS = np.linspace(0.4, 1, 9)  # opacities of a still picture, from far to near; 26 colours of them fit a palette
+STILL = 480  # pixels of its side
+
+
+@dataclass(frozen=True, eq=False)
+class ResponseView:
+    """What one PVConv of a network responds to: `voxel` and `point` `[n]`, the strength of each branch at each point.
+
+    `coords` `[n, 3]` are the points it sees, z up; None: those of the cloud that the response belongs to.
+    """
+
+    name: str
+    voxel: np.ndarray
+    point: np.ndarray
+    coords: np.ndarray | None = None
+
+    def thinned(self, cloud: np.ndarray) -> "ResponseView":
+        """Every k-th point, as of the whole `cloud` `[N, 3]`; ValueError if the arrays do not fit each other."""
+        own = None if self.coords is None or np.array_equal(self.coords, cloud) else np.asarray(self.coords)
+        coords = cloud if own is None else own
+        shapes = [np.shape(values) for values in (self.voxel, self.point)]
+        if np.shape(coords) != (len(coords), 3) or shapes != [(len(coords),)] * 2:
+            raise ValueError(f"the response of {self.name!r} has coordinates {np.shape(coords)} and values {shapes}")
+        kept = _kept(len(coords), MAX_CLOUD_POINTS)
+        voxel, point = (np.nan_to_num(np.asarray(values, np.float64)[kept]) for values in (self.voxel, self.point))
+        return replace(self, voxel=voxel, point=point, coords=None if own is None else own[kept])
+
+    def share(self) -> float | None:
+        """The part of the voxel branch in the response of all points together, percent."""
+        total = float(self.voxel.sum() + self.point.sum())
+        return 100 * float(self.voxel.sum()) / total if total > 0 else None
+
+    def correlation(self) -> float | None:
+        """How far both branches respond at the same points, from -1 to 1; None where one responds everywhere alike."""
+        voxel, point = self.voxel - self.voxel.mean(), self.point - self.point.mean()
+        size = float(np.linalg.norm(voxel) * np.linalg.norm(point))
+        return float(voxel @ point) / size if size > 1e-9 * float(self.voxel.sum() * self.point.sum()) else None
+
+
+@dataclass(frozen=True, eq=False)
+class CloudView:
+    """One cloud as it was judged: `coords` `[N, 3]` in any unit, z up; at most MAX_CLOUD_POINTS of them are shown.
+
+    Judged per point, `truth` and `predicted` are places in `classes`, integers `[N]`, a negative truth is unknown.
+    Judged as a whole, `truth` is its class and `top` holds (class, probability 0-1), the likeliest first, of which
+    three are shown. `responses` are those of the network's PVConvs, of which MAX_BLOCKS are shown.
+    """
+
+    run: str
+    coords: np.ndarray
+    truth: np.ndarray | str
+    predicted: np.ndarray | None = None
+    classes: Sequence[str] = ()
+    top: Sequence[tuple[str, float]] = ()
+    responses: Sequence[ResponseView] = ()
+
+    def thinned(self) -> "CloudView":
+        """Every k-th point, MAX_CLOUD_POINTS of them at most; ValueError if the arrays do not fit each other."""
+        shapes = [np.shape(labels) for labels in (self.truth, self.predicted) if not isinstance(labels, str | None)]
+        per_point = not isinstance(self.truth, str)
+        if np.shape(self.coords) != (len(self.coords), 3) or shapes != [(len(self.coords),)] * 2 * per_point:
+            raise ValueError(f"a cloud of {self.run!r} has coordinates {np.shape(self.coords)} and labels {shapes}")
+        kept = _kept(len(self.coords), MAX_CLOUD_POINTS)
+        labels = {name: np.asarray(getattr(self, name))[kept] for name in ("truth", "predicted") if per_point}
+        coords = np.asarray(self.coords)
+        responses = [self.responses[i].thinned(coords) for i in _kept(len(self.responses), MAX_BLOCKS)]
+        return replace(self, coords=coords[kept], responses=responses, **labels)
+
+    def to_plain(self) -> dict[str, Any]:
+        """A row of "clouds" in results.json, without `classes`: thinned, numbers of points as base64.
+
+        Coordinates (int16) lose their unit: the box's middle goes to 0, the farthest point from it to a distance of 1;
+        labels are int16. Responses (float16) lose theirs: the strongest of a PVConv is 1.
+        """
+        cloud = self.thinned()
+        plain: dict[str, Any] = {"run": cloud.run, "coords": _base64(_quantised(_in_unit_ball(cloud.coords)))}
+        if cloud.responses:
+            plain["responses"] = [_plain_response(response) for response in cloud.responses]
+        if isinstance(cloud.truth, str):
+            return plain | {"truth": cloud.truth, "top": [[name, float(share)] for name, share in cloud.top]}
+        labels = {name: np.asarray(getattr(cloud, name)).clip(-1, 2**15 - 1) for name in ("truth", "predicted")}
+        return plain | {name: _base64(values.astype("<i2")) for name, values in labels.items()}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any], classes: Sequence[str]) -> "CloudView":
+        """The cloud of `to_plain`."""
+        coords, responses = _coords_of(plain), [_response_of(one) for one in plain.get("responses", [])]
+        if "predicted" not in plain:
+            top = [(name, share) for name, share in plain["top"]]
+            return cls(plain["run"], coords, plain["truth"], top=top, responses=responses)
+        truth, predicted = (
+            np.frombuffer(base64.b64decode(plain[name]), "<i2").astype(np.int64) for name in ("truth", "predicted")
+        )
+        return cls(plain["run"], coords, truth, predicted, classes, responses=responses)
+
+
+@dataclass(frozen=True, eq=False)
+class BoxView:
+    """One scene with its boxes: `truths` `[n, 7]`, `predictions` `[m, 7]`, `points` `[N, 3]` or more columns.
+
+    All in rect camera axes (x to the right, y down, z ahead) in metres; a box is x, y, z of the middle of its bottom,
+    length, width, height and heading about y, as in point_scores.py. `truth_names` and `names` (of predictions) are
+    classes, `scores` how sure a prediction is; each of them may be left out. `title` says which scene it is.
+    """
+
+    run: str
+    points: np.ndarray
+    truths: np.ndarray
+    predictions: np.ndarray
+    truth_names: Sequence[str] = ()
+    names: Sequence[str] = ()
+    scores: Sequence[float] = ()
+    title: str = ""
+
+    def checked(self) -> "BoxView":
+        """With finite points only, as arrays; ValueError if anything does not fit."""
+        points, truths, predictions = (np.asarray(a, np.float64) for a in (self.points, self.truths, self.predictions))
+        wrong = points.ndim != 2 or points.shape[1] < 3 or {truths.shape[1:], predictions.shape[1:]} != {(7,)}
+        lengths = (len(self.truth_names), len(self.names), len(self.scores))
+        for length, boxes in zip(lengths, (truths, predictions, predictions), strict=True):
+            wrong |= length not in (0, len(boxes))
+        if wrong:
+            shapes = f"{points.shape}, {truths.shape}, {predictions.shape}"
+            raise ValueError(f"a scene of {self.run!r} has points, boxes {shapes} and names, scores {lengths}")
+        points = points[np.isfinite(points).all(1)]
+        return replace(self, points=points, truths=truths, predictions=predictions)
+
+    def to_plain(self) -> dict[str, Any]:
+        """A row of "boxes" in results.json: MAX_BOX_POINTS points at most, x and z in centimetres (int16, base64)."""
+        scene = self.checked()
+        points = scene.points[_kept(len(scene.points), MAX_BOX_POINTS)][:, [0, 2]]
+        return {
+            "run": scene.run,
+            "title": scene.title,
+            "points": _base64(np.round(100 * points).clip(-(2**15), 2**15 - 1).astype("<i2")),
+            "truths": _plain_boxes(scene.truths),
+            "predictions": _plain_boxes(scene.predictions),
+            "truth_names": list(scene.truth_names),
+            "names": list(scene.names),
+            "scores": [float(score) for score in scene.scores],
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "BoxView":
+        """The scene of `to_plain`, its points at height 0."""
+        x, z = np.frombuffer(base64.b64decode(plain["points"]), "<i2").reshape(-1, 2).T / 100
+        boxes = {name: np.array(plain[name], np.float64).reshape(-1, 7) for name in ("truths", "predictions")}
+        rest = {name: plain[name] for name in ("run", "title", "truth_names", "names", "scores")}
+        return cls(points=np.stack([x, np.zeros_like(x), z], 1), **boxes, **rest)
+
+
+# ---- clouds --------------------------------------------------------------------------------------------------------
+
+
+def class_colour(place: int) -> str:
+    """The colour of a class as #rrggbb, the same on every page; after CLASS_COLOURS, hues as far apart as can be."""
+    if place < len(CLASS_COLOURS):
+        return CLASS_COLOURS[place]
+    lightness = (0.42, 0.66, 0.54)[place % 3]
+    return _hex(255 * value for value in colorsys.hls_to_rgb(place * 0.618034 % 1, lightness, 0.65))
+
+
+def cloud_section(cloud: CloudView) -> dict[str, Any]:
+    """The panels of a cloud: a still picture of each, what its script needs to turn it, and what colours mean.
+
+    Coordinates come as the first view shows them: to the right, up, and towards who looks. ValueError for labels that
+    are not those of its points.
+    """
+    cloud = cloud.thinned()
+    if isinstance(cloud.truth, str):
+        height = cloud.coords[:, 2]
+        panels, colours, keys = {"points": _ramp_places(height, height.min(), height.max())}, _ramp(), []
+        predicted = cloud.top[0][0] if cloud.top else "–"
+        verdict = {"truth": cloud.truth, "right": predicted == cloud.truth}
+    else:
+        panels, colours, keys = _judged_points(cloud)
+        right = panels["error"][cloud.truth >= 0] == 0
+        verdict = {"num_known": len(right), "share": 100 * float(right.mean()) if len(right) else None}
+    return {
+        "run": cloud.run,
+        "num_points": len(cloud.coords),
+        "picture": _picture(cloud.coords, panels, colours),
+        "wrong": WRONG,
+        "keys": keys,
+        "top": [(name, 100.0 * probability) for name, probability in cloud.top[:3]],
+        "blocks": [_block_section(response, cloud.coords) for response in cloud.responses if len(response.voxel)],
+        "ramp": _ramp()[2:],
+        **verdict,
+    }
+
+
+def _block_section(response: ResponseView, cloud: np.ndarray) -> dict[str, Any]:
+    """The two panels of a PVConv in one scale of colours: which part of all responses, of both branches, is weaker.
+
+    By rank, not by size: where one branch is several times as strong, the other would be of one colour throughout.
+    """
+    both = np.sort(np.concatenate([response.voxel, response.point]))
+    panels = {}
+    for name, values in (("voxel branch", response.voxel), ("point branch", response.point)):
+        rank = (np.searchsorted(both, values, "left") + np.searchsorted(both, values, "right")) / 2
+        panels[name] = _ramp_places(rank, 0, len(both))
+    own = response.coords
+    return {
+        "name": response.name,
+        "picture": _picture(cloud if own is None else own, panels, _ramp()),
+        "num_points": None if own is None else len(own),
+        "share": response.share(),
+        "correlation": response.correlation(),
+    }
+
+
+def _picture(coords: np.ndarray, panels: Mapping[str, np.ndarray], colours: Sequence[str]) -> dict[str, Any]:
+    """Panels, name -> place of each point's colour, of one cloud, as stills and as the page's script takes them."""
+    places = _in_unit_ball(coords) @ _view().T
+    return {
+        "panels": [(name, _still(places, labels, colours)) for name, labels in panels.items()],
+        "points": _base64(_quantised(places)),
+        "labels": " ".join(_base64(labels) for labels in panels.values()),
+        "colours": " ".join(colours),
+    }
+
+
+def _judged_points(
+    cloud: CloudView,
+) -> tuple[dict[str, np.ndarray], list[str], list[tuple[str, str, float | None]]]:
+    """Panel -> place of each point's colour, uint8 `[N]`; the colours; and (colour, class, IoU in this cloud)."""
+    truth, predicted = np.asarray(cloud.truth), np.asarray(cloud.predicted)
+    known = truth >= 0
+    found, counts = np.unique(np.concatenate([predicted, truth[known]]), return_counts=True)
+    kept = np.sort(found[np.argsort(-counts, kind="stable")[:MAX_CLOUD_CLASSES]]).tolist()
+    colours, keys = [QUIET, WRONG], []
+    spots = {"prediction": np.zeros(len(truth), np.uint8), "truth": np.zeros(len(truth), np.uint8)}
+    for place in kept:
+        own, taken = truth == place, predicted == place
+        spots["truth"][own], spots["prediction"][taken] = len(colours), len(colours)
+        colours.append(class_colour(place))
+        union = int(((own | taken) & known).sum())
+        iou = 100 * int((own & taken).sum()) / union if union else None
+        keys.append((colours[-1], cloud.classes[place] if place < len(cloud.classes) else str(place), iou))
+    if len(kept) < len(found) or not known.all():
+        keys.append((QUIET, "any other, or without label", None))
+    return {**spots, "error": (known & (truth != predicted)).astype(np.uint8)}, colours, keys
+
+
+def _ramp_places(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """The place of each value's colour among those of `_ramp`, uint8 `[N]`."""
+    part = ((values - low) / max(float(high - low), 1e-12)).clip(0, 1)
+    return (2 + np.round(part * (len(_ramp()) - 3))).astype(np.uint8)
+
+
+def _ramp() -> list[str]:
+    steps, at = np.linspace(0, 2, 12), np.arange(3)
+    shades = np.stack([np.interp(steps, at, channel) for channel in np.transpose(RAMP)], 1)
+    return [QUIET, WRONG, *(_hex(shade) for shade in shades)]
+
+
+def _view() -> np.ndarray:
+    """The first view as rows: what points right, up, and towards who looks, from the front, half left and above."""
+    turn, lift = np.radians((-60, 22))
+    towards = np.array([np.cos(lift) * np.cos(turn), np.cos(lift) * np.sin(turn), np.sin(lift)])
+    right = np.array([-np.sin(turn), np.cos(turn), 0])
+    return np.stack([right, np.cross(towards, right), towards])
+
+
+def _in_unit_ball(coords: np.ndarray) -> np.ndarray:
+    """The points moved and shrunk: the middle of their box at 0, the farthest from it at a distance of 1; float64."""
+    points = np.nan_to_num(np.asarray(coords, np.float64), posinf=0.0, neginf=0.0)
+    if not len(points):
+        return points
+    points = points - (points.min(0) + points.max(0)) / 2
+    return points / max(float(np.linalg.norm(points, axis=1).max()), 1e-30)
+
+
+def _still(places: np.ndarray, labels: np.ndarray, colours: Sequence[str]) -> str:
+    """A data URI of a PNG of points `[N, 3]` (right, up, near; within 1) as discs, near ones over far ones.
+
+    Its pixels are places in a palette: nothing, then each colour in each of DEPTHS. Far points are fainter and smaller.
+    """
+    from PIL import Image
+
+    order = np.argsort(places[:, 2], kind="stable")  # far to near: of what is written to a pixel, the last stays
+    places, labels = places[order], labels[order].astype(np.int64)
+    depth = ((places[:, 2] + 1) / 2).clip(0, 1)
+    radius = STILL * float(np.clip(0.33 / np.sqrt(len(places)), 0.007, 0.014))
+    radii = radius * (0.7 + 0.6 * depth) * np.where(labels == 0, 0.6, 1)
+    reach = np.arange(-math.ceil(1.3 * radius), math.ceil(1.3 * radius) + 1)
+    middles = np.stack([STILL / 2 - places[:, 1] * 0.47 * STILL, STILL / 2 + places[:, 0] * 0.47 * STILL], 1)
+    pixels = np.floor(middles)[:, None] + np.stack(np.meshgrid(reach, reach, indexing="ij"), -1).reshape(1, -1, 2)
+    inside = ((pixels + 0.5 - middles[:, None]) ** 2).sum(-1) <= radii[:, None] ** 2
+    value = 1 + labels * len(DEPTHS) + (depth * (len(DEPTHS) - 1)).round().astype(np.int64)
+    canvas = np.zeros((STILL, STILL), np.uint8)
+    rows, columns = pixels[inside].astype(np.int64).clip(0, STILL - 1).T
+    canvas[rows, columns] = np.broadcast_to(value[:, None], inside.shape)[inside]
+    faint = [0.5] + [1.0] * (len(colours) - 1)
+    opacity = [0, *(round(255 * share * depth) for share in faint for depth in DEPTHS)]
+    picture = Image.fromarray(canvas).convert("P")
+    picture.putpalette([0, 0, 0, *(value for colour in colours for value in bytes.fromhex(colour[1:]) * len(DEPTHS))])
+    return png(picture, bytes(opacity))
+
+
+# ---- boxes ---------------------------------------------------------------------------------------------------------
+
+WIDTH, LEFT, BOTTOM, EDGE = 400, 34, 34, 8  # of a drawing and its margins, in its own units, of which text has 11
+LINE = 13  # from one line of text to the next
+MARGIN = 3.0  # metres around the boxes, at least
+MAX_STEPS = 8  # of the grid along the longer side
+
+
+def box_section(view: BoxView) -> dict[str, Any]:
+    """The drawing of a scene from above, x to the right and z up, as paths and texts in units of a `width` x `height`.
+
+    Shows the boxes and a margin, not all points. Boxes that are not finite or far from all points and truths are not
+    drawn, only counted. ValueError for arrays that do not fit each other.
+    """
+    scene = view.checked()
+    outlines = [_outlines(boxes) for boxes in (scene.truths, scene.predictions)]
+    low, high = _extent(scene.points[:, [0, 2]], *outlines)
+    scale = (WIDTH - LEFT - EDGE) / (high[0] - low[0])
+    height = round(scale * (high[1] - low[1])) + BOTTOM + EDGE
+
+    def to_page(metres: np.ndarray) -> np.ndarray:
+        return np.stack([LEFT + scale * (metres[..., 0] - low[0]), EDGE + scale * (high[1] - metres[..., 1])], -1)
+
+    truths, predictions = (np.flatnonzero(((o.max(1) > low) & (o.min(1) < high)).all(1)) for o in outlines)
+    drawn = [to_page(outlines[0][truths]), to_page(outlines[1][predictions])]
+    texts = [_text(scene, place) for place in predictions.tolist()]
+    spots = _text_spots(drawn[1], texts, height)
+    inside = ((scene.points[:, [0, 2]] > low) & (scene.points[:, [0, 2]] < high)).all(1)
+    step = _step(high - low)
+    columns, rows = (np.arange(math.ceil(start / step) * step, end, step) for start, end in zip(low, high, strict=True))
+    return {
+        "run": scene.run,
+        "title": scene.title,
+        "width": WIDTH,
+        "height": height,
+        "frame": (LEFT, EDGE, WIDTH - LEFT - EDGE, height - BOTTOM - EDGE),
+        "columns": [(float(LEFT + scale * (x - low[0])), f"{x:g}") for x in columns],
+        "rows": [(float(EDGE + scale * (high[1] - z)), f"{z:g}") for z in rows],
+        "points": _dots(to_page(scene.points[inside][:, [0, 2]])),
+        "truths": [_outline_path(outline) for outline in drawn[0]],
+        "predictions": [_outline_path(outline) for outline in drawn[1]],
+        "labels": [(x, y, text) for (x, y), text in zip(spots, texts, strict=True) if text],
+        "num_points": int(inside.sum()),
+        "num_truths": len(scene.truths),
+        "num_predictions": len(scene.predictions),
+        "num_away": len(scene.truths) + len(scene.predictions) - len(truths) - len(predictions),
+        "matches": _matches(scene),
+        "range": [round(float(value)) for value in (low[0], high[0], low[1], high[1])],
+    }
+
+
+def _text(scene: BoxView, place: int) -> str:
+    """What is written beside a prediction: its class and how sure it is, as far as they are known."""
+    score = f"{scene.scores[place]:.2f}" if len(scene.scores) else ""
+    return " ".join(filter(None, [scene.names[place] if len(scene.names) else "", score]))
+
+
+def _step(size: np.ndarray) -> float:
+    """Metres from one line of the grid to the next: 1, 2 or 5 times a power of ten."""
+    least = float(size.max()) / MAX_STEPS
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least)
+
+
+def _outlines(boxes: np.ndarray) -> np.ndarray:
+    """Boxes `[n, 7]` from above as x, z: four corners, the middle, and a little ahead of the front, `[n, 6, 2]`."""
+    x, _, z, length, width, _, heading = boxes.T[:, :, None]
+    along, across = length / 2 * [1, 1, -1, -1, 0, 1.35], width / 2 * [1, -1, -1, 1, 0, 0]
+    cos, sin = np.cos(heading), np.sin(heading)
+    return np.stack([x + cos * along + sin * across, z + cos * across - sin * along], -1)
+
+
+def _extent(points: np.ndarray, truths: np.ndarray, predictions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the largest x, z that are shown: all boxes that are near something, else the points."""
+    bulk = np.percentile(points, (2, 98), axis=0) if len(points) else np.zeros((0, 2))
+    known = np.concatenate([bulk, truths[np.isfinite(truths).all((1, 2))].reshape(-1, 2)])
+    found = predictions[np.isfinite(predictions).all((1, 2))]
+    if len(known):
+        near = ((found > known.min(0) - 10) & (found < known.max(0) + 10)).all((1, 2))
+        found = found[near]
+    shown = np.concatenate([known[len(bulk) :], found.reshape(-1, 2)])
+    shown = shown if len(shown) else known if len(known) else np.zeros((1, 2))
+    low, high = shown.min(0), shown.max(0)
+    low, high = low - np.maximum(MARGIN, 0.1 * (high - low)), high + np.maximum(MARGIN, 0.1 * (high - low))
+    size, middle = high - low, (low + high) / 2
+    size = np.maximum(size, [size[1] / 1.2, size[0] / 1.8])  # neither a tower nor a ribbon
+    return middle - size / 2, middle + size / 2
+
+
+def _dots(places: np.ndarray) -> str:
+    """A path with a dot at each place `[n, 2]` to half a unit, drawn in units of a half; equal ones once."""
+    halves = np.unique(np.round(2 * places).astype(np.int64), axis=0)
+    return "".join(f"m{right} {down}h0" for right, down in np.diff(halves, axis=0, prepend=0).tolist())
+
+
+def _outline_path(outline: np.ndarray) -> str:
+    corners, (middle, front) = outline[:4], outline[4:]
+    around = "L".join(f"{x:.1f} {y:.1f}" for x, y in corners)
+    return f"M{around}ZM{middle[0]:.1f} {middle[1]:.1f}L{front[0]:.1f} {front[1]:.1f}"
+
+
+def _text_spots(outlines: np.ndarray, texts: Sequence[str], height: int) -> list[tuple[float, float]]:
+    """Where the middle of each text's baseline goes: above its box or below, as near as no other text is."""
+    taken: list[tuple[float, float, float]] = []
+    for outline, text in zip(outlines, texts, strict=True):
+        half = 3.1 * len(text) + 2  # of its width, about
+        x = float(np.clip(outline[:, 0].mean(), LEFT + half, max(WIDTH - EDGE - half, LEFT + half)))
+        top, bottom = float(outline[:, 1].min()) - 4, float(outline[:, 1].max()) + LINE - 2
+        tries = [y for n in range(4) for y in (top - n * LINE, bottom + n * LINE)]
+        tries = [y for y in tries if EDGE + LINE < y < height - BOTTOM - 2] or [float(EDGE + LINE)]
+        free = (y for y in tries if all(abs(y - b) >= LINE or abs(x - a) > half + other for a, b, other in taken))
+        taken.append((x, next(free, tries[0]), half))
+    return [(x, y) for x, y, _ in taken]
+
+
+def _matches(scene: BoxView) -> list[tuple[str, float]]:
+    """Of each true box its name and its IoU from above, percent, with the prediction of that name that has most."""
+    from slimray.tasks.point_scores import box_iou_matrix  # torch, which a page without boxes does without
+
+    ious, _ = box_iou_matrix(*(np.nan_to_num(b, posinf=0, neginf=0) for b in (scene.truths, scene.predictions)))
+    names = list(scene.truth_names) or [""] * len(scene.truths)
+    if len(scene.names) and len(scene.truth_names):
+        ious = np.where(np.array(names)[:, None] == np.array(scene.names), ious, 0.0)
+    return [(name, 100 * float(row.max(initial=0.0))) for name, row in zip(names, ious, strict=True)]
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def png(picture: Any, opacity: bytes) -> str:
+    """A data URI of a palette picture, `opacity` 0-255 for each of its colours."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", transparency=opacity, optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _plain_response(response: ResponseView) -> dict[str, Any]:
+    peak = max(float(response.voxel.max(initial=0)), float(response.point.max(initial=0)), 1e-30)
+    plain = {"name": response.name}
+    plain |= {name: _base64((getattr(response, name) / peak).astype("<f2")) for name in ("voxel", "point")}
+    own = response.coords
+    return plain if own is None else plain | {"coords": _base64(_quantised(_in_unit_ball(own)))}
+
+
+def _response_of(plain: Mapping[str, Any]) -> ResponseView:
+    voxel, point = (np.frombuffer(base64.b64decode(plain[name]), "<f2") for name in ("voxel", "point"))
+    return ResponseView(plain["name"], voxel, point, _coords_of(plain) if "coords" in plain else None)
+
+
+def _plain_boxes(boxes: np.ndarray) -> list[list[float | None]]:
+    return [[round(v, 3) if math.isfinite(v) else None for v in box] for box in boxes.tolist()]
+
+
+def _coords_of(plain: Mapping[str, Any]) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(plain["coords"]), "<i2").reshape(-1, 3) / np.float32(2**15 - 1)
+
+
+def _quantised(places: np.ndarray) -> np.ndarray:
+    """Coordinates within 1 as little-endian int16."""
+    return np.round(places * (2**15 - 1)).astype("<i2")
+
+
+def _kept(count: int, most: int) -> np.ndarray:
+    """Places of `most` of `count` things at most, evenly from the first to the last."""
+    return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
+
+
+def _base64(values: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode("ascii")
+
+
+def _hex(rgb: Iterable[float]) -> str:
+    return "#" + bytes(round(value) for value in rgb).hex()

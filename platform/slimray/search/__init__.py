@@ -1,0 +1,1 @@
+"""Search strategies, encodings of archs, the accuracy predictor."""

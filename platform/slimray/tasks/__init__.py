@@ -1,0 +1,1 @@
+"""What is predicted: scores, and a run's network as a function."""

@@ -1,0 +1,111 @@
+"""Votes on the points of scenes, for `evaluate`: many draws of a room or shape, the surest answer at each point wins.
+
+As published for PVCNN (arXiv 1907.03739) and PointNet: S3DIS takes the windows of both offsets, ShapeNet ten draws of a
+shape whose answer is one of its own parts. The rows of an index lie scene by scene, so a scene is settled as soon as
+the step of its last row is over and only the few scenes under way are in memory, 16 bytes a point. Its rows may be
+spread over ranks, which then settle it together; what comes out does not depend on their number: where two answers are
+equally sure, the lower class wins.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slimray.tasks.point_scores import SegmentationScore, ShapeScore, confident
+
+UNKNOWN = -1
+
+
+class SceneVotes:
+    """The scenes under way on this rank, and the score of those that are settled.
+
+    `paths` are those of the whole index; what comes before `#` is the scene. `parts` (shape -> its labels) makes it a
+    score of shapes. All ranks take every step, and `settle` after it.
+    """
+
+    def __init__(self, paths: Sequence[str], batch: int, num_classes: int, parts: Mapping[str, range] | None = None):
+        self.scenes = [path.partition("#")[0] for path in paths]
+        self.last = {scene: row // batch for row, scene in enumerate(self.scenes)}  # step of its last row
+        self.alone = {scene for scene, count in Counter(self.scenes).items() if count == 1}
+        self.parts, self.batch = tuple((parts or {}).values()), batch
+        self.open: dict[str, _Scene] = {}
+        self.score = ShapeScore(parts) if parts else SegmentationScore(num_classes, ignore_label=UNKNOWN)
+
+    def add(self, sample: int, scores: Tensor, labels: np.ndarray) -> None:
+        """Take over the views of row `sample`: scores `[v, C, N]`, labels and rows int64 `[2, v, N]`."""
+        truth, rows = labels
+        shape = self._shape_of(truth)
+        sure, chosen = confident(scores, self.parts[shape] if self.parts else None)
+        scene = self.open.setdefault(self.scenes[sample], _Scene(shape))
+        scene.add(rows.reshape(-1), sure.reshape(-1), chosen.reshape(-1), truth.reshape(-1))
+
+    def _shape_of(self, truth: np.ndarray) -> int:
+        """The shape that a sample's labels belong to; 0 without parts."""
+        known = truth[truth >= 0]
+        return next((i for i, part in enumerate(self.parts) if len(known) and known.max() in part), 0)
+
+    def settle(self, step: int, world: int, device: torch.device) -> None:
+        """Count the scenes whose last row was part of `step`. A collective where a scene has several rows."""
+        start = step * self.batch
+        ended = dict.fromkeys(s for s in self.scenes[start : start + self.batch] if self.last[s] == step)
+        for name in ended:
+            scene = self.open.pop(name, None)
+            if name not in self.alone and world > 1:
+                scene = _merged(scene, device)
+                if dist.get_rank() != 0:
+                    continue  # the first rank counts it
+            if scene is None:
+                continue  # no row of it decodes, or another rank has it
+            predicted, truth = scene.result()
+            if isinstance(self.score, ShapeScore):
+                self.score.add_predictions(predicted, truth, scene.shape)
+            else:
+                self.score.add_predictions(predicted, truth)
+
+
+class _Scene:
+    """For each point of a scene the surest answer so far, as one number that is larger the surer: see `_packed`."""
+
+    def __init__(self, shape: int = 0):
+        self.shape = shape
+        self.best = np.zeros(0, np.int64)
+        self.truth = np.full(0, UNKNOWN, np.int64)
+
+    def add(self, rows: np.ndarray, sure: np.ndarray, chosen: np.ndarray, truth: np.ndarray) -> None:
+        self.grow(int(rows.max()) + 1)
+        np.maximum.at(self.best, rows, _packed(sure, chosen))
+        self.truth[rows] = truth
+
+    def grow(self, size: int) -> None:
+        more = max(0, size - len(self.best))
+        self.best = np.pad(self.best, (0, more))
+        self.truth = np.pad(self.truth, (0, more), constant_values=UNKNOWN)
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """The winning class of each point, -1 where none was voted on, and its label, -1 unknown."""
+        return np.where(self.best > 0, 0xFFFF - (self.best & 0xFFFF), -1), self.truth
+
+
+def _packed(sure: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Probabilities float32 above 0 and classes as int64: the bits of a positive float grow with it."""
+    bits = np.maximum(sure.astype(np.float32), np.finfo(np.float32).tiny).view(np.int32).astype(np.int64)
+    return (bits << 16) | (0xFFFF - chosen.astype(np.int64))
+
+
+def _merged(scene: _Scene | None, device: torch.device) -> _Scene | None:
+    """The scene with the votes of all ranks. A collective."""
+    scene = scene or _Scene()
+    facts = torch.tensor([len(scene.best), scene.shape], device=device)
+    dist.all_reduce(facts, dist.ReduceOp.MAX)
+    size, scene.shape = facts.tolist()
+    if not size:
+        return None
+    scene.grow(size)
+    both = torch.from_numpy(np.stack([scene.best, scene.truth])).to(device)
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    scene.best, scene.truth = both.cpu().numpy()
+    return scene

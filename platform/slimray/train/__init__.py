@@ -1,0 +1,1 @@
+"""One run on many ranks: loop, workers, health, planner."""

@@ -1,0 +1,287 @@
+"""What one worker of this machine takes for a job: a dozen steps of its network in process, a few samples decoded.
+
+`measure` times them without Ray, `save` keeps the result in `<storage>/calibration.json` by network, input and device,
+`find` gives it to later plans, which say so. `work` puts together what the planner needs of a training job; without a
+calibration its times come from MACs and data sheets. Surprising: the median of the steps counts, and a worker's steps
+are measured with as many torch threads as it reserves CPUs, so that the planner may let workers share the cores.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from slimray import models, runs
+from slimray.data import cards
+from slimray.data.modalities import input_shape, kind_of
+from slimray.data.video.decoder import BadSample
+from slimray.spec import UserError, did_you_mean, parse, read_yaml
+from slimray.storage import join, open_uri, read_bytes, write_atomic
+from slimray.tasks.predict import Input
+from slimray.train import learn, planner
+from slimray.train.methods.plain import Piece, Replica
+
+FILE = "calibration.json"
+STEPS, WARM = 12, 3
+DECODED = 12  # samples
+DECODE_S = {"clip": 0.14, "image": 0.01, "points": 0.01, "frustum": 0.01}  # assumed until measured; PyAV, 340 x 256
+SAMPLE_MB = {"clip": 0.77, "image": 0.1, "points": 0.1, "frustum": 0.05}  # assumed: H.264 with GOP 12, JPEG, arrays
+PACKED = {"h264": (0.067, 0.77), "jpeg": (0.04, 7.5)}  # core-s and MB of a packed ten-second clip, likewise assumed
+SPREAD = (0.9, 1.0, 1.15)  # of a measured time on another day of the same machine (an assumption)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Times of one worker: seconds of a sample's forward and backward pass in a microbatch, of a step beside that
+    (optimizer), core-seconds to decode a sample (None: no dataset was there), megabytes of a sample on storage."""
+
+    device: str
+    threads: int
+    per_worker: int
+    compute_s: float
+    step_s: float
+    decode_s: float | None
+    sample_mb: float | None
+    date: str
+
+
+def device_name(on_gpu: bool) -> str:
+    """The GPU of this machine if a job trains `on_gpu` and there is one, else `cpu`."""
+    return torch.cuda.get_device_name() if on_gpu and torch.cuda.is_available() else "cpu"
+
+
+def this_machine(on_gpu: bool) -> planner.Cluster:
+    """This machine for the planner, on its GPUs if there are any and the job wants them."""
+    device = device_name(on_gpu)
+    return planner.this_machine(device, 0 if device == "cpu" else torch.cuda.device_count())
+
+
+def key_of(model: Mapping[str, Any], recipe: Mapping[str, Any], per_worker: int, device: str) -> str:
+    """The name of a calibration: a digest of network, input, microbatch and device."""
+    what = [dict(model), list(input_shape(dict(recipe))), per_worker, device]
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def measure(
+    model: Mapping[str, Any],
+    recipe: dict[str, Any],
+    optim: learn.OptimSpec,
+    per_worker: int,
+    threads: int,
+    on_gpu: bool = False,
+    table: pa.Table | None = None,
+    root: str = "",
+) -> Calibration:
+    """Time a dozen optimizer steps of `model` on random input, and the decoding of a few samples of `table`, if given.
+
+    A GPU is used if the job wants one and there is one. UserError where no sample of the table decodes.
+    """
+    device = torch.device("cpu" if device_name(on_gpu) == "cpu" else "cuda")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        single, double = (_step_times(model, recipe, optim, per_worker, count, device) for count in (1, 2))
+    finally:
+        torch.set_num_threads(before)
+    passes = max(
+        median(double) - median(single), 0.25 * median(single)
+    )  # of one microbatch; the rest is the step's own
+    compute_s = passes / per_worker
+    decode_s, sample_mb = (None, None) if table is None else _decode_times(table, root, recipe)
+    date = datetime.now(UTC).date().isoformat()
+    step_s = max(0.0, median(single) - passes)
+    return Calibration(device_name(on_gpu), threads, per_worker, compute_s, step_s, decode_s, sample_mb, date)
+
+
+def _step_times(
+    model: Mapping[str, Any],
+    recipe: dict[str, Any],
+    optim: learn.OptimSpec,
+    rows: int,
+    count: int,
+    device: torch.device,
+) -> list[float]:
+    """Seconds of steps of `count` microbatches of `rows` random samples each.
+
+    One thread on a CPU is timed by what it computed, so that other work on the machine does not count.
+    """
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    kind = kind_of(recipe)
+    shape, label_shape = kind.shape(kind.from_dict(recipe)), kind.label_shape(kind.from_dict(recipe))
+    rng = np.random.default_rng(0)
+    if kind.dtype == np.uint8:
+        data = rng.integers(0, 256, (rows, *shape), dtype=np.uint8)
+    else:
+        data = rng.standard_normal((rows, *shape)).astype(kind.dtype)
+    labels = rng.integers(0, int(model["num_classes"]), (rows, *label_shape)).astype(kind.label_dtype)
+    torch.manual_seed(0)
+    replica = Replica(models.build(**model), optim, Input(), input_shape(recipe), device)
+    times = []
+    for step in range(WARM + STEPS):
+        start = clock()
+        replica.step([Piece(data, labels)] * count, rows * count, 1e-6, (0, step))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(clock() - start)
+    return times[WARM:]
+
+
+def _decode_times(table: pa.Table, root: str, recipe: dict[str, Any]) -> tuple[float, float]:
+    """Median seconds and mean megabytes of a few samples spread over the index."""
+    kind, (fs, folder) = kind_of(recipe), open_uri(root)
+    made = kind.from_dict(recipe)
+    seconds, sizes = [], []
+    for place in np.linspace(0, table.num_rows - 1, min(DECODED, table.num_rows)).round().astype(int):
+        row = table.slice(int(place), 1).to_pylist()[0]
+        try:
+            start = time.perf_counter()
+            kind.load(row, root, made, (0, 0, int(place)), 60.0)
+            seconds.append(time.perf_counter() - start)
+            sizes.append(len(cards.read_whole(fs, folder, row)))
+        except (BadSample, FileNotFoundError):
+            continue
+    if not seconds:
+        raise UserError(f"{root}: no sample decodes, so decoding cannot be measured: look at the dataset first")
+    return median(seconds[1:] or seconds), sum(sizes) / len(sizes) / 1e6  # the first starts the decoder
+
+
+# ------------------------------------------------------------------------------------------------------ kept
+
+
+def save(storage: str, key: str, found: Calibration) -> str:
+    """Write a calibration into the storage's file, beside those of other jobs; returns where that is."""
+    fs, path = open_uri(join(storage, FILE))
+    everything = _read(storage) | {key: dataclasses.asdict(found)}
+    write_atomic(fs, path, json.dumps(everything, indent=2).encode())
+    return join(storage, FILE)
+
+
+def find(storage: str, key: str) -> Calibration | None:
+    """The calibration `key` of a storage, None if there is none; UserError for a file that slimray did not write."""
+    row = _read(storage).get(key)
+    try:
+        return None if row is None else Calibration(**row)
+    except TypeError:
+        raise UserError(f"{join(storage, FILE)}: is not as slimray writes it: delete it and measure again") from None
+
+
+def _read(storage: str) -> dict[str, Any]:
+    fs, path = open_uri(join(storage, FILE))
+    try:
+        found = json.loads(read_bytes(fs, path))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{join(storage, FILE)}: is not as slimray writes it: delete it and measure again")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- for the planner
+
+
+def work(
+    job: Any,
+    known: Mapping[str, Any],
+    samples: int,
+    val_samples: int,
+    kind: str,
+    cluster: planner.Cluster,
+    pack: str = "",
+) -> planner.Work:
+    """What a training `job` asks of `cluster`, its times from MACs and data sheets; `known` are its facts.
+
+    `kind` of sample, and for clips the format in which they are packed, decide what decoding and reading are assumed
+    to cost.
+    """
+    params, threads = int(known["params"]), max(1, int(job.scale.cpus_per_worker))
+    decode_s, sample_mb = PACKED[pack] if kind == "clip" and pack in PACKED else (DECODE_S[kind], SAMPLE_MB[kind])
+    peak = cluster.tmacs * (threads if cluster.shares_cores else 1)
+    return planner.Work(
+        name=job.name,
+        gradient_mb=4 * params / 1e6,
+        samples=samples,
+        epochs=job.optim.epochs,
+        batch_total=job.batch.total,
+        per_worker=job.batch.per_worker,
+        compute_s=planner.compute_s(int(known["macs"]), peak, cluster.utilisation),
+        decode_s=decode_s,
+        sample_mb=sample_mb,
+        val_passes=-(-job.optim.epochs // job.val_every) if val_samples else 0,
+        val_samples=val_samples,
+        checkpoint_mb=8 * params / 1e6,  # weights and momentum
+        threads=threads,
+        basis="MACs and data sheets, decoding assumed (plan --measure measures both)",
+    )
+
+
+def calibrated(planned: planner.Work, found: Calibration) -> planner.Work:
+    """`planned` with measured times in place of those from data sheets."""
+    low, likely, high = SPREAD
+    decoding = "" if found.decode_s else ", decoding assumed"
+    return dataclasses.replace(
+        planned,
+        compute_s=(found.compute_s * low, found.compute_s * likely, found.compute_s * high),
+        step_s=found.step_s,
+        decode_s=found.decode_s or planned.decode_s,
+        sample_mb=found.sample_mb or planned.sample_mb,
+        basis=f"measured on one worker ({found.device}, {found.threads} threads, {found.date}){decoding}",
+    )
+
+
+def compared(job: Any, known: Mapping[str, Any], config: Any, ctx: Any) -> dict[str, Any] | None:
+    """Plan and measurement of a run that has finished on this machine, for its card.
+
+    None without a calibration of this job's network (`plan --measure` writes one), and for a run on another machine
+    than this. `config` is what its workers got, `ctx` has its run and storage.
+    """
+    on_gpu = bool(job.scale.gpus_per_worker)
+    key = key_of(config.model, config.recipes["train"], job.batch.per_worker, device_name(on_gpu))
+    found = None if os.environ.get("RAY_ADDRESS") else find(ctx.storage, key)
+    if found is None:
+        return None
+    cluster = this_machine(on_gpu)
+    planned = calibrated(work(job, known, known["train_samples"], 0, "clip", cluster), found)
+    rows = [row for row in runs.read_parts(ctx.run, "metrics") if row.get("phase") == "train"]
+    return planner.compare(job.batch.total / planner.split_step(planned, cluster, job.scale.most).step_s, rows)
+
+
+def find_cluster(name: str | None, search: Sequence[Path], on_gpu: bool) -> planner.Cluster:
+    """The cluster file `name` (a name, or a path) of the folders `search` for the planner; None is this machine.
+
+    UserError: no such file, no `machine:` section in it, or a price that is in no prices.yaml.
+    """
+    if name is None:
+        return this_machine(on_gpu)
+    places = [Path(name)] if name.endswith((".yaml", ".yml")) else [folder / f"{name}.yaml" for folder in search]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        known = {file.stem for folder in search for file in folder.glob("*.yaml")} - {"prices"}
+        raise UserError(f"--cluster {name}: there is no such cluster file{did_you_mean(name, known)}")
+    document = (read_yaml(path) or [{}])[0]
+    single = document.get("kind") == "local"
+    if single and "machine" not in document:
+        return this_machine(on_gpu)
+    if not isinstance(document.get("machine"), dict):
+        raise UserError(f"{path}: machine: is required to plan (`gpus_per_node`, `gpu`, `nic_gb_s`, ...)")
+    machine = parse(planner.MachineSpec, document["machine"], f"{path}: machine")
+    return planner.make_cluster(path.stem, machine, _prices([path.parent, *search]), single)
+
+
+def _prices(search: Sequence[Path]) -> dict[str, planner.PriceSpec]:
+    path = next((folder / "prices.yaml" for folder in search if (folder / "prices.yaml").is_file()), None)
+    if path is None:
+        return {}
+    return parse(planner.PriceTable, (read_yaml(path) or [{}])[0], str(path)).prices

@@ -1,0 +1,793 @@
+"""The one data-parallel training loop: places in the plan, exact resume, checkpoints, validation, timers.
+
+`fit` is the worker function that `workers.launch` runs on every rank. What a step computes lies in replica.py; here is
+everything around it. The plan (data/plan.py) says which samples a step consumes, so progress is (epoch, step) and a
+killed worker ends in the same weights. Metrics never pass through `ray.train.report` (a barrier drained every 2 s).
+Checkpoints are written by the run folder, in the background and with a marker of completeness; saving and validating
+never change training state. A bad sample keeps its slot with weight 0; all ranks agree on the mask at an epoch's end.
+"""
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from pydantic import Field, model_validator
+from ray import exceptions
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.torch import get_device
+from ray.util.metrics import Gauge
+from torch import Tensor
+
+from slimray import models, runs
+from slimray.data.modalities import input_shape
+from slimray.data.pipeline import Batch, FeedConfig, Source
+from slimray.data.plan import Phase, microbatches
+from slimray.models import published
+from slimray.runs import tracking
+from slimray.spec import RunFailed, Spec, UserError
+from slimray.tasks.point_scores import FrustumScore, SegmentationScore, ShapeScore
+from slimray.tasks.predict import Input, load_network, predict_scores, to_input
+from slimray.train import learn
+from slimray.train.health import OTHERS, Watchdog, end_process, slow_ranks
+from slimray.train.methods.paths import PathPlan, ProxylessReplica
+from slimray.train.methods.plain import Peers, Piece, Replica, breaks_on_one_sample, part
+from slimray.train.methods.supernet import SubnetPlan, SupernetReplica
+from slimray.train.workers import ScaleSpec, open_stream
+
+Score = learn.Score | SegmentationScore | FrustumScore
+BEST = {"clip": "val/top1", "image": "val/top1", "points": "val/top1", "frustum": "val/class_found_3d"}
+MAX_BAD_STEPS = 10  # steps in a row with a non-finite gradient before the run ends
+LOOK_S = 2.0  # how often the ranks ask whether a node of theirs is about to be taken
+NOTICE_S = 120.0  # the notice that Ray Train assumes where none is given
+GAUGES = {"train/samples_per_s": "slimray_samples_per_s", "train/loss": "slimray_loss", "step": "slimray_step"}
+
+
+class CheckpointSpec(Spec):
+    """When training state is saved; saving runs in the background and changes nothing in the run."""
+
+    every_s: float = Field(default=300, gt=0)
+    """Seconds between checkpoints within an epoch; each epoch ends with one as well."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints within an epoch, in place of `every_s`."""
+    keep_last: int = Field(default=2, ge=1)
+    """Newest checkpoints kept; the best one by `best_metric` is kept besides."""
+    best_metric: str | None = None
+    """Metric by which a checkpoint is the best, higher is better; default val/top1, for labels per point val/miou, for
+    boxes val/class_found_3d."""
+
+
+class LimitsSpec(Spec):
+    """When a run ends by itself, whatever it has reached; it resumes with higher limits."""
+
+    hours: float | None = Field(None, gt=0)
+    """Hours of training over all attempts, from the first step on."""
+    cost: float | None = Field(None, gt=0)
+    """Money: hours x workers x `worker_hour`."""
+    worker_hour: float | None = Field(None, gt=0)
+    """Price of a worker for an hour, in the currency of `cost`."""
+
+    @model_validator(mode="after")
+    def _priced(self) -> "LimitsSpec":
+        if (self.cost is None) != (self.worker_hour is None):
+            raise ValueError("cost: goes together with worker_hour, write both or none")
+        return self
+
+    def reached(self, worker_seconds: float, seconds: float) -> str:
+        """The sentence that ends a run of so many seconds, "" if it may go on."""
+        if self.hours is not None and seconds > 3600 * self.hours:
+            return f"limits.hours: {self.hours:g} hours are over: raise it, and the same command resumes"
+        if self.cost is not None and self.worker_hour and worker_seconds / 3600 * self.worker_hour > self.cost:
+            return f"limits.cost: {self.cost:g} are spent: raise it, and the same command resumes"
+        return ""
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """All that the workers of one training run need; plain values, specs and object references.
+
+    With `subnets` the network is a supernet of which each step trains some, taught by the network of the run `teacher`;
+    with `paths` one of choices, of whose training index the last rows teach what to choose.
+    `dataset` is the fingerprint of the indexes, `recipes` maps split to the plain form of its per-sample recipe, `job`
+    is the resolved job as written to the run.
+    """
+
+    run_uri: str
+    attempt: int
+    model: dict[str, Any]
+    init: dict[str, Any] | None
+    optim: learn.OptimSpec
+    batch_total: int
+    per_worker: int
+    scale: ScaleSpec
+    checkpoint: CheckpointSpec
+    tracking: tracking.TrackingSpec
+    pixels: Input
+    classes: tuple[str, ...]
+    dataset: str
+    sources: dict[str, Source]
+    recipes: dict[str, dict[str, Any]]
+    decode_slots: int
+    decode_timeout_s: float
+    max_bad_fraction: float
+    seed: int
+    log_every: int
+    val_every: int
+    macs: int
+    record_samples: bool
+    job: dict[str, Any]
+    board: Any
+    limits: LimitsSpec | None = None
+    subnets: SubnetPlan | None = None
+    teacher: str | None = None
+    paths: PathPlan | None = None
+
+
+@dataclass
+class Progress:
+    """Where training stands. `step` counts within `epoch`, `total_steps` over all epochs; metrics of validations.
+
+    `validated` is the epoch of the last validation; `seconds` and `worker_seconds` are those of training over all
+    attempts, for the limits.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    total_steps: int = 0
+    validated: int = 0
+    seconds: float = 0.0
+    worker_seconds: float = 0.0
+    best: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Clock:
+    """Seconds and sums over the steps since the last log line."""
+
+    wait: float = 0.0
+    transfer: float = 0.0
+    compute: float = 0.0
+    communication: float = 0.0
+    total: float = 0.0
+    steps: int = 0
+    samples: int = 0
+    loss: float = 0.0
+
+
+class _Saver:
+    """Writes checkpoints in the background, one at a time, and sweeps what is no longer kept."""
+
+    def __init__(self, run: runs.Run, keep_last: int, best_metric: str, records: "_Records"):
+        self.run, self.keep_last, self.best_metric, self.records = run, keep_last, best_metric, records
+        self.pool = ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+
+    def save(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Take a snapshot now and write it later; waits for the one before, and raises what went wrong with it."""
+        self.wait()
+        snapshot = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+        self.pending = self.pool.submit(self._write, snapshot, meta)
+
+    def _write(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        self.records.flush()
+        files = {"state.safetensors": safetensors.torch.save(tensors)}
+        runs.save_checkpoint(self.run, meta["progress"]["total_steps"], files, meta)
+        runs.keep(self.run, metric=self.best_metric, last=self.keep_last)
+
+    def wait(self) -> None:
+        """Return once everything saved so far is on storage."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+
+
+class _Records:
+    """The append-only records one rank writes: metrics (rank 0), bad samples, consumed samples on request."""
+
+    def __init__(self, config: FitConfig, run: runs.Run, rank: int):
+        self.rank = rank
+        self.bad = runs.PartWriter(run, "quarantine", config.attempt, rank)
+        self.samples = runs.PartWriter(run, "samples", config.attempt, rank) if config.record_samples else None
+        self.rows = runs.PartWriter(run, "metrics", config.attempt, rank) if rank == 0 else None
+        self.tracker = None
+        if self.rows is not None:
+            self.tracker = tracking.Tracker(config.tracking, self.rows, run.name, run.uri, config.job)
+
+    def flush(self) -> None:
+        """Return once every row is on storage: a checkpoint must not outlive the records of its steps."""
+        for writer in (self.rows, self.bad, self.samples):
+            if writer is not None:
+                writer.flush()
+
+    def close(self) -> None:
+        for writer in (self.tracker, self.rows, self.bad, self.samples):
+            if writer is not None:
+                writer.close()
+
+
+class _Rank:
+    """One rank of a training run between its first and its last step."""
+
+    def __init__(self, config: FitConfig):
+        context = ray.train.get_context()
+        self.config, self.rank, self.world = config, context.get_world_rank(), context.get_world_size()
+        self.device = get_device()
+        torch.set_num_threads(max(1, int(config.scale.cpus_per_worker)))
+        self.run = runs.run_at(config.run_uri)
+        self.num_train = config.sources["train"].num_samples
+        self.progress, self.clock = Progress(), _Clock()
+        self.mask = np.zeros(self.num_train, bool)  # samples known to be bad when the epoch began: weight 0
+        self.bad_seen = torch.zeros(self.num_train, dtype=torch.uint8)
+        self.bad_steps, self.looks = 0, False
+        self.told_at = self.saved_at = self.looked_at = self.counted_at = time.monotonic()
+        self.watchdog = Watchdog(config.scale.data_timeout_s + 20, self._stuck)
+        self._require_all_reduce()
+        self.replica = self._make_replica()
+        self.result: Score | None = None
+        if "val" in config.recipes:
+            self.result = make_score(config.recipes["val"], len(config.classes))
+        self._restore()
+        self.records = _Records(config, self.run, self.rank)
+        recipe = config.recipes["train"]
+        best = "val/miou" if recipe.get("per_point") else BEST[recipe["kind"]]
+        self.best_metric = config.checkpoint.best_metric or best
+        self.gauges = {} if self.rank else _make_gauges()
+        keep = config.checkpoint.keep_last
+        self.saver = _Saver(self.run, keep, self.best_metric, self.records) if self.rank == 0 else None
+
+    def _make_replica(self) -> Replica:
+        config, recipe = self.config, self.config.recipes["train"]
+        torch.manual_seed(config.seed)
+        net = models.build(**config.model)
+        if config.init:
+            report = load_start(net, config.init)
+            if self.rank == 0:
+                config.board.update.remote(note=f"starts from {config.init['from']}: {report}")
+        if config.optim.mutual:
+            net = Peers(net, models.build(**config.model))
+        shape = input_shape(recipe)
+        repeat = breaks_on_one_sample(config.model, shape)
+        scale = config.scale
+        common = (config.optim, config.pixels, shape, self.device, self.rank, self.world, repeat)
+        common = (*common, scale.bucket_mb, scale.compress)
+        if config.paths is not None:
+            return ProxylessReplica(net, config.paths, *common)  # type: ignore[arg-type]
+        if config.subnets is None:
+            return Replica(net, *common)
+        teacher = None if config.teacher is None else load_network(runs.run_at(config.teacher)).net
+        return SupernetReplica(net, config.subnets, teacher, *common)
+
+    def _require_all_reduce(self) -> None:
+        """RunFailed unless the ranks can add numbers: a network that is wrong is found before work starts."""
+        if self.world == 1:
+            return
+        numbers = torch.full((2**18,), float(self.rank + 1), device=self.device)
+        dist.all_reduce(numbers)
+        wanted = self.world * (self.world + 1) / 2
+        if not bool((numbers == wanted).all()):
+            raise RunFailed(f"the all-reduce of {self.world} ranks gives {float(numbers[0]):g}, not {wanted:g}")
+
+    def _stuck(self, doing: str, seconds: float, stacks: str) -> None:
+        """Called by the watchdog: leave the stacks in the logs; end this rank, unless it only waits for others."""
+        replica = getattr(self, "replica", None)  # none yet if the rank is stuck at the start
+        waits = doing == OTHERS or (replica is not None and replica.reduces_since() > 1)
+        where = f"rank {self.rank} ({socket.gethostname()})"
+        file = f"logs/{self.config.attempt:04d}-rank{self.rank:05d}-stacks.txt"
+        with contextlib.suppress(OSError, RunFailed):
+            runs.write_file(self.run, file, f"{where}, {OTHERS if waits else doing}\n\n{stacks}".encode())
+        if not waits:
+            sentence = f"{where} did not move for {seconds:.0f} s while {doing}: its stacks are in {file}"
+            with contextlib.suppress(exceptions.RayError, TimeoutError):
+                ray.get(self.config.board.stuck.remote(sentence), timeout=30)
+            end_process()
+
+    @contextlib.contextmanager
+    def _collective(self) -> Iterator[None]:
+        """Who does not move within the block waits for the other ranks, and is not stuck itself."""
+        doing = self.watchdog.doing
+        self.watchdog.beat(OTHERS if self.world > 1 else doing)
+        yield
+        self.watchdog.beat(doing)
+
+    # ------------------------------------------------------------------------------------ resume and saving
+
+    def _restore(self) -> None:
+        """Take over the newest complete checkpoint, the same one on every rank. A collective."""
+        if not runs.exists(self.run, "status.json"):
+            raise RunFailed(f"{self.run.uri}: is another folder on this machine: use a shared folder, s3:// or gs://")
+        found = runs.newest_checkpoint(self.run) if self.rank == 0 else None
+        if found is not None:
+            runs.drop_after(self.run, found.step)
+        step = broadcast_from_rank_zero(None if found is None else found.step)
+        if self.rank == 0:
+            self.config.board.begin.remote(step or 0, self.world)
+        if step is None:
+            return
+        checkpoint = found or runs.checkpoint_at(self.run, step)
+        tensors = safetensors.torch.load(runs.read_checkpoint(self.run, checkpoint)["state.safetensors"])
+        if checkpoint.meta.get("dataset", self.config.dataset) != self.config.dataset:
+            raise RunFailed("the dataset is not the one the run began with: restore it, or start again with --restart")
+        self.replica.load(part(tensors, "replica."))
+        for name, count in self._counts().items():
+            if name in tensors:
+                count.copy_(tensors[name])
+        self.mask, self.bad_seen = tensors["mask"].numpy().astype(bool), tensors["bad_seen"].clone()
+        self.progress = Progress(**checkpoint.meta["progress"])
+
+    def _counts(self) -> dict[str, Tensor]:
+        """The counts of the last validation, by the names they have in a checkpoint."""
+        counts = () if self.result is None else self.result.tensors()
+        return {f"score.{number}": count for number, count in enumerate(counts)}
+
+    def _save(self) -> None:
+        """Start writing a checkpoint of all ranks' state. A collective."""
+        if self.saver is None:  # rank 0 does so in the background
+            self.records.flush()
+        with self._collective():
+            tensors = {f"replica.{k}": v for k, v in self.replica.tensors().items()}
+        tensors |= self._counts()
+        tensors |= {"mask": torch.from_numpy(self.mask.astype(np.uint8)), "bad_seen": self._merged_bad()}
+        self.saved_at = time.monotonic()
+        if self.saver is not None:
+            progress = {**vars(self.progress), "best": dict(self.progress.best), "last": dict(self.progress.last)}
+            meta = {
+                "progress": progress,
+                "epoch": self.progress.epoch,
+                "metrics": progress["last"],
+                "world": self.world,
+                "dataset": self.config.dataset,
+            }
+            self.watchdog.beat("saving a checkpoint")
+            self.saver.save(tensors, meta)
+
+    def _save_due(self) -> bool:
+        """Whether all ranks save now: by steps, or by rank 0's clock, which the others hear of at log steps."""
+        spec, steps = self.config.checkpoint, self.progress.total_steps
+        if spec.every_steps:
+            return steps % spec.every_steps == 0
+        if steps % self.config.log_every:
+            return False
+        due = torch.tensor([float(time.monotonic() - self.saved_at >= spec.every_s)], device=self.device)
+        with self._collective():
+            if self.world > 1:
+                dist.broadcast(due, 0)
+            return bool(due)
+
+    # ------------------------------------------------------------------------------------------- the passes
+
+    @property
+    def samples_seen(self) -> int:
+        """Positions of the plan consumed so far; learning rate and warm-up depend on nothing else."""
+        seen = self._training(self.progress.epoch).num_trained(self.progress.step)
+        return self.progress.epoch * self.num_learned + seen
+
+    @property
+    def num_learned(self) -> int:
+        """Samples from which an epoch trains weights."""
+        return self.num_train - (self.config.paths.held if self.config.paths is not None else 0)
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The passes that are left: training epochs from where the run stands, validations between them."""
+        epochs, passes = self.config.optim.epochs, []
+        before = self.progress.epoch - 1
+        if self.progress.step == 0 and before >= self.progress.validated and self._validates(before):
+            passes.append(self._validation(before))  # the run was interrupted in the middle of it
+        for epoch in range(self.progress.epoch, epochs):
+            first = self.progress.step if epoch == self.progress.epoch else 0
+            passes.append(self._training(epoch, first))
+            if self._validates(epoch):
+                passes.append(self._validation(epoch))
+        return tuple(passes)
+
+    def _training(self, epoch: int, first: int = 0) -> Phase:
+        config, paths = self.config, self.config.paths
+        held = (0, 0) if paths is None else (paths.held, paths.every if epoch >= paths.first_epoch else 0)
+        recipe = config.recipes["train"]
+        return Phase("train", "train", epoch, self.num_train, config.batch_total, True, recipe, first, *held)
+
+    def _validation(self, epoch: int) -> Phase:
+        config = self.config
+        num_val, recipe = config.sources["val"].num_samples, config.recipes["val"]
+        return Phase("val", "val", epoch, num_val, config.batch_total, False, recipe)
+
+    def _validates(self, epoch: int) -> bool:
+        due = (epoch + 1) % self.config.val_every == 0 or epoch + 1 == self.config.optim.epochs
+        return due and "val" in self.config.sources
+
+    def run_all(self) -> dict[str, Any]:
+        """Train to the end of the plan; rank 0 returns the final numbers, or {"failed": sentence}."""
+        try:
+            phases = self.phases()
+            failure = self._run(phases) if phases else None
+            return {"failed": failure} if failure else self._finish()
+        finally:
+            self.watchdog.close()
+            self.records.close()
+
+    def _run(self, phases: tuple[Phase, ...]) -> str | None:
+        config = self.config
+        feed = FeedConfig(
+            phases=phases,
+            sources=config.sources,
+            seed=config.seed,
+            world=self.world,
+            max_rows=config.per_worker,
+            decode_slots=config.decode_slots,
+            decode_timeout_s=config.decode_timeout_s,
+            wait_timeout_s=config.scale.data_timeout_s,
+        )
+        with open_stream(feed) as stream:
+            score, net, started = None, None, time.perf_counter()
+            self.watchdog.beat("waiting for data")
+            for phase, step, batch in stream:
+                self.watchdog.beat("computing")
+                last = step + 1 == phase.num_steps
+                if phase.name == "train":
+                    self.clock.wait += stream.waited_s
+                    failure = self._train(phase, step, batch)
+                    if failure:
+                        return failure
+                    self.clock.total += time.perf_counter() - started
+                    started = time.perf_counter()  # what follows belongs to the next step
+                    self._log(phase, step)
+                    if last:
+                        self._end_epoch()
+                    if self.looks and (failure := self._look_around()):
+                        return failure
+                    if self._save_due() if not last else not self._validates(phase.epoch):
+                        self._save()
+                else:
+                    if score is None or net is None:
+                        score = make_score(config.recipes["val"], len(config.classes))
+                        with self._collective():
+                            net = self.replica.averaged()
+                    if batch is not None:
+                        self._note_bad(batch, phase)
+                        score_batch(net, batch, config.pixels, self.device, config.per_worker, score)
+                    self._tell(phase, step)
+                    self.looks = bool(self._sum(self._wants_look())[0])
+                    if last:
+                        self._end_validation(phase, score)
+                        score = net = None
+                    if self.looks and (failure := self._look_around()):
+                        return failure
+                    if last:
+                        self._save()
+                if phase.name != "train":
+                    started = time.perf_counter()
+                self.watchdog.beat("waiting for data")
+        return None
+
+    def _train(self, phase: Phase, step: int, batch: Batch | None) -> str | None:
+        """One step over the global batch; returns the sentence that ends the run, or None."""
+        config, clock, progress = self.config, self.clock, self.progress
+        keep = np.zeros(0, bool) if batch is None else batch.valid & ~self.mask[batch.sample]
+        if batch is not None:
+            self._note_bad(batch, phase)
+        new_bad = 0.0 if batch is None else float((~batch.valid & ~self.mask[batch.sample]).sum())
+        pieces = self._pieces(phase, step, batch, keep)
+        empty = [float(not len(piece.data)) for piece in pieces] if config.optim.norm == "sync" else []
+        start = time.perf_counter()
+        num_valid, num_bad, looks, *num_empty = self._sum(float(keep.sum()), new_bad, self._wants_look(), *empty)
+        self.looks = bool(looks)
+        clock.communication += time.perf_counter() - start
+        if num_bad and (failure := self._too_many_bad()):
+            return failure
+        if num_valid:
+            lr = learn.learning_rate(config.optim, config.batch_total, self.num_learned, self.samples_seen)
+            still = frozenset(i for i, count in enumerate(num_empty) if count)
+            seed = (config.seed, progress.total_steps)
+            if phase.is_held(step):
+                report = self.replica.search_step(pieces, int(num_valid), seed)  # type: ignore[attr-defined]
+            else:
+                report = self.replica.step(pieces, int(num_valid), lr, seed, still)
+            clock.loss += report.loss_sum
+            clock.transfer += report.transfer_s
+            clock.compute += report.compute_s
+            clock.communication += report.communication_s
+            self.bad_steps = 0 if report.finite else self.bad_steps + 1
+            if self.bad_steps >= MAX_BAD_STEPS:
+                return f"the gradient was not finite for {MAX_BAD_STEPS} steps in a row (lr {lr:g}): lower optim.lr"
+        if self.records.samples is not None and batch is not None:
+            self.records.samples.write(
+                {"step": progress.total_steps, "epoch": phase.epoch, "ids": batch.sample.tolist()}
+            )
+        progress.step, progress.total_steps = step + 1, progress.total_steps + 1
+        clock.steps += 1
+        clock.samples += int(num_valid)
+        return None
+
+    # ------------------------------------------------------------------------------- notices and limits
+
+    def _wants_look(self) -> float:
+        """1 on rank 0 every LOOK_S, else 0: all ranks hear of it in the sum that each step begins with."""
+        now = time.monotonic()
+        if self.rank or now - self.looked_at < LOOK_S:
+            return 0.0
+        self.looked_at = now
+        return 1.0
+
+    def _look_around(self) -> str | None:
+        """After a step that rank 0 chose: is a node to be taken, or a limit reached? The sentence that ends the run.
+
+        With notice the ranks save now, take no step more, and wait for Ray Train to start them anew elsewhere: no step
+        is done twice. A collective.
+        """
+        progress, now = self.progress, time.monotonic()
+        progress.seconds += now - self.counted_at
+        progress.worker_seconds += (now - self.counted_at) * self.world
+        self.counted_at = now
+        info = ray.train.get_preemption_info()
+        if info is not None:
+            self._save_and_wait(info)
+        (over,) = self._sum(float(self.rank == 0 and bool(self._over())))
+        if over:
+            self._save()
+            if self.saver is not None:
+                self.saver.wait()
+            return self._over() or "limits: reached"
+        return None
+
+    def _over(self) -> str:
+        limits, progress = self.config.limits, self.progress
+        return limits.reached(progress.worker_seconds, progress.seconds) if limits is not None else ""
+
+    def _save_and_wait(self, info: Any) -> None:
+        self._save()
+        if self.saver is not None:
+            self.saver.wait()
+        self._sum(0.0)  # the checkpoint is on storage
+        step, ranks = self.progress.total_steps, info.preempted_ranks
+        deadline = time.time() + NOTICE_S if info.deadline_ms is None else info.deadline_ms / 1000
+        if self.rank == 0:
+            note = f"a node is to be taken (ranks {', '.join(map(str, ranks))}): saved step {step}, waiting to restart"
+            self.config.board.update.remote(note=note, preempted=True, total_steps=step)
+        self.records.flush()
+        while time.time() < deadline + NOTICE_S:  # the controller ends this process; no collective: some ranks go first
+            self.watchdog.beat("waiting to be restarted")
+            time.sleep(0.5)
+        raise RuntimeError("the node that was to be taken is still there and Ray Train did not restart the workers")
+
+    def _pieces(self, phase: Phase, step: int, batch: Batch | None, keep: np.ndarray) -> list[Piece]:
+        cuts = microbatches(phase, step, self.rank, self.world, self.config.per_worker)
+        if batch is None:
+            return [Piece(np.zeros((0,), np.uint8), np.zeros(0, np.int64)) for _ in cuts]
+        pieces = []
+        for lo, hi in cuts:
+            rows = np.flatnonzero(keep[lo - cuts[0][0] : hi - cuts[0][0]]) + lo - cuts[0][0]
+            pieces.append(Piece(batch.data[rows], batch.label[rows]))
+        return pieces
+
+    def _sum(self, *values: float) -> list[float]:
+        """The sums of `values` over all ranks. A collective."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        with self._collective():
+            if self.world > 1:
+                dist.all_reduce(total)
+            return total.tolist()  # where a GPU waits
+
+    def _end_epoch(self) -> None:
+        self.bad_seen = self._merged_bad()
+        self.mask = self.bad_seen.numpy().astype(bool)
+        self.progress.epoch, self.progress.step = self.progress.epoch + 1, 0
+
+    def _end_validation(self, phase: Phase, score: Score) -> None:
+        with self._collective():
+            merge_scores(score, self.world, self.device)
+        counted = score.result()
+        if not counted["num_samples"]:
+            raise RunFailed("no sample of the validation split decodes: see quarantine/ in the run folder")
+        if counted.get("num_known", 1) == 0:
+            raise RunFailed("data.val: no frustum of this split has a known object: validate on the labels' 2D boxes")
+        numbers = {f"val/{k}": v for k, v in counted.items() if isinstance(v, float)}
+        metric, progress = self.best_metric, self.progress
+        if metric not in numbers:
+            raise RunFailed(f"checkpoint.best_metric: {metric!r} is not among {', '.join(sorted(numbers))}")
+        progress.validated = progress.epoch
+        progress.last = {**numbers, "epoch": progress.epoch, "step": progress.total_steps}
+        if numbers[metric] > progress.best.get(metric, float("-inf")):
+            progress.best = dict(progress.last)
+        self.result = score
+        self._write_row({"phase": "val", "epoch": progress.epoch, **numbers})
+        if self.rank == 0:
+            self.config.board.update.remote(last=progress.last, best=progress.best)
+
+    def _finish(self) -> dict[str, Any]:
+        """Write the model folder once every checkpoint is safe; the final numbers. A collective."""
+        with self._collective():
+            net, config = self.replica.averaged(), self.config
+        out: dict[str, Any] = {"best": self.progress.best, "last": self.progress.last}
+        out["steps"] = self.progress.total_steps
+        out["confusion"] = confusion_of(self.result)
+        if self.saver is not None:
+            self.saver.wait()
+            weights = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+            taken = {
+                "recipe": config.recipes.get("val", config.recipes["train"]),
+                "pixels": vars(config.pixels),
+                "classes": list(config.classes),
+            }
+            runs.write_model(self.run, safetensors.torch.save(weights), config.model, taken)
+        return out
+
+    # ------------------------------------------------------------------------------------------- bad samples
+
+    def _note_bad(self, batch: Batch, phase: Phase) -> None:
+        """Write each sample that does not decode to the run's quarantine, once per attempt and rank."""
+        for i in np.flatnonzero(~batch.valid):
+            sample = int(batch.sample[i])
+            if phase.split == "train" and self.bad_seen[sample]:
+                continue
+            if phase.split == "train":
+                self.bad_seen[sample] = 1
+            row = {"path": batch.path[i], "split": phase.split, "sample": sample, "reason": batch.reason[i]}
+            self.records.bad.write(row)
+
+    def _merged_bad(self) -> Tensor:
+        merged = self.bad_seen.to(self.device, copy=True)
+        with self._collective():
+            if self.world > 1:
+                dist.all_reduce(merged, op=dist.ReduceOp.MAX)
+            return merged.cpu()
+
+    def _too_many_bad(self) -> str | None:
+        num_bad, bound = int(self._merged_bad().sum()), self.config.max_bad_fraction
+        if num_bad <= bound * self.num_train:
+            return None
+        return (
+            f"{num_bad} of {self.num_train} training files do not decode, more than data.max_bad_fraction ({bound:g}) "
+            "allows: see quarantine/ in the run folder, then raise the bound, or mend the files and --restart"
+        )
+
+    # ------------------------------------------------------------------------------------------ what is shown
+
+    def _log(self, phase: Phase, step: int) -> None:
+        clock, config = self.clock, self.config
+        self._tell(phase, step)
+        if self.progress.total_steps % config.log_every and step + 1 != phase.num_steps:
+            return
+        loss, own = self._gather(clock.loss, clock.compute + clock.transfer)
+        slow = slow_ranks((own / clock.steps).tolist())
+        rate = clock.samples / max(clock.total, 1e-9)
+        row = {
+            "phase": "train",
+            "epoch": phase.epoch + (step + 1) / phase.num_steps,
+            "train/loss": float(loss.sum()) / max(clock.samples, 1),
+            "train/lr": learn.learning_rate(config.optim, config.batch_total, self.num_learned, self.samples_seen),
+            "train/samples_per_s": rate,
+            "time/step_s": clock.total / clock.steps,
+            "data/wait_s": clock.wait / clock.steps,
+            "time/transfer_s": clock.transfer / clock.steps,
+            "time/compute_s": clock.compute / clock.steps,
+            "time/communication_s": clock.communication / clock.steps,
+            "train/mfu": learn.mfu(config.macs, rate / self.world, self.device),
+        }
+        if isinstance(self.replica, ProxylessReplica):
+            row |= self.replica.numbers()
+        if slow:
+            worst = max(slow, key=slow.__getitem__)
+            row |= {"straggler/rank": worst, "straggler/ratio": slow[worst]}
+        for name, gauge in self.gauges.items():
+            gauge.set(float(row.get(name, self.progress.total_steps)), {"run": self.run.name})
+        self._write_row(row)
+        if self.rank == 0 and step + 1 == phase.num_steps:
+            self.config.board.update.remote(loss=(phase.epoch + 1, row["train/loss"]))
+        self.clock = _Clock()
+
+    def _gather(self, *values: float) -> Tensor:
+        """`values` of every rank, `[len(values), world]`. A collective."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world == 1:
+            return mine[:, None].cpu()
+        everyone = [torch.empty_like(mine) for _ in range(self.world)]
+        with self._collective():
+            dist.all_gather(everyone, mine)
+            return torch.stack(everyone, 1).cpu()
+
+    def _write_row(self, row: dict[str, Any]) -> None:
+        if self.records.tracker is not None:
+            self.records.tracker.log({"step": self.progress.total_steps, "time": time.time(), **row})
+
+    def _tell(self, phase: Phase, step: int) -> None:
+        """Tell the driver how far the run is; at most three times a second, never waited for."""
+        now, clock = time.monotonic(), self.clock
+        if self.rank != 0 or (now - self.told_at < 0.3 and step + 1 != phase.num_steps):
+            return
+        self.told_at = now
+        state = {"phase": phase.name, "epoch": phase.epoch, "epochs": self.config.optim.epochs}
+        state |= {"step": step + 1, "steps": phase.num_steps, "total_steps": self.progress.total_steps}
+        if clock.total:
+            state |= {"samples_per_s": clock.samples / clock.total, "wait": clock.wait / clock.total}
+        self.config.board.update.remote(**state)
+
+
+def _make_gauges() -> dict[str, Gauge]:
+    """What Prometheus may ask Ray for, by the name in a metric row."""
+    return {row: Gauge(name, f"{row} of a run", ("run",)) for row, name in GAUGES.items()}
+
+
+def fit(config: FitConfig) -> dict[str, Any]:
+    """The worker function of a training run: {"best", "last", "steps", "confusion"} or {"failed": sentence}."""
+    return _Rank(config).run_all()
+
+
+# ------------------------------------------------------------------------------------------- shared by verbs
+
+
+def confusion_of(score: Any) -> list[list[int]] | None:
+    """The confusion of a score as lists; None where it has none (boxes, shapes) or there is no score."""
+    confusion = getattr(score, "confusion", None)
+    return None if confusion is None else confusion.tolist()
+
+
+def make_score(recipe: dict[str, Any], num_classes: int) -> Score:
+    """What counts hits of samples of a plain recipe: per sample, per point, or boxes found."""
+    if recipe["kind"] == "frustum":
+        return FrustumScore()
+    return SegmentationScore(num_classes, ignore_label=-1) if recipe.get("per_point") else learn.Score(num_classes)
+
+
+def score_batch(
+    net: torch.nn.Module, batch: Batch, pixels: Input, device: torch.device, rows: int, score: Score
+) -> Tensor | None:
+    """Add the valid rows of `batch` to `score`; returns their scores `[n, C, ...]`, None if there are none."""
+    if not batch.valid.any():
+        return None
+    if isinstance(score, FrustumScore):
+        find_boxes(net, batch, pixels, device, rows, score)
+        return None
+    scores = predict_scores(net, batch.data[batch.valid], pixels, device, rows)
+    score.add(scores, torch.from_numpy(batch.label[batch.valid]).to(device))
+    return scores
+
+
+@torch.no_grad()
+def find_boxes(
+    net: torch.nn.Module, batch: Batch, pixels: Input, device: torch.device, rows: int, score: FrustumScore
+) -> list[dict[str, Tensor]]:
+    """What a frustum network gives for the valid rows of `batch`, piece by piece; known objects count in `score`."""
+    pieces, places = [], np.flatnonzero(batch.valid)
+    for start in range(0, len(places), rows):
+        chosen = places[start : start + rows]
+        with learn.autocast(device):
+            outputs = net(to_input(batch.data[chosen], pixels, device))
+        outputs = {name: value.float() for name, value in outputs.items()}
+        targets = net.targets(torch.from_numpy(batch.label[chosen]).to(device))  # type: ignore[operator]
+        known = targets["known"]
+        score.add_unknown(int((~known).sum()))
+        if known.any():
+            found = {name: value[known] for name, value in outputs.items()}
+            truth = {name: value[known] for name, value in targets.items()}
+            score.add(found, truth, truth["label"], net.size_templates)  # type: ignore[arg-type]
+        pieces.append(outputs)
+    return pieces
+
+
+def merge_scores(score: Score | ShapeScore, world: int, device: torch.device) -> None:
+    """Sum the counts of all ranks into everybody's `score`. A collective."""
+    for tensor in score.tensors() if world > 1 else ():
+        moved = tensor.to(device)
+        dist.all_reduce(moved)
+        tensor.copy_(moved)
+
+
+def load_start(net: torch.nn.Module, init: dict[str, Any]) -> published.LoadReport:
+    """Load starting weights as `init` says: {"from": path, "exclude": [...], "freeze": [prefixes]}."""
+    report = published.load(net, init["from"], exclude=tuple(init.get("exclude", ())))
+    for prefix in init.get("freeze", ()):
+        frozen = [parameter for name, parameter in net.named_parameters() if name.startswith(prefix)]
+        if not frozen:
+            raise UserError(f"init.freeze: no weight of this network starts with {prefix!r}")
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    return report

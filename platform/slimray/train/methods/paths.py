@@ -1,0 +1,283 @@
+"""One rank's replica of a mixed supernet: steps train the weights of one path, other steps what paths are worth.
+
+ProxylessNAS (arXiv 1812.00332). `step` draws a path (uniform in the warm-up, else by the softmax of the alphas) and
+trains its weights. `search_step`, on samples held out of training, moves the alphas by Adam: along the gradient through
+binary gates ("two" candidates of a block at a time, or all, "full_v2") or by REINFORCE. Paths are a function of (seed,
+step), so all ranks draw the same ones, and what moves the alphas is averaged over ranks: they stay equal in bits. As
+published a block that runs nothing keeps its alphas, and BatchNorm goes by the batch in both kinds of steps.
+"""
+
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from slimray.models.supernets.mixed import Gates, MixedNet, Path
+from slimray.tasks.predict import to_input
+from slimray.train import learn
+from slimray.train.methods.plain import Piece, Replica, StepReport, norms_in_eval, part
+
+BASELINE_STEP = 0.99  # published: the baseline moves to 99 % of the way to each new reward, it is hardly an average
+MUL_LOG_SCALE = 0.2  # alpha of the published mul#log
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a path costs, and how that joins the loss; latencies in ms or MACs, all in one unit.
+
+    `fixed` is the cost of what all paths have, `edges[i][k]` that of candidate k of mixed block i, 0 for nothing.
+    `add_linear`: loss + weight x (E - ref) / ref. `mul_log`: 0.2 x loss x (log E / log ref)^weight, for which costs
+    must be above 1. E is the expected cost, the sum over blocks of p x cost.
+    """
+
+    regulariser: Literal["add_linear", "mul_log"]
+    weight: float
+    ref: float
+    fixed: float
+    edges: tuple[tuple[float, ...], ...]
+
+    def of(self, path: Sequence[int]) -> float:
+        """The cost of a path."""
+        return self.fixed + sum(costs[number] for costs, number in zip(self.edges, path, strict=True))
+
+    def expected(self, alphas: Sequence[Tensor]) -> Tensor:
+        """The expected cost under the softmax of `alphas`, a scalar with a gradient."""
+        parts = [(one.softmax(0) * one.new_tensor(costs)).sum() for one, costs in zip(alphas, self.edges, strict=True)]
+        return torch.stack(parts).sum() + self.fixed
+
+    def joined(self, loss: Tensor, expected: Tensor) -> Tensor:
+        """The loss of the task with the expected cost in it."""
+        if self.regulariser == "mul_log":
+            return MUL_LOG_SCALE * loss * (expected.log() / math.log(self.ref)) ** self.weight
+        return loss + self.weight * (expected - self.ref) / self.ref
+
+    def reward(self, accuracy: float, cost: float) -> float:
+        """What REINFORCE wants much of: accuracy (0-1) x (ref / cost)^weight."""
+        return accuracy * (self.ref / cost) ** self.weight
+
+
+@dataclass(frozen=True)
+class PathPlan:
+    """How paths are drawn and judged. Without a `goal` it is the warm-up: uniform paths, alphas as they are.
+
+    The last `held` rows of the training index move the alphas: a batch of them after every `every` steps on the others,
+    from epoch `first_epoch` on. `nets`: paths that REINFORCE tries per batch.
+    """
+
+    goal: Goal | None = None
+    gradient: Literal["two", "full_v2", "reinforce"] = "two"
+    lr: float = 1e-3
+    nets: int = 10
+    held: int = 0
+    every: int = 5
+    first_epoch: int = 1
+
+
+class ProxylessReplica(Replica):
+    """A replica of a `MixedNet`, with the alphas and their Adam."""
+
+    def __init__(self, net: MixedNet, plan: PathPlan, *arguments: Any, **options: Any):
+        self.plan = plan
+        super().__init__(net, *arguments, **options)
+        self.alphas = [block.alphas for block in net.mixed]
+        self.adam = torch.optim.Adam(self.alphas, lr=plan.lr, betas=(0.0, 0.999))
+        self.baseline = torch.full((), float("nan"), device=self.device)  # of rewards; nan until there is one
+
+    def _wrap(self) -> nn.Module:
+        return self.net
+
+    # ------------------------------------------------------------------------------------------- weights
+
+    def _gradients(
+        self, pieces: Sequence[Piece], num_valid: int, seed: tuple[int, int], still: frozenset[int]
+    ) -> tuple[float, float, float]:
+        path = self._draw(random.Random(f"{seed[0]}-{seed[1]}-path"))
+        loss_sum, transfer_s = 0.0, 0.0
+        for piece in pieces:
+            losses, _, seconds = self._losses(piece, path)
+            loss = losses.sum()
+            (loss * (self.world / num_valid)).backward()
+            loss_sum, transfer_s = loss_sum + float(loss.detach()), transfer_s + seconds
+        start = time.perf_counter()
+        if self.world > 1:  # the path is the same on all ranks, so are the parameters that have gradients
+            gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+            self._average(gradients, torch.bfloat16 if self.compress == "bf16" else None)
+        return loss_sum, transfer_s, time.perf_counter() - start
+
+    def _draw(self, rng: random.Random) -> Path:
+        """A path, by the alphas or in the warm-up uniform."""
+        if self.plan.goal is None:
+            return tuple(rng.randrange(len(alphas)) for alphas in self.alphas)
+        return tuple(rng.choices(range(len(one)), one)[0] for one in self.probabilities())
+
+    def probabilities(self) -> list[list[float]]:
+        """The probability of each candidate of each mixed block."""
+        return [alphas.double().softmax(0).tolist() for alphas in self.alphas]
+
+    def _losses(self, piece: Piece, path: Path, gates: Sequence[Gates] | None = None) -> tuple[Tensor, Tensor, float]:
+        """Losses and hits of a piece `[n]`, and the seconds its transfer took.
+
+        Of an empty piece one loss, 0, with the same gradients, zeros, as on the other ranks.
+        """
+        if not len(piece.data):
+            with norms_in_eval(self.net):
+                logits = self.net(torch.zeros(1, *self.sample_shape, device=self.device), path, gates)
+            return logits.float().sum(1) * 0.0, torch.zeros(0, device=self.device), 0.0
+        start = time.perf_counter()
+        x = to_input(piece.data, self.pixels, self.device)
+        labels = torch.from_numpy(piece.labels).to(self.device)
+        seconds = time.perf_counter() - start
+        if len(x) == 1 and self.repeat_single:
+            x = x.expand(2, *x.shape[1:])
+        with learn.autocast(self.device):
+            logits = self.net(x, path, gates)[: len(labels)]
+        return learn.sample_losses(logits, labels, self.optim), (logits.argmax(1) == labels), seconds
+
+    def _average(self, tensors: Sequence[Tensor], travel_as: torch.dtype | None = None) -> None:
+        """Average `tensors` over ranks in place, on the way as `travel_as` if given. A collective."""
+        flat = torch.cat([one.reshape(-1) for one in tensors]) / self.world
+        flat = flat if travel_as is None else flat.to(travel_as)
+        dist.all_reduce(flat)
+        for one, mean in zip(tensors, flat.split([one.numel() for one in tensors]), strict=True):
+            one.copy_(mean.view_as(one))
+
+    # -------------------------------------------------------------------------------------------- alphas
+
+    def search_step(self, pieces: Sequence[Piece], num_valid: int, seed: tuple[int, int]) -> StepReport:
+        """Move the alphas by what held-out samples say; a collective, arguments as `step`. Weights stay as they are.
+
+        A gradient that is not finite is dropped by all ranks alike.
+        """
+        assert self.plan.goal is not None
+        learn.seed_step(*seed, self.rank)
+        learn.train_mode(self.net, self.optim.norm)
+        start, norms = time.perf_counter(), learn.norm_state(self.net)
+        rng = random.Random(f"{seed[0]}-{seed[1]}-search")
+        pairs: list[tuple[int, ...]] = []
+        if self.plan.gradient == "reinforce":
+            loss_sum, gradients = self._reinforce(pieces, num_valid, rng)
+        else:
+            members = [tuple(range(len(one))) for one in self.alphas]
+            if self.plan.gradient == "two":
+                pairs = members = [draw_two(one, rng) for one in self.probabilities()]
+            loss_sum, gradients = self._through_gates(pieces, num_valid, members, rng)
+        finite = all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)
+        for alphas, gradient in zip(self.alphas, gradients, strict=True):
+            alphas.grad = gradient if finite else None
+        before = [alphas.clone() for alphas in self.alphas]
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        for number, pair in enumerate(pairs) if finite else ():
+            rescale(self.alphas[number], before[number], pair)
+        if not finite:
+            learn.load_norm_state(self.net, norms)
+        return StepReport(loss_sum, finite, 0.0, time.perf_counter() - start, 0.0)
+
+    def _through_gates(
+        self, pieces: Sequence[Piece], num_valid: int, members: Sequence[tuple[int, ...]], rng: random.Random
+    ) -> tuple[float, list[Tensor | None]]:
+        """The loss on this rank and the gradients of the joined loss; `members` are weighed in each block."""
+        goal = cast(Goal, self.plan.goal)
+        alphas = [one.detach().clone().requires_grad_() for one in self.alphas]
+        chances = [one[list(which)].softmax(0) for one, which in zip(alphas, members, strict=True)]
+        path = tuple(rng.choices(which, one.tolist())[0] for which, one in zip(members, chances, strict=True))
+        gates = [Gates(which, one.detach().requires_grad_()) for which, one in zip(members, chances, strict=True)]
+        opened = [gate.probabilities for gate in gates]
+        summed, loss_sum = [torch.zeros_like(one) for one in opened], 0.0
+        for piece in pieces:
+            if not len(piece.data):
+                continue
+            loss = self._losses(piece, path, gates)[0].sum()
+            loss_sum += float(loss.detach())
+            found = torch.autograd.grad(loss * (self.world / num_valid), opened, allow_unused=True)
+            for total, gradient in zip(summed, found, strict=True):
+                total.add_(0 if gradient is None else gradient)
+        mean = summed[0].new_tensor(loss_sum * self.world / num_valid)
+        if self.world > 1:
+            self._average([*summed, mean])
+        mean.requires_grad_()
+        d_mean, *d_cost = torch.autograd.grad(goal.joined(mean, goal.expected(alphas)), [mean, *alphas])
+        d_task = torch.autograd.grad(chances, alphas, [d_mean * total for total in summed])
+        nothing = [block.is_nothing(number) for block, number in zip(self._net.mixed, path, strict=True)]
+        found = zip(nothing, d_task, d_cost, strict=True)
+        return loss_sum, [None if skipped else task + cost for skipped, task, cost in found]
+
+    @torch.no_grad()
+    def _reinforce(
+        self, pieces: Sequence[Piece], num_valid: int, rng: random.Random
+    ) -> tuple[float, list[Tensor | None]]:
+        """The loss on this rank, and gradients by which paths of more reward than the baseline become likelier."""
+        goal, paths = cast(Goal, self.plan.goal), [self._draw(rng) for _ in range(self.plan.nets)]
+        loss_sum, hits = 0.0, torch.zeros(len(paths), dtype=torch.float64, device=self.device)
+        for number, path in enumerate(paths):
+            for piece in pieces:
+                if len(piece.data):
+                    losses, correct, _ = self._losses(piece, path)
+                    loss_sum += float(losses.sum()) / len(paths)
+                    hits[number] += correct.sum()
+        if self.world > 1:
+            dist.all_reduce(hits)
+        rewards = [goal.reward(float(hit) / num_valid, goal.of(path)) for hit, path in zip(hits, paths, strict=True)]
+        mean, before = sum(rewards) / len(rewards), float(self.baseline)
+        baseline = mean if math.isnan(before) else before + BASELINE_STEP * (mean - before)
+        self.baseline.fill_(baseline)
+        gradients: list[Tensor | None] = []
+        for place, alphas in enumerate(self.alphas):
+            drawn = torch.zeros(len(paths), len(alphas), dtype=alphas.dtype, device=self.device)
+            drawn[range(len(paths)), [path[place] for path in paths]] = 1
+            likelier = drawn - alphas.softmax(0)  # per path the gradient of the log of its probability
+            gradients.append(-(drawn.new_tensor(rewards) - baseline) @ likelier / len(paths))
+        return loss_sum, gradients
+
+    @property
+    def _net(self) -> MixedNet:
+        return cast(MixedNet, self.net)
+
+    def numbers(self) -> dict[str, float]:
+        """How the search stands: expected cost, the mean entropy of the choices (0-1 of its largest), for metrics."""
+        if self.plan.goal is None:
+            return {}
+        with torch.no_grad():
+            cost = float(self.plan.goal.expected(self.alphas))
+        return {"search/expected_cost": cost, "search/entropy": entropy(self.probabilities())}
+
+    # --------------------------------------------------------------------------------------------- state
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole training state by name; the alphas are among the buffers of the model."""
+        out = {f"adam.{name}": value for name, value in learn.optimizer_tensors(self.adam).items()}
+        return super().tensors() | out | {"baseline": self.baseline}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over a state from `tensors`."""
+        super().load(tensors)
+        learn.load_optimizer_tensors(self.adam, part(tensors, "adam."))
+        self.baseline.copy_(tensors["baseline"])
+
+
+def draw_two(probabilities: Sequence[float], rng: random.Random) -> tuple[int, int]:
+    """Two different numbers, one after the other by `probabilities` without those drawn before."""
+    first = rng.choices(range(len(probabilities)), probabilities)[0]
+    rest = [0.0 if number == first else chance for number, chance in enumerate(probabilities)]
+    if not sum(rest):  # all others have gone to 0 in floating point
+        rest = [float(number != first) for number in range(len(probabilities))]
+    return first, rng.choices(range(len(probabilities)), rest)[0]
+
+
+@torch.no_grad()
+def rescale(alphas: Tensor, before: Tensor, pair: Sequence[int]) -> None:
+    """Shift the two alphas of `pair` in place so that both together are as likely among all as `before`."""
+    which = list(pair)
+    alphas[which] -= alphas[which].logsumexp(0) - before[which].logsumexp(0)
+
+
+def entropy(probabilities: Sequence[Sequence[float]]) -> float:
+    """The mean over blocks of the entropy of a choice, 1 where all candidates are equally likely."""
+    parts = [-sum(p * math.log(p) for p in one if p > 0) / math.log(len(one)) for one in probabilities]
+    return sum(parts) / len(parts)

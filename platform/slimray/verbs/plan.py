@@ -1,0 +1,125 @@
+"""`slimray plan`: from the training jobs of a file to a plan for each, its picture, and a calibration on the way.
+
+Nothing is started and no cluster asked: facts of the job (parameters, MACs, samples) and a description of the machines
+give the rows. The dataset need not be there if `samples` says how many it has.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from slimray.data import cards
+from slimray.spec import UserError, parse
+from slimray.train import calibrate, planner
+from slimray.verbs import inputs, train
+from slimray.verbs.inputs import Splits, make_recipe, open_splits
+
+INK, GRID = "#333333", "#dddddd"
+PARTS = (("compute_ms", "compute", "#4477aa"), ("data_ms", "data", "#228833"))
+PARTS += (("comm_ms", "all-reduce", "#ee6677"), ("straggler_ms", "stragglers", "#ccbb44"))
+
+
+def plan_job(
+    job: train.TrainJob,
+    where: str,
+    storage: str,
+    workers: Sequence[int],
+    cluster_name: str | None = None,
+    samples: int | None = None,
+    measuring: bool = False,
+    pack: str = "",
+) -> tuple[planner.Plan, str | None]:
+    """The plan of a job, and where its calibration was written if `measuring`.
+
+    `samples` count where the dataset is not there; `pack` is the format in which its clips lie. UserError names what is
+    missing.
+    """
+    val_samples = 0
+    splits = _splits(job, where, storage, required=samples is None)
+    card = splits.card if splits is not None else _card(job, where)
+    known = train.facts(job, card, None)
+    if "params" not in known:
+        raise UserError(f"{where}: data: the number of classes is not known without the dataset: prepare it first")
+    if splits is not None:
+        counts = {name: table.num_rows for name, table in splits.tables.items()}
+        samples, val_samples = samples or counts[job.data.train], counts.get(job.data.val or "", 0)
+    on_gpu = bool(job.scale.gpus_per_worker)
+    cluster = calibrate.find_cluster(cluster_name, _folders(where), on_gpu)
+    work = calibrate.work(job, known, samples or 0, val_samples, card.sample, cluster, pack)
+    model = train.model_options(job, card.num_classes)
+    recipe = make_recipe(job.data, card, known["input"][0] if card.sample == "clip" else 0, "train")
+    key, written = calibrate.key_of(model, recipe, job.batch.per_worker, calibrate.device_name(on_gpu)), None
+    if measuring:
+        table, root = (splits.tables[job.data.train], splits.root) if splits is not None else (None, "")
+        threads = max(1, int(job.scale.cpus_per_worker))
+        found = calibrate.measure(model, recipe, job.optim, job.batch.per_worker, threads, on_gpu, table, root)
+        written = calibrate.save(storage, key, found)
+    found = calibrate.find(storage, key)
+    if found is not None and (cluster.gpu in found.device if cluster.gpu else found.device == "cpu"):
+        work = calibrate.calibrated(work, found)
+    try:
+        return planner.make_plan(work, cluster, workers or [job.scale.most]), written
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _folders(where: str) -> list[Path]:
+    """Where cluster files are looked for: beside the job, in ./cluster, among the packaged ones."""
+    beside = Path(where.partition(" (")[0]).resolve().parent
+    return [beside, beside.parent / "cluster", Path("cluster"), inputs.packaged("cluster")]
+
+
+def _splits(job: train.TrainJob, where: str, storage: str, required: bool) -> Splits | None:
+    """The dataset of a job; None where it is not there and need not be."""
+    try:
+        return open_splits(job.data, where, storage, train.split_names(job))
+    except UserError as error:
+        if not required:
+            return None
+        raise UserError(f"{error} (or say how many samples there are: --samples)") from None
+
+
+def _card(job: train.TrainJob, where: str) -> cards.Card:
+    if not isinstance(job.data.card, dict):
+        raise UserError(f"{where}: data: there is no dataset card, so the classes are not known: prepare it first")
+    return parse(cards.Card, job.data.card, f"{where}: data.card")
+
+
+# ------------------------------------------------------------------------------------------------- the picture
+
+
+def draw(plan: planner.Plan, path: Path) -> None:
+    """Draw what a step is made of and how the rate grows with the workers, as PNG or SVG by the ending of `path`."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    if path.suffix not in (".png", ".svg"):
+        raise UserError(f"--picture {path}: must end in .png or .svg")
+    names = [f"{row.workers:,}" for row in plan.rows]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "plan", "text.parse_math": False}):
+        figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+        steps, rates = figure.subplots(1, 2)
+        below = [0.0] * len(names)
+        for attribute, label, colour in PARTS:
+            values = [100 * getattr(row, attribute) / row.step_ms for row in plan.rows]
+            steps.bar(names, values, bottom=below, label=label, color=colour, width=0.6)
+            below = [a + b for a, b in zip(below, values, strict=True)]
+        steps.set_title("what a step is made of, %", color=INK, loc="left", fontsize=11)
+        first, xs = plan.rows[0], [row.workers for row in plan.rows]
+        likely = [row.samples_per_s[1] for row in plan.rows]
+        rates.plot(xs, [first.samples_per_s[1] * x / first.workers for x in xs], "--", color=GRID, label="ideal")
+        low, high = [row.samples_per_s[0] for row in plan.rows], [row.samples_per_s[2] for row in plan.rows]
+        rates.fill_between(xs, low, high, color=PARTS[0][2], alpha=0.25, linewidth=0, label="low to high")
+        rates.plot(xs, likely, "o-", color=PARTS[0][2], label="likely")
+        rates.set(xscale="log", yscale="log")
+        rates.set_xticks(xs, names)
+        rates.minorticks_off()
+        rates.yaxis.set_major_formatter("{x:,g}")
+        rates.set_title("samples per second", color=INK, loc="left", fontsize=11)
+        for axes in (steps, rates):
+            axes.set_xlabel("workers", color=INK)
+            axes.legend(frameon=False, fontsize=9)
+            axes.grid(axis="y", color=GRID, linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+        figure.suptitle(f"{plan.job} on {plan.cluster}", color=INK, fontsize=12)
+        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -1,0 +1,484 @@
+"""`kind: proxyless`: a network found by training (ProxylessNAS, arXiv 1812.00332), and trained anew on its own.
+
+Stages, each on the shared loop in a folder of its own that resumes exactly: `stages/00-warmup` trains uniform paths of
+the mixed supernet, `01-search` its weights and, on samples held out, what paths are worth with their cost in the loss,
+`02-retrain` the most likely path from scratch on the whole training split; the run NAME-derived holds it. Costs are
+latencies of a measured table, or MACs where the job says so. With `sweep` Tune draws the trade-off: one warm-up, then a
+search and a retraining per weight of the cost.
+"""
+
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import pyarrow as pa
+import safetensors.torch
+import torch
+from pydantic import Field, model_validator
+from ray import tune
+from rich.console import Console
+
+from slimray import models, runs
+from slimray.data.pipeline import Source
+from slimray.edge import cost
+from slimray.models.supernets.elastic import Unit
+from slimray.models.supernets.mixed import MixedNet
+from slimray.report import pages
+from slimray.runs.notify import NotifySpec
+from slimray.runs.tracking import TrackingSpec
+from slimray.spec import RunFailed, Spec, UserError, located
+from slimray.storage import absolute, open_uri, read_bytes
+from slimray.train import loop, workers
+from slimray.train.learn import OptimSpec
+from slimray.train.methods.paths import Goal, PathPlan, entropy
+from slimray.train.progress import follow
+from slimray.verbs import shrink, train
+from slimray.verbs.context import Context
+from slimray.verbs.inputs import DataSpec, Splits, open_splits
+from slimray.verbs.train import BatchSpec, InitSpec, ModelSpec, TrainJob
+
+SUPERNET, FOUND = "proxyless_supernet", "proxyless_found"  # rows of MODELS
+WEIGHTS = {"add_linear": 0.1, "mul_log": 0.3, "reinforce": 0.1}  # published weights of the cost
+METRIC = "top1"
+
+
+class PhaseSpec(Spec):
+    """How long and how fast a stage learns."""
+
+    epochs: int = Field(ge=1)
+    """Passes over the training split."""
+    lr: float = Field(gt=0)
+    """Learning rate for a batch of `optim.reference_batch`."""
+    warmup_epochs: float = Field(0, ge=0)
+    """Epochs over which the rate rises to its peak."""
+
+
+class SearchSpec(PhaseSpec):
+    """How the search learns: the weights of sampled paths, and what the paths are worth."""
+
+    gradient: Literal["two", "full_v2", "reinforce"] = "two"
+    """How architecture parameters learn: through the gates of two candidates of a block at a time, of all of them, or
+    by REINFORCE."""
+    every: int = Field(5, ge=1)
+    """Steps on weights between two on architecture parameters; the first epoch has none of the latter."""
+    arch_lr: float = Field(1e-3, gt=0)
+    """Learning rate of the architecture parameters (Adam)."""
+    nets: int = Field(10, ge=1, le=1000)
+    """Paths that REINFORCE tries per batch."""
+
+    @model_validator(mode="after")
+    def _has_time(self) -> "SearchSpec":
+        if self.epochs < 2:
+            raise ValueError("epochs: must be at least 2, the first one only trains weights")
+        return self
+
+
+class LatencySpec(Spec):
+    """What a path costs, and how much that counts."""
+
+    cost: Literal["latency", "macs"] = "latency"
+    """`latency`: milliseconds of `table`; `macs`: multiply-accumulates, which need no device."""
+    table: str | None = None
+    """File of measured latencies as `slimray profile` writes it for `ofa_proxyless` of the same preset, width, classes
+    and size: {"units": {key: {"mean_ms": ...}}}."""
+    ref_ms: float | None = Field(None, gt=0)
+    """The latency that is aimed at, in ms."""
+    ref_macs: float | None = Field(None, gt=0)
+    """The MACs that are aimed at, with `cost: macs`."""
+    regulariser: Literal["add_linear", "mul_log"] = "add_linear"
+    """How the expected cost E joins the loss: loss + weight x (E - ref) / ref, or
+    0.2 x loss x (log E / log ref)^weight. REINFORCE has its own: accuracy x (ref / cost)^weight."""
+    weight: float | None = Field(None, ge=0)
+    """Weight of the cost; default as published: add_linear 0.1, mul_log 0.3, reinforce 0.1."""
+
+    @property
+    def ref(self) -> float:
+        """What is aimed at, in the unit of `cost`."""
+        return cast(float, self.ref_ms if self.cost == "latency" else self.ref_macs)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "LatencySpec":
+        if self.cost == "latency":
+            if self.table is None:
+                raise ValueError("table: is required: measure one with `slimray profile`, or take cost: macs")
+            if self.ref_ms is None or self.ref_macs is not None:
+                raise ValueError("ref_ms: is required with cost: latency, and ref_macs is for cost: macs")
+        elif self.table is not None or self.ref_ms is not None or self.ref_macs is None:
+            raise ValueError("ref_macs: is required with cost: macs, and table and ref_ms are for cost: latency")
+        if self.regulariser == "mul_log" and self.ref <= 1:
+            raise ValueError("regulariser: mul_log takes logarithms, costs must be above 1: take add_linear")
+        return self
+
+
+class TradeOffSpec(Spec):
+    """Several searches after one warm-up, to draw the trade-off."""
+
+    weights: tuple[float, ...] = Field(min_length=2, max_length=64)
+    """Weights of the cost in place of `latency.weight`; each gives a network, NAME-derived-1, -2, ..."""
+    concurrent: int = Field(1, ge=1)
+    """Searches at once; each of them takes `scale.workers`."""
+
+
+class ProxylessJob(Spec):
+    """Find a network by training a supernet of choices, with what it costs in the loss, and train it."""
+
+    kind: Literal["proxyless"]
+    name: str
+    """Name of the run, a folder of the storage; what is found becomes the run NAME-derived."""
+    data: DataSpec
+    model: ModelSpec = ModelSpec(name=SUPERNET)
+    init: InitSpec | None = None
+    """Weights of the supernet to start the warm-up from."""
+    batch: BatchSpec
+    optim: shrink.SharedOptimSpec
+    """What all stages share; published: SGD with Nesterov momentum, 4e-5 decay, label smoothing 0.1, cosine."""
+    warmup: PhaseSpec
+    """The first stage: uniform paths (published: 40 epochs, 0.05 for a batch of 256)."""
+    search: SearchSpec
+    """The search (published: 120 epochs, 0.025 for a batch of 256)."""
+    latency: LatencySpec
+    retrain: PhaseSpec
+    """What is found, trained from scratch on the whole training split (published: 300 epochs)."""
+    sweep: TradeOffSpec | None = None
+    hold_out: int = Field(ge=1)
+    """Training samples kept out of warm-up and search, from which the architecture parameters learn."""
+    scale: workers.ScaleSpec = workers.ScaleSpec()
+    checkpoint: loop.CheckpointSpec = loop.CheckpointSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    notify: NotifySpec | None = None
+    seed: int = Field(0, ge=0)
+    """Seed of order, augmentation, dropout, starting weights and of the paths that are drawn."""
+    log_every: int = Field(10, ge=1)
+    """Steps between metric rows."""
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> "ProxylessJob":
+        if self.data.val is None:
+            raise ValueError("data.val: is required, what is found is scored on it")
+        if self.hold_out < self.batch.total:
+            raise ValueError(f"hold_out: must be at least batch.total ({self.batch.total}), got {self.hold_out}")
+        if self.optim.norm != "local":
+            raise ValueError("optim.norm: must be local, a supernet keeps statistics per worker")
+        if self.search.gradient == "reinforce" and "regulariser" in self.latency.model_fields_set:
+            raise ValueError(
+                "latency.regulariser: is not for search.gradient: reinforce, which has its own: leave it out"
+            )
+        return self
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of the cost of each search."""
+        if self.sweep is not None:
+            return self.sweep.weights
+        kind = "reinforce" if self.search.gradient == "reinforce" else self.latency.regulariser
+        return (WEIGHTS[kind] if self.latency.weight is None else self.latency.weight,)
+
+
+def stage_job(job: ProxylessJob, stage: str, init: InitSpec | None = None, blocks: str = "") -> TrainJob:
+    """Stage `warmup`, `search` or `retrain` of `job` as a training; the last one trains `blocks`."""
+    phase: PhaseSpec = getattr(job, stage)
+    own = {"epochs": phase.epochs, "lr": phase.lr, "warmup_epochs": phase.warmup_epochs}
+    model = {"name": FOUND, **job.model.options(), "blocks": blocks} if stage == "retrain" else job.model
+    document = {
+        "kind": "train",
+        "name": job.name,
+        "data": job.data,
+        "model": model,
+        "init": init,
+        "batch": job.batch,
+        "optim": OptimSpec.model_validate(job.optim.model_dump(exclude={"milestones"}) | own),
+        "scale": job.scale,
+        "checkpoint": job.checkpoint,
+        "tracking": job.tracking,
+        "seed": job.seed + ("warmup", "search", "retrain").index(stage),
+        "log_every": job.log_every,
+        "val_every": max(1, phase.epochs // 10) if stage == "retrain" else phase.epochs,
+    }
+    return TrainJob.model_validate(document)
+
+
+def facts(job: ProxylessJob, card: Any, num_train: int | None) -> dict[str, Any]:
+    """What can be known before machines are asked for; UserError for what does not fit."""
+    if job.model.name != SUPERNET:
+        raise UserError(f"model.name: must be {SUPERNET}, whose blocks are choices (got {job.model.name!r})")
+    if num_train is not None and job.hold_out >= num_train:
+        raise UserError(f"hold_out: {job.hold_out} of {num_train} training samples leave none to train on")
+    learned = None if num_train is None else num_train - job.hold_out
+    out = train.facts(stage_job(job, "warmup", job.init), card, learned)
+    for name in ("macs", "peak_lr", "epochs"):  # of the first candidates, of the warm-up: they would mislead
+        out.pop(name, None)
+    if card is None:
+        return out
+    net = _on_meta(job, card.num_classes)
+    goal = make_goal(job, net, job.weights[0])
+    out |= {"mixed_blocks": len(net.mixed), "cost": job.latency.cost, "cost_aim": job.latency.ref}
+    out |= {"cost_lowest": goal.of(_cheapest(goal)), "cost_uniform": float(_uniform(goal))}
+    if learned is not None:
+        per_epoch, searches = out["steps_per_epoch"], len(job.weights)
+        moves = (job.search.epochs - 1) * (learned // (job.search.every * job.batch.total))
+        retrain = train.facts(stage_job(job, "retrain"), card, num_train)["steps"]
+        out["steps"] = per_epoch * job.warmup.epochs
+        out["steps"] += searches * (per_epoch * job.search.epochs + moves + retrain)
+        if not moves:
+            raise UserError(
+                f"search.every: no epoch has {job.search.every} full batches of {job.batch.total}, so that nothing "
+                "would be searched: lower it, or batch.total"
+            )
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------- costs
+
+
+def _on_meta(job: ProxylessJob, num_classes: int) -> MixedNet:
+    options = train.model_options(stage_job(job, "warmup"), num_classes)
+    return cast(MixedNet, cost.build_on_meta(lambda: models.build(**options)))
+
+
+def make_goal(job: ProxylessJob, net: MixedNet, weight: float) -> Goal:
+    """What paths of `net` cost on inputs of `data.size`, with the weight of that in the loss.
+
+    UserError `latency.table: ...` for a table that cannot be read or lacks a unit, and where mul_log cannot be.
+    """
+    fixed, edges = net.units(job.data.size)
+    spec = job.latency
+    every = [*fixed, *(unit for edge in edges for unit in edge if unit is not None)]
+    of = _macs if spec.cost == "macs" else _milliseconds(str(spec.table), every)
+    known = {unit.key: of(unit) for unit in every}
+    costs = tuple(tuple(0.0 if unit is None else known[unit.key] for unit in edge) for edge in edges)
+    goal = Goal(spec.regulariser, weight, spec.ref, sum(known[unit.key] for unit in fixed), costs)
+    lowest = goal.of(_cheapest(goal))
+    if spec.regulariser == "mul_log" and lowest <= 1 and job.search.gradient != "reinforce":
+        raise UserError(f"latency.regulariser: mul_log needs costs above 1, a path has {lowest:g} ms: take add_linear")
+    return goal
+
+
+def _macs(unit: Unit) -> float:
+    return float(cost.count_macs(cost.build_on_meta(unit.make).eval(), (1, *unit.input)))
+
+
+def _milliseconds(table: str, units: Sequence[Unit]) -> Callable[[Unit], float]:
+    """The latencies of `table` for all of `units`."""
+    try:
+        plain = json.loads(read_bytes(*open_uri(absolute(table))))
+        rows = {key: float(row["mean_ms"]) for key, row in plain["units"].items()}
+    except FileNotFoundError:
+        raise UserError(f"latency.table: there is no file {table}: measure one with `slimray profile`") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"latency.table: {table} is no table of latencies ({type(error).__name__}: {error})") from None
+    absent = sorted({unit.key for unit in units} - set(rows))
+    if absent:
+        raise UserError(
+            f"latency.table: {table} lacks {len(absent)} of the units of this supernet ({absent[0]}): profile "
+            "ofa_proxyless of the same preset, width and classes, at this data.size"
+        )
+    if bad := [key for key in rows if not 0 <= rows[key] < float("inf")]:
+        raise UserError(f"latency.table: {table} holds no latency for {bad[0]} ({rows[bad[0]]:g} ms)")
+    return lambda unit: rows[unit.key]
+
+
+def _cheapest(goal: Goal) -> tuple[int, ...]:
+    return tuple(costs.index(min(costs)) for costs in goal.edges)
+
+
+def _uniform(goal: Goal) -> float:
+    return float(goal.expected([torch.zeros(len(costs), dtype=torch.float64) for costs in goal.edges]))
+
+
+# -------------------------------------------------------------------------------------------------------- stages
+
+
+@dataclass(frozen=True)
+class _Data:
+    """A dataset with its indexes in the object store."""
+
+    splits: Splits
+    tables: Mapping[str, Source]
+
+    @staticmethod
+    def of(splits: Splits, name: str, table: pa.Table) -> "_Data":
+        """`splits` with another index for the split `name`."""
+        changed = Splits(splits.root, splits.card, splits.tables | {name: table})
+        return _Data(changed, train.put_tables(changed))
+
+
+def _train_stage(
+    ctx: Any, folder: str, as_training: TrainJob, data: _Data, title: str, paths: PathPlan | None = None
+) -> runs.Run:
+    """Train one stage in its own folder, go on with it, or find it finished; its `results.json` has the metrics."""
+    stage = runs.run_at(f"{ctx.run.uri}/stages/{folder}")
+    status = runs.read_status(stage) if runs.exists(stage, "status.json") else None
+    if status is not None and status.state == "finished":
+        return stage
+    if status is None:
+        runs.begin(stage, as_training.model_dump(mode="json"), ctx.attempt)
+    known = train.facts(as_training, data.splits.card, data.splits.tables[as_training.data.train].num_rows)
+    config = train.fit_config(as_training, ctx, stage.uri, data.splits, data.tables, known)
+    if paths is not None and paths.goal is None:  # the most likely path means nothing yet
+        config = replace(config, sources={"train": config.sources["train"]})
+    config = replace(config, paths=paths)
+    with follow(config.board, title, ctx.console, ctx.tell):
+        result = workers.launch(loop.fit, config, as_training.scale, as_training.name, config.board)
+    runs.write_file(stage, "results.json", json.dumps({"best": result["best"], "last": result["last"]}).encode())
+    runs.end(stage, "finished")
+    return stage
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the searches of a run share: the job, its data for searching and for retraining, the warm-up's folder."""
+
+    job: ProxylessJob
+    searched: _Data
+    whole: _Data
+    warmup_uri: str
+    costs: Goal
+
+    def derived_name(self, number: int) -> str:
+        """Name of the run that search `number` makes."""
+        return f"{self.job.name}-derived" + (f"-{number + 1}" if self.job.sweep is not None else "")
+
+    def folder(self, place: str, number: int) -> str:
+        """Name of a stage's folder."""
+        return place + (f"-{number + 1}" if self.job.sweep is not None else "")
+
+
+def _search(plan: _Plan, ctx: Any, number: int) -> dict[str, Any]:
+    """Search, derive and retrain with the weight `number`; what was found as a plain row."""
+    job, weight = plan.job, plan.job.weights[number]
+    goal, spec = replace(plan.costs, weight=weight), job.search
+    held = job.hold_out
+    paths = PathPlan(goal, spec.gradient, spec.arch_lr, spec.nets, held, spec.every)
+    init = InitSpec.model_validate({"from": f"{plan.warmup_uri}/model/weights.safetensors"})
+    title = f"{job.name}: search, weight {weight:g}"
+    searching = stage_job(job, "search", init)
+    stage = _train_stage(ctx, plan.folder("01-search", number), searching, plan.searched, title, paths)
+    weights, model, _ = runs.read_model(stage)
+    net = cast(MixedNet, models.build(**model))
+    net.load_state_dict(safetensors.torch.load(weights))
+    path, alphas = net.most_likely(), [block.alphas.double() for block in net.mixed]
+    blocks = net.describe(path)
+    chances = [one.softmax(0).tolist() for one in alphas]
+    ctx.console.print(f"{job.name}: weight {weight:g}: found {blocks}", highlight=False)
+    retraining = stage_job(job, "retrain", blocks=blocks)
+    title = f"{job.name}: retrain, weight {weight:g}"
+    retrained = _train_stage(ctx, plan.folder("02-retrain", number), retraining, plan.whole, title)
+    numbers = json.loads(runs.read_file(retrained, "results.json"))["last"]
+    known = train.facts(retraining, plan.whole.splits.card, None)
+    row = {
+        "run": plan.derived_name(number),
+        "weight": weight,
+        METRIC: numbers[f"val/{METRIC}"],
+        "cost": goal.of(path),
+        "expected_cost": float(goal.expected(alphas)),
+        "entropy": entropy(chances),
+        "params": known["params"],
+        "macs": known["macs"],
+        "blocks": blocks,
+        "choices": [dict(zip(block.codes, one, strict=True)) for block, one in zip(net.mixed, chances, strict=True)],
+    }
+    _write_derived(plan, ctx, row, numbers, retrained)
+    return row
+
+
+def _write_derived(plan: _Plan, ctx: Any, row: dict[str, Any], numbers: dict[str, Any], retrained: runs.Run) -> None:
+    """What was found, retrained, as a finished run."""
+    run = runs.open_run(ctx.storage, row["run"])
+    status = runs.read_status(run) if runs.exists(run, "status.json") else None
+    if status is not None and status.state == "finished":
+        return
+    weights, model, taken = runs.read_model(retrained)
+    document = {"kind": "subnet", "name": run.name, "search": plan.job.name, "supernet": ctx.run.uri}
+    document |= {"blocks": row["blocks"], "data": plan.job.data.model_dump(mode="json", by_alias=True)}
+    if status is None:
+        runs.begin(run, document, ctx.attempt)
+    runs.write_model(run, weights, model, taken)
+    costs = {name: row[name] for name in ("params", "macs", "cost")}
+    runs.write_card(run, {"metrics": {"last": numbers}, "costs": costs, "supernet": ctx.run.uri})
+    runs.write_report(run, pages.train_report(run))
+    runs.end(run, "finished")
+
+
+def run(job: ProxylessJob, ctx: Any) -> None:
+    """Search, derive and retrain in the run folder `ctx.run`."""
+    splits = open_splits(job.data, ctx.where, ctx.storage, train.split_names(job))
+    try:
+        facts(job, splits.card, splits.tables[job.data.train].num_rows)
+        costs = make_goal(job, _on_meta(job, splits.card.num_classes), job.weights[0])
+    except UserError as error:
+        raise UserError(located(str(error), ctx.where)) from None
+    name = job.data.train
+    kept, out = shrink.held_out(cast(Any, job), splits.tables[name])
+    at_once = 0 if job.sweep is None else job.sweep.concurrent
+    workers.connect(max(ctx.cpus, at_once * workers.local_cpus(job.scale) + min(1, at_once)))
+    workers.require(job.scale, workers.decode_slots(job.scale))
+    learning = _Data.of(splits, name, kept)
+    warmup = stage_job(job, "warmup", job.init)
+    stage = _train_stage(ctx, "00-warmup", warmup, learning, f"{job.name}: warm-up", PathPlan())
+    searched = _Data.of(splits, name, pa.concat_tables([kept, cast(pa.Table, out)]))
+    plan = _Plan(job, searched, _Data.of(splits, name, splits.tables[name]), stage.uri, costs)
+    for number in range(len(job.weights)):
+        _require_free(plan, ctx, number)
+    rows = [_search(plan, ctx, 0)] if job.sweep is None else _sweep(plan, ctx)
+    results = {"metric": METRIC, "cost": job.latency.cost, "ref": job.latency.ref, "rows": rows}
+    dataset = {"name": splits.card.name, "fingerprint": splits.fingerprint}
+    metrics = {"rows": [{key: row[key] for key in ("run", "weight", METRIC, "cost", "macs")} for row in rows]}
+    ctx.finish({"metrics": metrics, "dataset": dataset}, results)
+    runs.write_report(ctx.run, pages.proxyless_report(ctx.run))
+
+
+def _require_free(plan: _Plan, ctx: Any, number: int) -> None:
+    """Raise UserError if the run that a search is to make is there already, and is not of this one."""
+    derived = runs.open_run(ctx.storage, plan.derived_name(number))
+    if runs.exists(derived, "job.yaml") and runs.read_job(derived).get("search") != plan.job.name:
+        raise UserError(f"{ctx.where}: name: there is a run {derived.name!r} already: choose another name")
+
+
+# --------------------------------------------------------------------------------------------------------- sweep
+
+
+def _sweep(plan: _Plan, ctx: Any) -> list[dict[str, Any]]:
+    """The searches of all weights as Tune trials, `sweep.concurrent` at once; their rows in order."""
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    sweep = cast(TradeOffSpec, plan.job.sweep)
+    folder = (ctx.run.uri, absolute(ctx.storage), ctx.attempt, ctx.where, ctx.cpus)  # a trial has a folder of its own
+    trial = tune.with_parameters(_trial, plan=plan, folder=folder)
+    ctx.console.print(f"{plan.job.name}: {len(sweep.weights)} searches, {sweep.concurrent} at once", highlight=False)
+    with tempfile.TemporaryDirectory(prefix="slimray-") as scratch:
+        tuner = tune.Tuner(
+            tune.with_resources(trial, {"cpu": 0.1}),  # it waits for the workers it starts, which have their own
+            param_space={"number": tune.grid_search(list(range(len(sweep.weights))))},
+            tune_config=tune.TuneConfig(max_concurrent_trials=sweep.concurrent),
+            run_config=tune.RunConfig(
+                name=f"{plan.job.name}-{uuid.uuid4().hex[:8]}",
+                storage_path=scratch,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=0),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        )
+        metrics = [result.metrics or {} for result in tuner.fit()]
+    told = {one["number"]: one for one in metrics if "number" in one}
+    for number, weight in enumerate(sweep.weights):
+        if number not in told:
+            raise RunFailed(f"weight {weight:g}: Tune ended before its search did; the same command goes on with it")
+        if told[number]["failed"]:
+            raise RunFailed(f"weight {weight:g}: {told[number]['failed']}")
+    return [json.loads(told[number]["row"]) for number in range(len(sweep.weights))]
+
+
+def _trial(config: dict[str, Any], plan: _Plan, folder: tuple[str, str, int, str, int]) -> None:
+    """One search of a sweep; tells its row as JSON, or the sentence that ended it."""
+    uri, storage, attempt, where, cpus = folder
+    ctx = Context(runs.run_at(uri), storage, attempt, where, Console(quiet=True), cpus)
+    told = {"number": config["number"], "row": "", "failed": ""}
+    try:
+        told["row"] = json.dumps(_search(plan, ctx, config["number"]))
+    except (RunFailed, UserError) as error:
+        told["failed"] = str(error).splitlines()[0]
+    tune.report(told)

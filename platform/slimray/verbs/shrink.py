@@ -1,0 +1,424 @@
+"""`kind: shrink`: a supernet trained by progressive shrinking (Once-for-All, arXiv 1908.09791), teacher included.
+
+The first stage trains the largest subnet alone; it is the teacher of those that follow, each of which frees some
+dimensions. A stage is a data-parallel training on the shared loop in a folder of its own, `stages/01-kernel`, which
+starts from the weights of the stage before (channels sorted by importance where it asks for it) and resumes exactly; a
+stage that is done is not done again. After each stage a fixed sample of subnets is judged. The run's model folder holds
+the supernet: `search` reads it.
+"""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import safetensors.torch
+from pydantic import Field, model_validator
+
+from slimray import models, runs
+from slimray.arch import Arch, Space
+from slimray.data import cards
+from slimray.data.pipeline import Source
+from slimray.edge import cost
+from slimray.models.supernets.elastic import sort_channels
+from slimray.report import pages
+from slimray.runs.notify import NotifySpec
+from slimray.runs.tracking import TrackingSpec
+from slimray.spec import RunFailed, Spec, UserError, did_you_mean
+from slimray.train import loop, workers
+from slimray.train.learn import OptimSpec
+from slimray.train.methods.supernet import SubnetPlan
+from slimray.train.progress import follow
+from slimray.verbs import train
+from slimray.verbs.inputs import DataSpec, Splits, open_splits
+from slimray.verbs.subnets import Exhibits, Judge, JudgeSpec, decode, judge_all, metric_of
+from slimray.verbs.train import BatchSpec, InitSpec, ModelSpec, TrainJob
+from slimray.verbs.trials import SweepSpec, sweep, watch_losses
+
+TUNED = ("lr", "warmup_epochs", "distill_weight", "subnets")  # what a sweep over a stage may change
+
+
+class StageSpec(Spec):
+    """A stage: what it frees, how long and how fast it learns."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$")
+    """Name of the stage, part of its folder."""
+    free: dict[str, tuple[float, ...]] = {}
+    """Dimension -> the values that it may take from now on: `{kernel: [3, 5, 7]}`. The first stage frees nothing."""
+    epochs: int = Field(ge=1)
+    """Passes over the training split."""
+    lr: float = Field(gt=0)
+    """Learning rate for a batch of `optim.reference_batch`."""
+    warmup_epochs: float = Field(0, ge=0)
+    """Epochs over which the rate rises to its peak."""
+    subnets: int = Field(1, ge=1, le=16)
+    """Subnets per step, whose gradients are summed."""
+    sandwich: bool = False
+    """Let the largest and the smallest be among them always (needs `subnets: 2` or more)."""
+    distill_weight: float = Field(1.0, ge=0)
+    """Weight of the teacher's answers beside the labels."""
+    sort_channels: bool = False
+    """Sort channels by importance before the stage, so that narrow subnets keep the most important ones."""
+    tune: SweepSpec | None = None
+    """Train the stage several times with other settings; the best trial is what the next stage starts from. Its
+    subnets are scored on the held-out samples if there are any, else on the validation split."""
+
+    @model_validator(mode="after")
+    def _tunes_what_is_there(self) -> "StageSpec":
+        for name in self.tune.over if self.tune else ():
+            if name not in TUNED:
+                raise ValueError(f"tune.over: no field {name!r}, one of {', '.join(TUNED)}")
+        return self
+
+    def with_settings(self, settings: Mapping[str, float]) -> "StageSpec":
+        """The stage with other values; ValueError if they do not fit."""
+        plain = self.model_dump(exclude={"tune"}) | dict(settings)
+        return StageSpec.model_validate(plain | {"subnets": int(plain["subnets"])})
+
+
+class SharedOptimSpec(OptimSpec):
+    """How the weights are changed in all stages; each stage has its own learning rate and epochs."""
+
+    lr: float = Field(1.0, exclude=True)
+    """Belongs to the stages."""
+    epochs: int = Field(1, exclude=True)
+    """Belongs to the stages."""
+    warmup_epochs: float = Field(0, exclude=True)
+    """Belongs to the stages."""
+
+    @model_validator(mode="after")
+    def _stages_decide(self) -> "SharedOptimSpec":
+        for name in ("lr", "epochs", "warmup_epochs", "milestones"):
+            if name in self.model_fields_set:
+                raise ValueError(f"{name}: belongs to each of the stages, write it there")
+        if self.mutual:
+            raise ValueError("mutual: is for plain networks, leave it out with a supernet")
+        return self
+
+
+class ShrinkJob(Spec):
+    """Train a supernet by progressive shrinking."""
+
+    kind: Literal["shrink"]
+    name: str
+    """Name of the run, a folder of the storage."""
+    data: DataSpec
+    model: ModelSpec
+    init: InitSpec | None = None
+    """Weights of the largest subnet to start the first stage from."""
+    batch: BatchSpec
+    optim: SharedOptimSpec
+    """What all stages share."""
+    stages: tuple[StageSpec, ...] = Field(min_length=2)
+    """The teacher, then what is freed one after another."""
+    hold_out: int = Field(0, ge=0)
+    """Training samples kept out of training, for `search`: they judge subnets, and the test split is touched once."""
+    judge: JudgeSpec = JudgeSpec.model_validate({})
+    judged: int = Field(6, ge=2, le=64)
+    """Subnets judged after each stage: the largest, the smallest, and others of the whole space."""
+    scale: workers.ScaleSpec = workers.ScaleSpec()
+    checkpoint: loop.CheckpointSpec = loop.CheckpointSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    notify: NotifySpec | None = None
+    seed: int = Field(0, ge=0)
+    """Seed of order, augmentation, dropout, starting weights and of which subnets are trained."""
+    log_every: int = Field(10, ge=1)
+    """Steps between metric rows."""
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "ShrinkJob":
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError("stages: two have the same name")
+        if self.stages[0].free:
+            raise ValueError(f"stages.{names[0]}.free: the first stage trains the largest subnet, it frees nothing")
+        for stage in self.stages:
+            if stage.sandwich and stage.subnets < 2:
+                raise ValueError(f"stages.{stage.name}.sandwich: needs subnets: 2 or more")
+            if stage is not self.stages[0] and not stage.free:
+                raise ValueError(f"stages.{stage.name}.free: frees nothing: name a dimension, or leave the stage out")
+        return self
+
+
+def stage_job(job: ShrinkJob, number: int, init: InitSpec | None) -> TrainJob:
+    """Stage `number` of `job` as a training."""
+    stage = job.stages[number]
+    own = {"epochs": stage.epochs, "lr": stage.lr, "warmup_epochs": stage.warmup_epochs}
+    optim = job.optim.model_dump(exclude={"milestones"}) | own
+    if number:
+        optim |= {"zero_gamma": False}
+    document = {
+        "kind": "train",
+        "name": job.name,
+        "data": job.data,
+        "model": job.model,
+        "init": init,
+        "batch": job.batch,
+        "optim": OptimSpec.model_validate(optim),
+        "scale": job.scale,
+        "checkpoint": job.checkpoint,
+        "tracking": job.tracking,
+        "seed": job.seed + number,
+        "log_every": job.log_every,
+        "val_every": stage.epochs if number else max(1, stage.epochs // 10),
+    }
+    return TrainJob.model_validate(document)
+
+
+def spaces(job: ShrinkJob, space: Space) -> list[Space]:
+    """The space of each stage: what the stages up to it have freed of `space`; UserError for what is not of it."""
+    known = {name: {value for gene in genes for value in gene} for name, genes in space.dimensions.items()}
+    allowed: dict[str, tuple] = {name: (max(values),) for name, values in known.items()}
+    for name in ("resolution", "frames"):
+        allowed.pop(name, None)  # free from the start, as published
+    out = []
+    for stage in job.stages:
+        for name, values in stage.free.items():
+            if name not in known:
+                raise UserError(f"stages.{stage.name}.free: no dimension {name!r}{did_you_mean(name, known)}")
+            for value in values:
+                if value not in known[name]:
+                    listed = ", ".join(f"{one:g}" for one in sorted(known[name]))
+                    raise UserError(f"stages.{stage.name}.free.{name}: {value:g} is none of {listed}")
+            allowed[name] = values
+        first = stage is job.stages[0]
+        inputs = {n: (max(known[n]),) for n in ("resolution", "frames") if n in known} if first else {}
+        out.append(space.restrict(**allowed, **inputs))
+    return out
+
+
+def facts(job: ShrinkJob, card: Any, num_train: int | None) -> dict[str, Any]:
+    """What can be known before machines are asked for; UserError for what does not fit."""
+    out = train.facts(stage_job(job, 0, job.init), card, num_train)
+    net = _on_meta(job, card.num_classes if card is not None else 1)
+    side = net.space.largest().get("resolution")
+    if side is not None and job.data.size != side:
+        raise UserError(f"data.size: must be {side:g}, the largest resolution of the space (got {job.data.size})")
+    steps = 0
+    for number, space in enumerate(spaces(job, net.space)):
+        known = train.facts(stage_job(job, number, None), card, num_train)
+        steps += known.get("steps", 0)
+        out[f"archs of {job.stages[number].name}"] = space.num_archs()
+    if num_train is not None:
+        if job.hold_out >= num_train:
+            raise UserError(f"hold_out: {job.hold_out} of {num_train} training samples leave none to train on")
+        out["steps"] = steps
+    smallest = net.space.smallest()
+    out["smallest_params"] = cost.count_params(cost.build_on_meta(lambda: net.extract(smallest)))
+    return out
+
+
+def _on_meta(job: ShrinkJob, num_classes: int) -> Any:
+    net = cost.build_on_meta(lambda: models.build(**train.model_options(stage_job(job, 0, None), num_classes)))
+    if not isinstance(getattr(net, "space", None), Space):
+        rows = ", ".join(name for name in models.MODELS if name.startswith("ofa_"))
+        raise UserError(f"model.name: {job.model.name} is no supernet, one of {rows}")
+    return net
+
+
+def held_out(job: ShrinkJob, table: pa.Table) -> tuple[pa.Table, pa.Table | None]:
+    """The training index without, and only, the samples that are kept out: a function of the seed."""
+    if not job.hold_out:
+        return table, None
+    order = list(range(table.num_rows))
+    random.Random(f"hold-out-{job.seed}").shuffle(order)
+    return table.take(sorted(order[job.hold_out :])), table.take(sorted(order[: job.hold_out]))
+
+
+def sample_archs(space: Space, count: int, seed: int) -> list[Arch]:
+    """The subnets that are judged after every stage: largest, smallest, random ones at the largest input."""
+    rng = random.Random(f"judged-{seed}")
+    inputs = {name: space.largest()[name] for name in ("resolution", "frames") if name in space.dimensions}
+    archs = [space.largest(), space.smallest().replace(**inputs)]
+    while len(archs) < count:
+        archs.append(space.sample(rng).replace(**inputs))
+    return archs
+
+
+def run(job: ShrinkJob, ctx: Any) -> None:
+    """Train `job` in the run folder `ctx.run`, stage by stage."""
+    splits = open_splits(job.data, ctx.where, ctx.storage, train.split_names(stage_job(job, 0, None)))
+    kept, out = held_out(job, splits.tables[job.data.train])
+    splits = Splits(splits.root, splits.card, splits.tables | {job.data.train: kept})
+    net = _on_meta(job, splits.card.num_classes)
+    at_once = max((stage.tune.concurrent for stage in job.stages if stage.tune), default=0)
+    workers.connect(max(ctx.cpus, at_once * workers.local_cpus(job.scale) + min(1, at_once)))
+    workers.require(job.scale, workers.decode_slots(job.scale))
+    tables, archs = train.put_tables(splits), sample_archs(net.space, job.judged, job.seed)
+    exhibits: Exhibits | None = None
+    stages: list[dict[str, Any]] = []
+    previous: runs.Run | None = None
+    for number, space in enumerate(spaces(job, net.space)):
+        stage = runs.run_at(f"{ctx.run.uri}/stages/{number:02d}-{job.stages[number].name}")
+        teacher = None if number == 0 else f"{ctx.run.uri}/stages/00-{job.stages[0].name}"
+        status = runs.read_status(stage) if runs.exists(stage, "status.json") else None
+        if status is None or status.state != "finished":
+            _train_stage(job, ctx, number, space, stage, previous, teacher, splits, tables, out, archs)
+        if not runs.exists(stage, "results.json"):
+            exhibits = exhibits or _exhibits(job, stage, splits, tables)
+            _judge_stage(job, ctx, stage, archs, exhibits, net)
+        stages.append({"stage": job.stages[number].name, **json.loads(runs.read_file(stage, "results.json"))})
+        if job.stages[number].tune:
+            stages[-1]["trials"] = json.loads(runs.read_file(stage, "data/sweep.json"))
+        previous = stage
+    assert previous is not None
+    weights, model, taken = runs.read_model(previous)
+    runs.write_model(ctx.run, weights, model, taken)
+    if out is not None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(out, sink)
+        runs.write_file(ctx.run, "data/held_out.parquet", sink.getvalue().to_pybytes())
+    metric = metric_of(taken["recipe"])
+    last = {
+        f"{which}_{metric}": row[metric]
+        for which, row in zip(("largest", "smallest"), stages[-1]["rows"], strict=False)
+    }
+    card = {"metrics": {"last": last}, "dataset": {"name": splits.card.name, "fingerprint": splits.fingerprint}}
+    ctx.finish(card | {"archs": net.space.num_archs()}, {"stages": stages, "metric": metric})
+    runs.write_report(ctx.run, pages.shrink_report(ctx.run))
+
+
+def _train_stage(
+    job: ShrinkJob,
+    ctx: Any,
+    number: int,
+    space: Space,
+    stage: runs.Run,
+    previous: runs.Run | None,
+    teacher: str | None,
+    splits: Splits,
+    tables: Mapping[str, Source],
+    out: pa.Table | None,
+    archs: Sequence[Arch],
+) -> None:
+    """Train one stage in its own folder, or go on with it; several times, with other settings, if it is tuned."""
+    init = job.init
+    if previous is not None:
+        start = f"{stage.uri}/data/start.safetensors"
+        if not runs.exists(stage, "data/start.safetensors"):
+            freed = {name: values for spec in job.stages[:number] for name, values in spec.free.items()}
+            weights = _start_weights(previous, freed if job.stages[number].sort_channels else None)
+            runs.write_file(stage, "data/start.safetensors", weights)
+        init = InitSpec.model_validate({"from": start})
+    as_training = stage_job(job, number, init)
+    if not runs.exists(stage, "status.json"):
+        runs.begin(stage, as_training.model_dump(mode="json"), ctx.attempt)
+    known = train.facts(as_training, splits.card, splits.tables[job.data.train].num_rows)
+    config = train.fit_config(as_training, ctx, stage.uri, splits, tables, known)
+    spec = job.stages[number]
+    plan = SubnetPlan(space, spec.subnets, spec.sandwich, spec.distill_weight)
+    # once others than the largest are trained, scores mean nothing before re-calibration: the judge has that
+    sources = {"train": config.sources["train"]} if number else config.sources
+    config = replace(config, subnets=plan, teacher=teacher, sources=sources)
+    title = f"{job.name}: {job.stages[number].name} ({number + 1} of {len(job.stages)})"
+    if spec.tune is not None:
+        ctx.console.print(f"{title}: {spec.tune.count} trials", highlight=False)
+        judged = (archs[0],) if number == 0 else tuple(archs)
+        exhibits = _trial_exhibits(job, config, splits, tables, out)
+        work = partial(_trial, job, number, config, exhibits, judged)
+        records = sweep(spec.tune, stage, work, spec.epochs, job.seed)
+        best = runs.run_at(records[0]["uri"])
+        runs.write_model(stage, *runs.read_model(best))
+        runs.write_file(stage, "data/sweep.json", json.dumps(records).encode())
+        runs.end(stage, "finished")
+        settings = ", ".join(f"{name} {value:g}" for name, value in records[0]["settings"].items())
+        ctx.console.print(f"{title}: best with {settings}: {records[0]['score']:.1f}", highlight=False)
+        return
+    with follow(config.board, title, ctx.console, ctx.tell):
+        workers.launch(loop.fit, config, job.scale, job.name, config.board)
+    runs.end(stage, "finished")
+
+
+def _trial_exhibits(
+    job: ShrinkJob, config: loop.FitConfig, splits: Splits, tables: Mapping[str, Source], out: pa.Table | None
+) -> Exhibits:
+    """What the trials of a stage are judged on: held-out samples if there are any, else the validation split."""
+    recipe, timeout = config.recipes["train"], job.data.decode_timeout_s
+    val_recipe = config.recipes.get("val") or recipe | {"mode": "val"}
+    score = tables[job.data.val or job.data.train]
+    if out is not None:
+        score = Source(splits.root, ray.put(out.select(cards.INDEX.names)), out.num_rows)
+    count = min(job.judge.calibrate, tables[job.data.train].num_samples)
+    calibrate = decode(tables[job.data.train], recipe, count, job.seed, True, timeout)
+    samples = min(job.judge.samples or score.num_samples, score.num_samples)
+    return Exhibits(calibrate, decode(score, val_recipe, samples, job.seed, False, timeout))
+
+
+def _trial(
+    job: ShrinkJob,
+    number: int,
+    base: loop.FitConfig,
+    exhibits: Exhibits,
+    archs: Sequence[Arch],
+    settings: dict[str, float],
+    uri: str,
+    tell: Any,
+) -> dict[str, Any]:
+    """Train stage `number` with `settings` in the run `uri`, or go on with it, and score it. In a trial's process."""
+    run, stage = runs.run_at(uri), job.stages[number].with_settings(settings)
+    changed = job.model_copy(update={"stages": (*job.stages[:number], stage, *job.stages[number + 1 :])})
+    as_training = stage_job(changed, number, None)
+    status = runs.read_status(run)
+    if status is None or status.state != "finished":
+        attempt = 1 if status is None else status.attempt + 1
+        runs.begin(run, as_training.model_dump(mode="json"), attempt)
+        assert base.subnets is not None
+        plan = replace(base.subnets, count=stage.subnets, distill_weight=stage.distill_weight)
+        optim = as_training.optim.model_copy(update={"class_weights": base.optim.class_weights})
+        plain, board = as_training.model_dump(mode="json"), workers.make_board()
+        config = replace(base, run_uri=uri, attempt=attempt, optim=optim, subnets=plan, job=plain, board=board)
+        watch_losses(board, tell, lambda: workers.launch(loop.fit, config, job.scale, run.name, board))
+        runs.end(run, "finished")
+    _, _, taken = runs.read_model(run)
+    metric, judge = metric_of(taken["recipe"]), Judge(uri, exhibits, job.judge)
+    tune = job.stages[number].tune
+    chosen = {"largest": archs[:1], "smallest": archs[min(1, len(archs) - 1) :][:1]}
+    scores = [judge.score(arch.to_dict())[metric] for arch in chosen.get(tune.by if tune else "mean", archs)]
+    return {"score": sum(scores) / len(scores), "scores": scores}
+
+
+def _start_weights(previous: runs.Run, freed: Mapping[str, Sequence[float]] | None) -> bytes:
+    """The weights of the stage before; with what was `freed` until now, the channels sorted by importance."""
+    weights, model, _ = runs.read_model(previous)
+    if freed is None:
+        return weights
+    net = models.build(**model)
+    net.load_state_dict(safetensors.torch.load(weights))
+    sort_channels(net, freed)
+    return safetensors.torch.save({name: value.contiguous() for name, value in net.state_dict().items()})
+
+
+def _exhibits(job: ShrinkJob, stage: runs.Run, splits: Splits, tables: Mapping[str, Source]) -> Exhibits:
+    """Training samples to calibrate with and validation samples to score, decoded once."""
+    _, _, taken = runs.read_model(stage)
+    recipe, source = taken["recipe"], tables[job.data.train]
+    trained = recipe | {"mode": "train"}
+    val = tables[job.data.val or job.data.train]
+    timeout = job.data.decode_timeout_s
+    count = min(job.judge.calibrate, source.num_samples)
+    calibrate = decode(source, trained, count, job.seed, True, timeout)
+    score = decode(val, recipe, min(job.judge.samples or val.num_samples, val.num_samples), job.seed, False, timeout)
+    return Exhibits(calibrate, score)
+
+
+def _judge_stage(
+    job: ShrinkJob, ctx: Any, stage: runs.Run, archs: Sequence[Arch], exhibits: Exhibits, net: Any
+) -> None:
+    """Judge the sample of subnets with the weights of a stage and write `results.json`."""
+    rows: list[dict[str, Any]] = [{} for _ in archs]
+    for number, metrics in judge_all(stage.uri, exhibits, job.judge, archs, job.scale):
+        rows[number] = {"arch": archs[number].to_dict(), **metrics}
+    if not all(row.get("num_samples") for row in rows):
+        raise RunFailed("no sample of the validation split decodes: see quarantine/ in the run folder")
+    names = ["largest", "smallest", *(f"sample {number}" for number in range(1, len(archs) - 1))]
+    for name, row, arch in zip(names, rows, archs, strict=True):
+        row |= {"subnet": name, "params": cost.count_params(cost.build_on_meta(lambda arch=arch: net.extract(arch)))}
+    runs.write_file(stage, "results.json", json.dumps({"rows": rows}).encode())
+    metric = "miou" if "miou" in rows[0] else "top1"
+    text = ", ".join(f"{row['subnet']} {row[metric]:.1f}" for row in rows)
+    ctx.console.print(f"{job.name}: {stage.uri.rpartition('/')[2]}: {metric} {text}", highlight=False)

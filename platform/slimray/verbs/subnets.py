@@ -1,0 +1,175 @@
+"""Subnets of a supernet on trial: cut out, re-calibrated, scored; `shrink` and `search` ask a judge.
+
+The samples are decoded once into the object store and shared by all judges of a node. A judge is an ordinary object: it
+takes an arch and gives its metrics, the same whoever asks and however many there are, because one judge does all of an
+arch: extract, statistics of BatchNorm from whole batches of training samples (Once-for-All, arXiv 1908.09791), score.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import safetensors.torch
+import torch
+from pydantic import Field
+from ray import exceptions
+from ray.util import ActorPool
+
+from slimray import runs
+from slimray.arch import Arch
+from slimray.data.pipeline import Batch, FeedConfig, Source, decode_block, failure_of, map_numbers
+from slimray.data.plan import Phase, blocks
+from slimray.spec import RunFailed, Spec
+from slimray.tasks import predict
+from slimray.train import learn, loop, workers
+
+ROWS = 64  # samples decoded by one task
+
+
+class JudgeSpec(Spec):
+    """How subnets are judged."""
+
+    calibrate: int = Field(2000, ge=16)
+    """Training samples whose batches give the subnet its BatchNorm statistics."""
+    calibrate_batch: int = Field(100, ge=2)
+    """Samples of one such batch."""
+    samples: int | None = Field(None, ge=1)
+    """Samples to score on, the first of the split; null takes all."""
+    batch: int = Field(64, ge=1)
+    """Samples scored at once."""
+
+
+@dataclass(frozen=True)
+class Exhibits:
+    """What judges look at: references to decoded blocks, training samples to calibrate with and samples to score."""
+
+    calibrate: tuple[Any, ...]
+    score: tuple[Any, ...]
+
+
+def decode(source: Source, recipe: dict[str, Any], count: int, seed: int, shuffle: bool, timeout_s: float) -> tuple:
+    """References to `count` decoded samples of a split, the first of epoch 0 of `seed` (`shuffle`) or of the index."""
+    phase = Phase("judge", "split", 0, source.num_samples, ROWS, shuffle, recipe)
+    plan = [block for block in blocks([phase], 1, [0], ROWS) if block.lo < count]
+    config = FeedConfig((phase,), {"split": source}, seed, 1, ROWS, 1, timeout_s)
+    rows = ray.put(np.array([[b.phase, b.step, b.rank, b.lo, min(b.hi, count)] for b in plan], np.int64))
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.raise_original_map_exception = True
+    try:
+        dataset = map_numbers(len(plan), lambda numbers: decode_block(numbers, rows, config))
+        return tuple(entry.ref for bundle in dataset.iter_internal_ref_bundles() for entry in bundle.blocks)
+    except exceptions.RayTaskError as error:
+        raise failure_of(error) from error
+
+
+class Judge:
+    """A supernet with what its subnets are tried on."""
+
+    def __init__(self, run_uri: str, exhibits: Exhibits, spec: JudgeSpec, device: str = "cpu"):
+        self.network, self.spec = predict.load_network(runs.run_at(run_uri), device), spec
+        self.device, self.exhibits = torch.device(device), exhibits
+        self.inputs = list(self._inputs())
+
+    def _inputs(self) -> Iterator[torch.Tensor]:
+        """The batches to calibrate with, as arrays; the last one may be small, a lone sample is left out."""
+        whole = [_fetch(ref) for ref in self.exhibits.calibrate]
+        data = np.concatenate([batch.data[batch.valid] for batch in whole])
+        if len(data) < 2:
+            raise RunFailed("no training sample to calibrate with decodes: see quarantine/ of the training run")
+        for start in range(0, len(data), self.spec.calibrate_batch):
+            piece = data[start : start + self.spec.calibrate_batch]
+            if len(piece) > 1:
+                yield torch.from_numpy(np.ascontiguousarray(piece[:, :1]))
+
+    def subnet(self, arch: Arch) -> torch.nn.Module:
+        """The subnet `arch` on its own, re-calibrated, in eval mode."""
+        pixels = self.network.pixels
+        batches = (learn.fit_input(predict.to_input(part.numpy(), pixels, self.device), arch) for part in self.inputs)
+        return learn.recalibrate_norms(self.network.net.extract(arch), batches).eval()  # type: ignore[operator]
+
+    def score(self, arch: dict[str, Any]) -> dict[str, float]:
+        """The metrics of an arch (percent) on the samples to score: top1, ... or miou, ..."""
+        return self.try_out(arch)[1]
+
+    def try_out(self, arch: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, float]]:
+        """The subnet of an arch on its own, and its metrics."""
+        known = Arch.from_dict(arch)
+        net, score = self.subnet(known), loop.make_score(self.network.recipe, len(self.network.classes))
+        for ref in self.exhibits.score:
+            batch = _fetch(ref)
+            kept = np.flatnonzero(batch.valid)
+            for start in range(0, len(kept), self.spec.batch):
+                rows = kept[start : start + self.spec.batch]
+                x = predict.to_input(batch.data[rows], self.network.pixels, self.device)
+                with torch.no_grad(), learn.autocast(self.device):
+                    logits = net(learn.fit_input(x, known))
+                merged = learn.merge_views(logits.float(), batch.data.shape[1], self.network.pixels.average)
+                score.add(merged, torch.from_numpy(batch.label[rows]).to(self.device))  # type: ignore[call-arg]
+        return net, {name: value for name, value in score.result().items() if isinstance(value, int | float)}
+
+
+def metric_of(recipe: dict[str, Any]) -> str:
+    """The name of the metric by which subnets are compared: miou where labels belong to points, else top1."""
+    return "miou" if recipe.get("per_point") else "top1"
+
+
+def judge_all(
+    run_uri: str,
+    exhibits: Exhibits,
+    spec: JudgeSpec,
+    archs: Sequence[Arch],
+    scale: workers.ScaleSpec,
+    weights: bool = False,
+) -> Iterator[tuple[int, Any]]:
+    """The metrics of each arch as (its number, metrics), as they come, from an actor per worker of `scale`.
+
+    With `weights` it is (metrics, weights of the re-calibrated subnet as safetensors bytes). RunFailed for a judge that
+    fails, or says nothing for `scale.data_timeout_s`.
+    """
+    threads = {"OMP_NUM_THREADS": str(max(1, int(scale.cpus_per_worker)))}
+    resources = {"num_cpus": scale.cpus_per_worker, "num_gpus": scale.gpus_per_worker}
+    make: Any = ray.remote(_Numbered).options(**resources, runtime_env={"env_vars": threads}).remote
+    device = "cuda" if scale.gpus_per_worker else "cpu"
+    actors = [make(run_uri, exhibits, spec, device) for _ in range(min(scale.most, len(archs)))]
+    pool: Any = ActorPool(actors)
+    for number, arch in enumerate(archs):
+        pool.submit(lambda actor, one: actor.judge.remote(*one), (number, arch.to_dict(), weights))
+    try:
+        while pool.has_next():
+            yield pool.get_next_unordered(timeout=scale.data_timeout_s)
+    except TimeoutError:
+        raise RunFailed(
+            f"no subnet was judged for {scale.data_timeout_s:g} s (scale.data_timeout_s): judge on fewer samples, or "
+            "wait longer"
+        ) from None
+    except exceptions.RayTaskError as error:
+        raise failure_of(error) from error
+    except exceptions.RayActorError as error:
+        raise RunFailed(f"a judge of subnets died ({str(error).splitlines()[0]}): is there memory enough?") from error
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+class _Numbered:
+    """A judge as an actor."""
+
+    def __init__(self, *arguments: Any):
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        self.of = Judge(*arguments)
+
+    def judge(self, number: int, arch: dict[str, Any], weights: bool) -> tuple[int, Any]:
+        net, metrics = self.of.try_out(arch)
+        if not weights:
+            return number, metrics
+        tensors = {name: value.cpu().contiguous() for name, value in net.state_dict().items()}
+        return number, (metrics, safetensors.torch.save(tensors))
+
+
+def _fetch(ref: Any) -> Batch:
+    return Batch([ray.get(ref, timeout=300)])

@@ -1,0 +1,247 @@
+"""A sweep: the same work with other settings, as Ray Tune trials, and the best of them.
+
+What a trial does is handed in as a function; here is what is tried (a grid, random values, Optuna), how many at once,
+when a trial that lags is stopped (ASHA, "A System for Massively Parallel Hyperparameter Tuning", arXiv 1810.05934), and
+what a trial leaves: a folder `trials/<digest of its settings>/` with `data/trial.json`. A sweep that was cut off goes
+on from those: what is finished is not done again, what was begun is tried first and finds its own checkpoints.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from slimray import runs, storage
+from slimray.spec import RunFailed, Spec
+from slimray.train import workers
+
+OWN_CPU = 0.01  # of a trial's own process, which waits; its workers ask for themselves. Tune does not take 0
+
+Settings = dict[str, float]
+Tell = Callable[[int, float], None]  # (epoch, loss): how a trial stands
+TrialWork = Callable[[Settings, str, Tell], dict[str, Any]]  # (settings, run URI, tell) -> {"score": ..., ...}
+
+
+class RangeSpec(Spec):
+    """Values between two bounds."""
+
+    low: float
+    """Smallest value."""
+    high: float
+    """Largest value."""
+    log: bool = True
+    """Draw the logarithm evenly, in place of the value."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "RangeSpec":
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError(f"low, high: need low < high, and low > 0 with log (got {self.low:g}, {self.high:g})")
+        return self
+
+
+class SweepSpec(Spec):
+    """What is tried, and how much of it."""
+
+    over: dict[str, tuple[float, ...] | RangeSpec] = Field(min_length=1)
+    """Field -> the values to try, or their range `{low, high}`: `{lr: [0.001, 0.003]}`."""
+    search: Literal["grid", "random", "optuna"] = "grid"
+    """All combinations, random ones, or Optuna's proposals (TPE)."""
+    trials: int = Field(8, ge=1, le=1000)
+    """Trials of `random` and `optuna`."""
+    concurrent: int = Field(1, ge=1)
+    """Trials at once; each takes `scale.workers` workers."""
+    early_stop: bool = False
+    """Stop trials whose training loss lags behind that of others after as many epochs (ASHA)."""
+    by: Literal["mean", "largest", "smallest"] = "mean"
+    """The score of a trial: the mean over the judged subnets, or that of one of them."""
+
+    @model_validator(mode="after")
+    def _searchable(self) -> "SweepSpec":
+        for name, values in self.over.items():
+            if isinstance(values, RangeSpec) and self.search == "grid":
+                raise ValueError(f"over.{name}: a grid needs a list of values, or search: random")
+            if isinstance(values, tuple) and not values:
+                raise ValueError(f"over.{name}: no value to try")
+        return self
+
+    @property
+    def count(self) -> int:
+        """How many trials there are."""
+        if self.search != "grid":
+            return self.trials
+        return math.prod(len(values) for values in self.over.values() if isinstance(values, tuple))
+
+
+def proposals(spec: SweepSpec, seed: int) -> list[Settings]:
+    """What a grid or a random search tries, in order; for Optuna, which looks at scores, nothing."""
+    if spec.search == "grid":
+        names = list(spec.over)
+        values = [v for v in spec.over.values() if isinstance(v, tuple)]
+        return [dict(zip(names, row, strict=True)) for row in itertools.product(*values)]
+    if spec.search == "random":
+        draw = random.Random(f"sweep-{seed}")
+        return [{name: _draw(values, draw) for name, values in spec.over.items()} for _ in range(spec.trials)]
+    return []
+
+
+def _draw(values: tuple[float, ...] | RangeSpec, draw: random.Random) -> float:
+    if isinstance(values, tuple):
+        return draw.choice(values)
+    if values.log:
+        return math.exp(draw.uniform(math.log(values.low), math.log(values.high)))
+    return draw.uniform(values.low, values.high)
+
+
+def folder_of(stage: runs.Run, settings: Mapping[str, float]) -> str:
+    """The URI of the folder of a trial with `settings`."""
+    text = json.dumps(dict(sorted(settings.items())))
+    return f"{stage.uri}/trials/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def finished_trials(stage: runs.Run) -> list[dict[str, Any]]:
+    """The records of the trials that are over, in the order of their folders."""
+    found = []
+    for name in _folders(stage):
+        if runs.exists(stage, f"trials/{name}/data/trial.json"):
+            found.append(json.loads(runs.read_file(stage, f"trials/{name}/data/trial.json")))
+    return found
+
+
+def _folders(stage: runs.Run) -> list[str]:
+    return storage.list_folders(stage.fs, storage.join(stage.path, "trials"))
+
+
+def _begun(stage: runs.Run) -> list[Settings]:
+    """Settings of trials that were begun and are not over."""
+    out = []
+    for name in _folders(stage):
+        here = f"trials/{name}"
+        if runs.exists(stage, f"{here}/data/settings.json") and not runs.exists(stage, f"{here}/data/trial.json"):
+            out.append(json.loads(runs.read_file(stage, f"{here}/data/settings.json")))
+    return out
+
+
+def sweep(spec: SweepSpec, stage: runs.Run, work: TrialWork, epochs: int, seed: int) -> list[dict[str, Any]]:
+    """Do the trials that are left and return the records of all, the best first.
+
+    `work` runs in the trial's own process. A record: `settings`, `score` (None where the trial was stopped or failed),
+    `uri`, what `work` returned. RunFailed if no trial has a score.
+    """
+    done = finished_trials(stage)
+    left = [one for one in proposals(spec, seed) if all(one != record["settings"] for record in done)]
+    if spec.count > len(done):
+        _tune(spec, stage, work, epochs, seed, left, done)
+    records = finished_trials(stage)
+    scored = [record for record in records if record["score"] is not None]
+    if not scored:
+        raise RunFailed("tune: none of the trials came to a score: see logs/ of the folders in trials/")
+    return sorted(scored, key=lambda r: -r["score"]) + [record for record in records if record["score"] is None]
+
+
+def _tune(
+    spec: SweepSpec,
+    stage: runs.Run,
+    work: TrialWork,
+    epochs: int,
+    seed: int,
+    left: Sequence[Settings],
+    done: Sequence[dict[str, Any]],
+) -> None:
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # stopped trials have no score
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+
+    def trial(config: dict[str, Any], work: TrialWork) -> None:
+        settings = {name: float(value) for name, value in config["settings"].items()}
+        uri = folder_of(stage, settings)
+        run = runs.run_at(uri)
+        runs.write_file(run, "data/settings.json", json.dumps(settings).encode())
+
+        def tell(epoch: int, loss: float) -> None:
+            tune.report({"epoch": epoch, "loss": loss, "score": -loss})  # Optuna: worse than any score of a whole trial
+
+        result = work(settings, uri, tell)
+        record = {"settings": settings, "uri": uri, **result}
+        runs.write_file(run, "data/trial.json", json.dumps(record).encode())
+        tune.report({"epoch": epochs + 1, "loss": result.get("loss", 0.0), "score": result["score"]})
+
+    search, space, count = None, {}, 1
+    if spec.search == "optuna":
+        search, count = _optuna(spec, stage, seed, done), spec.trials - len(done)
+    else:
+        space = {"settings": tune.grid_search(list(left))}
+    scheduler = None
+    if spec.early_stop:
+        scheduler = ASHAScheduler(time_attr="epoch", metric="loss", mode="min", max_t=epochs + 2, grace_period=1)
+    with tempfile.TemporaryDirectory(prefix="slimray-") as scratch:
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(trial, work=work), {"cpu": OWN_CPU}),
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                search_alg=search,
+                scheduler=scheduler,
+                num_samples=count,
+                max_concurrent_trials=spec.concurrent,
+            ),
+            run_config=tune.RunConfig(name=f"sweep-{uuid.uuid4().hex[:8]}", storage_path=scratch, verbose=0),
+        )
+        results = tuner.fit()
+        for result in results:  # trials that were stopped or failed are over too
+            settings = {name: float(value) for name, value in (result.config or {}).get("settings", {}).items()}
+            run = runs.run_at(folder_of(stage, settings))
+            if settings and not runs.exists(run, "data/trial.json"):
+                reason = str(result.error).strip().splitlines()[-1] if result.error else "stopped: it lagged behind"
+                told = result.metrics or {}
+                record = {"settings": settings, "uri": run.uri, "score": None, "note": reason}
+                record |= {name: told[name] for name in ("epoch", "loss") if name in told}
+                runs.write_file(run, "data/trial.json", json.dumps(record).encode())
+
+
+def watch_losses(board: Any, tell: Tell, work: Callable[[], Any]) -> None:
+    """Do `work`, a training that reports to `board`, and tell its loss epoch by epoch; raises what `work` raises."""
+    with ThreadPoolExecutor(1) as pool:
+        running, told = pool.submit(work), 0
+        while True:
+            finished, _ = wait([running], timeout=1.0)
+            epoch, loss = workers.board_state(board).get("loss", (0, 0.0))
+            if epoch > told:
+                tell(epoch, loss)
+                told = epoch
+            if finished:
+                running.result()
+                return
+
+
+def _optuna(spec: SweepSpec, stage: runs.Run, seed: int, done: Sequence[dict[str, Any]]) -> OptunaSearch:
+    """Optuna, told of the trials that are done; those that were begun come first."""
+    space: dict[str, Any] = {}
+    for name, values in spec.over.items():
+        if isinstance(values, tuple):
+            space[name] = tune.choice(list(values))
+        else:
+            space[name] = (tune.loguniform if values.log else tune.uniform)(values.low, values.high)
+    begun = [{f"settings/{name}": v for name, v in one.items()} for one in _begun(stage)]
+    search = OptunaSearch(
+        OptunaSearch.convert_search_space({"settings": space}),
+        metric="score",
+        mode="max",
+        seed=seed + len(done),
+        points_to_evaluate=begun or None,
+    )
+    for record in done:
+        if record["score"] is not None:
+            known = {f"settings/{name}": value for name, value in record["settings"].items()}
+            search.add_evaluated_point(known, record["score"])
+    return search

@@ -1,0 +1,546 @@
+"""Cluster files and what is made of them: real schemas, scripts that run, errors of one sentence. None is started."""
+
+import contextlib
+import http.server
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from ray.autoscaler._private.util import validate_config
+from tests.test_job import ROOT
+
+from slimray import job
+from slimray.cli import main
+from slimray.cluster import manifests, submit
+from slimray.spec import RunFailed, UserError, parse_yaml
+
+CHAIN = """
+{kind: prepare, name: clips, data: {card: moving_shapes, clips: 40, size: 32, frames: 12}}
+---
+kind: train
+name: tsm
+data: {run: clips, size: 32}
+model: {name: tsm_resnet18, width: 0.125, num_segments: 4}
+batch: {total: 8, per_worker: 4}
+optim: {lr: 0.02, reference_batch: 8, epochs: 2}
+scale: {workers: 2}
+"""
+JOBS = "{kind: jobs, address: 'http://127.0.0.1:1', storage: 's3://team/runs'%s}"
+FILES = {path.stem: parse_yaml(path.read_text(), str(path)) for path in (ROOT / "cluster").glob("*.yaml")}
+NAMES = sorted(name for name, documents in FILES.items() if documents[0].get("kind") in manifests.KINDS)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty folder with a job, no storage and no token of the person who runs the tests."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("SLIMRAY_STORAGE", "SLIMRAY_CLUSTER", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/chain.yaml").write_text(CHAIN)
+    return tmp_path
+
+
+@pytest.fixture
+def shell(here, monkeypatch, capsys):
+    """`shell("submit", ...)` is (exit code, standard output, standard error) of `slimray submit ...`."""
+
+    def run(*arguments: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["slimray", *arguments])
+        code: Any = 0
+        try:
+            main.main()
+        except SystemExit as stop:
+            code = stop.code
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        return code, printed.out, printed.err
+
+    return run
+
+
+def ready_for(name: str, storage: str = "/shared/runs") -> tuple[submit.Target, manifests.Submission]:
+    target = submit.load_cluster(name, "jobs/chain.yaml")
+    return target, submit.make_submission(["jobs/chain.yaml"], target, storage=storage)
+
+
+def as_cluster(text: str) -> submit.Target:
+    Path("cluster").mkdir(exist_ok=True)
+    Path("cluster/mine.yaml").write_text(text)
+    return submit.load_cluster("mine", "jobs/chain.yaml")
+
+
+# ------------------------------------------------------------------------------------------- the files that ship
+
+
+def test_every_kind_has_a_file_and_every_file_is_found_by_its_name(here):
+    assert {submit.load_cluster(name).cluster.kind for name in NAMES} == set(manifests.KINDS)
+    assert sorted(submit.list_clusters()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dry_run_is_complete(here, name):
+    target, ready = ready_for(name)
+    text = submit.render(ready, target)
+    if target.cluster.kind == "kuberay":
+        shipped = next(one["data"] for one in yaml.safe_load_all(text) if one["kind"] == "ConfigMap")
+    else:
+        assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
+        shipped = dict(re.findall(r"^cat > \S*/([\w.]+)\"? <<'END_OF_FILE'\n(.*?\n)END_OF_FILE$", text, re.S | re.M))
+    assert shipped["run.sh"].strip() == manifests.run_script(ready, target.cluster).strip()
+    alone = [one.document for one in job.load(["jobs/chain.yaml"])]
+    assert parse_yaml(shipped["chain.yaml"], "shipped") == alone, "the same resolved job as `run`"
+    Path("again.yaml").write_text(shipped["chain.yaml"])
+    assert [one.document for one in job.load(["again.yaml"])] == alone
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_clouds_are_as_ray_takes_them_with_a_head_that_holds_no_work(name):
+    spec: Any = submit.load_cluster(name).cluster
+    config = spec.ray_up
+    validate_config(config)
+    nodes = config["available_node_types"]
+    assert nodes[config["head_node_type"]]["resources"] == {"CPU": 0}
+    assert {which: set(node["resources"]) for which, node in nodes.items()} == {
+        "head": {"CPU"}, "gpu": {"CPU", "GPU"}, "decode": {"CPU"},
+    }  # fmt: skip
+    assert "spot" in json.dumps(nodes["gpu"]["node_config"]).lower()
+    assert "spot" not in json.dumps(nodes["head"]["node_config"]).lower()
+    for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
+        assert "--object-spilling-directory=/mnt/nvme" in commands[-1]
+        subprocess.run(["bash", "-n"], input="\n".join(commands), text=True, check=True)
+    subprocess.run(["bash", "-n"], input="\n".join(config["initialization_commands"]), text=True, check=True)
+    assert manifests.capacity(spec) == manifests.Capacity(8 * 96 + 16 * 64, 64, 96, 8)
+
+
+def test_every_option_of_our_ray_start_commands_exists():
+    done = subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--help"], capture_output=True, text=True, check=True
+    )
+    texts = [path.read_text() for path in (ROOT / "cluster").glob("*.yaml")]
+    texts += [
+        line
+        for line in (ROOT / "platform/slimray/cluster/manifests.py").read_text().splitlines()
+        if "ray start" in line
+    ]
+    starts = [
+        part for text in texts for part in re.findall(r"ray start ((?:--\S+\s+|[^-]\S*\s+)*?--\S+(?:\s+--\S+)*)", text)
+    ]
+    options = {option for start in starts for option in re.findall(r"(--[a-z-]+)", start)}
+    assert {"--head", "--autoscaling-config", "--object-spilling-directory"} <= options
+    assert options <= set(re.findall(r"--[a-z-]+", done.stdout))
+
+
+def test_the_cluster_on_one_machine_is_as_ray_takes_it():
+    spec: Any = submit.load_cluster("local").cluster
+    config = manifests.autoscaling_config(spec)
+    validate_config(config)
+    assert config["available_node_types"]["ray.head.default"]["resources"] == {"CPU": 0}
+    assert manifests.capacity(spec) == manifests.Capacity(4, 0, 2, 0)
+
+
+def test_the_image_has_the_libraries_that_the_makefile_asks_for():
+    line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("SYSTEM :="))
+    packages = [pair.partition(":")[2] for pair in line.split()[2:]]
+    text = (ROOT / "cluster/Dockerfile").read_text()
+    assert packages
+    assert all(re.search(rf"\s{re.escape(package)}\s", text) for package in packages)
+    for source in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE):
+        assert all((ROOT / name).exists() for name in source.split())
+
+
+def test_dashboards_and_alerts_ask_for_numbers_that_exist():
+    import ray
+
+    folder = Path(ray.__file__).parent
+    known = " ".join(path.read_text() for path in folder.glob("dashboard/modules/metrics/dashboards/*_panels.py"))
+    known += " ".join(
+        f"ray_slimray_{name}" for name in ("samples_per_s", "goodput", "data_wait_fraction", "loss", "step")
+    )
+    asked: dict[str, str] = {}
+    for path in (ROOT / "cluster/grafana").glob("*.json"):
+        board = json.loads(path.read_text())
+        assert board["uid"].startswith("slimray-")
+        ids = [panel["id"] for panel in board["panels"]]
+        assert len(set(ids)) == len(ids) > 5
+        places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in board["panels"]]
+        assert len(set(places)) == len(places)
+        asked |= {target["expr"]: path.name for panel in board["panels"] for target in panel["targets"]}
+        asked |= {one["query"]["query"]: path.name for one in board["templating"]["list"] if one["type"] == "query"}
+    rules = yaml.safe_load((ROOT / "cluster/alerts.yml").read_text())["groups"][0]["rules"]
+    asked |= {rule["expr"]: rule["alert"] for rule in rules}
+    assert "alerts.yml" in yaml.safe_load((ROOT / "cluster/prometheus.yml").read_text())["rule_files"]
+    names = {name: where for expr, where in asked.items() for name in re.findall(r"\b(?:ray|autoscaler)_\w+", expr)}
+    assert len(names) > 20
+    unknown = {name: where for name, where in names.items() if not re.search(rf"\b{name}\b", known)}
+    assert unknown == {}
+
+
+# -------------------------------------------------------------------------------------------------- Kubernetes
+
+POD = {
+    "type": "object",
+    "required": ["spec"],
+    "additionalProperties": False,
+    "properties": {"metadata": {"type": "object"}, "spec": {"type": "object", "required": ["containers"]}},
+}
+TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+COUNT = {"type": "integer", "minimum": 0}
+
+
+def fields(required: list[str], **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": required, "additionalProperties": False, "properties": properties}
+
+
+WORKERS = fields(
+    ["groupName", "maxReplicas", "minReplicas", "rayStartParams", "template"],
+    groupName={"type": "string"}, replicas=COUNT, minReplicas=COUNT, maxReplicas=COUNT, idleTimeoutSeconds=COUNT,
+    priority=COUNT, numOfHosts=COUNT, resources=TEXTS, labels=TEXTS, rayStartParams=TEXTS, scaleStrategy={},
+    suspend={"type": "boolean"}, template=POD,
+)  # fmt: skip
+RAY_CLUSTER = fields(
+    ["headGroupSpec"],
+    rayVersion={"type": "string"}, enableInTreeAutoscaling={"type": "boolean"},
+    autoscalerOptions=fields(
+        [], version={"enum": ["v1", "v2"]}, idleTimeoutSeconds=COUNT,
+        upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]}, resources={}, image={}, env={}, envFrom={},
+        volumeMounts={}, command={}, args={},
+    ),
+    authOptions={}, gcsFaultToleranceOptions={}, historyServerOptions={}, networkPolicy={}, tlsOptions={},
+    suspend={"type": "boolean"}, managedBy={}, upgradeStrategy={},
+    headGroupSpec=fields(
+        ["template"], template=POD, rayStartParams=TEXTS, resources=TEXTS, labels=TEXTS, serviceType={},
+        headService={}, enableIngress={}, ingressOptions={},
+    ),
+    workerGroupSpecs={"type": "array", "items": WORKERS},
+)  # fmt: skip
+RAY_JOB = fields(  # RayJob.spec of ray.io/v1, KubeRay 1.7.0
+    ["entrypoint", "rayClusterSpec"],
+    entrypoint={"type": "string"}, runtimeEnvYAML={"type": "string"}, jobId={"type": "string"},
+    submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]}, submitterPodTemplate=POD,
+    submitterConfig=fields([], backoffLimit=COUNT), metadata=TEXTS, entrypointNumCpus={"type": "number"},
+    entrypointNumGpus={"type": "number"}, entrypointResources={"type": "string"}, rayClusterSpec=RAY_CLUSTER,
+    clusterSelector=TEXTS, activeDeadlineSeconds=COUNT, preRunningDeadlineSeconds=COUNT, backoffLimit=COUNT,
+    shutdownAfterJobFinishes={"type": "boolean"}, ttlSecondsAfterFinished=COUNT, deletionStrategy={},
+    suspend={"type": "boolean"}, managedBy={"type": "string"},
+)  # fmt: skip
+
+
+def objects_of(name: str, kind: str) -> list[dict[str, Any]]:
+    target, ready = ready_for(name)
+    found = [one for one in yaml.safe_load_all(submit.render(ready, target)) if one["kind"] == kind]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("name", ["kuberay", "kueue"])
+def test_a_rayjob_uses_published_fields_only(here, name):
+    (ray_job,) = objects_of(name, "RayJob")
+    assert (ray_job["apiVersion"], ray_job["metadata"]["name"]) == ("ray.io/v1", "tsm-1")
+    jsonschema.validate(ray_job["spec"], RAY_JOB)
+    env = yaml.safe_load(ray_job["spec"]["runtimeEnvYAML"])["env_vars"]
+    assert all(isinstance(value, str) for value in env.values())
+    assert float(env["SLIMRAY_CLUSTER_GPUS"]) == (64 if name == "kuberay" else 32)
+    assert ray_job["spec"]["backoffLimit"] == 0, "slimray owns the retries"
+
+
+def test_a_pod_that_is_told_to_go_drains_its_node_first(here):
+    (ray_job,) = objects_of("kuberay", "RayJob")
+    spec = ray_job["spec"]["rayClusterSpec"]
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    for group in spec["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        stop = container["lifecycle"]["preStop"]["exec"]["command"]
+        assert subprocess.run([*stop[:1], "-n", "-c", stop[2]], capture_output=True, text=True).stderr == ""
+        env = {one["name"]: one for one in container["env"]}
+        assert 0 < int(env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]["value"]) < pod["terminationGracePeriodSeconds"]
+        assert env["WANDB_API_KEY"]["valueFrom"] == {"secretKeyRef": {"name": "wandb", "key": "api-key"}}
+    labels = spec["headGroupSpec"]["template"]["metadata"]["labels"]
+    (budget,) = objects_of("kuberay", "PodDisruptionBudget")
+    assert budget["spec"] == {"minAvailable": 1, "selector": {"matchLabels": labels}}
+
+
+def test_a_queue_fixes_the_size_of_the_cluster(here):
+    (ray_job,) = objects_of("kueue", "RayJob")
+    assert ray_job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
+    spec = ray_job["spec"]
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert spec["rayClusterSpec"]["enableInTreeAutoscaling"] is False
+    (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == 4
+
+
+# ------------------------------------------------------------------------------------------- the script of a job
+
+
+def do_script(
+    folder: Path, codes: list[int], retries: int, restart: bool = False, **env: str
+) -> tuple[int, str, list[str]]:
+    """Run run.sh with a `python` that ends in `codes`, one after the other, and a `sleep` that does not sleep."""
+    spec = parse_cluster(JOBS % f", retries: {retries}, secrets: [TEAM_TOKEN]")
+    ready = manifests.Submission("tsm-1", "my job.yaml", "kind: train\n", "s3://team/my runs", restart)
+    for name, text in manifests.files(ready, spec).items():
+        (folder / name).write_text(text)
+    programs = folder / "bin"
+    programs.mkdir()
+    (folder / "codes").write_text("\n".join(map(str, codes)) + "\n")
+    (programs / "python").write_text(
+        f'#!/bin/sh\nprintf "%s|" "$@" >> {folder}/calls; echo >> {folder}/calls\n'
+        f"code=$(head -n 1 {folder}/codes); sed -i 1d {folder}/codes; exit $code\n"
+    )
+    (programs / "sleep").write_text("#!/bin/sh\n")
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", str(folder / "run.sh")], env={"PATH": path, **env}, capture_output=True, text=True, timeout=20
+    )
+    calls = folder / "calls"
+    return done.returncode, done.stderr, calls.read_text().splitlines() if calls.exists() else []
+
+
+def parse_cluster(text: str) -> Any:
+    (document,) = parse_yaml(text, "x.yaml")
+    return manifests.KINDS[document["kind"]].model_validate(document)
+
+
+def test_a_run_that_fails_is_started_again_and_then_resumes(tmp_path):
+    code, said, calls = do_script(tmp_path, [1, 137, 0], retries=3, restart=True, TEAM_TOKEN="x")
+    assert code == 0
+    run = f"-m|slimray.cli|run|{tmp_path}/my job.yaml|--storage|s3://team/my runs|"
+    assert calls == [f"{run}--restart|", run, run], "only the first clears what was there"
+    assert "ended with code 137 and goes on, 2 retries are left" in said
+
+
+def test_a_requeued_job_of_slurm_does_not_clear_what_it_did(tmp_path):
+    _, _, calls = do_script(tmp_path, [0], retries=0, restart=True, TEAM_TOKEN="x", SLURM_RESTART_COUNT="1")
+    assert len(calls) == 1
+    assert "--restart" not in calls[0]
+
+
+def test_retries_come_to_an_end(tmp_path):
+    code, _, calls = do_script(tmp_path, [1, 1, 1, 1], retries=2, TEAM_TOKEN="x")
+    assert (code, len(calls)) == (1, 3)
+
+
+def test_a_mistake_of_the_user_is_not_tried_again(tmp_path):
+    code, _, calls = do_script(tmp_path, [2, 0], retries=3, TEAM_TOKEN="x")
+    assert (code, len(calls)) == (2, 1)
+
+
+def test_a_missing_secret_ends_the_job_in_one_sentence(tmp_path):
+    code, said, calls = do_script(tmp_path, [0], retries=3)
+    assert (code, calls) == (2, [])
+    there = "put it into the environment of its nodes (secrets of the cluster file)"
+    assert said == f"TEAM_TOKEN: is not set on this cluster: {there}\n"
+
+
+def test_no_secret_is_in_what_is_written(here, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "hunter2hunter2")
+    monkeypatch.setenv("WANDB_PROJECT", "motion")
+    for name in NAMES:
+        target, ready = ready_for(name)
+        assert "hunter2" not in submit.render(ready, target)
+    target = as_cluster(JOBS % ", secrets: [WANDB_API_KEY], pass_env: [WANDB_PROJECT]")
+    text = submit.render(ready_for("mine")[1], target)
+    assert "hunter2" not in text
+    assert "motion" not in text, "taken from the environment when the script runs"
+
+
+def test_the_script_for_by_hand_takes_the_environment_when_it_runs(here, tmp_path):
+    target = as_cluster(JOBS % ", pass_env: [WANDB_PROJECT], env: {NCCL_DEBUG: WARN}")
+    os.environ["WANDB_PROJECT"] = 'a "b": $c'
+    try:
+        text = submit.render(ready_for("mine")[1], target)
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        (folder / "ray").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/call\ncp -r "$work" {tmp_path}/work 2>&1\n')
+        (folder / "ray").chmod(0o755)
+        (folder / "python").symlink_to(sys.executable)
+        text = text.replace("work=$(mktemp -d);", f"export work={tmp_path}/w; mkdir $work;")
+        path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+        subprocess.run(["sh"], input=text, text=True, env=os.environ | {"PATH": path}, check=True, timeout=30)
+    finally:
+        del os.environ["WANDB_PROJECT"]
+    env = yaml.safe_load((tmp_path / "w/env.yaml").read_text())
+    assert env["env_vars"] == {"NCCL_DEBUG": "WARN", "WANDB_PROJECT": 'a "b": $c'}
+    assert (Path(env["py_modules"][0]) / "cli.py").is_file()
+    assert sorted(path.name for path in (tmp_path / "w/job").iterdir()) == ["chain.yaml", "run.sh"]
+    assert (tmp_path / "call").read_text().startswith("job submit --no-wait --submission-id tsm-1 --working-dir")
+
+
+# ------------------------------------------------------------------------------------------------- what goes wrong
+
+WRONG = [
+    ("{kind: job}", "kind: unknown kind 'job', did you mean 'jobs'?"),
+    ("{storage: x}", "kind: unknown kind 'None' (known: jobs, kuberay, local, ray_up, slurm)"),
+    ("{kind: plan, machine: {}}", "kind: describes machines for `slimray plan`, nothing can be submitted to it"),
+    ("{kind: jobs}", "address: is required"),
+    ("{kind: jobs, address: 'http://x:8265', adress: x}", "adress: unknown field, did you mean 'address'?"),
+    ("{kind: jobs, address: 'ray://x:10001'}", "address: must look like http://HOST:8265, without a password"),
+    (JOBS % ", env: {WANDB_API_KEY: abc}", "env: WANDB_API_KEY looks like a secret: name it in `secrets`"),
+    (JOBS % ", env: {NOTE: AKIAABCDEFGHIJKLMNOP}", "env.NOTE: holds what looks like a secret"),
+    (JOBS % ", pass_env: [HF_TOKEN]", "pass_env: HF_TOKEN looks like a secret, Ray would log it"),
+    (JOBS % ", retries: -1", "retries: must be >= 0 (got -1)"),
+    ("{kind: local, min_nodes: 3}", "min_nodes: must be at most max_nodes (2), got 3"),
+    ("{kind: kuberay, image: x, workers: {}}", "workers: "),
+    ("{kind: kuberay, image: x, queue: q, workers: {a: {max: 1}}}", "autoscale: must be false with a queue"),
+    ("{kind: kuberay, image: x, workers: {a: {max: 1, min: 2}}}", "workers.a.min: must be at most max (1), got 2"),
+    ("{kind: slurm, nodes: 1, cpus_per_node: 4, time: soon}", "time: "),
+    ("{kind: ray_up, ray_up: {cluster_name: x}}", "ray_up: available_node_types is required"),
+    (
+        "{kind: ray_up, ray_up: {cluster_name: x, head_node_type: a, available_node_types: {a: {node_config: {}}}}}",
+        "ray_up: 'provider' is a required property",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "sentence"), WRONG, ids=[sentence[:40] for _, sentence in WRONG])
+def test_a_wrong_cluster_file_is_one_sentence(shell, text, sentence):
+    Path("cluster").mkdir()
+    Path("cluster/mine.yaml").write_text(text)
+    code, out, err = shell("submit", "jobs/chain.yaml", "--cluster", "mine")
+    assert (code, out) == (2, "")
+    line, *others = err.splitlines()
+    assert others == []
+    assert "cluster/mine.yaml: " in line
+    assert sentence in line
+
+
+def test_other_mistakes_are_one_sentence_too(shell):
+    for command, sentence in [
+        ("submit jobs/chain.yaml --cluster aw", "unknown cluster 'aw', did you mean 'aws'?"),
+        ("submit jobs/chain.yaml --cluster summit", "describes machines for `slimray plan`"),
+        ("submit jobs/gone.yaml --cluster local", "jobs/gone.yaml: no such file"),
+        ("submit jobs/chain.yaml --cluster local --set tsm:model.width=0", "(tsm): model.width: must be > 0 (got 0)"),
+        ("submit jobs/chain.yaml --cluster slurm --storage runs", "storage: 'runs' is a folder of this machine"),
+        ("submit jobs/chain.yaml --cluster local", "start it with `slimray cluster start local`"),
+        ("status --cluster kueue", "is followed with `kubectl -n ml get rayjobs`"),
+        ("logs tsm --cluster slurm", "is followed with `squeue --me`"),
+        ("cluster start aws", "is of kind ray_up: only kind local is started here, others with `ray up`"),
+    ]:  # fmt: skip
+        code, _, err = shell(*command.split())
+        assert code == 2, command
+        assert sentence in err
+        assert len(err.splitlines()) == 1
+
+
+def test_what_can_never_fit_is_refused_before_anything_is_asked(shell):
+    for name, option, sentence in [
+        ("local", "scale.workers=8", "needs 9 CPUs, {} can have at most 4: lower scale.workers"),
+        ("local", "scale.gpus_per_worker=1", "needs 2 GPUs, {} can have at most 0"),
+        ("kueue", "scale.cpus_per_worker=100", "each worker needs 100 CPUs, the largest node of {} has 92"),
+    ]:
+        arguments = ["--cluster", name, "--storage", "/shared/runs", "--set", option, "--set", "batch.per_worker=1"]
+        code, _, err = shell("submit", "jobs/chain.yaml", *arguments)
+        assert code == 2, err
+        assert sentence.format(str(ROOT / f"cluster/{name}.yaml")) in err.replace(
+            str(submit.inputs.packaged("cluster")), str(ROOT / "cluster")
+        )
+
+
+def test_what_is_passed_on_has_to_be_there(here):
+    target = as_cluster(JOBS % ", pass_env: [WANDB_PROJECT_OF_NOBODY]")
+    with pytest.raises(UserError, match="pass_env: WANDB_PROJECT_OF_NOBODY is not set here: export it"):
+        submit.make_submission(["jobs/chain.yaml"], target, storage="/shared/runs")
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """A dashboard that refuses every request, for its token."""
+
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_a_head_that_is_out_of_reach_silent_or_closed_is_one_sentence_in_time(here, monkeypatch):
+    monkeypatch.setattr(submit, "REQUEST_TIMEOUT_S", 0.5)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(
+        RunFailed, match=r"mine.yaml: the cluster at http://127.0.0.1:1 does not answer \(connection ref"
+    ):
+        submit.jobs(as_cluster(JOBS % ""))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(RunFailed, match=r"does not answer \(timed out\)"):
+            submit.jobs(as_cluster(f"{{kind: jobs, address: '{address}'}}"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    with pytest.raises(
+        UserError, match="refuses the token: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's"
+    ):
+        submit.jobs(as_cluster(f"{{kind: jobs, address: '{address}'}}"))
+    with pytest.raises(UserError, match="token_env: TEAM is not set: export the token of the cluster"):
+        submit.jobs(as_cluster(f"{{kind: jobs, address: '{address}', token_env: TEAM}}"))
+    server.shutdown()
+
+
+def test_a_port_that_is_taken_is_said_before_ray_starts(shell):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        Path("mine.yaml").write_text(f"{{kind: local, dashboard_port: {port}, port: 1025}}")
+        code, _, err = shell("cluster", "start", "./mine.yaml")
+    assert (code, err) == (2, f"mine.yaml: dashboard_port: {port} is taken by another program, choose another\n")
+    assert shell("cluster", "stop", "./mine.yaml") == (0, "mine: does not run\n", "")
+
+
+def test_kubectl_and_sbatch_are_given_the_manifest_where_they_are(shell, here, monkeypatch):
+    programs = here / "bin"
+    programs.mkdir()
+    (programs / "kubectl").write_text(
+        f'#!/bin/sh\ncase "$*" in *get*) echo rayjob.ray.io/tsm-4;; *) cat > {here}/applied; echo ok;; esac\n'
+    )
+    (programs / "sbatch").write_text(f"#!/bin/sh\ncat > {here}/batch; echo Submitted batch job 7\n")
+    for name in ("kubectl", "sbatch"):
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    options = ["--storage", "/shared/runs"]
+    code, out, err = shell("submit", "jobs/chain.yaml", "--cluster", "kuberay", *options)
+    assert (code, err) == (0, "")
+    assert out == "tsm-5: submitted to kuberay, runs lie in /shared/runs\n", "after those that are there"
+    assert {one["metadata"]["name"] for one in yaml.safe_load_all(Path("applied").read_text())} == {
+        "tsm-5",
+        "tsm-5-head",
+    }
+    code, out, _ = shell("submit", "jobs/chain.yaml", "--cluster", "slurm", *options)
+    assert (code, out) == (0, "tsm-1 (Submitted batch job 7): submitted to slurm, runs lie in /shared/runs\n")
+    assert "#SBATCH --nodes=4\n" in Path("batch").read_text()
+    monkeypatch.setenv("PATH", str(here))
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(programs)
+    code, _, err = shell("submit", "jobs/chain.yaml", "--cluster", "slurm", *options)
+    assert code == 2
+    assert "sbatch is not installed here: write the manifest with --dry-run --out FILE and apply it" in err
+
+
+def test_a_manifest_is_written_with_the_command_that_applies_it(shell):
+    options = ["--cluster", "kuberay", "--storage", "/shared/runs", "--dry-run", "--out", "my job.yaml"]
+    code, out, _ = shell("submit", "jobs/chain.yaml", *options)
+    assert (code, out) == (0, "next: kubectl apply -f 'my job.yaml'\n")
+    assert len(list(yaml.safe_load_all(Path("my job.yaml").read_text()))) == 3
+
+
+def test_init_brings_the_cluster_files_along(shell):
+    assert shell("init", "demo")[0] == 0
+    there = {str(path.relative_to("demo/cluster")) for path in Path("demo/cluster").rglob("*") if path.is_file()}
+    assert {f"{name}.yaml" for name in NAMES} | {"Dockerfile", "prometheus.yml", "grafana/training.json"} <= there

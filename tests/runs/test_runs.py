@@ -1,0 +1,438 @@
+"""The run folder on a disk and in a bucket of a real S3 server; locks between real processes; processes killed."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from slimray import runs, storage
+from slimray.spec import RunFailed, UserError
+from slimray.storage import StorageError, join
+
+JOB = {"kind": "train", "name": "a", "optim": {"lr": 0.1, "tags": ("1e-3", "x")}, "scale": {"workers": 2}, "init": None}
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def where(request, tmp_path):
+    """An empty storage folder, on a disk and in a bucket."""
+    return str(tmp_path) if request.param == "disk" else request.getfixturevalue("bucket")(f"{tmp_path.name}-runs")
+
+
+@pytest.fixture
+def run(where):
+    return runs.open_run(where, "a")
+
+
+@pytest.fixture
+def local(tmp_path):
+    return runs.open_run(str(tmp_path), "a")
+
+
+def start(code: str, *arguments: str) -> subprocess.Popen:
+    """Run Python `code` in a process of its own; `sys.argv[1:]` are the arguments."""
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom slimray import runs\nfrom slimray.spec import UserError\n"
+        + code
+    )
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
+
+
+def wait_until(condition, timeout_s=20):
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def put_lock(run, **changes):
+    """Write a lock as a process on another machine would."""
+    owner = {
+        "token": "other",
+        "host": "elsewhere boot pid:[1]",
+        "pid": 1,
+        "born": 1,
+        "heartbeat": time.time(),
+    } | changes
+    storage.write_atomic(run.fs, join(run.path, "lock"), json.dumps(owner).encode())
+
+
+# ------------------------------------------------------------------------------------------------- which run
+
+
+def test_a_run_is_found_by_name_and_by_uri(where):
+    run = runs.open_run(where, "resnet-tsm")
+    assert runs.list_runs(where) == []
+    runs.write_job(run, JOB)
+    assert runs.find_run("resnet-tsm", where) == run
+    assert runs.find_run(run.uri, "elsewhere") == run
+    assert runs.list_runs(where) == [run]
+    with pytest.raises(UserError, match="no run 'resnet-tms', did you mean 'resnet-tsm'"):
+        runs.find_run("resnet-tms", where)
+    with pytest.raises(UserError, match="there is no run"):
+        runs.find_run(join(where, "nothing"), where)
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a b", ".hidden", "a/b", "x" * 200])
+def test_a_name_that_cannot_be_a_folder_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="letters, digits"):
+        runs.open_run(str(tmp_path), name)
+
+
+def test_the_job_reads_back_as_it_was_written(run):
+    job = JOB | {"text": "1e-3", "note": "yes", "rate": 1e-5, "lines": "a\nb: c", "shared": [JOB["optim"]] * 3}
+    runs.write_job(run, job)
+    assert runs.read_job(run) == json.loads(json.dumps(job))
+
+
+def test_a_model_is_three_files_and_absent_until_all_are_there(run):
+    with pytest.raises(UserError, match="has no model"):
+        runs.read_model(run)
+    runs.write_model(run, b"weights", {"name": "tsm_resnet18"}, {"classes": ["up", "down"]})
+    assert runs.read_model(run) == (b"weights", {"name": "tsm_resnet18"}, {"classes": ["up", "down"]})
+
+
+def test_files_that_a_restart_would_not_clear_are_refused(local):
+    with pytest.raises(ValueError, match="no file of a run folder"):
+        runs.write_file(local, "notes.txt", b"")
+
+
+def test_weights_come_from_a_file_or_a_run_and_their_digest_is_checked(where, tmp_path):
+    run = runs.open_run(where, "teacher")
+    runs.write_job(run, JOB)
+    with pytest.raises(UserError, match="no such weights"):
+        runs.weights_source("teacher", where)
+    runs.write_model(run, b"weights", {}, {})
+    found = runs.weights_source("teacher", where)
+    assert storage.read_bytes(*storage.open_uri(found)) == b"weights"
+    (tmp_path / "w.pth").write_bytes(b"weights")
+    digest = "9fb8d3c6d8ae5ad4bdc1cea2f2ef6fd44f1fd2ff3ba2d5b6ef9ed1e5d2a3f0c1"
+    assert runs.weights_source(str(tmp_path / "w.pth"), where) == str(tmp_path / "w.pth")
+    with pytest.raises(UserError, match="damaged or another file"):
+        runs.weights_source(str(tmp_path / "w.pth"), where, digest)
+
+
+# -------------------------------------------------------------------------------------------- the same name again
+
+
+def test_a_name_is_begun_resumed_and_skipped_when_finished(run):
+    assert runs.claim(run, JOB) == runs.Claim(finished=False, attempt=1)
+    with runs.hold(run):
+        runs.begin(run, JOB, 1)
+        assert runs.read_status(run).state == "running"
+        assert runs.describe(run)["state"] == "running"
+        runs.end(run, "failed", "a worker was lost")
+    assert runs.claim(run, JOB) == runs.Claim(finished=False, attempt=2)
+    with runs.hold(run):
+        runs.begin(run, JOB, 2)
+        runs.write_card(run, {"metrics": {"best": {"val/top1": 97.53}}})
+        runs.end(run, "finished")
+    assert runs.claim(run, JOB) == runs.Claim(finished=True, attempt=2)
+    line = runs.describe(run)
+    assert (line["kind"], line["state"], line["result"]) == ("train", "finished", "top1 97.5 %")
+    assert not runs.exists(run, "lock")
+
+
+def test_other_settings_are_refused_with_their_difference_except_where_allowed(local):
+    runs.write_job(local, JOB)
+    other = JOB | {"optim": {"lr": 0.2, "tags": ["1e-3", "x"]}, "scale": {"workers": 4}, "init": {"from": "b"}}
+    with pytest.raises(UserError) as caught:
+        runs.claim(local, other, may_change=("scale", "tracking"))
+    assert 'optim.lr: 0.1 -> 0.2; init: null -> {"from": "b"}' in str(caught.value)
+    assert "--restart" in str(caught.value)
+    assert "scale" not in str(caught.value)
+    assert runs.claim(local, JOB | {"scale": {"workers": 4}}, may_change=("scale",)).attempt == 1
+
+
+def test_a_finished_run_of_other_settings_is_not_skipped(local):
+    runs.begin(local, JOB, 1)
+    runs.end(local, "finished")
+    with pytest.raises(UserError, match="other settings"):
+        runs.claim(local, JOB | {"init": "b"})
+
+
+def test_restart_clears_what_slimray_wrote_and_nothing_else(run):
+    runs.begin(run, JOB, 1)
+    runs.write_report(run, "<html>")
+    runs.save_checkpoint(run, 5, {"s": b"x"}, {})
+    storage.write_atomic(run.fs, join(run.path, "my-notes.txt"), b"mine")
+    assert runs.claim(run, JOB | {"init": "b"}, restart=True) == runs.Claim(finished=False, attempt=1)
+    left = [info.base_name for info in storage.list_files(run.fs, run.path, recursive=True)]
+    assert left == ["my-notes.txt"]
+
+
+def test_a_run_said_to_be_running_whose_writer_is_gone_is_stopped(local):
+    runs.begin(local, JOB, 1)
+    assert runs.describe(local)["state"] == "stopped"
+
+
+def test_an_attempt_that_another_process_has_begun_is_not_begun_again(local):
+    runs.begin(local, JOB, 1)
+    with pytest.raises(UserError, match="by another process meanwhile"):
+        runs.begin(local, JOB, 1)
+
+
+# --------------------------------------------------------------------------------------------------- the lock
+
+COMPETE = """
+run = runs.open_run(sys.argv[1], "a")
+while time.time() < float(sys.argv[2]):
+    pass
+try:
+    with runs.hold(run):
+        print("held", flush=True)
+        time.sleep(4)
+except UserError as error:
+    print("refused:", error, flush=True)
+"""
+
+
+def test_of_two_processes_one_gets_the_lock(where):
+    begin = str(time.time() + 2.5)
+    rivals = [start(COMPETE, where, begin) for _ in range(2)]
+    said = sorted(rival.communicate(timeout=30)[0] for rival in rivals)
+    assert said[0] == "held\n"
+    assert said[1].startswith("refused: run 'a' is being written by ")
+
+
+def test_of_two_processes_one_takes_over_a_stale_lock(local):
+    put_lock(local, heartbeat=time.time() - 100)
+    begin = str(time.time() + 2.5)
+    rivals = [start(COMPETE, str(Path(local.path).parent), begin) for _ in range(2)]
+    assert [said.partition(":")[0].strip() for said in sorted(rival.communicate()[0] for rival in rivals)] == [
+        "held",
+        "refused",
+    ]
+
+
+def test_the_lock_of_a_killed_process_is_free_at_once(local):
+    holder = start("with runs.hold(runs.run_at(sys.argv[1])):\n  print('held', flush=True); time.sleep(60)", local.path)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"being written by process {holder.pid}"):
+        runs.claim(local, JOB, restart=False) if runs.exists(local, "job.yaml") else runs.hold(local).__enter__()
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with runs.hold(local):
+        pass
+
+
+def test_a_lock_of_another_machine_is_respected_while_its_heartbeat_is_young(local, monkeypatch):
+    monkeypatch.setattr(runs.folder, "SETTLE_S", 0.2)
+    runs.write_job(local, JOB)
+    put_lock(local, heartbeat=time.time() - 50)
+    with pytest.raises(UserError, match="being written by process 1 on elsewhere"), runs.hold(local):
+        pass
+    with pytest.raises(UserError, match="being written"):
+        runs.claim(local, JOB) if runs.read_status(local) else runs.claim(local, JOB, restart=True)
+    put_lock(local, heartbeat=time.time() - 61)
+    with runs.hold(local):
+        pass
+
+
+def test_the_heartbeat_is_renewed_while_a_lock_is_held(local):
+    runs.begin(local, JOB, 1)
+    with runs.hold(local, heartbeat_s=0.05):
+        first = runs.read_status(local).heartbeat
+        wait_until(lambda: runs.read_status(local).heartbeat > first)
+
+
+def test_losing_the_lock_interrupts_and_fails_the_run_and_leaves_the_winners_state(local, monkeypatch):
+    monkeypatch.setattr(runs.folder, "SETTLE_S", 0.1)
+    with pytest.raises(RunFailed, match="taken over by process 1 on elsewhere"), runs.hold(local, heartbeat_s=0.05):  # noqa: PT012
+        runs.begin(local, JOB, 1)
+        put_lock(local)
+        time.sleep(20)  # interrupted
+    assert runs.exists(local, "lock")
+    with pytest.raises(RunFailed, match="taken over"):
+        runs.end(local, "failed", "late")
+    assert runs.read_status(local).state == "running"
+
+
+# ----------------------------------------------------------------------------------------------------- records
+
+
+def test_no_row_is_lost_on_close_and_parts_are_immutable(run):
+    writer = runs.PartWriter(run, "metrics", attempt=1, rank=0, flush_s=0.05)
+    for step in range(2500):
+        writer.write({"step": step, "train/loss": float(step)})
+        if step == 100:
+            wait_until(lambda: runs.read_parts(run, "metrics"))
+    first = storage.list_files(run.fs, join(run.path, "metrics"))[0]
+    before = storage.read_bytes(run.fs, first.path)
+    writer.close()
+    writer.close()
+    rows = runs.read_parts(run, "metrics")
+    assert [row["step"] for row in rows] == list(range(2500))
+    assert storage.read_bytes(run.fs, first.path) == before
+    with pytest.raises(ValueError, match="is closed"):
+        writer.write({})
+
+
+def test_rows_hold_numpy_scalars_and_not_a_number(local):
+    import numpy as np
+
+    writer = runs.PartWriter(local, "metrics", 1, 0)
+    writer.write({"step": np.int64(3), "train/loss": float("nan"), "ids": np.arange(3)})
+    writer.close()
+    (row,) = runs.read_parts(local, "metrics")
+    assert row["step"] == 3
+    assert row["ids"] == [0, 1, 2]
+    assert math.isnan(row["train/loss"])
+
+
+def test_rows_wait_while_the_storage_is_away(local):
+    obstacle = Path(local.path, "metrics")
+    obstacle.parent.mkdir(parents=True)
+    obstacle.write_bytes(b"a file where the folder should be")
+    writer = runs.PartWriter(local, "metrics", 1, 0, flush_s=0.01, patience_s=10)
+    writer.write({"step": 1})
+    time.sleep(0.2)
+    obstacle.unlink()
+    writer.write({"step": 2})
+    writer.close()
+    assert [row["step"] for row in runs.read_parts(local, "metrics")] == [1, 2]
+
+
+def test_rows_that_cannot_be_written_raise_once(local):
+    Path(local.path).mkdir()
+    Path(local.path, "metrics").write_bytes(b"a file where the folder should be")
+    writer = runs.PartWriter(local, "metrics", 1, 0, flush_s=0.01, patience_s=0.1)
+    writer.write({"step": 1})
+    wait_until(lambda: writer._failed)
+    with pytest.raises(StorageError, match=r"1 rows of metrics/0001-00000-.* are lost"):
+        writer.write({"step": 2})
+    writer.write({"step": 3})
+    writer.close()
+
+
+def write_rows(run, folder, attempt, rank, rows):
+    time.sleep(0.002)  # writers of a rank are told apart by the millisecond in which they were opened
+    writer = runs.PartWriter(run, folder, attempt, rank)
+    for row in rows:
+        writer.write(row)
+    writer.close()
+
+
+def test_the_newest_attempt_counts_from_the_step_where_it_resumed(run):
+    write_rows(run, "metrics", 1, 0, [{"step": s, "phase": "train", "by": 1} for s in (10, 20, 25, 30, 40)])
+    write_rows(run, "metrics", 1, 0, [{"step": 20, "phase": "val", "by": 1}])
+    write_rows(run, "metrics", 2, 0, [{"step": s, "phase": "train", "by": 2} for s in (30, 45)])
+    rows = runs.read_parts(run, "metrics")
+    assert [(row["step"], row["by"]) for row in rows if row["phase"] == "train"] == [
+        (10, 1),
+        (20, 1),
+        (25, 1),
+        (30, 2),
+        (45, 2),
+    ]
+    assert [row["step"] for row in rows if row["phase"] == "val"] == [20]
+
+
+def test_a_rank_restarted_within_an_attempt_replaces_its_own_rows_only(local):
+    for rank in (0, 1):
+        write_rows(local, "samples", 1, rank, [{"step": s, "ids": [rank, s]} for s in (0, 1, 2)])
+    write_rows(local, "samples", 1, 0, [{"step": s, "ids": [9, s]} for s in (1, 2)])
+    found = sorted((row["rank"], row["step"], row["ids"][0]) for row in runs.read_parts(local, "samples"))
+    assert found == [(0, 0, 0), (0, 1, 9), (0, 2, 9), (1, 0, 1), (1, 1, 1), (1, 2, 1)]
+
+
+def test_fewer_ranks_after_a_resume_leave_no_row_of_a_rank_that_is_gone(local):
+    for rank in (0, 1):
+        write_rows(local, "samples", 1, rank, [{"step": s, "ids": [rank]} for s in (0, 1, 2)])
+    write_rows(local, "samples", 2, 0, [{"step": s, "ids": [0, 1]} for s in (1, 2)])
+    found = sorted((row["step"], row["ids"]) for row in runs.read_parts(local, "samples"))
+    assert found == [(0, [0]), (0, [1]), (1, [0, 1]), (2, [0, 1])]
+
+
+def test_rows_without_a_step_stay_but_for_repetitions(local):
+    write_rows(local, "quarantine", 1, 0, [{"path": "a.mp4", "reason": "cut"}, {"path": "b.mp4", "reason": "cut"}])
+    write_rows(local, "quarantine", 2, 3, [{"path": "a.mp4", "reason": "cut"}, {"path": "c.mp4", "reason": "cut"}])
+    assert sorted(row["path"] for row in runs.read_parts(local, "quarantine")) == ["a.mp4", "b.mp4", "c.mp4"]
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_reads_back_and_the_newest_is_found(run, tmp_path):
+    assert runs.newest_checkpoint(run) is None
+    big = tmp_path / "state"
+    big.write_bytes(os.urandom(6 << 20))  # more than one part of a multipart upload
+    runs.save_checkpoint(run, 5, {"state.safetensors": b"five"}, {"epoch": 0})
+    runs.save_checkpoint(run, 10, {"state.safetensors": big, "more.json": b"{}"}, {"epoch": 1, "progress": {"step": 3}})
+    found = runs.newest_checkpoint(run)
+    assert (found.step, found.meta) == (10, {"epoch": 1, "progress": {"step": 3}})
+    assert runs.read_checkpoint(run, found) == {"state.safetensors": big.read_bytes(), "more.json": b"{}"}
+    assert runs.read_checkpoint(run, runs.checkpoint_at(run, 5)) == {"state.safetensors": b"five"}
+    with pytest.raises(RunFailed, match="no complete checkpoint of step 7"):
+        runs.checkpoint_at(run, 7)
+
+
+@pytest.mark.parametrize("damage", [b"shorter", b"other bytes!", None])
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(run, damage, caplog):
+    runs.save_checkpoint(run, 1, {"state": b"whole bytes!"}, {})
+    runs.save_checkpoint(run, 2, {"state": b"whole bytes!"}, {})
+    path = join(run.path, "checkpoints/step_000000002/state")
+    storage.delete(run.fs, path) if damage is None else storage.write_atomic(run.fs, path, damage)
+    assert runs.newest_checkpoint(run).step == 1
+    assert "checkpoint of step 2 is damaged and passed over" in caplog.text
+
+
+def test_a_checkpoint_of_the_same_step_replaces_the_old_one_only_when_it_is_whole(run):
+    runs.save_checkpoint(run, 3, {"state": b"old"}, {"metrics": {}})
+    with pytest.raises(FileNotFoundError):
+        runs.save_checkpoint(run, 3, {"state": b"new", "more": Path("/nonexistent/source")}, {})
+    assert runs.read_checkpoint(run, runs.newest_checkpoint(run)) == {"state": b"old"}
+    runs.save_checkpoint(run, 3, {"state": b"new"}, {"metrics": {"val/top1": 1.0}})
+    found = runs.newest_checkpoint(run)
+    assert runs.read_checkpoint(run, found) == {"state": b"new"}
+    assert found.meta == {"metrics": {"val/top1": 1.0}}
+
+
+def test_the_best_and_the_last_checkpoints_are_kept(run):
+    for step, top1 in ((1, 10.0), (2, 90.0), (3, 90.0), (4, 30.0), (5, float("nan")), (6, None)):
+        metrics = {} if top1 is None else {"val/top1": top1}
+        runs.save_checkpoint(run, step, {"state": b"x"}, {"metrics": metrics})
+    runs.keep(run, metric="val/top1", last=2)
+    assert [one.step for one in runs.list_checkpoints(run)] == [2, 5, 6]
+    runs.keep(run, last=0)
+    assert [one.step for one in runs.list_checkpoints(run)] == [6]
+
+
+def test_a_checkpoint_whose_writer_was_killed_is_never_taken_for_whole(run, tmp_path):
+    runs.save_checkpoint(run, 1, {"a": b"x", "b": b"x"}, {})
+    pipe = tmp_path / "pipe"  # the writer waits at its second file for ever
+    os.mkfifo(pipe)
+    code = "run = runs.run_at(sys.argv[1])\nruns.save_checkpoint(run, 2, {'a': b'x' * 100, 'b': Path(sys.argv[2])}, {})"
+    writer = start(code, run.uri, str(pipe))
+    wait_until(lambda: runs.exists(run, "checkpoints/step_000000002/a"))
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    assert runs.newest_checkpoint(run).step == 1
+    runs.begin(run, JOB, 1)  # sweeps
+    assert storage.list_folders(run.fs, join(run.path, "checkpoints")) == ["step_000000001"]
+
+
+def test_a_broken_marker_is_no_checkpoint(local, caplog):
+    runs.save_checkpoint(local, 1, {"a": b"x"}, {})
+    runs.save_checkpoint(local, 2, {"a": b"x"}, {})
+    Path(local.path, "checkpoints/step_000000002/complete.json").write_bytes(b'{"step": 2, ')
+    assert runs.newest_checkpoint(local).step == 1
+    assert "the marker does not read" in caplog.text
+
+
+def test_saving_while_another_thread_keeps_is_safe(local):
+    def save():
+        for step in range(20):
+            runs.save_checkpoint(local, step, {"a": b"x"}, {})
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    while thread.is_alive():
+        runs.keep(local, last=2)
+    assert runs.newest_checkpoint(local).step == 19

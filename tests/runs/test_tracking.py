@@ -1,0 +1,94 @@
+"""What is tracked: the run's rows always, W&B and TensorBoard on request, no secret and no path unless asked for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slimray.runs.tracking import Tracker, TrackingSpec, redact, run_id
+
+
+class Rows:
+    """Keeps rows, as the run folder's writer would."""
+
+    def __init__(self):
+        self.kept: list[dict] = []
+
+    def write(self, row):
+        self.kept.append(dict(row))
+
+
+JOB = {"name": "one", "data": {"root": "/home/me/clips"}, "api_key": "abc123secret", "optim": {"lr": 0.1}}
+
+
+def tracker(spec: TrackingSpec, folder: Path) -> tuple[Tracker, Rows]:
+    rows = Rows()
+    return Tracker(spec, rows, "one", str(folder), JOB, folder), rows
+
+
+def test_rows_go_to_the_run_folder_whatever_else_is_asked(tmp_path):
+    sink, rows = tracker(TrackingSpec(), tmp_path)
+    sink.log({"step": 1, "train/loss": 2.0})
+    sink.close()
+    assert rows.kept == [{"step": 1, "train/loss": 2.0}]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    sink, _ = tracker(TrackingSpec(tensorboard=True), tmp_path)
+    for step in (1, 2):
+        sink.log({"step": step, "train/loss": 2.0 / step, "phase": "train"})
+    sink.close()
+    events = list(tmp_path.rglob("events.out.tfevents.*"))
+    assert len(events) == 1
+    assert b"train/loss" in events[0].read_bytes()
+
+
+OFFLINE = """
+import sys
+from pathlib import Path
+from slimray.tracking import Tracker, TrackingSpec
+import json
+class Rows:
+    def write(self, row): pass
+job, folder, media = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "media"
+sink = Tracker(TrackingSpec(wandb=True, mode="offline", media=media), Rows(), "one", str(folder), job, folder)
+sink.log({"step": 1, "train/loss": 2.0})
+sink.log({"step": 2, "train/loss": 1.0})
+sink.close()
+"""
+
+
+@pytest.mark.parametrize("media", ["none", "media"])
+def test_wandb_works_offline_and_hears_neither_secrets_nor_paths_unless_asked(tmp_path, media):
+    command = [sys.executable, "-c", OFFLINE, json.dumps(JOB), str(tmp_path), media]
+    env = os.environ | {"WANDB_SILENT": "true", "HOME": str(tmp_path / "home")}
+    subprocess.run(command, check=True, timeout=120, env=env, capture_output=True)
+    written = list(tmp_path.rglob("run-*.wandb"))
+    assert len(written) == 1
+    assert run_id("one", str(tmp_path)) in written[0].name
+    content = written[0].read_bytes()
+    assert b"abc123secret" not in content
+    assert (b"/home/me/clips" in content) == (media == "media")
+    assert b"train/loss" in content
+
+
+def test_an_id_is_the_same_for_the_same_place_only():
+    assert run_id("one", "/a/one") == run_id("one", "/a/one")
+    assert run_id("one", "/a/one") != run_id("one", "/b/one")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ({"WANDB_API_KEY": "x", "lr": 0.1}, {"WANDB_API_KEY": "***", "lr": 0.1}),
+        ("https://me:pw@host/x", "https://***@host/x"),
+        ("s3://b/x?X-Amz-Signature=abc&v=1", "s3://b/x?X-Amz-Signature=***&v=1"),
+        ([{"deep": {"password": "p"}}], [{"deep": {"password": "***"}}]),
+    ],
+)
+def test_secrets_are_redacted_at_any_depth(value, shown):
+    assert redact(value) == shown

@@ -1,0 +1,213 @@
+"""A step is exact whatever the number of ranks: real gloo processes against one process."""
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from slimray.tasks.predict import Input, to_input
+from slimray.train import learn
+from slimray.train.methods.plain import Peers, Piece, Replica, breaks_on_one_sample
+
+OPTIM = learn.OptimSpec(lr=0.1, reference_batch=8, epochs=1, groups="plain", clip_norm=None, weight_decay=0.0)
+SHAPE = (2, 3, 8, 8)
+
+
+class Plain(nn.Module):
+    """A convolution and a classifier without BatchNorm: `[B, T, 3, H, W]` -> `[B, 4]`."""
+
+    head_name, first_conv_name = "head", "conv"
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 5, 3), nn.Linear(5, 4)
+
+    def forward(self, x):
+        features = torch.relu(self.conv(x.flatten(0, 1))).mean((2, 3))
+        return self.head(features).view(len(x), -1, 4).mean(1)
+
+
+def samples(num: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    t, c, h, w = SHAPE
+    return rng.integers(0, 256, (num, 1, t, h, w, c), dtype=np.uint8), rng.integers(0, 4, num)
+
+
+def make(rank: int = 0, world: int = 1, compress: str = "none") -> Replica:
+    torch.manual_seed(0)
+    cpu = torch.device("cpu")
+    return Replica(Plain().double(), OPTIM, Input(), SHAPE, cpu, rank, world, compress=compress)
+
+
+def one_step(
+    rank: int, world: int, cuts: list[list[tuple[int, int]]], num: int, compress: str = "none"
+) -> dict[str, torch.Tensor]:
+    torch.set_default_dtype(torch.float64)
+    data, labels = samples(num)
+    replica = make(rank, world, compress)
+    pieces = [Piece(data[lo:hi], labels[lo:hi]) for lo, hi in cuts[rank]]
+    replica.step(pieces, num, 0.1, (0, 0))
+    return {k: v.clone() for k, v in replica.net.state_dict().items()}
+
+
+CASES = {
+    "two ranks of 4": ([[(0, 4)], [(4, 8)]], 8),
+    "uneven: 5 and 2": ([[(0, 5)], [(5, 7)]], 7),
+    "a rank without samples": ([[(0, 3)], [(3, 3)]], 3),
+    "accumulated, last piece empty": ([[(0, 2), (2, 4)], [(4, 6), (6, 6)]], 6),
+}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _child(rank: int, world: int, case: str, out: str, compress: str) -> None:
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    cuts, num = CASES[case]
+    torch.save(one_step(rank, world, cuts, num, compress), f"{out}/{rank}.pt")
+    torch.distributed.barrier()  # gloo aborts when one side goes away while the other still talks
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_take_the_step_of_one(case: str, tmp_path: Path):
+    alone, together = alone_and_together(case, tmp_path)
+    for ours in together:
+        for name, value in alone.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-10, atol=1e-13)
+
+
+def test_gradients_sent_as_bf16_are_rounded_to_bf16_and_alike_on_all_ranks(tmp_path: Path):
+    alone, together = alone_and_together("two ranks of 4", tmp_path, "bf16")
+    start = make().net.state_dict()
+    for name, value in alone.items():
+        assert torch.equal(together[0][name], together[1][name])
+        exact, sent = value - start[name], together[0][name] - start[name]
+        assert not torch.equal(exact, sent)
+        assert (exact - sent).norm() < 2**-7 * exact.norm()
+
+
+def alone_and_together(case: str, tmp_path: Path, compress: str = "none") -> tuple[dict, list[dict]]:
+    """The weights after one step of one process, and those of two ranks."""
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__]
+    children = [
+        subprocess.Popen([*command, str(rank), "2", case, str(tmp_path), compress], env=env, stderr=subprocess.PIPE)
+        for rank in (0, 1)
+    ]
+    for child in children:
+        _, err = child.communicate(timeout=120)
+        assert child.returncode == 0, err.decode()[-2000:]
+    cuts, num = CASES[case]
+    default = torch.get_default_dtype()
+    try:
+        alone = one_step(0, 1, [[cut for rank in cuts for cut in rank if cut[0] < cut[1]]], num)
+    finally:
+        torch.set_default_dtype(default)
+    return alone, [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_peers_learn_from_each_other_and_the_first_is_kept():
+    torch.manual_seed(3)
+    optim = OPTIM.model_copy(update={"mutual": 1.0})
+    data, labels = samples(4)
+    replica = Replica(Peers(Plain(), Plain()), optim, Input(), SHAPE, torch.device("cpu"))
+    start = copy.deepcopy(replica.net)
+    replica.step([Piece(data, labels)], 4, 0.1, (0, 0))
+    assert isinstance(replica.averaged(), Plain)
+    clips, targets = to_input(data, Input(), torch.device("cpu")), torch.from_numpy(labels)
+    own, other = start.first(clips), start.second(clips).detach()
+    loss = nn.functional.cross_entropy(own, targets)
+    loss = loss + (other.softmax(1) * (other.log_softmax(1) - own.log_softmax(1))).sum(1).mean()
+    (gradient,) = torch.autograd.grad(loss, start.first.head.weight)
+    expected = start.first.head.weight - 0.1 * gradient
+    torch.testing.assert_close(replica.net.first.head.weight, expected, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(replica.net.second.head.weight, start.second.head.weight)
+
+
+def test_state_goes_round_bit_for_bit():
+    data, labels = samples(8)
+    first = Replica(
+        _tsm(), learn.OptimSpec(lr=0.1, reference_batch=8, epochs=1, ema=0.9), Input(), SHAPE32, torch.device("cpu")
+    )
+    data = np.repeat(np.repeat(data, 4, 3), 4, 4)
+    first.step([Piece(data[:4], labels[:4])], 4, 0.1, (0, 0))
+    state = {k: v.clone() for k, v in first.tensors().items()}
+    second = Replica(
+        _tsm(seed=1),
+        learn.OptimSpec(lr=0.1, reference_batch=8, epochs=1, ema=0.9),
+        Input(),
+        SHAPE32,
+        torch.device("cpu"),
+    )
+    second.load(state)
+    for replica in (first, second):
+        replica.step([Piece(data[4:], labels[4:])], 4, 0.1, (0, 1))
+    for name, value in first.tensors().items():
+        assert torch.equal(value, second.tensors()[name]), name
+
+
+SHAPE32 = (2, 3, 32, 32)
+TSM = {"name": "tsm_resnet18", "num_classes": 4, "num_segments": 2, "width": 0.125}
+
+
+def _tsm(seed: int = 0) -> nn.Module:
+    from slimray import models
+
+    torch.manual_seed(seed)
+    return models.build(**TSM)
+
+
+def test_one_sample_does_not_break_batchnorm():
+    images = TSM | {"num_segments": 1}
+    shape = (1, 3, 32, 32)
+    assert breaks_on_one_sample(images, shape)
+    assert not breaks_on_one_sample(TSM, SHAPE32)
+    from slimray import models
+
+    replica = Replica(models.build(**images), OPTIM, Input(), shape, torch.device("cpu"), repeat_single=True)
+    data = np.random.default_rng(0).integers(0, 256, (1, 1, 1, 32, 32, 3), dtype=np.uint8)
+    report = replica.step([Piece(data, np.array([1]))], 1, 0.1, (0, 0))
+    assert report.finite
+    assert np.isfinite(report.loss_sum)
+
+
+def test_a_still_piece_trains_without_touching_the_statistics():
+    replica = Replica(_tsm(), OPTIM, Input(), SHAPE32, torch.device("cpu"))
+    data = np.random.default_rng(0).integers(0, 256, (2, 1, 2, 32, 32, 3), dtype=np.uint8)
+    norms, weights = learn.norm_state(replica.net).clone(), replica.net.new_fc.weight.clone()
+    replica.step([Piece(data, np.array([0, 1]))], 2, 0.1, (0, 0), frozenset({0}))
+    assert torch.equal(learn.norm_state(replica.net), norms)
+    assert not torch.equal(replica.net.new_fc.weight, weights)
+    replica.step([Piece(data, np.array([0, 1]))], 2, 0.1, (0, 1))
+    assert not torch.equal(learn.norm_state(replica.net), norms)
+
+
+def test_a_step_that_is_not_finite_leaves_no_trace():
+    replica = Replica(_tsm(), OPTIM, Input(std=(1e-45,) * 3), SHAPE32, torch.device("cpu"))
+    before = {k: v.clone() for k, v in replica.tensors().items() if "num_batches" not in k}
+    data = np.random.default_rng(0).integers(0, 256, (2, 1, 2, 32, 32, 3), dtype=np.uint8)
+    assert not replica.step([Piece(data, np.array([0, 1]))], 2, 0.1, (0, 0)).finite
+    assert all(torch.equal(v, before[k]) for k, v in replica.tensors().items() if "num_batches" not in k)
+
+
+def test_validation_copy_and_state_leave_training_untouched():
+    replica = Replica(_tsm(), OPTIM, Input(), SHAPE32, torch.device("cpu"))
+    before = {k: v.clone() for k, v in replica.tensors().items()}
+    net = replica.averaged()
+    net(torch.zeros(1, *SHAPE32))
+    assert all(torch.equal(v, before[k]) for k, v in replica.tensors().items())
+
+
+if __name__ == "__main__":
+    _child(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6])

@@ -1,0 +1,94 @@
+"""A feeder gives every rank its own positions of the plan in order, across phases and Ray Data executions."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+
+from slimray.data import cards
+from slimray.data.pipeline import FeedConfig, RankStream, Source, feeder_of, start_feeders
+from slimray.data.plan import Phase, epoch_order, rank_slice
+from slimray.data.points.files import Cloud, PointRecipe, write_cloud
+from slimray.spec import RunFailed
+from slimray.train import workers
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(200)]
+
+NUM, BATCH, WORLD = 21, 8, 2
+RECIPE = PointRecipe(num_points=4, mode="val").to_dict()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    workers.connect(2)
+    yield
+    ray.shutdown()
+
+
+def clouds(folder) -> pa.Table:
+    """NUM clouds whose points are all at x = their number, as files."""
+    for i in range(NUM):
+        (folder / f"{i}.npz").write_bytes(write_cloud(Cloud(np.full((5, 3), i, np.float32) + np.eye(5, 3) / 9)))
+    return cards.index_table([{"path": f"{i}.npz", "label": i} for i in range(NUM)])
+
+
+def feed(folder, table: pa.Table, blocks_per_execution: int) -> FeedConfig:
+    phases = tuple(
+        Phase(
+            name,
+            "all",
+            epoch,
+            NUM,
+            BATCH,
+            name == "train",
+            RECIPE,
+            first_step=1 if (name, epoch) == ("train", 0) else 0,
+        )
+        for epoch in range(3)
+        for name in ("train", "val")
+    )
+    source = Source(str(folder), ray.put(table), NUM)
+    return FeedConfig(phases, {"all": source}, 7, WORLD, 3, 2, blocks_per_execution=blocks_per_execution)
+
+
+def consume(config: FeedConfig, name: str) -> list[list[tuple[str, int, int, list[int]]]]:
+    """What each rank saw: (phase, epoch, step, samples), the samples told by their points."""
+    feeders = start_feeders(config, name)
+
+    def rank_sees(rank: int) -> list[tuple[str, int, int, list[int]]]:
+        stream = RankStream(feeder_of(rank, WORLD, len(feeders), name), config, rank)
+        return [
+            (
+                phase.name,
+                phase.epoch,
+                step,
+                [] if batch is None else np.floor(batch.data[:, 0, 0].min(1)).astype(int).tolist(),
+            )
+            for phase, step, batch in stream
+        ]
+
+    with ThreadPoolExecutor(WORLD) as pool:
+        return list(pool.map(rank_sees, range(WORLD)))
+
+
+@pytest.mark.parametrize("blocks_per_execution", [2000, 5])
+def test_every_rank_sees_its_own_samples_in_order(cluster, tmp_path, blocks_per_execution):
+    config = feed(tmp_path, clouds(tmp_path), blocks_per_execution)
+    seen = consume(config, f"feeder-{blocks_per_execution}")
+    for rank in range(WORLD):
+        wanted = []
+        for phase in config.phases:
+            order = epoch_order(NUM, 7, phase.epoch, phase.shuffle)
+            for step in range(phase.first_step, phase.num_steps):
+                lo, hi = rank_slice(phase, step, rank, WORLD)
+                wanted.append((phase.name, phase.epoch, step, order[lo:hi].tolist()))
+        assert seen[rank] == wanted
+
+
+def test_a_file_that_is_gone_ends_the_stream_of_every_rank_with_its_name(cluster, tmp_path):
+    config = feed(tmp_path, clouds(tmp_path), 5)
+    (tmp_path / "3.npz").unlink()
+    with pytest.raises(RunFailed, match=r"a file of the index is missing \(.*/3\.npz\)"):
+        consume(config, "feeder-gone")

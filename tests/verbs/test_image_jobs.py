@@ -1,0 +1,157 @@
+"""Jobs on images as far as they go without Ray: what `check` says, how runs are scored, what a report shows."""
+
+import base64
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from slimray import job, models, runs
+from slimray.data.images import image_shapes
+from slimray.data.images.pictures import ImageRecipe
+from slimray.report import pages
+from slimray.spec import UserError, parse
+from slimray.tasks import predict
+from slimray.verbs import evaluate
+
+TRAIN = """
+kind: train
+name: net
+data: {card: my_images, root: images, size: 32}
+model: {name: resnet18, width: 0.125}
+batch: {total: 4, per_worker: 2}
+optim: {lr: 0.02, reference_batch: 4, epochs: 2}
+scale: {workers: 2}
+---
+kind: evaluate
+name: eval
+runs: [net]
+crops: 5
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working folder with images of three classes in it, and jobs.yaml."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        for number in range(12):
+            picture, label = image_shapes.make_image(number, 0, 40)
+            path = tmp_path / f"images/{split}/{image_shapes.CLASSES[label % 3]}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(image_shapes.encode_png(picture))
+    (tmp_path / "jobs.yaml").write_text(TRAIN)
+    return tmp_path
+
+
+def check(*sets: str) -> dict[str, dict[str, Any]]:
+    return {one["name"]: one for one in job.check(job.load(["jobs.yaml"], sets), "runs", look=True)}
+
+
+def problems(*sets: str) -> list[str]:
+    return [problem.partition(": ")[2] for one in check(*sets).values() for problem in one["problems"]]
+
+
+def finish(recipe: ImageRecipe) -> predict.Network:
+    """The run `net` as training would leave it, never trained."""
+    torch.manual_seed(0)
+    options = {"name": "resnet18", "num_classes": 3, "width": 0.125}
+    run = runs.open_run("runs", "net")
+    with runs.hold(run):
+        runs.begin(run, job.load(["jobs.yaml"])[0].document, 1)
+        runs.write_card(run, {"metrics": {}})
+        runs.end(run, "finished", "")
+    classes = sorted(image_shapes.CLASSES[:3])
+    taken = {"recipe": recipe.to_dict(), "pixels": {"average": "logits"}, "classes": classes}
+    runs.write_model(run, safetensors.torch.save(models.build(**options).state_dict()), options, taken)
+    return predict.load_network(run)
+
+
+def test_check_tells_what_a_network_of_images_takes():
+    facts = check()
+    assert [one["problems"] for one in facts.values()] == [[], []]
+    net = facts["net"]
+    assert (net["input"], net["classes"], net["train_samples"], net["steps"]) == ([3, 32, 32], 3, 12, 6)
+    assert net["macs"] > 100_000
+    assert facts["eval"]["views"] == 5
+
+
+@pytest.mark.parametrize(
+    ("sets", "sentence"),
+    [
+        ("net:model={name: tsm_resnet18}", "model.name: tsm_resnet18 wants clips, the dataset gives images"),
+        ("net:model={name: pvcnn_cls}", "model.name: pvcnn_cls wants points, the dataset gives images"),
+        ("net:model.in_channels=1", "model.in_channels: the images have 3 channels (got 1)"),
+        ("net:model.num_segments=8", "model.num_segments: resnet18 has no such option"),
+        ("net:model.width=0", "model.width: must be > 0 (got 0)"),
+        ("net:data.train=trian", "data: my_images has no split 'trian', did you mean 'train'?"),
+        ("net:data.resize=20", "data.resize: must be at least size (32), got 20"),
+    ],
+)
+def test_a_wrong_job_is_one_sentence(sets, sentence):
+    try:
+        said = problems(sets)
+    except UserError as error:
+        said = [str(error).splitlines()[0].partition(": ")[2]]
+    assert any(one.startswith(sentence) for one in said), said
+
+
+def test_a_dataset_that_is_not_there_is_the_only_complaint():
+    said = problems("net:data={run: nowhere}")
+    assert [one for one in said if "eval" not in one] == [
+        "data.run: runs: no run 'nowhere', nor any other: --storage says where runs lie"
+    ]
+
+
+def test_a_run_is_scored_in_several_crops_and_at_another_size():
+    network = finish(ImageRecipe(size=32, mode="val", flip=False))
+    scored = parse(evaluate.EvaluateJob, {"kind": "evaluate", "name": "e", "runs": ["net"], "crops": 5}, "x.yaml")
+    splits: Any = None  # only votes on points look at them
+    recipe = ImageRecipe.from_dict(evaluate._recipe(scored, network, "natural", splits, "val"))
+    assert (recipe.size, recipe.crops, recipe.short_side, recipe.mode) == (32, 5, 37, "test")
+    larger = scored.model_copy(update={"size": 64})
+    assert ImageRecipe.from_dict(evaluate._recipe(larger, network, "natural", splits, "val")).short_side == 74
+    tight = replace(network, recipe=network.recipe | {"resize": 32})
+    assert ImageRecipe.from_dict(evaluate._recipe(larger, tight, "natural", splits, "val")).short_side == 64
+
+
+@pytest.mark.parametrize(
+    ("sets", "field"), [("eval:clips=2", "clips"), ("eval:frame_orders=[shuffled]", "frame_orders")]
+)
+def test_what_only_clips_have_is_refused(sets, field):
+    finish(ImageRecipe(size=32, mode="val"))
+    said = [one for one in problems(sets) if "eval" not in one]
+    assert said == [f"{field}: is for clips, 'net' was trained on images: leave it out"]
+
+
+def test_a_report_shows_images_with_truth_and_guess():
+    network = finish(ImageRecipe(size=32, mode="val"))
+
+    class Batch:
+        data = np.stack([image_shapes.make_image(n, 0, 32)[0] for n in range(3)])[:, None]
+        valid, label = np.array([True, False, True]), np.array([0, 1, 2])
+
+    case = evaluate._Case("uri", "net", "natural", 0)
+    scores = torch.tensor([[3.0, 0.0, 0.0], [0.0, 3.0, 0.0]])
+    found = evaluate._pictures(case, network, Batch, scores, 0, 5)
+    assert [(kind, one["truth"], one["top"][0][0]) for kind, one in found] == [
+        ("clips", network.classes[0], network.classes[0]),
+        ("clips", network.classes[2], network.classes[1]),
+    ]
+    raw = base64.b64decode(found[0][1]["frames_jpeg_base64"])
+    with Image.open(io.BytesIO(raw)) as image:
+        shown = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(shown - Batch.data[0, 0]).mean() < 25
+    assert len(raw) < 10_000
+    clips = [pages.Clip(one["run"], one["frames_jpeg_base64"], one["truth"], one["top"]) for _, one in found]
+    page = pages.render("x", clips=clips, headline={}, curves=[], tables=[])
+    assert "<h2>Images</h2>" in page
+    assert "<h2>Clips</h2>" not in page
+    assert json.dumps(found[0][1]), "goes into results.json"
