@@ -11,8 +11,8 @@ from slimray import models
 from slimray.edge import latency
 from slimray.models.points.ops import normalize_coords, voxelize
 from slimray.tasks.predict import Input
-from slimray.train import learn
 from slimray.train.methods.plain import Piece, Replica
+from slimray.train.spec import OptimSpec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 S3DIS, CLIPS, IMAGES = (2, 9, 512), (2, 4, 3, 64, 64), (2, 3, 64, 64)
@@ -62,7 +62,7 @@ def batch(rng: np.random.Generator, num: int) -> Piece:
 def replica() -> Replica:
     torch.manual_seed(0)
     net = models.build("tsm_resnet50", num_classes=5, num_segments=4)
-    optim = learn.OptimSpec(lr=0.002, reference_batch=8, epochs=1, groups="plain")
+    optim = OptimSpec(lr=0.002, reference_batch=8, epochs=1, groups="plain")
     return Replica(net, optim, Input(), (4, 3, 64, 64), torch.device("cuda"))
 
 

@@ -24,7 +24,8 @@ ONLY_IN = {
 }
 NEVER_IN = {
     "torch": ("arch.py", "spec.py", "storage.py", "runs/*.py", "data/*.py", "data/*/*.py", "search/encoding.py",
-              "search/strategies.py", "train/planner.py"),
+              "search/strategies.py", "train/planner.py", "train/spec.py"),
+    "ray": ("train/spec.py",),
 }  # fmt: skip
 
 

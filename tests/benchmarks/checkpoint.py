@@ -16,15 +16,15 @@ from moto.server import ThreadedMotoServer
 
 from slimray import models, runs
 from slimray.tasks.predict import Input
-from slimray.train import learn
-from slimray.train.loop import CheckpointSpec, _Saver
+from slimray.train.loop import _Saver
 from slimray.train.methods.plain import Replica
+from slimray.train.spec import CheckpointSpec, OptimSpec
 
 TIMES = 9
 
 
 def main() -> None:
-    optim = learn.OptimSpec(lr=0.01, reference_batch=8, epochs=1)
+    optim = OptimSpec(lr=0.01, reference_batch=8, epochs=1)
     net = models.build("tsm_resnet50", num_classes=400, num_segments=8)
     replica = Replica(net, optim, Input(), (8, 3, 224, 224), torch.device("cpu"))
     for parameter in replica.net.parameters():

@@ -20,6 +20,7 @@ from slimray.data.pipeline import FeedConfig, Source
 from slimray.data.plan import Phase, epoch_order
 from slimray.data.video.clips import ClipRecipe, frame_indices, generators, make_clip
 from slimray.train import workers
+from slimray.train.spec import ScaleSpec
 
 PAIRS, EPOCHS, BATCH = 9, 2, 16
 RECIPE = ClipRecipe(num_segments=8, size=224, resize=256, mode="train")
@@ -36,7 +37,7 @@ def main() -> None:
     table = cards.read_split(cards.load_card("my_clips", [Path("datasets")]), "train", str(root))
     workers.connect(4)
     source = Source(str(root), ray.put(table), table.num_rows)
-    scale = workers.ScaleSpec(workers=2)
+    scale = ScaleSpec(workers=2)
     result = workers.launch(_worker, {"source": source, "table": table, "root": str(root)}, scale, "bench-ingest")
     print(Ratio("clips/s pipeline / bare decord", tuple(result["pipeline"]), tuple(result["bare"])))
 

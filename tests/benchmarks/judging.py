@@ -23,6 +23,7 @@ from slimray.data.images.pictures import ImageRecipe
 from slimray.data.pipeline import Source
 from slimray.edge import cost
 from slimray.train import workers
+from slimray.train.spec import ScaleSpec
 from slimray.verbs import search, shrink
 from slimray.verbs.subnets import Exhibits, JudgeSpec, decode, judge_all
 
@@ -70,7 +71,7 @@ def by_judges(run: runs.Run, shown: Exhibits, num_workers: int) -> float:
     """Subnets per second of `judge_all`."""
     net: Any = cost.build_on_meta(lambda: models.build(**MODEL))
     archs = shrink.sample_archs(net.space, NUM_ARCHS, 0)
-    scale = workers.ScaleSpec(workers=num_workers)
+    scale = ScaleSpec(workers=num_workers)
     return rate([time.time() for _ in judge_all(run.uri, shown, SPEC, archs, scale)], num_workers)
 
 

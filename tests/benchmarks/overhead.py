@@ -16,15 +16,16 @@ from torch import nn
 
 from slimray import models
 from slimray.tasks.predict import Input
-from slimray.train import learn, workers
+from slimray.train import workers
 from slimray.train.methods.plain import Piece, Replica
+from slimray.train.spec import OptimSpec, ScaleSpec
 
 MODEL = {"name": "tsm_resnet18", "num_classes": 8, "num_segments": 8, "width": 0.5}
 SIZE, BATCH, STEPS, PAIRS = 64, 8, 6, 15
 
 
 def main() -> None:
-    scale = workers.ScaleSpec(workers=2)
+    scale = ScaleSpec(workers=2)
     workers.connect(4)
     result = workers.launch(_worker, {}, scale, "bench-overhead")
     print(
@@ -60,7 +61,7 @@ def _times(work) -> list[float]:
 
 def _slimray(data: np.ndarray, labels: np.ndarray, rank: int):
     torch.manual_seed(0)
-    optim = learn.OptimSpec(lr=0.01, reference_batch=8, epochs=1, groups="plain")
+    optim = OptimSpec(lr=0.01, reference_batch=8, epochs=1, groups="plain")
     net = models.build(**MODEL)
     replica = Replica(net, optim, Input(), (8, 3, SIZE, SIZE), torch.device("cpu"), rank, 2)
 

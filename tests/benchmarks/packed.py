@@ -22,6 +22,7 @@ from tests.benchmarks.pairs import Ratio
 from slimray.data import cards
 from slimray.data.pipeline import Source
 from slimray.train import workers
+from slimray.train.spec import ScaleSpec
 
 PAIRS = 9
 SETTINGS = {112: 128, 224: 256}  # side of the input, short side of the packed frames
@@ -56,7 +57,7 @@ def _compare(folder: str, root: Path, size: int, short_side: int) -> None:
     workers.connect(4)
     sources = {k: Source(roots[k], ray.put(t), t.num_rows) for k, t in tables.items()}
     config = {"sources": sources, "recipe": replace(RECIPE, size=size, resize=short_side)}
-    result = workers.launch(_worker, config, workers.ScaleSpec(workers=2), "bench-packed")
+    result = workers.launch(_worker, config, ScaleSpec(workers=2), "bench-packed")
     ray.shutdown()
     for kind in ("h264", "jpeg"):
         name = f"clips/s packed {kind} (short side {short_side}) / original mp4, {size} px"

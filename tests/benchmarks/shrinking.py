@@ -48,6 +48,7 @@ from slimray.train import learn
 from slimray.train.loop import make_score
 from slimray.train.methods.plain import Piece, Replica
 from slimray.train.methods.supernet import SubnetPlan, SupernetReplica
+from slimray.train.spec import OptimSpec
 from slimray.verbs import train
 from slimray.verbs.shrink import ShrinkJob, held_out, sample_archs, spaces, stage_job
 from slimray.verbs.subnets import metric_of
@@ -243,7 +244,7 @@ SETTINGS = {
 # ------------------------------------------------------------------------------------------------------ training
 
 
-def fit(replica: Replica, data: Data, optim: learn.OptimSpec, job: ShrinkJob, seed: int) -> None:
+def fit(replica: Replica, data: Data, optim: OptimSpec, job: ShrinkJob, seed: int) -> None:
     """Train as loop.py does with one worker: the plan's order, augmentation by (seed, epoch, sample)."""
     batch, per_worker, step_number = job.batch.total, job.batch.per_worker, 0
     for epoch in range(optim.epochs):

@@ -22,7 +22,7 @@ import slimray
 from slimray import job, runs
 from slimray.cli import main
 from slimray.data.video import moving_shapes
-from slimray.train import learn
+from slimray.train.spec import OptimSpec
 
 
 @dataclass(frozen=True)
@@ -367,7 +367,7 @@ def test_what_is_explained_is_in_the_words_of_the_user(shell):
         "field": "lr",
         "type": "number",
         "default": "required",
-        "meaning": learn.OptimSpec.model_fields["lr"].description,
+        "meaning": OptimSpec.model_fields["lr"].description,
     }
     assert (fields["optimizer"]["type"], fields["optimizer"]["default"]) == ("sgd | adam | adamw | lars", "sgd")
     assert (fields["class_weights"]["type"], fields["class_weights"]["default"]) == (

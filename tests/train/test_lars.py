@@ -5,6 +5,7 @@ from torch import nn
 
 from slimray.train import learn
 from slimray.train.lars import TRUST, Lars
+from slimray.train.spec import OptimSpec
 
 
 def test_a_step_is_the_formula_of_the_paper():
@@ -53,7 +54,7 @@ def test_a_zero_weight_or_gradient_makes_no_nan():
 
 
 def test_its_state_goes_through_a_checkpoint():
-    optim = learn.OptimSpec.model_validate({"optimizer": "lars", "lr": 0.1, "reference_batch": 8, "epochs": 2})
+    optim = OptimSpec.model_validate({"optimizer": "lars", "lr": 0.1, "reference_batch": 8, "epochs": 2})
     nets = [nn.Sequential(nn.Linear(3, 2)) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
     made = [learn.make_optimizer(net, optim.model_copy(update={"groups": "no_norm_decay"})) for net in nets]

@@ -11,7 +11,7 @@ from slimray import models
 from slimray.edge import cost
 from slimray.spec import UserError, parse
 from slimray.train import learn
-from slimray.train.learn import OptimSpec
+from slimray.train.spec import OptimSpec
 
 
 def spec(**fields) -> OptimSpec:

@@ -12,7 +12,7 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 
 from slimray.data.plan import num_feeders
 from slimray.train import workers
-from slimray.train.workers import ScaleSpec
+from slimray.train.spec import ScaleSpec
 
 WORLD, NODES, CPUS, GPUS = 1536, 192, 96, 8
 

@@ -29,8 +29,9 @@ from slimray.data.video.decoder import BadSample
 from slimray.spec import UserError, did_you_mean, parse, read_yaml
 from slimray.storage import join, open_uri, read_bytes, write_atomic
 from slimray.tasks.predict import Input
-from slimray.train import learn, planner
+from slimray.train import planner
 from slimray.train.methods.plain import Piece, Replica
+from slimray.train.spec import OptimSpec
 
 FILE = "calibration.json"
 STEPS, WARM = 12, 3
@@ -76,7 +77,7 @@ def key_of(model: Mapping[str, Any], recipe: Mapping[str, Any], per_worker: int,
 def measure(
     model: Mapping[str, Any],
     recipe: dict[str, Any],
-    optim: learn.OptimSpec,
+    optim: OptimSpec,
     per_worker: int,
     threads: int,
     on_gpu: bool = False,
@@ -107,7 +108,7 @@ def measure(
 def _step_times(
     model: Mapping[str, Any],
     recipe: dict[str, Any],
-    optim: learn.OptimSpec,
+    optim: OptimSpec,
     rows: int,
     count: int,
     device: torch.device,

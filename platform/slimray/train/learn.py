@@ -13,71 +13,18 @@ import functools
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from slimray.arch import Arch
-from slimray.spec import Spec
 from slimray.train.lars import Lars
+from slimray.train.spec import OptimSpec
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 # dense bf16 (V100, T4: fp16) tensor FLOP/s of data sheets; other devices are measured by a matrix product
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "V100": 125e12, "T4": 65e12}
-
-
-class OptimSpec(Spec):
-    """How the weights are changed."""
-
-    optimizer: Literal["sgd", "adam", "adamw", "lars"] = "sgd"
-    """Stochastic gradient descent with momentum, Adam (decay is part of the gradient, as PVCNN is published), AdamW,
-    LARS (arXiv 1708.03888: a rate for each layer, for very large batches; `lr` is then some hundred times larger)."""
-    lr: float = Field(gt=0)
-    """Learning rate for a global batch of `reference_batch`; the peak is lr x batch.total / reference_batch."""
-    reference_batch: int = Field(ge=1)
-    """Global batch for which `lr` is meant (linear scaling)."""
-    epochs: int = Field(ge=1)
-    """Passes over the training split."""
-    warmup_epochs: float = Field(0, ge=0)
-    """Epochs over which the rate rises linearly to its peak, from `lr` or a tenth of the peak, whichever is lower."""
-    schedule: Literal["step", "cosine", "constant"] = "step"
-    """`step` multiplies by `gamma` at `milestones`, `cosine` falls to 0 after the warm-up."""
-    milestones: tuple[float, ...] = ()
-    """Epochs at which a `step` schedule falls; default 40 % and 80 % of `epochs`."""
-    gamma: float = Field(0.1, gt=0, le=1)
-    """Factor at each milestone."""
-    momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of SGD, or the first beta of Adam."""
-    weight_decay: float = Field(1e-4, ge=0)
-    """Weight decay of the weights; biases and BatchNorm as `groups` says."""
-    clip_norm: float | None = Field(20.0, gt=0)
-    """Largest L2 norm of the gradient over all parameters; null never clips."""
-    groups: Literal["tsm", "no_norm_decay", "plain"] = "tsm"
-    """`tsm`: head x5, its bias x10, other biases x2, no decay on biases and BatchNorm; `no_norm_decay`: only the
-    latter; `plain`: all parameters alike."""
-    norm: Literal["local", "sync", "partial", "frozen"] = "local"
-    """BatchNorm: statistics per worker, over all workers (GPUs only), frozen but for the first layer, all frozen."""
-    zero_gamma: bool = False
-    """Start every residual block as identity (last BatchNorm scale 0); not with pretrained weights."""
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Part of the target that is spread over all classes."""
-    class_weights: tuple[float, ...] | Literal["balanced"] | None = None
-    """A weight per class in the loss; `balanced` is inverse to the class's share of the training split, mean 1."""
-    mutual: float = Field(0.0, ge=0)
-    """Weight of deep mutual learning (arXiv 1706.00384; as published for PVCNN: 1): above 0 two networks are trained,
-    each on the labels and on the other's answers, and the first is kept."""
-    ema: float | None = Field(None, gt=0, lt=1)
-    """Decay of an exponential moving average of the weights, which is then evaluated and shipped; null keeps none."""
-
-    @model_validator(mode="after")
-    def _schedule_fits(self) -> "OptimSpec":
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs: must be below epochs ({self.epochs}), got {self.warmup_epochs:g}")
-        if self.milestones and self.schedule != "step":
-            raise ValueError(f"milestones: belong to schedule: step, not {self.schedule}")
-        return self
 
 
 # ------------------------------------------------------------------------------------------------ learning rate

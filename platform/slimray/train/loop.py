@@ -21,7 +21,6 @@ import ray.train
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
 from ray import exceptions
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
@@ -34,7 +33,7 @@ from slimray.data.pipeline import Batch, FeedConfig, Source
 from slimray.data.plan import Phase, microbatches
 from slimray.models import published
 from slimray.runs import tracking
-from slimray.spec import RunFailed, Spec, UserError
+from slimray.spec import RunFailed, UserError
 from slimray.tasks.point_scores import FrustumScore, SegmentationScore, ShapeScore
 from slimray.tasks.predict import Input, load_network, predict_scores, to_input
 from slimray.train import learn
@@ -42,7 +41,8 @@ from slimray.train.health import OTHERS, Watchdog, end_process, slow_ranks
 from slimray.train.methods.paths import PathPlan, ProxylessReplica
 from slimray.train.methods.plain import Peers, Piece, Replica, breaks_on_one_sample, part
 from slimray.train.methods.supernet import SubnetPlan, SupernetReplica
-from slimray.train.workers import ScaleSpec, open_stream
+from slimray.train.spec import CheckpointSpec, LimitsSpec, OptimSpec, ScaleSpec
+from slimray.train.workers import open_stream
 
 Score = learn.Score | SegmentationScore | FrustumScore
 BEST = {"clip": "val/top1", "image": "val/top1", "points": "val/top1", "frustum": "val/class_found_3d"}
@@ -50,45 +50,6 @@ MAX_BAD_STEPS = 10  # steps in a row with a non-finite gradient before the run e
 LOOK_S = 2.0  # how often the ranks ask whether a node of theirs is about to be taken
 NOTICE_S = 120.0  # the notice that Ray Train assumes where none is given
 GAUGES = {"train/samples_per_s": "slimray_samples_per_s", "train/loss": "slimray_loss", "step": "slimray_step"}
-
-
-class CheckpointSpec(Spec):
-    """When training state is saved; saving runs in the background and changes nothing in the run."""
-
-    every_s: float = Field(default=300, gt=0)
-    """Seconds between checkpoints within an epoch; each epoch ends with one as well."""
-    every_steps: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints within an epoch, in place of `every_s`."""
-    keep_last: int = Field(default=2, ge=1)
-    """Newest checkpoints kept; the best one by `best_metric` is kept besides."""
-    best_metric: str | None = None
-    """Metric by which a checkpoint is the best, higher is better; default val/top1, for labels per point val/miou, for
-    boxes val/class_found_3d."""
-
-
-class LimitsSpec(Spec):
-    """When a run ends by itself, whatever it has reached; it resumes with higher limits."""
-
-    hours: float | None = Field(None, gt=0)
-    """Hours of training over all attempts, from the first step on."""
-    cost: float | None = Field(None, gt=0)
-    """Money: hours x workers x `worker_hour`."""
-    worker_hour: float | None = Field(None, gt=0)
-    """Price of a worker for an hour, in the currency of `cost`."""
-
-    @model_validator(mode="after")
-    def _priced(self) -> "LimitsSpec":
-        if (self.cost is None) != (self.worker_hour is None):
-            raise ValueError("cost: goes together with worker_hour, write both or none")
-        return self
-
-    def reached(self, worker_seconds: float, seconds: float) -> str:
-        """The sentence that ends a run of so many seconds, "" if it may go on."""
-        if self.hours is not None and seconds > 3600 * self.hours:
-            return f"limits.hours: {self.hours:g} hours are over: raise it, and the same command resumes"
-        if self.cost is not None and self.worker_hour and worker_seconds / 3600 * self.worker_hour > self.cost:
-            return f"limits.cost: {self.cost:g} are spent: raise it, and the same command resumes"
-        return ""
 
 
 @dataclass(frozen=True)
@@ -105,7 +66,7 @@ class FitConfig:
     attempt: int
     model: dict[str, Any]
     init: dict[str, Any] | None
-    optim: learn.OptimSpec
+    optim: OptimSpec
     batch_total: int
     per_worker: int
     scale: ScaleSpec

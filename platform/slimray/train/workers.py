@@ -18,14 +18,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import ray
 import ray.actor
 import ray.data
 import ray.train
 import torch
-from pydantic import Field, model_validator
 from ray import exceptions
 from ray.train.collective import barrier, broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -35,56 +34,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import slimray
 from slimray import runs
 from slimray.data.pipeline import FeedConfig, RankStream, feeder_of, start_feeders
-from slimray.spec import RunFailed, Spec, UserError
+from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError
+from slimray.train.spec import ScaleSpec
 
 BARRIER_CALLS = 4096  # concurrent calls of Ray Train's barrier; its own number, 1,000, dead-locks a larger world
 MAX_WORKERS = 4000
 ELASTIC_START_S = 20.0  # an elastic group that cannot be placed asks anew after this, with as many as there are then
 NODE_LABEL = "ray.io/node-id"
-
-
-class ScaleSpec(Spec):
-    """How many workers, on what, and how much patience."""
-
-    workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
-    """Data-parallel workers, or [fewest, most] for an elastic run. Learning rate and warm-up depend on `batch.total`
-    only, never on this; accumulation and the place in the data follow it."""
-    cpus_per_worker: float = Field(default=1, gt=0)
-    """Logical CPUs each worker reserves; also its torch threads."""
-    gpus_per_worker: Literal[0, 1] = 0
-    """GPUs each worker reserves; 0 trains on the CPU."""
-    decode_slots: int = Field(default=0, ge=0)
-    """Clips blocks decoded at once, a CPU each; 0 = as many as the cluster has left, on a laptop one per core."""
-    retries: int = Field(default=3, ge=0)
-    """Worker failures survived before the run fails."""
-    start_timeout_s: float = Field(default=300, gt=0)
-    """Longest wait for the workers to start."""
-    data_timeout_s: float = Field(default=600, gt=0)
-    """Longest wait of a rank for the data of one step, and of the ranks for each other; a rank that does not move for
-    20 s more leaves the stacks of its threads in `logs/` and is ended."""
-    resize_s: float = Field(default=600, gt=0)
-    """Seconds between looks whether an elastic run can have more workers: each resize costs a restart."""
-    bucket_mb: float = Field(default=25, gt=0)
-    """Gradients all-reduced at a time, in MB: smaller overlaps more of it with the backward pass."""
-    compress: Literal["none", "bf16"] = "none"
-    """All-reduce gradients as bf16: half the traffic, rounded to 8 bits of mantissa."""
-
-    @model_validator(mode="after")
-    def _fewest_first(self) -> "ScaleSpec":
-        if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
-            raise ValueError(f"workers: [fewest, most], got [{self.workers[0]}, {self.workers[1]}]")
-        return self
-
-    @property
-    def most(self) -> int:
-        """The largest number of workers."""
-        return self.workers if isinstance(self.workers, int) else self.workers[1]
-
-    @property
-    def fewest(self) -> int:
-        """The smallest number of workers with which the run goes on."""
-        return self.workers if isinstance(self.workers, int) else self.workers[0]
 
 
 class _Board:

@@ -35,6 +35,7 @@ from slimray.tasks.point_scores import FrustumScore, SegmentationScore, part_ran
 from slimray.tasks.votes import SceneVotes
 from slimray.train import learn, loop, workers
 from slimray.train.progress import follow
+from slimray.train.spec import ScaleSpec
 from slimray.verbs import boxes
 from slimray.verbs.inputs import DataSpec, Splits, open_splits
 
@@ -75,7 +76,7 @@ class EvaluateJob(Spec):
     """Samples a worker handles at once."""
     pictures: int = Field(12, ge=0, le=100)
     """Clips, images or clouds shown in the report, per run."""
-    scale: workers.ScaleSpec = workers.ScaleSpec()
+    scale: ScaleSpec = ScaleSpec()
     notify: NotifySpec | None = None
 
     @model_validator(mode="after")
@@ -112,7 +113,7 @@ class _Config:
     parts: dict[str, range]
     batch: int
     pictures: int
-    scale: workers.ScaleSpec
+    scale: ScaleSpec
     decode_slots: int
     decode_timeout_s: float
     board: Any

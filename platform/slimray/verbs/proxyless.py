@@ -33,13 +33,13 @@ from slimray.runs.tracking import TrackingSpec
 from slimray.spec import RunFailed, Spec, UserError, located
 from slimray.storage import absolute, open_uri, read_bytes
 from slimray.train import loop, workers
-from slimray.train.learn import OptimSpec
 from slimray.train.methods.paths import Goal, PathPlan, entropy
 from slimray.train.progress import follow
+from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, OptimSpec, ScaleSpec
 from slimray.verbs import shrink, train
 from slimray.verbs.context import Context
 from slimray.verbs.inputs import DataSpec, Splits, open_splits
-from slimray.verbs.train import BatchSpec, InitSpec, ModelSpec, TrainJob
+from slimray.verbs.train import ModelSpec, TrainJob
 
 SUPERNET, FOUND = "proxyless_supernet", "proxyless_found"  # rows of MODELS
 WEIGHTS = {"add_linear": 0.1, "mul_log": 0.3, "reinforce": 0.1}  # published weights of the cost
@@ -146,8 +146,8 @@ class ProxylessJob(Spec):
     sweep: TradeOffSpec | None = None
     hold_out: int = Field(ge=1)
     """Training samples kept out of warm-up and search, from which the architecture parameters learn."""
-    scale: workers.ScaleSpec = workers.ScaleSpec()
-    checkpoint: loop.CheckpointSpec = loop.CheckpointSpec()
+    scale: ScaleSpec = ScaleSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
     tracking: TrackingSpec = TrackingSpec()
     notify: NotifySpec | None = None
     seed: int = Field(0, ge=0)

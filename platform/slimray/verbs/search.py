@@ -34,6 +34,7 @@ from slimray.search import predictor, strategies
 from slimray.search.strategies import Problem, Trial
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean, located, parse
 from slimray.train import workers
+from slimray.train.spec import ScaleSpec
 from slimray.verbs.inputs import DataSpec, finished_run, open_splits
 from slimray.verbs.subnets import Exhibits, Judge, JudgeSpec, decode, judge_all, metric_of
 
@@ -71,7 +72,7 @@ class SearchJob(Spec):
     """Where subnets are judged: `held_out` (training samples that the shrink run kept out), or a split."""
     final: str | None = None
     """Split on which the chosen subnets are scored, once; default the validation split of the shrink run."""
-    scale: workers.ScaleSpec = workers.ScaleSpec()
+    scale: ScaleSpec = ScaleSpec()
     seed: int = Field(0, ge=0)
     """Seed of what is proposed."""
 

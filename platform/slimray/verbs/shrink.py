@@ -31,13 +31,13 @@ from slimray.runs.notify import NotifySpec
 from slimray.runs.tracking import TrackingSpec
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean
 from slimray.train import loop, workers
-from slimray.train.learn import OptimSpec
 from slimray.train.methods.supernet import SubnetPlan
 from slimray.train.progress import follow
+from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, OptimSpec, ScaleSpec
 from slimray.verbs import train
 from slimray.verbs.inputs import DataSpec, Splits, open_splits
 from slimray.verbs.subnets import Exhibits, Judge, JudgeSpec, decode, judge_all, metric_of
-from slimray.verbs.train import BatchSpec, InitSpec, ModelSpec, TrainJob
+from slimray.verbs.train import ModelSpec, TrainJob
 from slimray.verbs.trials import SweepSpec, sweep, watch_losses
 
 TUNED = ("lr", "warmup_epochs", "distill_weight", "subnets")  # what a sweep over a stage may change
@@ -121,8 +121,8 @@ class ShrinkJob(Spec):
     judge: JudgeSpec = JudgeSpec.model_validate({})
     judged: int = Field(6, ge=2, le=64)
     """Subnets judged after each stage: the largest, the smallest, and others of the whole space."""
-    scale: workers.ScaleSpec = workers.ScaleSpec()
-    checkpoint: loop.CheckpointSpec = loop.CheckpointSpec()
+    scale: ScaleSpec = ScaleSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
     tracking: TrackingSpec = TrackingSpec()
     notify: NotifySpec | None = None
     seed: int = Field(0, ge=0)

@@ -24,7 +24,8 @@ from slimray.data.pipeline import Batch, FeedConfig, Source, decode_block, failu
 from slimray.data.plan import Phase, blocks
 from slimray.spec import RunFailed, Spec
 from slimray.tasks import predict
-from slimray.train import learn, loop, workers
+from slimray.train import learn, loop
+from slimray.train.spec import ScaleSpec
 
 ROWS = 64  # samples decoded by one task
 
@@ -123,7 +124,7 @@ def judge_all(
     exhibits: Exhibits,
     spec: JudgeSpec,
     archs: Sequence[Arch],
-    scale: workers.ScaleSpec,
+    scale: ScaleSpec,
     weights: bool = False,
 ) -> Iterator[tuple[int, Any]]:
     """The metrics of each arch as (its number, metrics), as they come, from an actor per worker of `scale`.

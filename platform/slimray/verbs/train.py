@@ -26,6 +26,7 @@ from slimray.tasks.predict import Input
 from slimray.train import calibrate, learn, loop, workers
 from slimray.train.health import goodput
 from slimray.train.progress import follow
+from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, LimitsSpec, OptimSpec, ScaleSpec
 from slimray.verbs.inputs import DataSpec, Splits, make_recipe, open_splits
 
 GIVES = {"clip": "clips", "image": "images", "points": "points", "frustum": "frustums"}  # what data is, a network wants
@@ -45,30 +46,6 @@ class ModelSpec(Spec):
         return dict(self.model_extra or {})
 
 
-class BatchSpec(Spec):
-    """The global batch; accumulation is total / (workers x per_worker) and must divide."""
-
-    total: int = Field(ge=1)
-    """Samples per optimizer step over all workers; the learning rate depends on it."""
-    per_worker: int = Field(ge=1)
-    """Samples a worker handles at once (a microbatch)."""
-
-
-class InitSpec(Spec):
-    """Where the weights start from. A head of another class count is left out, with a word."""
-
-    model_config = ConfigDict(populate_by_name=True)
-
-    source: str = Field(alias="from")
-    """A checkpoint file (TSM, torchvision, safetensors), or the name or URI of a run."""
-    exclude: tuple[str, ...] = ()
-    """Prefixes of names that are not loaded."""
-    freeze: tuple[str, ...] = ()
-    """Prefixes of parameters that are not trained."""
-    sha256: str | None = None
-    """Digest the file must have."""
-
-
 class TrainJob(Spec):
     """Train a network on a dataset."""
 
@@ -79,12 +56,12 @@ class TrainJob(Spec):
     model: ModelSpec
     init: InitSpec | None = None
     batch: BatchSpec
-    optim: learn.OptimSpec
-    scale: workers.ScaleSpec = workers.ScaleSpec()
-    checkpoint: loop.CheckpointSpec = loop.CheckpointSpec()
+    optim: OptimSpec
+    scale: ScaleSpec = ScaleSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
     tracking: TrackingSpec = TrackingSpec()
     notify: NotifySpec | None = None
-    limits: loop.LimitsSpec = loop.LimitsSpec.model_validate({})
+    limits: LimitsSpec = LimitsSpec.model_validate({})
     average: Literal["logits", "prob"] = "logits"
     """How the views of a validation sample become one score."""
     seed: int = Field(0, ge=0)
@@ -214,7 +191,7 @@ def _require_weights(job: TrainJob, card: Card | None) -> None:
         raise UserError("optim.class_weights: must be numbers >= 0, at least one of them above 0")
 
 
-def resolve_weights(optim: learn.OptimSpec, table: Any, num_classes: int) -> learn.OptimSpec:
+def resolve_weights(optim: OptimSpec, table: Any, num_classes: int) -> OptimSpec:
     """`optim` with class weights as numbers: `balanced` is counted in the labels of the training index `table`."""
     if optim.class_weights != "balanced":
         return optim

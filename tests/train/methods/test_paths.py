@@ -17,11 +17,11 @@ import torch
 from slimray import models
 from slimray.models.supernets.mixed import MixedNet
 from slimray.tasks.predict import Input, to_input
-from slimray.train import learn
 from slimray.train.methods.paths import Goal, PathPlan, ProxylessReplica, draw_two, entropy
 from slimray.train.methods.plain import Piece
+from slimray.train.spec import OptimSpec
 
-OPTIM = learn.OptimSpec(lr=0.1, reference_batch=8, epochs=1, groups="plain", clip_norm=None, weight_decay=0.0)
+OPTIM = OptimSpec(lr=0.1, reference_batch=8, epochs=1, groups="plain", clip_norm=None, weight_decay=0.0)
 SHAPE, SIDE = (3, 16, 16), 16
 CUTS = {
     "two ranks of 4": [[(0, 4)], [(4, 8)]],

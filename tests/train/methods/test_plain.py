@@ -15,8 +15,9 @@ from torch import nn
 from slimray.tasks.predict import Input, to_input
 from slimray.train import learn
 from slimray.train.methods.plain import Peers, Piece, Replica, breaks_on_one_sample
+from slimray.train.spec import OptimSpec
 
-OPTIM = learn.OptimSpec(lr=0.1, reference_batch=8, epochs=1, groups="plain", clip_norm=None, weight_decay=0.0)
+OPTIM = OptimSpec(lr=0.1, reference_batch=8, epochs=1, groups="plain", clip_norm=None, weight_decay=0.0)
 SHAPE = (2, 3, 8, 8)
 
 
@@ -138,14 +139,14 @@ def test_peers_learn_from_each_other_and_the_first_is_kept():
 def test_state_goes_round_bit_for_bit():
     data, labels = samples(8)
     first = Replica(
-        _tsm(), learn.OptimSpec(lr=0.1, reference_batch=8, epochs=1, ema=0.9), Input(), SHAPE32, torch.device("cpu")
+        _tsm(), OptimSpec(lr=0.1, reference_batch=8, epochs=1, ema=0.9), Input(), SHAPE32, torch.device("cpu")
     )
     data = np.repeat(np.repeat(data, 4, 3), 4, 4)
     first.step([Piece(data[:4], labels[:4])], 4, 0.1, (0, 0))
     state = {k: v.clone() for k, v in first.tensors().items()}
     second = Replica(
         _tsm(seed=1),
-        learn.OptimSpec(lr=0.1, reference_batch=8, epochs=1, ema=0.9),
+        OptimSpec(lr=0.1, reference_batch=8, epochs=1, ema=0.9),
         Input(),
         SHAPE32,
         torch.device("cpu"),

@@ -17,8 +17,9 @@ from slimray.tasks.predict import Input, to_input
 from slimray.train import learn
 from slimray.train.methods.plain import Piece
 from slimray.train.methods.supernet import SubnetPlan, SupernetReplica
+from slimray.train.spec import OptimSpec
 
-OPTIM = learn.OptimSpec(lr=0.1, reference_batch=8, epochs=1, groups="plain", clip_norm=None, weight_decay=0.0)
+OPTIM = OptimSpec(lr=0.1, reference_batch=8, epochs=1, groups="plain", clip_norm=None, weight_decay=0.0)
 SHAPE, SIDE = (3, 32, 32), 32
 CUTS = {
     "two ranks of 4": [[(0, 4)], [(4, 8)]],

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from slimray import models
 from slimray.tasks.predict import Input, to_input
 from slimray.train import learn
+from slimray.train.spec import OptimSpec
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Replica:
     def __init__(
         self,
         net: nn.Module,
-        optim: learn.OptimSpec,
+        optim: OptimSpec,
         pixels: Input,
         sample_shape: Sequence[int],
         device: torch.device,
@@ -250,7 +251,7 @@ def first_rows(outputs: Outputs, count: int) -> Outputs:
     return outputs[:count]
 
 
-def sample_losses(net: nn.Module, outputs: Outputs, labels: Tensor, optim: learn.OptimSpec) -> Tensor:
+def sample_losses(net: nn.Module, outputs: Outputs, labels: Tensor, optim: OptimSpec) -> Tensor:
     """The loss of each sample `[n]`: the network's own where it gives several things, peers' of peers, else that of
     `learn.sample_losses`."""
     if isinstance(outputs, Mapping):
@@ -260,7 +261,7 @@ def sample_losses(net: nn.Module, outputs: Outputs, labels: Tensor, optim: learn
     return learn.sample_losses(outputs, labels, optim)
 
 
-def mutual_losses(outputs: Tensor, labels: Tensor, optim: learn.OptimSpec) -> Tensor:
+def mutual_losses(outputs: Tensor, labels: Tensor, optim: OptimSpec) -> Tensor:
     """Deep mutual learning of two peers (arXiv 1706.00384), `[n]`: each learns from the labels and from the other.
 
     `outputs` `[n, 2, C, ...]`. The loss of each is its own plus `optim.mutual` x KL(other || own), the other taken as
