@@ -290,7 +290,7 @@ def clip(tmp_path) -> str:
 
 def test_clips_are_classified_where_ray_is_not_installed(shell, clip):
     finish_chain(2)
-    code = "import sys; sys.modules['ray'] = None; from slimray import cli; main.main()"
+    code = "import sys; sys.modules['ray'] = None; from slimray.cli import main; main.main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "predict", "tsm", clip, "--top", "3"], capture_output=True, text=True, timeout=60
     )

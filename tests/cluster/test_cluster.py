@@ -376,7 +376,7 @@ def test_the_script_for_by_hand_takes_the_environment_when_it_runs(here, tmp_pat
         del os.environ["WANDB_PROJECT"]
     env = yaml.safe_load((tmp_path / "w/env.yaml").read_text())
     assert env["env_vars"] == {"NCCL_DEBUG": "WARN", "WANDB_PROJECT": 'a "b": $c'}
-    assert (Path(env["py_modules"][0]) / "cli.py").is_file()
+    assert (Path(env["py_modules"][0]) / "cli/main.py").is_file()
     assert sorted(path.name for path in (tmp_path / "w/job").iterdir()) == ["chain.yaml", "run.sh"]
     assert (tmp_path / "call").read_text().startswith("job submit --no-wait --submission-id tsm-1 --working-dir")
 

@@ -37,11 +37,11 @@ def test_a_cloud_shows_prediction_truth_and_error_without_a_script():
 def test_what_the_script_turns_is_what_the_still_pictures_show():
     cloud = judged_cloud(["leg", "top"])
     elements = Elements(render("clouds", clouds=[cloud]))
-    points = np.frombuffer(base64.b64decode(elements.all("data-points")[0]), "<i2").reshape(-1, 3) / 32767
+    turned = np.frombuffer(base64.b64decode(elements.all("data-points")[0]), "<i2").reshape(-1, 3) / 32767
     middle = (cloud.coords.min(0) + cloud.coords.max(0)) / 2
     size = np.linalg.norm(cloud.coords - middle, axis=1)
-    np.testing.assert_allclose(np.linalg.norm(points, axis=1), size / size.max(), atol=1e-4)
-    assert np.corrcoef(points[:, 1], cloud.coords[:, 2])[0, 1] > 0.9  # z is up
+    np.testing.assert_allclose(np.linalg.norm(turned, axis=1), size / size.max(), atol=1e-4)
+    assert np.corrcoef(turned[:, 1], cloud.coords[:, 2])[0, 1] > 0.9  # z is up
     prediction, truth, error = (
         np.frombuffer(base64.b64decode(one), np.uint8) for one in elements.all("data-labels")[0].split()
     )

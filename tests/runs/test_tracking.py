@@ -50,7 +50,7 @@ def test_tensorboard_gets_the_numbers(tmp_path):
 OFFLINE = """
 import sys
 from pathlib import Path
-from slimray.tracking import Tracker, TrackingSpec
+from slimray.runs.tracking import Tracker, TrackingSpec
 import json
 class Rows:
     def write(self, row): pass

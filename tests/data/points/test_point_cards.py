@@ -271,8 +271,8 @@ def test_a_broken_shapenet_release_is_refused_with_the_file(shapenet):
 
 
 def test_modelnet_meshes_become_points_of_their_surface(tmp_path):
-    files = {f"{name}/{split}/{name}_0001.off": OFF for name in ("sofa", "bed") for split in ("train", "test")}
-    write(tmp_path, files | {"bed/train/bed_0002.off": OFF.replace("OFF\n", "OFF"), "bed/test/bed_9.off": OFF[:40]})
+    meshes = {f"{name}/{split}/{name}_0001.off": OFF for name in ("sofa", "bed") for split in ("train", "test")}
+    write(tmp_path, meshes | {"bed/train/bed_0002.off": OFF.replace("OFF\n", "OFF"), "bed/test/bed_9.off": OFF[:40]})
     with pytest.raises(UserError, match="2 classes, the card modelnet40 says num_classes: 40"):
         read_split(shipped("modelnet40"), "train", str(tmp_path))
     card = shipped("modelnet40", num_classes=0)

@@ -193,7 +193,7 @@ def test_nearest_neighbours_are_the_nearest(dim):
 def test_searches_do_not_depend_on_how_they_are_split():
     torch.manual_seed(0)
     points = torch.randn(2, 3, 1500)
-    assert points.shape[0] * points.shape[2] ** 2 > ops.MAX_DISTANCES > points.shape[2] ** 2
+    assert points.shape[0] * points.shape[2] ** 2 > point_ops.MAX_DISTANCES > points.shape[2] ** 2
 
     def searches(points):
         balls = point_ops.ball_query(points, points, 0.3, 6)
