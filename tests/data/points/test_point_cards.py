@@ -14,7 +14,7 @@ import pytest
 from slimray.data import cards, modalities
 from slimray.data.cards import Card, complete, labels_path, load_card, read_files, read_split, read_whole
 from slimray.data.points import point_sets
-from slimray.data.points.files import Cloud, PointRecipe, read_cloud
+from slimray.data.points.files import MESH_POINTS, Cloud, PointRecipe, read_cloud
 from slimray.spec import UserError, parse
 from slimray.verbs import prepare
 
@@ -278,11 +278,11 @@ def test_modelnet_meshes_become_points_of_their_surface(tmp_path):
     card = shipped("modelnet40", num_classes=0)
     made = Prepared(card, "train", tmp_path, tmp_path / "out")
     assert [(row["path"], row["label"], row["frames"]) for row in made.rows] == [
-        ("bed/train/bed_0001.off", 0, files.MESH_POINTS),
-        ("bed/train/bed_0002.off", 0, files.MESH_POINTS),
-        ("sofa/train/sofa_0001.off", 1, files.MESH_POINTS),
+        ("bed/train/bed_0001.off", 0, MESH_POINTS),
+        ("bed/train/bed_0002.off", 0, MESH_POINTS),
+        ("sofa/train/sofa_0001.off", 1, MESH_POINTS),
     ]
-    assert made.clouds["sofa/train/sofa_0001.off"].features["normals"].shape == (files.MESH_POINTS, 3)
+    assert made.clouds["sofa/train/sofa_0001.off"].features["normals"].shape == (MESH_POINTS, 3)
     val = Prepared(card, "val", tmp_path, tmp_path / "val")
     assert (len(val.rows), list(val.bad)) == (2, ["bed/test/bed_9.off"])
 

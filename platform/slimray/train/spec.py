@@ -1,0 +1,168 @@
+"""The sections of a job that training reads: optimizer, batch, starting weights, workers, checkpoints, limits.
+
+Plain values with their ranges and their help; this file imports neither Ray nor torch, so that checking a job is quick.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from slimray.spec import Spec
+
+
+class OptimSpec(Spec):
+    """How the weights are changed."""
+
+    optimizer: Literal["sgd", "adam", "adamw", "lars"] = "sgd"
+    """Stochastic gradient descent with momentum, Adam (decay is part of the gradient, as PVCNN is published), AdamW,
+    LARS (arXiv 1708.03888: a rate for each layer, for very large batches; `lr` is then some hundred times larger)."""
+    lr: float = Field(gt=0)
+    """Learning rate for a global batch of `reference_batch`; the peak is lr x batch.total / reference_batch."""
+    reference_batch: int = Field(ge=1)
+    """Global batch for which `lr` is meant (linear scaling)."""
+    epochs: int = Field(ge=1)
+    """Passes over the training split."""
+    warmup_epochs: float = Field(0, ge=0)
+    """Epochs over which the rate rises linearly to its peak, from `lr` or a tenth of the peak, whichever is lower."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """`step` multiplies by `gamma` at `milestones`, `cosine` falls to 0 after the warm-up."""
+    milestones: tuple[float, ...] = ()
+    """Epochs at which a `step` schedule falls; default 40 % and 80 % of `epochs`."""
+    gamma: float = Field(0.1, gt=0, le=1)
+    """Factor at each milestone."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of SGD, or the first beta of Adam."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Weight decay of the weights; biases and BatchNorm as `groups` says."""
+    clip_norm: float | None = Field(20.0, gt=0)
+    """Largest L2 norm of the gradient over all parameters; null never clips."""
+    groups: Literal["tsm", "no_norm_decay", "plain"] = "tsm"
+    """`tsm`: head x5, its bias x10, other biases x2, no decay on biases and BatchNorm; `no_norm_decay`: only the
+    latter; `plain`: all parameters alike."""
+    norm: Literal["local", "sync", "partial", "frozen"] = "local"
+    """BatchNorm: statistics per worker, over all workers (GPUs only), frozen but for the first layer, all frozen."""
+    zero_gamma: bool = False
+    """Start every residual block as identity (last BatchNorm scale 0); not with pretrained weights."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Part of the target that is spread over all classes."""
+    class_weights: tuple[float, ...] | Literal["balanced"] | None = None
+    """A weight per class in the loss; `balanced` is inverse to the class's share of the training split, mean 1."""
+    mutual: float = Field(0.0, ge=0)
+    """Weight of deep mutual learning (arXiv 1706.00384; as published for PVCNN: 1): above 0 two networks are trained,
+    each on the labels and on the other's answers, and the first is kept."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of an exponential moving average of the weights, which is then evaluated and shipped; null keeps none."""
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> "OptimSpec":
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs: must be below epochs ({self.epochs}), got {self.warmup_epochs:g}")
+        if self.milestones and self.schedule != "step":
+            raise ValueError(f"milestones: belong to schedule: step, not {self.schedule}")
+        return self
+
+
+class BatchSpec(Spec):
+    """The global batch; accumulation is total / (workers x per_worker) and must divide."""
+
+    total: int = Field(ge=1)
+    """Samples per optimizer step over all workers; the learning rate depends on it."""
+    per_worker: int = Field(ge=1)
+    """Samples a worker handles at once (a microbatch)."""
+
+
+class InitSpec(Spec):
+    """Where the weights start from. A head of another class count is left out, with a word."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    source: str = Field(alias="from")
+    """A checkpoint file (TSM, torchvision, safetensors), or the name or URI of a run."""
+    exclude: tuple[str, ...] = ()
+    """Prefixes of names that are not loaded."""
+    freeze: tuple[str, ...] = ()
+    """Prefixes of parameters that are not trained."""
+    sha256: str | None = None
+    """Digest the file must have."""
+
+
+class ScaleSpec(Spec):
+    """How many workers, on what, and how much patience."""
+
+    workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
+    """Data-parallel workers, or [fewest, most] for an elastic run. Learning rate and warm-up depend on `batch.total`
+    only, never on this; accumulation and the place in the data follow it."""
+    cpus_per_worker: float = Field(default=1, gt=0)
+    """Logical CPUs each worker reserves; also its torch threads."""
+    gpus_per_worker: Literal[0, 1] = 0
+    """GPUs each worker reserves; 0 trains on the CPU."""
+    decode_slots: int = Field(default=0, ge=0)
+    """Clips blocks decoded at once, a CPU each; 0 = as many as the cluster has left, on a laptop one per core."""
+    retries: int = Field(default=3, ge=0)
+    """Worker failures survived before the run fails."""
+    start_timeout_s: float = Field(default=300, gt=0)
+    """Longest wait for the workers to start."""
+    data_timeout_s: float = Field(default=600, gt=0)
+    """Longest wait of a rank for the data of one step, and of the ranks for each other; a rank that does not move for
+    20 s more leaves the stacks of its threads in `logs/` and is ended."""
+    resize_s: float = Field(default=600, gt=0)
+    """Seconds between looks whether an elastic run can have more workers: each resize costs a restart."""
+    bucket_mb: float = Field(default=25, gt=0)
+    """Gradients all-reduced at a time, in MB: smaller overlaps more of it with the backward pass."""
+    compress: Literal["none", "bf16"] = "none"
+    """All-reduce gradients as bf16: half the traffic, rounded to 8 bits of mantissa."""
+
+    @model_validator(mode="after")
+    def _fewest_first(self) -> "ScaleSpec":
+        if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
+            raise ValueError(f"workers: [fewest, most], got [{self.workers[0]}, {self.workers[1]}]")
+        return self
+
+    @property
+    def most(self) -> int:
+        """The largest number of workers."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def fewest(self) -> int:
+        """The smallest number of workers with which the run goes on."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+
+class CheckpointSpec(Spec):
+    """When training state is saved; saving runs in the background and changes nothing in the run."""
+
+    every_s: float = Field(default=300, gt=0)
+    """Seconds between checkpoints within an epoch; each epoch ends with one as well."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints within an epoch, in place of `every_s`."""
+    keep_last: int = Field(default=2, ge=1)
+    """Newest checkpoints kept; the best one by `best_metric` is kept besides."""
+    best_metric: str | None = None
+    """Metric by which a checkpoint is the best, higher is better; default val/top1, for labels per point val/miou, for
+    boxes val/class_found_3d."""
+
+
+class LimitsSpec(Spec):
+    """When a run ends by itself, whatever it has reached; it resumes with higher limits."""
+
+    hours: float | None = Field(None, gt=0)
+    """Hours of training over all attempts, from the first step on."""
+    cost: float | None = Field(None, gt=0)
+    """Money: hours x workers x `worker_hour`."""
+    worker_hour: float | None = Field(None, gt=0)
+    """Price of a worker for an hour, in the currency of `cost`."""
+
+    @model_validator(mode="after")
+    def _priced(self) -> "LimitsSpec":
+        if (self.cost is None) != (self.worker_hour is None):
+            raise ValueError("cost: goes together with worker_hour, write both or none")
+        return self
+
+    def reached(self, worker_seconds: float, seconds: float) -> str:
+        """The sentence that ends a run of so many seconds, "" if it may go on."""
+        if self.hours is not None and seconds > 3600 * self.hours:
+            return f"limits.hours: {self.hours:g} hours are over: raise it, and the same command resumes"
+        if self.cost is not None and self.worker_hour and worker_seconds / 3600 * self.worker_hour > self.cost:
+            return f"limits.cost: {self.cost:g} are spent: raise it, and the same command resumes"
+        return ""
