@@ -223,7 +223,7 @@ def test_the_lock_of_a_killed_process_is_free_at_once(local):
 
 
 def test_a_lock_of_another_machine_is_respected_while_its_heartbeat_is_young(local, monkeypatch):
-    monkeypatch.setattr(runs.folder, "SETTLE_S", 0.2)
+    monkeypatch.setattr(runs.lock, "SETTLE_S", 0.2)
     runs.write_job(local, JOB)
     put_lock(local, heartbeat=time.time() - 50)
     with pytest.raises(UserError, match="being written by process 1 on elsewhere"), runs.hold(local):
@@ -243,7 +243,7 @@ def test_the_heartbeat_is_renewed_while_a_lock_is_held(local):
 
 
 def test_losing_the_lock_interrupts_and_fails_the_run_and_leaves_the_winners_state(local, monkeypatch):
-    monkeypatch.setattr(runs.folder, "SETTLE_S", 0.1)
+    monkeypatch.setattr(runs.lock, "SETTLE_S", 0.1)
     with pytest.raises(RunFailed, match="taken over by process 1 on elsewhere"), runs.hold(local, heartbeat_s=0.05):  # noqa: PT012
         runs.begin(local, JOB, 1)
         put_lock(local)

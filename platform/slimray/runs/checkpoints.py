@@ -1,0 +1,151 @@
+"""Checkpoints of a run: a folder of files per step, complete once its marker `complete.json`, written last, agrees.
+
+The marker holds what the writer said about the checkpoint, and the size and SHA-256 of every file.
+"""
+
+import hashlib
+import logging
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from slimray import storage
+from slimray.runs.folder import Run, read_file, read_json, to_json, write_file
+from slimray.spec import RunFailed
+from slimray.storage import StorageError, join
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its step, what its writer said about it, and sizes and digests of its files."""
+
+    step: int
+    meta: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+
+def save_checkpoint(run: Run, step: int, files: Mapping[str, bytes | Path], meta: Mapping[str, Any]) -> None:
+    """Write checkpoints/step_<step>/ with `files` (name -> bytes or local file, streamed) and its marker, last.
+
+    `meta` (JSON) may hold "epoch" and "metrics", by which `keep` finds the best. A checkpoint of the same step stays
+    whole until the new one is.
+    """
+    folder = _step_folder(step)
+    old = _read_marker(run, folder)
+    token = f"{uuid.uuid4().hex[:8]}-" if old else ""
+    written: dict[str, dict[str, Any]] = {}
+    for name, data in files.items():
+        size, digest = _digest(data)
+        write_file(run, f"{folder}/{token}{name}", data)
+        written[name] = {"file": token + name, "bytes": size, "sha256": digest}
+    write_file(run, f"{folder}/complete.json", to_json({"step": step, "meta": dict(meta), "files": written}))
+    for entry in old.files.values() if old else ():
+        storage.delete(run.fs, join(run.path, folder, entry["file"]))
+
+
+def list_checkpoints(run: Run) -> list[Checkpoint]:
+    """Return the checkpoints that have a marker, by step; their content is not looked at."""
+    folders = storage.list_folders(run.fs, join(run.path, "checkpoints"))
+    found = [_read_marker(run, f"checkpoints/{name}") for name in folders]
+    return sorted((one for one in found if one is not None), key=lambda one: one.step)
+
+
+def checkpoint_at(run: Run, step: int) -> Checkpoint:
+    """Return the checkpoint of `step`; RunFailed if there is no complete one."""
+    found = _read_marker(run, _step_folder(step))
+    if found is None:
+        raise RunFailed(f"{run.uri}: has no complete checkpoint of step {step}")
+    return found
+
+
+def newest_checkpoint(run: Run) -> Checkpoint | None:
+    """Return the newest checkpoint whose files are all there with the right bytes, None if there is none.
+
+    Damaged ones are passed over with a warning. Reads each file once to compare its SHA-256.
+    """
+    for checkpoint in reversed(list_checkpoints(run)):
+        try:
+            for name in checkpoint.files:
+                _read_verified(run, checkpoint, name)
+        except (StorageError, FileNotFoundError) as error:
+            log.warning(
+                "run %r: checkpoint of step %d is damaged and passed over: %s", run.name, checkpoint.step, error
+            )
+            continue
+        return checkpoint
+    return None
+
+
+def read_checkpoint(run: Run, checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Return name -> bytes of its files; StorageError or FileNotFoundError if one is not what was written."""
+    return {name: _read_verified(run, checkpoint, name) for name in checkpoint.files}
+
+
+def keep(run: Run, metric: str | None = None, last: int = 2, mode: Literal["max", "min"] = "max") -> None:
+    """Delete all checkpoints but the newest `last` (at least 1) and the best by `meta["metrics"][metric]`.
+
+    Among equals the earliest is the best: later ones may carry the numbers of an older validation.
+    """
+    found = list_checkpoints(run)
+    stay = {one.step for one in found[-max(1, last) :]}
+    sign = 1 if mode == "min" else -1
+    scored = [(sign * one.meta.get("metrics", {}).get(metric, float("nan")), one.step) for one in found]
+    stay |= {step for _, step in sorted(pair for pair in scored if pair[0] == pair[0])[:1]}  # NaN is no score
+    for one in found:
+        if one.step not in stay:
+            _delete_checkpoint(run, _step_folder(one.step))
+
+
+def drop_after(run: Run, step: int) -> None:
+    """Delete the checkpoints after `step`: damaged ones, which a resume passed over and `keep` would take for newer."""
+    for one in list_checkpoints(run):
+        if one.step > step:
+            _delete_checkpoint(run, _step_folder(one.step))
+
+
+def sweep_orphans(run: Run) -> list[str]:
+    """Delete checkpoint folders without a marker, left by a crash, and return their names. Only under `hold`."""
+    folders = storage.list_folders(run.fs, join(run.path, "checkpoints"))
+    orphans = [name for name in folders if _read_marker(run, f"checkpoints/{name}") is None]
+    for name in orphans:
+        _delete_checkpoint(run, f"checkpoints/{name}")
+    return orphans
+
+
+def _delete_checkpoint(run: Run, folder: str) -> None:
+    storage.delete(run.fs, join(run.path, folder, "complete.json"))  # first: from here on it is an orphan
+    storage.delete(run.fs, join(run.path, folder))
+
+
+def _step_folder(step: int) -> str:
+    return f"checkpoints/step_{step:09d}"
+
+
+def _read_marker(run: Run, folder: str) -> Checkpoint | None:
+    try:
+        found = read_json(run, f"{folder}/complete.json")
+        return None if found is None else Checkpoint(int(found["step"]), found["meta"], found["files"])
+    except (StorageError, KeyError, TypeError, ValueError) as error:
+        log.warning("%s: the marker does not read, the checkpoint is passed over: %s", join(run.uri, folder), error)
+        return None
+
+
+def _read_verified(run: Run, checkpoint: Checkpoint, name: str) -> bytes:
+    entry = checkpoint.files[name]
+    data = read_file(run, f"{_step_folder(checkpoint.step)}/{entry['file']}")
+    if len(data) != entry["bytes"]:
+        raise StorageError(f"{name} has {len(data)} bytes in place of {entry['bytes']}")
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise StorageError(f"{name} has other bytes than were written (SHA-256 differs)")
+    return data
+
+
+def _digest(data: bytes | Path) -> tuple[int, str]:
+    if isinstance(data, bytes):
+        return len(data), hashlib.sha256(data).hexdigest()
+    with open(data, "rb") as file:
+        return data.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()

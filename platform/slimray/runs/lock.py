@@ -1,0 +1,198 @@
+"""The lock of a run folder: one writer at a time, on a disk or in a bucket, known by a heartbeat.
+
+A lock is a JSON file that says who holds it; its holder renews the heartbeat. Times are Unix seconds. Object stores
+have no exclusive create, so that a rival there waits SETTLE_S and sees whose token stands.
+"""
+
+import contextlib
+import logging
+import os
+import random
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from slimray import storage
+from slimray.runs.folder import Run, read_json, to_json
+from slimray.spec import RunFailed, UserError
+from slimray.storage import StorageError, join
+
+HEARTBEAT_S = 15.0
+STALE_S = 60.0  # a lock whose heartbeat is older belongs to nobody; clocks are assumed to agree within half of it
+SETTLE_S = 2.0  # object stores have no exclusive create: write, wait, and whose token then stands has the lock
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lock. `host` tells machine, boot and PID namespace apart; `born` tells a reused PID apart."""
+
+    token: str
+    host: str
+    pid: int
+    born: int
+    heartbeat: float
+
+
+@contextlib.contextmanager
+def hold(run: Run, heartbeat_s: float = HEARTBEAT_S) -> Iterator[threading.Event]:
+    """Keep every other writer out of `run` for as long as the block lasts; yields an event that tells when it was lost.
+
+    A background thread renews the heartbeat; storage that is away for a while does not end the block. A lock is free
+    when its heartbeat is older than STALE_S, or at once when its process on this machine is gone. UserError when
+    another holds it. If it is lost (this process slept, another took over), the main thread is interrupted and the
+    block ends with RunFailed.
+    """
+    mine = _acquire(run)
+    stop, lost = threading.Event(), threading.Event()
+    in_main = threading.current_thread() is threading.main_thread()
+
+    def beat() -> None:
+        while not stop.wait(heartbeat_s):
+            try:
+                if _still_mine(run, mine):
+                    _write_lock(run, mine)
+                    continue
+            except StorageError as error:
+                log.warning("the lock of run %r could not be renewed: %s", run.name, error)
+                continue
+            lost.set()
+            if in_main:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            return
+
+    thread = threading.Thread(target=beat, daemon=True, name=f"lock of {run.name}")
+    thread.start()
+    try:
+        yield lost
+    except BaseException as error:
+        if lost.is_set():
+            raise RunFailed(taken_over(run, read_lock(run))) from error
+        raise
+    finally:
+        stop.set()
+        thread.join()
+        with contextlib.suppress(StorageError):  # then it goes stale by itself
+            _release(run, mine)
+    if lost.is_set():
+        raise RunFailed(taken_over(run, read_lock(run)))
+
+
+def _acquire(run: Run) -> Owner:
+    mine = Owner(uuid.uuid4().hex, this_host(), os.getpid(), process_birth(os.getpid()), time.time())
+    for _ in range(5):
+        looked = time.monotonic()
+        owner = read_lock(run)
+        if is_alive(owner):
+            raise occupied(run, owner)
+        if owner is None and isinstance(run.fs, pafs.LocalFileSystem):
+            if _create_exclusively(run, mine):
+                return mine
+            continue
+        _write_lock(run, mine)
+        if time.monotonic() - looked < SETTLE_S / 2:
+            time.sleep(SETTLE_S)
+            owner = read_lock(run)
+            if owner is not None and owner.token == mine.token:
+                return mine
+            raise occupied(run, owner)
+        _release(run, mine)  # another that looked before this slow write may trust its own by now: begin again
+        time.sleep(random.uniform(0, SETTLE_S))
+    raise StorageError(f"{run.uri}: the lock could not be taken, the storage needs more than {SETTLE_S / 2:g} s for it")
+
+
+def _still_mine(run: Run, mine: Owner) -> bool:
+    """Whether nobody else has the lock; a foreign token that stands for a moment only is a slow rival stepping back."""
+    for pause in (SETTLE_S, 0):
+        owner = read_lock(run)
+        if owner is None or owner.token == mine.token:
+            return True
+        time.sleep(pause)
+    return False
+
+
+def _release(run: Run, mine: Owner) -> None:
+    owner = read_lock(run)
+    if owner is not None and owner.token == mine.token:
+        storage.delete(run.fs, join(run.path, "lock"))
+
+
+def _create_exclusively(run: Run, mine: Owner) -> bool:
+    """Create the lock on a disk, whole and only if there is none: a hard link does not replace its target."""
+    path = Path(run.path, "lock")
+    part = path.with_name(f".lock.{mine.token}.tmp")
+    try:
+        storage.write_atomic(run.fs, str(part), to_json(asdict(mine)))
+        os.link(part, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be created ({error.strerror})") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return True
+
+
+def _write_lock(run: Run, owner: Owner) -> None:
+    storage.write_atomic(run.fs, join(run.path, "lock"), to_json(asdict(owner) | {"heartbeat": time.time()}))
+
+
+def read_lock(run: Run) -> Owner | None:
+    found = read_json(run, "lock")
+    try:
+        return None if found is None else Owner(**found)
+    except TypeError:
+        raise UserError(f"{join(run.uri, 'lock')}: is no lock of slimray: delete it if nothing writes there") from None
+
+
+def is_alive(owner: Owner | None) -> bool:
+    if owner is None or time.time() - owner.heartbeat > STALE_S:
+        return False
+    if owner.host != this_host():
+        return True
+    try:
+        os.kill(owner.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process_birth(owner.pid) == owner.born
+
+
+def is_me(owner: Owner) -> bool:
+    return (owner.host, owner.pid, owner.born) == (this_host(), os.getpid(), process_birth(os.getpid()))
+
+
+def this_host() -> str:
+    """Name, boot and PID namespace: containers may share a host name, and PIDs mean something in one namespace only."""
+    boot, space = "", ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        space = os.readlink("/proc/self/ns/pid")
+    return " ".join(filter(None, (socket.gethostname(), boot, space)))
+
+
+def process_birth(pid: int) -> int:
+    """When a process started, in clock ticks since boot; 0 where the system does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def occupied(run: Run, owner: Owner | None) -> UserError:
+    who = "another process" if owner is None else f"process {owner.pid} on {owner.host.split()[0]}"
+    return UserError(f"run {run.name!r} is being written by {who}: wait for it, stop it, or choose another name")
+
+
+def taken_over(run: Run, owner: Owner | None) -> str:
+    who = "another process" if owner is None else f"process {owner.pid} on {owner.host.split()[0]}"
+    return f"run {run.name!r} was taken over by {who} because this one gave no sign of life for {STALE_S:g} s"
