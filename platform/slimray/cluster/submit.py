@@ -39,6 +39,7 @@ from slimray.cluster.manifests import (
     RayUpCluster,
     Submission,
 )
+from slimray.runs import lock
 from slimray.spec import RunFailed, UserError, dump_yaml, lookup, parse, read_yaml
 from slimray.storage import absolute
 from slimray.verbs import inputs
@@ -653,9 +654,9 @@ def _running(name: str) -> dict[str, Any] | None:
 
 
 def _born(pid: int) -> str:
-    """When the process began, in words that no later process of the same id shares; "" if there is none."""
-    done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, timeout=10)
-    return done.stdout.strip()
+    """Words that no other process shares, also after a restart of the machine; "" if there is no process `pid`."""
+    birth = lock.process_birth(pid)
+    return f"{lock.this_host()} {birth}" if birth else ""
 
 
 def _end_group(leader: int) -> None:

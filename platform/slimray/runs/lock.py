@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import threading
 import time
 import uuid
@@ -181,10 +182,16 @@ def this_host() -> str:
 
 
 def process_birth(pid: int) -> int:
-    """When a process started, in clock ticks since boot; 0 where the system does not tell."""
+    """Return when process `pid` started: clock ticks since boot, or Unix seconds without /proc; 0 if there is none."""
+    if Path("/proc/self/stat").exists():
+        try:
+            return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        except (OSError, IndexError, ValueError):
+            return 0
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, IndexError, ValueError):
+        done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, timeout=10)
+        return int(time.mktime(time.strptime(done.stdout.strip())))
+    except (OSError, ValueError, subprocess.TimeoutExpired):
         return 0
 
 
