@@ -13,7 +13,7 @@ from slimray.data.points.point_sets import box_corners
 from slimray.report import points
 from slimray.report.pages import render
 from slimray.report.points import BoxView, CloudView, ResponseView
-from slimray.tasks.point_scores import box_iou_matrix
+from slimray.tasks.boxes import box_iou_matrix
 
 
 def test_a_cloud_shows_prediction_truth_and_error_without_a_script():

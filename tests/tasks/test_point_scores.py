@@ -7,16 +7,12 @@ import pytest
 import torch
 
 from slimray.data.points.point_sets import SHAPENET_PARTS
-from slimray.tasks import point_scores
-from slimray.tasks.point_scores import (
-    Detections,
-    FrustumScore,
-    Labels,
-    SegmentationScore,
-    ShapeScore,
-    Votes,
-    part_ranges,
-)
+from slimray.tasks import boxes, frustum_boxes, kitti, votes
+from slimray.tasks.frustum_boxes import FrustumScore
+from slimray.tasks.kitti import Detections, Labels
+from slimray.tasks.parts import ShapeScore, part_ranges
+from slimray.tasks.segment import SegmentationScore
+from slimray.tasks.votes import Votes
 
 
 @pytest.fixture(scope="module")
@@ -198,18 +194,18 @@ def test_of_equally_sure_votes_the_first_stays():
 
 
 def test_every_point_is_drawn_as_often_as_votes_are_asked_for(rng):
-    draws = point_scores.vote_draws(300, 128, 10, rng)
+    draws = votes.vote_draws(300, 128, 10, rng)
     assert draws.shape == (30, 128)
     assert np.bincount(draws.ravel()).min() >= 10
-    assert point_scores.vote_draws(5000, 4096, 1, rng, capacity=8192).shape == (2, 4096)
-    assert point_scores.vote_draws(100, 4096, 1, rng, capacity=8192).shape == (2, 4096)
+    assert votes.vote_draws(5000, 4096, 1, rng, capacity=8192).shape == (2, 4096)
+    assert votes.vote_draws(100, 4096, 1, rng, capacity=8192).shape == (2, 4096)
 
 
 def test_confidence_is_that_among_all_classes():
     scores = torch.log(torch.tensor([[[0.1], [0.2], [0.7]]]))
-    confidence, predicted = point_scores.confident(scores)
+    confidence, predicted = votes.confident(scores)
     assert (confidence.item(), predicted.item()) == (pytest.approx(0.7), 2)
-    confidence, predicted = point_scores.confident(scores, range(2))
+    confidence, predicted = votes.confident(scores, range(2))
     assert (confidence.item(), predicted.item()) == (pytest.approx(0.2), 1)
 
 
@@ -244,13 +240,13 @@ def random_boxes(rng, num, spread=3.0):
 )
 def test_overlaps_by_hand(other, flat, solid):
     for a, b in ((box(), other), (other, box())):
-        assert np.array(point_scores.box_ious(a, b))[:, 0] == pytest.approx([flat, solid], abs=1e-12)
+        assert np.array(boxes.box_ious(a, b))[:, 0] == pytest.approx([flat, solid], abs=1e-12)
 
 
 def test_two_squares_at_45_degrees_share_an_octagon():
     a, b = box(length=2, width=2), box(length=2, width=2, heading=math.pi / 4)
     octagon = 8 * (math.sqrt(2) - 1)
-    assert point_scores.box_ious(a, b)[0][0] == pytest.approx(octagon / (8 - octagon), abs=1e-12)
+    assert boxes.box_ious(a, b)[0][0] == pytest.approx(octagon / (8 - octagon), abs=1e-12)
 
 
 def test_overlaps_are_those_of_shapely(rng):
@@ -267,7 +263,7 @@ def test_overlaps_are_those_of_shapely(rng):
 
     common = shapely.area(shapely.intersection(outlines(a), outlines(b), grid_size=0))
     expected = common / (a[:, 3] * a[:, 4] + b[:, 3] * b[:, 4] - common)
-    assert np.abs(point_scores.box_ious(a, b)[0] - expected).max() < 1e-9
+    assert np.abs(boxes.box_ious(a, b)[0] - expected).max() < 1e-9
     assert (expected > 0).mean() > 0.3
 
 
@@ -281,19 +277,19 @@ def test_overlaps_in_space_are_the_share_of_random_points_in_both(rng):
         level = (y <= 0) & (y >= -one[5])
         return level & (abs(cos * x - sin * z) <= one[3] / 2) & (abs(sin * x + cos * z) <= one[4] / 2)
 
-    for i, iou in enumerate(point_scores.box_ious(a, b)[1]):
+    for i, iou in enumerate(boxes.box_ious(a, b)[1]):
         one, other = inside(a[i]), inside(b[i])
         assert iou == pytest.approx((one & other).sum() / max((one | other).sum(), 1), abs=0.02)
 
 
 def test_all_pairs_are_the_pairs_one_by_one(rng, monkeypatch):
-    monkeypatch.setattr(point_scores, "MAX_PAIRS", 7)
+    monkeypatch.setattr(boxes, "MAX_PAIRS", 7)
     a, b = random_boxes(rng, 9, spread=8), random_boxes(rng, 5, spread=8)
-    pairs = point_scores.box_ious(np.repeat(a, 5, 0), np.tile(b, (9, 1)))
-    for matrix, flat in zip(point_scores.box_iou_matrix(a, b), pairs, strict=True):
+    pairs = boxes.box_ious(np.repeat(a, 5, 0), np.tile(b, (9, 1)))
+    for matrix, flat in zip(boxes.box_iou_matrix(a, b), pairs, strict=True):
         assert np.allclose(matrix.ravel(), flat, atol=1e-12)
-    assert point_scores.box_iou_matrix(a[:0], b)[0].shape == (0, 5)
-    assert point_scores.box_iou_matrix(a, np.zeros((0, 7)))[1].shape == (9, 0)
+    assert boxes.box_iou_matrix(a[:0], b)[0].shape == (0, 5)
+    assert boxes.box_iou_matrix(a, np.zeros((0, 7)))[1].shape == (9, 0)
 
 
 TEMPLATES = np.array([[4.0, 1.6, 1.5], [0.8, 0.6, 1.7]])
@@ -316,7 +312,7 @@ def outputs_of(heading_id, residual, center, size_id=0):
 
 def test_headings_come_back_from_their_recorded_bins(recorded):
     angles = recorded["angles"]
-    boxes = point_scores.decode_boxes(
+    boxes = frustum_boxes.decode_boxes(
         outputs_of(recorded["bin_id"], recorded["residual"], np.zeros((len(angles), 3))), TEMPLATES
     )
     assert np.abs(np.exp(1j * boxes[:, 6]) - np.exp(1j * angles)).max() < 1e-6
@@ -327,7 +323,7 @@ def test_centers_turn_back_from_the_recorded_rotation(recorded):
     turned, n = recorded["rot_out"][:, :3], len(recorded["rot_out"])
     angle = np.full(n, float(recorded["rot_angle"]))
     outputs = outputs_of(np.full(n, 2), np.full(n, 0.1), turned, size_id=1)
-    boxes = point_scores.decode_boxes({k: torch.as_tensor(v) for k, v in outputs.items()}, TEMPLATES, angle)
+    boxes = frustum_boxes.decode_boxes({k: torch.as_tensor(v) for k, v in outputs.items()}, TEMPLATES, angle)
     assert np.abs(boxes[:, [0, 2]] - recorded["rot_in"][:, [0, 2]]).max() < 1e-6
     assert np.allclose(boxes[:, 3:6], [0.9, 0.5, 2.0])
     assert np.allclose(boxes[:, 1], recorded["rot_in"][:, 1] + 1.0)  # the bottom is half a height below the centre
@@ -387,10 +383,8 @@ def found(boxes, scores, names=None, heights=50.0):
 
 
 def ap(frames, points=40, name="Car", level="moderate", metric="3d"):
-    curve = point_scores.precision_curve(
-        frames, name, metric, point_scores.KITTI_DIFFICULTIES[level], point_scores.KITTI_MIN_IOU[name]
-    )
-    return point_scores.average_precision(curve, points)
+    curve = kitti.precision_curve(frames, name, metric, kitti.KITTI_DIFFICULTIES[level], kitti.KITTI_MIN_IOU[name])
+    return kitti.average_precision(curve, points)
 
 
 CARS = np.concatenate([box(x=10.0 * i) for i in range(100)])
@@ -398,23 +392,23 @@ NONE = np.zeros((0, 7))
 
 
 def test_a_detector_that_finds_all_and_no_more_has_100():
-    frames = [point_scores.compare_frame(labels_of(CARS[i : i + 1]), found(CARS[i : i + 1], [i])) for i in range(100)]
+    frames = [kitti.compare_frame(labels_of(CARS[i : i + 1]), found(CARS[i : i + 1], [i])) for i in range(100)]
     for points in (11, 40):
         assert ap(frames, points) == pytest.approx(100)
-    numbers = point_scores.kitti_ap(frames)
+    numbers = kitti.kitti_ap(frames)
     assert len(numbers) == 3 * 2 * 3 * 2
     assert numbers["ap11_bev_car_easy"] == pytest.approx(100)
     assert numbers["ap40_3d_cyclist_hard"] == 0
 
 
 def test_a_single_object_is_worth_one_recall_of_eleven():
-    frames = [point_scores.compare_frame(labels_of(box()), found(box(), [1.0]))]
+    frames = [kitti.compare_frame(labels_of(box()), found(box(), [1.0]))]
     assert ap(frames, 11) == pytest.approx(100 / 11)
     assert ap(frames, 40) == 0
 
 
 def test_half_of_the_objects_give_half_of_the_recalls():
-    frames = [point_scores.compare_frame(labels_of(CARS), found(CARS[:50], np.linspace(1, 2, 50)))]
+    frames = [kitti.compare_frame(labels_of(CARS), found(CARS[:50], np.linspace(1, 2, 50)))]
     assert ap(frames, 11) == pytest.approx(100 * 6 / 11)
     assert ap(frames, 40) == pytest.approx(100 * 20 / 40)
 
@@ -422,15 +416,15 @@ def test_half_of_the_objects_give_half_of_the_recalls():
 def test_sure_errors_lower_precision_at_every_recall():
     wrong = box(z=50.0) + np.arange(100)[:, None] * [10, 0, 0, 0, 0, 0, 0]
     detections = found(np.concatenate([CARS, wrong]), np.r_[np.ones(100), np.full(100, 2.0)])
-    assert ap([point_scores.compare_frame(labels_of(CARS), detections)]) == pytest.approx(50)
-    assert ap([point_scores.compare_frame(labels_of(CARS), found(CARS, np.ones(100)))]) == pytest.approx(100)
+    assert ap([kitti.compare_frame(labels_of(CARS), detections)]) == pytest.approx(50)
+    assert ap([kitti.compare_frame(labels_of(CARS), found(CARS, np.ones(100)))]) == pytest.approx(100)
     unsure = found(np.concatenate([CARS, wrong]), np.r_[np.ones(100), np.full(100, 0.5)])
-    assert ap([point_scores.compare_frame(labels_of(CARS), unsure)]) == pytest.approx(100)
+    assert ap([kitti.compare_frame(labels_of(CARS), unsure)]) == pytest.approx(100)
 
 
 def test_a_second_detection_of_an_object_is_an_error():
     twice = found(np.concatenate([CARS, CARS]), np.full(200, 1.0))
-    assert ap([point_scores.compare_frame(labels_of(CARS), twice)]) == pytest.approx(50)
+    assert ap([kitti.compare_frame(labels_of(CARS), twice)]) == pytest.approx(50)
 
 
 @pytest.mark.parametrize(
@@ -444,51 +438,51 @@ def test_a_second_detection_of_an_object_is_an_error():
 )
 def test_neutral_objects_may_be_found_or_not(odd):
     for detected in (CARS, CARS[:50]):
-        frames = [point_scores.compare_frame(labels_of(CARS, **odd), found(detected, np.ones(len(detected))))] * 3
+        frames = [kitti.compare_frame(labels_of(CARS, **odd), found(detected, np.ones(len(detected))))] * 3
         assert ap(frames) == pytest.approx(100)
 
 
 def test_a_person_that_sits_is_neutral_and_a_truck_is_none_of_ours():
     names = ["Pedestrian"] * 50 + ["Person_sitting"] * 50
-    frames = [point_scores.compare_frame(labels_of(CARS, names), found(CARS, np.ones(100), ["Pedestrian"] * 100))]
+    frames = [kitti.compare_frame(labels_of(CARS, names), found(CARS, np.ones(100), ["Pedestrian"] * 100))]
     assert ap(frames * 2, name="Pedestrian") == pytest.approx(100)
-    frames = [point_scores.compare_frame(labels_of(CARS, ["Car"] * 50 + ["Truck"] * 50), found(CARS, np.ones(100)))]
+    frames = [kitti.compare_frame(labels_of(CARS, ["Car"] * 50 + ["Truck"] * 50), found(CARS, np.ones(100)))]
     assert ap(frames * 2) == pytest.approx(50)
 
 
 def test_detections_too_low_in_the_image_are_no_errors():
     low = found(CARS, np.ones(100), heights=np.r_[np.full(50, 50.0), np.full(50, 24.0)])
-    assert ap([point_scores.compare_frame(labels_of(CARS[:50]), low)] * 2) == pytest.approx(100)
+    assert ap([kitti.compare_frame(labels_of(CARS[:50]), low)] * 2) == pytest.approx(100)
 
 
 def test_classes_have_their_own_least_overlap():
     off = CARS + box(x=0.8, length=0, width=0, height=0)  # IoU 2/3
     for name, expected in (("Car", 0), ("Cyclist", 100)):
-        frame = point_scores.compare_frame(labels_of(CARS, [name] * 100), found(off, np.ones(100), [name] * 100))
+        frame = kitti.compare_frame(labels_of(CARS, [name] * 100), found(off, np.ones(100), [name] * 100))
         assert ap([frame], name=name) == pytest.approx(expected)
 
 
 def test_what_stands_too_high_is_found_from_above_only():
-    frames = [point_scores.compare_frame(labels_of(CARS), found(CARS - [0, 1, 0, 0, 0, 0, 0], np.ones(100)))]
+    frames = [kitti.compare_frame(labels_of(CARS), found(CARS - [0, 1, 0, 0, 0, 0, 0], np.ones(100)))]
     assert (ap(frames), ap(frames, metric="bev")) == (0, pytest.approx(100))
 
 
 def test_frames_without_objects_or_detections_count():
     nothing, errors = labels_of(NONE), found(CARS, np.ones(100))
     frames = [
-        point_scores.compare_frame(labels_of(CARS), errors),
-        point_scores.compare_frame(nothing, errors),
-        point_scores.compare_frame(nothing, found(NONE, [])),
+        kitti.compare_frame(labels_of(CARS), errors),
+        kitti.compare_frame(nothing, errors),
+        kitti.compare_frame(nothing, found(NONE, [])),
     ]
     assert ap(frames) == pytest.approx(50)
-    frames.append(point_scores.compare_frame(labels_of(CARS), found(NONE, [])))
+    frames.append(kitti.compare_frame(labels_of(CARS), found(NONE, [])))
     assert ap(frames) == pytest.approx(25)
     assert ap([]) == 0
 
 
 def devkit_curve(frames, name, metric, difficulty, min_iou):
     """The protocol word by word, one detection at a time."""
-    neutral = point_scores.KITTI_NEUTRAL.get(name)
+    neutral = kitti.KITTI_NEUTRAL.get(name)
 
     def match(frame, threshold):
         truth, detected, ious = frame.labels, frame.detections, frame.ious[metric]
@@ -561,12 +555,12 @@ def test_curves_are_those_of_the_protocol_word_by_word(rng, name):
         guessed = [g if rng.random() < 0.8 else str(rng.choice(names)) for g in guessed]
         scores = rng.integers(0, 30, len(guesses)) / 30  # with ties
         frames.append(
-            point_scores.compare_frame(truth, Detections(guessed, guesses, rng.uniform(20, 80, len(guesses)), scores))
+            kitti.compare_frame(truth, Detections(guessed, guesses, rng.uniform(20, 80, len(guesses)), scores))
         )
-    for difficulty in point_scores.KITTI_DIFFICULTIES.values():
+    for difficulty in kitti.KITTI_DIFFICULTIES.values():
         for metric in ("3d", "bev"):
-            ours = point_scores.precision_curve(frames, name, metric, difficulty, 0.5)
+            ours = kitti.precision_curve(frames, name, metric, difficulty, 0.5)
             assert np.allclose(ours, devkit_curve(frames, name, metric, difficulty, 0.5), atol=1e-12)
             assert 0 < ours.mean() < 1
-    halves = point_scores.precision_curve(frames[30:] + frames[:30], name, "3d", difficulty, 0.5)
-    assert np.array_equal(halves, point_scores.precision_curve(frames, name, "3d", difficulty, 0.5))
+    halves = kitti.precision_curve(frames[30:] + frames[:30], name, "3d", difficulty, 0.5)
+    assert np.array_equal(halves, kitti.precision_curve(frames, name, "3d", difficulty, 0.5))

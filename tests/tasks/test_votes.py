@@ -10,8 +10,9 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from slimray.data.plan import Phase, rank_slice
-from slimray.tasks.point_scores import SegmentationScore, ShapeScore, Votes
-from slimray.tasks.votes import SceneVotes
+from slimray.tasks.parts import ShapeScore
+from slimray.tasks.segment import SegmentationScore
+from slimray.tasks.votes import SceneVotes, Votes
 from slimray.verbs.evaluate import EvaluateJob
 
 CLASSES, BATCH = 5, 4

@@ -35,7 +35,7 @@ INK, GRID = "#010101", "#020202"
 SERIES = ("#030301", "#030302", "#030303", "#030304", "#030305")
 CSS_COLOURS = {INK: "var(--soft)", GRID: "var(--line)", **{c: f"var(--series-{i})" for i, c in enumerate(SERIES, 1)}}
 DASHES = ("-", "--", ":", "-.", "-")
-KITTI_AP = re.compile(r"ap(\d+)_(3d|bev)_(.+)_(easy|moderate|hard)")  # see point_scores.kitti_ap
+KITTI_AP = re.compile(r"ap(\d+)_(3d|bev)_(.+)_(easy|moderate|hard)")  # see kitti.kitti_ap
 TABLES_OF_THEIR_OWN = ("class_iou", "category_iou", "ap", "repeats")  # what is in a row besides numbers
 ACCURACIES = (  # of a row or a validation, percent, the one that says most first
     "miou", "instance_miou", "class_found_3d", "top1", "top5", "overall_acc", "mean_class_accuracy",

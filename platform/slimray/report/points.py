@@ -127,7 +127,7 @@ class BoxView:
     """One scene with its boxes: `truths` `[n, 7]`, `predictions` `[m, 7]`, `points` `[N, 3]` or more columns.
 
     All in rect camera axes (x to the right, y down, z ahead) in metres; a box is x, y, z of the middle of its bottom,
-    length, width, height and heading about y, as in point_scores.py. `truth_names` and `names` (of predictions) are
+    length, width, height and heading about y, as in tasks/boxes.py. `truth_names` and `names` (of predictions) are
     classes, `scores` how sure a prediction is; each of them may be left out. `title` says which scene it is.
     """
 
@@ -443,7 +443,7 @@ def _text_spots(outlines: np.ndarray, texts: Sequence[str], height: int) -> list
 
 def _matches(scene: BoxView) -> list[tuple[str, float]]:
     """Of each true box its name and its IoU from above, percent, with the prediction of that name that has most."""
-    from slimray.tasks.point_scores import box_iou_matrix  # torch, which a page without boxes does without
+    from slimray.tasks.boxes import box_iou_matrix  # torch, which a page without boxes does without
 
     ious, _ = box_iou_matrix(*(np.nan_to_num(b, posinf=0, neginf=0) for b in (scene.truths, scene.predictions)))
     names = list(scene.truth_names) or [""] * len(scene.truths)

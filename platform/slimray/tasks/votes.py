@@ -7,6 +7,7 @@ spread over ranks, which then settle it together; what comes out does not depend
 equally sure, the lower class wins.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slimray.tasks.point_scores import SegmentationScore, ShapeScore, confident
+from slimray.tasks.parts import ShapeScore
+from slimray.tasks.segment import SegmentationScore
 
 UNKNOWN = -1
 
@@ -109,3 +111,50 @@ def _merged(scene: _Scene | None, device: torch.device) -> _Scene | None:
     dist.all_reduce(both, dist.ReduceOp.MAX)
     scene.best, scene.truth = both.cpu().numpy()
     return scene
+
+
+class Votes:
+    """For each point of a scene the most confident prediction so far: `confidence` float32 and `predicted`, -1 if none.
+
+    Eight bytes a point; a scene belongs to one worker, or several vote on windows of it and one adds their votes up:
+    `votes.add(np.arange(num_points), other.confidence, other.predicted)`.
+    """
+
+    def __init__(self, num_points: int):
+        self.confidence = np.zeros(num_points, np.float32)
+        self.predicted = np.full(num_points, -1, np.int32)
+
+    def add(self, index: np.ndarray, confidence: np.ndarray, predicted: np.ndarray) -> None:
+        """Take over the predictions that are surer than those before; of equal ones the first stays. All `[n]`."""
+        before = self.confidence[index]
+        np.maximum.at(self.confidence, index, confidence)
+        better = np.flatnonzero((confidence > before) & (confidence == self.confidence[index]))
+        self.predicted[index[better][::-1]] = predicted[better][::-1]  # numpy keeps the last: here the first
+
+
+def vote_draws(
+    num_valid: int, num_points: int, num_votes: int, rng: np.random.Generator, capacity: int | None = None
+) -> np.ndarray:
+    """The points of a window or shape in random chunks `[K, num_points]`, each of them `num_votes` times or more.
+
+    K = num_votes * ceil(capacity / num_points). `capacity` is what a full window holds (S3DIS: 8192), default
+    `num_valid`, which is the protocol of ShapeNet (with 2048 points and 10 votes).
+    """
+    total = num_votes * math.ceil(max(capacity or 0, num_valid) / num_points) * num_points
+    order = np.resize(np.arange(num_valid), total)
+    rng.shuffle(order)
+    return order.reshape(-1, num_points)
+
+
+def confident(scores: Tensor, parts: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest class and its probability at each point: scores `[n, C, N]` -> float32, int64 `[n, N]`.
+
+    With `parts` the likeliest of those; the probability is still that among all.
+    """
+    probabilities = scores.float().softmax(1)
+    if parts is None:
+        best, chosen = probabilities.max(1)
+        return best.cpu().numpy(), chosen.cpu().numpy()
+    labels = torch.tensor(list(parts), device=scores.device)
+    best, chosen = probabilities.index_select(1, labels).max(1)
+    return best.cpu().numpy(), labels[chosen].cpu().numpy()

@@ -34,8 +34,10 @@ from slimray.data.plan import Phase, microbatches
 from slimray.models import published
 from slimray.runs import tracking
 from slimray.spec import RunFailed, UserError
-from slimray.tasks.point_scores import FrustumScore, SegmentationScore, ShapeScore
+from slimray.tasks.frustum_boxes import FrustumScore
+from slimray.tasks.parts import ShapeScore
 from slimray.tasks.predict import Input, load_network, predict_scores, to_input
+from slimray.tasks.segment import SegmentationScore
 from slimray.train import learn
 from slimray.train.health import OTHERS, Watchdog, end_process, slow_ranks
 from slimray.train.methods.paths import PathPlan, ProxylessReplica

@@ -18,8 +18,8 @@ from slimray import storage
 from slimray.data.points import point_sets
 from slimray.report import pages
 from slimray.spec import RunFailed
-from slimray.tasks import point_scores
-from slimray.tasks.point_scores import Detections, Labels
+from slimray.tasks import frustum_boxes, kitti
+from slimray.tasks.kitti import Detections, Labels
 
 POINTS_SHOWN = 4000  # of an image, in a picture
 
@@ -29,7 +29,7 @@ Detection = dict[str, Any]
 def detections_of(outputs: Mapping[str, Tensor], truth: np.ndarray, paths: Sequence[str], templates: Tensor) -> list:
     """What a network found in frustums of `paths`, with their truths float32 `[n, N + 11]` (data/samples.py)."""
     labels, rotations, scores, heights = truth[:, -4:].T
-    boxes = point_scores.decode_boxes(outputs, templates, rotations)
+    boxes = frustum_boxes.decode_boxes(outputs, templates, rotations)
     return [
         {
             "image": path.rpartition("#")[0],
@@ -68,12 +68,10 @@ def _labels(objects: list[dict[str, Any]]) -> Labels:
 
 
 def average_precisions(found: Sequence[Detection], objects: Mapping[str, Labels]) -> dict[str, float]:
-    """KITTI's AP in percent (see `point_scores.kitti_ap`) of the detections in all images."""
+    """KITTI's AP in percent (see `kitti.kitti_ap`) of the detections in all images."""
     by_image = _by_image(found)
-    frames = [
-        point_scores.compare_frame(labels, _detections(by_image.get(image, []))) for image, labels in objects.items()
-    ]
-    return point_scores.kitti_ap(frames)
+    frames = [kitti.compare_frame(labels, _detections(by_image.get(image, []))) for image, labels in objects.items()]
+    return kitti.kitti_ap(frames)
 
 
 def _by_image(found: Sequence[Detection]) -> dict[str, list[Detection]]:

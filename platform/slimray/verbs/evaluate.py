@@ -31,7 +31,9 @@ from slimray.report import pages
 from slimray.runs.notify import NotifySpec
 from slimray.spec import RunFailed, Spec, UserError, located, parse
 from slimray.tasks import predict
-from slimray.tasks.point_scores import FrustumScore, SegmentationScore, part_ranges
+from slimray.tasks.frustum_boxes import FrustumScore
+from slimray.tasks.parts import part_ranges
+from slimray.tasks.segment import SegmentationScore
 from slimray.tasks.votes import SceneVotes
 from slimray.train import learn, loop, workers
 from slimray.train.progress import follow

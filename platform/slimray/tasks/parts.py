@@ -1,0 +1,94 @@
+"""Segmentation of shapes into their parts (ShapeNet part): the IoU of a shape is the mean over its category's parts.
+
+In: scores or parts of points, and their labels. Out: percent, 0-100, merged over ranks by summing `tensors()`. The
+protocol is that of PointNet (arXiv 1612.00593) and Point-Voxel CNN (1907.03739).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slimray.tasks.segment import as_rows, listed, loss_sum, mean_known, percent
+
+
+def part_ranges(num_parts: Mapping[str, int]) -> dict[str, range]:
+    """The labels of each shape's parts, numbered through all shapes in order; name -> how many parts it has."""
+    ends = np.cumsum(list(num_parts.values())).tolist()
+    return {name: range(end - num, end) for (name, num), end in zip(num_parts.items(), ends, strict=True)}
+
+
+class ShapeScore:
+    """IoU of the parts of shapes, summed over ranks: per category the sum of its shapes' IoU and their number.
+
+    `parts` are the part labels of each category. A shape's prediction is the best among the parts of its category, its
+    IoU the mean over them; a part that neither is there nor is predicted counts 1. Negative labels are left out.
+    """
+
+    def __init__(self, parts: Mapping[str, Sequence[int]]):
+        self.names, num_parts = tuple(parts), max(max(labels) for labels in parts.values()) + 1
+        self.allowed = torch.zeros(len(parts), num_parts, dtype=torch.bool)
+        for category, labels in enumerate(parts.values()):
+            self.allowed[category, list(labels)] = True
+        self.shapes = torch.zeros(len(parts), 2, dtype=torch.float64)  # sum of IoU, shapes
+        self.sums = torch.zeros(3, dtype=torch.float64)  # points that are right, points, loss
+
+    def add(self, scores: Tensor, labels: Tensor, categories: Tensor | None = None) -> None:
+        """Count scores `[n, P, N]` against labels int64 `[n, N]` of shapes of `categories` `[n]`, on their device.
+
+        Without `categories` they are those that the labels belong to. A shape without labels is left out.
+        """
+        if categories is None:
+            owner = self.allowed.to(torch.uint8).argmax(0).to(labels.device)
+            categories = owner[labels.amax(1).clamp_min(0)]
+        allowed = self.allowed.to(scores.device)[categories.to(scores.device)]
+        predicted = scores.masked_fill(~allowed[:, :, None], -torch.inf).argmax(1)
+        self.add_predictions(predicted, labels, categories)
+        self.sums[2] += loss_sum(scores, labels, labels >= 0)
+
+    def add_predictions(
+        self, predicted: Tensor | np.ndarray, labels: Tensor | np.ndarray, categories: Tensor | np.ndarray | int
+    ) -> None:
+        """Count parts `[n, N]`, or `[N]` of one shape, that were chosen among those of its category. Adds no loss."""
+        labels = as_rows(labels)
+        predicted, categories = as_rows(predicted).to(labels.device), torch.as_tensor(categories).cpu().view(-1)
+        known, num_parts = labels >= 0, self.allowed.shape[1]
+        if labels.numel() and int(labels.max()) >= num_parts:
+            raise ValueError(f"label {int(labels.max())}: there are {num_parts} parts")
+        truth, right = self._per_part(labels, known), self._per_part(labels, known & (labels == predicted))
+        positive = self._per_part(predicted, known & (predicted >= 0))
+        allowed, seen = self.allowed[categories], known.any(1).cpu()
+        if (truth + positive)[~allowed].any():
+            raise ValueError("a part, true or predicted, is none of its shape's category")
+        union = truth + positive - right
+        iou = torch.where(union > 0, right / union.clamp_min(1), 1.0).double()
+        mean = (iou * allowed).sum(1) / allowed.sum(1)
+        self.shapes.index_add_(0, categories[seen].long(), torch.stack([mean, torch.ones_like(mean)], 1)[seen])
+        self.sums[:2] += torch.stack([right.sum(), truth.sum()])
+
+    def _per_part(self, parts: Tensor, counted: Tensor) -> Tensor:
+        """How many of parts `[n, N]` are counted, per shape and part: `[n, P]` on the CPU."""
+        size, shape = self.allowed.shape[1], torch.arange(len(parts), device=parts.device)[:, None]
+        rows = (shape * size + parts)[counted].long()
+        return torch.bincount(rows, minlength=len(parts) * size).cpu().view(-1, size)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What must be summed over ranks, in place."""
+        return self.shapes, self.sums
+
+    def result(self) -> dict[str, Any]:
+        """instance_miou (over shapes), category_miou, category_iou (by name, None without shapes), overall_acc, loss,
+        num_samples (shapes); percent."""
+        total, num_shapes = self.shapes.sum(0).tolist()
+        iou = percent(self.shapes[:, 0], self.shapes[:, 1])
+        right, points, loss = self.sums.tolist()
+        return {
+            "instance_miou": 100 * total / max(num_shapes, 1),
+            "category_miou": mean_known(iou),
+            "category_iou": dict(zip(self.names, listed(iou), strict=True)),
+            "overall_acc": 100 * right / max(points, 1),
+            "loss": loss / max(points, 1),
+            "num_samples": int(num_shapes),
+        }
