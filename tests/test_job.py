@@ -13,7 +13,8 @@ import safetensors.torch
 import yaml
 
 from slimray import job, models, runs
-from slimray.data import cards
+from slimray.data.cards import Card
+from slimray.data.index import index_table
 from slimray.spec import UserError, parse_yaml
 from slimray.train import learn
 from slimray.verbs import inputs, train
@@ -93,9 +94,9 @@ def finish_data(one: job.Loaded) -> runs.Run:
         for row in rows:
             runs.write_file(run, f"data/{row['path']}", b"")
         buffer = io.BytesIO()
-        pq.write_table(cards.index_table(rows), buffer)
+        pq.write_table(index_table(rows), buffer)
         runs.write_file(run, f"data/{split}.parquet", buffer.getvalue())
-    card = cards.Card.model_validate(one.job.data.card).prepared(["train", "val"], None)
+    card = Card.model_validate(one.job.data.card).prepared(["train", "val"], None)
     runs.write_file(run, "data/card.yaml", yaml.safe_dump(card.model_dump(mode="json", exclude_defaults=True)).encode())
     return run
 
@@ -105,7 +106,7 @@ def finish_train(one: job.Loaded, classes: tuple[str, ...] = CLASSES) -> runs.Ru
     run = finish(one, {"best": {"val/top1": 50.0, "epoch": 2}, "last": {"val/top1": 40.0, "epoch": 3}})
     options = train.model_options(one.job, len(classes))
     segments = models.options_of(one.job.model.name)["num_segments"]
-    card = cards.Card.model_validate(one.job.data.card)
+    card = Card.model_validate(one.job.data.card)
     recipe = inputs.make_recipe(one.job.data, card, options.get("num_segments", segments), "val")
     pixels = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "average": "logits"}
     taken = {"recipe": recipe, "pixels": pixels, "classes": list(classes)}
@@ -328,7 +329,7 @@ def test_a_network_for_clips_is_refused_for_points():
 
 def test_balanced_weights_are_counted_in_the_training_index():
     optim = job.load(["chain.yaml"], ["optim.class_weights=balanced"])[1].job.optim
-    table = cards.index_table([{"path": str(i), "label": label} for i, label in enumerate([0, 0, 0, 1, 2, 2])])
+    table = index_table([{"path": str(i), "label": label} for i, label in enumerate([0, 0, 0, 1, 2, 2])])
     weights = train.resolve_weights(optim, table, 4).class_weights
     assert weights == pytest.approx(learn.balanced_weights([0, 0, 0, 1, 2, 2], 4))
     assert weights == pytest.approx((6 / 11, 18 / 11, 9 / 11, 0))
@@ -625,7 +626,7 @@ def test_the_schema_helps_with_the_words_of_the_docstrings():
     assert "from" in definitions["InitSpec"]["properties"]
 
 
-@pytest.mark.parametrize("spec", [*job.SPECS.values(), cards.Card], ids=lambda spec: spec.__name__)
+@pytest.mark.parametrize("spec", [*job.SPECS.values(), Card], ids=lambda spec: spec.__name__)
 def test_every_field_is_documented(spec):
     for name, field in spec.model_fields.items():
         inner = job.section_of(field.annotation)

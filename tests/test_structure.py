@@ -18,7 +18,7 @@ PENDING = {  # upward imports of before the floors, each to be removed
 }  # fmt: skip
 ONLY_IN = {
     "ray": ("data/pipeline.py", "train/*.py", "verbs/*.py", "cluster/*.py"),
-    "decord": ("data/video/decoder.py",),
+    "decord": ("data/video/movies.py",),
     "open3d": ("data/points/files.py",),
     "wandb": ("runs/tracking.py",),
 }

@@ -21,7 +21,8 @@ from pydantic import TypeAdapter
 from rich.console import Console
 
 from slimray import models, runs
-from slimray.data import cards
+from slimray.data.cards import Card
+from slimray.data.lists import read_split
 from slimray.runs import notify
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean, lookup, noting, parse, read_yaml, set_value
 from slimray.storage import StorageError, open_uri
@@ -278,7 +279,7 @@ def _check_prepare(one: Loaded, problems: list[str], look: bool) -> dict[str, An
     data, facts = one.job.data, {}
     assert isinstance(data.card, dict)  # embedded when the job was loaded
     with noting(problems, one.where):
-        card = parse(cards.Card, data.card, "data.card")
+        card = parse(Card, data.card, "data.card")
         if card.layout == "generated" and (data.root or one.job.pack):
             raise UserError(f"{'pack' if one.job.pack else 'data.root'}: {card.name} is generated, leave it out")
         facts["dataset"] = card.name
@@ -287,7 +288,7 @@ def _check_prepare(one: Loaded, problems: list[str], look: bool) -> dict[str, An
         if card.layout == "generated":
             tables = {split: prepare.to_generate(one.job, split) for split in facts["splits"]}
         else:
-            tables = {split: cards.read_split(card, split, root) for split in facts["splits"]}
+            tables = {split: read_split(card, split, root) for split in facts["splits"]}
         facts["samples"] = {split: table.num_rows for split, table in tables.items()}
         for split, table in tables.items() if look and root else ():
             absent = inputs.absent_samples(table, root)
@@ -303,7 +304,7 @@ def _check_train(
     facts: dict[str, Any] = {}
     card, counts, fingerprint = None, {}, {}
     if isinstance(job.data.card, dict):
-        card = parse(cards.Card, job.data.card, f"{one.where}: data.card")
+        card = parse(Card, job.data.card, f"{one.where}: data.card")
     with noting(problems, one.where):
         if job.data.run is not None and job.data.run in ahead:
             counts = _counts_ahead(job, ahead[job.data.run])
@@ -438,7 +439,7 @@ def json_schema() -> dict[str, Any]:
 
 def card_schema() -> dict[str, Any]:
     """JSON Schema (draft 7) of a dataset card."""
-    whole = cards.Card.model_json_schema(ref_template="#/definitions/{model}")
+    whole = Card.model_json_schema(ref_template="#/definitions/{model}")
     return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "slimray dataset card", **_draft_7(whole)}
 
 

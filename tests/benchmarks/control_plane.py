@@ -23,7 +23,7 @@ from ray.train.collective import barrier, broadcast_from_rank_zero
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from slimray import runs
-from slimray.data import cards
+from slimray.data.index import INDEX, UNKNOWN
 from slimray.data.pipeline import FeedConfig, RankStream, Source, feeder_of, start_feeders
 from slimray.data.plan import Phase
 
@@ -142,8 +142,8 @@ def _pictures(folder: Path, count: int) -> pa.Table:
     for number in range(count):
         Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number:03d}.jpg")
     rows = [{"path": f"{number:03d}.jpg", "label": number % 4} for number in range(count)]
-    filled = [{**cards.UNKNOWN, **row} for row in rows]
-    return pa.Table.from_pylist(filled, schema=cards.INDEX)
+    filled = [{**UNKNOWN, **row} for row in rows]
+    return pa.Table.from_pylist(filled, schema=INDEX)
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ import ray.train
 import torch.distributed as dist
 from tests.benchmarks.pairs import Ratio
 
-from slimray.data import cards
+from slimray.data.cards import load_card
+from slimray.data.lists import read_split
 from slimray.data.pipeline import FeedConfig, Source
 from slimray.data.plan import Phase, epoch_order
 from slimray.data.video.clips import ClipRecipe, frame_indices, generators, make_clip
@@ -34,7 +35,7 @@ def fight_surv() -> Path:
 
 def main() -> None:
     root = fight_surv()
-    table = cards.read_split(cards.load_card("my_clips", [Path("datasets")]), "train", str(root))
+    table = read_split(load_card("my_clips", [Path("datasets")]), "train", str(root))
     workers.connect(4)
     source = Source(str(root), ray.put(table), table.num_rows)
     scale = ScaleSpec(workers=2)

@@ -17,9 +17,9 @@ import torch
 from tests.benchmarks.pairs import Ratio
 
 from slimray import models, runs
-from slimray.data import cards
 from slimray.data.images import image_shapes
 from slimray.data.images.pictures import ImageRecipe
+from slimray.data.index import INDEX
 from slimray.data.pipeline import Source
 from slimray.edge import cost
 from slimray.train import workers
@@ -55,7 +55,7 @@ def exhibits(work: Path) -> Exhibits:
         (work / f"{number}.png").write_bytes(image_shapes.encode_png(picture))
         places = {"frames": 0, "fps": 0.0, "width": 32, "height": 32, "shard": "", "row": -1}
         rows.append({"path": f"{number}.png", "label": label, **places})
-    source = Source(str(work), ray.put(pa.Table.from_pylist(rows, cards.INDEX)), NUM_PICTURES)
+    source = Source(str(work), ray.put(pa.Table.from_pylist(rows, INDEX)), NUM_PICTURES)
     recipe = ImageRecipe(size=32).to_dict()
     calibrate = decode(source, recipe | {"mode": "train"}, NUM_PICTURES, 0, True, 30)
     return Exhibits(calibrate, decode(source, recipe | {"mode": "val"}, NUM_PICTURES, 0, False, 30))

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from tests.benchmarks.ingest import RECIPE, fight_surv, pipeline_rate
 from tests.benchmarks.pairs import Ratio
 
-from slimray.data import cards
+from slimray.data.cards import load_card
+from slimray.data.lists import read_split
 from slimray.data.pipeline import Source
 from slimray.train import workers
 from slimray.train.spec import ScaleSpec
@@ -42,7 +43,7 @@ def main() -> None:
 
 
 def _compare(folder: str, root: Path, size: int, short_side: int) -> None:
-    tables = {"original": cards.read_split(cards.load_card("my_clips", [Path("datasets")]), "train", str(root))}
+    tables = {"original": read_split(load_card("my_clips", [Path("datasets")]), "train", str(root))}
     roots = {"original": str(root)}
     for kind in ("h264", "jpeg"):
         path = Path(folder, f"{kind}.yaml")

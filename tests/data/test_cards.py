@@ -14,11 +14,14 @@ import yaml
 from PIL import Image
 
 from slimray import storage
-from slimray.data import cards
-from slimray.data.cards import Card, complete, fingerprint, index_table, load_card, read_sample, read_split, read_whole
+from slimray.data.bytes import read_sample, read_whole, write_shard
+from slimray.data.cards import Card, load_card
+from slimray.data.index import INDEX, fingerprint, index_table
+from slimray.data.lists import complete, read_split
+from slimray.data.samples import BadSample
 from slimray.data.video import moving_shapes
 from slimray.data.video.clips import ClipRecipe, frame_indices, generators
-from slimray.data.video.decoder import BadSample, Decoder
+from slimray.data.video.decoder import Decoder
 from slimray.spec import UserError, parse
 from slimray.storage import StorageError
 
@@ -354,7 +357,7 @@ def test_a_prepared_dataset_is_read_by_its_own_card(tmp_path):
     assert len(again.flip_labels()) == 2
     read = read_split(again, "train", str(tmp_path))
     assert read.equals(table)
-    assert read.schema == cards.INDEX
+    assert read.schema == INDEX
     assert complete(again, str(tmp_path)) is again
 
 
@@ -628,7 +631,7 @@ def shard(tmp_path):
     rng = np.random.default_rng(0)
     clips = [rng.bytes(100_000 + i) for i in range(12)]
     packed = [{"path": f"{i}.mp4", "label": i, "data": data} for i, data in enumerate(clips)]
-    cards.write_shard(DISK, f"{tmp_path}/shards/train-000000.parquet", packed)
+    write_shard(DISK, f"{tmp_path}/shards/train-000000.parquet", packed)
     places = [{"path": f"{i}.mp4", "label": i, "shard": "shards/train-000000.parquet", "row": i} for i in range(12)]
     return str(tmp_path), index_table(places).to_pylist(), clips
 
@@ -666,7 +669,7 @@ def test_a_rewritten_shard_is_read_anew(shard):
     root, rows, clips = shard
     assert read_whole(DISK, root, rows[3]) == clips[3]
     packed = [{"path": f"{i}.mp4", "label": i, "data": bytes([i]) * (50 + 7 * i)} for i in range(12)]
-    cards.write_shard(DISK, f"{root}/{rows[0]['shard']}", packed)
+    write_shard(DISK, f"{root}/{rows[0]['shard']}", packed)
     assert read_whole(DISK, root, rows[3]) == packed[3]["data"]
 
 
@@ -716,7 +719,7 @@ def test_lists_pictures_and_shards_are_read_from_a_bucket(bucket):
     with pytest.raises(BadSample, match="frame 1 of 4 is missing"):
         read_whole(fs, root, rows[0])
     packed = [{"path": str(i), "label": i, "data": bytes([i]) * 1000} for i in range(3)]
-    cards.write_shard(fs, f"{root}/shards/0.parquet", packed)
+    write_shard(fs, f"{root}/shards/0.parquet", packed)
     for row in index_table(
         [{"path": str(i), "label": i, "shard": "shards/0.parquet", "row": i} for i in range(3)]
     ).to_pylist():

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import ray
 
-from slimray.data import cards
+from slimray.data.index import index_table
 from slimray.data.pipeline import FeedConfig, RankStream, Source, feeder_of, start_feeders
 from slimray.data.plan import Phase, epoch_order, rank_slice
 from slimray.data.points.files import Cloud, PointRecipe, write_cloud
@@ -31,7 +31,7 @@ def clouds(folder) -> pa.Table:
     """NUM clouds whose points are all at x = their number, as files."""
     for i in range(NUM):
         (folder / f"{i}.npz").write_bytes(write_cloud(Cloud(np.full((5, 3), i, np.float32) + np.eye(5, 3) / 9)))
-    return cards.index_table([{"path": f"{i}.npz", "label": i} for i in range(NUM)])
+    return index_table([{"path": f"{i}.npz", "label": i} for i in range(NUM)])
 
 
 def feed(folder, table: pa.Table, blocks_per_execution: int) -> FeedConfig:

@@ -123,7 +123,7 @@ def test_one_worker_is_measured_and_later_plans_and_runs_know(shell, where):  # 
 
 
 def test_decoding_is_measured_on_samples_that_are_there(tmp_path):
-    from slimray.data import cards
+    from slimray.data.index import INDEX
     from slimray.data.video import moving_shapes
     from slimray.data.video.clips import ClipRecipe
 
@@ -133,7 +133,7 @@ def test_decoding_is_measured_on_samples_that_are_there(tmp_path):
     empty = {"frames": 0, "fps": 0.0, "width": 0, "height": 0, "shard": "", "row": -1}
     import pyarrow as pa
 
-    table = pa.Table.from_pylist([row | empty for row in rows], schema=cards.INDEX)
+    table = pa.Table.from_pylist([row | empty for row in rows], schema=INDEX)
     recipe = ClipRecipe(num_segments=2, size=32, resize=36, mode="train").to_dict()
     seconds, megabytes = calibrate._decode_times(table, str(tmp_path), recipe)
     assert 0 < seconds < 5

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from slimray import runs
-from slimray.data import cards
+from slimray.data.index import index_table
 from slimray.spec import UserError
 from slimray.verbs import prepare
 from slimray.verbs.context import Context
@@ -19,9 +19,9 @@ def begun(tmp_path: Path) -> Context:
 def test_a_list_that_changed_since_the_run_began_is_refused(tmp_path):
     ctx = begun(tmp_path)
     rows = [{"path": f"{i}.mp4", "label": 0} for i in range(4)]
-    prepare._require_same_lists(ctx, {"train": cards.index_table(rows)})
-    prepare._require_same_lists(ctx, {"train": cards.index_table(rows)})
+    prepare._require_same_lists(ctx, {"train": index_table(rows)})
+    prepare._require_same_lists(ctx, {"train": index_table(rows)})
     with pytest.raises(UserError) as error:
-        prepare._require_same_lists(ctx, {"train": cards.index_table(rows[1:])})
+        prepare._require_same_lists(ctx, {"train": index_table(rows[1:])})
     said = "job.yaml (packed): the list of split 'train' has changed since this run began: restore it, or --restart"
     assert str(error.value) == said

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from slimray.data import cards
+from slimray.data.bytes import read_sample, read_whole
 from slimray.data.images.pictures import ImageRecipe
 from slimray.data.points import files, point_sets
 from slimray.data.points.files import PointRecipe
+from slimray.data.samples import BadSample
 from slimray.data.video.clips import ClipRecipe, flip_label
-from slimray.data.video.decoder import BadSample, Decoder
+from slimray.data.video.decoder import Decoder
 from slimray.spec import lookup
 from slimray.storage import open_uri
 
@@ -69,7 +70,7 @@ def _filesystem(root: str) -> tuple[Any, str]:
 def load_clip(row: dict[str, Any], root: str, recipe: ClipRecipe, key: Key, timeout_s: float) -> tuple[np.ndarray, int]:
     """A clip uint8 `[V, T, size, size, 3]` and its label."""
     fs, path = _filesystem(root)
-    data = cards.read_sample(fs, path, row, recipe, key)
+    data = read_sample(fs, path, row, recipe, key)
     clip, flipped = _decoder(timeout_s).clip(row["path"], data, recipe, key)
     return clip, flip_label(row["label"], recipe.flip_labels) if flipped else row["label"]
 
@@ -79,7 +80,7 @@ def load_image(
 ) -> tuple[np.ndarray, int]:
     """An image uint8 `[V, size, size, 3]` and its label."""
     fs, path = _filesystem(root)
-    image, flipped = _decoder(timeout_s).image(row["path"], cards.read_whole(fs, path, row), recipe, key)
+    image, flipped = _decoder(timeout_s).image(row["path"], read_whole(fs, path, row), recipe, key)
     return image, flip_label(row["label"], recipe.flip_labels) if flipped else row["label"]
 
 
@@ -92,7 +93,7 @@ def load_points(
     and the row of its file or room that each point is, -1 both in views that are blank (see `PointRecipe.fill`).
     """
     fs, path = _filesystem(root)
-    cloud = files.read_cloud(row["path"], cards.read_whole(fs, path, row))
+    cloud = files.read_cloud(row["path"], read_whole(fs, path, row))
     sample = files.make_points(cloud, recipe, key, shape=max(0, row["label"]))
     if not recipe.per_point:
         return sample.points, row["label"]
@@ -116,7 +117,7 @@ def load_frustum(
     object is known, mask and box are -1 and nan.
     """
     fs, path = _filesystem(root)
-    frustum = point_sets.read_frustum(row["path"], cards.read_whole(fs, path, row))
+    frustum = point_sets.read_frustum(row["path"], read_whole(fs, path, row))
     number = point_sets.KITTI_CLASSES.index(frustum.kind)
     sample = files.make_points(frustum.cloud, recipe, key, shape=number, box=frustum.box)
     mask, box = np.full(recipe.num_points, -1), np.full(7, np.nan)

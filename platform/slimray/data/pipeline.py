@@ -31,7 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from slimray.data.modalities import kind_of
 from slimray.data.plan import Block, Phase, blocks, ceil_div, feeder_ranks, num_feeders, pass_order, rank_slice
-from slimray.data.video.decoder import BadSample
+from slimray.data.samples import BadSample
 from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError
 

@@ -20,8 +20,9 @@ from slimray import models, runs, storage
 from slimray.data.images.pictures import ImageRecipe
 from slimray.data.modalities import kind_of
 from slimray.data.points.files import Cloud, PointRecipe, PointSample, make_points, read_cloud
+from slimray.data.samples import BadSample
 from slimray.data.video.clips import ClipRecipe
-from slimray.data.video.decoder import BadSample, Decoder
+from slimray.data.video.decoder import Decoder
 from slimray.spec import UserError
 from slimray.train import learn
 

@@ -23,9 +23,9 @@ import pyarrow as pa
 import torch
 
 from slimray import models, runs
-from slimray.data import cards
+from slimray.data.bytes import read_whole
 from slimray.data.modalities import input_shape, kind_of
-from slimray.data.video.decoder import BadSample
+from slimray.data.samples import BadSample
 from slimray.spec import UserError, did_you_mean, parse, read_yaml
 from slimray.storage import join, open_uri, read_bytes, write_atomic
 from slimray.tasks.predict import Input
@@ -149,7 +149,7 @@ def _decode_times(table: pa.Table, root: str, recipe: dict[str, Any]) -> tuple[f
             start = time.perf_counter()
             kind.load(row, root, made, (0, 0, int(place)), 60.0)
             seconds.append(time.perf_counter() - start)
-            sizes.append(len(cards.read_whole(fs, folder, row)))
+            sizes.append(len(read_whole(fs, folder, row)))
         except (BadSample, FileNotFoundError):
             continue
     if not seconds:

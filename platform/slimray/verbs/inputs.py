@@ -16,11 +16,14 @@ from pydantic import Field, model_validator
 
 import slimray
 from slimray import runs
-from slimray.data import cards
+from slimray.data.bytes import read_whole
+from slimray.data.cards import Card, load_card
 from slimray.data.images.pictures import ImageRecipe
+from slimray.data.index import fingerprint
+from slimray.data.lists import complete, read_split
 from slimray.data.points.files import PointRecipe
+from slimray.data.samples import BadSample
 from slimray.data.video.clips import ClipRecipe
-from slimray.data.video.decoder import BadSample
 from slimray.spec import Spec, UserError, did_you_mean, located, parse
 from slimray.storage import absolute, join, open_uri
 
@@ -125,13 +128,13 @@ class Splits:
     """The dataset of a job: where its files lie, its card, and an index per split name."""
 
     root: str
-    card: cards.Card
+    card: Card
     tables: dict[str, pa.Table]
 
     @property
     def fingerprint(self) -> str:
         """A digest of all indexes, in the order of the split names."""
-        return "-".join(cards.fingerprint(self.tables[name])[:16] for name in sorted(self.tables))
+        return "-".join(fingerprint(self.tables[name])[:16] for name in sorted(self.tables))
 
 
 def packaged(folder: str) -> Path:
@@ -155,16 +158,14 @@ def embed(data: DataSpec, where: str, search: Sequence[Path], prepared: Mapping[
     return data.model_copy(update={"card": card.model_dump(mode="json", exclude_defaults=True)})
 
 
-def embed_card(card: str | dict[str, Any], root: str | None, where: str, search: Sequence[Path]) -> cards.Card:
+def embed_card(card: str | dict[str, Any], root: str | None, where: str, search: Sequence[Path]) -> Card:
     """The dataset card that a job names or holds, its classes read from the dataset if they are known only there."""
     try:
-        found = (
-            cards.load_card(card, search) if isinstance(card, str) else parse(cards.Card, card, f"{where}: data.card")
-        )
+        found = load_card(card, search) if isinstance(card, str) else parse(Card, card, f"{where}: data.card")
     except UserError as error:
         raise UserError(located(str(error), f"{where}: data.card")) from None
     try:
-        return cards.complete(found, root or found.root)
+        return complete(found, root or found.root)
     except UserError as error:
         raise UserError(located(str(error), f"{where}: data.root")) from None
 
@@ -173,11 +174,11 @@ def open_splits(data: DataSpec, where: str, storage: str, names: Sequence[str]) 
     """Read the indexes of the splits `names`; UserError with the field when the dataset or the run is not there."""
     if data.run is not None:
         folder = join(finished_run(data.run, storage, "prepare", "dataset", f"{where}: data.run").uri, "data")
-        card = cards.load_card(join(folder, "card.yaml"), [])
+        card = load_card(join(folder, "card.yaml"), [])
         root = card.root or folder  # an index of files that were probed, not packed, tells of files elsewhere
     else:
         assert isinstance(data.card, dict)  # embedded when the job was loaded
-        card = parse(cards.Card, data.card, f"{where}: data.card")
+        card = parse(Card, data.card, f"{where}: data.card")
         root = folder = absolute(data.root or card.root or "")
         if card.layout != "generated" and not (data.root or card.root):
             raise UserError(f"{where}: data.root: is required, the folder where {card.name} lies")
@@ -187,7 +188,7 @@ def open_splits(data: DataSpec, where: str, storage: str, names: Sequence[str]) 
             )
     try:
         require_splits(card.name, list(card.splits), names)
-        return Splits(root, card, {name: cards.read_split(card, name, folder) for name in names})
+        return Splits(root, card, {name: read_split(card, name, folder) for name in names})
     except UserError as error:
         raise UserError(located(str(error), f"{where}: data")) from None
 
@@ -205,7 +206,7 @@ def absent_samples(table: pa.Table, root: str, count: int = 3) -> list[str]:
     absent = []
     for place in np.unique(np.linspace(0, table.num_rows - 1, count).round().astype(int)):
         try:
-            cards.read_whole(fs, folder, table.slice(int(place), 1).to_pylist()[0])
+            read_whole(fs, folder, table.slice(int(place), 1).to_pylist()[0])
         except FileNotFoundError as error:
             absent.append(str(error))
         except BadSample:
@@ -230,7 +231,7 @@ def finished_run(name: str, storage: str, kind: str, holds: str, field: str) -> 
     return run
 
 
-def make_recipe(data: DataSpec, card: cards.Card, num_segments: int, mode: str, **options: Any) -> dict[str, Any]:
+def make_recipe(data: DataSpec, card: Card, num_segments: int, mode: str, **options: Any) -> dict[str, Any]:
     """The plain recipe of a split's samples: `mode` "train", "val" or "test"; `options` override its fields.
 
     `num_segments` is for clips only.

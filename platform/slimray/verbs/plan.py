@@ -7,7 +7,7 @@ give the rows. The dataset need not be there if `samples` says how many it has.
 from collections.abc import Sequence
 from pathlib import Path
 
-from slimray.data import cards
+from slimray.data.cards import Card
 from slimray.spec import UserError, parse
 from slimray.train import calibrate, planner
 from slimray.verbs import inputs, train
@@ -78,10 +78,10 @@ def _splits(job: train.TrainJob, where: str, storage: str, required: bool) -> Sp
         raise UserError(f"{error} (or say how many samples there are: --samples)") from None
 
 
-def _card(job: train.TrainJob, where: str) -> cards.Card:
+def _card(job: train.TrainJob, where: str) -> Card:
     if not isinstance(job.data.card, dict):
         raise UserError(f"{where}: data: there is no dataset card, so the classes are not known: prepare it first")
-    return parse(cards.Card, job.data.card, f"{where}: data.card")
+    return parse(Card, job.data.card, f"{where}: data.card")
 
 
 # ------------------------------------------------------------------------------------------------- the picture

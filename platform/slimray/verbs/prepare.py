@@ -30,12 +30,17 @@ from pydantic import Field, model_validator
 from ray import exceptions
 
 from slimray import runs, storage
-from slimray.data import cards
+from slimray.data.bytes import read_files, read_whole, write_shard
+from slimray.data.cards import Card, labels_path
 from slimray.data.images import image_shapes
+from slimray.data.index import fingerprint, index_table
+from slimray.data.lists import read_split
 from slimray.data.pipeline import failure_of, map_numbers
 from slimray.data.points import files, point_sets, shapes
+from slimray.data.samples import BadSample
 from slimray.data.video import moving_shapes
-from slimray.data.video.decoder import BadSample, Decoder, Pack
+from slimray.data.video.decoder import Decoder
+from slimray.data.video.repack import Pack
 from slimray.spec import RunFailed, Spec, UserError, parse
 from slimray.train import workers
 from slimray.train.progress import make_bar
@@ -128,7 +133,7 @@ class _Work:
     root: str
     chunks: tuple[_Chunk, ...]
     tables: dict[str, Any]
-    card: cards.Card
+    card: Card
     data: PrepareData
     pack: PackSpec | None
     timeout_s: float
@@ -136,7 +141,7 @@ class _Work:
 
 def facts(job: PrepareJob, where: str) -> dict[str, Any]:
     """What is known before any file is read: the card, its classes, the splits."""
-    card = parse(cards.Card, _card(job), f"{where}: data.card")
+    card = parse(Card, _card(job), f"{where}: data.card")
     out: dict[str, Any] = {"dataset": card.name, "classes": card.num_classes, "splits": _splits(job, card)}
     if card.layout == "generated":
         out["clips"] = job.data.clips
@@ -147,14 +152,14 @@ def facts(job: PrepareJob, where: str) -> dict[str, Any]:
 
 def run(job: PrepareJob, ctx: Any) -> None:
     """Prepare the dataset of `job` in the run folder `ctx.run`."""
-    card = parse(cards.Card, _card(job), f"{ctx.where}: data.card")
+    card = parse(Card, _card(job), f"{ctx.where}: data.card")
     generated = card.layout == "generated"
     root = "" if generated else job.data.root or card.root
     assert root is not None
     root = root and storage.absolute(root)
     tables = {}
     for split in _splits(job, card):
-        tables[split] = to_generate(job, split) if generated else cards.read_split(card, split, root)
+        tables[split] = to_generate(job, split) if generated else read_split(card, split, root)
     chunks = [
         _Chunk(split, number, lo, min(lo + job.clips_per_shard, table.num_rows))
         for split, table in tables.items()
@@ -171,7 +176,7 @@ def run(job: PrepareJob, ctx: Any) -> None:
 
 def _require_same_lists(ctx: Any, tables: Mapping[str, pa.Table]) -> None:
     """Raise UserError if a list is not the one this run began with: its shards are numbered by places in it."""
-    now = {split: cards.fingerprint(table) for split, table in tables.items()}
+    now = {split: fingerprint(table) for split, table in tables.items()}
     try:
         before = json.loads(runs.read_file(ctx.run, "data/lists.json"))
     except FileNotFoundError:
@@ -189,7 +194,7 @@ def _card(job: PrepareJob) -> dict[str, Any]:
     return job.data.card
 
 
-def _splits(job: PrepareJob, card: cards.Card) -> list[str]:
+def _splits(job: PrepareJob, card: Card) -> list[str]:
     for split in job.data.splits or ():
         if split not in card.splits:
             raise UserError(f"data.splits: {split!r} is no split of {card.name} ({', '.join(card.splits)})")
@@ -207,7 +212,7 @@ def _part_name(chunk: _Chunk) -> str:
     return f"{chunk.split}-{chunk.number:06d}.json"
 
 
-def _process(job: PrepareJob, ctx: Any, card: cards.Card, root: str, tables: dict, todo: tuple[_Chunk, ...]) -> None:
+def _process(job: PrepareJob, ctx: Any, card: Card, root: str, tables: dict, todo: tuple[_Chunk, ...]) -> None:
     """Run the chunks as Ray Data tasks and show how far they are."""
     slots = job.tasks or os.cpu_count() or 1
     workers.connect(ctx.cpus)
@@ -229,7 +234,7 @@ def _process(job: PrepareJob, ctx: Any, card: cards.Card, root: str, tables: dic
             raise failure_of(error) from error
 
 
-def _write_indexes(job: PrepareJob, ctx: Any, card: cards.Card, chunks: list[_Chunk], root: str) -> None:
+def _write_indexes(job: PrepareJob, ctx: Any, card: Card, chunks: list[_Chunk], root: str) -> None:
     """Join the parts to one index per split, the quarantine, the card of the prepared dataset."""
     rows: dict[str, list] = {chunk.split: [] for chunk in chunks}
     bad: dict[str, list] = {chunk.split: [] for chunk in chunks}
@@ -261,7 +266,7 @@ def _write_indexes(job: PrepareJob, ctx: Any, card: cards.Card, chunks: list[_Ch
                 f"({job.max_bad_fraction:g}): see quarantine/ in the run folder, or raise the bound"
             )
         buffer = io.BytesIO()
-        pq.write_table(cards.index_table(items), buffer)
+        pq.write_table(index_table(items), buffer)
         runs.write_file(ctx.run, f"data/{split}.parquet", buffer.getvalue())
         if objects[split]:  # what is to be found, also in images without a frustum
             runs.write_file(ctx.run, f"data/{split}.objects.json", json.dumps(objects[split]).encode())
@@ -326,7 +331,7 @@ def _generate(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any]
         part["rows"].append({"path": path, "label": int(label), **shape, **place})
         part["bytes_out"] += len(encoded)
     if packed:
-        cards.write_shard(fs, f"{folder}/data/{shard}", packed)
+        write_shard(fs, f"{folder}/data/{shard}", packed)
 
 
 def _convert(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any], fs: Any, folder: str) -> None:
@@ -338,7 +343,7 @@ def _convert(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any],
         packed = _pack(work, rows, part, shard, decoder)
         first = next(packed, None)
         if first is not None:
-            cards.write_shard(fs, f"{folder}/data/{shard}", itertools.chain([first], packed))
+            write_shard(fs, f"{folder}/data/{shard}", itertools.chain([first], packed))
 
 
 def _pack(work: _Work, rows: list[dict], part: dict[str, Any], shard: str, decoder: Decoder) -> Iterator[dict]:
@@ -385,7 +390,7 @@ class _Made:
 def _clip(work: _Work, row: dict[str, Any], decoder: Decoder) -> Iterator[_Made]:
     """A video probed, and re-encoded if it is to be packed."""
     source, root = storage.open_uri(work.root)
-    data = cards.read_whole(source, root, row)
+    data = read_whole(source, root, row)
     if work.pack is None:
         found, encoded, psnr = decoder.probe(row["path"], data), b"", None
     else:
@@ -397,7 +402,7 @@ def _clip(work: _Work, row: dict[str, Any], decoder: Decoder) -> Iterator[_Made]
 def _image(work: _Work, row: dict[str, Any], decoder: Decoder) -> Iterator[_Made]:
     """An image decoded, and made smaller if it is to be packed and its short side is too long."""
     source, root = storage.open_uri(work.root)
-    data = cards.read_whole(source, root, row)
+    data = read_whole(source, root, row)
     short_side, quality = (None, 90) if work.pack is None else (work.pack.short_side, work.pack.quality)
     encoded, found, psnr = decoder.shrink(row["path"], data, short_side, quality)
     yield _Made(row["path"], encoded, {"width": found.width, "height": found.height}, len(data), psnr)
@@ -406,10 +411,10 @@ def _image(work: _Work, row: dict[str, Any], decoder: Decoder) -> Iterator[_Made
 def _cloud(work: _Work, row: dict[str, Any], _: Decoder) -> Iterator[_Made]:
     """A cloud read from any point file, with the labels of its points as classes; whole, or in tiles."""
     card, (source, root) = work.card, storage.open_uri(work.root)
-    data, labels = cards.read_whole(source, root, row), None
+    data, labels = read_whole(source, root, row), None
     if card.point_labels:
-        path = cards.labels_path(card, row["path"])
-        labels = (path, cards.read_whole(source, root, {**row, "path": path}))
+        path = labels_path(card, row["path"])
+        labels = (path, read_whole(source, root, {**row, "path": path}))
     cloud = files.read_cloud(row["path"], data, card.point_columns, labels)
     if card.labels == "point":
         cloud = _with_classes(cloud, card)
@@ -427,7 +432,7 @@ def _cloud(work: _Work, row: dict[str, Any], _: Decoder) -> Iterator[_Made]:
 def _room(work: _Work, row: dict[str, Any], _: Decoder) -> Iterator[_Made]:
     """The windows of an S3DIS room, first those of offset "zero", then those of "half"."""
     source, root = storage.open_uri(work.root)
-    objects = cards.read_files(source, root, row["path"])
+    objects = read_files(source, root, row["path"])
     folder, room = row["path"].rpartition("/")[0], row["path"].partition("/Annotations/")[0]
     xyzrgb, labels, skipped = point_sets.s3dis_room(objects)
     size, left_out = sum(map(len, objects.values())), {f"{folder}/{name}": why for name, why in skipped.items()}
@@ -445,14 +450,14 @@ def _room(work: _Work, row: dict[str, Any], _: Decoder) -> Iterator[_Made]:
 def _shape(work: _Work, row: dict[str, Any], _: Decoder) -> Iterator[_Made]:
     """A shape of ShapeNet part, whose parts must be those of its class."""
     source, root = storage.open_uri(work.root)
-    data = cards.read_whole(source, root, row)
+    data = read_whole(source, root, row)
     yield _stored(row["path"], point_sets.shapenet_cloud(row["path"], data, row["label"]), len(data))
 
 
 def _scan(work: _Work, row: dict[str, Any], _: Decoder) -> Iterator[_Made]:
     """The frustums of a KITTI scan: behind the 2D boxes of its labels, or of a detector where the card names one."""
     path, split, (source, root) = row["path"], row["split"], storage.open_uri(work.root)
-    data, number = cards.read_whole(source, root, row), path.rpartition("/")[2].removesuffix(".bin")
+    data, number = read_whole(source, root, row), path.rpartition("/")[2].removesuffix(".bin")
     cloud = files.read_cloud(path, data)
     scan = np.concatenate([cloud.coords + cloud.origin, cloud.features["intensity"]], 1)
     calibration = point_sets.kitti_calibration(_beside(work, path, "calib", ".txt"))
@@ -527,7 +532,7 @@ def _tiles(cloud: files.Cloud, side: float) -> list[files.Cloud]:
     return tiles
 
 
-def _with_classes(cloud: files.Cloud, card: cards.Card) -> files.Cloud:
+def _with_classes(cloud: files.Cloud, card: Card) -> files.Cloud:
     """`cloud` with the class of each point in place of its label; -1 for labels that do not count."""
     if cloud.labels is None:
         raise BadSample("has no label per point")

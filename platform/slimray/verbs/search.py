@@ -25,7 +25,7 @@ from ray.tune.search import Searcher
 
 from slimray import models, runs
 from slimray.arch import Arch
-from slimray.data import cards
+from slimray.data.index import INDEX
 from slimray.data.pipeline import Source
 from slimray.edge import cost, hardware
 from slimray.edge.arch_costs import COUNTED, MEASURED, Meter, Prices
@@ -409,7 +409,7 @@ def _exhibits(job: SearchJob, ctx: Any, found: runs.Run, split: str) -> Exhibits
         kept = splits.tables[split]
 
     def source(rows: pa.Table) -> Source:
-        return Source(splits.root, ray.put(rows.select(cards.INDEX.names)), rows.num_rows)
+        return Source(splits.root, ray.put(rows.select(INDEX.names)), rows.num_rows)
 
     timeout, count = data.decode_timeout_s, min(job.judge.calibrate, table.num_rows)
     calibrate = decode(source(table), recipe | {"mode": "train"}, count, job.seed, True, timeout)

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 
 from slimray import models, runs
 from slimray.arch import Arch, Space
-from slimray.data import cards
+from slimray.data.index import INDEX
 from slimray.data.pipeline import Source
 from slimray.edge import cost
 from slimray.models.supernets.elastic import sort_channels
@@ -342,7 +342,7 @@ def _trial_exhibits(
     val_recipe = config.recipes.get("val") or recipe | {"mode": "val"}
     score = tables[job.data.val or job.data.train]
     if out is not None:
-        score = Source(splits.root, ray.put(out.select(cards.INDEX.names)), out.num_rows)
+        score = Source(splits.root, ray.put(out.select(INDEX.names)), out.num_rows)
     count = min(job.judge.calibrate, tables[job.data.train].num_samples)
     calibrate = decode(tables[job.data.train], recipe, count, job.seed, True, timeout)
     samples = min(job.judge.samples or score.num_samples, score.num_samples)

@@ -11,11 +11,15 @@ import pyarrow.fs as pafs
 import pytest
 from PIL import Image
 
-from slimray.data import cards, modalities
-from slimray.data.cards import Card, complete, load_card, read_split, read_whole
+from slimray.data import modalities
+from slimray.data.bytes import read_whole
+from slimray.data.cards import Card, load_card
 from slimray.data.images import image_sets, image_shapes
 from slimray.data.images.pictures import ImageRecipe
+from slimray.data.index import index_table
+from slimray.data.lists import complete, read_split
 from slimray.spec import UserError, parse
+from slimray.storage import StorageError
 from slimray.verbs import inputs, prepare
 
 DATASETS = Path(__file__).resolve().parents[3] / "datasets"
@@ -145,7 +149,7 @@ def test_a_record_that_is_gone_is_no_picture_of_something_else(tmp_path, monkeyp
     last = read_split(card, "train", str(tmp_path)).to_pylist()[-1]
     (tmp_path / "data_batch_1.bin").write_bytes(data[:-100])
     monkeypatch.setattr("time.sleep", lambda _: None)
-    with pytest.raises(cards.storage.StorageError, match=r"cannot read it .*where the index has a picture"):
+    with pytest.raises(StorageError, match=r"cannot read it .*where the index has a picture"):
         read_whole(DISK, str(tmp_path), last)
     (tmp_path / "data_batch_1.bin").unlink()
     with pytest.raises(FileNotFoundError):
@@ -237,7 +241,7 @@ class Prepared:
         part |= {"bytes_in": 0, "bytes_out": 0, "psnr": []}
         make = prepare._generate if generated else prepare._convert
         make(work, chunk, table.to_pylist(), part, DISK, str(out))
-        self.rows = cards.index_table(part["rows"]).to_pylist()
+        self.rows = index_table(part["rows"]).to_pylist()
         self.bad = {item["path"]: item["reason"] for item in part["bad"]}
         self.root, self.part = f"{out}/data", part
 

@@ -9,7 +9,7 @@ import pytest
 from slimray.data.cards import load_card
 from slimray.data.images import image_shapes
 from slimray.data.images.image_shapes import CLASSES, encode_png, make_image
-from slimray.data.video.decoder import open_video
+from slimray.data.video.movies import open_video
 
 DATASETS = Path(__file__).resolve().parents[3] / "datasets"
 

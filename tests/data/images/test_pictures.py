@@ -13,11 +13,13 @@ import torch
 from PIL import Image, ImageEnhance, ImageFile
 
 from slimray import models
-from slimray.data import cards, modalities
+from slimray.data import modalities
+from slimray.data.bytes import write_shard
 from slimray.data.images import image_shapes
 from slimray.data.images.pictures import ImageRecipe, draw_area_crop, make_image
+from slimray.data.samples import BadSample
 from slimray.data.video.clips import generators
-from slimray.data.video.decoder import BadSample, Decoder
+from slimray.data.video.decoder import Decoder
 from slimray.edge import cost
 from slimray.tasks.predict import Input, to_input
 from slimray.train import learn
@@ -320,7 +322,7 @@ def test_a_network_learns_from_packed_images(tmp_path):
     packed = [
         {"path": f"{n}.png", "label": label, "data": image_shapes.encode_png(p)} for n, (p, label) in enumerate(rows)
     ]
-    cards.write_shard(pafs.LocalFileSystem(), f"{tmp_path}/train.parquet", packed)
+    write_shard(pafs.LocalFileSystem(), f"{tmp_path}/train.parquet", packed)
     recipe = ImageRecipe(size=32, scale=(0.8, 1.0), **PLAIN).to_dict()
     kind = modalities.kind_of(recipe)
     assert modalities.sample_shape(recipe) == (1, 32, 32, 3)

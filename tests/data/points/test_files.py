@@ -24,7 +24,7 @@ from slimray.data.points.files import (
     sample_surface,
     write_cloud,
 )
-from slimray.data.video.decoder import BadSample
+from slimray.data.samples import BadSample
 
 ZOO = {  # file -> points kept, points left out, features
     "brisk_keypoints_gt.pcd": (1860, 0, {"scale"}),

@@ -11,8 +11,11 @@ import numpy as np
 import pyarrow.fs as pafs
 import pytest
 
-from slimray.data import cards, modalities
-from slimray.data.cards import Card, complete, labels_path, load_card, read_files, read_split, read_whole
+from slimray.data import modalities
+from slimray.data.bytes import read_files, read_whole
+from slimray.data.cards import Card, labels_path, load_card
+from slimray.data.index import index_table
+from slimray.data.lists import complete, read_split
 from slimray.data.points import point_sets
 from slimray.data.points.files import MESH_POINTS, Cloud, PointRecipe, read_cloud
 from slimray.spec import UserError, parse
@@ -59,7 +62,7 @@ class Prepared:
         part: dict[str, Any] = {"rows": [], "bad": [], "left_out": [], "bytes_in": 0, "bytes_out": 0, "psnr": []}
         prepare._convert(work, chunk, table.slice(lo, hi - lo).to_pylist(), part, DISK, str(out))
         self.root, self.bytes_in, self.bytes_out = f"{out}/data", part["bytes_in"], part["bytes_out"]
-        self.rows = cards.index_table(part["rows"]).to_pylist()
+        self.rows = index_table(part["rows"]).to_pylist()
         self.bad = {item["path"]: item["reason"] for item in part["bad"]}
         self.left_out = [item["path"] for item in part["left_out"]]
         self.data = {row["path"]: read_whole(DISK, self.root, row) for row in self.rows}

@@ -8,7 +8,7 @@ import pytest
 from slimray.data.modalities import kind_of, sample_shape
 from slimray.data.points import point_sets as sets
 from slimray.data.points.files import PointRecipe, make_points, read_cloud, read_labels
-from slimray.data.video.decoder import BadSample
+from slimray.data.samples import BadSample
 
 # ------------------------------------------------------------------------------------------------------ S3DIS
 

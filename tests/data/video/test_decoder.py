@@ -20,9 +20,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from slimray.data.images.files import zip_frames
+from slimray.data.samples import BadSample
 from slimray.data.video import decoder as module
 from slimray.data.video.clips import ClipRecipe
-from slimray.data.video.decoder import BadSample, Decoder, Pack, Probe, open_video, zip_frames
+from slimray.data.video.decoder import Decoder
+from slimray.data.video.movies import open_video
+from slimray.data.video.repack import Pack, Probe, repack
 
 RECIPE = ClipRecipe(num_segments=8, size=32, resize=32, mode="val")
 KEY = (0, 0, 0)
@@ -461,7 +465,8 @@ def test_close_leaves_no_process(good):
 PARENT = """
 import sys, time
 from pathlib import Path
-from slimray.data.video.decoder import Decoder, Pack
+from slimray.data.video.decoder import Decoder
+from slimray.data.video.repack import Pack
 data, decoder = Path(sys.argv[1]).read_bytes(), Decoder(60)
 decoder.probe("first", data)
 print(decoder.pid, flush=True)
@@ -577,7 +582,7 @@ def test_packing_twice_gives_the_same_bytes(video):
         litter = [np.full(int(rng.integers(1, 400_000)), int(rng.integers(256)), np.uint8) for _ in range(20)]
         del litter  # it is what the next allocations find in memory
         with open_video(data) as opened:
-            packed.add(module._repack(opened, Pack())[1])
+            packed.add(repack(opened, Pack())[1])
     assert len(packed) == 1
 
 

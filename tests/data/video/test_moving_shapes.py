@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from slimray.data.video.decoder import open_video
+from slimray.data.video.movies import open_video
 from slimray.data.video.moving_shapes import CLASSES, FPS, ROUNDS, encode_h264, make_clip
 
 SIZE, FRAMES, PER_CLASS = 64, 16, 120

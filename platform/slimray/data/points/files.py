@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from slimray.data.video.decoder import BadSample
+from slimray.data.samples import BadSample
 
 MIN_POINTS = 2
 MAX_POINTS = 100_000_000  # a declared count larger than this is refused before anything is allocated

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slimray.data.points.files import Cloud, read_cloud, write_cloud
-from slimray.data.video.decoder import BadSample
+from slimray.data.samples import BadSample
 
 # ------------------------------------------------------------------------------------------------------ S3DIS
 

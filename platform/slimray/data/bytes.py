@@ -1,0 +1,210 @@
+"""The bytes of one sample of an index: a file, pictures of a folder, all files of a folder, or a clip of a shard.
+
+`read_whole` and `read_sample` fetch them: a video or point file, the numbered pictures of a folder
+(`clip/{00001..00300}.jpg`, one path for all of them) or all its files (`room/{*}.txt`) as a stored ZIP, or one clip of
+a packed shard. A shard holds one clip per row group, so that a clip is one range read.
+"""
+
+import functools
+import io
+import posixpath
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from slimray import storage
+from slimray.data.images import image_sets
+from slimray.data.images.files import zip_frames
+from slimray.data.paths import ALL_FILES, NUMBERED, matching
+from slimray.data.samples import BadSample
+from slimray.data.video.clips import ClipRecipe, frame_indices, generators
+from slimray.storage import join
+
+NUM_FOOTERS = 4096  # kept per process as written, some 11 kB for 64 clips; parsed they would take 170 kB
+SHARD = pa.schema([("path", pa.string()), ("label", pa.int64()), ("data", pa.binary())])
+
+
+def read_whole(fs: pafs.FileSystem, root: str, row: dict[str, Any]) -> bytes:
+    """Return all bytes of the sample of an index row; pictures, or files of `{*}`, as a stored ZIP of all of them.
+
+    FileNotFoundError: the file, folder or shard of the index is not there. BadSample: the folder is there, but a
+    picture of it is missing; like a damaged file that costs this one sample, not the run. StorageError.
+    """
+    if row["shard"].endswith(".bin"):
+        return image_sets.cifar_picture(_read_part(fs, join(root, row["shard"]), row["row"], image_sets.CIFAR_PIXELS))
+    if row["shard"]:
+        return _read_packed(fs, join(root, row["shard"]), row["row"])
+    pictures = _pictures_of(fs, root, row)
+    if pictures is not None:
+        return _read_pictures(fs, pictures, range(pictures.count))
+    if ALL_FILES not in posixpath.basename(row["path"]):
+        return _read_file(fs, join(root, row["path"]))
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in read_files(fs, root, row["path"]).items():
+            archive.writestr(zipfile.ZipInfo(name), data)
+    return buffer.getvalue()
+
+
+def read_files(fs: pafs.FileSystem, root: str, path: str) -> dict[str, bytes]:
+    """Return the files that the path of a row with `{*}` stands for: name -> bytes, by name. Raises as `read_whole`."""
+    folder, _, form = join(root, path).rpartition("/")
+    names = matching([info.base_name for info in storage.list_files(fs, folder)], form.replace(ALL_FILES, "*"))
+    if not names:
+        raise FileNotFoundError(join(folder, form))
+    return {name: _read_file(fs, join(folder, name)) for name in names}
+
+
+def read_sample(
+    fs: pafs.FileSystem, root: str, row: dict[str, Any], recipe: ClipRecipe, key: tuple[int, int, int]
+) -> bytes:
+    """Return what a decoder needs to make the clip of `recipe` and `key` (seed, epoch, sample); raises as `read_whole`.
+
+    Of a folder only the pictures that the decoder will draw with the same key.
+    """
+    pictures = None if row["shard"] else _pictures_of(fs, root, row)
+    if pictures is None:
+        return read_whole(fs, root, row)
+    wanted = frame_indices(recipe, pictures.count, generators(key)[0])
+    return _read_pictures(fs, pictures, sorted(set(wanted.tolist())))
+
+
+def write_shard(fs: pafs.FileSystem, path: str, packed_rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows with path, label and data (bytes) as a parquet shard, a row group each, all at once or not at all.
+
+    One row at a time is in memory. No compression, dictionary or statistics: videos do not shrink, and statistics would
+    put them into the footer.
+    """
+    options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    options |= {"store_schema": False, "write_page_checksum": True}
+    with tempfile.TemporaryDirectory(prefix="slimray-") as folder:
+        local = Path(folder) / "shard.parquet"
+        with pq.ParquetWriter(local, SHARD, **options) as writer:
+            for row in packed_rows:
+                writer.write_table(pa.Table.from_pylist([row], schema=SHARD))
+        storage.write_atomic(fs, path, local)
+
+
+@dataclass(frozen=True)
+class _At:
+    """A place on a filesystem as the key of a cache."""
+
+    path: str
+    fs: pafs.FileSystem = field(hash=False)  # compares, but cannot be hashed
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Numbered files: `head`, a number of at least `digits` digits from `first` on, `tail`."""
+
+    head: str
+    tail: str
+    digits: int
+    first: int
+    count: int
+
+    def path(self, index: int) -> str:
+        return f"{self.head}{self.first + index:0{self.digits}d}{self.tail}"
+
+
+def _read_file(fs: pafs.FileSystem, path: str) -> bytes:
+    try:
+        return storage.read_bytes(fs, path)
+    except FileNotFoundError:
+        raise FileNotFoundError(path) from None
+
+
+def _read_part(fs: pafs.FileSystem, path: str, start: int, size: int) -> bytes:
+    """`size` bytes of a file from `start` on."""
+
+    def read() -> bytes:
+        try:
+            with fs.open_input_file(path) as file:
+                data = file.read_at(size, start)
+        except FileNotFoundError:
+            raise FileNotFoundError(path) from None
+        if len(data) < size:
+            raise OSError(f"it ends before byte {start + size}, where the index has a picture")
+        return data
+
+    return storage.retry(read, "read", path)
+
+
+def _read_packed(fs: pafs.FileSystem, path: str, row: int) -> bytes:
+    """The data of one row group; its checksum is verified, and a footer that no longer fits is read anew."""
+    at = _At(path, fs)
+
+    def read() -> bytes:
+        try:
+            footer = pq.read_metadata(pa.BufferReader(_footer(at)))
+            if not 0 <= row < footer.num_row_groups:
+                raise OSError(f"it holds {footer.num_row_groups} clips, the index asks for number {row}")
+            with fs.open_input_file(path) as file:
+                shard = pq.ParquetFile(file, metadata=footer, page_checksum_verification=True)
+                return shard.read_row_group(row, columns=["data"], use_threads=False).column("data")[0].as_py()
+        except FileNotFoundError:
+            raise FileNotFoundError(path) from None
+        except (OSError, pa.ArrowException) as error:
+            _footer.cache_clear()
+            raise error if isinstance(error, OSError) else OSError(str(error)) from error
+
+    return storage.retry(read, "read", path)
+
+
+@functools.lru_cache(maxsize=NUM_FOOTERS)
+def _footer(at: _At) -> bytes:
+    """The footer of a parquet file, as a file of its own."""
+    with at.fs.open_input_file(at.path) as file:
+        footer = pq.read_metadata(file)
+    sink = pa.BufferOutputStream()
+    footer.write_metadata_file(sink)
+    return sink.getvalue().to_pybytes()
+
+
+def _pictures_of(fs: pafs.FileSystem, root: str, row: dict[str, Any]) -> _Pictures | None:
+    """The pictures that a row's path stands for, None if it is a file. BadSample for an empty folder."""
+    path = join(root, row["path"])
+    match = NUMBERED.search(path)
+    if match is None:
+        return None
+    first = int(match[1])
+    count = int(match[2]) - first + 1 if match[2] else row["frames"] or _count_pictures(_At(path, fs))
+    if count < 1:
+        raise BadSample("the folder holds no pictures")
+    return _Pictures(path[: match.start()], path[match.end() :], len(match[1]), first, count)
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def _count_pictures(at: _At) -> int:
+    """Pictures from the first to the one with the highest number, for a path that leaves the last one open."""
+    folder, _, name = at.path.rpartition("/")
+    match = NUMBERED.search(name)
+    assert match is not None
+    form = re.compile(re.escape(name[: match.start()]) + r"(\d+)" + re.escape(name[match.end() :]))
+    found = [form.fullmatch(info.base_name) for info in storage.list_files(at.fs, folder)]
+    numbers = [int(one[1]) for one in found if one is not None]
+    if not numbers and not storage.exists(at.fs, folder):
+        raise FileNotFoundError(folder)
+    return max(numbers, default=int(match[1]) - 1) - int(match[1]) + 1
+
+
+def _read_pictures(fs: pafs.FileSystem, pictures: _Pictures, wanted: Sequence[int]) -> bytes:
+    frames: dict[int, bytes] = {}
+    for index in wanted:
+        path = pictures.path(index)
+        try:
+            frames[index] = storage.read_bytes(fs, path)
+        except FileNotFoundError:
+            folder, _, name = path.rpartition("/")
+            if not storage.exists(fs, folder):
+                raise FileNotFoundError(folder) from None
+            raise BadSample(f"frame {index} of {pictures.count} is missing ({name})") from None
+    return zip_frames(frames, num_frames=pictures.count)

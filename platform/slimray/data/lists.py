@@ -1,0 +1,190 @@
+"""From a card to indexes: the classes that only the dataset knows, and a row for each sample of a split.
+
+`complete` adds the classes, `read_split` makes the index of a split. No sample is opened here.
+"""
+
+import re
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from slimray import storage
+from slimray.data.cards import MAX_CLASSES, Card, closest
+from slimray.data.entries import Entry, NotThere, parse_json, place_of, read_text, split_of
+from slimray.data.index import INDEX, index_table
+from slimray.data.layouts import READERS
+from slimray.data.paths import COLUMN, NUMBERED, inside
+from slimray.data.samples import MAX_FRAMES
+from slimray.spec import UserError, did_you_mean, parse
+from slimray.storage import join
+
+
+def complete(card: Card, root: str | None) -> Card:
+    """Return `card` with its classes as names, read from the dataset at `root` where the card does not list them.
+
+    From its file of classes, else from the lists of all splits that are there: the names in them, sorted, or the
+    numbers from 0 to the largest. Without a root the card is returned as it is.
+    """
+    if root is None or isinstance(card.classes, tuple) or card.layout in ("generated", "index"):
+        return card
+    if card.classes is None and card.labels == "point":
+        return card
+    fs, folder = storage.open_uri(root)
+    if card.classes is not None:
+        where = join(folder, card.classes)
+        names = _parse_classes(read_text(fs, folder, card.classes, f"the classes of {card.name}"), where)
+    else:
+        where = join(folder, "the lists")
+        names = _list_classes(card, fs, folder)
+    if card.num_classes and len(names) != card.num_classes:
+        raise UserError(f"{where}: {len(names)} classes, the card {card.name} says num_classes: {card.num_classes}")
+    return parse(Card, card.model_dump() | {"classes": names, "num_classes": len(names)}, where)
+
+
+def read_split(card: Card, split: str, root: str) -> pa.Table:
+    """Return the index of a split (columns of INDEX) in the order of its list; no sample is opened.
+
+    UserError with file and line: an unknown split, a missing or malformed list, a path listed twice or leading out of
+    the root, a label that is no class, a list without samples.
+    """
+    if split not in card.splits:
+        raise UserError(f"{card.name}: unknown split {split!r}{did_you_mean(split, card.splits)}")
+    if card.layout == "generated":
+        raise UserError(f"{card.name}: is generated: write data: {{run: NAME}} of the prepare job that makes its clips")
+    fs, folder = storage.open_uri(root)
+    if card.layout == "index":
+        return read_index(card, split, fs, folder)
+    card = complete(card, root)
+    names = {name: number for number, name in enumerate(card.class_names())}
+    rows: list[dict[str, Any]] = []
+    seen: dict[str, str] = {}
+    for entry in READERS[card.layout](card, split, fs, folder):
+        path, frames = _path_of(entry, card.file, split)
+        if path in seen:
+            raise UserError(f"{entry.where}: {path} is listed twice, before in {seen[path]}")
+        seen[path] = entry.where
+        label = _label_of(entry, names, card.name) if card.labels == "sample" else _shape_of(entry)
+        rows.append({"path": path, "label": label, "frames": frames} | entry.place)
+    if not rows:
+        raise UserError(f"{join(folder, place_of(card, split))}: lists no sample for split {split!r} of {card.name}")
+    return index_table(rows)
+
+
+def read_index(card: Card, split: str, fs: pafs.FileSystem, root: str) -> pa.Table:
+    """An index that `prepare` wrote, checked like a list."""
+    where = join(root, place_of(card, split))
+    try:
+        data = storage.read_bytes(fs, join(root, inside(place_of(card, split), card.name)))
+        table = pq.read_table(pa.BufferReader(data)).select(INDEX.names).cast(INDEX).combine_chunks()
+    except FileNotFoundError:
+        raise UserError(f"{where}: there is no such index ({split_of(card, split)}): run prepare again") from None
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise UserError(f"{where}: is no index ({str(error).splitlines()[0][:100]}): run prepare again") from None
+    if table.num_rows == 0 or any(column.null_count for column in table.columns):
+        raise UserError(f"{where}: is empty or has gaps: run prepare again")
+    paths, labels = table.column("path").to_pylist(), table.column("label").to_numpy()
+    if len(set(paths)) < len(paths):
+        raise UserError(f"{where}: lists a path twice: run prepare again")
+    if card.labels == "sample" and (labels.min() < 0 or labels.max() >= card.num_classes):
+        raise UserError(
+            f"{where}: labels from {labels.min()} to {labels.max()}, {card.name} has {card.num_classes} classes"
+        )
+    for path in {*paths, *table.column("shard").to_pylist()} - {""}:
+        inside(path, where)
+    return table
+
+
+def _list_classes(card: Card, fs: pafs.FileSystem, root: str) -> list[str]:
+    """The classes that the lists of all splits use, where no file says: names sorted, or numbers up to the largest."""
+    labels: dict[int | str, str] = {}
+    absent: list[NotThere] = []
+    for split in card.splits:
+        try:
+            for entry in READERS[card.layout](card, split, fs, root):
+                labels.setdefault(entry.label, entry.where)
+        except NotThere as error:
+            absent.append(error)
+    if len(absent) == len(card.splits):
+        raise absent[0]
+    names = sorted(label for label in labels if isinstance(label, str))
+    numbers = [label for label in labels if isinstance(label, int)]
+    if names and numbers:
+        raise UserError(f"{labels[names[0]]}: label {names[0]!r} is a name, others are numbers")
+    if numbers and max(numbers) >= MAX_CLASSES:
+        raise UserError(f"{labels[max(numbers)]}: label {max(numbers)} is no class number, {MAX_CLASSES} is the most")
+    return [str(number) for number in range(card.num_classes or 1 + max(numbers))] if numbers else names
+
+
+def _parse_classes(text: str, where: str) -> list[str]:
+    """Names in order: JSON (a list, or name to number), or a line each, with their numbers in front or without."""
+    if where.endswith(".json"):
+        loaded = parse_json(text, where)
+        if isinstance(loaded, dict):
+            numbers = {str(number): name for name, number in loaded.items()}
+            loaded = [numbers.get(str(number)) for number in range(len(loaded))]
+        if not isinstance(loaded, list) or not all(isinstance(name, str) for name in loaded):
+            raise UserError(f"{where}: must be a JSON list of names, or names with numbers from 0 on")
+        return [str(name) for name in loaded]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    numbered = [re.fullmatch(r"(\d+)[ \t,;]+(\S.*)", line) for line in lines]
+    pairs = [(int(match[1]), match[2]) for match in numbered if match is not None]
+    if len(pairs) == len(lines) and [number - pairs[0][0] for number, _ in pairs] == list(range(len(pairs))):
+        return [name for _, name in pairs]
+    return lines
+
+
+def _path_of(entry: Entry, form: str, split: str) -> tuple[str, int]:
+    """The path of an entry, `file` filled in, and its number of frames (0 unknown)."""
+    found = {**entry.columns, "split": split}
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in found:
+            raise UserError(f"{entry.where}: file: there is no column {match[1]!r}{did_you_mean(match[1], found)}")
+        return found[match[1]].zfill(int(match[2] or 0))
+
+    def number(name: str) -> int | None:
+        if name not in entry.columns:
+            return None
+        if not re.fullmatch(r"\d{1,9}", found[name]):
+            raise UserError(f"{entry.where}: {name} must be a number (got {found[name]!r})")
+        return int(found[name])
+
+    path, frames = inside(COLUMN.sub(value, form), entry.where), number("frames")
+    match = NUMBERED.search(path)
+    if match is None:
+        return path, frames or 0
+    first, last = number("first"), number("last")
+    first = int(match[1]) if first is None else first
+    if last is None:
+        last = int(match[2]) if match[2] else None if frames is None else first + frames - 1
+    count = 0 if last is None else last - first + 1
+    if last is not None and not 0 < count <= MAX_FRAMES:
+        raise UserError(f"{entry.where}: pictures {first} to {last} make no clip")
+    digits = len(match[1])
+    end = "" if last is None else f"{last:0{digits}d}"
+    return f"{path[: match.start()]}{{{first:0{digits}d}..{end}}}{path[match.end() :]}", count
+
+
+def _label_of(entry: Entry, names: dict[str, int], dataset: str) -> int:
+    if isinstance(entry.label, int):
+        if not 0 <= entry.label < len(names):
+            raise UserError(
+                f"{entry.where}: label {entry.label} is not in 0 to {len(names) - 1}, the classes of {dataset}"
+            )
+        return entry.label
+    if entry.label not in names:
+        raise UserError(f"{entry.where}: {entry.label!r} is no class of {dataset}{closest(entry.label, names)}")
+    return names[entry.label]
+
+
+def _shape_of(entry: Entry) -> int:
+    """The shape of a cloud whose points have labels of their own: its label in the list, 0 where lists have none."""
+    if "label" not in entry.columns:
+        return 0
+    if isinstance(entry.label, int) and entry.label >= 0:
+        return entry.label
+    raise UserError(
+        f"{entry.where}: {entry.label!r}: the shape of a cloud with a label per point is a number from 0 on"
+    )

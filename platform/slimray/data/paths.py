@@ -1,0 +1,30 @@
+"""What paths in cards and lists may hold: columns, numbered pictures, all files of a folder, the class."""
+
+import posixpath
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from slimray.spec import UserError
+
+COLUMN = re.compile(r"\{([A-Za-z_]\w*)(?::0(\d\d?)d)?\}")
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+NUMBERED = re.compile(r"\{(\d{1,9})\.\.(\d{0,9})\}(?=[^/]*$)")
+ALL_FILES = "{*}"  # in the last part of a path
+CLASS = "{class}"  # a part of a pattern of layout `files`
+
+
+def inside(path: str, where: str) -> str:
+    """`path` in its plain form; UserError where it could lead out of the root."""
+    if not path or path.startswith("/") or "://" in path or ".." in path.split("/") or CONTROL.search(path):
+        raise UserError(f"{where}: {path!r} must be a path relative to the root, without '..'")
+    return posixpath.normpath(path)
+
+
+def is_plain(part: str) -> bool:
+    return part != CLASS and not any(sign in part for sign in "*?[")
+
+
+def matching(names: Sequence[str], part: str) -> list[str]:
+    form = "*" if part == CLASS else part
+    return [name for name in names if not name.startswith(".") and fnmatchcase(name, form)]

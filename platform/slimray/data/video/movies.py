@@ -1,0 +1,275 @@
+"""Videos open for reading: a video file, a ZIP of numbered pictures, a picture; the frame asked for, or nothing.
+
+PyAV reads videos and finds frames by their timestamps. decord is there for those who ask for it (`data.reader: decord`;
+PyAV then reads what it cannot): decord 0.6 was slower and without a word gave other frames of intact files (open GOPs,
+MPEG-TS, AVI with B-frames) and wrong pixels of damaged ones. Damage that ffmpeg does not notice (rare in H.264, common
+in HEVC and VP9) stays unnoticed.
+"""
+
+import io
+import itertools
+import json
+import zipfile
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av import logging as av_logging
+from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
+
+from slimray.data.images.files import PNG, read_picture
+from slimray.data.samples import MAX_BYTES, MAX_FRAMES, MAX_PIXELS, BadSample, check_size
+
+DROPPABLE = ("h264", "mpeg4", "mpeg2video", "mpeg1video", "vp9")  # their non-reference frames serve no other frame
+
+
+class Video(ABC):
+    """A video open for reading; frame n is shown at `ticks[n] * tick` seconds, `fps` is 0 if unknown."""
+
+    num_frames: int
+    fps: float
+    codec: str
+    ticks: Sequence[int]
+    tick: Fraction
+
+    @abstractmethod
+    def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """The uint8 `[H, W, 3]` pictures of ascending `indices`, each once. BadSample when one does not decode."""
+
+    def walk(self) -> Iterator[np.ndarray]:
+        """All pictures in order. BadSample at the first that does not decode."""
+        return (self.frames([i])[0] for i in range(self.num_frames))
+
+    def check(self) -> tuple[int, int]:
+        """Decode everything; the width and height of a picture. BadSample as in `walk`."""
+        sizes = [picture.shape[1::-1] for picture in self.walk()]
+        return sizes[-1]
+
+
+@contextmanager
+def open_video(data: bytes, reader: str = "pyav") -> Iterator[Video]:
+    """Open a video, a picture, or a ZIP of numbered pictures. Errors of ffmpeg become BadSample, also in the block.
+
+    `reader` "decord" reads a video with decord, as far as decord opens it.
+    """
+    told, _ = av_logging.get_last_error()
+    try:
+        if data[:4] == b"PK\x03\x04":
+            yield _Pictures(data)
+        elif data[:3] == b"\xff\xd8\xff" or data[:8] == PNG:
+            yield _Still(data)
+        else:
+            yield (_decord(data) if reader == "decord" else None) or _Movie(data)
+    except FFmpegError as error:
+        count, log = av_logging.get_last_error()
+        words = f": {log[2].strip()}" if log and count > told else ""
+        raise BadSample(f"does not decode ({error.strerror}{words})") from None
+
+
+class _Movie(Video):
+    """A video file. Its packets are read once, then decoded from the key frame before each frame that is wanted."""
+
+    def __init__(self, data: bytes):
+        limits = {"max_pixels": str(MAX_PIXELS)}
+        options = {**limits, "protocol_whitelist": "none"}  # a playlist opens no other file
+        with av.open(io.BytesIO(data), options=options, metadata_errors="replace") as container:
+            stream: Any = container.streams.best("video")
+            if stream is None or stream.codec_context is None:
+                raise BadSample("holds no video that can be decoded")
+            self.context, self.codec = stream.codec_context, stream.codec_context.codec.canonical_name
+            self.width, self.height = self.context.width, self.context.height
+            if not self.width * self.height:
+                raise BadSample("declares no size, or one that is larger than what is decoded")
+            check_size(self.width, self.height, 1)
+            self.context.thread_count, self.context.options = 1, limits
+            self.fps, self.tick = float(stream.average_rate or 0), stream.time_base
+            self.packets = _read_packets(container, stream)
+            times: list[Any] = [packet.pts for packet in self.packets]
+            keys: list[Any] = [packet.pts for packet in self.packets if packet.is_keyframe]
+            reordered_avi = container.format.name == "avi" and self.context.has_b_frames  # its timestamps are guesses
+        if None in times or len({*times}) < len(times) or keys != sorted(keys) or reordered_avi:
+            self._number_packets()
+        shown = [(p.pts, n) for n, p in enumerate(self.packets) if p.pts is not None and not self._is_hidden(p)]
+        self.keys = [(p.pts, n) for n, p in enumerate(self.packets) if p.is_keyframe and p.pts is not None]
+        first = self.keys[0][0] if self.keys else -float("inf")  # what is shown before needs what was cut off
+        self.place = {pts: n for pts, n in shown if pts >= first}
+        if not self.place:
+            raise BadSample("holds no frames")
+        self.ticks = sorted(self.place)
+        self.num_frames = len(self.ticks)
+        self.reformatter = VideoReformatter()
+
+    def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
+        wanted = [self.ticks[i] for i in indices]
+        check_size(self.width, self.height, len(wanted))
+        found: dict[int, np.ndarray] = {}
+        for start, group in itertools.groupby(wanted, self._start_of):
+            self._pick(start, set(group), found, drop=self.codec in DROPPABLE)
+        if len(found) < len(wanted):  # damage, or a frame that needs more than its key frame: the whole way decides
+            self._pick(0, set(wanted), found, drop=False)
+        for index, pts in zip(indices, wanted, strict=True):
+            if pts not in found:
+                raise self._missing(index)
+        return [found[pts] for pts in wanted]
+
+    def walk(self) -> Iterator[np.ndarray]:
+        return map(self._picture, self._shown())
+
+    def check(self) -> tuple[int, int]:
+        turned = False
+        for frame in self._shown():
+            turned = bool(_quarter_turns(frame) % 2)
+        return (self.height, self.width) if turned else (self.width, self.height)
+
+    def _start_of(self, pts: int) -> int:
+        """The packet of the last key frame that is not shown after `pts`."""
+        return self.keys[max(0, bisect_right(self.keys, (pts, len(self.packets))) - 1)][1] if self.keys else 0
+
+    def _pick(self, start: int, wanted: set[int], found: dict[int, np.ndarray], drop: bool) -> None:
+        """Add the `wanted` frames to `found`, decoding from packet `start`; none that decodes after a damaged one."""
+        end = max(self.place[pts] for pts in wanted) + 1
+        taken, intact = {}, end
+        with suppress(FFmpegError):
+            for frame in self._decode(start, end, wanted if drop else None):
+                if frame.is_corrupt:
+                    intact = min(intact, self.place.get(frame.pts, end))
+                elif frame.pts in wanted:
+                    taken[frame.pts] = self._picture(frame)
+        found.update({pts: picture for pts, picture in taken.items() if self.place[pts] < intact})
+
+    def _shown(self) -> Iterator[av.VideoFrame]:
+        """All frames in order; BadSample at the first that is missing or damaged."""
+        count = 0
+        with suppress(FFmpegError):
+            for frame in self._decode(0, len(self.packets)):
+                if frame.pts not in self.place:
+                    continue
+                if frame.is_corrupt or frame.pts != self.ticks[count]:
+                    break
+                yield frame
+                count += 1
+        if count < self.num_frames:
+            raise self._missing(count)
+
+    def _decode(self, start: int, end: int, wanted: Collection[int] | None = None) -> Iterator[Any]:
+        """The frames of packets `start` to `end`; with `wanted`, others that serve no other frame are left out."""
+        self.context.flush_buffers()
+        for packet in itertools.chain(self.packets[start:end], [None]):
+            drop = packet is not None and wanted is not None and packet.pts not in wanted
+            self.context.skip_frame = "NONREF" if drop else "DEFAULT"
+            yield from self.context.decode(packet)
+
+    def _number_packets(self) -> None:
+        """Give the packets of a file without usable timestamps the rank at which their frames come out."""
+        for number, packet in enumerate(self.packets):
+            packet.pts = number
+        came = [frame.pts for frame in self._decode(0, len(self.packets))]
+        ranks = {number: rank for rank, number in enumerate(came)}
+        if len(ranks) < len(came) or not came:
+            raise BadSample("holds frames that cannot be told apart" if came else "holds no frames")
+        for number, packet in enumerate(self.packets):
+            packet.pts = ranks.get(number)
+        self.tick = 1 / Fraction(self.fps or 25).limit_denominator(100_000)
+
+    def _is_hidden(self, packet: av.Packet) -> bool:
+        """Whether the frame of a packet only serves others: cut off by an edit list, or marked so in VP8."""
+        return packet.is_discard or (self.codec == "vp8" and not bytes(packet)[0] & 16)
+
+    def _picture(self, frame: av.VideoFrame) -> np.ndarray:
+        """The pixels, turned as the file asks, and scaled if the frames of the file change their size."""
+        image = self.reformatter.reformat(frame, self.width, self.height, "rgb24", threads=1).to_ndarray()
+        turns = _quarter_turns(frame)
+        return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+
+    def _missing(self, index: int) -> BadSample:
+        return BadSample(f"frame {index} of {self.num_frames} is missing or damaged")
+
+
+def _read_packets(container: Any, stream: Any) -> list[av.Packet]:
+    """The packets of a stream in decoding order, from the first key frame on."""
+    packets = [packet for packet in itertools.islice(container.demux(stream), MAX_FRAMES + 1) if packet.size]
+    declared = len(stream.index_entries) if container.format.name.startswith("mov") else len(packets)
+    whole = sum(not packet.is_corrupt for packet in packets)
+    if whole < max(declared, len(packets), 1):
+        raise BadSample(f"breaks off: {whole} of {declared} frames are there" if declared else "holds no frames")
+    if len(packets) > MAX_FRAMES:
+        raise BadSample(f"holds more than {MAX_FRAMES:,} frames")
+    return packets[next((n for n, packet in enumerate(packets) if packet.is_keyframe), 0) :]
+
+
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    """How often the frame is to be turned left by 90 degrees to stand upright."""
+    return frame.rotation // 90 % 4 if frame.rotation % 90 == 0 else 0
+
+
+class _Decord(Video):
+    """A video file as decord sees it; fps and codec are not asked for."""
+
+    fps, codec = 0.0, ""
+
+    def __init__(self, reader: Any):
+        self.reader, self.num_frames = reader, len(reader)
+
+    def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
+        try:
+            return list(self.reader.get_batch(list(indices)).asnumpy())
+        except Exception as error:  # noqa: BLE001  (DECORDError is no common class)
+            raise BadSample(f"decord does not decode it ({str(error).splitlines()[0][-120:]})") from None
+
+
+def _decord(data: bytes) -> _Decord | None:
+    """The video opened by decord, None where decord cannot (AV1, GIF, no decord on this platform)."""
+    try:
+        import decord
+
+        decord.logging.set_level(decord.logging.QUIET)
+        reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
+        height, width = reader[0].shape[:2]
+    except Exception:  # noqa: BLE001  (whatever it is: PyAV reads the file, and has the last word)
+        return None
+    check_size(width, height, 1)
+    return _Decord(reader) if len(reader) else None
+
+
+class _Pictures(Video):
+    """A ZIP of pictures named by number; frames that were left out are missing, not shifted."""
+
+    codec = "jpeg"
+
+    def __init__(self, data: bytes):
+        self.zip = zipfile.ZipFile(io.BytesIO(data))
+        files = self.zip.infolist()
+        try:
+            notes = json.loads(self.zip.comment or b"{}")
+            self.names = {int(Path(file.filename).stem): file.filename for file in files}
+            self.num_frames, self.fps = int(notes.get("frames", len(files))), float(notes.get("fps", 0))
+        except ValueError:
+            raise BadSample("is a ZIP of something else than numbered pictures") from None
+        if not 0 < self.num_frames <= MAX_FRAMES or sum(file.file_size for file in files) > MAX_BYTES:
+            raise BadSample(f"declares {self.num_frames} pictures, more or larger ones than are decoded")
+        self.ticks, self.tick = range(self.num_frames), 1 / Fraction(self.fps or 25).limit_denominator(100_000)
+
+    def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
+        for index in indices:
+            if index not in self.names:
+                raise BadSample(f"frame {index} of {self.num_frames} is missing")
+        return [read_picture(self.zip.read(self.names[index])) for index in indices]
+
+
+class _Still(Video):
+    """A picture as a video of one frame."""
+
+    num_frames, fps, codec, ticks, tick = 1, 0.0, "image", (0,), Fraction(1, 25)
+
+    def __init__(self, data: bytes):
+        self.data = data
+
+    def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
+        return [read_picture(self.data) for _ in indices]
