@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from slimray.data import child
 from slimray.data.images.files import zip_frames
 from slimray.data.samples import BadSample
-from slimray.data.video import decoder as module
 from slimray.data.video.clips import ClipRecipe
 from slimray.data.video.decoder import Decoder
 from slimray.data.video.movies import open_video
@@ -483,16 +483,16 @@ def test_no_child_outlives_a_parent_that_is_killed(video, state):
     )
     assert parent.stdin is not None
     assert parent.stdout is not None
-    child = int(parent.stdout.readline())
+    born = int(parent.stdout.readline())
     if state == "hanging":
-        os.kill(child, signal.SIGSTOP)
+        os.kill(born, signal.SIGSTOP)
     if state != "idle":
         parent.stdin.write("go\n")
         time.sleep(0.2)
-    assert not is_gone(child)
+    assert not is_gone(born)
     parent.kill()
     parent.communicate()
-    wait_until(lambda: is_gone(child, zombie=True))  # it is now for init to take notice
+    wait_until(lambda: is_gone(born, zombie=True))  # it is now for init to take notice
 
 
 # ---------------------------------------------------------------------------------------------- start and protocol
@@ -533,13 +533,13 @@ def test_a_message_that_declares_too_much_is_not_read():
         with ours, theirs:
             theirs.sendall(struct.pack("<IQ", *sizes) + b"{}")
             with pytest.raises(EOFError):
-                module._receive(ours)
+                child._receive(ours)
 
 
 def test_the_memory_of_a_child_is_bounded(good, decoder):
     decoder.clip("good", good, RECIPE, KEY)
     limits = Path(f"/proc/{decoder.pid}/limits").read_text().splitlines()
-    assert next(line for line in limits if "address space" in line).split()[3] == str(module.MAX_MEMORY)
+    assert next(line for line in limits if "address space" in line).split()[3] == str(child.MAX_MEMORY)
 
 
 def test_a_clip_depends_on_its_key_alone(video, decoder):
