@@ -1,23 +1,28 @@
-# make run    sets up everything and trains the quickstart        make test    sets up everything and passes the tests
-# make check  lint, types, tests without Ray (three minutes)      make bench   the long measurements (ONLY="ingest packed")
-# make soak   random misfortune, many workers: an hour            make schema  the JSON Schemas that editors read
-# make clean  away with the environment and ./runs
+# make run    installs what running needs, trains the quickstart  make test    installs the rest, passes the tests
+# make check  lint, types, tests without Ray                      make bench   the long measurements (ONLY="ingest packed")
+# make soak   injected faults, many workers: an hour              make schema  the JSON Schemas that editors read
+# make resolve  constraints.txt against the package index         make constraints  resolve it anew (UPGRADE=1: the newest)
+# make clean  remove the environment and ./runs
 SHELL := /bin/bash
-PYTHON ?= python3
+# the first of these that slimray runs on
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+    $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+RUN := $(VENV)/.run
+DEV := $(VENV)/.dev
+INSTALL := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
 # libraries that open3d opens, and the Debian packages that hold them
 SYSTEM := libGL.so.1:libgl1 libEGL.so.1:libegl1 libX11.so.6:libx11-6 libgomp.so.1:libgomp1 libusb-1.0.so.0:libusb-1.0-0
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: run test check bench soak schema system browser clean
+.PHONY: run test check bench soak schema resolve constraints system browser clean
 
-run: $(READY)
+run: $(RUN)
 	$(BIN)/slimray run jobs/quickstart.yaml
 
-check: $(READY) browser
+check: $(DEV) browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -26,22 +31,39 @@ check: $(READY) browser
 test: check
 	$(BIN)/pytest -q -m 'ray and not benchmark'
 
-bench: $(READY)
+bench: $(DEV)
 	$(BIN)/python -m tests.benchmarks $(ONLY)
 
-soak: $(READY)
+soak: $(DEV)
 	$(BIN)/python -m tests.benchmarks chaos control_plane
 	$(BIN)/pytest -q -m benchmark
 
-schema: $(READY)
+schema: $(DEV)
 	$(BIN)/slimray schema > jobs/schema.json
 	$(BIN)/slimray schema --card > datasets/card.schema.json
 
-$(READY): pyproject.toml constraints.txt | system
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "slimray needs Python 3.11 or newer")'
+resolve: | $(BIN)/uv
+	$(BIN)/python .ci/constraints.py
+
+constraints: | $(BIN)/uv
+	$(BIN)/python .ci/constraints.py --write $(if $(UPGRADE),--upgrade)
+
+$(RUN): pyproject.toml constraints.txt | system $(BIN)/python
+	@echo "Installing what slimray runs on into $(VENV): some minutes, most of them for torch (0.2 GB for CPUs, 3 GB with CUDA)"
+	$(INSTALL) --editable .
+	@touch $@
+
+$(DEV): $(RUN)
+	@echo "Installing what the tests, the dashboard and the edge runtimes need into $(VENV)"
+	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(BIN)/uv: | $(BIN)/python
+	$(INSTALL) --quiet uv
+
+$(BIN)/python:
+	@[[ -n "$(PYTHON)" ]] || { echo "slimray needs Python 3.11, 3.12 or 3.13: install one, or name it: make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	touch $@
 
 # Installs what is missing where that is allowed and possible, else says what to install.
 system:
@@ -49,6 +71,7 @@ system:
 	for pair in $(SYSTEM); do [[ "$$known" == *"$${pair%%:*}"* ]] || missing+=("$${pair##*:}"); done; \
 	if [[ $$(uname -s) != Linux || $${#missing[@]} -eq 0 ]]; then exit 0; fi; \
 	if [[ $$(id -u) -eq 0 ]] && command -v apt-get > /dev/null; then \
+	    echo "Installing the system packages $${missing[*]} (open3d opens them)"; \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y "$${missing[@]}" > /dev/null; \
 	else echo "please install the system packages $${missing[*]} (needed by open3d), then run make again"; exit 1; fi
 
@@ -57,6 +80,7 @@ browser:
 	@for name in chromium chromium-browser google-chrome; do if command -v $$name > /dev/null; then exit 0; fi; done; \
 	if [[ $$(uname -s) != Linux ]]; then exit 0; fi; \
 	if [[ $$(id -u) -eq 0 ]] && command -v apt-get > /dev/null; then \
+	    echo "Installing the system package chromium (the tests of the dashboard use it)"; \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y chromium > /dev/null; \
 	else echo "please install the system package chromium (needed by tests/test_dashboard.py), then run make again"; exit 1; fi
 

@@ -9,6 +9,7 @@ traceback. `1e-3` is a number here, although YAML 1.1 says it is text.
 
 import contextlib
 import difflib
+import importlib.util
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,6 +34,13 @@ class RunFailed(Exception):
     def __init__(self, sentence: str, code: int = 1):
         super().__init__(sentence)
         self.code = code
+
+
+def require_extra(extra: str, what: str, *modules: str) -> None:
+    """Raise UserError if one of `modules`, which `pip install 'slimray[<extra>]'` brings, is not installed."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(f"{what} needs {', '.join(missing)}, not installed here: pip install 'slimray[{extra}]'")
 
 
 class Spec(BaseModel):

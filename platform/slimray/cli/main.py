@@ -21,7 +21,7 @@ from rich.table import Table
 
 from slimray import __version__
 from slimray.cli import cluster
-from slimray.spec import RunFailed, UserError, did_you_mean, located, lookup, set_value
+from slimray.spec import RunFailed, UserError, did_you_mean, located, lookup, require_extra, set_value
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=(__doc__ or "").split("\n")[0]
@@ -445,6 +445,7 @@ def dashboard(
     storage: Storage = None,
 ) -> None:
     """Serve a web page over a storage folder, live while runs write; only this machine can reach it."""
+    require_extra("dashboard", "slimray dashboard", "dash", "plotly")
     from slimray.report.dashboard import app as page
 
     page.serve(where or _storage(storage), port, open_, _say)

@@ -37,7 +37,7 @@ from slimray import __version__, storage
 from slimray.arch import Arch
 from slimray.edge.arch_costs import Meter, Prices, draw_archs
 from slimray.edge.cost import build_on_meta
-from slimray.spec import Spec, UserError, did_you_mean, parse
+from slimray.spec import Spec, UserError, did_you_mean, parse, require_extra
 
 FORMAT = 1
 MAX_TABLE_BYTES = 200_000_000
@@ -262,14 +262,7 @@ def _needs_compiler() -> None:
 
 
 def _needs_onnx() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"hardware: cpu-onnx needs {error.name}: pip install 'slimray[edge]', or take cpu-eager"
-        ) from None
+    require_extra("edge", "hardware: cpu-onnx", "onnx", "onnxruntime", "onnxscript")
 
 
 def _needs_gpu() -> None:
