@@ -11,7 +11,8 @@ from slimray import models
 from slimray.edge import latency
 from slimray.models.points.ops import normalize_coords, voxelize
 from slimray.tasks.predict import Input
-from slimray.train.methods.plain import Piece, Replica
+from slimray.train.methods.method import Piece, Setup
+from slimray.train.methods.plain import PlainReplica
 from slimray.train.spec import OptimSpec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -59,11 +60,11 @@ def batch(rng: np.random.Generator, num: int) -> Piece:
     return Piece(rng.integers(0, 256, (num, 1, 4, 64, 64, 3), dtype=np.uint8), rng.integers(0, 5, num))
 
 
-def replica() -> Replica:
+def replica() -> PlainReplica:
     torch.manual_seed(0)
     net = models.build("tsm_resnet50", num_classes=5, num_segments=4)
     optim = OptimSpec(lr=0.002, reference_batch=8, epochs=1, groups="plain")
-    return Replica(net, optim, Input(), (4, 3, 64, 64), torch.device("cuda"))
+    return PlainReplica(net, Setup(optim, Input(), (4, 3, 64, 64), torch.device("cuda")))
 
 
 def test_a_step_trains_in_bfloat16_and_repeats():

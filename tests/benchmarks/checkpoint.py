@@ -17,7 +17,8 @@ from moto.server import ThreadedMotoServer
 from slimray import models, runs
 from slimray.tasks.predict import Input
 from slimray.train.loop import _Saver
-from slimray.train.methods.plain import Replica
+from slimray.train.methods.method import Setup
+from slimray.train.methods.plain import PlainReplica
 from slimray.train.spec import CheckpointSpec, OptimSpec
 
 TIMES = 9
@@ -26,7 +27,7 @@ TIMES = 9
 def main() -> None:
     optim = OptimSpec(lr=0.01, reference_batch=8, epochs=1)
     net = models.build("tsm_resnet50", num_classes=400, num_segments=8)
-    replica = Replica(net, optim, Input(), (8, 3, 224, 224), torch.device("cpu"))
+    replica = PlainReplica(net, Setup(optim, Input(), (8, 3, 224, 224), torch.device("cpu")))
     for parameter in replica.net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     replica.optimizer.step()

@@ -17,7 +17,8 @@ from torch import nn
 from slimray import models
 from slimray.tasks.predict import Input
 from slimray.train import workers
-from slimray.train.methods.plain import Piece, Replica
+from slimray.train.methods.method import Piece, Setup
+from slimray.train.methods.plain import PlainReplica
 from slimray.train.spec import OptimSpec, ScaleSpec
 
 MODEL = {"name": "tsm_resnet18", "num_classes": 8, "num_segments": 8, "width": 0.5}
@@ -63,7 +64,7 @@ def _slimray(data: np.ndarray, labels: np.ndarray, rank: int):
     torch.manual_seed(0)
     optim = OptimSpec(lr=0.01, reference_batch=8, epochs=1, groups="plain")
     net = models.build(**MODEL)
-    replica = Replica(net, optim, Input(), (8, 3, SIZE, SIZE), torch.device("cpu"), rank, 2)
+    replica = PlainReplica(net, Setup(optim, Input(), (8, 3, SIZE, SIZE), torch.device("cpu"), rank, 2))
 
     def step() -> None:
         counts = torch.tensor([float(BATCH), 0.0], dtype=torch.float64)

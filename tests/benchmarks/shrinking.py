@@ -46,8 +46,9 @@ from slimray.models.supernets.supernet import Subnet, initialise
 from slimray.tasks.predict import Input, to_input
 from slimray.train import learn
 from slimray.train.loop import make_score
-from slimray.train.methods.plain import Piece, Replica
-from slimray.train.methods.supernet import SubnetPlan, SupernetReplica
+from slimray.train.methods.method import Piece, Replica, Setup
+from slimray.train.methods.plain import PlainReplica
+from slimray.train.methods.supernet import Supernet, SupernetReplica
 from slimray.train.spec import OptimSpec
 from slimray.verbs import train
 from slimray.verbs.shrink import ShrinkJob, held_out, sample_archs, spaces, stage_job
@@ -329,8 +330,8 @@ def _train_stage(
     stage, as_training = job.stages[number], stage_job(job, number, None)
     if stage.sort_channels:
         sort_channels(net, {name: values for one in job.stages[:number] for name, values in one.free.items()})
-    plan = SubnetPlan(space, stage.subnets, stage.sandwich, stage.distill_weight)
-    replica = SupernetReplica(net, plan, teacher, as_training.optim, PIXELS, input_shape(data.recipe), DEVICE)
+    method = Supernet(space, stage.subnets, stage.sandwich, stage.distill_weight)
+    replica = SupernetReplica(net, method, teacher, Setup(as_training.optim, PIXELS, input_shape(data.recipe), DEVICE))
     fit(replica, data, as_training.optim, job, as_training.seed)
     return dict(replica.averaged().state_dict())
 
@@ -339,7 +340,7 @@ def alone(net: nn.Module, job: ShrinkJob, data: Data, lr: float, epochs: int, wa
     """`net` trained by itself."""
     changes = {"lr": lr, "epochs": epochs, "warmup_epochs": warmup}
     optim = stage_job(job, 0, None).optim.model_copy(update=changes)
-    replica = Replica(net, optim, PIXELS, input_shape(data.recipe), DEVICE)
+    replica = PlainReplica(net, Setup(optim, PIXELS, input_shape(data.recipe), DEVICE))
     fit(replica, data, optim, job, job.seed)
     return replica.averaged()
 

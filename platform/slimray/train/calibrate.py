@@ -30,7 +30,8 @@ from slimray.spec import UserError, did_you_mean, parse, read_yaml
 from slimray.storage import join, open_uri, read_bytes, write_atomic
 from slimray.tasks.predict import Input
 from slimray.train import planner
-from slimray.train.methods.plain import Piece, Replica
+from slimray.train.methods.method import Piece, Setup
+from slimray.train.methods.plain import PlainReplica
 from slimray.train.spec import OptimSpec
 
 FILE = "calibration.json"
@@ -127,7 +128,7 @@ def _step_times(
         data = rng.standard_normal((rows, *shape)).astype(kind.dtype)
     labels = rng.integers(0, int(model["num_classes"]), (rows, *label_shape)).astype(kind.label_dtype)
     torch.manual_seed(0)
-    replica = Replica(models.build(**model), optim, Input(), input_shape(recipe), device)
+    replica = PlainReplica(models.build(**model), Setup(optim, Input(), input_shape(recipe), device))
     times = []
     for step in range(WARM + STEPS):
         start = clock()

@@ -1,10 +1,11 @@
 """The one data-parallel training loop: places in the plan, exact resume, checkpoints, validation, timers.
 
-`fit` is the worker function that `workers.launch` runs on every rank. What a step computes lies in replica.py; here is
-everything around it. The plan (data/plan.py) says which samples a step consumes, so progress is (epoch, step) and a
-killed worker ends in the same weights. Metrics never pass through `ray.train.report` (a barrier drained every 2 s).
-Checkpoints are written by the run folder, in the background and with a marker of completeness; saving and validating
-never change training state. A bad sample keeps its slot with weight 0; all ranks agree on the mask at an epoch's end.
+`fit` is the worker function that `workers.launch` runs on every rank. A step computes what the training method says
+(methods/); here is everything around it. The plan (data/plan.py) says which samples a step consumes, so progress is
+(epoch, step) and a killed worker ends in the same weights. Metrics never pass through `ray.train.report` (a barrier
+drained every 2 s). Checkpoints are written by the run folder, in the background and with a marker of completeness;
+saving and validating never change training state. A bad sample keeps its slot with weight 0; all ranks agree on the
+mask at an epoch's end.
 """
 
 import contextlib
@@ -36,13 +37,11 @@ from slimray.runs import tracking
 from slimray.spec import RunFailed, UserError
 from slimray.tasks.frustum_boxes import FrustumScore
 from slimray.tasks.parts import ShapeScore
-from slimray.tasks.predict import Input, load_network, predict_scores, to_input
+from slimray.tasks.predict import Input, predict_scores, to_input
 from slimray.tasks.segment import SegmentationScore
 from slimray.train import learn
 from slimray.train.health import OTHERS, Watchdog, end_process, slow_ranks
-from slimray.train.methods.paths import PathPlan, ProxylessReplica
-from slimray.train.methods.plain import Peers, Piece, Replica, breaks_on_one_sample, part
-from slimray.train.methods.supernet import SubnetPlan, SupernetReplica
+from slimray.train.methods.method import Method, Piece, Replica, Setup, breaks_on_one_sample, part
 from slimray.train.spec import CheckpointSpec, LimitsSpec, OptimSpec, ScaleSpec
 from slimray.train.workers import open_stream
 
@@ -58,10 +57,8 @@ GAUGES = {"train/samples_per_s": "slimray_samples_per_s", "train/loss": "slimray
 class FitConfig:
     """All that the workers of one training run need; plain values, specs and object references.
 
-    With `subnets` the network is a supernet of which each step trains some, taught by the network of the run `teacher`;
-    with `paths` one of choices, of whose training index the last rows teach what to choose.
-    `dataset` is the fingerprint of the indexes, `recipes` maps split to the plain form of its per-sample recipe, `job`
-    is the resolved job as written to the run.
+    `method` says what a step computes, `dataset` is the fingerprint of the indexes, `recipes` maps split to the plain
+    form of its per-sample recipe, `job` is the resolved job as written to the run.
     """
 
     run_uri: str
@@ -89,10 +86,8 @@ class FitConfig:
     record_samples: bool
     job: dict[str, Any]
     board: Any
+    method: Method
     limits: LimitsSpec | None = None
-    subnets: SubnetPlan | None = None
-    teacher: str | None = None
-    paths: PathPlan | None = None
 
 
 @dataclass
@@ -216,19 +211,18 @@ class _Rank:
             report = load_start(net, config.init)
             if self.rank == 0:
                 config.board.update.remote(note=f"starts from {config.init['from']}: {report}")
-        if config.optim.mutual:
-            net = Peers(net, models.build(**config.model))
-        shape = input_shape(recipe)
-        repeat = breaks_on_one_sample(config.model, shape)
-        scale = config.scale
-        common = (config.optim, config.pixels, shape, self.device, self.rank, self.world, repeat)
-        common = (*common, scale.bucket_mb, scale.compress)
-        if config.paths is not None:
-            return ProxylessReplica(net, config.paths, *common)  # type: ignore[arg-type]
-        if config.subnets is None:
-            return Replica(net, *common)
-        teacher = None if config.teacher is None else load_network(runs.run_at(config.teacher)).net
-        return SupernetReplica(net, config.subnets, teacher, *common)
+        setup = Setup(
+            optim=config.optim,
+            pixels=config.pixels,
+            sample_shape=input_shape(recipe),
+            device=self.device,
+            rank=self.rank,
+            world=self.world,
+            repeat_single=breaks_on_one_sample(config.model, input_shape(recipe)),
+            bucket_mb=config.scale.bucket_mb,
+            compress=config.scale.compress,
+        )
+        return config.method.replica(net, lambda: models.build(**config.model), setup)
 
     def _require_all_reduce(self) -> None:
         """RunFailed unless the ranks can add numbers: a network that is wrong is found before work starts."""
@@ -337,7 +331,8 @@ class _Rank:
     @property
     def num_learned(self) -> int:
         """Samples from which an epoch trains weights."""
-        return self.num_train - (self.config.paths.held if self.config.paths is not None else 0)
+        num_held, _ = self.config.method.held(self.progress.epoch)
+        return self.num_train - num_held
 
     def phases(self) -> tuple[Phase, ...]:
         """The passes that are left: training epochs from where the run stands, validations between them."""
@@ -353,9 +348,8 @@ class _Rank:
         return tuple(passes)
 
     def _training(self, epoch: int, first: int = 0) -> Phase:
-        config, paths = self.config, self.config.paths
-        held = (0, 0) if paths is None else (paths.held, paths.every if epoch >= paths.first_epoch else 0)
-        recipe = config.recipes["train"]
+        config, recipe = self.config, self.config.recipes["train"]
+        held = config.method.held(epoch)
         return Phase("train", "train", epoch, self.num_train, config.batch_total, True, recipe, first, *held)
 
     def _validation(self, epoch: int) -> Phase:
@@ -450,10 +444,7 @@ class _Rank:
             lr = learn.learning_rate(config.optim, config.batch_total, self.num_learned, self.samples_seen)
             still = frozenset(i for i, count in enumerate(num_empty) if count)
             seed = (config.seed, progress.total_steps)
-            if phase.is_held(step):
-                report = self.replica.search_step(pieces, int(num_valid), seed)  # type: ignore[attr-defined]
-            else:
-                report = self.replica.step(pieces, int(num_valid), lr, seed, still)
+            report = self.replica.step(pieces, num_valid, lr, seed, still, phase.is_held(step))
             clock.loss += report.loss_sum
             clock.transfer += report.transfer_s
             clock.compute += report.compute_s
@@ -635,8 +626,7 @@ class _Rank:
             "time/communication_s": clock.communication / clock.steps,
             "train/mfu": learn.mfu(config.macs, rate / self.world, self.device),
         }
-        if isinstance(self.replica, ProxylessReplica):
-            row |= self.replica.numbers()
+        row |= self.replica.numbers()
         if slow:
             worst = max(slow, key=slow.__getitem__)
             row |= {"straggler/rank": worst, "straggler/ratio": slow[worst]}

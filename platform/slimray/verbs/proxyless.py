@@ -33,7 +33,7 @@ from slimray.runs.tracking import TrackingSpec
 from slimray.spec import RunFailed, Spec, UserError, located
 from slimray.storage import absolute, open_uri, read_bytes
 from slimray.train import loop, workers
-from slimray.train.methods.paths import Goal, PathPlan, entropy
+from slimray.train.methods.paths import Goal, PathSampling, entropy
 from slimray.train.progress import follow
 from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, OptimSpec, ScaleSpec
 from slimray.verbs import shrink, train
@@ -307,7 +307,7 @@ class _Data:
 
 
 def _train_stage(
-    ctx: Any, folder: str, as_training: TrainJob, data: _Data, title: str, paths: PathPlan | None = None
+    ctx: Any, folder: str, as_training: TrainJob, data: _Data, title: str, paths: PathSampling | None = None
 ) -> runs.Run:
     """Train one stage in its own folder, go on with it, or find it finished; its `results.json` has the metrics."""
     stage = runs.run_at(f"{ctx.run.uri}/stages/{folder}")
@@ -320,7 +320,8 @@ def _train_stage(
     config = train.fit_config(as_training, ctx, stage.uri, data.splits, data.tables, known)
     if paths is not None and paths.goal is None:  # the most likely path means nothing yet
         config = replace(config, sources={"train": config.sources["train"]})
-    config = replace(config, paths=paths)
+    if paths is not None:
+        config = replace(config, method=paths)
     with follow(config.board, title, ctx.console, ctx.tell):
         result = workers.launch(loop.fit, config, as_training.scale, as_training.name, config.board)
     runs.write_file(stage, "results.json", json.dumps({"best": result["best"], "last": result["last"]}).encode())
@@ -352,7 +353,7 @@ def _search(plan: _Plan, ctx: Any, number: int) -> dict[str, Any]:
     job, weight = plan.job, plan.job.weights[number]
     goal, spec = replace(plan.costs, weight=weight), job.search
     held = job.hold_out
-    paths = PathPlan(goal, spec.gradient, spec.arch_lr, spec.nets, held, spec.every)
+    paths = PathSampling(goal, spec.gradient, spec.arch_lr, spec.nets, held, spec.every)
     init = InitSpec.model_validate({"from": f"{plan.warmup_uri}/model/weights.safetensors"})
     title = f"{job.name}: search, weight {weight:g}"
     searching = stage_job(job, "search", init)
@@ -418,7 +419,7 @@ def run(job: ProxylessJob, ctx: Any) -> None:
     workers.require(job.scale, workers.decode_slots(job.scale))
     learning = _Data.of(splits, name, kept)
     warmup = stage_job(job, "warmup", job.init)
-    stage = _train_stage(ctx, "00-warmup", warmup, learning, f"{job.name}: warm-up", PathPlan())
+    stage = _train_stage(ctx, "00-warmup", warmup, learning, f"{job.name}: warm-up", PathSampling())
     searched = _Data.of(splits, name, pa.concat_tables([kept, cast(pa.Table, out)]))
     plan = _Plan(job, searched, _Data.of(splits, name, splits.tables[name]), stage.uri, costs)
     for number in range(len(job.weights)):

@@ -31,7 +31,7 @@ from slimray.runs.notify import NotifySpec
 from slimray.runs.tracking import TrackingSpec
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean
 from slimray.train import loop, workers
-from slimray.train.methods.supernet import SubnetPlan
+from slimray.train.methods.supernet import Supernet
 from slimray.train.progress import follow
 from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, OptimSpec, ScaleSpec
 from slimray.verbs import train
@@ -311,10 +311,10 @@ def _train_stage(
     known = train.facts(as_training, splits.card, splits.tables[job.data.train].num_rows)
     config = train.fit_config(as_training, ctx, stage.uri, splits, tables, known)
     spec = job.stages[number]
-    plan = SubnetPlan(space, spec.subnets, spec.sandwich, spec.distill_weight)
+    method = Supernet(space, spec.subnets, spec.sandwich, spec.distill_weight, teacher)
     # once others than the largest are trained, scores mean nothing before re-calibration: the judge has that
     sources = {"train": config.sources["train"]} if number else config.sources
-    config = replace(config, subnets=plan, teacher=teacher, sources=sources)
+    config = replace(config, method=method, sources=sources)
     title = f"{job.name}: {job.stages[number].name} ({number + 1} of {len(job.stages)})"
     if spec.tune is not None:
         ctx.console.print(f"{title}: {spec.tune.count} trials", highlight=False)
@@ -367,11 +367,11 @@ def _trial(
     if status is None or status.state != "finished":
         attempt = 1 if status is None else status.attempt + 1
         runs.begin(run, as_training.model_dump(mode="json"), attempt)
-        assert base.subnets is not None
-        plan = replace(base.subnets, count=stage.subnets, distill_weight=stage.distill_weight)
+        assert isinstance(base.method, Supernet)
+        method = replace(base.method, count=stage.subnets, distill_weight=stage.distill_weight)
         optim = as_training.optim.model_copy(update={"class_weights": base.optim.class_weights})
         plain, board = as_training.model_dump(mode="json"), workers.make_board()
-        config = replace(base, run_uri=uri, attempt=attempt, optim=optim, subnets=plan, job=plain, board=board)
+        config = replace(base, run_uri=uri, attempt=attempt, optim=optim, method=method, job=plain, board=board)
         watch_losses(board, tell, lambda: workers.launch(loop.fit, config, job.scale, run.name, board))
         runs.end(run, "finished")
     _, _, taken = runs.read_model(run)

@@ -25,6 +25,8 @@ from slimray.spec import Spec, UserError, did_you_mean, located, lookup
 from slimray.tasks.predict import Input
 from slimray.train import calibrate, learn, loop, workers
 from slimray.train.health import goodput
+from slimray.train.methods.mutual import Mutual
+from slimray.train.methods.plain import Plain
 from slimray.train.progress import follow
 from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, LimitsSpec, OptimSpec, ScaleSpec
 from slimray.verbs.inputs import DataSpec, Splits, make_recipe, open_splits
@@ -287,6 +289,7 @@ def fit_config(
         record_samples=job.data.record_samples,
         job=job.model_dump(mode="json"),
         board=workers.make_board(),
+        method=Mutual(job.optim.mutual) if job.optim.mutual else Plain(),
         limits=job.limits,
     )
 

@@ -23,7 +23,8 @@ from slimray.data.video.decoder import Decoder
 from slimray.edge import cost
 from slimray.tasks.predict import Input, to_input
 from slimray.train import learn
-from slimray.train.methods.plain import Piece, Replica
+from slimray.train.methods.method import Piece, Setup
+from slimray.train.methods.plain import PlainReplica
 from slimray.train.spec import OptimSpec
 
 KEY = (0, 0, 0)
@@ -330,7 +331,7 @@ def test_a_network_learns_from_packed_images(tmp_path):
     torch.manual_seed(0)
     net = models.build("resnet18", num_classes=len(image_shapes.CLASSES), width=0.25)
     optim = OptimSpec(optimizer="adamw", lr=0.003, reference_batch=36, epochs=1, groups="no_norm_decay")
-    replica = Replica(net, optim, Input(), modalities.input_shape(recipe), torch.device("cpu"))
+    replica = PlainReplica(net, Setup(optim, Input(), modalities.input_shape(recipe), torch.device("cpu")))
     losses = []
     for epoch in range(12):
         loaded = [

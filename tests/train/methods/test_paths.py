@@ -17,8 +17,8 @@ import torch
 from slimray import models
 from slimray.models.supernets.mixed import MixedNet
 from slimray.tasks.predict import Input, to_input
-from slimray.train.methods.paths import Goal, PathPlan, ProxylessReplica, draw_two, entropy
-from slimray.train.methods.plain import Piece
+from slimray.train.methods.method import Piece, Setup
+from slimray.train.methods.paths import Goal, PathReplica, PathSampling, draw_two, entropy
 from slimray.train.spec import OptimSpec
 
 OPTIM = OptimSpec(lr=0.1, reference_batch=8, epochs=1, groups="plain", clip_norm=None, weight_decay=0.0)
@@ -52,11 +52,11 @@ def goal(kind: str = "add_linear", weight: float = 0.1, ref: float = 80.0) -> Go
     return Goal(kind, weight, ref, 20.0, edges)
 
 
-def make(gradient: str = "two", rank: int = 0, world: int = 1, **plan) -> ProxylessReplica:
+def make(gradient: str = "two", rank: int = 0, world: int = 1, **plan) -> PathReplica:
     torch.manual_seed(0)
     net = build()
-    paths = PathPlan(**({"goal": goal(), "gradient": gradient, "nets": 3} | plan))
-    return ProxylessReplica(net, paths, OPTIM, Input(), SHAPE, torch.device("cpu"), rank, world)
+    paths = PathSampling(**({"goal": goal(), "gradient": gradient, "nets": 3} | plan))
+    return PathReplica(net, paths, Setup(OPTIM, Input(), SHAPE, torch.device("cpu"), rank, world))
 
 
 def samples(count: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -217,13 +217,13 @@ def test_the_warm_up_draws_all_candidates_alike_and_then_the_alphas_decide():
     replica = make(goal=None)
     for alphas in replica.alphas:
         alphas[2] = 5.0
-    paths = [replica._draw(random.Random(f"{number}")) for number in range(700)]
+    paths = [replica._draw_path(random.Random(f"{number}")) for number in range(700)]
     counts = np.bincount([path[1] for path in paths], minlength=7)
     assert counts.min() > 60  # 100 expected, four standard deviations are 37
-    replica.plan = PathPlan(goal())
-    paths = [replica._draw(random.Random(f"{number}")) for number in range(200)]
+    replica.method = PathSampling(goal())
+    paths = [replica._draw_path(random.Random(f"{number}")) for number in range(200)]
     assert sum(path[1] == 2 for path in paths) > 180
-    assert paths[3] == replica._draw(random.Random("3"))
+    assert paths[3] == replica._draw_path(random.Random("3"))
     assert replica.numbers()["search/entropy"] < 0.3
 
 
@@ -249,7 +249,7 @@ def test_entropy_is_one_where_all_are_alike_and_zero_where_one_is_certain():
 def test_a_search_that_goes_on_ends_in_the_same_bits(gradient):
     data, labels = samples()
 
-    def advance(replica: ProxylessReplica, numbers: range) -> None:
+    def advance(replica: PathReplica, numbers: range) -> None:
         for number in numbers:
             replica.step([Piece(data, labels)], 8, 0.05, (3, 2 * number))
             replica.search_step([Piece(data, labels)], 8, (3, 2 * number + 1))

@@ -14,7 +14,9 @@ from torch import nn
 
 from slimray.tasks.predict import Input, to_input
 from slimray.train import learn
-from slimray.train.methods.plain import Peers, Piece, Replica, breaks_on_one_sample
+from slimray.train.methods.method import Piece, Setup, breaks_on_one_sample
+from slimray.train.methods.mutual import Mutual
+from slimray.train.methods.plain import PlainReplica
 from slimray.train.spec import OptimSpec
 
 OPTIM = OptimSpec(lr=0.1, reference_batch=8, epochs=1, groups="plain", clip_norm=None, weight_decay=0.0)
@@ -41,10 +43,10 @@ def samples(num: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, 256, (num, 1, t, h, w, c), dtype=np.uint8), rng.integers(0, 4, num)
 
 
-def make(rank: int = 0, world: int = 1, compress: str = "none") -> Replica:
+def make(rank: int = 0, world: int = 1, compress: str = "none") -> PlainReplica:
     torch.manual_seed(0)
     cpu = torch.device("cpu")
-    return Replica(Plain().double(), OPTIM, Input(), SHAPE, cpu, rank, world, compress=compress)
+    return PlainReplica(Plain().double(), Setup(OPTIM, Input(), SHAPE, cpu, rank, world, compress=compress))
 
 
 def one_step(
@@ -120,9 +122,8 @@ def alone_and_together(case: str, tmp_path: Path, compress: str = "none") -> tup
 
 def test_peers_learn_from_each_other_and_the_first_is_kept():
     torch.manual_seed(3)
-    optim = OPTIM.model_copy(update={"mutual": 1.0})
     data, labels = samples(4)
-    replica = Replica(Peers(Plain(), Plain()), optim, Input(), SHAPE, torch.device("cpu"))
+    replica = Mutual(1.0).replica(Plain(), Plain, Setup(OPTIM, Input(), SHAPE, torch.device("cpu")))
     start = copy.deepcopy(replica.net)
     replica.step([Piece(data, labels)], 4, 0.1, (0, 0))
     assert isinstance(replica.averaged(), Plain)
@@ -138,19 +139,13 @@ def test_peers_learn_from_each_other_and_the_first_is_kept():
 
 def test_state_goes_round_bit_for_bit():
     data, labels = samples(8)
-    first = Replica(
-        _tsm(), OptimSpec(lr=0.1, reference_batch=8, epochs=1, ema=0.9), Input(), SHAPE32, torch.device("cpu")
-    )
+    optim = OptimSpec(lr=0.1, reference_batch=8, epochs=1, ema=0.9)
+    setup = Setup(optim, Input(), SHAPE32, torch.device("cpu"))
+    first = PlainReplica(_tsm(), setup)
     data = np.repeat(np.repeat(data, 4, 3), 4, 4)
     first.step([Piece(data[:4], labels[:4])], 4, 0.1, (0, 0))
     state = {k: v.clone() for k, v in first.tensors().items()}
-    second = Replica(
-        _tsm(seed=1),
-        OptimSpec(lr=0.1, reference_batch=8, epochs=1, ema=0.9),
-        Input(),
-        SHAPE32,
-        torch.device("cpu"),
-    )
+    second = PlainReplica(_tsm(seed=1), setup)
     second.load(state)
     for replica in (first, second):
         replica.step([Piece(data[4:], labels[4:])], 4, 0.1, (0, 1))
@@ -176,7 +171,9 @@ def test_one_sample_does_not_break_batchnorm():
     assert not breaks_on_one_sample(TSM, SHAPE32)
     from slimray import models
 
-    replica = Replica(models.build(**images), OPTIM, Input(), shape, torch.device("cpu"), repeat_single=True)
+    replica = PlainReplica(
+        models.build(**images), Setup(OPTIM, Input(), shape, torch.device("cpu"), repeat_single=True)
+    )
     data = np.random.default_rng(0).integers(0, 256, (1, 1, 1, 32, 32, 3), dtype=np.uint8)
     report = replica.step([Piece(data, np.array([1]))], 1, 0.1, (0, 0))
     assert report.finite
@@ -184,7 +181,7 @@ def test_one_sample_does_not_break_batchnorm():
 
 
 def test_a_still_piece_trains_without_touching_the_statistics():
-    replica = Replica(_tsm(), OPTIM, Input(), SHAPE32, torch.device("cpu"))
+    replica = PlainReplica(_tsm(), Setup(OPTIM, Input(), SHAPE32, torch.device("cpu")))
     data = np.random.default_rng(0).integers(0, 256, (2, 1, 2, 32, 32, 3), dtype=np.uint8)
     norms, weights = learn.norm_state(replica.net).clone(), replica.net.new_fc.weight.clone()
     replica.step([Piece(data, np.array([0, 1]))], 2, 0.1, (0, 0), frozenset({0}))
@@ -195,7 +192,7 @@ def test_a_still_piece_trains_without_touching_the_statistics():
 
 
 def test_a_step_that_is_not_finite_leaves_no_trace():
-    replica = Replica(_tsm(), OPTIM, Input(std=(1e-45,) * 3), SHAPE32, torch.device("cpu"))
+    replica = PlainReplica(_tsm(), Setup(OPTIM, Input(std=(1e-45,) * 3), SHAPE32, torch.device("cpu")))
     before = {k: v.clone() for k, v in replica.tensors().items() if "num_batches" not in k}
     data = np.random.default_rng(0).integers(0, 256, (2, 1, 2, 32, 32, 3), dtype=np.uint8)
     assert not replica.step([Piece(data, np.array([0, 1]))], 2, 0.1, (0, 0)).finite
@@ -203,7 +200,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace():
 
 
 def test_validation_copy_and_state_leave_training_untouched():
-    replica = Replica(_tsm(), OPTIM, Input(), SHAPE32, torch.device("cpu"))
+    replica = PlainReplica(_tsm(), Setup(OPTIM, Input(), SHAPE32, torch.device("cpu")))
     before = {k: v.clone() for k, v in replica.tensors().items()}
     net = replica.averaged()
     net(torch.zeros(1, *SHAPE32))

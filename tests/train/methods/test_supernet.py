@@ -15,8 +15,8 @@ from slimray import models
 from slimray.arch import Arch, Space
 from slimray.tasks.predict import Input, to_input
 from slimray.train import learn
-from slimray.train.methods.plain import Piece
-from slimray.train.methods.supernet import SubnetPlan, SupernetReplica
+from slimray.train.methods.method import Piece, Setup
+from slimray.train.methods.supernet import Supernet, SupernetReplica
 from slimray.train.spec import OptimSpec
 
 OPTIM = OptimSpec(lr=0.1, reference_batch=8, epochs=1, groups="plain", clip_norm=None, weight_decay=0.0)
@@ -32,8 +32,8 @@ def make(rank: int = 0, world: int = 1, sandwich: bool = True) -> SupernetReplic
     torch.manual_seed(0)
     net = models.build("ofa_mobilenetv3", num_classes=5, preset="tiny", dropout=0.0)
     teacher = models.build("ofa_mobilenetv3", num_classes=5, preset="tiny", dropout=0.0)
-    plan = SubnetPlan(net.space, 3, sandwich)
-    return SupernetReplica(net, plan, teacher, OPTIM, Input(), SHAPE, torch.device("cpu"), rank, world)
+    method = Supernet(net.space, 3, sandwich)
+    return SupernetReplica(net, method, teacher, Setup(OPTIM, Input(), SHAPE, torch.device("cpu"), rank, world))
 
 
 def freeze_norms(replica: SupernetReplica) -> None:
@@ -84,10 +84,10 @@ def test_two_ranks_train_subnets_as_one_does(case: str, tmp_path: Path):
 
 def test_subnets_of_a_step_are_a_function_of_seed_and_step():
     space = models.build("ofa_mobilenetv3", num_classes=5, preset="tiny").space
-    plan = SubnetPlan(space, 4, sandwich=True)
-    assert plan.draw((0, 5)) == plan.draw((0, 5))
-    assert plan.draw((0, 5)) != plan.draw((0, 6))
-    archs = plan.draw((0, 5))
+    method = Supernet(space, 4, sandwich=True)
+    assert method.draw((0, 5)) == method.draw((0, 5))
+    assert method.draw((0, 5)) != method.draw((0, 6))
+    archs = method.draw((0, 5))
     assert len({arch["resolution"] for arch in archs}) == 1
     assert archs[0] == space.largest().replace(resolution=archs[0]["resolution"])
     assert archs[-1] == space.smallest().replace(resolution=archs[0]["resolution"])
@@ -101,7 +101,7 @@ def test_gradients_of_subnets_add_up_and_the_teacher_is_left_alone():
     rng = np.random.default_rng(1)
     data, labels = rng.integers(0, 256, (4, 1, SIDE, SIDE, 3), dtype=np.uint8), rng.integers(0, 5, 4)
     net = copy.deepcopy(replica.net).eval()
-    targets, archs = torch.from_numpy(labels), replica.plan.draw((0, 0))
+    targets, archs = torch.from_numpy(labels), replica.method.draw((0, 0))
     x = learn.fit_input(to_input(data, Input(), torch.device("cpu")), archs[0])
     with torch.no_grad():
         given = replica.teacher(x).softmax(1)

@@ -1,4 +1,4 @@
-"""One rank's replica of a mixed supernet: steps train the weights of one path, other steps what paths are worth.
+"""Path sampling: steps train the weights of one path of a mixed supernet, other steps what paths are worth.
 
 ProxylessNAS (arXiv 1812.00332). `step` draws a path (uniform in the warm-up, else by the softmax of the alphas) and
 trains its weights. `search_step`, on samples held out of training, moves the alphas by Adam: along the gradient through
@@ -10,18 +10,17 @@ published a block that runs nothing keeps its alphas, and BatchNorm goes by the 
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from slimray.models.supernets.mixed import Gates, MixedNet, Path
-from slimray.tasks.predict import to_input
 from slimray.train import learn
-from slimray.train.methods.plain import Piece, Replica, StepReport, norms_in_eval, part
+from slimray.train.methods.method import OnDevice, Piece, Replica, Setup, StepReport, mean_over_ranks, part
 
 BASELINE_STEP = 0.99  # published: the baseline moves to 99 % of the way to each new reward, it is hardly an average
 MUL_LOG_SCALE = 0.2  # alpha of the published mul#log
@@ -63,56 +62,62 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class PathPlan:
+class PathSampling:
     """How paths are drawn and judged. Without a `goal` it is the warm-up: uniform paths, alphas as they are.
 
-    The last `held` rows of the training index move the alphas: a batch of them after every `every` steps on the others,
-    from epoch `first_epoch` on. `nets`: paths that REINFORCE tries per batch.
+    The last `num_held` rows of the training index move the alphas: a batch of them after every `every` steps on the
+    others, from epoch `first_epoch` on. `nets`: paths that REINFORCE tries per batch.
     """
 
     goal: Goal | None = None
     gradient: Literal["two", "full_v2", "reinforce"] = "two"
     lr: float = 1e-3
     nets: int = 10
-    held: int = 0
+    num_held: int = 0
     every: int = 5
     first_epoch: int = 1
 
+    def replica(self, net: nn.Module, build: Callable[[], nn.Module], setup: Setup) -> "PathReplica":
+        """Build the replica of one rank around the mixed supernet `net`."""
+        return PathReplica(cast(MixedNet, net), self, setup)
 
-class ProxylessReplica(Replica):
+    def held(self, epoch: int) -> tuple[int, int]:
+        """Hold `num_held` rows out, which alphas learn from once weights have learned for `first_epoch` epochs."""
+        return self.num_held, self.every if epoch >= self.first_epoch else 0
+
+
+class PathReplica(Replica):
     """A replica of a `MixedNet`, with the alphas and their Adam."""
 
-    def __init__(self, net: MixedNet, plan: PathPlan, *arguments: Any, **options: Any):
-        self.plan = plan
-        super().__init__(net, *arguments, **options)
+    def __init__(self, net: MixedNet, method: PathSampling, setup: Setup):
+        super().__init__(net, setup)
+        self.method = method
         self.alphas = [block.alphas for block in net.mixed]
-        self.adam = torch.optim.Adam(self.alphas, lr=plan.lr, betas=(0.0, 0.999))
+        self.adam = torch.optim.Adam(self.alphas, lr=method.lr, betas=(0.0, 0.999))
         self.baseline = torch.full((), float("nan"), device=self.device)  # of rewards; nan until there is one
-
-    def _wrap(self) -> nn.Module:
-        return self.net
 
     # ------------------------------------------------------------------------------------------- weights
 
-    def _gradients(
-        self, pieces: Sequence[Piece], num_valid: int, seed: tuple[int, int], still: frozenset[int]
-    ) -> tuple[float, float, float]:
-        path = self._draw(random.Random(f"{seed[0]}-{seed[1]}-path"))
-        loss_sum, transfer_s = 0.0, 0.0
-        for piece in pieces:
-            losses, _, seconds = self._losses(piece, path)
-            loss = losses.sum()
-            (loss * (self.world / num_valid)).backward()
-            loss_sum, transfer_s = loss_sum + float(loss.detach()), transfer_s + seconds
-        start = time.perf_counter()
-        if self.world > 1:  # the path is the same on all ranks, so are the parameters that have gradients
-            gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-            self._average(gradients, torch.bfloat16 if self.compress == "bf16" else None)
-        return loss_sum, transfer_s, time.perf_counter() - start
+    def step(
+        self,
+        pieces: Sequence[Piece],
+        total: float,
+        lr: float,
+        seed: tuple[int, int],
+        still: frozenset[int] = frozenset(),
+        held: bool = False,
+    ) -> StepReport:
+        """Train the weights of one path, or with `held` samples what paths are worth; arguments as `Replica.step`."""
+        if held:
+            return self.search_step(pieces, total, seed)
+        return super().step(pieces, total, lr, seed, still)
 
-    def _draw(self, rng: random.Random) -> Path:
+    def _draw(self, seed: tuple[int, int]) -> Path:
+        return self._draw_path(random.Random(f"{seed[0]}-{seed[1]}-path"))
+
+    def _draw_path(self, rng: random.Random) -> Path:
         """A path, by the alphas or in the warm-up uniform."""
-        if self.plan.goal is None:
+        if self.method.goal is None:
             return tuple(rng.randrange(len(alphas)) for alphas in self.alphas)
         return tuple(rng.choices(range(len(one)), one)[0] for one in self.probabilities())
 
@@ -120,53 +125,42 @@ class ProxylessReplica(Replica):
         """The probability of each candidate of each mixed block."""
         return [alphas.double().softmax(0).tolist() for alphas in self.alphas]
 
-    def _losses(self, piece: Piece, path: Path, gates: Sequence[Gates] | None = None) -> tuple[Tensor, Tensor, float]:
-        """Losses and hits of a piece `[n]`, and the seconds its transfer took.
+    def _passes(self, batch: OnDevice, choice: Path) -> Iterator[Tensor]:
+        yield self._losses(self._logits(batch, choice), batch)
 
-        Of an empty piece one loss, 0, with the same gradients, zeros, as on the other ranks.
-        """
-        if not len(piece.data):
-            with norms_in_eval(self.net):
-                logits = self.net(torch.zeros(1, *self.sample_shape, device=self.device), path, gates)
-            return logits.float().sum(1) * 0.0, torch.zeros(0, device=self.device), 0.0
-        start = time.perf_counter()
-        x = to_input(piece.data, self.pixels, self.device)
-        labels = torch.from_numpy(piece.labels).to(self.device)
-        seconds = time.perf_counter() - start
-        if len(x) == 1 and self.repeat_single:
-            x = x.expand(2, *x.shape[1:])
+    def _logits(self, batch: OnDevice, path: Path, gates: Sequence[Gates] | None = None) -> Tensor:
         with learn.autocast(self.device):
-            logits = self.net(x, path, gates)[: len(labels)]
-        return learn.sample_losses(logits, labels, self.optim), (logits.argmax(1) == labels), seconds
+            return self.net(batch.x, path, gates)
 
-    def _average(self, tensors: Sequence[Tensor], travel_as: torch.dtype | None = None) -> None:
-        """Average `tensors` over ranks in place, on the way as `travel_as` if given. A collective."""
-        flat = torch.cat([one.reshape(-1) for one in tensors]) / self.world
-        flat = flat if travel_as is None else flat.to(travel_as)
-        dist.all_reduce(flat)
-        for one, mean in zip(tensors, flat.split([one.numel() for one in tensors]), strict=True):
-            one.copy_(mean.view_as(one))
+    def _reduce(self) -> float:
+        """As `Replica._reduce`: the path is the same on all ranks, so are the parameters that have gradients."""
+        start = time.perf_counter()
+        if self.world > 1:
+            self.reducing_at = start
+            gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+            mean_over_ranks(gradients, self.world, self.setup.compress, early=True)
+        return time.perf_counter() - start
 
     # -------------------------------------------------------------------------------------------- alphas
 
-    def search_step(self, pieces: Sequence[Piece], num_valid: int, seed: tuple[int, int]) -> StepReport:
+    def search_step(self, pieces: Sequence[Piece], total: float, seed: tuple[int, int]) -> StepReport:
         """Move the alphas by what held-out samples say; a collective, arguments as `step`. Weights stay as they are.
 
         A gradient that is not finite is dropped by all ranks alike.
         """
-        assert self.plan.goal is not None
-        learn.seed_step(*seed, self.rank)
-        learn.train_mode(self.net, self.optim.norm)
-        start, norms = time.perf_counter(), learn.norm_state(self.net)
+        return self._attempt(seed, lambda: (*self._search(pieces, total, seed), 0.0, 0.0))
+
+    def _search(self, pieces: Sequence[Piece], total: float, seed: tuple[int, int]) -> tuple[bool, float]:
+        """Move the alphas if the gradient is finite; whether it was, and the loss on this rank."""
         rng = random.Random(f"{seed[0]}-{seed[1]}-search")
         pairs: list[tuple[int, ...]] = []
-        if self.plan.gradient == "reinforce":
-            loss_sum, gradients = self._reinforce(pieces, num_valid, rng)
+        if self.method.gradient == "reinforce":
+            loss_sum, gradients = self._reinforce(pieces, rng)
         else:
             members = [tuple(range(len(one))) for one in self.alphas]
-            if self.plan.gradient == "two":
+            if self.method.gradient == "two":
                 pairs = members = [draw_two(one, rng) for one in self.probabilities()]
-            loss_sum, gradients = self._through_gates(pieces, num_valid, members, rng)
+            loss_sum, gradients = self._through_gates(pieces, total, members, rng)
         finite = all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)
         for alphas, gradient in zip(self.alphas, gradients, strict=True):
             alphas.grad = gradient if finite else None
@@ -175,15 +169,13 @@ class ProxylessReplica(Replica):
         self.adam.zero_grad(set_to_none=True)
         for number, pair in enumerate(pairs) if finite else ():
             rescale(self.alphas[number], before[number], pair)
-        if not finite:
-            learn.load_norm_state(self.net, norms)
-        return StepReport(loss_sum, finite, 0.0, time.perf_counter() - start, 0.0)
+        return finite, loss_sum
 
     def _through_gates(
-        self, pieces: Sequence[Piece], num_valid: int, members: Sequence[tuple[int, ...]], rng: random.Random
+        self, pieces: Sequence[Piece], total: float, members: Sequence[tuple[int, ...]], rng: random.Random
     ) -> tuple[float, list[Tensor | None]]:
         """The loss on this rank and the gradients of the joined loss; `members` are weighed in each block."""
-        goal = cast(Goal, self.plan.goal)
+        goal = cast(Goal, self.method.goal)
         alphas = [one.detach().clone().requires_grad_() for one in self.alphas]
         chances = [one[list(which)].softmax(0) for one, which in zip(alphas, members, strict=True)]
         path = tuple(rng.choices(which, one.tolist())[0] for which, one in zip(members, chances, strict=True))
@@ -193,37 +185,40 @@ class ProxylessReplica(Replica):
         for piece in pieces:
             if not len(piece.data):
                 continue
-            loss = self._losses(piece, path, gates)[0].sum()
+            batch, _ = self._on_device(piece)
+            loss = self._losses(self._logits(batch, path, gates), batch).sum()
             loss_sum += float(loss.detach())
-            found = torch.autograd.grad(loss * (self.world / num_valid), opened, allow_unused=True)
-            for total, gradient in zip(summed, found, strict=True):
-                total.add_(0 if gradient is None else gradient)
-        mean = summed[0].new_tensor(loss_sum * self.world / num_valid)
+            found = torch.autograd.grad(loss * (self.world / total), opened, allow_unused=True)
+            for so_far, gradient in zip(summed, found, strict=True):
+                so_far.add_(0 if gradient is None else gradient)
+        mean = summed[0].new_tensor(loss_sum * self.world / total)
         if self.world > 1:
-            self._average([*summed, mean])
+            mean_over_ranks([*summed, mean], self.world, early=True)
         mean.requires_grad_()
         d_mean, *d_cost = torch.autograd.grad(goal.joined(mean, goal.expected(alphas)), [mean, *alphas])
-        d_task = torch.autograd.grad(chances, alphas, [d_mean * total for total in summed])
+        d_task = torch.autograd.grad(chances, alphas, [d_mean * one for one in summed])
         nothing = [block.is_nothing(number) for block, number in zip(self._net.mixed, path, strict=True)]
         found = zip(nothing, d_task, d_cost, strict=True)
         return loss_sum, [None if skipped else task + cost for skipped, task, cost in found]
 
     @torch.no_grad()
-    def _reinforce(
-        self, pieces: Sequence[Piece], num_valid: int, rng: random.Random
-    ) -> tuple[float, list[Tensor | None]]:
+    def _reinforce(self, pieces: Sequence[Piece], rng: random.Random) -> tuple[float, list[Tensor | None]]:
         """The loss on this rank, and gradients by which paths of more reward than the baseline become likelier."""
-        goal, paths = cast(Goal, self.plan.goal), [self._draw(rng) for _ in range(self.plan.nets)]
+        goal, paths = cast(Goal, self.method.goal), [self._draw_path(rng) for _ in range(self.method.nets)]
         loss_sum, hits = 0.0, torch.zeros(len(paths), dtype=torch.float64, device=self.device)
+        count = hits.new_tensor([sum(len(piece.data) for piece in pieces)])
         for number, path in enumerate(paths):
             for piece in pieces:
-                if len(piece.data):
-                    losses, correct, _ = self._losses(piece, path)
-                    loss_sum += float(losses.sum()) / len(paths)
-                    hits[number] += correct.sum()
+                batch, _ = self._on_device(piece)
+                if batch.labels is not None:
+                    logits = self._logits(batch, path)
+                    loss_sum += float(self._losses(logits, batch).sum()) / len(paths)
+                    hits[number] += (logits[: len(batch.labels)].argmax(1) == batch.labels).sum()
         if self.world > 1:
             dist.all_reduce(hits)
-        rewards = [goal.reward(float(hit) / num_valid, goal.of(path)) for hit, path in zip(hits, paths, strict=True)]
+            dist.all_reduce(count)
+        rates = (hits / count).tolist()
+        rewards = [goal.reward(rate, goal.of(path)) for rate, path in zip(rates, paths, strict=True)]
         mean, before = sum(rewards) / len(rewards), float(self.baseline)
         baseline = mean if math.isnan(before) else before + BASELINE_STEP * (mean - before)
         self.baseline.fill_(baseline)
@@ -241,10 +236,10 @@ class ProxylessReplica(Replica):
 
     def numbers(self) -> dict[str, float]:
         """How the search stands: expected cost, the mean entropy of the choices (0-1 of its largest), for metrics."""
-        if self.plan.goal is None:
+        if self.method.goal is None:
             return {}
         with torch.no_grad():
-            cost = float(self.plan.goal.expected(self.alphas))
+            cost = float(self.method.goal.expected(self.alphas))
         return {"search/expected_cost": cost, "search/entropy": entropy(self.probabilities())}
 
     # --------------------------------------------------------------------------------------------- state

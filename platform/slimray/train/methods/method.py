@@ -1,0 +1,349 @@
+"""A training method is a value, and what every method shares is written here once: `Method`, `Setup`, `Replica`.
+
+A `Method` (plain.py, mutual.py, supernet.py, paths.py) is a frozen value that travels to the workers; it builds a
+`Replica`: the network on one rank with its optimizer, averaged weights and BatchNorm statistics. A step is exact
+whatever the number of ranks: gradients are those of the mean loss over the samples of the *global* batch (arXiv
+1706.02677). A rank without samples takes part with zero gradients and leaves its statistics alone; a step that is not
+finite is dropped by all ranks alike. `tensors` is the whole training state by name, so that a resumed run ends in the
+same bits. torch only: it runs under Ray Train (loop.py), under torchrun, or alone.
+"""
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from slimray import models
+from slimray.tasks.predict import Input, to_input
+from slimray.train import learn
+from slimray.train.spec import OptimSpec
+
+BUCKET = 2**22  # numbers all-reduced at a time
+Outputs = Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A microbatch of one rank, valid samples only: `[n, V, ...]` and labels `[n]`, `[n, N]` or as the kind of sample
+    has them; n may be 0."""
+
+    data: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did: loss summed over this rank's samples, whether the gradient was finite, seconds spent.
+
+    `communication_s` is the exposed part of the all-reduce: from the last gradient to the end of the backward pass. On
+    GPUs, where work is queued, it is 0 and part of `compute_s`.
+    """
+
+    loss_sum: float
+    finite: bool
+    transfer_s: float
+    compute_s: float
+    communication_s: float
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How and where a replica trains, whatever the method.
+
+    `sample_shape` is one input, (T, C, H, W) or (C, N); `repeat_single`: see `breaks_on_one_sample`. Gradients are
+    all-reduced `bucket_mb` at a time, as bfloat16 with `compress` "bf16", else as they are.
+    """
+
+    optim: OptimSpec
+    pixels: Input
+    sample_shape: tuple[int, ...]
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    repeat_single: bool = True
+    bucket_mb: float = 25
+    compress: str = "none"
+
+
+class Method(Protocol):
+    """What the loop asks of a training method; every method is a frozen dataclass."""
+
+    def replica(self, net: nn.Module, build: Callable[[], nn.Module], setup: Setup) -> "Replica":
+        """Build the replica of one rank around `net`; `build` makes further networks of the same model."""
+        ...
+
+    def held(self, epoch: int) -> tuple[int, int]:
+        """Rows at the end of the training index that weights never learn from, and after how many steps on the others
+        a step on them follows in `epoch` (0: none)."""
+        ...
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """A microbatch on the device: inputs `x`, and `labels`, None for the stand-in of a rank that has no samples."""
+
+    x: Tensor
+    labels: Tensor | None
+
+
+class Replica:
+    """A network with its optimizer on one rank. A method overrides `_passes`, and what else it needs."""
+
+    def __init__(self, net: nn.Module, setup: Setup):
+        self.setup, self.optim, self.device = setup, setup.optim, setup.device
+        self.rank, self.world = setup.rank, setup.world
+        learn.set_norm_policy(net, self.optim.norm)
+        layout = torch.channels_last if self.device.type == "cuda" and not _has_3d(net) else torch.preserve_format
+        self.net = net.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.optimizer = learn.make_optimizer(self.net, self.optim)
+        self.ema = learn.Ema(self.net, self.optim.ema) if self.optim.ema else None
+        self.reducing_at = 0.0  # when the last all-reduce of gradients began
+        self.stepped_at = 0.0  # when the last step was over
+
+    # --------------------------------------------------------------------------------------------- one step
+
+    def step(
+        self,
+        pieces: Sequence[Piece],
+        total: float,
+        lr: float,
+        seed: tuple[int, int],
+        still: frozenset[int] = frozenset(),
+        held: bool = False,
+    ) -> StepReport:
+        """Take one optimizer step; a collective. The loss is the sum over the samples of all ranks over `total` > 0.
+
+        `seed` is (run seed, number of the step): dropout is a function of it and the rank. All ranks must pass equally
+        many pieces. In the pieces `still` BatchNorm uses its running statistics: with `norm: sync` those in which some
+        rank has no samples, which would else be missed where the others gather statistics. `held`: the samples are
+        those that the method holds out; a method that holds none out never gets such a step.
+        """
+        learn.set_learning_rate(self.optimizer, lr)
+
+        def update() -> tuple[bool, float, float, float]:
+            loss_sum, transfer_s, exposed_s = self._gradients(pieces, total, seed, still)
+            return self._apply(), loss_sum, transfer_s, exposed_s
+
+        return self._attempt(seed, update)
+
+    def _attempt(self, seed: tuple[int, int], update: Callable[[], tuple[bool, float, float, float]]) -> StepReport:
+        """Run `update` in training mode; what is not finite leaves no trace in the statistics either.
+
+        `update` returns whether it was finite (and applied), the loss sum, and the seconds of transfer and all-reduce.
+        """
+        learn.seed_step(*seed, self.rank)
+        learn.train_mode(self.net, self.optim.norm)
+        norms = learn.norm_state(self.net)
+        start = time.perf_counter()
+        finite, loss_sum, transfer_s, exposed_s = update()
+        self.stepped_at = time.perf_counter()
+        if not finite:
+            learn.load_norm_state(self.net, norms)
+        compute_s = time.perf_counter() - start - transfer_s - exposed_s
+        return StepReport(loss_sum, finite, transfer_s, compute_s, exposed_s)
+
+    def _gradients(
+        self, pieces: Sequence[Piece], total: float, seed: tuple[int, int], still: frozenset[int]
+    ) -> tuple[float, float, float]:
+        """Leave the gradients of the global batch in the parameters: loss sum, seconds of transfer and all-reduce."""
+        loss_sum, transfer_s, choice = 0.0, 0.0, self._draw(seed)
+        for number, piece in enumerate(pieces):
+            batch, seconds = self._on_device(piece)
+            transfer_s += seconds
+            quiet = batch.labels is None or number in still
+            found = []
+            with (
+                self._accumulating(number + 1 < len(pieces)),
+                norms_in_eval(self.net) if quiet else contextlib.nullcontext(),
+            ):
+                for losses in self._passes(batch, choice):
+                    loss = losses.sum()
+                    (loss * (self.world / total)).backward()
+                    found.append(loss.detach())
+            for loss in found:
+                loss_sum += float(loss) / len(found)
+        return loss_sum, transfer_s, self._reduce()
+
+    def _draw(self, seed: tuple[int, int]) -> Any:
+        """What all pieces of a step share, a function of `seed`: the same on every rank."""
+        return None
+
+    def _passes(self, batch: OnDevice, choice: Any) -> Iterator[Tensor]:
+        """Yield the losses `[n]` of each forward pass over `batch`; its backward pass follows before the next one."""
+        raise NotImplementedError
+
+    def _on_device(self, piece: Piece) -> tuple[OnDevice, float]:
+        """A microbatch on the device, and the seconds that took."""
+        if not len(piece.data):
+            return OnDevice(torch.zeros(1, *self.setup.sample_shape, device=self.device), None), 0.0
+        start = time.perf_counter()
+        x = to_input(piece.data, self.setup.pixels, self.device)
+        labels = torch.from_numpy(piece.labels).to(self.device)
+        seconds = time.perf_counter() - start
+        if len(x) == 1 and self.setup.repeat_single:  # a second, unweighted copy gives BatchNorm its two values
+            x = x.expand(2, *x.shape[1:])
+        return OnDevice(x, labels), seconds
+
+    def _losses(self, outputs: Outputs, batch: OnDevice) -> Tensor:
+        """The loss of each sample of `batch`, `[n]`; a 0 that depends on all outputs where there are no samples."""
+        if batch.labels is None:
+            parts = outputs.values() if isinstance(outputs, Mapping) else [outputs]
+            return sum((part.float().sum() * 0.0 for part in parts), torch.zeros((), device=self.device))
+        return self._sample_losses(first_rows(outputs, len(batch.labels)), batch.labels)
+
+    def _sample_losses(self, outputs: Outputs, labels: Tensor) -> Tensor:
+        if isinstance(outputs, Mapping):
+            return self.net.losses(outputs, labels)  # type: ignore[operator]
+        return learn.sample_losses(outputs, labels, self.optim)
+
+    def _accumulating(self, more: bool) -> contextlib.AbstractContextManager[Any]:
+        """Around a piece, told whether `more` follow."""
+        return contextlib.nullcontext()
+
+    def _reduce(self) -> float:
+        """Average the gradients over ranks; the seconds that took. A collective: all ranks have the same ones."""
+        start = time.perf_counter()
+        if self.world > 1:
+            self.reducing_at = start
+            gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+            mean_over_ranks(gradients, self.world, self.setup.compress)
+        return time.perf_counter() - start
+
+    def _apply(self) -> bool:
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or float("inf"))
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            self.optimizer.step()
+            if self.ema:
+                self.ema.update(self.net)
+        self.optimizer.zero_grad(set_to_none=True)
+        return finite
+
+    def reduces_since(self) -> float:
+        """For how many seconds the all-reduce of a step has been going on, 0 between steps and before it."""
+        return time.perf_counter() - self.reducing_at if self.reducing_at > self.stepped_at else 0.0
+
+    def numbers(self) -> dict[str, float]:
+        """What the method adds to the metrics of a step, by name."""
+        return {}
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole training state by name, the BatchNorm statistics of every rank included. A collective."""
+        out = {f"model.{k}": v for k, v in self.net.state_dict().items()}
+        out |= {f"optim.{k}": v for k, v in learn.optimizer_tensors(self.optimizer).items()}
+        if self.ema:
+            out |= {f"ema.{k}": v for k, v in self.ema.tensors().items()}
+        return out | {f"norms.{rank}": vector for rank, vector in enumerate(self._all_norms())}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over a state from `tensors`; statistics are the rank's own if the world is the same, else merged."""
+        self.net.load_state_dict(part(tensors, "model."))
+        learn.load_optimizer_tensors(self.optimizer, part(tensors, "optim."))
+        if self.ema:
+            self.ema.load(part(tensors, "ema."))
+        norms = part(tensors, "norms.")
+        if len(norms) == self.world:
+            learn.load_norm_state(self.net, norms[str(self.rank)].to(self.device))
+        elif norms:
+            merged = learn.merge_norm_states(torch.stack([norms[k] for k in sorted(norms, key=int)]), self.net)
+            learn.load_norm_state(self.net, merged.to(self.device))
+
+    def averaged(self) -> nn.Module:
+        """A copy to evaluate and to ship: averaged weights if kept, all ranks' BatchNorm statistics merged.
+
+        A collective; training state is not touched.
+        """
+        net = copy.deepcopy(self.net).eval()
+        if self.ema:
+            self.ema.copy_to(net)
+        norms = self._all_norms()
+        if len(norms):
+            learn.load_norm_state(net, learn.merge_norm_states(norms, net))
+        return net
+
+    def _all_norms(self) -> Tensor:
+        """The running statistics of every rank, `[world, K]`; `[0]` for a network without BatchNorm."""
+        mine = learn.norm_state(self.net)
+        if not mine.numel():
+            return mine
+        if self.world == 1:
+            return mine[None]
+        everyone = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(everyone, mine)
+        return torch.stack(everyone)
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+
+
+def mean_over_ranks(tensors: Sequence[Tensor], world: int, compress: str = "none", early: bool = False) -> None:
+    """Average `tensors` over ranks in place, some BUCKET numbers at a time. A collective.
+
+    They are divided after the sum; before it with `early` and where they travel as bfloat16, whose sum may overflow.
+    """
+    bucket: list[Tensor] = []
+    for number, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        if number + 1 < len(tensors) and sum(one.numel() for one in bucket) < BUCKET:
+            continue
+        flat = torch.cat([one.reshape(-1) for one in bucket])
+        before = early or compress == "bf16"
+        flat = flat / world if before else flat
+        flat = flat.bfloat16() if compress == "bf16" else flat
+        dist.all_reduce(flat)
+        flat = flat if before else flat / world
+        for one, mean in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
+            one.copy_(mean.view_as(one))
+        bucket = []
+
+
+def first_rows(outputs: Outputs, count: int) -> Outputs:
+    """The first `count` samples of what a network gives."""
+    if isinstance(outputs, Mapping):
+        return {name: value[:count] for name, value in outputs.items()}
+    return outputs[:count]
+
+
+def breaks_on_one_sample(model: dict[str, Any], sample_shape: Sequence[int]) -> bool:
+    """Whether a batch of one sample leaves some BatchNorm with one value per channel, which torch refuses.
+
+    `model` is what `models.build` takes; runs on the meta device.
+    """
+    with torch.device("meta"):
+        net = models.build(**model).train()
+        try:
+            net(torch.zeros(1, *sample_shape))
+        except ValueError:
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def norms_in_eval(net: nn.Module) -> Iterator[None]:
+    """Inside the block BatchNorm uses, and does not touch, its running statistics."""
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries of `tensors` under `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _has_3d(net: nn.Module) -> bool:
+    return any(isinstance(m, nn.Conv3d) for m in net.modules())
