@@ -19,7 +19,7 @@ PENDING = {  # upward imports of before the floors, each to be removed
 ONLY_IN = {
     "ray": ("data/pipeline.py", "train/*.py", "verbs/*.py", "cluster/*.py"),
     "decord": ("data/video/movies.py",),
-    "open3d": ("data/points/files.py",),
+    "open3d": ("data/points/geometry.py",),
     "wandb": ("runs/tracking.py",),
 }
 NEVER_IN = {

@@ -18,7 +18,8 @@ from torch import nn
 
 from slimray import models
 from slimray.data.points import point_sets
-from slimray.data.points.files import Cloud, PointRecipe, make_points
+from slimray.data.points.clouds import Cloud
+from slimray.data.points.recipe import PointRecipe, make_points
 from slimray.edge import cost
 
 NUM_POINTS, WINDOW, BATCH, BUDGET_S, LEAST = 1_000_000, 4096, 8, 15.0, 2

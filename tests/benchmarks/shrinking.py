@@ -37,7 +37,8 @@ from slimray.data.images.pictures import ImageRecipe, make_image
 from slimray.data.modalities import input_shape
 from slimray.data.plan import Phase, epoch_order, microbatches
 from slimray.data.points import shapes
-from slimray.data.points.files import Cloud, PointRecipe, make_points
+from slimray.data.points.clouds import Cloud
+from slimray.data.points.recipe import PointRecipe, make_points
 from slimray.data.video import moving_shapes
 from slimray.data.video.clips import ClipRecipe, frame_indices, generators, make_clip
 from slimray.edge import cost

@@ -19,7 +19,9 @@ from slimray.cli import main
 from slimray.data.images import image_shapes
 from slimray.data.images.pictures import ImageRecipe
 from slimray.data.points import shapes
-from slimray.data.points.files import Cloud, PointRecipe, make_points, read_cloud, write_cloud
+from slimray.data.points.clouds import Cloud, write_cloud
+from slimray.data.points.files import read_cloud
+from slimray.data.points.recipe import PointRecipe, make_points
 from slimray.data.video import moving_shapes
 from slimray.data.video.clips import ClipRecipe
 from slimray.tasks import predict

@@ -10,7 +10,8 @@ import ray
 from slimray.data.index import index_table
 from slimray.data.pipeline import FeedConfig, RankStream, Source, feeder_of, start_feeders
 from slimray.data.plan import Phase, epoch_order, rank_slice
-from slimray.data.points.files import Cloud, PointRecipe, write_cloud
+from slimray.data.points.clouds import Cloud, write_cloud
+from slimray.data.points.recipe import PointRecipe
 from slimray.spec import RunFailed
 from slimray.train import workers
 

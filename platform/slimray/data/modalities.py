@@ -15,7 +15,7 @@ import numpy as np
 from slimray.data.bytes import read_sample, read_whole
 from slimray.data.images.pictures import ImageRecipe
 from slimray.data.points import files, point_sets
-from slimray.data.points.files import PointRecipe
+from slimray.data.points.recipe import PointRecipe, make_points
 from slimray.data.samples import BadSample
 from slimray.data.video.clips import ClipRecipe, flip_label
 from slimray.data.video.decoder import Decoder
@@ -94,7 +94,7 @@ def load_points(
     """
     fs, path = _filesystem(root)
     cloud = files.read_cloud(row["path"], read_whole(fs, path, row))
-    sample = files.make_points(cloud, recipe, key, shape=max(0, row["label"]))
+    sample = make_points(cloud, recipe, key, shape=max(0, row["label"]))
     if not recipe.per_point:
         return sample.points, row["label"]
     if sample.labels is None:
@@ -119,7 +119,7 @@ def load_frustum(
     fs, path = _filesystem(root)
     frustum = point_sets.read_frustum(row["path"], read_whole(fs, path, row))
     number = point_sets.KITTI_CLASSES.index(frustum.kind)
-    sample = files.make_points(frustum.cloud, recipe, key, shape=number, box=frustum.box)
+    sample = make_points(frustum.cloud, recipe, key, shape=number, box=frustum.box)
     mask, box = np.full(recipe.num_points, -1), np.full(7, np.nan)
     if sample.labels is not None and sample.box is not None:
         mask, box = sample.labels[0], sample.box

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from slimray import models, runs, storage
 from slimray.data.images.pictures import ImageRecipe
 from slimray.data.modalities import kind_of
-from slimray.data.points.files import Cloud, PointRecipe, PointSample, make_points, read_cloud
+from slimray.data.points.clouds import Cloud
+from slimray.data.points.files import read_cloud
+from slimray.data.points.recipe import PointRecipe, PointSample, make_points
 from slimray.data.samples import BadSample
 from slimray.data.video.clips import ClipRecipe
 from slimray.data.video.decoder import Decoder

@@ -21,7 +21,7 @@ from slimray.data.cards import Card, load_card
 from slimray.data.images.pictures import ImageRecipe
 from slimray.data.index import fingerprint
 from slimray.data.lists import complete, read_split
-from slimray.data.points.files import PointRecipe
+from slimray.data.points.recipe import PointRecipe
 from slimray.data.samples import BadSample
 from slimray.data.video.clips import ClipRecipe
 from slimray.spec import Spec, UserError, did_you_mean, located, parse

@@ -36,7 +36,7 @@ from slimray.data.images import image_shapes
 from slimray.data.index import fingerprint, index_table
 from slimray.data.lists import read_split
 from slimray.data.pipeline import failure_of, map_numbers
-from slimray.data.points import files, point_sets, shapes
+from slimray.data.points import clouds, files, point_sets, shapes
 from slimray.data.samples import BadSample
 from slimray.data.video import moving_shapes
 from slimray.data.video.decoder import Decoder
@@ -313,7 +313,7 @@ def _generate(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any]
     for row in rows:
         if work.card.sample == "points":
             coords, labels, label = shapes.make_cloud(row["number"], data.seed, num_points=data.points)
-            encoded = files.write_cloud(files.Cloud(coords, labels=labels))
+            encoded = clouds.write_cloud(clouds.Cloud(coords, labels=labels))
             path, shape = f"{chunk.split}/{row['number']:06d}.npz", {"frames": data.points}
             place = {"shard": shard, "row": len(packed)}
             packed.append({"path": path, "label": label, "data": encoded})
@@ -510,11 +510,11 @@ _MAKERS: dict[str, Callable[[_Work, dict[str, Any], Decoder], Iterator[_Made]]] 
 }
 
 
-def _stored(path: str, cloud: files.Cloud, bytes_in: int, left_out: Mapping[str, str] | None = None) -> _Made:
-    return _Made(path, files.write_cloud(cloud), {"frames": len(cloud)}, bytes_in, left_out=left_out or {})
+def _stored(path: str, cloud: clouds.Cloud, bytes_in: int, left_out: Mapping[str, str] | None = None) -> _Made:
+    return _Made(path, clouds.write_cloud(cloud), {"frames": len(cloud)}, bytes_in, left_out=left_out or {})
 
 
-def _tiles(cloud: files.Cloud, side: float) -> list[files.Cloud]:
+def _tiles(cloud: clouds.Cloud, side: float) -> list[clouds.Cloud]:
     """Squares of x and y, in their order; `rows` lead back into the file. Left out are sparse ones, and those without
     a label that counts."""
     cells = np.floor((cloud.coords[:, :2] - cloud.coords[:, :2].min(0)) / side).astype(np.int64)
@@ -528,11 +528,11 @@ def _tiles(cloud: files.Cloud, side: float) -> list[files.Cloud]:
             continue
         features = {name: array[taken] for name, array in cloud.features.items()}
         rows = taken if cloud.rows is None else cloud.rows[taken]
-        tiles.append(files.Cloud(cloud.coords[taken], features, labels, rows, cloud.origin))
+        tiles.append(clouds.Cloud(cloud.coords[taken], features, labels, rows, cloud.origin))
     return tiles
 
 
-def _with_classes(cloud: files.Cloud, card: Card) -> files.Cloud:
+def _with_classes(cloud: clouds.Cloud, card: Card) -> clouds.Cloud:
     """`cloud` with the class of each point in place of its label; -1 for labels that do not count."""
     if cloud.labels is None:
         raise BadSample("has no label per point")

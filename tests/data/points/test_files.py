@@ -10,20 +10,12 @@ import plyfile
 import pytest
 import trimesh
 
-from slimray.data.points import files as module
-from slimray.data.points.files import (
-    Cloud,
-    PointRecipe,
-    estimate_normals,
-    farthest_points,
-    make_points,
-    normalized,
-    read_cloud,
-    read_labels,
-    read_mesh,
-    sample_surface,
-    write_cloud,
-)
+from slimray.data.points import geometry
+from slimray.data.points.clouds import Cloud, write_cloud
+from slimray.data.points.files import read_cloud, read_labels
+from slimray.data.points.geometry import estimate_normals, farthest_points
+from slimray.data.points.meshes import MESH_POINTS, read_mesh, sample_surface
+from slimray.data.points.recipe import PointRecipe, make_points, normalized
 from slimray.data.samples import BadSample
 
 ZOO = {  # file -> points kept, points left out, features
@@ -80,7 +72,7 @@ def test_every_file_of_the_zoo_reads_right(clouds, name):
 def test_pcd_files_read_as_open3d_reads_them(clouds, name):
     path = clouds / "file_zoo" / name
     cloud = read_cloud(name, path.read_bytes())
-    read = module._open3d().t.io.read_point_cloud(str(path), remove_nan_points=False, remove_infinite_points=False)
+    read = geometry._open3d().t.io.read_point_cloud(str(path), remove_nan_points=False, remove_infinite_points=False)
     rows = slice(None) if cloud.rows is None else cloud.rows
     assert np.array_equal(cloud.coords, read.point.positions.numpy()[rows])
     for feature, array in cloud.features.items():
@@ -309,7 +301,7 @@ def mesh_file(kind: str) -> bytes:
 @pytest.mark.parametrize("kind", ["off", "obj", "stl"])
 def test_a_mesh_gives_points_of_its_surface(kind):
     cloud = read_cloud(f"a.{kind}", mesh_file(kind))
-    assert len(cloud) == module.MESH_POINTS
+    assert len(cloud) == MESH_POINTS
     assert np.abs(np.linalg.norm(cloud.coords, axis=1) - 2).max() < 0.02
     assert np.abs(cloud.coords / 2 - cloud.features["normals"]).max() < 0.15
     assert np.array_equal(read_cloud(f"a.{kind}", mesh_file(kind)).coords, cloud.coords)

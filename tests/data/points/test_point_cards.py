@@ -17,7 +17,10 @@ from slimray.data.cards import Card, labels_path, load_card
 from slimray.data.index import index_table
 from slimray.data.lists import complete, read_split
 from slimray.data.points import point_sets
-from slimray.data.points.files import MESH_POINTS, Cloud, PointRecipe, read_cloud
+from slimray.data.points.clouds import Cloud
+from slimray.data.points.files import read_cloud
+from slimray.data.points.meshes import MESH_POINTS
+from slimray.data.points.recipe import PointRecipe
 from slimray.spec import UserError, parse
 from slimray.verbs import prepare
 

@@ -7,7 +7,8 @@ import pytest
 
 from slimray.data.modalities import kind_of, sample_shape
 from slimray.data.points import point_sets as sets
-from slimray.data.points.files import PointRecipe, make_points, read_cloud, read_labels
+from slimray.data.points.files import read_cloud, read_labels
+from slimray.data.points.recipe import PointRecipe, make_points
 from slimray.data.samples import BadSample
 
 # ------------------------------------------------------------------------------------------------------ S3DIS

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from slimray.data.points import shapes
-from slimray.data.points.files import normalized
+from slimray.data.points.recipe import normalized
 from slimray.data.points.shapes import CLASSES, NUM_PARTS, make_cloud, part_range
 
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slimray.data.points.files import Cloud, read_cloud, write_cloud
+from slimray.data.points.clouds import Cloud, write_cloud
+from slimray.data.points.files import read_cloud
 from slimray.data.samples import BadSample
 
 # ------------------------------------------------------------------------------------------------------ S3DIS

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slimray.data.points.point_sets import KITTI_CLASSES
 from slimray.models.points import ops
 from slimray.models.points.pointnet import (
     DROPOUT,
@@ -43,7 +44,6 @@ SIZE_TEMPLATES = {  # mean l, w, h in metres over KITTI's training split
     "Misc": (3.64300781, 1.54298177, 1.92320313),
 }
 NUM_SIZES = len(SIZE_TEMPLATES)
-CLASSES = ("Car", "Pedestrian", "Cyclist")  # of the one-hot, in this order
 BOX_PARTS = [3, NUM_HEADING_BINS, NUM_HEADING_BINS, NUM_SIZES, NUM_SIZES * 3]  # 59 outputs of a box network
 IN_CHANNELS = 4
 EPS = 1e-15  # of voxel grids around masked points, which may all coincide
@@ -94,7 +94,7 @@ class FrustumNet(nn.Module):
         self.num_classes, self.num_points = num_classes, num_points
         self.head_name = f"box_est_net.{box_net.head_name}"
         self.register_buffer("size_templates", torch.tensor([list(SIZE_TEMPLATES.values())]))
-        sizes = torch.tensor([list(SIZE_TEMPLATES).index(name) for name in CLASSES])
+        sizes = torch.tensor([list(SIZE_TEMPLATES).index(name) for name in KITTI_CLASSES])
         self.register_buffer("class_sizes", sizes, persistent=False)
 
     def mask_net(self, points: Tensor, one_hot: Tensor) -> Tensor:
