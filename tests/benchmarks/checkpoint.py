@@ -8,7 +8,6 @@ import os
 import tempfile
 import time
 from statistics import median
-from types import SimpleNamespace
 
 import pyarrow.fs as pafs
 import torch
@@ -16,7 +15,7 @@ from moto.server import ThreadedMotoServer
 
 from slimray import models, runs
 from slimray.tasks.predict import Input
-from slimray.train.loop import _Saver
+from slimray.train.checkpoints import Saver
 from slimray.train.methods.method import Setup
 from slimray.train.methods.plain import PlainReplica
 from slimray.train.spec import CheckpointSpec, OptimSpec
@@ -42,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for where, uri in (("folder", f"{folder}/run"), ("S3", bucket)):
             run = runs.run_at(uri)
-            saver = _Saver(run, 2, "val/top1", SimpleNamespace(flush=lambda: None))  # type: ignore[arg-type]
+            saver = Saver(run, 2, "val/top1", lambda: None)
             stops, works, waits = [], [], []
             for step in range(TIMES):
                 start, busy = time.perf_counter(), time.process_time()

@@ -11,9 +11,6 @@ mask at an epoch's end.
 import contextlib
 import socket
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,24 +22,25 @@ import torch.distributed as dist
 from ray import exceptions
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
-from ray.util.metrics import Gauge
 from torch import Tensor
 
 from slimray import models, runs
 from slimray.data.modalities import input_shape
-from slimray.data.pipeline import Batch, FeedConfig, Source
+from slimray.data.pipeline import Batch, FeedConfig
 from slimray.data.plan import Phase, microbatches
 from slimray.models import published
-from slimray.runs import tracking
 from slimray.spec import RunFailed, UserError
 from slimray.tasks.frustum_boxes import FrustumScore
 from slimray.tasks.parts import ShapeScore
 from slimray.tasks.predict import Input, predict_scores, to_input
 from slimray.tasks.segment import SegmentationScore
 from slimray.train import learn
-from slimray.train.health import OTHERS, Watchdog, end_process, slow_ranks
-from slimray.train.methods.method import Method, Piece, Replica, Setup, breaks_on_one_sample, part
-from slimray.train.spec import CheckpointSpec, LimitsSpec, OptimSpec, ScaleSpec
+from slimray.train.checkpoints import Progress, Saver
+from slimray.train.config import FitConfig
+from slimray.train.health import OTHERS, end_process
+from slimray.train.methods.method import Piece, Replica, Setup, breaks_on_one_sample, part
+from slimray.train.metrics import BadSamples, Clock, Records, training_row
+from slimray.train.ranks import Ranks
 from slimray.train.workers import open_stream
 
 Score = learn.Score | SegmentationScore | FrustumScore
@@ -50,127 +48,6 @@ BEST = {"clip": "val/top1", "image": "val/top1", "points": "val/top1", "frustum"
 MAX_BAD_STEPS = 10  # steps in a row with a non-finite gradient before the run ends
 LOOK_S = 2.0  # how often the ranks ask whether a node of theirs is about to be taken
 NOTICE_S = 120.0  # the notice that Ray Train assumes where none is given
-GAUGES = {"train/samples_per_s": "slimray_samples_per_s", "train/loss": "slimray_loss", "step": "slimray_step"}
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """All that the workers of one training run need; plain values, specs and object references.
-
-    `method` says what a step computes, `dataset` is the fingerprint of the indexes, `recipes` maps split to the plain
-    form of its per-sample recipe, `job` is the resolved job as written to the run.
-    """
-
-    run_uri: str
-    attempt: int
-    model: dict[str, Any]
-    init: dict[str, Any] | None
-    optim: OptimSpec
-    batch_total: int
-    per_worker: int
-    scale: ScaleSpec
-    checkpoint: CheckpointSpec
-    tracking: tracking.TrackingSpec
-    pixels: Input
-    classes: tuple[str, ...]
-    dataset: str
-    sources: dict[str, Source]
-    recipes: dict[str, dict[str, Any]]
-    decode_slots: int
-    decode_timeout_s: float
-    max_bad_fraction: float
-    seed: int
-    log_every: int
-    val_every: int
-    macs: int
-    record_samples: bool
-    job: dict[str, Any]
-    board: Any
-    method: Method
-    limits: LimitsSpec | None = None
-
-
-@dataclass
-class Progress:
-    """Where training stands. `step` counts within `epoch`, `total_steps` over all epochs; metrics of validations.
-
-    `validated` is the epoch of the last validation; `seconds` and `worker_seconds` are those of training over all
-    attempts, for the limits.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    total_steps: int = 0
-    validated: int = 0
-    seconds: float = 0.0
-    worker_seconds: float = 0.0
-    best: dict[str, float] = field(default_factory=dict)
-    last: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class _Clock:
-    """Seconds and sums over the steps since the last log line."""
-
-    wait: float = 0.0
-    transfer: float = 0.0
-    compute: float = 0.0
-    communication: float = 0.0
-    total: float = 0.0
-    steps: int = 0
-    samples: int = 0
-    loss: float = 0.0
-
-
-class _Saver:
-    """Writes checkpoints in the background, one at a time, and sweeps what is no longer kept."""
-
-    def __init__(self, run: runs.Run, keep_last: int, best_metric: str, records: "_Records"):
-        self.run, self.keep_last, self.best_metric, self.records = run, keep_last, best_metric, records
-        self.pool = ThreadPoolExecutor(1)
-        self.pending: Future | None = None
-
-    def save(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Take a snapshot now and write it later; waits for the one before, and raises what went wrong with it."""
-        self.wait()
-        snapshot = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
-        self.pending = self.pool.submit(self._write, snapshot, meta)
-
-    def _write(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        self.records.flush()
-        files = {"state.safetensors": safetensors.torch.save(tensors)}
-        runs.save_checkpoint(self.run, meta["progress"]["total_steps"], files, meta)
-        runs.keep(self.run, metric=self.best_metric, last=self.keep_last)
-
-    def wait(self) -> None:
-        """Return once everything saved so far is on storage."""
-        if self.pending is not None:
-            self.pending.result()
-            self.pending = None
-
-
-class _Records:
-    """The append-only records one rank writes: metrics (rank 0), bad samples, consumed samples on request."""
-
-    def __init__(self, config: FitConfig, run: runs.Run, rank: int):
-        self.rank = rank
-        self.bad = runs.PartWriter(run, "quarantine", config.attempt, rank)
-        self.samples = runs.PartWriter(run, "samples", config.attempt, rank) if config.record_samples else None
-        self.rows = runs.PartWriter(run, "metrics", config.attempt, rank) if rank == 0 else None
-        self.tracker = None
-        if self.rows is not None:
-            self.tracker = tracking.Tracker(config.tracking, self.rows, run.name, run.uri, config.job)
-
-    def flush(self) -> None:
-        """Return once every row is on storage: a checkpoint must not outlive the records of its steps."""
-        for writer in (self.rows, self.bad, self.samples):
-            if writer is not None:
-                writer.flush()
-
-    def close(self) -> None:
-        for writer in (self.tracker, self.rows, self.bad, self.samples):
-            if writer is not None:
-                writer.close()
 
 
 class _Rank:
@@ -183,25 +60,23 @@ class _Rank:
         torch.set_num_threads(max(1, int(config.scale.cpus_per_worker)))
         self.run = runs.run_at(config.run_uri)
         self.num_train = config.sources["train"].num_samples
-        self.progress, self.clock = Progress(), _Clock()
-        self.mask = np.zeros(self.num_train, bool)  # samples known to be bad when the epoch began: weight 0
-        self.bad_seen = torch.zeros(self.num_train, dtype=torch.uint8)
+        self.progress, self.clock = Progress(), Clock()
         self.bad_steps, self.looks = 0, False
         self.told_at = self.saved_at = self.looked_at = self.counted_at = time.monotonic()
-        self.watchdog = Watchdog(config.scale.data_timeout_s + 20, self._stuck)
-        self._require_all_reduce()
+        self.ranks = Ranks(self.rank, self.world, self.device, config.scale.data_timeout_s + 20, self._stuck)
+        self.ranks.require_all_reduce()
+        self.bad = BadSamples(self.num_train, self.ranks)
         self.replica = self._make_replica()
         self.result: Score | None = None
         if "val" in config.recipes:
             self.result = make_score(config.recipes["val"], len(config.classes))
         self._restore()
-        self.records = _Records(config, self.run, self.rank)
+        self.records = Records(config, self.run, self.rank)
         recipe = config.recipes["train"]
         best = "val/miou" if recipe.get("per_point") else BEST[recipe["kind"]]
         self.best_metric = config.checkpoint.best_metric or best
-        self.gauges = {} if self.rank else _make_gauges()
         keep = config.checkpoint.keep_last
-        self.saver = _Saver(self.run, keep, self.best_metric, self.records) if self.rank == 0 else None
+        self.saver = Saver(self.run, keep, self.best_metric, self.records.flush) if self.rank == 0 else None
 
     def _make_replica(self) -> Replica:
         config, recipe = self.config, self.config.recipes["train"]
@@ -224,16 +99,6 @@ class _Rank:
         )
         return config.method.replica(net, lambda: models.build(**config.model), setup)
 
-    def _require_all_reduce(self) -> None:
-        """RunFailed unless the ranks can add numbers: a network that is wrong is found before work starts."""
-        if self.world == 1:
-            return
-        numbers = torch.full((2**18,), float(self.rank + 1), device=self.device)
-        dist.all_reduce(numbers)
-        wanted = self.world * (self.world + 1) / 2
-        if not bool((numbers == wanted).all()):
-            raise RunFailed(f"the all-reduce of {self.world} ranks gives {float(numbers[0]):g}, not {wanted:g}")
-
     def _stuck(self, doing: str, seconds: float, stacks: str) -> None:
         """Called by the watchdog: leave the stacks in the logs; end this rank, unless it only waits for others."""
         replica = getattr(self, "replica", None)  # none yet if the rank is stuck at the start
@@ -247,14 +112,6 @@ class _Rank:
             with contextlib.suppress(exceptions.RayError, TimeoutError):
                 ray.get(self.config.board.stuck.remote(sentence), timeout=30)
             end_process()
-
-    @contextlib.contextmanager
-    def _collective(self) -> Iterator[None]:
-        """Who does not move within the block waits for the other ranks, and is not stuck itself."""
-        doing = self.watchdog.doing
-        self.watchdog.beat(OTHERS if self.world > 1 else doing)
-        yield
-        self.watchdog.beat(doing)
 
     # ------------------------------------------------------------------------------------ resume and saving
 
@@ -278,7 +135,7 @@ class _Rank:
         for name, count in self._counts().items():
             if name in tensors:
                 count.copy_(tensors[name])
-        self.mask, self.bad_seen = tensors["mask"].numpy().astype(bool), tensors["bad_seen"].clone()
+        self.bad.load(tensors)
         self.progress = Progress(**checkpoint.meta["progress"])
 
     def _counts(self) -> dict[str, Tensor]:
@@ -290,13 +147,13 @@ class _Rank:
         """Start writing a checkpoint of all ranks' state. A collective."""
         if self.saver is None:  # rank 0 does so in the background
             self.records.flush()
-        with self._collective():
+        with self.ranks.waiting():
             tensors = {f"replica.{k}": v for k, v in self.replica.tensors().items()}
         tensors |= self._counts()
-        tensors |= {"mask": torch.from_numpy(self.mask.astype(np.uint8)), "bad_seen": self._merged_bad()}
+        tensors |= self.bad.tensors()
         self.saved_at = time.monotonic()
         if self.saver is not None:
-            progress = {**vars(self.progress), "best": dict(self.progress.best), "last": dict(self.progress.last)}
+            progress = self.progress.to_dict()
             meta = {
                 "progress": progress,
                 "epoch": self.progress.epoch,
@@ -304,7 +161,7 @@ class _Rank:
                 "world": self.world,
                 "dataset": self.config.dataset,
             }
-            self.watchdog.beat("saving a checkpoint")
+            self.ranks.watchdog.beat("saving a checkpoint")
             self.saver.save(tensors, meta)
 
     def _save_due(self) -> bool:
@@ -314,11 +171,7 @@ class _Rank:
             return steps % spec.every_steps == 0
         if steps % self.config.log_every:
             return False
-        due = torch.tensor([float(time.monotonic() - self.saved_at >= spec.every_s)], device=self.device)
-        with self._collective():
-            if self.world > 1:
-                dist.broadcast(due, 0)
-            return bool(due)
+        return self.ranks.agree(time.monotonic() - self.saved_at >= spec.every_s)
 
     # ------------------------------------------------------------------------------------------- the passes
 
@@ -368,7 +221,7 @@ class _Rank:
             failure = self._run(phases) if phases else None
             return {"failed": failure} if failure else self._finish()
         finally:
-            self.watchdog.close()
+            self.ranks.watchdog.close()
             self.records.close()
 
     def _run(self, phases: tuple[Phase, ...]) -> str | None:
@@ -385,9 +238,9 @@ class _Rank:
         )
         with open_stream(feed) as stream:
             score, net, started = None, None, time.perf_counter()
-            self.watchdog.beat("waiting for data")
+            self.ranks.watchdog.beat("waiting for data")
             for phase, step, batch in stream:
-                self.watchdog.beat("computing")
+                self.ranks.watchdog.beat("computing")
                 last = step + 1 == phase.num_steps
                 if phase.name == "train":
                     self.clock.wait += stream.waited_s
@@ -398,7 +251,8 @@ class _Rank:
                     started = time.perf_counter()  # what follows belongs to the next step
                     self._log(phase, step)
                     if last:
-                        self._end_epoch()
+                        self.bad.end_epoch()
+                        self.progress.epoch, self.progress.step = self.progress.epoch + 1, 0
                     if self.looks and (failure := self._look_around()):
                         return failure
                     if self._save_due() if not last else not self._validates(phase.epoch):
@@ -406,13 +260,13 @@ class _Rank:
                 else:
                     if score is None or net is None:
                         score = make_score(config.recipes["val"], len(config.classes))
-                        with self._collective():
+                        with self.ranks.waiting():
                             net = self.replica.averaged()
                     if batch is not None:
-                        self._note_bad(batch, phase)
+                        self.bad.note(batch, phase, self.records.bad)
                         score_batch(net, batch, config.pixels, self.device, config.per_worker, score)
                     self._tell(phase, step)
-                    self.looks = bool(self._sum(self._wants_look())[0])
+                    self.looks = bool(self.ranks.sum(self._wants_look())[0])
                     if last:
                         self._end_validation(phase, score)
                         score = net = None
@@ -422,23 +276,23 @@ class _Rank:
                         self._save()
                 if phase.name != "train":
                     started = time.perf_counter()
-                self.watchdog.beat("waiting for data")
+                self.ranks.watchdog.beat("waiting for data")
         return None
 
     def _train(self, phase: Phase, step: int, batch: Batch | None) -> str | None:
         """One step over the global batch; returns the sentence that ends the run, or None."""
         config, clock, progress = self.config, self.clock, self.progress
-        keep = np.zeros(0, bool) if batch is None else batch.valid & ~self.mask[batch.sample]
+        keep = np.zeros(0, bool) if batch is None else batch.valid & ~self.bad.mask[batch.sample]
         if batch is not None:
-            self._note_bad(batch, phase)
-        new_bad = 0.0 if batch is None else float((~batch.valid & ~self.mask[batch.sample]).sum())
+            self.bad.note(batch, phase, self.records.bad)
+        new_bad = 0.0 if batch is None else float((~batch.valid & ~self.bad.mask[batch.sample]).sum())
         pieces = self._pieces(phase, step, batch, keep)
         empty = [float(not len(piece.data)) for piece in pieces] if config.optim.norm == "sync" else []
         start = time.perf_counter()
-        num_valid, num_bad, looks, *num_empty = self._sum(float(keep.sum()), new_bad, self._wants_look(), *empty)
+        num_valid, num_bad, looks, *num_empty = self.ranks.sum(float(keep.sum()), new_bad, self._wants_look(), *empty)
         self.looks = bool(looks)
         clock.communication += time.perf_counter() - start
-        if num_bad and (failure := self._too_many_bad()):
+        if num_bad and (failure := self.bad.too_many(config.max_bad_fraction)):
             return failure
         if num_valid:
             lr = learn.learning_rate(config.optim, config.batch_total, self.num_learned, self.samples_seen)
@@ -484,7 +338,7 @@ class _Rank:
         info = ray.train.get_preemption_info()
         if info is not None:
             self._save_and_wait(info)
-        (over,) = self._sum(float(self.rank == 0 and bool(self._over())))
+        (over,) = self.ranks.sum(float(self.rank == 0 and bool(self._over())))
         if over:
             self._save()
             if self.saver is not None:
@@ -500,7 +354,7 @@ class _Rank:
         self._save()
         if self.saver is not None:
             self.saver.wait()
-        self._sum(0.0)  # the checkpoint is on storage
+        self.ranks.sum(0.0)  # the checkpoint is on storage
         step, ranks = self.progress.total_steps, info.preempted_ranks
         deadline = time.time() + NOTICE_S if info.deadline_ms is None else info.deadline_ms / 1000
         if self.rank == 0:
@@ -508,7 +362,7 @@ class _Rank:
             self.config.board.update.remote(note=note, preempted=True, total_steps=step)
         self.records.flush()
         while time.time() < deadline + NOTICE_S:  # the controller ends this process; no collective: some ranks go first
-            self.watchdog.beat("waiting to be restarted")
+            self.ranks.watchdog.beat("waiting to be restarted")
             time.sleep(0.5)
         raise RuntimeError("the node that was to be taken is still there and Ray Train did not restart the workers")
 
@@ -522,21 +376,8 @@ class _Rank:
             pieces.append(Piece(batch.data[rows], batch.label[rows]))
         return pieces
 
-    def _sum(self, *values: float) -> list[float]:
-        """The sums of `values` over all ranks. A collective."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with self._collective():
-            if self.world > 1:
-                dist.all_reduce(total)
-            return total.tolist()  # where a GPU waits
-
-    def _end_epoch(self) -> None:
-        self.bad_seen = self._merged_bad()
-        self.mask = self.bad_seen.numpy().astype(bool)
-        self.progress.epoch, self.progress.step = self.progress.epoch + 1, 0
-
     def _end_validation(self, phase: Phase, score: Score) -> None:
-        with self._collective():
+        with self.ranks.waiting():
             merge_scores(score, self.world, self.device)
         counted = score.result()
         if not counted["num_samples"]:
@@ -552,13 +393,13 @@ class _Rank:
         if numbers[metric] > progress.best.get(metric, float("-inf")):
             progress.best = dict(progress.last)
         self.result = score
-        self._write_row({"phase": "val", "epoch": progress.epoch, **numbers})
+        self.records.write_row(self.progress.total_steps, {"phase": "val", "epoch": progress.epoch, **numbers})
         if self.rank == 0:
             self.config.board.update.remote(last=progress.last, best=progress.best)
 
     def _finish(self) -> dict[str, Any]:
         """Write the model folder once every checkpoint is safe; the final numbers. A collective."""
-        with self._collective():
+        with self.ranks.waiting():
             net, config = self.replica.averaged(), self.config
         out: dict[str, Any] = {"best": self.progress.best, "last": self.progress.last}
         out["steps"] = self.progress.total_steps
@@ -574,35 +415,6 @@ class _Rank:
             runs.write_model(self.run, safetensors.torch.save(weights), config.model, taken)
         return out
 
-    # ------------------------------------------------------------------------------------------- bad samples
-
-    def _note_bad(self, batch: Batch, phase: Phase) -> None:
-        """Write each sample that does not decode to the run's quarantine, once per attempt and rank."""
-        for i in np.flatnonzero(~batch.valid):
-            sample = int(batch.sample[i])
-            if phase.split == "train" and self.bad_seen[sample]:
-                continue
-            if phase.split == "train":
-                self.bad_seen[sample] = 1
-            row = {"path": batch.path[i], "split": phase.split, "sample": sample, "reason": batch.reason[i]}
-            self.records.bad.write(row)
-
-    def _merged_bad(self) -> Tensor:
-        merged = self.bad_seen.to(self.device, copy=True)
-        with self._collective():
-            if self.world > 1:
-                dist.all_reduce(merged, op=dist.ReduceOp.MAX)
-            return merged.cpu()
-
-    def _too_many_bad(self) -> str | None:
-        num_bad, bound = int(self._merged_bad().sum()), self.config.max_bad_fraction
-        if num_bad <= bound * self.num_train:
-            return None
-        return (
-            f"{num_bad} of {self.num_train} training files do not decode, more than data.max_bad_fraction ({bound:g}) "
-            "allows: see quarantine/ in the run folder, then raise the bound, or mend the files and --restart"
-        )
-
     # ------------------------------------------------------------------------------------------ what is shown
 
     def _log(self, phase: Phase, step: int) -> None:
@@ -610,46 +422,19 @@ class _Rank:
         self._tell(phase, step)
         if self.progress.total_steps % config.log_every and step + 1 != phase.num_steps:
             return
-        loss, own = self._gather(clock.loss, clock.compute + clock.transfer)
-        slow = slow_ranks((own / clock.steps).tolist())
-        rate = clock.samples / max(clock.total, 1e-9)
         row = {
             "phase": "train",
             "epoch": phase.epoch + (step + 1) / phase.num_steps,
-            "train/loss": float(loss.sum()) / max(clock.samples, 1),
             "train/lr": learn.learning_rate(config.optim, config.batch_total, self.num_learned, self.samples_seen),
-            "train/samples_per_s": rate,
-            "time/step_s": clock.total / clock.steps,
-            "data/wait_s": clock.wait / clock.steps,
-            "time/transfer_s": clock.transfer / clock.steps,
-            "time/compute_s": clock.compute / clock.steps,
-            "time/communication_s": clock.communication / clock.steps,
-            "train/mfu": learn.mfu(config.macs, rate / self.world, self.device),
+            **training_row(clock, self.ranks),
         }
+        row["train/mfu"] = learn.mfu(config.macs, row["train/samples_per_s"] / self.world, self.device)
         row |= self.replica.numbers()
-        if slow:
-            worst = max(slow, key=slow.__getitem__)
-            row |= {"straggler/rank": worst, "straggler/ratio": slow[worst]}
-        for name, gauge in self.gauges.items():
-            gauge.set(float(row.get(name, self.progress.total_steps)), {"run": self.run.name})
-        self._write_row(row)
+        self.records.show(self.progress.total_steps, row)
+        self.records.write_row(self.progress.total_steps, row)
         if self.rank == 0 and step + 1 == phase.num_steps:
             self.config.board.update.remote(loss=(phase.epoch + 1, row["train/loss"]))
-        self.clock = _Clock()
-
-    def _gather(self, *values: float) -> Tensor:
-        """`values` of every rank, `[len(values), world]`. A collective."""
-        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.world == 1:
-            return mine[:, None].cpu()
-        everyone = [torch.empty_like(mine) for _ in range(self.world)]
-        with self._collective():
-            dist.all_gather(everyone, mine)
-            return torch.stack(everyone, 1).cpu()
-
-    def _write_row(self, row: dict[str, Any]) -> None:
-        if self.records.tracker is not None:
-            self.records.tracker.log({"step": self.progress.total_steps, "time": time.time(), **row})
+        self.clock = Clock()
 
     def _tell(self, phase: Phase, step: int) -> None:
         """Tell the driver how far the run is; at most three times a second, never waited for."""
@@ -662,11 +447,6 @@ class _Rank:
         if clock.total:
             state |= {"samples_per_s": clock.samples / clock.total, "wait": clock.wait / clock.total}
         self.config.board.update.remote(**state)
-
-
-def _make_gauges() -> dict[str, Gauge]:
-    """What Prometheus may ask Ray for, by the name in a metric row."""
-    return {row: Gauge(name, f"{row} of a run", ("run",)) for row, name in GAUGES.items()}
 
 
 def fit(config: FitConfig) -> dict[str, Any]:

@@ -1,0 +1,63 @@
+"""Where a training stands, and how that is written in the background: `Progress`, `Saver`."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from slimray import runs
+
+
+@dataclass
+class Progress:
+    """Where training stands. `step` counts within `epoch`, `total_steps` over all epochs; metrics of validations.
+
+    `validated` is the epoch of the last validation; `seconds` and `worker_seconds` are those of training over all
+    attempts, for the limits.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    total_steps: int = 0
+    validated: int = 0
+    seconds: float = 0.0
+    worker_seconds: float = 0.0
+    best: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain copy, which later steps do not change."""
+        return {**vars(self), "best": dict(self.best), "last": dict(self.last)}
+
+
+class Saver:
+    """Writes checkpoints in the background, one at a time, and sweeps what is no longer kept.
+
+    `flush` is called before each: a checkpoint must not outlive the records of its steps.
+    """
+
+    def __init__(self, run: runs.Run, keep_last: int, best_metric: str, flush: Callable[[], None]):
+        self.run, self.keep_last, self.best_metric, self.flush = run, keep_last, best_metric, flush
+        self.pool = ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+
+    def save(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Take a snapshot now and write it later; waits for the one before, and raises what went wrong with it."""
+        self.wait()
+        snapshot = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+        self.pending = self.pool.submit(self._write, snapshot, meta)
+
+    def _write(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        self.flush()
+        files = {"state.safetensors": safetensors.torch.save(tensors)}
+        runs.save_checkpoint(self.run, meta["progress"]["total_steps"], files, meta)
+        runs.keep(self.run, metric=self.best_metric, last=self.keep_last)
+
+    def wait(self) -> None:
+        """Return once everything saved so far is on storage."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None

@@ -1,0 +1,47 @@
+"""`FitConfig`: everything that a verb hands to the workers of one training run."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from slimray.data.pipeline import Source
+from slimray.runs import tracking
+from slimray.tasks.predict import Input
+from slimray.train.methods.method import Method
+from slimray.train.spec import CheckpointSpec, LimitsSpec, OptimSpec, ScaleSpec
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """All that the workers of one training run need; plain values, specs and object references.
+
+    `method` says what a step computes, `dataset` is the fingerprint of the indexes, `recipes` maps split to the plain
+    form of its per-sample recipe, `job` is the resolved job as written to the run.
+    """
+
+    run_uri: str
+    attempt: int
+    model: dict[str, Any]
+    init: dict[str, Any] | None
+    optim: OptimSpec
+    batch_total: int
+    per_worker: int
+    scale: ScaleSpec
+    checkpoint: CheckpointSpec
+    tracking: tracking.TrackingSpec
+    pixels: Input
+    classes: tuple[str, ...]
+    dataset: str
+    sources: dict[str, Source]
+    recipes: dict[str, dict[str, Any]]
+    decode_slots: int
+    decode_timeout_s: float
+    max_bad_fraction: float
+    seed: int
+    log_every: int
+    val_every: int
+    macs: int
+    record_samples: bool
+    job: dict[str, Any]
+    board: Any
+    method: Method
+    limits: LimitsSpec | None = None

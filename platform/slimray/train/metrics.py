@@ -1,0 +1,134 @@
+"""What a rank of a training writes down while it runs: metric rows, gauges, bad samples, news for the terminal."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from ray.util.metrics import Gauge
+from torch import Tensor
+
+from slimray import runs
+from slimray.data.pipeline import Batch
+from slimray.data.plan import Phase
+from slimray.runs import tracking
+from slimray.train.config import FitConfig
+from slimray.train.health import slow_ranks
+from slimray.train.ranks import Ranks
+
+GAUGES = {"train/samples_per_s": "slimray_samples_per_s", "train/loss": "slimray_loss", "step": "slimray_step"}
+
+
+@dataclass
+class Clock:
+    """Seconds and sums over the steps since the last metric row."""
+
+    wait: float = 0.0
+    transfer: float = 0.0
+    compute: float = 0.0
+    communication: float = 0.0
+    total: float = 0.0
+    steps: int = 0
+    samples: int = 0
+    loss: float = 0.0
+
+
+class Records:
+    """The append-only records one rank writes: metrics (rank 0), bad samples, consumed samples on request."""
+
+    def __init__(self, config: FitConfig, run: runs.Run, rank: int):
+        self.run = run
+        self.bad = runs.PartWriter(run, "quarantine", config.attempt, rank)
+        self.samples = runs.PartWriter(run, "samples", config.attempt, rank) if config.record_samples else None
+        self.rows = runs.PartWriter(run, "metrics", config.attempt, rank) if rank == 0 else None
+        self.tracker = None
+        if self.rows is not None:
+            self.tracker = tracking.Tracker(config.tracking, self.rows, run.name, run.uri, config.job)
+        self.gauges: dict[str, Gauge] = {}
+        if rank == 0:  # what Prometheus may ask Ray for, by the name in a metric row
+            self.gauges = {row: Gauge(name, f"{row} of a run", ("run",)) for row, name in GAUGES.items()}
+
+    def write_row(self, step: int, row: dict[str, Any]) -> None:
+        """Write a metric row of `step`, on the rank that has metrics."""
+        if self.tracker is not None:
+            self.tracker.log({"step": step, "time": time.time(), **row})
+
+    def show(self, step: int, row: dict[str, Any]) -> None:
+        """Set the gauges to a row of training metrics."""
+        for name, gauge in self.gauges.items():
+            gauge.set(float(row.get(name, step)), {"run": self.run.name})
+
+    def flush(self) -> None:
+        """Return once every row is on storage: a checkpoint must not outlive the records of its steps."""
+        for writer in (self.rows, self.bad, self.samples):
+            if writer is not None:
+                writer.flush()
+
+    def close(self) -> None:
+        """End the records; what was written is on storage."""
+        for writer in (self.tracker, self.rows, self.bad, self.samples):
+            if writer is not None:
+                writer.close()
+
+
+def training_row(clock: Clock, ranks: Ranks) -> dict[str, Any]:
+    """Return the metrics of the steps of `clock`, over all ranks. A collective."""
+    loss, own = ranks.gather(clock.loss, clock.compute + clock.transfer)
+    slow = slow_ranks((own / clock.steps).tolist())
+    row = {
+        "train/loss": float(loss.sum()) / max(clock.samples, 1),
+        "train/samples_per_s": clock.samples / max(clock.total, 1e-9),
+        "time/step_s": clock.total / clock.steps,
+        "data/wait_s": clock.wait / clock.steps,
+        "time/transfer_s": clock.transfer / clock.steps,
+        "time/compute_s": clock.compute / clock.steps,
+        "time/communication_s": clock.communication / clock.steps,
+    }
+    if slow:
+        worst = max(slow, key=slow.__getitem__)
+        row |= {"straggler/rank": worst, "straggler/ratio": slow[worst]}
+    return row
+
+
+class BadSamples:
+    """The training samples that do not decode. `mask` holds those known when the epoch began: their weight is 0."""
+
+    def __init__(self, num_train: int, ranks: Ranks):
+        self.ranks = ranks
+        self.mask = np.zeros(num_train, bool)
+        self.seen = torch.zeros(num_train, dtype=torch.uint8)
+
+    def note(self, batch: Batch, phase: Phase, quarantine: runs.PartWriter) -> None:
+        """Write each sample that does not decode to the run's quarantine, once per attempt and rank."""
+        for i in np.flatnonzero(~batch.valid):
+            sample = int(batch.sample[i])
+            if phase.split == "train" and self.seen[sample]:
+                continue
+            if phase.split == "train":
+                self.seen[sample] = 1
+            row = {"path": batch.path[i], "split": phase.split, "sample": sample, "reason": batch.reason[i]}
+            quarantine.write(row)
+
+    def end_epoch(self) -> None:
+        """From now on the samples that any rank has found bad have weight 0. A collective."""
+        self.seen = self.ranks.largest(self.seen)
+        self.mask = self.seen.numpy().astype(bool)
+
+    def too_many(self, bound: float) -> str | None:
+        """Return the sentence that ends a run with more bad samples than `bound` (a share). A collective."""
+        num_bad, num_train = int(self.ranks.largest(self.seen).sum()), len(self.mask)
+        if num_bad <= bound * num_train:
+            return None
+        return (
+            f"{num_bad} of {num_train} training files do not decode, more than data.max_bad_fraction ({bound:g}) "
+            "allows: see quarantine/ in the run folder, then raise the bound, or fix the files and --restart"
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a checkpoint holds of them, as all ranks know it. A collective."""
+        return {"mask": torch.from_numpy(self.mask.astype(np.uint8)), "bad_seen": self.ranks.largest(self.seen)}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors` gave."""
+        self.mask, self.seen = tensors["mask"].numpy().astype(bool), tensors["bad_seen"].clone()

@@ -1,0 +1,80 @@
+"""The ranks of a run among themselves: sums, gathers and maxima over all of them, watched for ranks that hang.
+
+Every method named a collective must be called by all ranks alike. A rank that does not move inside one waits for the
+others and is not stuck itself: `Watchdog` (health.py) is told so.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slimray.spec import RunFailed
+from slimray.train.health import OTHERS, Watchdog
+
+
+class Ranks:
+    """This rank of `world`, the device it computes on, and the watchdog that looks after it.
+
+    `stuck(doing, seconds, stacks)` is called when the rank did not move for `limit_s` seconds.
+    """
+
+    def __init__(
+        self, rank: int, world: int, device: torch.device, limit_s: float, stuck: Callable[[str, float, str], None]
+    ):
+        self.rank, self.world, self.device = rank, world, device
+        self.watchdog = Watchdog(limit_s, stuck)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A rank that does not move within the block waits for the other ranks, and is not stuck itself."""
+        doing = self.watchdog.doing
+        self.watchdog.beat(OTHERS if self.world > 1 else doing)
+        yield
+        self.watchdog.beat(doing)
+
+    def require_all_reduce(self) -> None:
+        """Raise RunFailed unless the ranks can add numbers: a broken network is found before work starts."""
+        if self.world == 1:
+            return
+        numbers = torch.full((2**18,), float(self.rank + 1), device=self.device)
+        dist.all_reduce(numbers)
+        wanted = self.world * (self.world + 1) / 2
+        if not bool((numbers == wanted).all()):
+            raise RunFailed(f"the all-reduce of {self.world} ranks gives {float(numbers[0]):g}, not {wanted:g}")
+
+    def sum(self, *values: float) -> list[float]:
+        """Return the sums of `values` over all ranks. A collective."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        with self.waiting():
+            if self.world > 1:
+                dist.all_reduce(total)
+            return total.tolist()  # where a GPU waits
+
+    def gather(self, *values: float) -> Tensor:
+        """Return `values` of every rank, float64 `[len(values), world]`. A collective."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world == 1:
+            return mine[:, None].cpu()
+        everyone = [torch.empty_like(mine) for _ in range(self.world)]
+        with self.waiting():
+            dist.all_gather(everyone, mine)
+            return torch.stack(everyone, 1).cpu()
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Return the largest of each of `values` over all ranks, on the CPU. A collective."""
+        merged = values.to(self.device, copy=True)
+        with self.waiting():
+            if self.world > 1:
+                dist.all_reduce(merged, op=dist.ReduceOp.MAX)
+            return merged.cpu()
+
+    def agree(self, decided: bool) -> bool:
+        """Return what rank 0 decided. A collective."""
+        flag = torch.tensor([float(decided)], device=self.device)
+        with self.waiting():
+            if self.world > 1:
+                dist.broadcast(flag, 0)
+            return bool(flag)
