@@ -10,6 +10,7 @@ import pytest
 from tests.cli.test_cli import shell  # noqa: F401 a fixture
 
 from slimray import job, runs
+from slimray.data.modalities import MODALITIES
 from slimray.spec import UserError
 from slimray.train import calibrate
 from slimray.verbs import inputs, plan, train
@@ -174,5 +175,5 @@ def test_packed_clips_are_assumed_to_decode_faster_than_raw_ones(shell, where): 
         for file in ("tiny.yaml", "chain.yaml")
     ]
     raw, packed = (row["decode_cores"] / row["samples_per_s"][1] for row in found)
-    assert raw == pytest.approx(calibrate.DECODE_S["clip"])
-    assert packed == pytest.approx(calibrate.PACKED["h264"][0])
+    assert raw == pytest.approx(MODALITIES["clip"].decode_s)
+    assert packed == pytest.approx(MODALITIES["clip"].packed["h264"][0])

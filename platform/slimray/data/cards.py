@@ -3,7 +3,6 @@
 A `Card` is YAML that says where the lists of a dataset are and how to read them (lists.py). `load_card` finds one.
 """
 
-import posixpath
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +11,12 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from slimray import storage
-from slimray.data.paths import ALL_FILES, CLASS, COLUMN, NUMBERED, inside
-from slimray.data.points import point_sets
+from slimray.data.modalities import MODALITIES
+from slimray.data.paths import CLASS, COLUMN, LABELS_OF
 from slimray.spec import Spec, UserError, did_you_mean, parse, parse_yaml, read_yaml
 
 MAX_CLASSES = 100_000
 _PATTERNS = ("files", "s3dis", "shapenet_part", "cifar10", "cifar100")  # a split may be found in several places
-_LABELS_OF = ("name", "folder", "stem")  # what `point_labels` may say of a cloud's path
 
 
 class Card(Spec):
@@ -69,7 +67,7 @@ class Card(Spec):
     flip_pairs: tuple[tuple[int | str, int | str], ...] = ()
     """Classes that become each other in a mirror, by number or name."""
 
-    sample: Literal["clip", "image", "points", "frustum"] = "clip"
+    sample: str = Field("clip", json_schema_extra={"enum": list(MODALITIES)})
     """What a sample is: a clip of a video, an image, a cloud of points, or the points behind a 2D box."""
     labels: Literal["sample", "point"] = "sample"
     """Whether a label belongs to a sample, or to each of its points (the label of a list is then its shape, from 0)."""
@@ -121,29 +119,24 @@ class Card(Spec):
                 raise ValueError(f"num_classes: {self.num_classes}, but classes names {len(self.classes)}")
         if (self.flip == "labels") != bool(self.flip_pairs):
             raise ValueError("flip_pairs: belong to flip: labels, neither goes without the other")
-        of_points = self.labels == "point" or self.point_columns or self.point_labels or self.tile
-        if self.sample in ("clip", "image") and of_points:
-            raise ValueError("labels: point_columns, point_labels, tile and labels per point need sample: points")
-        if (self.layout == "kitti") != (self.sample == "frustum") and self.layout != "index":
-            raise ValueError("layout: kitti goes with sample: frustum, neither without the other")
-        if self.sample == "frustum" and tuple(self.classes or ()) != point_sets.KITTI_CLASSES:
-            raise ValueError(f"classes: frustums have [{', '.join(point_sets.KITTI_CLASSES)}], in this order")
+        if self.sample not in MODALITIES:
+            raise ValueError(f"sample: unknown kind of sample {self.sample!r}{did_you_mean(self.sample, MODALITIES)}")
+        owner = next((name for name, row in MODALITIES.items() if self.layout in row.layouts), self.sample)
+        if owner != self.sample:
+            raise ValueError(f"sample: must be {owner} for layout {self.layout}")
+        MODALITIES[self.sample].require(self)
         for split in self.detections:
             if self.layout != "kitti" or split not in self.splits:
                 raise ValueError(f"detections: {split!r} is no split of a card of layout kitti")
         if self.parts and (self.labels == "sample" or sum(self.parts.values()) != self.num_classes):
             raise ValueError(f"parts: {sum(self.parts.values())} parts in all, the card has {self.num_classes} classes")
-        if self.layout in ("cifar10", "cifar100", "visual_wake_words") and self.sample != "image":
-            raise ValueError(f"sample: must be image for layout {self.layout}")
         if self.layout == "visual_wake_words" and not (isinstance(self.classes, tuple) and len(self.classes) == 2):
             raise ValueError("classes: must be two: a name for images without the object, and its category in COCO")
-        if self.sample == "image" and (NUMBERED.search(self.file) or ALL_FILES in str(self.splits)):
-            raise ValueError("file: a sample is one image, no folder of them")
         if self.layout in ("s3dis", "shapenet_part") and self.labels == "sample":
             raise ValueError(f"labels: must be point for layout {self.layout}")
         for name in COLUMN.findall(self.point_labels or ""):
-            if name[0] not in _LABELS_OF:
-                raise ValueError(f"point_labels: {name[0]!r} is not known{did_you_mean(name[0], _LABELS_OF)}")
+            if name[0] not in LABELS_OF:
+                raise ValueError(f"point_labels: {name[0]!r} is not known{did_you_mean(name[0], LABELS_OF)}")
         if self.labels == "point" and not (self.classes or self.num_classes):
             raise ValueError("classes: must be named, or num_classes given, where labels belong to points")
         mirrored = [one for pair in self.flip_pairs for one in pair]
@@ -232,15 +225,6 @@ def load_card(name_or_path: str, search: Sequence[Path]) -> Card:
             return _one_card(read_yaml(path), str(path))
     known = {path.stem for folder in search for path in folder.glob("*.yaml") if not _holds_jobs(path)}
     raise UserError(f"there is no dataset card {name_or_path!r}{did_you_mean(name_or_path, known)}")
-
-
-def labels_path(card: Card, path: str) -> str:
-    """The file with the labels of the points of the cloud at `path`; UserError where it could lead out of the root."""
-    assert card.point_labels is not None
-    name = path[: -len(posixpath.splitext(path)[1]) or None]
-    known = {"name": name, "folder": posixpath.dirname(name) or ".", "stem": posixpath.basename(name)}
-    filled = COLUMN.sub(lambda match: known[match[1]], card.point_labels)
-    return inside(posixpath.normpath(filled), f"{card.name}: point_labels")
 
 
 def _one_card(documents: list[dict[str, Any]], where: str) -> Card:

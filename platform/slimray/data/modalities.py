@@ -1,64 +1,141 @@
-"""What a sample is, by the kind of its recipe: a clip, an image, a cloud of points, a frustum: the rows of KINDS.
+"""What a sample is: a clip, an image, a cloud of points, a frustum. The rows of MODALITIES, and no other place, say it.
 
 A recipe travels as a plain dict whose `kind` names the row. `load` makes one sample of one row of an index: an array
-of the row's shape and type, and its label (a number, or one per point). Everything random in it is a function of the
-key (seed, epoch, sample). What does not decode raises BadSample; storage that fails raises StorageError.
+of the row's shape and type, and its target (a number, or one per point). Everything random in it is a function of the
+key (seed, epoch, sample). What does not decode raises BadSample; storage that fails raises StorageError. What is
+predicted from a sample is a task (slimray.tasks); of its targets only `Target` is known here. No torch.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slimray.data import conversion, synthetic
 from slimray.data.bytes import read_sample, read_whole
 from slimray.data.images.pictures import ImageRecipe
+from slimray.data.paths import ALL_FILES, NUMBERED
 from slimray.data.points import files, point_sets
 from slimray.data.points.recipe import PointRecipe, make_points
 from slimray.data.samples import BadSample
+from slimray.data.spec import DataSpec
 from slimray.data.video.clips import ClipRecipe, flip_label
-from slimray.data.video.decoder import Decoder
 from slimray.spec import lookup
 from slimray.storage import open_uri
+
+if TYPE_CHECKING:
+    from slimray.data.cards import Card
+    from slimray.data.video.decoder import Decoder
 
 Key = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A row of KINDS: `shape` of a sample's array, `label_shape` of its label (() for a number), `input_shape` of what
-    the network takes of one view, without the batch. A bad sample's label is -1 throughout."""
+class Target:
+    """What the data path must know of a target: its `shape` without the batch, its numpy `dtype`, and the value that
+    `fill`s the place of a sample that does not decode. Travels in a plain recipe as `target`."""
 
-    from_dict: Callable[[dict[str, Any]], Any]
+    shape: tuple[int, ...] = ()
+    dtype: str = "int64"
+    fill: float = -1
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"shape": list(self.shape), "dtype": self.dtype, "fill": self.fill}
+
+    def empty(self, count: int) -> np.ndarray:
+        """Return the targets of `count` samples of which none is known, `[count, ...]`."""
+        return np.full((count, *self.shape), self.fill, self.dtype)
+
+
+@dataclass(frozen=True)
+class Modality:
+    """A row of MODALITIES."""
+
+    noun: str
+    """A sample in words."""
+    plural: str
+    """Samples in words."""
+    recipe: Any
+    """The class of its recipes, with `from_dict` and `to_dict`."""
+    make_recipe: Callable[[DataSpec, "Card", int, str], dict[str, Any]]
+    """The `data` section of a job, a card, the number of segments and a mode ("train", "val", "test") to the fields of
+    a recipe."""
     shape: Callable[[Any], tuple[int, ...]]
+    """A recipe to the shape of a sample's array, its views first."""
     input_shape: Callable[[Any], tuple[int, ...]]
-    label_shape: Callable[[Any], tuple[int, ...]]
+    """A recipe to the shape of what a network takes of one view, without the batch."""
+    target: Callable[[Any], Target]
+    """A recipe to the target of recipes that name none."""
     dtype: type
+    """Type of a sample's array."""
     load: Callable[[dict[str, Any], str, Any, Key, float], tuple[np.ndarray, Any]]
-    label_dtype: type = np.int64
+    """Row of an index, root, recipe, key, seconds a file may take to decode: to a sample and its target."""
+    convert: Callable[[conversion.Raw, dict[str, Any], "Decoder"], Iterator[conversion.Made]]
+    """A raw file to the samples that `prepare` stores of it."""
+    require: Callable[["Card"], None]
+    """Raises ValueError, as the validators of a card do, for a card that does not fit."""
+    decode_s: float
+    """Core-seconds to decode a sample, assumed until measured."""
+    sample_mb: float
+    """Megabytes of a sample on storage, assumed until measured."""
+    packed: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """The same two for the formats of `pack`, where it changes what is stored."""
+    generate: Callable[[int, int, synthetic.Sizes], synthetic.Generated] | None = None
+    """Number, seed and sizes to a generated sample; None where there are none."""
+    layouts: frozenset[str] = frozenset()
+    """Layouts of cards that hold nothing else."""
+    stored: bool = False
+    """Whether samples are read from what `prepare` stored only, never from the files as they came."""
+    segmented: bool = False
+    """Whether a sample is made of segments in time, as many as the network takes (`num_segments`)."""
+    in_channels: int | None = None
+    """Channels of an input where all samples have the same, 3 for pixels."""
+    early_input: Callable[[DataSpec, int], tuple[int, ...]] | None = None
+    """The `data` section and the number of segments to the shape of an input, before the dataset is known; None where
+    that depends on it."""
+    views: frozenset[str] = frozenset()
+    """Fields of an evaluation that choose its views."""
 
 
-def kind_of(recipe: dict[str, Any]) -> Kind:
-    """The row of KINDS that a plain recipe names; UserError for an unknown one."""
-    return lookup(KINDS, recipe.get("kind", "clip"), "kind of sample")
+def modality_of(recipe: Mapping[str, Any]) -> Modality:
+    """The row of MODALITIES that a plain recipe names; UserError for an unknown one."""
+    return lookup(MODALITIES, recipe.get("kind", "clip"), "kind of sample")
 
 
-def sample_shape(recipe: dict[str, Any]) -> tuple[int, ...]:
+def read_recipe(recipe: Mapping[str, Any]) -> Any:
+    """The recipe of a plain one, its target left out; raises TypeError or ValueError if it does not fit its kind."""
+    return modality_of(recipe).recipe.from_dict({key: value for key, value in recipe.items() if key != "target"})
+
+
+def target_of(recipe: Mapping[str, Any]) -> Target:
+    """The target of a plain recipe; one written before recipes had targets has those of its modality."""
+    plain = recipe.get("target")
+    if plain is not None:
+        return Target(tuple(plain["shape"]), plain["dtype"], plain["fill"])
+    return modality_of(recipe).target(read_recipe(recipe))
+
+
+def sample_shape(recipe: Mapping[str, Any]) -> tuple[int, ...]:
     """The shape of a sample of a plain recipe, its views first."""
-    kind = kind_of(recipe)
-    return kind.shape(kind.from_dict(recipe))
+    return modality_of(recipe).shape(read_recipe(recipe))
 
 
-def input_shape(recipe: dict[str, Any]) -> tuple[int, ...]:
+def input_shape(recipe: Mapping[str, Any]) -> tuple[int, ...]:
     """What a network takes of one view of a plain recipe, without the batch: (T, 3, H, W), (3, H, W) or (C, N)."""
-    kind = kind_of(recipe)
-    return kind.input_shape(kind.from_dict(recipe))
+    return modality_of(recipe).input_shape(read_recipe(recipe))
+
+
+# ------------------------------------------------------------------------------------------------------- reading
 
 
 @functools.cache
-def _decoder(timeout_s: float) -> Decoder:
+def _decoder(timeout_s: float) -> "Decoder":
     """One decoding child per process, kept between tasks; it dies with the process."""
+    from slimray.data.video.decoder import Decoder  # PyAV takes long to import, and a check of a job needs none
+
     return Decoder(timeout_s=timeout_s)
 
 
@@ -128,6 +205,51 @@ def load_frustum(
     return sample.points, truth
 
 
+# ------------------------------------------------------------------------------------------------------- recipes
+
+
+def _flips(data: DataSpec, card: "Card", mode: str) -> dict[str, Any]:
+    return {"flip": data.flip and mode == "train" and card.flip != "never", "flip_labels": card.flip_labels()}
+
+
+def _clip_recipe(data: DataSpec, card: "Card", num_segments: int, mode: str) -> dict[str, Any]:
+    return {
+        "num_segments": num_segments,
+        "size": data.size,
+        "resize": data.resize or round(data.size * 8 / 7),
+        "sampling": data.sampling,
+        "mode": mode,
+        "scales": data.scales,
+        "reader": data.reader,
+        **_flips(data, card, mode),
+    }
+
+
+def _image_recipe(data: DataSpec, card: "Card", _: int, mode: str) -> dict[str, Any]:
+    varied = data.images
+    return {
+        "size": data.size,
+        "resize": data.resize or 0,
+        "mode": mode,
+        "scale": varied.area,
+        "ratio": varied.ratio,
+        "brightness": varied.brightness,
+        "saturation": varied.saturation,
+        **_flips(data, card, mode),
+    }
+
+
+def _points_recipe(data: DataSpec, card: "Card", _: int, mode: str) -> dict[str, Any]:
+    given = data.points.model_dump(exclude={"one_hot"})
+    return given | {"num_shapes": data.points.one_hot, "per_point": card.labels == "point", "mode": mode}
+
+
+def _frustum_recipe(data: DataSpec, card: "Card", _: int, mode: str) -> dict[str, Any]:
+    given = data.points.model_dump(exclude={"one_hot"})
+    given |= {"channels": ("intensity",), "num_shapes": card.num_classes, "normalize": "none"}
+    return given | {"mode": mode, "kind": "frustum"}
+
+
 def _clip_shape(recipe: ClipRecipe) -> tuple[int, ...]:
     return (recipe.num_views, recipe.num_segments, recipe.size, recipe.size, 3)
 
@@ -136,41 +258,126 @@ def _clip_input(recipe: ClipRecipe) -> tuple[int, ...]:
     return (recipe.num_segments, 3, recipe.size, recipe.size)
 
 
+def _image_shape(recipe: ImageRecipe) -> tuple[int, ...]:
+    return (recipe.crops, recipe.size, recipe.size, 3)
+
+
+def _image_input(recipe: ImageRecipe) -> tuple[int, ...]:
+    return (3, recipe.size, recipe.size)
+
+
 def _points_shape(recipe: PointRecipe) -> tuple[int, ...]:
     return (recipe.num_views(), recipe.num_channels, recipe.num_points)
 
 
-def _points_label(recipe: PointRecipe) -> tuple[int, ...]:
+def _points_input(recipe: PointRecipe) -> tuple[int, ...]:
+    return (recipe.num_channels, recipe.num_points)
+
+
+def _points_target(recipe: PointRecipe) -> Target:
     if not recipe.per_point:
-        return ()
-    return (2, recipe.num_views(), recipe.num_points) if recipe.mode == "test" else (recipe.num_points,)
+        return Target()
+    return Target((2, recipe.num_views(), recipe.num_points) if recipe.mode == "test" else (recipe.num_points,))
 
 
-KINDS: dict[str, Kind] = {
-    "clip": Kind(ClipRecipe.from_dict, _clip_shape, _clip_input, lambda _: (), np.uint8, load_clip),
-    "image": Kind(
-        ImageRecipe.from_dict,
-        lambda recipe: (recipe.crops, recipe.size, recipe.size, 3),
-        lambda recipe: (3, recipe.size, recipe.size),
-        lambda _: (),
-        np.uint8,
-        load_image,
+# --------------------------------------------------------------------------------------------------------- cards
+
+
+def _require_pixels(card: "Card") -> None:
+    if card.labels == "point" or card.point_columns or card.point_labels or card.tile:
+        raise ValueError("labels: point_columns, point_labels, tile and labels per point need sample: points")
+
+
+def _require_image(card: "Card") -> None:
+    _require_pixels(card)
+    if NUMBERED.search(card.file) or ALL_FILES in str(card.splits):
+        raise ValueError("file: a sample is one image, no folder of them")
+
+
+def _require_points(card: "Card") -> None:
+    pass
+
+
+def _require_frustum(card: "Card") -> None:
+    if card.layout not in ("kitti", "index"):
+        raise ValueError("layout: kitti goes with sample: frustum, neither without the other")
+    if tuple(card.classes or ()) != point_sets.KITTI_CLASSES:
+        raise ValueError(f"classes: frustums have [{', '.join(point_sets.KITTI_CLASSES)}], in this order")
+
+
+MODALITIES: dict[str, Modality] = {
+    "clip": Modality(
+        noun="clip",
+        plural="clips",
+        recipe=ClipRecipe,
+        make_recipe=_clip_recipe,
+        shape=_clip_shape,
+        input_shape=_clip_input,
+        target=lambda _: Target(),
+        dtype=np.uint8,
+        load=load_clip,
+        convert=conversion.convert_clip,
+        require=_require_pixels,
+        decode_s=0.14,  # PyAV, 340 x 256
+        sample_mb=0.77,  # ten seconds of H.264 with GOP 12
+        packed={"h264": (0.067, 0.77), "jpeg": (0.04, 7.5)},
+        generate=synthetic.generate_clip,
+        segmented=True,
+        in_channels=3,
+        early_input=lambda data, segments: (segments, 3, data.size, data.size),
+        views=frozenset({"clips", "crops", "frame_orders"}),
     ),
-    "points": Kind(
-        PointRecipe.from_dict,
-        _points_shape,
-        lambda recipe: (recipe.num_channels, recipe.num_points),
-        _points_label,
-        np.float32,
-        load_points,
+    "image": Modality(
+        noun="image",
+        plural="images",
+        recipe=ImageRecipe,
+        make_recipe=_image_recipe,
+        shape=_image_shape,
+        input_shape=_image_input,
+        target=lambda _: Target(),
+        dtype=np.uint8,
+        load=load_image,
+        convert=conversion.convert_image,
+        require=_require_image,
+        decode_s=0.01,
+        sample_mb=0.1,
+        generate=synthetic.generate_image,
+        layouts=frozenset({"cifar10", "cifar100", "visual_wake_words"}),
+        in_channels=3,
+        views=frozenset({"crops"}),
     ),
-    "frustum": Kind(
-        PointRecipe.from_dict,
-        _points_shape,
-        lambda recipe: (recipe.num_channels, recipe.num_points),
-        lambda recipe: (recipe.num_points + 11,),
-        np.float32,
-        load_frustum,
-        np.float32,
+    "points": Modality(
+        noun="cloud",
+        plural="clouds",
+        recipe=PointRecipe,
+        make_recipe=_points_recipe,
+        shape=_points_shape,
+        input_shape=_points_input,
+        target=_points_target,
+        dtype=np.float32,
+        load=load_points,
+        convert=conversion.convert_cloud,
+        require=_require_points,
+        decode_s=0.01,
+        sample_mb=0.1,
+        generate=synthetic.generate_cloud,
+        stored=True,
+    ),
+    "frustum": Modality(
+        noun="frustum",
+        plural="frustums",
+        recipe=PointRecipe,
+        make_recipe=_frustum_recipe,
+        shape=_points_shape,
+        input_shape=_points_input,
+        target=lambda recipe: Target((recipe.num_points + 11,), "float32"),
+        dtype=np.float32,
+        load=load_frustum,
+        convert=conversion.convert_scan,
+        require=_require_frustum,
+        decode_s=0.01,
+        sample_mb=0.05,
+        layouts=frozenset({"kitti"}),
+        stored=True,
     ),
 }

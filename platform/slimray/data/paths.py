@@ -11,6 +11,7 @@ COLUMN = re.compile(r"\{([A-Za-z_]\w*)(?::0(\d\d?)d)?\}")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 NUMBERED = re.compile(r"\{(\d{1,9})\.\.(\d{0,9})\}(?=[^/]*$)")
 ALL_FILES = "{*}"  # in the last part of a path
+LABELS_OF = ("name", "folder", "stem")  # what `point_labels` of a card may say of a cloud's path
 CLASS = "{class}"  # a part of a pattern of layout `files`
 
 

@@ -29,7 +29,7 @@ from ray.data.block import BlockAccessor
 from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from slimray.data.modalities import kind_of
+from slimray.data.modalities import modality_of, read_recipe, target_of
 from slimray.data.plan import Block, Phase, blocks, ceil_div, feeder_ranks, num_feeders, pass_order, rank_slice
 from slimray.data.samples import BadSample
 from slimray.spec import RunFailed, UserError
@@ -71,8 +71,8 @@ class FeedConfig:
 class Batch:
     """The rows of one step (or microbatch) of one rank, as numpy arrays that share memory with the object store.
 
-    `data` and `label` `[n, ...]` as the kind of sample has them (data/samples.py), `sample` int64 `[n]` row in the
-    index, `position` int64 `[n]` place in the plan, `valid` bool `[n]`, `path` and `reason` lists of str (reason ""
+    `data` and `label` `[n, ...]` as modality and target of the recipe have them, `sample` int64 `[n]` row in the index,
+    `position` int64 `[n]` place in the plan, `valid` bool `[n]`, `path` and `reason` lists of str (reason ""
     where valid).
     """
 
@@ -102,16 +102,15 @@ def decode_block(numbers: dict[str, np.ndarray], plan: "ray.ObjectRef[np.ndarray
     source = config.sources[phase.split]
     index = _fetch(source.index)
     samples = pass_order(phase, config.seed)[lo:hi]
-    kind = kind_of(phase.recipe)
-    recipe = kind.from_dict(phase.recipe)
-    data = np.zeros((len(samples), *kind.shape(recipe)), kind.dtype)
-    labels = np.full((len(samples), *kind.label_shape(recipe)), -1, kind.label_dtype)
+    modality, recipe = modality_of(phase.recipe), read_recipe(phase.recipe)
+    data = np.zeros((len(samples), *modality.shape(recipe)), modality.dtype)
+    labels = target_of(phase.recipe).empty(len(samples))
     paths, reasons = [], []
     for i, sample in enumerate(samples):
         row, reason = index.slice(int(sample), 1).to_pylist()[0], ""
         key = (config.seed, phase.epoch, int(sample))
         try:
-            data[i], labels[i] = kind.load(row, source.root, recipe, key, config.decode_timeout_s)
+            data[i], labels[i] = modality.load(row, source.root, recipe, key, config.decode_timeout_s)
         except BadSample as bad:
             reason = str(bad) or "does not decode"
         except FileNotFoundError as error:  # Ray would take an OSError for something that passes

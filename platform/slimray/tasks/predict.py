@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from slimray import models, runs, storage
 from slimray.data.images.pictures import ImageRecipe
-from slimray.data.modalities import kind_of
+from slimray.data.modalities import read_recipe
 from slimray.data.points.clouds import Cloud
 from slimray.data.points.files import read_cloud
 from slimray.data.points.recipe import PointRecipe, PointSample, make_points
@@ -58,7 +58,7 @@ class Network:
 def load_network(run: runs.Run, device: torch.device | str = "cpu") -> Network:
     """Load the network that `run` wrote; UserError if it wrote none."""
     weights, model, taken = runs.read_model(run)
-    kind_of(taken["recipe"]).from_dict(taken["recipe"])  # a recipe of another version fails here, not at the first file
+    read_recipe(taken["recipe"])  # a recipe of another version fails here, not at the first file
     net = models.build(**model)
     net.load_state_dict(safetensors.torch.load(weights))
     pixels: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in taken["pixels"].items()}
@@ -130,7 +130,7 @@ def predict_files(
     folder for labels of points (default: beside the file). The network sees at most `rows` views at once. UserError,
     before anything is read, for an option that does not fit the network and labels that would overwrite a file.
     """
-    recipe = kind_of(network.recipe).from_dict(network.recipe | {"mode": "val"})
+    recipe = read_recipe(network.recipe | {"mode": "val"})
     if recipe.kind == "frustum":
         raise UserError("this network takes frustums, which files are not: score it by an evaluate job")
     if hasattr(network.net, "space"):

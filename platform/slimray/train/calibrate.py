@@ -24,7 +24,7 @@ import torch
 
 from slimray import models, runs
 from slimray.data.bytes import read_whole
-from slimray.data.modalities import input_shape, kind_of
+from slimray.data.modalities import MODALITIES, input_shape, modality_of, read_recipe, sample_shape, target_of
 from slimray.data.samples import BadSample
 from slimray.spec import UserError, did_you_mean, parse, read_yaml
 from slimray.storage import join, open_uri, read_bytes, write_atomic
@@ -37,9 +37,6 @@ from slimray.train.spec import OptimSpec
 FILE = "calibration.json"
 STEPS, WARM = 12, 3
 DECODED = 12  # samples
-DECODE_S = {"clip": 0.14, "image": 0.01, "points": 0.01, "frustum": 0.01}  # assumed until measured; PyAV, 340 x 256
-SAMPLE_MB = {"clip": 0.77, "image": 0.1, "points": 0.1, "frustum": 0.05}  # assumed: H.264 with GOP 12, JPEG, arrays
-PACKED = {"h264": (0.067, 0.77), "jpeg": (0.04, 7.5)}  # core-s and MB of a packed ten-second clip, likewise assumed
 SPREAD = (0.9, 1.0, 1.15)  # of a measured time on another day of the same machine (an assumption)
 
 
@@ -119,14 +116,13 @@ def _step_times(
     One thread on a CPU is timed by what it computed, so that other work on the machine does not count.
     """
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    kind = kind_of(recipe)
-    shape, label_shape = kind.shape(kind.from_dict(recipe)), kind.label_shape(kind.from_dict(recipe))
+    shape, dtype, target = sample_shape(recipe), modality_of(recipe).dtype, target_of(recipe)
     rng = np.random.default_rng(0)
-    if kind.dtype == np.uint8:
+    if dtype == np.uint8:
         data = rng.integers(0, 256, (rows, *shape), dtype=np.uint8)
     else:
-        data = rng.standard_normal((rows, *shape)).astype(kind.dtype)
-    labels = rng.integers(0, int(model["num_classes"]), (rows, *label_shape)).astype(kind.label_dtype)
+        data = rng.standard_normal((rows, *shape)).astype(dtype)
+    labels = rng.integers(0, int(model["num_classes"]), (rows, *target.shape)).astype(target.dtype)
     torch.manual_seed(0)
     replica = PlainReplica(models.build(**model), Setup(optim, Input(), input_shape(recipe), device))
     times = []
@@ -141,14 +137,13 @@ def _step_times(
 
 def _decode_times(table: pa.Table, root: str, recipe: dict[str, Any]) -> tuple[float, float]:
     """Median seconds and mean megabytes of a few samples spread over the index."""
-    kind, (fs, folder) = kind_of(recipe), open_uri(root)
-    made = kind.from_dict(recipe)
+    (fs, folder), made = open_uri(root), read_recipe(recipe)
     seconds, sizes = [], []
     for place in np.linspace(0, table.num_rows - 1, min(DECODED, table.num_rows)).round().astype(int):
         row = table.slice(int(place), 1).to_pylist()[0]
         try:
             start = time.perf_counter()
-            kind.load(row, root, made, (0, 0, int(place)), 60.0)
+            modality_of(recipe).load(row, root, made, (0, 0, int(place)), 60.0)
             seconds.append(time.perf_counter() - start)
             sizes.append(len(read_whole(fs, folder, row)))
         except (BadSample, FileNotFoundError):
@@ -199,17 +194,18 @@ def work(
     known: Mapping[str, Any],
     samples: int,
     val_samples: int,
-    kind: str,
+    sample: str,
     cluster: planner.Cluster,
     pack: str = "",
 ) -> planner.Work:
     """What a training `job` asks of `cluster`, its times from MACs and data sheets; `known` are its facts.
 
-    `kind` of sample, and for clips the format in which they are packed, decide what decoding and reading are assumed
-    to cost.
+    `sample` (a name in MODALITIES) and the format in which clips are packed decide what decoding and reading are
+    assumed to cost.
     """
     params, threads = int(known["params"]), max(1, int(job.scale.cpus_per_worker))
-    decode_s, sample_mb = PACKED[pack] if kind == "clip" and pack in PACKED else (DECODE_S[kind], SAMPLE_MB[kind])
+    modality = MODALITIES[sample]
+    decode_s, sample_mb = modality.packed.get(pack, (modality.decode_s, modality.sample_mb))
     peak = cluster.tmacs * (threads if cluster.shares_cores else 1)
     return planner.Work(
         name=job.name,
@@ -255,7 +251,7 @@ def compared(job: Any, known: Mapping[str, Any], config: Any, ctx: Any) -> dict[
     if found is None:
         return None
     cluster = this_machine(on_gpu)
-    planned = calibrated(work(job, known, known["train_samples"], 0, "clip", cluster), found)
+    planned = calibrated(work(job, known, known["train_samples"], 0, config.recipes["train"]["kind"], cluster), found)
     rows = [row for row in runs.read_parts(ctx.run, "metrics") if row.get("phase") == "train"]
     return planner.compare(job.batch.total / planner.split_step(planned, cluster, job.scale.most).step_s, rows)
 

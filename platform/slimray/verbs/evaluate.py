@@ -25,6 +25,7 @@ from slimray import runs
 from slimray.data.modalities import input_shape, sample_shape
 from slimray.data.pipeline import Batch, FeedConfig, Source
 from slimray.data.plan import Phase
+from slimray.data.spec import DataSpec
 from slimray.edge import cost
 from slimray.models.points.branches import branch_responses
 from slimray.report import pages
@@ -39,7 +40,7 @@ from slimray.train import learn, loop, workers
 from slimray.train.progress import follow
 from slimray.train.spec import ScaleSpec
 from slimray.verbs import boxes
-from slimray.verbs.inputs import DataSpec, Splits, open_splits
+from slimray.verbs.inputs import Splits, open_splits
 
 EXPLAINED = 2  # clouds of a run that are shown with what the branches of its PVConvs respond to
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slimray.data.cards import Card
+from slimray.data.modalities import MODALITIES
 from slimray.spec import UserError, parse
 from slimray.train import calibrate, planner
 from slimray.verbs import inputs, train
@@ -46,7 +47,7 @@ def plan_job(
     cluster = calibrate.find_cluster(cluster_name, _folders(where), on_gpu)
     work = calibrate.work(job, known, samples or 0, val_samples, card.sample, cluster, pack)
     model = train.model_options(job, card.num_classes)
-    recipe = make_recipe(job.data, card, known["input"][0] if card.sample == "clip" else 0, "train")
+    recipe = make_recipe(job.data, card, known["input"][0] if MODALITIES[card.sample].segmented else 0, "train")
     key, written = calibrate.key_of(model, recipe, job.batch.per_worker, calibrate.device_name(on_gpu)), None
     if measuring:
         table, root = (splits.tables[job.data.train], splits.root) if splits is not None else (None, "")

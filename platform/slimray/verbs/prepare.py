@@ -10,15 +10,12 @@ shards; a shard whose part file exists is done, so a killed job goes on where it
 """
 
 import contextlib
-import dataclasses
-import functools
 import io
 import itertools
 import json
 import os
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -30,22 +27,20 @@ from pydantic import Field, model_validator
 from ray import exceptions
 
 from slimray import runs, storage
-from slimray.data.bytes import read_files, read_whole, write_shard
-from slimray.data.cards import Card, labels_path
-from slimray.data.images import image_shapes
+from slimray.data.bytes import write_shard
+from slimray.data.cards import Card
+from slimray.data.conversion import BY_LAYOUT, Raw, scan_objects
 from slimray.data.index import fingerprint, index_table
 from slimray.data.lists import read_split
+from slimray.data.modalities import MODALITIES
 from slimray.data.pipeline import failure_of, map_numbers
-from slimray.data.points import clouds, files, point_sets, shapes
 from slimray.data.samples import BadSample
-from slimray.data.video import moving_shapes
+from slimray.data.synthetic import Sizes
 from slimray.data.video.decoder import Decoder
 from slimray.data.video.repack import Pack
 from slimray.spec import RunFailed, Spec, UserError, parse
 from slimray.train import workers
 from slimray.train.progress import make_bar
-
-MIN_TILE_POINTS = 100  # tiles with fewer are left out
 
 
 class PrepareData(Spec):
@@ -271,7 +266,7 @@ def _write_indexes(job: PrepareJob, ctx: Any, card: Card, chunks: list[_Chunk], 
         if objects[split]:  # what is to be found, also in images without a frustum
             runs.write_file(ctx.run, f"data/{split}.objects.json", json.dumps(objects[split]).encode())
         metrics[split] = {"clips": len(items), "quarantined": len(bad[split])}
-    here = job.pack is not None or card.layout == "generated" or card.sample in ("points", "frustum")
+    here = job.pack is not None or card.layout == "generated" or MODALITIES[card.sample].stored
     prepared = card.prepared(list(rows), None if here else root)
     text = yaml.safe_dump(prepared.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
     runs.write_file(ctx.run, "data/card.yaml", text.encode())
@@ -308,35 +303,28 @@ def _do_chunk(work: _Work, chunk: _Chunk) -> dict[str, np.ndarray]:
 
 def _generate(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any], fs: Any, folder: str) -> None:
     """Clips as H.264 files under data/clips, clouds and images as a parquet shard."""
-    data, packed = work.data, []
+    sizes, packed = Sizes(work.data.size, work.data.frames, work.data.points), []
+    generate = MODALITIES[work.card.sample].generate
+    assert generate is not None  # a card of layout `generated` is of a modality that can be
     shard = f"shards/{chunk.split}-{chunk.number:06d}.parquet"
     for row in rows:
-        if work.card.sample == "points":
-            coords, labels, label = shapes.make_cloud(row["number"], data.seed, num_points=data.points)
-            encoded = clouds.write_cloud(clouds.Cloud(coords, labels=labels))
-            path, shape = f"{chunk.split}/{row['number']:06d}.npz", {"frames": data.points}
-            place = {"shard": shard, "row": len(packed)}
-            packed.append({"path": path, "label": label, "data": encoded})
-        elif work.card.sample == "image":
-            picture, label = image_shapes.make_image(row["number"], data.seed, size=data.size)
-            encoded, path = image_shapes.encode_png(picture), f"{chunk.split}/{row['number']:06d}.png"
-            place, shape = {"shard": shard, "row": len(packed)}, {"width": data.size, "height": data.size}
-            packed.append({"path": path, "label": label, "data": encoded})
+        made = generate(row["number"], work.data.seed, sizes)
+        path, place = f"{chunk.split}/{row['number']:06d}{made.ending}", {}
+        if made.alone:
+            path = f"clips/{path}"
+            storage.write_atomic(fs, f"{folder}/data/{path}", made.data)
         else:
-            frames, label = moving_shapes.make_clip(row["number"], data.seed, size=data.size, num_frames=data.frames)
-            encoded = moving_shapes.encode_h264(frames)
-            path, place = f"clips/{chunk.split}/{row['number']:06d}.mp4", {}
-            storage.write_atomic(fs, f"{folder}/data/{path}", encoded)
-            shape = {"frames": data.frames, "fps": float(moving_shapes.FPS), "width": data.size, "height": data.size}
-        part["rows"].append({"path": path, "label": int(label), **shape, **place})
-        part["bytes_out"] += len(encoded)
+            place = {"shard": shard, "row": len(packed)}
+            packed.append({"path": path, "label": made.label, "data": made.data})
+        part["rows"].append({"path": path, "label": made.label, **made.shape, **place})
+        part["bytes_out"] += len(made.data)
     if packed:
         write_shard(fs, f"{folder}/data/{shard}", packed)
 
 
 def _convert(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any], fs: Any, folder: str) -> None:
     """Read every file whole, and pack the good ones into one parquet shard."""
-    packed_here = work.pack or work.card.sample in ("points", "frustum")
+    packed_here = work.pack or MODALITIES[work.card.sample].stored
     shard = f"shards/{chunk.split}-{chunk.number:06d}.parquet" if packed_here else ""
     rows = [{**row, "split": chunk.split} for row in rows]
     with Decoder(timeout_s=work.timeout_s) as decoder:
@@ -348,11 +336,13 @@ def _convert(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any],
 
 def _pack(work: _Work, rows: list[dict], part: dict[str, Any], shard: str, decoder: Decoder) -> Iterator[dict]:
     """The rows of the shard, made one by one (none without a shard); `part` notes what is made and what is bad."""
-    make = _MAKERS.get(work.card.layout) or {"points": _cloud, "image": _image}.get(work.card.sample, _clip)
+    convert = BY_LAYOUT.get(work.card.layout) or MODALITIES[work.card.sample].convert
+    pack = None if work.pack is None else Pack(**work.pack.model_dump())
+    raw = Raw(work.root, work.card, pack, work.data.copies, work.data.seed)
     packed = 0
     for row in rows:
         try:
-            for made in make(work, row, decoder):
+            for made in convert(raw, row, decoder):
                 place = {"shard": shard, "row": packed} if shard else {"shard": row["shard"], "row": row["row"]}
                 label = row["label"] if made.label is None else made.label
                 part["rows"].append({"path": made.path, "label": label, **made.shape, **place})
@@ -364,183 +354,9 @@ def _pack(work: _Work, rows: list[dict], part: dict[str, Any], shard: str, decod
                     part["psnr"] += [] if made.psnr is None else [made.psnr]
                     yield {"path": made.path, "label": label, "data": made.data}
             if work.card.layout == "kitti":
-                part["objects"].append({"image": row["path"], "objects": list(map(vars, _objects(work, row["path"])))})
+                part["objects"].append(
+                    {"image": row["path"], "objects": list(map(vars, scan_objects(raw, row["path"])))}
+                )
         except (BadSample, FileNotFoundError) as error:
             reason = str(error) if isinstance(error, BadSample) else "no such file"
             part["bad"].append({"path": row["path"], "reason": reason})
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A sample as stored: its path in the index, columns of the index that say what it holds, bytes read for it.
-
-    `psnr` is in dB, of what was lost; `left_out` are files that it lacks, with the reason; `label` is its class, if
-    that is another than the file's.
-    """
-
-    path: str
-    data: bytes
-    shape: dict[str, Any]
-    bytes_in: int
-    psnr: float | None = None
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    label: int | None = None
-
-
-def _clip(work: _Work, row: dict[str, Any], decoder: Decoder) -> Iterator[_Made]:
-    """A video probed, and re-encoded if it is to be packed."""
-    source, root = storage.open_uri(work.root)
-    data = read_whole(source, root, row)
-    if work.pack is None:
-        found, encoded, psnr = decoder.probe(row["path"], data), b"", None
-    else:
-        encoded, found, psnr = decoder.repack(row["path"], data, Pack(**work.pack.model_dump()))
-    shape = {"frames": found.frames, "fps": found.fps, "width": found.width, "height": found.height}
-    yield _Made(row["path"], encoded, shape, len(data), psnr)
-
-
-def _image(work: _Work, row: dict[str, Any], decoder: Decoder) -> Iterator[_Made]:
-    """An image decoded, and made smaller if it is to be packed and its short side is too long."""
-    source, root = storage.open_uri(work.root)
-    data = read_whole(source, root, row)
-    short_side, quality = (None, 90) if work.pack is None else (work.pack.short_side, work.pack.quality)
-    encoded, found, psnr = decoder.shrink(row["path"], data, short_side, quality)
-    yield _Made(row["path"], encoded, {"width": found.width, "height": found.height}, len(data), psnr)
-
-
-def _cloud(work: _Work, row: dict[str, Any], _: Decoder) -> Iterator[_Made]:
-    """A cloud read from any point file, with the labels of its points as classes; whole, or in tiles."""
-    card, (source, root) = work.card, storage.open_uri(work.root)
-    data, labels = read_whole(source, root, row), None
-    if card.point_labels:
-        path = labels_path(card, row["path"])
-        labels = (path, read_whole(source, root, {**row, "path": path}))
-    cloud = files.read_cloud(row["path"], data, card.point_columns, labels)
-    if card.labels == "point":
-        cloud = _with_classes(cloud, card)
-    size = len(data) + len(labels[1] if labels else b"")
-    if card.tile is None:
-        yield _stored(row["path"], cloud, size)
-        return
-    tiles = _tiles(cloud, card.tile)
-    if not tiles:
-        raise BadSample(f"no tile of it has {MIN_TILE_POINTS} points and a label that counts")
-    for number, tile in enumerate(tiles):
-        yield _stored(f"{row['path']}#{number:04d}", tile, 0 if number else size)
-
-
-def _room(work: _Work, row: dict[str, Any], _: Decoder) -> Iterator[_Made]:
-    """The windows of an S3DIS room, first those of offset "zero", then those of "half"."""
-    source, root = storage.open_uri(work.root)
-    objects = read_files(source, root, row["path"])
-    folder, room = row["path"].rpartition("/")[0], row["path"].partition("/Annotations/")[0]
-    xyzrgb, labels, skipped = point_sets.s3dis_room(objects)
-    size, left_out = sum(map(len, objects.values())), {f"{folder}/{name}": why for name, why in skipped.items()}
-    for key, (name, offset) in enumerate(point_sets.S3DIS_OFFSETS.items()):
-        windows = point_sets.s3dis_windows(xyzrgb, labels, offset, (zlib.crc32(room.encode()), key))
-        for number, window in enumerate(windows):
-            if not np.ptp(window.coords, 0).any():
-                continue  # a lone point, far from all others, is no cloud
-            features = dict(window.features)
-            window = dataclasses.replace(window, features=features)
-            yield _stored(f"{room}#{name}-{number:04d}", window, size, left_out)
-            size, left_out = 0, {}
-
-
-def _shape(work: _Work, row: dict[str, Any], _: Decoder) -> Iterator[_Made]:
-    """A shape of ShapeNet part, whose parts must be those of its class."""
-    source, root = storage.open_uri(work.root)
-    data = read_whole(source, root, row)
-    yield _stored(row["path"], point_sets.shapenet_cloud(row["path"], data, row["label"]), len(data))
-
-
-def _scan(work: _Work, row: dict[str, Any], _: Decoder) -> Iterator[_Made]:
-    """The frustums of a KITTI scan: behind the 2D boxes of its labels, or of a detector where the card names one."""
-    path, split, (source, root) = row["path"], row["split"], storage.open_uri(work.root)
-    data, number = read_whole(source, root, row), path.rpartition("/")[2].removesuffix(".bin")
-    cloud = files.read_cloud(path, data)
-    scan = np.concatenate([cloud.coords + cloud.origin, cloud.features["intensity"]], 1)
-    calibration = point_sets.kitti_calibration(_beside(work, path, "calib", ".txt"))
-    image_size = point_sets.png_size(_beside(work, path, "image_2", ".png", 32))
-    objects = _objects(work, path)
-    if split in work.card.detections:
-        objects = _detections(work.root, work.card.detections[split]).get(number, [])
-    training = split == "train"
-    copies, shake = (work.data.copies, 0.1) if training and work.data.copies > 1 else (1, 0.0)
-    key = (work.data.seed, zlib.crc32(path.encode()))
-    frustums = point_sets.kitti_frustums(scan, calibration, objects, image_size, key, copies, shake)
-    for place, frustum in enumerate(frustums):
-        stored = point_sets.write_frustum(frustum)
-        label = point_sets.KITTI_CLASSES.index(frustum.kind)
-        shape = {"frames": len(frustum.cloud)}
-        yield _Made(f"{path}#{place:04d}", stored, shape, 0 if place else len(data), label=label)
-
-
-def _objects(work: _Work, path: str) -> list[point_sets.KittiObject]:
-    """All that is labelled in the image of a scan."""
-    return point_sets.kitti_objects(_beside(work, path, "label_2", ".txt"))
-
-
-def _beside(work: _Work, path: str, folder: str, suffix: str, num_bytes: int | None = None) -> bytes:
-    """The file that belongs to a scan, `training/velodyne/000123.bin`, in another folder; its first bytes, or all."""
-    source, root = storage.open_uri(work.root)
-    name = path.replace("/velodyne/", f"/{folder}/").removesuffix(".bin") + suffix
-    try:
-        return storage.read_bytes(source, storage.join(root, name), num_bytes)
-    except FileNotFoundError:
-        raise BadSample(f"{name} is missing") from None
-
-
-@functools.lru_cache(maxsize=2)
-def _detections(root: str, name: str) -> dict[str, list[point_sets.KittiObject]]:
-    """The 2D boxes of a detector by the number of their image; read once in a process."""
-    fs, folder = storage.open_uri(root)
-    try:
-        return point_sets.rgb_detections(storage.read_bytes(fs, storage.join(folder, name)))
-    except FileNotFoundError:
-        raise RunFailed(f"{storage.join(root, name)}: there are no such detections: mend the card") from None
-    except BadSample as bad:
-        raise RunFailed(f"{storage.join(root, name)}: {bad}") from None
-
-
-_MAKERS: dict[str, Callable[[_Work, dict[str, Any], Decoder], Iterator[_Made]]] = {
-    "s3dis": _room,
-    "shapenet_part": _shape,
-    "kitti": _scan,
-}
-
-
-def _stored(path: str, cloud: clouds.Cloud, bytes_in: int, left_out: Mapping[str, str] | None = None) -> _Made:
-    return _Made(path, clouds.write_cloud(cloud), {"frames": len(cloud)}, bytes_in, left_out=left_out or {})
-
-
-def _tiles(cloud: clouds.Cloud, side: float) -> list[clouds.Cloud]:
-    """Squares of x and y, in their order; `rows` lead back into the file. Left out are sparse ones, and those without
-    a label that counts."""
-    cells = np.floor((cloud.coords[:, :2] - cloud.coords[:, :2].min(0)) / side).astype(np.int64)
-    inverse = np.unique(cells, axis=0, return_inverse=True)[1].reshape(-1)
-    order = np.argsort(inverse, kind="stable")
-    tiles = []
-    for taken in np.split(order, np.flatnonzero(np.diff(inverse[order])) + 1):
-        labels = None if cloud.labels is None else cloud.labels[taken]
-        useless = labels is not None and labels.max() < 0
-        if len(taken) < MIN_TILE_POINTS or useless or not np.ptp(cloud.coords[taken], 0).any():
-            continue
-        features = {name: array[taken] for name, array in cloud.features.items()}
-        rows = taken if cloud.rows is None else cloud.rows[taken]
-        tiles.append(clouds.Cloud(cloud.coords[taken], features, labels, rows, cloud.origin))
-    return tiles
-
-
-def _with_classes(cloud: clouds.Cloud, card: Card) -> clouds.Cloud:
-    """`cloud` with the class of each point in place of its label; -1 for labels that do not count."""
-    if cloud.labels is None:
-        raise BadSample("has no label per point")
-    classes = cloud.labels
-    if card.label_map:
-        classes = np.full(len(cloud), -1, np.int64)
-        for label, number in card.label_map.items():
-            classes[cloud.labels == label] = number
-    if classes.max() >= card.num_classes:
-        raise BadSample(f"has label {int(classes.max())}, there are {card.num_classes} classes")
-    return dataclasses.replace(cloud, labels=classes)

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from slimray import models, runs
 from slimray.data.pipeline import Source
+from slimray.data.spec import DataSpec
 from slimray.edge import cost
 from slimray.models.supernets.elastic import Unit
 from slimray.models.supernets.mixed import MixedNet
@@ -38,7 +39,7 @@ from slimray.train.progress import follow
 from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, OptimSpec, ScaleSpec
 from slimray.verbs import shrink, train
 from slimray.verbs.context import Context
-from slimray.verbs.inputs import DataSpec, Splits, open_splits
+from slimray.verbs.inputs import Splits, open_splits
 from slimray.verbs.train import ModelSpec, TrainJob
 
 SUPERNET, FOUND = "proxyless_supernet", "proxyless_found"  # rows of MODELS

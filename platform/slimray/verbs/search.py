@@ -27,6 +27,7 @@ from slimray import models, runs
 from slimray.arch import Arch
 from slimray.data.index import INDEX
 from slimray.data.pipeline import Source
+from slimray.data.spec import DataSpec
 from slimray.edge import cost, hardware
 from slimray.edge.arch_costs import COUNTED, MEASURED, Meter, Prices
 from slimray.report import pages
@@ -35,7 +36,7 @@ from slimray.search.strategies import Problem, Trial
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean, located, parse
 from slimray.train import workers
 from slimray.train.spec import ScaleSpec
-from slimray.verbs.inputs import DataSpec, finished_run, open_splits
+from slimray.verbs.inputs import finished_run, open_splits
 from slimray.verbs.subnets import Exhibits, Judge, JudgeSpec, decode, judge_all, metric_of
 
 COSTS = (*COUNTED, *MEASURED)

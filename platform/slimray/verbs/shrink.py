@@ -24,6 +24,7 @@ from slimray import models, runs
 from slimray.arch import Arch, Space
 from slimray.data.index import INDEX
 from slimray.data.pipeline import Source
+from slimray.data.spec import DataSpec
 from slimray.edge import cost
 from slimray.models.supernets.elastic import sort_channels
 from slimray.report import pages
@@ -35,7 +36,7 @@ from slimray.train.methods.supernet import Supernet
 from slimray.train.progress import follow
 from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, OptimSpec, ScaleSpec
 from slimray.verbs import train
-from slimray.verbs.inputs import DataSpec, Splits, open_splits
+from slimray.verbs.inputs import Splits, open_splits
 from slimray.verbs.subnets import Exhibits, Judge, JudgeSpec, decode, judge_all, metric_of
 from slimray.verbs.train import ModelSpec, TrainJob
 from slimray.verbs.trials import SweepSpec, sweep, watch_losses

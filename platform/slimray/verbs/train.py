@@ -13,9 +13,10 @@ from pydantic import ConfigDict, Field, model_validator
 
 from slimray import models, runs
 from slimray.data.cards import Card
-from slimray.data.modalities import input_shape
+from slimray.data.modalities import MODALITIES, input_shape
 from slimray.data.pipeline import Source
 from slimray.data.plan import ceil_div
+from slimray.data.spec import DataSpec
 from slimray.data.video.clips import DENSE_WINDOW
 from slimray.edge import cost
 from slimray.report import pages
@@ -29,9 +30,8 @@ from slimray.train.methods.mutual import Mutual
 from slimray.train.methods.plain import Plain
 from slimray.train.progress import follow
 from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, LimitsSpec, OptimSpec, ScaleSpec
-from slimray.verbs.inputs import DataSpec, Splits, make_recipe, open_splits
+from slimray.verbs.inputs import Splits, make_recipe, open_splits
 
-GIVES = {"clip": "clips", "image": "images", "points": "points", "frustum": "frustums"}  # what data is, a network wants
 OWNED = {"num_classes": "the dataset says how many", "zero_gamma": "write optim.zero_gamma"}  # no options of `model`
 
 
@@ -110,7 +110,7 @@ def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, 
     num_classes = card.num_classes if card is not None else 0
     _require_weights(job, card)
     row = models.MODELS.get(job.model.name)
-    if card is None and row is not None and row.input != "clip":
+    if card is None and row is not None and MODALITIES[row.input].early_input is None:
         return {"model": job.model.name}  # what its samples are, only the dataset says
     net, macs = _measure(job, num_classes or 1, card)
     out: dict[str, Any] = {"model": job.model.name}
@@ -131,16 +131,17 @@ def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, 
 
 def _measure(job: TrainJob, num_classes: int, card: Card | None) -> tuple[Any, int]:
     """The network on the meta device and its MACs; UserError `model.width: ...` if it cannot be or does not fit."""
-    sample = "clip" if card is None else card.sample
     name, options = job.model.name, job.model.options()
     try:
         row = lookup(models.MODELS, name, "model")
     except UserError as error:
         raise UserError(f"model.name: {error} (`slimray explain models` lists them)") from None
+    sample = row.input if card is None else card.sample
+    modality = MODALITIES[sample]
     if job.optim.mutual and sample == "frustum":
         raise UserError("optim.mutual: is for classes of samples or points, not for boxes: leave it out")
     if row.input != sample:
-        raise UserError(f"model.name: {name} wants {GIVES[row.input]}, the dataset gives {GIVES[sample]}")
+        raise UserError(f"model.name: {name} wants {MODALITIES[row.input].plural}, the dataset gives {modality.plural}")
     known = models.options_of(name)
     for option in options:
         if option in OWNED:
@@ -151,7 +152,7 @@ def _measure(job: TrainJob, num_classes: int, card: Card | None) -> tuple[Any, i
     if side is not None and job.data.size != side:
         raise UserError(f"data.size: must be {side}, the resolution of model.arch (got {job.data.size})")
     if sample in ("clip", "image") and options.get("in_channels", 3) != 3:
-        raise UserError(f"model.in_channels: the {GIVES[sample]} have 3 channels (got {options['in_channels']!r})")
+        raise UserError(f"model.in_channels: the {modality.plural} have 3 channels (got {options['in_channels']!r})")
     try:
         net = cost.build_on_meta(lambda: models.build(**model_options(job, num_classes)))
     except UserError as error:
@@ -159,22 +160,25 @@ def _measure(job: TrainJob, num_classes: int, card: Card | None) -> tuple[Any, i
     except (RuntimeError, ValueError) as error:
         raise UserError(f"model: {name} cannot be built with these options ({_first_line(error)})") from None
     shape = _input_shape(job, card, net)
-    if sample == "clip" and job.data.sampling == "dense" and shape[0] > DENSE_WINDOW:
+    if modality.segmented and job.data.sampling == "dense" and shape[0] > DENSE_WINDOW:
         raise UserError(f"model.num_segments: at most {DENSE_WINDOW} frames with data.sampling: dense (got {shape[0]})")
     try:
         return net, cost.count_macs(net, (1, *shape))
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"model: {name} does not take {GIVES[sample]} of {' x '.join(map(str, shape))}: change data or its options "
-            f"({_first_line(error)})"
+            f"model: {name} does not take {modality.plural} of {' x '.join(map(str, shape))}: change data or its "
+            f"options ({_first_line(error)})"
         ) from None
 
 
 def _input_shape(job: TrainJob, card: Card | None, net: Any) -> tuple[int, ...]:
     """A sample as the network takes it: (T, 3, H, W), (3, H, W) or (C, N)."""
-    if card is None or card.sample == "clip":
-        return (net.num_segments, 3, job.data.size, job.data.size)
-    return input_shape(make_recipe(job.data, card, 0, "train"))
+    modality = MODALITIES[models.MODELS[job.model.name].input]
+    segments = net.num_segments if modality.segmented else 0
+    if modality.early_input is not None:
+        return modality.early_input(job.data, segments)
+    assert card is not None  # `facts` asks for no network before there is a dataset
+    return input_shape(make_recipe(job.data, card, segments, "train"))
 
 
 def _first_line(error: Exception) -> str:
@@ -261,7 +265,7 @@ def fit_config(
     job: TrainJob, ctx: Any, run_uri: str, splits: Splits, tables: Mapping[str, Source], known: Mapping[str, Any]
 ) -> loop.FitConfig:
     """What the workers of `job` need to train in the run at `run_uri`; `known` are its `facts`, the board is new."""
-    segments = known["input"][0] if splits.card.sample == "clip" else 0
+    segments = known["input"][0] if MODALITIES[splits.card.sample].segmented else 0
     names = {"train": job.data.train} | ({"val": job.data.val} if job.data.val else {})
     return loop.FitConfig(
         run_uri=run_uri,

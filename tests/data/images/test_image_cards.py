@@ -18,6 +18,7 @@ from slimray.data.images import image_sets, image_shapes
 from slimray.data.images.pictures import ImageRecipe
 from slimray.data.index import index_table
 from slimray.data.lists import complete, read_split
+from slimray.data.spec import DataSpec
 from slimray.spec import UserError, parse
 from slimray.storage import StorageError
 from slimray.verbs import inputs, prepare
@@ -289,7 +290,7 @@ def test_generated_images_are_packed_without_loss(tmp_path):
 
 
 def test_a_job_says_how_images_are_varied():
-    data = parse(inputs.DataSpec, {"size": 160, "images": {"area": [0.2, 1], "brightness": 0}}, "x.yaml")
+    data = parse(DataSpec, {"size": 160, "images": {"area": [0.2, 1], "brightness": 0}}, "x.yaml")
     train = ImageRecipe.from_dict(inputs.make_recipe(data, custom(classes=["a", "b"]), 0, "train"))
     assert (train.size, train.scale, train.brightness, train.saturation, train.flip) == (160, (0.2, 1.0), 0, 0.5, True)
     val = ImageRecipe.from_dict(inputs.make_recipe(data, custom(classes=["a", "b"]), 0, "val"))
@@ -298,7 +299,7 @@ def test_a_job_says_how_images_are_varied():
     assert not inputs.make_recipe(data, never, 0, "train")["flip"]
     swapped = custom(classes=["left", "right"], flip="labels", flip_pairs=[["left", "right"]])
     assert inputs.make_recipe(data, swapped, 0, "train")["flip_labels"] == ((0, 1),)
-    defaults = inputs.make_recipe(parse(inputs.DataSpec, {}, "x.yaml"), never, 0, "train")
+    defaults = inputs.make_recipe(parse(DataSpec, {}, "x.yaml"), never, 0, "train")
     assert ImageRecipe.from_dict(defaults) == ImageRecipe(flip=False)
 
 
@@ -314,4 +315,4 @@ def test_a_job_says_how_images_are_varied():
 )
 def test_a_wrong_variation_is_one_sentence(images, reason):
     with pytest.raises(UserError, match=reason):
-        parse(inputs.DataSpec, {"images": images}, "x.yaml")
+        parse(DataSpec, {"images": images}, "x.yaml")

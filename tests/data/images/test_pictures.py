@@ -325,7 +325,7 @@ def test_a_network_learns_from_packed_images(tmp_path):
     ]
     write_shard(pafs.LocalFileSystem(), f"{tmp_path}/train.parquet", packed)
     recipe = ImageRecipe(size=32, scale=(0.8, 1.0), **PLAIN).to_dict()
-    kind = modalities.kind_of(recipe)
+    kind = modalities.modality_of(recipe)
     assert modalities.sample_shape(recipe) == (1, 32, 32, 3)
     assert modalities.input_shape(recipe) == (3, 32, 32)
     torch.manual_seed(0)
@@ -336,7 +336,11 @@ def test_a_network_learns_from_packed_images(tmp_path):
     for epoch in range(12):
         loaded = [
             kind.load(
-                row(f"{n}.png", n % 12, "train.parquet", n), str(tmp_path), kind.from_dict(recipe), (0, epoch, n), 30
+                row(f"{n}.png", n % 12, "train.parquet", n),
+                str(tmp_path),
+                modalities.read_recipe(recipe),
+                (0, epoch, n),
+                30,
             )
             for n in range(36)
         ]

@@ -13,7 +13,8 @@ import pytest
 
 from slimray.data import modalities
 from slimray.data.bytes import read_files, read_whole
-from slimray.data.cards import Card, labels_path, load_card
+from slimray.data.cards import Card, load_card
+from slimray.data.conversion import MIN_TILE_POINTS, _tiles, labels_path
 from slimray.data.index import index_table
 from slimray.data.lists import complete, read_split
 from slimray.data.points import point_sets
@@ -331,7 +332,7 @@ def test_one_scan_is_cut_into_tiles_that_lead_back_into_it(shared, tmp_path):
         assert np.array_equal(cloud.coords, whole.coords[cloud.rows])
         assert np.array_equal(cloud.labels, point_sets.semantic_kitti_labels(raw[cloud.rows]))
         assert np.ptp(cloud.coords[:, :2], 0).max() <= 20
-        assert len(cloud) >= prepare.MIN_TILE_POINTS
+        assert len(cloud) >= MIN_TILE_POINTS
         assert cloud.labels.max() >= 0
 
 
@@ -342,12 +343,12 @@ def test_tiles_without_enough_points_or_labels_are_left_out_and_rows_lead_throug
     coords[:, 0] += np.repeat([0, 2.5, 4.5], [150, 99, 120])
     rows = 1000 + np.arange(len(coords))
     cloud = Cloud(coords.astype(np.float32), {"intensity": coords[:, :1]}, labels, rows, np.array([1.0, 2, 3]))
-    (tile,) = prepare._tiles(cloud, 2.0)
+    (tile,) = _tiles(cloud, 2.0)
     assert tile.rows is not None
     assert tile.rows.tolist() == rows[:150].tolist()
     assert tile.origin.tolist() == [1, 2, 3]
     unlabelled = Cloud(cloud.coords, rows=rows)
-    assert [len(tile) for tile in prepare._tiles(unlabelled, 2.0)] == [150, 120]
+    assert [len(tile) for tile in _tiles(unlabelled, 2.0)] == [150, 120]
 
 
 # ---------------------------------------------------------------------------------------------- one's own files

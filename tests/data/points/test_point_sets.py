@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from slimray.data.modalities import kind_of, sample_shape
+from slimray.data.modalities import modality_of, sample_shape, target_of
 from slimray.data.points import point_sets as sets
 from slimray.data.points.files import read_cloud, read_labels
 from slimray.data.points.recipe import PointRecipe, make_points
@@ -326,10 +326,10 @@ def test_a_frustum_is_a_sample_with_its_truth(scan, calibration, tmp_path):
     (tmp_path / "f.npz").write_bytes(sets.write_frustum(made))
     recipe = PointRecipe(64, ("intensity",), 3, replace=True, mode="val", kind="frustum")
     row = {"path": "f.npz", "label": 0, "shard": "", "row": -1, "frames": 0}
-    kind = kind_of(recipe.to_dict())
+    kind = modality_of(recipe.to_dict())
     points, truth = kind.load(row, str(tmp_path), recipe, (0, 0, 0), 10.0)
     assert points.shape == sample_shape(recipe.to_dict()) == (1, 7, 64)
-    assert truth.shape == kind.label_shape(recipe) == (75,)
+    assert truth.shape == target_of(recipe.to_dict()).shape == (75,)
     number = sets.KITTI_CLASSES.index(made.kind)
     assert points[0, 4:, 0].tolist() == [float(i == number) for i in range(3)]
     on_object = sets.inside_box(points[0, :3].T.astype(np.float64), made.box)

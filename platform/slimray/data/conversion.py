@@ -1,0 +1,231 @@
+"""From raw files to samples as `prepare` stores them: probed, re-encoded, cut into tiles, windows or frustums.
+
+A conversion takes a row of an index and yields the samples made of it. Clouds of points become .npz; a scene may become
+several (an S3DIS room its windows, `room#zero-0007`; the tiles of a scan; the frustums of the objects in a scan), whose
+array `rows` leads back into it. Raises BadSample for a file that does not decode, FileNotFoundError for one that is not
+there.
+"""
+
+import dataclasses
+import functools
+import posixpath
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slimray import storage
+from slimray.data.bytes import read_files, read_whole
+from slimray.data.paths import COLUMN, inside
+from slimray.data.points import clouds, files, point_sets
+from slimray.data.samples import BadSample
+from slimray.spec import RunFailed
+
+if TYPE_CHECKING:
+    from slimray.data.cards import Card
+    from slimray.data.video.decoder import Decoder
+    from slimray.data.video.repack import Pack
+
+MIN_TILE_POINTS = 100  # tiles with fewer are left out
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A dataset as it came, and how its samples are stored.
+
+    `pack` None keeps clips and images as they are. Of each object of split "train" `copies` frustums are made, drawn
+    with `seed`.
+    """
+
+    root: str
+    card: "Card"
+    pack: "Pack | None"
+    copies: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """A sample as stored: its path in the index, columns of the index that say what it holds, bytes read for it.
+
+    `psnr` is in dB, of what was lost; `left_out` are files that it lacks, with the reason; `label` is its class, if
+    that is another than the file's.
+    """
+
+    path: str
+    data: bytes
+    shape: dict[str, Any]
+    bytes_in: int
+    psnr: float | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    label: int | None = None
+
+
+def convert_clip(raw: Raw, row: dict[str, Any], decoder: "Decoder") -> Iterator[Made]:
+    """A video probed, and re-encoded if it is to be packed."""
+    source, root = storage.open_uri(raw.root)
+    data = read_whole(source, root, row)
+    if raw.pack is None:
+        found, encoded, psnr = decoder.probe(row["path"], data), b"", None
+    else:
+        encoded, found, psnr = decoder.repack(row["path"], data, raw.pack)
+    shape = {"frames": found.frames, "fps": found.fps, "width": found.width, "height": found.height}
+    yield Made(row["path"], encoded, shape, len(data), psnr)
+
+
+def convert_image(raw: Raw, row: dict[str, Any], decoder: "Decoder") -> Iterator[Made]:
+    """An image decoded, and made smaller if it is to be packed and its short side is too long."""
+    source, root = storage.open_uri(raw.root)
+    data = read_whole(source, root, row)
+    short_side, quality = (None, 90) if raw.pack is None else (raw.pack.short_side, raw.pack.quality)
+    encoded, found, psnr = decoder.shrink(row["path"], data, short_side, quality)
+    yield Made(row["path"], encoded, {"width": found.width, "height": found.height}, len(data), psnr)
+
+
+def convert_cloud(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
+    """A cloud read from any point file, with the labels of its points as classes; whole, or in tiles."""
+    card, (source, root) = raw.card, storage.open_uri(raw.root)
+    data, labels = read_whole(source, root, row), None
+    if card.point_labels:
+        path = labels_path(card, row["path"])
+        labels = (path, read_whole(source, root, {**row, "path": path}))
+    cloud = files.read_cloud(row["path"], data, card.point_columns, labels)
+    if card.labels == "point":
+        cloud = _with_classes(cloud, card)
+    size = len(data) + len(labels[1] if labels else b"")
+    if card.tile is None:
+        yield _stored(row["path"], cloud, size)
+        return
+    tiles = _tiles(cloud, card.tile)
+    if not tiles:
+        raise BadSample(f"no tile of it has {MIN_TILE_POINTS} points and a label that counts")
+    for number, tile in enumerate(tiles):
+        yield _stored(f"{row['path']}#{number:04d}", tile, 0 if number else size)
+
+
+def convert_room(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
+    """The windows of an S3DIS room, first those of offset "zero", then those of "half"."""
+    source, root = storage.open_uri(raw.root)
+    objects = read_files(source, root, row["path"])
+    folder, room = row["path"].rpartition("/")[0], row["path"].partition("/Annotations/")[0]
+    xyzrgb, labels, skipped = point_sets.s3dis_room(objects)
+    size, left_out = sum(map(len, objects.values())), {f"{folder}/{name}": why for name, why in skipped.items()}
+    for key, (name, offset) in enumerate(point_sets.S3DIS_OFFSETS.items()):
+        windows = point_sets.s3dis_windows(xyzrgb, labels, offset, (zlib.crc32(room.encode()), key))
+        for number, window in enumerate(windows):
+            if not np.ptp(window.coords, 0).any():
+                continue  # a lone point, far from all others, is no cloud
+            features = dict(window.features)
+            window = dataclasses.replace(window, features=features)
+            yield _stored(f"{room}#{name}-{number:04d}", window, size, left_out)
+            size, left_out = 0, {}
+
+
+def convert_shape(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
+    """A shape of ShapeNet part, whose parts must be those of its class."""
+    source, root = storage.open_uri(raw.root)
+    data = read_whole(source, root, row)
+    yield _stored(row["path"], point_sets.shapenet_cloud(row["path"], data, row["label"]), len(data))
+
+
+def convert_scan(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
+    """The frustums of a KITTI scan: behind the 2D boxes of its labels, or of a detector where the card names one."""
+    path, split, (source, root) = row["path"], row["split"], storage.open_uri(raw.root)
+    data, number = read_whole(source, root, row), path.rpartition("/")[2].removesuffix(".bin")
+    cloud = files.read_cloud(path, data)
+    scan = np.concatenate([cloud.coords + cloud.origin, cloud.features["intensity"]], 1)
+    calibration = point_sets.kitti_calibration(_beside(raw, path, "calib", ".txt"))
+    image_size = point_sets.png_size(_beside(raw, path, "image_2", ".png", 32))
+    objects = scan_objects(raw, path)
+    if split in raw.card.detections:
+        objects = _detections(raw.root, raw.card.detections[split]).get(number, [])
+    training = split == "train"
+    copies, shake = (raw.copies, 0.1) if training and raw.copies > 1 else (1, 0.0)
+    key = (raw.seed, zlib.crc32(path.encode()))
+    frustums = point_sets.kitti_frustums(scan, calibration, objects, image_size, key, copies, shake)
+    for place, frustum in enumerate(frustums):
+        stored = point_sets.write_frustum(frustum)
+        label = point_sets.KITTI_CLASSES.index(frustum.kind)
+        shape = {"frames": len(frustum.cloud)}
+        yield Made(f"{path}#{place:04d}", stored, shape, 0 if place else len(data), label=label)
+
+
+def scan_objects(raw: Raw, path: str) -> list[point_sets.KittiObject]:
+    """All that is labelled in the image of a scan."""
+    return point_sets.kittiscan_objects(_beside(raw, path, "label_2", ".txt"))
+
+
+def _beside(raw: Raw, path: str, folder: str, suffix: str, num_bytes: int | None = None) -> bytes:
+    """The file that belongs to a scan, `training/velodyne/000123.bin`, in another folder; its first bytes, or all."""
+    source, root = storage.open_uri(raw.root)
+    name = path.replace("/velodyne/", f"/{folder}/").removesuffix(".bin") + suffix
+    try:
+        return storage.read_bytes(source, storage.join(root, name), num_bytes)
+    except FileNotFoundError:
+        raise BadSample(f"{name} is missing") from None
+
+
+@functools.lru_cache(maxsize=2)
+def _detections(root: str, name: str) -> dict[str, list[point_sets.KittiObject]]:
+    """The 2D boxes of a detector by the number of their image; read once in a process."""
+    fs, folder = storage.open_uri(root)
+    try:
+        return point_sets.rgb_detections(storage.read_bytes(fs, storage.join(folder, name)))
+    except FileNotFoundError:
+        raise RunFailed(f"{storage.join(root, name)}: there are no such detections: mend the card") from None
+    except BadSample as bad:
+        raise RunFailed(f"{storage.join(root, name)}: {bad}") from None
+
+
+BY_LAYOUT: dict[str, Callable[[Raw, dict[str, Any], "Decoder"], Iterator[Made]]] = {
+    "s3dis": convert_room,
+    "shapenet_part": convert_shape,
+    "kitti": convert_scan,
+}  # releases whose files hold several samples, or need others beside them
+
+
+def _stored(path: str, cloud: clouds.Cloud, bytes_in: int, left_out: Mapping[str, str] | None = None) -> Made:
+    return Made(path, clouds.write_cloud(cloud), {"frames": len(cloud)}, bytes_in, left_out=left_out or {})
+
+
+def _tiles(cloud: clouds.Cloud, side: float) -> list[clouds.Cloud]:
+    """Squares of x and y, in their order; `rows` lead back into the file. Left out are sparse ones, and those without
+    a label that counts."""
+    cells = np.floor((cloud.coords[:, :2] - cloud.coords[:, :2].min(0)) / side).astype(np.int64)
+    inverse = np.unique(cells, axis=0, return_inverse=True)[1].reshape(-1)
+    order = np.argsort(inverse, kind="stable")
+    tiles = []
+    for taken in np.split(order, np.flatnonzero(np.diff(inverse[order])) + 1):
+        labels = None if cloud.labels is None else cloud.labels[taken]
+        useless = labels is not None and labels.max() < 0
+        if len(taken) < MIN_TILE_POINTS or useless or not np.ptp(cloud.coords[taken], 0).any():
+            continue
+        features = {name: array[taken] for name, array in cloud.features.items()}
+        rows = taken if cloud.rows is None else cloud.rows[taken]
+        tiles.append(clouds.Cloud(cloud.coords[taken], features, labels, rows, cloud.origin))
+    return tiles
+
+
+def _with_classes(cloud: clouds.Cloud, card: "Card") -> clouds.Cloud:
+    """`cloud` with the class of each point in place of its label; -1 for labels that do not count."""
+    if cloud.labels is None:
+        raise BadSample("has no label per point")
+    classes = cloud.labels
+    if card.label_map:
+        classes = np.full(len(cloud), -1, np.int64)
+        for label, number in card.label_map.items():
+            classes[cloud.labels == label] = number
+    if classes.max() >= card.num_classes:
+        raise BadSample(f"has label {int(classes.max())}, there are {card.num_classes} classes")
+    return dataclasses.replace(cloud, labels=classes)
+
+
+def labels_path(card: "Card", path: str) -> str:
+    """The file with the labels of the points of the cloud at `path`; UserError where it could lead out of the root."""
+    assert card.point_labels is not None
+    name = path[: -len(posixpath.splitext(path)[1]) or None]
+    known = {"name": name, "folder": posixpath.dirname(name) or ".", "stem": posixpath.basename(name)}
+    filled = COLUMN.sub(lambda match: known[match[1]], card.point_labels)
+    return inside(posixpath.normpath(filled), f"{card.name}: point_labels")
