@@ -24,8 +24,9 @@ ONLY_IN = {
 }
 NEVER_IN = {
     "torch": ("arch.py", "spec.py", "storage.py", "runs/*.py", "data/*.py", "data/*/*.py", "search/encoding.py",
-              "search/strategies.py", "train/planner.py", "train/spec.py"),
-    "ray": ("train/spec.py",),
+              "search/strategies.py", "train/planner.py", "train/machines.py", "train/gpus.py",
+              "train/spec.py"),
+    "ray": ("train/spec.py", "train/planner.py", "train/machines.py", "train/gpus.py"),
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import psutil
 
 from slimray import runs
 from slimray.spec import parse, read_yaml
-from slimray.train import planner
+from slimray.train import machines, planner
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_S, TARGET_S = (49 * 60 + 55) * 60.0, 14 * 60 + 13.0
@@ -52,9 +52,9 @@ def main() -> None:
     local()
 
 
-def summit() -> planner.Cluster:
+def summit() -> machines.Cluster:
     machine = read_yaml(ROOT / "cluster/summit.yaml")[0]["machine"]
-    return planner.make_cluster("summit", parse(planner.MachineSpec, machine, "summit.yaml: machine"), {})
+    return machines.make_cluster("summit", parse(machines.MachineSpec, machine, "summit.yaml: machine"), {})
 
 
 def predict(work: planner.Work, workers: int) -> planner.Range:
@@ -98,7 +98,7 @@ def local() -> dict[int, tuple[float, float]]:
     On a machine with other work the second ratio counts: the rate that the run's processes would have with the cores
     to themselves, from the CPU time they took (their slowest, or all of them over the cores). It is a bound from above.
     """
-    cores, ratios = planner.physical_cores(), {}
+    cores, ratios = machines.physical_cores(), {}
     with tempfile.TemporaryDirectory() as folder:
         document = Path(folder, "job.yaml")
         document.write_text(JOBS.replace("WORKERS", "w0"))

@@ -45,7 +45,7 @@ from slimray.edge import cost
 from slimray.models.supernets.elastic import sort_channels
 from slimray.models.supernets.supernet import Subnet, initialise
 from slimray.tasks.predict import Input, to_input
-from slimray.train import learn
+from slimray.train import batchnorm, learn, optimizers
 from slimray.train.loop import make_score
 from slimray.train.methods.method import Piece, Replica, Setup
 from slimray.train.methods.plain import PlainReplica
@@ -258,7 +258,7 @@ def fit(replica: Replica, data: Data, optim: OptimSpec, job: ShrinkJob, seed: in
                 samples = [data.train(int(i), (seed, epoch, int(i))) for i in order[lo:hi]]
                 pieces.append(Piece(np.stack([x for x, _ in samples]), np.stack([y for _, y in samples])))
             seen = epoch * data.num_train + step * batch
-            lr = learn.learning_rate(optim, batch, data.num_train, seen)
+            lr = optimizers.learning_rate(optim, batch, data.num_train, seen)
             replica.step(pieces, sum(len(piece.data) for piece in pieces), lr, (seed, step_number))
             step_number += 1
 
@@ -280,7 +280,7 @@ class Judge:
     @torch.no_grad()
     def score(self, plain: nn.Module, arch: Arch) -> float:
         """The metric of an extracted net on the test (or held-out) samples."""
-        net = learn.recalibrate_norms(plain.to(DEVICE), (learn.fit_input(x, arch) for x in self.inputs)).eval()
+        net = batchnorm.recalibrate_norms(plain.to(DEVICE), (learn.fit_input(x, arch) for x in self.inputs)).eval()
         score = make_score(self.data.recipe, self.data.num_classes)
         for start in range(0, len(self.x), self.job.judge.batch):
             rows = slice(start, start + self.job.judge.batch)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from slimray.train import learn
+from slimray.train import optimizers
 from slimray.train.lars import TRUST, Lars
 from slimray.train.spec import OptimSpec
 
@@ -57,7 +57,7 @@ def test_its_state_goes_through_a_checkpoint():
     optim = OptimSpec.model_validate({"optimizer": "lars", "lr": 0.1, "reference_batch": 8, "epochs": 2})
     nets = [nn.Sequential(nn.Linear(3, 2)) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
-    made = [learn.make_optimizer(net, optim.model_copy(update={"groups": "no_norm_decay"})) for net in nets]
+    made = [optimizers.make_optimizer(net, optim.model_copy(update={"groups": "no_norm_decay"})) for net in nets]
     assert all(isinstance(one, Lars) for one in made)
 
     def step(index: int, seed: int) -> None:
@@ -67,7 +67,7 @@ def test_its_state_goes_through_a_checkpoint():
 
     step(0, 1)
     nets[1].load_state_dict(nets[0].state_dict())
-    learn.load_optimizer_tensors(made[1], learn.optimizer_tensors(made[0]))
+    optimizers.load_optimizer_tensors(made[1], optimizers.optimizer_tensors(made[0]))
     for index in range(2):
         step(index, 7)
     for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):

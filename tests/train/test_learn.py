@@ -10,7 +10,7 @@ from torch import nn
 from slimray import models
 from slimray.edge import cost
 from slimray.spec import UserError, parse
-from slimray.train import learn
+from slimray.train import averaging, batchnorm, learn, optimizers, speed
 from slimray.train.spec import OptimSpec
 
 
@@ -19,12 +19,12 @@ def spec(**fields) -> OptimSpec:
 
 
 def rates(optim: OptimSpec, batch: int, epochs: list[float]) -> list[float]:
-    return [learn.learning_rate(optim, batch, 1000, round(1000 * epoch)) for epoch in epochs]
+    return [optimizers.learning_rate(optim, batch, 1000, round(1000 * epoch)) for epoch in epochs]
 
 
 def test_the_rate_scales_linearly_with_the_batch_and_nothing_else():
-    assert learn.peak_rate(spec(lr=0.02, reference_batch=128), 12_288) == pytest.approx(1.92)
-    assert learn.peak_rate(spec(lr=0.01, reference_batch=64), 12_288) == pytest.approx(1.92)
+    assert optimizers.peak_rate(spec(lr=0.02, reference_batch=128), 12_288) == pytest.approx(1.92)
+    assert optimizers.peak_rate(spec(lr=0.01, reference_batch=64), 12_288) == pytest.approx(1.92)
 
 
 def test_warm_up_rises_from_the_reference_rate_to_the_peak():
@@ -79,8 +79,8 @@ def test_parameter_groups_are_the_published_ones(recorded, name, norm, shared):
     groups = json.loads((shared / "parity/tsm_stats.json").read_text())[recorded]
     expected = {g["name"]: g for g in groups if g["n_tensors"]}
     net = cost.build_on_meta(lambda: models.build(name, num_classes=400))
-    learn.set_norm_policy(net, norm)
-    ours = learn.parameter_groups(net, "tsm")
+    batchnorm.set_norm_policy(net, norm)
+    ours = optimizers.parameter_groups(net, "tsm")
     assert {RECORDED_NAMES[g["name"]] for g in ours} == set(expected)
     for group in ours:
         want = expected[RECORDED_NAMES[group["name"]]]
@@ -90,7 +90,7 @@ def test_parameter_groups_are_the_published_ones(recorded, name, norm, shared):
 
 def test_a_flow_network_learns_its_first_layer_five_times_as_fast():
     net = cost.build_on_meta(lambda: models.build("tsm_resnet50", num_classes=4, in_channels=10))
-    first = next(g for g in learn.parameter_groups(net, "tsm") if g["name"] == "first_conv_weight")
+    first = next(g for g in optimizers.parameter_groups(net, "tsm") if g["name"] == "first_conv_weight")
     assert first["lr_mult"] == 5
 
 
@@ -102,7 +102,7 @@ def test_an_optimizer_goes_on_where_it_stopped(groups, optimizer):
             opt.zero_grad()
             torch.manual_seed(i)
             net(torch.randn(4, 2, 3, 32, 32)).square().sum().backward()
-            learn.set_learning_rate(opt, 0.01)
+            optimizers.set_learning_rate(opt, 0.01)
             opt.step()
         return net
 
@@ -112,19 +112,19 @@ def test_an_optimizer_goes_on_where_it_stopped(groups, optimizer):
 
     optim = spec(groups=groups, optimizer=optimizer)
     first = fresh()
-    opt = learn.make_optimizer(first, optim)
+    opt = optimizers.make_optimizer(first, optim)
     net_after(2, first, opt)
     second = fresh()
     second.load_state_dict(first.state_dict())
-    other = learn.make_optimizer(second, optim)
-    learn.load_optimizer_tensors(other, learn.optimizer_tensors(opt))
+    other = optimizers.make_optimizer(second, optim)
+    optimizers.load_optimizer_tensors(other, optimizers.optimizer_tensors(opt))
     a, b = net_after(2, first, opt).state_dict(), net_after(2, second, other).state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_no_decay_on_biases_and_batchnorm():
     net = cost.build_on_meta(lambda: models.build("tsm_resnet18", num_classes=4, width=0.125))
-    optimizer = learn.make_optimizer(net, spec(groups="no_norm_decay", weight_decay=0.5))
+    optimizer = optimizers.make_optimizer(net, spec(groups="no_norm_decay", weight_decay=0.5))
     decays = {g["name"]: g["weight_decay"] for g in optimizer.param_groups}
     assert decays == {"weight": 0.5, "no_decay": 0.0}
 
@@ -145,8 +145,8 @@ def test_balanced_weights_are_inverse_to_counts_with_mean_one():
 
 def test_partial_batchnorm_trains_the_first_layer_only():
     net = models.build("tsm_resnet18", num_classes=4, num_segments=2, width=0.125)
-    learn.set_norm_policy(net, "partial")
-    learn.train_mode(net, "partial")
+    batchnorm.set_norm_policy(net, "partial")
+    batchnorm.train_mode(net, "partial")
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     assert [m.training for m in norms] == [True] + [False] * (len(norms) - 1)
     assert not norms[1].weight.requires_grad
@@ -157,18 +157,18 @@ def test_merged_statistics_are_those_of_all_the_data():
     net = nn.Sequential(nn.BatchNorm1d(3))
     halves = [torch.randn(500, 3) * 2 + 1, torch.randn(500, 3) - 4]
     states = torch.stack([torch.cat([h.mean(0), h.var(0, correction=0)]) for h in halves])
-    merged = learn.merge_norm_states(states, net)
+    merged = batchnorm.merge_norm_states(states, net)
     both = torch.cat(halves)
     assert torch.allclose(merged, torch.cat([both.mean(0), both.var(0, correction=0)]), atol=1e-5)
-    learn.load_norm_state(net, merged)
-    assert torch.equal(learn.norm_state(net), merged)
-    assert torch.equal(learn.merge_norm_states(states[:1], net), states[0])
+    batchnorm.load_norm_state(net, merged)
+    assert torch.equal(batchnorm.norm_state(net), merged)
+    assert torch.equal(batchnorm.merge_norm_states(states[:1], net), states[0])
 
 
 def test_averaged_weights_follow_with_their_decay():
     net = nn.Linear(1, 1)
     nn.init.zeros_(net.weight)
-    ema = learn.Ema(net, 0.9)
+    ema = averaging.Ema(net, 0.9)
     nn.init.ones_(net.weight)
     ema.update(net)
     copy = nn.Linear(1, 1)
@@ -198,8 +198,8 @@ def test_scores_count_hits_classes_and_unknown_labels():
 
 def test_utilisation_counts_forward_and_backward_of_every_multiply_and_add():
     device = torch.device("cpu")
-    assert learn.mfu(10**9, 2.0, device) == pytest.approx(12e9 / learn.peak_flops(device))
-    assert 1e9 < learn.peak_flops(device) < 1e13
+    assert speed.mfu(10**9, 2.0, device) == pytest.approx(12e9 / speed.peak_flops(device))
+    assert 1e9 < speed.peak_flops(device) < 1e13
 
 
 def test_dropout_is_a_function_of_seed_step_and_rank():
@@ -227,8 +227,8 @@ def test_adam_adds_its_decay_to_the_gradient():
         net = torch.nn.Linear(2, 1, bias=False)
         torch.nn.init.ones_(net.weight)
         optim = OptimSpec(optimizer=name, lr=0.1, reference_batch=1, epochs=1, groups="plain", weight_decay=0.5)
-        optimizer = learn.make_optimizer(net, optim)
-        learn.set_learning_rate(optimizer, 0.1)
+        optimizer = optimizers.make_optimizer(net, optim)
+        optimizers.set_learning_rate(optimizer, 0.1)
         net.weight.grad = torch.tensor([[1.0, -0.25]])
         optimizer.step()
         weights[name] = net.weight.detach()[0].tolist()
@@ -271,7 +271,7 @@ def test_recalibrated_norms_hold_the_weighted_mean_of_what_each_batch_is_like():
         variances.append(torch.cat([v.var((0, 2, 3), correction=0) for v in (hidden, outer)]))
         samples.append(len(x))
     weights = torch.tensor(samples)[:, None] / sum(samples)
-    ready = learn.recalibrate_norms(net, batches)
+    ready = batchnorm.recalibrate_norms(net, batches)
     found = [torch.cat([ready[i].get_buffer(f"running_{what}") for i in (1, 5)]) for what in ("mean", "var")]
     torch.testing.assert_close(found[0], (weights * torch.stack(means)).sum(0))
     torch.testing.assert_close(found[1], (weights * torch.stack(variances)).sum(0))
@@ -283,11 +283,11 @@ def test_recalibration_makes_a_copy_and_leaves_the_network_as_it_is():
     net = two_norms()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     x = some_batches()[0]
-    ready = learn.recalibrate_norms(net, [x])
+    ready = batchnorm.recalibrate_norms(net, [x])
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert not torch.equal(ready[1].running_mean, net[1].running_mean)
     assert not ready.training
-    assert learn.recalibrate_norms(net.train(), [x]).training
+    assert batchnorm.recalibrate_norms(net.train(), [x]).training
     assert all(parameter.requires_grad for parameter in ready.parameters())
     assert not any(module._forward_pre_hooks for module in [*net.modules(), *ready.modules()])
     assert net(x).requires_grad
@@ -295,16 +295,16 @@ def test_recalibration_makes_a_copy_and_leaves_the_network_as_it_is():
 
 def test_sums_of_several_workers_make_the_statistics_of_one_however_batches_are_dealt_out():
     net, batches = two_norms(), some_batches()
-    alone = learn.norm_state(learn.recalibrate_norms(net, batches))
+    alone = batchnorm.norm_state(batchnorm.recalibrate_norms(net, batches))
     for deal in ([[0], [1, 2]], [[2, 0], [1]], [[1], [0], [2]]):
-        sums = sum(learn.norm_sums(net, [batches[i] for i in mine]) for mine in deal)
-        learn.load_norm_sums(net, sums)
-        torch.testing.assert_close(learn.norm_state(net), alone)
-    nothing = learn.norm_sums(net, [])
+        sums = sum(batchnorm.norm_sums(net, [batches[i] for i in mine]) for mine in deal)
+        batchnorm.load_norm_sums(net, sums)
+        torch.testing.assert_close(batchnorm.norm_state(net), alone)
+    nothing = batchnorm.norm_sums(net, [])
     assert nothing.shape == sums.shape
     assert not nothing.any()
 
 
 def test_without_batches_there_are_no_statistics():
     with pytest.raises(ValueError, match="a BatchNorm saw no input"):
-        learn.recalibrate_norms(two_norms(), [])
+        batchnorm.recalibrate_norms(two_norms(), [])

@@ -8,8 +8,11 @@ import yaml
 from tests.benchmarks import plan as bench
 
 from slimray.spec import UserError, parse
-from slimray.train import planner
-from slimray.train.planner import HIGH, LIKELY, LOW, Cluster, Link, MachineSpec, PriceTable, Work
+from slimray.train import machines, planner
+from slimray.train.gpus import GPUS as GPUS_OF_SHEETS
+from slimray.train.gpus import find_gpu
+from slimray.train.machines import Cluster, Link, MachineSpec, PriceTable
+from slimray.train.planner import HIGH, LIKELY, LOW, Work
 
 ROOT = Path(__file__).resolve().parents[2]
 LINK = Link(gb_s=10.0, latency_us=5.0)
@@ -179,25 +182,25 @@ def machine(**fields) -> MachineSpec:
 
 
 def test_a_machine_of_a_known_gpu_has_its_peak_and_an_unknown_one_is_refused():
-    found = planner.make_cluster("c", machine(gpus_per_node=4, gpu="V100", cores=8), {})
+    found = machines.make_cluster("c", machine(gpus_per_node=4, gpu="V100", cores=8), {})
     assert (found.tmacs, found.ranks_per_node, found.shares_cores, found.gpu) == (7.85, 4, False, "V100")
     with pytest.raises(UserError, match=r"c: machine.gpu: unknown 'V10', did you mean 'V100'\?"):
-        planner.make_cluster("c", machine(gpus_per_node=4, gpu="V10"), {})
+        machines.make_cluster("c", machine(gpus_per_node=4, gpu="V10"), {})
     with pytest.raises(UserError, match=r"machine\.gpu: is required"):
-        planner.make_cluster("c", machine(gpus_per_node=4), {})
+        machines.make_cluster("c", machine(gpus_per_node=4), {})
 
 
 def test_a_price_comes_from_the_table_with_its_date_and_its_doubts():
     row = {"usd_per_hour": 3.0, "source": "a page", "date": "2026-01-02", "unverified": True}
     prices = parse(PriceTable, {"prices": {"node": row}}, "prices.yaml").prices
-    found = planner.make_cluster("c", machine(price="node", unverified=["nic_gb_s"]), prices)
+    found = machines.make_cluster("c", machine(price="node", unverified=["nic_gb_s"]), prices)
     assert found.usd_per_node_hour == 3.0
     assert found.notes == (
         "recalled, not looked up: nic_gb_s",
         "price of node: 3 USD/h, a page, 2026-01-02 (recalled, unverified)",
     )
     with pytest.raises(UserError, match=r"machine.price: no such row in prices.yaml, did you mean 'node'\?"):
-        planner.make_cluster("c", machine(price="nodes"), prices)
+        machines.make_cluster("c", machine(price="nodes"), prices)
 
 
 def test_cores_count_once_however_many_threads_they_have_and_a_quota_bounds_them(tmp_path):
@@ -205,11 +208,11 @@ def test_cores_count_once_however_many_threads_they_have_and_a_quota_bounds_them
     info, quota = tmp_path / "cpuinfo", tmp_path / "cpu.max"
     info.write_text("\n".join(cpu.format(i, 0) for i in range(2)))
     quota.write_text("max 100000")
-    assert planner.physical_cores(str(info), str(quota)) == 1
+    assert machines.physical_cores(str(info), str(quota)) == 1
     info.write_text("\n".join(cpu.format(i, i) for i in range(2)))
     quota.write_text("100000 100000")
-    assert planner.physical_cores(str(info), str(quota)) == 1
-    assert planner.physical_cores(str(tmp_path / "none"), str(tmp_path / "none")) >= 1
+    assert machines.physical_cores(str(info), str(quota)) == 1
+    assert machines.physical_cores(str(tmp_path / "none"), str(tmp_path / "none")) >= 1
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "cluster").glob("*.yaml")), ids=lambda path: path.name)
@@ -217,7 +220,7 @@ def test_machine_sections_and_prices_that_are_shipped_are_valid(path):
     prices = parse(PriceTable, yaml.safe_load((ROOT / "cluster/prices.yaml").read_text()), "prices.yaml").prices
     document = next(iter(yaml.safe_load_all(path.read_text())))
     if "machine" in document:
-        planner.make_cluster(path.stem, parse(MachineSpec, document["machine"], str(path)), prices)
+        machines.make_cluster(path.stem, parse(MachineSpec, document["machine"], str(path)), prices)
 
 
 def test_a_run_is_compared_by_the_median_of_its_rows_without_the_first():
@@ -244,3 +247,20 @@ def test_the_heavier_networks_are_foreseen_in_the_published_order():
     for name, (published, _, _) in bench.I3D.items():
         assert found[name][LOW] < published < found[name][HIGH]
     assert 1 < found["I3D 3x1x1"][LIKELY] < found["I3D 3x3x3"][LIKELY]
+
+
+@pytest.mark.parametrize("name", ["V100", "T4", "A10G", "L4", "L40S", "A100", "H100", "H200"])
+def test_every_gpu_that_the_help_names_has_peaks_and_can_be_planned_with(name):
+    assert name in str(MachineSpec.model_fields["gpu"].description)
+    row = GPUS_OF_SHEETS[name]
+    assert row.fp16 >= row.fp32 > 0
+    found = machines.make_cluster("c", machine(gpus_per_node=4, gpu=name, cores=8), {})
+    assert found.tmacs == row.peak(row.arithmetic) / 2e12
+
+
+def test_a_device_is_the_row_with_the_longest_name():
+    assert find_gpu("NVIDIA L40S") == "L40S"
+    assert find_gpu("NVIDIA L4") == "L4"
+    assert find_gpu("NVIDIA A100-SXM4-80GB") == "A100"
+    assert find_gpu("NVIDIA A10G") == "A10G"
+    assert find_gpu("Radeon") is None

@@ -29,7 +29,7 @@ from slimray.data.samples import BadSample
 from slimray.spec import UserError, did_you_mean, parse, read_yaml
 from slimray.storage import join, open_uri, read_bytes, write_atomic
 from slimray.tasks.predict import Input
-from slimray.train import planner
+from slimray.train import machines, planner
 from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.plain import PlainReplica
 from slimray.train.spec import OptimSpec
@@ -60,10 +60,10 @@ def device_name(on_gpu: bool) -> str:
     return torch.cuda.get_device_name() if on_gpu and torch.cuda.is_available() else "cpu"
 
 
-def this_machine(on_gpu: bool) -> planner.Cluster:
+def this_machine(on_gpu: bool) -> machines.Cluster:
     """This machine for the planner, on its GPUs if there are any and the job wants them."""
     device = device_name(on_gpu)
-    return planner.this_machine(device, 0 if device == "cpu" else torch.cuda.device_count())
+    return machines.this_machine(device, 0 if device == "cpu" else torch.cuda.device_count())
 
 
 def key_of(model: Mapping[str, Any], recipe: Mapping[str, Any], per_worker: int, device: str) -> str:
@@ -195,7 +195,7 @@ def work(
     samples: int,
     val_samples: int,
     sample: str,
-    cluster: planner.Cluster,
+    cluster: machines.Cluster,
     pack: str = "",
 ) -> planner.Work:
     """What a training `job` asks of `cluster`, its times from MACs and data sheets; `known` are its facts.
@@ -256,7 +256,7 @@ def compared(job: Any, known: Mapping[str, Any], config: Any, ctx: Any) -> dict[
     return planner.compare(job.batch.total / planner.split_step(planned, cluster, job.scale.most).step_s, rows)
 
 
-def find_cluster(name: str | None, search: Sequence[Path], on_gpu: bool) -> planner.Cluster:
+def find_cluster(name: str | None, search: Sequence[Path], on_gpu: bool) -> machines.Cluster:
     """The cluster file `name` (a name, or a path) of the folders `search` for the planner; None is this machine.
 
     UserError: no such file, no `machine:` section in it, or a price that is in no prices.yaml.
@@ -274,12 +274,12 @@ def find_cluster(name: str | None, search: Sequence[Path], on_gpu: bool) -> plan
         return this_machine(on_gpu)
     if not isinstance(document.get("machine"), dict):
         raise UserError(f"{path}: machine: is required to plan (`gpus_per_node`, `gpu`, `nic_gb_s`, ...)")
-    machine = parse(planner.MachineSpec, document["machine"], f"{path}: machine")
-    return planner.make_cluster(path.stem, machine, _prices([path.parent, *search]), single)
+    machine = parse(machines.MachineSpec, document["machine"], f"{path}: machine")
+    return machines.make_cluster(path.stem, machine, _prices([path.parent, *search]), single)
 
 
-def _prices(search: Sequence[Path]) -> dict[str, planner.PriceSpec]:
+def _prices(search: Sequence[Path]) -> dict[str, machines.PriceSpec]:
     path = next((folder / "prices.yaml" for folder in search if (folder / "prices.yaml").is_file()), None)
     if path is None:
         return {}
-    return parse(planner.PriceTable, (read_yaml(path) or [{}])[0], str(path)).prices
+    return parse(machines.PriceTable, (read_yaml(path) or [{}])[0], str(path)).prices

@@ -34,7 +34,7 @@ from slimray.tasks.frustum_boxes import FrustumScore
 from slimray.tasks.parts import ShapeScore
 from slimray.tasks.predict import Input, predict_scores, to_input
 from slimray.tasks.segment import SegmentationScore
-from slimray.train import learn
+from slimray.train import learn, optimizers, speed
 from slimray.train.checkpoints import Progress, Saver
 from slimray.train.config import FitConfig
 from slimray.train.health import OTHERS, end_process
@@ -295,7 +295,7 @@ class _Rank:
         if num_bad and (failure := self.bad.too_many(config.max_bad_fraction)):
             return failure
         if num_valid:
-            lr = learn.learning_rate(config.optim, config.batch_total, self.num_learned, self.samples_seen)
+            lr = optimizers.learning_rate(config.optim, config.batch_total, self.num_learned, self.samples_seen)
             still = frozenset(i for i, count in enumerate(num_empty) if count)
             seed = (config.seed, progress.total_steps)
             report = self.replica.step(pieces, num_valid, lr, seed, still, phase.is_held(step))
@@ -425,10 +425,10 @@ class _Rank:
         row = {
             "phase": "train",
             "epoch": phase.epoch + (step + 1) / phase.num_steps,
-            "train/lr": learn.learning_rate(config.optim, config.batch_total, self.num_learned, self.samples_seen),
+            "train/lr": optimizers.learning_rate(config.optim, config.batch_total, self.num_learned, self.samples_seen),
             **training_row(clock, self.ranks),
         }
-        row["train/mfu"] = learn.mfu(config.macs, row["train/samples_per_s"] / self.world, self.device)
+        row["train/mfu"] = speed.mfu(config.macs, row["train/samples_per_s"] / self.world, self.device)
         row |= self.replica.numbers()
         self.records.show(self.progress.total_steps, row)
         self.records.write_row(self.progress.total_steps, row)

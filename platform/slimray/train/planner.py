@@ -8,153 +8,20 @@ stragglers. Surprising: a step is as slow as its slowest rank, so jitter is char
 that share cores (a laptop) are charged each other's work and the decoders'. numpy and a spec only: no torch, no Ray.
 """
 
-import datetime
-import functools
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field
 
-from slimray.spec import Spec, UserError, did_you_mean
+from slimray.spec import UserError
+from slimray.train.machines import Cluster, Link, Range
 
-Range = tuple[float, float, float]  # low, likely, high
 LOW, LIKELY, HIGH = 0, 1, 2
 BACKWARD = 2 / 3  # part of forward + backward in which gradients come to be: backward costs twice the forward pass
 LAST_BUCKET_MB = 25.0  # DDP's default bucket: the last one is reduced when no gradient is left to hide it
 RESTART_S = 60.0  # what a lost node costs beside the work since the last checkpoint: a new group of workers
-
-
-class MachineSpec(Spec):
-    """What a node of a cluster gives a training; the section `machine:` of a cluster file. Everything is optional."""
-
-    gpus_per_node: int = Field(0, ge=0)
-    """GPUs of a node; 0 trains on its cores."""
-    gpu: str | None = None
-    """Name of the GPU, a row of the planner's table (V100, A100, H100, H200, L4, T4, A10G)."""
-    tmacs: float | None = Field(None, gt=0)
-    """Peak of a GPU, or of a core, in 10^12 multiply-accumulates a second, in place of the table's."""
-    utilisation: tuple[float, float, float] | None = None
-    """Part of the peak that training reaches, as low, likely, high."""
-    link_gb_s: float = Field(50.0, gt=0)
-    """Bandwidth between two workers of a node in one direction, GB/s."""
-    link_latency_us: float = Field(5.0, ge=0)
-    """Latency of a hop within a node, microseconds."""
-    nic_gb_s: float = Field(1.25, gt=0)
-    """Bandwidth of a node's network cards together in one direction, GB/s (1.25 = 10 Gbit/s)."""
-    nic_latency_us: float = Field(20.0, ge=0)
-    """Latency of a hop between nodes, microseconds."""
-    bandwidth_share: tuple[float, float, float] = (0.5, 0.8, 1.0)
-    """Part of these bandwidths that an all-reduce reaches, as low, likely, high."""
-    cores: int | None = Field(None, ge=1)
-    """Physical cores of a node for decoding (and training without GPUs); left out: those of this machine."""
-    disk_gb_s: float = Field(1.0, gt=0)
-    """What a node reads from, and writes to, the storage of dataset and checkpoints, GB/s."""
-    storage_gb_s: float | None = Field(None, gt=0)
-    """What the shared storage gives to all nodes together, GB/s."""
-    nodes: int | None = Field(None, ge=1)
-    """Largest number of nodes."""
-    mtbf_hours: float = Field(5000.0, gt=0)
-    """Mean time between failures of a node, hours."""
-    jitter: tuple[float, float, float] = (0.01, 0.02, 0.04)
-    """Standard deviation of a rank's step time over its mean, as low, likely, high."""
-    price: str | float | None = None
-    """A row of prices.yaml, or US dollars per node and hour."""
-    unverified: tuple[str, ...] = ()
-    """Fields whose figures are recalled, not looked up."""
-    source: str = ""
-    """Where the figures are from, and when."""
-
-
-class PriceSpec(Spec):
-    """What a node costs."""
-
-    usd_per_hour: float = Field(ge=0)
-    """US dollars per node and hour."""
-    source: str
-    """Where the price is from."""
-    date: datetime.date
-    """When it was, year-month-day."""
-    unverified: bool = False
-    """Recalled, not looked up: shown as such."""
-
-
-class PriceTable(Spec):
-    """`prices.yaml`: dated prices by name."""
-
-    prices: dict[str, PriceSpec]
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Peak of a GPU in 10^12 MACs a second as the data sheet has it, and in which arithmetic."""
-
-    tmacs: float
-    arithmetic: str
-
-
-# Dense peaks of the data sheets over two (a MAC is two operations), as learn.PEAK_FLOPS; mixed precision but for V100.
-GPUS = {
-    "V100": Gpu(7.85, "fp32"),
-    "A100": Gpu(156.0, "bf16"),
-    "H100": Gpu(494.5, "bf16"),
-    "H200": Gpu(494.5, "bf16"),
-    "L40S": Gpu(181.0, "bf16"),
-    "T4": Gpu(32.5, "fp16"),
-}
-UTILISATION = {"fp32": (0.2, 0.35, 0.5), "bf16": (0.05, 0.12, 0.3), "fp16": (0.05, 0.12, 0.3)}  # convolutional nets
-CORE_TMACS, CORE_UTILISATION = 0.08, (0.1, 0.3, 0.7)  # a core with wide vectors; a guess that --measure replaces
-
-
-@dataclass(frozen=True)
-class Link:
-    """A way between two ranks: `gb_s` in one direction, `latency_us` per hop."""
-
-    gb_s: float
-    latency_us: float = 0.0
-
-    def seconds(self, num_bytes: float) -> float:
-        return num_bytes / (self.gb_s * 1e9)
-
-    @property
-    def latency_s(self) -> float:
-        return self.latency_us * 1e-6
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Machines as the planner sees them. `ranks_per_node` 0: as many as asked for, on one node (a laptop).
-
-    `inner` joins ranks of a node, `outer` is a node's way out, shared by its ranks; `shares_cores` where ranks compute
-    on the node's `cores`, "" as `gpu`. `tmacs` is the peak of a rank, `utilisation` the part that training reaches.
-    """
-
-    name: str
-    ranks_per_node: int
-    inner: Link
-    outer: Link
-    cores: int
-    shares_cores: bool
-    tmacs: float
-    utilisation: Range
-    gpu: str = ""
-    disk_gb_s: float = 1.0
-    storage_gb_s: float | None = None
-    nodes: int | None = None
-    bandwidth_share: Range = (0.5, 0.8, 1.0)
-    jitter: Range = (0.01, 0.02, 0.04)
-    mtbf_hours: float = 5000.0
-    usd_per_node_hour: float | None = None
-    notes: tuple[str, ...] = ()
-
-    def place(self, workers: int) -> tuple[int, int]:
-        """Nodes and the most ranks on one of them for `workers`."""
-        per_node = self.ranks_per_node or workers
-        return -(-workers // per_node), min(workers, per_node)
 
 
 @dataclass(frozen=True)
@@ -498,86 +365,6 @@ def compute_s(macs: float, tmacs: float, utilisation: Range) -> Range:
     """Seconds of a sample's forward and backward pass (three times the forward MACs) on a device; low is fastest."""
     low, likely, high = utilisation
     return 3 * macs / (tmacs * 1e12 * high), 3 * macs / (tmacs * 1e12 * likely), 3 * macs / (tmacs * 1e12 * low)
-
-
-def make_cluster(name: str, machine: MachineSpec, prices: Mapping[str, PriceSpec], single: bool = False) -> Cluster:
-    """The planner's view of a machine; `single`: workers all run on one node (a laptop). UserError names the field."""
-    notes = [f"recalled, not looked up: {', '.join(machine.unverified)}"] if machine.unverified else []
-    notes += [machine.source] if machine.source else []
-    usd, cores = None, machine.cores or physical_cores()
-    if isinstance(machine.price, str):
-        if machine.price not in prices:
-            raise UserError(f"{name}: machine.price: no such row in prices.yaml{did_you_mean(machine.price, prices)}")
-        row = prices[machine.price]
-        usd = row.usd_per_hour
-        recalled = " (recalled, unverified)" if row.unverified else ""
-        notes.append(f"price of {machine.price}: {row.usd_per_hour:g} USD/h, {row.source}, {row.date}{recalled}")
-    elif machine.price is not None:
-        usd = machine.price
-    tmacs, utilisation = machine.tmacs or CORE_TMACS, machine.utilisation or CORE_UTILISATION
-    if machine.gpus_per_node:
-        if machine.gpu is None and machine.tmacs is None:
-            raise UserError(f"{name}: machine.gpu: is required where there are GPUs{did_you_mean('', GPUS)}")
-        if machine.tmacs is None and machine.gpu not in GPUS:
-            raise UserError(f"{name}: machine.gpu: unknown {machine.gpu!r}{did_you_mean(str(machine.gpu), GPUS)}")
-        known = GPUS.get(str(machine.gpu), Gpu(machine.tmacs or 1.0, "bf16"))
-        tmacs = machine.tmacs or known.tmacs
-        utilisation = machine.utilisation or UTILISATION[known.arithmetic]
-    return Cluster(
-        name=name,
-        ranks_per_node=machine.gpus_per_node or (0 if single else cores),
-        inner=Link(machine.link_gb_s, machine.link_latency_us),
-        outer=Link(machine.nic_gb_s, machine.nic_latency_us),
-        cores=cores,
-        shares_cores=machine.gpus_per_node == 0,
-        tmacs=tmacs,
-        utilisation=utilisation,
-        gpu=machine.gpu or "" if machine.gpus_per_node else "",
-        disk_gb_s=machine.disk_gb_s,
-        storage_gb_s=machine.storage_gb_s,
-        nodes=1 if single else machine.nodes,
-        bandwidth_share=machine.bandwidth_share,
-        jitter=machine.jitter,
-        mtbf_hours=machine.mtbf_hours,
-        usd_per_node_hour=usd,
-        notes=tuple(notes),
-    )
-
-
-def this_machine(gpu: str = "", gpus: int = 0) -> Cluster:
-    """The machine this runs on, workers as local processes: on its `gpus` of the name `gpu`, or on its cores.
-
-    Without GPUs gloo moves gradients, at about 1 GB/s (an assumption).
-    """
-    if not gpus:
-        fields: dict[str, Any] = {"link_gb_s": 1.0, "link_latency_us": 50.0, "source": "gradients at 1 GB/s assumed"}
-        return make_cluster("this machine", MachineSpec.model_validate(fields), {}, single=True)
-    known = next((name for name in GPUS if name in gpu), None)
-    fields = {"gpus_per_node": gpus, "gpu": known, "nodes": 1, "source": f"{gpus} x {gpu}"}
-    if known is None:
-        fields |= {"tmacs": 50.0, "source": f"{gpus} x {gpu}, its peak assumed: plan --measure tells"}
-    return make_cluster("this machine", MachineSpec.model_validate(fields), {})
-
-
-@functools.cache
-def physical_cores(cpuinfo: str = "/proc/cpuinfo", quota: str = "/sys/fs/cgroup/cpu.max") -> int:
-    """Physical cores this process may use: hyper-threads count once, a container's quota bounds them; at least 1."""
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    cores = set()
-    try:
-        for block in Path(cpuinfo).read_text().split("\n\n"):
-            fields = dict(line.split(":", 1) for line in block.replace("\t", "").splitlines() if ":" in line)
-            if int(fields.get("processor", -1)) in allowed and "core id" in fields:
-                cores.add((fields.get("physical id"), fields["core id"]))
-    except (OSError, ValueError):
-        cores = set()
-    count = len(cores) or len(allowed)
-    try:
-        most, period = Path(quota).read_text().split()
-        count = min(count, math.ceil(int(most) / int(period)))
-    except (OSError, ValueError):
-        pass
-    return max(1, count)
 
 
 # ------------------------------------------------------------------------------------------------- afterwards

@@ -24,7 +24,7 @@ from slimray.data.pipeline import Batch, FeedConfig, Source, decode_block, failu
 from slimray.data.plan import Phase, blocks
 from slimray.spec import RunFailed, Spec
 from slimray.tasks import predict
-from slimray.train import learn, loop
+from slimray.train import batchnorm, learn, loop
 from slimray.train.spec import ScaleSpec
 
 ROWS = 64  # samples decoded by one task
@@ -91,7 +91,7 @@ class Judge:
         """The subnet `arch` on its own, re-calibrated, in eval mode."""
         pixels = self.network.pixels
         batches = (learn.fit_input(predict.to_input(part.numpy(), pixels, self.device), arch) for part in self.inputs)
-        return learn.recalibrate_norms(self.network.net.extract(arch), batches).eval()  # type: ignore[operator]
+        return batchnorm.recalibrate_norms(self.network.net.extract(arch), batches).eval()  # type: ignore[operator]
 
     def score(self, arch: dict[str, Any]) -> dict[str, float]:
         """The metrics of an arch (percent) on the samples to score: top1, ... or miou, ..."""

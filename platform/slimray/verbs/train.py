@@ -24,7 +24,7 @@ from slimray.runs.notify import NotifySpec
 from slimray.runs.tracking import TrackingSpec
 from slimray.spec import Spec, UserError, did_you_mean, located, lookup
 from slimray.tasks.predict import Input
-from slimray.train import calibrate, learn, loop, workers
+from slimray.train import calibrate, learn, loop, optimizers, workers
 from slimray.train.health import goodput
 from slimray.train.methods.mutual import Mutual
 from slimray.train.methods.plain import Plain
@@ -120,7 +120,7 @@ def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, 
         "input": list(_input_shape(job, card, net)),
         "batch": job.batch.total,
         "accumulation": ceil_div(job.batch.total, job.scale.most * job.batch.per_worker),
-        "peak_lr": learn.peak_rate(job.optim, job.batch.total),
+        "peak_lr": optimizers.peak_rate(job.optim, job.batch.total),
         "epochs": job.optim.epochs,
     }
     if num_train is not None:

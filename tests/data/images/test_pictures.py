@@ -22,7 +22,7 @@ from slimray.data.video.clips import generators
 from slimray.data.video.decoder import Decoder
 from slimray.edge import cost
 from slimray.tasks.predict import Input, to_input
-from slimray.train import learn
+from slimray.train import optimizers
 from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.plain import PlainReplica
 from slimray.train.spec import OptimSpec
@@ -311,7 +311,7 @@ def test_every_image_network_is_trained_in_any_groups_from_its_own_head(name):
     net = models.build(name, num_classes=5, width=0.125)
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
     for groups in ("tsm", "no_norm_decay", "plain"):
-        found = learn.parameter_groups(net, groups)
+        found = optimizers.parameter_groups(net, groups)
         assert sum(len(group["params"]) for group in found) == len(list(net.parameters()))
         if groups == "tsm":
             sizes = {group["name"]: len(group["params"]) for group in found}

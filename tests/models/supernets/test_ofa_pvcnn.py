@@ -17,7 +17,7 @@ from slimray.models.points.pvcnn import PVConv, pvcnn_cls, pvcnn_s3dis, pvcnn_sh
 from slimray.models.supernets.elastic import sort_channels
 from slimray.models.supernets.ofa_pvcnn import PRESETS, OfaPVCNN
 from slimray.spec import UserError
-from slimray.train import learn
+from slimray.train import batchnorm
 
 CASES = {
     "points": ("ofa_pvcnn", {"preset": "tiny", "voxel": 0.5, "in_channels": 6}),
@@ -345,7 +345,7 @@ def test_another_grid_has_other_statistics():
     net = calibrated(supernet("parts"))
     batches, high = [cloud(net, 8, seed=seed) for seed in range(3)], net.space.largest()
     fine, coarse = (
-        learn.recalibrate_norms(net.extract(arch), batches) for arch in (high, high.replace(voxel=[0.5, 0.5]))
+        batchnorm.recalibrate_norms(net.extract(arch), batches) for arch in (high, high.replace(voxel=[0.5, 0.5]))
     )
     stats = [torch.cat([m.running_mean for m in norms(n) if m.running_mean is not None]) for n in (fine, coarse)]
     assert distance(stats[1], stats[0]) > 0.05

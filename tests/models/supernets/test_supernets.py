@@ -27,7 +27,7 @@ from slimray.models.supernets.ofa_resnet import BottleneckBlock
 from slimray.models.supernets.supernet import Subnet, Supernet
 from slimray.models.tsm import temporal_shift
 from slimray.spec import UserError
-from slimray.train import learn
+from slimray.train import batchnorm, optimizers
 
 NETS = ("ofa_mobilenetv3", "ofa_proxyless", "ofa_resnet50", "ofa_tsm_mobilenetv3", "ofa_tsm_resnet50")
 IMAGES = {
@@ -305,7 +305,7 @@ def test_supernets_tell_their_head_first_convolution_and_frames(name):
     assert net.get_submodule(net.head_name).out_features == 7
     assert net.get_submodule(net.first_conv_name).in_channels == 3
     assert net.num_segments == (8 if "tsm" in name else 0)
-    groups = {group["name"] for group in learn.parameter_groups(net, "tsm")}
+    groups = {group["name"] for group in optimizers.parameter_groups(net, "tsm")}
     assert {"head_weight", "head_bias", "first_conv_weight", "norm", "weight"} <= groups
 
 
@@ -422,12 +422,12 @@ def test_a_recalibrated_subnet_sees_a_batch_as_train_mode_does(name):
     for arch in (net.space.smallest(), net.space.sample(random.Random(5))):
         sub, x = net.extract(arch), batch(net, arch)
         state = {k: v.clone() for k, v in net.state_dict().items()}
-        ready = learn.recalibrate_norms(sub, [x])
+        ready = batchnorm.recalibrate_norms(sub, [x])
         assert gap(ready(x), net.extract(arch).train()(x)) < 1e-4
         assert gap(sub(x), ready(x)) > 1e-2
         assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
     with pytest.raises(ValueError, match="extracted subnet"):
-        learn.recalibrate_norms(net, [batch(net)])
+        batchnorm.recalibrate_norms(net, [batch(net)])
 
 
 # --------------------------------------------------------------------------------------------------------- units

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from slimray.tasks.predict import Input, to_input
-from slimray.train import learn
+from slimray.train import batchnorm
 from slimray.train.methods.method import Piece, Setup, breaks_on_one_sample
 from slimray.train.methods.mutual import Mutual
 from slimray.train.methods.plain import PlainReplica
@@ -183,12 +183,12 @@ def test_one_sample_does_not_break_batchnorm():
 def test_a_still_piece_trains_without_touching_the_statistics():
     replica = PlainReplica(_tsm(), Setup(OPTIM, Input(), SHAPE32, torch.device("cpu")))
     data = np.random.default_rng(0).integers(0, 256, (2, 1, 2, 32, 32, 3), dtype=np.uint8)
-    norms, weights = learn.norm_state(replica.net).clone(), replica.net.new_fc.weight.clone()
+    norms, weights = batchnorm.norm_state(replica.net).clone(), replica.net.new_fc.weight.clone()
     replica.step([Piece(data, np.array([0, 1]))], 2, 0.1, (0, 0), frozenset({0}))
-    assert torch.equal(learn.norm_state(replica.net), norms)
+    assert torch.equal(batchnorm.norm_state(replica.net), norms)
     assert not torch.equal(replica.net.new_fc.weight, weights)
     replica.step([Piece(data, np.array([0, 1]))], 2, 0.1, (0, 1))
-    assert not torch.equal(learn.norm_state(replica.net), norms)
+    assert not torch.equal(batchnorm.norm_state(replica.net), norms)
 
 
 def test_a_step_that_is_not_finite_leaves_no_trace():

@@ -5,7 +5,7 @@ ordinary torch layer on the first channels only: as many as the input has, as ma
 same slices into a plain layer, so a supernet and its extracted subnet read the same numbers. Once-for-All: Train One
 Network and Specialize it for Efficient Deployment (arXiv 1908.09791). Surprising: in train mode a sliced BatchNorm
 updates the first entries of the shared running statistics in place, as published, so the statistics of a subnet mean
-nothing until `learn.recalibrate_norms` has been over the extracted net.
+nothing until `recalibrate_norms` has been over the extracted net.
 """
 
 import itertools

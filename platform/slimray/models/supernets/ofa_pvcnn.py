@@ -5,7 +5,7 @@ are the blocks of a stage (`depth`), the channels of a block (`width`, a part of
 (`voxel`, a part of its finest) and the layers behind the blocks (`head`). Networks take `[B, C, N]`, coordinates first;
 `extract` gives an ordinary PVCNN. Surprising: the head sees the outputs of all blocks in a row, so it is sliced part by
 part. The subnets share running statistics that fit none of them, least of all those of another `voxel` (on a coarser
-grid fewer voxels are empty, and BatchNorm and SE average over those too): run `learn.recalibrate_norms` over an
+grid fewer voxels are empty, and BatchNorm and SE average over those too): run `recalibrate_norms` over an
 extracted net, the largest too, before you judge it.
 """
 

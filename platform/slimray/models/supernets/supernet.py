@@ -254,7 +254,7 @@ class Supernet(nn.Module):
     def extract(self, arch: Arch) -> Subnet:
         """The subnet `arch` as an ordinary network, in the mode of this one, with copies of its weights.
 
-        Its BatchNorm statistics mean nothing until `learn.recalibrate_norms`. UserError for an arch of another space.
+        Its BatchNorm statistics mean nothing until `recalibrate_norms`. UserError for an arch of another space.
         """
         arch = self.space.arch(arch)
         plan = self.layout.plan(arch)

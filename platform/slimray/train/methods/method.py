@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from slimray import models
 from slimray.tasks.predict import Input, to_input
-from slimray.train import learn
+from slimray.train import averaging, batchnorm, learn, optimizers
 from slimray.train.spec import OptimSpec
 
 BUCKET = 2**22  # numbers all-reduced at a time
@@ -99,11 +99,11 @@ class Replica:
     def __init__(self, net: nn.Module, setup: Setup):
         self.setup, self.optim, self.device = setup, setup.optim, setup.device
         self.rank, self.world = setup.rank, setup.world
-        learn.set_norm_policy(net, self.optim.norm)
+        batchnorm.set_norm_policy(net, self.optim.norm)
         layout = torch.channels_last if self.device.type == "cuda" and not _has_3d(net) else torch.preserve_format
         self.net = net.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
-        self.optimizer = learn.make_optimizer(self.net, self.optim)
-        self.ema = learn.Ema(self.net, self.optim.ema) if self.optim.ema else None
+        self.optimizer = optimizers.make_optimizer(self.net, self.optim)
+        self.ema = averaging.Ema(self.net, self.optim.ema) if self.optim.ema else None
         self.reducing_at = 0.0  # when the last all-reduce of gradients began
         self.stepped_at = 0.0  # when the last step was over
 
@@ -125,7 +125,7 @@ class Replica:
         rank has no samples, which would else be missed where the others gather statistics. `held`: the samples are
         those that the method holds out; a method that holds none out never gets such a step.
         """
-        learn.set_learning_rate(self.optimizer, lr)
+        optimizers.set_learning_rate(self.optimizer, lr)
 
         def update() -> tuple[bool, float, float, float]:
             loss_sum, transfer_s, exposed_s = self._gradients(pieces, total, seed, still)
@@ -139,13 +139,13 @@ class Replica:
         `update` returns whether it was finite (and applied), the loss sum, and the seconds of transfer and all-reduce.
         """
         learn.seed_step(*seed, self.rank)
-        learn.train_mode(self.net, self.optim.norm)
-        norms = learn.norm_state(self.net)
+        batchnorm.train_mode(self.net, self.optim.norm)
+        norms = batchnorm.norm_state(self.net)
         start = time.perf_counter()
         finite, loss_sum, transfer_s, exposed_s = update()
         self.stepped_at = time.perf_counter()
         if not finite:
-            learn.load_norm_state(self.net, norms)
+            batchnorm.load_norm_state(self.net, norms)
         compute_s = time.perf_counter() - start - transfer_s - exposed_s
         return StepReport(loss_sum, finite, transfer_s, compute_s, exposed_s)
 
@@ -239,7 +239,7 @@ class Replica:
     def tensors(self) -> dict[str, Tensor]:
         """The whole training state by name, the BatchNorm statistics of every rank included. A collective."""
         out = {f"model.{k}": v for k, v in self.net.state_dict().items()}
-        out |= {f"optim.{k}": v for k, v in learn.optimizer_tensors(self.optimizer).items()}
+        out |= {f"optim.{k}": v for k, v in optimizers.optimizer_tensors(self.optimizer).items()}
         if self.ema:
             out |= {f"ema.{k}": v for k, v in self.ema.tensors().items()}
         return out | {f"norms.{rank}": vector for rank, vector in enumerate(self._all_norms())}
@@ -247,15 +247,15 @@ class Replica:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over a state from `tensors`; statistics are the rank's own if the world is the same, else merged."""
         self.net.load_state_dict(part(tensors, "model."))
-        learn.load_optimizer_tensors(self.optimizer, part(tensors, "optim."))
+        optimizers.load_optimizer_tensors(self.optimizer, part(tensors, "optim."))
         if self.ema:
             self.ema.load(part(tensors, "ema."))
         norms = part(tensors, "norms.")
         if len(norms) == self.world:
-            learn.load_norm_state(self.net, norms[str(self.rank)].to(self.device))
+            batchnorm.load_norm_state(self.net, norms[str(self.rank)].to(self.device))
         elif norms:
-            merged = learn.merge_norm_states(torch.stack([norms[k] for k in sorted(norms, key=int)]), self.net)
-            learn.load_norm_state(self.net, merged.to(self.device))
+            merged = batchnorm.merge_norm_states(torch.stack([norms[k] for k in sorted(norms, key=int)]), self.net)
+            batchnorm.load_norm_state(self.net, merged.to(self.device))
 
     def averaged(self) -> nn.Module:
         """A copy to evaluate and to ship: averaged weights if kept, all ranks' BatchNorm statistics merged.
@@ -267,12 +267,12 @@ class Replica:
             self.ema.copy_to(net)
         norms = self._all_norms()
         if len(norms):
-            learn.load_norm_state(net, learn.merge_norm_states(norms, net))
+            batchnorm.load_norm_state(net, batchnorm.merge_norm_states(norms, net))
         return net
 
     def _all_norms(self) -> Tensor:
         """The running statistics of every rank, `[world, K]`; `[0]` for a network without BatchNorm."""
-        mine = learn.norm_state(self.net)
+        mine = batchnorm.norm_state(self.net)
         if not mine.numel():
             return mine
         if self.world == 1:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from slimray.models.supernets.mixed import Gates, MixedNet, Path
-from slimray.train import learn
+from slimray.train import learn, optimizers
 from slimray.train.methods.method import OnDevice, Piece, Replica, Setup, StepReport, mean_over_ranks, part
 
 BASELINE_STEP = 0.99  # published: the baseline moves to 99 % of the way to each new reward, it is hardly an average
@@ -246,13 +246,13 @@ class PathReplica(Replica):
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole training state by name; the alphas are among the buffers of the model."""
-        out = {f"adam.{name}": value for name, value in learn.optimizer_tensors(self.adam).items()}
+        out = {f"adam.{name}": value for name, value in optimizers.optimizer_tensors(self.adam).items()}
         return super().tensors() | out | {"baseline": self.baseline}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over a state from `tensors`."""
         super().load(tensors)
-        learn.load_optimizer_tensors(self.adam, part(tensors, "adam."))
+        optimizers.load_optimizer_tensors(self.adam, part(tensors, "adam."))
         self.baseline.copy_(tensors["baseline"])
 
 

@@ -1,0 +1,129 @@
+"""The BatchNorm layers of a network: which are trained, their statistics over ranks, and how they are re-calibrated.
+
+Statistics are kept per rank while training; `norm_state` and `merge_norm_states` make those of all ranks out of them.
+`recalibrate_norms` replaces them by what samples are like (Once-for-All, arXiv 1908.09791).
+"""
+
+import copy
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+def set_norm_policy(net: nn.Module, norm: str) -> None:
+    """Prepare the BatchNorm layers of `net`, once: parameters of frozen ones are no longer trained."""
+    if norm == "sync":
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    for module in _frozen_norms(net, norm):
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+
+
+def train_mode(net: nn.Module, norm: str) -> None:
+    """`net.train()`, but frozen BatchNorm layers keep their running statistics."""
+    net.train()
+    for module in _frozen_norms(net, norm):
+        module.eval()
+
+
+def _frozen_norms(net: nn.Module, norm: str) -> list[nn.Module]:
+    if norm not in ("partial", "frozen"):
+        return []
+    norms: list[nn.Module] = [module for module in net.modules() if isinstance(module, BatchNorm)]
+    return norms[1:] if norm == "partial" else norms
+
+
+def norm_state(net: nn.Module) -> Tensor:
+    """The running means and variances of all BatchNorm layers as one vector `[K]`, means first layer by layer."""
+    parts = [buffer.flatten() for module in _tracking(net) for buffer in (module.running_mean, module.running_var)]
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def load_norm_state(net: nn.Module, vector: Tensor) -> None:
+    """Write a vector of `norm_state` back."""
+    at = 0
+    for module in _tracking(net):
+        for buffer in (module.running_mean, module.running_var):
+            buffer.copy_(vector[at : at + buffer.numel()].view_as(buffer))
+            at += buffer.numel()
+
+
+def merge_norm_states(states: Tensor, net: nn.Module) -> Tensor:
+    """One vector of `norm_state` for several of equal weight, `[world, K]` -> `[K]`: those of the joint distribution.
+
+    The joint variance is the mean of the variances plus the variance of the means.
+    """
+    if len(states) == 1:
+        return states[0].clone()
+    out, at = torch.empty_like(states[0]), 0
+    for module in _tracking(net):
+        size = module.running_mean.numel()
+        means, variances = states[:, at : at + size], states[:, at + size : at + 2 * size]
+        out[at : at + size] = means.mean(0)
+        out[at + size : at + 2 * size] = variances.mean(0) + means.var(0, correction=0)
+        at += 2 * size
+    return out
+
+
+def _tracking(net: nn.Module) -> list[Any]:
+    return [m for m in net.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
+
+
+# ------------------------------------------------------------------------------------------------- re-calibration
+
+
+@torch.no_grad()
+def recalibrate_norms(subnet: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """A copy of `subnet` with the BatchNorm statistics of `batches` (inputs `[n, ...]`); `subnet` stays as it is.
+
+    As in Once-for-All (arXiv 1908.09791): every batch is normalised by its own statistics, and a layer gets the mean
+    over the batches, weighted by their samples, of its input's mean and of its biased variance in the batch (not the
+    variance of all samples together). Dropout is off. ValueError without batches, or for a supernet: extract first.
+    Several workers add up their `norm_sums` instead, for the same result however the batches are dealt out.
+    """
+    out = copy.deepcopy(subnet)
+    load_norm_sums(out, norm_sums(subnet, batches))
+    return out
+
+
+@torch.no_grad()
+def norm_sums(net: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    """What `recalibrate_norms` learns from `batches`, float64 `[K]`: may be added up over workers (`load_norm_sums`).
+
+    For each BatchNorm in order: samples, the sum over batches of samples x mean, and of samples x variance.
+    """
+    probe = copy.deepcopy(net).eval()
+    norms = _tracking(probe)
+    parts = [norm.running_mean.new_zeros(1 + 2 * norm.num_features, dtype=torch.float64) for norm in norms]
+    samples = 0
+
+    def collect(part: Tensor, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].transpose(0, 1).flatten(1).float()  # [C, everything else]
+        part += samples * torch.cat([part.new_ones(1), x.mean(1), x.var(1, correction=0)])
+
+    for norm, part in zip(norms, parts, strict=True):
+        norm.running_mean = norm.running_var = None  # torch normalises by the batch where there are no statistics
+        norm.register_forward_pre_hook(functools.partial(collect, part))
+    device = next(iter(probe.parameters())).device
+    for batch in batches:
+        samples = len(batch)
+        probe(batch.to(device))
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+@torch.no_grad()
+def load_norm_sums(net: nn.Module, sums: Tensor) -> None:
+    """Give the BatchNorms of `net` in place the statistics that `sums` hold; ValueError if one of them saw no input."""
+    at = 0
+    for norm in _tracking(net):
+        samples, mean, var = sums[at : at + 1 + 2 * norm.num_features].split([1, norm.num_features, norm.num_features])
+        if not samples:
+            raise ValueError("recalibrate_norms: a BatchNorm saw no input: give batches, and an extracted subnet")
+        norm.running_mean.copy_(mean / samples)
+        norm.running_var.copy_(var / samples)
+        at += 1 + 2 * norm.num_features

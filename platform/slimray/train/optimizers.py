@@ -1,0 +1,113 @@
+"""The optimizer and its rate: parameter groups, schedules with linear scaling and warm-up, state for checkpoints.
+
+The learning rate is a pure function of the samples seen (linear scaling with gradual warm-up, arXiv 1706.02677), never
+scheduler state, so that a resumed or elastic run has the same one. The parameter groups "tsm" are those of the
+published TSM runs (arXiv 1811.08383). torch's SGD keeps the rate out of its momentum buffer, so that a changing rate
+needs no correction.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimray.train.batchnorm import BatchNorm
+from slimray.train.lars import Lars
+from slimray.train.spec import OptimSpec
+
+
+def peak_rate(optim: OptimSpec, batch_total: int) -> float:
+    """The learning rate after the warm-up at a global batch of `batch_total`."""
+    return optim.lr * batch_total / optim.reference_batch
+
+
+def learning_rate(optim: OptimSpec, batch_total: int, num_samples: int, samples_seen: int) -> float:
+    """The rate of the step that begins after `samples_seen` samples of an epoch of `num_samples`."""
+    peak, epoch = peak_rate(optim, batch_total), samples_seen / num_samples
+    if epoch < optim.warmup_epochs:
+        start = min(optim.lr, peak / 10)
+        return start + (peak - start) * epoch / optim.warmup_epochs
+    if optim.schedule == "step":
+        milestones = optim.milestones or (0.4 * optim.epochs, 0.8 * optim.epochs)
+        return peak * optim.gamma ** sum(epoch >= milestone for milestone in milestones)
+    if optim.schedule == "cosine":
+        progress = min(1.0, (epoch - optim.warmup_epochs) / (optim.epochs - optim.warmup_epochs))
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group of `optimizer` its multiple of `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_mult"]
+
+
+# ---------------------------------------------------------------------------------------------------- optimizer
+
+
+def parameter_groups(net: nn.Module, groups: str) -> list[dict[str, Any]]:
+    """The trainable parameters of `net` as groups with `name`, `params`, `lr_mult`, `decay_mult`.
+
+    The head is what lies under `net.head_name`, the first convolution `net.first_conv_name` (x5 and x10 if it does not
+    take RGB: optical flow starts from averaged weights).
+    """
+    norms = {f"{name}." for name, module in net.named_modules() if isinstance(module, BatchNorm)}
+    table: dict[str, tuple[float, float, list]] = {}
+    for name, parameter in net.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_bias = name.endswith("bias")
+        is_norm = f"{name.rpartition('.')[0]}." in norms
+        kind, lr_mult, decay_mult = "all", 1.0, 1.0
+        if groups == "no_norm_decay":
+            kind, decay_mult = ("no_decay", 0.0) if is_bias or is_norm else ("weight", 1.0)
+        elif groups == "tsm":
+            kind, lr_mult, decay_mult = _tsm_group(net, name, parameter, is_bias, is_norm)
+        table.setdefault(kind, (lr_mult, decay_mult, []))[2].append(parameter)
+    return [{"name": k, "params": p, "lr_mult": lr, "decay_mult": decay} for k, (lr, decay, p) in table.items()]
+
+
+def _tsm_group(net: nn.Module, name: str, value: Tensor, is_bias: bool, is_norm: bool) -> tuple[str, float, float]:
+    if is_norm:
+        return "norm", 1, 0
+    if name.startswith(f"{net.head_name}."):
+        return ("head_bias", 10, 0) if is_bias else ("head_weight", 5, 1)
+    if name.startswith(f"{net.first_conv_name}."):
+        flow = not is_bias and value.shape[1] != 3
+        return ("first_conv_bias", 2, 0) if is_bias else ("first_conv_weight", 5 if flow else 1, 1)
+    return ("bias", 2, 0) if is_bias else ("weight", 1, 1)
+
+
+def make_optimizer(net: nn.Module, optim: OptimSpec) -> torch.optim.Optimizer:
+    """The optimizer over the groups of `optim`; the rate is set before each step (`set_learning_rate`)."""
+    groups = parameter_groups(net, optim.groups)
+    for group in groups:
+        group["weight_decay"] = optim.weight_decay * group["decay_mult"]
+    if optim.optimizer == "lars":
+        return Lars(groups, lr=optim.lr, momentum=optim.momentum)
+    if optim.optimizer != "sgd":
+        adam = torch.optim.AdamW if optim.optimizer == "adamw" else torch.optim.Adam
+        return adam(groups, lr=optim.lr, betas=(optim.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of `optimizer` as `<parameter number>.<what>` -> tensor."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{number}.{key}": torch.as_tensor(value)
+        for number, entries in state.items()
+        for key, value in entries.items()
+        if value is not None
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Take over the state that `optimizer_tensors` gave."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        number, _, key = name.partition(".")
+        state.setdefault(int(number), {})[key] = value.clone()
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

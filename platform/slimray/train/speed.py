@@ -1,0 +1,33 @@
+"""How much of a device's peak a training reaches."""
+
+import functools
+import time
+
+import torch
+
+from slimray.train.gpus import GPUS, find_gpu
+
+
+def mfu(macs: int, samples_per_s: float, device: torch.device) -> float:
+    """Model FLOPs utilisation of one worker, 0-1: 6 x MACs x samples/s (forward and backward) over the peak."""
+    return 6 * macs * samples_per_s / peak_flops(device)
+
+
+def peak_flops(device: torch.device) -> float:
+    """Peak FLOP/s of `device` in the arithmetic it trains in: a GPU's data sheet, else the best of a few matrix
+    products of this one."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
+    row = find_gpu(name)
+    return _measured_flops(device, name) if row is None else GPUS[row].peak(GPUS[row].arithmetic)
+
+
+@functools.cache
+def _measured_flops(device: torch.device, name: str, size: int = 768, rounds: int = 20) -> float:
+    """Measured once per process and device as `name` tells it."""
+    a = torch.ones(size, size, device=device)
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
