@@ -1,6 +1,7 @@
 """What users write: YAML read safely, and every mistake told in one sentence with file, field and next step."""
 
 import contextlib
+import os
 from typing import Literal
 
 import pytest
@@ -8,6 +9,7 @@ from pydantic import ConfigDict, Field
 
 from slimray import spec
 from slimray.spec import (
+    RunFailed,
     Spec,
     UserError,
     did_you_mean,
@@ -202,3 +204,60 @@ def test_problems_are_collected_with_the_file_in_front_once():
     assert problems == [f"x.yaml (b): {text}" for text in ("a: is wrong", "c: is wrong", "d: no", "e: no")]
     assert located("x.yaml: a", "x.yaml") == "x.yaml: a"
     assert issubclass(spec.RunFailed, Exception)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a: !!bool maybe", "x.yaml: line 1: 'maybe' is not a value of !!bool"),
+        ("a: !!int ''", "x.yaml: line 1: '' is not a value of !!int"),
+        ("a: !!float .", "x.yaml: line 1: '.' is not a value of !!float"),
+        ("b: 1\na: !!timestamp x", "x.yaml: line 2: 'x' is not a value of !!timestamp"),
+        ("a: 2024-13-45", "x.yaml: line 1: '2024-13-45' is not a value of !!timestamp"),
+        ("a: " + "9" * 400, "x.yaml: line 1: a number of more than 100 characters"),
+        ("a: " + "1:" * 50_000 + "1", "x.yaml: line 1: a number of more than 100 characters"),
+        ('a: [{b: "\\ud800"}]', r"x.yaml: '\ud800' holds half a character"),
+        ('"\\udfff": 1', r"x.yaml: '\udfff' holds half a character"),
+    ],
+)
+def test_values_that_yaml_cannot_make_are_one_sentence(text, sentence):
+    with pytest.raises(UserError) as caught:
+        parse_yaml(text, "x.yaml")
+    assert str(caught.value).startswith(sentence)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_read_and_one_that_nobody_writes_is_given_up(tmp_path, monkeypatch):
+    reading, writing = os.pipe()
+    os.write(writing, b"a: 1\n")
+    os.close(writing)
+    assert read_yaml(f"/dev/fd/{reading}") == [{"a": 1}]
+    os.close(reading)
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(spec, "PIPE_PATIENCE_S", 0.2)
+    with pytest.raises(UserError, match="it is a pipe, and nothing has come out of it"):
+        read_yaml(tmp_path / "pipe")
+
+
+def test_a_path_that_cannot_be_one_is_one_sentence():
+    for path in ("a\0b", "x" * 5000, "/nowhere/\udcff"):
+        with pytest.raises(UserError) as caught:
+            read_yaml(path)
+        assert str(caught.value).isprintable()
+
+
+def test_messages_hold_neither_credentials_nor_control_characters():
+    for kind in (UserError, RunFailed):
+        said = str(kind("https://me:hunter2@host/x: \x1b[31mred\x1b[0m \udcff\nsecond line"))
+        assert said == "https://***@host/x: \\x1b[31mred\\x1b[0m \\udcff\nsecond line"
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["https://host/w.pth?token=hunter2", "s3://id:hunter2/a@bucket/x", "ghp_" + "hunter2" * 4, "PGPASS=hunter2"],
+)
+def test_a_credential_in_what_a_user_writes_is_refused_with_its_field_and_not_shown(value):
+    with pytest.raises(UserError) as caught:
+        parse(Outer, {"name": "a", "init": {"from": value}}, "x.yaml")
+    assert str(caught.value).startswith("x.yaml: init.from: holds what looks like a secret (")
+    assert "hunter2" not in str(caught.value)

@@ -225,3 +225,71 @@ def test_a_store_that_throttles_breaks_and_delays_loses_nothing(monkeypatch):
         faults.rate, faults.kinds = 1.0, ["throttle"]
         with pytest.raises(StorageError, match="runs/00"):
             storage.read_bytes(fs, f"{path}/00")
+
+
+def test_names_that_are_not_utf8_are_left_out_of_a_listing_with_a_word(tmp_path, caplog):
+    for name in (b"caf\xe9.mp4", b"\xff", "café.mp4".encode(), "動画".encode()):
+        open(bytes(tmp_path) + b"/" + name, "wb").close()
+    os.mkdir(bytes(tmp_path) + b"/run\xe9")
+    (tmp_path / "run").mkdir()
+    fs, path = storage.open_uri(tmp_path)
+    assert [info.base_name for info in storage.list_files(fs, path, recursive=True)] == ["café.mp4", "動画"]
+    assert storage.list_folders(fs, path) == ["run"]
+    assert f"{tmp_path}: 3 names in it are not UTF-8 and are left out: rename them" in caplog.text
+    storage.delete(fs, path)
+    assert not tmp_path.exists()
+
+
+@pytest.mark.parametrize(
+    ("uri", "sentence"),
+    [
+        ("~nosuchuser/runs", "~nosuchuser/runs: there is no such user here"),
+        ("s3://[::1/x", "s3://[::1/x: is not a URI"),
+        ("gs://bu]cket[/x", "is not a URI"),
+        ("/data/\udcff/x", r"/data/\udcff/x: its name is not UTF-8"),
+        ("file:///data/%00", "a path cannot hold a zero byte"),
+        ("a\0b", "a path cannot hold a zero byte"),
+        ("/data/\x1b[31mred\x1b[0m\0", r"/data/\x1b[31mred\x1b[0m\x00: a path"),
+    ],
+)
+def test_what_is_no_path_and_no_uri_is_one_sentence(uri, sentence):
+    for read in (storage.open_uri, *([] if ":" in uri else [storage.absolute])):
+        with pytest.raises(UserError) as caught:
+            read(uri)
+        assert sentence in str(caught.value)
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://id:hunter2/with/slashes@team/x",
+        "s3://team/x?secret_key=hunter2",
+        "s3://team/x?endpoint_override=h&X-Amz-Signature=hunter2",
+        "gs://team/x?access_token=hunter2",
+        "gs://hunter2@team/x",
+        "s4://id:hunter2@team/x",
+        "https://host/x?token=hunter2",
+    ],
+)
+def test_credentials_in_a_uri_are_refused_and_never_shown(uri):
+    with pytest.raises(UserError) as caught:
+        storage.open_uri(uri)
+    assert "hunter2" not in str(caught.value)
+    assert "***" in str(caught.value)
+
+
+def test_a_pipe_in_place_of_a_file_is_one_sentence_and_nobody_waits(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(storage.StorageError, match=r"pipe: cannot read it \(not a file but a pipe, socket or device\)"):
+        storage.read_bytes(*storage.open_uri(tmp_path / "pipe"))
+    with pytest.raises(storage.StorageError, match="not a file but a pipe"):
+        storage.read_bytes(*storage.open_uri("/dev/zero"))
+    storage.delete(*storage.open_uri(tmp_path / "pipe"))
+    assert not (tmp_path / "pipe").exists()
+
+
+def test_a_name_that_is_too_long_is_told_at_once(tmp_path):
+    fs, path = storage.open_uri(tmp_path / ("x" * 300))
+    with pytest.raises(storage.StorageError, match=r"cannot read it \(file name too long\)"):
+        storage.read_bytes(fs, path)

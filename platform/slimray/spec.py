@@ -1,4 +1,4 @@
-"""How slimray reads what a user wrote: strict specs, safe YAML, errors of one sentence.
+"""How slimray reads what a user writes: strict specs, safe YAML, errors of one sentence.
 
 `Spec` is the base of every section of a job YAML: frozen, unknown fields refused, the string under a field is its
 help. `read_yaml` returns plain documents and refuses duplicate keys, alias bombs and oversized files. `parse` turns a
@@ -10,7 +10,10 @@ traceback. `1e-3` is a number here, although YAML 1.1 says it is text.
 import contextlib
 import difflib
 import importlib.util
+import os
 import re
+import select
+import stat
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,20 +22,43 @@ from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origi
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from slimray.credentials import find, redact_text
+
 MAX_YAML_BYTES = 1_000_000
 MAX_YAML_ALIASES = 50
 MAX_YAML_VALUES = 100_000
+MAX_YAML_NUMBER = 100  # characters
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+PIPE_PATIENCE_S = 10.0  # until something comes out of a pipe that is named as a file
+NO_CREDENTIALS = (
+    "take it out, it would be stored and shown. Storage is opened with the credentials of the environment (AWS_*, "
+    "GOOGLE_APPLICATION_CREDENTIALS), a cluster's variables are named in `secrets`, and a file behind a signed link is "
+    "downloaded first"
+)
+
+
+def shown(text: Any) -> str:
+    """Return `text` without credentials, and with control characters and what is not Unicode spelled out."""
+    text = CONTROL.sub(lambda m: repr(m[0])[1:-1], redact_text(str(text)))
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class UserError(Exception):
-    """Something the user can mend: one sentence that names file, field and next step. Exit code 2."""
+    """Something the user can fix: one sentence that names file, field and next step. Exit code 2.
+
+    The sentence is made fit for terminals, logs and run folders, see `shown`.
+    """
+
+    def __init__(self, sentence: str = ""):
+        super().__init__(shown(sentence))
 
 
 class RunFailed(Exception):
     """A run that was right to start and did not finish: one sentence. Exit code 1, or 3 if its retries are used up."""
 
     def __init__(self, sentence: str, code: int = 1):
-        super().__init__(sentence)
+        super().__init__(shown(sentence))
         self.code = code
 
 
@@ -104,6 +130,19 @@ class _SafeLoader(yaml.SafeLoader):
             seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None)
         return node
 
+    def construct_scalar(self, node):
+        if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(str(node.value)) > MAX_YAML_NUMBER:
+            self._refuse(f"a number of more than {MAX_YAML_NUMBER} characters", node)
+        return super().construct_scalar(node)
+
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # `!!int ''`, `!!bool maybe`
+            self._refuse(
+                f"{str(node.value)[:40]!r} is not a value of {node.tag.replace('tag:yaml.org,2002:', '!!')}", node
+            )
+
     def flatten_mapping(self, node):
         super().flatten_mapping(node)
         if len(node.value) > MAX_YAML_VALUES:
@@ -144,12 +183,14 @@ def parse_yaml(text: str, where: str) -> list[dict[str, Any]]:
             f"{where}:{line} {'a tab, YAML takes blanks only' if tab else error.problem or 'not valid YAML'}"
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid YAML ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{where}: not valid YAML ({(str(error).splitlines() or [''])[0]})") from None
     for document in documents:
         if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
             raise UserError(f"{where}: each document must be a mapping of names to values")
         if _is_larger(document, MAX_YAML_VALUES):
             raise UserError(f"{where}: its aliases make it larger than {MAX_YAML_VALUES} values")
+        if (half := _half_a_character(document)) is not None:
+            raise UserError(f"{where}: {half} holds half a character (a surrogate): write the character itself")
     return documents
 
 
@@ -163,23 +204,58 @@ def _is_larger(value: Any, num_values: int) -> bool:
     return room < 0
 
 
+def _half_a_character(document: Mapping[str, Any]) -> str | None:
+    """The first text in a document that is not Unicode, escaped; None if there is none."""
+    stack: list[Any] = [document]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str) and SURROGATE.search(item):
+            return ascii(item[:60])
+        stack.extend([*item, *item.values()] if isinstance(item, dict) else item if isinstance(item, list) else ())
+    return None
+
+
 def read_yaml(path: str | Path) -> list[dict[str, Any]]:
     """Return the documents of the YAML file at `path`; UserError if it is missing, unreadable or not YAML."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_YAML_BYTES + 1)
+        data = _read_some(path, MAX_YAML_BYTES + 1)
         text = data.decode("utf-8", "strict" if len(data) <= MAX_YAML_BYTES else "replace")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({(error.strerror or str(error)).lower()})") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: cannot be read ({reason[:1].lower()}{reason[1:]})") from None
     return parse_yaml(text, str(path))
 
 
+def _read_some(path: str | Path, num_bytes: int) -> bytes:
+    """The first `num_bytes` of a file; of a pipe, such as `<(command)`, too, for which nobody waits without end."""
+    with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file.read(num_bytes)
+        parts: list[bytes] = []
+        while sum(map(len, parts)) < num_bytes:
+            if not select.select([file], [], [], PIPE_PATIENCE_S)[0]:
+                raise OSError(f"it is a pipe, and nothing has come out of it for {PIPE_PATIENCE_S:g} s")
+            chunk = file.read(num_bytes)
+            if chunk == b"":
+                break
+            parts.append(chunk or b"")
+        return b"".join(parts)
+
+
 def parse(spec: type[S], document: Mapping[str, Any], where: str) -> S:
-    """Return `spec` filled from `document`; all complaints in one UserError, a line each, `where: field: reason`."""
+    """Return `spec` filled from `document`; all complaints in one UserError, a line each, `where: field: reason`.
+
+    A credential in any of the texts is such a complaint: what a user writes is stored in run folders and shown.
+    """
+    held = [
+        f"{where}: {field}: holds what looks like a secret ({what}): {NO_CREDENTIALS}" for field, what in find(document)
+    ]
+    if held:
+        raise UserError("\n".join(held))
     try:
         return spec.model_validate(dict(document))
     except ValidationError as error:

@@ -9,9 +9,11 @@ the URI, because URIs are written into run folders. A put to an object store is 
 import contextlib
 import errno
 import itertools
+import logging
 import os
 import random
 import re
+import stat
 import time
 import urllib.parse
 import uuid
@@ -23,6 +25,7 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from slimray.credentials import held
 from slimray.spec import RunFailed, UserError, did_you_mean
 
 CONNECT_TIMEOUT_S = 5
@@ -31,8 +34,11 @@ SDK_ATTEMPTS = 3
 SCHEMES = ("file", "gs", "s3")
 OPTIONS = ("anonymous", "endpoint_override", "region", "scheme")
 CHUNK_BYTES = 8 << 20
-FINAL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR)
+FINAL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR,
+                errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
 FINAL_WORDS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN")
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -53,18 +59,21 @@ def open_uri(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     if isinstance(uri, Path) or scheme is None:
         if not text:
             raise UserError("storage: an empty path names no folder: write a local path, s3://... or gs://...")
-        return pafs.LocalFileSystem(), str(Path(text).expanduser().absolute())
+        return pafs.LocalFileSystem(), local_path(text)
     if scheme[1] not in SCHEMES or not scheme[0].endswith("//"):
         hint = did_you_mean(scheme[1], SCHEMES)
-        raise UserError(f"{_no_secrets(text)}: unknown storage {scheme[0]!r}{hint}; a local path needs no scheme")
-    parts = urllib.parse.urlsplit(text)
+        raise UserError(f"{text}: unknown storage {scheme[0]!r}{hint}; a local path needs no scheme")
+    try:
+        parts = urllib.parse.urlsplit(text)
+    except ValueError as error:
+        raise UserError(f"{text}: is not a URI ({error}): write {scheme[1]}://bucket/folder") from None
     if scheme[1] == "file":
         if parts.netloc not in ("", "localhost"):
             raise UserError(f"{text}: a file URI has three slashes, file:///folder")
-        return pafs.LocalFileSystem(), urllib.parse.unquote(parts.path)
-    if parts.username is not None or parts.password is not None:
+        return pafs.LocalFileSystem(), local_path(urllib.parse.unquote(parts.path))
+    if what := held(text):
         raise UserError(
-            f"{_no_secrets(text)}: credentials do not belong into a URI, it is written to run folders: "
+            f"{text}: credentials do not belong into a URI ({what}), it is written to run folders: "
             "use the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS)"
         )
     if not parts.netloc:
@@ -80,9 +89,23 @@ def open_uri(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     return fs, path
 
 
+def local_path(text: str | Path) -> str:
+    """Return a local path from the root, `~` expanded; UserError if it cannot be a path, or not one in UTF-8."""
+    try:
+        path = str(Path(text).expanduser().absolute())
+        path.encode()
+    except RuntimeError:
+        raise UserError(f"{text}: there is no such user here: write the path in full") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{text}: its name is not UTF-8: rename it, or reach it through a link") from None
+    if "\0" in path:
+        raise UserError(f"{text}: a path cannot hold a zero byte: fix its name")
+    return path
+
+
 def absolute(uri: str) -> str:
     """Return a local path as it is from any folder; a URI stays as it is."""
-    return uri if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", uri) else str(Path(uri).expanduser().absolute())
+    return uri if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", uri) else local_path(uri)
 
 
 def join(base: str, *names: str) -> str:
@@ -94,10 +117,14 @@ def join(base: str, *names: str) -> str:
 def read_bytes(fs: pafs.FileSystem, path: str, first: int | None = None, attempts: int = 4) -> bytes:
     """Return the whole file, or its `first` bytes if it has so many.
 
-    FileNotFoundError if it is missing, StorageError if it cannot be read completely.
+    FileNotFoundError if it is missing, StorageError if it cannot be read completely or is no file but, say, a pipe.
     """
 
     def read() -> bytes:
+        if isinstance(fs, pafs.LocalFileSystem):
+            kind = os.stat(path).st_mode
+            if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # the reader of a pipe would wait without end
+                raise OSError(errno.EINVAL, "not a file but a pipe, socket or device")
         with fs.open_input_file(path) as file:
             size = file.size() if first is None else min(first, file.size())
             data = file.read(size)
@@ -119,7 +146,10 @@ def write_atomic(fs: pafs.FileSystem, path: str, data: bytes | Path, attempts: i
 
 
 def list_files(fs: pafs.FileSystem, path: str, recursive: bool = False) -> list[pafs.FileInfo]:
-    """Return the files under folder `path` sorted by path (`.path`, `.base_name`, `.size`); none if it is missing."""
+    """Return the files under folder `path` sorted by path (`.path`, `.base_name`, `.size`); none if it is missing.
+
+    Names that are not UTF-8 are left out with a warning, here and in `list_folders`.
+    """
     return [info for info in _list(fs, path, recursive) if info.type == pafs.FileType.File]
 
 
@@ -173,7 +203,7 @@ def _options(query: str, uri: str) -> dict[str, str]:
     options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
     for name in options:
         if name not in OPTIONS:
-            raise UserError(f"{_no_secrets(uri)}: unknown option {name!r}{did_you_mean(name, OPTIONS)}")
+            raise UserError(f"{uri}: unknown option {name!r}{did_you_mean(name, OPTIONS)}")
     return options
 
 
@@ -209,7 +239,7 @@ def _require_bucket(fs: pafs.FileSystem, path: str, where: str) -> None:
     bucket = path.partition("/")[0]
     missing = all(fs.get_file_info(place).type == pafs.FileType.NotFound for place in dict.fromkeys((path, bucket)))
     if missing:
-        raise UserError(f"{where}: there is no bucket {bucket!r}: create it, or mend its name")
+        raise UserError(f"{where}: there is no bucket {bucket!r}: create it, or fix its name")
 
 
 def _unreachable(where: str, error: BaseException) -> str:
@@ -228,10 +258,6 @@ def _credentials_in_sight() -> bool:
     return any(os.environ.get(name) for name in names) or Path("~/.aws/credentials").expanduser().is_file()
 
 
-def _no_secrets(uri: str) -> str:
-    return re.sub(r"//[^/@]*@", "//***@", uri)
-
-
 def _list(fs: pafs.FileSystem, path: str, recursive: bool) -> list[pafs.FileInfo]:
     selector = pafs.FileSelector(path, allow_not_found=True, recursive=recursive)
     found: list[pafs.FileInfo] = []
@@ -241,7 +267,17 @@ def _list(fs: pafs.FileSystem, path: str, recursive: bool) -> list[pafs.FileInfo
             break
         except FileNotFoundError:  # a folder came or went between two looks
             continue
-    return sorted((info for info in found if not info.base_name.endswith(".tmp")), key=lambda info: info.path)
+    named = [info for info in found if _is_utf8(info)]
+    if len(named) < len(found):
+        log.warning("%s: %d names in it are not UTF-8 and are left out: rename them", path, len(found) - len(named))
+    return sorted((info for info in named if not info.base_name.endswith(".tmp")), key=lambda info: info.path)
+
+
+def _is_utf8(info: pafs.FileInfo) -> bool:
+    try:
+        return bool(info.path)
+    except UnicodeDecodeError:
+        return False
 
 
 def _put_local(fs: pafs.FileSystem, path: str, data: bytes | Path) -> None:
@@ -291,6 +327,8 @@ def _reason(error: BaseException) -> str:
     number = getattr(error, "errno", None)
     if number == errno.ENOSPC:
         return "the disk is full"
+    if number == errno.EINVAL and error.strerror:
+        return str(error.strerror)
     if number:
         return os.strerror(number).lower()
     text = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -22,7 +22,7 @@ from tests.test_job import ROOT
 from slimray import job
 from slimray.cli import main
 from slimray.cluster import manifests, submit
-from slimray.spec import RunFailed, UserError, parse_yaml
+from slimray.spec import RunFailed, UserError, parse, parse_yaml
 
 CHAIN = """
 {kind: prepare, name: clips, data: {card: moving_shapes, clips: 40, size: 32, frames: 12}}
@@ -544,3 +544,38 @@ def test_init_brings_the_cluster_files_along(shell):
     assert shell("init", "demo")[0] == 0
     there = {str(path.relative_to("demo/cluster")) for path in Path("demo/cluster").rglob("*") if path.is_file()}
     assert {f"{name}.yaml" for name in NAMES} | {"Dockerfile", "prometheus.yml", "grafana/training.json"} <= there
+
+
+@pytest.mark.parametrize(
+    ("field", "named"),
+    [
+        ("env: {PGPASS: hunter2}", "env: PGPASS looks like a secret"),
+        ("env: {DATABASE_URL: 'postgres://u:hunter2@h/db'}", "env.DATABASE_URL: holds what looks like a secret"),
+        ("env: {SLACK_WEBHOOK_URL: 'https://hooks.slack.com/services/T/B/hunter2'}", "env.SLACK_WEBHOOK_URL: holds"),
+        ("env: {NOTE: wandb_v1_hunter2hunter2hunter2}", "env.NOTE: holds what looks like a secret"),
+        ("env: {NOTE: 0123456789abcdef0123456789abcdef01234567}", "env.NOTE: holds what looks like a secret"),
+        ("pass_env: [SLACK_WEBHOOK]", "pass_env: SLACK_WEBHOOK looks like a secret, Ray would log it"),
+        ("driver: {labels: {a: 's3://b/x?secret_key=hunter2'}}", "driver.labels.a: holds what looks like a secret"),
+        ("machine: {note: glpat-hunter2hunter2hunter2}", "machine.note: holds what looks like a secret"),
+    ],
+)
+def test_a_secret_in_a_cluster_file_is_refused_with_its_field_and_not_shown(field, named):
+    (document,) = parse_yaml(JOBS % f", {field}", "x.yaml")
+    with pytest.raises(UserError) as caught:
+        parse(manifests.JobsCluster, document, "x.yaml")
+    assert named in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_paths_and_commits_in_a_cluster_file_are_no_secrets():
+    env = "GIT_COMMIT: 0123456789abcdef0123456789abcdef01234567, GOOGLE_APPLICATION_CREDENTIALS: /etc/keys/gcp.json"
+    assert len(parse_cluster(JOBS % f", env: {{{env}}}").env) == 2
+
+
+def test_a_webhook_that_comes_through_a_variable_is_not_written_out(here, monkeypatch):
+    monkeypatch.setenv("TEAM_HOOK", "https://hooks.slack.com/services/T0/B0/hunter2")
+    for kind in (JOBS, "{kind: slurm, nodes: 1, cpus_per_node: 64, storage: /shared%s}"):
+        as_cluster(kind % ", pass_env: [TEAM_HOOK]")
+        with pytest.raises(UserError, match="pass_env: TEAM_HOOK holds what looks like a secret") as caught:
+            ready_for("mine")
+        assert "hunter2" not in str(caught.value)

@@ -98,6 +98,19 @@ def test_a_model_is_three_files_and_absent_until_all_are_there(run):
     assert runs.read_model(run) == (b"weights", {"name": "tsm_resnet18"}, {"classes": ["up", "down"]})
 
 
+def test_no_file_of_a_run_holds_a_credential(run):
+    said = "https://me:hunter2@host/x?token=hunter2"
+    runs.write_job(run, JOB | {"init": {"from": said}})
+    runs.begin(run, JOB | {"init": {"from": said}}, 1)
+    runs.end(run, "failed", said)
+    runs.write_card(run, {"init": said})
+    runs.write_file(run, "logs/0001-driver.log", f"OSError: {said}\n".encode())
+    write_rows(run, "quarantine", 1, 0, [{"path": "a", "reason": said, "trace": [{"url": said}]}])
+    for info in storage.list_files(run.fs, run.path, recursive=True):
+        assert b"hunter2" not in storage.read_bytes(run.fs, info.path), info.path
+    assert runs.claim(run, JOB | {"init": {"from": said}}).attempt == 2
+
+
 def test_files_that_a_restart_would_not_clear_are_refused(local):
     with pytest.raises(ValueError, match="no file of a run folder"):
         runs.write_file(local, "notes.txt", b"")

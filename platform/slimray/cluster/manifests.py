@@ -9,21 +9,19 @@ dashboard, so `pass_env` refuses names that look like one. Field names of `ray.i
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from slimray.spec import Spec, dump_yaml
+from slimray.credentials import find, held, is_secret_name
+from slimray.spec import Spec, UserError, dump_yaml
 
 HEAD_NODE_ID = "f" * 51 + "00000"  # what the autoscaler's provider for one machine calls its head
 JOBS_DIR = "/etc/slimray"  # where pods find the job
 SCRIPT = "run.sh"
-SECRET_NAME = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)($|_)", re.IGNORECASE)
-SECRET_VALUE = re.compile(
-    r"AKIA[0-9A-Z]{16}|gh[pousr]_\w{30,}|\bsk-[\w-]{20,}|xox[abp]-|-----BEGIN|AIza[\w-]{30,}|\b[0-9a-f]{40}\b|eyJ[\w-]{20,}"
-)
+COMMIT_NAME = re.compile(r"commit|sha|rev|hash|digest|checksum", re.IGNORECASE)  # 40 hex digits are then no old W&B key
 EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
@@ -80,15 +78,14 @@ class ClusterSpec(Spec):
 
     @model_validator(mode="after")
     def _no_secrets(self) -> "ClusterSpec":
-        for name in self.env:
-            if SECRET_NAME.search(name):
+        for name, value in self.env.items():
+            if any(find({name: value}, names=True)) and held(value) is None:
                 raise ValueError(f"env: {name} looks like a secret: name it in `secrets`, never write its value")
+            if held(value) or (re.fullmatch(r"[0-9a-f]{40}", value) and not COMMIT_NAME.search(name)):
+                raise ValueError(f"env.{name}: holds what looks like a secret: take it out, and name it in `secrets`")
         for name in self.pass_env:
-            if SECRET_NAME.search(name):
+            if is_secret_name(name):
                 raise ValueError(f"pass_env: {name} looks like a secret, Ray would log it: name it in `secrets`")
-        for path, value in _texts(self.model_dump(exclude={"machine"})):
-            if SECRET_VALUE.search(value):
-                raise ValueError(f"{path}: holds what looks like a secret: take it out, and name it in `secrets`")
         return self
 
 
@@ -302,15 +299,6 @@ KINDS: dict[str, type[ClusterSpec]] = {
 }
 
 
-def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a plain value with the path to it."""
-    if isinstance(value, str):
-        yield path, value
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    for key, inner in pairs:
-        yield from _texts(inner, f"{path}.{key}" if path else str(key))
-
-
 # ----------------------------------------------------------------------------------------------- what it can hold
 
 
@@ -410,7 +398,13 @@ def _write_files(job: Submission, cluster: Cluster, folder: str) -> list[str]:
 
 
 def env_vars(cluster: Cluster, have: Capacity | None, values: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the job: what the file writes out and passes on, and how far the cluster can grow."""
+    """The environment of the job: what the file writes out and passes on, and how far the cluster can grow.
+
+    UserError if a variable of `pass_env` turns out to hold a secret: it would be written out, and Ray would log it.
+    """
+    for name in cluster.pass_env:
+        if what := held(values.get(name, "")):
+            raise UserError(f"pass_env: {name} holds what looks like a secret ({what}): name it in `secrets` instead")
     grown = {} if have is None else {"SLIMRAY_CLUSTER_CPUS": f"{have.cpus:g}", "SLIMRAY_CLUSTER_GPUS": f"{have.gpus:g}"}
     return grown | dict(cluster.env) | {name: values[name] for name in cluster.pass_env if name in values}
 

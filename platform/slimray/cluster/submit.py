@@ -160,6 +160,10 @@ def make_submission(
     missing = [name for name in target.cluster.pass_env if name not in os.environ]
     if missing:
         raise UserError(f"{target.where}: pass_env: {missing[0]} is not set here: export it, or take it out")
+    try:
+        manifests.env_vars(target.cluster, have, os.environ)
+    except UserError as error:
+        raise UserError(f"{target.where}: {error}") from None
     documents = "---\n".join(dump_yaml(_at_home(one.document)) for one in loaded)
     return Submission(submission_id(loaded[-1].job.name, 1), Path(files[0]).name, documents, where, restart)
 

@@ -17,10 +17,12 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from slimray import storage
+from slimray.credentials import redact, redact_text
 from slimray.spec import UserError, did_you_mean, dump_yaml, parse_yaml
 from slimray.storage import StorageError, join
 
 FILES = ("job.yaml", "status.json", "card.json", "results.json", "front.json", "report.html")
+TEXT_FILES = (".json", ".yaml", ".txt", ".log")
 FOLDERS = (
     "metrics",
     "quarantine",
@@ -101,7 +103,14 @@ def read_file(run: Run, name: str) -> bytes:
 
 
 def write_file(run: Run, name: str, data: bytes | Path) -> None:
-    """Write the file `name` of the run atomically. ValueError for a name that `--restart` would not know to clear."""
+    """Write the file `name` of the run atomically; credentials in a text file are replaced by `***`.
+
+    ValueError for a name that `--restart` would not know to clear.
+    """
+    if isinstance(data, bytes) and name.endswith(TEXT_FILES):
+        text = data.decode("utf-8", "surrogateescape")
+        redacted = redact_text(text)
+        data = data if redacted == text else redacted.encode("utf-8", "surrogateescape")
     storage.write_atomic(run.fs, join(run.path, known_name(name)), data)
 
 
@@ -120,8 +129,8 @@ def read_job(run: Run) -> dict[str, Any]:
 
 
 def write_job(run: Run, document: Mapping[str, Any]) -> None:
-    """Write the resolved job, all defaults explicit, as job.yaml."""
-    write_file(run, "job.yaml", dump_yaml(plain(document)).encode())
+    """Write the resolved job, all defaults explicit and without credentials, as job.yaml."""
+    write_file(run, "job.yaml", dump_yaml(redact(plain(document))).encode())
 
 
 def read_card(run: Run) -> dict[str, Any] | None:

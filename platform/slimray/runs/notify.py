@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from slimray.credentials import redact
 from slimray.spec import Spec
 
 Event = Literal["finished", "failed", "preempted"]
@@ -76,8 +77,8 @@ def send(spec: NotifySpec, event: Mapping[str, Any]) -> None:
 
 
 def message(spec: NotifySpec, event: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is posted: the event with JSON values only; for Slack, a text in which no value is markup."""
-    plain = {str(key): _plain(value) for key, value in event.items()}
+    """Return what is posted: the event as JSON values, credentials hidden; for Slack, a text without any markup."""
+    plain = redact({str(key): _plain(value) for key, value in event.items()})
     if spec.format == "json":
         return plain
     state, name = plain.get("state"), plain.get("name", "run")

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from slimray import storage
+from slimray.credentials import redact
 from slimray.runs.folder import Run, json_value, known_name, write_file
 from slimray.storage import StorageError, join
 
@@ -45,8 +46,11 @@ class PartWriter:
         self._thread.start()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Queue one row (JSON values, numpy scalars). Raises StorageError once if rows cannot be written any more."""
-        line = json.dumps(row, default=json_value).encode()
+        """Queue one row (JSON values, numpy scalars), credentials hidden.
+
+        Raises StorageError once if rows cannot be written any more.
+        """
+        line = json.dumps(redact(row, names=False), default=json_value).encode()
         with self._changed:
             if self._closing:
                 raise ValueError(f"{self._stem} is closed")

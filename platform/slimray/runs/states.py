@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from slimray import storage
+from slimray.credentials import redact
 from slimray.runs.checkpoints import sweep_orphans
 from slimray.runs.folder import (
     FILES,
@@ -109,7 +110,7 @@ def claim(run: Run, document: Mapping[str, Any], restart: bool = False, may_chan
         with hold(run):
             clear(run)
         return Claim(False, 1)
-    changes = list(_differences(old or {}, plain(document), may_change)) if old is not None else []
+    changes = list(_differences(old or {}, redact(plain(document)), may_change)) if old is not None else []
     if changes:
         shown = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
         raise UserError(

@@ -11,15 +11,12 @@ import hashlib
 import logging
 import math
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from slimray.credentials import HIDDEN, redact
 from slimray.spec import Spec
-
-SECRET_NAMES = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
-HIDDEN = "***"
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +65,7 @@ class Tracker:
     def log(self, row: Mapping[str, Any]) -> None:
         """Write one row: `step` and any of numbers, text, lists. Services get its finite numbers."""
         self.rows.write(row)
-        shown = {key: value for key, value in row.items() if self.media or _is_number(value)}
+        shown = redact({key: value for key, value in row.items() if self.media or _is_number(value)})
         if self._wandb is not None and not _guarded("W&B", lambda: (self._wandb.log(shown), True)):
             self._wandb = None
         if self._board_folder is not None and not _guarded("TensorBoard", lambda: self._to_board(row)):
@@ -97,27 +94,6 @@ class Tracker:
 def run_id(name: str, uri: str) -> str:
     """Return the W&B id of a run: its name and a digest of where it lies; the same whenever it is resumed."""
     return f"{name[:100]}-{hashlib.sha256(f'{name} {uri}'.encode()).hexdigest()[:10]}"
-
-
-def redact(value: Any) -> Any:
-    """Return `value` with secrets replaced by `***`, in dicts, lists and strings of any depth.
-
-    Secret is what stands under a name with key, token, secret, passw(ord) or credential in it, the user part of a URL,
-    and URL parameters of such names or that sign it.
-    """
-    if isinstance(value, Mapping):
-        return {k: HIDDEN if v and SECRET_NAMES.search(str(k)) else redact(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)([redact(item) for item in value])
-    if isinstance(value, str):
-        value = re.sub(r"(\w+://)[^/\s@]+@", rf"\1{HIDDEN}@", value)
-        return re.sub(
-            r"([?&][^=&\s]*(?:key|token|secret|passw|credential|signature|sig)[^=&\s]*=)[^&\s]+",
-            rf"\1{HIDDEN}",
-            value,
-            flags=re.IGNORECASE,
-        )
-    return value
 
 
 def _without_paths(value: Any) -> Any:
