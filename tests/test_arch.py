@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 from tests.spaces import MOBILE, RESNET
 
-from slimray.arch import Arch, Space, Stage
+from slimray.arch import Arch, Dimension, Space, Stage
+from slimray.search.encoding import GeneTable
 from slimray.spec import UserError
 
-SMALL = Space.of({"kernel": [(3, 5)] * 4, "depth": [(1, 2)] * 2, "resolution": [(16, 32)]}, [Stage(2)] * 2)
+SMALL = Space.of(
+    {
+        "kernel": Dimension.per_block([(3, 5)] * 4),
+        "depth": Dimension.depth([(1, 2)] * 2, [Stage(2)] * 2),
+        "resolution": Dimension.number((16, 32), input="side"),
+    }
+)
 SPACES = [MOBILE, RESNET, SMALL]
 
 
@@ -45,7 +52,21 @@ def test_genes_of_skipped_blocks_do_not_count():
 
 def test_blocks_that_always_run_are_not_skipped():
     arch = RESNET.arch({"depth": [2, 0, 1, 2, 0]})
-    assert arch.active == (True, True, False, False, True, True, True, False, *[True] * 6, True, True, False, False)
+    assert arch.runs("expand") == (
+        True,
+        True,
+        False,
+        False,
+        True,
+        True,
+        True,
+        False,
+        *[True] * 6,
+        True,
+        True,
+        False,
+        False,
+    )
     expand = [0.35] * 18
     expand[0] = 0.2
     assert arch.replace(expand=expand) != arch
@@ -90,7 +111,7 @@ def test_codes_tell_different_archs_apart_and_equal_ones_not():
 def test_depth_is_encoded_where_the_genes_of_the_blocks_are_fixed_and_cannot_tell_it():
     depth_alone = MOBILE.restrict(kernel=[7], expand=[6], resolution=[224])
     assert len({tuple(depth_alone.encode(arch)) for arch in depth_alone.archs()}) == depth_alone.num_archs() == 3**5
-    clamped = Space.of({"kernel": [(3,)] * 2, "depth": [(1, 2, 3)]}, [Stage(2)])
+    clamped = Space.of({"kernel": Dimension.per_block([(3,)] * 2), "depth": Dimension.depth([(1, 2, 3)], [Stage(2)])})
     codes = [clamped.encode(clamped.arch({"depth": depth})) for depth in (1, 2, 3)]
     assert codes[0] != codes[1] == codes[2]
 
@@ -114,5 +135,45 @@ def test_what_is_not_of_the_space_is_named():
         MOBILE.arch({"kernel": 4})
     with pytest.raises(UserError, match="depth: must be 5 numbers"):
         MOBILE.arch({"depth": [2, 2]})
-    with pytest.raises(UserError, match="kernel: '7' is no number"):
+    with pytest.raises(UserError, match="kernel: '7' is not a number"):
         Arch.from_dict({"kernel": ["7"]})
+
+
+def test_genes_of_another_part_are_not_taken_for_those_of_skipped_blocks():
+    space = Space.of(
+        {
+            "encoder_ffn": Dimension.per_block([(512, 1024)] * 6, None),
+            "decoder_ffn": Dimension.per_block([(512, 1024)] * 6, "decoder_layers"),
+            "decoder_layers": Dimension.depth([range(1, 7)], [Stage(6)]),
+        }
+    )
+    two = space.arch({"decoder_layers": 2})
+    encoder, decoder = two.replace(encoder_ffn=[1024] * 5 + [512]), two.replace(decoder_ffn=[1024] * 5 + [512])
+    assert two != encoder
+    assert two == decoder
+    assert Arch.from_dict(json.loads(json.dumps(encoder.to_dict()))) == encoder != two
+    assert space.num_archs() == 2**6 * sum(2**n for n in range(1, 7))
+    table = GeneTable(space)
+    assert len(set(table.keys(table.codes([two, encoder, decoder])))) == 2
+    assert table.features(table.codes([encoder]))[0].tolist() == space.encode(encoder)
+
+
+def test_six_genes_of_the_whole_network_beside_twelve_blocks_all_count():
+    space = Space.of(
+        {
+            "kernel": Dimension.per_block([(3, 5)] * 6),
+            "depth": Dimension.depth([(1, 2, 3)] * 2, [Stage(3)] * 2),
+            "scale": Dimension.per_stage([(1, 2)] * 6),
+        }
+    )
+    shallow = space.arch({"depth": 1})
+    other = shallow.replace(scale=[2, 2, 1, 2, 2, 2])
+    assert shallow != other
+    assert Arch.from_dict(other.to_dict()) == other != Arch.from_dict(shallow.to_dict())
+
+
+def test_a_dimension_that_does_not_fit_the_blocks_that_skip_it_is_refused():
+    with pytest.raises(ValueError, match="kernel: 3 genes do not fit the blocks of depth"):
+        Space.of({"kernel": Dimension.per_block([(3, 5)] * 3), "depth": Dimension.depth([(1, 2)] * 2, [Stage(2)] * 2)})
+    with pytest.raises(UserError, match="arch: skips: does not fit the genes"):
+        Arch.from_dict({"kernel": [3, 5], "d": [1], "skips": {"d": {"stages": [[3, 0]], "skips": ["kernel"]}}})

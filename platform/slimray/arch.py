@@ -1,22 +1,24 @@
 """An architecture is a value: `Arch` says which subnet of a supernet is meant, `Space` which ones there are.
 
-An arch is a few named dimensions: `depth` (a number per stage), lists with a gene per block (`kernel`, `expand`) or per
-stage (`width`), and single numbers (`resolution`, `frames`). All lists keep their full length; of a stage's blocks the
-first ones run, and equality and hash ignore the genes of blocks that do not. Order and meaning are those of
-Once-for-All (arXiv 1908.09791). Surprising: a random generator needs no more than `random()`, which gives a float in
-[0, 1), so both `random.Random` and numpy's Generator do. Nothing but the standard library.
+An arch maps dimensions to genes: lists with a gene per block (`kernel`, `expand`) or per stage (`width`, `depth`), and
+single numbers (`resolution`, `frames`). A `Dimension` says itself what its genes belong to: nothing is guessed from the
+length of a list. Lists keep their full length; the genes of a depth say how many blocks of each stage run, and equality
+and hash ignore the genes of blocks that do not. Order and meaning are those of Once-for-All (arXiv 1908.09791).
+Surprising: a random generator needs no more than `random()`, which gives a float in [0, 1), so both `random.Random` and
+numpy's Generator do. Nothing but the standard library.
 """
 
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from slimray.spec import UserError, did_you_mean
 
 Gene = int | float
+Choices = tuple[tuple[Gene, ...], ...]  # for each gene of a dimension the values it may take, ascending
 
 
 class Rng(Protocol):
@@ -29,7 +31,7 @@ class Rng(Protocol):
 
 @dataclass(frozen=True)
 class Stage:
-    """The blocks that a gene of `depth` decides about: of `blocks`, the first `always` + depth run (at most all)."""
+    """The blocks that a gene of a depth decides about: of `blocks`, the first `always` + gene run (at most all)."""
 
     blocks: int
     always: int = 0
@@ -39,38 +41,114 @@ class Stage:
         return min(self.blocks, self.always + int(depth))
 
 
+@dataclass(frozen=True)
+class Depth:
+    """A dimension that skips blocks: its gene i says how many blocks of `stages[i]` run.
+
+    `skips` names the dimensions with a gene for every block of these stages.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    skips: tuple[str, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        """The blocks of all stages."""
+        return sum(stage.blocks for stage in self.stages)
+
+    def active(self, genes: Sequence[Gene]) -> tuple[bool, ...]:
+        """For each block of all stages in a row, whether it runs."""
+        pairs = zip(self.stages, genes, strict=True)
+        return tuple(i < stage.active(gene) for stage, gene in pairs for i in range(stage.blocks))
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One kind of gene: the values of each of its genes, and what the genes belong to.
+
+    `of` "net" is one number for the whole network, "stage" and "block" are lists. A dimension with `stages`, a `Stage`
+    per gene, is a depth; one that is `skipped_by` a depth has a gene for every block of it, without effect where the
+    block does not run. `input` says what of the input the number sets: the side in pixels, or the frames of a clip.
+    """
+
+    choices: Choices
+    of: Literal["net", "stage", "block"]
+    skipped_by: str | None = None
+    stages: tuple[Stage, ...] = ()
+    input: Literal["side", "frames"] | None = None
+
+    @staticmethod
+    def number(values: Sequence[Gene], input: Literal["side", "frames"] | None = None) -> "Dimension":
+        """One number for the whole network."""
+        return Dimension(_choices([values]), "net", input=input)
+
+    @staticmethod
+    def per_block(choices: Sequence[Sequence[Gene]], skipped_by: str | None = "depth") -> "Dimension":
+        """A gene per block; `skipped_by` names the depth whose blocks these are."""
+        return Dimension(_choices(choices), "block", skipped_by)
+
+    @staticmethod
+    def per_stage(choices: Sequence[Sequence[Gene]]) -> "Dimension":
+        """A gene per stage that skips nothing."""
+        return Dimension(_choices(choices), "stage")
+
+    @staticmethod
+    def depth(choices: Sequence[Sequence[Gene]], stages: Sequence[Stage]) -> "Dimension":
+        """A gene per stage that says how many of the stage's blocks run."""
+        if len(choices) != len(stages):
+            raise ValueError(f"{len(choices)} genes of depth, but {len(stages)} stages")
+        return Dimension(_choices(choices), "stage", stages=tuple(stages))
+
+
 @dataclass(frozen=True, eq=False)
 class Arch:
-    """A subnet: dimension -> its genes. `stages` says which blocks the genes of `depth` skip.
+    """A subnet: dimension -> its genes. `depths` says which dimensions skip the blocks of which others.
 
     `arch["kernel"]` is a tuple, `arch["resolution"]` a number.
     """
 
     dimensions: tuple[tuple[str, tuple[Gene, ...] | Gene], ...]
-    stages: tuple[Stage, ...] = ()
+    depths: tuple[Depth, ...] = ()
 
     @staticmethod
     def from_dict(plain: Mapping[str, Any]) -> "Arch":
         """Read what `to_dict` wrote, or `{"kernel": [...], "expand": [...], "depth": [...], "resolution": 224}`.
 
-        Without an entry `stages` all stages have equally many blocks, which is right for MobileNets. UserError, with
-        the dimension, for genes that are no numbers.
+        Without an entry `skips` the lists `depth` skips are those with a gene per block of its stages; without an entry
+        `stages` these have equally many blocks, which is right for MobileNets. A reader that knows the space takes
+        `Space.arch`. UserError, with the dimension, for genes that are not numbers.
         """
         given = dict(plain)
-        stages = given.pop("stages", None)
+        stages, skips = given.pop("stages", None), given.pop("skips", None)
         genes = {name: _genes(name, value) for name, value in given.items()}
+        if skips is None:
+            return Arch(tuple(genes.items()), _unsaid_depths(genes, stages))
         try:
-            layout = _equal_stages(genes) if stages is None else tuple(Stage(int(b), int(a)) for b, a in stages)
-        except (TypeError, ValueError):
-            raise UserError(f"arch: stages: must be pairs [blocks, always] (got {stages!r})") from None
-        return Arch(tuple(genes.items()), layout)
+            depths = tuple(
+                Depth(str(name), _stages(one["stages"]), tuple(sorted(map(str, one["skips"]))))
+                for name, one in skips.items()
+            )
+            for depth in depths:
+                lengths = {name: len(genes[name]) for name in (depth.name, *depth.skips)}  # type: ignore[arg-type]
+                if lengths.pop(depth.name) != len(depth.stages) or {*lengths.values()} - {depth.num_blocks}:
+                    raise ValueError
+        except (TypeError, ValueError, KeyError, AttributeError):
+            raise UserError(f"arch: skips: does not fit the genes (got {skips!r})") from None
+        return Arch(tuple(genes.items()), depths)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, full lists; with `stages` [[blocks, always], ...] where they cannot be guessed."""
+        """Plain values for JSON, full lists; `stages` or `skips` say what the lists alone do not (see `from_dict`)."""
         out: dict[str, Any] = {n: list(v) if isinstance(v, tuple) else v for n, v in self.dimensions}
-        if self.stages and self.stages != _equal_stages(dict(self.dimensions)):
-            out["stages"] = [[stage.blocks, stage.always] for stage in self.stages]
-        return out
+        if self.depths == _unsaid_depths(self._by_name, None):
+            return out
+        stages = [[stage.blocks, stage.always] for stage in self.depths[0].stages] if self.depths else []
+        if self.depths == _unsaid_depths(self._by_name, stages):
+            return out | {"stages": stages}
+        skips = {
+            d.name: {"stages": [[s.blocks, s.always] for s in d.stages], "skips": list(d.skips)} for d in self.depths
+        }
+        return out | {"skips": skips}
 
     def __getitem__(self, name: str) -> Any:
         return self._by_name[name]
@@ -82,16 +160,14 @@ class Arch:
     def replace(self, **genes: Any) -> "Arch":
         """The same arch with other genes in some dimensions."""
         changed = {name: _genes(name, value) for name, value in genes.items()}
-        return Arch(tuple((self._by_name | changed).items()), self.stages)
+        return Arch(tuple((self._by_name | changed).items()), self.depths)
 
-    @cached_property
-    def active(self) -> tuple[bool, ...]:
-        """For each block of all stages in a row, whether it runs."""
-        depth = self._by_name.get("depth", ())
-        out = []
-        for stage, gene in zip(self.stages, depth, strict=False):
-            out += [i < stage.active(gene) for i in range(stage.blocks)]
-        return tuple(out)
+    def runs(self, name: str) -> tuple[bool, ...]:
+        """For each gene of a list, whether its block runs."""
+        for depth in self.depths:
+            if name in depth.skips:
+                return depth.active(self[depth.name])
+        return (True,) * len(self[name])
 
     @cached_property
     def _by_name(self) -> dict[str, Any]:
@@ -100,15 +176,15 @@ class Arch:
     @cached_property
     def _key(self) -> tuple[Any, ...]:
         """The arch without what has no effect: genes of blocks that do not run, depth beyond the last block."""
-        out = []
-        for name, genes in sorted(self._by_name.items()):
-            if name == "depth" and self.stages and len(genes) == len(self.stages):
-                pairs = zip(self.stages, genes, strict=True)
-                genes = tuple(stage.active(gene) if stage.blocks else gene for stage, gene in pairs)
-            elif isinstance(genes, tuple) and len(genes) == len(self.active) and self.active:
-                genes = tuple(gene for gene, runs in zip(genes, self.active, strict=True) if runs)
-            out.append((name, genes))
-        return tuple(out)
+        by_name, depths = dict(self._by_name), {depth.name: depth for depth in self.depths}
+        for depth in self.depths:
+            active = depth.active(self[depth.name])
+            for name in depth.skips:
+                by_name[name] = tuple(gene for gene, runs in zip(self[name], active, strict=True) if runs)
+        for name, depth in depths.items():
+            pairs = zip(depth.stages, self[name], strict=True)
+            by_name[name] = tuple(stage.active(gene) if stage.blocks else gene for stage, gene in pairs)
+        return tuple(sorted(by_name.items()))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Arch) and self._key == other._key
@@ -120,58 +196,105 @@ class Arch:
         return f"Arch({self.to_dict()})"
 
 
+def _choices(genes: Sequence[Sequence[Gene]]) -> Choices:
+    return tuple(tuple(sorted(set(values))) for values in genes)
+
+
+def _stages(pairs: Any) -> tuple[Stage, ...]:
+    return tuple(Stage(int(blocks), int(always)) for blocks, always in pairs)
+
+
 def _genes(name: str, value: Any) -> tuple[Gene, ...] | Gene:
     many = isinstance(value, list | tuple)
     for gene in value if many else [value]:
         if isinstance(gene, bool) or not isinstance(gene, int | float) or not math.isfinite(gene):
-            raise UserError(f"arch: {name}: {gene!r} is no number")
+            raise UserError(f"arch: {name}: {gene!r} is not a number")
     return tuple(value) if many else value
 
 
-def _equal_stages(genes: Mapping[str, Any]) -> tuple[Stage, ...]:
-    """As many blocks in every stage: those of the longest list over the genes of `depth`; () if that does not fit."""
+def _unsaid_depths(genes: Mapping[str, Any], stages: Any) -> tuple[Depth, ...]:
+    """What `depth` skips where nothing says so: the lists that are as long as its stages have blocks.
+
+    `stages` are pairs [blocks, always]; None: equally many in every stage, those of the longest list over the genes of
+    `depth`. Archs of networks in which that is not so say it (`skips`).
+    """
     depth = genes.get("depth")
+    lists = {name: len(value) for name, value in genes.items() if isinstance(value, tuple) and name != "depth"}
     if not isinstance(depth, tuple) or not depth:
         return ()
-    longest = max((len(v) for n, v in genes.items() if isinstance(v, tuple) and n != "depth"), default=0)
-    return (Stage(longest // len(depth)),) * len(depth) if longest and longest % len(depth) == 0 else ()
+    try:
+        if stages is None:
+            longest = max(lists.values(), default=0)
+            layout = (Stage(longest // len(depth)),) * len(depth) if longest and longest % len(depth) == 0 else ()
+        else:
+            layout = _stages(stages)
+    except (TypeError, ValueError):
+        raise UserError(f"arch: stages: must be pairs [blocks, always] (got {stages!r})") from None
+    if len(layout) != len(depth):
+        return ()
+    num_blocks = sum(stage.blocks for stage in layout)
+    return (Depth("depth", layout, tuple(sorted(name for name, count in lists.items() if count == num_blocks))),)
 
 
 @dataclass(frozen=True)
 class Space:
-    """All archs of a supernet: dimension -> for each of its genes the values it may take, in ascending order.
+    """All archs of a supernet, or all policies of a compression: named dimensions in a fixed order."""
 
-    `single` names the dimensions that are one number and no list.
-    """
-
-    choices: tuple[tuple[str, tuple[tuple[Gene, ...], ...]], ...]
-    stages: tuple[Stage, ...] = ()
-    single: frozenset[str] = frozenset({"resolution", "frames"})
+    named: tuple[tuple[str, Dimension], ...]
 
     @staticmethod
-    def of(choices: Mapping[str, Sequence[Sequence[Gene]]], stages: Sequence[Stage] = ()) -> "Space":
-        """A space out of plain values: `{"kernel": [(3, 5, 7)] * 20, "resolution": [(128, 160)]}`."""
-        ordered = {name: tuple(tuple(sorted(set(values))) for values in genes) for name, genes in choices.items()}
-        return Space(tuple(ordered.items()), tuple(stages))
+    def of(dimensions: Mapping[str, Dimension]) -> "Space":
+        """A space of dimensions by name.
+
+        ValueError for a dimension that is skipped by none of the others, or has not a gene for each of their blocks.
+        """
+        for name, one in dimensions.items():
+            if one.skipped_by is None:
+                continue
+            stages = dimensions[one.skipped_by].stages if one.skipped_by in dimensions else ()
+            if len(one.choices) != sum(stage.blocks for stage in stages):
+                raise ValueError(f"{name}: {len(one.choices)} genes do not fit the blocks of {one.skipped_by}")
+        return Space(tuple(dimensions.items()))
 
     @cached_property
-    def dimensions(self) -> dict[str, tuple[tuple[Gene, ...], ...]]:
-        """Dimension -> the choices of each of its genes."""
-        return dict(self.choices)
+    def dimensions(self) -> dict[str, Dimension]:
+        """Dimensions by name."""
+        return dict(self.named)
 
     @cached_property
-    def per_block(self) -> tuple[str, ...]:
-        """The dimensions that have a gene for every block of the stages."""
-        num_blocks = sum(stage.blocks for stage in self.stages)
-        return tuple(n for n, v in self.choices if n != "depth" and num_blocks and len(v) == num_blocks)
+    def choices(self) -> tuple[tuple[str, Choices], ...]:
+        """Dimension -> for each of its genes the values it may take, in the order of the genes."""
+        return tuple((name, one.choices) for name, one in self.named)
 
     @cached_property
-    def depth_told(self) -> tuple[bool, ...]:
+    def depths(self) -> tuple[Depth, ...]:
+        """The dimensions that skip blocks, with what they skip."""
+        return tuple(
+            Depth(name, one.stages, tuple(sorted(other for other, it in self.named if it.skipped_by == name)))
+            for name, one in self.named
+            if one.stages
+        )
+
+    def input_name(self, what: Literal["side", "frames"]) -> str | None:
+        """The dimension that sets the side of the input in pixels, or the frames of a clip; None if none does."""
+        return next((name for name, one in self.named if one.input == what), None)
+
+    @cached_property
+    def input_names(self) -> tuple[str, ...]:
+        """The dimensions that set something of the input."""
+        return tuple(name for name, one in self.named if one.input is not None)
+
+    def input_of(self, arch: Arch, what: Literal["side", "frames"]) -> int | None:
+        """The side of the input in pixels or the frames of a clip that `arch` takes; None where it does not say."""
+        name = self.input_name(what)
+        return None if name is None else int(arch[name])
+
+    def depth_told(self, depth: Depth) -> tuple[bool, ...]:
         """For each stage, whether its blocks' genes tell its depth: every block that may be skipped has a choice."""
         out, start = [], 0
-        for stage, depths in zip(self.stages, self.dimensions.get("depth", ()), strict=False):
+        for stage, depths in zip(depth.stages, self.dimensions[depth.name].choices, strict=True):
             skipped = range(start + min(map(stage.active, depths)), start + max(map(stage.active, depths)))
-            chosen = [any(len(self.dimensions[name][i]) > 1 for name in self.per_block) for i in skipped]
+            chosen = [any(len(self.dimensions[name].choices[i]) > 1 for name in depth.skips) for i in skipped]
             out.append(bool(stage.blocks) and all(chosen))
             start += stage.blocks
         return tuple(out)
@@ -182,7 +305,8 @@ class Space:
         UserError, with the dimension and what it may be, for one that is not of this space.
         """
         given = plain.to_dict() if isinstance(plain, Arch) else dict(plain)
-        given.pop("stages", None)
+        for word in ("stages", "skips"):
+            given.pop(word, None)
         for name in given:
             if name not in self.dimensions:
                 raise UserError(f"arch: no dimension {name!r} here{did_you_mean(name, self.dimensions)}")
@@ -213,12 +337,11 @@ class Space:
     def mutate(self, arch: Arch, rng: Rng, prob: float = 0.1, single_prob: float = 0.5) -> Arch:
         """Draw anew: all genes of a block together, each other gene, with `prob`; each single number with its own."""
         genes = self._lists(arch)
-        num_blocks = sum(stage.blocks for stage in self.stages)
-        hit = [rng.random() < prob for _ in range(num_blocks)]
-        for name, choices in self.choices:
-            for i, values in enumerate(choices):
-                chance = single_prob if name in self.single else prob
-                if hit[i] if name in self.per_block else rng.random() < chance:
+        hit = {depth.name: [rng.random() < prob for _ in range(depth.num_blocks)] for depth in self.depths}
+        for name, one in self.named:
+            for i, values in enumerate(one.choices):
+                chance = single_prob if one.of == "net" else prob
+                if hit[one.skipped_by][i] if one.skipped_by else rng.random() < chance:
                     genes[name][i] = _pick(values, rng)
         return self._arch(genes)
 
@@ -235,13 +358,15 @@ class Space:
         """
         out: list[float] = []
         genes = self._lists(arch)
-        for name, choices in self.choices:
-            for i, values in enumerate(choices):
-                runs = arch.active[i] if name in self.per_block else True
-                gene, of_stage = genes[name][i], name == "depth" and i < len(self.depth_told)
-                if of_stage and self.stages[i].blocks:  # depths beyond the last block are one and the same
-                    gene = next(v for v in values if self.stages[i].active(v) == self.stages[i].active(gene))
-                if len(values) > 1 and not (of_stage and self.depth_told[i]):
+        told = {depth.name: self.depth_told(depth) for depth in self.depths}
+        active = {depth.name: depth.active(genes[depth.name]) for depth in self.depths}
+        for name, one in self.named:
+            for i, values in enumerate(one.choices):
+                runs = active[one.skipped_by][i] if one.skipped_by else True
+                gene = genes[name][i]
+                if one.stages and one.stages[i].blocks:  # depths beyond the last block are one and the same
+                    gene = next(v for v in values if one.stages[i].active(v) == one.stages[i].active(gene))
+                if len(values) > 1 and not (one.stages and told[name][i]):
                     out += [float(runs and value == gene) for value in values]
         return out
 
@@ -254,31 +379,31 @@ class Space:
             if name not in self.dimensions:
                 raise UserError(f"no dimension {name!r} here{did_you_mean(name, self.dimensions)}")
         cut = {}
-        for name, genes in self.choices:
+        for name, one in self.named:
             keep = set(allowed.get(name, ()))
-            kept = tuple(tuple(v for v in values if v in keep) or (max(values),) for values in genes)
-            cut[name] = kept if name in allowed else genes
-        return Space(tuple(cut.items()), self.stages, self.single)
+            kept = tuple(tuple(v for v in values if v in keep) or (max(values),) for values in one.choices)
+            cut[name] = replace(one, choices=kept) if name in allowed else one
+        return Space(tuple(cut.items()))
 
     def num_archs(self) -> int:
         """How many different archs there are."""
         total = 1
-        for name, genes in self.choices:
-            if name not in self.per_block and name != "depth":
-                total *= math.prod(map(len, genes))
-        start = 0
-        for stage, depths in zip(self.stages, self.dimensions.get("depth", ()), strict=False):
-            if not stage.blocks:
-                total *= len(depths)
-                continue
-            counts = {stage.active(depth) for depth in depths}
-            per_block = [
-                math.prod(len(self.dimensions[name][start + i]) for name in self.per_block) for i in range(stage.blocks)
-            ]
-            total *= sum(math.prod(per_block[:count]) for count in counts)
-            start += stage.blocks
-        if not self.stages:
-            total *= math.prod(map(len, self.dimensions.get("depth", ())))
+        for _, one in self.named:
+            if not one.skipped_by and not one.stages:
+                total *= math.prod(map(len, one.choices))
+        for depth in self.depths:
+            start = 0
+            for stage, depths in zip(depth.stages, self.dimensions[depth.name].choices, strict=True):
+                if not stage.blocks:
+                    total *= len(depths)
+                    continue
+                counts = {stage.active(gene) for gene in depths}
+                genes = [
+                    math.prod(len(self.dimensions[name].choices[start + i]) for name in depth.skips)
+                    for i in range(stage.blocks)
+                ]
+                total *= sum(math.prod(genes[:count]) for count in counts)
+                start += stage.blocks
         return total
 
     def archs(self) -> Iterator[Arch]:
@@ -301,8 +426,8 @@ class Space:
         }
 
     def _arch(self, genes: Mapping[str, Sequence[Gene]]) -> Arch:
-        flat = tuple((n, v[0] if n in self.single else tuple(v)) for n, v in genes.items())
-        return Arch(flat, self.stages)
+        flat = tuple((n, genes[n][0] if one.of == "net" else tuple(genes[n])) for n, one in self.named)
+        return Arch(flat, self.depths)
 
 
 def _pick(values: Sequence[Gene], rng: Rng) -> Gene:

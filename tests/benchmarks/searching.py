@@ -11,6 +11,7 @@ optimum, better than random at equal evaluations, and Spearman of the predictor 
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 
@@ -33,11 +34,11 @@ JUDGE = JudgeSpec.model_validate({"calibrate": 160, "calibrate_batch": 40, "batc
 def small_space(space: Space) -> Space:
     """576 archs of `ofa_pvcnn`: depths, the ends of widths and head, resolution of the second stage; others largest."""
     choices: dict[str, Any] = {name: [(max(values),) for values in genes] for name, genes in space.choices}
-    choices["depth"] = [tuple(sorted({min(values), max(values)})) for values in dict(space.choices)["depth"]]
+    choices["depth"] = [tuple(sorted({min(values), max(values)})) for values in space.dimensions["depth"].choices]
     choices["width"] = [(0.25, 1.0)] * len(choices["width"])
     choices["head"] = [(0.25, 1.0)]
     choices["voxel"][1] = (0.5, 1.0)
-    return Space.of(choices, space.stages)
+    return Space.of({name: replace(one, choices=tuple(choices[name])) for name, one in space.named})
 
 
 def judged(seed: int = 0, num_stages: int | None = None) -> tuple[Space, list[Arch], np.ndarray, np.ndarray]:

@@ -276,15 +276,18 @@ class Judge:
         samples = [make(i) for i in range(count)]
         self.x = to_input(np.stack([x for x, _ in samples]), PIXELS, DEVICE)
         self.labels = torch.from_numpy(np.stack([y for _, y in samples]))
+        self.space = cost.build_on_meta(lambda: build(job, data)).space
 
     @torch.no_grad()
     def score(self, plain: nn.Module, arch: Arch) -> float:
         """The metric of an extracted net on the test (or held-out) samples."""
-        net = batchnorm.recalibrate_norms(plain.to(DEVICE), (learn.fit_input(x, arch) for x in self.inputs)).eval()
+        net = batchnorm.recalibrate_norms(
+            plain.to(DEVICE), (learn.fit_input(x, self.space, arch) for x in self.inputs)
+        ).eval()
         score = make_score(self.data.recipe, self.data.num_classes)
         for start in range(0, len(self.x), self.job.judge.batch):
             rows = slice(start, start + self.job.judge.batch)
-            score.add(net(learn.fit_input(self.x[rows], arch)).cpu(), self.labels[rows])  # type: ignore[call-arg]
+            score.add(net(learn.fit_input(self.x[rows], self.space, arch)).cpu(), self.labels[rows])  # type: ignore[call-arg]
         return float(score.result()[metric_of(self.data.recipe)])
 
 

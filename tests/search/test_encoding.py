@@ -7,12 +7,25 @@ import numpy as np
 import pytest
 from tests.spaces import MOBILE, RESNET
 
-from slimray.arch import Arch, Space, Stage
+from slimray.arch import Arch, Dimension, Space, Stage
 from slimray.search.encoding import GeneTable, cost_tables, costs_by_arch, part
 
-CLAMPED = Space.of({"kernel": [(3, 5)] * 4, "depth": [(1, 2, 3)] * 2, "frames": [(4, 8)]}, [Stage(2), Stage(2, 1)])
-FIXED = Space.of({"kernel": [(3,)] * 4, "depth": [(1, 2, 3)] * 2, "frames": [(4, 8)]}, [Stage(3), Stage(1)])
-FLAT = Space.of({"width": [(8, 16, 24)] * 3, "resolution": [(16, 32)]})
+FRAMES = Dimension.number((4, 8), input="frames")
+CLAMPED = Space.of(
+    {
+        "kernel": Dimension.per_block([(3, 5)] * 4),
+        "depth": Dimension.depth([(1, 2, 3)] * 2, [Stage(2), Stage(2, 1)]),
+        "frames": FRAMES,
+    }
+)
+FIXED = Space.of(
+    {
+        "kernel": Dimension.per_block([(3,)] * 4),
+        "depth": Dimension.depth([(1, 2, 3)] * 2, [Stage(3), Stage(1)]),
+        "frames": FRAMES,
+    }
+)
+FLAT = Space.of({"width": Dimension.per_stage([(8, 16, 24)] * 3), "resolution": Dimension.number((16, 32))})
 SPACES = {"mobile": MOBILE, "resnet": RESNET, "clamped": CLAMPED, "fixed": FIXED, "flat": FLAT}
 
 
@@ -90,7 +103,7 @@ def test_looked_up_costs_are_sums_over_the_blocks_that_run():
     codes = table.sample(100, np.random.default_rng(6))
     found = costs(codes)
     for row, arch in enumerate(table.archs(codes)):
-        genes = zip(arch["kernel"], arch["expand"], arch.active)
+        genes = zip(arch["kernel"], arch["expand"], arch.runs("kernel"))
         each = [cost_of_block(k, e, arch["resolution"]) for k, e, runs in genes if runs]
         assert found["latency_ms"][row] == pytest.approx(sum(each) + arch["resolution"] ** 2 + 7)
         assert found["memory_mb"][row] == pytest.approx(max(*each, arch["resolution"] ** 2, 7))
@@ -103,7 +116,8 @@ def test_a_part_over_two_blocks_costs_only_where_both_run():
     found = cost_tables(table, {"macs": [pair]})(codes)["macs"]
     archs = table.archs(codes)
     wanted = [
-        1 + a["expand"][3] * a["expand"][10] + a["width"][0] if a.active[3] and a.active[10] else 0 for a in archs
+        1 + a["expand"][3] * a["expand"][10] + a["width"][0] if a.runs("expand")[3] and a.runs("expand")[10] else 0
+        for a in archs
     ]
     assert found == pytest.approx(wanted)
     assert 0 in wanted
@@ -116,7 +130,7 @@ def test_costs_of_single_archs_are_asked_for_once():
 
     def count(arch: Arch) -> dict[str, float]:
         asked.append(arch)
-        return {"params": float(sum(k for k, runs in zip(arch["kernel"], arch.active) if runs))}
+        return {"params": float(sum(k for k, runs in zip(arch["kernel"], arch.runs("kernel")) if runs))}
 
     costs = costs_by_arch(table, count)
     codes = table.sample(500, np.random.default_rng(8))

@@ -4,15 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from slimray.arch import Space, Stage
+from slimray.arch import Dimension, Space, Stage
 from slimray.search.encoding import GeneTable
 from slimray.search.predictor import fit_predictor, load
 from slimray.search.strategies import spearman
 from slimray.spec import UserError
 
 SPACE = Space.of(
-    {"kernel": [(3, 5, 7)] * 12, "expand": [(3, 4, 6)] * 12, "depth": [(2, 3, 4)] * 3, "resolution": [(128, 160, 192)]},
-    [Stage(4)] * 3,
+    {
+        "kernel": Dimension.per_block([(3, 5, 7)] * 12),
+        "expand": Dimension.per_block([(3, 4, 6)] * 12),
+        "depth": Dimension.depth([(2, 3, 4)] * 3, [Stage(4)] * 3),
+        "resolution": Dimension.number((128, 160, 192), input="side"),
+    }
 )
 TABLE = GeneTable(SPACE)
 

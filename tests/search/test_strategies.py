@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from slimray.arch import Space, Stage
+from slimray.arch import Dimension, Space, Stage
 from slimray.search.encoding import GeneTable, cost_tables, costs_by_arch, part
 from slimray.search.strategies import (
     STRATEGIES,
@@ -32,9 +32,15 @@ from slimray.search.strategies import (
 from slimray.spec import Spec, UserError, parse
 
 SPACE = Space.of(
-    {"kernel": [(3, 5, 7)] * 6, "depth": [(1, 2, 3)] * 2, "resolution": [(16, 24, 32)]}, [Stage(3)] * 2
+    {
+        "kernel": Dimension.per_block([(3, 5, 7)] * 6),
+        "depth": Dimension.depth([(1, 2, 3)] * 2, [Stage(3)] * 2),
+        "resolution": Dimension.number((16, 24, 32), input="side"),
+    }
 )  # 4563 archs
-LARGE = Space.of({"kernel": [(3, 5, 7)] * 40, "resolution": [(16, 24, 32)]})
+LARGE = Space.of(
+    {"kernel": Dimension.per_block([(3, 5, 7)] * 40, None), "resolution": Dimension.number((16, 24, 32), input="side")}
+)
 TABLE = GeneTable(SPACE)
 COSTS = cost_tables(
     TABLE,
@@ -278,7 +284,9 @@ def test_limits_that_exclude_each_other_are_refused():
 
 
 def test_a_space_tried_to_the_end_ends_the_search():
-    tiny = GeneTable(Space.of({"width": [(8, 16, 24)] * 2, "resolution": [(16, 32)]}))
+    tiny = GeneTable(
+        Space.of({"width": Dimension.per_stage([(8, 16, 24)] * 2), "resolution": Dimension.number((16, 32))})
+    )
     for strategy in (Random(), Evolution(population=5), Nsga2(population=5, objectives=("params",))):
         problem = Problem(tiny, costs_by_arch(tiny, lambda arch: {"params": float(sum(arch["width"]))}))
         found = search(problem, strategy, lambda codes: codes.sum(1).astype(float), 0)

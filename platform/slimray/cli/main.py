@@ -533,7 +533,7 @@ def profile(
 
     num_points, options = None, dict[str, Any](name=what, num_classes=1000)
     if what in models.MODELS:
-        if not what.startswith("ofa_") or models.MODELS[what].input == "points":
+        if not models.MODELS[what].supernet or models.MODELS[what].input == "points":
             raise UserError(f"profile {what}: must be an ofa_ model of images or clips, or a run of kind shrink")
         for assignment in [*([f"preset={preset}"] if preset else []), *(set_ or [])]:
             set_value(options, assignment)

@@ -101,12 +101,13 @@ class Prices:
     def metered(self, arch: Arch) -> dict[str, float]:
         """What the meter says of an arch."""
         assert self.meter is not None
-        side = arch.get("resolution")
-        if self.meter.resolutions is None or side is None or side in self.meter.resolutions:
+        name = self.net.space.input_name("side")
+        if self.meter.resolutions is None or name is None or arch[name] in self.meter.resolutions:
             return self._metered(arch)
-        low, high = neighbours(int(side), self.meter)
+        side = int(arch[name])
+        low, high = neighbours(side, self.meter)
         share = (side**2 - low**2) / (high**2 - low**2)
-        below, above = (self._metered(arch.replace(resolution=one)) for one in (low, high))
+        below, above = (self._metered(arch.replace(**{name: one})) for one in (low, high))
         return {name: (1 - share) * below[name] + share * above[name] for name in below}
 
     def _metered(self, arch: Arch) -> dict[str, float]:
@@ -160,7 +161,7 @@ class Prices:
             return float("nan") if costs is None else costs[name]
 
         part = _part(place, value)
-        column = self.table.columns.get(("resolution", 0))
+        column = self.table.columns.get((self.net.space.input_name("side"), 0))
         if meter.resolutions is not None and column in part.columns:
             axis = part.columns.index(column)
             values = np.moveaxis(part.values, axis, 0)  # a view
@@ -189,7 +190,8 @@ class Prices:
     def _tabulated(self, tries: int) -> "dict[str, _Place] | None":
         """The places over the genes that changed something in one of so many archs, some at full depth."""
         bases = self.table.sample(tries, np.random.default_rng(0))
-        deep = [column for (name, _), column in self.table.columns.items() if name == "depth"]
+        depths = {depth.name for depth in self.net.space.depths}
+        deep = [column for (name, _), column in self.table.columns.items() if name in depths]
         bases[::2, deep] = (self.table.sizes - 1)[deep]
         depends: dict[str, set[int]] = {}
         for base in np.concatenate([(self.table.sizes - 1)[None], bases]):
@@ -299,15 +301,15 @@ def draw_archs(priced: Prices, count: int, seed: int, exclude: Iterable[Arch] = 
     own, because evenly drawn archs are all alike. Fewer where the space has fewer.
     """
     table, rng = priced.table, random.Random(f"{seed} archs")
-    known = priced.meter.resolutions if priced.meter else None
+    known, side = priced.meter.resolutions if priced.meter else None, priced.net.space.input_name("side")
     taken, found = set(exclude), {}
     draw = np.random.default_rng(rng.randrange(2**31))
     for row in table.sample(40 * count, draw):
         lean = 2 * draw.random() - 1
         end = table.smallest if lean < 0 else table.sizes - 1
         (arch,) = table.archs(np.where(draw.random(len(row)) < abs(lean), end, row)[None])
-        if known and arch.get("resolution") is not None:
-            arch = arch.replace(resolution=rng.choice(known))
+        if known and side is not None:
+            arch = arch.replace(**{side: rng.choice(known)})
         if arch not in taken:
             found[arch] = priced.metered(arch)["latency_ms"]
     left = sorted(found, key=lambda arch: found[arch])

@@ -512,12 +512,12 @@ def _write(table: LatencyTable, path: str | Path) -> None:
 
 def _resolutions(net: Any, wanted: Sequence[int] | None, runtime: Runtime) -> tuple[int, ...] | None:
     """The resolutions to measure: those `wanted`, else those of the space, of a slow runtime a few of them."""
-    known = net.space.dimensions.get("resolution")
-    if known is None:
+    name = net.space.input_name("side")
+    if name is None:
         if wanted:
             raise UserError("--resolutions: this supernet has no resolutions")
         return None
-    sides = [int(side) for side in known[0]]
+    sides = [int(side) for side in net.space.dimensions[name].choices[0]]
     for side in wanted or ():
         if side not in sides:
             raise UserError(f"--resolutions: {side} is none of {', '.join(map(str, sides))}")
@@ -532,7 +532,8 @@ def _resolutions(net: Any, wanted: Sequence[int] | None, runtime: Runtime) -> tu
 def _cover(net: Any, sides: Sequence[int] | None, num_points: int | None) -> list[list[Arch]]:
     """Archs that together have every unit of the space: lists of archs that differ in resolution alone."""
     if sides is not None and hasattr(net, "layout") and hasattr(net.layout, "cover"):
-        return [[arch.replace(resolution=side) for side in sides] for arch in net.layout.cover()]
+        name = net.space.input_name("side")
+        return [[arch.replace(**{name: side}) for side in sides] for arch in net.layout.cover()]
     rng, seen, chosen, since = random.Random("cover"), set(), [], 0
     prices = Prices(net, num_points)
     while since < NEW_ARCHS:

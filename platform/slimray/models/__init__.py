@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import nn
 
-from slimray.arch import Arch
 from slimray.models.i3d import I3D, INFLATIONS
 from slimray.models.mobilenetv2 import MobileNetV2
 from slimray.models.points.table import POINT_MODELS
@@ -28,6 +27,7 @@ from slimray.models.supernets.ofa_mobilenet import (
     ofa_tsm_mobilenetv3,
     proxyless_net,
 )
+from slimray.models.supernets.ofa_pvcnn import ofa_pvcnn, ofa_pvcnn_cls
 from slimray.models.supernets.ofa_resnet import ofa_resnet50, ofa_tsm_resnet50
 from slimray.models.tsm import VideoNet2D
 from slimray.spec import UserError, did_you_mean, lookup
@@ -35,12 +35,16 @@ from slimray.spec import UserError, did_you_mean, lookup
 
 @dataclass(frozen=True)
 class Model:
-    """A row of MODELS: how to build it, what it takes, what it is. `defaults` are the options that differ by row."""
+    """A row of MODELS: how to build it, what it takes, what it is. `defaults` are the options that differ by row.
+
+    A `supernet` has a `space` of archs; with the option `arch` the row gives that subnet.
+    """
 
     make: Callable[..., nn.Module]
     description: str
     input: str = "clip"
     defaults: dict[str, Any] = field(default_factory=dict)
+    supernet: bool = False
 
 
 def _video_net(
@@ -108,11 +112,21 @@ MODELS |= {
     "proxyless_mobile_14": Model(partial(proxyless_net, "mobile_14"), "proxyless_mobile, widened 1.4 times", "image"),
     "proxyless_supernet": Model(proxyless_supernet, "every block a choice: what ProxylessNAS searches", "image"),
     "proxyless_found": Model(proxyless_found, "what a search found: one choice per block (`blocks`)", "image"),
-    "ofa_mobilenetv3": Model(ofa_mobilenetv3, "Once-for-All supernet of MobileNetV3 blocks", "image"),
-    "ofa_proxyless": Model(ofa_proxyless, "Once-for-All supernet of ProxylessNAS blocks", "image"),
-    "ofa_resnet50": Model(ofa_resnet50, "Once-for-All supernet of ResNet-50D", "image"),
-    "ofa_tsm_mobilenetv3": Model(ofa_tsm_mobilenetv3, "Once-for-All over TSM: MobileNetV3 blocks", "clip"),
-    "ofa_tsm_resnet50": Model(ofa_tsm_resnet50, "Once-for-All over TSM: ResNet-50D", "clip"),
+    "ofa_mobilenetv3": Model(ofa_mobilenetv3, "Once-for-All supernet of MobileNetV3 blocks", "image", supernet=True),
+    "ofa_proxyless": Model(ofa_proxyless, "Once-for-All supernet of ProxylessNAS blocks", "image", supernet=True),
+    "ofa_resnet50": Model(ofa_resnet50, "Once-for-All supernet of ResNet-50D", "image", supernet=True),
+    "ofa_tsm_mobilenetv3": Model(
+        ofa_tsm_mobilenetv3, "Once-for-All over TSM: MobileNetV3 blocks", "clip", supernet=True
+    ),
+    "ofa_tsm_resnet50": Model(ofa_tsm_resnet50, "Once-for-All over TSM: ResNet-50D", "clip", supernet=True),
+}
+MODELS |= {
+    "ofa_pvcnn": Model(
+        ofa_pvcnn, "Once-for-All supernet of PVCNNs for points, our own design", "points", supernet=True
+    ),
+    "ofa_pvcnn_cls": Model(
+        ofa_pvcnn_cls, "Once-for-All supernet of PVCNNs for clouds, our own design", "points", supernet=True
+    ),
 }
 MODELS |= {name: Model(make, text, takes) for name, (make, text, takes) in POINT_MODELS.items()}
 
@@ -123,7 +137,7 @@ def options_of(name: str) -> dict[str, Any]:
     make = I3D.__init__ if row.make is _i3d or getattr(row.make, "func", None) is _i3d else row.make
     parameters = inspect.signature(make).parameters
     hidden = ("self", "non_local", "backbone", "shift")
-    supernet: dict[str, Any] = {"arch": {}} if name.startswith("ofa_") else {}
+    supernet: dict[str, Any] = {"arch": {}} if row.supernet else {}
     return {k: v.default for k, v in parameters.items() if k not in hidden} | supernet | row.defaults
 
 
@@ -141,7 +155,7 @@ def build(name: str, **options: Any) -> nn.Module:
         raise UserError(f"model {name}: num_classes is required")
     arch = options.pop("arch", None)
     net = MODELS[name].make(**MODELS[name].defaults | options)
-    return net.extract(Arch.from_dict(arch)) if arch else net  # type: ignore[operator]
+    return net.extract(net.space.arch(arch)) if arch else net  # type: ignore[operator]
 
 
 def _check(name: str, option: str, value: Any, default: Any) -> None:

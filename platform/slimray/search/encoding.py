@@ -76,13 +76,13 @@ class GeneTable:
         """The archs that rows stand for."""
         cuts, start = [], 0
         for name, choices in self.space.choices:
-            cuts.append((name, start, start + len(choices), name in self.space.single))
+            cuts.append((name, start, start + len(choices), self.space.dimensions[name].of == "net"))
             start += len(choices)
         out = []
         for row in codes.tolist():
             flat = [values[code] for values, code in zip(self.values, row, strict=True)]
             genes = tuple((name, flat[lo] if single else tuple(flat[lo:hi])) for name, lo, hi, single in cuts)
-            out.append(Arch(genes, self.space.stages))
+            out.append(Arch(genes, self.space.depths))
         return out
 
     def sample(self, count: int, rng: np.random.Generator) -> Codes:
@@ -143,43 +143,50 @@ class GeneTable:
     @cached_property
     def _together(self) -> tuple[Codes, NDArray[np.bool_]]:
         """The group of every column (those of a block are mutated together) and whether a group is a single number."""
-        groups = {gene: ("", gene[1]) if gene[0] in self.space.per_block else gene for gene in self.genes}
+        dimensions = self.space.dimensions
+        groups: dict[tuple[str, int], tuple[str, str, int]] = {}
+        for name, i in self.genes:
+            depth = dimensions[name].skipped_by
+            groups[name, i] = ("gene", name, i) if depth is None else ("block", depth, i)
         numbers = {group: i for i, group in enumerate(dict.fromkeys(groups.values()))}
-        single = np.array([name in self.space.single for name, _ in numbers], bool)
+        single = np.array([kind == "gene" and dimensions[name].of == "net" for kind, name, _ in numbers], bool)
         return np.array([numbers[groups[gene]] for gene in self.genes], np.intp), single
 
     @cached_property
     def _blocks(self) -> "_Blocks | None":
         """Where the genes of blocks are; None if no block can be skipped."""
-        stages, depth = self.space.stages, self.space.dimensions.get("depth", ())
-        if not stages or len(depth) != len(stages):
+        space = self.space
+        if not space.depths:
             return None
-        widest = max(map(len, depth))
-        counts, same = np.zeros((2, len(stages), widest), np.intp)
-        for s, (stage, choices) in enumerate(zip(stages, depth, strict=True)):
+        pairs = [
+            (depth.name, s, stage, space.dimensions[depth.name].choices[s])
+            for depth in space.depths
+            for s, stage in enumerate(depth.stages)
+        ]
+        counts, same = np.zeros((2, len(pairs), max(len(choices) for *_, choices in pairs)), np.intp)
+        for number, (_, _, stage, choices) in enumerate(pairs):
             active = [stage.active(choice) for choice in choices]
-            counts[s, : len(active)] = active
-            same[s, : len(active)] = [active.index(n) if stage.blocks else i for i, n in enumerate(active)]
-        columns, block = [], []
-        for name in self.space.per_block:
-            for i in range(len(self.space.dimensions[name])):
-                columns.append(self.columns[name, i])
-                block.append(i)
-        stage_of = np.repeat(np.arange(len(stages)), [stage.blocks for stage in stages])
-        place_of = np.concatenate([np.arange(stage.blocks) for stage in stages])
-        depths = np.array([self.columns["depth", s] for s in range(len(stages))], np.intp)
-        at = np.array(block, np.intp)
-        return _Blocks(
-            np.arange(len(stages)), depths, counts, same, np.array(columns, np.intp), stage_of[at], place_of[at]
-        )
+            counts[number, : len(active)] = active
+            same[number, : len(active)] = [active.index(n) if stage.blocks else i for i, n in enumerate(active)]
+        columns, stage_of, place_of, first = [], [], [], 0
+        for depth in space.depths:
+            blocks = [(first + s, i) for s, stage in enumerate(depth.stages) for i in range(stage.blocks)]
+            for name in depth.skips:
+                columns += [self.columns[name, block] for block in range(len(blocks))]
+                stage_of += [number for number, _ in blocks]
+                place_of += [place for _, place in blocks]
+            first += len(depth.stages)
+        depths = [self.columns[name, s] for name, s, *_ in pairs]
+        genes = [np.array(one, np.intp) for one in (columns, stage_of, place_of)]
+        return _Blocks(np.arange(len(pairs)), np.array(depths, np.intp), counts, same, *genes)
 
     @cached_property
     def _one_hot(self) -> tuple[Codes, Codes, int]:
         """The columns that a predictor is told, where in the features each of them starts, how many there are."""
         columns, starts, width = [], [], 0
+        told = {depth.name: self.space.depth_told(depth) for depth in self.space.depths}
         for column, (name, i) in enumerate(self.genes):
-            told = name == "depth" and i < len(self.space.depth_told) and self.space.depth_told[i]
-            if len(self.values[column]) > 1 and not told:
+            if len(self.values[column]) > 1 and not (name in told and told[name][i]):
                 columns.append(column)
                 starts.append(width)
                 width += len(self.values[column])
@@ -214,23 +221,22 @@ def part(table: GeneTable, genes: Sequence[tuple[str, int]], value: Callable[...
     Genes of a block that may be skipped bring the depth of its stage with them: the part costs 0 where it is.
     """
     space = table.space
-    blocks = [stage for stage, s in enumerate(space.stages) for _ in range(s.blocks)]
-    starts = np.cumsum([0, *(stage.blocks for stage in space.stages)])
-    gates: dict[int, int] = {}  # stage -> how many of its blocks must run for this part to
+    gates: dict[tuple[str, int], int] = {}  # depth and stage -> how many of its blocks must run for this part to
     for name, i in genes:
-        if name in space.per_block and "depth" in space.dimensions:
-            stage = blocks[i]
-            needed = i - int(starts[stage]) + 1
-            if any(space.stages[stage].active(gene) < needed for gene in space.dimensions["depth"][stage]):
-                gates[stage] = max(gates.get(stage, 0), needed)
-    depths = [("depth", stage) for stage in gates]
-    columns = tuple(table.columns[gene] for gene in [*genes, *depths])
+        for depth in space.depths:
+            if name not in depth.skips:
+                continue
+            places = [(s, place) for s, stage in enumerate(depth.stages) for place in range(stage.blocks)]
+            s, place = places[i]
+            if any(depth.stages[s].active(gene) <= place for gene in space.dimensions[depth.name].choices[s]):
+                gates[depth.name, s] = max(gates.get((depth.name, s), 0), place + 1)
+    columns = tuple(table.columns[gene] for gene in [*genes, *gates])
     values = np.zeros([len(table.values[column]) for column in columns])
     for place in np.ndindex(*values.shape):
         chosen = [table.values[column][code] for column, code in zip(columns, place, strict=True)]
-        given, depth = chosen[: len(genes)], chosen[len(genes) :]
-        runs = zip(gates.items(), depth, strict=True)
-        if all(space.stages[stage].active(gene) >= needed for (stage, needed), gene in runs):
+        given, depths = chosen[: len(genes)], chosen[len(genes) :]
+        runs = zip(gates.items(), depths, strict=True)
+        if all(space.dimensions[name].stages[s].active(gene) >= needed for ((name, s), needed), gene in runs):
             values[place] = value(*given)
     return Part(columns, values)
 

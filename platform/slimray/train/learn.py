@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from slimray.arch import Arch
+from slimray.arch import Arch, Space
 from slimray.train.spec import OptimSpec
 
 # --------------------------------------------------------------------------------------------------------- loss
@@ -41,15 +41,15 @@ def distill_losses(teacher: Tensor, logits: Tensor) -> Tensor:
     return -(given * own).sum(1).reshape(len(logits), -1).mean(1)
 
 
-def fit_input(x: Tensor, arch: Arch) -> Tensor:
-    """Inputs of the largest size as `arch` takes them: `[n, (T,) 3, H, W]` resized to its resolution, T to its frames.
+def fit_input(x: Tensor, space: Space, arch: Arch) -> Tensor:
+    """Inputs of the largest size as `arch` of `space` takes them: `[n, (T,) 3, H, W]` resized, T cut to its frames.
 
     Frames are the middle ones of equal parts. Clouds, and dimensions that the arch has not, stay as they are.
     """
-    frames, side = arch.get("frames"), arch.get("resolution")
+    frames, side = space.input_of(arch, "frames"), space.input_of(arch, "side")
     if frames is not None and frames != x.shape[1]:
         x = x[:, ((torch.arange(frames) + 0.5) * (x.shape[1] / frames)).long().to(x.device)]
-    if side is None or x.ndim < 4 or x.shape[-1] == side:
+    if side is None or x.shape[-1] == side:
         return x
     flat = nn.functional.interpolate(x.flatten(0, -4), (side, side), mode="bilinear", antialias=True)
     return flat.view(*x.shape[:-2], side, side)

@@ -173,9 +173,9 @@ def stage_job(job: ShrinkJob, number: int, init: InitSpec | None) -> TrainJob:
 
 def spaces(job: ShrinkJob, space: Space) -> list[Space]:
     """The space of each stage: what the stages up to it have freed of `space`; UserError for what is not of it."""
-    known = {name: {value for gene in genes for value in gene} for name, genes in space.dimensions.items()}
+    known = {name: {value for gene in genes for value in gene} for name, genes in space.choices}
     allowed: dict[str, tuple] = {name: (max(values),) for name, values in known.items()}
-    for name in ("resolution", "frames"):
+    for name in space.input_names:
         allowed.pop(name, None)  # free from the start, as published
     out = []
     for stage in job.stages:
@@ -188,7 +188,7 @@ def spaces(job: ShrinkJob, space: Space) -> list[Space]:
                     raise UserError(f"stages.{stage.name}.free.{name}: {value:g} is none of {listed}")
             allowed[name] = values
         first = stage is job.stages[0]
-        inputs = {n: (max(known[n]),) for n in ("resolution", "frames") if n in known} if first else {}
+        inputs = {n: (max(known[n]),) for n in space.input_names} if first else {}
         out.append(space.restrict(**allowed, **inputs))
     return out
 
@@ -197,7 +197,7 @@ def facts(job: ShrinkJob, card: Any, num_train: int | None) -> dict[str, Any]:
     """What can be known before machines are asked for; UserError for what does not fit."""
     out = train.facts(stage_job(job, 0, job.init), card, num_train)
     net = _on_meta(job, card.num_classes if card is not None else 1)
-    side = net.space.largest().get("resolution")
+    side = net.space.input_of(net.space.largest(), "side")
     if side is not None and job.data.size != side:
         raise UserError(f"data.size: must be {side:g}, the largest resolution of the space (got {job.data.size})")
     steps = 0
@@ -217,7 +217,7 @@ def facts(job: ShrinkJob, card: Any, num_train: int | None) -> dict[str, Any]:
 def _on_meta(job: ShrinkJob, num_classes: int) -> Any:
     net = cost.build_on_meta(lambda: models.build(**train.model_options(stage_job(job, 0, None), num_classes)))
     if not isinstance(getattr(net, "space", None), Space):
-        rows = ", ".join(name for name in models.MODELS if name.startswith("ofa_"))
+        rows = ", ".join(name for name, row in models.MODELS.items() if row.supernet)
         raise UserError(f"model.name: {job.model.name} is no supernet, one of {rows}")
     return net
 
@@ -234,7 +234,7 @@ def held_out(job: ShrinkJob, table: pa.Table) -> tuple[pa.Table, pa.Table | None
 def sample_archs(space: Space, count: int, seed: int) -> list[Arch]:
     """The subnets that are judged after every stage: largest, smallest, random ones at the largest input."""
     rng = random.Random(f"judged-{seed}")
-    inputs = {name: space.largest()[name] for name in ("resolution", "frames") if name in space.dimensions}
+    inputs = {name: space.largest()[name] for name in space.input_names}
     archs = [space.largest(), space.smallest().replace(**inputs)]
     while len(archs) < count:
         archs.append(space.sample(rng).replace(**inputs))

@@ -19,7 +19,7 @@ from ray import exceptions
 from ray.util import ActorPool
 
 from slimray import runs
-from slimray.arch import Arch
+from slimray.arch import Arch, Space
 from slimray.data.pipeline import Batch, FeedConfig, Source, decode_block, failure_of, map_numbers
 from slimray.data.plan import Phase, blocks
 from slimray.spec import RunFailed, Spec
@@ -76,6 +76,11 @@ class Judge:
         self.device, self.exhibits = torch.device(device), exhibits
         self.inputs = list(self._inputs())
 
+    @property
+    def space(self) -> Space:
+        """The archs that may be tried."""
+        return self.network.net.space  # type: ignore[return-value]
+
     def _inputs(self) -> Iterator[torch.Tensor]:
         """The batches to calibrate with, as arrays; the last one may be small, a lone sample is left out."""
         whole = [_fetch(ref) for ref in self.exhibits.calibrate]
@@ -90,7 +95,8 @@ class Judge:
     def subnet(self, arch: Arch) -> torch.nn.Module:
         """The subnet `arch` on its own, re-calibrated, in eval mode."""
         pixels = self.network.pixels
-        batches = (learn.fit_input(predict.to_input(part.numpy(), pixels, self.device), arch) for part in self.inputs)
+        whole = (predict.to_input(part.numpy(), pixels, self.device) for part in self.inputs)
+        batches = (learn.fit_input(x, self.space, arch) for x in whole)
         return batchnorm.recalibrate_norms(self.network.net.extract(arch), batches).eval()  # type: ignore[operator]
 
     def score(self, arch: dict[str, Any]) -> dict[str, float]:
@@ -99,7 +105,7 @@ class Judge:
 
     def try_out(self, arch: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, float]]:
         """The subnet of an arch on its own, and its metrics."""
-        known = Arch.from_dict(arch)
+        known = self.space.arch(arch)
         net, score = self.subnet(known), loop.make_score(self.network.recipe, len(self.network.classes))
         for ref in self.exhibits.score:
             batch = _fetch(ref)
@@ -108,7 +114,7 @@ class Judge:
                 rows = kept[start : start + self.spec.batch]
                 x = predict.to_input(batch.data[rows], self.network.pixels, self.device)
                 with torch.no_grad(), learn.autocast(self.device):
-                    logits = net(learn.fit_input(x, known))
+                    logits = net(learn.fit_input(x, self.space, known))
                 merged = learn.merge_views(logits.float(), batch.data.shape[1], self.network.pixels.average)
                 score.add(merged, torch.from_numpy(batch.label[rows]).to(self.device))  # type: ignore[call-arg]
         return net, {name: value for name, value in score.result().items() if isinstance(value, int | float)}

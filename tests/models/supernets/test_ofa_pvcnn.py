@@ -118,7 +118,7 @@ def test_every_dimension_costs_something():
     net = supernet("points")
     high, low, shape = net.space.largest(), net.space.smallest(), (1, net.in_channels, 512)
     most = cost.count_macs(net.extract(high), shape)
-    for name, genes in net.space.dimensions.items():
+    for name, genes in net.space.choices:
         for i, values in enumerate(genes):
             changed = [low[name][j] if j == i else gene for j, gene in enumerate(high[name])]
             less = cost.count_macs(net.extract(high.replace(**{name: changed})), shape)
@@ -127,8 +127,8 @@ def test_every_dimension_costs_something():
 
 def test_widths_that_are_the_same_in_channels_count_once():
     narrow = supernet("points", width=0.2)  # of 16 channels 3: a quarter and a half are one channel
-    assert narrow.space.dimensions["width"][0] == (0.5, 0.75, 1.0)
-    assert supernet("points").space.dimensions["width"][0] == (0.25, 0.5, 0.75, 1.0)
+    assert narrow.space.dimensions["width"].choices[0] == (0.5, 0.75, 1.0)
+    assert supernet("points").space.dimensions["width"].choices[0] == (0.25, 0.5, 0.75, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_without_an_arch_the_largest_runs(net):
 def test_every_gene_moves_the_output(net):
     x, high = cloud(net), net.space.largest()
     with torch.no_grad():
-        for name, genes in net.space.dimensions.items():
+        for name, genes in net.space.choices:
             for i, values in enumerate(genes):
                 for value in values[:-1]:
                     changed = [value if j == i else gene for j, gene in enumerate(high[name])]
@@ -210,8 +210,8 @@ def test_every_gene_moves_the_output(net):
 
 
 def test_genes_of_blocks_that_do_not_run_move_nothing(net):
-    x, arch = cloud(net), net.space.arch({"depth": [min(values) for values in net.space.dimensions["depth"]]})
-    widths = [w if runs else 0.25 for w, runs in zip(arch["width"], arch.active, strict=True)]
+    x, arch = cloud(net), net.space.arch({"depth": [min(values) for values in net.space.dimensions["depth"].choices]})
+    widths = [w if runs else 0.25 for w, runs in zip(arch["width"], arch.runs("width"), strict=True)]
     with torch.no_grad():
         assert torch.equal(net(x, arch), net(x, arch.replace(width=widths)))
 
@@ -248,7 +248,7 @@ def cut(net: OfaPVCNN, arch: Arch) -> nn.Module:
     """The full-width subnet of the depth and grids of `arch` in which all channels beyond its widths are zero."""
     full = net.space.arch({"depth": arch["depth"], "voxel": arch["voxel"]})
     plain = net.extract(full)
-    widths = [width for width, runs in zip(arch["width"], arch.active, strict=True) if runs]
+    widths = [width for width, runs in zip(arch["width"], arch.runs("width"), strict=True) if runs]
     blocks = plain.point_features if isinstance(plain, PointNet) else plain.features
     makers: list[tuple[nn.Module, float]] = []  # layers and the part of their outputs that stays
     for block, width in zip(blocks, widths, strict=True):

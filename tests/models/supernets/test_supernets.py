@@ -370,7 +370,7 @@ def test_the_order_of_frames_matters_to_supernets_of_clips():
 @pytest.mark.parametrize("name", NETS)
 def test_sorting_channels_leaves_the_whole_net_and_the_freed_widths_as_they_are(name):
     net = small(name)
-    values = {"expand": sorted({g for genes in net.space.dimensions["expand"] for g in genes})}
+    values = {"expand": sorted({g for genes in net.space.dimensions["expand"].choices for g in genes})}
     if "width" in net.space.dimensions:
         values["width"] = [0, 1, 2]
     whole = net.space.largest()
@@ -465,7 +465,7 @@ def test_units_one_after_another_are_the_extracted_net(name):
 @pytest.mark.parametrize("name", NETS)
 def test_all_units_are_those_of_all_archs_and_no_others(name):
     net, rng = small(name), random.Random(7)
-    side = max(net.space.dimensions["resolution"][0])
+    side = max(net.space.dimensions["resolution"].choices[0])
     seen = {unit.key: unit for _ in range(3000) for unit in net.units(net.space.sample(rng), side)}
     assert net.all_units([side]) == seen
 
@@ -497,7 +497,7 @@ def released_arch(net: Supernet, config: dict) -> Arch:
     """An arch out of a released configuration: `ks`, `e`, `d`, `w`, a number for all or a list."""
     depth = config["d"]
     if isinstance(depth, int):
-        depth = [min(max(choices), depth) for choices in net.space.dimensions["depth"]]
+        depth = [min(max(choices), depth) for choices in net.space.dimensions["depth"].choices]
     names = {"kernel": "ks", "expand": "e", "width": "w"}
     return net.space.arch({"depth": depth} | {n: config[old] for n, old in names.items() if old in config})
 
@@ -570,21 +570,21 @@ def test_the_spaces_are_the_published_ones():
         return on_meta(name, **options).space
 
     mobile, proxyless, resnet = space("ofa_mobilenetv3"), space("ofa_proxyless"), space("ofa_resnet50")
-    assert mobile.dimensions["kernel"] == ((3, 5, 7),) * 20
-    assert mobile.dimensions["expand"] == ((3, 4, 6),) * 20
-    assert mobile.dimensions["depth"] == ((2, 3, 4),) * 5
-    assert mobile.dimensions["resolution"] == (tuple(range(128, 225, 4)),)
+    assert mobile.dimensions["kernel"].choices == ((3, 5, 7),) * 20
+    assert mobile.dimensions["expand"].choices == ((3, 4, 6),) * 20
+    assert mobile.dimensions["depth"].choices == ((2, 3, 4),) * 5
+    assert mobile.dimensions["resolution"].choices == (tuple(range(128, 225, 4)),)
     assert mobile.num_archs() == 25 * (9**2 + 9**3 + 9**4) ** 5
-    assert len(proxyless.dimensions["kernel"]) == len(proxyless.dimensions["expand"]) == 21
-    assert [stage.blocks for stage in proxyless.stages] == [4, 4, 4, 4, 4, 1]
-    assert resnet.dimensions["depth"] == ((0, 2), *((0, 1, 2),) * 4)
-    assert resnet.dimensions["expand"] == ((0.2, 0.25, 0.35),) * 18
-    assert resnet.dimensions["width"] == ((0, 1, 2),) * 6
-    assert [sum(Arch(resnet.smallest().dimensions, resnet.stages).active), sum(resnet.largest().active)] == [10, 18]
+    assert len(proxyless.dimensions["kernel"].choices) == len(proxyless.dimensions["expand"].choices) == 21
+    assert [stage.blocks for stage in proxyless.depths[0].stages] == [4, 4, 4, 4, 4, 1]
+    assert resnet.dimensions["depth"].choices == ((0, 2), *((0, 1, 2),) * 4)
+    assert resnet.dimensions["expand"].choices == ((0.2, 0.25, 0.35),) * 18
+    assert resnet.dimensions["width"].choices == ((0, 1, 2),) * 6
+    assert [sum(arch.runs("expand")) for arch in (resnet.smallest(), resnet.largest())] == [10, 18]
     clips = space("ofa_tsm_mobilenetv3", num_segments=16)
-    assert clips.dimensions["frames"] == ((4, 8, 16),)
+    assert clips.dimensions["frames"].choices == ((4, 8, 16),)
     assert clips.restrict(frames=[16]).num_archs() == mobile.num_archs()
-    assert space("ofa_tsm_resnet50", num_segments=6).dimensions["frames"] == ((3, 6),)
+    assert space("ofa_tsm_resnet50", num_segments=6).dimensions["frames"].choices == ((3, 6),)
 
 
 @pytest.mark.parametrize("name", NETS)

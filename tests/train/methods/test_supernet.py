@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from slimray import models
-from slimray.arch import Arch, Space
+from slimray.arch import Dimension, Space
 from slimray.tasks.predict import Input, to_input
 from slimray.train import learn
 from slimray.train.methods.method import Piece, Setup
@@ -102,7 +102,7 @@ def test_gradients_of_subnets_add_up_and_the_teacher_is_left_alone():
     data, labels = rng.integers(0, 256, (4, 1, SIDE, SIDE, 3), dtype=np.uint8), rng.integers(0, 5, 4)
     net = copy.deepcopy(replica.net).eval()
     targets, archs = torch.from_numpy(labels), replica.method.draw((0, 0))
-    x = learn.fit_input(to_input(data, Input(), torch.device("cpu")), archs[0])
+    x = learn.fit_input(to_input(data, Input(), torch.device("cpu")), net.space, archs[0])
     with torch.no_grad():
         given = replica.teacher(x).softmax(1)
     for arch in archs:
@@ -121,14 +121,17 @@ def test_gradients_of_subnets_add_up_and_the_teacher_is_left_alone():
 
 def test_inputs_are_made_as_an_arch_takes_them():
     images, clips = torch.rand(2, 3, 32, 32), torch.rand(2, 8, 3, 32, 32)
-    assert learn.fit_input(images, Arch.from_dict({"resolution": 20})).shape == (2, 3, 20, 20)
-    assert learn.fit_input(images, Arch.from_dict({"resolution": 32})) is images
-    small = learn.fit_input(clips, Arch.from_dict({"resolution": 16, "frames": 2}))
+    side = Dimension.number((16, 20, 32), input="side")
+    of_images = Space.of({"resolution": side})
+    of_clips = Space.of({"resolution": side, "frames": Dimension.number((2, 4, 8), input="frames")})
+    assert learn.fit_input(images, of_images, of_images.arch({"resolution": 20})).shape == (2, 3, 20, 20)
+    assert learn.fit_input(images, of_images, of_images.arch({"resolution": 32})) is images
+    small = learn.fit_input(clips, of_clips, of_clips.arch({"resolution": 16, "frames": 2}))
     assert small.shape == (2, 2, 3, 16, 16)
-    kept = learn.fit_input(clips, Arch.from_dict({"resolution": 32, "frames": 4}))
+    kept = learn.fit_input(clips, of_clips, of_clips.arch({"resolution": 32, "frames": 4}))
     assert torch.equal(kept, clips[:, [1, 3, 5, 7]])
-    cloud = torch.rand(2, 3, 64)
-    assert learn.fit_input(cloud, Space.of({"voxel": [(0.5, 1.0)]}).largest()) is cloud
+    cloud, of_clouds = torch.rand(2, 3, 64), Space.of({"voxel": Dimension.per_stage([(0.5, 1.0)])})
+    assert learn.fit_input(cloud, of_clouds, of_clouds.largest()) is cloud
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from torch import nn
 
 from slimray.models.points import dgcnn, frustum, pointcnn, pointnet, pvcnn, unet3d
-from slimray.models.supernets import ofa_pvcnn
 
 POINT_MODELS: dict[str, tuple[Callable[..., nn.Module], str, str]] = {
     "pointnet_s3dis": (pointnet.pointnet_s3dis, "PointNet for scenes", "points"),
@@ -36,6 +35,4 @@ POINT_MODELS: dict[str, tuple[Callable[..., nn.Module], str, str]] = {
     ),
     "pointnet_cls": (pointnet.pointnet_cls, "PointNet for whole clouds", "points"),
     "pvcnn_cls": (pvcnn.pvcnn_cls, "PVCNN for whole clouds, our own definition", "points"),
-    "ofa_pvcnn": (ofa_pvcnn.ofa_pvcnn, "Once-for-All supernet of PVCNNs for points, our own design", "points"),
-    "ofa_pvcnn_cls": (ofa_pvcnn.ofa_pvcnn_cls, "Once-for-All supernet of PVCNNs for clouds, our own design", "points"),
 }

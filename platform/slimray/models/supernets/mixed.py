@@ -213,7 +213,8 @@ class MixedNet(nn.Module):
 
 def _all(space: Any, kernel: int, expand: int) -> dict[str, Any]:
     """The genes of the arch whose every block has this kernel and expansion."""
-    return {"kernel": [kernel] * len(space.dimensions["kernel"]), "expand": [expand] * len(space.dimensions["expand"])}
+    count = len(space.dimensions["kernel"].choices)
+    return {"kernel": [kernel] * count, "expand": [expand] * count}
 
 
 def _layout(preset: str, width: float, num_classes: int, dropout: float) -> MobileLayout:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from slimray.arch import Arch, Space, Stage
+from slimray.arch import Arch, Dimension, Space, Stage
 from slimray.models.supernets.elastic import (
     SE_REDUCTION,
     ChannelGroup,
@@ -35,8 +35,9 @@ from slimray.models.supernets.supernet import (
     Shape,
     Subnet,
     Supernet,
+    clip_lengths,
     halved,
-    input_choices,
+    input_dimensions,
     make_subnet,
     named,
     of_preset,
@@ -205,12 +206,12 @@ class MobileLayout:
     def space(self) -> Space:
         stages = [Stage(max(stage.depths)) for stage in self.stages]
         num_blocks = sum(stage.blocks for stage in stages)
-        choices: dict[str, Any] = {
-            "kernel": [KERNELS] * num_blocks,
-            "expand": [EXPANDS] * num_blocks,
-            "depth": [stage.depths for stage in self.stages],
+        dimensions = {
+            "kernel": Dimension.per_block([KERNELS] * num_blocks),
+            "expand": Dimension.per_block([EXPANDS] * num_blocks),
+            "depth": Dimension.depth([stage.depths for stage in self.stages], stages),
         }
-        return Space.of(choices | input_choices(self.resolution, self.num_segments), stages)
+        return Space.of(dimensions | input_dimensions(self.resolution, self.num_segments))
 
     def plan(self, arch: Arch) -> list[Placed]:
         frames = int(arch.get("frames", 0))
@@ -248,8 +249,7 @@ class MobileLayout:
     def cover(self) -> Iterable[Arch]:
         space = self.space()
         for kernel, expand in product(KERNELS, EXPANDS):
-            for frames in space.dimensions.get("frames", ((),))[0] or (None,):
-                single = {} if frames is None else {"frames": frames}
+            for single in clip_lengths(space):
                 yield space.arch({"kernel": kernel, "expand": expand, **single})
 
     def channel_groups(self, net: Supernet) -> list[ChannelGroup]:

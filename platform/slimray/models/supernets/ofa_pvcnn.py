@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from slimray.arch import Arch, Gene, Space, Stage
+from slimray.arch import Arch, Dimension, Gene, Space, Stage
 from slimray.models.points.ops import devoxelize, normalize_coords, voxelize
 from slimray.models.points.pointnet import (
     DROPOUT,
@@ -171,12 +171,13 @@ class OfaPVCNN(nn.Module):
         self.channels = [c for c, _, most, _ in layout.stages for _ in range(most)]  # of each block at its widest
         self.space = Space.of(
             {
-                "depth": [range(few, most + 1) for _, few, most, _ in layout.stages],
-                "width": [_distinct(WIDTHS, [c]) for c in self.channels],
-                "voxel": [_distinct(VOXELS, [grid]) for *_, grid in layout.stages if grid],
-                "head": [_distinct(HEADS, [*self.cloud_sizes, *self.head_sizes])],
-            },
-            [Stage(count) for count in most],
+                "depth": Dimension.depth(
+                    [range(few, most + 1) for _, few, most, _ in layout.stages], [Stage(count) for count in most]
+                ),
+                "width": Dimension.per_block([_distinct(WIDTHS, [c]) for c in self.channels]),
+                "voxel": Dimension.per_stage([_distinct(VOXELS, [grid]) for *_, grid in layout.stages if grid]),
+                "head": Dimension.per_stage([_distinct(HEADS, [*self.cloud_sizes, *self.head_sizes])]),
+            }
         )
         widest = self._build(self._plan(self.space.largest()))
         self.point_features = _blocks_of(widest)

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from slimray.arch import Arch, Gene, Space, Stage
+from slimray.arch import Arch, Dimension, Gene, Space, Stage
 from slimray.models.supernets.elastic import ChannelGroup, ElasticLinear, make_divisible
 from slimray.models.supernets.supernet import (
     SHIFT_DIV,
@@ -26,8 +26,9 @@ from slimray.models.supernets.supernet import (
     Pool,
     Shape,
     Supernet,
+    clip_lengths,
     halved,
-    input_choices,
+    input_dimensions,
     named,
     of_preset,
 )
@@ -198,12 +199,12 @@ class ResNetLayout:
 
     def space(self) -> Space:
         stages = [Stage(base + max(EXTRA), base) for base in self.base]
-        choices: dict[str, Any] = {
-            "depth": [(0, 2)] + [EXTRA] * len(stages),
-            "expand": [EXPANDS] * sum(stage.blocks for stage in stages),
-            "width": [tuple(range(len(WIDTHS)))] * (2 + len(stages)),
+        dimensions = {
+            "depth": Dimension.depth([(0, 2)] + [EXTRA] * len(stages), [Stage(0), *stages]),
+            "expand": Dimension.per_block([EXPANDS] * sum(stage.blocks for stage in stages)),
+            "width": Dimension.per_stage([tuple(range(len(WIDTHS)))] * (2 + len(stages))),
         }
-        return Space.of(choices | input_choices(self.resolution, self.num_segments), [Stage(0), *stages])
+        return Space.of(dimensions | input_dimensions(self.resolution, self.num_segments))
 
     def plan(self, arch: Arch) -> list[Placed]:
         frames = int(arch.get("frames", 0))
@@ -246,8 +247,7 @@ class ResNetLayout:
         genes = range(len(WIDTHS))
         for expand, even, odd in product(EXPANDS, genes, genes):  # all pairs of neighbouring widths
             width = [odd if i % 2 else even for i in range(2 + len(self.base))]
-            for frames in space.dimensions.get("frames", ((),))[0] or (None,):
-                single = {} if frames is None else {"frames": frames}
+            for single in clip_lengths(space):
                 yield space.arch({"expand": expand, "width": width, **single})
 
     def channel_groups(self, net: Supernet) -> list[ChannelGroup]:

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from slimray.arch import Arch, Space
+from slimray.arch import Arch, Dimension, Space
 from slimray.models.resnet import init_convolutions
 from slimray.models.supernets.elastic import ChannelGroup, ElasticConv, ElasticNorm, Unit, take
 from slimray.spec import UserError
@@ -283,7 +283,7 @@ class Supernet(nn.Module):
 
     def all_units(self, resolutions: Iterable[int] | None = None) -> dict[str, Unit]:
         """Every unit that any arch has at one of `resolutions` (None: those of the space), by key."""
-        sides = self.space.dimensions["resolution"][0] if resolutions is None else resolutions
+        sides = self.space.dimensions["resolution"].choices[0] if resolutions is None else resolutions
         archs = list(self.layout.cover())
         return {unit.key: unit for side in sides for arch in archs for unit in self.units(arch, int(side))}
 
@@ -328,13 +328,19 @@ def of_preset(presets: Mapping[str, T], preset: str) -> T:
     return presets[preset]
 
 
-def input_choices(resolution: int, num_segments: int = 0) -> dict[str, list[tuple[int, ...]]]:
-    """The single dimensions: `resolution` from four sevenths of the largest in steps of 4 (224: 128 to 224).
+def input_dimensions(resolution: int, num_segments: int = 0) -> dict[str, Dimension]:
+    """The dimensions of the input: `resolution` from four sevenths of the largest in steps of 4 (224: 128 to 224).
 
     With `num_segments` also `frames`: that many, half and a quarter, as far as these are whole and at least 2.
     """
-    out = {"resolution": [tuple(range(4 * round(resolution / 7), resolution + 1, 4))]}
+    out = {"resolution": Dimension.number(range(4 * round(resolution / 7), resolution + 1, 4), input="side")}
     if num_segments:
         parts = [num_segments // d for d in (4, 2, 1) if num_segments % d == 0]
-        out["frames"] = [tuple(n for n in parts if n >= 2) or (num_segments,)]
+        out["frames"] = Dimension.number([n for n in parts if n >= 2] or [num_segments], input="frames")
     return out
+
+
+def clip_lengths(space: Space) -> list[dict[str, int]]:
+    """The genes of each length of clips that `space` has, `[{}]` for images."""
+    name = space.input_name("frames")
+    return [{}] if name is None else [{name: int(frames)} for frames in space.dimensions[name].choices[0]]

@@ -520,10 +520,10 @@ def _key(trace: Mapping[str, Any]) -> Any:
 def _subnet(title: str, arch: Mapping[str, Any], run: Any = None) -> Any:
     """An arch drawn: a bar per block, as high as its expansion (or width), coloured by kernel; those skipped hollow."""
     value = Arch.from_dict(arch)
-    lists = {name: genes for name, genes in value.dimensions if isinstance(genes, tuple) and name != "depth"}
+    depths = {depth.name: depth for depth in value.depths}
+    lists = {name: genes for name, genes in value.dimensions if isinstance(genes, tuple) and name not in depths}
     singles = [f"{name} {_number('', genes)}" for name, genes in value.dimensions if not isinstance(genes, tuple)]
-    if value.get("depth") is not None:
-        singles.insert(0, f"depth {' '.join(_number('', gene) for gene in value['depth'])}")
+    singles = [f"{name} {' '.join(_number('', gene) for gene in value[name])}" for name in depths] + singles
     tall = next((name for name in ("expand", "width") if name in lists), next(iter(lists), None))
     caption = [title, html.Span(" · ".join(singles), className="soft")]
     if run:
@@ -533,10 +533,9 @@ def _subnet(title: str, arch: Mapping[str, Any], run: Any = None) -> Any:
     heights = lists[tall]
     colours = lists.get("kernel", ())
     kinds = sorted(set(colours))
-    active = value.active if len(value.active) == len(heights) else (True,) * len(heights)
-    starts = (
-        set(np.cumsum([stage.blocks for stage in value.stages]).tolist()) if len(value.active) == len(heights) else {}
-    )
+    active = value.runs(tall)
+    stages = next((depth.stages for depth in value.depths if tall in depth.skips), ())
+    starts = set(np.cumsum([stage.blocks for stage in stages]).tolist())
     bars = []
     for i, (height, runs) in enumerate(zip(heights, active, strict=True)):
         genes = ", ".join(f"{name} {_number('', g[i])}" for name, g in lists.items() if i < len(g))
@@ -596,11 +595,10 @@ def _dimensions(trial: Mapping[str, Any]) -> dict[str, float]:
     if isinstance(trial.get("arch"), Mapping):
         arch = Arch.from_dict(trial["arch"])
         for name, genes in arch.dimensions:
-            if name == "depth" and isinstance(genes, tuple):
-                out["depth, sum"] = float(sum(genes))
+            if any(name == depth.name for depth in arch.depths):
+                out[f"{name}, sum"] = float(sum(genes))  # type: ignore[arg-type]
             elif isinstance(genes, tuple):
-                fits = len(genes) == len(arch.active)
-                used = [gene for gene, runs in zip(genes, arch.active, strict=True) if runs] if fits else list(genes)
+                used = [gene for gene, runs in zip(genes, arch.runs(name), strict=True) if runs]
                 out[f"{name}, mean"] = float(np.mean(used)) if used else math.nan
             else:
                 out[name] = float(genes)

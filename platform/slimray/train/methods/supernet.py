@@ -20,8 +20,6 @@ from slimray.tasks.predict import load_network
 from slimray.train import learn
 from slimray.train.methods.method import OnDevice, Replica, Setup
 
-INPUTS = ("resolution", "frames")  # dimensions of the input, one value for all subnets of a step
-
 
 @dataclass(frozen=True)
 class Supernet:
@@ -47,7 +45,7 @@ class Supernet:
     def draw(self, seed: tuple[int, int]) -> list[Arch]:
         """The archs of step `seed` = (run seed, number of the step), the same on every rank."""
         archs = [self.space.sample(random.Random(f"{seed[0]}-{seed[1]}-{number}")) for number in range(self.count)]
-        shared = {name: archs[0][name] for name in INPUTS if name in self.space.dimensions}
+        shared = {name: archs[0][name] for name in self.space.input_names}  # one input serves all
         if self.sandwich:
             archs[0] = self.space.largest()
             archs[-1] = self.space.smallest() if self.count > 1 else archs[-1]
@@ -66,7 +64,7 @@ class SupernetReplica(Replica):
         return self.method.draw(seed)
 
     def _passes(self, batch: OnDevice, choice: Sequence[Arch]) -> Iterator[Tensor]:
-        x = learn.fit_input(batch.x, choice[0])
+        x = learn.fit_input(batch.x, self.method.space, choice[0])
         given = None if batch.labels is None else self._teach(x)
         for arch in choice:
             with learn.autocast(self.device):
@@ -83,9 +81,10 @@ class SupernetReplica(Replica):
         if self.teacher is None or not self.method.distill_weight:
             return None
         with learn.autocast(self.device):
-            if "frames" in self.method.space.dimensions:
+            frames = self.method.space.input_name("frames")
+            if frames is not None:
                 largest = self.teacher.space.largest()  # type: ignore[union-attr]
-                return self.teacher(x, largest.replace(frames=x.shape[1]))
+                return self.teacher(x, largest.replace(**{frames: x.shape[1]}))
             return self.teacher(x)
 
 
