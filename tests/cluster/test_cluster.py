@@ -21,7 +21,7 @@ from tests.test_job import ROOT
 
 from slimray import job
 from slimray.cli import main
-from slimray.cluster import manifests, submit
+from slimray.cluster import jobs_api, local, script, specs, submit
 from slimray.spec import RunFailed, UserError, parse, parse_yaml
 
 CHAIN = """
@@ -37,7 +37,7 @@ scale: {workers: 2}
 """
 JOBS = "{kind: jobs, address: 'http://127.0.0.1:1', storage: 's3://team/runs'%s}"
 FILES = {path.stem: parse_yaml(path.read_text(), str(path)) for path in (ROOT / "cluster").glob("*.yaml")}
-NAMES = sorted(name for name, documents in FILES.items() if documents[0].get("kind") in manifests.KINDS)
+NAMES = sorted(name for name, documents in FILES.items() if documents[0].get("kind") in specs.KINDS)
 
 
 @pytest.fixture
@@ -70,12 +70,12 @@ def shell(here, monkeypatch, capsys):
     return run
 
 
-def ready_for(name: str, storage: str = "/shared/runs") -> tuple[submit.Target, manifests.Submission]:
+def ready_for(name: str, storage: str = "/shared/runs") -> tuple[specs.Target, script.Submission]:
     target = submit.load_cluster(name, "jobs/chain.yaml")
     return target, submit.make_submission(["jobs/chain.yaml"], target, storage=storage)
 
 
-def as_cluster(text: str) -> submit.Target:
+def as_cluster(text: str) -> specs.Target:
     Path("cluster").mkdir(exist_ok=True)
     Path("cluster/mine.yaml").write_text(text)
     return submit.load_cluster("mine", "jobs/chain.yaml")
@@ -85,7 +85,7 @@ def as_cluster(text: str) -> submit.Target:
 
 
 def test_every_kind_has_a_file_and_every_file_is_found_by_its_name(here):
-    assert {submit.load_cluster(name).cluster.kind for name in NAMES} == set(manifests.KINDS)
+    assert {submit.load_cluster(name).cluster.kind for name in NAMES} == set(specs.KINDS)
     assert sorted(submit.list_clusters()) == NAMES
 
 
@@ -98,7 +98,7 @@ def test_a_dry_run_is_complete(here, name):
     else:
         assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
         shipped = dict(re.findall(r"^cat > \S*/([\w.]+)\"? <<'END_OF_FILE'\n(.*?\n)END_OF_FILE$", text, re.S | re.M))
-    assert shipped["run.sh"].strip() == manifests.run_script(ready, target.cluster).strip()
+    assert shipped["run.sh"].strip() == script.run_script(ready, target.cluster).strip()
     alone = [one.document for one in job.load(["jobs/chain.yaml"])]
     assert parse_yaml(shipped["chain.yaml"], "shipped") == alone, "the same resolved job as `run`"
     Path("again.yaml").write_text(shipped["chain.yaml"])
@@ -121,7 +121,7 @@ def test_clouds_are_as_ray_takes_them_with_a_head_that_holds_no_work(name):
         assert "--object-spilling-directory=/mnt/nvme" in commands[-1]
         subprocess.run(["bash", "-n"], input="\n".join(commands), text=True, check=True)
     subprocess.run(["bash", "-n"], input="\n".join(config["initialization_commands"]), text=True, check=True)
-    assert manifests.capacity(spec) == manifests.Capacity(8 * 96 + 16 * 64, 64, 96, 8)
+    assert specs.capacity(spec) == specs.Capacity(8 * 96 + 16 * 64, 64, 96, 8)
 
 
 def test_every_option_of_our_ray_start_commands_exists():
@@ -129,11 +129,8 @@ def test_every_option_of_our_ray_start_commands_exists():
         [sys.executable, "-m", "ray.scripts.scripts", "start", "--help"], capture_output=True, text=True, check=True
     )
     texts = [path.read_text() for path in (ROOT / "cluster").glob("*.yaml")]
-    texts += [
-        line
-        for line in (ROOT / "platform/slimray/cluster/manifests.py").read_text().splitlines()
-        if "ray start" in line
-    ]
+    backends = [path.read_text() for path in (ROOT / "platform/slimray/cluster").glob("*.py")]
+    texts += [line for text in backends for line in text.splitlines() if "ray start" in line]
     starts = [
         part for text in texts for part in re.findall(r"ray start ((?:--\S+\s+|[^-]\S*\s+)*?--\S+(?:\s+--\S+)*)", text)
     ]
@@ -144,10 +141,10 @@ def test_every_option_of_our_ray_start_commands_exists():
 
 def test_the_cluster_on_one_machine_is_as_ray_takes_it():
     spec: Any = submit.load_cluster("local").cluster
-    config = manifests.autoscaling_config(spec)
+    config = local.autoscaling_config(spec)
     validate_config(config)
     assert config["available_node_types"]["ray.head.default"]["resources"] == {"CPU": 0}
-    assert manifests.capacity(spec) == manifests.Capacity(4, 0, 2, 0)
+    assert specs.capacity(spec) == specs.Capacity(4, 0, 2, 0)
 
 
 def test_the_image_has_the_libraries_that_the_makefile_asks_for():
@@ -290,8 +287,8 @@ def do_script(
 ) -> tuple[int, str, list[str]]:
     """Run run.sh with a `python` that ends in `codes`, one after the other, and a `sleep` that does not sleep."""
     spec = parse_cluster(JOBS % f", retries: {retries}, secrets: [TEAM_TOKEN]")
-    ready = manifests.Submission("tsm-1", "my job.yaml", "kind: train\n", "s3://team/my runs", restart)
-    for name, text in manifests.files(ready, spec).items():
+    ready = script.Submission("tsm-1", "my job.yaml", "kind: train\n", "s3://team/my runs", restart)
+    for name, text in script.files(ready, spec).items():
         (folder / name).write_text(text)
     programs = folder / "bin"
     programs.mkdir()
@@ -313,7 +310,7 @@ def do_script(
 
 def parse_cluster(text: str) -> Any:
     (document,) = parse_yaml(text, "x.yaml")
-    return manifests.KINDS[document["kind"]].model_validate(document)
+    return specs.KINDS[document["kind"]].model_validate(document)
 
 
 def test_a_run_that_fails_is_started_again_and_then_resumes(tmp_path):
@@ -469,27 +466,27 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_head_that_is_out_of_reach_silent_or_closed_is_one_sentence_in_time(here, monkeypatch):
-    monkeypatch.setattr(submit, "REQUEST_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(jobs_api, "REQUEST_TIMEOUT_S", 0.5)
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with pytest.raises(
         RunFailed, match=r"mine.yaml: the cluster at http://127.0.0.1:1 does not answer \(connection ref"
     ):
-        submit.jobs(as_cluster(JOBS % ""))
+        jobs_api.jobs(as_cluster(JOBS % ""))
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(RunFailed, match=r"does not answer \(timed out\)"):
-            submit.jobs(as_cluster(f"{{kind: jobs, address: '{address}'}}"))
+            jobs_api.jobs(as_cluster(f"{{kind: jobs, address: '{address}'}}"))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     with pytest.raises(
         UserError, match="refuses the token: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's"
     ):
-        submit.jobs(as_cluster(f"{{kind: jobs, address: '{address}'}}"))
+        jobs_api.jobs(as_cluster(f"{{kind: jobs, address: '{address}'}}"))
     with pytest.raises(UserError, match="token_env: TEAM is not set: export the token of the cluster"):
-        submit.jobs(as_cluster(f"{{kind: jobs, address: '{address}', token_env: TEAM}}"))
+        jobs_api.jobs(as_cluster(f"{{kind: jobs, address: '{address}', token_env: TEAM}}"))
     server.shutdown()
 
 
@@ -562,7 +559,7 @@ def test_init_brings_the_cluster_files_along(shell):
 def test_a_secret_in_a_cluster_file_is_refused_with_its_field_and_not_shown(field, named):
     (document,) = parse_yaml(JOBS % f", {field}", "x.yaml")
     with pytest.raises(UserError) as caught:
-        parse(manifests.JobsCluster, document, "x.yaml")
+        parse(specs.JobsCluster, document, "x.yaml")
     assert named in str(caught.value)
     assert "hunter2" not in str(caught.value)
 

@@ -87,10 +87,10 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show the jobs of a cluster: id, status, age, and what they ended in."""
-    from slimray.cluster import submit
+    from slimray.cluster import jobs_api, submit
 
     target = submit.load_cluster(name)
-    found = submit.jobs(target) if job_id is None else [submit.job_info(job_id, target)]
+    found = jobs_api.jobs(target) if job_id is None else [jobs_api.job_info(job_id, target)]
     rows = [_row(one) for one in found]
     if as_json:
         _say(json.dumps(rows, indent=2))
@@ -120,38 +120,38 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job has ended.")] = False,
 ) -> None:
     """Print what a job has printed; -f goes on until it ends, and ends as the job does."""
-    from slimray.cluster import submit
+    from slimray.cluster import jobs_api, submit
 
     target = submit.load_cluster(name)
     if follow:
         _follow(job_id, target)
     else:
-        sys.stdout.write(submit.log(job_id, target))
+        sys.stdout.write(jobs_api.log(job_id, target))
 
 
 def _follow(job_id: str, target: Any, quiet: bool = False) -> None:
     """Copy the log of a job to standard output; raises what the job ended in. Ctrl-C leaves it running."""
-    from slimray.cluster import submit
+    from slimray.cluster import jobs_api
     from slimray.spec import RunFailed
 
     try:
-        for text in submit.follow(job_id, target):
+        for text in jobs_api.follow(job_id, target):
             (sys.stderr if quiet else sys.stdout).write(text)
             sys.stdout.flush()
     except KeyboardInterrupt:
         raise RunFailed(
             f"{job_id}: runs on (`slimray logs -f {job_id} --cluster {target.name}`, `slimray stop` ends it)"
         ) from None
-    submit.require_success(submit.job_info(job_id, target), target)
+    jobs_api.require_success(jobs_api.job_info(job_id, target), target)
 
 
 @app.command()
 def stop(job_id: JobId, name: ClusterName) -> None:
     """End a job; submitted again, it resumes."""
-    from slimray.cluster import submit
+    from slimray.cluster import jobs_api, submit
 
     target = submit.load_cluster(name)
-    stopped = submit.stop(job_id, target)
+    stopped = jobs_api.stop(job_id, target)
     _say(f"{job_id}: {'is being stopped' if stopped else 'had ended already'}")
 
 
@@ -163,10 +163,10 @@ Name = Annotated[str, typer.Argument(help="A cluster file of kind local, or its 
 @local.command()
 def start(name: Name = "local") -> None:
     """Start a head on this machine; Ray's autoscaler adds nodes when a job wants them, and removes them when idle."""
-    from slimray.cluster import submit
+    from slimray.cluster import local, submit
 
     target = submit.load_cluster(name)
-    address = submit.start_local(target)
+    address = local.start_local(target)
     _say(f"{target.name}: runs at {address}")
     _say(f"next: slimray submit jobs/quickstart.yaml --cluster {name}")
 
@@ -174,21 +174,21 @@ def start(name: Name = "local") -> None:
 @local.command("stop")
 def stop_cluster(name: Name = "local") -> None:
     """End the head on this machine and all its nodes."""
-    from slimray.cluster import submit
+    from slimray.cluster import local, submit
 
     target = submit.load_cluster(name)
-    _say(f"{target.name}: {'stopped' if submit.stop_local(target) else 'does not run'}")
+    _say(f"{target.name}: {'stopped' if local.stop_local(target) else 'does not run'}")
 
 
 @local.command("list")
 def list_(as_json: AsJson = False) -> None:
     """List the cluster files that a name can mean, with the most that each can have."""
-    from slimray.cluster import manifests, submit
+    from slimray.cluster import specs, submit
 
     rows = []
     for name in submit.list_clusters():
         target = submit.load_cluster(name)
-        have = manifests.capacity(target.cluster)
+        have = specs.capacity(target.cluster)
         room = {"cpus": None, "gpus": None} if have is None else {"cpus": have.cpus, "gpus": have.gpus}
         rows.append({"name": name, "kind": target.cluster.kind, **room, "file": target.where})
     if as_json:

@@ -1,0 +1,322 @@
+"""Ray's Jobs API: send a job, list, follow and stop jobs; every request has a time limit and ends in one sentence."""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shlex
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import slimray
+from slimray.cluster.script import SCRIPT, Submission, env_vars, write_files
+from slimray.cluster.specs import (
+    Capacity,
+    DriverSpec,
+    JobsCluster,
+    KubeRayCluster,
+    LocalCluster,
+    RayUpCluster,
+    SlurmCluster,
+    Target,
+    capacity,
+)
+from slimray.spec import RunFailed, UserError, dump_yaml, lookup
+
+
+def jobs_script(job: Submission, cluster: JobsCluster | LocalCluster | RayUpCluster, package: str) -> str:
+    """A shell script that submits the job by hand, as `slimray submit` does through the Jobs API.
+
+    `package` is the folder of slimray's code. Values of `pass_env` are taken from the environment when it runs.
+    """
+    driver = cluster.driver if not isinstance(cluster, LocalCluster) else DriverSpec.model_validate({})
+    options = ["--submission-id", job.id]
+    options += ["--entrypoint-num-cpus", f"{driver.cpus:g}"] if driver.cpus else []
+    options += ["--entrypoint-resources", json.dumps(driver.resources)] if driver.resources else []
+    options += ["--entrypoint-label-selector", json.dumps(driver.labels)] if driver.labels else []
+    start = ["# first: slimray cluster start NAME"] if isinstance(cluster, LocalCluster) else []
+    if isinstance(cluster, RayUpCluster):
+        start = [
+            "cat > \"$work/cluster.yaml\" <<'END_OF_FILE'",
+            dump_yaml(cluster.ray_up).rstrip(),
+            "END_OF_FILE",
+            'ray up --yes "$work/cluster.yaml"',
+            'ray dashboard "$work/cluster.yaml" &   # forwards port 8265 of the head',
+            "sleep 15",
+        ]
+    known = {"py_modules": [package], "env_vars": env_vars(cluster, capacity(cluster), {})}
+    quote = "python -c 'import json, sys; print(json.dumps(sys.argv[1]))'"
+    passed = [f'echo "  {name}: $({quote} "${{{name}:?is not set}}")" >> "$work/env.yaml"' for name in cluster.pass_env]
+    known["env_vars"] |= {} if known["env_vars"] else {"SLIMRAY_SUBMITTED": "1"}  # a block that lines can follow
+    return "\n".join(
+        [
+            "#!/bin/sh",
+            "set -eu",
+            'work=$(mktemp -d); mkdir "$work/job"',
+            *start,
+            *write_files(job, cluster, '"$work/job"'),
+            "cat > \"$work/env.yaml\" <<'END_OF_FILE'",
+            dump_yaml(known).rstrip(),
+            "END_OF_FILE",
+            *passed,
+            f"export RAY_API_SERVER_ADDRESS={cluster.address.rstrip('/')}",
+            f'ray job submit --no-wait {shlex.join(options)} --working-dir "$work/job" \\',
+            f'  --runtime-env "$work/env.yaml" -- sh {SCRIPT}',
+            "",
+        ]
+    )
+
+
+REQUEST_TIMEOUT_S = 15
+UPLOAD_TIMEOUT_S = 120
+SETTLE_S = 2.0  # how long a job has to run before it counts as started
+DONE = ("SUCCEEDED", "FAILED", "STOPPED")
+RAYS_OWN = re.compile(r"INFO job_manager\.py|^Running entrypoint for job ")  # lines of a job's log that Ray writes
+T = TypeVar("T")
+
+
+def submission_id(name: str, attempt: int) -> str:
+    """The id of an attempt at the job `name`, which Kubernetes and Slurm take as a name, too."""
+    return f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')[:40]}-{attempt}"
+
+
+def package() -> Path:
+    return Path(slimray.__file__).resolve().parent
+
+
+def send(ready: Submission, target: Target, have: Capacity, folder: str) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    cluster: Any = target.cluster
+    env = env_vars(cluster, have, os.environ)
+    options: dict[str, Any] = {}
+    if not isinstance(cluster, LocalCluster):
+        driver = cluster.driver
+        options = {"entrypoint_num_cpus": driver.cpus or None, "entrypoint_resources": driver.resources or None}
+        options["entrypoint_label_selector"] = driver.labels or None
+    JobSubmissionClient(cluster.address, headers=_headers(target)).submit_job(
+        entrypoint=f"sh {SCRIPT}",
+        submission_id=ready.id,
+        runtime_env={"working_dir": folder, "py_modules": [str(package())], "env_vars": env},
+        metadata={"slimray": slimray.__version__, "storage": ready.storage},
+        **options,
+    )
+
+
+def wait_until_it_runs(job_id: str, target: Target, timeout_s: float = 60) -> None:
+    """Return when the command has run for a moment or has ended well; raise what it ended in otherwise."""
+    end, running = time.monotonic() + timeout_s, None
+    while time.monotonic() < end:
+        info = job_info(job_id, target)
+        if info["status"] in DONE:
+            return require_success(info, target)
+        if info["status"] == "RUNNING":
+            running = running or time.monotonic()
+            if time.monotonic() - running > SETTLE_S:
+                return None
+        time.sleep(0.5)
+    raise RunFailed(
+        f"{target.where}: {job_id} has not started within {timeout_s:g} s: no node fits `driver`, or its environment "
+        f"could not be made (`slimray status {job_id} --cluster {target.name}`, `slimray stop` takes it back)"
+    )
+
+
+def jobs(target: Target) -> list[dict[str, Any]]:
+    """The jobs of a cluster's Jobs API, oldest first: submission_id, status, message, start_time, end_time (ms)."""
+    _require_jobs_api(target)
+    found = [one for one in get(target, "/api/jobs/") if one.get("submission_id")]
+    return sorted(found, key=lambda one: one.get("start_time") or 0)
+
+
+def job_info(job_id: str, target: Target) -> dict[str, Any]:
+    """One job, by its id or by its name, which means its newest attempt; UserError if there is none."""
+    _require_jobs_api(target)
+    known = jobs(target)
+    for one in known:
+        if one["submission_id"] == job_id:
+            return one
+    attempts = attempts_of(target, submission_id(job_id, 0).rpartition("-")[0], known)
+    if not attempts:
+        with_names = {one["submission_id"]: one for one in known}
+        try:
+            lookup(with_names, job_id, "job")
+        except UserError as error:
+            raise UserError(f"{target.where}: {error}") from None
+    return attempts[-1]
+
+
+def follow(job_id: str, target: Target, patience_s: float = 120) -> Iterator[str]:
+    """The job's log as it comes, until it has ended; RunFailed when the cluster is gone for `patience_s`."""
+    shown, heard = 0, time.monotonic()
+    job_id = job_info(job_id, target)["submission_id"]
+    while True:
+        try:
+            info, text = job_info(job_id, target), log(job_id, target)
+        except RunFailed:
+            if time.monotonic() - heard > patience_s:
+                raise
+            time.sleep(2)
+            continue
+        heard = time.monotonic()
+        if len(text) > shown:
+            yield text[shown:]
+            shown = len(text)
+        if info["status"] in DONE:
+            return
+        time.sleep(1)
+
+
+def log(job_id: str, target: Target) -> str:
+    """All that the job has printed so far."""
+    _require_jobs_api(target)
+    job_id = job_info(job_id, target)["submission_id"]
+    return get(target, f"/api/jobs/{urllib.parse.quote(job_id)}/logs")["logs"]
+
+
+def stop(job_id: str, target: Target) -> bool:
+    """End a job; False if it had ended already. The same job submitted again resumes."""
+    _require_jobs_api(target)
+    job_id = job_info(job_id, target)["submission_id"]
+    return get(target, f"/api/jobs/{urllib.parse.quote(job_id)}/stop", method="POST")["stopped"]
+
+
+def require_success(info: dict[str, Any], target: Target) -> None:
+    """Raise what a job that has ended deserves: UserError for code 2, RunFailed for others; nothing if it is well."""
+    if info["status"] == "SUCCEEDED":
+        return
+    job_id = info["submission_id"]
+    if info["status"] == "STOPPED":
+        raise RunFailed(f"{target.where}: {job_id} was stopped: submit it again, it resumes")
+    said: list[str] = []
+    for _ in range(6):  # the last lines may come after the status
+        with contextlib.suppress(UserError, RunFailed):
+            said = [line for line in log(job_id, target).splitlines() if line.strip() and not RAYS_OWN.search(line)]
+        if said:
+            break
+        time.sleep(0.5)
+    said = said or str(info.get("message")).strip().splitlines()
+    kind = UserError if info.get("driver_exit_code") == 2 else RunFailed
+    raise kind(f"{job_id}: {said[-1].strip()} (`slimray logs {job_id} --cluster {target.name}`)")
+
+
+def attempts_of(target: Target, name: str, known: Sequence[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    mine = [one for one in known or jobs(target) if re.fullmatch(rf"{re.escape(name)}-\d+", one["submission_id"])]
+    return sorted(mine, key=attempt_of)
+
+
+def attempt_of(info: dict[str, Any]) -> int:
+    return int(info["submission_id"].rpartition("-")[2])
+
+
+def _require_jobs_api(target: Target) -> None:
+    """For clusters that are looked at with tools of their own: say which."""
+    cluster, tool = target.cluster, ""
+    if isinstance(cluster, KubeRayCluster):
+        tool = f"`kubectl -n {cluster.namespace} get rayjobs` and `kubectl -n {cluster.namespace} logs job/JOB`"
+    elif isinstance(cluster, SlurmCluster):
+        tool = "`squeue --me`, `scancel` and the file JOB-NUMBER.log"
+    if tool:
+        raise UserError(f"{target.where}: a cluster of kind {cluster.kind} is followed with {tool}")
+
+
+def get(target: Target, path: str, method: str = "GET") -> Any:
+    """The answer of a cluster's dashboard; UserError or RunFailed in one sentence, within seconds, otherwise."""
+    cluster: Any = target.cluster
+    url = cluster.address.rstrip("/") + path
+    request = urllib.request.Request(url, headers=_headers(target), method=method)  # noqa: S310 http by the spec
+    try:
+        with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as answer:  # noqa: S310
+            return json.loads(answer.read() or "null")
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise UserError(
+                f"{target.where}: the cluster at {cluster.address} refuses the token: set "
+                f"{getattr(cluster, 'token_env', None) or 'RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH'} to the cluster's"
+            ) from None
+        reason = (error.read().decode(errors="replace").strip() or error.reason).splitlines()[-1]
+        raise RunFailed(f"{target.where}: {cluster.address} answers {error.code} ({reason[:200]})") from None
+    except (OSError, ValueError) as error:
+        cause = getattr(error, "reason", error)
+        reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+        raise RunFailed(
+            f"{target.where}: the cluster at {cluster.address} does not answer ({reason.lower()})"
+        ) from None
+
+
+def _headers(target: Target) -> dict[str, str]:
+    """The token, from where Ray looks for it; none where RAY_AUTH_MODE=disabled says so."""
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        return {}
+    named = getattr(target.cluster, "token_env", None)
+    if named is not None:
+        if not os.environ.get(named):
+            raise UserError(f"{target.where}: token_env: {named} is not set: export the token of the cluster")
+        return {"Authorization": f"Bearer {os.environ[named]}"}
+    path = token_path()
+    token = os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else "")
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def token_path() -> Path:
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+
+
+def require_answer(target: Target) -> None:
+    """Raise UserError with the next step when the dashboard is out of reach, or of another version of Ray."""
+    import ray
+
+    try:
+        theirs = str((get(target, "/api/version") or {}).get("ray_version"))
+    except RunFailed as error:
+        cluster = target.cluster
+        step = "check `address`, and that the head runs"
+        if isinstance(cluster, LocalCluster):
+            step = f"start it with `slimray cluster start {target.name}`"
+        elif isinstance(cluster, RayUpCluster):
+            step = "start it with `ray up` and forward its port with `ray dashboard` (--dry-run prints both)"
+        raise UserError(f"{error}: {step}") from None
+    if theirs.split(".")[:2] != ray.__version__.split(".")[:2]:
+        raise UserError(
+            f"{target.where}: the cluster runs Ray {theirs}, slimray here uses {ray.__version__}: align them"
+        )
+
+
+def present(target: Target) -> Capacity:
+    """What the nodes of a cluster have now."""
+    nodes = get(target, "/api/v0/nodes?detail=true&limit=10000")["data"]["result"]["result"]
+    have = [one.get("resources_total") or {} for one in nodes if one.get("state") == "ALIVE"]
+    cpus, gpus = ([float(one.get(name, 0)) for one in have] or [0.0] for name in ("CPU", "GPU"))
+    return Capacity(sum(cpus), sum(gpus), max(cpus), max(gpus))
+
+
+def bounded(action: Callable[[], T], timeout_s: float, target: Target) -> T:
+    """`action()` of Ray's client, which knows no time limit of its own; its errors become a sentence."""
+    box: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            box["value"] = action()
+        except Exception as error:  # noqa: BLE001 raised again by the caller's thread
+            box["error"] = error
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        raise RunFailed(f"{target.where}: the cluster did not take the job within {timeout_s:g} s")
+    if "error" in box:
+        error = box["error"]
+        if isinstance(error, UserError | RunFailed):
+            raise error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise RunFailed(f"{target.where}: the cluster refuses the job: {lines[-1][:300]}") from error
+    return box["value"]

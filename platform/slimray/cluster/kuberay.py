@@ -1,0 +1,123 @@
+"""A job as Kubernetes objects: a ConfigMap, the RayJob, budgets. Fields of `ray.io/v1` are of KubeRay 1.7."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from slimray.cluster.script import SCRIPT, Submission, env_vars, files
+from slimray.cluster.specs import GroupSpec, KubeRayCluster, PodSpec, capacity
+from slimray.spec import dump_yaml
+
+JOBS_DIR = "/etc/slimray"  # where pods find the job
+
+
+def kuberay(job: Submission, cluster: KubeRayCluster, values: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The job as Kubernetes objects: a ConfigMap with the job, the RayJob, and disruption budgets for its pods."""
+    labels = {"app.kubernetes.io/managed-by": "slimray", "slimray.io/job": job.id}
+    meta = {"name": job.id, "namespace": cluster.namespace, "labels": labels}
+    queue = {"kueue.x-k8s.io/queue-name": cluster.queue, "kueue.x-k8s.io/priority-class": cluster.priority}
+    queue = {name: value for name, value in queue.items() if value}
+    env = env_vars(cluster, capacity(cluster), values)
+    groups = [_group(name, group, job, cluster) for name, group in cluster.workers.items()]
+    scaling = {"version": "v2", "idleTimeoutSeconds": cluster.idle_timeout_s, "upscalingMode": "Aggressive"}
+    ray_job = {
+        "entrypoint": f"sh {JOBS_DIR}/{SCRIPT}",
+        "runtimeEnvYAML": dump_yaml({"env_vars": env}),
+        "jobId": job.id,
+        "submissionMode": "K8sJobMode",
+        "shutdownAfterJobFinishes": True,
+        "ttlSecondsAfterFinished": cluster.keep_s,
+        "preRunningDeadlineSeconds": cluster.start_deadline_s,
+        **({"activeDeadlineSeconds": cluster.deadline_s} if cluster.deadline_s else {}),
+        "backoffLimit": 0,  # slimray owns the retries: a new cluster for each would lose the warm one
+        "submitterConfig": {"backoffLimit": 2},
+        "rayClusterSpec": {
+            "rayVersion": cluster.ray_version,
+            "enableInTreeAutoscaling": cluster.autoscale,
+            **({"autoscalerOptions": scaling} if cluster.autoscale else {}),
+            "headGroupSpec": {
+                "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},  # noqa: S104 inside its own pod
+                "template": _template("head", cluster.head, job, cluster),
+            },
+            "workerGroupSpecs": groups,
+        },
+    }
+    objects = [
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": files(job, cluster)},
+        {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": meta | {"labels": labels | queue}, "spec": ray_job},
+        _budget("head", 1, job, meta),
+    ]
+    # Pods of a RayCluster belong to no built-in controller: a budget may then count `minAvailable` only.
+    return objects + [_budget(name, group.min, job, meta) for name, group in cluster.workers.items() if group.min]
+
+
+def _budget(role: str, available: int, job: Submission, meta: Mapping[str, Any]) -> dict[str, Any]:
+    match = {"matchLabels": {"slimray.io/job": job.id, "slimray.io/group": role}}
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": {**meta, "name": f"{job.id}-{role}"},
+        "spec": {"minAvailable": available, "selector": match},
+    }
+
+
+def _group(name: str, group: GroupSpec, job: Submission, cluster: KubeRayCluster) -> dict[str, Any]:
+    fixed = not cluster.autoscale
+    params = {"resources": json.dumps(json.dumps(group.resources))} if group.resources else {}
+    return {
+        "groupName": name,
+        "replicas": group.max if fixed else group.min,
+        "minReplicas": group.max if fixed else group.min,
+        "maxReplicas": group.max,
+        "rayStartParams": params,
+        **({"labels": group.labels} if group.labels else {}),
+        "template": _template(name, group, job, cluster),
+    }
+
+
+def _template(role: str, pod: PodSpec, job: Submission, cluster: KubeRayCluster) -> dict[str, Any]:
+    """A pod that drains its Ray node when it is told to go, and gets the time for it."""
+    gpus = pod.gpus if isinstance(pod, GroupSpec) else 0
+    asks = {"cpu": f"{pod.cpus:g}", "memory": pod.memory, **({"nvidia.com/gpu": str(gpus)} if gpus else {})}
+    drain_s = cluster.grace_period_s - 20  # what is left is for Ray's processes to end
+    env: list[dict[str, Any]] = [{"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": str(drain_s)}]
+    env += [{"name": "RAY_USAGE_STATS_ENABLED", "value": "0"}]
+    env += [
+        {"name": name, "valueFrom": {"secretKeyRef": {"name": ref.secret, "key": ref.key}}}
+        for name, ref in cluster.secrets.items()
+    ]
+    volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": pod.shm}}]
+    mounts: list[dict[str, Any]] = [{"name": "shm", "mountPath": "/dev/shm"}]  # noqa: S108 inside its own pod
+    if pod.spill:
+        volumes.append({"name": "spill", "emptyDir": {"sizeLimit": pod.spill}})
+        mounts.append({"name": "spill", "mountPath": "/tmp/ray"})  # noqa: S108
+    for place, volume in enumerate(cluster.volumes):
+        volumes.append({"name": f"shared-{place}", "persistentVolumeClaim": {"claimName": volume.claim}})
+        mounts.append({"name": f"shared-{place}", "mountPath": volume.mount})
+    container: dict[str, Any] = {
+        "name": f"ray-{'head' if role == 'head' else 'worker'}",
+        "image": cluster.image,
+        "resources": {"requests": asks, "limits": asks},
+        "env": env,
+        "volumeMounts": mounts,
+    }
+    if role == "head":
+        volumes.append({"name": "job", "configMap": {"name": job.id}})
+        mounts.append({"name": "job", "mountPath": JOBS_DIR, "readOnly": True})
+        container["ports"] = [
+            {"name": name, "containerPort": port}
+            for name, port in (("gcs-server", 6379), ("dashboard", 8265), ("metrics", 8080))
+        ]
+    else:  # `ray start` is a child of the container's shell, which would not pass SIGTERM on
+        wait = "pid=$(pgrep -of '[b]in/ray start') && kill -TERM $pid"
+        wait += " && while kill -0 $pid 2> /dev/null; do sleep 1; done"
+        container["lifecycle"] = {"preStop": {"exec": {"command": ["/bin/sh", "-c", f"{wait}; true"]}}}
+    spec: dict[str, Any] = {
+        "terminationGracePeriodSeconds": cluster.grace_period_s,
+        "containers": [container],
+        "volumes": volumes,
+        **({"serviceAccountName": cluster.service_account} if cluster.service_account else {}),
+        **({"nodeSelector": pod.node_selector} if pod.node_selector else {}),
+        **({"tolerations": list(pod.tolerations)} if pod.tolerations else {}),
+    }
+    return {"metadata": {"labels": {"slimray.io/job": job.id, "slimray.io/group": role}}, "spec": spec}

@@ -1,0 +1,76 @@
+"""The command of a submitted job: a shell script, its files and its environment; the same on every cluster."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from slimray.cluster.specs import Capacity, Cluster
+from slimray.credentials import held
+from slimray.spec import UserError
+
+SCRIPT = "run.sh"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A checked job on its way: `id` names this attempt, `documents` are resolved, `storage` is an absolute URI."""
+
+    id: str
+    file: str
+    documents: str
+    storage: str
+    restart: bool = False
+
+
+def run_script(job: Submission, cluster: Cluster) -> str:
+    """The shell script that does the job beside it: `slimray run`, again while it fails for no fault of the user's.
+
+    A missing secret ends it with one sentence and code 2. The loop lives beside the run, so that nobody has to stay.
+    Its retries and those of the run's workers are one budget: a run is told how many are left, and code 3 says that
+    its workers have used them up.
+    """
+    run = f'python -m slimray.cli run "$(dirname "$0")/"{shlex.quote(job.file)} --storage {shlex.quote(job.storage)}'
+    said = "is not set on this cluster: put it into the environment of its nodes (secrets of the cluster file)"
+    guard = [f'test -n "${{{name}:-}}" || {{ echo "{name}: {said}" >&2; exit 2; }}' for name in cluster.secrets]
+    return "\n".join(
+        [
+            "#!/bin/sh",
+            *guard,
+            f"code=0; left={cluster.retries}; restart={'--restart' if job.restart else ''}",
+            'test "${SLURM_RESTART_COUNT:-0}" -eq 0 || restart=   # a requeued job goes on',
+            "export SLIMRAY_RETRIES_LEFT=$left",
+            f"{run} $restart || code=$?",
+            'while [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "$code" -ne 3 ] && [ "$left" -gt 0 ]; do',
+            '  echo "slimray: the run ended with code $code and goes on, $left retries are left" >&2',
+            "  left=$((left - 1)); code=0; export SLIMRAY_RETRIES_LEFT=$left; sleep 5",
+            f"  {run} || code=$?",
+            "done",
+            'exit "$code"',
+            "",
+        ]
+    )
+
+
+def files(job: Submission, cluster: Cluster) -> dict[str, str]:
+    """What the job needs on the cluster beside slimray itself: the resolved documents, and the script."""
+    return {job.file: job.documents, SCRIPT: run_script(job, cluster)}
+
+
+def write_files(job: Submission, cluster: Cluster, folder: str) -> list[str]:
+    """Shell lines that write the files of a job."""
+    lines = []
+    for name, text in files(job, cluster).items():
+        lines += [f"cat > {folder}/{shlex.quote(name)} <<'END_OF_FILE'", text.rstrip(), "END_OF_FILE"]
+    return lines
+
+
+def env_vars(cluster: Cluster, have: Capacity | None, values: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the job: what the file writes out and passes on, and how far the cluster can grow.
+
+    UserError if a variable of `pass_env` turns out to hold a secret: it would be written out, and Ray would log it.
+    """
+    for name in cluster.pass_env:
+        if what := held(values.get(name, "")):
+            raise UserError(f"pass_env: {name} holds what looks like a secret ({what}): name it in `secrets` instead")
+    grown = {} if have is None else {"SLIMRAY_CLUSTER_CPUS": f"{have.cpus:g}", "SLIMRAY_CLUSTER_GPUS": f"{have.gpus:g}"}
+    return grown | dict(cluster.env) | {name: values[name] for name in cluster.pass_env if name in values}

@@ -1,0 +1,55 @@
+"""A job as a script for `sbatch`: Ray on every machine of the allocation, the command on the first."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from slimray.cluster.script import SCRIPT, Submission, env_vars, write_files
+from slimray.cluster.specs import SlurmCluster, capacity
+
+
+def slurm(job: Submission, cluster: SlurmCluster, values: Mapping[str, str]) -> str:
+    """The script for `sbatch`: Ray on every machine, the command on the first, all gone when it ends."""
+    options: dict[str, Any] = {
+        "job-name": job.id,
+        "nodes": cluster.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": cluster.cpus_per_node,
+        "time": cluster.time,
+        "output": f"{job.id}-%j.log",
+        "open-mode": "append",
+        "requeue": None,
+    }
+    options |= {"gpus-per-node": cluster.gpus_per_node} if cluster.gpus_per_node else {}
+    options |= {"partition": cluster.partition} if cluster.partition else {}
+    options |= {"account": cluster.account} if cluster.account else {}
+    options |= cluster.options
+    env = env_vars(cluster, capacity(cluster), values)
+    resources = f"--num-cpus {cluster.cpus_per_node} --num-gpus {cluster.gpus_per_node}"
+    others = cluster.nodes - 1
+    join = [
+        f'srun --overlap --nodes={others} --ntasks={others} --exclude="$head" \\',
+        f'  ray start --address "$RAY_ADDRESS" {resources} --block --disable-usage-stats &',
+    ]
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *[f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in options.items()],
+            "set -euo pipefail",
+            *cluster.setup,
+            *[f"export {name}={shlex.quote(value)}" for name, value in env.items()],
+            "export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0",
+            "ray get-auth-token --generate > /dev/null   # in the home folder that all machines share",
+            "work=$(mktemp -d)",
+            *write_files(job, cluster, '"$work"'),
+            "head=${SLURMD_NODENAME:-$(hostname -s)}",
+            f"export RAY_ADDRESS=$(hostname -I | cut -d' ' -f1):{cluster.port}",
+            'srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" \\',
+            f"  ray start --head --port {cluster.port} {resources} --block --disable-usage-stats &",
+            "for _ in $(seq 60); do ray health-check 2> /dev/null && break; sleep 2; done",
+            "ray health-check || { echo 'Ray did not start on the first machine within two minutes' >&2; exit 1; }",
+            *(join if others else []),
+            f'sh "$work/{SCRIPT}"',
+            "",
+        ]
+    )
