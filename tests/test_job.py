@@ -318,13 +318,13 @@ def test_sync_norm_is_for_gpus():
 def test_a_network_for_points_is_refused_for_clips(monkeypatch):
     row = models.Model(lambda **_: None, "takes points", input="points")
     monkeypatch.setitem(models.MODELS, "some_cloud_net", row)
-    assert problems("model.name=some_cloud_net") == ["model.name: some_cloud_net wants points, the dataset gives clips"]
+    assert problems("model.name=some_cloud_net") == ["model.name: some_cloud_net wants clouds, the dataset gives clips"]
 
 
 def test_a_network_for_clips_is_refused_for_points():
     card = "{name: clouds, layout: generated, sample: points, splits: {train: a, val: a}, classes: [a, b]}"
     said = problems(file=write(CHAIN.replace("card: moving_shapes", f"card: {card}")))
-    assert "model.name: tsm_resnet18 wants clips, the dataset gives points" in said
+    assert "model.name: tsm_resnet18 wants clips, the dataset gives clouds" in said
 
 
 def test_balanced_weights_are_counted_in_the_training_index():
