@@ -634,3 +634,146 @@ def test_decord_reads_on_request_and_pyav_what_decord_cannot(shared):
             ours, _ = decoder.clip(name, data, recipe, (0, 0, 0))
             theirs, _ = decoder.clip(name, data, replace(recipe, reader="decord"), (0, 0, 0))
             assert np.array_equal(ours, theirs), name
+
+
+# ------------------------------------------------------------------------------- what a container says of its video
+
+
+def shown_by(data: bytes, matrix: tuple[int, int, int, int]) -> bytes:
+    """An MP4 whose track is shown by the matrix (a, b, c, d): (x, y) at (a x + c y, b x + d y)."""
+    a, b, c, d = (value << 16 for value in matrix)
+    at = data.index(b"tkhd") + 4 + 40  # of version 0
+    return data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[at + 36 :]
+
+
+@pytest.mark.parametrize("matrix", [(a, b, c, d) for a in (-1, 0, 1) for b in (-1, 0, 1) for c in (-1, 0, 1)
+                                    for d in (-1, 0, 1) if abs(a * d - b * c) == 1 and abs(a) + abs(b) == 1
+                                    and abs(c) + abs(d) == 1])  # fmt: skip
+def test_a_video_is_turned_and_mirrored_as_its_display_matrix_says(matrix):
+    data = film(count=2)
+    with open_video(data) as opened:
+        plain = opened.frames([1])[0]
+    with open_video(shown_by(data, matrix)) as opened:
+        size, shown = opened.check(), opened.frames([1])[0]
+    a, b, c, d = matrix
+    height, width = plain.shape[:2]
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    to_x, to_y = a * x + c * y, b * x + d * y
+    expected = np.zeros((height, width, 3) if a else (width, height, 3), np.uint8)
+    expected[to_y - to_y.min(), to_x - to_x.min()] = plain
+    assert np.array_equal(shown, expected)
+    assert size == shown.shape[1::-1]
+
+
+CUT = {
+    **{name: FILMS[name] for name in ("fragmented", "MPEG-TS", "VP8", "AV1", "AVI with B-frames", "WMV", "FLV")},
+    "Matroska": lambda: film(container="matroska"),
+    "H.264 in FLV": lambda: film(container="flv"),
+    "DASH": lambda: film(movflags="dash+frag_keyframe", g=10),
+    "GIF": lambda: film("gif", "gif", pixels="rgb8", rate=Fraction(10)),
+    "WebP": lambda: film("libwebp_anim", "webp", rate=Fraction(10)),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_cut_file_breaks_off_wherever_its_container_says_how_long_it_is(name):
+    data = CUT[name]()
+    with open_video(data) as opened:
+        assert opened.num_frames == 40
+    for share in (0.5, 0.6, 0.8, 0.97):
+        end = int(len(data) * share) // 188 * 188 + 100  # packets of 188 bytes say nothing of those that would follow
+        with pytest.raises(BadSample, match="breaks off"), open_video(data[:end]):
+            pass
+
+
+def test_a_recording_that_declares_no_length_is_whole():
+    buffer = io.BytesIO()
+    live = av.open(buffer, "w", format="matroska", options={"live": "1"})
+    with av.open(io.BytesIO(film(container="matroska"))) as source, live as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                output.mux(packet)
+    with open_video(buffer.getvalue()) as opened:
+        assert [number_of(picture) for picture in opened.walk()] == list(range(40))
+
+
+def test_a_movie_with_an_empty_sample_keeps_the_others(shared):
+    with open_video((shared / "data/reported/V17_zero_size_sample/a.mp4").read_bytes()) as opened:
+        assert opened.num_frames == 59
+        opened.check()
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
+def test_joined_transport_streams_keep_every_frame(codec):
+    one = film(codec, "mpegts", bf=2, g=10, rate=Fraction(25))
+    with open_video(one + one) as opened:
+        assert [number_of(picture) for picture in opened.walk()] == [*range(40), *range(40)]
+    with open_video(one + one) as opened:
+        assert [number_of(picture) for picture in opened.frames([3, 39, 40, 77])] == [3, 39, 0, 37]
+
+
+def test_a_transport_stream_with_a_lost_packet_is_refused():
+    data = film("mpeg2video", "mpegts", bf=2, g=10, rate=Fraction(25))
+    places = [at for at in range(0, len(data), 188) if data[at + 1] & 31 == 1 and data[at + 2] == 0]  # of the video
+    for place in places[20:-1:11]:
+        lost, refusal = data[:place] + data[place + 188 :], r"breaks off|missing or damaged"
+        with pytest.raises(BadSample, match=refusal), open_video(lost) as opened:
+            opened.check()
+
+
+@pytest.mark.parametrize("name", ["two_pieces_reversed", "two_pieces", "same_piece_twice", "trim_both", "trim_the_end"])
+def test_the_pieces_of_an_edit_list_are_shown_in_its_order(shared, name):
+    data = (shared / f"data/reported/V8_edit_lists/{name}.mp4").read_bytes()
+    with av.open(io.BytesIO(data)) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    with open_video(data) as opened:
+        assert np.array_equal(list(opened.walk()), shown)
+    with open_video(data) as opened:
+        assert np.array_equal(opened.frames(range(0, len(shown), 3)), shown[::3])
+
+
+def test_a_cover_picture_is_no_video(shared, decoder):
+    for file in sorted((shared / "data/reported/V4_audio_with_cover").iterdir()):
+        reason = "only a cover picture" if "cover" in file.name else "that can be decoded"
+        with pytest.raises(BadSample, match=f"holds no video,? {reason}"):
+            decoder.probe(file.name, file.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("codec", "container", "options"),
+    [("apng", "apng", {"pixels": "rgb24"}), ("libwebp_anim", "webp", {"lossless": 1})],
+)
+def test_an_animation_keeps_every_frame(codec, container, options):
+    with open_video(film(codec, container, rate=Fraction(10), **options)) as opened:
+        assert [number_of(picture) for picture in opened.walk()] == list(range(40))
+        assert [number_of(picture) for picture in opened.frames([2, 39])] == [2, 39]
+        assert opened.fps == 10
+
+
+def test_a_table_of_samples_that_cannot_be_is_refused_before_it_is_built(decoder):
+    data = film()
+    at = data.index(b"stsz") + 8
+    with pytest.raises(BadSample, match="declares 300,000,000 samples"):
+        decoder.probe("a.mp4", data[:at] + struct.pack(">II", 1, 300_000_000) + data[at + 8 :])
+    with pytest.raises(BadSample, match="declares 300,000,000 samples"):
+        decoder.probe("b.mp4", data[:at] + struct.pack(">II", 0, 300_000_000) + data[at + 8 :])
+    assert peak_mb(decoder) < 400
+
+
+def test_a_video_too_long_and_narrow_is_refused_before_it_is_scaled(decoder):
+    frames = {0: png(np.zeros((30_000, 2, 3), np.uint8))}
+    with pytest.raises(BadSample, match="is 2 x 30000 pixels, too long and narrow for a short side of 256"):
+        decoder.clip("a.zip", zip_frames(frames, 1), ClipRecipe(mode="val"), KEY)
+
+
+def test_a_video_of_single_pixels_gives_a_clip(decoder):
+    clip, _ = decoder.clip("a.zip", zip_frames({0: png(np.full((1, 1, 3), 7, np.uint8))}, 1), ClipRecipe(size=16), KEY)
+    assert (clip == 7).all()
+
+
+def png(picture: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()

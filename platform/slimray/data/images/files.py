@@ -7,11 +7,13 @@ hardly ever wrong bits within a JPEG.
 import io
 import json
 import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from slimray.data.samples import BadSample, check_size
+from slimray.data.samples import MAX_FRAMES, BadSample, check_size
 
 PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")  # of those of PIL that run no program
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -28,19 +30,50 @@ TURNS = {
 
 
 def read_picture(data: bytes) -> np.ndarray:
-    """The pixels of a picture file, uint8 `[H, W, 3]`, upright; of a moving picture the first. Read by its content."""
+    """Return the pixels of a picture file, uint8 `[H, W, 3]`, upright; of a moving picture the first. By its content.
+
+    BadSample where it does not decode.
+    """
+    return read_frames(data, [0])[0]
+
+
+def read_frames(data: bytes, indices: Sequence[int]) -> list[np.ndarray]:
+    """Return the ascending frames `indices` of a moving picture, each uint8 `[H, W, 3]`, upright; else BadSample."""
+    with _opened(data) as image:
+        check_size(image.width, image.height, len(indices))
+        turn, pictures = TURNS.get(_orientation(image)), []
+        for index in indices:
+            if index:
+                image.seek(index)
+            frame = _of_eight_bits(image).convert("RGB")
+            pictures.append(np.asarray(frame if turn is None else frame.transpose(turn)))
+        return pictures
+
+
+def count_frames(data: bytes) -> tuple[int, float]:
+    """Return how many frames a picture file has, and for how many milliseconds the first is shown (0 unknown)."""
+    with _opened(data) as image:
+        count = getattr(image, "n_frames", 1)
+        if count > MAX_FRAMES:
+            raise BadSample(f"holds more than {MAX_FRAMES:,} frames")
+        if count > 1:
+            image.load()  # how long a frame is shown is known when it was read
+        return count, float(image.info.get("duration", 0))
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """A picture file, its checksums compared where it has any; errors become BadSample, also in the block."""
     try:
         if data[:8] == PNG:
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
                 image.verify()  # the checksums, which decoding passes over
         with Image.open(io.BytesIO(data), formats=PICTURES) as image:
             check_size(image.width, image.height, 1)
-            turn = TURNS.get(_orientation(image))
-            image = _of_eight_bits(image).convert("RGB")
-            return np.asarray(image if turn is None else image.transpose(turn))
+            yield image
     except UnidentifiedImageError:
         raise BadSample("is no picture that can be read") from None
-    except (OSError, SyntaxError) as error:  # PIL calls a damaged PNG a wrong syntax
+    except (OSError, SyntaxError, EOFError) as error:  # PIL calls a damaged PNG a wrong syntax
         raise BadSample(f"does not decode ({error})") from None
 
 

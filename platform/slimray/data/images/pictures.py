@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from slimray.data.video.clips import view_crops
+from slimray.data.video.clips import MAX_SCALED_PIXELS, view_crops
 
 CENTRE = 0.875  # share of the short side that a centre crop takes
 CROP_TRIES = 10
-MAX_SCALED_PIXELS = 64_000_000  # of a picture scaled to its short side: 1 x 60,000 pixels would become gigabytes
 
 
 @dataclass(frozen=True)

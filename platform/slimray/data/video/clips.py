@@ -15,6 +15,7 @@ from PIL import Image
 
 DENSE_WINDOW = 64  # frames that dense sampling spans
 NUM_DENSE_CLIPS = 10
+MAX_SCALED_PIXELS = 64_000_000  # of a picture scaled to its short side: 1 x 60,000 pixels would become gigabytes
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def crop_pairs(
 ) -> list[tuple[int, int]]:
     """The (w, h) that a multi-scale crop may take: scales of the short side, snapped to `size` within 3 pixels."""
     base = min(width, height)
-    sides = [int(base * scale) for scale in scales]
+    sides = [max(1, int(base * scale)) for scale in scales]
     sides = [size if abs(side - size) < 3 else side for side in sides]
     return [
         (w, h) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= max_distort
@@ -191,14 +192,15 @@ def make_clip(frames: Sequence[np.ndarray], recipe: ClipRecipe, rng: random.Rand
 
 
 def _short_side(frame: np.ndarray, recipe: ClipRecipe) -> np.ndarray:
-    """The frame with its short side at `resize`, at least `size`."""
+    """The frame with its short side at `resize`, at least `size`; ValueError for one that would become too large."""
     height, width = frame.shape[:2]
     short = max(recipe.resize or min(height, width), recipe.size)
     if min(height, width) == short:
         return frame
-    if width <= height:
-        return _resized(frame, short, int(short * height / width))
-    return _resized(frame, int(short * width / height), short)
+    w, h = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    if w * h > MAX_SCALED_PIXELS:
+        raise ValueError(f"is {width} x {height} pixels, too long and narrow for a short side of {short}")
+    return _resized(frame, w, h)
 
 
 def _resized(frame: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -86,7 +86,10 @@ def _answer(request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes
             pictures = video.frames(unique.tolist())
         if len({picture.shape for picture in pictures}) > 1:
             raise BadSample("its frames differ in size")
-        clip, flipped = make_clip([pictures[i] for i in place], recipe, crop_rng)
+        try:
+            clip, flipped = make_clip([pictures[i] for i in place], recipe, crop_rng)
+        except ValueError as error:
+            raise BadSample(str(error)) from None
         return {"shape": clip.shape, "flipped": bool(flipped)}, clip.data.cast("B")
     if request["do"] == "image":
         picture = read_picture(data)

@@ -9,6 +9,7 @@ in HEVC and VP9) stays unnoticed.
 import io
 import itertools
 import json
+import struct
 import zipfile
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -22,11 +23,15 @@ import av
 import numpy as np
 from av import logging as av_logging
 from av.error import FFmpegError
+from av.sidedata.sidedata import Type as SideData
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
-from slimray.data.images.files import PNG, read_picture
+from slimray.data.images.files import PNG, count_frames, read_frames, read_picture
 from slimray.data.samples import MAX_BYTES, MAX_FRAMES, MAX_PIXELS, BadSample, check_size
+from slimray.data.video.lengths import require_whole
 
+DISPLAY_MATRIX = SideData.DISPLAYMATRIX
 DROPPABLE = ("h264", "mpeg4", "mpeg2video", "mpeg1video", "vp9")  # their non-reference frames serve no other frame
 
 
@@ -60,10 +65,13 @@ def open_video(data: bytes, reader: str = "pyav") -> Iterator[Video]:
     `reader` "decord" reads a video with decord, as far as decord opens it.
     """
     told, _ = av_logging.get_last_error()
+    require_whole(data)
     try:
         if data[:4] == b"PK\x03\x04":
             yield _Pictures(data)
-        elif data[:3] == b"\xff\xd8\xff" or data[:8] == PNG:
+        elif data[:8] == PNG or data[8:12] == b"WEBP":
+            yield _Animation(data)
+        elif data[:3] == b"\xff\xd8\xff":
             yield _Still(data)
         else:
             yield (_decord(data) if reader == "decord" else None) or _Movie(data)
@@ -80,9 +88,7 @@ class _Movie(Video):
         limits = {"max_pixels": str(MAX_PIXELS)}
         options = {**limits, "protocol_whitelist": "none"}  # a playlist opens no other file
         with av.open(io.BytesIO(data), options=options, metadata_errors="replace") as container:
-            stream: Any = container.streams.best("video")
-            if stream is None or stream.codec_context is None:
-                raise BadSample("holds no video that can be decoded")
+            stream = _best_stream(container)
             self.context, self.codec = stream.codec_context, stream.codec_context.codec.canonical_name
             self.width, self.height = self.context.width, self.context.height
             if not self.width * self.height:
@@ -98,8 +104,9 @@ class _Movie(Video):
             self._number_packets()
         shown = [(p.pts, n) for n, p in enumerate(self.packets) if p.pts is not None and not self._is_hidden(p)]
         self.keys = [(p.pts, n) for n, p in enumerate(self.packets) if p.is_keyframe and p.pts is not None]
-        first = self.keys[0][0] if self.keys else -float("inf")  # what is shown before needs what was cut off
-        self.place = {pts: n for pts, n in shown if pts >= first}
+        first = self.packets[0]  # what is shown before the first key frame needs what lies before the file
+        start = first.pts if first.is_keyframe and first.pts is not None else -float("inf")
+        self.place = {pts: n for pts, n in shown if pts >= start}
         if not self.place:
             raise BadSample("holds no frames")
         self.ticks = sorted(self.place)
@@ -123,14 +130,15 @@ class _Movie(Video):
         return map(self._picture, self._shown())
 
     def check(self) -> tuple[int, int]:
-        turned = False
+        exchanged = False
         for frame in self._shown():
-            turned = bool(_quarter_turns(frame) % 2)
-        return (self.height, self.width) if turned else (self.width, self.height)
+            exchanged = _display(frame)[0]
+        return (self.height, self.width) if exchanged else (self.width, self.height)
 
     def _start_of(self, pts: int) -> int:
         """The packet of the last key frame that is not shown after `pts`."""
-        return self.keys[max(0, bisect_right(self.keys, (pts, len(self.packets))) - 1)][1] if self.keys else 0
+        number = bisect_right(self.keys, (pts, len(self.packets)))
+        return self.keys[number - 1][1] if number else 0
 
     def _pick(self, start: int, wanted: set[int], found: dict[int, np.ndarray], drop: bool) -> None:
         """Add the `wanted` frames to `found`, decoding from packet `start`; none that decodes after a damaged one."""
@@ -183,20 +191,38 @@ class _Movie(Video):
         return packet.is_discard or (self.codec == "vp8" and not bytes(packet)[0] & 16)
 
     def _picture(self, frame: av.VideoFrame) -> np.ndarray:
-        """The pixels, turned as the file asks, and scaled if the frames of the file change their size."""
+        """The pixels, turned and mirrored as the file asks, and scaled if the frames of the file change their size."""
         image = self.reformatter.reformat(frame, self.width, self.height, "rgb24", threads=1).to_ndarray()
-        turns = _quarter_turns(frame)
-        return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+        exchanged, mirrored, overturned = _display(frame)
+        image = image.transpose(1, 0, 2) if exchanged else image
+        image = image[:, ::-1] if mirrored else image
+        return np.ascontiguousarray(image[::-1] if overturned else image)
 
     def _missing(self, index: int) -> BadSample:
         return BadSample(f"frame {index} of {self.num_frames} is missing or damaged")
 
 
+def _best_stream(container: Any) -> Any:
+    """The video of a file that has most to show; BadSample where there is none, or a cover picture only."""
+    covers = [stream for stream in container.streams.video if stream.disposition & Disposition.attached_pic]
+    best = container.streams.best("video")
+    if best in covers:
+        others = [stream for stream in container.streams.video if stream not in covers and stream.codec_context]
+        best = max(others, key=lambda stream: stream.codec_context.width * stream.codec_context.height, default=None)
+    if best is None or best.codec_context is None:
+        raise BadSample("holds no video, only a cover picture" if covers else "holds no video that can be decoded")
+    return best
+
+
 def _read_packets(container: Any, stream: Any) -> list[av.Packet]:
     """The packets of a stream in decoding order, from the first key frame on."""
     packets = [packet for packet in itertools.islice(container.demux(stream), MAX_FRAMES + 1) if packet.size]
-    declared = len(stream.index_entries) if container.format.name.startswith("mov") else len(packets)
-    whole = sum(not packet.is_corrupt for packet in packets)
+    kind = container.format.name
+    declared = sum(entry.size > 0 for entry in stream.index_entries) if kind.startswith("mov") else len(packets)
+    broken = [number for number, packet in enumerate(packets) if packet.is_corrupt]
+    if kind == "mpegts" and broken and all(_is_joint(packets, number) for number in broken):
+        broken = [] if _decodes_quietly(packets, stream.codec_context) else broken  # where streams were joined
+    whole = len(packets) - len(broken)
     if whole < max(declared, len(packets), 1):
         raise BadSample(f"breaks off: {whole} of {declared} frames are there" if declared else "holds no frames")
     if len(packets) > MAX_FRAMES:
@@ -204,9 +230,52 @@ def _read_packets(container: Any, stream: Any) -> list[av.Packet]:
     return packets[next((n for n, packet in enumerate(packets) if packet.is_keyframe), 0) :]
 
 
-def _quarter_turns(frame: av.VideoFrame) -> int:
-    """How often the frame is to be turned left by 90 degrees to stand upright."""
-    return frame.rotation // 90 % 4 if frame.rotation % 90 == 0 else 0
+def _is_joint(packets: Sequence[av.Packet], number: int) -> bool:
+    """Whether transport streams may have been joined near a packet, which is why they are not numbered on.
+
+    The new one begins with a key frame, its time goes on evenly, starts anew, or jumps by seconds. A shorter gap is a
+    frame that was lost.
+    """
+    near = range(max(1, number - 1), min(len(packets), number + 4))
+    times = [packet.dts for packet in packets]
+    if None in times or not any(packets[n].is_keyframe for n in near):
+        return False
+    steps = sorted(b - a for a, b in itertools.pairwise(times))
+    usual, second = steps[len(steps) // 2], 1 / packets[number].time_base
+    even = [abs(times[n] - times[n - 1] - usual) <= usual / 2 for n in near]
+    restarts = [packets[n].is_keyframe and not 0 < times[n] - times[n - 1] < second for n in near]
+    return all(a or b for a, b in zip(even, restarts, strict=True))
+
+
+def _decodes_quietly(packets: Sequence[av.Packet], context: Any) -> bool:
+    """Whether a frame comes of every packet, and the decoder has no complaint."""
+    level = av_logging.get_level()
+    av_logging.set_level(av_logging.ERROR)
+    try:
+        with av_logging.Capture() as said:
+            count = sum(len(context.decode(packet)) for packet in [*packets, None])
+    except FFmpegError:
+        return False
+    finally:
+        av_logging.set_level(level)
+    return count == len(packets) and not said
+
+
+def _display(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """What makes a picture upright: exchange its axes, then mirror left and right, then top and bottom.
+
+    From the display matrix, by which (x, y) is shown at (a x + c y, b x + d y). One that is not made of quarter turns
+    and mirrors, but for its scale, changes nothing.
+    """
+    found = frame.side_data.get(DISPLAY_MATRIX)
+    if found is None:
+        return False, False, False
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(found)[:36])
+    if min(abs(a), abs(d)) > 100 * max(abs(b), abs(c)):
+        return False, a < 0, d < 0
+    if min(abs(b), abs(c)) > 100 * max(abs(a), abs(d)):
+        return True, c < 0, b < 0
+    return False, False, False
 
 
 class _Decord(Video):
@@ -273,3 +342,18 @@ class _Still(Video):
 
     def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
         return [read_picture(self.data) for _ in indices]
+
+
+class _Animation(Video):
+    """A PNG or WebP, moving or not, its frames shown for as long as the first one."""
+
+    codec = "image"
+
+    def __init__(self, data: bytes):
+        self.data = data
+        self.num_frames, duration_ms = count_frames(data)
+        self.fps = 1000 / duration_ms if duration_ms > 0 else 0.0
+        self.ticks, self.tick = range(self.num_frames), 1 / Fraction(self.fps or 25).limit_denominator(100_000)
+
+    def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
+        return read_frames(self.data, indices)
