@@ -17,7 +17,7 @@ from slimray.data.cards import Card
 from slimray.data.index import index_table
 from slimray.spec import UserError, parse_yaml
 from slimray.train import learn
-from slimray.verbs import inputs, train
+from slimray.verbs import inputs, networks, stages
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
@@ -104,7 +104,7 @@ def finish_data(one: job.Loaded) -> runs.Run:
 def finish_train(one: job.Loaded, classes: tuple[str, ...] = CLASSES) -> runs.Run:
     """The run folder of the `train` job `one`, with a network that was never trained."""
     run = finish(one, {"best": {"val/top1": 50.0, "epoch": 2}, "last": {"val/top1": 40.0, "epoch": 3}})
-    options = train.model_options(one.job, len(classes))
+    options = networks.model_options(one.job, len(classes))
     segments = models.options_of(one.job.model.name)["num_segments"]
     card = Card.model_validate(one.job.data.card)
     recipe = inputs.make_recipe(one.job.data, card, options.get("num_segments", segments), "val")
@@ -302,7 +302,7 @@ def test_a_wrong_set_is_one_sentence(assignment, sentence):
         (["optim.class_weights=balance"], "optim.class_weights: must be a list or must be 'balanced' (got 'balance')"),
         (["tsm:init.from=gone.pth"], "init.from: gone.pth: no such weights: give a checkpoint file, a URL or"),
         (["tsm:init.from=tsn"], "init.from: runs: no run 'tsn'"),
-        (["tsm:init.from=data"], "init.from: 'data' is of kind prepare, it makes no weights"),
+        (["tsm:init.from=data"], "init.from: 'data' will hold a dataset, not a network or a supernet"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(sets, sentence):
@@ -330,11 +330,11 @@ def test_a_network_for_clips_is_refused_for_points():
 def test_balanced_weights_are_counted_in_the_training_index():
     optim = job.load(["chain.yaml"], ["optim.class_weights=balanced"])[1].job.optim
     table = index_table([{"path": str(i), "label": label} for i, label in enumerate([0, 0, 0, 1, 2, 2])])
-    weights = train.resolve_weights(optim, table, 4).class_weights
+    weights = stages.resolve_weights(optim, table, 4).class_weights
     assert weights == pytest.approx(learn.balanced_weights([0, 0, 0, 1, 2, 2], 4))
     assert weights == pytest.approx((6 / 11, 18 / 11, 9 / 11, 0))
     given = optim.model_copy(update={"class_weights": (1.0, 2.0)})
-    assert train.resolve_weights(given, table, 4) is given
+    assert stages.resolve_weights(given, table, 4) is given
 
 
 def test_classes_of_points_are_not_balanced_by_counting_clouds():
@@ -423,7 +423,7 @@ def test_a_list_that_is_wrong_is_named_with_its_line(tmp_path, clips):
     [
         (["data.train=trian"], "data: data has no split 'trian', did you mean 'train'?"),
         (["tsm:data.run=tsn"], "data.run: runs: no run 'tsn', nor any other"),
-        (["tsn:data.run=tsm"], "data.run: 'tsm' is of kind train, it holds no dataset"),
+        (["tsn:data.run=tsm"], "data.run: 'tsm' will hold a network, not a dataset"),
         (["tsm:data.card=moving_shapes"], "data: give either card (a dataset card) or run (a prepare run)"),
         (["tsm:data={size: 32}"], "data: give either card (a dataset card) or run (a prepare run)"),
         (["tsm:data={card: moving_shapes}"], "data: moving_shapes: is generated: write data: {run: NAME} of the"),
@@ -453,7 +453,7 @@ def test_data_of_a_run_that_has_not_finished_or_is_no_prepare_is_refused():
     assert problems(file=alone) == [], "the run that reads it has finished, also without the data job in its file"
     assert problems("name=other", file=alone) == ["data.run: 'data' has not finished: run it first"]
     said = problems("name=other", "data.run=tsm", file=alone)
-    assert said == ["data.run: 'tsm' is no prepare run (kind: train), it holds no dataset"]
+    assert said == ["data.run: 'tsm' holds a network, not a dataset"]
 
 
 # ------------------------------------------------------------------------------------------------ state and storage
@@ -523,7 +523,7 @@ def test_a_storage_that_cannot_be_is_one_sentence(storage, sentence):
 @pytest.mark.parametrize(
     ("sets", "sentence"),
     [
-        ("eval:runs=[data]", "runs: 'data' is of kind prepare, there is no network to score"),
+        ("eval:runs=[data]", "runs: 'data' will hold a dataset, not a network"),
         ("eval:runs=[tms]", "runs: runs: no run 'tms'"),
         ("eval:runs=[]", "runs: must have at least 1 item, not 0"),
         ("eval:runs=[tsm, tsm]", "runs: one is named twice (tsm, tsm)"),
@@ -563,7 +563,7 @@ def test_runs_that_cannot_be_scored_are_named():
     assert "runs/tsn/model/input.json is damaged ('classes'): train it again" in problems(file=alone)[0]
     Path("runs/tsn/model/weights.safetensors").unlink()
     assert problems(file=alone) == ["runs: 'tsn' has lost its model/weights.safetensors: train it again"]
-    assert problems("runs=[data]", file=alone) == ["runs: 'data' is no training run, there is no network to score"]
+    assert problems("runs=[data]", file=alone) == ["runs: 'data' holds a dataset, not a network"]
     assert problems("runs=[tsm, ./runs/tsm]", file=alone) == ["runs: two of them are named 'tsm': score them apart"]
     runs.clear(runs.open_run("runs", "tsn"))
     finish_train(loaded[2], ("a", "b", "c", "d"))
@@ -677,7 +677,7 @@ targets: [{name: small, limits: {macs: 2.0e+6}}]
             "hold_out: 0",
             "split: 'ofa' held no samples out (hold_out: 0): name a split, or shrink anew",
         ),
-        ("supernet: ofa", "supernet: pictures", "supernet: 'pictures' is of kind prepare, it makes no supernet"),
+        ("supernet: ofa", "supernet: pictures", "supernet: 'pictures' will hold a dataset, not a supernet"),
     ],
 )
 def test_what_does_not_fit_a_supernet_is_one_sentence(old, new, sentence):
@@ -699,5 +699,5 @@ optim: {{lr: 0.1, reference_batch: 8, epochs: 1}}
     assert problems(file=write(text)) == ["data.size: must be 24, the resolution of model.arch (got 32)"]
     assert problems(file=write(text.replace("size: 32}\nmodel", "size: 24}\nmodel"))) == []
     runs.begin(runs.open_run("runs", "found-small"), {"kind": "train", "name": "found-small"}, 1)
-    said = "targets.small: there is a run 'found-small' already: name it otherwise"
+    said = "targets.small: there is a run 'found-small' already: choose another name"
     assert problems(file=write(SHRINK, "ofa.yaml")) == [said]

@@ -8,7 +8,8 @@ folder in a state that says what happened. `json_schema` is for editors.
 
 import contextlib
 import copy
-import os
+import functools
+import operator
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -20,35 +21,16 @@ from typing import Any, get_args
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from slimray import models, runs
+from slimray import runs
 from slimray.data.cards import Card
-from slimray.data.lists import read_split
 from slimray.runs import notify
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean, lookup, noting, parse, read_yaml, set_value
 from slimray.storage import StorageError, open_uri
-from slimray.train import workers
-from slimray.verbs import evaluate, inputs, prepare, proxyless, search, shrink, train
-from slimray.verbs.context import Context
+from slimray.verbs import VERBS, inputs
+from slimray.verbs.context import CheckContext, Context, Made
+from slimray.verbs.specs import OWNED
 
-Trained = train.TrainJob | shrink.ShrinkJob | proxyless.ProxylessJob
-Job = prepare.PrepareJob | Trained | evaluate.EvaluateJob | search.SearchJob
-
-SPECS: dict[str, type[Spec]] = {
-    "prepare": prepare.PrepareJob,
-    "train": train.TrainJob,
-    "evaluate": evaluate.EvaluateJob,
-    "shrink": shrink.ShrinkJob,
-    "search": search.SearchJob,
-    "proxyless": proxyless.ProxylessJob,
-}
-VERBS = {
-    "prepare": prepare.run,
-    "train": train.run,
-    "evaluate": evaluate.run,
-    "shrink": shrink.run,
-    "search": search.run,
-    "proxyless": proxyless.run,
-}
+SPECS: dict[str, type[Spec]] = {kind: verb.Job for kind, verb in VERBS.items()}
 MAY_CHANGE = (
     "scale",
     "limits",
@@ -113,8 +95,8 @@ def resolve(documents: Sequence[tuple[Path, dict[str, Any]]], sets: Sequence[str
             one = _parse(document, path, prepared)
             if any(one.job.name == other.job.name for other in loaded):
                 raise UserError(f"{path}: name: {one.job.name!r} is used twice: each document needs a name of its own")
-            if isinstance(one.job, prepare.PrepareJob) and isinstance(one.job.data.card, dict):
-                prepared[one.job.name] = one.job.data.card
+            made = VERBS[one.job.kind].makes(one.job)
+            prepared |= {name: dict(m.card) for name, m in made.items() if m.what == "dataset" and m.card is not None}
             loaded.append(one)
     _raise(problems)
     return loaded
@@ -219,43 +201,27 @@ def section_of(annotation: Any) -> type[Spec] | None:
 # ---------------------------------------------------------------------------------------------------------- check
 
 
-@dataclass(frozen=True)
-class _Ahead:
-    """A job that will run before the one that is looked at, and what is known about it."""
-
-    job: Any
-    facts: dict[str, Any]
-
-
 def check(loaded: Sequence[Loaded], storage: str, restart: bool = False, look: bool = False) -> list[dict[str, Any]]:
-    """Validate everything that can be known now; the facts of each job in order, with what to mend in `problems`.
+    """Validate everything that can be known now; what is known of each job in order, with what to fix in `problems`.
 
     `state` is what `run` would do: "new", "resume", or "finished" (skip it, then nothing is a problem). `restart` takes
     no notice of what is there. `look` opens a few files of each split. UserError if the storage is out of reach.
     """
     open_uri(storage)
     out: list[dict[str, Any]] = []
-    ahead: dict[str, _Ahead] = {}
+    ahead: dict[str, Made] = {}
     for one in loaded:
-        problems: list[str] = []
+        ctx, verb = CheckContext(one.where, storage, dict(ahead), look), VERBS[one.job.kind]
         facts: dict[str, Any] = {"name": one.job.name, "kind": one.job.kind}
-        with noting(problems, one.where):
+        with ctx.noting():
             facts["state"] = "new" if restart else _state(one, storage)
-        if isinstance(one.job, Trained):
-            facts |= _check_train(one, storage, ahead, problems, look)
-        elif isinstance(one.job, evaluate.EvaluateJob):
-            with noting(problems, one.where):
-                facts |= evaluate.facts(one.job, one.where, storage, {name: a.job for name, a in ahead.items()})
-        elif isinstance(one.job, search.SearchJob):
-            with noting(problems, one.where):
-                facts |= search.facts(one.job, one.where, storage, {name: a.job for name, a in ahead.items()})
-        else:
-            facts |= _check_prepare(one, problems, look)
+        facts |= verb.check(one.job, ctx)
         if facts.get("state") == "finished":
-            problems.clear()
+            ctx.problems.clear()
         else:
-            ahead[one.job.name] = _Ahead(one.job, facts)
-        out.append(facts | {"problems": problems})
+            made = {name: one.resolved(ahead) for name, one in verb.makes(one.job).items()}
+            ahead |= {name: m.with_samples(facts.get("samples")) for name, m in made.items()}
+        out.append(facts | {"problems": ctx.problems})
     return out
 
 
@@ -275,68 +241,6 @@ def _state(one: Loaded, storage: str) -> str:
     return "finished" if claim.finished else "resume" if claim.attempt > 1 else "new"
 
 
-def _check_prepare(one: Loaded, problems: list[str], look: bool) -> dict[str, Any]:
-    data, facts = one.job.data, {}
-    assert isinstance(data.card, dict)  # embedded when the job was loaded
-    with noting(problems, one.where):
-        card = parse(Card, data.card, "data.card")
-        if card.layout == "generated" and (data.root or one.job.pack):
-            raise UserError(f"{'pack' if one.job.pack else 'data.root'}: {card.name} is generated, leave it out")
-        facts["dataset"] = card.name
-        facts |= prepare.facts(one.job, one.where)
-        root = data.root or card.root or ""
-        if card.layout == "generated":
-            tables = {split: prepare.to_generate(one.job, split) for split in facts["splits"]}
-        else:
-            tables = {split: read_split(card, split, root) for split in facts["splits"]}
-        facts["samples"] = {split: table.num_rows for split, table in tables.items()}
-        for split, table in tables.items() if look and root else ():
-            absent = inputs.absent_samples(table, root)
-            if len(absent) == min(3, table.num_rows):
-                raise UserError(f"data.root: the files of split {split!r} are not there ({absent[0]})")
-    return facts
-
-
-def _check_train(
-    one: Loaded, storage: str, ahead: Mapping[str, _Ahead], problems: list[str], look: bool
-) -> dict[str, Any]:
-    job: Trained = one.job
-    facts: dict[str, Any] = {}
-    card, counts, fingerprint = None, {}, {}
-    if isinstance(job.data.card, dict):
-        card = parse(Card, job.data.card, f"{one.where}: data.card")
-    with noting(problems, one.where):
-        if job.data.run is not None and job.data.run in ahead:
-            counts = _counts_ahead(job, ahead[job.data.run])
-        else:
-            splits = inputs.open_splits(job.data, one.where, storage, train.split_names(job))
-            card, counts = splits.card, {name: table.num_rows for name, table in splits.tables.items()}
-            card.flip_labels()
-            fingerprint = {"fingerprint": splits.fingerprint}
-            for split, table in splits.tables.items() if look else ():
-                if absent := inputs.absent_samples(table, splits.root):
-                    raise UserError(f"data.root: a file of split {split!r} is missing ({absent[0]})")
-    facts |= {"dataset": card.name} if card is not None else {}
-    with noting(problems, one.where):
-        known = {"shrink": shrink.facts, "proxyless": proxyless.facts}.get(job.kind, train.facts)
-        facts |= known(job, card, counts.get(job.data.train))  # type: ignore[arg-type]
-    with noting(problems, one.where):
-        train.check_init(job, storage, {name: a.job for name, a in ahead.items()})
-    return facts | fingerprint
-
-
-def _counts_ahead(job: Trained, before: _Ahead) -> dict[str, int]:
-    """Samples per split that a `prepare` job will leave, if none is bad; {} while it has problems of its own."""
-    if not isinstance(before.job, prepare.PrepareJob):
-        raise UserError(f"data.run: {before.job.name!r} is of kind {before.job.kind}, it holds no dataset")
-    if "splits" in before.facts:
-        inputs.require_splits(f"data: {before.job.name}", before.facts["splits"], train.split_names(job))
-    card = before.job.data.card
-    if isinstance(card, dict) and (card.get("layout") == "s3dis" or card.get("tile")):
-        return {}  # a row of the list becomes several samples
-    return before.facts.get("samples", {})
-
-
 # ------------------------------------------------------------------------------------------------------------ run
 
 
@@ -348,13 +252,7 @@ def _may_change(one: Loaded) -> tuple[str, ...]:
 
 def local_cpus(loaded: Sequence[Loaded]) -> int:
     """Logical CPUs with which a local cluster holds every one of the jobs."""
-    wanted = [
-        one.job.tasks or os.cpu_count() or 1
-        if isinstance(one.job, prepare.PrepareJob)
-        else workers.local_cpus(one.job.scale)
-        for one in loaded
-    ]
-    return max(wanted, default=1)
+    return max((one.job.local_cpus for one in loaded), default=1)
 
 
 def run(one: Loaded, storage: str, console: Console, restart: bool = False, cpus: int = 0) -> str:
@@ -373,7 +271,7 @@ def run(one: Loaded, storage: str, console: Console, restart: bool = False, cpus
         context = Context(folder, storage, claim.attempt, one.where, console, max(cpus, local_cpus([one])), tell)
         started = time.time()
         try:
-            VERBS[one.job.kind](one.job, context)
+            VERBS[one.job.kind].run(one.job, context)
         except BaseException as error:
             _note_failure(folder, claim.attempt, error)
             tell({"state": "failed", "message": _sentence(error)})
@@ -416,7 +314,9 @@ def json_schema() -> dict[str, Any]:
 
     `kind` decides which fields there are; a document with `extends` may leave any of them out.
     """
-    union = TypeAdapter(Job).json_schema(by_alias=True, ref_template="#/definitions/{model}")
+    union = TypeAdapter(functools.reduce(operator.or_, SPECS.values())).json_schema(
+        by_alias=True, ref_template="#/definitions/{model}"
+    )
     full = {name: _draft_7(part) for name, part in union["$defs"].items()}
     full["ModelSpec"] |= {"properties": _model_properties(full["ModelSpec"]), "additionalProperties": False}
     parts = {f"{name}Part": _as_part(part) for name, part in full.items()}
@@ -450,11 +350,14 @@ def _for_kind(kind: str, definition: str) -> dict[str, Any]:
 
 def _model_properties(model_spec: dict[str, Any]) -> dict[str, Any]:
     """`name` as one of the table, and the options of all models with the ones that know them."""
-    properties = {"name": model_spec["properties"]["name"] | {"enum": list(models.MODELS)}}
+    from slimray import models
+
+    name = {"description": model_spec["properties"]["name"]["description"], "enum": list(models.MODELS)}
+    properties = model_spec["properties"] | {"name": name}
     known_by: dict[str, dict[str, Any]] = {}
     for name in models.MODELS:
         for option, default in models.options_of(name).items():
-            if option not in train.OWNED:
+            if option not in OWNED:
                 known_by.setdefault(option, {})[name] = default
     types = {bool: "boolean", int: "integer", float: "number", str: "string"}
     for option, defaults in known_by.items():

@@ -25,7 +25,8 @@ from slimray.edge import cost
 from slimray.train import workers
 from slimray.train.spec import ScaleSpec
 from slimray.verbs import search, shrink
-from slimray.verbs.subnets import Exhibits, JudgeSpec, decode, judge_all
+from slimray.verbs.specs import JudgeSpec
+from slimray.verbs.subnets import Exhibits, decode, judge_all
 
 NUM_ARCHS, NUM_PICTURES, PAIRS, TUNE_PAIRS = 24, 400, 9, 9
 MODEL = {"name": "ofa_mobilenetv3", "num_classes": len(image_shapes.CLASSES), "preset": "tiny"}

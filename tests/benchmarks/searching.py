@@ -24,7 +24,7 @@ from slimray.search.encoding import GeneTable, costs_by_arch
 from slimray.search.predictor import fit_predictor
 from slimray.search.strategies import Evolution, Pool, PredictorGuided, Problem, Random, search, spearman
 from slimray.verbs.search import arch_costs
-from slimray.verbs.subnets import JudgeSpec
+from slimray.verbs.specs import JudgeSpec
 
 SEEDS = {"random": 10, "evolution": 10, "predictor": 10}
 LIMITS, SHARE = 10, 0.2

@@ -51,9 +51,9 @@ from slimray.train.methods.method import Piece, Replica, Setup
 from slimray.train.methods.plain import PlainReplica
 from slimray.train.methods.supernet import Supernet, SupernetReplica
 from slimray.train.spec import OptimSpec
-from slimray.verbs import train
-from slimray.verbs.shrink import ShrinkJob, held_out, sample_archs, spaces, stage_job
-from slimray.verbs.subnets import metric_of
+from slimray.verbs import networks
+from slimray.verbs.shrink import ShrinkJob, sample_archs, spaces, stage_job
+from slimray.verbs.subnets import hold_out, metric_of
 
 SEEDS = (0, 1, 2)
 AT_ONCE = 2
@@ -108,7 +108,7 @@ def images(job: ShrinkJob) -> Data:
     (pictures, labels), (others, answers) = _cifar("train"), _cifar("test")
     varied = ImageRecipe(size=32, mode="train", scale=(0.5, 1), brightness=0, saturation=0, flip=True)
     plain = ImageRecipe(size=32, mode="val")
-    kept, out = held_out(job, pa.table({"number": range(len(pictures))}))
+    kept, out = hold_out(pa.table({"number": range(len(pictures))}), job.hold_out, job.seed)
     numbers, left = kept["number"].to_pylist(), [] if out is None else out["number"].to_pylist()
 
     def varied_one(i: int, key: Key) -> Sample:
@@ -294,7 +294,7 @@ class Judge:
 def build(job: ShrinkJob, data: Data) -> Any:
     """The supernet as its first stage begins."""
     torch.manual_seed(job.seed)
-    return models.build(**train.model_options(stage_job(job, 0, None), data.num_classes))
+    return models.build(**networks.model_options(stage_job(job, 0, None), data.num_classes))
 
 
 def fresh_subnet(job: ShrinkJob, data: Data, arch: Arch) -> nn.Module:

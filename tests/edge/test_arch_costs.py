@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from slimray import models
-from slimray.edge import cost, hardware
-from slimray.edge.arch_costs import COUNTED, MEASURED, Meter, Prices, draw_archs
+from slimray.edge import COUNTED, MEASURED, cost, hardware
+from slimray.edge.arch_costs import Meter, Prices, draw_archs
 from slimray.spec import UserError
 
 

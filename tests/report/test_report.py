@@ -396,7 +396,7 @@ def test_the_page_of_an_evaluation_shows_the_clouds_that_its_workers_saw(tmp_pat
 
     from slimray.data.pipeline import Batch
     from slimray.tasks import predict
-    from slimray.verbs import evaluate
+    from slimray.verbs import scoring
 
     rng, num_points = np.random.default_rng(0), 3000
     clouds = rng.random((3, 1, 6, num_points), np.float32)
@@ -408,10 +408,10 @@ def test_the_page_of_an_evaluation_shows_the_clouds_that_its_workers_saw(tmp_pat
     batch.data, batch.label = clouds, labels
     network = predict.Network(torch.nn.Linear(1, 1), predict.Input(), {"kind": "points"}, ("leg", "top"), {})
     scores = torch.from_numpy(rng.random((2, 2, num_points) if per_point else (2, 2)))
-    found = evaluate._pictures(evaluate._Case("", "net", "natural", 0), network, batch, scores, 0, 5)
+    found = scoring._pictures(scoring.Case("", "net", "natural", 0), network, batch, scores, 0, 5)
     assert [kind for kind, _ in found] == ["clouds"] * 2
-    assert len(evaluate._pictures(evaluate._Case("", "net", "natural", 0), network, batch, scores, 1, 2)) == 1
-    row = evaluate._plain({"miou": 50.0, "class_iou": [30.0, None], "missed": [3]})
+    assert len(scoring._pictures(scoring.Case("", "net", "natural", 0), network, batch, scores, 1, 2)) == 1
+    row = scoring._plain({"miou": 50.0, "class_iou": [30.0, None], "missed": [3]})
     assert row == {"miou": 50.0, "class_iou": [30.0, None]}
     results = {"rows": [{"run": "net", **row}], "classes": ["leg", "top"], "clouds": [cloud for _, cloud in found]}
     elements = Elements(pages.evaluate_report(run_folder(tmp_path, [], {}, results)))

@@ -19,7 +19,7 @@ from slimray.data.images.pictures import ImageRecipe
 from slimray.report import pages
 from slimray.spec import UserError, parse
 from slimray.tasks import predict
-from slimray.verbs import evaluate
+from slimray.verbs import evaluate, scoring
 
 TRAIN = """
 kind: train
@@ -138,9 +138,9 @@ def test_a_report_shows_images_with_truth_and_guess():
         data = np.stack([image_shapes.make_image(n, 0, 32)[0] for n in range(3)])[:, None]
         valid, label = np.array([True, False, True]), np.array([0, 1, 2])
 
-    case = evaluate._Case("uri", "net", "natural", 0)
+    case = scoring.Case("uri", "net", "natural", 0)
     scores = torch.tensor([[3.0, 0.0, 0.0], [0.0, 3.0, 0.0]])
-    found = evaluate._pictures(case, network, Batch, scores, 0, 5)
+    found = scoring._pictures(case, network, Batch, scores, 0, 5)
     assert [(kind, one["truth"], one["top"][0][0]) for kind, one in found] == [
         ("clips", network.classes[0], network.classes[0]),
         ("clips", network.classes[2], network.classes[1]),

@@ -13,7 +13,7 @@ from slimray import job, runs
 from slimray.data.modalities import MODALITIES
 from slimray.spec import UserError
 from slimray.train import calibrate
-from slimray.verbs import inputs, plan, train
+from slimray.verbs import inputs, networks, plan
 
 TINY = """
 kind: train
@@ -104,8 +104,8 @@ def test_one_worker_is_measured_and_later_plans_and_runs_know(shell, where):  # 
 
     one = job.load(["tiny.yaml"])[0].job
     recipe = inputs.make_recipe(one.data, plan._card(one, "x"), 2, "train")
-    config = SimpleNamespace(model=train.model_options(one, 400), recipes={"train": recipe})
-    known = train.facts(one, plan._card(one, "x"), 8)
+    config = SimpleNamespace(model=networks.model_options(one, 400), recipes={"train": recipe})
+    known = networks.facts(one, plan._card(one, "x"), 8)
     run = runs.open_run("runs", "tiny")
     rows = [{"phase": "train", "step": step, "train/samples_per_s": 2.0} for step in (1, 2)]
     runs.write_file(run, "metrics/0001-00000-1-0001.jsonl", "\n".join(map(json.dumps, rows)).encode())

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from slimray import runs
 from slimray.verbs.shrink import StageSpec
-from slimray.verbs.trials import SweepSpec, folder_of, proposals, sweep
+from slimray.verbs.specs import SweepSpec
+from slimray.verbs.trials import folder_of, proposals, sweep
 
 
 def spec(**fields) -> SweepSpec:

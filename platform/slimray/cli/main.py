@@ -219,13 +219,14 @@ def plan(
     """
     from slimray import job
     from slimray.verbs import plan as planning
+    from slimray.verbs.specs import TrainJob
 
     where, loaded = _storage(storage), job.load(files, set_ or [])
     counts = _worker_counts(workers)
     known = {one["name"]: one for one in job.check(loaded, where, restart=True)}
     plans = []
     for one in loaded:
-        if one.job.kind != "train":
+        if not isinstance(one.job, TrainJob):
             continue
         count = samples or known[one.job.name].get("train_samples")
         prepared = next((other.job for other in loaded if other.job.name == one.job.data.run), None)
@@ -528,8 +529,9 @@ def profile(
     The same command goes on with a table that was cut off. One thread is timed by the processor time that it got.
     Needs no Ray. In a job: `targets: [{name: here, hardware: TABLE.json, limits: {latency_ms: 12}}]`.
     """
-    from slimray import models, runs
+    from slimray import models
     from slimray.edge import latency
+    from slimray.verbs import inputs
 
     num_points, options = None, dict[str, Any](name=what, num_classes=1000)
     if what in models.MODELS:
@@ -540,11 +542,9 @@ def profile(
     else:
         if preset or set_:
             raise UserError(f"profile {what}: --preset and --set are for models, a run says what it holds")
-        run = runs.find_run(what, _storage(storage))
-        if runs.read_job(run).get("kind") != "shrink" or not runs.exists(run, "model/model.json"):
-            raise UserError(f"profile {what}: is no finished run of kind shrink, and no model")
-        options = json.loads(runs.read_file(run, "model/model.json"))
-        recipe = json.loads(runs.read_file(run, "model/input.json"))["recipe"]
+        where = f"profile {what}"
+        run = inputs.finished_run(what, _storage(storage), ("supernet",), where)
+        options, recipe = inputs.read_model(run, where), inputs.read_input(run, where)["recipe"]
         num_points = recipe["num_points"] if recipe["kind"] == "points" else None
     words = [word.strip() for word in (resolutions or "").split(",") if word.strip()]
     if not all(word.isdecimal() for word in words):
@@ -604,7 +604,7 @@ def explain(
 
 def _explain_models(path: list[str]) -> list[dict[str, str]]:
     from slimray import models
-    from slimray.verbs.train import OWNED
+    from slimray.verbs.specs import OWNED
 
     if not path:
         return [

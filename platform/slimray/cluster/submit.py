@@ -143,7 +143,7 @@ def require_room(loaded: Sequence[job.Loaded], have: Capacity, where: str) -> No
         if getattr(one.job, "scale", None) is None:
             needs = {"CPU": (1.0, 1.0, have.cpus, have.node_cpus)}
         else:
-            scale, decoder = one.job.scale, 0 if one.job.kind == "search" else 1
+            scale, decoder = one.job.scale, 1 if one.job.streams else 0
             cpus, gpus = scale.fewest * scale.cpus_per_worker + decoder, scale.fewest * scale.gpus_per_worker
             needs = {
                 "CPU": (cpus, scale.cpus_per_worker, have.cpus, have.node_cpus),

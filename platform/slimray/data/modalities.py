@@ -20,7 +20,7 @@ from slimray.data.paths import ALL_FILES, NUMBERED
 from slimray.data.points import files, point_sets
 from slimray.data.points.recipe import PointRecipe, make_points
 from slimray.data.samples import BadSample
-from slimray.data.spec import DataSpec
+from slimray.data.spec import DataSpec, scaled_resize
 from slimray.data.video.clips import ClipRecipe, flip_label
 from slimray.spec import lookup
 from slimray.storage import open_uri
@@ -126,6 +126,15 @@ def sample_shape(recipe: Mapping[str, Any]) -> tuple[int, ...]:
 def input_shape(recipe: Mapping[str, Any]) -> tuple[int, ...]:
     """What a network takes of one view of a plain recipe, without the batch: (T, 3, H, W), (3, H, W) or (C, N)."""
     return modality_of(recipe).input_shape(read_recipe(recipe))
+
+
+def at_size(recipe: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Return a plain recipe of square pictures at another side `size`, in pixels, with the same zoom.
+
+    The crop keeps its share of the short side: `resize` changes with `size`, and 0 (which follows by itself) stays 0.
+    """
+    resize = recipe["resize"]
+    return {**recipe, "size": size, "resize": resize and scaled_resize(resize, recipe["size"], size)}
 
 
 # ------------------------------------------------------------------------------------------------------- reading

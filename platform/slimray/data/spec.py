@@ -101,3 +101,13 @@ class DataSpec(Spec):
         if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
             raise ValueError(f"scales: must be numbers above 0 and at most 1, got {list(self.scales)}")
         return self
+
+    def at_size(self, size: int) -> "DataSpec":
+        """Return the section with another `size` and the same zoom: `resize` follows."""
+        resize = self.resize and scaled_resize(self.resize, self.size, size)
+        return self.model_copy(update={"size": size, "resize": resize})
+
+
+def scaled_resize(resize: int, size: int, new: int) -> int:
+    """Return the short side, in pixels, before a crop of side `new` that has the zoom of `size` cut out of `resize`."""
+    return max(new, round(resize * new / size))

@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 
 from slimray.arch import Arch
+from slimray.edge import COUNTED
 from slimray.edge.cost import build_on_meta, count_macs, count_params
 from slimray.search.encoding import Codes, Costs, GeneTable, Part, cost_tables, costs_by_arch
 from slimray.spec import UserError
 
-COUNTED = ("params", "macs", "memory_mb")
-MEASURED = ("latency_ms", "energy_mj")
 MOST_ENTRIES = 100_000  # of the table of one place; beyond it archs are priced one by one
 
 

@@ -8,7 +8,7 @@ with a `space` of archs, each of which it runs and extracts.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -139,6 +139,11 @@ def options_of(name: str) -> dict[str, Any]:
     hidden = ("self", "non_local", "backbone", "shift")
     supernet: dict[str, Any] = {"arch": {}} if row.supernet else {}
     return {k: v.default for k, v in parameters.items() if k not in hidden} | supernet | row.defaults
+
+
+def is_supernet(model: Mapping[str, Any]) -> bool:
+    """Return whether `model`, the arguments of `build`, makes a supernet and not one of its subnets."""
+    return lookup(MODELS, str(model.get("name")), "model").supernet and not model.get("arch")
 
 
 def build(name: str, **options: Any) -> nn.Module:

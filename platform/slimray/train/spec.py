@@ -3,6 +3,8 @@
 Plain values with their ranges and their help; this file imports neither Ray nor torch, so that checking a job is quick.
 """
 
+import math
+import os
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -127,6 +129,14 @@ class ScaleSpec(Spec):
     def fewest(self) -> int:
         """The smallest number of workers with which the run goes on."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def local_cpus(self) -> int:
+        """Logical CPUs wanted of a local cluster: those of the workers and one per decoder.
+
+        They are counted, not owned: on a laptop workers and decoders share the cores.
+        """
+        return math.ceil(self.most * self.cpus_per_worker) + (self.decode_slots or os.cpu_count() or 1)
 
 
 class CheckpointSpec(Spec):

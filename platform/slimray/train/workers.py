@@ -7,7 +7,6 @@ checkpoint book-keeping is not used: a restarted worker finds its place in the r
 
 import contextlib
 import logging
-import math
 import os
 import platform
 import re
@@ -71,14 +70,6 @@ def make_board() -> Any:
     """Start the progress actor of a run; it belongs to the driver and dies with it."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     return ray.remote(_Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
-
-
-def local_cpus(scale: ScaleSpec) -> int:
-    """Logical CPUs that `scale` wants of a local cluster: the workers' and a slot per decoder, a place for each.
-
-    They are counted, not owned: on a laptop workers and decoders share the cores.
-    """
-    return math.ceil(scale.most * scale.cpus_per_worker) + (scale.decode_slots or os.cpu_count() or 1)
 
 
 def connect(cpus: int) -> None:

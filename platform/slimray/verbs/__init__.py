@@ -1,1 +1,19 @@
-"""The verbs: one file each. Its first class is what the user may write, its last functions are what happens."""
+"""The verbs: what a job can do, one file each, and the table of them.
+
+Each file has the same four names: `Job`, what a user may write; `check(job, ctx)`, all that can be known before
+machines are asked for; `makes(job)`, the runs it leaves behind and what they hold; `run(job, ctx)`. A verb imports
+neither Ray nor torch until it checks or runs, so that reading a file is quick. The other files are what verbs share.
+"""
+
+from types import ModuleType
+
+from slimray.verbs import evaluate, prepare, proxyless, search, shrink, train
+
+VERBS: dict[str, ModuleType] = {
+    "prepare": prepare,
+    "train": train,
+    "evaluate": evaluate,
+    "shrink": shrink,
+    "search": search,
+    "proxyless": proxyless,
+}

@@ -1,5 +1,10 @@
-"""What every verb is handed besides its job: the claimed run folder, where runs lie, where to speak."""
+"""What the functions of a verb are handed and hand back: `Context` to run, `CheckContext` to check, `Made` to promise.
 
+`makes(job)` of a verb names the runs that a job leaves behind, each with a `Made`: what later jobs can know of it
+before it exists. A consumer asks what a run holds, a dataset or a network, never which verb wrote it. No Ray, no torch.
+"""
+
+import contextlib
 import json
 import os
 import platform
@@ -7,16 +12,83 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy
-import torch
 from rich.console import Console
 
 import slimray
 from slimray import runs
+from slimray.data.spec import DataSpec
+from slimray.spec import UserError, noting
+from slimray.verbs.inputs import in_words
+
+What = Literal["dataset", "network", "supernet", "table"]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A run before it exists, as those who read it can know it.
+
+    `what` it holds: a dataset, a network, a supernet of which networks are cut out, or tables of numbers. `card` is the
+    dataset card (with the task), None where only a run that is read knows it. Of a dataset: its `splits` and, as far as
+    they are known, its `samples` by split, which are the files that `check` counts where each is one sample
+    (`counted`). Of a network: the `data` section by which its samples are made. Of a supernet: the number of samples
+    `held_out` of its training. What is cut out of a supernet is `like` that run in card and data.
+    """
+
+    what: What
+    card: Mapping[str, Any] | None = None
+    data: DataSpec | None = None
+    splits: tuple[str, ...] = ()
+    samples: Mapping[str, int] = field(default_factory=dict)
+    counted: bool = False
+    held_out: int = 0
+    like: str | None = None
+
+    def resolved(self, ahead: "Mapping[str, Made]") -> "Made":
+        """Return it with card and data of the run that it is `like`, if that is among those `ahead`."""
+        other = ahead.get(self.like or "")
+        return self if other is None else replace(self, card=other.card, data=other.data)
+
+    def with_samples(self, samples: Mapping[str, int] | None) -> "Made":
+        """Return it with the listed files by split that `check` has counted, if each of them is a sample."""
+        return replace(self, samples=samples) if self.counted and samples is not None else self
+
+
+def trained_on(data: DataSpec, what: What = "network", held_out: int = 0) -> Made:
+    """Return what a training on `data` makes: a network, or a supernet with samples held out."""
+    return Made(what, data.card if isinstance(data.card, dict) else None, data, held_out=held_out)
+
+
+@dataclass(frozen=True)
+class CheckContext:
+    """A job while it is checked: where it is written, where runs lie, and what the jobs `ahead` in its file make.
+
+    `look` opens a few files of each split. `problems` collects what is wrong, a line each.
+    """
+
+    where: str
+    storage: str
+    ahead: Mapping[str, Made] = field(default_factory=dict)
+    look: bool = False
+    problems: list[str] = field(default_factory=list)
+
+    def noting(self) -> contextlib.AbstractContextManager[None]:
+        """Turn a UserError inside the block into a problem, so that the rest is checked all the same."""
+        return noting(self.problems, self.where)
+
+    def require(self, name: str, what: tuple[What, ...], field: str) -> Made | None:
+        """Return what the run `name`, which `field` reads, will hold; None if no job ahead makes it.
+
+        UserError if it will hold something else than one of `what`.
+        """
+        made = self.ahead.get(name)
+        if made is not None and made.what not in what:
+            raise UserError(f"{field}: {name!r} will hold {in_words(made.what)}, not a {' or a '.join(what)}")
+        return made
 
 
 @dataclass(frozen=True)
@@ -47,6 +119,7 @@ class Context:
 def environment() -> dict[str, Any]:
     """Versions, machine and git commit, as far as they can be known."""
     import ray
+    import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {

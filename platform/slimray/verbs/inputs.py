@@ -5,6 +5,7 @@ workers read no folder; `open_splits` reads the indexes; `make_recipe` says how 
 where the examples are that came with slimray. No Ray here.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def embed_card(card: str | dict[str, Any], root: str | None, where: str, search:
 def open_splits(data: DataSpec, where: str, storage: str, names: Sequence[str]) -> Splits:
     """Read the indexes of the splits `names`; UserError with the field when the dataset or the run is not there."""
     if data.run is not None:
-        folder = join(finished_run(data.run, storage, "prepare", "dataset", f"{where}: data.run").uri, "data")
+        folder = join(finished_run(data.run, storage, ("dataset",), f"{where}: data.run").uri, "data")
         card = load_card(join(folder, "card.yaml"), [])
         root = card.root or folder  # an index of files that were probed, not packed, tells of files elsewhere
     else:
@@ -118,21 +119,64 @@ def absent_samples(table: pa.Table, root: str, count: int = 3) -> list[str]:
     return absent
 
 
-def finished_run(name: str, storage: str, kind: str, holds: str, field: str) -> runs.Run:
-    """The finished run of that `kind` that `field` names (`x.yaml (name): data.run`); it `holds` what is wanted.
+def finished_run(name: str, storage: str, what: Sequence[str], field: str) -> runs.Run:
+    """Return the finished run `name`, which `field` reads (`x.yaml (name): data.run`) and which holds one of `what`.
 
-    UserError, with the field, if it is not there, of another kind, or has not finished.
+    UserError, with the field, if it is not there, has not finished, or holds something else.
     """
     try:
         run = runs.find_run(name, storage)
-        found, status = runs.read_job(run).get("kind"), runs.read_status(run)
+        status, held = runs.read_status(run), held_by(run)
     except UserError as error:
         raise UserError(located(str(error), field)) from None
-    if found != kind:
-        raise UserError(f"{field}: {name!r} is no {kind} run (kind: {found}), it holds no {holds}")
     if status is None or status.state != "finished":
         raise UserError(f"{field}: {name!r} has not finished: run it first")
+    if held not in what:
+        raise UserError(f"{field}: {name!r} holds {in_words(held)}, not a {' or a '.join(what)}")
     return run
+
+
+def require_free(storage: str, name: str, search: str, field: str) -> None:
+    """Raise UserError, with `field`, if a run `name` is there already that is not of the search `search`."""
+    run = runs.open_run(storage, name)
+    if runs.exists(run, "job.yaml") and runs.read_job(run).get("search") != search:
+        raise UserError(f"{field}: there is a run {name!r} already: choose another name")
+
+
+def held_by(run: runs.Run) -> str:
+    """Return what a run holds, by its files: "dataset", "network", "supernet", or "table" where it has numbers only."""
+    if runs.exists(run, "data/card.yaml"):
+        return "dataset"
+    if not runs.exists(run, "model/input.json"):
+        return "table"
+    from slimray import models
+
+    return "supernet" if models.is_supernet(read_model(run, run.uri)) else "network"
+
+
+def in_words(what: str) -> str:
+    """Return what a run holds as messages say it."""
+    return "tables of numbers" if what == "table" else f"a {what}"
+
+
+def read_model(run: runs.Run, field: str) -> dict[str, Any]:
+    """Return the arguments of `models.build` of the network of a run, without its weights; UserError if damaged."""
+    return _read_object(run, "model/model.json", ("name",), field)
+
+
+def read_input(run: runs.Run, field: str) -> dict[str, Any]:
+    """Return what the network of a run takes, its recipe and classes; UserError if damaged."""
+    return _read_object(run, "model/input.json", ("recipe", "classes"), field)
+
+
+def _read_object(run: runs.Run, name: str, keys: Sequence[str], field: str) -> dict[str, Any]:
+    try:
+        found = json.loads(runs.read_file(run, name))
+        return dict(found) | {key: found[key] for key in keys}
+    except FileNotFoundError:
+        raise UserError(f"{field}: {run.uri}/{name} is missing: train it again") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{field}: {run.uri}/{name} is damaged ({error}): train it again") from None
 
 
 def make_recipe(data: DataSpec, card: Card, num_segments: int, mode: str, **options: Any) -> dict[str, Any]:

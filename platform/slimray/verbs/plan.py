@@ -11,8 +11,10 @@ from slimray.data.cards import Card
 from slimray.data.modalities import MODALITIES
 from slimray.spec import UserError, parse
 from slimray.train import calibrate, planner
-from slimray.verbs import inputs, train
+from slimray.verbs import inputs, networks
+from slimray.verbs.checks import split_names
 from slimray.verbs.inputs import Splits, make_recipe, open_splits
+from slimray.verbs.specs import TrainJob
 
 INK, GRID = "#333333", "#dddddd"
 PARTS = (("compute_ms", "compute", "#4477aa"), ("data_ms", "data", "#228833"))
@@ -20,7 +22,7 @@ PARTS += (("comm_ms", "all-reduce", "#ee6677"), ("straggler_ms", "stragglers", "
 
 
 def plan_job(
-    job: train.TrainJob,
+    job: TrainJob,
     where: str,
     storage: str,
     workers: Sequence[int],
@@ -34,10 +36,11 @@ def plan_job(
     `samples` count where the dataset is not there; `pack` is the format in which its clips lie. UserError names what is
     missing.
     """
+    job = networks.with_network(job, storage)
     val_samples = 0
     splits = _splits(job, where, storage, required=samples is None)
     card = splits.card if splits is not None else _card(job, where)
-    known = train.facts(job, card, None)
+    known = networks.facts(job, card, None)
     if "params" not in known:
         raise UserError(f"{where}: data: the number of classes is not known without the dataset: prepare it first")
     if splits is not None:
@@ -46,7 +49,7 @@ def plan_job(
     on_gpu = bool(job.scale.gpus_per_worker)
     cluster = calibrate.find_cluster(cluster_name, _folders(where), on_gpu)
     work = calibrate.work(job, known, samples or 0, val_samples, card.sample, cluster, pack)
-    model = train.model_options(job, card.num_classes)
+    model = networks.model_options(job, card.num_classes)
     recipe = make_recipe(job.data, card, known["input"][0] if MODALITIES[card.sample].segmented else 0, "train")
     key, written = calibrate.key_of(model, recipe, job.batch.per_worker, calibrate.device_name(on_gpu)), None
     if measuring:
@@ -69,17 +72,17 @@ def _folders(where: str) -> list[Path]:
     return [beside, beside.parent / "cluster", Path("cluster"), inputs.packaged("cluster")]
 
 
-def _splits(job: train.TrainJob, where: str, storage: str, required: bool) -> Splits | None:
+def _splits(job: TrainJob, where: str, storage: str, required: bool) -> Splits | None:
     """The dataset of a job; None where it is not there and need not be."""
     try:
-        return open_splits(job.data, where, storage, train.split_names(job))
+        return open_splits(job.data, where, storage, split_names(job.data))
     except UserError as error:
         if not required:
             return None
         raise UserError(f"{error} (or say how many samples there are: --samples)") from None
 
 
-def _card(job: train.TrainJob, where: str) -> Card:
+def _card(job: TrainJob, where: str) -> Card:
     if not isinstance(job.data.card, dict):
         raise UserError(f"{where}: data: there is no dataset card, so the classes are not known: prepare it first")
     return parse(Card, job.data.card, f"{where}: data.card")

@@ -21,10 +21,8 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import yaml
 from pydantic import Field, model_validator
-from ray import exceptions
 
 from slimray import runs, storage
 from slimray.data.bytes import write_shard
@@ -33,14 +31,13 @@ from slimray.data.conversion import BY_LAYOUT, Raw, scan_objects
 from slimray.data.index import fingerprint, index_table
 from slimray.data.lists import read_split
 from slimray.data.modalities import MODALITIES
-from slimray.data.pipeline import failure_of, map_numbers
 from slimray.data.samples import BadSample
 from slimray.data.synthetic import Sizes
 from slimray.data.video.decoder import Decoder
 from slimray.data.video.repack import Pack
 from slimray.spec import RunFailed, Spec, UserError, parse
-from slimray.train import workers
-from slimray.train.progress import make_bar
+from slimray.verbs import inputs
+from slimray.verbs.context import CheckContext, Context, Made
 
 
 class PrepareData(Spec):
@@ -103,6 +100,11 @@ class PrepareJob(Spec):
     max_bad_fraction: float = Field(0.5, ge=0, le=1)
     """Largest part of a split that may fail before the job is called failed."""
 
+    @property
+    def local_cpus(self) -> int:
+        """Logical CPUs with which a local cluster holds the job."""
+        return self.tasks or os.cpu_count() or 1
+
     @model_validator(mode="after")
     def _generated_is_not_packed(self) -> "PrepareJob":
         if isinstance(self.data.card, dict) and self.data.card.get("layout") == "generated" and self.data.root:
@@ -134,27 +136,47 @@ class _Work:
     timeout_s: float
 
 
-def facts(job: PrepareJob, where: str) -> dict[str, Any]:
-    """What is known before any file is read: the card, its classes, the splits."""
-    card = parse(Card, _card(job), f"{where}: data.card")
-    out: dict[str, Any] = {"dataset": card.name, "classes": card.num_classes, "splits": _splits(job, card)}
-    if card.layout == "generated":
-        out["clips"] = job.data.clips
-    elif not (job.data.root or card.root):
-        raise UserError(f"{where}: data.root: is required, the folder where {card.name} lies")
+Job = PrepareJob
+SEVERAL = ("s3dis", "kitti")  # layouts of which one listed file becomes several samples, as it does where it is tiled
+
+
+def check(job: PrepareJob, ctx: CheckContext) -> dict[str, Any]:
+    """Return the dataset, its classes and splits, and the number of listed files in each."""
+    out: dict[str, Any] = {}
+    with ctx.noting():
+        card = parse(Card, _card(job), "data.card")
+        generated, root = card.layout == "generated", job.data.root or card.root or ""
+        if generated and (job.data.root or job.pack):
+            raise UserError(f"{'pack' if job.pack else 'data.root'}: {card.name} is generated, leave it out")
+        out |= {"dataset": card.name, "classes": card.num_classes, "splits": _splits(job, card)}
+        if generated:
+            out["clips"] = job.data.clips
+        elif not root:
+            raise UserError(f"data.root: is required, the folder where {card.name} lies")
+        tables = {split: _table(job, card, split, root) for split in out["splits"]}
+        out["samples"] = {split: table.num_rows for split, table in tables.items()}
+        for split, table in tables.items() if ctx.look and not generated else ():
+            absent = inputs.absent_samples(table, root)
+            if len(absent) == min(3, table.num_rows):
+                raise UserError(f"data.root: the files of split {split!r} are not there ({absent[0]})")
     return out
 
 
-def run(job: PrepareJob, ctx: Any) -> None:
+def makes(job: PrepareJob) -> dict[str, Made]:
+    """Return the dataset; each listed file is a sample of it, but for scenes that are cut up."""
+    card = parse(Card, _card(job), "data.card")
+    counted = card.layout not in SEVERAL and not card.tile
+    return {job.name: Made("dataset", job.data.card, splits=tuple(_splits(job, card)), counted=counted)}  # type: ignore[arg-type]
+
+
+def run(job: PrepareJob, ctx: Context) -> None:
     """Prepare the dataset of `job` in the run folder `ctx.run`."""
     card = parse(Card, _card(job), f"{ctx.where}: data.card")
     generated = card.layout == "generated"
     root = "" if generated else job.data.root or card.root
     assert root is not None
     root = root and storage.absolute(root)
-    tables = {}
-    for split in _splits(job, card):
-        tables[split] = to_generate(job, split) if generated else read_split(card, split, root)
+    tables = {split: _table(job, card, split, root) for split in _splits(job, card)}
     chunks = [
         _Chunk(split, number, lo, min(lo + job.clips_per_shard, table.num_rows))
         for split, table in tables.items()
@@ -169,7 +191,7 @@ def run(job: PrepareJob, ctx: Any) -> None:
     _write_indexes(job, ctx, card, chunks, root)
 
 
-def _require_same_lists(ctx: Any, tables: Mapping[str, pa.Table]) -> None:
+def _require_same_lists(ctx: Context, tables: Mapping[str, pa.Table]) -> None:
     """Raise UserError if a list is not the one this run began with: its shards are numbered by places in it."""
     now = {split: fingerprint(table) for split, table in tables.items()}
     try:
@@ -196,6 +218,11 @@ def _splits(job: PrepareJob, card: Card) -> list[str]:
     return list(job.data.splits or card.splits)
 
 
+def _table(job: PrepareJob, card: Card, split: str, root: str) -> pa.Table:
+    """Return the list of a split, or the numbers of what is to be generated."""
+    return to_generate(job, split) if card.layout == "generated" else read_split(card, split, root)
+
+
 def to_generate(job: PrepareJob, split: str) -> pa.Table:
     """A fifth of the clips validates; numbers go on from split to split, so that no clip is in two."""
     num_val = job.data.clips // 5
@@ -207,8 +234,15 @@ def _part_name(chunk: _Chunk) -> str:
     return f"{chunk.split}-{chunk.number:06d}.json"
 
 
-def _process(job: PrepareJob, ctx: Any, card: Card, root: str, tables: dict, todo: tuple[_Chunk, ...]) -> None:
+def _process(job: PrepareJob, ctx: Context, card: Card, root: str, tables: dict, todo: tuple[_Chunk, ...]) -> None:
     """Run the chunks as Ray Data tasks and show how far they are."""
+    import ray
+    from ray import exceptions
+
+    from slimray.data.pipeline import failure_of, map_numbers
+    from slimray.train import workers
+    from slimray.train.progress import make_bar
+
     slots = job.tasks or os.cpu_count() or 1
     workers.connect(ctx.cpus)
     slots = min(slots, max(1, int(workers.capacity().get("CPU", 1))))
@@ -229,7 +263,7 @@ def _process(job: PrepareJob, ctx: Any, card: Card, root: str, tables: dict, tod
             raise failure_of(error) from error
 
 
-def _write_indexes(job: PrepareJob, ctx: Any, card: Card, chunks: list[_Chunk], root: str) -> None:
+def _write_indexes(job: PrepareJob, ctx: Context, card: Card, chunks: list[_Chunk], root: str) -> None:
     """Join the parts to one index per split, the quarantine, the card of the prepared dataset."""
     rows: dict[str, list] = {chunk.split: [] for chunk in chunks}
     bad: dict[str, list] = {chunk.split: [] for chunk in chunks}
@@ -283,6 +317,8 @@ def _write_indexes(job: PrepareJob, ctx: Any, card: Card, chunks: list[_Chunk], 
 
 def _do_chunk(work: _Work, chunk: _Chunk) -> dict[str, np.ndarray]:
     """Make one shard and its part file; the part is written last and says that the shard is whole."""
+    import ray
+
     fs, folder = storage.open_uri(work.run_uri)
     table: Any = ray.get(work.tables[chunk.split], timeout=300)
     table = table.slice(chunk.lo, chunk.hi - chunk.lo)

@@ -8,39 +8,24 @@ search and a retraining per weight of the cost.
 """
 
 import json
-import os
-import tempfile
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import pyarrow as pa
-import safetensors.torch
-import torch
 from pydantic import Field, model_validator
-from ray import tune
 from rich.console import Console
 
-from slimray import models, runs
-from slimray.data.pipeline import Source
+from slimray import runs
 from slimray.data.spec import DataSpec
-from slimray.edge import cost
-from slimray.models.supernets.elastic import Unit
-from slimray.models.supernets.mixed import MixedNet
-from slimray.report import pages
 from slimray.runs.notify import NotifySpec
 from slimray.runs.tracking import TrackingSpec
 from slimray.spec import RunFailed, Spec, UserError, located
 from slimray.storage import absolute, open_uri, read_bytes
-from slimray.train import loop, workers
-from slimray.train.methods.paths import Goal, PathSampling, entropy
-from slimray.train.progress import follow
 from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, OptimSpec, ScaleSpec
-from slimray.verbs import shrink, train
-from slimray.verbs.context import Context
-from slimray.verbs.inputs import Splits, open_splits
-from slimray.verbs.train import ModelSpec, TrainJob
+from slimray.verbs import checks, inputs
+from slimray.verbs.context import CheckContext, Context, Made, trained_on
+from slimray.verbs.specs import ModelSpec, SharedOptimSpec, TrainJob, WorkerJob
 
 SUPERNET, FOUND = "proxyless_supernet", "proxyless_found"  # rows of MODELS
 WEIGHTS = {"add_linear": 0.1, "mul_log": 0.3, "reinforce": 0.1}  # published weights of the cost
@@ -124,7 +109,7 @@ class TradeOffSpec(Spec):
     """Searches at once; each of them takes `scale.workers`."""
 
 
-class ProxylessJob(Spec):
+class ProxylessJob(WorkerJob):
     """Find a network by training a supernet of choices, with what it costs in the loss, and train it."""
 
     kind: Literal["proxyless"]
@@ -135,7 +120,7 @@ class ProxylessJob(Spec):
     init: InitSpec | None = None
     """Weights of the supernet to start the warm-up from."""
     batch: BatchSpec
-    optim: shrink.SharedOptimSpec
+    optim: SharedOptimSpec
     """What all stages share; published: SGD with Nesterov momentum, 4e-5 decay, label smoothing 0.1, cosine."""
     warmup: PhaseSpec
     """The first stage: uniform paths (published: 40 epochs, 0.05 for a batch of 256)."""
@@ -202,14 +187,41 @@ def stage_job(job: ProxylessJob, stage: str, init: InitSpec | None = None, block
     return TrainJob.model_validate(document)
 
 
+Job = ProxylessJob
+
+
+def check(job: ProxylessJob, ctx: CheckContext) -> dict[str, Any]:
+    """Return what is known of the warm-up, what paths cost, and the steps of all stages."""
+
+    def known(card: Any, num_train: int | None) -> dict[str, Any]:
+        for number in range(len(job.weights)):
+            inputs.require_free(ctx.storage, _derived_name(job, number), job.name, "name")
+        return facts(job, card, num_train)
+
+    return checks.check_training(job, ctx, known)
+
+
+def makes(job: ProxylessJob) -> dict[str, Made]:
+    """Return the tables of the search, and the network that each weight of the cost leads to."""
+    derived = [_derived_name(job, number) for number in range(len(job.weights))]
+    return {job.name: Made("table")} | {name: trained_on(job.data) for name in derived}
+
+
+def _derived_name(job: ProxylessJob, number: int) -> str:
+    """Name of the run that search `number` makes."""
+    return f"{job.name}-derived" + (f"-{number + 1}" if job.sweep is not None else "")
+
+
 def facts(job: ProxylessJob, card: Any, num_train: int | None) -> dict[str, Any]:
-    """What can be known before machines are asked for; UserError for what does not fit."""
+    """Return what is known before machines are asked for; UserError for what does not fit."""
+    from slimray.verbs import networks
+
     if job.model.name != SUPERNET:
         raise UserError(f"model.name: must be {SUPERNET}, whose blocks are choices (got {job.model.name!r})")
     if num_train is not None and job.hold_out >= num_train:
         raise UserError(f"hold_out: {job.hold_out} of {num_train} training samples leave none to train on")
     learned = None if num_train is None else num_train - job.hold_out
-    out = train.facts(stage_job(job, "warmup", job.init), card, learned)
+    out = networks.facts(stage_job(job, "warmup", job.init), card, learned)
     for name in ("macs", "peak_lr", "epochs"):  # of the first candidates, of the warm-up: they would mislead
         out.pop(name, None)
     if card is None:
@@ -217,11 +229,11 @@ def facts(job: ProxylessJob, card: Any, num_train: int | None) -> dict[str, Any]
     net = _on_meta(job, card.num_classes)
     goal = make_goal(job, net, job.weights[0])
     out |= {"mixed_blocks": len(net.mixed), "cost": job.latency.cost, "cost_aim": job.latency.ref}
-    out |= {"cost_lowest": goal.of(_cheapest(goal)), "cost_uniform": float(_uniform(goal))}
+    out |= {"cost_lowest": goal.of(_cheapest(goal)), "cost_uniform": _uniform(goal)}
     if learned is not None:
         per_epoch, searches = out["steps_per_epoch"], len(job.weights)
         moves = (job.search.epochs - 1) * (learned // (job.search.every * job.batch.total))
-        retrain = train.facts(stage_job(job, "retrain"), card, num_train)["steps"]
+        retrain = networks.facts(stage_job(job, "retrain"), card, num_train)["steps"]
         out["steps"] = per_epoch * job.warmup.epochs
         out["steps"] += searches * (per_epoch * job.search.epochs + moves + retrain)
         if not moves:
@@ -235,16 +247,22 @@ def facts(job: ProxylessJob, card: Any, num_train: int | None) -> dict[str, Any]
 # --------------------------------------------------------------------------------------------------------- costs
 
 
-def _on_meta(job: ProxylessJob, num_classes: int) -> MixedNet:
-    options = train.model_options(stage_job(job, "warmup"), num_classes)
-    return cast(MixedNet, cost.build_on_meta(lambda: models.build(**options)))
+def _on_meta(job: ProxylessJob, num_classes: int) -> Any:
+    from slimray import models
+    from slimray.edge import cost
+    from slimray.verbs import networks
+
+    options = networks.model_options(stage_job(job, "warmup"), num_classes)
+    return cost.build_on_meta(lambda: models.build(**options))
 
 
-def make_goal(job: ProxylessJob, net: MixedNet, weight: float) -> Goal:
-    """What paths of `net` cost on inputs of `data.size`, with the weight of that in the loss.
+def make_goal(job: ProxylessJob, net: Any, weight: float) -> Any:
+    """Return the `Goal`: what paths of `net` cost on inputs of `data.size`, with the weight of that in the loss.
 
     UserError `latency.table: ...` for a table that cannot be read or lacks a unit, and where mul_log cannot be.
     """
+    from slimray.train.methods.paths import Goal
+
     fixed, edges = net.units(job.data.size)
     spec = job.latency
     every = [*fixed, *(unit for edge in edges for unit in edge if unit is not None)]
@@ -258,11 +276,13 @@ def make_goal(job: ProxylessJob, net: MixedNet, weight: float) -> Goal:
     return goal
 
 
-def _macs(unit: Unit) -> float:
+def _macs(unit: Any) -> float:
+    from slimray.edge import cost
+
     return float(cost.count_macs(cost.build_on_meta(unit.make).eval(), (1, *unit.input)))
 
 
-def _milliseconds(table: str, units: Sequence[Unit]) -> Callable[[Unit], float]:
+def _milliseconds(table: str, units: Sequence[Any]) -> Callable[[Any], float]:
     """The latencies of `table` for all of `units`."""
     try:
         plain = json.loads(read_bytes(*open_uri(absolute(table))))
@@ -282,11 +302,13 @@ def _milliseconds(table: str, units: Sequence[Unit]) -> Callable[[Unit], float]:
     return lambda unit: rows[unit.key]
 
 
-def _cheapest(goal: Goal) -> tuple[int, ...]:
+def _cheapest(goal: Any) -> tuple[int, ...]:
     return tuple(costs.index(min(costs)) for costs in goal.edges)
 
 
-def _uniform(goal: Goal) -> float:
+def _uniform(goal: Any) -> float:
+    import torch
+
     return float(goal.expected([torch.zeros(len(costs), dtype=torch.float64) for costs in goal.edges]))
 
 
@@ -294,73 +316,40 @@ def _uniform(goal: Goal) -> float:
 
 
 @dataclass(frozen=True)
-class _Data:
-    """A dataset with its indexes in the object store."""
-
-    splits: Splits
-    tables: Mapping[str, Source]
-
-    @staticmethod
-    def of(splits: Splits, name: str, table: pa.Table) -> "_Data":
-        """`splits` with another index for the split `name`."""
-        changed = Splits(splits.root, splits.card, splits.tables | {name: table})
-        return _Data(changed, train.put_tables(changed))
-
-
-def _train_stage(
-    ctx: Any, folder: str, as_training: TrainJob, data: _Data, title: str, paths: PathSampling | None = None
-) -> runs.Run:
-    """Train one stage in its own folder, go on with it, or find it finished; its `results.json` has the metrics."""
-    stage = runs.run_at(f"{ctx.run.uri}/stages/{folder}")
-    status = runs.read_status(stage) if runs.exists(stage, "status.json") else None
-    if status is not None and status.state == "finished":
-        return stage
-    if status is None:
-        runs.begin(stage, as_training.model_dump(mode="json"), ctx.attempt)
-    known = train.facts(as_training, data.splits.card, data.splits.tables[as_training.data.train].num_rows)
-    config = train.fit_config(as_training, ctx, stage.uri, data.splits, data.tables, known)
-    if paths is not None and paths.goal is None:  # the most likely path means nothing yet
-        config = replace(config, sources={"train": config.sources["train"]})
-    if paths is not None:
-        config = replace(config, method=paths)
-    with follow(config.board, title, ctx.console, ctx.tell):
-        result = workers.launch(loop.fit, config, as_training.scale, as_training.name, config.board)
-    runs.write_file(stage, "results.json", json.dumps({"best": result["best"], "last": result["last"]}).encode())
-    runs.end(stage, "finished")
-    return stage
-
-
-@dataclass(frozen=True)
 class _Plan:
     """What the searches of a run share: the job, its data for searching and for retraining, the warm-up's folder."""
 
     job: ProxylessJob
-    searched: _Data
-    whole: _Data
+    searched: Any
+    whole: Any
     warmup_uri: str
-    costs: Goal
-
-    def derived_name(self, number: int) -> str:
-        """Name of the run that search `number` makes."""
-        return f"{self.job.name}-derived" + (f"-{number + 1}" if self.job.sweep is not None else "")
+    costs: Any
 
     def folder(self, place: str, number: int) -> str:
-        """Name of a stage's folder."""
+        """Return the name of a stage's folder."""
         return place + (f"-{number + 1}" if self.job.sweep is not None else "")
 
 
-def _search(plan: _Plan, ctx: Any, number: int) -> dict[str, Any]:
+def _search(plan: _Plan, ctx: Context, number: int) -> dict[str, Any]:
     """Search, derive and retrain with the weight `number`; what was found as a plain row."""
+    import safetensors.torch
+
+    from slimray import models
+    from slimray.train.methods.paths import PathSampling, entropy
+    from slimray.verbs import networks, stages
+
     job, weight = plan.job, plan.job.weights[number]
     goal, spec = replace(plan.costs, weight=weight), job.search
-    held = job.hold_out
-    paths = PathSampling(goal, spec.gradient, spec.arch_lr, spec.nets, held, spec.every)
+    paths = PathSampling(goal, spec.gradient, spec.arch_lr, spec.nets, job.hold_out, spec.every)
     init = InitSpec.model_validate({"from": f"{plan.warmup_uri}/model/weights.safetensors"})
     title = f"{job.name}: search, weight {weight:g}"
     searching = stage_job(job, "search", init)
-    stage = _train_stage(ctx, plan.folder("01-search", number), searching, plan.searched, title, paths)
+    stage = stages.train_stage(
+        ctx, plan.folder("01-search", number), searching, plan.searched, title,
+        lambda config: replace(config, method=paths), keep_metrics=True,
+    )  # fmt: skip
     weights, model, _ = runs.read_model(stage)
-    net = cast(MixedNet, models.build(**model))
+    net: Any = models.build(**model)
     net.load_state_dict(safetensors.torch.load(weights))
     path, alphas = net.most_likely(), [block.alphas.double() for block in net.mixed]
     blocks = net.describe(path)
@@ -368,11 +357,12 @@ def _search(plan: _Plan, ctx: Any, number: int) -> dict[str, Any]:
     ctx.console.print(f"{job.name}: weight {weight:g}: found {blocks}", highlight=False)
     retraining = stage_job(job, "retrain", blocks=blocks)
     title = f"{job.name}: retrain, weight {weight:g}"
-    retrained = _train_stage(ctx, plan.folder("02-retrain", number), retraining, plan.whole, title)
+    folder = plan.folder("02-retrain", number)
+    retrained = stages.train_stage(ctx, folder, retraining, plan.whole, title, keep_metrics=True)
     numbers = json.loads(runs.read_file(retrained, "results.json"))["last"]
-    known = train.facts(retraining, plan.whole.splits.card, None)
+    known = networks.facts(retraining, plan.whole.splits.card, None)
     row = {
-        "run": plan.derived_name(number),
+        "run": _derived_name(job, number),
         "weight": weight,
         METRIC: numbers[f"val/{METRIC}"],
         "cost": goal.of(path),
@@ -387,84 +377,70 @@ def _search(plan: _Plan, ctx: Any, number: int) -> dict[str, Any]:
     return row
 
 
-def _write_derived(plan: _Plan, ctx: Any, row: dict[str, Any], numbers: dict[str, Any], retrained: runs.Run) -> None:
-    """What was found, retrained, as a finished run."""
-    run = runs.open_run(ctx.storage, row["run"])
-    status = runs.read_status(run) if runs.exists(run, "status.json") else None
-    if status is not None and status.state == "finished":
+def _write_derived(
+    plan: _Plan, ctx: Context, row: dict[str, Any], numbers: dict[str, Any], retrained: runs.Run
+) -> None:
+    """Write what was found, retrained, as a finished run."""
+    from slimray.verbs import stages, subnets
+
+    if stages.is_finished(runs.open_run(ctx.storage, row["run"])):
         return
-    weights, model, taken = runs.read_model(retrained)
-    document = {"kind": "subnet", "name": run.name, "search": plan.job.name, "supernet": ctx.run.uri}
-    document |= {"blocks": row["blocks"], "data": plan.job.data.model_dump(mode="json", by_alias=True)}
-    if status is None:
-        runs.begin(run, document, ctx.attempt)
-    runs.write_model(run, weights, model, taken)
+    source = {"search": plan.job.name, "supernet": ctx.run.uri, "blocks": row["blocks"]}
+    source |= {"data": plan.job.data.model_dump(mode="json", by_alias=True)}
     costs = {name: row[name] for name in ("params", "macs", "cost")}
-    runs.write_card(run, {"metrics": {"last": numbers}, "costs": costs, "supernet": ctx.run.uri})
-    runs.write_report(run, pages.train_report(run))
-    runs.end(run, "finished")
+    subnets.write_subnet(ctx, row["run"], source, runs.read_model(retrained), numbers, costs)
 
 
-def run(job: ProxylessJob, ctx: Any) -> None:
+def run(job: ProxylessJob, ctx: Context) -> None:
     """Search, derive and retrain in the run folder `ctx.run`."""
-    splits = open_splits(job.data, ctx.where, ctx.storage, train.split_names(job))
+    from slimray.report import pages
+    from slimray.train.methods.paths import PathSampling
+    from slimray.verbs import stages, subnets
+
+    splits = inputs.open_splits(job.data, ctx.where, ctx.storage, checks.split_names(job.data))
     try:
         facts(job, splits.card, splits.tables[job.data.train].num_rows)
         costs = make_goal(job, _on_meta(job, splits.card.num_classes), job.weights[0])
     except UserError as error:
         raise UserError(located(str(error), ctx.where)) from None
     name = job.data.train
-    kept, out = shrink.held_out(cast(Any, job), splits.tables[name])
-    at_once = 0 if job.sweep is None else job.sweep.concurrent
-    workers.connect(max(ctx.cpus, at_once * workers.local_cpus(job.scale) + min(1, at_once)))
-    workers.require(job.scale, workers.decode_slots(job.scale))
-    learning = _Data.of(splits, name, kept)
-    warmup = stage_job(job, "warmup", job.init)
-    stage = _train_stage(ctx, "00-warmup", warmup, learning, f"{job.name}: warm-up", PathSampling())
-    searched = _Data.of(splits, name, pa.concat_tables([kept, cast(pa.Table, out)]))
-    plan = _Plan(job, searched, _Data.of(splits, name, splits.tables[name]), stage.uri, costs)
+    kept, out = subnets.hold_out(splits.tables[name], job.hold_out, job.seed)
+    stages.connect(job.scale, ctx.cpus, 0 if job.sweep is None else job.sweep.concurrent)
+    learning = stages.Data.of(splits, {name: kept})
+
+    def uniform(config: Any) -> Any:  # the most likely path means nothing yet
+        return replace(config, sources={"train": config.sources["train"]}, method=PathSampling())
+
+    warmup, title = stage_job(job, "warmup", job.init), f"{job.name}: warm-up"
+    stage = stages.train_stage(ctx, "00-warmup", warmup, learning, title, uniform, keep_metrics=True)
+    searched = stages.Data.of(splits, {name: pa.concat_tables([kept, cast(pa.Table, out)])})
+    plan = _Plan(job, searched, stages.Data.of(splits), stage.uri, costs)
     for number in range(len(job.weights)):
-        _require_free(plan, ctx, number)
+        inputs.require_free(ctx.storage, _derived_name(job, number), job.name, f"{ctx.where}: name")
     rows = [_search(plan, ctx, 0)] if job.sweep is None else _sweep(plan, ctx)
     results = {"metric": METRIC, "cost": job.latency.cost, "ref": job.latency.ref, "rows": rows}
-    dataset = {"name": splits.card.name, "fingerprint": splits.fingerprint}
     metrics = {"rows": [{key: row[key] for key in ("run", "weight", METRIC, "cost", "macs")} for row in rows]}
-    ctx.finish({"metrics": metrics, "dataset": dataset}, results)
+    ctx.finish({"metrics": metrics, "dataset": plan.whole.description}, results)
     runs.write_report(ctx.run, pages.proxyless_report(ctx.run))
-
-
-def _require_free(plan: _Plan, ctx: Any, number: int) -> None:
-    """Raise UserError if the run that a search is to make is there already, and is not of this one."""
-    derived = runs.open_run(ctx.storage, plan.derived_name(number))
-    if runs.exists(derived, "job.yaml") and runs.read_job(derived).get("search") != plan.job.name:
-        raise UserError(f"{ctx.where}: name: there is a run {derived.name!r} already: choose another name")
 
 
 # --------------------------------------------------------------------------------------------------------- sweep
 
 
-def _sweep(plan: _Plan, ctx: Any) -> list[dict[str, Any]]:
-    """The searches of all weights as Tune trials, `sweep.concurrent` at once; their rows in order."""
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+def _sweep(plan: _Plan, ctx: Context) -> list[dict[str, Any]]:
+    """Do the searches of all weights as Tune trials, `sweep.concurrent` at once; return their rows in order."""
+    from ray import tune
+
+    from slimray.verbs import trials
+
     sweep = cast(TradeOffSpec, plan.job.sweep)
     folder = (ctx.run.uri, absolute(ctx.storage), ctx.attempt, ctx.where, ctx.cpus)  # a trial has a folder of its own
     trial = tune.with_parameters(_trial, plan=plan, folder=folder)
     ctx.console.print(f"{plan.job.name}: {len(sweep.weights)} searches, {sweep.concurrent} at once", highlight=False)
-    with tempfile.TemporaryDirectory(prefix="slimray-") as scratch:
-        tuner = tune.Tuner(
-            tune.with_resources(trial, {"cpu": 0.1}),  # it waits for the workers it starts, which have their own
-            param_space={"number": tune.grid_search(list(range(len(sweep.weights))))},
-            tune_config=tune.TuneConfig(max_concurrent_trials=sweep.concurrent),
-            run_config=tune.RunConfig(
-                name=f"{plan.job.name}-{uuid.uuid4().hex[:8]}",
-                storage_path=scratch,
-                verbose=0,
-                failure_config=tune.FailureConfig(max_failures=0),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            ),
-        )
-        metrics = [result.metrics or {} for result in tuner.fit()]
+    waiting = tune.with_resources(trial, {"cpu": 0.1})  # it waits for the workers it starts, which have their own
+    setup = tune.TuneConfig(max_concurrent_trials=sweep.concurrent)
+    space = {"number": tune.grid_search(list(range(len(sweep.weights))))}
+    metrics = [result.metrics or {} for result in trials.run_trials(plan.job.name, waiting, setup, space)]
     told = {one["number"]: one for one in metrics if "number" in one}
     for number, weight in enumerate(sweep.weights):
         if number not in told:
@@ -475,7 +451,9 @@ def _sweep(plan: _Plan, ctx: Any) -> list[dict[str, Any]]:
 
 
 def _trial(config: dict[str, Any], plan: _Plan, folder: tuple[str, str, int, str, int]) -> None:
-    """One search of a sweep; tells its row as JSON, or the sentence that ended it."""
+    """Do one search of a sweep; report its row as JSON, or the sentence that ended it."""
+    from ray import tune
+
     uri, storage, attempt, where, cpus = folder
     ctx = Context(runs.run_at(uri), storage, attempt, where, Console(quiet=True), cpus)
     told = {"number": config["number"], "row": "", "failed": ""}

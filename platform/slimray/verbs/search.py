@@ -1,46 +1,37 @@
 """`kind: search`: subnets of a finished supernet looked for under limits on what they cost, as Ray Tune trials.
 
-A trial cuts out a subnet, re-calibrates it and scores it on samples held out of training (jobs/judge.py); it trains
-nothing. What is tried next is a function of the past (strategies.py): a thin adapter hands it to Tune. Every finished
-trial is a JSON file of the run, and a search that was cut off goes on from those, never from a pickle. For each target
-the best subnet within its limits is scored once on the split for the end, and becomes a run of its own, ready to be
-evaluated, predicted with, or trained on (`init: {from: NAME-TARGET}`).
+A trial cuts out a subnet, re-calibrates it and scores it on samples held out of training (subnets.py); it trains
+nothing. What is tried next is a function of the past (search/strategies.py), which a thin adapter hands to Tune. Every
+finished trial is a JSON file of the run, and a search that was cut off goes on from those, never from a pickle. For
+each target the best subnet within its limits is scored once on the split for the end, and becomes the run NAME-TARGET,
+a network like any other: evaluated, predicted with, trained on (`model: {run: NAME-TARGET}`).
 """
 
 import json
-import os
-import tempfile
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 from pydantic import Field, model_validator
-from ray import tune
-from ray.tune.search import Searcher
 
-from slimray import models, runs
+from slimray import runs
 from slimray.arch import Arch
-from slimray.data.index import INDEX
-from slimray.data.pipeline import Source
+from slimray.data.modalities import at_size
 from slimray.data.spec import DataSpec
-from slimray.edge import cost, hardware
-from slimray.edge.arch_costs import COUNTED, MEASURED, Meter, Prices
-from slimray.report import pages
-from slimray.search import predictor, strategies
+from slimray.edge import COUNTED, MEASURED
+from slimray.search import strategies
 from slimray.search.strategies import Problem, Trial
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean, located, parse
-from slimray.train import workers
 from slimray.train.spec import ScaleSpec
-from slimray.verbs.inputs import finished_run, open_splits
-from slimray.verbs.subnets import Exhibits, Judge, JudgeSpec, decode, judge_all, metric_of
+from slimray.verbs import inputs
+from slimray.verbs.context import CheckContext, Context, Made
+from slimray.verbs.specs import JudgeSpec, WorkerJob
 
 COSTS = (*COUNTED, *MEASURED)
-HELD_OUT = "held_out"  # in place of a split: training samples that the shrink run kept out
+HELD_OUT = "held_out"  # in place of a split: training samples that the run of the supernet kept out
 
 
 class TargetSpec(Spec):
@@ -56,8 +47,10 @@ class TargetSpec(Spec):
     from its data sheet), or a `.yaml` file that describes a device."""
 
 
-class SearchJob(Spec):
+class SearchJob(WorkerJob):
     """Search a supernet for subnets under limits."""
+
+    streams: ClassVar[bool] = False
 
     kind: Literal["search"]
     name: str
@@ -96,30 +89,45 @@ class SearchJob(Spec):
         return self
 
 
-def facts(job: SearchJob, where: str, storage: str, ahead: Mapping[str, Any]) -> dict[str, Any]:
-    """What can be known before machines are asked for; UserError for a supernet or limits that do not fit."""
+Job = SearchJob
+
+
+def check(job: SearchJob, ctx: CheckContext) -> dict[str, Any]:
+    """Return the targets and how much is tried; the archs there are, once the supernet is."""
     out: dict[str, Any] = {"supernet": job.supernet, "targets": [target.name for target in job.targets]}
     out["evaluations"] = job.strategy.num_evaluations * len(job.targets)
-    _require_free_names(job, where, storage)
-    nothing_held = f"{where}: split: {job.supernet!r} held no samples out (hold_out: 0): name a split, or shrink anew"
-    if job.supernet in ahead:
-        before = ahead[job.supernet]
-        if before.kind != "shrink":
-            raise UserError(f"{where}: supernet: {job.supernet!r} is of kind {before.kind}, it makes no supernet")
-        if job.split == HELD_OUT and not before.hold_out:
-            raise UserError(nothing_held)
-        return out
-    found = _find(job, where, storage)
-    if job.split == HELD_OUT and not runs.exists(found, "data/held_out.parquet"):
-        raise UserError(nothing_held)
-    net = _on_meta(found)
-    out["archs"] = net.space.num_archs()
-    _require_possible(job, where, net, _recipe(found))
+    with ctx.noting():
+        _require_free_names(job, ctx.where, ctx.storage)
+        made = ctx.require(job.supernet, ("supernet",), "supernet")
+        if made is not None:
+            _require_held_out(job, made.held_out > 0)
+            return out
+        found = _find(job, ctx.where, ctx.storage)
+        _require_held_out(job, runs.exists(found, "data/held_out.parquet"))
+        net = _on_meta(found)
+        out["archs"] = net.space.num_archs()
+        _require_possible(job, ctx.where, net, _recipe(found))
     return out
 
 
+def makes(job: SearchJob) -> dict[str, Made]:
+    """Return the tables of the search, and a network for each target."""
+    return {job.name: Made("table")} | {
+        _name(job, target): Made("network", like=job.supernet) for target in job.targets
+    }
+
+
+def _name(job: SearchJob, target: TargetSpec) -> str:
+    return f"{job.name}-{target.name}"
+
+
 def _find(job: SearchJob, where: str, storage: str) -> runs.Run:
-    return finished_run(job.supernet, storage, "shrink", "supernet", f"{where}: supernet")
+    return inputs.finished_run(job.supernet, storage, ("supernet",), f"{where}: supernet")
+
+
+def _require_held_out(job: SearchJob, held_out: bool) -> None:
+    if job.split == HELD_OUT and not held_out:
+        raise UserError(f"split: {job.supernet!r} held no samples out (hold_out: 0): name a split, or shrink anew")
 
 
 def _require_possible(job: SearchJob, where: str, net: Any, recipe: Mapping[str, Any]) -> None:
@@ -135,37 +143,42 @@ def _require_possible(job: SearchJob, where: str, net: Any, recipe: Mapping[str,
 def _require_free_names(job: SearchJob, where: str, storage: str) -> None:
     """Raise UserError if the run that a target's subnet becomes is there already, and is not of this search."""
     for target in job.targets:
-        run = runs.open_run(storage, f"{job.name}-{target.name}")
-        if runs.exists(run, "job.yaml") and runs.read_job(run).get("search") != job.name:
-            raise UserError(f"{where}: targets.{target.name}: there is a run {run.name!r} already: name it otherwise")
+        inputs.require_free(storage, _name(job, target), job.name, f"{where}: targets.{target.name}")
 
 
 def _on_meta(found: runs.Run) -> Any:
-    model = json.loads(runs.read_file(found, "model/model.json"))
+    from slimray import models
+    from slimray.edge import cost
+
+    model = inputs.read_model(found, found.uri)
     return cost.build_on_meta(lambda: models.build(**model))
 
 
 def _recipe(found: runs.Run) -> dict[str, Any]:
-    return json.loads(runs.read_file(found, "model/input.json"))["recipe"]
+    return inputs.read_input(found, found.uri)["recipe"]
 
 
 # --------------------------------------------------------------------------------------------------------- costs
 
 
 def arch_costs(net: Any, recipe: Mapping[str, Any]) -> Callable[[Arch], dict[str, float]]:
-    """What an arch of the supernet `net` (on the meta device) costs: parameters, MACs and memory, counted exactly."""
+    """Return the function from an arch of `net`, on the meta device, to its counted costs: params, MACs, memory."""
     return _prices(net, recipe).arch_costs
 
 
-def _prices(net: Any, recipe: Mapping[str, Any]) -> Prices:
+def _prices(net: Any, recipe: Mapping[str, Any]) -> Any:
+    from slimray.edge.arch_costs import Prices
+
     return Prices(net, recipe["num_points"] if recipe["kind"] == "points" else None)
 
 
-def _meter(target: TargetSpec) -> Meter | None:
+def _meter(target: TargetSpec) -> Any:
+    from slimray.edge import hardware
+
     return hardware.named(target.hardware, "hardware") if target.hardware else None
 
 
-def _problem(prices: Prices, target: TargetSpec, strategy: strategies.Strategy) -> Problem:
+def _problem(prices: Any, target: TargetSpec, strategy: strategies.Strategy) -> Problem:
     """The search of a target; of the costs only those that it asks for, so that pricing many archs is fast."""
     names = [*target.limits, *(strategy.objectives if isinstance(strategy, strategies.Nsga2) else ())]
     told = (*COUNTED, *(prices.meter.names if prices.meter else ()))
@@ -176,6 +189,8 @@ def _problem(prices: Prices, target: TargetSpec, strategy: strategies.Strategy) 
             raise UserError(f"{field}: {name}: {of} does not tell it: name a hardware that does")
 
     def fit(codes: np.ndarray, metrics: np.ndarray, seed: int) -> Any:
+        from slimray.search import predictor
+
         return predictor.fit_predictor(prices.net.space, codes, metrics, seed)
 
     return Problem(prices.table, prices.matrix(list(dict.fromkeys(names))), target.limits, fit)
@@ -191,7 +206,7 @@ class _Progress:
     job: SearchJob
     run: runs.Run
     target: TargetSpec
-    prices: Prices
+    prices: Any
     problem: Problem
     measured: dict[Arch, dict[str, float]]
     metric: str
@@ -253,6 +268,20 @@ class _Progress:
         plain = {"index": index, "arch": arch.to_dict(), "metric": metric, "metrics": metrics, "costs": costs}
         runs.write_file(self.run, f"trials/{self.target.name}/{index:06d}.json", json.dumps(plain).encode())
 
+    def start(self, trial: str) -> dict[str, Any] | None:
+        """Return what Tune's `trial` is to do; None while nothing can be proposed."""
+        chosen = self.next()
+        if chosen is None:
+            return None
+        self.running[trial] = chosen
+        return {"index": chosen[0], "arch": chosen[1].to_dict()}
+
+    def end(self, trial: str, metrics: dict[str, float]) -> None:
+        """Write a trial that is over, once: Tune says so twice where it stops one that says itself that it is done."""
+        known = self.running.pop(trial, None)
+        if known is not None:
+            self.note(*known, metrics)
+
     @property
     def is_done(self) -> bool:
         """Whether no trial is left to run."""
@@ -263,64 +292,14 @@ def _number(value: float | None) -> float:
     return float("nan") if value is None else float(value)
 
 
-class _Adapter(Searcher):
-    """A strategy as Tune asks for it; what was tried is known to `progress` alone."""
-
-    def __init__(self, progress: _Progress):
-        super().__init__(metric="metric", mode="max")
-        self.progress = progress
-
-    def suggest(self, trial_id: str) -> Any:
-        chosen = self.progress.next()
-        if chosen is None:
-            return Searcher.FINISHED if self.progress.is_done else None
-        self.progress.running[trial_id] = chosen
-        return {"index": chosen[0], "arch": chosen[1].to_dict()}
-
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        known = self.progress.running.pop(trial_id, None)
-        if known is None:
-            return  # Tune says so twice where it stops a trial that says itself that it is done
-        index, arch = known
-        told = {} if error or result is None else result  # Tune hands nested results over with names in a row
-        metrics = {name.removeprefix("metrics/"): v for name, v in told.items() if name.startswith("metrics/")}
-        self.progress.note(index, arch, metrics)
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: the trials on storage are the state."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing, see `save`."""
-
-
-class _Trainable(tune.Trainable):
-    """A trial; its process keeps the judge for the next one."""
-
-    def setup(self, config: dict[str, Any], run_uri: str = "", exhibits: Any = None, spec: Any = None) -> None:
-        self.judge = Judge(run_uri, exhibits, spec, "cuda" if ray.get_gpu_ids() else "cpu")
-        self.arch = config["arch"]
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.arch = new_config["arch"]
-        return True
-
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Nothing to keep: a trial that was cut off is done again."""
-        return {}
-
-    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Nothing, see `save_checkpoint`."""
-
-    def step(self) -> dict[str, Any]:
-        metrics = self.judge.score(self.arch)
-        return {"metrics": metrics, "metric": 0.0, "done": True}
-
-
-def run(job: SearchJob, ctx: Any) -> None:
+def run(job: SearchJob, ctx: Context) -> None:
     """Search for every target of `job` in the run folder `ctx.run`."""
+    from slimray.train import workers
+    from slimray.verbs import subnets
+
     found = _find(job, ctx.where, ctx.storage)
     net, recipe = _on_meta(found), _recipe(found)
-    metric, measured = metric_of(recipe), {}
+    metric, measured = subnets.metric_of(recipe), {}
     _require_possible(job, ctx.where, net, recipe)
     searches, of_net = [], _prices(net, recipe)
     for target in job.targets:
@@ -331,56 +310,48 @@ def run(job: SearchJob, ctx: Any) -> None:
         progress.read()
     workers.connect(ctx.cpus)
     workers.require(job.scale, 0)
-    exhibits: dict[str, Exhibits] = {}
+    exhibits: Any = None
     for progress in searches:
         if progress.next() is not None or not progress.is_done:
-            exhibits["search"] = exhibits.get("search") or _exhibits(job, ctx, found, job.split)
+            exhibits = exhibits or _exhibits(job, ctx, found, job.split)
             ctx.console.print(f"{job.name}: {progress.target.name}: {progress.total} archs to try", highlight=False)
-            _tune(job, found, progress, exhibits["search"])
+            _tune(job, found, progress, exhibits)
     chosen = {progress.target.name: _best(progress) for progress in searches}
     final = job.final or _data(found, ctx.where).val or _data(found, ctx.where).train
     archs = [chosen[target.name].arch for target in job.targets]
-    judged = dict(judge_all(found.uri, _exhibits(job, ctx, found, final), job.judge, archs, job.scale, weights=True))
+    last = _exhibits(job, ctx, found, final)
+    judged = dict(subnets.judge_all(found.uri, last, job.judge, archs, job.scale, weights=True))
     rows = []
     for number, target in enumerate(job.targets):
         trial, (scored, weights) = chosen[target.name], judged[number]
-        run_of = _write_subnet(job, ctx, found, target, trial, scored, weights)
-        rows.append({"target": target.name, "run": run_of.name, "searched": trial.metric, metric: scored[metric]})
-        rows[-1] |= {**trial.costs, "limits": target.limits, "arch": trial.arch.to_dict()}
+        _write_subnet(job, ctx, found, target, trial, scored, weights)
+        rows.append({"target": target.name, "run": _name(job, target), "searched": trial.metric})
+        rows[-1] |= {metric: scored[metric], **trial.costs, "limits": target.limits, "arch": trial.arch.to_dict()}
         meter = searches[number].prices.meter
         if meter is not None:
             rows[-1] |= {"hardware": meter.name, "how": meter.how, "source": meter.source}
     _finish(job, ctx, searches, rows, metric)
 
 
-def _tune(job: SearchJob, found: runs.Run, progress: _Progress, exhibits: Exhibits) -> None:
+def _tune(job: SearchJob, found: runs.Run, progress: _Progress, exhibits: Any) -> None:
     """Run the trials of a target that are left."""
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    from ray import tune
+
+    from slimray.verbs import subnets, trials
+
     resources = {"cpu": job.scale.cpus_per_worker} | (
         {"gpu": job.scale.gpus_per_worker} if job.scale.gpus_per_worker else {}
     )
-    trainable = tune.with_parameters(_Trainable, run_uri=found.uri, exhibits=exhibits, spec=job.judge)
-    with tempfile.TemporaryDirectory(prefix="slimray-") as scratch:
-        tuner = tune.Tuner(
-            tune.with_resources(trainable, resources),
-            tune_config=tune.TuneConfig(
-                search_alg=_Adapter(progress),
-                num_samples=progress.total - len(progress.history),
-                max_concurrent_trials=job.scale.most,
-                reuse_actors=True,
-                metric="metric",
-                mode="max",
-            ),
-            run_config=tune.RunConfig(
-                name=f"{job.name}-{uuid.uuid4().hex[:8]}",
-                storage_path=scratch,
-                verbose=0,
-                failure_config=tune.FailureConfig(max_failures=job.scale.retries),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            ),
-        )
-        tuner.fit()
+    trainable = tune.with_parameters(subnets.JudgeTrial, run_uri=found.uri, exhibits=exhibits, spec=job.judge)
+    setup = tune.TuneConfig(
+        search_alg=trials.ProposalSearch(progress),
+        num_samples=progress.total - len(progress.history),
+        max_concurrent_trials=job.scale.most,
+        reuse_actors=True,
+        metric="metric",
+        mode="max",
+    )
+    trials.run_trials(job.name, tune.with_resources(trainable, resources), setup, retries=job.scale.retries)
     if not progress.is_done and progress.next() is not None:
         raise RunFailed(f"{progress.target.name}: Tune ended after {len(progress.history)} of {progress.total} trials")
 
@@ -396,11 +367,13 @@ def _data(found: runs.Run, where: str) -> DataSpec:
     return parse(DataSpec, runs.read_job(found).get("data") or {}, f"{where}: supernet: {found.uri}/job.yaml: data")
 
 
-def _exhibits(job: SearchJob, ctx: Any, found: runs.Run, split: str) -> Exhibits:
-    """Training samples to calibrate with and samples of `split` to score, decoded once."""
+def _exhibits(job: SearchJob, ctx: Context, found: runs.Run, split: str) -> Any:
+    """Return training samples to calibrate with and samples of `split` to score, decoded once."""
+    from slimray.verbs import subnets
+
     data = _data(found, ctx.where)
     wanted = [data.train] if split == HELD_OUT else list(dict.fromkeys([data.train, split]))
-    splits = open_splits(data, ctx.where, ctx.storage, wanted)
+    splits = inputs.open_splits(data, ctx.where, ctx.storage, wanted)
     recipe, table = _recipe(found), splits.tables[data.train]
     if split == HELD_OUT:
         kept = pq.read_table(pa.BufferReader(runs.read_file(found, "data/held_out.parquet")))
@@ -408,40 +381,41 @@ def _exhibits(job: SearchJob, ctx: Any, found: runs.Run, split: str) -> Exhibits
         table = table.filter(pa.array([path not in out for path in table.column("path").to_pylist()]))
     else:
         kept = splits.tables[split]
-
-    def source(rows: pa.Table) -> Source:
-        return Source(splits.root, ray.put(rows.select(INDEX.names)), rows.num_rows)
-
-    timeout, count = data.decode_timeout_s, min(job.judge.calibrate, table.num_rows)
-    calibrate = decode(source(table), recipe | {"mode": "train"}, count, job.seed, True, timeout)
-    count = min(job.judge.samples or kept.num_rows, kept.num_rows)
-    return Exhibits(calibrate, decode(source(kept), recipe, count, job.seed, False, timeout))
+    train = (subnets.put_table(splits.root, table), recipe | {"mode": "train"})
+    score = (subnets.put_table(splits.root, kept), recipe)
+    return subnets.make_exhibits(job.judge, train, score, job.seed, data.decode_timeout_s)
 
 
 def _write_subnet(
     job: SearchJob,
-    ctx: Any,
+    ctx: Context,
     found: runs.Run,
     target: TargetSpec,
     trial: Trial,
     scored: Mapping[str, float],
     weights: bytes,
-) -> runs.Run:
-    """The chosen subnet as a finished run."""
-    run, arch = runs.open_run(ctx.storage, f"{job.name}-{target.name}"), trial.arch
+) -> None:
+    """Write the chosen subnet as a finished run, whose samples have the resolution and frames of its arch."""
+    from slimray.verbs import subnets
+
+    arch = trial.arch
     _, model, taken = runs.read_model(found)
-    document = {"kind": "subnet", "name": run.name, "search": job.name, "supernet": found.uri, "arch": arch.to_dict()}
-    runs.begin(run, document | {"data": runs.read_job(found).get("data")}, ctx.attempt)
-    sizes = {"resolution": "size", "frames": "num_segments"}
-    recipe = taken["recipe"] | {field: int(arch[name]) for name, field in sizes.items() if arch.get(name) is not None}
-    runs.write_model(run, weights, model | {"arch": arch.to_dict()}, taken | {"recipe": recipe})
-    runs.write_card(run, {"metrics": {"last": dict(scored)}, "costs": dict(trial.costs), "supernet": found.uri})
-    runs.write_report(run, pages.train_report(run))
-    runs.end(run, "finished")
-    return run
+    space = _on_meta(found).space
+    side, frames = space.input_of(arch, "side"), space.input_of(arch, "frames")
+    source = {"search": job.name, "supernet": found.uri, "arch": arch.to_dict()}
+    recipe = dict(taken["recipe"])
+    if side is not None:
+        recipe = at_size(recipe, side)
+    if frames is not None:
+        recipe |= {"num_segments": frames}
+    held = (weights, model | {"arch": arch.to_dict()}, taken | {"recipe": recipe})
+    source |= {"data": runs.read_job(found).get("data")}
+    subnets.write_subnet(ctx, _name(job, target), source, held, scored, trial.costs)
 
 
-def _finish(job: SearchJob, ctx: Any, searches: Sequence[_Progress], rows: list[dict], metric: str) -> None:
+def _finish(job: SearchJob, ctx: Context, searches: Sequence[_Progress], rows: list[dict], metric: str) -> None:
+    from slimray.report import pages
+
     trials = [trial for progress in searches for trial in progress.trials if trial.metric == trial.metric]
     different = {trial.arch: trial for trial in trials}
     fronts = {name: strategies.front(different.values(), [name]) for name in COUNTED}

@@ -10,36 +10,24 @@ the supernet: `search` reads it.
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-import safetensors.torch
 from pydantic import Field, model_validator
 
-from slimray import models, runs
+from slimray import runs
 from slimray.arch import Arch, Space
-from slimray.data.index import INDEX
-from slimray.data.pipeline import Source
 from slimray.data.spec import DataSpec
-from slimray.edge import cost
-from slimray.models.supernets.elastic import sort_channels
-from slimray.report import pages
 from slimray.runs.notify import NotifySpec
 from slimray.runs.tracking import TrackingSpec
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean
-from slimray.train import loop, workers
-from slimray.train.methods.supernet import Supernet
-from slimray.train.progress import follow
 from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, OptimSpec, ScaleSpec
-from slimray.verbs import train
-from slimray.verbs.inputs import Splits, open_splits
-from slimray.verbs.subnets import Exhibits, Judge, JudgeSpec, decode, judge_all, metric_of
-from slimray.verbs.train import ModelSpec, TrainJob
-from slimray.verbs.trials import SweepSpec, sweep, watch_losses
+from slimray.verbs import checks, inputs
+from slimray.verbs.context import CheckContext, Context, Made, trained_on
+from slimray.verbs.specs import JudgeSpec, ModelSpec, SharedOptimSpec, SweepSpec, TrainJob, WorkerJob
 
 TUNED = ("lr", "warmup_epochs", "distill_weight", "subnets")  # what a sweep over a stage may change
 
@@ -82,27 +70,7 @@ class StageSpec(Spec):
         return StageSpec.model_validate(plain | {"subnets": int(plain["subnets"])})
 
 
-class SharedOptimSpec(OptimSpec):
-    """How the weights are changed in all stages; each stage has its own learning rate and epochs."""
-
-    lr: float = Field(1.0, exclude=True)
-    """Belongs to the stages."""
-    epochs: int = Field(1, exclude=True)
-    """Belongs to the stages."""
-    warmup_epochs: float = Field(0, exclude=True)
-    """Belongs to the stages."""
-
-    @model_validator(mode="after")
-    def _stages_decide(self) -> "SharedOptimSpec":
-        for name in ("lr", "epochs", "warmup_epochs", "milestones"):
-            if name in self.model_fields_set:
-                raise ValueError(f"{name}: belongs to each of the stages, write it there")
-        if self.mutual:
-            raise ValueError("mutual: is for plain networks, leave it out with a supernet")
-        return self
-
-
-class ShrinkJob(Spec):
+class ShrinkJob(WorkerJob):
     """Train a supernet by progressive shrinking."""
 
     kind: Literal["shrink"]
@@ -193,16 +161,40 @@ def spaces(job: ShrinkJob, space: Space) -> list[Space]:
     return out
 
 
+Job = ShrinkJob
+
+
+def check(job: ShrinkJob, ctx: CheckContext) -> dict[str, Any]:
+    """Return what is known of the first stage, the number of archs of each stage, and the steps of all of them."""
+    from slimray.verbs import networks
+
+    def known(card: Any, num_train: int | None) -> dict[str, Any]:
+        there = networks.with_network_if_there(job, ctx, card)
+        if there is None:
+            return {"model": f"that of {job.model.run}"}
+        return facts(there, card, num_train)
+
+    return checks.check_training(job, ctx, known)
+
+
+def makes(job: ShrinkJob) -> dict[str, Made]:
+    """Return the supernet that is trained."""
+    return {job.name: trained_on(job.data, "supernet", job.hold_out)}
+
+
 def facts(job: ShrinkJob, card: Any, num_train: int | None) -> dict[str, Any]:
-    """What can be known before machines are asked for; UserError for what does not fit."""
-    out = train.facts(stage_job(job, 0, job.init), card, num_train)
+    """Return what is known before machines are asked for; UserError for what does not fit."""
+    from slimray.edge import cost
+    from slimray.verbs import networks
+
+    out = networks.facts(stage_job(job, 0, job.init), card, num_train)
     net = _on_meta(job, card.num_classes if card is not None else 1)
     side = net.space.input_of(net.space.largest(), "side")
     if side is not None and job.data.size != side:
         raise UserError(f"data.size: must be {side:g}, the largest resolution of the space (got {job.data.size})")
     steps = 0
     for number, space in enumerate(spaces(job, net.space)):
-        known = train.facts(stage_job(job, number, None), card, num_train)
+        known = networks.facts(stage_job(job, number, None), card, num_train)
         steps += known.get("steps", 0)
         out[f"archs of {job.stages[number].name}"] = space.num_archs()
     if num_train is not None:
@@ -215,20 +207,15 @@ def facts(job: ShrinkJob, card: Any, num_train: int | None) -> dict[str, Any]:
 
 
 def _on_meta(job: ShrinkJob, num_classes: int) -> Any:
-    net = cost.build_on_meta(lambda: models.build(**train.model_options(stage_job(job, 0, None), num_classes)))
-    if not isinstance(getattr(net, "space", None), Space):
+    from slimray import models
+    from slimray.edge import cost
+    from slimray.verbs import networks
+
+    options = networks.model_options(stage_job(job, 0, None), num_classes)
+    if not models.is_supernet(options):
         rows = ", ".join(name for name, row in models.MODELS.items() if row.supernet)
-        raise UserError(f"model.name: {job.model.name} is no supernet, one of {rows}")
-    return net
-
-
-def held_out(job: ShrinkJob, table: pa.Table) -> tuple[pa.Table, pa.Table | None]:
-    """The training index without, and only, the samples that are kept out: a function of the seed."""
-    if not job.hold_out:
-        return table, None
-    order = list(range(table.num_rows))
-    random.Random(f"hold-out-{job.seed}").shuffle(order)
-    return table.take(sorted(order[job.hold_out :])), table.take(sorted(order[: job.hold_out]))
+        raise UserError(f"model.{'run' if job.model.run else 'name'}: {options['name']} is no supernet, one of {rows}")
+    return cost.build_on_meta(lambda: models.build(**options))
 
 
 def sample_archs(space: Space, count: int, seed: int) -> list[Arch]:
@@ -241,31 +228,42 @@ def sample_archs(space: Space, count: int, seed: int) -> list[Arch]:
     return archs
 
 
-def run(job: ShrinkJob, ctx: Any) -> None:
+@dataclass(frozen=True)
+class _Shrinking:
+    """A shrink run under way: its data (`out`: what is held out of training), its supernet and the archs it judges."""
+
+    job: ShrinkJob
+    ctx: Context
+    data: Any
+    out: pa.Table | None
+    net: Any
+    archs: tuple[Arch, ...]
+
+
+def run(job: ShrinkJob, ctx: Context) -> None:
     """Train `job` in the run folder `ctx.run`, stage by stage."""
-    splits = open_splits(job.data, ctx.where, ctx.storage, train.split_names(stage_job(job, 0, None)))
-    kept, out = held_out(job, splits.tables[job.data.train])
-    splits = Splits(splits.root, splits.card, splits.tables | {job.data.train: kept})
+    from slimray.report import pages
+    from slimray.verbs import networks, stages, subnets
+
+    job = networks.with_network(job, ctx.storage, ctx.run)
+    splits = inputs.open_splits(job.data, ctx.where, ctx.storage, checks.split_names(job.data))
+    kept, out = subnets.hold_out(splits.tables[job.data.train], job.hold_out, job.seed)
     net = _on_meta(job, splits.card.num_classes)
     at_once = max((stage.tune.concurrent for stage in job.stages if stage.tune), default=0)
-    workers.connect(max(ctx.cpus, at_once * workers.local_cpus(job.scale) + min(1, at_once)))
-    workers.require(job.scale, workers.decode_slots(job.scale))
-    tables, archs = train.put_tables(splits), sample_archs(net.space, job.judged, job.seed)
-    exhibits: Exhibits | None = None
-    stages: list[dict[str, Any]] = []
+    stages.connect(job.scale, ctx.cpus, at_once)
+    data = stages.Data.of(splits, {job.data.train: kept})
+    work = _Shrinking(job, ctx, data, out, net, tuple(sample_archs(net.space, job.judged, job.seed)))
+    exhibits: Any = None
+    done: list[dict[str, Any]] = []
     previous: runs.Run | None = None
     for number, space in enumerate(spaces(job, net.space)):
-        stage = runs.run_at(f"{ctx.run.uri}/stages/{number:02d}-{job.stages[number].name}")
-        teacher = None if number == 0 else f"{ctx.run.uri}/stages/00-{job.stages[0].name}"
-        status = runs.read_status(stage) if runs.exists(stage, "status.json") else None
-        if status is None or status.state != "finished":
-            _train_stage(job, ctx, number, space, stage, previous, teacher, splits, tables, out, archs)
+        stage = _train_stage(work, number, space, previous)
         if not runs.exists(stage, "results.json"):
-            exhibits = exhibits or _exhibits(job, stage, splits, tables)
-            _judge_stage(job, ctx, stage, archs, exhibits, net)
-        stages.append({"stage": job.stages[number].name, **json.loads(runs.read_file(stage, "results.json"))})
+            exhibits = exhibits or _exhibits(work, stage)
+            _judge_stage(work, stage, exhibits)
+        done.append({"stage": job.stages[number].name, **json.loads(runs.read_file(stage, "results.json"))})
         if job.stages[number].tune:
-            stages[-1]["trials"] = json.loads(runs.read_file(stage, "data/sweep.json"))
+            done[-1]["trials"] = json.loads(runs.read_file(stage, "data/sweep.json"))
         previous = stage
     assert previous is not None
     weights, model, taken = runs.read_model(previous)
@@ -274,109 +272,97 @@ def run(job: ShrinkJob, ctx: Any) -> None:
         sink = pa.BufferOutputStream()
         pq.write_table(out, sink)
         runs.write_file(ctx.run, "data/held_out.parquet", sink.getvalue().to_pybytes())
-    metric = metric_of(taken["recipe"])
+    metric = subnets.metric_of(taken["recipe"])
     last = {
-        f"{which}_{metric}": row[metric]
-        for which, row in zip(("largest", "smallest"), stages[-1]["rows"], strict=False)
+        f"{which}_{metric}": row[metric] for which, row in zip(("largest", "smallest"), done[-1]["rows"], strict=False)
     }
-    card = {"metrics": {"last": last}, "dataset": {"name": splits.card.name, "fingerprint": splits.fingerprint}}
-    ctx.finish(card | {"archs": net.space.num_archs()}, {"stages": stages, "metric": metric})
+    card = {"metrics": {"last": last}, "dataset": data.description}
+    ctx.finish(card | {"archs": net.space.num_archs()}, {"stages": done, "metric": metric})
     runs.write_report(ctx.run, pages.shrink_report(ctx.run))
 
 
-def _train_stage(
-    job: ShrinkJob,
-    ctx: Any,
-    number: int,
-    space: Space,
-    stage: runs.Run,
-    previous: runs.Run | None,
-    teacher: str | None,
-    splits: Splits,
-    tables: Mapping[str, Source],
-    out: pa.Table | None,
-    archs: Sequence[Arch],
-) -> None:
+def _train_stage(work: _Shrinking, number: int, space: Space, previous: runs.Run | None) -> runs.Run:
     """Train one stage in its own folder, or go on with it; several times, with other settings, if it is tuned."""
+    from slimray.train.methods.supernet import Supernet
+    from slimray.verbs import stages
+
+    job, ctx, spec = work.job, work.ctx, work.job.stages[number]
+    folder = f"{number:02d}-{spec.name}"
+    stage = runs.run_at(f"{ctx.run.uri}/stages/{folder}")
     init = job.init
-    if previous is not None:
+    if previous is not None and not stages.is_finished(stage):
         start = f"{stage.uri}/data/start.safetensors"
         if not runs.exists(stage, "data/start.safetensors"):
-            freed = {name: values for spec in job.stages[:number] for name, values in spec.free.items()}
-            weights = _start_weights(previous, freed if job.stages[number].sort_channels else None)
-            runs.write_file(stage, "data/start.safetensors", weights)
+            freed = {name: values for one in job.stages[:number] for name, values in one.free.items()}
+            runs.write_file(
+                stage, "data/start.safetensors", _start_weights(previous, freed if spec.sort_channels else None)
+            )
         init = InitSpec.model_validate({"from": start})
-    as_training = stage_job(job, number, init)
-    if not runs.exists(stage, "status.json"):
-        runs.begin(stage, as_training.model_dump(mode="json"), ctx.attempt)
-    known = train.facts(as_training, splits.card, splits.tables[job.data.train].num_rows)
-    config = train.fit_config(as_training, ctx, stage.uri, splits, tables, known)
-    spec = job.stages[number]
+    teacher = f"{ctx.run.uri}/stages/00-{job.stages[0].name}" if number else None
     method = Supernet(space, spec.subnets, spec.sandwich, spec.distill_weight, teacher)
-    # once others than the largest are trained, scores mean nothing before re-calibration: the judge has that
-    sources = {"train": config.sources["train"]} if number else config.sources
-    config = replace(config, method=method, sources=sources)
-    title = f"{job.name}: {job.stages[number].name} ({number + 1} of {len(job.stages)})"
-    if spec.tune is not None:
-        ctx.console.print(f"{title}: {spec.tune.count} trials", highlight=False)
-        judged = (archs[0],) if number == 0 else tuple(archs)
-        exhibits = _trial_exhibits(job, config, splits, tables, out)
-        work = partial(_trial, job, number, config, exhibits, judged)
-        records = sweep(spec.tune, stage, work, spec.epochs, job.seed)
-        best = runs.run_at(records[0]["uri"])
-        runs.write_model(stage, *runs.read_model(best))
-        runs.write_file(stage, "data/sweep.json", json.dumps(records).encode())
-        runs.end(stage, "finished")
-        settings = ", ".join(f"{name} {value:g}" for name, value in records[0]["settings"].items())
-        ctx.console.print(f"{title}: best with {settings}: {records[0]['score']:.1f}", highlight=False)
-        return
-    with follow(config.board, title, ctx.console, ctx.tell):
-        workers.launch(loop.fit, config, job.scale, job.name, config.board)
-    runs.end(stage, "finished")
+
+    def change(config: Any) -> Any:
+        # once others than the largest are trained, scores mean nothing before re-calibration: the judge has that
+        sources = {"train": config.sources["train"]} if number else config.sources
+        return replace(config, method=method, sources=sources)
+
+    title = f"{job.name}: {spec.name} ({number + 1} of {len(job.stages)})"
+    sweep = partial(_sweep, work, number, stage, title) if spec.tune is not None else None
+    return stages.train_stage(ctx, folder, stage_job(job, number, init), work.data, title, change, work=sweep)
 
 
-def _trial_exhibits(
-    job: ShrinkJob, config: loop.FitConfig, splits: Splits, tables: Mapping[str, Source], out: pa.Table | None
-) -> Exhibits:
-    """What the trials of a stage are judged on: held-out samples if there are any, else the validation split."""
-    recipe, timeout = config.recipes["train"], job.data.decode_timeout_s
-    val_recipe = config.recipes.get("val") or recipe | {"mode": "val"}
+def _sweep(work: _Shrinking, number: int, stage: runs.Run, title: str, config: Any) -> None:
+    """Train a stage with the settings of its sweep; the model of the best trial becomes that of the stage."""
+    from slimray.verbs import subnets, trials
+
+    job, spec = work.job, work.job.stages[number]
+    assert spec.tune is not None
+    work.ctx.console.print(f"{title}: {spec.tune.count} trials", highlight=False)
+    recipe, tables = config.recipes["train"], work.data.tables
     score = tables[job.data.val or job.data.train]
-    if out is not None:
-        score = Source(splits.root, ray.put(out.select(INDEX.names)), out.num_rows)
-    count = min(job.judge.calibrate, tables[job.data.train].num_samples)
-    calibrate = decode(tables[job.data.train], recipe, count, job.seed, True, timeout)
-    samples = min(job.judge.samples or score.num_samples, score.num_samples)
-    return Exhibits(calibrate, decode(score, val_recipe, samples, job.seed, False, timeout))
+    if work.out is not None:
+        score = subnets.put_table(work.data.splits.root, work.out)
+    scored = (score, config.recipes.get("val") or recipe | {"mode": "val"})
+    train = (tables[job.data.train], recipe)
+    exhibits = subnets.make_exhibits(job.judge, train, scored, job.seed, job.data.decode_timeout_s)
+    judged = work.archs[:1] if number == 0 else work.archs
+    trial = partial(_trial, job, number, config, exhibits, judged)
+    records = trials.sweep(spec.tune, stage, trial, spec.epochs, job.seed)
+    runs.write_model(stage, *runs.read_model(runs.run_at(records[0]["uri"])))
+    runs.write_file(stage, "data/sweep.json", json.dumps(records).encode())
+    settings = ", ".join(f"{name} {value:g}" for name, value in records[0]["settings"].items())
+    work.ctx.console.print(f"{title}: best with {settings}: {records[0]['score']:.1f}", highlight=False)
 
 
 def _trial(
     job: ShrinkJob,
     number: int,
-    base: loop.FitConfig,
-    exhibits: Exhibits,
+    base: Any,
+    exhibits: Any,
     archs: Sequence[Arch],
     settings: dict[str, float],
     uri: str,
     tell: Any,
 ) -> dict[str, Any]:
     """Train stage `number` with `settings` in the run `uri`, or go on with it, and score it. In a trial's process."""
+    from slimray.train import loop, workers
+    from slimray.verbs import stages, subnets, trials
+
     run, stage = runs.run_at(uri), job.stages[number].with_settings(settings)
     changed = job.model_copy(update={"stages": (*job.stages[:number], stage, *job.stages[number + 1 :])})
     as_training = stage_job(changed, number, None)
-    status = runs.read_status(run)
-    if status is None or status.state != "finished":
+    if not stages.is_finished(run):
+        status = runs.read_status(run)
         attempt = 1 if status is None else status.attempt + 1
         runs.begin(run, as_training.model_dump(mode="json"), attempt)
-        assert isinstance(base.method, Supernet)
         method = replace(base.method, count=stage.subnets, distill_weight=stage.distill_weight)
         optim = as_training.optim.model_copy(update={"class_weights": base.optim.class_weights})
         plain, board = as_training.model_dump(mode="json"), workers.make_board()
         config = replace(base, run_uri=uri, attempt=attempt, optim=optim, method=method, job=plain, board=board)
-        watch_losses(board, tell, lambda: workers.launch(loop.fit, config, job.scale, run.name, board))
+        trials.watch_losses(board, tell, lambda: workers.launch(loop.fit, config, job.scale, run.name, board))
         runs.end(run, "finished")
     _, _, taken = runs.read_model(run)
-    metric, judge = metric_of(taken["recipe"]), Judge(uri, exhibits, job.judge)
+    metric, judge = subnets.metric_of(taken["recipe"]), subnets.Judge(uri, exhibits, job.judge)
     tune = job.stages[number].tune
     chosen = {"largest": archs[:1], "smallest": archs[min(1, len(archs) - 1) :][:1]}
     scores = [judge.score(arch.to_dict())[metric] for arch in chosen.get(tune.by if tune else "mean", archs)]
@@ -384,35 +370,40 @@ def _trial(
 
 
 def _start_weights(previous: runs.Run, freed: Mapping[str, Sequence[float]] | None) -> bytes:
-    """The weights of the stage before; with what was `freed` until now, the channels sorted by importance."""
+    """Return the weights of the stage before; with what was `freed` until now, the channels sorted by importance."""
     weights, model, _ = runs.read_model(previous)
     if freed is None:
         return weights
+    import safetensors.torch
+
+    from slimray import models
+    from slimray.models.supernets.elastic import sort_channels
+
     net = models.build(**model)
     net.load_state_dict(safetensors.torch.load(weights))
     sort_channels(net, freed)
     return safetensors.torch.save({name: value.contiguous() for name, value in net.state_dict().items()})
 
 
-def _exhibits(job: ShrinkJob, stage: runs.Run, splits: Splits, tables: Mapping[str, Source]) -> Exhibits:
-    """Training samples to calibrate with and validation samples to score, decoded once."""
+def _exhibits(work: _Shrinking, stage: runs.Run) -> Any:
+    """Return training samples to calibrate with and validation samples to score, decoded once."""
+    from slimray.verbs import subnets
+
+    job, tables = work.job, work.data.tables
     _, _, taken = runs.read_model(stage)
-    recipe, source = taken["recipe"], tables[job.data.train]
-    trained = recipe | {"mode": "train"}
-    val = tables[job.data.val or job.data.train]
-    timeout = job.data.decode_timeout_s
-    count = min(job.judge.calibrate, source.num_samples)
-    calibrate = decode(source, trained, count, job.seed, True, timeout)
-    score = decode(val, recipe, min(job.judge.samples or val.num_samples, val.num_samples), job.seed, False, timeout)
-    return Exhibits(calibrate, score)
+    train = (tables[job.data.train], taken["recipe"] | {"mode": "train"})
+    score = (tables[job.data.val or job.data.train], taken["recipe"])
+    return subnets.make_exhibits(job.judge, train, score, job.seed, job.data.decode_timeout_s)
 
 
-def _judge_stage(
-    job: ShrinkJob, ctx: Any, stage: runs.Run, archs: Sequence[Arch], exhibits: Exhibits, net: Any
-) -> None:
+def _judge_stage(work: _Shrinking, stage: runs.Run, exhibits: Any) -> None:
     """Judge the sample of subnets with the weights of a stage and write `results.json`."""
+    from slimray.edge import cost
+    from slimray.verbs import subnets
+
+    job, archs, net = work.job, work.archs, work.net
     rows: list[dict[str, Any]] = [{} for _ in archs]
-    for number, metrics in judge_all(stage.uri, exhibits, job.judge, archs, job.scale):
+    for number, metrics in subnets.judge_all(stage.uri, exhibits, job.judge, archs, job.scale):
         rows[number] = {"arch": archs[number].to_dict(), **metrics}
     if not all(row.get("num_samples") for row in rows):
         raise RunFailed("no sample of the validation split decodes: see quarantine/ in the run folder")
@@ -422,4 +413,4 @@ def _judge_stage(
     runs.write_file(stage, "results.json", json.dumps({"rows": rows}).encode())
     metric = "miou" if "miou" in rows[0] else "top1"
     text = ", ".join(f"{row['subnet']} {row[metric]:.1f}" for row in rows)
-    ctx.console.print(f"{job.name}: {stage.uri.rpartition('/')[2]}: {metric} {text}", highlight=False)
+    work.ctx.console.print(f"{job.name}: {stage.uri.rpartition('/')[2]}: {metric} {text}", highlight=False)

@@ -6,41 +6,33 @@ arch: extract, statistics of BatchNorm from whole batches of training samples (O
 """
 
 import os
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import safetensors.torch
 import torch
-from pydantic import Field
-from ray import exceptions
+from ray import exceptions, tune
 from ray.util import ActorPool
 
 from slimray import runs
 from slimray.arch import Arch, Space
+from slimray.data.index import INDEX
 from slimray.data.pipeline import Batch, FeedConfig, Source, decode_block, failure_of, map_numbers
 from slimray.data.plan import Phase, blocks
-from slimray.spec import RunFailed, Spec
+from slimray.report import pages
+from slimray.spec import RunFailed
 from slimray.tasks import predict
 from slimray.train import batchnorm, learn, loop
 from slimray.train.spec import ScaleSpec
+from slimray.verbs.context import Context
+from slimray.verbs.specs import JudgeSpec
 
 ROWS = 64  # samples decoded by one task
-
-
-class JudgeSpec(Spec):
-    """How subnets are judged."""
-
-    calibrate: int = Field(2000, ge=16)
-    """Training samples whose batches give the subnet its BatchNorm statistics."""
-    calibrate_batch: int = Field(100, ge=2)
-    """Samples of one such batch."""
-    samples: int | None = Field(None, ge=1)
-    """Samples to score on, the first of the split; null takes all."""
-    batch: int = Field(64, ge=1)
-    """Samples scored at once."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +58,62 @@ def decode(source: Source, recipe: dict[str, Any], count: int, seed: int, shuffl
         return tuple(entry.ref for bundle in dataset.iter_internal_ref_bundles() for entry in bundle.blocks)
     except exceptions.RayTaskError as error:
         raise failure_of(error) from error
+
+
+def make_exhibits(
+    spec: JudgeSpec,
+    train: tuple[Source, dict[str, Any]],
+    score: tuple[Source, dict[str, Any]],
+    seed: int,
+    timeout_s: float,
+) -> Exhibits:
+    """Decode what subnets are judged on, once: samples of `train` to calibrate with, the first of `score` to score.
+
+    Each is the index of a split and the recipe of its samples.
+    """
+    count = min(spec.calibrate, train[0].num_samples)
+    calibrate = decode(*train, count, seed, True, timeout_s)
+    count = min(spec.samples or score[0].num_samples, score[0].num_samples)
+    return Exhibits(calibrate, decode(*score, count, seed, False, timeout_s))
+
+
+def put_table(root: str, table: pa.Table) -> Source:
+    """Put an index into the object store, with the columns that reading its samples takes."""
+    return Source(root, ray.put(table.select(INDEX.names)), table.num_rows)
+
+
+def hold_out(table: pa.Table, count: int, seed: int) -> tuple[pa.Table, pa.Table | None]:
+    """Return the training index `table` without, and only, the `count` samples that are kept out of training.
+
+    Which ones is a function of the seed; None for none.
+    """
+    if not count:
+        return table, None
+    order = list(range(table.num_rows))
+    random.Random(f"hold-out-{seed}").shuffle(order)
+    return table.take(sorted(order[count:])), table.take(sorted(order[:count]))
+
+
+def write_subnet(
+    ctx: Context,
+    name: str,
+    source: Mapping[str, Any],
+    model: tuple[bytes, Mapping[str, Any], Mapping[str, Any]],
+    metrics: Mapping[str, float],
+    costs: Mapping[str, float],
+) -> runs.Run:
+    """Write a subnet as the finished run `name`, of which all verbs take networks; return it.
+
+    `source` says in its `job.yaml` where it is from (`search`, `supernet`, ..., and the `data` it was trained on),
+    `model` is what `runs.write_model` takes.
+    """
+    run = runs.open_run(ctx.storage, name)
+    runs.begin(run, {"kind": "subnet", "name": name, **source}, ctx.attempt)
+    runs.write_model(run, *model)
+    runs.write_card(run, {"metrics": {"last": dict(metrics)}, "costs": dict(costs), "supernet": source["supernet"]})
+    runs.write_report(run, pages.train_report(run))
+    runs.end(run, "finished")
+    return run
 
 
 class Judge:
@@ -118,6 +166,31 @@ class Judge:
                 merged = learn.merge_views(logits.float(), batch.data.shape[1], self.network.pixels.average)
                 score.add(merged, torch.from_numpy(batch.label[rows]).to(self.device))  # type: ignore[call-arg]
         return net, {name: value for name, value in score.result().items() if isinstance(value, int | float)}
+
+
+class JudgeTrial(tune.Trainable):
+    """A trial of a search as Tune runs it; its process keeps the judge for the next one."""
+
+    def setup(self, config: dict[str, Any], run_uri: str = "", exhibits: Any = None, spec: Any = None) -> None:
+        """Load the supernet."""
+        self.judge = Judge(run_uri, exhibits, spec, "cuda" if ray.get_gpu_ids() else "cpu")
+        self.arch = config["arch"]
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the arch of the next trial."""
+        self.arch = new_config["arch"]
+        return True
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Keep nothing: a trial that was cut off is done again."""
+        return {}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Do nothing, see `save_checkpoint`."""
+
+    def step(self) -> dict[str, Any]:
+        """Score the arch."""
+        return {"metrics": self.judge.score(self.arch), "metric": 0.0, "done": True}
 
 
 def metric_of(recipe: dict[str, Any]) -> str:

@@ -1,9 +1,9 @@
-"""A sweep: the same work with other settings, as Ray Tune trials, and the best of them.
+"""Trials of Ray Tune; and a sweep: the same work with other settings, and the best of them.
 
-What a trial does is handed in as a function; here is what is tried (a grid, random values, Optuna), how many at once,
-when a trial that lags is stopped (ASHA, "A System for Massively Parallel Hyperparameter Tuning", arXiv 1810.05934), and
-what a trial leaves: a folder `trials/<digest of its settings>/` with `data/trial.json`. A sweep that was cut off goes
-on from those: what is finished is not done again, what was begun is tried first and finds its own checkpoints.
+What a trial of a sweep does is handed in as a function; here is what is tried (a grid, random values, Optuna), how many
+at once, when a trial that lags is stopped (ASHA, "A System for Massively Parallel Hyperparameter Tuning", arXiv
+1810.05934), and what a trial leaves: a folder `trials/<digest of its settings>/` with `data/trial.json`. A sweep that
+was cut off goes on from those: what is finished is not done again, what was begun is tried first.
 """
 
 import hashlib
@@ -16,16 +16,17 @@ import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, Literal
+from typing import Any, Protocol
 
-from pydantic import Field, model_validator
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from slimray import runs, storage
-from slimray.spec import RunFailed, Spec
+from slimray.spec import RunFailed
 from slimray.train import workers
+from slimray.verbs.specs import RangeSpec, SweepSpec
 
 OWN_CPU = 0.01  # of a trial's own process, which waits; its workers ask for themselves. Tune does not take 0
 
@@ -34,54 +35,80 @@ Tell = Callable[[int, float], None]  # (epoch, loss): how a trial stands
 TrialWork = Callable[[Settings, str, Tell], dict[str, Any]]  # (settings, run URI, tell) -> {"score": ..., ...}
 
 
-class RangeSpec(Spec):
-    """Values between two bounds."""
-
-    low: float
-    """Smallest value."""
-    high: float
-    """Largest value."""
-    log: bool = True
-    """Draw the logarithm evenly, in place of the value."""
-
-    @model_validator(mode="after")
-    def _in_order(self) -> "RangeSpec":
-        if not self.low < self.high or (self.log and self.low <= 0):
-            raise ValueError(f"low, high: need low < high, and low > 0 with log (got {self.low:g}, {self.high:g})")
-        return self
+# ----------------------------------------------------------------------------------------------- trials of Ray Tune
 
 
-class SweepSpec(Spec):
-    """What is tried, and how much of it."""
+def run_trials(
+    name: str, trainable: Any, setup: tune.TuneConfig, space: dict[str, Any] | None = None, retries: int = 0
+) -> list[tune.Result]:
+    """Run trials quietly until all are over and return their results.
 
-    over: dict[str, tuple[float, ...] | RangeSpec] = Field(min_length=1)
-    """Field -> the values to try, or their range `{low, high}`: `{lr: [0.001, 0.003]}`."""
-    search: Literal["grid", "random", "optuna"] = "grid"
-    """All combinations, random ones, or Optuna's proposals (TPE)."""
-    trials: int = Field(8, ge=1, le=1000)
-    """Trials of `random` and `optuna`."""
-    concurrent: int = Field(1, ge=1)
-    """Trials at once; each takes `scale.workers` workers."""
-    early_stop: bool = False
-    """Stop trials whose training loss lags behind that of others after as many epochs (ASHA)."""
-    by: Literal["mean", "largest", "smallest"] = "mean"
-    """The score of a trial: the mean over the judged subnets, or that of one of them."""
+    What Tune itself writes is thrown away: the trials on storage are the state, and a trial that was cut off is done
+    again. A trial whose process dies is tried `retries` times more.
+    """
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # stopped trials have no score
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    with tempfile.TemporaryDirectory(prefix="slimray-") as scratch:
+        tuner = tune.Tuner(
+            trainable,
+            param_space=space,
+            tune_config=setup,
+            run_config=tune.RunConfig(
+                name=f"{name}-{uuid.uuid4().hex[:8]}",
+                storage_path=scratch,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=retries),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        )
+        results = tuner.fit()
+        return [results[number] for number in range(len(results))]
 
-    @model_validator(mode="after")
-    def _searchable(self) -> "SweepSpec":
-        for name, values in self.over.items():
-            if isinstance(values, RangeSpec) and self.search == "grid":
-                raise ValueError(f"over.{name}: a grid needs a list of values, or search: random")
-            if isinstance(values, tuple) and not values:
-                raise ValueError(f"over.{name}: no value to try")
-        return self
+
+class Proposals(Protocol):
+    """What is tried next, a function of what was tried before."""
 
     @property
-    def count(self) -> int:
-        """How many trials there are."""
-        if self.search != "grid":
-            return self.trials
-        return math.prod(len(values) for values in self.over.values() if isinstance(values, tuple))
+    def is_done(self) -> bool:
+        """Whether no trial is left."""
+        ...
+
+    def start(self, trial: str) -> dict[str, Any] | None:
+        """Return what Tune's `trial` is to do; None while nothing can be proposed."""
+        ...
+
+    def end(self, trial: str, metrics: dict[str, float]) -> None:
+        """Take the metrics of a trial that is over; none if it failed."""
+        ...
+
+
+class ProposalSearch(Searcher):
+    """`Proposals` as Tune asks for them; what was tried is known to them alone."""
+
+    def __init__(self, proposals: Proposals):
+        super().__init__(metric="metric", mode="max")
+        self.proposals = proposals
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return the config of the next trial."""
+        chosen = self.proposals.start(trial_id)
+        return chosen if chosen is not None else Searcher.FINISHED if self.proposals.is_done else None
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        """Hand the metrics over; Tune gives nested results with their names in a row."""
+        told = {} if error or result is None else result
+        metrics = {name.removeprefix("metrics/"): v for name, v in told.items() if name.startswith("metrics/")}
+        self.proposals.end(trial_id, metrics)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Do nothing: the trials on storage are the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Do nothing, see `save`."""
+
+
+# ------------------------------------------------------------------------------------------------------- sweeps
 
 
 def proposals(spec: SweepSpec, seed: int) -> list[Settings]:
@@ -159,10 +186,6 @@ def _tune(
     left: Sequence[Settings],
     done: Sequence[dict[str, Any]],
 ) -> None:
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # stopped trials have no score
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-
     def trial(config: dict[str, Any], work: TrialWork) -> None:
         settings = {name: float(value) for name, value in config["settings"].items()}
         uri = folder_of(stage, settings)
@@ -185,28 +208,19 @@ def _tune(
     scheduler = None
     if spec.early_stop:
         scheduler = ASHAScheduler(time_attr="epoch", metric="loss", mode="min", max_t=epochs + 2, grace_period=1)
-    with tempfile.TemporaryDirectory(prefix="slimray-") as scratch:
-        tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(trial, work=work), {"cpu": OWN_CPU}),
-            param_space=space,
-            tune_config=tune.TuneConfig(
-                search_alg=search,
-                scheduler=scheduler,
-                num_samples=count,
-                max_concurrent_trials=spec.concurrent,
-            ),
-            run_config=tune.RunConfig(name=f"sweep-{uuid.uuid4().hex[:8]}", storage_path=scratch, verbose=0),
-        )
-        results = tuner.fit()
-        for result in results:  # trials that were stopped or failed are over too
-            settings = {name: float(value) for name, value in (result.config or {}).get("settings", {}).items()}
-            run = runs.run_at(folder_of(stage, settings))
-            if settings and not runs.exists(run, "data/trial.json"):
-                reason = str(result.error).strip().splitlines()[-1] if result.error else "stopped: it lagged behind"
-                told = result.metrics or {}
-                record = {"settings": settings, "uri": run.uri, "score": None, "note": reason}
-                record |= {name: told[name] for name in ("epoch", "loss") if name in told}
-                runs.write_file(run, "data/trial.json", json.dumps(record).encode())
+    trainable = tune.with_resources(tune.with_parameters(trial, work=work), {"cpu": OWN_CPU})
+    setup = tune.TuneConfig(
+        search_alg=search, scheduler=scheduler, num_samples=count, max_concurrent_trials=spec.concurrent
+    )
+    for result in run_trials("sweep", trainable, setup, space):  # trials that were stopped or failed are over too
+        settings = {name: float(value) for name, value in (result.config or {}).get("settings", {}).items()}
+        run = runs.run_at(folder_of(stage, settings))
+        if settings and not runs.exists(run, "data/trial.json"):
+            reason = str(result.error).strip().splitlines()[-1] if result.error else "stopped: it lagged behind"
+            told = result.metrics or {}
+            record = {"settings": settings, "uri": run.uri, "score": None, "note": reason}
+            record |= {name: told[name] for name in ("epoch", "loss") if name in told}
+            runs.write_file(run, "data/trial.json", json.dumps(record).encode())
 
 
 def watch_losses(board: Any, tell: Tell, work: Callable[[], Any]) -> None:

@@ -1,0 +1,76 @@
+"""What the checks of several verbs share: the dataset of a job, its starting weights, the network that it names.
+
+Each looks first among the jobs ahead in the file, then on the storage. No Ray, no torch.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from slimray import runs
+from slimray.data.cards import Card
+from slimray.data.spec import DataSpec
+from slimray.spec import UserError, located, parse
+from slimray.train.spec import InitSpec
+from slimray.verbs import inputs
+from slimray.verbs.context import CheckContext
+
+WEIGHTS = ("network", "supernet")  # what has weights to start from
+
+
+class Training(Protocol):
+    """A job that trains on a dataset."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def data(self) -> DataSpec: ...
+    @property
+    def init(self) -> InitSpec | None: ...
+
+
+def check_training(
+    job: Training, ctx: CheckContext, facts: Callable[[Card | None, int | None], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what is known of a training: its dataset, `facts` of the card and the number of training samples.
+
+    Problems with dataset, network and starting weights are all noted, one does not hide the other.
+    """
+    out: dict[str, Any] = {}
+    card, counts, fingerprint = None, {}, {}
+    if isinstance(job.data.card, dict):
+        card = parse(Card, job.data.card, f"{ctx.where}: data.card")
+    with ctx.noting():
+        if job.data.run is not None and (made := ctx.require(job.data.run, ("dataset",), "data.run")):
+            counts = made.samples
+            inputs.require_splits(f"data: {job.data.run}", made.splits, split_names(job.data))
+        else:
+            splits = inputs.open_splits(job.data, ctx.where, ctx.storage, split_names(job.data))
+            card, counts = splits.card, {name: table.num_rows for name, table in splits.tables.items()}
+            card.flip_labels()
+            fingerprint = {"fingerprint": splits.fingerprint}
+            for split, table in splits.tables.items() if ctx.look else ():
+                if absent := inputs.absent_samples(table, splits.root):
+                    raise UserError(f"data.root: a file of split {split!r} is missing ({absent[0]})")
+    out |= {"dataset": card.name} if card is not None else {}
+    with ctx.noting():
+        out |= facts(card, counts.get(job.data.train))
+    with ctx.noting():
+        _check_init(job.init, ctx)
+    return out | fingerprint
+
+
+def split_names(data: DataSpec) -> list[str]:
+    """Return the splits that a `data` section trains and validates on."""
+    return [name for name in (data.train, data.val) if name is not None]
+
+
+def _check_init(init: InitSpec | None, ctx: CheckContext) -> None:
+    """Raise UserError if the weights of `init` are not there. A URL is not fetched for that."""
+    if init is None or init.source.startswith(("http://", "https://")):
+        return
+    if ctx.require(init.source, WEIGHTS, "init.from") is not None:
+        return
+    try:
+        runs.weights_source(init.source, ctx.storage, init.sha256)
+    except UserError as error:
+        raise UserError(located(str(error), "init.from")) from None

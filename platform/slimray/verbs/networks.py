@@ -1,0 +1,196 @@
+"""The network of a training before it starts: built on the meta device, held against the data, counted.
+
+In: a training, the card of its dataset and, where it is known, the number of its samples. Out: what `check` prints and
+workers are told: parameters, MACs, input, batch, learning rate, steps. torch, no Ray.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
+
+from slimray import models, runs
+from slimray.data.cards import Card
+from slimray.data.modalities import MODALITIES, input_shape
+from slimray.data.plan import ceil_div
+from slimray.data.spec import DataSpec
+from slimray.data.video.clips import DENSE_WINDOW
+from slimray.edge import cost
+from slimray.spec import UserError, did_you_mean, lookup, parse
+from slimray.train import optimizers
+from slimray.verbs import inputs
+from slimray.verbs.context import CheckContext
+from slimray.verbs.inputs import make_recipe
+from slimray.verbs.specs import OWNED, ModelSpec, TrainJob
+
+KEPT = "data/network.json"  # the network of `model.run` as the first attempt found it
+
+
+Job = TypeVar("Job", bound="HasNetwork")
+
+
+class HasNetwork(Protocol):
+    """A job with a network to train and the data to train it on."""
+
+    @property
+    def model(self) -> ModelSpec: ...
+    @property
+    def data(self) -> DataSpec: ...
+    def model_copy(self: Job, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Job: ...
+
+
+def with_network(job: Job, storage: str, kept: runs.Run | None = None) -> Job:
+    """Return `job` with the network of `model: {run: NAME}` written out, its samples at the resolution of that network.
+
+    `kept` is the folder of the job's own run: what was read at the first attempt is read from there at later ones, even
+    if the run NAME has changed. UserError if NAME is not finished or holds no network.
+    """
+    if job.model.run is None:
+        return job
+    if kept is not None and runs.exists(kept, KEPT):
+        model = json.loads(runs.read_file(kept, KEPT))
+    else:
+        found = inputs.finished_run(job.model.run, storage, ("network", "supernet"), "model.run")
+        model = {k: v for k, v in inputs.read_model(found, "model.run").items() if k not in OWNED}
+        if kept is not None:
+            runs.write_file(kept, KEPT, json.dumps(model).encode())
+    side = _side(model)
+    data = job.data if side is None else job.data.at_size(int(side))
+    return job.model_copy(update={"model": ModelSpec.model_validate(model), "data": data})
+
+
+def with_network_if_there(job: Job, ctx: CheckContext, card: Card | None) -> Job | None:
+    """Return `with_network`, or None where a job ahead makes the network, whose samples must then be of the same kind.
+
+    UserError if the run holds no network or takes other samples than `card` has.
+    """
+    name = job.model.run
+    made = None if name is None else ctx.require(name, ("network", "supernet"), "model.run")
+    if made is None:
+        return with_network(job, ctx.storage)
+    if made.card is not None and card is not None:
+        sample = parse(Card, made.card, "model.run").sample
+        if sample != card.sample:
+            takes, gives = MODALITIES[sample].plural, MODALITIES[card.sample].plural
+            raise UserError(f"model.run: {name!r} takes {takes}, the dataset gives {gives}")
+    return None
+
+
+def model_options(job: TrainJob, num_classes: int) -> dict[str, Any]:
+    """What `models.build` takes for this job."""
+    options = {"num_classes": num_classes, **job.model.options()}
+    if job.optim.zero_gamma:
+        options["zero_gamma"] = True
+    return {"name": job.model.name, **options}
+
+
+def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, Any]:
+    """Return what is known before machines are asked for: parameters, MACs, batch, learning rate, steps.
+
+    Without the number of classes (the dataset is not there) no parameters and MACs, without `num_train` no steps.
+    UserError, with the field, for a network that cannot be built or does not fit the data.
+    """
+    num_classes = card.num_classes if card is not None else 0
+    _require_weights(job, card)
+    row = models.MODELS.get(str(job.model.name))
+    if card is None and row is not None and MODALITIES[row.input].early_input is None:
+        return {"model": job.model.name}  # what its samples are, only the dataset says
+    net, macs = _measure(job, num_classes or 1, card)
+    out: dict[str, Any] = {"model": job.model.name}
+    if num_classes:
+        out |= {"classes": num_classes, "params": cost.count_params(net), "macs": macs}
+    return out | {"input": list(_input_shape(job, card, net))} | schedule(job, num_train)
+
+
+def schedule(job: TrainJob, num_train: int | None) -> dict[str, Any]:
+    """Return what is known without the network: batch, accumulation, learning rate, epochs, steps."""
+    out: dict[str, Any] = {
+        "batch": job.batch.total,
+        "accumulation": ceil_div(job.batch.total, job.scale.most * job.batch.per_worker),
+        "peak_lr": optimizers.peak_rate(job.optim, job.batch.total),
+        "epochs": job.optim.epochs,
+    }
+    if num_train is not None:
+        steps = ceil_div(num_train, job.batch.total)
+        out |= {"train_samples": num_train, "steps_per_epoch": steps, "steps": steps * job.optim.epochs}
+    return out
+
+
+def _side(model: Mapping[str, Any]) -> int | None:
+    """Return the resolution of a subnet, in pixels, where its arch says one; None for what cannot be built."""
+    if not model.get("arch") or model["name"] not in models.MODELS:
+        return None
+    supernet = {"num_classes": 1, **{key: value for key, value in model.items() if key != "arch"}}
+    try:
+        space: Any = cost.build_on_meta(lambda: models.build(**supernet)).space
+        name = space.input_name("side")
+        return None if name is None else space.arch(model["arch"]).get(name)
+    except (UserError, RuntimeError, ValueError, AttributeError):  # building the network says what is wrong
+        return None
+
+
+def _measure(job: TrainJob, num_classes: int, card: Card | None) -> tuple[Any, int]:
+    """The network on the meta device and its MACs; UserError `model.width: ...` if it cannot be or does not fit."""
+    name, options = str(job.model.name), job.model.options()
+    try:
+        row = lookup(models.MODELS, name, "model")
+    except UserError as error:
+        raise UserError(f"model.name: {error} (`slimray explain models` lists them)") from None
+    sample = row.input if card is None else card.sample
+    modality = MODALITIES[sample]
+    if job.optim.mutual and sample == "frustum":
+        raise UserError("optim.mutual: is for classes of samples or points, not for boxes: leave it out")
+    if row.input != sample:
+        raise UserError(f"model.name: {name} wants {MODALITIES[row.input].plural}, the dataset gives {modality.plural}")
+    known = models.options_of(name)
+    for option in options:
+        if option in OWNED:
+            raise UserError(f"model.{option}: is no option here, {OWNED[option]}")
+        if option not in known:
+            raise UserError(f"model.{option}: {name} has no such option{did_you_mean(option, set(known) - set(OWNED))}")
+    side = _side({"name": name, **options})
+    if side is not None and job.data.size != side:
+        raise UserError(f"data.size: must be {side}, the resolution of model.arch (got {job.data.size})")
+    if sample in ("clip", "image") and options.get("in_channels", 3) != 3:
+        raise UserError(f"model.in_channels: the {modality.plural} have 3 channels (got {options['in_channels']!r})")
+    try:
+        net = cost.build_on_meta(lambda: models.build(**model_options(job, num_classes)))
+    except UserError as error:
+        raise UserError(f"model.{str(error).removeprefix(f'model {name}: ')}") from None
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"model: {name} cannot be built with these options ({_first_line(error)})") from None
+    shape = _input_shape(job, card, net)
+    if modality.segmented and job.data.sampling == "dense" and shape[0] > DENSE_WINDOW:
+        raise UserError(f"model.num_segments: at most {DENSE_WINDOW} frames with data.sampling: dense (got {shape[0]})")
+    try:
+        return net, cost.count_macs(net, (1, *shape))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"model: {name} does not take {modality.plural} of {' x '.join(map(str, shape))}: change data or its "
+            f"options ({_first_line(error)})"
+        ) from None
+
+
+def _input_shape(job: TrainJob, card: Card | None, net: Any) -> tuple[int, ...]:
+    """A sample as the network takes it: (T, 3, H, W), (3, H, W) or (C, N)."""
+    modality = MODALITIES[models.MODELS[str(job.model.name)].input]
+    segments = net.num_segments if modality.segmented else 0
+    if modality.early_input is not None:
+        return modality.early_input(job.data, segments)
+    assert card is not None  # `facts` asks for no network before there is a dataset
+    return input_shape(make_recipe(job.data, card, segments, "train"))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _require_weights(job: TrainJob, card: Card | None) -> None:
+    weights, num_classes = job.optim.class_weights, card.num_classes if card is not None else 0
+    if weights == "balanced" and card is not None and card.labels == "point":
+        raise UserError("optim.class_weights: balanced counts samples, here labels belong to points: write numbers")
+    if not isinstance(weights, tuple):
+        return
+    if num_classes and len(weights) != num_classes:
+        raise UserError(f"optim.class_weights: {len(weights)} weights, the dataset has {num_classes} classes")
+    if min(weights, default=0) < 0 or not any(weights):
+        raise UserError("optim.class_weights: must be numbers >= 0, at least one of them above 0")

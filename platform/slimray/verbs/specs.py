@@ -1,0 +1,192 @@
+"""The sections of a job that several verbs read: a network, a training, a sweep, how subnets are judged.
+
+A training is a section of its own right: the stages of `shrink` and `proxyless` are trainings too. Plain values with
+their ranges and their help; this file imports neither Ray nor torch, so that checking a job is quick.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from slimray.data.spec import DataSpec
+from slimray.runs.notify import NotifySpec
+from slimray.runs.tracking import TrackingSpec
+from slimray.spec import Spec
+from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, LimitsSpec, OptimSpec, ScaleSpec
+
+OWNED = {"num_classes": "the dataset says how many", "zero_gamma": "write optim.zero_gamma"}  # no options of `model`
+
+
+class WorkerJob(Spec):
+    """A job that takes workers, as its `scale` says."""
+
+    streams: ClassVar[bool] = True  # whether decoders feed its workers while they run
+
+    if TYPE_CHECKING:
+        scale: ScaleSpec
+
+    @property
+    def local_cpus(self) -> int:
+        """Logical CPUs with which a local cluster holds the job."""
+        return self.scale.local_cpus
+
+
+class ModelSpec(Spec):
+    """The network: `name`, a row of the MODELS table, with the options of that row (`width`, `num_segments`, ...), or
+    `run`, the network that a run holds: trained, found by a search, or a supernet."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str | None = None
+    """Row of the table of models; `slimray explain models` lists them."""
+    run: str | None = None
+    """A run, by name or URI, in place of `name`: its architecture, at the resolution and the frames it was made for
+    (`data.size` is then the size before that). `init: {from: NAME}` starts from its weights too."""
+
+    def options(self) -> dict[str, Any]:
+        """Return everything that is written beside the name."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _one_network(self) -> "ModelSpec":
+        if (self.name is None) == (self.run is None):
+            raise ValueError("name: is required: a row of the table of models; or write run, a run with a network")
+        if self.run is not None and self.options():
+            option = next(iter(self.options()))
+            raise ValueError(f"{option}: goes with name, the network of a run is taken as it is: leave it out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in default(self).items() if value is not None or key not in ("name", "run")}
+
+
+class TrainJob(WorkerJob):
+    """Train a network on a dataset."""
+
+    kind: Literal["train"]
+    name: str
+    """Name of the run, a folder of the storage."""
+    data: DataSpec
+    model: ModelSpec
+    init: InitSpec | None = None
+    batch: BatchSpec
+    optim: OptimSpec
+    scale: ScaleSpec = ScaleSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    notify: NotifySpec | None = None
+    limits: LimitsSpec = LimitsSpec.model_validate({})
+    average: Literal["logits", "prob"] = "logits"
+    """How the views of a validation sample become one score."""
+    seed: int = Field(0, ge=0)
+    """Seed of order, augmentation, dropout and starting weights."""
+    log_every: int = Field(10, ge=1)
+    """Steps between metric rows."""
+    val_every: int = Field(1, ge=1)
+    """Epochs between validations; the last epoch is always validated."""
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> "TrainJob":
+        per_pass, elastic = self.scale.most * self.batch.per_worker, self.scale.most > self.scale.fewest
+        if self.batch.total % per_pass and not elastic:
+            raise ValueError(
+                f"batch.total: {self.batch.total} must be a multiple of scale.workers x batch.per_worker "
+                f"({self.scale.most} x {self.batch.per_worker} = {per_pass})"
+            )
+        if self.batch.total < self.scale.most:
+            raise ValueError(f"batch.total: {self.batch.total} leaves some of {self.scale.most} workers without work")
+        if self.optim.zero_gamma and self.init is not None:
+            raise ValueError("optim.zero_gamma: would wipe out the weights of init, use one of the two")
+        if self.optim.mutual and (self.init is not None or self.optim.groups == "tsm"):
+            taken = "init" if self.init is not None else "optim.groups: tsm"
+            raise ValueError(f"optim.mutual: two networks are trained from scratch, it does not go with {taken}")
+        if self.optim.norm == "sync" and not self.scale.gpus_per_worker:
+            raise ValueError("optim.norm: sync needs GPUs: set scale.gpus_per_worker, or take local")
+        return self
+
+
+class SharedOptimSpec(OptimSpec):
+    """How the weights are changed in all stages; each stage has its own learning rate and epochs."""
+
+    lr: float = Field(1.0, exclude=True)
+    """Belongs to the stages."""
+    epochs: int = Field(1, exclude=True)
+    """Belongs to the stages."""
+    warmup_epochs: float = Field(0, exclude=True)
+    """Belongs to the stages."""
+
+    @model_validator(mode="after")
+    def _stages_decide(self) -> "SharedOptimSpec":
+        for name in ("lr", "epochs", "warmup_epochs", "milestones"):
+            if name in self.model_fields_set:
+                raise ValueError(f"{name}: belongs to each of the stages, write it there")
+        if self.mutual:
+            raise ValueError("mutual: is for plain networks, leave it out with a supernet")
+        if self.norm != "local":
+            raise ValueError("norm: must be local, a supernet keeps statistics per worker and subnets get their own")
+        return self
+
+
+class JudgeSpec(Spec):
+    """How subnets are judged."""
+
+    calibrate: int = Field(2000, ge=16)
+    """Training samples whose batches give the subnet its BatchNorm statistics."""
+    calibrate_batch: int = Field(100, ge=2)
+    """Samples of one such batch."""
+    samples: int | None = Field(None, ge=1)
+    """Samples to score on, the first of the split; null takes all."""
+    batch: int = Field(64, ge=1)
+    """Samples scored at once."""
+
+
+class RangeSpec(Spec):
+    """Values between two bounds."""
+
+    low: float
+    """Smallest value."""
+    high: float
+    """Largest value."""
+    log: bool = True
+    """Draw the logarithm evenly, in place of the value."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "RangeSpec":
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError(f"low, high: need low < high, and low > 0 with log (got {self.low:g}, {self.high:g})")
+        return self
+
+
+class SweepSpec(Spec):
+    """What is tried, and how much of it."""
+
+    over: dict[str, tuple[float, ...] | RangeSpec] = Field(min_length=1)
+    """Field -> the values to try, or their range `{low, high}`: `{lr: [0.001, 0.003]}`."""
+    search: Literal["grid", "random", "optuna"] = "grid"
+    """All combinations, random ones, or Optuna's proposals (TPE)."""
+    trials: int = Field(8, ge=1, le=1000)
+    """Trials of `random` and `optuna`."""
+    concurrent: int = Field(1, ge=1)
+    """Trials at once; each takes `scale.workers` workers."""
+    early_stop: bool = False
+    """Stop trials whose training loss lags behind that of others after as many epochs (ASHA)."""
+    by: Literal["mean", "largest", "smallest"] = "mean"
+    """The score of a trial: the mean over the judged subnets, or that of one of them."""
+
+    @model_validator(mode="after")
+    def _searchable(self) -> "SweepSpec":
+        for name, values in self.over.items():
+            if isinstance(values, RangeSpec) and self.search == "grid":
+                raise ValueError(f"over.{name}: a grid needs a list of values, or search: random")
+            if isinstance(values, tuple) and not values:
+                raise ValueError(f"over.{name}: no value to try")
+        return self
+
+    @property
+    def count(self) -> int:
+        """How many trials there are."""
+        if self.search != "grid":
+            return self.trials
+        return math.prod(len(values) for values in self.over.values() if isinstance(values, tuple))

@@ -1,0 +1,153 @@
+"""A training in a run folder: what its workers need, starting them, and noting that it is over.
+
+`train` is one such training; `shrink` and `proxyless` have one per stage, in a folder of its own that resumes exactly,
+whose network is trained by another method. A stage that has finished is not trained again. Imports Ray.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from slimray import runs
+from slimray.data.modalities import MODALITIES
+from slimray.data.pipeline import Source
+from slimray.tasks.predict import Input
+from slimray.train import learn, loop, workers
+from slimray.train.methods.mutual import Mutual
+from slimray.train.methods.plain import Plain
+from slimray.train.progress import follow
+from slimray.train.spec import InitSpec, OptimSpec, ScaleSpec
+from slimray.verbs import networks
+from slimray.verbs.context import Context
+from slimray.verbs.inputs import Splits, make_recipe
+from slimray.verbs.specs import TrainJob
+
+
+@dataclass(frozen=True)
+class Data:
+    """A dataset with its indexes in the object store, by split."""
+
+    splits: Splits
+    tables: Mapping[str, Source]
+
+    @classmethod
+    def of(cls, splits: Splits, changed: Mapping[str, pa.Table] | None = None) -> "Data":
+        """Put the indexes of `splits` into the object store, those of `changed` in place of their splits'."""
+        splits = Splits(splits.root, splits.card, {**splits.tables, **(changed or {})})
+        tables = {name: Source(splits.root, ray.put(table), table.num_rows) for name, table in splits.tables.items()}
+        return cls(splits, tables)
+
+    @property
+    def description(self) -> dict[str, str]:
+        """Name and fingerprint, for the card of a run."""
+        return {"name": self.splits.card.name, "fingerprint": self.splits.fingerprint}
+
+
+def connect(scale: ScaleSpec, cpus: int, at_once: int = 0) -> None:
+    """Join the cluster, or start one with `cpus` logical CPUs, or enough for `at_once` trainings of Tune trials.
+
+    RunFailed if the workers of `scale` can never be placed.
+    """
+    workers.connect(max(cpus, at_once * scale.local_cpus + min(1, at_once)))
+    workers.require(scale, workers.decode_slots(scale))
+
+
+def is_finished(run: runs.Run) -> bool:
+    """Return whether the training in the folder `run` is over."""
+    status = runs.read_status(run) if runs.exists(run, "status.json") else None
+    return status is not None and status.state == "finished"
+
+
+def config_of(job: TrainJob, ctx: Context, stage: runs.Run, data: Data) -> tuple[loop.FitConfig, dict[str, Any]]:
+    """Return what the workers of `job` need to train in the folder `stage`, and what is known of the training.
+
+    UserError if the network does not fit the data.
+    """
+    known = networks.facts(job, data.splits.card, data.splits.tables[job.data.train].num_rows)
+    return fit_config(job, ctx, stage.uri, data, known), known
+
+
+def train_stage(
+    ctx: Context,
+    folder: str,
+    job: TrainJob,
+    data: Data,
+    title: str,
+    change: Callable[[loop.FitConfig], loop.FitConfig] = lambda config: config,
+    keep_metrics: bool = False,
+    work: Callable[[loop.FitConfig], Any] | None = None,
+) -> runs.Run:
+    """Train `job` in the folder `stages/FOLDER` of the run, go on with it, or find it finished; return the folder.
+
+    `change` gives the method by which it is trained. `keep_metrics` writes `results.json` with the metrics, best and
+    last. With `work`, that is called in place of one training.
+    """
+    stage = runs.run_at(f"{ctx.run.uri}/stages/{folder}")
+    if is_finished(stage):
+        return stage
+    if not runs.exists(stage, "status.json"):
+        runs.begin(stage, job.model_dump(mode="json"), ctx.attempt)
+    config = change(config_of(job, ctx, stage, data)[0])
+    if work is not None:
+        work(config)
+    else:
+        with follow(config.board, title, ctx.console, ctx.tell):
+            result = workers.launch(loop.fit, config, job.scale, job.name, config.board)
+        if keep_metrics:
+            metrics = {"best": result["best"], "last": result["last"]}
+            runs.write_file(stage, "results.json", json.dumps(metrics).encode())
+    runs.end(stage, "finished")
+    return stage
+
+
+def resolve_weights(optim: OptimSpec, table: Any, num_classes: int) -> OptimSpec:
+    """Return `optim` with class weights as numbers: `balanced` is counted in the labels of the training index."""
+    if optim.class_weights != "balanced":
+        return optim
+    weights = learn.balanced_weights(table.column("label").to_pylist(), num_classes)
+    return optim.model_copy(update={"class_weights": weights})
+
+
+def fit_config(job: TrainJob, ctx: Context, run_uri: str, data: Data, known: Mapping[str, Any]) -> loop.FitConfig:
+    """Return what the workers of `job` need to train in the run at `run_uri`; `known` are its `networks.facts`."""
+    splits = data.splits
+    segments = known["input"][0] if MODALITIES[splits.card.sample].segmented else 0
+    names = {"train": job.data.train} | ({"val": job.data.val} if job.data.val else {})
+    return loop.FitConfig(
+        run_uri=run_uri,
+        attempt=ctx.attempt,
+        model=networks.model_options(job, splits.card.num_classes),
+        init=None if job.init is None else job.init.model_dump(by_alias=True) | {"from": _start(job.init, ctx)},
+        optim=resolve_weights(job.optim, splits.tables[job.data.train], splits.card.num_classes),
+        batch_total=job.batch.total,
+        per_worker=job.batch.per_worker,
+        scale=job.scale,
+        checkpoint=job.checkpoint,
+        tracking=job.tracking,
+        pixels=Input(average=job.average),
+        classes=tuple(splits.card.class_names()),
+        dataset=splits.fingerprint,
+        sources={role: data.tables[name] for role, name in names.items()},
+        recipes={role: make_recipe(job.data, splits.card, segments, role) for role in names},
+        decode_slots=workers.decode_slots(job.scale),
+        decode_timeout_s=job.data.decode_timeout_s,
+        max_bad_fraction=job.data.max_bad_fraction,
+        seed=job.seed,
+        log_every=job.log_every,
+        val_every=job.val_every,
+        macs=known["macs"],
+        record_samples=job.data.record_samples,
+        job=job.model_dump(mode="json"),
+        board=workers.make_board(),
+        method=Mutual(job.optim.mutual) if job.optim.mutual else Plain(),
+        limits=job.limits,
+    )
+
+
+def _start(init: InitSpec, ctx: Context) -> str:
+    """Return the file that `init.from` means: itself, or the weights of a run; its digest is checked if given."""
+    return runs.weights_source(init.source, ctx.storage, init.sha256)
