@@ -19,7 +19,8 @@ from typing import Any
 import safetensors.numpy
 from ray.cluster_utils import Cluster
 from tests.faulty_s3 import FaultyS3
-from tests.verbs.conftest import DATA, Shell, session_of, wait_for
+from tests.verbs.conftest import DATA, Shell, session_of
+from tests.waits import patience, wait_for
 
 from slimray import runs
 from slimray.spec import UserError
@@ -47,7 +48,7 @@ def drain(cluster: Cluster, node_id: str, seconds: int) -> None:
         "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
         "--deadline-remaining-seconds", str(seconds),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience(60))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -135,7 +136,7 @@ def disturbed(site: Site, name: str, seed: int) -> tuple[list[str], str]:
             break
         child = _happen(event, site, name, workers, child, draw)
     try:
-        out, err = child.communicate(timeout=400)
+        out, err = child.communicate(timeout=patience(400))
     finally:
         site.faults.rate = 0.0
     assert child.returncode == 0, f"seed {seed} ({', '.join(events)}): {out[-1500:]}{err[-1500:]}"
@@ -157,7 +158,7 @@ def _happen(
             os.kill(draw.choice(found), signal.SIGKILL)
     elif event == "kill the driver":
         child.kill()
-        child.wait(timeout=30)
+        child.wait(timeout=patience(30))
         return site.start(name, workers)
     elif event in ("remove a node", "drain a node"):
         node = site.nodes.pop(draw.randrange(len(site.nodes)))

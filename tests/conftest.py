@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 from moto.server import ThreadedMotoServer
+from tests.waits import patience
 
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -13,6 +14,16 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("WANDB_MODE", "offline")
 if not Path("/dev/nvidia0").exists():  # before anything imports Triton: its kernels are interpreted then
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let every test take the longer, the slower the machine: its `timeout` is in seconds of a quick, quiet one."""
+    if config.getoption("timeout") is not None:
+        return
+    for item in items:
+        mark = item.get_closest_marker("timeout")
+        seconds = float(mark.args[0] if mark else config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(patience(seconds)), append=False)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pyarrow.fs as pafs
 from moto.server import ThreadedMotoServer
+from tests.waits import patience
 
 SLOW_DOWN = (
     b'<?xml version="1.0"?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>'
@@ -80,7 +81,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         if what == "slow":
             time.sleep(1.0)
-        upstream = http.client.HTTPConnection("127.0.0.1", faults.behind, timeout=30)
+        upstream = http.client.HTTPConnection("127.0.0.1", faults.behind, timeout=patience(30))
         headers = {k: v for k, v in self.headers.items() if k.lower() not in ("transfer-encoding", "content-length")}
         upstream.request(self.command, self.path, body=body, headers=headers)
         reply = upstream.getresponse()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.waits import patience
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "platform/slimray"
@@ -81,7 +82,7 @@ def test_big_libraries_stay_in_their_files(path: Path):
 def test_the_platform_folder_is_no_package():
     assert not (ROOT / "platform/__init__.py").exists()
     code = "import platform, torch, ray; print(platform.system())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=patience(120))
     assert done.stdout.strip(), done.stderr
 
 
@@ -98,11 +99,104 @@ from slimray.train import learn
 from slimray.train.methods import plain
 print(cost.count_params(models.build("tsm_resnet18", num_classes=4, width=0.25)))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=patience(120))
     assert done.stdout.strip().isdigit(), done.stderr
 
 
 def test_the_decoding_child_imports_neither_torch_nor_ray():
     code = "import sys, slimray.data.video.decoder; print({'torch', 'ray', 'pyarrow'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=patience(60))
     assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- time in tests
+
+TESTS = [path for path in sorted((ROOT / "tests").rglob("*.py")) if path.parent.name != "benchmarks"]
+CLOCKS = {"time", "monotonic", "perf_counter", "process_time", "thread_time", "time_ns", "perf_counter_ns"}
+WAITS = {"timeout", "timeout_s", "patience_s"}
+WAITING = {"wait", "join", "sleep_until", "set_default_timeout", "wait_for_timeout"}
+
+
+def calls(node: ast.AST, *names: str) -> bool:
+    """Whether `node` calls a function or method of one of these names."""
+    found = [one.func for one in ast.walk(node) if isinstance(one, ast.Call)]
+    return any((f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "")) in names for f in found)
+
+
+def absolute_times(source: str) -> list[str]:
+    """The lines of a test file that hold a measured duration, or a wait, against a number of seconds.
+
+    A name is measured if a clock goes into it. It may be compared with another measured one, or with `patience(...)`,
+    which scales with the machine; waits are `patience(...)` too, but limits below a second, which are to be overrun.
+    """
+    tree, found = ast.parse(source), []
+    measured: set[str] = set()
+
+    def is_measured(node: ast.AST) -> bool:
+        names = {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
+        return calls(node, *CLOCKS) or bool(names & measured)
+
+    size = -1
+    while size != len(measured):
+        size = len(measured)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign | ast.AugAssign | ast.NamedExpr | ast.AnnAssign) and node.value is not None:
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                if is_measured(node.value):
+                    measured |= {one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)}
+            elif (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in ("append", "extend", "add")
+                and isinstance(node.func.value, ast.Name)
+                and any(is_measured(one) for one in node.args)
+            ):
+                measured.add(node.func.value.id)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            for compared in (one for one in ast.walk(node) if isinstance(one, ast.Compare)):
+                sides = [compared.left, *compared.comparators]
+                if any(map(is_measured, sides)) and not all(is_measured(s) or calls(s, "patience") for s in sides):
+                    found.append(f"line {node.lineno}: {ast.unparse(compared)}")
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            given = [one.value for one in node.keywords if one.arg in WAITS]
+            given += node.args[:1] if name in WAITING else []
+            seconds = [one.value for one in given if isinstance(one, ast.Constant) and not isinstance(one.value, str)]
+            if any(one is not None and one >= 1 for one in seconds):
+                found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: str(p.relative_to(ROOT / "tests")))
+def test_no_test_knows_how_many_seconds_something_takes(path: Path):
+    assert absolute_times(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "start = time.monotonic()\nassert time.monotonic() - start < 5",
+        "took = perf_counter() - start\nbest = took\nassert 0 < best < LIMIT_S",
+        "seconds.append(time.process_time() - start)\nassert min(seconds) < 0.05",
+        "process.communicate(timeout=20)",
+        "assert event.wait(10)",
+        "page.wait_for_timeout(300)",
+        "Decoder(timeout_s=20)",
+    ],
+)
+def test_an_absolute_time_is_found(source: str):
+    assert len(absolute_times(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "a = time.monotonic() - start\nb = time.monotonic() - start\nassert a < b",
+        "end = time.monotonic() + patience(20)\nassert time.monotonic() < end",
+        "process.communicate(timeout=patience(20))",
+        "Decoder(timeout_s=0.3)",
+    ],
+)
+def test_a_ratio_and_a_wait_that_scales_are_no_absolute_times(source: str):
+    assert absolute_times(source) == []

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import typer
 from tests.test_job import CARDS, CHAIN, JOBS, ROOT, finish, finish_chain
+from tests.waits import patience
 
 import slimray
 from slimray import job, runs
@@ -291,9 +292,8 @@ def clip(tmp_path) -> str:
 def test_clips_are_classified_where_ray_is_not_installed(shell, clip):
     finish_chain(2)
     code = "import sys; sys.modules['ray'] = None; from slimray.cli import main; main.main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "predict", "tsm", clip, "--top", "3"], capture_output=True, text=True, timeout=60
-    )
+    command = [sys.executable, "-c", code, "predict", "tsm", clip, "--top", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience(60))
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(r"my clip.mp4: (\w+ [\d.]+ %  ){2}\w+ [\d.]+ %\n", done.stdout)
 
@@ -434,7 +434,8 @@ def test_a_wheel_brings_the_examples_along(tmp_path):
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, tmp_path)
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, "-w", tmp_path, tmp_path], check=True, timeout=120)
+    command = [sys.executable, "-m", "pip", "wheel", *options, "-w", tmp_path, tmp_path]
+    subprocess.run(command, check=True, timeout=patience(120))
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     for path in (*JOBS, *CARDS, ROOT / "jobs/schema.json", ROOT / "datasets/card.schema.json"):
         assert f"slimray/examples/{path.parent.name}/{path.name}" in names

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import validate_config
 from tests.test_job import ROOT
+from tests.waits import patience
 
 from slimray import job
 from slimray.cli import main
@@ -301,9 +302,8 @@ def do_script(
     for program in programs.iterdir():
         program.chmod(0o755)
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["sh", str(folder / "run.sh")], env={"PATH": path, **env}, capture_output=True, text=True, timeout=20
-    )
+    command, env = ["sh", str(folder / "run.sh")], {"PATH": path, **env}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=patience(20))
     calls = folder / "calls"
     return done.returncode, done.stderr, calls.read_text().splitlines() if calls.exists() else []
 
@@ -368,7 +368,7 @@ def test_the_script_for_by_hand_takes_the_environment_when_it_runs(here, tmp_pat
         (folder / "python").symlink_to(sys.executable)
         text = text.replace("work=$(mktemp -d);", f"export work={tmp_path}/w; mkdir $work;")
         path = f"{folder}{os.pathsep}{os.environ['PATH']}"
-        subprocess.run(["sh"], input=text, text=True, env=os.environ | {"PATH": path}, check=True, timeout=30)
+        subprocess.run(["sh"], input=text, text=True, env=os.environ | {"PATH": path}, check=True, timeout=patience(30))
     finally:
         del os.environ["WANDB_PROJECT"]
     env = yaml.safe_load((tmp_path / "w/env.yaml").read_text())

@@ -3,11 +3,11 @@
 import json
 import socket
 import subprocess
-import time
 import urllib.request
 
 import pytest
-from tests.verbs.conftest import DATA, Shell, train_yaml, wait_for
+from tests.verbs.conftest import DATA, Shell, train_yaml
+from tests.waits import patience, wait_for
 
 from slimray import runs
 
@@ -32,7 +32,7 @@ def test_a_job_goes_from_submit_to_its_result_while_nodes_come_and_go(tmp_path, 
     on = ("--cluster", "./here.yaml")
 
     def nodes() -> int:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v0/nodes", timeout=20) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v0/nodes", timeout=patience(20)) as answer:
             found = json.load(answer)["data"]["result"]["result"]
         return sum(node["state"] == "ALIVE" for node in found)
 
@@ -44,7 +44,7 @@ def test_a_job_goes_from_submit_to_its_result_while_nodes_come_and_go(tmp_path, 
 
         job = shell.start("submit", "chain.yaml", *on, "--follow")
         wait_for("the autoscaler's two nodes beside the head", lambda: nodes() == 3)
-        out, err = job.communicate(timeout=300)
+        out, err = job.communicate(timeout=patience(300))
         assert job.returncode == 0, out + err
         assert "tsm-2: submitted to here" in out, "the one without its secret was attempt 1"
         assert "tsm: done in" in out
@@ -75,9 +75,7 @@ def test_a_job_goes_from_submit_to_its_result_while_nodes_come_and_go(tmp_path, 
 
 
 def refuse(shell: Shell, sentence: str, *arguments: str) -> None:
-    began = time.monotonic()
     done = shell.run("submit", "chain.yaml", *arguments)
     assert done.returncode == 2, done.stdout + done.stderr
     assert sentence in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert time.monotonic() - began < 60

@@ -19,6 +19,7 @@ import pytest
 from dash import html
 from playwright.sync_api import expect, sync_playwright
 from tests.runs_to_show import metric_row, searched, shrunk, trained, val_row, write_rows
+from tests.waits import as_in_a_terminal, patience
 
 from slimray import runs
 from slimray.report.dashboard import app
@@ -26,7 +27,7 @@ from slimray.report.dashboard.watch import Watch
 from slimray.spec import UserError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=patience(20_000))
 PICTURES = Path(__file__).resolve().parents[2] / "build/dashboard"
 HOSTILE = "<img src=x onerror=window.owned=1>"
 SCRIPT = "<script>window.owned=1</script><b>bold</b>"
@@ -42,7 +43,7 @@ class Page:
         self.base = f"http://127.0.0.1:{port}"
         self.context = browser.new_context(viewport={"width": 1400, "height": 900}, **options)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(patience(20_000))
         self.wrong: list[str] = []
         self.asked: list[str] = []
         self.page.on("request", lambda request: self.asked.append(request.url))
@@ -145,7 +146,7 @@ def open_page(browser, server):
 
 
 def ask(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=patience(20))
     connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
     answer = connection.getresponse()
     body = answer.read()
@@ -278,7 +279,7 @@ def test_nothing_is_wider_than_a_narrow_screen_in_dark_mode_too(open_page):
     window.page.set_viewport_size({"width": 400, "height": 800})
     for path in ("/", "/run/sweep", "/run/good-tsm", "/run/good-tsm?view=report", "/compare?runs=good-tsm,good-tsn"):
         page = window.go(path)
-        page.wait_for_timeout(300)
+        page.wait_for_timeout(patience(300))
         assert page.evaluate("document.documentElement.scrollWidth") <= 400, path
     window.go("/")
     window.keep("narrow-dark")
@@ -315,7 +316,7 @@ def test_hostile_names_metrics_and_reports_are_shown_and_never_run(open_page):
     expect(page.locator(".message")).to_have_text(SCRIPT)
     expect(page.locator(".main-svg").first).to_be_visible()
     expect(page.locator("figcaption").filter(has_text=SCRIPT).first).to_be_visible()
-    page.wait_for_timeout(500)
+    page.wait_for_timeout(patience(500))
     assert page.locator("main img, main script, main b").count() == 0
     assert page.evaluate("window.owned") is None
     window.go("/compare?runs=" + "%3Cimg%20src%3Dx%20onerror%3Dwindow.owned%3D1%3E,good-tsm")
@@ -374,7 +375,7 @@ def test_a_bucket_is_shown_like_a_disk(browser, bucket):
 def test_it_answers_on_127_0_0_1_only_and_to_its_own_host_and_origin_only(server):
     port = server.port
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.2", port), timeout=5)
+        socket.create_connection(("127.0.0.2", port), timeout=patience(5))
     for host in (f"127.0.0.1:{port}", f"localhost:{port}"):
         assert ask(port, "/", Host=host)[0] == 200
     for host in (
@@ -487,7 +488,7 @@ def test_a_storage_that_is_slow_is_read_on_while_the_page_says_so(tmp_path):
     first = watch.look("sweep", patience_s=0)
     assert first is not None
     assert (first.row["state"], first.trials) == ("reading", {})
-    second = watch.look("sweep", patience_s=60)
+    second = watch.look("sweep", patience_s=patience(60))
     assert second is not None
     assert sum(map(len, second.trials.values())) == 400
     assert watch.look("sweep", patience_s=0) is second
@@ -521,18 +522,26 @@ def test_one_damaged_file_hides_no_other(tmp_path):
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def test_the_command_serves_until_it_is_interrupted(tmp_path):
+@pytest.mark.parametrize("storage_answers", [True, False])
+def test_the_command_serves_until_it_is_interrupted(tmp_path, storage_answers):
     trained(str(tmp_path), "mine")
+    if not storage_answers:
+        trained(str(tmp_path), "late")
+        (tmp_path / "late/status.json").unlink()
+        os.mkfifo(tmp_path / "late/status.json")  # who opens it waits for a writer
     command = [sys.executable, "-m", "slimray.cli", "dashboard", str(tmp_path), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal
+    ) as process:
         try:
             assert process.stdout is not None
             said = process.stdout.readline()
             port = int(re.search(r"http://127\.0\.0\.1:(\d+) ", said)[1])  # type: ignore[index]
             assert ask(port, "/")[0] == 200
-        finally:
             process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+            out, err = process.communicate(timeout=patience(20))
+        finally:
+            process.kill()
     assert (process.returncode, out, err) == (0, "", "")
 
 

@@ -8,6 +8,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from tests.waits import patience
 
 from slimray.runs import notify
 from slimray.runs.notify import NotifySpec, send
@@ -120,7 +121,7 @@ def test_a_webhook_that_refuses_leaves_one_warning_without_its_address(hook, mon
 def test_a_webhook_that_does_not_answer_is_given_up(hook, monkeypatch, caplog):
     monkeypatch.setattr(notify, "TIMEOUT_S", 0.2)
     monkeypatch.setattr(notify, "PAUSE_S", 0.01)
-    hook.wait_s = 1.0
+    hook.wait_s = patience(1.0)
     send(spec(), EVENT)
     assert "no answer in 0.2 s" in caplog.text
     assert SECRET not in caplog.text

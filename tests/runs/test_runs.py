@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.waits import patience, wait_for
 
 from slimray import runs, storage
 from slimray.spec import RunFailed, UserError
@@ -41,14 +42,8 @@ def start(code: str, *arguments: str) -> subprocess.Popen:
         "import sys, time\nfrom pathlib import Path\nfrom slimray import runs\nfrom slimray.spec import UserError\n"
         + code
     )
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
-
-
-def wait_until(condition, timeout_s=20):
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def put_lock(run, **changes):
@@ -195,37 +190,47 @@ def test_an_attempt_that_another_process_has_begun_is_not_begun_again(local):
 
 COMPETE = """
 run = runs.open_run(sys.argv[1], "a")
-while time.time() < float(sys.argv[2]):
-    pass
+print("ready", flush=True)
+sys.stdin.readline()
 try:
     with runs.hold(run):
         print("held", flush=True)
-        time.sleep(4)
+        sys.stdin.readline()
 except UserError as error:
     print("refused:", error, flush=True)
 """
 
 
+def compete(where: str) -> list[str]:
+    """What two processes say that want the lock of run `a` at the same moment, sorted."""
+    rivals = [start(COMPETE, where) for _ in range(2)]
+    for rival in rivals:
+        assert rival.stdout.readline() == "ready\n"
+    for rival in rivals:
+        rival.stdin.write("go\n")
+        rival.stdin.flush()
+    said = [rival.stdout.readline() for rival in rivals]  # the one that holds it does so until both have spoken
+    for rival in rivals:
+        rival.communicate(timeout=patience(30))
+    return sorted(said)
+
+
 def test_of_two_processes_one_gets_the_lock(where):
-    begin = str(time.time() + 2.5)
-    rivals = [start(COMPETE, where, begin) for _ in range(2)]
-    said = sorted(rival.communicate(timeout=30)[0] for rival in rivals)
+    said = compete(where)
     assert said[0] == "held\n"
     assert said[1].startswith("refused: run 'a' is being written by ")
 
 
 def test_of_two_processes_one_takes_over_a_stale_lock(local):
-    put_lock(local, heartbeat=time.time() - 100)
-    begin = str(time.time() + 2.5)
-    rivals = [start(COMPETE, str(Path(local.path).parent), begin) for _ in range(2)]
-    assert [said.partition(":")[0].strip() for said in sorted(rival.communicate()[0] for rival in rivals)] == [
-        "held",
-        "refused",
-    ]
+    put_lock(local, heartbeat=time.time() - 2 * runs.lock.STALE_S)
+    said = compete(str(Path(local.path).parent))
+    assert [line.partition(":")[0].strip() for line in said] == ["held", "refused"]
 
 
 def test_the_lock_of_a_killed_process_is_free_at_once(local):
-    holder = start("with runs.hold(runs.run_at(sys.argv[1])):\n  print('held', flush=True); time.sleep(60)", local.path)
+    holder = start(
+        "with runs.hold(runs.run_at(sys.argv[1])):\n  print('held', flush=True); sys.stdin.readline()", local.path
+    )
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"being written by process {holder.pid}"):
         runs.claim(local, JOB, restart=False) if runs.exists(local, "job.yaml") else runs.hold(local).__enter__()
@@ -238,12 +243,12 @@ def test_the_lock_of_a_killed_process_is_free_at_once(local):
 def test_a_lock_of_another_machine_is_respected_while_its_heartbeat_is_young(local, monkeypatch):
     monkeypatch.setattr(runs.lock, "SETTLE_S", 0.2)
     runs.write_job(local, JOB)
-    put_lock(local, heartbeat=time.time() - 50)
+    put_lock(local, heartbeat=time.time() - runs.lock.STALE_S / 2)
     with pytest.raises(UserError, match="being written by process 1 on elsewhere"), runs.hold(local):
         pass
     with pytest.raises(UserError, match="being written"):
         runs.claim(local, JOB) if runs.read_status(local) else runs.claim(local, JOB, restart=True)
-    put_lock(local, heartbeat=time.time() - 61)
+    put_lock(local, heartbeat=time.time() - runs.lock.STALE_S - 1)
     with runs.hold(local):
         pass
 
@@ -252,7 +257,7 @@ def test_the_heartbeat_is_renewed_while_a_lock_is_held(local):
     runs.begin(local, JOB, 1)
     with runs.hold(local, heartbeat_s=0.05):
         first = runs.read_status(local).heartbeat
-        wait_until(lambda: runs.read_status(local).heartbeat > first)
+        wait_for("a heartbeat", lambda: runs.read_status(local).heartbeat > first, 20)
 
 
 def test_losing_the_lock_interrupts_and_fails_the_run_and_leaves_the_winners_state(local, monkeypatch):
@@ -260,7 +265,7 @@ def test_losing_the_lock_interrupts_and_fails_the_run_and_leaves_the_winners_sta
     with pytest.raises(RunFailed, match="taken over by process 1 on elsewhere"), runs.hold(local, heartbeat_s=0.05):  # noqa: PT012
         runs.begin(local, JOB, 1)
         put_lock(local)
-        time.sleep(20)  # interrupted
+        time.sleep(patience(20))  # interrupted
     assert runs.exists(local, "lock")
     with pytest.raises(RunFailed, match="taken over"):
         runs.end(local, "failed", "late")
@@ -275,7 +280,7 @@ def test_no_row_is_lost_on_close_and_parts_are_immutable(run):
     for step in range(2500):
         writer.write({"step": step, "train/loss": float(step)})
         if step == 100:
-            wait_until(lambda: runs.read_parts(run, "metrics"))
+            wait_for("the first part", lambda: runs.read_parts(run, "metrics"), 20)
     first = storage.list_files(run.fs, join(run.path, "metrics"))[0]
     before = storage.read_bytes(run.fs, first.path)
     writer.close()
@@ -303,7 +308,7 @@ def test_rows_wait_while_the_storage_is_away(local):
     obstacle = Path(local.path, "metrics")
     obstacle.parent.mkdir(parents=True)
     obstacle.write_bytes(b"a file where the folder should be")
-    writer = runs.PartWriter(local, "metrics", 1, 0, flush_s=0.01, patience_s=10)
+    writer = runs.PartWriter(local, "metrics", 1, 0, flush_s=0.01, patience_s=patience(10))
     writer.write({"step": 1})
     time.sleep(0.2)
     obstacle.unlink()
@@ -317,7 +322,7 @@ def test_rows_that_cannot_be_written_raise_once(local):
     Path(local.path, "metrics").write_bytes(b"a file where the folder should be")
     writer = runs.PartWriter(local, "metrics", 1, 0, flush_s=0.01, patience_s=0.1)
     writer.write({"step": 1})
-    wait_until(lambda: writer._failed)
+    wait_for("the writer to give up", lambda: writer._failed, 20)
     with pytest.raises(StorageError, match=r"1 rows of metrics/0001-00000-.* are lost"):
         writer.write({"step": 2})
     writer.write({"step": 3})
@@ -423,7 +428,7 @@ def test_a_checkpoint_whose_writer_was_killed_is_never_taken_for_whole(run, tmp_
     os.mkfifo(pipe)
     code = "run = runs.run_at(sys.argv[1])\nruns.save_checkpoint(run, 2, {'a': b'x' * 100, 'b': Path(sys.argv[2])}, {})"
     writer = start(code, run.uri, str(pipe))
-    wait_until(lambda: runs.exists(run, "checkpoints/step_000000002/a"))
+    wait_for("the first file", lambda: runs.exists(run, "checkpoints/step_000000002/a"), 20)
     writer.send_signal(signal.SIGKILL)
     writer.wait()
     assert runs.newest_checkpoint(run).step == 1

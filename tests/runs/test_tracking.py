@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.waits import patience
 
 from slimray.runs.tracking import Tracker, TrackingSpec, redact, run_id
 
@@ -66,7 +67,7 @@ sink.close()
 def test_wandb_works_offline_and_hears_neither_secrets_nor_paths_unless_asked(tmp_path, media):
     command = [sys.executable, "-c", OFFLINE, json.dumps(JOB), str(tmp_path), media]
     env = os.environ | {"WANDB_SILENT": "true", "HOME": str(tmp_path / "home")}
-    subprocess.run(command, check=True, timeout=120, env=env, capture_output=True)
+    subprocess.run(command, check=True, timeout=patience(120), env=env, capture_output=True)
     written = list(tmp_path.rglob("run-*.wandb"))
     assert len(written) == 1
     assert run_id("one", str(tmp_path)) in written[0].name

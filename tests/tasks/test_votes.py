@@ -2,18 +2,22 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
+from tests.waits import patience
 
 from slimray.data.plan import Phase, rank_slice
 from slimray.tasks.parts import ShapeScore
 from slimray.tasks.segment import SegmentationScore
 from slimray.tasks.votes import SceneVotes, Votes
 from slimray.verbs.evaluate import EvaluateJob
+
+ROOT = Path(__file__).resolve().parents[2]
 
 CLASSES, BATCH = 5, 4
 PATHS = [f"room{room}#zero-{window:04d}" for room, count in enumerate([3, 1, 6]) for window in range(count)]
@@ -64,10 +68,12 @@ def test_a_point_gets_the_class_of_its_surest_view():
 
 
 def test_two_ranks_count_what_one_counts(tmp_path):
-    command = [sys.executable, __file__]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE) for rank in range(2)]
+    command = [sys.executable, "-m", __name__]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE) for rank in range(2)
+    ]
     for process in ranks:
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=patience(120))
         assert process.returncode == 0, err.decode()[-2000:]
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     together = [sum(pair) for pair in zip(*parts, strict=True)]

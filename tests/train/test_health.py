@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+from tests.waits import patience
 
 from slimray.train import health
 
@@ -17,7 +18,7 @@ def test_a_rank_that_stops_is_reported_once_with_its_stacks():
 
     dog = health.Watchdog(0.2, stuck)
     dog.beat("computing step 3")
-    assert event.wait(10)
+    assert event.wait(patience(10))
     time.sleep(0.5)
     ((doing, seconds, stacks),) = told
     assert doing == "computing step 3"
@@ -27,10 +28,11 @@ def test_a_rank_that_stops_is_reported_once_with_its_stacks():
 
 def test_a_rank_that_goes_on_is_left_alone():
     told: list = []
-    dog = health.Watchdog(1.0, lambda *what: told.append(what))
-    for _ in range(20):
+    limit = patience(1.0)
+    dog = health.Watchdog(limit, lambda *what: told.append(what))
+    for _ in range(40):
         dog.beat("computing")
-        time.sleep(0.1)
+        time.sleep(limit / 20)
     dog.close()
     assert not told
 

@@ -1,6 +1,5 @@
 """The two walls beyond a thousand ranks, with Ray's own actors: the barrier of the ranks, and who gets which CPUs."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +8,7 @@ import ray
 import ray.train
 from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ResourceRequestPriority
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
+from tests.waits import patience
 
 from slimray.data.plan import num_feeders
 from slimray.train import workers
@@ -41,12 +41,10 @@ def cpus_of(coordinator: _AutoscalingCoordinatorActor, requester: str) -> float:
 def test_every_execution_of_1536_ranks_gets_cpus():
     executions = num_feeders(WORLD, CPUS - 4 * GPUS)
     assert executions == 16
-    began = time.monotonic()
     with requests_of(executions) as coordinator:
-        took = time.monotonic() - began
         got = [cpus_of(coordinator, f"data-{number}") for number in range(executions)]
         assert cpus_of(coordinator, "train") == 4 * WORLD
-    assert min(got) >= NODES * ((CPUS - 4 * GPUS) // executions), (got, took)
+    assert min(got) >= NODES * ((CPUS - 4 * GPUS) // executions), got
 
 
 def test_an_execution_per_node_would_get_none():
@@ -62,7 +60,7 @@ def _meet(config: dict) -> int:
     actor, world = get_train_context().get_synchronization_actor(), config["world"]
     said = ["met", *[None] * (world - 1)]
     calls = [actor.broadcast_from_rank_zero.remote(rank, world, said[rank], "test") for rank in range(world)]
-    return sum(answer == "met" for answer in ray.get(calls, timeout=200))
+    return sum(answer == "met" for answer in ray.get(calls, timeout=patience(200)))
 
 
 @pytest.mark.ray

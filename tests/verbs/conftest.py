@@ -5,12 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import safetensors.numpy
+from tests.waits import as_in_a_terminal, patience, wait_for
 
 from slimray import runs
 
@@ -46,13 +45,14 @@ class Shell:
     def start(self, *arguments: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "slimray.cli", *arguments]
         return subprocess.Popen(
-            command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+            command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True, preexec_fn=as_in_a_terminal,
+        )  # fmt: skip
 
-    def run(self, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess:
+    def run(self, *arguments: str, seconds: float = 240) -> subprocess.CompletedProcess:
         child = self.start(*arguments)
         try:
-            out, err = child.communicate(timeout=timeout_s)
+            out, err = child.communicate(timeout=patience(seconds))
         except subprocess.TimeoutExpired:
             end_session(child)
             raise
@@ -71,7 +71,7 @@ def end_session(child: subprocess.Popen) -> None:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    child.wait(timeout=30)
+    child.wait(timeout=patience(30))
 
 
 def session_of(leader: int) -> list[int]:
@@ -100,14 +100,6 @@ def find_process(leader: int, words: str) -> int:
         except OSError:
             continue
     raise AssertionError(f"no process with {words!r} below {leader}")
-
-
-def wait_for(what: str, condition: Callable[[], bool], timeout_s: float = 120) -> None:
-    """Poll until `condition` holds; AssertionError that says what was waited for after `timeout_s`."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"waited {timeout_s:g} s for {what}"
-        time.sleep(0.05)
 
 
 def write_list(shell: Shell, folder: str, files: list[Path], labels: int = 2) -> None:
@@ -148,7 +140,7 @@ def run_and_kill_a_worker(shell: Shell, file: str, name: str) -> None:
     child = shell.start("run", file)
     wait_for("a checkpoint in mid-epoch", lambda: has_checkpoint(shell, name, 8))
     os.kill(find_process(child.pid, "ray::RayTrainWorker"), signal.SIGKILL)
-    out, err = child.communicate(timeout=240)
+    out, err = child.communicate(timeout=patience(240))
     assert child.returncode == 0, out + err
 
 

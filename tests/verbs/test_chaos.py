@@ -7,6 +7,7 @@ import ray
 from ray.cluster_utils import Cluster
 from tests.chaos import Site, compare, disturbed, outcome
 from tests.faulty_s3 import faulty_s3
+from tests.waits import patience
 
 SEED = 8
 
@@ -23,7 +24,7 @@ def test_a_drained_node_and_a_killed_driver_change_no_bit(monkeypatch, tmp_path:
         with faulty_s3() as faults:
             site = Site.build(cluster, faults, tmp_path)
             calm = site.start("calm", "2")
-            out, err = calm.communicate(timeout=200)
+            out, err = calm.communicate(timeout=patience(200))
             assert calm.returncode == 0, out + err
             events, workers = disturbed(site, "disturbed", SEED)
             assert events == ["drain a node", "kill the driver"]

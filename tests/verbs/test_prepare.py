@@ -6,7 +6,8 @@ import signal
 
 import pyarrow.parquet as pq
 import pytest
-from tests.verbs.conftest import Shell, end_session, wait_for, write_list
+from tests.verbs.conftest import Shell, end_session, write_list
+from tests.waits import wait_for
 
 from slimray import runs
 from slimray.data.video.decoder import Decoder

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.verbs.conftest import Shell, end_session, wait_for, weights
+from tests.verbs.conftest import Shell, end_session, weights
+from tests.waits import wait_for
 
 from slimray import models, runs
 from slimray.edge import cost

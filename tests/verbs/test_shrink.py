@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from tests.verbs.conftest import Shell, end_session, wait_for, weights
+from tests.verbs.conftest import Shell, end_session, weights
+from tests.waits import wait_for
 
 from slimray import runs
 from slimray.arch import Arch

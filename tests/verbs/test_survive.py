@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from tests.verbs.conftest import DATA, Shell, find_process, seen, session_of, wait_for
+from tests.verbs.conftest import DATA, Shell, find_process, seen, session_of
+from tests.waits import patience, wait_for
 
 from slimray import runs
 
@@ -58,7 +59,7 @@ def drain(cluster: Cluster, node_id: str, seconds: int) -> None:
         "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
         "--deadline-remaining-seconds", str(seconds),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience(60))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -88,7 +89,7 @@ def written_steps(shell: Shell, name: str) -> list[set[int]]:
 def test_a_node_that_is_announced_to_go_costs_no_step_and_one_that_comes_is_used(cluster, site):
     spot = cluster.add_node(num_cpus=3)
     epochs = 50
-    text = ELASTIC.format(name="spot", workers="[1, 2]", epochs=epochs, retries=0, every=20, patience=120)
+    text = ELASTIC.format(name="spot", workers="[1, 2]", epochs=epochs, retries=0, every=20, patience=patience(120))
     file = site.write("spot.yaml", text.replace("retries:", "cpus_per_worker: 2, retries:"))  # one worker to a node
     child = site.start("run", file)
     wait_for("two workers", lambda: world_of(site, "spot") == 2, 200)
@@ -98,7 +99,7 @@ def test_a_node_that_is_announced_to_go_costs_no_step_and_one_that_comes_is_used
     wait_for("one worker", lambda: world_of(site, "spot") == 1, 200)
     added = cluster.add_node(num_cpus=3)
     wait_for("two workers again", lambda: world_of(site, "spot") == 2, 200)
-    out, err = child.communicate(timeout=400)
+    out, err = child.communicate(timeout=patience(400))
     cluster.remove_node(added)
     assert child.returncode == 0, out + err
     assert "a node is to be taken" in out + err
@@ -116,13 +117,13 @@ def test_a_node_that_is_announced_to_go_costs_no_step_and_one_that_comes_is_used
 
 
 def test_a_worker_that_hangs_is_found_and_the_run_goes_on(cluster, site):
-    file = site.write("hang.yaml", ELASTIC.format(name="hang", workers=1, epochs=6, retries=1, every=2, patience=8)
-                      .replace("workers: 1", "workers: 2, cpus_per_worker: 0.5"))  # fmt: skip
+    text = ELASTIC.format(name="hang", workers=1, epochs=6, retries=1, every=2, patience=patience(8))
+    file = site.write("hang.yaml", text.replace("workers: 1", "workers: 2, cpus_per_worker: 0.5"))
     child = site.start("run", file)
     wait_for("a checkpoint", lambda: steps_of(site, "hang") >= 4, 200)
     stopped = find_process(os.getpid(), "ray::RayTrainWorker")
     os.kill(stopped, signal.SIGSTOP)
-    out, err = child.communicate(timeout=400)
+    out, err = child.communicate(timeout=patience(400))
     assert child.returncode == 0, out + err
     logs = sorted((site.storage / "hang/logs").glob("*-stacks.txt"))
     assert len(logs) == 1
@@ -133,14 +134,13 @@ def test_a_worker_that_hangs_is_found_and_the_run_goes_on(cluster, site):
 
 
 def test_the_hours_of_a_run_are_a_limit_and_it_resumes_with_more(cluster, site):
-    text = ELASTIC.format(name="hours", workers=1, epochs=100, retries=0, every=1000, patience=60)
+    text = ELASTIC.format(name="hours", workers=1, epochs=100, retries=0, every=1000, patience=patience(60))
     file = site.write("hours.yaml", text + "limits: {hours: 0.001}\n")
     done = site.run("run", file)
     assert done.returncode == 1
     assert "limits.hours: 0.001 hours are over" in done.stderr
     reached = steps_of(site, "hours")
     assert 0 < reached < 600
-    began = time.time()
     done = site.run("run", file, "--set", "limits.hours=0.002")
     assert done.returncode in (0, 1)
-    assert steps_of(site, "hours") > reached, time.time() - began
+    assert steps_of(site, "hours") > reached

@@ -450,6 +450,8 @@ def dashboard(
     from slimray.report.dashboard import app as page
 
     page.serve(where or _storage(storage), port, open_, _say)
+    sys.stdout.flush()
+    os._exit(0)  # the interpreter would wait for a reader whose storage does not answer
 
 
 @app.command()

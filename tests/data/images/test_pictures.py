@@ -11,6 +11,7 @@ import pyarrow.fs as pafs
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFile
+from tests.waits import patience
 
 from slimray import models
 from slimray.data import modalities
@@ -52,7 +53,7 @@ def rng(epoch: int):
 
 @pytest.fixture(scope="module")
 def decoder():
-    with Decoder(timeout_s=30) as one:
+    with Decoder(timeout_s=patience(30)) as one:
         yield one
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -120,25 +121,55 @@ def test_a_published_checkpoint_loads_and_computes_as_recorded(shared):
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
 
 
+def backward(net: nn.Module, recorded) -> torch.Tensor:
+    """The output of `net` in training for the recorded input, its gradients taken from the recorded targets."""
+    out = net.train()(recorded["input"].to(next(net.parameters()).dtype))
+    F.cross_entropy(out, recorded["targets"]).backward()
+    return out.detach()
+
+
 def test_pvcnn_trains_as_recorded(recorded):
-    net = loaded(recorded, dropout=0.0).train()
-    out = net(recorded["input"])
+    net = loaded(recorded, dropout=0.0)
+    out = backward(net, recorded)
     torch.testing.assert_close(out, recorded["train_output_dropout0"], rtol=0, atol=1e-4)
     loss = F.cross_entropy(out, recorded["targets"])
     assert loss.item() == pytest.approx(float(recorded["train_loss_dropout0"]), abs=1e-4)
-    loss.backward()
-    # Behind the head, gradients come through the BatchNorm of `cloud_features`, over two samples: 1e-7 more or less in
-    # the input moves them by up to 2 %, and the recorded ones lie 0.9 % from those in float64 (ours 0.4 %).
-    for name, parameter in net.named_parameters():
-        norm, rel = parameter.grad.norm().item(), 1e-3 if name.startswith("classifier") else 2e-2
-        floor = 1e-5 if name.endswith("bias") else 1e-6  # a bias before a BatchNorm has no gradient but rounding
-        assert norm == pytest.approx(float(recorded["grad_norms"][name]), rel=rel, abs=floor), name
-        if name in recorded["grads_small"]:
-            difference = (parameter.grad - recorded["grads_small"][name]).norm().item()
-            assert difference <= 2e-2 * norm + floor, name
     state = net.state_dict()
     for name, value in recorded["running_stats_after_one_train_forward"].items():
         torch.testing.assert_close(state[name], value, rtol=0, atol=1e-4)
+
+
+def test_gradients_of_pvcnn_are_the_recorded_ones(recorded):
+    """Float64 decides, float32 and the recorded values (float32 as well) are held against it.
+
+    Behind the head, gradients come through the BatchNorm of `cloud_features`, over two samples: 1e-7 more or less in
+    the input moves them by up to 2 %. A bias before a BatchNorm has no gradient; in float32 it is what rounding leaves,
+    which differs from one processor to the next: it is compared with the gradient of the weight beside it.
+    """
+    net, exact = loaded(recorded, dropout=0.0), loaded(recorded, dropout=0.0).double()
+    backward(net, recorded)
+    backward(exact, recorded)
+    modules = dict(exact.named_modules())
+    before_norm = {
+        f"{name}.{place}.bias"
+        for name, module in modules.items()
+        if isinstance(module, nn.Sequential)
+        for place, (one, following) in enumerate(pairwise(module))
+        if isinstance(one, nn.Conv1d | nn.Conv3d | nn.Linear) and isinstance(following, nn.BatchNorm1d | nn.BatchNorm3d)
+    }
+    assert len(before_norm) > 10
+    for name, parameter in exact.named_parameters():
+        right, mine, theirs = parameter.grad, net.get_parameter(name).grad, float(recorded["grad_norms"][name])
+        if name in before_norm:
+            beside = exact.get_parameter(name.removesuffix("bias") + "weight").grad.norm().item()
+            assert right.norm().item() < 1e-12 * beside, name
+            assert max(mine.norm().item(), theirs) < 1e-4 * beside, name
+            continue
+        norm, rel = right.norm().item(), 1e-3 if name.startswith("classifier") else 2e-2
+        assert theirs == pytest.approx(norm, rel=rel), name
+        assert (mine - right).norm().item() <= rel * norm, name
+        if name in recorded["grads_small"]:
+            assert (right - recorded["grads_small"][name]).norm().item() <= 2e-2 * norm, name
 
 
 # ------------------------------------------------------------------------------------------------ every network

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.waits import patience
 
 from slimray import models
 from slimray.models.supernets.mixed import MixedNet
@@ -20,6 +21,8 @@ from slimray.tasks.predict import Input, to_input
 from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.paths import Goal, PathReplica, PathSampling, draw_two, entropy
 from slimray.train.spec import OptimSpec
+
+ROOT = Path(__file__).resolve().parents[3]
 
 OPTIM = OptimSpec(lr=0.1, reference_batch=8, epochs=1, groups="plain", clip_norm=None, weight_decay=0.0)
 SHAPE, SIDE = (3, 16, 16), 16
@@ -285,13 +288,15 @@ def test_two_ranks_search_as_one_does(case: str, gradient: str, tmp_path: Path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__]
+    command = [sys.executable, "-m", __name__]
     children = [
-        subprocess.Popen([*command, str(rank), case, str(tmp_path), gradient], env=env, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [*command, str(rank), case, str(tmp_path), gradient], cwd=ROOT, env=env, stderr=subprocess.PIPE
+        )
         for rank in (0, 1)
     ]
     for child in children:
-        _, err = child.communicate(timeout=180)
+        _, err = child.communicate(timeout=patience(180))
         assert child.returncode == 0, err.decode()[-2000:]
     try:
         alone = steps_of(0, 1, [[cut for rank in CUTS[case] for cut in rank if cut[0] < cut[1]]], gradient)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.waits import patience
 from torch import nn
 
 from slimray.tasks.predict import Input, to_input
@@ -18,6 +19,8 @@ from slimray.train.methods.method import Piece, Setup, breaks_on_one_sample
 from slimray.train.methods.mutual import Mutual
 from slimray.train.methods.plain import PlainReplica
 from slimray.train.spec import OptimSpec
+
+ROOT = Path(__file__).resolve().parents[3]
 
 OPTIM = OptimSpec(lr=0.1, reference_batch=8, epochs=1, groups="plain", clip_norm=None, weight_decay=0.0)
 SHAPE = (2, 3, 8, 8)
@@ -103,13 +106,15 @@ def test_gradients_sent_as_bf16_are_rounded_to_bf16_and_alike_on_all_ranks(tmp_p
 def alone_and_together(case: str, tmp_path: Path, compress: str = "none") -> tuple[dict, list[dict]]:
     """The weights after one step of one process, and those of two ranks."""
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__]
+    command = [sys.executable, "-m", __name__]
     children = [
-        subprocess.Popen([*command, str(rank), "2", case, str(tmp_path), compress], env=env, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [*command, str(rank), "2", case, str(tmp_path), compress], cwd=ROOT, env=env, stderr=subprocess.PIPE
+        )
         for rank in (0, 1)
     ]
     for child in children:
-        _, err = child.communicate(timeout=120)
+        _, err = child.communicate(timeout=patience(120))
         assert child.returncode == 0, err.decode()[-2000:]
     cuts, num = CASES[case]
     default = torch.get_default_dtype()

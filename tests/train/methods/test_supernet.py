@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.waits import patience
 
 from slimray import models
 from slimray.arch import Dimension, Space
@@ -18,6 +19,8 @@ from slimray.train import learn
 from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.supernet import Supernet, SupernetReplica
 from slimray.train.spec import OptimSpec
+
+ROOT = Path(__file__).resolve().parents[3]
 
 OPTIM = OptimSpec(lr=0.1, reference_batch=8, epochs=1, groups="plain", clip_norm=None, weight_decay=0.0)
 SHAPE, SIDE = (3, 32, 32), 32
@@ -62,12 +65,10 @@ def test_two_ranks_train_subnets_as_one_does(case: str, tmp_path: Path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    children = [
-        subprocess.Popen([sys.executable, __file__, str(rank), case, str(tmp_path)], env=env, stderr=subprocess.PIPE)
-        for rank in (0, 1)
-    ]
+    command = [sys.executable, "-m", __name__, case, str(tmp_path)]
+    children = [subprocess.Popen([*command, str(rank)], cwd=ROOT, env=env, stderr=subprocess.PIPE) for rank in (0, 1)]
     for child in children:
-        _, err = child.communicate(timeout=180)
+        _, err = child.communicate(timeout=patience(180))
         assert child.returncode == 0, err.decode()[-2000:]
     try:
         alone = one_step(0, 1, [[cut for rank in CUTS[case] for cut in rank if cut[0] < cut[1]]])
@@ -135,7 +136,7 @@ def test_inputs_are_made_as_an_arch_takes_them():
 
 
 if __name__ == "__main__":
-    number, name, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    name, folder, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
     torch.distributed.init_process_group("gloo", rank=number, world_size=2)
     torch.save(one_step(number, 2, CUTS[name]), f"{folder}/{number}.pt")
     torch.distributed.barrier()  # gloo aborts when one side goes away while the other still talks
