@@ -460,7 +460,10 @@ def predict(
     files: Annotated[list[Path], typer.Argument(help="Videos, images, or clouds of points.", metavar="FILE...")],
     top: Annotated[int, typer.Option(help="Classes shown per file.", min=1)] = 5,
     columns: Annotated[
-        str | None, typer.Option(help='Of clouds as text, .npy or .bin: "x y z nx ny nz r g b"; "-" leaves one out.')
+        str | None,
+        typer.Option(
+            help='Of clouds: "x y z nx ny nz r g b"; "-" leaves one out; label=NAME, decimal=comma, delimiter=tab.'
+        ),
     ] = None,
     shape: Annotated[
         int | None, typer.Option(help="Class of the clouds, from 0, for a network trained with one_hot.", min=0)
@@ -495,9 +498,12 @@ def predict(
     for path in files:
         found = next(answers) if path in there else use.Answer(path, reason="no such file")
         written = [str(one) for one in found.written]
-        rows.append({"file": str(path), "top": found.top, "reason": found.reason, "written": written})
+        row = {"file": str(path), "top": found.top, "reason": found.reason, "written": written}
+        rows.append(row | ({"notes": found.notes} if found.notes else {}))
         if not as_json:
             _say(f"{path}: {found.reason or '  '.join(f'{label} {100 * p:.1f} %' for label, p in found.top)}")
+        if found.notes and not as_json:
+            _say(f"  {found.notes}")
         if written and not as_json:
             _say(f"  labels of its points: {', '.join(written)}")
     if as_json:

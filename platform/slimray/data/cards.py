@@ -72,7 +72,9 @@ class Card(Spec):
     labels: Literal["sample", "point"] = "sample"
     """Whether a label belongs to a sample, or to each of its points (the label of a list is then its shape, from 0)."""
     point_columns: tuple[str, ...] = ()
-    """Columns of text, .npy and .bin point files: x y z, nx ny nz, r g b, intensity, label; `-` leaves one out."""
+    """Columns of text, .npy and .bin point files: x y z, nx ny nz, r g b, intensity, label; `-` leaves one out. Where
+    files name their columns, `label=NAME` chooses between two that mean the same. `decimal=comma` (or point) and
+    `delimiter=semicolon` (or comma, tab, blank) say how a text writes its numbers, where that cannot be told."""
     point_labels: str | None = None
     """File under the root with a label for each point; `{name}` is the cloud's path without its extension, `{folder}`
     and `{stem}` are its two halves: `{folder}/../labels/{stem}.label`."""

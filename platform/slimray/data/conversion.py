@@ -19,7 +19,9 @@ import numpy as np
 from slimray import storage
 from slimray.data.bytes import read_files, read_whole
 from slimray.data.paths import COLUMN, inside
-from slimray.data.points import clouds, files, point_sets
+from slimray.data.points import clouds, point_sets
+from slimray.data.points.arrays import KITTI_SCAN
+from slimray.data.points.reader import cloud_reader
 from slimray.data.samples import BadSample
 from slimray.spec import RunFailed
 
@@ -36,7 +38,7 @@ class Raw:
     """A dataset as it came, and how its samples are stored.
 
     `pack` None keeps clips and images as they are. Of each object of split "train" `copies` frustums are made, drawn
-    with `seed`.
+    with `seed`. `timeout_s` is what a cloud may take to read.
     """
 
     root: str
@@ -44,14 +46,15 @@ class Raw:
     pack: "Pack | None"
     copies: int
     seed: int
+    timeout_s: float = 30.0
 
 
 @dataclass(frozen=True)
 class Made:
     """A sample as stored: its path in the index, columns of the index that say what it holds, bytes read for it.
 
-    `psnr` is in dB, of what was lost; `left_out` are files that it lacks, with the reason; `label` is its class, if
-    that is another than the file's.
+    `psnr` is in dB, of what was lost; `left_out` are files that it lacks, with the reason; `notes` says in words what
+    points of the file are left out; `label` is its class, if that is another than the file's.
     """
 
     path: str
@@ -61,6 +64,7 @@ class Made:
     psnr: float | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
     label: int | None = None
+    notes: str = ""
 
 
 def convert_clip(raw: Raw, row: dict[str, Any], decoder: "Decoder") -> Iterator[Made]:
@@ -91,18 +95,22 @@ def convert_cloud(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]
     if card.point_labels:
         path = labels_path(card, row["path"])
         labels = (path, read_whole(source, root, {**row, "path": path}))
-    cloud = files.read_cloud(row["path"], data, card.point_columns, labels)
+    needs = ("label",) if card.labels == "point" else ()
+    cloud = cloud_reader(raw.timeout_s).cloud(row["path"], data, card.point_columns, labels, needs)
     if card.labels == "point":
         cloud = _with_classes(cloud, card)
-    size = len(data) + len(labels[1] if labels else b"")
+    for name, reason in cloud.unclear.items():
+        if name != "label":  # features are stored, whoever takes them later
+            raise BadSample(reason)
+    size, notes = len(data) + len(labels[1] if labels else b""), _notes(cloud)
     if card.tile is None:
-        yield _stored(row["path"], cloud, size)
+        yield _stored(row["path"], cloud, size, notes=notes)
         return
     tiles = _tiles(cloud, card.tile)
     if not tiles:
         raise BadSample(f"no tile of it has {MIN_TILE_POINTS} points and a label that counts")
     for number, tile in enumerate(tiles):
-        yield _stored(f"{row['path']}#{number:04d}", tile, 0 if number else size)
+        yield _stored(f"{row['path']}#{number:04d}", tile, 0 if number else size, notes="" if number else notes)
 
 
 def convert_room(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
@@ -110,7 +118,7 @@ def convert_room(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
     source, root = storage.open_uri(raw.root)
     objects = read_files(source, root, row["path"])
     folder, room = row["path"].rpartition("/")[0], row["path"].partition("/Annotations/")[0]
-    xyzrgb, labels, skipped = point_sets.s3dis_room(objects)
+    xyzrgb, labels, skipped = cloud_reader(raw.timeout_s).room(row["path"], objects)
     size, left_out = sum(map(len, objects.values())), {f"{folder}/{name}": why for name, why in skipped.items()}
     for key, (name, offset) in enumerate(point_sets.S3DIS_OFFSETS.items()):
         windows = point_sets.s3dis_windows(xyzrgb, labels, offset, (zlib.crc32(room.encode()), key))
@@ -127,14 +135,16 @@ def convert_shape(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]
     """A shape of ShapeNet part, whose parts must be those of its class."""
     source, root = storage.open_uri(raw.root)
     data = read_whole(source, root, row)
-    yield _stored(row["path"], point_sets.shapenet_cloud(row["path"], data, row["label"]), len(data))
+    cloud = cloud_reader(raw.timeout_s).cloud(row["path"], data, point_sets.SHAPENET_COLUMNS)
+    point_sets.check_shapenet_parts(cloud, row["label"])
+    yield _stored(row["path"], cloud, len(data), notes=_notes(cloud))
 
 
 def convert_scan(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
     """The frustums of a KITTI scan: behind the 2D boxes of its labels, or of a detector where the card names one."""
     path, split, (source, root) = row["path"], row["split"], storage.open_uri(raw.root)
     data, number = read_whole(source, root, row), path.rpartition("/")[2].removesuffix(".bin")
-    cloud = files.read_cloud(path, data)
+    cloud = cloud_reader(raw.timeout_s).cloud(path, data, KITTI_SCAN)
     scan = np.concatenate([cloud.coords + cloud.origin, cloud.features["intensity"]], 1)
     calibration = point_sets.kitti_calibration(_beside(raw, path, "calib", ".txt"))
     image_size = point_sets.png_size(_beside(raw, path, "image_2", ".png", 32))
@@ -149,12 +159,13 @@ def convert_scan(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
         stored = point_sets.write_frustum(frustum)
         label = point_sets.KITTI_CLASSES.index(frustum.kind)
         shape = {"frames": len(frustum.cloud)}
-        yield Made(f"{path}#{place:04d}", stored, shape, 0 if place else len(data), label=label)
+        size, notes = (0, "") if place else (len(data), _notes(cloud))
+        yield Made(f"{path}#{place:04d}", stored, shape, size, label=label, notes=notes)
 
 
 def scan_objects(raw: Raw, path: str) -> list[point_sets.KittiObject]:
     """All that is labelled in the image of a scan."""
-    return point_sets.kittiscan_objects(_beside(raw, path, "label_2", ".txt"))
+    return point_sets.kitti_objects(_beside(raw, path, "label_2", ".txt"))
 
 
 def _beside(raw: Raw, path: str, folder: str, suffix: str, num_bytes: int | None = None) -> bytes:
@@ -186,8 +197,21 @@ BY_LAYOUT: dict[str, Callable[[Raw, dict[str, Any], "Decoder"], Iterator[Made]]]
 }  # releases whose files hold several samples, or need others beside them
 
 
-def _stored(path: str, cloud: clouds.Cloud, bytes_in: int, left_out: Mapping[str, str] | None = None) -> Made:
-    return Made(path, clouds.write_cloud(cloud), {"frames": len(cloud)}, bytes_in, left_out=left_out or {})
+def _stored(
+    path: str, cloud: clouds.Cloud, bytes_in: int, left_out: Mapping[str, str] | None = None, notes: str = ""
+) -> Made:
+    encoded, shape = clouds.write_cloud(cloud), {"frames": len(cloud)}
+    return Made(path, encoded, shape, bytes_in, left_out=left_out or {}, notes=notes)
+
+
+def _notes(cloud: clouds.Cloud) -> str:
+    """What of a file is not there for want of finite numbers: points that are left out, features that have gaps."""
+    there = len(cloud) + cloud.num_removed
+    notes = [clouds.removal_note(cloud.removed, there)]
+    for name, array in cloud.features.items():
+        if gaps := len(array) - len(clouds.finite_rows({name: array})[0]):
+            notes.append(f"{gaps} of {there} points have no finite {name}: networks that take it leave them out")
+    return "; ".join(filter(None, notes))
 
 
 def _tiles(cloud: clouds.Cloud, side: float) -> list[clouds.Cloud]:

@@ -17,8 +17,10 @@ from slimray.data import conversion, synthetic
 from slimray.data.bytes import read_sample, read_whole
 from slimray.data.images.pictures import ImageRecipe
 from slimray.data.paths import ALL_FILES, NUMBERED
-from slimray.data.points import files, point_sets
-from slimray.data.points.recipe import PointRecipe, make_points
+from slimray.data.points import point_sets
+from slimray.data.points.columns import parse_columns
+from slimray.data.points.reader import cloud_reader
+from slimray.data.points.recipe import PointRecipe
 from slimray.data.samples import BadSample
 from slimray.data.spec import DataSpec, scaled_resize
 from slimray.data.video.clips import ClipRecipe, flip_label
@@ -179,17 +181,17 @@ def load_points(
     and the row of its file or room that each point is, -1 both in views that are blank (see `PointRecipe.fill`).
     """
     fs, path = _filesystem(root)
-    cloud = files.read_cloud(row["path"], read_whole(fs, path, row))
-    sample = make_points(cloud, recipe, key, shape=max(0, row["label"]))
+    data = read_whole(fs, path, row)
+    sample = cloud_reader(timeout_s).sample(row["path"], data, recipe, key, shape=max(0, row["label"]))
     if not recipe.per_point:
         return sample.points, row["label"]
     if sample.labels is None:
         raise BadSample("has no label per point")
     if recipe.mode != "test":
         return sample.points, sample.labels[0]
-    rows = sample.indices if cloud.rows is None else cloud.rows[sample.indices]
-    blank = ((0, recipe.num_views() - len(rows)), (0, 0))
-    labels = np.pad(np.stack([sample.labels, rows]), ((0, 0), *blank), constant_values=-1)
+    assert sample.rows is not None
+    blank = ((0, recipe.num_views() - len(sample.points)), (0, 0))
+    labels = np.pad(np.stack([sample.labels, sample.rows]), ((0, 0), *blank), constant_values=-1)
     return np.pad(sample.points, (*blank, (0, 0))), labels
 
 
@@ -203,9 +205,8 @@ def load_frustum(
     object is known, mask and box are -1 and nan.
     """
     fs, path = _filesystem(root)
-    frustum = point_sets.read_frustum(row["path"], read_whole(fs, path, row))
+    frustum, sample = cloud_reader(timeout_s).frustum(row["path"], read_whole(fs, path, row), recipe, key)
     number = point_sets.KITTI_CLASSES.index(frustum.kind)
-    sample = make_points(frustum.cloud, recipe, key, shape=number, box=frustum.box)
     mask, box = np.full(recipe.num_points, -1), np.full(7, np.nan)
     if sample.labels is not None and sample.box is not None:
         mask, box = sample.labels[0], sample.box
@@ -304,7 +305,10 @@ def _require_image(card: "Card") -> None:
 
 
 def _require_points(card: "Card") -> None:
-    pass
+    try:
+        parse_columns(card.point_columns)
+    except ValueError as error:
+        raise ValueError(f"point_columns: {error}") from None
 
 
 def _require_frustum(card: "Card") -> None:

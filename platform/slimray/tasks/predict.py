@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from slimray import models, runs, storage
 from slimray.data.images.pictures import ImageRecipe
 from slimray.data.modalities import read_recipe
-from slimray.data.points.clouds import Cloud
-from slimray.data.points.files import read_cloud
+from slimray.data.points.clouds import Cloud, removal_note
+from slimray.data.points.reader import CloudReader
 from slimray.data.points.recipe import PointRecipe, PointSample, make_points
 from slimray.data.samples import BadSample
 from slimray.data.video.clips import ClipRecipe
@@ -105,12 +105,14 @@ class Answer:
     """What was found in a file: its `top` classes, best first, or the `reason` why it could not be read.
 
     The number of a class is its probability, or its share of the points where those have labels, which are `written`.
+    `notes` says which points of a cloud were left out.
     """
 
     path: Path
     top: list[tuple[str, float]] = field(default_factory=list)
     reason: str = ""
     written: tuple[Path, ...] = ()
+    notes: str = ""
 
 
 def predict_files(
@@ -150,27 +152,30 @@ def predict_files(
         _require_apart(paths, out)
         recipe = replace(recipe, mode="test", votes=1, max_points=0)  # views that hold every point
 
-    def answer(path: Path, decoder: Decoder) -> Answer:
+    def answer(path: Path, decoder: Decoder, reader: CloudReader) -> Answer:
+        notes = ""
         device = next(network.net.parameters()).device
         if isinstance(recipe, ClipRecipe):
             views, _ = decoder.clip(str(path), path.read_bytes(), recipe, KEY)
         elif isinstance(recipe, ImageRecipe):
             views, _ = decoder.image(str(path), path.read_bytes(), recipe, KEY)
         else:
-            cloud = read_cloud(str(path), path.read_bytes(), columns)
+            cloud = reader.cloud(str(path), path.read_bytes(), columns, needs=recipe.channels)
+            notes = removal_note(cloud.removed, len(cloud) + cloud.num_removed)
             sample = _make_points(cloud, recipe, shape or 0)
             if per_point:
                 scores = score_points(network, sample, len(cloud), device, rows)
-                return _write_labels(cloud, scores, network.classes, k, path, label_files(path, out))
+                answered = _write_labels(cloud, scores, network.classes, k, path, label_files(path, out))
+                return replace(answered, notes=notes)
             views = sample.points
         scores = predict_scores(network.net, views[None], network.pixels, device, 1)
-        return Answer(path, top_classes(scores[0], network.classes, k))
+        return Answer(path, top_classes(scores[0], network.classes, k), notes=notes)
 
     def answers() -> Iterator[Answer]:
-        with Decoder(timeout_s=timeout_s) as decoder:
+        with Decoder(timeout_s=timeout_s) as decoder, CloudReader(timeout_s=timeout_s) as reader:
             for path in paths:
                 try:
-                    found = answer(path, decoder)
+                    found = answer(path, decoder, reader)
                 except (BadSample, OSError) as error:
                     found = Answer(path, reason=str(error))
                 yield found
@@ -208,6 +213,9 @@ def _make_points(cloud: Cloud, recipe: PointRecipe, shape: int) -> PointSample:
     """The sample of a user's own file; BadSample that says which channels are missing and what can be done."""
     missing = [name for name in recipe.channels if name not in cloud.features and name != "normals"]
     if missing:
+        for name in missing:
+            if name in cloud.unclear:
+                raise BadSample(cloud.unclear[name])
         hint = ": name its columns with --columns" if "extra" in cloud.features else ""
         there = ", ".join(cloud.features) or "coordinates only"
         raise BadSample(f"has no {', '.join(missing)}, which the network takes (it has: {there}){hint}")

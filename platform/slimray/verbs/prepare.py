@@ -39,6 +39,8 @@ from slimray.spec import RunFailed, Spec, UserError, parse
 from slimray.verbs import inputs
 from slimray.verbs.context import CheckContext, Context, Made
 
+MAX_NOTES = 10  # printed, of files with points that are left out
+
 
 class PrepareData(Spec):
     """The raw dataset."""
@@ -270,11 +272,13 @@ def _write_indexes(job: PrepareJob, ctx: Context, card: Card, chunks: list[_Chun
     objects: dict[str, list] = {chunk.split: [] for chunk in chunks}
     files, failed = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0)
     totals: dict[str, Any] = {"bytes_in": 0, "bytes_out": 0, "psnr": []}
+    notes: list[str] = []
     for chunk in chunks:
         part = json.loads(runs.read_file(ctx.run, f"data/parts/{_part_name(chunk)}"))
         rows[chunk.split] += part["rows"]
         bad[chunk.split] += part["bad"] + part["left_out"]
         objects[chunk.split] += part.get("objects", [])
+        notes += part.get("notes", [])
         files[chunk.split] += chunk.hi - chunk.lo
         failed[chunk.split] += len(part["bad"])
         totals["bytes_in"] += part["bytes_in"]
@@ -310,6 +314,10 @@ def _write_indexes(job: PrepareJob, ctx: Context, card: Card, chunks: list[_Chun
     ctx.finish({"metrics": metrics, "packed": packed, "dataset": {"name": card.name}})
     summary = ", ".join(f"{split} {m['clips']} clips ({m['quarantined']} quarantined)" for split, m in metrics.items())
     ctx.console.print(f"{job.name}: {summary}", highlight=False)
+    for note in notes[:MAX_NOTES]:
+        ctx.console.print(f"  {note}", highlight=False, markup=False)
+    if len(notes) > MAX_NOTES:
+        ctx.console.print(f"  and so with {len(notes) - MAX_NOTES} more files: see data/parts in the run folder")
 
 
 # ------------------------------------------------------------------------------------------------ in the tasks
@@ -374,7 +382,7 @@ def _pack(work: _Work, rows: list[dict], part: dict[str, Any], shard: str, decod
     """The rows of the shard, made one by one (none without a shard); `part` notes what is made and what is bad."""
     convert = BY_LAYOUT.get(work.card.layout) or MODALITIES[work.card.sample].convert
     pack = None if work.pack is None else Pack(**work.pack.model_dump())
-    raw = Raw(work.root, work.card, pack, work.data.copies, work.data.seed)
+    raw = Raw(work.root, work.card, pack, work.data.copies, work.data.seed, work.timeout_s)
     packed = 0
     for row in rows:
         try:
@@ -383,6 +391,8 @@ def _pack(work: _Work, rows: list[dict], part: dict[str, Any], shard: str, decod
                 label = row["label"] if made.label is None else made.label
                 part["rows"].append({"path": made.path, "label": label, **made.shape, **place})
                 part["left_out"] += [{"path": path, "reason": reason} for path, reason in made.left_out.items()]
+                if made.notes:
+                    part.setdefault("notes", []).append(f"{row['path']}: {made.notes}")
                 part["bytes_in"] += made.bytes_in
                 if shard:
                     packed += 1

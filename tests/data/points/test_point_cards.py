@@ -68,6 +68,7 @@ class Prepared:
         self.root, self.bytes_in, self.bytes_out = f"{out}/data", part["bytes_in"], part["bytes_out"]
         self.rows = index_table(part["rows"]).to_pylist()
         self.bad = {item["path"]: item["reason"] for item in part["bad"]}
+        self.notes = part.get("notes", [])
         self.left_out = [item["path"] for item in part["left_out"]]
         self.data = {row["path"]: read_whole(DISK, self.root, row) for row in self.rows}
         self.clouds: dict[str, Any] = {path: read_cloud(path, data) for path, data in self.data.items()}
@@ -393,6 +394,7 @@ def test_damaged_clouds_cost_themselves_alone(shared, tmp_path):
         write(tmp_path, {name: (shared / "data/pointcloud/damaged" / name).read_bytes()})
     write(tmp_path, {"good.xyz": "0 0 0\n1 1 1\n", "train.txt": "\n".join(f"{name} 0" for name in names)})
     made = Prepared(shipped("my_clouds"), "train", tmp_path, tmp_path / "out")
-    assert [(row["path"], row["row"]) for row in made.rows] == [("good.xyz", 0)]
-    assert set(made.bad) == set(names) - {"good.xyz"}
+    assert [(row["path"], row["row"]) for row in made.rows] == [("nan_rows.xyz", 0), ("good.xyz", 1)]
+    assert set(made.bad) == set(names) - {"nan_rows.xyz", "good.xyz"}
+    assert made.notes == ["nan_rows.xyz: 16 of 151 points left out, not finite numbers: 16 by x, y, z"]
     assert made.bad["gone.xyz"] == "no such file"

@@ -1,13 +1,19 @@
 """Clouds as arrays: .npy, .npz and bare float32; sizes are compared with the bytes before anything is allocated."""
 
 import io
+import math
 import zipfile
-from collections.abc import Sequence
 
 import numpy as np
 
 from slimray.data.points.clouds import MAX_POINTS, Table, named
-from slimray.data.samples import BadSample
+from slimray.data.points.columns import Columns
+from slimray.data.samples import MAX_BYTES, BadSample
+
+KITTI_SCAN = ("x", "y", "z", "intensity")
+WIDTHS = range(3, 9)  # numbers a point that a file of bare float32 may have
+CLEARLY = 0.7  # by so much the spread of columns (mean of log variances) tells widths apart; real files: 1 and more
+MANY = 64  # columns that no cloud has
 
 
 def npy_array(data: bytes) -> np.ndarray:
@@ -18,28 +24,99 @@ def npy_array(data: bytes) -> np.ndarray:
     shape, _, dtype = read(buffer)
     if dtype.kind not in "fiub":
         raise BadSample(f"holds {dtype}, no plain numbers")
-    count = int(np.prod(np.array(shape, dtype=object))) if shape else 1
-    there = (len(data) - buffer.tell()) // dtype.itemsize
-    if count != there:
-        raise BadSample(f"{there} of {count} declared numbers are there")
+    declared, there = math.prod(shape), len(data) - buffer.tell()
+    if len(shape) > 1 and shape[0] > MAX_POINTS:
+        raise BadSample(f"declares {shape[0]} points")
+    if there != declared * dtype.itemsize:
+        raise BadSample(f"{there // dtype.itemsize} of {declared} declared numbers are there")
     return np.load(io.BytesIO(data), allow_pickle=False)
 
 
-def read_npy(data: bytes, _: str, columns: Sequence[str]) -> Table:
-    return named(npy_array(data), columns, ())
+def read_npy(data: bytes, _: str, columns: Columns) -> Table:
+    """Read an array `[points, columns]`, or `[columns, points]` where its shape tells."""
+    array = npy_array(data)
+    if array.ndim == 2 and array.dtype.kind == "b":
+        raise BadSample("holds true and false, no coordinates")
+    return named(_upright(array, columns), columns)
 
 
-def read_npz(data: bytes, _: str, __: Sequence[str]) -> Table:
+def _upright(array: np.ndarray, columns: Columns) -> np.ndarray:
+    """The array with a point a row. Raises BadSample if its shape does not tell which way it lies."""
+    if array.ndim != 2:
+        return array
+    rows, width = array.shape
+    if columns.names:
+        lies = len(columns.names) == rows != width
+    elif rows >= width or rows < 3:
+        lies = False
+    elif width > MANY:
+        lies = True
+    else:
+        raise BadSample(f"holds an array of shape {[rows, width]}: name its columns, to say which way it lies")
+    return array.T if lies else array
+
+
+def read_npz(data: bytes, _: str, __: Columns) -> Table:
+    """Read all arrays of an .npz that are not single numbers, by their names."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        if sum(item.file_size for item in archive.infolist()) > 64 * MAX_POINTS:
-            raise BadSample("unpacks to more than a point cloud can be")
-        arrays = {item.filename.removesuffix(".npy"): npy_array(archive.read(item)) for item in archive.infolist()}
-    return {name: array for name, array in arrays.items() if array.ndim}
+        members = archive.infolist()
+        if sum(item.file_size for item in members) > MAX_BYTES:
+            raise BadSample(f"unpacks to more than {MAX_BYTES:,} bytes")
+        names = [item.filename.removesuffix(".npy") for item in members]
+        if len(set(names)) < len(names):
+            raise BadSample("holds two arrays of one name")
+        arrays = [npy_array(archive.read(item)) for item in members]
+    table = [(name, array) for name, array in zip(names, arrays, strict=True) if array.ndim]
+    lying = {array.shape[1] for name, array in table if array.ndim == 2 and len(array) == 3 < array.shape[1]}
+    if len(lying) == 1 and not any(len(array) in lying for _, array in table if array.ndim == 2):
+        (points,) = lying
+        table = [(name, array.T if array.ndim == 2 and array.shape[1] == points else array) for name, array in table]
+    return table
 
 
-def read_bin(data: bytes, _: str, columns: Sequence[str]) -> Table:
-    """Rows of little-endian float32, as KITTI stores scans: x y z intensity unless the card names other columns."""
-    names = columns or ("x", "y", "z", "intensity")
+def read_bin(data: bytes, _: str, columns: Columns) -> Table:
+    """Read rows of little-endian float32, as KITTI stores scans: x y z intensity unless the card names others.
+
+    Raises BadSample where the numbers read better as another number of columns.
+    """
+    names = columns.names or KITTI_SCAN
+    if len(names) < 3:
+        raise BadSample(f"{len(names)} columns are named, a point has 3 at least")
     if len(data) % (4 * len(names)):
         raise BadSample(f"has {len(data)} bytes, no multiple of {4 * len(names)} ({len(names)} float32 a point)")
-    return named(np.frombuffer(data, "<f4").reshape(-1, len(names)), names, ())
+    numbers = np.frombuffer(data, "<f4")
+    _require_width(numbers, len(names), known=bool(columns.names))
+    return named(numbers.reshape(-1, len(names)), columns, KITTI_SCAN)
+
+
+def _require_width(numbers: np.ndarray, width: int, known: bool) -> None:
+    """Raise BadSample if another number of columns separates the numbers better, or (not `known`) as well.
+
+    Read in the right width, columns have spreads of their own; in a wrong one each is a mixture of several, so that the
+    mean of their log variances is larger. Multiples of a width separate as well as it does.
+    """
+    here = _spread(numbers, width)
+    better, equal = [], []
+    for other in WIDTHS:
+        if other == width or len(numbers) % other or len(numbers) < 8 * other:
+            continue
+        there = _spread(numbers, other)
+        if there < here - CLEARLY:
+            better.append(other)
+        elif other % width and there < here + CLEARLY / 2:
+            equal.append(other)
+    if better or (equal and not known):
+        points = ", ".join(f"{len(numbers) // one} points of {one}" for one in sorted({width, *better, *equal}))
+        raise BadSample(
+            f"its {len(numbers)} numbers do not look like {width} a point (they are {points}): "
+            "name its columns (point_columns of the card, --columns)"
+        )
+
+
+def _spread(numbers: np.ndarray, width: int) -> float:
+    """The mean of the log variances of the columns, not finite numbers and the far tails left out."""
+    rows = numbers[: 200_000 * width].reshape(-1, width).astype(np.float64)
+    with np.errstate(all="ignore"):
+        rows = np.where(np.abs(rows) < 1e9, rows, 0)
+        whole = rows.var() + 1e-12
+        return float(np.log(rows.var(0) + 1e-6 * whole).mean())

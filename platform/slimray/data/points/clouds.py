@@ -1,35 +1,28 @@
 """A cloud of points as a value: coordinates, features, labels; its columns named and checked, and its one stored form.
 
-What a reader finds in a file is a `Table` of columns; `to_cloud` names them by what they mean, groups them and checks
-that they are finite. Coordinates that float32 is too coarse for get an origin of their own.
+What a reader finds in a file is a `Table` of columns; `to_cloud` names them by what they mean and leaves out the points
+whose numbers are needed and not finite. Two columns that mean the same are a question, never a choice of ours.
+Coordinates that float32 is too coarse for get an origin of their own.
 """
 
 import io
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from slimray.data.points.columns import GROUPS, Columns, meaning, plain
 from slimray.data.samples import BadSample
 
 MIN_POINTS = 2
 MAX_POINTS = 100_000_000  # a declared count larger than this is refused before anything is allocated
 FAR = 10_000.0  # from here on float32 steps are about a millimetre of a metre: the cloud gets an origin of its own
-HUGE = 1e30  # no number of a point cloud; sums and squares of such numbers overflow
-
-GROUPS = {"coords": ("x", "y", "z"), "normals": ("nx", "ny", "nz"), "colors": ("r", "g", "b")}
-ALIASES = {
-    "normal_x": "nx", "normal_y": "ny", "normal_z": "nz", "normal": "normals",
-    "red": "r", "green": "g", "blue": "b", "color": "colors", "rgb": "colors",
-    "labels": "label", "class": "label", "classification": "label", "scalar_label": "label",
-    "points": "coords", "xyz": "coords", "pos": "coords", "positions": "coords",
-    "reflectance": "intensity", "scalar_intensity": "intensity",
-}  # fmt: skip
+HUGE = 1e18  # no number of a point cloud: float32 squares and sums of such numbers overflow
 
 WIDTHS = {"colors": 3, "normals": 3, "place": 3}  # channels of a feature, others have one
 
-Table = dict[str, np.ndarray]  # column name -> [N] or [N, k]
+Table = list[tuple[str, np.ndarray]]  # column name, [N] or [N, k]; a name may come twice
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +30,8 @@ class Cloud:
     """Points as read: `coords` float32 `[N, 3]`, `features` name -> float32 `[N, k]`, `labels` int64 `[N]` or None.
 
     Colors are 0 to 1. `rows` int64 `[N]` says which point of its file or room each one is (None: all, in order);
-    `origin` float64 `[3]` was subtracted from coords; `num_removed` points were left out for want of finite numbers.
+    `origin` float64 `[3]` was subtracted from coords. `removed` counts the points left out by the column that was not
+    a finite number. `unclear` says of what the file may hold ("label") why it cannot be told.
     """
 
     coords: np.ndarray
@@ -45,10 +39,24 @@ class Cloud:
     labels: np.ndarray | None = None
     rows: np.ndarray | None = None
     origin: np.ndarray = field(default_factory=lambda: np.zeros(3))
-    num_removed: int = 0
+    removed: Mapping[str, int] = field(default_factory=dict)
+    unclear: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.coords)
+
+    @property
+    def num_removed(self) -> int:
+        """Points that were left out."""
+        return sum(self.removed.values())
+
+
+def removal_note(removed: Mapping[str, int], num_points: int) -> str:
+    """Say in words which points were left out of `num_points`; "" for none."""
+    if not removed:
+        return ""
+    named = ", ".join(f"{count} by {name}" for name, count in removed.items())
+    return f"{sum(removed.values())} of {num_points} points left out, not finite numbers: {named}"
 
 
 def write_cloud(cloud: Cloud) -> bytes:
@@ -64,43 +72,159 @@ def write_cloud(cloud: Cloud) -> bytes:
     return buffer.getvalue()
 
 
-def to_cloud(table: Table, drop: bool, labels: Callable[[int], np.ndarray] | None) -> Cloud:
-    """Name, group and check what a reader found."""
-    table = {ALIASES.get(name.lower(), name.lower()): array for name, array in table.items()}
-    for group, names in GROUPS.items():
-        if group not in table and all(name in table for name in names):
-            table[group] = np.stack([table.pop(name) for name in names], 1)
-    if "coords" not in table:
-        raise BadSample(f"has no x, y, z (it has: {', '.join(table) or 'nothing'})")
+# ------------------------------------------------------------------------------------------------ from a table
+
+
+def to_cloud(
+    table: Table,
+    columns: Columns,
+    needs: Collection[str] | None,
+    labels: Callable[[int], np.ndarray] | None = None,
+    rows: np.ndarray | None = None,
+    origin: np.ndarray | None = None,
+) -> Cloud:
+    """Name, group and check the columns that a reader found.
+
+    `needs` are the features, and "label", that are wanted beside the coordinates (None: all): points where one of them
+    is not a finite number are left out and counted, and a want that cannot be told raises BadSample. `labels` gives the
+    labels of that many points from elsewhere; `rows` and `origin` are as a Cloud's.
+    """
+    found, unclear = _by_meaning(table, columns)
+    for said in (found, unclear) if labels is not None else ():
+        said.pop("label", None)
+    needed = {"label", *found, *unclear} if needs is None else set(needs)
+    for name in ("coords", *sorted(needed)):
+        if name in unclear:
+            raise BadSample(unclear[name])
+    if "coords" not in found:
+        raise BadSample(f"has no x, y, z (it has: {', '.join(name for name, _ in table) or 'nothing'})")
     with np.errstate(all="ignore"):
-        coords = np.asarray(table.pop("coords"), np.float64)
+        coords = np.asarray(found.pop("coords"), np.float64)
     if coords.ndim != 2 or coords.shape[1] != 3:
         raise BadSample(f"coordinates of shape {list(coords.shape)}, not [points, 3]")
-    label, rows, origin = table.pop("label", None), table.pop("rows", None), table.pop("origin", np.zeros(3))
-    if labels is not None:
-        label = labels(len(coords))
-    for name, array in (table | {"labels": label, "rows": rows}).items():
+    if len(coords) == 0:
+        raise BadSample("has 0 usable points of 0")
+    label = found.pop("label", None) if labels is None else labels(len(coords))
+    for name, array in (found | {"labels": label, "rows": rows}).items():
         if array is not None and len(array) != len(coords):
             raise BadSample(f"{len(array)} {name} for {len(coords)} points")
     with np.errstate(all="ignore"):  # what does not fit float32 becomes infinite, and is found so
-        features = {name: _feature(name, array) for name, array in table.items()}
-        finite = (np.abs(np.concatenate([coords, *features.values()], 1, dtype=np.float32)) < HUGE).min(1)  # not NaN
-    removed = len(finite) - int(finite.sum())
-    if removed and not drop:
-        raise BadSample(f"{removed} of {len(finite)} points are not finite numbers")
+        features = {name: _feature(name, array) for name, array in found.items()}
+    if label is not None:
+        label = label.reshape(len(label), -1)
+        if label.shape[1] != 1:
+            unclear["label"], label = f"its labels have {label.shape[1]} numbers a point", None
+    checked = {"x, y, z": coords} | {name: array for name, array in features.items() if name in needed}
+    if label is not None and "label" in needed:
+        checked["label"] = label
+    kept, removed = _finite(checked)
     if removed:
-        rows = np.flatnonzero(finite) if rows is None else rows[finite]
-        coords, features = coords[finite], {name: array[finite] for name, array in features.items()}
-        label = None if label is None else label[finite]
+        rows = np.flatnonzero(kept) if rows is None else rows[kept]
+        coords, features = coords[kept], {name: array[kept] for name, array in features.items()}
+        label = None if label is None else label[kept]
     if len(coords) < MIN_POINTS:
-        raise BadSample(f"has {len(coords)} usable point{'' if len(coords) == 1 else 's'} of {len(finite)}")
+        why = f" ({removal_note(removed, len(kept))})" if removed else ""
+        raise BadSample(f"has {len(coords)} usable point{'' if len(coords) == 1 else 's'} of {len(kept)}{why}")
+    coords, start = _near(coords)
+    if label is not None:
+        try:
+            label = whole_numbers(label[:, 0])
+        except BadSample as bad:
+            unclear["label"], label = str(bad), None
+    if "label" in needed and "label" in unclear:
+        raise BadSample(unclear["label"])
+    return Cloud(coords, features, label, rows, start if origin is None else origin + start, removed, unclear)
+
+
+def _by_meaning(table: Table, columns: Columns) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The columns by what they mean, groups put together; and what two columns or more mean alike, as a question."""
+    sources: dict[str, list[tuple[str, np.ndarray]]] = {}
+    taken = set(columns.chosen.values())
+    for name, array in table:
+        if plain(name) in taken:
+            for means, wanted in columns.chosen.items():
+                if wanted == plain(name):
+                    sources.setdefault(means, []).append((name, array))
+        elif meaning(name) not in columns.chosen:
+            sources.setdefault(meaning(name), []).append((name, array))
+        else:  # means what another column is chosen for
+            own = plain(name)
+            sources.setdefault(f"column_{own}" if own in columns.chosen else own, []).append((name, array))
+    for means, wanted in columns.chosen.items():
+        if means not in sources or wanted not in (plain(name) for name, _ in sources[means]):
+            raise BadSample(f"has no column {wanted} (it has: {', '.join(name for name, _ in table) or 'nothing'})")
+    listed = {plain(name) for name in columns.names}
+    unclear: dict[str, str] = {}
+    found: dict[str, np.ndarray] = {}
+    for means, several in sources.items():
+        exact = [one for one in several if plain(one[0]) in listed]
+        several = exact if len(exact) == 1 else several
+        if len(several) == 1:
+            found[means] = several[0][1]
+        else:
+            unclear[means] = _question(means, [name for name, _ in several])
+            for name, array in several:
+                if plain(name) != means and [plain(one) for one, _ in several].count(plain(name)) == 1:
+                    found[plain(name)] = array
+    for group, parts in GROUPS.items():
+        doubtful = [part for part in parts if part in unclear]
+        whole = all(part in found for part in parts)
+        if group in found and whole and group not in columns.chosen:
+            unclear[group] = _question(group, [group, " ".join(parts)])
+            del found[group]
+        elif group in found or group in unclear:
+            continue
+        elif doubtful and all(part in found or part in unclear for part in parts):
+            unclear[group] = unclear[doubtful[0]]
+        elif whole:
+            if any(found[part].ndim > 1 and found[part][:1].size > 1 for part in parts):
+                raise BadSample(f"{', '.join(parts)} are not single numbers")
+            found[group] = np.stack([found.pop(part).reshape(-1) for part in parts], 1)
+    return {f"column_{name}" if name in ("rows", "origin", "labels") else name: a for name, a in found.items()}, unclear
+
+
+def _question(means: str, names: list[str]) -> str:
+    names = sorted(names)
+    ways = f"say which, {' or '.join(f'{means}={plain(name)}' for name in names)}"
+    if len({plain(name) for name in names}) < len(names):
+        ways = "name all columns in order, and leave out by - what is not meant"
+    question = f"has {len(names)} columns for {means} ({', '.join(names)})"
+    return f"{question}: {ways} (in point_columns of the card, or --columns)"
+
+
+def _finite(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
+    """Which points are finite numbers in all `arrays`, bool `[N]`; how many are not, by the first that fails."""
+    kept, removed = np.ones(len(next(iter(arrays.values()))), bool), {}
+    for name, array in arrays.items():
+        with np.errstate(all="ignore"):
+            good = (np.abs(array.reshape(len(array), -1)) < HUGE).all(1)  # NaN is not below
+        if not good.all():
+            lost = int((kept & ~good).sum())
+            kept &= good
+            removed |= {name: lost} if lost else {}
+    return kept, removed
+
+
+def finite_rows(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
+    """The rows int64 that are finite in all `arrays` `[N, k]`, and how many are not, by the first array that fails."""
+    kept, removed = _finite(arrays)
+    return np.flatnonzero(kept), removed
+
+
+def _near(coords: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The coordinates as float32 and what was subtracted: nothing, unless they are far out or float32 merges them."""
     if not np.ptp(coords, 0).any():
         raise BadSample(f"all {len(coords)} points lie at one place")
+    origin = np.zeros(3)
     if np.abs(coords).max() > FAR:
-        step = np.floor(coords.min(0))
-        coords, origin = coords - step, origin + step
-    label = None if label is None else whole_numbers(label)
-    return Cloud(coords.astype(np.float32), features, label, rows, np.asarray(origin, np.float64), removed)
+        origin = np.floor(coords.min(0))
+    near = (coords - origin).astype(np.float32)
+    if not np.ptp(near, 0).any():
+        origin = coords.min(0)
+        near = (coords - origin).astype(np.float32)
+    if not np.ptp(near, 0).any():
+        raise BadSample(f"all {len(coords)} points lie at one place, as exactly as float32 can tell")
+    return near, origin
 
 
 def _feature(name: str, array: np.ndarray) -> np.ndarray:
@@ -108,29 +232,31 @@ def _feature(name: str, array: np.ndarray) -> np.ndarray:
     wide = array.reshape(len(array), -1)
     if name != "colors":
         return wide.astype(np.float32)
-    top = float(np.nanmax(wide)) if wide.size else 0.0
+    top = float(np.nanmax(wide)) if wide.size and not np.isnan(wide).all() else 0.0
     whole = array.dtype.kind in "iu"
     return (wide / (1 if top <= 1 and not whole else 255 if top <= 255 else 65535)).astype(np.float32)
 
 
 def whole_numbers(values: np.ndarray) -> np.ndarray:
-    if not ((np.abs(values) < 2**31) & (values == np.floor(values))).all():  # NaN is not below
+    """Labels as int64. Raises BadSample for one that is not a whole number of 32 bits."""
+    if not ((values > -(2**31)) & (values < 2**31) & (values == np.floor(values))).all():  # NaN is not below
         raise BadSample("a label is no whole number of 32 bits")
     return values.astype(np.int64)
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].split(";")[0][:160]
-
-
-def named(array: np.ndarray, columns: Sequence[str], default: Sequence[str]) -> Table:
+def named(array: np.ndarray, columns: Columns, default: tuple[str, ...] = ()) -> Table:
     """Columns of `[N, C]` by name; without names x y z, and the rest together as "extra"."""
-    names = [name.strip("\"'") for name in columns or default]
+    names = columns.names or default
     if array.ndim != 2 or array.shape[1] < 3:
         raise BadSample(f"holds an array of shape {list(array.shape)}, not [points, 3 or more]")
-    if columns and len(columns) != array.shape[1]:
-        raise BadSample(f"has {array.shape[1]} columns, the card names {len(columns)}")
+    if columns.names and len(columns.names) != array.shape[1]:
+        raise BadSample(f"has {array.shape[1]} columns, the card names {len(columns.names)}")
     if len(names) != array.shape[1]:
-        extra = {"extra": array[:, 3:]} if array.shape[1] > 3 else {}
-        return {"coords": array[:, :3], **extra}
-    return {name: array[:, i] for i, name in enumerate(names) if name != "-"}
+        extra = [("extra", array[:, 3:])] if array.shape[1] > 3 else []
+        return [("coords", array[:, :3]), *extra]
+    return [(name, array[:, i]) for i, name in enumerate(names) if name != "-"]
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error, in short."""
+    return (str(error).splitlines() or [type(error).__name__])[0].split(";")[0][:160]

@@ -1,12 +1,14 @@
-"""From the bytes of a point file to a cloud: PCD, PLY, LAS/LAZ, text, npy/npz, KITTI .bin and meshes.
+"""From the bytes of a point file to a cloud: PCD, PLY, LAS/LAZ, text, npy/npz, KITTI .bin and meshes, also gzipped.
 
 `read_cloud` reads them by libraries, and checks what those let pass: Open3D fills up a cut PCD with whatever is in
 memory and reads unreadable numbers as 0, laspy returns fewer points than declared, trimesh an empty mesh. A file that
-is not what it says is a `BadSample` with the reason. A new format is one reader and its row in READERS.
+is not what it says is a `BadSample` with the reason. Files that nobody vouches for are parsed in a child process
+(reader.py), which calls what is here. A new format is one reader and its row in READERS.
 """
 
 import io
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import PurePosixPath
 
@@ -14,14 +16,15 @@ import numpy as np
 
 from slimray.data.points.arrays import npy_array, read_bin, read_npy, read_npz
 from slimray.data.points.clouds import Cloud, Table, first_line, to_cloud, whole_numbers
+from slimray.data.points.columns import Columns, parse_columns
 from slimray.data.points.las import read_las
 from slimray.data.points.meshes import read_surface
 from slimray.data.points.pcd import read_pcd
 from slimray.data.points.ply import read_ply
 from slimray.data.points.text import read_text
-from slimray.data.samples import BadSample
+from slimray.data.samples import MAX_BYTES, BadSample
 
-READERS: dict[str, Callable[[bytes, str, Sequence[str]], Table]] = {
+READERS: dict[str, Callable[[bytes, str, Columns], Table]] = {
     ".pcd": read_pcd,
     ".ply": read_ply,
     ".las": read_las,
@@ -34,6 +37,7 @@ READERS: dict[str, Callable[[bytes, str, Sequence[str]], Table]] = {
     ".stl": read_surface,
     **dict.fromkeys((".xyz", ".txt", ".pts", ".csv", ".asc", ".xyzn", ".xyzrgb"), read_text),
 }
+MAGIC = ((b"ply", ".ply"), (b"LASF", ".las"), (b"\x93NUMPY", ".npy"), (b"PK\x03\x04", ".npz"), (b"# .PCD", ".pcd"))
 
 
 def read_cloud(
@@ -41,25 +45,34 @@ def read_cloud(
     data: bytes,
     columns: Sequence[str] = (),
     labels: tuple[str, bytes] | None = None,
-    keep_finite: bool = False,
+    needs: Collection[str] | None = None,
 ) -> Cloud:
     """Read a point file from its bytes; its first bytes, else the extension of `path`, tell its kind.
 
-    `columns` names the columns of text, .npy and .bin files (x y z, nx ny nz, r g b, label; "-" leaves one out);
-    `labels` is a (path, bytes) of one label per point. A PCD point with NaN means "nothing measured" and is left out
-    and counted; in other formats NaN is damage unless `keep_finite`. A mesh gives MESH_POINTS points of its surface.
-    Raises BadSample.
+    `columns` as `parse_columns` takes them: the columns of text, .npy and .bin files in order, and choices between
+    columns that mean the same. `labels` is a (path, bytes) of one label per point. `needs` are the features, and
+    "label", that are wanted beside the coordinates (None: all that is there): points where one of them is not a finite
+    number are left out and counted. A mesh gives MESH_POINTS points of its surface. Raises BadSample.
     """
     if not data:
         raise BadSample("the file is empty")
-    suffix = _kind(path, data)
     try:
-        table = READERS[suffix](data, suffix, columns)
+        asked = parse_columns(columns)
+    except ValueError as error:
+        raise BadSample(f"its columns cannot be read: {error}") from None
+    if data[:2] == b"\x1f\x8b":
+        path, data = path.removesuffix(".gz"), _unzipped(data)
+    kind = _kind(path, data)
+    rows = origin = None
+    try:
+        table = READERS[kind](data, kind, asked)
+        if kind == ".npz":
+            table, rows, origin = _stored(table)
     except (BadSample, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001  (libraries raise anything on bytes that they cannot read)
-        raise BadSample(f"does not read as {suffix[1:].upper()}: {first_line(error)}") from None
-    return to_cloud(table, keep_finite or suffix == ".pcd", partial(read_labels, *labels) if labels else None)
+        raise BadSample(f"does not read as {kind[1:].upper()}: {first_line(error)}") from None
+    return to_cloud(table, asked, needs, partial(read_labels, *labels) if labels else None, rows, origin)
 
 
 def read_labels(path: str, data: bytes, num_points: int) -> np.ndarray:
@@ -82,13 +95,43 @@ def read_labels(path: str, data: bytes, num_points: int) -> np.ndarray:
     return whole_numbers(values.reshape(-1))
 
 
-_MAGIC = ((b"ply", ".ply"), (b"LASF", ".las"), (b"\x93NUMPY", ".npy"), (b"PK\x03\x04", ".npz"), (b"# .PCD", ".pcd"))
-
-
 def _kind(path: str, data: bytes) -> str:
     suffix = PurePosixPath(path).suffix.lower()
-    magic = next((kind for start, kind in _MAGIC if data.startswith(start)), suffix)
+    magic = next((kind for start, kind in MAGIC if data.startswith(start)), suffix)
     kind = suffix if suffix == ".laz" and magic == ".las" else magic
     if kind not in READERS:
         raise BadSample(f"no point file by its name or first bytes (known: {', '.join(sorted(READERS))})")
     return kind
+
+
+def _unzipped(data: bytes) -> bytes:
+    """The bytes of a gzip file, all its members. Raises BadSample if it is cut, or unpacks to more than MAX_BYTES."""
+    whole = bytearray()
+    try:
+        while data[:2] == b"\x1f\x8b":
+            stream = zlib.decompressobj(31)
+            whole += stream.decompress(data, MAX_BYTES + 1 - len(whole))
+            if len(whole) > MAX_BYTES:
+                raise BadSample(f"unpacks to more than {MAX_BYTES:,} bytes")
+            if not stream.eof:
+                raise BadSample("its gzip stream breaks off")
+            data = stream.unused_data
+    except zlib.error as error:
+        raise BadSample(f"does not unpack: {first_line(error)}") from None
+    return bytes(whole)
+
+
+def _stored(table: Table) -> tuple[Table, np.ndarray | None, np.ndarray | None]:
+    """A stored cloud's table without its `rows` and `origin`, and these. Raises BadSample for a wrong shape of them."""
+    own = {name: array for name, array in table if name in ("rows", "origin")}
+    rows, origin = own.get("rows"), own.get("origin")
+    if origin is not None and (origin.shape != (3,) or not np.isfinite(origin.astype(np.float64)).all()):
+        raise BadSample(f"its origin is of shape {list(origin.shape)}, not three finite numbers")
+    if rows is not None and (rows.ndim != 1 or rows.dtype.kind not in "iu" or (rows.size and rows.min() < 0)):
+        raise BadSample("its rows are not whole numbers from 0, one a point")
+    kept = [(name, array) for name, array in table if name not in own]
+    return (
+        kept,
+        rows if rows is None else rows.astype(np.int64),
+        origin if origin is None else origin.astype(np.float64),
+    )

@@ -3,6 +3,7 @@
 Open3D is imported here only, and late: it takes seconds.
 """
 
+import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,19 +43,22 @@ def farthest_points(coords: np.ndarray, num_points: int) -> np.ndarray:
     return cloud.farthest_point_down_sample(num_points).point["row"].numpy()[:, 0]
 
 
-def unpack_pcd(body: bytes, points: int, size: int) -> bytes:
-    """The bytes of a compressed PCD's `points` points of `size` bytes, field after field. Raises BadSample.
+def unpack_lzf(packed: bytes, size: int) -> bytes:
+    """Unpack the LZF stream of a compressed PCD to `size` bytes. Raises BadSample.
 
-    They are read as columns of single bytes: some headers, so read, end the process.
+    It is read under a header of our own, as points of four single bytes: some headers, so read, end the process. What
+    is missing for a whole point is added to the stream as a run of zeros.
     """
-    names, ones = ["x", "y", "z", *(f"b{i}" for i in range(3, size))], " 1" * size
-    header = f"VERSION .7\nFIELDS {' '.join(names)}\nSIZE{ones}\nTYPE{' U' * size}\nCOUNT{ones}\n"
-    header += f"WIDTH {points}\nHEIGHT 1\nVIEWPOINT 0 0 0 1 0 0 0\nPOINTS {points}\nDATA binary_compressed\n"
-    with on_disk(header.encode() + body, ".pcd") as path:
+    missing = -size % 4
+    points = (size + missing) // 4
+    packed += bytes([missing - 1, *[0] * missing]) if missing else b""
+    header = "VERSION .7\nFIELDS x y z w\nSIZE 1 1 1 1\nTYPE U U U U\nCOUNT 1 1 1 1\nVIEWPOINT 0 0 0 1 0 0 0\n"
+    header += f"WIDTH {points}\nHEIGHT 1\nPOINTS {points}\nDATA binary_compressed\n"
+    with on_disk(header.encode() + struct.pack("<2I", len(packed), points * 4) + packed, ".pcd") as path:
         read = _open3d().t.io.read_point_cloud(path, remove_nan_points=False, remove_infinite_points=False).point
     if "positions" not in read or len(read.positions) != points:
         raise BadSample("the packed points do not unpack")
-    return np.concatenate([*read.positions.numpy().T, *(read[name].numpy()[:, 0] for name in names[3:])]).tobytes()
+    return np.concatenate([*read.positions.numpy().T, read["w"].numpy()[:, 0]]).tobytes()[:size]
 
 
 @contextmanager

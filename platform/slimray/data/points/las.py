@@ -1,34 +1,51 @@
-"""LAS and LAZ files: scaled coordinates, classification, intensity, colors."""
+"""LAS and LAZ files: scaled coordinates, classification, intensity, colors, and the extra dimensions by their names."""
 
 import io
 import struct
-from collections.abc import Sequence
 
 import numpy as np
 
 from slimray.data.points.clouds import MAX_POINTS, Table
+from slimray.data.points.columns import Columns
 from slimray.data.samples import BadSample
 
+VARIABLE_CHUNKS = 0xFFFFFFFF
 
-def read_las(data: bytes, _: str, __: Sequence[str]) -> Table:
-    """Scaled coordinates, the classification as label, intensity and colors. Points are counted: laspy does not."""
+
+def read_las(data: bytes, _: str, __: Columns) -> Table:
+    """Read all points. laspy returns as many as it finds: they are counted, and compared with the header."""
     import laspy
 
-    _check_las(data)
+    _check_header(data)
     with laspy.open(io.BytesIO(data)) as reader:
         header = reader.header
-        declared, there = header.point_count, (len(data) - header.offset_to_point_data) // header.point_format.size
-        if declared > MAX_POINTS or (declared > there and not header.are_points_compressed):
-            raise BadSample(f"{there} of {declared} declared points are there")
+        declared, start, size = header.point_count, header.offset_to_point_data, header.point_format.size
+        if declared > MAX_POINTS:
+            raise BadSample(f"declares {declared} points")
+        if header.are_points_compressed:
+            low, high = _chunk_bounds(data, header)
+            if not low <= declared <= high:
+                raise BadSample(f"{declared} points are declared, {low} to {high} are there")
+        else:
+            end = _end_of_points(data, header, start + declared * size)
+            if end - start < declared * size or end - start >= (declared + 1) * size:
+                raise BadSample(f"{max(0, end - start) // size} of {declared} declared points are there")
+        if declared == 0:
+            raise BadSample("has 0 usable points of 0")
         las = reader.read()
     if len(las.points) != declared:
         raise BadSample(f"{len(las.points)} of {declared} declared points are there")
-    table = {"coords": np.asarray(las.xyz), "label": np.asarray(las.classification)}
-    known = set(las.point_format.dimension_names)
-    return table | {name: np.asarray(las[name]) for name in ("intensity", "red", "green", "blue") if name in known}
+    known, extra = set(las.point_format.dimension_names), list(las.point_format.extra_dimension_names)
+    names = [name for name in ("intensity", "red", "green", "blue") if name in known and name not in extra]
+    table: Table = [("coords", np.asarray(las.xyz)), ("classification", np.asarray(las.classification))]
+    for name in [*names, *extra]:
+        array = np.asarray(las[name])
+        if array.dtype.kind in "fiu":
+            table.append((name, array))
+    return table
 
 
-def _check_las(data: bytes) -> None:
+def _check_header(data: bytes) -> None:
     """Counts that laspy and lazrs believe: too many records take minutes, too many chunks end the process."""
     if len(data) < 227:
         raise BadSample(f"has {len(data)} bytes, less than a LAS header")
@@ -37,9 +54,34 @@ def _check_las(data: bytes) -> None:
     extended = struct.unpack_from("<I", data, 243)[0] if minor >= 4 and len(data) >= 375 else 0
     if start > len(data) or 54 * records + 60 * extended > len(data):
         raise BadSample(f"declares {records + extended} records and points from byte {start} in {len(data)} bytes")
-    if compressed:
-        table = struct.unpack_from("<q", data, start)[0] if len(data) >= start + 8 else len(data)
-        table = struct.unpack_from("<q", data, len(data) - 8)[0] if table == -1 else table
-        chunks = struct.unpack_from("<I", data, table + 4)[0] if 0 <= table <= len(data) - 8 else len(data)
-        if chunks > len(data):
-            raise BadSample("its table of chunks is cut or broken")
+    if compressed and _num_chunks(data, start) > len(data):
+        raise BadSample("its table of chunks is cut or broken")
+
+
+def _num_chunks(data: bytes, start: int) -> int:
+    """How many chunks the table of a LAZ file declares; more than its bytes where the table lies outside of it."""
+    table = struct.unpack_from("<q", data, start)[0] if len(data) >= start + 8 else len(data)
+    table = struct.unpack_from("<q", data, len(data) - 8)[0] if table == -1 else table
+    return struct.unpack_from("<I", data, table + 4)[0] if 0 <= table <= len(data) - 8 else len(data) + 1
+
+
+def _chunk_bounds(data: bytes, header) -> tuple[int, int]:
+    """The fewest and the most points that the chunks of a LAZ file may hold."""
+    records = [one for one in header.vlrs if getattr(one, "record_id", 0) == 22204]
+    raw = bytes(records[0].record_data_bytes()) if records else b""
+    size = struct.unpack_from("<I", raw, 12)[0] if len(raw) >= 16 else VARIABLE_CHUNKS
+    chunks = _num_chunks(data, header.offset_to_point_data)
+    if size in (0, VARIABLE_CHUNKS):
+        return 0, MAX_POINTS
+    return max(0, chunks - 1) * size + min(chunks, 1), chunks * size
+
+
+def _end_of_points(data: bytes, header, expected: int) -> int:
+    """Where the points of a LAS file end: before the records behind them, or at the end of the file."""
+    starts = [len(data)]
+    if header.version.minor >= 4 and len(data) >= 375 and struct.unpack_from("<I", data, 243)[0]:
+        starts.append(struct.unpack_from("<Q", data, 235)[0])
+    if header.version.minor >= 3 and len(data) >= 235:
+        waves = struct.unpack_from("<Q", data, 227)[0]
+        starts += [waves] if waves else []
+    return min([one for one in starts if one >= expected], default=min(starts))

@@ -7,7 +7,6 @@ wrong (unreadable S3DIS objects) is left out and named, never guessed.
 """
 
 import dataclasses
-import io
 import json
 import re
 import zipfile
@@ -16,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from slimray.data.points.arrays import read_npz
 from slimray.data.points.clouds import Cloud, write_cloud
-from slimray.data.points.files import read_cloud
+from slimray.data.points.columns import Columns
 from slimray.data.samples import BadSample
 
 # ------------------------------------------------------------------------------------------------------ S3DIS
@@ -163,14 +163,13 @@ def shapenet_split(data: bytes) -> list[str]:
     return [f"{name.removeprefix('shape_data/')}.txt" for name in json.loads(data)]
 
 
-def shapenet_cloud(path: str, data: bytes, shape: int) -> Cloud:
-    """Read a shape of the release. Raises BadSample, also for a part that this shape class has not."""
-    cloud = read_cloud(path, data, SHAPENET_COLUMNS)
-    assert cloud.labels is not None
+def check_shapenet_parts(cloud: Cloud, shape: int) -> None:
+    """Raise BadSample if a part of the cloud is none of its shape class's."""
+    if cloud.labels is None:
+        raise BadSample("has no label per point")
     strange = np.setdiff1d(cloud.labels, shapenet_part_range(shape))
     if len(strange):
         raise BadSample(f"part {strange[0]} is none of a {SHAPENET_SHAPES[shape]}'s")
-    return cloud
 
 
 # ------------------------------------------------------------------------------------------------------ KITTI
@@ -233,13 +232,17 @@ def write_frustum(frustum: Frustum) -> bytes:
 def read_frustum(path: str, data: bytes) -> Frustum:
     """Read what `write_frustum` wrote. Raises BadSample."""
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            facts = arrays["frustum"].astype(np.float64)
-            coords, intensity, rows = (np.asarray(arrays[name]) for name in ("coords", "intensity", "rows"))
-            labels = np.asarray(arrays["labels"]) if "labels" in arrays else None
+        arrays = dict(read_npz(data, ".npz", Columns()))
+        facts = arrays["frustum"].astype(np.float64)
+        coords, intensity, rows, labels = (arrays.get(name) for name in ("coords", "intensity", "rows", "labels"))
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise BadSample(f"is no frustum: {error}") from None
-    if facts.shape != (14,) or not 0 <= facts[0] < len(KITTI_CLASSES):
+    if coords is None or intensity is None or rows is None:
+        raise BadSample("is no frustum: its points, intensity or rows are missing")
+    shapes = [array.shape for array in (coords, intensity, rows, labels) if array is not None]
+    if shapes[0] != (len(rows), 3) or shapes[1] != (len(rows), 1) or not set(shapes[2:]) <= {(len(rows),)}:
+        raise BadSample(f"is no frustum: its arrays are of shapes {', '.join(map(str, shapes))}")
+    if facts.shape != (14,) or not 0 <= facts[0] < len(KITTI_CLASSES) or not np.isfinite(facts[:7]).all():
         raise BadSample("is no frustum of this version: run prepare again")
     if len(coords) < 1 or not np.isfinite(coords).all():
         raise BadSample("has no points, or some that are not finite")

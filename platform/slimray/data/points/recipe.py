@@ -82,13 +82,15 @@ class PointRecipe:
 class PointSample:
     """`points` float32 `[V, C, N]`, `labels` int64 `[V, N]` or None, `indices` int64 `[V, N]`: the cloud's row of each.
 
-    `box` float32 `[7]` (centre x y z, size l w h, heading) where a box was given, moved along with the points.
+    `box` float32 `[7]` (centre x y z, size l w h, heading) where a box was given, moved along with the points. `rows`
+    int64 `[V, N]` says which point of its file or room each one is.
     """
 
     points: np.ndarray
     labels: np.ndarray | None
     indices: np.ndarray
     box: np.ndarray | None = None
+    rows: np.ndarray | None = None
 
 
 def streams(key: Sequence[int]) -> tuple[np.random.Generator, np.random.Generator]:
@@ -123,6 +125,7 @@ def make_points(
         None if cloud.labels is None else cloud.labels[indices],
         indices,
         None if box is None else np.asarray(box, np.float32),
+        indices if cloud.rows is None else cloud.rows[indices],
     )
 
 
@@ -145,7 +148,10 @@ def normalized(coords: np.ndarray, how: str) -> np.ndarray:
     """Coordinates float32 `[N, 3]` normalised "none", "sphere" or "block", as PointRecipe says."""
     if how == "sphere":
         centred = coords - coords.mean(0, dtype=np.float64)
-        return (centred / np.linalg.norm(centred, axis=1).max()).astype(np.float32)
+        radius = np.linalg.norm(centred, axis=1).max()
+        if not 0 < radius < np.inf:
+            raise BadSample(f"its {len(coords)} points lie at one place: they have no size to normalise")
+        return (centred / radius).astype(np.float32)
     if how == "block":
         low, high = coords.min(0), coords.max(0)
         return coords - np.array([(low[0] + high[0]) / 2, (low[1] + high[1]) / 2, low[2]], coords.dtype)
@@ -157,6 +163,8 @@ def _channel(cloud: Cloud, name: str) -> np.ndarray:
         return cloud.features[name]
     if name == "normals":
         return estimate_normals(cloud.coords)
+    if name in cloud.unclear:
+        raise BadSample(cloud.unclear[name])
     raise BadSample(f"has no {name} (it has: {', '.join(cloud.features) or 'coordinates only'})")
 
 

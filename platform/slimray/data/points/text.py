@@ -1,52 +1,327 @@
-"""Clouds written as text: a point a line."""
+"""Clouds written as text: a point a line, in whatever way programs separate columns and write numbers.
 
+A `Dialect` is a delimiter, a decimal mark and a mark of thousands. A text of blanks and points only is read as it is;
+where commas, semicolons or tabs occur, every dialect is tried, and numbers that read in two ways are a question to the
+user, never a guess. An empty field is a missing number, not a shift of the columns behind it.
+"""
+
+import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from slimray.data.points.clouds import Table, first_line, named
+from slimray.data.points.clouds import Table, named
+from slimray.data.points.columns import DECIMALS, DELIMITERS, Columns, meaning, plain
 from slimray.data.samples import BadSample
 
+SAMPLE_BYTES = 100_000  # of the beginning, the middle and the end, to tell the dialect by
+MAX_NAMES = 20_000  # characters of a line that names the columns
+USUAL = {".xyzn": ("x", "y", "z", "nx", "ny", "nz"), ".xyzrgb": ("x", "y", "z", "r", "g", "b")}
+MISSING = re.compile(r"|n/?a|null|none|[+-]?nan|[+-]?nan\(.*\)|[+-]?\d\.#\w*|[+-]?inf(inity)?", re.IGNORECASE)
+NUMBERS = {  # decimal mark, mark of thousands
+    (".", ""): re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"),
+    (",", ""): re.compile(r"[+-]?\d+(,\d+)?([eE][+-]?\d+)?"),
+    (".", ","): re.compile(r"[+-]?(0|[1-9]\d{0,2}(,\d{3})*)(\.\d*)?"),
+    (",", "."): re.compile(r"[+-]?(0|[1-9]\d{0,2}(\.\d{3})*)(,\d+)?"),
+}
 
-def read_text(data: bytes, suffix: str, columns: Sequence[str]) -> Table:
-    """Numbers in lines, by blanks, commas or semicolons. A first line may count the points or name the columns."""
-    text = data.translate(bytes.maketrans(b",;\t", b"   ")).decode("latin-1").lstrip("ï»¿")
-    head, _, rest = text.lstrip().partition("\n")
-    while head.startswith(("#", "//")) and rest:
-        names = head.lstrip("#/ ").split()
-        text = rest
-        if not columns and _are_names(names):
-            columns = names
-        head, _, rest = text.lstrip().partition("\n")
-    declared = int(head) if re.fullmatch(r"\d+\s*", head) else None
-    if declared is not None:
-        text = rest
-    elif _are_names(head.split()):
-        columns, text = columns or head.split(), rest
-    try:
-        array = np.loadtxt(io.StringIO(text), dtype=np.float64, comments=None, ndmin=2)
-    except ValueError as error:
-        raise BadSample(f"does not read as text: {first_line(error)}") from None
-    if array.size == 0:
+
+@dataclass(frozen=True)
+class Dialect:
+    """How numbers stand in a line: `delimiter` " " is any white space, `thousands` "" is none."""
+
+    delimiter: str = " "
+    decimal: str = "."
+    thousands: str = ""
+
+    def split(self, line: str) -> list[str]:
+        """The fields of a line, without blanks around them."""
+        if self.delimiter == " ":
+            return line.split()
+        if '"' in line:
+            return [one.strip() for one in next(csv.reader([line], delimiter=self.delimiter, skipinitialspace=True))]
+        return [one.strip() for one in line.split(self.delimiter)]
+
+    def fits(self, word: str) -> bool:
+        """Whether a field is a number of this dialect, or a missing one."""
+        return bool(NUMBERS[self.decimal, self.thousands].fullmatch(word) or MISSING.fullmatch(word))
+
+    def value(self, word: str) -> float:
+        """The number of a field that fits; NaN for a missing one."""
+        if MISSING.fullmatch(word):
+            return float("nan")
+        return float(word.replace(self.thousands, "").replace(self.decimal, ".") if word else "nan")
+
+    def words(self) -> str:
+        """In words that a user may write."""
+        names = [f"delimiter={name}" for name, mark in DELIMITERS.items() if mark == self.delimiter]
+        return " ".join(names + [f"decimal={name}" for name, mark in DECIMALS.items() if mark == self.decimal])
+
+
+def read_text(data: bytes, suffix: str, columns: Columns) -> Table:
+    """Read numbers in lines. First lines may be comments, name the columns or count the points. Raises BadSample."""
+    text = _decode(data)
+    header, declared, start = _head(text, columns)
+    body = text[start:]
+    if not body.strip():
         raise BadSample("holds no points")
+    dialect = Dialect()
+    if columns.delimiter or columns.decimal or any(mark in body for mark in ',;\t"'):
+        dialect = _dialect(body, columns, header)
+    array, lost = _numbers(body, dialect, columns)
     if declared is not None and declared != len(array):
         raise BadSample(f"{len(array)} of {declared} declared points are there")
-    if not text.endswith(("\n", "\r")) and not _ends_whole(text):
+    if not text.endswith("\n") and not _ends_whole(text, dialect):
         raise BadSample("the last line has no end and its last number may be cut")
-    return named(array, columns, _TEXT_COLUMNS.get(suffix, ()))
+    names = _names(header, columns, array.shape[1])
+    if names is not None:
+        named_columns = [(name or f"column_{at + 1}", array[:, at]) for at, name in enumerate(names) if name != "-"]
+        return [one for at, one in enumerate(named_columns) if at not in lost or names[at]]
+    kept = [at for at in range(array.shape[1]) if at < 3 or at not in lost or columns.names]
+    return named(array[:, kept], columns, USUAL.get(suffix, ()))
 
 
-_TEXT_COLUMNS = {".xyzn": ("x", "y", "z", "nx", "ny", "nz"), ".xyzrgb": ("x", "y", "z", "r", "g", "b")}
+def _decode(data: bytes) -> str:
+    """The text with lines that end in \\n; of what is not ASCII only letters in names can matter."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        text = data.decode("utf-16", "replace")
+    else:
+        data = data.removeprefix(b"\xef\xbb\xbf")
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError:
+            text = data.decode("latin-1")
+    if "\0" in text[:4096]:
+        raise BadSample("is no text: it holds zero bytes")
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def _are_names(words: Sequence[str]) -> bool:
-    return len(words) >= 3 and {"x", "y", "z"} <= {word.strip("\"'").lower() for word in words}
+def _lines(text: str, start: int = 0) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, each with where the next one starts."""
+    while start < len(text):
+        end = text.find("\n", start)
+        end = len(text) if end < 0 else end
+        line = text[start:end].strip()
+        start = end + 1
+        if line:
+            yield start, line
 
 
-def _ends_whole(text: str) -> bool:
+def _head(text: str, columns: Columns) -> tuple[list[str], int | None, int]:
+    """Names of the columns ([] for none), number of points if it is declared, and where the numbers start."""
+    names, declared, start = [], None, 0
+    for end, line in _lines(text):
+        if line.startswith(("#", "//")):
+            found = _split_names(line.lstrip("#/ "))
+            names = found or names
+        elif re.fullmatch(r"\d{1,18}", line) and declared is None:
+            declared = int(line)
+        elif found := _split_names(line):
+            names = found
+        elif not (start == 0 and columns.names and re.match(r"[\"']?(?!nan|inf)[A-Za-z_]", line)):
+            break  # not a line of names that the user's replace
+        start = end
+    return names, declared, min(start, len(text))
+
+
+def _split_names(line: str) -> list[str]:
+    """The names in a line that names x, y and z, by the mark that separates them; else []."""
+    for mark in (";", "\t", ",", " ") if len(line) < MAX_NAMES else ():
+        if mark in line:
+            words = next(csv.reader([line], delimiter=mark)) if mark != " " else line.split()
+            words = [word.strip() for word in words]
+            if words and words[-1] == "":
+                words.pop()
+            return words if {"x", "y", "z"} <= {meaning(word) for word in words} else []
+    return []
+
+
+def _names(header: Sequence[str], columns: Columns, width: int) -> list[str] | None:
+    """The name of each column: the user's, else the header's; None where neither says."""
+    if header and columns.names and len(columns.names) != width:
+        there = {plain(name) for name in header} | {meaning(name) for name in header}
+        if len(header) == width and all(plain(name) in there for name in columns.names if name != "-"):
+            return list(header)
+    if columns.names or not header:
+        return None
+    if len(header) != width:
+        raise BadSample(f"has {width} columns, its header names {len(header)}: name the columns yourself")
+    return list(header)
+
+
+# ------------------------------------------------------------------------------------------------ the dialect
+
+
+def _dialect(body: str, columns: Columns, header: Sequence[str]) -> Dialect:
+    """The one dialect in which all lines of a sample read alike. Raises BadSample for none, and for several."""
+    lines = _sample(body)
+    known = len(header or columns.names)
+    left_out = {at for at, name in enumerate(columns.names) if name == "-"}
+    readings: dict[tuple, Dialect] = {}
+    for dialect in _dialects(columns, "".join(lines)):
+        rows = [dialect.split(line) for line in lines]
+        if dialect.delimiter != " " and all(row[-1] == "" for row in rows):
+            rows = [row[:-1] for row in rows]
+        width = len(rows[0])
+        if width < 3 or any(len(row) != width for row in rows) or (known and width != known):
+            continue
+        if all(dialect.fits(word) for row in rows for at, word in enumerate(row) if at not in left_out):
+            values = tuple(repr(dialect.value(w)) for row in rows for at, w in enumerate(row) if at not in left_out)
+            empty = {at for at in range(3, width) if not known and all(row[at] == "" for row in rows)}
+            values = tuple(one for at, one in enumerate(values) if at % width not in empty) if empty else values
+            readings.setdefault((width - len(empty), values), dialect)
+    found = list(readings.values())
+    if not found:
+        raise BadSample(_reason(lines, columns, header))
+    if len(found) > 1:
+        raise BadSample(_question(lines, found))
+    if not known and not columns.decimal and found[0].delimiter == ",":
+        _require_plain(lines)
+    return found[0]
+
+
+def _dialects(columns: Columns, text: str) -> Iterator[Dialect]:
+    for delimiter in [columns.delimiter] if columns.delimiter else [mark for mark in ";\t, " if mark in text]:
+        for decimal, thousands in NUMBERS:
+            if columns.decimal not in (None, decimal) or (delimiter in (decimal, thousands) and '"' not in text):
+                continue
+            if "," not in text and "," in (decimal, thousands) and columns.decimal != ",":
+                continue
+            yield Dialect(delimiter, decimal, thousands)
+
+
+def _sample(body: str) -> list[str]:
+    """Lines of the beginning, the middle and the end of a text; all, if it is short. The last one is left out."""
+    if len(body) <= 3 * SAMPLE_BYTES:
+        lines = body.split("\n")
+    else:
+        starts = (0, len(body) // 2, len(body) - SAMPLE_BYTES)
+        lines = [line for at in starts for line in body[at : at + SAMPLE_BYTES].split("\n")[at > 0 : -1]]
+    lines = [line.strip(" ") for line in lines if line.strip()]
+    if not lines or max(map(len, lines)) > SAMPLE_BYTES:
+        raise BadSample(f"has a line of more than {SAMPLE_BYTES:,} characters")
+    return lines
+
+
+def _require_plain(lines: Sequence[str]) -> None:
+    """Refuse commas that may separate columns or be within numbers: `2,739,-4,604,-9,181` is 3 numbers or 6."""
+    rows = [line.rstrip(",").split(",") for line in lines]
+    pairs = [(row[at].strip(), row[at + 1].strip()) for row in rows for at in range(0, len(row) - 1, 2)]
+    whole = len(rows[0]) % 2 == 0 and len(rows[0]) >= 6
+    if whole and all(re.search(r",\s", line) and re.search(r",\S", line) for line in lines):
+        raise BadSample(_comma_question(lines[0], len(rows[0]), len(rows[0]) // 2, "decimal commas"))
+    places = {len(after) for _, after in pairs}
+    even = whole and len(places) == 1 and len(lines) > (1 if max(places) > 1 else 20)
+    if even and all(re.fullmatch(r"[+-]?\d+", a) and b.isdigit() for a, b in pairs):
+        raise BadSample(_comma_question(lines[0], len(rows[0]), len(rows[0]) // 2, "decimal commas"))
+    grouped = re.compile(r"[+-]?[1-9]\d{0,2}(?:,\d{3})*\.\d+")
+    counts = set()
+    for line in lines:
+        found = grouped.findall(line)
+        if ",".join(found) != line.rstrip(","):
+            return
+        counts.add(len(found))
+    if len(counts) == 1 and max(counts) >= 3 and max(counts) < len(rows[0]):
+        raise BadSample(_comma_question(lines[0], len(rows[0]), max(counts), "marks of thousands"))
+
+
+def _comma_question(line: str, many: int, few: int, marks: str) -> str:
+    return (
+        f"its lines ({line[:60]}) are {many} columns, or {few} with {marks}: "
+        "name its columns (point_columns of the card, --columns) or write another delimiter"
+    )
+
+
+def _question(lines: Sequence[str], found: Sequence[Dialect]) -> str:
+    ways = []
+    for dialect in found[:3]:
+        row = dialect.split(lines[0])[:3]
+        values = " ".join(f"{dialect.value(word):.10g}" for word in row)
+        marks = f", {dialect.thousands!r} for thousands" if dialect.thousands else ""
+        ways.append(f"{values} ({dialect.words()}{marks})")
+    return (
+        f"its lines ({lines[0][:60]}) read in {len(found)} ways: {' or '.join(ways)}: "
+        "add delimiter= and decimal= to its columns (point_columns of the card, --columns)"
+    )
+
+
+def _reason(lines: Sequence[str], columns: Columns, header: Sequence[str]) -> str:
+    """Why no dialect fits, by the most likely one."""
+    text = "".join(lines)
+    delimiter = columns.delimiter or next((mark for mark in ";\t," if mark in text), " ")
+    dialect = Dialect(delimiter, columns.decimal or ".")
+    rows = [dialect.split(line) for line in lines]
+    left_out = {at for at, name in enumerate(columns.names) if name == "-"}
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(rows[0]):
+            return f"the number of columns changed from {len(rows[0])} to {len(row)} at row {number}"
+        for at, word in enumerate(row):
+            if at not in left_out and not dialect.fits(word):
+                return (
+                    f"does not read as text: {word[:40]!r} at row {number}, column {at + 1}, is no number "
+                    f"({dialect.words()}): leave the column out by -, or give other marks by delimiter= and decimal="
+                )
+    if header and len(header) != len(rows[0]):
+        return f"has {len(rows[0])} columns, its header names {len(header)}: name the columns yourself"
+    if columns.names and len(columns.names) != len(rows[0]):
+        return f"has {len(rows[0])} columns, the card names {len(columns.names)}"
+    return f"has {len(rows[0])} columns, not x, y, z and more"
+
+
+# ------------------------------------------------------------------------------------------------ the numbers
+
+
+def _numbers(body: str, dialect: Dialect, columns: Columns) -> tuple[np.ndarray, set[int]]:
+    """The numbers of all lines, float64 `[N, C]`, NaN where one is missing; and the columns that are empty."""
+    left_out = {at for at, name in enumerate(columns.names) if name == "-"}
+    if '"' in body:
+        return _numbers_by_line(body, dialect, left_out)
+    text, mark = body, dialect.delimiter
+    if mark != " ":
+        if " " in text:
+            text = "\n".join(line.strip(" ") for line in re.sub(rf" *{re.escape(mark)} *", mark, text).split("\n"))
+        text = "\n".join(filter(None, text.split("\n")))
+        if all(line.endswith(mark) for line in text.split("\n")):
+            text = text.replace(f"{mark}\n", "\n").removesuffix(mark)
+        framed = f"\n{text}\n"
+        if any(gap in framed for gap in (mark * 2, f"\n{mark}", f"{mark}\n")):
+            text = re.sub(rf"(?m)(?<={re.escape(mark)})(?={re.escape(mark)}|$)|^(?={re.escape(mark)})", "nan", text)
+    if dialect.thousands:
+        text = text.replace(dialect.thousands, "")
+    if dialect.decimal == ",":
+        text = text.replace(",", ".")
+    try:
+        separator = None if mark == " " else mark
+        array = np.loadtxt(io.StringIO(text), dtype=np.float64, comments=None, ndmin=2, delimiter=separator)
+    except ValueError:  # words for missing numbers, or lines that are to be named
+        return _numbers_by_line(body, dialect, left_out)
+    return array, set() if mark == " " else {int(at) for at in np.flatnonzero(np.isnan(array).all(0))}
+
+
+def _numbers_by_line(body: str, dialect: Dialect, left_out: set[int]) -> tuple[np.ndarray, set[int]]:
+    """As `_numbers`, for what is quoted, or has words among the numbers."""
+    rows = [dialect.split(line) for line in body.split("\n") if line.strip()]
+    if dialect.delimiter != " " and all(row[-1] == "" for row in rows):
+        rows = [row[:-1] for row in rows]
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(rows[0]):
+            raise BadSample(f"the number of columns changed from {len(rows[0])} to {len(row)} at row {number}")
+        for at, word in enumerate(row):
+            if at not in left_out and not dialect.fits(word):
+                raise BadSample(f"does not read as text: {word[:40]!r} at row {number}, column {at + 1}, is no number")
+    array = np.array(
+        [[np.nan if at in left_out else dialect.value(word) for at, word in enumerate(row)] for row in rows]
+    )
+    return array, {at for at in range(len(rows[0])) if all(row[at] == "" for row in rows)}
+
+
+def _ends_whole(text: str, dialect: Dialect) -> bool:
     """Whether the last number is written as long as those above it: then nothing of it can be missing."""
-    ends = [line.split()[-1] for line in text[-20_000:].splitlines()[-100:] if line.strip()]
-    places = {len(end.rpartition(".")[2]) for end in ends}
-    return (len(ends) > 1 and len(places) == 1) or not np.isfinite(float(ends[-1]))
+    ends = [dialect.split(line)[-1] for line in text[-20_000:].split("\n")[-100:] if line.strip()]
+    if MISSING.fullmatch(ends[-1]):
+        return ends[-1] != ""
+    places = {len(end.rpartition(dialect.decimal)[2]) for end in ends}
+    return len(ends) > 1 and len(places) == 1
