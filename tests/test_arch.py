@@ -8,7 +8,7 @@ import pytest
 from tests.spaces import MOBILE, RESNET
 
 from slimray.arch import Arch, Dimension, Space, Stage
-from slimray.search.encoding import GeneTable
+from slimray.encoding import GeneTable
 from slimray.spec import UserError
 
 SMALL = Space.of(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from slimray import models
-from slimray.edge import latency
+from slimray.edge import latency_table, profiler
 from slimray.models.points.ops import normalize_coords, voxelize
 from slimray.tasks.predict import Input
 from slimray.train.methods.method import Piece, Setup
@@ -125,7 +125,7 @@ def test_determinism_on_request_leaves_the_kernels_that_add():
 def test_a_latency_table_is_measured(tmp_path):
     options = {"name": "ofa_mobilenetv3", "num_classes": 10, "width": 0.5}
     net = models.build(**options).eval()
-    table = latency.profile(net, options, tmp_path / "t.json", hardware="cuda", resolutions=(128,), rounds=3)
+    table = profiler.profile(net, options, tmp_path / "t.json", hardware="cuda", resolutions=(128,), rounds=3)
     assert table.device == torch.cuda.get_device_name()
     assert table.calibration is not None
-    assert latency.read_table(tmp_path / "t.json") == table
+    assert latency_table.read_table(tmp_path / "t.json") == table

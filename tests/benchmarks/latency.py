@@ -1,7 +1,7 @@
 """What a latency table says of subnets against what they take, on this device: `ofa_mobilenetv3`, one thread, eager (or
 the runtime in SLIMRAY_BENCH_HARDWARE).
 
-The table is measured and calibrated first (slimray.edge.latency), then 50 other subnets are measured whole, spread
+The table is measured and calibrated first (slimray.edge.profiler), then 50 other subnets are measured whole, spread
 evenly over the logarithm of a latency range of at least 4. Beside it, fitted to the same calibration subnets: a
 constant, and a line over MACs; and the test-retest noise, the difference of the odd and the even readings of a subnet.
 More subnets lie between the resolutions that were measured. A clock of processor time leaves out waiting for a core,
@@ -16,7 +16,7 @@ import numpy as np
 
 from slimray import models
 from slimray.arch import Arch
-from slimray.edge import latency
+from slimray.edge import latency_table, profiler
 from slimray.edge.arch_costs import Prices, draw_archs
 
 RESOLUTIONS = (128, 160, 192, 224)
@@ -30,16 +30,16 @@ def main() -> None:
     net = models.build(**OPTIONS).eval()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "table.json")
-        table = latency.profile(net, OPTIONS, path, hardware=HARDWARE, resolutions=RESOLUTIONS, rounds=ROUNDS)
-    print(", ".join(f"{name} {_plain(value)}" for name, value in latency.summary(table).items()))
+        table = profiler.profile(net, OPTIONS, path, hardware=HARDWARE, resolutions=RESOLUTIONS, rounds=ROUNDS)
+    print(", ".join(f"{name} {_plain(value)}" for name, value in latency_table.summary(table).items()))
     assert table.calibration is not None
-    prices = Prices(net, None, latency.meter(table, "table"))
+    prices = Prices(net, None, latency_table.meter(table, "table"))
     used = [Arch.from_dict(row.arch) for row in table.calibration.rows]
     tested = draw_archs(prices, TESTED, seed=1, exclude=used)
     between = [a.replace(resolution=a["resolution"] + (12 if a["resolution"] < 224 else -12)) for a in tested]
     between = between[:: len(between) // BETWEEN][:BETWEEN]
     assert not set(used) & {*tested, *between}
-    measured = latency.measure_whole(net, [*tested, *between], HARDWARE, 1, ROUNDS, seed=1)
+    measured = profiler.measure_whole(net, [*tested, *between], HARDWARE, 1, ROUNDS, seed=1)
     ms, others = np.array(measured.ms[: len(tested)]), np.array(measured.ms[len(tested) :])
     print(
         f"{len(tested)} subnets, {ms.min():.1f} to {ms.max():.1f} ms ({ms.max() / ms.min():.1f} times), waited for a "
@@ -47,7 +47,7 @@ def main() -> None:
     )
     known = np.array([row.measured_ms for row in table.calibration.rows])
     macs = np.array([prices.arch_costs(arch)["macs"] for arch in [*used, *tested]]) / 1e6
-    fixed, slope = latency.fit_line(macs[: len(used)] / 10, known)
+    fixed, slope = profiler.fit_line(macs[: len(used)] / 10, known)
     _row("table", _says(prices, tested), ms)
     drift = measured.reference_ms / np.median(table.reference_ms)
     bias = 100 * float(np.median(_says(prices, tested) / ms) - 1)
@@ -55,7 +55,7 @@ def main() -> None:
     _row("table, put to the speed of the reference", drift * _says(prices, tested), ms)
     _row("constant", np.full(len(ms), np.median(known)), ms)
     _row("MACs alone", fixed + slope * macs[len(used) :] / 10, ms)
-    pairs = [latency.halves(rows) for rows in measured.readings_ms[: len(tested)]]
+    pairs = [profiler.halves(rows) for rows in measured.readings_ms[: len(tested)]]
     _row("test and retest", *(np.array(half) for half in zip(*pairs, strict=True)))
     _row(f"table, {len(between)} subnets between its resolutions", _says(prices, between), others)
 

@@ -20,9 +20,11 @@ from tests.benchmarks import shrinking
 
 from slimray.arch import Arch, Space
 from slimray.edge import cost
-from slimray.search.encoding import GeneTable, costs_by_arch
+from slimray.encoding import GeneTable, costs_by_arch
+from slimray.search.pareto import spearman
 from slimray.search.predictor import fit_predictor
-from slimray.search.strategies import Evolution, Pool, PredictorGuided, Problem, Random, search, spearman
+from slimray.search.problem import Pool, Problem
+from slimray.search.strategies import Evolution, PredictorGuided, Random, search
 from slimray.verbs.search import arch_costs
 from slimray.verbs.specs import JudgeSpec
 

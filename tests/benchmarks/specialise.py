@@ -17,7 +17,8 @@ from slimray import models
 from slimray.edge import cost, hardware
 from slimray.edge.arch_costs import Meter, Prices
 from slimray.search.predictor import fit_predictor
-from slimray.search.strategies import Evolution, Problem, search
+from slimray.search.problem import Problem
+from slimray.search.strategies import Evolution, search
 
 PAIRS, DEVICES = int(os.environ.get("SLIMRAY_BENCH_PAIRS", "100")), 10
 

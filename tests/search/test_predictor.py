@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from slimray.arch import Dimension, Space, Stage
-from slimray.search.encoding import GeneTable
+from slimray.encoding import GeneTable
+from slimray.search.pareto import spearman
 from slimray.search.predictor import fit_predictor, load
-from slimray.search.strategies import spearman
 from slimray.spec import UserError
 
 SPACE = Space.of(

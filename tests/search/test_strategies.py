@@ -10,24 +10,20 @@ import pytest
 from pydantic import TypeAdapter
 
 from slimray.arch import Dimension, Space, Stage
-from slimray.search.encoding import GeneTable, cost_tables, costs_by_arch, part
+from slimray.encoding import GeneTable, cost_tables, costs_by_arch, part
+from slimray.search.pareto import best_under, front, spearman
+from slimray.search.problem import Pool, Problem, Trial
 from slimray.search.strategies import (
     STRATEGIES,
     Evolution,
     Nsga2,
-    Pool,
     PredictorGuided,
-    Problem,
     Random,
     StrategySpec,
-    Trial,
-    best_under,
-    front,
     generation,
     predictor_reports,
     propose,
     search,
-    spearman,
 )
 from slimray.spec import Spec, UserError, parse
 

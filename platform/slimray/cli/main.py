@@ -538,7 +538,7 @@ def profile(
     Needs no Ray. In a job: `targets: [{name: here, hardware: TABLE.json, limits: {latency_ms: 12}}]`.
     """
     from slimray import models
-    from slimray.edge import latency
+    from slimray.edge import latency_table, profiler
     from slimray.verbs import inputs
 
     num_points, options = None, dict[str, Any](name=what, num_classes=1000)
@@ -558,12 +558,12 @@ def profile(
     if not all(word.isdecimal() for word in words):
         raise UserError(f"--resolutions {resolutions}: must be whole numbers with commas, such as 128,176,224")
     path = table or f"{what.rstrip('/').rpartition('/')[2]}.{hardware}.json"
-    found = latency.profile(
+    found = profiler.profile(
         models.build(**options).eval(), options, path, hardware=hardware, threads=threads, num_points=num_points,
         resolutions=[int(word) for word in words] or None, rounds=rounds, calibrate=calibrate,
         say=lambda text: console.print(f"{path}: {text}", soft_wrap=True),
     )  # fmt: skip
-    facts = latency.summary(found)
+    facts = latency_table.summary(found)
     if as_json:
         _emit({"table": path} | facts)
         return

@@ -1,8 +1,8 @@
 """What the archs of a supernet cost, many at a time: the sums over their units, looked up by gene.
 
 An arch costs what its units (`net.units`) cost together. `Prices.arch_costs` adds them up for one arch, `matrix` for
-rows of genes: it finds out which genes the unit at each place depends on and tabulates the place over those (genes.py),
-so that a search prices 50,000 archs in a second. Surprising: what depends on what is found by changing genes, not
+rows of genes: it finds out which genes the unit at each place depends on and tabulates the place over those, so that a
+search prices 50,000 archs in a second. Surprising: what depends on what is found by changing genes, not
 declared; it is checked on random archs, and where it does not hold archs are priced one by one.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from slimray.arch import Arch
 from slimray.edge import COUNTED
 from slimray.edge.cost import build_on_meta, count_macs, count_params
-from slimray.search.encoding import Codes, Costs, GeneTable, Part, cost_tables, costs_by_arch
+from slimray.encoding import Codes, Costs, GeneTable, Part, cost_tables, costs_by_arch
 from slimray.spec import UserError
 
 MOST_ENTRIES = 100_000  # of the table of one place; beyond it archs are priced one by one

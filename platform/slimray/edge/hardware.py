@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from slimray.edge import latency
+from slimray.edge import latency_table
 from slimray.edge.arch_costs import Meter
 from slimray.edge.cost import build_on_meta
 from slimray.spec import Spec, UserError, did_you_mean, located, parse, read_yaml
@@ -154,10 +154,10 @@ def meter(name: str) -> Meter:
     """
     suffix = Path(name).suffix.lower()
     if suffix == ".json":
-        table = latency.read_table(name)
+        table = latency_table.read_table(name)
         if table.calibration is None:
             raise UserError(f"{name}: its measurement is not finished: the same `slimray profile` goes on with it")
-        return latency.meter(table, name)
+        return latency_table.meter(table, name)
     if suffix in (".yaml", ".yml"):
         documents = read_yaml(name)
         if len(documents) != 1:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from slimray.arch import Arch, Space
-from slimray.search.encoding import Codes, Floats, GeneTable
-from slimray.search.strategies import spearman
+from slimray.encoding import Codes, Floats, GeneTable
+from slimray.search.pareto import spearman
 from slimray.spec import UserError
 
 HIDDEN = 400

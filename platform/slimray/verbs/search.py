@@ -22,8 +22,8 @@ from slimray.arch import Arch
 from slimray.data.modalities import at_size
 from slimray.data.spec import DataSpec
 from slimray.edge import COUNTED, MEASURED
-from slimray.search import strategies
-from slimray.search.strategies import Problem, Trial
+from slimray.search import pareto, strategies
+from slimray.search.problem import Problem, Trial
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean, located, parse
 from slimray.train.spec import ScaleSpec
 from slimray.verbs import inputs
@@ -357,7 +357,7 @@ def _tune(job: SearchJob, found: runs.Run, progress: _Progress, exhibits: Any) -
 
 
 def _best(progress: _Progress) -> Trial:
-    best = strategies.best_under(progress.trials, progress.target.limits)
+    best = pareto.best_under(progress.trials, progress.target.limits)
     if best is None:
         raise RunFailed(f"{progress.target.name}: every one of {progress.total} trials failed")
     return best
@@ -418,7 +418,7 @@ def _finish(job: SearchJob, ctx: Context, searches: Sequence[_Progress], rows: l
 
     trials = [trial for progress in searches for trial in progress.trials if trial.metric == trial.metric]
     different = {trial.arch: trial for trial in trials}
-    fronts = {name: strategies.front(different.values(), [name]) for name in COUNTED}
+    fronts = {name: pareto.front(different.values(), [name]) for name in COUNTED}
     plain = {name: [_plain(trial) for trial in front] for name, front in fronts.items()}
     runs.write_file(ctx.run, "front.json", json.dumps({"metric": metric, "fronts": plain}).encode())
     predictors = {}

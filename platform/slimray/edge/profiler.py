@@ -1,303 +1,55 @@
-"""Latency tables: what every operator of a supernet takes on this device, measured, so that subnets are priced by sums.
+"""Measures what every operator of a supernet takes on this device, and writes the latency table.
 
-`profile` measures and writes the table, `read_table` reads it, `meter` lets a search ask it. As in ProxylessNAS (arXiv
-1812.00332) and Once-for-All (1908.09791) the latency of a subnet is a sum over its units. Surprising: units are not
-measured alone but in place: whole subnets that together have every unit run unit by unit with the clock read in
-between, so that caches are as warm as in use; and a single thread is timed by the processor time it got, which on a
-quiet machine is the latency and on a busy one leaves out the waiting. A reference network timed again and again tells
-how fast the machine was. A few other subnets measured whole give an offset and a slope.
+Surprising: units are not measured alone but in place: whole subnets that together have every unit run unit by unit with
+the clock read in between, so that caches are as warm as in use; and a single thread is timed by the processor time it
+got, which on a quiet machine is the latency and on a busy one leaves out the waiting. A reference network timed again
+and again tells how fast the machine was. A few other subnets measured whole give an offset and a slope.
 """
 
-import contextlib
-import importlib.metadata
-import io
-import itertools
-import json
-import logging
 import math
-import os
-import platform
 import random
-import shutil
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from slimray import __version__, storage
 from slimray.arch import Arch
 from slimray.edge.arch_costs import Meter, Prices, draw_archs
 from slimray.edge.cost import build_on_meta
-from slimray.spec import Spec, UserError, did_you_mean, parse, require_extra
+from slimray.edge.latency_table import (
+    FORMAT,
+    Calibration,
+    CalibrationRow,
+    LatencyTable,
+    Subnet,
+    UnitTime,
+    meter,
+    take_up,
+    write_table,
+)
+from slimray.edge.runtimes import (
+    RUNS_PER_READING,
+    RUNTIMES,
+    THREAD_CLOCK,
+    Runtime,
+    Step,
+    settings,
+    timed_on_gpu,
+    versions,
+)
+from slimray.spec import UserError, did_you_mean
 
-FORMAT = 1
-MAX_TABLE_BYTES = 200_000_000
 NEW_ARCHS = 400  # drawn without a new unit, before a space without a `cover` counts as covered
 MOST_UNITS = 20_000
-RUNS_PER_READING = 2  # after one that is not timed; the fastest counts
 REFERENCE_RUNS = 4  # before each reading
-_THREAD_CLOCK = time.get_clock_info("thread_time").resolution <= 1e-6  # coarse on Windows
 DETERMINED = 1e-3  # weight of "no offset, slope 1" beside the calibration subnets, which decides only where they cannot
-
-Step = Callable[[Any], Any]
-Clock = Callable[[], float]  # seconds
-
-
-# -------------------------------------------------------------------------------------------------------- the file
-
-
-class UnitTime(Spec):
-    """What a unit takes, in milliseconds; `ms` is the lower quartile of its readings (see `typical`)."""
-
-    ms: float = Field(gt=0)
-    mean_ms: float = Field(gt=0)
-    std_ms: float = Field(ge=0)
-    count: int = Field(ge=1)
-    readings_ms: tuple[float, ...]
-
-
-class Subnet(Spec):
-    """A subnet measured whole."""
-
-    arch: dict[str, Any]
-    readings_ms: tuple[float, ...]
-
-
-class CalibrationRow(Spec):
-    """A subnet measured whole, and what the table says of it when calibrated without it."""
-
-    arch: dict[str, Any]
-    measured_ms: float = Field(gt=0)
-    predicted_ms: float
-
-
-class Calibration(Spec):
-    """Latency of a subnet = `fixed_ms` + `slope` * the sum of its units."""
-
-    fixed_ms: float
-    slope: float = Field(gt=0)
-    median_error_percent: float
-    """Of the predictions of `rows`, each made by a fit to the others."""
-    largest_error_percent: float
-    noise_percent: float
-    """Test and retest: median difference of the odd and the even readings of a subnet, each half as long."""
-    rows: tuple[CalibrationRow, ...]
-
-
-class LatencyTable(Spec):
-    """A table of measured latencies as it lies in a file; `done` of its `rounds` are measured (restart)."""
-
-    format: Literal[1]
-    model: dict[str, Any]
-    num_points: int | None
-    hardware: str
-    device: str
-    threads: int
-    versions: dict[str, str]
-    date: str
-    resolutions: tuple[int, ...] | None
-    rounds: int
-    seconds: float
-    done: int
-    reference_ms: tuple[float, ...]
-    """Per round: how fast the machine was."""
-    waited_percent: float
-    """Share of the time in which the measuring thread did not have the processor: what a clock on the wall adds."""
-    units: dict[str, UnitTime]
-    subnets: tuple[Subnet, ...]
-    """Those to calibrate with."""
-    calibration: Calibration | None
-
-
-def summary(table: LatencyTable) -> dict[str, Any]:
-    """What to tell of a finished table: where it is from and how far it can be trusted."""
-    calibration, reference = table.calibration, table.reference_ms
-    out: dict[str, Any] = {"hardware": table.hardware, "device": table.device, "threads": table.threads}
-    spread = [unit.std_ms / unit.mean_ms for unit in table.units.values()]
-    out |= {"units": len(table.units), "rounds": table.rounds, "seconds": round(table.seconds, 1)}
-    out |= {"unit_std_percent": 100 * statistics.median(spread), "waited_percent": table.waited_percent}
-    out["drift_percent"] = 100 * (max(reference) / min(reference) - 1)
-    if calibration:
-        out |= {
-            "calibrated_with": len(calibration.rows),
-            "median_error_percent": calibration.median_error_percent,
-            "largest_error_percent": calibration.largest_error_percent,
-            "test_retest_percent": calibration.noise_percent,
-        }
-    return out
-
-
-IDENTITY = ("model", "num_points", "hardware", "device", "threads", "resolutions", "rounds")
-
-
-def read_table(path: str | Path) -> LatencyTable:
-    """Read and check a table, from a path or a URI; UserError for a file that is none."""
-    fs, at = storage.open_uri(path)
-    try:
-        data = storage.read_bytes(fs, at, first=MAX_TABLE_BYTES + 1)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such table: measure one with `slimray profile`") from None
-    if len(data) > MAX_TABLE_BYTES:
-        raise UserError(f"{path}: is larger than {MAX_TABLE_BYTES} bytes, which is no latency table")
-    try:
-        plain = json.loads(data)
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: is no JSON, so no latency table: measure one with `slimray profile`") from None
-    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
-        found = plain.get("format") if isinstance(plain, dict) else None
-        raise UserError(f"{path}: is no latency table of format {FORMAT} (got {found!r}): measure it anew")
-    return parse(LatencyTable, plain, str(path))
-
-
-def meter(table: LatencyTable, name: str) -> Meter:
-    """A finished table as what tells the latency of archs; `name` is said in errors."""
-    calibration = table.calibration
-    fixed, slope = (calibration.fixed_ms, calibration.slope) if calibration else (0.0, 1.0)
-    times = {key: {"latency_ms": slope * unit.ms} for key, unit in table.units.items()}
-    source = f"measured on {table.device}, {table.hardware}, {table.threads} threads, {table.date}"
-    return Meter(
-        name=name,
-        how="table",
-        source=source,
-        names=("latency_ms",),
-        of=lambda unit: times.get(unit.key),
-        fixed={"latency_ms": fixed},
-        resolutions=table.resolutions,
-    )
-
-
-# -------------------------------------------------------------------------------------------------------- runtimes
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """How networks run on a device: `prepare(module, x)` makes a step, `feed` brings an input to it.
-
-    `timed(steps, inputs, clock)` runs a chain and gives the ms of each step; `inputs[i]` None: what the
-    step before gave. `check` raises UserError where it cannot run here. `per_shape`: a step is for one shape of input,
-    takes seconds to prepare and is prepared once for equal units; else it is the module, of which every place has one.
-    """
-
-    description: str
-    prepare: Callable[[nn.Module, Tensor, int], Step]
-    feed: Callable[[Tensor], Any]
-    timed: Callable[[Sequence[Step], Sequence[Any], Clock], list[float]]
-    check: Callable[[], None]
-    device: Callable[[], str]
-    per_shape: bool = False
-    num_resolutions: int | None = None
-
-
-def _timed_on_cpu(steps: Sequence[Step], inputs: Sequence[Any], clock: Clock) -> list[float]:
-    out, x = [], None
-    start = clock()
-    for step, own in zip(steps, inputs, strict=True):
-        x = step(x if own is None else own)
-        end = clock()
-        out.append(1e3 * (end - start))
-        start = end
-    return out
-
-
-def _timed_on_gpu(steps: Sequence[Step], inputs: Sequence[Any], clock: Clock) -> list[float]:
-    marks, x = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)], None
-    marks[0].record()
-    for mark, step, own in zip(marks[1:], steps, inputs, strict=True):
-        x = step(x if own is None else own)
-        mark.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
-
-
-def _eager(module: nn.Module, x: Tensor, threads: int) -> Step:
-    return module
-
-
-def _compiled(module: nn.Module, x: Tensor, threads: int) -> Step:
-    # exported first: every graph is then code of its own, else Dynamo's limit of graphs per class ends in eager mode
-    return torch.compile(torch.export.export(module, (x,)).module(), dynamic=False)
-
-
-def _onnx(module: nn.Module, x: Tensor, threads: int) -> Step:
-    import onnxruntime
-
-    log, level = logging.getLogger("torch.onnx"), logging.getLogger("torch.onnx").level
-    log.setLevel(logging.ERROR)  # the exporter names every library that it did without
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exported = torch.onnx.export(module, (x,), dynamo=True, verbose=False)
-    finally:
-        log.setLevel(level)
-    assert exported is not None
-    data, options = io.BytesIO(), onnxruntime.SessionOptions()
-    exported.save(data)  # pyright: ignore[reportArgumentType]  takes a file as well
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    session = onnxruntime.InferenceSession(data.getvalue(), options, providers=["CPUExecutionProvider"])
-    (name,) = [one.name for one in session.get_inputs()]
-    return lambda value: session.run(None, {name: value})[0]
-
-
-def _on_gpu(module: nn.Module, x: Tensor, threads: int) -> Step:
-    return module.to("cuda")
-
-
-def _nothing() -> None:
-    """Runs everywhere."""
-
-
-def _needs_compiler() -> None:
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
-        raise UserError("hardware: cpu-compiled needs a C++ compiler (g++ or clang++): install one, or take cpu-eager")
-
-
-def _needs_onnx() -> None:
-    require_extra("edge", "hardware: cpu-onnx", "onnx", "onnxruntime", "onnxscript")
-
-
-def _needs_gpu() -> None:
-    if not torch.cuda.is_available():
-        raise UserError("hardware: cuda: torch sees no CUDA device here: take cpu-eager, cpu-compiled or cpu-onnx")
-
-
-def cpu_name() -> str:
-    """The name of this machine's processor."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-RUNTIMES: dict[str, Runtime] = {
-    "cpu-eager": Runtime("torch, eager", _eager, lambda x: x, _timed_on_cpu, _nothing, cpu_name),
-    "cpu-compiled": Runtime(
-        "torch.compile", _compiled, lambda x: x, _timed_on_cpu, _needs_compiler, cpu_name, True, num_resolutions=3
-    ),
-    "cpu-onnx": Runtime(
-        "ONNX Runtime", _onnx, lambda x: x.numpy(), _timed_on_cpu, _needs_onnx, cpu_name, True, num_resolutions=5
-    ),
-    "cuda": Runtime(
-        "torch, eager, on a GPU",
-        _on_gpu,
-        lambda x: x.to("cuda"),
-        _timed_on_gpu,
-        _needs_gpu,
-        lambda: torch.cuda.get_device_name(),
-    ),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,13 +95,10 @@ def _reference(runtime: Runtime) -> Chain:
         nn.Conv2d(24, 96, 1), nn.ReLU(), nn.Conv2d(96, 96, 3, padding=1, groups=96), nn.ReLU(), nn.Conv2d(96, 24, 1)
     ).eval()
     x = torch.randn(1, 24, 28, 28)
-    on_gpu = runtime.timed is _timed_on_gpu
+    on_gpu = runtime.timed is timed_on_gpu
     return Chain(
         ("reference",), (module.to("cuda") if on_gpu else module,), (x.to("cuda") if on_gpu else x,)
     )  # in eager mode whatever the runtime
-
-
-# ------------------------------------------------------------------------------------------------------- measuring
 
 
 @dataclass(frozen=True, eq=False)
@@ -365,7 +114,7 @@ class Readings:
 def take_readings(runtime: Runtime, chains: Sequence[Chain], threads: int, rounds: int, rng: random.Random) -> Readings:
     """Time all `chains` in `rounds` rounds, each in a new order; a reading is the fastest of a few runs, per step."""
     reference, order = _reference(runtime), list(range(len(chains)))
-    clock = time.thread_time if threads == 1 and _THREAD_CLOCK else time.perf_counter
+    clock = time.thread_time if threads == 1 and THREAD_CLOCK else time.perf_counter
     wall, busy = time.perf_counter(), time.thread_time()
     rows: list[list[list[float]]] = [[] for _ in chains]
     seen: list[float] = []
@@ -397,7 +146,7 @@ def measure_whole(
 ) -> Measured:
     """Measure the subnets `archs` of `net` (with weights, not on "meta") as they are shipped, batch 1."""
     runtime, prices = RUNTIMES[hardware], Prices(net, num_points)
-    with _settings(threads):
+    with settings(threads):
         chains = [_whole(runtime, net, arch, prices.units(arch)[0], threads) for arch in archs]
         readings = take_readings(runtime, chains, threads, rounds, random.Random(f"{seed} whole"))
     rows = tuple(one[:, 0] for one in readings.chains)
@@ -447,7 +196,7 @@ def profile(
         hardware=hardware,
         device=runtime.device(),
         threads=threads,
-        versions=_versions(hardware),
+        versions=versions(hardware),
         date=datetime.now(UTC).date().isoformat(),
         resolutions=sides,
         rounds=rounds,
@@ -459,7 +208,7 @@ def profile(
         subnets=(),
         calibration=None,
     )
-    table = _take_up(table, path)
+    table = take_up(table, path)
     if table.calibration is not None:
         return table
     start, before = time.perf_counter(), table.seconds
@@ -470,7 +219,7 @@ def profile(
         table = table.model_copy(update={"subnets": subnets})
     whole = [Arch.from_dict(subnet.arch) for subnet in table.subnets]
     cover, known = _cover(net, sides, num_points), dict[str, Step]()
-    with _settings(threads):
+    with settings(threads):
         chains = [_whole(runtime, net, arch, prices.units(arch)[0], threads) for arch in whole]
         for number, archs in enumerate(cover):
             say(f"preparing {number + 1}/{len(cover)} subnets that show all units")
@@ -478,36 +227,12 @@ def profile(
         for number in range(table.done, rounds):
             readings = take_readings(runtime, chains, threads, 1, random.Random(f"{number} units"))
             table = _with_readings(table, chains, readings, before + time.perf_counter() - start)
-            _write(table, path)
+            write_table(table, path)
             left = (table.seconds - before) / (number + 1) * (rounds - number - 1)
             say(f"{table.done}/{rounds} rounds, {len(table.units)} units, about {left:.0f} s left")
     table = table.model_copy(update={"calibration": _calibrate(net, table)})
-    _write(table, path)
+    write_table(table, path)
     return table
-
-
-def _take_up(new: LatencyTable, path: str | Path) -> LatencyTable:
-    """The table in the file, if it is of the same things as `new`; `new` if there is no file."""
-    fs, at = storage.open_uri(path)
-    if not storage.exists(fs, at):
-        return new
-    old = read_table(path)
-    for name in IDENTITY:
-        was, now = getattr(old, name), getattr(new, name)
-        if was != now:
-            shown = f"{_short(was)}, not {_short(now)}"
-            raise UserError(f"{path}: {name}: the table there was measured for {shown}: give another --out")
-    return old
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value) if isinstance(value, dict | tuple) else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _write(table: LatencyTable, path: str | Path) -> None:
-    fs, at = storage.open_uri(path)
-    storage.write_atomic(fs, at, json.dumps(table.model_dump(mode="json")).encode())
 
 
 def _resolutions(net: Any, wanted: Sequence[int] | None, runtime: Runtime) -> tuple[int, ...] | None:
@@ -598,9 +323,6 @@ def _unit_time(readings: Sequence[float]) -> UnitTime:
     return UnitTime(ms=typical(ms), mean_ms=mean, std_ms=std, count=len(ms), readings_ms=tuple(ms))
 
 
-# ------------------------------------------------------------------------------------------------------ calibration
-
-
 def _calibrate(net: Any, table: LatencyTable) -> Calibration:
     prices = Prices(net, table.num_points, meter(table, "the table"))
     archs = [Arch.from_dict(subnet.arch) for subnet in table.subnets]
@@ -636,23 +358,3 @@ def fit_line(sums: np.ndarray, ms: np.ndarray) -> tuple[float, float]:
     if slope <= 0:
         return 0.0, float(np.median(ms) / np.median(sums))
     return float(fixed), float(slope)
-
-
-@contextlib.contextmanager
-def _settings(threads: int) -> Iterator[None]:
-    """So many threads, and denormal numbers as zeros: they are slow, and only fresh weights make many."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        torch.set_flush_denormal(False)
-
-
-def _versions(hardware: str) -> dict[str, str]:
-    out = {"slimray": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    if hardware == "cpu-onnx":
-        out |= {name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "onnxscript")}
-    return out

@@ -9,7 +9,7 @@ import torch
 
 from slimray import models
 from slimray.cli import main
-from slimray.edge import hardware, latency
+from slimray.edge import hardware, latency_table, profiler, runtimes
 from slimray.edge.arch_costs import Prices
 from slimray.spec import UserError
 
@@ -26,12 +26,12 @@ def net():
 def finished(net, tmp_path_factory):
     """The file of a finished table."""
     path = tmp_path_factory.mktemp("tables") / "table.json"
-    latency.profile(net, MODEL, path, **SETTINGS)
+    profiler.profile(net, MODEL, path, **SETTINGS)
     return path
 
 
 def test_a_table_has_every_unit_of_the_space_and_no_other(net, finished):
-    table = latency.read_table(finished)
+    table = latency_table.read_table(finished)
     assert set(table.units) == set(net.all_units([20]))
     for unit in table.units.values():
         assert unit.count == len(unit.readings_ms) == 2
@@ -43,7 +43,7 @@ def test_a_table_has_every_unit_of_the_space_and_no_other(net, finished):
 
 
 def test_a_search_is_told_offset_and_slope_times_the_sum_of_units(net, finished):
-    table = latency.read_table(finished)
+    table = latency_table.read_table(finished)
     assert table.calibration is not None
     meter = hardware.meter(str(finished))
     arch = net.space.smallest().replace(resolution=20)
@@ -56,7 +56,7 @@ def test_a_search_is_told_offset_and_slope_times_the_sum_of_units(net, finished)
 
 def test_a_finished_table_is_not_measured_again(net, finished):
     before = finished.read_bytes()
-    latency.profile(net, MODEL, finished, **SETTINGS)
+    profiler.profile(net, MODEL, finished, **SETTINGS)
     assert finished.read_bytes() == before
 
 
@@ -66,9 +66,9 @@ def test_a_finished_table_is_not_measured_again(net, finished):
 )
 def test_a_table_of_something_else_is_refused(net, finished, change, field):
     with pytest.raises(UserError, match=rf"table.json: {field}: the table there was measured for .*give another --out"):
-        latency.profile(net, MODEL, finished, **SETTINGS | change)
+        profiler.profile(net, MODEL, finished, **SETTINGS | change)
     with pytest.raises(UserError, match=r"table.json: model: "):
-        latency.profile(net, MODEL | {"num_classes": 5}, finished, **SETTINGS)
+        profiler.profile(net, MODEL | {"num_classes": 5}, finished, **SETTINGS)
 
 
 def test_a_table_that_was_cut_off_keeps_its_rounds(net, tmp_path):
@@ -79,12 +79,12 @@ def test_a_table_that_was_cut_off_keeps_its_rounds(net, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        latency.profile(net, MODEL, path, **SETTINGS, say=cut)
-    first = latency.read_table(path)
+        profiler.profile(net, MODEL, path, **SETTINGS, say=cut)
+    first = latency_table.read_table(path)
     assert first.done == 1
     with pytest.raises(UserError, match="its measurement is not finished"):
         hardware.meter(str(path))
-    table = latency.profile(net, MODEL, path, **SETTINGS)
+    table = profiler.profile(net, MODEL, path, **SETTINGS)
     assert table.done == 2
     assert all(table.units[key].readings_ms[:1] == unit.readings_ms for key, unit in first.units.items())
     assert [one.arch for one in table.subnets] == [one.arch for one in first.subnets]
@@ -104,21 +104,21 @@ def test_other_files_are_refused_in_a_sentence(tmp_path, content, said):
     path = tmp_path / "table.json"
     path.write_text(content)
     with pytest.raises(UserError, match=said):
-        latency.read_table(path)
+        latency_table.read_table(path)
 
 
 def test_a_line_is_found_again_and_alike_subnets_give_a_ratio():
     sums = np.array([2.0, 4.0, 8.0, 16.0, 32.0])
-    fixed, slope = latency.fit_line(sums, 0.3 + 1.1 * sums)
+    fixed, slope = profiler.fit_line(sums, 0.3 + 1.1 * sums)
     assert (fixed, slope) == pytest.approx((0.3, 1.1), rel=0.02)
-    fixed, slope = latency.fit_line(np.full(5, 4.0), np.full(5, 6.0))
+    fixed, slope = profiler.fit_line(np.full(5, 4.0), np.full(5, 6.0))
     assert fixed + slope * 4 == pytest.approx(6.0, rel=0.01)
 
 
 def test_onnx_runtime_runs_the_same_unit(net):
     unit = net.units(net.space.largest())[2]
     module, x = unit.make().eval(), torch.randn(1, *unit.input)
-    runtime = latency.RUNTIMES["cpu-onnx"]
+    runtime = runtimes.RUNTIMES["cpu-onnx"]
     runtime.check()
     with torch.inference_mode():
         out = runtime.prepare(module, x, 1)(runtime.feed(x))
@@ -129,12 +129,12 @@ def test_what_is_missing_for_a_runtime_is_said(net, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"cpu-compiled needs a C\+\+ compiler"):
-        latency.profile(net, MODEL, tmp_path / "t.json", hardware="cpu-compiled")
+        profiler.profile(net, MODEL, tmp_path / "t.json", hardware="cpu-compiled")
     with pytest.raises(UserError, match="unknown runtime 'cpu-eagr', did you mean 'cpu-eager'"):
-        latency.profile(net, MODEL, tmp_path / "t.json", hardware="cpu-eagr")
+        profiler.profile(net, MODEL, tmp_path / "t.json", hardware="cpu-eagr")
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="torch sees no CUDA device"):
-            latency.profile(net, MODEL, tmp_path / "t.json", hardware="cuda")
+            profiler.profile(net, MODEL, tmp_path / "t.json", hardware="cuda")
 
 
 def profile(monkeypatch, *arguments: str) -> int:

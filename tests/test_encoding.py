@@ -8,7 +8,7 @@ import pytest
 from tests.spaces import MOBILE, RESNET
 
 from slimray.arch import Arch, Dimension, Space, Stage
-from slimray.search.encoding import GeneTable, cost_tables, costs_by_arch, part
+from slimray.encoding import GeneTable, cost_tables, costs_by_arch, part
 
 FRAMES = Dimension.number((4, 8), input="frames")
 CLAMPED = Space.of(

@@ -1,0 +1,163 @@
+"""Latency table of one device: the file, and the meter by which a search asks it.
+
+As in ProxylessNAS (arXiv 1812.00332) and Once-for-All (1908.09791) the latency of a subnet is a sum over its units,
+with the offset and slope that calibration subnets measured whole gave.
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from slimray import storage
+from slimray.edge.arch_costs import Meter
+from slimray.spec import Spec, UserError, parse
+
+FORMAT = 1
+MAX_TABLE_BYTES = 200_000_000
+
+
+class UnitTime(Spec):
+    """What a unit takes, in milliseconds; `ms` is the lower quartile of its readings (see `typical`)."""
+
+    ms: float = Field(gt=0)
+    mean_ms: float = Field(gt=0)
+    std_ms: float = Field(ge=0)
+    count: int = Field(ge=1)
+    readings_ms: tuple[float, ...]
+
+
+class Subnet(Spec):
+    """A subnet measured whole."""
+
+    arch: dict[str, Any]
+    readings_ms: tuple[float, ...]
+
+
+class CalibrationRow(Spec):
+    """A subnet measured whole, and what the table says of it when calibrated without it."""
+
+    arch: dict[str, Any]
+    measured_ms: float = Field(gt=0)
+    predicted_ms: float
+
+
+class Calibration(Spec):
+    """Latency of a subnet = `fixed_ms` + `slope` * the sum of its units."""
+
+    fixed_ms: float
+    slope: float = Field(gt=0)
+    median_error_percent: float
+    """Of the predictions of `rows`, each made by a fit to the others."""
+    largest_error_percent: float
+    noise_percent: float
+    """Test and retest: median difference of the odd and the even readings of a subnet, each half as long."""
+    rows: tuple[CalibrationRow, ...]
+
+
+class LatencyTable(Spec):
+    """A table of measured latencies as it lies in a file; `done` of its `rounds` are measured (restart)."""
+
+    format: Literal[1]
+    model: dict[str, Any]
+    num_points: int | None
+    hardware: str
+    device: str
+    threads: int
+    versions: dict[str, str]
+    date: str
+    resolutions: tuple[int, ...] | None
+    rounds: int
+    seconds: float
+    done: int
+    reference_ms: tuple[float, ...]
+    """Per round: how fast the machine was."""
+    waited_percent: float
+    """Share of the time in which the measuring thread did not have the processor: what a clock on the wall adds."""
+    units: dict[str, UnitTime]
+    subnets: tuple[Subnet, ...]
+    """Those to calibrate with."""
+    calibration: Calibration | None
+
+
+def summary(table: LatencyTable) -> dict[str, Any]:
+    """What to tell of a finished table: where it is from and how far it can be trusted."""
+    calibration, reference = table.calibration, table.reference_ms
+    out: dict[str, Any] = {"hardware": table.hardware, "device": table.device, "threads": table.threads}
+    spread = [unit.std_ms / unit.mean_ms for unit in table.units.values()]
+    out |= {"units": len(table.units), "rounds": table.rounds, "seconds": round(table.seconds, 1)}
+    out |= {"unit_std_percent": 100 * statistics.median(spread), "waited_percent": table.waited_percent}
+    out["drift_percent"] = 100 * (max(reference) / min(reference) - 1)
+    if calibration:
+        out |= {
+            "calibrated_with": len(calibration.rows),
+            "median_error_percent": calibration.median_error_percent,
+            "largest_error_percent": calibration.largest_error_percent,
+            "test_retest_percent": calibration.noise_percent,
+        }
+    return out
+
+
+IDENTITY = ("model", "num_points", "hardware", "device", "threads", "resolutions", "rounds")
+
+
+def read_table(path: str | Path) -> LatencyTable:
+    """Read and check a table, from a path or a URI; UserError for a file that is none."""
+    fs, at = storage.open_uri(path)
+    try:
+        data = storage.read_bytes(fs, at, first=MAX_TABLE_BYTES + 1)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such table: measure one with `slimray profile`") from None
+    if len(data) > MAX_TABLE_BYTES:
+        raise UserError(f"{path}: is larger than {MAX_TABLE_BYTES} bytes, which is no latency table")
+    try:
+        plain = json.loads(data)
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: is no JSON, so no latency table: measure one with `slimray profile`") from None
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        found = plain.get("format") if isinstance(plain, dict) else None
+        raise UserError(f"{path}: is no latency table of format {FORMAT} (got {found!r}): measure it anew")
+    return parse(LatencyTable, plain, str(path))
+
+
+def meter(table: LatencyTable, name: str) -> Meter:
+    """A finished table as what tells the latency of archs; `name` is said in errors."""
+    calibration = table.calibration
+    fixed, slope = (calibration.fixed_ms, calibration.slope) if calibration else (0.0, 1.0)
+    times = {key: {"latency_ms": slope * unit.ms} for key, unit in table.units.items()}
+    source = f"measured on {table.device}, {table.hardware}, {table.threads} threads, {table.date}"
+    return Meter(
+        name=name,
+        how="table",
+        source=source,
+        names=("latency_ms",),
+        of=lambda unit: times.get(unit.key),
+        fixed={"latency_ms": fixed},
+        resolutions=table.resolutions,
+    )
+
+
+def take_up(new: LatencyTable, path: str | Path) -> LatencyTable:
+    """The table in the file, if it is of the same things as `new`; `new` if there is no file."""
+    fs, at = storage.open_uri(path)
+    if not storage.exists(fs, at):
+        return new
+    old = read_table(path)
+    for name in IDENTITY:
+        was, now = getattr(old, name), getattr(new, name)
+        if was != now:
+            shown = f"{_short(was)}, not {_short(now)}"
+            raise UserError(f"{path}: {name}: the table there was measured for {shown}: give another --out")
+    return old
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, dict | tuple) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def write_table(table: LatencyTable, path: str | Path) -> None:
+    fs, at = storage.open_uri(path)
+    storage.write_atomic(fs, at, json.dumps(table.model_dump(mode="json")).encode())

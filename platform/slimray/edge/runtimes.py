@@ -1,0 +1,169 @@
+"""What runs a network on this device and how it is timed: torch, torch.compile, ONNX Runtime, a GPU."""
+
+import contextlib
+import importlib.metadata
+import io
+import itertools
+import logging
+import os
+import platform
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimray import __version__
+from slimray.spec import UserError, require_extra
+
+RUNS_PER_READING = 2  # after one that is not timed; the fastest counts
+THREAD_CLOCK = time.get_clock_info("thread_time").resolution <= 1e-6  # coarse on Windows
+Step = Callable[[Any], Any]
+Clock = Callable[[], float]  # seconds
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How networks run on a device: `prepare(module, x)` makes a step, `feed` brings an input to it.
+
+    `timed(steps, inputs, clock)` runs a chain and gives the ms of each step; `inputs[i]` None: what the
+    step before gave. `check` raises UserError where it cannot run here. `per_shape`: a step is for one shape of input,
+    takes seconds to prepare and is prepared once for equal units; else it is the module, of which every place has one.
+    """
+
+    description: str
+    prepare: Callable[[nn.Module, Tensor, int], Step]
+    feed: Callable[[Tensor], Any]
+    timed: Callable[[Sequence[Step], Sequence[Any], Clock], list[float]]
+    check: Callable[[], None]
+    device: Callable[[], str]
+    per_shape: bool = False
+    num_resolutions: int | None = None
+
+
+def _timed_on_cpu(steps: Sequence[Step], inputs: Sequence[Any], clock: Clock) -> list[float]:
+    out, x = [], None
+    start = clock()
+    for step, own in zip(steps, inputs, strict=True):
+        x = step(x if own is None else own)
+        end = clock()
+        out.append(1e3 * (end - start))
+        start = end
+    return out
+
+
+def timed_on_gpu(steps: Sequence[Step], inputs: Sequence[Any], clock: Clock) -> list[float]:
+    marks, x = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)], None
+    marks[0].record()
+    for mark, step, own in zip(marks[1:], steps, inputs, strict=True):
+        x = step(x if own is None else own)
+        mark.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+
+
+def _eager(module: nn.Module, x: Tensor, threads: int) -> Step:
+    return module
+
+
+def _compiled(module: nn.Module, x: Tensor, threads: int) -> Step:
+    # exported first: every graph is then code of its own, else Dynamo's limit of graphs per class ends in eager mode
+    return torch.compile(torch.export.export(module, (x,)).module(), dynamic=False)
+
+
+def _onnx(module: nn.Module, x: Tensor, threads: int) -> Step:
+    import onnxruntime
+
+    log, level = logging.getLogger("torch.onnx"), logging.getLogger("torch.onnx").level
+    log.setLevel(logging.ERROR)  # the exporter names every library that it did without
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.onnx.export(module, (x,), dynamo=True, verbose=False)
+    finally:
+        log.setLevel(level)
+    assert exported is not None
+    data, options = io.BytesIO(), onnxruntime.SessionOptions()
+    exported.save(data)  # pyright: ignore[reportArgumentType]  takes a file as well
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    session = onnxruntime.InferenceSession(data.getvalue(), options, providers=["CPUExecutionProvider"])
+    (name,) = [one.name for one in session.get_inputs()]
+    return lambda value: session.run(None, {name: value})[0]
+
+
+def _on_gpu(module: nn.Module, x: Tensor, threads: int) -> Step:
+    return module.to("cuda")
+
+
+def _nothing() -> None:
+    """Runs everywhere."""
+
+
+def _needs_compiler() -> None:
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        raise UserError("hardware: cpu-compiled needs a C++ compiler (g++ or clang++): install one, or take cpu-eager")
+
+
+def _needs_onnx() -> None:
+    require_extra("edge", "hardware: cpu-onnx", "onnx", "onnxruntime", "onnxscript")
+
+
+def _needs_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise UserError("hardware: cuda: torch sees no CUDA device here: take cpu-eager, cpu-compiled or cpu-onnx")
+
+
+def cpu_name() -> str:
+    """The name of this machine's processor."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "Model")):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+RUNTIMES: dict[str, Runtime] = {
+    "cpu-eager": Runtime("torch, eager", _eager, lambda x: x, _timed_on_cpu, _nothing, cpu_name),
+    "cpu-compiled": Runtime(
+        "torch.compile", _compiled, lambda x: x, _timed_on_cpu, _needs_compiler, cpu_name, True, num_resolutions=3
+    ),
+    "cpu-onnx": Runtime(
+        "ONNX Runtime", _onnx, lambda x: x.numpy(), _timed_on_cpu, _needs_onnx, cpu_name, True, num_resolutions=5
+    ),
+    "cuda": Runtime(
+        "torch, eager, on a GPU",
+        _on_gpu,
+        lambda x: x.to("cuda"),
+        timed_on_gpu,
+        _needs_gpu,
+        lambda: torch.cuda.get_device_name(),
+    ),
+}
+
+
+@contextlib.contextmanager
+def settings(threads: int) -> Iterator[None]:
+    """So many threads, and denormal numbers as zeros: they are slow, and only fresh weights make many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        torch.set_flush_denormal(False)
+
+
+def versions(hardware: str) -> dict[str, str]:
+    out = {"slimray": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    if hardware == "cpu-onnx":
+        out |= {name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "onnxscript")}
+    return out
