@@ -98,6 +98,8 @@ class Modality:
     early_input: Callable[[DataSpec, int], tuple[int, ...]] | None = None
     """The `data` section and the number of segments to the shape of an input, before the dataset is known; None where
     that depends on it."""
+    notes: Callable[[np.ndarray, Any], str] | None = None
+    """The column `frames` of an index and a recipe to what users may not expect, a sentence or none."""
     views: frozenset[str] = frozenset()
     """Fields of an evaluation that choose its views."""
 
@@ -228,6 +230,7 @@ def _clip_recipe(data: DataSpec, card: "Card", num_segments: int, mode: str) -> 
         "size": data.size,
         "resize": data.resize or round(data.size * 8 / 7),
         "sampling": data.sampling,
+        "short": data.short_clips,
         "mode": mode,
         "scales": data.scales,
         "reader": data.reader,
@@ -266,6 +269,16 @@ def _clip_shape(recipe: ClipRecipe) -> tuple[int, ...]:
 
 def _clip_input(recipe: ClipRecipe) -> tuple[int, ...]:
     return (recipe.num_segments, 3, recipe.size, recipe.size)
+
+
+def _short_clips(frames: np.ndarray, recipe: ClipRecipe) -> str:
+    """What becomes of the clips that are too short; frames are 0 where not known."""
+    most = recipe.span - (recipe.short == "spread")
+    count = int(((frames > 0) & (frames <= most)).sum())
+    if not count:
+        return ""
+    fate = "frames of them are taken several times" if recipe.short == "spread" else "they may become stills"
+    return f"{count:,} of {len(frames):,} clips have {most} frames or fewer, {recipe.num_segments} are taken: {fate}"
 
 
 def _image_shape(recipe: ImageRecipe) -> tuple[int, ...]:
@@ -336,6 +349,7 @@ MODALITIES: dict[str, Modality] = {
         packed={"h264": (0.067, 0.77), "jpeg": (0.04, 7.5)},
         generate=synthetic.generate_clip,
         segmented=True,
+        notes=_short_clips,
         in_channels=3,
         early_input=lambda data, segments: (segments, 3, data.size, data.size),
         views=frozenset({"clips", "crops", "frame_orders"}),

@@ -77,6 +77,9 @@ class DataSpec(Spec):
     """Short side that frames and images get before a centre or test crop; default 8/7 of `size` (256 for 224)."""
     sampling: Literal["uniform", "dense"] = "uniform"
     """Frames: one per segment of the clip (TSN), or `num_segments` out of a window of 64 (I3D)."""
+    short_clips: Literal["spread", "published"] = "spread"
+    """Clips with fewer frames than the network takes: frames all over the clip, some of them several times, or as in
+    the published recipes of TSM, where such a clip (in validation also one with just as many) becomes a still."""
     scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
     """Sides of the training crop as parts of the short side."""
     flip: bool = True

@@ -1,5 +1,6 @@
 """Sampling and crops equal the recorded draws of the published implementation; clips depend on their key alone."""
 
+import itertools
 import json
 import random
 
@@ -127,3 +128,38 @@ def test_shuffled_frames_are_the_same_frames_in_another_order():
 def test_a_recipe_survives_json():
     recipe = ClipRecipe(flip_labels=((1, 2),), scales=(1.0, 0.5))
     assert ClipRecipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_the_frames_of_a_short_video_are_spread():
+    def taken(num_frames, **fields):
+        recipe = ClipRecipe(short="spread", **fields)
+        return frame_indices(recipe, num_frames, np.random.RandomState(0)).tolist()
+
+    assert taken(8, mode="val") == taken(8, mode="train") == list(range(8))
+    assert taken(4, mode="val") == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert taken(4, mode="test", num_clips=2) == [0, 0, 1, 1, 2, 2, 3, 3] * 2
+    assert taken(1, mode="train") == [0] * 8
+    assert taken(16, sampling="dense", mode="val") == [1, 3, 5, 7, 9, 11, 13, 15]
+    assert taken(16, sampling="dense", mode="test", num_clips=10) == [1, 3, 5, 7, 9, 11, 13, 15] * 10
+    for num_frames, seed in itertools.product(range(1, 8), range(20)):
+        drawn = frame_indices(ClipRecipe(short="spread"), num_frames, np.random.RandomState(seed))
+        assert (np.diff(drawn) >= 0).all()
+        assert drawn.min() >= 0
+        assert drawn.max() < num_frames
+        assert len(set(drawn)) > num_frames // 3  # of seven segments or fewer, few stay empty
+
+
+@pytest.mark.parametrize("fields", [{"mode": "val"}, {"mode": "train"}, {"sampling": "dense", "mode": "train"},
+                                    {"sampling": "dense", "mode": "test", "num_clips": 10}])  # fmt: skip
+def test_a_video_that_is_long_enough_is_sampled_as_published(fields):
+    for num_frames in range(ClipRecipe(**fields).span + 1, 120):
+        both = [
+            frame_indices(ClipRecipe(short=short, **fields), num_frames, np.random.RandomState(3))
+            for short in ("spread", "published")
+        ]
+        assert np.array_equal(*both), num_frames
+
+
+def test_recipes_written_before_short_videos_were_spread_stay_as_published():
+    old = {key: value for key, value in ClipRecipe(mode="val").to_dict().items() if key != "short"}
+    assert frame_indices(ClipRecipe.from_dict(old), 8, np.random.RandomState(0)).tolist() == [0] * 8

@@ -24,7 +24,10 @@ class ClipRecipe:
 
     `mode` "train" draws at random, "val" takes segment centres, "test" likewise without the short-video guard;
     `num_clips` is 1, 2 (centres, then left edges) or 10 (dense); `crops` 1, 3, 5, or 10 (five and their mirrors);
-    `reader` "pyav" or "decord" decodes (decoder.py).
+    `short` says what becomes of a video with fewer frames than are taken: "spread" takes frames all over it, some
+    several times; "published" is TSM's way, by which its first frame is a still (also one with as many frames as
+    segments in mode "val"), and dense sampling goes round. Recipes written before there was a choice are "published".
+    `reader` "pyav" or "decord" decodes (movies.py).
     """
 
     num_segments: int = 8
@@ -39,6 +42,7 @@ class ClipRecipe:
     flip: bool = False
     flip_labels: tuple[tuple[int, int], ...] = ()
     frame_order: str = "natural"
+    short: str = "published"
     reader: str = "pyav"
     kind: str = "clip"
 
@@ -46,6 +50,12 @@ class ClipRecipe:
     def num_views(self) -> int:
         """Clips times crops."""
         return self.num_clips * self.crops
+
+    @property
+    def span(self) -> int:
+        """Frames of a video from which on none is taken twice."""
+        dense = 1 + (self.num_segments - 1) * (DENSE_WINDOW // self.num_segments)
+        return dense if self.sampling == "dense" else self.num_segments
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -74,11 +84,15 @@ def frame_indices(recipe: ClipRecipe, num_frames: int, rng: np.random.RandomStat
     """
     if num_frames < 1:
         raise ValueError("has no frames")
-    if recipe.sampling == "dense":
+    train, dense = recipe.mode == "train", recipe.sampling == "dense"
+    if recipe.short == "spread" and num_frames < recipe.span and (dense or recipe.mode != "test"):
+        one = spread(num_frames, recipe.num_segments, rng if train else None)
+        picked = np.tile(one, 1 if train else recipe.num_clips)
+    elif dense:
         picked = _dense(recipe, num_frames, rng)
-    elif recipe.mode == "train":
+    elif train:
         picked = uniform_train(num_frames, recipe.num_segments, rng)
-    elif recipe.mode == "val" and recipe.num_clips == 1:
+    elif recipe.mode == "val" and recipe.num_clips == 1 and recipe.short == "published":
         picked = uniform_val(num_frames, recipe.num_segments)
     else:
         picked = uniform_test(num_frames, recipe.num_segments, twice=recipe.num_clips == 2)
@@ -86,6 +100,16 @@ def frame_indices(recipe: ClipRecipe, num_frames: int, rng: np.random.RandomStat
         clips = picked.reshape(-1, recipe.num_segments)
         picked = clips[:, rng.permutation(recipe.num_segments)].reshape(-1)
     return picked
+
+
+def spread(num_frames: int, num_segments: int, rng: np.random.RandomState | None = None) -> np.ndarray:
+    """Frames all over a video of fewer than are taken, in order: the middle of each segment, or with `rng` any place.
+
+    Segments are shorter than a frame, so that frames are taken several times: int64 `[num_segments]`.
+    """
+    within = 0.5 if rng is None else rng.random_sample(num_segments)
+    places = (np.arange(num_segments) + within) * num_frames / num_segments
+    return np.minimum(places.astype(np.int64), num_frames - 1)
 
 
 def uniform_train(num_frames: int, num_segments: int, rng: np.random.RandomState, new_length: int = 1) -> np.ndarray:
