@@ -701,3 +701,22 @@ optim: {{lr: 0.1, reference_batch: 8, epochs: 1}}
     runs.begin(runs.open_run("runs", "found-small"), {"kind": "train", "name": "found-small"}, 1)
     said = "targets.small: there is a run 'found-small' already: choose another name"
     assert problems(file=write(SHRINK, "ofa.yaml")) == [said]
+
+
+def test_check_says_how_many_clips_are_shorter_than_what_is_taken(clips):
+    root = Path(clips).parent.resolve() / "clips"
+    (root / "train.txt").write_text("".join(f"{i}.mp4 {frames} {i % 2}\n" for i, frames in enumerate([7, 8, 1, 9, 30])))
+    (root / "val.txt").write_text("5.mp4 8 1\n")
+    splits = "splits: {train: train.txt, val: val.txt}"
+    columns = f"data.card={{name: short, layout: list, {splits}, columns: [path, frames, label]}}"
+    (facts,) = check(columns, "model.num_segments=8", file=clips).values()
+    assert facts["notes"] == [
+        "train: 2 of 5 clips have 7 frames or fewer (1 a single one): 8 are taken, some several times"
+    ]
+    (facts,) = check(columns, "model.num_segments=8", "data.short_clips=published", file=clips).values()
+    assert facts["notes"] == [
+        "train: 3 of 5 clips have 8 frames or fewer (1 a single one): 8 are taken, which may make stills",
+        "val: 1 of 1 clips have 8 frames or fewer: 8 are taken, which may make stills",
+    ]
+    (facts,) = check(columns, "model.num_segments=1", file=clips).values()
+    assert "notes" not in facts

@@ -1,6 +1,7 @@
 """The index of a split: an Arrow table, a row per sample, that says where its bytes are and what it is."""
 
 import hashlib
+import json
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,23 @@ INDEX = pa.schema(
         ("row", pa.int32()),  # row group in the shard, in a .bin the byte where the pixels begin; else -1
     ]
 )
+NOTES = b"notes"  # in the metadata of its schema
 UNKNOWN = {"frames": 0, "fps": 0.0, "width": 0, "height": 0, "shard": "", "row": -1}
 
 
 def index_table(rows: list[dict[str, Any]]) -> pa.Table:
     """Rows with at least path and label as a table with the columns of INDEX."""
     return pa.Table.from_pylist([UNKNOWN | row for row in rows], schema=INDEX)
+
+
+def with_notes(table: pa.Table, notes: list[str]) -> pa.Table:
+    """Return an index that carries sentences for its user: what of a split was left out."""
+    return table.replace_schema_metadata({NOTES: json.dumps(notes)} if notes else None)
+
+
+def notes_of(table: pa.Table) -> list[str]:
+    """Return the sentences that an index carries for its user."""
+    return json.loads((table.schema.metadata or {}).get(NOTES, b"[]"))
 
 
 def fingerprint(table: pa.Table) -> str:

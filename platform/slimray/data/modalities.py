@@ -99,7 +99,7 @@ class Modality:
     """The `data` section and the number of segments to the shape of an input, before the dataset is known; None where
     that depends on it."""
     notes: Callable[[np.ndarray, Any], str] | None = None
-    """The column `frames` of an index and a recipe to what users may not expect, a sentence or none."""
+    """The column `frames` of an index, and a recipe if one is known, to what users may not expect: a sentence or ""."""
     views: frozenset[str] = frozenset()
     """Fields of an evaluation that choose its views."""
 
@@ -271,14 +271,18 @@ def _clip_input(recipe: ClipRecipe) -> tuple[int, ...]:
     return (recipe.num_segments, 3, recipe.size, recipe.size)
 
 
-def _short_clips(frames: np.ndarray, recipe: ClipRecipe) -> str:
+def _short_clips(frames: np.ndarray, recipe: ClipRecipe | None) -> str:
     """What becomes of the clips that are too short; frames are 0 where not known."""
-    most = recipe.span - (recipe.short == "spread")
-    count = int(((frames > 0) & (frames <= most)).sum())
+    taken = ClipRecipe.num_segments if recipe is None else recipe.num_segments
+    most = taken if recipe is None else recipe.span - (recipe.short == "spread")
+    count, single = (int(((frames > 0) & (frames <= limit)).sum()) for limit in (most, 1))
     if not count:
         return ""
-    fate = "frames of them are taken several times" if recipe.short == "spread" else "they may become stills"
-    return f"{count:,} of {len(frames):,} clips have {most} frames or fewer, {recipe.num_segments} are taken: {fate}"
+    fate = "a network that takes more gets frames of them several times"
+    if recipe is not None:
+        fate = f"{taken} are taken, " + ("some several times" if recipe.short == "spread" else "which may make stills")
+    alone = f" ({single:,} a single one)" if single else ""
+    return f"{count:,} of {len(frames):,} clips have {most} frames or fewer{alone}: {fate}"
 
 
 def _image_shape(recipe: ImageRecipe) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ def check_training(
     Problems with dataset, network and starting weights are all noted, one does not hide the other.
     """
     out: dict[str, Any] = {}
-    card, counts, fingerprint = None, {}, {}
+    card, counts, fingerprint, splits = None, {}, {}, None
     if isinstance(job.data.card, dict):
         card = parse(Card, job.data.card, f"{ctx.where}: data.card")
     with ctx.noting():
@@ -54,6 +54,9 @@ def check_training(
     out |= {"dataset": card.name} if card is not None else {}
     with ctx.noting():
         out |= facts(card, counts.get(job.data.train))
+        if splits is not None and (taken := out.get("input")):
+            notes = inputs.notes_of_splits(job.data, splits, taken[0])
+            out |= {"notes": notes} if notes else {}
     with ctx.noting():
         _check_init(job.init, ctx)
     return out | fingerprint

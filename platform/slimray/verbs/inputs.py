@@ -18,9 +18,9 @@ import slimray
 from slimray import runs
 from slimray.data.bytes import read_whole
 from slimray.data.cards import Card, load_card
-from slimray.data.index import fingerprint
+from slimray.data.index import fingerprint, notes_of
 from slimray.data.lists import complete, read_split
-from slimray.data.modalities import MODALITIES
+from slimray.data.modalities import MODALITIES, read_recipe
 from slimray.data.samples import BadSample
 from slimray.data.spec import DataSpec
 from slimray.spec import UserError, did_you_mean, located, parse
@@ -103,6 +103,16 @@ def require_splits(dataset: str, known: Sequence[str], names: Sequence[str]) -> 
     for name in names:
         if name not in known:
             raise UserError(f"{dataset} has no split {name!r}{did_you_mean(name, known)}")
+
+
+def notes_of_splits(data: DataSpec, splits: Splits, num_segments: int) -> list[str]:
+    """Return what users may not expect of the samples of a job: what was left out, clips that are too short."""
+    modality, found = MODALITIES[splits.card.sample], []
+    recipe = read_recipe(make_recipe(data, splits.card, num_segments, "val"))
+    for split, table in splits.tables.items():
+        short = modality.notes(table.column("frames").to_numpy(), recipe) if modality.notes else ""
+        found += [f"{split}: {note}" for note in [*notes_of(table), *filter(None, [short])]]
+    return found
 
 
 def absent_samples(table: pa.Table, root: str, count: int = 3) -> list[str]:

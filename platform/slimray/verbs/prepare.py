@@ -28,7 +28,7 @@ from slimray import runs, storage
 from slimray.data.bytes import write_shard
 from slimray.data.cards import Card
 from slimray.data.conversion import BY_LAYOUT, Raw, scan_objects
-from slimray.data.index import fingerprint, index_table
+from slimray.data.index import fingerprint, index_table, notes_of
 from slimray.data.lists import read_split
 from slimray.data.modalities import MODALITIES
 from slimray.data.samples import BadSample
@@ -157,6 +157,8 @@ def check(job: PrepareJob, ctx: CheckContext) -> dict[str, Any]:
             raise UserError(f"data.root: is required, the folder where {card.name} lies")
         tables = {split: _table(job, card, split, root) for split in out["splits"]}
         out["samples"] = {split: table.num_rows for split, table in tables.items()}
+        notes = [f"{split}: {note}" for split, table in tables.items() for note in notes_of(table)]
+        out |= {"notes": notes} if notes else {}
         for split, table in tables.items() if ctx.look and not generated else ():
             absent = inputs.absent_samples(table, root)
             if len(absent) == min(3, table.num_rows):
@@ -318,6 +320,10 @@ def _write_indexes(job: PrepareJob, ctx: Context, card: Card, chunks: list[_Chun
         ctx.console.print(f"  {note}", highlight=False, markup=False)
     if len(notes) > MAX_NOTES:
         ctx.console.print(f"  and so with {len(notes) - MAX_NOTES} more files: see data/parts in the run folder")
+    short = MODALITIES[card.sample].notes
+    for split, items in rows.items() if short else ():
+        if note := short(np.array([item.get("frames", 0) for item in items]), None):
+            ctx.console.print(f"{job.name}: {split}: {note}", highlight=False, markup=False)
 
 
 # ------------------------------------------------------------------------------------------------ in the tasks
