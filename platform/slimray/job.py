@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from slimray import runs
@@ -44,6 +44,9 @@ MAY_CHANGE = (
     "data.max_bad_fraction",
     "data.decode_timeout_s",
     "data.record_samples",
+    "data.card.description",
+    "data.card.source",
+    "data.card.licence",
 )  # sections that a resumed run may have changed
 
 
@@ -233,7 +236,7 @@ def require(facts: Sequence[dict[str, Any]]) -> None:
 def _state(one: Loaded, storage: str) -> str:
     folder = runs.open_run(storage, one.job.name)
     try:
-        claim = runs.claim(folder, one.document, may_change=_may_change(one))
+        claim = _claim(one, folder)
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder.uri}: does not hold what slimray writes ({error}): choose another name, or delete it"
@@ -242,6 +245,27 @@ def _state(one: Loaded, storage: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ run
+
+
+def _claim(one: Loaded, folder: runs.Run, restart: bool = False) -> runs.Claim:
+    """Say what is to be done about a job in the folder of its name."""
+    return runs.claim(folder, one.document, restart, _may_change(one), partial(_completed, one))
+
+
+def _completed(one: Loaded, stored: dict[str, Any]) -> dict[str, Any]:
+    """Return the job that a run holds as this version reads it: a field that an older one did not have has its default.
+
+    Returned as it stands where it is not a job of this kind.
+    """
+    try:
+        job: Any = type(one.job).model_validate(stored)
+        data = getattr(job, "data", None)
+        if data is not None and isinstance(data.card, dict):
+            card = Card.model_validate(data.card).model_dump(mode="json", exclude_defaults=True)
+            job = job.model_copy(update={"data": data.model_copy(update={"card": card})})
+    except ValidationError:
+        return stored
+    return Loaded(job, one.where).document
 
 
 def _may_change(one: Loaded) -> tuple[str, ...]:
@@ -261,7 +285,7 @@ def run(one: Loaded, storage: str, console: Console, restart: bool = False, cpus
     Raises UserError and RunFailed as they come; anything else that goes wrong becomes a RunFailed.
     """
     folder = runs.open_run(storage, one.job.name)
-    claim = runs.claim(folder, one.document, restart=restart, may_change=_may_change(one))
+    claim = _claim(one, folder, restart)
     if claim.finished:
         console.print(f"{one.job.name}: already finished, skipped", highlight=False)
         return "skipped"

@@ -6,7 +6,7 @@ A name stands for one job: `claim` skips what is finished, resumes what is not a
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -96,11 +96,18 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-def claim(run: Run, document: Mapping[str, Any], restart: bool = False, may_change: Sequence[str] = ()) -> Claim:
+def claim(
+    run: Run,
+    document: Mapping[str, Any],
+    restart: bool = False,
+    may_change: Sequence[str] = (),
+    completed: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
+) -> Claim:
     """Say what is to be done for the job `document` in the folder of its name, and clear the folder on `restart`.
 
     Nothing there: attempt 1. The same job, where sections in `may_change` may differ: skip if finished, else the next
     attempt. Raises UserError for other settings (with the differing fields) and while another process writes.
+    `completed` adds to the stored job the fields that the version of slimray that wrote it did not have.
     """
     status = read_status(run)
     old = read_job(run) if exists(run, "job.yaml") else None
@@ -110,7 +117,8 @@ def claim(run: Run, document: Mapping[str, Any], restart: bool = False, may_chan
         with hold(run):
             clear(run)
         return Claim(False, 1)
-    changes = list(_differences(old or {}, redact(plain(document)), may_change)) if old is not None else []
+    before, now = redact(plain(completed(old or {}))), redact(plain(document))
+    changes = [] if old is None else list(_differences(before, now, may_change))
     if changes:
         shown = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
         raise UserError(

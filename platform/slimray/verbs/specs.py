@@ -119,8 +119,9 @@ class SharedOptimSpec(OptimSpec):
 
     @model_validator(mode="after")
     def _stages_decide(self) -> "SharedOptimSpec":
+        written = self.model_fields_set if self.milestones else self.model_fields_set - {"milestones"}  # () if resolved
         for name in ("lr", "epochs", "warmup_epochs", "milestones"):
-            if name in self.model_fields_set:
+            if name in written:
                 raise ValueError(f"{name}: belongs to each of the stages, write it there")
         if self.mutual:
             raise ValueError("mutual: is for plain networks, leave it out with a supernet")
