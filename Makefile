@@ -4,9 +4,10 @@
 # make resolve  constraints.txt against the package index         make constraints  resolve it anew (UPGRADE=1: the newest)
 # make clean  remove the environment and ./runs
 SHELL := /bin/bash
+SUITS := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null
 # the first of these that slimray runs on
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
-    $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null && echo $$python && break; done)
+    $$python $(SUITS) && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(VENV)/.run
@@ -62,7 +63,7 @@ $(BIN)/uv: | $(BIN)/python
 	$(INSTALL) --quiet uv
 
 $(BIN)/python:
-	@[[ -n "$(PYTHON)" ]] || { echo "slimray needs Python 3.11, 3.12 or 3.13: install one, or name it: make PYTHON=..."; exit 1; }
+	@[[ -n "$(PYTHON)" ]] && $(PYTHON) $(SUITS) || { echo "slimray needs Python 3.11, 3.12 or 3.13: install one, or name it: make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # Installs what is missing where that is allowed and possible, else says what to install.

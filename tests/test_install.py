@@ -1,5 +1,6 @@
 """Installing: exact versions that resolve on every machine, from one file; extras that may be missing."""
 
+import ast
 import os
 import re
 import socket
@@ -10,6 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from threading import Thread
 
@@ -18,6 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
+FOLDERS_OF_EXTRAS = {"report/dashboard/": "dashboard", "edge/": "edge"}
 
 
 def canonical(requirement: str) -> str:
@@ -152,6 +155,21 @@ def test_every_dependency_has_an_exact_version_and_no_index_is_named():
     assert all(re.match(r"[A-Za-z0-9._-]+==\S+( ; .+)?$", line) for line in lines)
     assert wanted <= {canonical(line) for line in lines}
     assert "://" not in CONSTRAINTS
+
+
+def test_what_the_package_imports_is_declared_and_the_extras_stay_in_their_folders():
+    """Triton alone is undeclared: a CUDA build of torch brings it, and without it torch does the work."""
+    package, brings, optional = ROOT / "platform/slimray", packages_distributions(), PROJECT["optional-dependencies"]
+    declared = {"": {canonical(one) for one in PROJECT["dependencies"]}}
+    declared |= {folder: {canonical(one) for one in optional[extra]} for folder, extra in FOLDERS_OF_EXTRAS.items()}
+    for path in package.rglob("*.py"):
+        here = path.relative_to(package).as_posix()
+        allowed = set().union(*(names for folder, names in declared.items() if here.startswith(folder)))
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"slimray", "triton"}:
+                assert allowed & {canonical(one) for one in brings.get(name, [name])}, f"{here} imports {name}"
 
 
 def test_running_installs_neither_the_tests_nor_the_extras_and_all_install_from_the_constraints():

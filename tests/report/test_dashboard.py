@@ -459,15 +459,15 @@ def test_of_two_pages_only_what_differs_is_sent():
 def test_a_part_that_was_read_is_not_read_again(tmp_path):
     run = trained(str(tmp_path), "r", "running", rows=3)
     watch = Watch(str(tmp_path))
-    first = watch.look("r")
+    first = watch.look("r", patience(20))
     assert first is not None
-    assert watch.look("r") is first
+    assert watch.look("r", patience(20)) is first
     (part,) = (tmp_path / "r/metrics").iterdir()
     times, size = part.stat(), part.stat().st_size
     part.write_text("x" * size)  # what would be seen if it was read
     os.utime(part, ns=(times.st_atime_ns, times.st_mtime_ns))
     write_rows(run, [metric_row(90, 9.0)])
-    second = watch.look("r")
+    second = watch.look("r", patience(20))
     watch.close()
     assert second is not None
     assert second.problems == []
@@ -477,7 +477,7 @@ def test_a_part_that_was_read_is_not_read_again(tmp_path):
 def test_the_newest_attempt_of_a_step_is_shown(tmp_path):
     run = trained(str(tmp_path), "r", "running", rows=3)
     write_rows(run, [metric_row(20, 7.5)], attempt=2)
-    look = Watch(str(tmp_path)).look("r")
+    look = Watch(str(tmp_path)).look("r", patience(20))
     assert look is not None
     assert [(row["step"], row["epoch"], row["attempt"]) for row in look.metrics] == [(10, 0.1, 1), (20, 7.5, 2)]
 
@@ -500,11 +500,11 @@ def test_rows_follow_what_changes_on_storage(tmp_path):
     assert watch.rows() == []
     trained(str(tmp_path / "later"), "a")
     watch._listed_at = -99.0  # as if two seconds had passed
-    (row,) = watch.rows(20)
+    (row,) = watch.rows(patience(20))
     assert (row["name"], row["kind"], row["state"], row["result"]) == ("a", "train", "finished", "top1 70.0 %")
     shutil.rmtree(tmp_path / "later/a")
     watch._listed_at = -99.0
-    assert watch.rows(20) == []
+    assert watch.rows(patience(20)) == []
     watch.close()
 
 
@@ -512,7 +512,7 @@ def test_one_damaged_file_hides_no_other(tmp_path):
     trained(str(tmp_path), "r")
     (tmp_path / "r/results.json").write_text("[1]")
     (tmp_path / "r/metrics/rubbish.jsonl").write_text("no part")
-    look = Watch(str(tmp_path)).look("r")
+    look = Watch(str(tmp_path)).look("r", patience(20))
     assert look is not None
     assert look.card["seconds"] == 12.5
     assert len(look.problems) == 2
