@@ -21,7 +21,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from slimray import storage
-from slimray.runs.folder import Run, read_json, to_json
+from slimray.runs.folder import MAX_STATE_BYTES, DamagedFile, Run, read_json, to_json
 from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError, join
 
@@ -41,6 +41,9 @@ class Owner:
     pid: int
     born: int
     heartbeat: float
+
+
+NOBODY = Owner("", "", 0, 0, float("nan"))
 
 
 @contextlib.contextmanager
@@ -147,18 +150,33 @@ def _write_lock(run: Run, owner: Owner) -> None:
 
 
 def read_lock(run: Run) -> Owner | None:
-    found = read_json(run, "lock")
+    """Return who holds the lock, None if nobody does; a lock that slimray did not write is held by NOBODY."""
     try:
-        return None if found is None else Owner(**found)
-    except TypeError:
-        raise UserError(f"{join(run.uri, 'lock')}: is no lock of slimray: delete it if nothing writes there") from None
+        found = read_json(run, "lock", MAX_STATE_BYTES)
+    except DamagedFile:
+        return NOBODY
+    if found is None:
+        return None
+    try:
+        owner = Owner(**{field: found[field] for field in Owner.__dataclass_fields__})
+    except KeyError:
+        return NOBODY
+    texts, numbers = (owner.token, owner.host), (owner.pid, owner.born)
+    fits = all(isinstance(text, str) for text in texts) and all(type(number) is int for number in numbers)
+    return owner if fits and type(owner.heartbeat) in (int, float) else NOBODY
 
 
 def is_alive(owner: Owner | None) -> bool:
-    if owner is None or time.time() - owner.heartbeat > STALE_S:
+    """Return whether a lock is held: its heartbeat is of this minute, and its process, if it ran here, still runs.
+
+    A heartbeat that is no number or lies further ahead than clocks may differ is none.
+    """
+    if owner is None or not abs(time.time() - owner.heartbeat) <= STALE_S:
         return False
     if owner.host != this_host():
         return True
+    if not 0 < owner.pid < 1 << 31:
+        return False
     try:
         os.kill(owner.pid, 0)
     except ProcessLookupError:
@@ -169,11 +187,12 @@ def is_alive(owner: Owner | None) -> bool:
 
 
 def is_me(owner: Owner) -> bool:
+    """Return whether this process holds the lock."""
     return (owner.host, owner.pid, owner.born) == (this_host(), os.getpid(), process_birth(os.getpid()))
 
 
 def this_host() -> str:
-    """Name, boot and PID namespace: containers may share a host name, and PIDs mean something in one namespace only."""
+    """Return name, boot and PID namespace of this machine: containers may share a name, PIDs belong to a namespace."""
     boot, space = "", ""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -196,10 +215,17 @@ def process_birth(pid: int) -> int:
 
 
 def occupied(run: Run, owner: Owner | None) -> UserError:
-    who = "another process" if owner is None else f"process {owner.pid} on {owner.host.split()[0]}"
-    return UserError(f"run {run.name!r} is being written by {who}: wait for it, stop it, or choose another name")
+    """Return the error of a run that another process writes."""
+    return UserError(
+        f"run {run.name!r} is being written by {_named(owner)}: wait for it, stop it, or choose another name"
+    )
 
 
 def taken_over(run: Run, owner: Owner | None) -> str:
-    who = "another process" if owner is None else f"process {owner.pid} on {owner.host.split()[0]}"
-    return f"run {run.name!r} was taken over by {who} because this one gave no sign of life for {STALE_S:g} s"
+    """Return the sentence of a run whose lock another process took."""
+    return f"run {run.name!r} was taken over by {_named(owner)} because this one reported nothing for {STALE_S:g} s"
+
+
+def _named(owner: Owner | None) -> str:
+    host = "" if owner is None else " ".join(owner.host.split()[:1])
+    return f"process {owner.pid} on {host[:100]}" if owner is not None and host else "another process"
