@@ -344,7 +344,7 @@ def test_losing_the_lock_interrupts_and_fails_the_run_and_leaves_the_winners_sta
     assert runs.read_status(local).state == "running"
 
 
-@pytest.mark.parametrize("heartbeat", [1e300, float("nan"), float("inf"), "soon", 1 << 70, int("9" * 400), None])
+@pytest.mark.parametrize("heartbeat", [1e300, float("nan"), float("inf"), -1, 1 << 70, int("9" * 400)])
 def test_a_lock_whose_heartbeat_is_of_no_clock_is_free(local, heartbeat):
     runs.begin(local, JOB, 1)
     put_lock(local, heartbeat=heartbeat)
@@ -364,22 +364,35 @@ def test_a_lock_from_the_future_is_free_and_one_of_a_clock_a_little_ahead_is_hel
         pass
 
 
-@pytest.mark.parametrize(
-    "changes", [{"pid": 1 << 70}, {"pid": -1}, {"pid": 0}, {"pid": "1"}, {"born": None}, {"token": 5}, {"host": []}]
-)
-def test_a_lock_that_slimray_did_not_write_is_free(local, changes):
-    here = {"host": runs.lock.this_host(), "pid": os.getpid(), "born": runs.lock.process_birth(os.getpid())}
-    put_lock(local, **(here | changes))
+@pytest.mark.parametrize("pid", [1 << 60, 1 << 40, -1, 0])
+def test_a_lock_of_a_process_that_cannot_be_is_free(local, pid):
+    put_lock(local, host=runs.lock.this_host(), pid=pid, born=runs.lock.process_birth(os.getpid()))
     with runs.hold(local):
         pass
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"5", b"\xff", b"[" * 9999, b'{"token": "x"}'])
-def test_a_lock_without_an_owner_is_free(local, content):
-    runs.write_job(local, JOB)
-    storage.write_atomic(local.fs, join(local.path, "lock"), content)
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"[]", b"null", b"5", b"\xff", b"[" * 9999, b'{"token": "x"}'),
+        *({"pid": "1"}, {"pid": 1 << 70}, {"born": None}, {"token": 5}, {"host": []}, {"heartbeat": "soon"}),
+    ],
+)
+def test_a_lock_that_slimray_did_not_write_is_told_and_restart_clears_it(local, content):
+    runs.begin(local, JOB, 1)
+    put_lock(local, **content) if isinstance(content, dict) else Path(local.path, "lock").write_bytes(content)
+    assert runs.describe(local)["state"] == "damaged"
+    for take in (lambda: runs.claim(local, JOB), runs.hold(local).__enter__):
+        with pytest.raises(UserError, match="lock: is no lock of slimray: delete it if nothing writes there"):
+            take()
     assert runs.claim(local, JOB, restart=True).attempt == 1
     assert not runs.exists(local, "lock")
+
+
+def test_a_lock_that_is_written_over_while_it_is_held_is_written_again(local):
+    with runs.hold(local, heartbeat_s=0.05):
+        Path(local.path, "lock").write_bytes(b"{}")
+        wait_until(lambda: Path(local.path, "lock").read_bytes() != b"{}")
 
 
 def test_a_lock_without_a_host_is_told_of_all_the_same(local):

@@ -43,9 +43,6 @@ class Owner:
     heartbeat: float
 
 
-NOBODY = Owner("", "", 0, 0, float("nan"))
-
-
 @contextlib.contextmanager
 def hold(run: Run, heartbeat_s: float = HEARTBEAT_S) -> Iterator[threading.Event]:
     """Keep every other writer out of `run` for as long as the block lasts; yields an event that tells when it was lost.
@@ -84,7 +81,7 @@ def hold(run: Run, heartbeat_s: float = HEARTBEAT_S) -> Iterator[threading.Event
     finally:
         stop.set()
         thread.join()
-        with contextlib.suppress(StorageError):  # then it goes stale by itself
+        with contextlib.suppress(StorageError, UserError):  # then it goes stale by itself
             _release(run, mine)
     if lost.is_set():
         raise RunFailed(taken_over(run, read_lock(run)))
@@ -116,7 +113,10 @@ def _acquire(run: Run) -> Owner:
 def _still_mine(run: Run, mine: Owner) -> bool:
     """Whether nobody else has the lock; a foreign token that stands for a moment only is a slow rival stepping back."""
     for pause in (SETTLE_S, 0):
-        owner = read_lock(run)
+        try:
+            owner = read_lock(run)
+        except UserError:  # somebody wrote something else over it
+            return True
         if owner is None or owner.token == mine.token:
             return True
         time.sleep(pause)
@@ -150,20 +150,29 @@ def _write_lock(run: Run, owner: Owner) -> None:
 
 
 def read_lock(run: Run) -> Owner | None:
-    """Return who holds the lock, None if nobody does; a lock that slimray did not write is held by NOBODY."""
+    """Return who holds the lock, None if nobody does; UserError for a lock that slimray did not write."""
+    damaged = UserError(
+        f"{join(run.uri, 'lock')}: is no lock of slimray: delete it if nothing writes there, or --restart"
+    )
     try:
         found = read_json(run, "lock", MAX_STATE_BYTES)
-    except DamagedFile:
-        return NOBODY
-    if found is None:
+        owner = None if found is None else Owner(**{field: found[field] for field in Owner.__dataclass_fields__})
+    except (DamagedFile, KeyError):
+        raise damaged from None
+    if owner is None:
         return None
+    fits = isinstance(owner.token, str) and isinstance(owner.host, str) and type(owner.heartbeat) in (int, float)
+    if not fits or type(owner.pid) is not int or type(owner.born) is not int:
+        raise damaged
+    return owner
+
+
+def drop_damaged_lock(run: Run) -> None:
+    """Delete a lock that slimray did not write."""
     try:
-        owner = Owner(**{field: found[field] for field in Owner.__dataclass_fields__})
-    except KeyError:
-        return NOBODY
-    texts, numbers = (owner.token, owner.host), (owner.pid, owner.born)
-    fits = all(isinstance(text, str) for text in texts) and all(type(number) is int for number in numbers)
-    return owner if fits and type(owner.heartbeat) in (int, float) else NOBODY
+        read_lock(run)
+    except UserError:
+        storage.delete(run.fs, join(run.path, "lock"))
 
 
 def is_alive(owner: Owner | None) -> bool:

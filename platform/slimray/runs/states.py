@@ -4,6 +4,7 @@ A name stands for one job: `claim` skips what is finished, resumes what is not a
 `end` write the status of an attempt, under the lock of the folder. Times are Unix seconds.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -31,7 +32,7 @@ from slimray.runs.folder import (
     write_file,
     write_job,
 )
-from slimray.runs.lock import hold, is_alive, is_me, occupied, read_lock, taken_over
+from slimray.runs.lock import drop_damaged_lock, hold, is_alive, is_me, occupied, read_lock, taken_over
 from slimray.spec import RunFailed, UserError, shown
 from slimray.storage import join
 
@@ -75,7 +76,10 @@ def read_status(run: Run) -> Status | None:
         status = None
     if status is None or not _is_status(status):
         raise DamagedFile(f"{join(run.uri, 'status.json')}: is no status of a run") from None
-    owner = read_lock(run) if status.state == "running" else None
+    try:
+        owner = read_lock(run) if status.state == "running" else None
+    except UserError:
+        owner = None  # what the lock tells is missing; who claims the run is told
     if owner is None or not is_time(owner.heartbeat):
         return status
     return replace(status, heartbeat=max(status.heartbeat, owner.heartbeat))
@@ -163,6 +167,7 @@ def claim(
     """
     if restart:
         if _require_ours(run):
+            drop_damaged_lock(run)
             with hold(run):
                 clear(run)
         return Claim(False, 1)
@@ -260,11 +265,11 @@ def begin(run: Run, document: Mapping[str, Any], attempt: int) -> None:
 
 def end(run: Run, state: State, message: str = "") -> None:
     """Write the final state of the attempt; RunFailed, and nothing written, if another has taken the run over."""
-    owner, now = read_lock(run), time.time()
-    try:
+    now, owner, before = time.time(), None, None
+    with contextlib.suppress(UserError):  # somebody wrote over it: what happened to the attempt is told all the same
+        owner = read_lock(run)
+    with contextlib.suppress(DamagedFile):
         before = read_status(run)
-    except DamagedFile:
-        before = None  # somebody wrote over it: what happened to the attempt is told all the same
     if owner is not None and not is_me(owner):
         raise RunFailed(taken_over(run, owner))
     _write_status(
