@@ -475,7 +475,7 @@ def test_check_tells_what_a_run_would_do():
 
 def test_a_job_of_before_the_upgrade_is_the_same_job():
     loaded = job.load(["chain.yaml"])
-    finish(loaded[0])
+    finish_data(loaded[0])
     finish(loaded[1], state="failed")
     for name in ("data", "tsm"):
         stored = runs.read_job(runs.open_run("runs", name))
