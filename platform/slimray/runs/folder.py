@@ -246,7 +246,9 @@ def is_plain_name(name: Any) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,250}", name) is not None
 
 
-def read_json(run: Run, name: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
+def read_json(
+    run: Run, name: str, max_bytes: int = MAX_JSON_BYTES, complaint: str = "is not a JSON object"
+) -> dict[str, Any] | None:
     """Return the JSON object in the file `name`, None if there is no such file; DamagedFile if it is not one."""
     where = join(run.uri, name)
     try:
@@ -257,7 +259,7 @@ def read_json(run: Run, name: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str,
         raise DamagedFile(f"{where}: is larger than {max_bytes} bytes, which slimray does not write")
     found = parse_json(data, where)
     if not isinstance(found, dict):
-        raise DamagedFile(f"{where}: is not a JSON object")
+        raise DamagedFile(f"{where}: {complaint}")
     return found
 
 

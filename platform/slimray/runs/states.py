@@ -67,7 +67,7 @@ def read_status(run: Run) -> Status | None:
 
     DamagedFile if status.json holds something else than slimray writes.
     """
-    found = read_json(run, "status.json", MAX_STATE_BYTES)
+    found = read_json(run, "status.json", MAX_STATE_BYTES, complaint="is no status of a run")
     if found is None:
         return None
     try:
