@@ -392,7 +392,7 @@ def test_a_lock_that_slimray_did_not_write_is_told_and_restart_clears_it(local, 
 def test_a_lock_that_is_written_over_while_it_is_held_is_written_again(local):
     with runs.hold(local, heartbeat_s=0.05):
         Path(local.path, "lock").write_bytes(b"{}")
-        wait_until(lambda: Path(local.path, "lock").read_bytes() != b"{}")
+        wait_for("the lock", lambda: Path(local.path, "lock").read_bytes() != b"{}", 20)
 
 
 def test_a_lock_without_a_host_is_told_of_all_the_same(local):

@@ -43,7 +43,10 @@ FOLDERS = (
 
 
 class DamagedFile(StorageError):
-    """A file of a run was read, and holds something else than slimray writes: one sentence."""
+    """A file of a run was read, and holds something else than slimray writes: one sentence. Exit code 2."""
+
+    def __init__(self, sentence: str):
+        super().__init__(sentence, code=2)
 
 
 @dataclass(frozen=True)
