@@ -48,6 +48,7 @@ MAY_CHANGE = (
     "data.card.source",
     "data.card.licence",
 )  # sections that a resumed run may have changed
+LEFT_OPEN = (("optim", "groups"),)  # fields whose value follows from others where they are null
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,7 @@ def check(loaded: Sequence[Loaded], storage: str, restart: bool = False, look: b
         ctx, verb = CheckContext(one.where, storage, dict(ahead), look), VERBS[one.job.kind]
         facts: dict[str, Any] = {"name": one.job.name, "kind": one.job.kind}
         with ctx.noting():
+            one = one if restart else _as_begun(one, storage)
             facts["state"] = "new" if restart else _state(one, storage)
         facts |= verb.check(one.job, ctx)
         if facts.get("state") == "finished":
@@ -245,6 +247,20 @@ def _state(one: Loaded, storage: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ run
+
+
+def _as_begun(one: Loaded, storage: str) -> Loaded:
+    """Return the job with the choices that it leaves open (null) as its run, if there is one, began with them."""
+    folder = runs.open_run(storage, one.job.name)
+    began: Any = runs.read_job(folder) if runs.exists(folder, "job.yaml") else {}
+    job = one.job
+    for section, name in LEFT_OPEN:
+        ours, theirs = getattr(job, section, None), began.get(section) if isinstance(began, dict) else None
+        if ours is not None and getattr(ours, name, "") is None and isinstance(theirs, dict) and theirs.get(name):
+            with contextlib.suppress(UserError):  # what it holds is no such section: the claim says so
+                begun = parse(type(ours), ours.model_dump(exclude_defaults=True) | {name: theirs[name]}, section)
+                job = job.model_copy(update={section: begun})
+    return Loaded(job, one.where)
 
 
 def _claim(one: Loaded, folder: runs.Run, restart: bool = False) -> runs.Claim:
@@ -285,6 +301,7 @@ def run(one: Loaded, storage: str, console: Console, restart: bool = False, cpus
     Raises UserError and RunFailed as they come; anything else that goes wrong becomes a RunFailed.
     """
     folder = runs.open_run(storage, one.job.name)
+    one = one if restart else _as_begun(one, storage)
     claim = _claim(one, folder, restart)
     if claim.finished:
         console.print(f"{one.job.name}: already finished, skipped", highlight=False)

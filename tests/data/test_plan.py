@@ -100,3 +100,27 @@ def test_without_held_out_windows_held_samples_are_left_out():
     assert np.array_equal(np.sort(pass_order(p, 0)), np.arange(40))
     assert not any(p.is_held(step) for step in range(p.num_steps))
     assert p.num_trained(99) == 40
+
+
+@pytest.mark.parametrize("held", [0, 5])
+def test_a_last_window_that_is_not_full_is_dropped_on_request_and_others_are_dropped_in_the_next_epoch(held: int):
+    every = 2 if held else 0
+    left = []
+    for epoch in range(2):
+        whole = Phase("train", "train", epoch, 31, 4, True, {}, 0, held, every)
+        cut = Phase("train", "train", epoch, 31, 4, True, {}, 0, held, every, drop_last=True)
+        assert cut.num_steps == whole.num_steps - 1
+        assert all(cut.share(step) == 1.0 for step in range(cut.num_steps))
+        assert whole.share(whole.num_steps - 1) == (whole.num_positions % 4) / 4 < 1
+        assert cut.num_trained(cut.num_steps) == whole.num_trained(whole.num_steps) // 4 * 4
+        for step in range(cut.num_steps):
+            assert rank_slice(cut, step, 1, 3) == rank_slice(whole, step, 1, 3)
+        left.append(set(pass_order(whole, 1)[cut.num_positions :].tolist()))
+    assert left[0] != left[1]
+
+
+def test_a_pass_may_end_early():
+    phase = Phase("precise", "train", 0, 31, 4, True, {}, limit=10)
+    assert (phase.num_steps, phase.num_positions) == (3, 10)
+    assert [hi for _, hi in (rank_slice(phase, step, 0, 1) for step in range(3))] == [4, 8, 10]
+    assert Phase("precise", "train", 0, 31, 4, True, {}, limit=100).num_positions == 31

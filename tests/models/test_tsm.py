@@ -122,6 +122,20 @@ def test_asking_for_buffers_leaves_the_network_as_it_was():
     assert all(torch.equal(v, before[k]) for k, v in online.state_dict().items())
 
 
+def test_a_network_in_eval_mode_streams_in_eval_mode_whatever_its_wrapper():
+    net = small("tsm_resnet18").eval()
+    online = OnlineTSM(net)
+    assert not online.training
+    online.training = True  # only the wrapper, as a fresh nn.Module is
+    statistics = {name: value.clone() for name, value in online.named_buffers()}
+    frame = torch.randn(1, 3, 32, 32)
+    expected, _ = online(frame, online.initial_buffers(1, 32, 32))
+    again, _ = online(frame, online.initial_buffers(1, 32, 32))
+    assert torch.equal(expected, again)
+    assert [module.training for module in online.modules()] == [True] + [False] * (len(list(online.modules())) - 1)
+    assert all(torch.equal(value, statistics[name]) for name, value in online.named_buffers())
+
+
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [

@@ -1,8 +1,10 @@
 """LARS against its formula, and what it is for: steps that do not depend on the size of the gradient."""
 
+import pytest
 import torch
 from torch import nn
 
+from slimray import models
 from slimray.train import optimizers
 from slimray.train.lars import TRUST, Lars
 from slimray.train.spec import OptimSpec
@@ -24,9 +26,12 @@ def test_a_step_is_the_formula_of_the_paper():
     torch.testing.assert_close(weight.detach(), before - second)
 
 
-def test_without_decay_it_is_sgd():
+def test_a_group_that_is_not_adapted_is_sgd():
     one, two = nn.Parameter(torch.tensor([1.0, -2.0])), nn.Parameter(torch.tensor([1.0, -2.0]))
-    lars, sgd = Lars([{"params": [one]}], lr=0.1, momentum=0.9), torch.optim.SGD([two], lr=0.1, momentum=0.9)
+    lars, sgd = (
+        Lars([{"params": [one], "adapt": False}], lr=0.1, momentum=0.9),
+        torch.optim.SGD([two], lr=0.1, momentum=0.9),
+    )
     for gradient in ([1.0, 2.0], [0.5, -1.0], [3.0, 0.0]):
         one.grad, two.grad = torch.tensor(gradient), torch.tensor(gradient)
         lars.step()
@@ -43,6 +48,30 @@ def test_the_size_of_the_gradient_does_not_matter_to_weights():
         optimizer.step()
         moved.append((1 - weight.detach()).norm())
     torch.testing.assert_close(moved[0], moved[1])
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-4])
+@pytest.mark.parametrize("groups", ["no_norm_decay", "tsm", "plain"])
+def test_weights_are_adapted_with_and_without_decay_and_what_is_excluded_learns_as_under_sgd(weight_decay, groups):
+    torch.manual_seed(0)
+    net = models.build("tsm_resnet18", num_classes=3, num_segments=2, width=0.125)
+    optim = OptimSpec(
+        optimizer="lars", lr=1.0, reference_batch=1, epochs=1, groups=groups, weight_decay=weight_decay, momentum=0.0
+    )
+    optimizer = optimizers.make_optimizer(net, optim)
+    optimizers.set_learning_rate(optimizer, 1.0)
+    before = {name: value.detach().clone() for name, value in net.named_parameters()}
+    for value in net.parameters():
+        value.grad = torch.randn_like(value) * 100
+    optimizer.step()
+    for group in optimizer.param_groups:
+        wanted = groups == "plain" or group["decay_mult"] > 0
+        assert group["adapt"] == wanted, group["name"]
+    moved = {name: float((value.detach() - before[name]).norm()) for name, value in net.named_parameters()}
+    convolution = float(before["base_model.conv1.weight"].norm())
+    assert moved["base_model.conv1.weight"] <= 5 * 1.01 * TRUST * convolution
+    if groups != "plain":
+        assert moved["base_model.bn1.bias"] > 100
 
 
 def test_a_zero_weight_or_gradient_makes_no_nan():

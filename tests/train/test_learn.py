@@ -10,7 +10,7 @@ from torch import nn
 from slimray import models
 from slimray.edge import cost
 from slimray.spec import UserError, parse
-from slimray.train import averaging, batchnorm, learn, optimizers, speed
+from slimray.train import batchnorm, learn, optimizers, speed
 from slimray.train.spec import OptimSpec
 
 
@@ -139,6 +139,22 @@ def test_losses_are_smoothed_and_weighted_per_sample():
     assert smooth[0] == pytest.approx(plain[0].item() + 0.05 * 2.0)  # half of it goes to the other class
 
 
+def test_weights_of_samples_are_those_of_their_losses():
+    labels = torch.tensor([0, 1, 1])
+    assert learn.sample_weights(labels, spec()).tolist() == [1, 1, 1]
+    assert learn.sample_weights(labels, spec(class_weights=[3.0, 0.5])).tolist() == [3, 0.5, 0.5]
+    points = torch.tensor([[0, 1, -1, -1], [1, 1, 1, 0]])
+    weighted = spec(class_weights=[3.0, 0.5])
+    assert learn.sample_weights(points, weighted).tolist() == pytest.approx([1.75, 1.125])
+    logits = torch.randn(2, 2, 4)
+    step = learn.sample_losses(logits, points, weighted).sum() / learn.sample_weights(points, weighted).sum()
+    one = learn.sample_losses(logits[:1], points[:1], weighted).sum() / learn.sample_weights(points[:1], weighted).sum()
+    torch.testing.assert_close(
+        one, nn.functional.cross_entropy(logits[:1], points[:1], torch.tensor([3.0, 0.5]), ignore_index=-1)
+    )
+    assert step > 0
+
+
 def test_balanced_weights_are_inverse_to_counts_with_mean_one():
     assert learn.balanced_weights([0, 0, 0, 1], 3) == pytest.approx((0.5, 1.5, 0.0))
 
@@ -163,18 +179,6 @@ def test_merged_statistics_are_those_of_all_the_data():
     batchnorm.load_norm_state(net, merged)
     assert torch.equal(batchnorm.norm_state(net), merged)
     assert torch.equal(batchnorm.merge_norm_states(states[:1], net), states[0])
-
-
-def test_averaged_weights_follow_with_their_decay():
-    net = nn.Linear(1, 1)
-    nn.init.zeros_(net.weight)
-    ema = averaging.Ema(net, 0.9)
-    nn.init.ones_(net.weight)
-    ema.update(net)
-    copy = nn.Linear(1, 1)
-    ema.copy_to(copy)
-    assert copy.weight.item() == pytest.approx(0.1)
-    assert net.weight.item() == 1.0
 
 
 def test_views_are_averaged_as_logits_or_as_probabilities():

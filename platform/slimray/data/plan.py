@@ -29,6 +29,8 @@ class Phase:
 
     With `held` the last so many samples of the split are left out, but for a window of them after every `every` full
     windows of the others: what an architecture search learns from. Each is used equally often, over the epochs.
+
+    `drop_last` leaves out a last window that is not full; `limit` ends the pass after so many positions (0: none).
     """
 
     name: str
@@ -41,6 +43,8 @@ class Phase:
     first_step: int = 0
     held: int = 0
     every: int = 0
+    drop_last: bool = False
+    limit: int = 0
 
     @property
     def num_steps(self) -> int:
@@ -50,7 +54,9 @@ class Phase:
     @property
     def num_positions(self) -> int:
         """Positions of the whole pass, those of held-out windows included."""
-        return self.num_samples - self.held + self.num_held_windows * self.batch
+        count = self.num_samples - self.held + self.num_held_windows * self.batch
+        count = count // self.batch * self.batch if self.drop_last else count
+        return min(count, self.limit) if self.limit else count
 
     @property
     def num_held_windows(self) -> int:
@@ -61,6 +67,10 @@ class Phase:
         """Whether the window of `step` is of held-out samples."""
         turn, place = divmod(step, self.every + 1)
         return turn < self.num_held_windows and place == self.every
+
+    def share(self, step: int) -> float:
+        """Return the positions of the window of `step` as a share of a full one: below 1 for a short last window."""
+        return min(self.batch, self.num_positions - step * self.batch) / self.batch
 
     def num_trained(self, step: int) -> int:
         """Samples, of those not held out, in the windows before `step`."""

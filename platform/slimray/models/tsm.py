@@ -209,10 +209,11 @@ class OnlineTSM(nn.Module):
             raise ValueError("OnlineTSM: non-local blocks look at the whole clip and have no online form")
         self.base_model, self.new_fc = copy.deepcopy(net.base_model), copy.deepcopy(net.new_fc)
         self._stream = _Stream()
+        self.training = net.training
         for parent in list(self.base_model.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, Shift):
-                    setattr(parent, name, _Cached(child, self._stream))
+                    setattr(parent, name, _Cached(child, self._stream).train(child.training))
 
     def forward(self, frame: Tensor, buffers: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         return self._run(frame, list(buffers))
@@ -222,11 +223,13 @@ class OnlineTSM(nn.Module):
     @torch.no_grad()
     def initial_buffers(self, batch: int, height: int, width: int, channels: int = 3) -> tuple[Tensor, ...]:
         """The zero buffers of a stream of frames `[batch, channels, height, width]`."""
-        like, training = next(self.parameters()), self.training
-        _, shapes = self.eval()._run(
-            torch.zeros(1, channels, height, width, dtype=like.dtype, device=like.device), None
-        )
-        self.train(training)
+        like, modes = next(self.parameters()), [(module, module.training) for module in self.modules()]
+        frame = torch.zeros(1, channels, height, width, dtype=like.dtype, device=like.device)
+        try:
+            _, shapes = self.eval()._run(frame, None)
+        finally:
+            for module, training in modes:  # each its own: a network in eval mode may lie in a wrapper that is not
+                module.training = training
         return tuple(b.new_zeros(batch, *b.shape[1:]) for b in shapes)
 
     def _run(self, frame: Tensor, buffers: list[Tensor] | None) -> tuple[Tensor, tuple[Tensor, ...]]:

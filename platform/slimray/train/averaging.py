@@ -1,32 +1,50 @@
-"""Averaged weights: an exponential moving average that is evaluated and shipped in place of the last weights."""
+"""Averaged weights: an exponential moving average that is evaluated and shipped in place of the last weights.
+
+The statistics of BatchNorm are averaged with the weights they belong to: averaged weights with the statistics of the
+raw ones can be far from either. The average warms up (after n steps its decay is at most (1 + n) / (10 + n)), so that
+starting weights do not linger in it.
+"""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from slimray.train.batchnorm import norm_state
+
+LONG_AGO = 2**40  # steps of an average that was kept before steps were counted
+
 
 class Ema:
-    """An exponential moving average of the parameters of a network; buffers are not averaged."""
+    """An exponential moving average of the parameters of a network, and of this rank's BatchNorm statistics.
+
+    `norms` is a vector as `norm_state` has it; how those of several ranks become one is the caller's.
+    """
 
     def __init__(self, net: nn.Module, decay: float):
-        self.decay = decay
+        self.decay, self.steps = decay, 0
         self.average = {name: value.detach().clone() for name, value in net.named_parameters()}
+        self.norms = norm_state(net).clone()
 
     @torch.no_grad()
     def update(self, net: nn.Module) -> None:
-        """Move the average towards the parameters of `net`."""
+        """Move the average towards the parameters and statistics of `net`."""
+        self.steps += 1
+        share = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
         for name, value in net.named_parameters():
-            self.average[name].lerp_(value, 1 - self.decay)
+            self.average[name].lerp_(value, share)
+        self.norms.lerp_(norm_state(net), share)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The averages by parameter name."""
+        """Return the averages by parameter name."""
         return dict(self.average)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over averages of `tensors`."""
+    def load(self, tensors: Mapping[str, Tensor], norms: Tensor, steps: int = LONG_AGO) -> None:
+        """Take over averages of `tensors` and the average of the statistics, after so many steps."""
         for name, value in tensors.items():
             self.average[name].copy_(value)
+        self.norms.copy_(norms)
+        self.steps = steps
 
     @torch.no_grad()
     def copy_to(self, net: nn.Module) -> None:

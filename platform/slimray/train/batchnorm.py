@@ -38,6 +38,41 @@ def _frozen_norms(net: nn.Module, norm: str) -> list[nn.Module]:
     return norms[1:] if norm == "partial" else norms
 
 
+def guard_lone_values(net: nn.Module, world: int = 1) -> None:
+    """Let every BatchNorm layer of `net` go by its running statistics, and leave them alone, whenever it is given one
+    value per channel in training: that has no variance, and torch refuses it. SyncBatchNorm gathers those of `world`
+    ranks."""
+    for module in net.modules():
+        if isinstance(module, BatchNorm) and (world == 1 or not isinstance(module, nn.SyncBatchNorm)):
+            module.register_forward_pre_hook(_rest_on_a_lone_value)
+            module.register_forward_hook(_resume_training, always_call=True)
+
+
+def _rest_on_a_lone_value(module: Any, args: tuple[Tensor, ...]) -> None:
+    x = args[0]
+    if module.training and module.running_mean is not None and x.numel() == x.shape[1]:
+        module.rests = True
+        module.eval()
+
+
+def _resume_training(module: Any, args: Any, output: Any) -> None:
+    if getattr(module, "rests", False):
+        module.rests = False
+        module.train()
+
+
+def snapshot(net: nn.Module) -> list[Tensor]:
+    """Return copies of everything that BatchNorm layers remember, `num_batches_tracked` included."""
+    return [buffer.clone() for norm in _tracking(net) for buffer in norm.buffers(recurse=False)]
+
+
+def restore(net: nn.Module, taken: list[Tensor]) -> None:
+    """Write back what `snapshot` took."""
+    buffers = [buffer for norm in _tracking(net) for buffer in norm.buffers(recurse=False)]
+    for buffer, before in zip(buffers, taken, strict=True):
+        buffer.copy_(before)
+
+
 def norm_state(net: nn.Module) -> Tensor:
     """The running means and variances of all BatchNorm layers as one vector `[K]`, means first layer by layer."""
     parts = [buffer.flatten() for module in _tracking(net) for buffer in (module.running_mean, module.running_var)]
@@ -92,10 +127,12 @@ def recalibrate_norms(subnet: nn.Module, batches: Iterable[Tensor]) -> nn.Module
 
 
 @torch.no_grad()
-def norm_sums(net: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+def norm_sums(net: nn.Module, batches: Iterable[Tensor], pooled: bool = False) -> Tensor:
     """What `recalibrate_norms` learns from `batches`, float64 `[K]`: may be added up over workers (`load_norm_sums`).
 
-    For each BatchNorm in order: samples, the sum over batches of samples x mean, and of samples x variance.
+    For each BatchNorm in order: samples, the sum over batches of samples x mean, and of samples x variance; `pooled`
+    sums mean squares in place of variances, from which that of all samples together follows (precise BatchNorm, arXiv
+    2105.07576).
     """
     probe = copy.deepcopy(net).eval()
     norms = _tracking(probe)
@@ -104,7 +141,8 @@ def norm_sums(net: nn.Module, batches: Iterable[Tensor]) -> Tensor:
 
     def collect(part: Tensor, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].transpose(0, 1).flatten(1).float()  # [C, everything else]
-        part += samples * torch.cat([part.new_ones(1), x.mean(1), x.var(1, correction=0)])
+        second = x.square().mean(1) if pooled else x.var(1, correction=0)
+        part += samples * torch.cat([part.new_ones(1), x.mean(1), second])
 
     for norm, part in zip(norms, parts, strict=True):
         norm.running_mean = norm.running_var = None  # torch normalises by the batch where there are no statistics
@@ -117,13 +155,17 @@ def norm_sums(net: nn.Module, batches: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def load_norm_sums(net: nn.Module, sums: Tensor) -> None:
-    """Give the BatchNorms of `net` in place the statistics that `sums` hold; ValueError if one of them saw no input."""
+def load_norm_sums(net: nn.Module, sums: Tensor, pooled: bool = False) -> None:
+    """Give the BatchNorms of `net` in place the statistics that `sums` hold, as `norm_sums` made them.
+
+    ValueError if one of them saw no input.
+    """
     at = 0
     for norm in _tracking(net):
         samples, mean, var = sums[at : at + 1 + 2 * norm.num_features].split([1, norm.num_features, norm.num_features])
         if not samples:
             raise ValueError("recalibrate_norms: a BatchNorm saw no input: give batches, and an extracted subnet")
-        norm.running_mean.copy_(mean / samples)
-        norm.running_var.copy_(var / samples)
+        mean, var = mean / samples, var / samples
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_((var - mean.square()).clamp(min=0) if pooled else var)
         at += 1 + 2 * norm.num_features

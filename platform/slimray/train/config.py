@@ -44,4 +44,5 @@ class FitConfig:
     job: dict[str, Any]
     board: Any
     method: Method
+    drop_last: bool = False
     limits: LimitsSpec | None = None

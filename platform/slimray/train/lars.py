@@ -1,8 +1,8 @@
 """LARS: SGD whose step for each weight is a share of the weight itself ("Large Batch Training of Convolutional
 Networks", You et al., arXiv 1708.03888), for global batches beyond some 8,000 samples.
 
-The rate of a tensor is lr x trust x |w| / (|g| + decay x |w|). Tensors without decay (biases, BatchNorm) learn at
-`lr` as under SGD: their norms say nothing.
+The rate of a tensor is lr x trust x |w| / (|g| + decay x |w|), with and without decay. Groups with `adapt` False
+(biases, BatchNorm: their norms say nothing) learn at `lr` as under SGD.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,10 +14,11 @@ TRUST = 0.001  # eta of the paper
 
 
 class Lars(torch.optim.Optimizer):
-    """SGD with momentum and layer-wise rates; groups may have `lr`, `momentum`, `weight_decay`, `trust`."""
+    """SGD with momentum and layer-wise rates; groups may have `lr`, `momentum`, `weight_decay`, `trust`, `adapt`."""
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.9, trust: float = TRUST):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0})
+        defaults = {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0, "adapt": True}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -28,12 +29,12 @@ class Lars(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
-                step, state = weight.grad, self.state[weight]
-                if decay:
+                step, state = weight.grad + decay * weight if decay else weight.grad, self.state[weight]
+                if group["adapt"]:
                     size, slope = weight.norm(), weight.grad.norm()
                     share = group["trust"] * size / (slope + decay * size)
                     known = (size > 0) & (slope > 0)
-                    step = (step + decay * weight) * torch.where(known, share, torch.ones_like(share))
+                    step = step * torch.where(known, share, torch.ones_like(share))
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
                 buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(step, alpha=group["lr"])

@@ -32,6 +32,17 @@ def sample_losses(logits: Tensor, labels: Tensor, optim: OptimSpec) -> Tensor:
     return losses if losses.ndim == 1 else losses.sum(1) / (labels >= 0).sum(1).clamp(min=1)
 
 
+def sample_weights(labels: Tensor, optim: OptimSpec) -> Tensor:
+    """Return the weight of each sample in `sample_losses`, `[n]`: that of its class, the mean over its labelled points
+    where labels are `[n, N]`; 1 without class weights."""
+    weights = optim.class_weights
+    if weights is None or weights == "balanced" or labels.is_floating_point():  # boxes: no classes to weigh
+        return torch.ones(len(labels), device=labels.device)
+    known = labels >= 0
+    each = torch.tensor(weights, dtype=torch.float32, device=labels.device)[labels.clamp(min=0)] * known
+    return each if each.ndim == 1 else each.sum(1) / known.sum(1).clamp(min=1)
+
+
 def distill_losses(teacher: Tensor, logits: Tensor) -> Tensor:
     """Cross-entropy of each sample of `logits` `[n, C, ...]` against the teacher's answers, mean of the rest.
 

@@ -38,16 +38,18 @@ from slimray.train import learn, optimizers, speed
 from slimray.train.checkpoints import Progress, Saver
 from slimray.train.config import FitConfig
 from slimray.train.health import OTHERS, end_process
-from slimray.train.methods.method import Piece, Replica, Setup, breaks_on_one_sample, part
+from slimray.train.methods.method import Piece, Replica, Setup, part
 from slimray.train.metrics import BadSamples, Clock, Records, training_row
+from slimray.train.notices import Notices
+from slimray.train.precision import arithmetic_of
 from slimray.train.ranks import Ranks
+from slimray.train.shown import Shown
 from slimray.train.workers import open_stream
 
 Score = learn.Score | SegmentationScore | FrustumScore
 BEST = {"clip": "val/top1", "image": "val/top1", "points": "val/top1", "frustum": "val/class_found_3d"}
 MAX_BAD_STEPS = 10  # steps in a row with a non-finite gradient before the run ends
-LOOK_S = 2.0  # how often the ranks ask whether a node of theirs is about to be taken
-NOTICE_S = 120.0  # the notice that Ray Train assumes where none is given
+ARITHMETIC = 2  # what a step divides its loss by; a run that began with 1 (before 2026-11-29) ends with it
 
 
 class _Rank:
@@ -61,12 +63,14 @@ class _Rank:
         self.run = runs.run_at(config.run_uri)
         self.num_train = config.sources["train"].num_samples
         self.progress, self.clock = Progress(), Clock()
-        self.bad_steps, self.looks = 0, False
-        self.told_at = self.saved_at = self.looked_at = self.counted_at = time.monotonic()
+        self.bad_steps, self.looks, self.arithmetic = 0, False, ARITHMETIC
+        self.told_at = self.saved_at = time.monotonic()
         self.ranks = Ranks(self.rank, self.world, self.device, config.scale.data_timeout_s + 20, self._stuck)
         self.ranks.require_all_reduce()
         self.bad = BadSamples(self.num_train, self.ranks)
         self.replica = self._make_replica()
+        self.shown = Shown(self.replica, self.ranks, config.pixels)
+        self.notices = Notices(config, self.ranks, self._save_now)
         self.result: Score | None = None
         if "val" in config.recipes:
             self.result = make_score(config.recipes["val"], len(config.classes))
@@ -93,9 +97,9 @@ class _Rank:
             device=self.device,
             rank=self.rank,
             world=self.world,
-            repeat_single=breaks_on_one_sample(config.model, input_shape(recipe)),
             bucket_mb=config.scale.bucket_mb,
             compress=config.scale.compress,
+            batch_total=config.batch_total,
         )
         return config.method.replica(net, lambda: models.build(**config.model), setup)
 
@@ -132,6 +136,8 @@ class _Rank:
         if checkpoint.meta.get("dataset", self.config.dataset) != self.config.dataset:
             raise RunFailed("the dataset is not the one the run began with: restore it, or start again with --restart")
         self.replica.load(part(tensors, "replica."))
+        self.shown.load(tensors)
+        self.arithmetic = checkpoint.meta.get("arithmetic", 1)
         for name, count in self._counts().items():
             if name in tensors:
                 count.copy_(tensors[name])
@@ -151,6 +157,7 @@ class _Rank:
             tensors = {f"replica.{k}": v for k, v in self.replica.tensors().items()}
         tensors |= self._counts()
         tensors |= self.bad.tensors()
+        tensors |= self.shown.tensors()
         self.saved_at = time.monotonic()
         if self.saver is not None:
             progress = self.progress.to_dict()
@@ -160,6 +167,7 @@ class _Rank:
                 "metrics": progress["last"],
                 "world": self.world,
                 "dataset": self.config.dataset,
+                "arithmetic": self.arithmetic,
             }
             self.ranks.watchdog.beat("saving a checkpoint")
             self.saver.save(tensors, meta)
@@ -184,26 +192,47 @@ class _Rank:
     @property
     def num_learned(self) -> int:
         """Samples from which an epoch trains weights."""
-        num_held, _ = self.config.method.held(self.progress.epoch)
-        return self.num_train - num_held
+        phase = self._training(self.progress.epoch)
+        return phase.num_trained(phase.num_steps)
 
     def phases(self) -> tuple[Phase, ...]:
         """The passes that are left: training epochs from where the run stands, validations between them."""
         epochs, passes = self.config.optim.epochs, []
         before = self.progress.epoch - 1
-        if self.progress.step == 0 and before >= self.progress.validated and self._validates(before):
-            passes.append(self._validation(before))  # the run was interrupted in the middle of it
+        if self.progress.step == 0 and before >= self.progress.validated:  # perhaps interrupted in the middle of it
+            passes += self._after(before)
         for epoch in range(self.progress.epoch, epochs):
             first = self.progress.step if epoch == self.progress.epoch else 0
-            passes.append(self._training(epoch, first))
-            if self._validates(epoch):
-                passes.append(self._validation(epoch))
+            passes += [self._training(epoch, first), *self._after(epoch)]
         return tuple(passes)
+
+    def _after(self, epoch: int) -> list[Phase]:
+        """The passes after the training of `epoch`: precise statistics if wanted, and the validation if it is due."""
+        due, last, passes = self._validates(epoch), epoch + 1 == self.config.optim.epochs, []
+        if self.config.optim.precise_norm and (due or (last and self.shown.norms is None)):
+            passes.append(self._precise(epoch))
+        if due:
+            passes.append(self._validation(epoch))
+        return passes
+
+    def _precise(self, epoch: int) -> Phase:
+        """The pass over the training samples from which BatchNorm statistics are computed anew."""
+        config, rows = self.config, max(2, self.config.per_worker)
+        name, recipe, limit = "precise", config.recipes["train"], config.optim.precise_norm
+        return Phase(name, "train", epoch, self.num_train, rows * self.world, True, recipe, limit=limit)
 
     def _training(self, epoch: int, first: int = 0) -> Phase:
         config, recipe = self.config, self.config.recipes["train"]
         held = config.method.held(epoch)
-        return Phase("train", "train", epoch, self.num_train, config.batch_total, True, recipe, first, *held)
+        phase = Phase(
+            "train", "train", epoch, self.num_train, config.batch_total, True, recipe, first, *held, config.drop_last
+        )
+        if not phase.num_steps:
+            raise RunFailed(
+                f"batch.drop_last: {self.num_train} training samples do not fill a batch of {config.batch_total}: "
+                "lower batch.total, or leave it out"
+            )
+        return phase
 
     def _validation(self, epoch: int) -> Phase:
         config = self.config
@@ -231,7 +260,7 @@ class _Rank:
             sources=config.sources,
             seed=config.seed,
             world=self.world,
-            max_rows=config.per_worker,
+            max_rows=max(2, config.per_worker) if config.optim.precise_norm else config.per_worker,
             decode_slots=config.decode_slots,
             decode_timeout_s=config.decode_timeout_s,
             wait_timeout_s=config.scale.data_timeout_s,
@@ -253,24 +282,32 @@ class _Rank:
                     if last:
                         self.bad.end_epoch()
                         self.progress.epoch, self.progress.step = self.progress.epoch + 1, 0
-                    if self.looks and (failure := self._look_around()):
+                    if self.looks and (failure := self.notices.look(self.progress)):
                         return failure
                     if self._save_due() if not last else not self._validates(phase.epoch):
                         self._save()
+                elif phase.name == "precise":
+                    net = self.shown.net() if net is None else net
+                    self.shown.collect(net, batch)
+                    if last:
+                        self.shown.renew(net)
+                        if not self._validates(phase.epoch):
+                            net = None
+                            self._save()
+                    self._tell(phase, step)
                 else:
-                    if score is None or net is None:
-                        score = make_score(config.recipes["val"], len(config.classes))
-                        with self.ranks.waiting():
-                            net = self.replica.averaged()
+                    net = self.shown.net() if net is None else net
+                    score = make_score(config.recipes["val"], len(config.classes)) if score is None else score
                     if batch is not None:
                         self.bad.note(batch, phase, self.records.bad)
+                        learn.seed_step(config.seed, step, self.rank)  # what a network draws is the same every time
                         score_batch(net, batch, config.pixels, self.device, config.per_worker, score)
                     self._tell(phase, step)
-                    self.looks = bool(self.ranks.sum(self._wants_look())[0])
+                    self.looks = bool(self.ranks.sum(self.notices.due())[0])
                     if last:
                         self._end_validation(phase, score)
                         score = net = None
-                    if self.looks and (failure := self._look_around()):
+                    if self.looks and (failure := self.notices.look(self.progress)):
                         return failure
                     if last:
                         self._save()
@@ -280,7 +317,11 @@ class _Rank:
         return None
 
     def _train(self, phase: Phase, step: int, batch: Batch | None) -> str | None:
-        """One step over the global batch; returns the sentence that ends the run, or None."""
+        """Take one step over the global batch; return the sentence that ends the run, or None.
+
+        Its loss is the sum of the samples' over the sum of their weights, times the window's share of a full batch: a
+        short last window moves the weights by less, and class weights do not change the rate.
+        """
         config, clock, progress = self.config, self.clock, self.progress
         keep = np.zeros(0, bool) if batch is None else batch.valid & ~self.bad.mask[batch.sample]
         if batch is not None:
@@ -289,16 +330,23 @@ class _Rank:
         pieces = self._pieces(phase, step, batch, keep)
         empty = [float(not len(piece.data)) for piece in pieces] if config.optim.norm == "sync" else []
         start = time.perf_counter()
-        num_valid, num_bad, looks, *num_empty = self.ranks.sum(float(keep.sum()), new_bad, self._wants_look(), *empty)
+        own = (
+            0.0
+            if batch is None
+            else float(learn.sample_weights(torch.from_numpy(batch.label[keep]), config.optim).sum())
+        )
+        looks, counted = self.notices.due(), float(keep.sum())
+        num_valid, weight, num_bad, looks, *num_empty = self.ranks.sum(counted, own, new_bad, looks, *empty)
         self.looks = bool(looks)
         clock.communication += time.perf_counter() - start
         if num_bad and (failure := self.bad.too_many(config.max_bad_fraction)):
             return failure
-        if num_valid:
+        if weight:
             lr = optimizers.learning_rate(config.optim, config.batch_total, self.num_learned, self.samples_seen)
             still = frozenset(i for i, count in enumerate(num_empty) if count)
             seed = (config.seed, progress.total_steps)
-            report = self.replica.step(pieces, num_valid, lr, seed, still, phase.is_held(step))
+            total = weight / phase.share(step) if self.arithmetic > 1 else num_valid
+            report = self.replica.step(pieces, total, lr, seed, still, phase.is_held(step))
             clock.loss += report.loss_sum
             clock.transfer += report.transfer_s
             clock.compute += report.compute_s
@@ -313,58 +361,16 @@ class _Rank:
         progress.step, progress.total_steps = step + 1, progress.total_steps + 1
         clock.steps += 1
         clock.samples += int(num_valid)
+        clock.weight += weight
+        self.shown.weights_changed()
         return None
 
-    # ------------------------------------------------------------------------------- notices and limits
-
-    def _wants_look(self) -> float:
-        """1 on rank 0 every LOOK_S, else 0: all ranks hear of it in the sum that each step begins with."""
-        now = time.monotonic()
-        if self.rank or now - self.looked_at < LOOK_S:
-            return 0.0
-        self.looked_at = now
-        return 1.0
-
-    def _look_around(self) -> str | None:
-        """After a step that rank 0 chose: is a node to be taken, or a limit reached? The sentence that ends the run.
-
-        With notice the ranks save now, take no step more, and wait for Ray Train to start them anew elsewhere: no step
-        is done twice. A collective.
-        """
-        progress, now = self.progress, time.monotonic()
-        progress.seconds += now - self.counted_at
-        progress.worker_seconds += (now - self.counted_at) * self.world
-        self.counted_at = now
-        info = ray.train.get_preemption_info()
-        if info is not None:
-            self._save_and_wait(info)
-        (over,) = self.ranks.sum(float(self.rank == 0 and bool(self._over())))
-        if over:
-            self._save()
-            if self.saver is not None:
-                self.saver.wait()
-            return self._over() or "limits: reached"
-        return None
-
-    def _over(self) -> str:
-        limits, progress = self.config.limits, self.progress
-        return limits.reached(progress.worker_seconds, progress.seconds) if limits is not None else ""
-
-    def _save_and_wait(self, info: Any) -> None:
+    def _save_now(self) -> None:
+        """Save, and return once the checkpoint is on storage. A collective."""
         self._save()
         if self.saver is not None:
             self.saver.wait()
-        self.ranks.sum(0.0)  # the checkpoint is on storage
-        step, ranks = self.progress.total_steps, info.preempted_ranks
-        deadline = time.time() + NOTICE_S if info.deadline_ms is None else info.deadline_ms / 1000
-        if self.rank == 0:
-            note = f"a node is to be taken (ranks {', '.join(map(str, ranks))}): saved step {step}, waiting to restart"
-            self.config.board.update.remote(note=note, preempted=True, total_steps=step)
-        self.records.flush()
-        while time.time() < deadline + NOTICE_S:  # the controller ends this process; no collective: some ranks go first
-            self.ranks.watchdog.beat("waiting to be restarted")
-            time.sleep(0.5)
-        raise RuntimeError("the node that was to be taken is still there and Ray Train did not restart the workers")
+        self.ranks.sum(0.0)
 
     def _pieces(self, phase: Phase, step: int, batch: Batch | None, keep: np.ndarray) -> list[Piece]:
         cuts = microbatches(phase, step, self.rank, self.world, self.config.per_worker)
@@ -397,10 +403,22 @@ class _Rank:
         if self.rank == 0:
             self.config.board.update.remote(last=progress.last, best=progress.best)
 
+    def _take_best(self) -> None:
+        """Go back to the state of the best validation, which ships. A collective."""
+        if self.saver is not None:
+            self.saver.wait()
+        self.ranks.sum(0.0)  # the checkpoint is on storage
+        best = runs.checkpoint_at(self.run, int(self.progress.best["step"]))
+        tensors = safetensors.torch.load(runs.read_checkpoint(self.run, best)["state.safetensors"])
+        self.replica.load(part(tensors, "replica."))
+        self.shown.load(tensors)
+
     def _finish(self) -> dict[str, Any]:
         """Write the model folder once every checkpoint is safe; the final numbers. A collective."""
-        with self.ranks.waiting():
-            net, config = self.replica.averaged(), self.config
+        config = self.config
+        if config.checkpoint.ship == "best" and self.progress.best:
+            self._take_best()
+        net = self.shown.net()
         out: dict[str, Any] = {"best": self.progress.best, "last": self.progress.last}
         out["steps"] = self.progress.total_steps
         out["confusion"] = confusion_of(self.result)
@@ -428,7 +446,8 @@ class _Rank:
             "train/lr": optimizers.learning_rate(config.optim, config.batch_total, self.num_learned, self.samples_seen),
             **training_row(clock, self.ranks),
         }
-        row["train/mfu"] = speed.mfu(config.macs, row["train/samples_per_s"] / self.world, self.device)
+        arithmetic = arithmetic_of(config.optim.precision, self.device)
+        row["train/mfu"] = speed.mfu(config.macs, row["train/samples_per_s"] / self.world, self.device, arithmetic)
         row |= self.replica.numbers()
         self.records.show(self.progress.total_steps, row)
         self.records.write_row(self.progress.total_steps, row)

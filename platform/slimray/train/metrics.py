@@ -31,6 +31,7 @@ class Clock:
     total: float = 0.0
     steps: int = 0
     samples: int = 0
+    weight: float = 0.0
     loss: float = 0.0
 
 
@@ -77,7 +78,7 @@ def training_row(clock: Clock, ranks: Ranks) -> dict[str, Any]:
     loss, own = ranks.gather(clock.loss, clock.compute + clock.transfer)
     slow = slow_ranks((own / clock.steps).tolist())
     row = {
-        "train/loss": float(loss.sum()) / max(clock.samples, 1),
+        "train/loss": float(loss.sum()) / (clock.weight or 1.0),
         "train/samples_per_s": clock.samples / max(clock.total, 1e-9),
         "time/step_s": clock.total / clock.steps,
         "data/wait_s": clock.wait / clock.steps,

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimray.spec import UserError
 from slimray.train.batchnorm import BatchNorm
 from slimray.train.lars import Lars
 from slimray.train.spec import OptimSpec
 
 
 def peak_rate(optim: OptimSpec, batch_total: int) -> float:
-    """The learning rate after the warm-up at a global batch of `batch_total`."""
+    """Return the learning rate after the warm-up at a global batch of `batch_total`."""
+    if optim.scaling == "sqrt":
+        return optim.lr * math.sqrt(batch_total / optim.reference_batch)
     return optim.lr * batch_total / optim.reference_batch
 
 
@@ -51,8 +54,13 @@ def parameter_groups(net: nn.Module, groups: str) -> list[dict[str, Any]]:
     """The trainable parameters of `net` as groups with `name`, `params`, `lr_mult`, `decay_mult`.
 
     The head is what lies under `net.head_name`, the first convolution `net.first_conv_name` (x5 and x10 if it does not
-    take RGB: optical flow starts from averaged weights).
+    take RGB: optical flow starts from averaged weights). UserError `optim.groups: ...` where "tsm" finds none.
     """
+    if groups == "tsm" and not _names_its_ends(net):
+        raise UserError(
+            "optim.groups: tsm needs a network of clips or images with a head and a first convolution: take "
+            "no_norm_decay or plain"
+        )
     norms = {f"{name}." for name, module in net.named_modules() if isinstance(module, BatchNorm)}
     table: dict[str, tuple[float, float, list]] = {}
     for name, parameter in net.named_parameters():
@@ -80,17 +88,39 @@ def _tsm_group(net: nn.Module, name: str, value: Tensor, is_bias: bool, is_norm:
     return ("bias", 2, 0) if is_bias else ("weight", 1, 1)
 
 
-def make_optimizer(net: nn.Module, optim: OptimSpec) -> torch.optim.Optimizer:
-    """The optimizer over the groups of `optim`; the rate is set before each step (`set_learning_rate`)."""
-    groups = parameter_groups(net, optim.groups)
+def groups_of(net: nn.Module, optim: OptimSpec) -> str:
+    """Return the groups of `optim`; where it leaves them open "tsm" for SGD on a network that names head and first
+    convolution (those of clips and images), else "no_norm_decay"."""
+    if optim.groups is not None:
+        return optim.groups
+    return "tsm" if optim.optimizer == "sgd" and _names_its_ends(net) else "no_norm_decay"
+
+
+def _names_its_ends(net: nn.Module) -> bool:
+    return hasattr(net, "head_name") and hasattr(net, "first_conv_name")
+
+
+def make_optimizer(net: nn.Module, optim: OptimSpec, batch_total: int | None = None) -> torch.optim.Optimizer:
+    """Return the optimizer over the groups of `optim`; the rate is set before each step (`set_learning_rate`).
+
+    `batch_total` (default `optim.reference_batch`) scales betas and eps with `scaling: sqrt`. UserError
+    `optim.groups: ...` for groups that the network has not.
+    """
+    groups = parameter_groups(net, groups_of(net, optim))
     for group in groups:
         group["weight_decay"] = optim.weight_decay * group["decay_mult"]
     if optim.optimizer == "lars":
+        for group in groups:
+            group["adapt"] = group["decay_mult"] > 0
         return Lars(groups, lr=optim.lr, momentum=optim.momentum)
     if optim.optimizer != "sgd":
         adam = torch.optim.AdamW if optim.optimizer == "adamw" else torch.optim.Adam
-        return adam(groups, lr=optim.lr, betas=(optim.momentum, 0.999))
-    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+        ratio = (batch_total or optim.reference_batch) / optim.reference_batch if optim.scaling == "sqrt" else 1.0
+        first, second = optim.betas or (optim.momentum, 0.999)
+        if ratio != 1:
+            first, second = (max(0.0, 1 - ratio * (1 - beta)) for beta in (first, second))
+        return adam(groups, lr=optim.lr, betas=(first, second), eps=optim.eps / math.sqrt(ratio))
+    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

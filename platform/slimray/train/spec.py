@@ -19,9 +19,13 @@ class OptimSpec(Spec):
     """Stochastic gradient descent with momentum, Adam (decay is part of the gradient, as PVCNN is published), AdamW,
     LARS (arXiv 1708.03888: a rate for each layer, for very large batches; `lr` is then some hundred times larger)."""
     lr: float = Field(gt=0)
-    """Learning rate for a global batch of `reference_batch`; the peak is lr x batch.total / reference_batch."""
+    """Learning rate for a global batch of `reference_batch`; the peak at batch.total follows from `scaling`."""
     reference_batch: int = Field(ge=1)
-    """Global batch for which `lr` is meant (linear scaling)."""
+    """Global batch for which `lr` is meant, and with `scaling: sqrt` the betas and `eps`."""
+    scaling: Literal["linear", "sqrt"] = "linear"
+    """How the rate follows the batch: `linear` (arXiv 1706.02677), lr x batch.total / reference_batch; `sqrt` for Adam
+    and AdamW (arXiv 2205.10287): with k = batch.total / reference_batch lr x sqrt(k), eps / sqrt(k), and each beta
+    becomes 1 - k (1 - beta), at least 0."""
     epochs: int = Field(ge=1)
     """Passes over the training split."""
     warmup_epochs: float = Field(0, ge=0)
@@ -33,14 +37,24 @@ class OptimSpec(Spec):
     gamma: float = Field(0.1, gt=0, le=1)
     """Factor at each milestone."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of SGD, or the first beta of Adam."""
+    """Momentum of SGD and LARS, or the first beta of Adam where `betas` are not written."""
+    nesterov: bool = False
+    """Nesterov's momentum, for `optimizer: sgd` (the published recipes of OFA and ProxylessNAS)."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
+    """Both betas of Adam and AdamW; default [momentum, 0.999]."""
+    eps: float = Field(1e-8, gt=0)
+    """Epsilon of Adam and AdamW."""
     weight_decay: float = Field(1e-4, ge=0)
     """Weight decay of the weights; biases and BatchNorm as `groups` says."""
     clip_norm: float | None = Field(20.0, gt=0)
     """Largest L2 norm of the gradient over all parameters; null never clips."""
-    groups: Literal["tsm", "no_norm_decay", "plain"] = "tsm"
-    """`tsm`: head x5, its bias x10, other biases x2, no decay on biases and BatchNorm; `no_norm_decay`: only the
-    latter; `plain`: all parameters alike."""
+    groups: Literal["tsm", "no_norm_decay", "plain"] | None = None
+    """`tsm`: head x5, its bias x10, other biases x2, no decay on biases and BatchNorm (the published TSM recipe);
+    `no_norm_decay`: only the latter; `plain`: all parameters alike. Default: `tsm` for clips and images with SGD, else
+    `no_norm_decay`. LARS leaves its trust ratio out where there is no decay on biases and BatchNorm."""
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto"
+    """Arithmetic of the forward and backward pass; weights stay float32. `auto`: bf16 on GPUs that have it, else
+    float32; `fp16` scales the loss (V100, T4); `tf32` and `fp32` (strict) are for matrix products in float32."""
     norm: Literal["local", "sync", "partial", "frozen"] = "local"
     """BatchNorm: statistics per worker, over all workers (GPUs only), frozen but for the first layer, all frozen."""
     zero_gamma: bool = False
@@ -48,12 +62,17 @@ class OptimSpec(Spec):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Part of the target that is spread over all classes."""
     class_weights: tuple[float, ...] | Literal["balanced"] | None = None
-    """A weight per class in the loss; `balanced` is inverse to the class's share of the training split, mean 1."""
+    """A weight per class in the loss; `balanced` is inverse to the class's share of the training split, mean 1. A step
+    is the weighted mean (divided by the weights, as in torch), so that weights do not change the learning rate."""
     mutual: float = Field(0.0, ge=0)
     """Weight of deep mutual learning (arXiv 1706.00384; as published for PVCNN: 1): above 0 two networks are trained,
     each on the labels and on the other's answers, and the first is kept."""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay of an exponential moving average of the weights, which is then evaluated and shipped; null keeps none."""
+    """Decay of an exponential moving average of the weights and BatchNorm statistics, which is then evaluated and
+    shipped; null keeps none. It warms up: after n steps the decay is at most (1 + n) / (10 + n)."""
+    precise_norm: int = Field(0, ge=0)
+    """Training samples from which BatchNorm statistics are computed anew before each validation and before shipping, in
+    place of the running ones (precise BatchNorm): for small batches per worker at large worlds; 0 for none."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "OptimSpec":
@@ -61,6 +80,13 @@ class OptimSpec(Spec):
             raise ValueError(f"warmup_epochs: must be below epochs ({self.epochs}), got {self.warmup_epochs:g}")
         if self.milestones and self.schedule != "step":
             raise ValueError(f"milestones: belong to schedule: step, not {self.schedule}")
+        adam = self.optimizer in ("adam", "adamw")
+        if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
+            raise ValueError(f"nesterov: needs optimizer: sgd with a momentum, not {self.optimizer}")
+        if self.betas is not None and not adam:
+            raise ValueError(f"betas: belong to adam and adamw, not {self.optimizer}")
+        if self.scaling == "sqrt" and not adam:
+            raise ValueError(f"scaling: sqrt is for adam and adamw, not {self.optimizer}: take linear")
         return self
 
 
@@ -71,6 +97,9 @@ class BatchSpec(Spec):
     """Samples per optimizer step over all workers; the learning rate depends on it."""
     per_worker: int = Field(ge=1)
     """Samples a worker handles at once (a microbatch)."""
+    drop_last: bool = False
+    """Leave out the last samples of an epoch (others each time) that do not fill a batch, as some published recipes do.
+    Else they make a short step whose loss counts as much as its share of the batch."""
 
 
 class InitSpec(Spec):
@@ -86,6 +115,19 @@ class InitSpec(Spec):
     """Prefixes of parameters that are not trained."""
     sha256: str | None = None
     """Digest the file must have."""
+
+
+class TeacherSpec(Spec):
+    """A network that teaches beside the labels (distillation, arXiv 1503.02531)."""
+
+    run: str
+    """Name or URI of a run that holds a network of the same inputs and classes."""
+    weight: float = Field(1.0, gt=0)
+    """Weight of the teacher's answers in the loss."""
+    labels: float = Field(1.0, ge=0)
+    """Weight of the labels; 0 learns from the teacher alone."""
+    temperature: float = Field(1.0, gt=0)
+    """Both answers are softened by it; the loss is multiplied by its square, so that gradients keep their size."""
 
 
 class ScaleSpec(Spec):
@@ -151,6 +193,8 @@ class CheckpointSpec(Spec):
     best_metric: str | None = None
     """Metric by which a checkpoint is the best, higher is better; default val/top1, for labels per point val/miou, for
     boxes val/class_found_3d."""
+    ship: Literal["last", "best"] = "last"
+    """Which weights the run ships: those of the last step, or those of the best validation by `best_metric`."""
 
 
 class LimitsSpec(Spec):

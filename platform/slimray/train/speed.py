@@ -8,17 +8,17 @@ import torch
 from slimray.train.gpus import GPUS, find_gpu
 
 
-def mfu(macs: int, samples_per_s: float, device: torch.device) -> float:
+def mfu(macs: int, samples_per_s: float, device: torch.device, arithmetic: str = "bf16") -> float:
     """Model FLOPs utilisation of one worker, 0-1: 6 x MACs x samples/s (forward and backward) over the peak."""
-    return 6 * macs * samples_per_s / peak_flops(device)
+    return 6 * macs * samples_per_s / peak_flops(device, arithmetic)
 
 
-def peak_flops(device: torch.device) -> float:
-    """Peak FLOP/s of `device` in the arithmetic it trains in: a GPU's data sheet, else the best of a few matrix
-    products of this one."""
+def peak_flops(device: torch.device, arithmetic: str = "bf16") -> float:
+    """Return the peak FLOP/s of `device` in `arithmetic` (bf16, fp16, tf32, fp32): that of a GPU's data sheet, else the
+    best of a few float32 matrix products on this one."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
     row = find_gpu(name)
-    return _measured_flops(device, name) if row is None else GPUS[row].peak(GPUS[row].arithmetic)
+    return _measured_flops(device, name) if row is None else GPUS[row].peak(arithmetic)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 Each looks first among the jobs ahead in the file, then on the storage. No Ray, no torch.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ from slimray import runs
 from slimray.data.cards import Card
 from slimray.data.spec import DataSpec
 from slimray.spec import UserError, located, parse
-from slimray.train.spec import InitSpec
+from slimray.train.spec import InitSpec, TeacherSpec
 from slimray.verbs import inputs
 from slimray.verbs.context import CheckContext
 
@@ -77,3 +78,17 @@ def _check_init(init: InitSpec | None, ctx: CheckContext) -> None:
         runs.weights_source(init.source, ctx.storage, init.sha256)
     except UserError as error:
         raise UserError(located(str(error), "init.from")) from None
+
+
+def check_teacher(teacher: str | TeacherSpec | None, ctx: CheckContext, num_classes: int | None) -> None:
+    """Raise UserError if there is no network to learn from, or one of another number of classes."""
+    name = teacher.run if isinstance(teacher, TeacherSpec) else teacher
+    if name is None or ctx.require(name, ("network",), "teacher") is not None:
+        return
+    try:
+        run = runs.find_run(name, ctx.storage)
+        classes = json.loads(runs.read_file(run, "model/input.json"))["classes"]
+    except (FileNotFoundError, KeyError, ValueError, UserError):
+        raise UserError(f"teacher: {name!r} is not a run that holds a network: name a finished training") from None
+    if num_classes is not None and len(classes) != num_classes:
+        raise UserError(f"teacher: {name!r} knows {len(classes)} classes, the dataset has {num_classes}")

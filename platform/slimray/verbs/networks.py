@@ -110,7 +110,12 @@ def schedule(job: TrainJob, num_train: int | None) -> dict[str, Any]:
         "epochs": job.optim.epochs,
     }
     if num_train is not None:
-        steps = ceil_div(num_train, job.batch.total)
+        steps = num_train // job.batch.total if job.batch.drop_last else ceil_div(num_train, job.batch.total)
+        if not steps:
+            raise UserError(
+                f"batch.drop_last: {num_train} training samples do not fill a batch of {job.batch.total}: lower "
+                "batch.total, or leave it out"
+            )
         out |= {"train_samples": num_train, "steps_per_epoch": steps, "steps": steps * job.optim.epochs}
     return out
 
@@ -161,6 +166,7 @@ def _measure(job: TrainJob, num_classes: int, card: Card | None) -> tuple[Any, i
     shape = _input_shape(job, card, net)
     if modality.segmented and job.data.sampling == "dense" and shape[0] > DENSE_WINDOW:
         raise UserError(f"model.num_segments: at most {DENSE_WINDOW} frames with data.sampling: dense (got {shape[0]})")
+    optimizers.make_optimizer(net, job.optim, job.batch.total)  # its parameter groups must be there
     try:
         return net, cost.count_macs(net, (1, *shape))
     except (RuntimeError, ValueError) as error:

@@ -13,7 +13,7 @@ from slimray.data.spec import DataSpec
 from slimray.runs.notify import NotifySpec
 from slimray.runs.tracking import TrackingSpec
 from slimray.spec import Spec
-from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, LimitsSpec, OptimSpec, ScaleSpec
+from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, LimitsSpec, OptimSpec, ScaleSpec, TeacherSpec
 
 OWNED = {"num_classes": "the dataset says how many", "zero_gamma": "write optim.zero_gamma"}  # no options of `model`
 
@@ -71,6 +71,8 @@ class TrainJob(WorkerJob):
     data: DataSpec
     model: ModelSpec
     init: InitSpec | None = None
+    teacher: str | TeacherSpec | None = None
+    """A run whose network teaches beside the labels (distillation): its name or URI, or a section with weights."""
     batch: BatchSpec
     optim: OptimSpec
     scale: ScaleSpec = ScaleSpec()
@@ -104,6 +106,17 @@ class TrainJob(WorkerJob):
             raise ValueError(f"optim.mutual: two networks are trained from scratch, it does not go with {taken}")
         if self.optim.norm == "sync" and not self.scale.gpus_per_worker:
             raise ValueError("optim.norm: sync needs GPUs: set scale.gpus_per_worker, or take local")
+        if self.optim.precision == "tf32" and not self.scale.gpus_per_worker:
+            raise ValueError("optim.precision: tf32 needs GPUs: set scale.gpus_per_worker, or take fp32")
+        if 0 < self.optim.precise_norm < 2 * self.scale.most:
+            raise ValueError(
+                f"optim.precise_norm: {self.optim.precise_norm} samples are too few for {self.scale.most} workers: at "
+                f"least {2 * self.scale.most}, some thousands are usual"
+            )
+        if self.teacher is not None and self.optim.mutual:
+            raise ValueError("optim.mutual: does not go with teacher, use one of the two")
+        if self.checkpoint.ship == "best" and self.data.val is None:
+            raise ValueError("checkpoint.ship: best needs validations: write data.val, or take last")
         return self
 
 
@@ -125,6 +138,8 @@ class SharedOptimSpec(OptimSpec):
                 raise ValueError(f"{name}: belongs to each of the stages, write it there")
         if self.mutual:
             raise ValueError("mutual: is for plain networks, leave it out with a supernet")
+        if self.precise_norm:
+            raise ValueError("precise_norm: is for plain networks: subnets are re-calibrated, each on its own")
         if self.norm != "local":
             raise ValueError("norm: must be local, a supernet keeps statistics per worker and subnets get their own")
         return self

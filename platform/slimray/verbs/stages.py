@@ -17,10 +17,12 @@ from slimray.data.modalities import MODALITIES
 from slimray.data.pipeline import Source
 from slimray.tasks.predict import Input
 from slimray.train import learn, loop, workers
+from slimray.train.methods.distilled import Distilled
+from slimray.train.methods.method import Method
 from slimray.train.methods.mutual import Mutual
 from slimray.train.methods.plain import Plain
 from slimray.train.progress import follow
-from slimray.train.spec import InitSpec, OptimSpec, ScaleSpec
+from slimray.train.spec import InitSpec, OptimSpec, ScaleSpec, TeacherSpec
 from slimray.verbs import networks
 from slimray.verbs.context import Context
 from slimray.verbs.inputs import Splits, make_recipe
@@ -143,9 +145,19 @@ def fit_config(job: TrainJob, ctx: Context, run_uri: str, data: Data, known: Map
         record_samples=job.data.record_samples,
         job=job.model_dump(mode="json"),
         board=workers.make_board(),
-        method=Mutual(job.optim.mutual) if job.optim.mutual else Plain(),
+        method=_method(job, ctx),
+        drop_last=job.batch.drop_last,
         limits=job.limits,
     )
+
+
+def _method(job: TrainJob, ctx: Context) -> Method:
+    """Return what the steps of `job` compute."""
+    if job.teacher is not None:
+        spec = TeacherSpec.model_validate({"run": job.teacher}) if isinstance(job.teacher, str) else job.teacher
+        teacher = runs.find_run(spec.run, ctx.storage)
+        return Distilled(teacher.uri, spec.weight, spec.labels, spec.temperature)
+    return Mutual(job.optim.mutual) if job.optim.mutual else Plain()
 
 
 def _start(init: InitSpec, ctx: Context) -> str:

@@ -25,7 +25,10 @@ def check(job: TrainJob, ctx: CheckContext) -> dict[str, Any]:
             return {"model": f"that of {job.model.run}", **networks.schedule(job, num_train)}
         return networks.facts(there, card, num_train)
 
-    return checks.check_training(job, ctx, facts)
+    out = checks.check_training(job, ctx, facts)
+    with ctx.noting():
+        checks.check_teacher(job.teacher, ctx, out.get("classes"))
+    return out
 
 
 def makes(job: TrainJob) -> dict[str, Made]:

@@ -13,9 +13,10 @@ import torch
 from tests.waits import patience
 from torch import nn
 
+from slimray.data.plan import Phase
 from slimray.tasks.predict import Input, to_input
-from slimray.train import batchnorm
-from slimray.train.methods.method import Piece, Setup, breaks_on_one_sample
+from slimray.train import batchnorm, learn
+from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.mutual import Mutual
 from slimray.train.methods.plain import PlainReplica
 from slimray.train.spec import OptimSpec
@@ -169,20 +170,76 @@ def _tsm(seed: int = 0) -> nn.Module:
     return models.build(**TSM)
 
 
-def test_one_sample_does_not_break_batchnorm():
-    images = TSM | {"num_segments": 1}
-    shape = (1, 3, 32, 32)
-    assert breaks_on_one_sample(images, shape)
-    assert not breaks_on_one_sample(TSM, SHAPE32)
+IMAGES = TSM | {"num_segments": 1}
+SHAPE_OF_ONE = (1, 3, 32, 32)
+
+
+def test_a_lone_sample_leaves_the_statistics_of_layers_that_see_one_value_alone():
+    """At this size the last stage of a ResNet sees one pixel."""
     from slimray import models
 
-    replica = PlainReplica(
-        models.build(**images), Setup(OPTIM, Input(), shape, torch.device("cpu"), repeat_single=True)
-    )
+    torch.manual_seed(0)
+    net = models.build(**IMAGES)
+    lone = [module for name, module in net.named_modules() if "layer4" in name and isinstance(module, nn.BatchNorm2d)]
+    for module in lone:
+        nn.init.constant_(module.running_var, 2.0)
+    replica = PlainReplica(net, Setup(OPTIM, Input(), SHAPE_OF_ONE, torch.device("cpu")))
     data = np.random.default_rng(0).integers(0, 256, (1, 1, 1, 32, 32, 3), dtype=np.uint8)
-    report = replica.step([Piece(data, np.array([1]))], 1, 0.1, (0, 0))
-    assert report.finite
-    assert np.isfinite(report.loss_sum)
+    first = net.base_model.bn1.running_var.clone()
+    weights = lone[-1].weight.detach().clone()
+    for step in range(5):
+        report = replica.step([Piece(data, np.array([1]))], 1, 0.1, (0, step))
+        assert report.finite
+        assert np.isfinite(report.loss_sum)
+    assert all((module.running_var == 2.0).all() for module in lone)
+    assert all(module.training for module in lone)
+    assert not torch.equal(net.base_model.bn1.running_var, first)  # it sees 16 x 16 pixels: statistics there are
+    assert not torch.equal(lone[-1].weight, weights)
+
+
+def test_a_lone_sample_counts_once_where_it_has_statistics_of_its_own():
+    """The variance of a layer over one sample is that of its values, each once."""
+    from slimray import models
+
+    torch.manual_seed(0)
+    net = models.build(**TSM)
+    data = np.random.default_rng(0).integers(0, 256, (1, 1, 2, 32, 32, 3), dtype=np.uint8)
+    with torch.no_grad():
+        x = net.base_model.conv1(to_input(data, Input(), torch.device("cpu")).flatten(0, 1))
+    replica = PlainReplica(net, Setup(OPTIM, Input(), SHAPE32, torch.device("cpu")))
+    replica.step([Piece(data, np.array([1]))], 1, 0.1, (0, 0))
+    torch.testing.assert_close(net.base_model.bn1.running_var, 0.9 + 0.1 * x.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_class_weights_leave_the_size_of_a_step_alone():
+    data, labels = samples(6)
+    labels[:] = 1
+    moved = []
+    for weights in (None, (1.0, 0.02, 1.0, 1.0)):
+        torch.manual_seed(0)
+        optim = OPTIM.model_copy(update={"class_weights": weights})
+        net = Plain()
+        start = net.head.weight.detach().clone()
+        replica = PlainReplica(net, Setup(optim, Input(), SHAPE, torch.device("cpu")))
+        total = float(learn.sample_weights(torch.from_numpy(labels), optim).sum())
+        replica.step([Piece(data, labels)], total, 0.1, (0, 0))
+        moved.append(net.head.weight.detach() - start)
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-4, atol=1e-7)
+
+
+def test_a_short_window_moves_weights_by_its_share_of_the_batch():
+    data, labels = samples(8)
+    phase = Phase("train", "train", 0, 10, 8, True, {})
+    assert (phase.share(0), phase.share(1)) == (1.0, 0.25)
+    moved = []
+    for total in (2, 2 / phase.share(1)):
+        torch.manual_seed(0)
+        net = Plain()
+        start = net.head.weight.detach().clone()
+        replica = PlainReplica(net, Setup(OPTIM, Input(), SHAPE, torch.device("cpu")))
+        replica.step([Piece(data[:2], labels[:2])], total, 0.1, (0, 0))
+        moved.append(net.head.weight.detach() - start)
+    torch.testing.assert_close(moved[1], 0.25 * moved[0], rtol=1e-4, atol=1e-7)
 
 
 def test_a_still_piece_trains_without_touching_the_statistics():
@@ -198,10 +255,10 @@ def test_a_still_piece_trains_without_touching_the_statistics():
 
 def test_a_step_that_is_not_finite_leaves_no_trace():
     replica = PlainReplica(_tsm(), Setup(OPTIM, Input(std=(1e-45,) * 3), SHAPE32, torch.device("cpu")))
-    before = {k: v.clone() for k, v in replica.tensors().items() if "num_batches" not in k}
+    before = {k: v.clone() for k, v in replica.tensors().items()}
     data = np.random.default_rng(0).integers(0, 256, (2, 1, 2, 32, 32, 3), dtype=np.uint8)
     assert not replica.step([Piece(data, np.array([0, 1]))], 2, 0.1, (0, 0)).finite
-    assert all(torch.equal(v, before[k]) for k, v in replica.tensors().items() if "num_batches" not in k)
+    assert all(torch.equal(v, before[k]) for k, v in replica.tensors().items())
 
 
 def test_validation_copy_and_state_leave_training_untouched():

@@ -62,18 +62,19 @@ def sliced_linear(linear: nn.Module, x: Tensor, out_features: int | None = None,
 def sliced_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """A BatchNorm `norm` on its first features, those of `x` `[N, C, ...]`; its own train or eval mode counts.
 
-    In train mode the first C running statistics are updated in place.
+    In train mode the first C running statistics are updated in place, but for a lone value per channel, which has no
+    variance: they are used then, and left alone.
     """
     if isinstance(norm, nn.SyncBatchNorm):
         raise UserError("norm: sync is not for supernets: their BatchNorm keeps statistics per worker (norm: local)")
     norm = cast(nn.BatchNorm2d, norm)
     channels, momentum = x.shape[1], norm.momentum
     mean, var = _first(norm.running_mean, channels), _first(norm.running_var, channels)
-    if norm.training and norm.num_batches_tracked is not None:
+    training = (norm.training and x.numel() > channels) or mean is None
+    if norm.training and training and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         momentum = 1 / float(norm.num_batches_tracked) if momentum is None else momentum
     weight, bias = _first(norm.weight, channels), _first(norm.bias, channels)
-    training = norm.training or mean is None
     return functional.batch_norm(x, mean, var, weight, bias, training, momentum or 0.0, norm.eps)
 
 

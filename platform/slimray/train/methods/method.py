@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from slimray import models
 from slimray.tasks.predict import Input, to_input
-from slimray.train import averaging, batchnorm, learn, optimizers
+from slimray.train import batchnorm, learn, optimizers
+from slimray.train.averaging import LONG_AGO, Ema
+from slimray.train.precision import LossScale, arithmetic_of, autocast, set_products
 from slimray.train.spec import OptimSpec
 
 BUCKET = 2**22  # numbers all-reduced at a time
@@ -40,7 +41,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did: loss summed over this rank's samples, whether the gradient was finite, seconds spent.
+    """What one step did: loss summed over this rank's samples, whether the gradient was finite (with fp16, or may be at
+    a smaller scale of the loss), seconds spent.
 
     `communication_s` is the exposed part of the all-reduce: from the last gradient to the end of the backward pass. On
     GPUs, where work is queued, it is 0 and part of `compute_s`.
@@ -57,8 +59,8 @@ class StepReport:
 class Setup:
     """How and where a replica trains, whatever the method.
 
-    `sample_shape` is one input, (T, C, H, W) or (C, N); `repeat_single`: see `breaks_on_one_sample`. Gradients are
-    all-reduced `bucket_mb` at a time, as bfloat16 with `compress` "bf16", else as they are.
+    `sample_shape` is one input, (T, C, H, W) or (C, N). Gradients are all-reduced `bucket_mb` at a time, as bfloat16
+    with `compress` "bf16", else as they are. `batch_total` is the global batch, for optimizers that scale with it.
     """
 
     optim: OptimSpec
@@ -67,9 +69,9 @@ class Setup:
     device: torch.device
     rank: int = 0
     world: int = 1
-    repeat_single: bool = True
     bucket_mb: float = 25
     compress: str = "none"
+    batch_total: int | None = None
 
 
 class Method(Protocol):
@@ -100,10 +102,13 @@ class Replica:
         self.setup, self.optim, self.device = setup, setup.optim, setup.device
         self.rank, self.world = setup.rank, setup.world
         batchnorm.set_norm_policy(net, self.optim.norm)
+        batchnorm.guard_lone_values(net, self.world)
+        set_products(self.optim.precision)
+        self.scale = LossScale(arithmetic_of(self.optim.precision, self.device), self.device)
         layout = torch.channels_last if self.device.type == "cuda" and not _has_3d(net) else torch.preserve_format
         self.net = net.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
-        self.optimizer = optimizers.make_optimizer(self.net, self.optim)
-        self.ema = averaging.Ema(self.net, self.optim.ema) if self.optim.ema else None
+        self.optimizer = optimizers.make_optimizer(self.net, self.optim, setup.batch_total)
+        self.ema = Ema(self.net, self.optim.ema) if self.optim.ema else None
         self.reducing_at = 0.0  # when the last all-reduce of gradients began
         self.stepped_at = 0.0  # when the last step was over
 
@@ -118,7 +123,8 @@ class Replica:
         still: frozenset[int] = frozenset(),
         held: bool = False,
     ) -> StepReport:
-        """Take one optimizer step; a collective. The loss is the sum over the samples of all ranks over `total` > 0.
+        """Take one optimizer step; a collective. The loss is the sum over the samples of all ranks over `total` > 0:
+        the sum of their weights, more for a window that is smaller than the batch.
 
         `seed` is (run seed, number of the step): dropout is a function of it and the rank. All ranks must pass equally
         many pieces. In the pieces `still` BatchNorm uses its running statistics: with `norm: sync` those in which some
@@ -140,14 +146,16 @@ class Replica:
         """
         learn.seed_step(*seed, self.rank)
         batchnorm.train_mode(self.net, self.optim.norm)
-        norms = batchnorm.norm_state(self.net)
+        norms = batchnorm.snapshot(self.net)
         start = time.perf_counter()
         finite, loss_sum, transfer_s, exposed_s = update()
         self.stepped_at = time.perf_counter()
         if not finite:
-            batchnorm.load_norm_state(self.net, norms)
+            batchnorm.restore(self.net, norms)
+        self.scale.update(finite)
         compute_s = time.perf_counter() - start - transfer_s - exposed_s
-        return StepReport(loss_sum, finite, transfer_s, compute_s, exposed_s)
+        fits = finite or (self.scale.used and self.scale.value >= 1)  # the next step is tried at half the scale
+        return StepReport(loss_sum, fits, transfer_s, compute_s, exposed_s)
 
     def _gradients(
         self, pieces: Sequence[Piece], total: float, seed: tuple[int, int], still: frozenset[int]
@@ -165,7 +173,7 @@ class Replica:
             ):
                 for losses in self._passes(batch, choice):
                     loss = losses.sum()
-                    (loss * (self.world / total)).backward()
+                    (loss * (self.scale.value * self.world / total)).backward()
                     found.append(loss.detach())
             for loss in found:
                 loss_sum += float(loss) / len(found)
@@ -187,8 +195,6 @@ class Replica:
         x = to_input(piece.data, self.setup.pixels, self.device)
         labels = torch.from_numpy(piece.labels).to(self.device)
         seconds = time.perf_counter() - start
-        if len(x) == 1 and self.setup.repeat_single:  # a second, unweighted copy gives BatchNorm its two values
-            x = x.expand(2, *x.shape[1:])
         return OnDevice(x, labels), seconds
 
     def _losses(self, outputs: Outputs, batch: OnDevice) -> Tensor:
@@ -196,12 +202,19 @@ class Replica:
         if batch.labels is None:
             parts = outputs.values() if isinstance(outputs, Mapping) else [outputs]
             return sum((part.float().sum() * 0.0 for part in parts), torch.zeros((), device=self.device))
-        return self._sample_losses(first_rows(outputs, len(batch.labels)), batch.labels)
+        return self._sample_losses(outputs, batch.labels)
 
     def _sample_losses(self, outputs: Outputs, labels: Tensor) -> Tensor:
         if isinstance(outputs, Mapping):
             return self.net.losses(outputs, labels)  # type: ignore[operator]
         return learn.sample_losses(outputs, labels, self.optim)
+
+    def _weights(self, labels: Tensor) -> Tensor:
+        """The weight of each sample `[n]`, with which its losses are multiplied already."""
+        return learn.sample_weights(labels, self.optim)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[None]:
+        return autocast(self.device, self.optim.precision)
 
     def _accumulating(self, more: bool) -> contextlib.AbstractContextManager[Any]:
         """Around a piece, told whether `more` follow."""
@@ -217,6 +230,10 @@ class Replica:
         return time.perf_counter() - start
 
     def _apply(self) -> bool:
+        if self.scale.used:
+            for parameter in self.net.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(self.scale.value)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or float("inf"))
         finite = bool(torch.isfinite(norm))
         if finite:
@@ -232,7 +249,7 @@ class Replica:
 
     def numbers(self) -> dict[str, float]:
         """What the method adds to the metrics of a step, by name."""
-        return {}
+        return {"train/loss_scale": self.scale.value} if self.scale.used else {}
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -242,37 +259,51 @@ class Replica:
         out |= {f"optim.{k}": v for k, v in optimizers.optimizer_tensors(self.optimizer).items()}
         if self.ema:
             out |= {f"ema.{k}": v for k, v in self.ema.tensors().items()}
-        return out | {f"norms.{rank}": vector for rank, vector in enumerate(self._all_norms())}
+            out |= {f"ema_norms.{rank}": vector for rank, vector in enumerate(self._of_all_ranks(self.ema.norms))}
+            out["ema_steps"] = torch.tensor(self.ema.steps)
+        if self.scale.used:
+            out["loss_scale"] = self.scale.state
+        norms = self._of_all_ranks(batchnorm.norm_state(self.net))
+        return out | {f"norms.{rank}": vector for rank, vector in enumerate(norms)}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over a state from `tensors`; statistics are the rank's own if the world is the same, else merged."""
         self.net.load_state_dict(part(tensors, "model."))
         optimizers.load_optimizer_tensors(self.optimizer, part(tensors, "optim."))
+        if "loss_scale" in tensors and self.scale.used:
+            self.scale.state.copy_(tensors["loss_scale"])
+        norms = self._own(part(tensors, "norms."))
+        if norms is not None:
+            batchnorm.load_norm_state(self.net, norms)
         if self.ema:
-            self.ema.load(part(tensors, "ema."))
-        norms = part(tensors, "norms.")
+            averaged = self._own(part(tensors, "ema_norms."))  # not in a checkpoint of before they were averaged
+            averaged = batchnorm.norm_state(self.net) if averaged is None else averaged
+            steps = int(tensors["ema_steps"]) if "ema_steps" in tensors else LONG_AGO
+            self.ema.load(part(tensors, "ema."), averaged, steps)
+
+    def _own(self, norms: dict[str, Tensor]) -> Tensor | None:
+        """This rank's vector of `norms` by rank; if they are those of another number of ranks, all of them merged."""
+        if not norms:
+            return None
         if len(norms) == self.world:
-            batchnorm.load_norm_state(self.net, norms[str(self.rank)].to(self.device))
-        elif norms:
-            merged = batchnorm.merge_norm_states(torch.stack([norms[k] for k in sorted(norms, key=int)]), self.net)
-            batchnorm.load_norm_state(self.net, merged.to(self.device))
+            return norms[str(self.rank)].to(self.device)
+        merged = batchnorm.merge_norm_states(torch.stack([norms[k] for k in sorted(norms, key=int)]), self.net)
+        return merged.to(self.device)
 
     def averaged(self) -> nn.Module:
-        """A copy to evaluate and to ship: averaged weights if kept, all ranks' BatchNorm statistics merged.
-
-        A collective; training state is not touched.
+        """A copy to evaluate and to ship: averaged weights and statistics if kept, else the last ones; those of all
+        ranks merged. A collective; training state is not touched.
         """
         net = copy.deepcopy(self.net).eval()
         if self.ema:
             self.ema.copy_to(net)
-        norms = self._all_norms()
+        norms = self._of_all_ranks(self.ema.norms if self.ema else batchnorm.norm_state(net))
         if len(norms):
             batchnorm.load_norm_state(net, batchnorm.merge_norm_states(norms, net))
         return net
 
-    def _all_norms(self) -> Tensor:
-        """The running statistics of every rank, `[world, K]`; `[0]` for a network without BatchNorm."""
-        mine = batchnorm.norm_state(self.net)
+    def _of_all_ranks(self, mine: Tensor) -> Tensor:
+        """Return statistics `[K]` of every rank, `[world, K]`; `[0]` for a network without BatchNorm. A collective."""
         if not mine.numel():
             return mine
         if self.world == 1:
@@ -304,27 +335,6 @@ def mean_over_ranks(tensors: Sequence[Tensor], world: int, compress: str = "none
         for one, mean in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
             one.copy_(mean.view_as(one))
         bucket = []
-
-
-def first_rows(outputs: Outputs, count: int) -> Outputs:
-    """The first `count` samples of what a network gives."""
-    if isinstance(outputs, Mapping):
-        return {name: value[:count] for name, value in outputs.items()}
-    return outputs[:count]
-
-
-def breaks_on_one_sample(model: dict[str, Any], sample_shape: Sequence[int]) -> bool:
-    """Whether a batch of one sample leaves some BatchNorm with one value per channel, which torch refuses.
-
-    `model` is what `models.build` takes; runs on the meta device.
-    """
-    with torch.device("meta"):
-        net = models.build(**model).train()
-        try:
-            net(torch.zeros(1, *sample_shape))
-        except ValueError:
-            return True
-    return False
 
 
 @contextlib.contextmanager

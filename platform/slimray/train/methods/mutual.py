@@ -48,10 +48,10 @@ class MutualReplica(PlainReplica):
         """The losses `[n]` of both peers, outputs `[n, 2, C, ...]`: of each its own plus weight x KL(other || own), the
         other taken as given."""
         assert isinstance(outputs, Tensor)
-        total = torch.zeros(len(labels), device=outputs.device)
+        total, weights = torch.zeros(len(labels), device=outputs.device), self.weight * self._weights(labels)
         for own, other in ((0, 1), (1, 0)):
             logits, given = outputs[:, own], outputs[:, other].detach()
-            total = total + super()._sample_losses(logits, labels) + self.weight * learn.divergences(given, logits)
+            total = total + super()._sample_losses(logits, labels) + weights * learn.divergences(given, logits)
         return total
 
     def averaged(self) -> nn.Module:

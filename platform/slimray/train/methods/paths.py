@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from slimray.models.supernets.mixed import Gates, MixedNet, Path
-from slimray.train import learn, optimizers
+from slimray.train import optimizers
 from slimray.train.methods.method import OnDevice, Piece, Replica, Setup, StepReport, mean_over_ranks, part
 
 BASELINE_STEP = 0.99  # published: the baseline moves to 99 % of the way to each new reward, it is hardly an average
@@ -129,7 +129,7 @@ class PathReplica(Replica):
         yield self._losses(self._logits(batch, choice), batch)
 
     def _logits(self, batch: OnDevice, path: Path, gates: Sequence[Gates] | None = None) -> Tensor:
-        with learn.autocast(self.device):
+        with self._autocast():
             return self.net(batch.x, path, gates)
 
     def _reduce(self) -> float:
@@ -188,9 +188,10 @@ class PathReplica(Replica):
             batch, _ = self._on_device(piece)
             loss = self._losses(self._logits(batch, path, gates), batch).sum()
             loss_sum += float(loss.detach())
-            found = torch.autograd.grad(loss * (self.world / total), opened, allow_unused=True)
+            scale = self.scale.value
+            found = torch.autograd.grad(loss * (scale * self.world / total), opened, allow_unused=True)
             for so_far, gradient in zip(summed, found, strict=True):
-                so_far.add_(0 if gradient is None else gradient)
+                so_far.add_(0 if gradient is None else gradient / scale)
         mean = summed[0].new_tensor(loss_sum * self.world / total)
         if self.world > 1:
             mean_over_ranks([*summed, mean], self.world, early=True)
@@ -213,7 +214,7 @@ class PathReplica(Replica):
                 if batch.labels is not None:
                     logits = self._logits(batch, path)
                     loss_sum += float(self._losses(logits, batch).sum()) / len(paths)
-                    hits[number] += (logits[: len(batch.labels)].argmax(1) == batch.labels).sum()
+                    hits[number] += (logits.argmax(1) == batch.labels).sum()
         if self.world > 1:
             dist.all_reduce(hits)
             dist.all_reduce(count)
@@ -237,10 +238,11 @@ class PathReplica(Replica):
     def numbers(self) -> dict[str, float]:
         """How the search stands: expected cost, the mean entropy of the choices (0-1 of its largest), for metrics."""
         if self.method.goal is None:
-            return {}
+            return super().numbers()
         with torch.no_grad():
             cost = float(self.method.goal.expected(self.alphas))
-        return {"search/expected_cost": cost, "search/entropy": entropy(self.probabilities())}
+        found = {"search/expected_cost": cost, "search/entropy": entropy(self.probabilities())}
+        return super().numbers() | found
 
     # --------------------------------------------------------------------------------------------- state
 

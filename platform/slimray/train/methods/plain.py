@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from slimray.train import learn
 from slimray.train.methods.method import OnDevice, Replica, Setup
 
 
@@ -46,7 +45,7 @@ class PlainReplica(Replica):
             self.forward.register_comm_hook(self, _timed_allreduce)
 
     def _passes(self, batch: OnDevice, choice: Any) -> Iterator[Tensor]:
-        with learn.autocast(self.device):
+        with self._autocast():
             outputs = self.forward(batch.x)
         yield self._losses(outputs, batch)
 

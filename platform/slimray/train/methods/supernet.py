@@ -18,6 +18,7 @@ from slimray import runs
 from slimray.arch import Arch, Space
 from slimray.tasks.predict import load_network
 from slimray.train import learn
+from slimray.train.batchnorm import guard_lone_values
 from slimray.train.methods.method import OnDevice, Replica, Setup
 
 
@@ -59,6 +60,8 @@ class SupernetReplica(Replica):
         super().__init__(net, setup)
         self.method = method
         self.teacher = None if teacher is None else _frozen(copy.deepcopy(teacher)).to(self.device)
+        if self.teacher is not None:
+            guard_lone_values(self.teacher)
 
     def _draw(self, seed: tuple[int, int]) -> list[Arch]:
         return self.method.draw(seed)
@@ -67,12 +70,12 @@ class SupernetReplica(Replica):
         x = learn.fit_input(batch.x, self.method.space, choice[0])
         given = None if batch.labels is None else self._teach(x)
         for arch in choice:
-            with learn.autocast(self.device):
+            with self._autocast():
                 logits = self.net(x, arch)
             losses = self._losses(logits, batch)
-            if given is not None:
-                count = len(losses)
-                losses = losses + self.method.distill_weight * learn.distill_losses(given[:count], logits[:count])
+            if given is not None and batch.labels is not None:
+                weights = self.method.distill_weight * self._weights(batch.labels)
+                losses = losses + weights * learn.distill_losses(given, logits)
             yield losses
 
     @torch.no_grad()
@@ -80,7 +83,7 @@ class SupernetReplica(Replica):
         """What the teacher, the largest subnet as it was, says of `x`, by the statistics of this batch."""
         if self.teacher is None or not self.method.distill_weight:
             return None
-        with learn.autocast(self.device):
+        with self._autocast():
             frames = self.method.space.input_name("frames")
             if frames is not None:
                 largest = self.teacher.space.largest()  # type: ignore[union-attr]

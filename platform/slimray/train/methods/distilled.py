@@ -1,0 +1,73 @@
+"""Distillation (arXiv 1503.02531): one network learns from the labels and from a teacher that is trained already."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimray import runs
+from slimray.spec import RunFailed
+from slimray.tasks.predict import load_network
+from slimray.train import learn
+from slimray.train.methods.method import OnDevice, Outputs, Setup
+from slimray.train.methods.plain import PlainReplica
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """Plain training beside the teacher of the run at `teacher`, which answers in eval mode.
+
+    The loss is `labels` x that of the labels + `weight` x T^2 x cross-entropy of both answers softened by `temperature`
+    T; of several answers (per point) the mean.
+    """
+
+    teacher: str
+    weight: float = 1.0
+    labels: float = 1.0
+    temperature: float = 1.0
+
+    def replica(self, net: nn.Module, build: Callable[[], nn.Module], setup: Setup) -> "DistilledReplica":
+        """Build the replica of one rank around `net`, with the teacher's network."""
+        return DistilledReplica(net, load_network(runs.run_at(self.teacher)).net, self, setup)
+
+    def held(self, epoch: int) -> tuple[int, int]:
+        """Hold nothing out."""
+        return 0, 0
+
+
+class DistilledReplica(PlainReplica):
+    """A replica with a frozen teacher."""
+
+    def __init__(self, net: nn.Module, teacher: nn.Module, method: Distilled, setup: Setup):
+        super().__init__(net, setup)
+        self.method = method
+        self.teacher = copy.deepcopy(teacher).requires_grad_(False).eval().to(self.device)
+
+    def _passes(self, batch: OnDevice, choice: Any) -> Iterator[Tensor]:
+        with self._autocast():
+            outputs = self.forward(batch.x)
+        losses = self._losses(outputs, batch)
+        if batch.labels is None:
+            yield losses
+            return
+        given = self._teach(batch.x)
+        own = _single(outputs)
+        if own.shape != given.shape:
+            raise RunFailed(f"teacher.run: answers {list(given.shape[1:])}, the network {list(own.shape[1:])}")
+        heat = self.method.temperature
+        taught = heat**2 * learn.distill_losses(given / heat, own / heat) * self._weights(batch.labels)
+        yield self.method.labels * losses + self.method.weight * taught
+
+    @torch.no_grad()
+    def _teach(self, x: Tensor) -> Tensor:
+        with self._autocast():
+            return _single(self.teacher(x)).float()
+
+
+def _single(outputs: Outputs) -> Tensor:
+    if isinstance(outputs, Mapping):
+        raise RunFailed("teacher: is for networks with one output, not for several: leave it out")
+    return outputs

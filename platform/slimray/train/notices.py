@@ -1,0 +1,65 @@
+"""What may end a training between two steps: a node whose preemption is announced, and the limits of the job."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray.train
+
+from slimray.train.checkpoints import Progress
+from slimray.train.config import FitConfig
+from slimray.train.ranks import Ranks
+
+LOOK_S = 2.0  # how often the ranks ask whether the preemption of one of their nodes is announced
+NOTICE_S = 120.0  # the notice that Ray Train assumes where none is given
+
+
+class Notices:
+    """Looks for notices every LOOK_S. `save` returns once a checkpoint of all ranks is on storage (a collective)."""
+
+    def __init__(self, config: FitConfig, ranks: Ranks, save: Callable[[], None]):
+        self.config, self.ranks, self.save = config, ranks, save
+        self.looked_at = self.counted_at = time.monotonic()
+
+    def due(self) -> float:
+        """Return 1 on rank 0 every LOOK_S, else 0: all ranks hear of it in the sum that each step begins with."""
+        now = time.monotonic()
+        if self.ranks.rank or now - self.looked_at < LOOK_S:
+            return 0.0
+        self.looked_at = now
+        return 1.0
+
+    def look(self, progress: Progress) -> str | None:
+        """Return the sentence that ends the run, after a step that rank 0 chose; None to go on. A collective.
+
+        With notice of a preemption the ranks save now, take no more steps, and wait for Ray Train to restart them
+        elsewhere: no step is done twice.
+        """
+        now = time.monotonic()
+        progress.seconds += now - self.counted_at
+        progress.worker_seconds += (now - self.counted_at) * self.ranks.world
+        self.counted_at = now
+        info = ray.train.get_preemption_info()
+        if info is not None:
+            self._save_and_wait(info, progress)
+        (over,) = self.ranks.sum(float(self.ranks.rank == 0 and bool(self._over(progress))))
+        if over:
+            self.save()
+            return self._over(progress) or "limits: reached"
+        return None
+
+    def _over(self, progress: Progress) -> str:
+        limits = self.config.limits
+        return limits.reached(progress.worker_seconds, progress.seconds) if limits is not None else ""
+
+    def _save_and_wait(self, info: Any, progress: Progress) -> None:
+        self.save()
+        deadline = time.time() + NOTICE_S if info.deadline_ms is None else info.deadline_ms / 1000
+        if self.ranks.rank == 0:
+            where = f"ranks {', '.join(map(str, info.preempted_ranks))}"
+            note = f"a node is to be taken ({where}): saved step {progress.total_steps}, waiting to restart"
+            self.config.board.update.remote(note=note, preempted=True, total_steps=progress.total_steps)
+        while time.time() < deadline + NOTICE_S:  # the controller ends this process; no collective: some ranks go first
+            self.ranks.watchdog.beat("waiting to be restarted")
+            time.sleep(0.5)
+        raise RuntimeError("the node that was to be taken is still there and Ray Train did not restart the workers")

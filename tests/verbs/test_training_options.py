@@ -1,0 +1,123 @@
+"""What `check` says of the options of a training, and how runs of earlier versions fit; without Ray."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from slimray import job, runs
+from slimray.spec import UserError
+
+IMAGES = """
+kind: train
+name: net
+data: {card: my_images, root: images, size: 32}
+model: {name: resnet18, width: 0.125}
+batch: {total: 4, per_worker: 2}
+optim: {lr: 0.02, reference_batch: 4, epochs: 2}
+scale: {workers: 2}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    """Six images of two classes in `images`."""
+    monkeypatch.chdir(tmp_path)
+    for split, count in (("train", 6), ("val", 2)):
+        for number in range(count):
+            file = tmp_path / f"images/{split}/{'ab'[number % 2]}/{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((40, 40, 3), 40 * number, np.uint8)).save(file)
+    return tmp_path
+
+
+def load(text: str = IMAGES, *sets: str) -> list[job.Loaded]:
+    Path("job.yaml").write_text(text)
+    return job.load(["job.yaml"], sets)
+
+
+def problems(*sets: str) -> list[str]:
+    (facts,) = job.check(load(IMAGES, *sets), "runs")
+    return facts["problems"]
+
+
+@pytest.mark.parametrize(
+    ("sets", "sentence"),
+    [
+        (["optim.precise_norm=3"], "optim.precise_norm: 3 samples are too few for 2 workers: at least 4"),
+        (["optim.precision=tf32"], "optim.precision: tf32 needs GPUs: set scale.gpus_per_worker, or take fp32"),
+        (["teacher=x", "optim.mutual=1", "optim.groups=plain"], "optim.mutual: does not go with teacher"),
+        (["data.val=null", "checkpoint.ship=best"], "checkpoint.ship: best needs validations"),
+    ],
+)
+def test_sections_that_do_not_fit_are_one_sentence(sets, sentence):
+    with pytest.raises(UserError) as error:
+        load(IMAGES, *sets)
+    assert sentence in str(error.value)
+
+
+def test_what_only_the_dataset_tells_is_found_by_check():
+    assert problems() == []
+    assert problems("batch.drop_last=true") == []
+    (dropped,) = problems("batch.drop_last=true", "batch.total=8")
+    assert "batch.drop_last: 6 training samples do not fill a batch of 8" in dropped
+    (missing,) = problems("teacher=nobody")
+    assert "teacher: 'nobody' is not a run that holds a network" in missing
+
+
+def test_steps_are_counted_without_the_batch_that_is_dropped():
+    (whole,) = job.check(load(), "runs")
+    (dropped,) = job.check(load(IMAGES, "batch.drop_last=true"), "runs")
+    assert (whole["steps"], dropped["steps"]) == (4, 2)
+
+
+CLOUDS = "{kind: prepare, name: clouds, data: {card: my_clouds, root: clouds}}\n---\n" + IMAGES.replace(
+    "{card: my_images, root: images, size: 32}", "{run: clouds, points: {num_points: 64}}"
+).replace("{name: resnet18, width: 0.125}", "{name: pvcnn_cls, width: 0.25}")
+
+
+def test_groups_that_the_network_has_not_are_found_by_check():
+    Path("clouds").mkdir()
+    for split in ("train", "val"):
+        np.save(f"clouds/{split}.npy", np.random.default_rng(0).random((64, 3), np.float32))
+        Path(f"clouds/{split}.txt").write_text(f"{split}.npy 0\n" * 4)
+    (_, facts) = job.check(load(CLOUDS), "runs")
+    assert facts["problems"] == []
+    (_, facts) = job.check(load(CLOUDS, "net:optim.groups=tsm"), "runs")
+    assert "optim.groups: tsm needs a network of clips or images" in facts["problems"][0]
+
+
+def begin_as_before(one: job.Loaded, state: str, **optim) -> runs.Run:
+    """A run folder as an earlier version left it: its job.yaml lacks today's fields and holds other defaults."""
+    document = yaml.safe_load(yaml.safe_dump(one.document))
+    for name in ("scaling", "nesterov", "betas", "eps", "precision", "precise_norm"):
+        del document["optim"][name]
+    del document["batch"]["drop_last"], document["checkpoint"]["ship"], document["teacher"]
+    document["optim"] |= optim
+    run = runs.open_run("runs", one.job.name)
+    runs.begin(run, document, 1)
+    runs.end(run, state)
+    return run
+
+
+def test_a_run_of_an_earlier_version_is_skipped_or_resumed_and_keeps_its_groups():
+    (one,) = load()
+    assert one.job.optim.groups is None
+    begin_as_before(one, "failed", groups="tsm")
+    (facts,) = job.check([one], "runs")
+    assert (facts["state"], facts["problems"]) == ("resume", [])
+    assert job._as_begun(one, "runs").job.optim.groups == "tsm"
+    runs.clear(runs.open_run("runs", "net"))
+    begin_as_before(one, "finished", groups="tsm")
+    (facts,) = job.check([one], "runs")
+    assert facts["state"] == "finished"
+
+
+def test_a_new_option_that_is_written_is_a_difference():
+    begin_as_before(load()[0], "failed", groups="tsm")
+    (facts,) = job.check(load(IMAGES, "optim.nesterov=true"), "runs")
+    assert "optim.nesterov: false -> true" in facts["problems"][0]
+    (facts,) = job.check(load(IMAGES, "optim.groups=plain"), "runs")
+    assert 'optim.groups: "tsm" -> "plain"' in facts["problems"][0]
