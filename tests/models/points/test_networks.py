@@ -368,3 +368,26 @@ def test_truths_become_targets_and_frustums_without_object_have_no_loss():
     assert losses[2] == 0
     assert (losses[:2] > 0).all()
     assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", POINT_MODELS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("training", [True, False])
+def test_coordinates_that_are_no_numbers_give_no_numbers_and_no_crash(name, bad, training):
+    net, x = small(name).train(training), cloud(name)
+    x[0, :3, 5] = bad
+    out = outputs(net(x))
+    assert not all(torch.isfinite(one).all() for one in out)
+    total = sum(one.float().sum() for one in out)
+    assert not torch.isfinite(total)
+    if training:
+        total.backward()
+
+
+def test_a_frustum_network_whose_centre_is_lost_drops_the_step_without_a_crash():
+    net, x = small("frustum_pvcnn_complete").train(), cloud("frustum_pvcnn_complete")
+    with torch.no_grad():
+        net.center_reg_net.regression[-1].bias.fill_(math.nan)
+    truth = torch.cat([torch.ones(2, 256), torch.ones(2, 7), torch.zeros(2, 4)], 1)
+    losses = net.losses(net(x), truth)
+    assert losses.isnan().all()

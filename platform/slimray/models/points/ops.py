@@ -180,8 +180,11 @@ def normalize_coords(coords: Tensor, resolution: int, normalize: bool = True, ep
 
 
 def voxel_index(voxel_coords: Tensor, resolution: int) -> Tensor:
-    """The voxel nearest to each point, half to even, as x * R^2 + y * R + z: `[B, 3, N]` -> int64 `[B, N]`."""
-    x, y, z = voxel_coords.detach().round().long().unbind(1)
+    """The voxel nearest to each point, half to even, as x * R^2 + y * R + z: `[B, 3, N]` -> int64 `[B, N]`.
+
+    Coordinates that are not numbers count as 0: interpolating at them gives NaN, so that the step is dropped.
+    """
+    x, y, z = voxel_coords.detach().round().nan_to_num(0.0).long().unbind(1)
     return (x * resolution + y) * resolution + z
 
 
@@ -202,10 +205,12 @@ def voxelize(features: Tensor, voxel_coords: Tensor, resolution: int) -> Tensor:
 def trilinear_corners(voxel_coords: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
     """The eight voxels around each point and their weights: int32 and float32 `[B, 8, N]`.
 
-    In the order 000, 001 ... 111, the last bit is z. Where a coordinate is whole, its upper corner is its lower one.
+    In the order 000, 001 ... 111, the last bit is z. Where a coordinate is whole, its upper corner is its lower one. A
+    coordinate that is not a number has voxel 0 and weights that are not numbers.
     """
     low, high = voxel_coords.floor(), voxel_coords.ceil()
     part = voxel_coords - low
+    low, high = low.nan_to_num(0.0), high.nan_to_num(0.0)
     strides = torch.tensor([[resolution**2], [resolution], [1]], dtype=torch.int32, device=low.device)
     x, y, z = (torch.stack([low, high], 1).int() * strides).unbind(2)  # [B, 2, N] each
     u, v, w = torch.stack([1 - part, part], 1).unbind(2)
