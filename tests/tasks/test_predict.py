@@ -304,6 +304,34 @@ def test_columns_of_text_are_named_by_an_option(shell):
     assert (labels("b.labels.npz")["labels"] == found).mean() > 0.99
 
 
+def test_points_are_left_out_only_for_numbers_that_the_network_takes_and_are_counted(shell):
+    intensity = np.ones((1000, 1))
+    intensity[:37] = np.nan
+    put("a.npz", write_cloud(Cloud(CLOUD, {"intensity": intensity.astype(np.float32)})))
+    segmentation()
+    code, out, _ = shell("a.npz")
+    assert code == 0
+    assert "left out" not in out
+    assert len(labels("a.labels.npz")["labels"]) == 1000
+    segmentation(channels=("intensity",))
+    code, out, _ = shell("a.npz")
+    assert code == 0
+    assert "\n  37 of 1000 points left out, not finite numbers: 37 by intensity\n" in out
+    assert labels("a.labels.npz")["rows"].tolist() == list(range(37, 1000))
+    assert json.loads(shell("a.npz", "--json")[1])[0]["notes"].startswith("37 of 1000 points left out")
+
+
+def test_a_dialect_that_cannot_be_told_is_given_with_the_columns(shell):
+    segmentation()
+    points = np.random.default_rng(0).uniform(1, 9, (300, 3))
+    put("a.txt", "".join(";".join(f"{v:.3f}".replace(".", ",") for v in row) + "\n" for row in points).encode())
+    code, out, _ = shell("a.txt")
+    assert code == 2
+    assert "read in 2 ways" in out
+    assert shell("a.txt", "--columns", "decimal=comma")[0] == 0
+    assert np.allclose(labels("a.labels.npz")["coords"], points.round(3), atol=1e-6)
+
+
 def test_a_cloud_without_the_channels_of_the_network_is_one_sentence(shell):
     segmentation(channels=("colors", "intensity"))
     put("a.ply", ply(CLOUD))

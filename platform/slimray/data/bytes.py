@@ -128,7 +128,7 @@ def _read_part(fs: pafs.FileSystem, path: str, start: int, size: int) -> bytes:
     def read() -> bytes:
         try:
             with fs.open_input_file(path) as file:
-                data = file.read_at(size, start)
+                data = file.read_at(size, start) if start >= 0 else b""
         except FileNotFoundError:
             raise FileNotFoundError(path) from None
         if len(data) < size:

@@ -11,6 +11,7 @@ import pyarrow.fs as pafs
 import pytest
 from PIL import Image
 
+from slimray import storage
 from slimray.data import modalities
 from slimray.data.bytes import read_whole
 from slimray.data.cards import Card, load_card
@@ -316,3 +317,11 @@ def test_a_job_says_how_images_are_varied():
 def test_a_wrong_variation_is_one_sentence(images, reason):
     with pytest.raises(UserError, match=reason):
         parse(DataSpec, {"images": images}, "x.yaml")
+
+
+def test_a_picture_at_a_negative_byte_is_an_error_of_the_index_and_no_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.time, "sleep", lambda _: None)
+    (tmp_path / "a.bin").write_bytes(bytes(10_000))
+    row = {"path": "a.bin#0", "shard": "a.bin", "row": -7, "frames": 0}
+    with pytest.raises(StorageError, match="it ends before byte"):
+        read_whole(pafs.LocalFileSystem(), str(tmp_path), row)

@@ -4,19 +4,10 @@ import gzip
 
 import numpy as np
 import pytest
+from tests.point_files import POINTS, written
 
 from slimray.data.points.files import read_cloud
 from slimray.data.samples import BadSample
-
-POINTS = np.random.default_rng(0).uniform(-10, 10, (50, 3))
-
-
-def written(points, places=3, delimiter=";", decimal=",", thousands="") -> bytes:
-    def number(value: float) -> str:
-        grouped = f"{value:,.{places}f}" if thousands else f"{value:.{places}f}"
-        return grouped.translate(str.maketrans({",": thousands, ".": decimal}))
-
-    return ("\n".join(delimiter.join(map(number, row)) for row in points) + "\n").encode()
 
 
 def assert_reads(data: bytes, points, *args, name: str = "a.txt", atol: float = 5.1e-4) -> None:
