@@ -473,6 +473,22 @@ def test_check_tells_what_a_run_would_do():
     assert problems("tsm:scale.workers=1") == [], "may change"
 
 
+def test_a_job_of_before_the_upgrade_is_the_same_job():
+    loaded = job.load(["chain.yaml"])
+    finish_data(loaded[0])
+    finish(loaded[1], state="failed")
+    for name in ("data", "tsm"):
+        stored = runs.read_job(runs.open_run("runs", name))
+        stored["data"]["card"] |= {"description": "of then", "source": "elsewhere", "licence": "another"}
+        for section, field in (("optim", "zero_gamma"), ("checkpoint", "last"), ("data", "decode_timeout_s")):
+            stored.get(section, {}).pop(field, None)  # there was none then
+        stored.pop("seed", None)
+        runs.write_job(runs.open_run("runs", name), stored)
+    assert [one["state"] for one in check().values()][:2] == ["finished", "resume"]
+    assert problems() == []
+    assert "seed: 0 -> 3" in problems("tsm:seed=3")[0]
+
+
 def test_a_run_that_another_process_writes_is_refused():
     loaded = job.load(["chain.yaml"])
     run = runs.open_run("runs", "data")

@@ -100,6 +100,8 @@ def local_path(text: str | Path) -> str:
         raise UserError(f"{text}: its name is not UTF-8: rename it, or reach it through a link") from None
     if "\0" in path:
         raise UserError(f"{text}: a path cannot hold a zero byte: fix its name")
+    if len(path) > 4000 or any(len(part.encode()) > 255 for part in path.split("/")):
+        raise UserError(f"{str(text)[:100]}...: is too long for the name of a file")
     return path
 
 

@@ -21,7 +21,7 @@ from tests.waits import patience
 
 import slimray
 from slimray import job, runs
-from slimray.cli import main
+from slimray.cli import look, main
 from slimray.data.video import moving_shapes
 from slimray.train.spec import OptimSpec
 
@@ -250,7 +250,7 @@ def test_a_run_is_shown_with_its_numbers_and_its_report(shell, monkeypatch):
     )
     runs.write_report(runs.open_run("runs", "tsm"), "<p>")
     opened: list[str] = []
-    monkeypatch.setattr(main.webbrowser, "open", opened.append)
+    monkeypatch.setattr(look.webbrowser, "open", opened.append)
     done = shell("show", "./runs/tsm", "--open")
     assert done.code == 0
     assert "50.00" in done.out

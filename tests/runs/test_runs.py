@@ -93,6 +93,20 @@ def test_a_model_is_three_files_and_absent_until_all_are_there(run):
     assert runs.read_model(run) == (b"weights", {"name": "tsm_resnet18"}, {"classes": ["up", "down"]})
 
 
+def test_damaged_weights_are_told_and_those_of_before_there_was_a_digest_are_read(run, where):
+    runs.write_job(run, JOB)
+    runs.write_model(run, b"weights", {}, {})
+    storage.write_atomic(run.fs, join(run.path, "model/weights.safetensors"), b"weighst")
+    for read in (runs.read_model, lambda _: runs.weights_source("a", where)):
+        with pytest.raises(StorageError, match=r"model/weights\.safetensors.*: is not what was written"):
+            read(run)
+    storage.delete(run.fs, join(run.path, "model/weights.json"))
+    assert runs.read_model(run)[0] == b"weighst"
+    storage.delete(run.fs, join(run.path, "model/weights.safetensors"))
+    with pytest.raises(UserError, match=r"has no model/weights\.safetensors"):
+        runs.read_model(run)
+
+
 def test_no_file_of_a_run_holds_a_credential(run):
     said = "https://me:hunter2@host/x?token=hunter2"
     runs.write_job(run, JOB | {"init": {"from": said}})
@@ -173,6 +187,64 @@ def test_restart_clears_what_slimray_wrote_and_nothing_else(run):
     assert runs.claim(run, JOB | {"init": "b"}, restart=True) == runs.Claim(finished=False, attempt=1)
     left = [info.base_name for info in storage.list_files(run.fs, run.path, recursive=True)]
     assert left == ["my-notes.txt"]
+
+
+DAMAGE = [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 9999, b'{"state": "done"}']
+
+
+@pytest.mark.parametrize("content", DAMAGE)
+@pytest.mark.parametrize("file", ["status.json", "job.yaml", "card.json", "lock"])
+def test_restart_clears_a_run_whatever_its_state(local, file, content):
+    runs.begin(local, JOB, 1)
+    runs.save_checkpoint(local, 5, {"s": b"x"}, {})
+    runs.end(local, "failed")
+    Path(local.path, file).write_bytes(content)
+    assert runs.claim(local, JOB, restart=True) == runs.Claim(finished=False, attempt=1)
+    assert list(Path(local.path).iterdir()) == []
+
+
+@pytest.mark.parametrize("file", ["status.json", "job.yaml"])
+def test_a_damaged_run_is_cleared_although_it_is_of_before_there_was_a_marker(local, file):
+    runs.begin(local, JOB, 1)
+    Path(local.path, ".slimray").unlink()
+    Path(local.path, file).write_bytes(Path(local.path, file).read_bytes()[:20])
+    with pytest.raises(UserError, match="--restart"):
+        runs.claim(local, JOB)
+    assert runs.claim(local, JOB, restart=True).attempt == 1
+    assert list(Path(local.path).iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        {"job.yaml": b"apiVersion: batch/v1\nkind: Job\nmetadata:\n  name: a\n"},
+        {"job.yaml": b"name: a\non: push\n"},
+        {"job.yaml": b"kind: [\n"},
+        {"status.json": b'{"state": "ok"}'},
+        {"report.html": b"<html>"},
+        {},
+    ],
+)
+@pytest.mark.parametrize("restart", [True, False])
+def test_a_folder_of_something_else_is_not_touched(local, foreign, restart):
+    for name, content in (foreign | {"data/mine.bin": b"mine", "logs/mine.log": b"mine", "model/m": b"mine"}).items():
+        Path(local.path, name).parent.mkdir(parents=True, exist_ok=True)
+        Path(local.path, name).write_bytes(content)
+    before = sorted((path, path.read_bytes()) for path in Path(local.path).rglob("*") if path.is_file())
+    with pytest.raises(UserError, match="of something else than a run of slimray, which is not touched"):
+        runs.claim(local, JOB, restart=restart)
+    assert sorted((path, path.read_bytes()) for path in Path(local.path).rglob("*") if path.is_file()) == before
+
+
+def test_a_new_default_is_no_difference_and_another_value_is(local):
+    def completed(stored):
+        return {"ema": None, "cards": {"task": "classify"}} | stored
+
+    runs.write_job(local, JOB)
+    now = JOB | {"ema": None, "cards": {"task": "classify"}}
+    assert runs.claim(local, now, completed=completed).attempt == 1
+    with pytest.raises(UserError, match=r'cards\.task: "classify" -> "segment"'):
+        runs.claim(local, now | {"cards": {"task": "segment"}}, completed=completed)
 
 
 def test_a_run_said_to_be_running_whose_writer_is_gone_is_stopped(local):
@@ -270,6 +342,63 @@ def test_losing_the_lock_interrupts_and_fails_the_run_and_leaves_the_winners_sta
     with pytest.raises(RunFailed, match="taken over"):
         runs.end(local, "failed", "late")
     assert runs.read_status(local).state == "running"
+
+
+@pytest.mark.parametrize("heartbeat", [1e300, float("nan"), float("inf"), -1, 1 << 70, int("9" * 400)])
+def test_a_lock_whose_heartbeat_is_of_no_clock_is_free(local, heartbeat):
+    runs.begin(local, JOB, 1)
+    put_lock(local, heartbeat=heartbeat)
+    assert runs.describe(local)["state"] == "stopped"
+    assert runs.claim(local, JOB).attempt == 2
+    with runs.hold(local):
+        runs.begin(local, JOB, 2)
+
+
+@pytest.mark.parametrize("ahead_s", [61, 1e6])
+def test_a_lock_from_the_future_is_free_and_one_of_a_clock_a_little_ahead_is_held(local, ahead_s):
+    put_lock(local, heartbeat=time.time() + ahead_s)
+    with runs.hold(local):
+        pass
+    put_lock(local, heartbeat=time.time() + 20)
+    with pytest.raises(UserError, match="being written by process 1 on elsewhere"), runs.hold(local):
+        pass
+
+
+@pytest.mark.parametrize("pid", [1 << 60, 1 << 40, -1, 0])
+def test_a_lock_of_a_process_that_cannot_be_is_free(local, pid):
+    put_lock(local, host=runs.lock.this_host(), pid=pid, born=runs.lock.process_birth(os.getpid()))
+    with runs.hold(local):
+        pass
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"[]", b"null", b"5", b"\xff", b"[" * 9999, b'{"token": "x"}'),
+        *({"pid": "1"}, {"pid": 1 << 70}, {"born": None}, {"token": 5}, {"host": []}, {"heartbeat": "soon"}),
+    ],
+)
+def test_a_lock_that_slimray_did_not_write_is_told_and_restart_clears_it(local, content):
+    runs.begin(local, JOB, 1)
+    put_lock(local, **content) if isinstance(content, dict) else Path(local.path, "lock").write_bytes(content)
+    assert runs.describe(local)["state"] == "damaged"
+    for take in (lambda: runs.claim(local, JOB), runs.hold(local).__enter__):
+        with pytest.raises(UserError, match="lock: is no lock of slimray: delete it if nothing writes there"):
+            take()
+    assert runs.claim(local, JOB, restart=True).attempt == 1
+    assert not runs.exists(local, "lock")
+
+
+def test_a_lock_that_is_written_over_while_it_is_held_is_written_again(local):
+    with runs.hold(local, heartbeat_s=0.05):
+        Path(local.path, "lock").write_bytes(b"{}")
+        wait_for("the lock", lambda: Path(local.path, "lock").read_bytes() != b"{}", 20)
+
+
+def test_a_lock_without_a_host_is_told_of_all_the_same(local):
+    put_lock(local, host="")
+    with pytest.raises(UserError, match="run 'a' is being written by another process: wait for it"), runs.hold(local):
+        pass
 
 
 # ----------------------------------------------------------------------------------------------------- records
@@ -442,6 +571,68 @@ def test_a_broken_marker_is_no_checkpoint(local, caplog):
     Path(local.path, "checkpoints/step_000000002/complete.json").write_bytes(b'{"step": 2, ')
     assert runs.newest_checkpoint(local).step == 1
     assert "the marker does not read" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["../../../victim", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "a\0b", 5, None])
+@pytest.mark.parametrize("key", ["name", "file"])
+def test_a_planted_marker_neither_reads_nor_deletes_anything_outside(local, tmp_path, file, key, caplog):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").write_bytes(b"precious")
+    runs.save_checkpoint(local, 1, {"state": b"x"}, {})
+    marker = Path(local.path, "checkpoints/step_000000002/complete.json")
+    marker.parent.mkdir()
+    entry = {"file": file if key == "file" else "state", "bytes": 8, "sha256": "x"}
+    name = str(file) if key == "name" else "state"
+    marker.write_text(json.dumps({"step": 2, "meta": {}, "files": {name: entry}}))
+    if key == "name" and file in (5, None):
+        return  # numbers are plain names
+    assert runs.newest_checkpoint(local).step == 1
+    assert "the checkpoint is passed over" in caplog.text
+    runs.save_checkpoint(local, 2, {"state": b"y"}, {})
+    assert runs.newest_checkpoint(local).step == 2
+    marker.write_text(json.dumps({"step": 2, "meta": {}, "files": {name: entry}}))
+    assert runs.sweep_orphans(local) == ["step_000000002"]
+    runs.keep(local, last=1)
+    runs.drop_after(local, 0)
+    assert (victim / "precious").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"step": 3}, {"step": "2"}, {"meta": []}, {"files": []}, {"files": {"state": 5}}, {"files": None}]
+)
+def test_a_marker_of_other_types_is_no_checkpoint(local, changes):
+    runs.save_checkpoint(local, 2, {"state": b"x"}, {"metrics": {}})
+    marker = Path(local.path, "checkpoints/step_000000002/complete.json")
+    marker.write_text(json.dumps(json.loads(marker.read_bytes()) | changes))
+    assert runs.newest_checkpoint(local) is None
+
+
+def test_what_a_writer_said_is_no_score_unless_it_is_a_number(local):
+    for step, meta in enumerate([{"metrics": {"m": 5}}, {"metrics": {"m": "9"}}, {"metrics": [9]}, {"metrics": None}]):
+        runs.save_checkpoint(local, step, {"a": b"x"}, meta)
+    runs.keep(local, metric="m", last=1)
+    assert [one.step for one in runs.list_checkpoints(local)] == [0, 3]
+
+
+def test_a_checkpoint_is_not_swept_because_the_storage_fails(local):
+    runs.save_checkpoint(local, 1, {"a": b"x"}, {})
+    marker = Path(local.path, "checkpoints/step_000000001/complete.json")
+    content = marker.read_bytes()
+    marker.unlink()
+    marker.mkdir()  # cannot be read, as under a storage that fails
+    with pytest.raises(StorageError):
+        runs.sweep_orphans(local)
+    marker.rmdir()
+    marker.write_bytes(content)
+    assert runs.newest_checkpoint(local).step == 1
+
+
+@pytest.mark.parametrize("name", ["../b/job.yaml", "model/../../b", "/etc/passwd", "model//x", "./job.yaml", "a\\b"])
+def test_names_that_lead_out_of_a_run_are_not_read(local, name):
+    for read in (runs.read_file, runs.list_names, runs.exists):
+        with pytest.raises(StorageError, match="is not the name of a file in it"):
+            read(local, name)
 
 
 def test_saving_while_another_thread_keeps_is_safe(local):

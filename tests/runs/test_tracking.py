@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tests.waits import patience
 
+from slimray import runs
 from slimray.runs.tracking import Tracker, TrackingSpec, redact, run_id
 
 
@@ -22,7 +23,13 @@ class Rows:
         self.kept.append(dict(row))
 
 
-JOB = {"name": "one", "data": {"root": "/home/me/clips"}, "api_key": "abc123secret", "optim": {"lr": 0.1}}
+JOB = {
+    "kind": "train",
+    "name": "one",
+    "data": {"root": "/home/me/clips"},
+    "api_key": "abc123secret",
+    "optim": {"lr": 0.1},
+}
 
 
 def tracker(spec: TrackingSpec, folder: Path) -> tuple[Tracker, Rows]:
@@ -51,6 +58,7 @@ def test_tensorboard_gets_the_numbers(tmp_path):
 OFFLINE = """
 import sys
 from pathlib import Path
+from slimray import runs
 from slimray.runs.tracking import Tracker, TrackingSpec
 import json
 class Rows:
@@ -80,6 +88,69 @@ def test_wandb_works_offline_and_hears_neither_secrets_nor_paths_unless_asked(tm
 def test_an_id_is_the_same_for_the_same_place_only():
     assert run_id("one", "/a/one") == run_id("one", "/a/one")
     assert run_id("one", "/a/one") != run_id("one", "/b/one")
+
+
+class Service:
+    """Stands for the package of W&B: notes the ids that runs are begun with, and refuses those that were deleted."""
+
+    def __init__(self):
+        self.ids: list[str] = []
+        self.deleted: set[str] = set()
+
+    def init(self, id, **_):
+        self.ids.append(id)
+        if id in self.deleted:
+            raise RuntimeError(f"failed to upsert bucket: run {id} was previously created and deleted; try a new name")
+        return self
+
+    def Settings(self, **_):
+        return None
+
+    def define_metric(self, *_, **__): ...
+
+    def finish(self): ...
+
+
+def begin_and_track(run: runs.Run, attempt: int) -> None:
+    runs.begin(run, JOB, attempt)
+    Tracker(TrackingSpec(wandb=True, mode="offline"), Rows(), run.name, run.uri, JOB).close()
+    runs.end(run, "failed")
+
+
+@pytest.fixture
+def service(monkeypatch):
+    found = Service()
+    monkeypatch.setitem(sys.modules, "wandb", found)
+    return found
+
+
+def test_a_resumed_run_keeps_its_id_and_a_cleared_one_gets_another(tmp_path, service):
+    run = runs.open_run(str(tmp_path), "one")
+    begin_and_track(run, 1)
+    begin_and_track(run, 2)
+    runs.claim(run, JOB, restart=True)
+    begin_and_track(run, 1)
+    assert service.ids[0] == service.ids[1] != service.ids[2]
+    assert all(one.startswith("one-") for one in service.ids)
+
+
+def test_a_run_that_was_deleted_online_begins_anew_and_stays_there(tmp_path, service, caplog):
+    run = runs.open_run(str(tmp_path), "one")
+    begin_and_track(run, 1)
+    service.deleted = {service.ids[0]}
+    begin_and_track(run, 2)
+    begin_and_track(run, 3)
+    assert service.ids[1] == service.ids[0]
+    assert service.ids[2] not in service.deleted
+    assert service.ids[3] == service.ids[2]
+    assert "was deleted, a new one is begun" in caplog.text
+
+
+def test_a_run_of_before_ids_were_kept_resumes_under_its_old_one(tmp_path, service):
+    run = runs.open_run(str(tmp_path), "one")
+    runs.begin(run, JOB, 1)
+    begin_and_track(run, 2)
+    assert service.ids == [run_id("one", run.uri)]
 
 
 @pytest.mark.parametrize(

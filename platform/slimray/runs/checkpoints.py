@@ -5,6 +5,7 @@ The marker holds what the writer said about the checkpoint, and the size and SHA
 
 import hashlib
 import logging
+import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slimray import storage
-from slimray.runs.folder import Run, read_file, read_json, to_json, write_file
+from slimray.runs.folder import (
+    MAX_STATE_BYTES,
+    DamagedFile,
+    Run,
+    digest,
+    is_plain_name,
+    read_file,
+    read_json,
+    to_json,
+    write_file,
+)
 from slimray.spec import RunFailed
 from slimray.storage import StorageError, join
 
@@ -39,9 +50,9 @@ def save_checkpoint(run: Run, step: int, files: Mapping[str, bytes | Path], meta
     token = f"{uuid.uuid4().hex[:8]}-" if old else ""
     written: dict[str, dict[str, Any]] = {}
     for name, data in files.items():
-        size, digest = _digest(data)
+        size, sha256 = digest(data)
         write_file(run, f"{folder}/{token}{name}", data)
-        written[name] = {"file": token + name, "bytes": size, "sha256": digest}
+        written[name] = {"file": token + name, "bytes": size, "sha256": sha256}
     write_file(run, f"{folder}/complete.json", to_json({"step": step, "meta": dict(meta), "files": written}))
     for entry in old.files.values() if old else ():
         storage.delete(run.fs, join(run.path, folder, entry["file"]))
@@ -93,11 +104,18 @@ def keep(run: Run, metric: str | None = None, last: int = 2, mode: Literal["max"
     found = list_checkpoints(run)
     stay = {one.step for one in found[-max(1, last) :]}
     sign = 1 if mode == "min" else -1
-    scored = [(sign * one.meta.get("metrics", {}).get(metric, float("nan")), one.step) for one in found]
-    stay |= {step for _, step in sorted(pair for pair in scored if pair[0] == pair[0])[:1]}  # NaN is no score
+    scores = [(_score(one, metric), one.step) for one in found]
+    stay |= {step for _, step in sorted((sign * score, step) for score, step in scores if score == score)[:1]}
     for one in found:
         if one.step not in stay:
             _delete_checkpoint(run, _step_folder(one.step))
+
+
+def _score(checkpoint: Checkpoint, metric: str | None) -> float:
+    """The metric in what a writer said about a checkpoint; NaN, which is no score, where it is not a number."""
+    metrics = checkpoint.meta.get("metrics")
+    value = metrics.get(metric) if isinstance(metrics, dict) else None
+    return float(value) if isinstance(value, int | float) else float("nan")
 
 
 def drop_after(run: Run, step: int) -> None:
@@ -108,12 +126,24 @@ def drop_after(run: Run, step: int) -> None:
 
 
 def sweep_orphans(run: Run) -> list[str]:
-    """Delete checkpoint folders without a marker, left by a crash, and return their names. Only under `hold`."""
+    """Delete checkpoint folders without a whole marker, left by a crash, and return their names. Only under `hold`.
+
+    StorageError, and that folder stays, where the storage does not say whether there is a marker.
+    """
     folders = storage.list_folders(run.fs, join(run.path, "checkpoints"))
-    orphans = [name for name in folders if _read_marker(run, f"checkpoints/{name}") is None]
+    orphans = [
+        name for name in folders if re.fullmatch(r"step_\d{9,}", name) and _is_orphan(run, f"checkpoints/{name}")
+    ]
     for name in orphans:
         _delete_checkpoint(run, f"checkpoints/{name}")
     return orphans
+
+
+def _is_orphan(run: Run, folder: str) -> bool:
+    try:
+        return _load_marker(run, folder) is None
+    except DamagedFile:
+        return True
 
 
 def _delete_checkpoint(run: Run, folder: str) -> None:
@@ -126,12 +156,38 @@ def _step_folder(step: int) -> str:
 
 
 def _read_marker(run: Run, folder: str) -> Checkpoint | None:
+    """The checkpoint that a complete marker tells of; None, with a warning, for a marker that slimray did not write."""
     try:
-        found = read_json(run, f"{folder}/complete.json")
-        return None if found is None else Checkpoint(int(found["step"]), found["meta"], found["files"])
-    except (StorageError, KeyError, TypeError, ValueError) as error:
+        return _load_marker(run, folder)
+    except StorageError as error:
         log.warning("%s: the marker does not read, the checkpoint is passed over: %s", join(run.uri, folder), error)
         return None
+
+
+def _load_marker(run: Run, folder: str) -> Checkpoint | None:
+    """As `_read_marker`; DamagedFile for content that slimray did not write, StorageError if the storage fails."""
+    found = read_json(run, f"{folder}/complete.json", MAX_STATE_BYTES)
+    try:
+        return None if found is None else _checked(found, folder)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFile(
+            f"{join(run.uri, folder, 'complete.json')}: is not the marker of a checkpoint ({error})"
+        ) from None
+
+
+def _checked(found: Mapping[str, Any], folder: str) -> Checkpoint:
+    """The checkpoint of a marker; ValueError for one with other fields, or files that do not lie in `folder`."""
+    step, meta, files = found["step"], found["meta"], found["files"]
+    if type(step) is not int or _step_folder(step) != folder:
+        raise ValueError(f"it tells of step {step!r}")
+    if not isinstance(meta, dict) or not isinstance(files, dict):
+        raise TypeError("meta or files is not a mapping")
+    for name, entry in files.items():
+        if not is_plain_name(name) or not is_plain_name(entry["file"]) or entry["file"] == "complete.json":
+            raise ValueError(f"{entry['file']!r} is not the name of a file of the checkpoint")
+        if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
+            raise TypeError(f"size or digest of {name} is of another type")
+    return Checkpoint(step, meta, files)
 
 
 def _read_verified(run: Run, checkpoint: Checkpoint, name: str) -> bytes:
@@ -142,10 +198,3 @@ def _read_verified(run: Run, checkpoint: Checkpoint, name: str) -> bytes:
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise StorageError(f"{name} has other bytes than were written (SHA-256 differs)")
     return data
-
-
-def _digest(data: bytes | Path) -> tuple[int, str]:
-    if isinstance(data, bytes):
-        return len(data), hashlib.sha256(data).hexdigest()
-    with open(data, "rb") as file:
-        return data.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,6 +6,7 @@ stores cannot append. Everything is bytes, JSON or YAML; nothing is ever unpickl
 is, and reads and writes its plain files.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -18,10 +19,13 @@ import pyarrow.fs as pafs
 
 from slimray import storage
 from slimray.credentials import redact, redact_text
-from slimray.spec import UserError, did_you_mean, dump_yaml, parse_yaml
+from slimray.spec import MAX_YAML_BYTES, UserError, did_you_mean, dump_yaml, parse_yaml
 from slimray.storage import StorageError, join
 
-FILES = ("job.yaml", "status.json", "card.json", "results.json", "front.json", "report.html")
+FILES = ("job.yaml", "status.json", "card.json", "results.json", "front.json", "report.html", "tracking.json")
+MARKER = ".slimray"  # says that slimray made the folder, whatever became of its other files
+MAX_JSON_BYTES = 64 << 20
+MAX_STATE_BYTES = 1 << 20  # of status.json, lock and markers
 TEXT_FILES = (".json", ".yaml", ".txt", ".log")
 FOLDERS = (
     "metrics",
@@ -36,6 +40,13 @@ FOLDERS = (
     "tensorboard",
     "wandb",
 )
+
+
+class DamagedFile(StorageError):
+    """A file of a run was read, and holds something else than slimray writes: one sentence. Exit code 2."""
+
+    def __init__(self, sentence: str):
+        super().__init__(sentence, code=2)
 
 
 @dataclass(frozen=True)
@@ -80,13 +91,23 @@ def find_run(name_or_uri: str, where: str) -> Run:
 
 
 def list_runs(where: str) -> list[Run]:
-    """Return all runs of a storage folder, sorted by name; none if the folder is missing."""
+    """Return all runs of a storage folder, sorted by name; none if the folder is missing.
+
+    A folder that cannot be looked into is among them: `describe` says what is wrong with it.
+    """
     fs, path = storage.open_uri(where)
     names = [name for name in storage.list_folders(fs, path) if not name.startswith(".")]
     uri = where if _is_bucket(where) else path
     runs = [Run(fs, join(path, name), name, join(uri, name)) for name in names]
+
+    def may_be_run(run: Run) -> bool:
+        try:
+            return _is_run(run)
+        except StorageError:
+            return True
+
     with ThreadPoolExecutor(16) as pool:
-        return [run for run, found in zip(runs, pool.map(_is_run, runs), strict=True) if found]
+        return [run for run, found in zip(runs, pool.map(may_be_run, runs), strict=True) if found]
 
 
 # ------------------------------------------------------------------------------------------------ its files
@@ -94,12 +115,12 @@ def list_runs(where: str) -> list[Run]:
 
 def exists(run: Run, name: str) -> bool:
     """Return whether the run has the file or folder `name`."""
-    return storage.exists(run.fs, join(run.path, name))
+    return storage.exists(run.fs, inside(run, name))
 
 
 def read_file(run: Run, name: str) -> bytes:
-    """Return the file `name` of the run; FileNotFoundError if it has none."""
-    return storage.read_bytes(run.fs, join(run.path, name))
+    """Return the file `name` of the run; FileNotFoundError if it has none, StorageError for a name that leads out."""
+    return storage.read_bytes(run.fs, inside(run, name))
 
 
 def write_file(run: Run, name: str, data: bytes | Path) -> None:
@@ -116,15 +137,16 @@ def write_file(run: Run, name: str, data: bytes | Path) -> None:
 
 def list_names(run: Run, folder: str) -> list[str]:
     """Return the sorted names of the files in `folder` of the run; none if it is missing."""
-    return [info.base_name for info in storage.list_files(run.fs, join(run.path, folder))]
+    return [info.base_name for info in storage.list_files(run.fs, inside(run, folder))]
 
 
 def read_job(run: Run) -> dict[str, Any]:
     """Return the resolved job; UserError if the run has none or it is no YAML mapping."""
     try:
-        documents = parse_yaml(read_file(run, "job.yaml").decode("utf-8", "replace"), join(run.uri, "job.yaml"))
+        data = storage.read_bytes(run.fs, join(run.path, "job.yaml"), first=MAX_YAML_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"{run.uri}: has no job.yaml, so it is not a run") from None
+    documents = parse_yaml(data.decode("utf-8", "replace"), join(run.uri, "job.yaml"))
     return documents[0] if documents else {}
 
 
@@ -134,7 +156,7 @@ def write_job(run: Run, document: Mapping[str, Any]) -> None:
 
 
 def read_card(run: Run) -> dict[str, Any] | None:
-    """Return card.json, None while the run has not finished."""
+    """Return card.json, None while the run has not finished; DamagedFile if it is not a JSON object."""
     return read_json(run, "card.json")
 
 
@@ -149,18 +171,51 @@ def write_report(run: Run, html: str) -> None:
 
 
 def write_model(run: Run, weights: bytes | Path, model: Mapping[str, Any], taken: Mapping[str, Any]) -> None:
-    """Write model/: `weights` (safetensors), `model` (build name, options), `taken` (the input the network takes)."""
+    """Write model/: `weights` (safetensors), `model` (build name, options), `taken` (the input the network takes).
+
+    `model/weights.json` has size and SHA-256 of the weights, which readers compare.
+    """
+    size, sha256 = digest(weights)
     write_file(run, "model/weights.safetensors", weights)
+    write_file(run, "model/weights.json", to_json({"bytes": size, "sha256": sha256}))
     write_file(run, "model/input.json", to_json(taken))
     write_file(run, "model/model.json", to_json(model))
 
 
 def read_model(run: Run) -> tuple[bytes, dict[str, Any], dict[str, Any]]:
-    """Return (weights, model, input) as `write_model` took them; UserError if the run has no model (yet)."""
+    """Return (weights, model, input) as `write_model` took them.
+
+    UserError if the run has no model (yet), DamagedFile if the weights are not those that were written.
+    """
     model, taken = read_json(run, "model/model.json"), read_json(run, "model/input.json")
     if model is None or taken is None:
         raise UserError(f"{run.uri}: has no model: it is not a training run, or it has not finished (run it again)")
-    return read_file(run, "model/weights.safetensors"), model, taken
+    return read_weights(run), model, taken
+
+
+def read_weights(run: Run) -> bytes:
+    """Return model/weights.safetensors, compared with its digest; runs of before there was one are taken as they are.
+
+    UserError if there are no weights, DamagedFile if they are damaged.
+    """
+    try:
+        data, written = read_file(run, "model/weights.safetensors"), read_json(run, "model/weights.json")
+    except FileNotFoundError:
+        raise UserError(f"{run.uri}: has no model/weights.safetensors: run it again, or restore the file") from None
+    if written is not None and digest(data) != (written.get("bytes"), written.get("sha256")):
+        raise DamagedFile(
+            f"{join(run.uri, 'model/weights.safetensors')}: is not what was written (its size or SHA-256 differs from "
+            "model/weights.json): restore the file, or run the job again with --restart"
+        )
+    return data
+
+
+def digest(data: bytes | Path) -> tuple[int, str]:
+    """Return size in bytes and SHA-256 of `data` or of the local file it names."""
+    if isinstance(data, bytes):
+        return len(data), hashlib.sha256(data).hexdigest()
+    with open(data, "rb") as file:
+        return data.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------- helpers
@@ -175,19 +230,65 @@ def _is_run(run: Run) -> bool:
 
 
 def known_name(name: str) -> str:
-    if name not in FILES and name.partition("/")[0] not in FOLDERS:
-        raise ValueError(f"{name!r} is no file of a run folder: add it to FILES or FOLDERS in runs.py")
+    """Return `name` if it is a file of a run folder; ValueError otherwise, as `--restart` would not clear it."""
+    if name not in (*FILES, MARKER) and name.partition("/")[0] not in FOLDERS:
+        raise ValueError(f"{name!r} is no file of a run folder: add it to FILES or FOLDERS in runs/folder.py")
     return name
 
 
-def read_json(run: Run, name: str) -> dict[str, Any] | None:
-    """The JSON object in the file `name`, None if there is no such file; StorageError if it is not JSON."""
+def inside(run: Run, name: str) -> str:
+    """Return the path of `name` in the run folder; StorageError for a name that leads out of it."""
+    parts = name.split("/")
+    if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in parts):
+        raise StorageError(f"{run.uri}: {name!r} is not the name of a file in it: the folder is damaged or was changed")
+    return join(run.path, name)
+
+
+def is_plain_name(name: Any) -> bool:
+    """Return whether `name` names a file beside the one in which it was read, and nothing further away."""
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,250}", name) is not None
+
+
+def read_json(
+    run: Run, name: str, max_bytes: int = MAX_JSON_BYTES, complaint: str = "is not a JSON object"
+) -> dict[str, Any] | None:
+    """Return the JSON object in the file `name`, None if there is no such file; DamagedFile if it is not one."""
+    where = join(run.uri, name)
     try:
-        return json.loads(read_file(run, name))
+        data = storage.read_bytes(run.fs, inside(run, name), first=max_bytes + 1)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise StorageError(f"{join(run.uri, name)}: is not JSON ({error})") from None
+    if len(data) > max_bytes:
+        raise DamagedFile(f"{where}: is larger than {max_bytes} bytes, which slimray does not write")
+    found = parse_json(data, where)
+    if not isinstance(found, dict):
+        raise DamagedFile(f"{where}: {complaint}")
+    return found
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """Return the value that JSON `data` holds; DamagedFile, with `where`, if it is not JSON or nested too deeply.
+
+    Integers beyond 64 bits become floats, and halves of characters (surrogates) `?`, so that what is read can be shown.
+    """
+    try:
+        found = json.loads(data, parse_int=_parse_int)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise DamagedFile(f"{where}: is not JSON ({reason})") from None
+    return _without_surrogates(found) if b"\\ud" in data or b"\\uD" in data else found
+
+
+def _parse_int(digits: str) -> int | float:
+    return int(digits) if len(digits) <= 19 else float(digits)
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(one) for key, one in value.items()}
+    return [_without_surrogates(one) for one in value] if isinstance(value, list) else value
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:

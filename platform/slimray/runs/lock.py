@@ -21,7 +21,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from slimray import storage
-from slimray.runs.folder import Run, read_json, to_json
+from slimray.runs.folder import MAX_STATE_BYTES, DamagedFile, Run, read_json, to_json
 from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError, join
 
@@ -81,7 +81,7 @@ def hold(run: Run, heartbeat_s: float = HEARTBEAT_S) -> Iterator[threading.Event
     finally:
         stop.set()
         thread.join()
-        with contextlib.suppress(StorageError):  # then it goes stale by itself
+        with contextlib.suppress(StorageError, UserError):  # then it goes stale by itself
             _release(run, mine)
     if lost.is_set():
         raise RunFailed(taken_over(run, read_lock(run)))
@@ -113,7 +113,10 @@ def _acquire(run: Run) -> Owner:
 def _still_mine(run: Run, mine: Owner) -> bool:
     """Whether nobody else has the lock; a foreign token that stands for a moment only is a slow rival stepping back."""
     for pause in (SETTLE_S, 0):
-        owner = read_lock(run)
+        try:
+            owner = read_lock(run)
+        except UserError:  # somebody wrote something else over it
+            return True
         if owner is None or owner.token == mine.token:
             return True
         time.sleep(pause)
@@ -147,18 +150,42 @@ def _write_lock(run: Run, owner: Owner) -> None:
 
 
 def read_lock(run: Run) -> Owner | None:
-    found = read_json(run, "lock")
+    """Return who holds the lock, None if nobody does; UserError for a lock that slimray did not write."""
+    damaged = UserError(
+        f"{join(run.uri, 'lock')}: is no lock of slimray: delete it if nothing writes there, or --restart"
+    )
     try:
-        return None if found is None else Owner(**found)
-    except TypeError:
-        raise UserError(f"{join(run.uri, 'lock')}: is no lock of slimray: delete it if nothing writes there") from None
+        found = read_json(run, "lock", MAX_STATE_BYTES)
+        owner = None if found is None else Owner(**{field: found[field] for field in Owner.__dataclass_fields__})
+    except (DamagedFile, KeyError):
+        raise damaged from None
+    if owner is None:
+        return None
+    fits = isinstance(owner.token, str) and isinstance(owner.host, str) and type(owner.heartbeat) in (int, float)
+    if not fits or type(owner.pid) is not int or type(owner.born) is not int:
+        raise damaged
+    return owner
+
+
+def drop_damaged_lock(run: Run) -> None:
+    """Delete a lock that slimray did not write."""
+    try:
+        read_lock(run)
+    except UserError:
+        storage.delete(run.fs, join(run.path, "lock"))
 
 
 def is_alive(owner: Owner | None) -> bool:
-    if owner is None or time.time() - owner.heartbeat > STALE_S:
+    """Return whether a lock is held: its heartbeat is of this minute, and its process, if it ran here, still runs.
+
+    A heartbeat that is no number or lies further ahead than clocks may differ is none.
+    """
+    if owner is None or not abs(time.time() - owner.heartbeat) <= STALE_S:
         return False
     if owner.host != this_host():
         return True
+    if not 0 < owner.pid < 1 << 31:
+        return False
     try:
         os.kill(owner.pid, 0)
     except ProcessLookupError:
@@ -169,11 +196,12 @@ def is_alive(owner: Owner | None) -> bool:
 
 
 def is_me(owner: Owner) -> bool:
+    """Return whether this process holds the lock."""
     return (owner.host, owner.pid, owner.born) == (this_host(), os.getpid(), process_birth(os.getpid()))
 
 
 def this_host() -> str:
-    """Name, boot and PID namespace: containers may share a host name, and PIDs mean something in one namespace only."""
+    """Return name, boot and PID namespace of this machine: containers may share a name, PIDs belong to a namespace."""
     boot, space = "", ""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -196,10 +224,17 @@ def process_birth(pid: int) -> int:
 
 
 def occupied(run: Run, owner: Owner | None) -> UserError:
-    who = "another process" if owner is None else f"process {owner.pid} on {owner.host.split()[0]}"
-    return UserError(f"run {run.name!r} is being written by {who}: wait for it, stop it, or choose another name")
+    """Return the error of a run that another process writes."""
+    return UserError(
+        f"run {run.name!r} is being written by {_named(owner)}: wait for it, stop it, or choose another name"
+    )
 
 
 def taken_over(run: Run, owner: Owner | None) -> str:
-    who = "another process" if owner is None else f"process {owner.pid} on {owner.host.split()[0]}"
-    return f"run {run.name!r} was taken over by {who} because this one gave no sign of life for {STALE_S:g} s"
+    """Return the sentence of a run whose lock another process took."""
+    return f"run {run.name!r} was taken over by {_named(owner)} because this one reported nothing for {STALE_S:g} s"
+
+
+def _named(owner: Owner | None) -> str:
+    host = "" if owner is None else " ".join(owner.host.split()[:1])
+    return f"process {owner.pid} on {host[:100]}" if owner is not None and host else "another process"

@@ -4,11 +4,14 @@ A name stands for one job: `claim` skips what is finished, resumes what is not a
 `end` write the status of an attempt, under the lock of the folder. Times are Unix seconds.
 """
 
+import contextlib
 import json
+import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 from slimray import storage
 from slimray.credentials import redact
@@ -16,6 +19,9 @@ from slimray.runs.checkpoints import sweep_orphans
 from slimray.runs.folder import (
     FILES,
     FOLDERS,
+    MARKER,
+    MAX_STATE_BYTES,
+    DamagedFile,
     Run,
     exists,
     plain,
@@ -26,11 +32,14 @@ from slimray.runs.folder import (
     write_file,
     write_job,
 )
-from slimray.runs.lock import hold, is_alive, is_me, occupied, read_lock, taken_over
-from slimray.spec import RunFailed, UserError
-from slimray.storage import StorageError, join
+from slimray.runs.lock import drop_damaged_lock, hold, is_alive, is_me, occupied, read_lock, taken_over
+from slimray.spec import RunFailed, UserError, shown
+from slimray.storage import join
 
 State = Literal["queued", "running", "finished", "failed"]
+LAST_TIME = 253402300799  # the end of the year 9999
+MAX_MESSAGE = 2000  # characters of a message in a listing
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,46 +63,92 @@ class Claim:
 
 
 def read_status(run: Run) -> Status | None:
-    """Return the state of a run, None if nothing has begun; the heartbeat of a running one is that of its lock."""
-    found = read_json(run, "status.json")
+    """Return the state of a run, None if nothing has begun; the heartbeat of a running one is that of its lock.
+
+    DamagedFile if status.json holds something else than slimray writes.
+    """
+    found = read_json(run, "status.json", MAX_STATE_BYTES, complaint="is no status of a run")
     if found is None:
         return None
     try:
-        status = Status(**found)
-    except TypeError:
-        raise StorageError(f"{join(run.uri, 'status.json')}: is no status of a run") from None
-    owner = read_lock(run) if status.state == "running" else None
-    return status if owner is None else replace(status, heartbeat=max(status.heartbeat, owner.heartbeat))
+        status = Status(**{field: found[field] for field in Status.__dataclass_fields__})
+    except KeyError:
+        status = None
+    if status is None or not _is_status(status):
+        raise DamagedFile(f"{join(run.uri, 'status.json')}: is no status of a run") from None
+    try:
+        owner = read_lock(run) if status.state == "running" else None
+    except UserError:
+        owner = None  # what the lock tells is missing; who claims the run is told
+    if owner is None or not is_time(owner.heartbeat):
+        return status
+    return replace(status, heartbeat=max(status.heartbeat, owner.heartbeat))
+
+
+def _is_status(status: Status) -> bool:
+    times = (status.heartbeat, status.started, status.updated)
+    fits = status.state in get_args(State) and isinstance(status.message, str)
+    return fits and type(status.attempt) is int and status.attempt >= 0 and all(map(is_time, times))
+
+
+def is_time(value: Any) -> bool:
+    """Return whether `value` is a time in Unix seconds that a calendar has."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LAST_TIME
 
 
 def describe(run: Run) -> dict[str, Any]:
     """Return one line about a run for tables and programs: name, kind, state, result, updated (ISO, UTC), message.
 
-    A run said to be running whose writer has gone is `stopped`.
+    A run said to be running whose writer has gone is `stopped`. One whose files do not read is `damaged`, with the
+    reason as its message; nothing is raised for what a folder holds.
     """
-    status, card = read_status(run), read_card(run) or {}
-    job = read_job(run) if exists(run, "job.yaml") else {}
-    state = status.state if status else "queued"
-    if state == "running" and not is_alive(read_lock(run)):
+    problems: list[str] = []
+
+    def part(read: Callable[[Run], T], default: T) -> T:
+        try:
+            return read(run)
+        except (UserError, RunFailed) as error:
+            problems.append(str(error))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+            problems.append(f"is no run folder as slimray writes it ({type(error).__name__}: {error})")
+        return default
+
+    status = part(read_status, None)
+    card = part(read_card, None) or {}
+    job = part(lambda run: read_job(run) if exists(run, "job.yaml") else {}, {})
+    state: str = status.state if status else "queued"
+    if state == "running" and not part(lambda run: is_alive(read_lock(run)), False):
         state = "stopped"
-    metrics = card.get("metrics") or {}
-    rows = [metrics.get("best") or {}, *(metrics.get("rows") or [])]
+    kind = job.get("kind")
+    return {
+        "name": run.name,
+        "kind": kind if isinstance(kind, str) else None,
+        "state": "damaged" if problems else state,
+        "result": part(lambda _: _best(card), None),
+        "updated": None if status is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(status.updated)),
+        "message": shown(problems[0] if problems else status.message if status else "")[:MAX_MESSAGE],
+        "uri": run.uri,
+    }
+
+
+def _best(card: Mapping[str, Any]) -> str | None:
+    """The best score in the numbers of a finished run, in words; None if they hold none."""
+    metrics = card.get("metrics")
+    if not isinstance(metrics, dict):
+        return None
+    rows = [metrics.get("best"), *(metrics["rows"] if isinstance(metrics.get("rows"), list) else [])]
     found = [
         (row[name], name.removeprefix("val/"))
         for row in rows
         for name in ("val/miou", "miou", "val/top1", "top1")
-        if isinstance(row.get(name), int | float)
+        if isinstance(row, dict) and _is_score(row.get(name))
     ]
     best = max(found, default=None)
-    return {
-        "name": run.name,
-        "kind": job.get("kind"),
-        "state": state,
-        "result": None if best is None else f"{best[1]} {best[0]:.1f} %",
-        "updated": None if status is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(status.updated)),
-        "message": status.message if status else "",
-        "uri": run.uri,
-    }
+    return None if best is None else f"{best[1]} {best[0]:.1f} %"
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def claim(
@@ -106,23 +161,40 @@ def claim(
     """Say what is to be done for the job `document` in the folder of its name, and clear the folder on `restart`.
 
     Nothing there: attempt 1. The same job, where sections in `may_change` may differ: skip if finished, else the next
-    attempt. Raises UserError for other settings (with the differing fields) and while another process writes.
-    `completed` adds to the stored job the fields that the version of slimray that wrote it did not have.
+    attempt. `completed` adds to the stored job the fields that the version that wrote it did not have.
+    Raises UserError for other settings (with the differing fields), while another process writes, and for a folder
+    that slimray did not make.
     """
-    status = read_status(run)
-    old = read_job(run) if exists(run, "job.yaml") else None
-    if old is None and status is None:
-        return Claim(False, 1)
     if restart:
-        with hold(run):
-            clear(run)
+        if _require_ours(run):
+            drop_damaged_lock(run)
+            with hold(run):
+                clear(run)
         return Claim(False, 1)
-    before, now = redact(plain(completed(old or {}))), redact(plain(document))
-    changes = [] if old is None else list(_differences(before, now, may_change))
-    if changes:
-        shown = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
+    try:
+        status = read_status(run)
+        old = read_job(run) if exists(run, "job.yaml") else None
+    except (DamagedFile, UserError) as error:
+        if not _has_mark(run):
+            raise _foreign(run, "job.yaml" if exists(run, "job.yaml") else "status.json") from None
         raise UserError(
-            f"run {run.name!r} exists with other settings ({shown}): choose another name, or --restart to clear it"
+            f"{error}: the run is damaged: restore the file, or --restart to clear it and begin anew"
+        ) from None
+    if old is None and status is None:
+        if not _require_ours(run):
+            return Claim(False, 1)
+        raise UserError(f"run {run.name!r} has lost its job.yaml and status.json: --restart clears it and begins anew")
+    changes: list[str] = []
+    if old is not None:
+        new = redact(plain(document))
+        changes = list(_differences(old, new, may_change))
+        changes = changes and list(_differences(redact(plain(completed(old))), new, may_change))
+    if changes:
+        if not _has_mark(run):
+            raise _foreign(run, "job.yaml")
+        told = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
+        raise UserError(
+            f"run {run.name!r} exists with other settings ({told}): choose another name, or --restart to clear it"
         )
     if status is not None and status.state == "finished":
         return Claim(True, status.attempt)
@@ -132,11 +204,47 @@ def claim(
     return Claim(False, status.attempt + 1 if status is not None else 1)
 
 
+def _require_ours(run: Run) -> bool:
+    """Return whether the folder holds a run, in whatever state; UserError if it holds files of something else."""
+    if _has_mark(run):
+        return True
+    there = [name for name in (*FILES, *FOLDERS) if exists(run, name)]
+    if there:
+        raise _foreign(run, there[0])
+    return False
+
+
+def _foreign(run: Run, name: str) -> UserError:
+    return UserError(
+        f"{run.uri}: holds {name} of something else than a run of slimray, which is not touched: choose another name "
+        "or another --storage"
+    )
+
+
+def _has_mark(run: Run) -> bool:
+    """Whether slimray made the folder: by its marker, or, of before there was one, by what status and job look like."""
+    if exists(run, MARKER):
+        return True
+    name = re.escape(run.name.encode())
+    marks = {
+        "status.json": (rb'"state": ', rb'"attempt": ', rb'"heartbeat": '),
+        "job.yaml": (rb"^kind: [a-z_]+\s*$", rb"^name: ['\"]?" + name + rb"['\"]?\s*$"),
+    }
+    for file, patterns in marks.items():
+        try:
+            text = storage.read_bytes(run.fs, join(run.path, file), first=MAX_STATE_BYTES)
+        except FileNotFoundError:
+            continue
+        if all(re.search(pattern, text, re.MULTILINE) for pattern in patterns):
+            return True
+    return False
+
+
 def clear(run: Run) -> None:
     """Delete what slimray wrote into the run folder, and nothing else. Only under `hold`; may be repeated."""
     now = time.time()
     _write_status(run, Status("queued", 0, now, "being cleared", now, now))  # else half a run could look finished
-    for name in (*FOLDERS, *FILES[2:], "job.yaml", "status.json"):
+    for name in (*FOLDERS, *FILES[2:], "job.yaml", "status.json", MARKER):
         storage.delete(run.fs, join(run.path, name))
 
 
@@ -149,6 +257,7 @@ def begin(run: Run, document: Mapping[str, Any], attempt: int) -> None:
     if before is not None and (before.attempt >= attempt or before.state == "finished"):
         raise UserError(f"run {run.name!r} was {before.state} by another process meanwhile: start the command again")
     sweep_orphans(run)
+    write_file(run, MARKER, b"This folder is written by slimray; `slimray run --restart` clears it.\n")
     write_job(run, document)
     now = time.time()
     _write_status(run, Status("running", attempt, now, "", now, now))
@@ -156,7 +265,11 @@ def begin(run: Run, document: Mapping[str, Any], attempt: int) -> None:
 
 def end(run: Run, state: State, message: str = "") -> None:
     """Write the final state of the attempt; RunFailed, and nothing written, if another has taken the run over."""
-    owner, before, now = read_lock(run), read_status(run), time.time()
+    now, owner, before = time.time(), None, None
+    with contextlib.suppress(UserError):  # somebody wrote over it: what happened to the attempt is told all the same
+        owner = read_lock(run)
+    with contextlib.suppress(DamagedFile):
+        before = read_status(run)
     if owner is not None and not is_me(owner):
         raise RunFailed(taken_over(run, owner))
     _write_status(

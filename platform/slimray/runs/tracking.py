@@ -1,21 +1,26 @@
 """Where the metric rows of a run go: its own JSONL always, Weights & Biases and TensorBoard on request.
 
-`Tracker` lives on rank 0 and takes rows such as `{"step": 40, "phase": "train", "train/loss": 1.2}`. The W&B run has an
-id made of the run's name and place, so that a resumed run goes on where it stopped; steps are an ordinary metric there,
-because W&B refuses a step that goes back, as one does after a resume. Nobody is told more than the numbers: secrets
-are redacted, paths and other texts stay here unless `media` is set, console, code and git are never captured.
-A service that fails is given up with one warning; only the JSONL, written to the run folder, may end a run.
+`Tracker` lives on rank 0 and takes rows such as `{"step": 40, "phase": "train", "train/loss": 1.2}`. The id of the W&B
+run is drawn once and kept in `tracking.json` of the run folder: a resumed run continues its curve, one that was cleared
+by `--restart` begins another. Steps are an ordinary metric there, because W&B refuses a step that goes back, as one
+does after a resume. Only numbers are sent: credentials are redacted, paths and other texts stay here unless `media` is
+set, and console, code and git are never captured. A service that fails is given up with one warning; only the JSONL,
+written to the run folder, may end a run.
 """
 
 import hashlib
 import logging
 import math
 import os
+import re
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from slimray.credentials import HIDDEN, redact
+from slimray.runs.folder import MAX_STATE_BYTES, read_json, run_at, to_json, write_file
+from slimray.runs.states import read_status
 from slimray.spec import Spec
 
 log = logging.getLogger(__name__)
@@ -92,8 +97,25 @@ class Tracker:
 
 
 def run_id(name: str, uri: str) -> str:
-    """Return the W&B id of a run: its name and a digest of where it lies; the same whenever it is resumed."""
-    return f"{name[:100]}-{hashlib.sha256(f'{name} {uri}'.encode()).hexdigest()[:10]}"
+    """Return the W&B id of the run at `uri`: the one in its folder, else that of runs of before ids were kept there.
+
+    The latter is the run's name and a digest of where it lies.
+    """
+    kept = _kept_id(uri)
+    return kept or f"{name[:100]}-{hashlib.sha256(f'{name} {uri}'.encode()).hexdigest()[:10]}"
+
+
+def _kept_id(uri: str) -> str | None:
+    found = read_json(run_at(uri), "tracking.json", MAX_STATE_BYTES)
+    kept = None if found is None else found.get("wandb_id")
+    return kept if isinstance(kept, str) and re.fullmatch(r"[\w.-]{1,128}", kept) else None
+
+
+def _draw_id(name: str, uri: str) -> str:
+    """A new W&B id, kept in the run folder."""
+    drawn = f"{name[:100]}-{uuid.uuid4().hex[:10]}"
+    write_file(run_at(uri), "tracking.json", to_json({"wandb_id": drawn}))
+    return drawn
 
 
 def _without_paths(value: Any) -> Any:
@@ -106,13 +128,30 @@ def _without_paths(value: Any) -> Any:
 
 
 def _start_wandb(spec: TrackingSpec, name: str, uri: str, job: Mapping[str, Any], folder: Path) -> Any:
+    """Start or resume the W&B run; one that was deleted online begins anew, as W&B never takes its id again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    status = read_status(run_at(uri))
+    resumed = status is not None and status.attempt > 1  # without an id in its folder it is of before ids were kept
+    known = run_id(name, uri) if resumed or _kept_id(uri) else _draw_id(name, uri)
+    try:
+        run = _init_wandb(spec, known, name, job, folder)
+    except Exception as error:
+        if "deleted" not in str(error):
+            raise
+        log.warning("tracking: the W&B run %s was deleted, a new one is begun", known)
+        run = _init_wandb(spec, _draw_id(name, uri), name, job, folder)
+    run.define_metric("step", hidden=True)
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def _init_wandb(spec: TrackingSpec, run_id: str, name: str, job: Mapping[str, Any], folder: Path) -> Any:
     import wandb
 
-    folder.mkdir(parents=True, exist_ok=True)
     config = redact(dict(job))
     mode: Any = spec.mode or os.environ.get("WANDB_MODE") or "online"
-    run = wandb.init(
-        id=run_id(name, uri),
+    return wandb.init(
+        id=run_id,
         name=name,
         resume="allow",
         project=spec.project,
@@ -135,9 +174,6 @@ def _start_wandb(spec: TrackingSpec, name: str, uri: str, job: Mapping[str, Any]
             x_save_requirements=False,
         ),
     )
-    run.define_metric("step", hidden=True)
-    run.define_metric("*", step_metric="step")
-    return run
 
 
 def _guarded(service: str, action: Callable[[], Any]) -> Any:
@@ -153,9 +189,8 @@ def _guarded(service: str, action: Callable[[], Any]) -> Any:
 def _local_folder(name: str, uri: str) -> Path:
     if "://" not in uri:
         return Path(uri)
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "slimray" / "tracking" / run_id(name, uri)
-    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "slimray" / "tracking"
+    return cache / f"{name[:100]}-{hashlib.sha256(f'{name} {uri}'.encode()).hexdigest()[:10]}"
 
 
 def _is_number(value: Any) -> bool:

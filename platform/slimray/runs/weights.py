@@ -1,59 +1,135 @@
-"""Where the weights lie that a job starts from: a file, a URL fetched once, or the model of a finished run."""
+"""Where the weights lie that a job starts from: a file, a URL that is fetched once, or the model of a finished run.
+
+A download gets its name in the user's cache only when it has the length that the server announced and, where one is
+given, the digest; size and SHA-256 are noted beside it and compared whenever the file is used again.
+"""
 
 import hashlib
+import json
 import os
 import re
-import urllib.error
-import urllib.request
+import time
 import uuid
 from pathlib import Path
 
 from slimray import storage
-from slimray.runs.folder import find_run
+from slimray.credentials import held
+from slimray.runs.folder import digest, find_run, read_weights
 from slimray.spec import UserError
 from slimray.storage import join
+
+FETCH_ATTEMPTS = 3
+FETCH_PAUSE_S = 1.0
+FETCH_TIMEOUT_S = 30.0  # without a byte received
+CHUNK_BYTES = 1 << 20
 
 
 def weights_source(source: str, where: str, sha256: str | None = None) -> str:
     """Return the path or URI of the weights `source` means: a file, a URL (fetched once), or a run by name or URI.
 
-    `where` is the storage in which names are looked up. UserError if there is none or its SHA-256 is not `sha256`.
+    `where` is the storage in which names are looked up. UserError if there are none or their SHA-256 is not `sha256`,
+    StorageError if those of a run are damaged.
     """
     if source.startswith(("http://", "https://")):
-        found = str(_download(source))
-    elif Path(source).expanduser().is_file():
-        found = str(Path(source).expanduser().absolute())
-    elif re.search(r"\.(safetensors|pth|pt|ckpt|tar|bin)(\?.*)?$", source):
-        found = source
+        return str(_download(source, sha256))
+    if _is_file(source) or re.search(r"\.(safetensors|pth|pt|ckpt|tar|bin)(\?.*)?$", source):
+        found, data = storage.absolute(source), None
     else:
-        found = join(find_run(source, where).uri, "model/weights.safetensors")
-    try:
-        data = storage.read_bytes(*storage.open_uri(found)) if sha256 else b""
-        there = bool(data) or storage.exists(*storage.open_uri(found))
-    except FileNotFoundError:
-        there = False
-    if not there:
-        raise UserError(f"{source}: no such weights: give a checkpoint file, a URL or a finished training run")
-    if sha256 and (digest := hashlib.sha256(data).hexdigest()) != sha256.lower():
-        raise UserError(f"{source}: has SHA-256 {digest}, not {sha256}: it is damaged or another file")
+        run = find_run(source, where)
+        try:
+            found, data = join(run.uri, "model/weights.safetensors"), read_weights(run)
+        except UserError:
+            raise UserError(_no_weights(source)) from None
+    fs, path = storage.open_uri(found)
+    if data is None and not storage.exists(fs, path):
+        raise UserError(_no_weights(source))
+    if sha256:
+        _compare(source, sha256, digest(storage.read_bytes(fs, path) if data is None else data)[1])
     return found
 
 
-def _download(url: str) -> Path:
-    """Fetch `url` into the user's cache once, atomically; UserError when it cannot be had."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "slimray" / "weights"
-    target = cache / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rpartition('/')[2].partition('?')[0]}"
-    if target.is_file():
-        return target
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    cache.mkdir(parents=True, exist_ok=True)
+def _is_file(source: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:  # noqa: S310 http(s) only
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
+        return Path(source).expanduser().is_file()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def _no_weights(source: str) -> str:
+    return f"{source}: no such weights: give a checkpoint file, a URL or a finished training run"
+
+
+def _compare(source: str, wanted: str, found: str) -> None:
+    if found != wanted.lower():
+        raise UserError(f"{source}: has SHA-256 {found}, not {wanted}: it is damaged or another file")
+
+
+def _download(url: str, sha256: str | None) -> Path:
+    """Fetch `url` into the user's cache unless it is there whole; UserError when it cannot be had."""
+    import urllib.error
+    from http.client import HTTPException
+
+    if what := held(url):
+        raise UserError(f"{url}: holds {what}, which would be stored and shown: download the file and name its path")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "slimray" / "weights"
+    name = re.sub(r"[^\w.-]", "_", url.partition("?")[0].partition("#")[0].rpartition("/")[2])[-100:]
+    target = cache / f"{hashlib.sha256(url.encode('utf-8', 'replace')).hexdigest()[:16]}-{name}"
+    if _is_whole(target, sha256):
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        for attempt in range(1, FETCH_ATTEMPTS + 1):
+            try:
+                is_known = _fetch(url, part)
+                break
+            except urllib.error.HTTPError as error:
+                raise UserError(f"{url}: cannot be fetched (HTTP {error.code} {error.reason}): fix the URL") from None
+            except (OSError, HTTPException, ValueError) as error:
+                if attempt == FETCH_ATTEMPTS or isinstance(error, ValueError):
+                    reason = getattr(error, "reason", None) or str(error) or type(error).__name__
+                    raise UserError(f"{url}: cannot be fetched ({reason}): download it by hand") from None
+            time.sleep(FETCH_PAUSE_S * attempt)
+        size, found = digest(part)
+        if sha256:
+            _compare(url, sha256, found)
+        _note(target).unlink(missing_ok=True)
         part.replace(target)
-    except (OSError, urllib.error.URLError) as error:
-        raise UserError(f"{url}: cannot be fetched ({getattr(error, 'reason', error)}): download it by hand") from None
+        if is_known or sha256:  # else the server may have broken off, and the file is fetched again the next time
+            _note(target).write_text(json.dumps({"url": url, "bytes": size, "sha256": found}))
     finally:
         part.unlink(missing_ok=True)
     return target
+
+
+def _fetch(url: str, part: Path) -> bool:
+    """Write what `url` answers to `part`; returns whether it is known to be whole. OSError if it is known not to be."""
+    import urllib.request
+
+    with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT_S) as response, open(part, "wb") as file:  # noqa: S310 http(s)
+        if response.headers.get_content_type() == "text/html":
+            raise UserError(f"{url}: answers with a web page in place of a file: give the address of the file itself")
+        while chunk := response.read(CHUNK_BYTES):
+            file.write(chunk)
+        length = response.headers.get("Content-Length", "")
+        chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
+        size = file.tell()
+    if not size:
+        raise OSError("nothing came")
+    if length.isdigit() and not chunked and size != int(length):
+        raise OSError(f"the transfer broke off: {size} of {length} bytes came")
+    return chunked or length.isdigit()
+
+
+def _note(target: Path) -> Path:
+    return target.with_name(f"{target.name}.json")
+
+
+def _is_whole(target: Path, sha256: str | None) -> bool:
+    """Whether a file in the cache is what was fetched, and what is wanted."""
+    try:
+        noted = json.loads(_note(target).read_bytes())
+        size, found = digest(target)
+        return (size, found) == (noted["bytes"], noted["sha256"]) and (not sha256 or found == sha256.lower())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

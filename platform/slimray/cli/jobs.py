@@ -1,0 +1,204 @@
+"""`slimray check`, `run`, `evaluate`, `plan`: job files, before and while they run."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from slimray.cli.look import cell, print_numbers
+from slimray.cli.terminal import AsJson, Files, Restart, Sets, Storage, console, emit, out, say, storage_of
+from slimray.spec import RunFailed, UserError, located
+
+app = typer.Typer()
+
+
+@app.command()
+def check(files: Files, set_: Sets = None, storage: Storage = None, as_json: AsJson = False) -> None:
+    """Validate jobs without running them, and print parameters, MACs, batch, learning rate and steps.
+
+    Exit code 0 means that `run` would start; else all that is wrong is printed, a line each.
+    """
+    from slimray import job
+
+    facts = job.check(job.load(files, set_ or []), storage_of(storage), look=True)
+    if as_json:
+        emit(facts)
+    for one in facts if not as_json else ():
+        say(f"{one['name']} ({one['kind']})")
+        table = Table(show_header=False)
+        for key, value in one.items():
+            if key not in ("name", "kind", "problems"):
+                table.add_row(key.replace("_", " "), fact(key, value))
+        out.print(table)
+    job.require(facts)
+
+
+def fact(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {cell(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return (" x " if key == "input" else ", ").join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else cell(value)
+
+
+@app.command()
+def run(
+    files: Files,
+    set_: Sets = None,
+    storage: Storage = None,
+    restart: Restart = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the jobs of FILES in order; a finished one is skipped, an unfinished one resumes where it stopped."""
+    from slimray import job
+
+    rows = _run(job.load(files, set_ or []), storage_of(storage), restart, show=not as_json)
+    if as_json:
+        emit(rows)
+
+
+@app.command()
+def evaluate(
+    names: Annotated[list[str], typer.Argument(help="Finished training runs, by name or URI.", metavar="RUN...")],
+    name: Annotated[str | None, typer.Option(help="Name of the evaluation; default RUN-eval.")] = None,
+    set_: Sets = None,
+    storage: Storage = None,
+    restart: Restart = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score finished runs side by side, without writing a YAML; --set takes any field of an evaluate job."""
+    from slimray import job, runs
+
+    where = storage_of(storage)
+    document = {"kind": "evaluate", "name": name or f"{runs.find_run(names[0], where).name}-eval", "runs": names}
+    rows = _run(job.resolve([(Path("evaluate"), document)], set_ or []), where, restart, show=not as_json)
+    if as_json:
+        emit(rows[0]["metrics"])
+
+
+def _run(loaded: list[Any], storage: str, restart: bool, show: bool) -> list[dict[str, Any]]:
+    """Check everything, then do the jobs in order; returns a row for each, and on `show` prints what the last found."""
+    from slimray import job, runs
+
+    job.require(job.check(loaded, storage, restart))
+    cpus, rows = job.local_cpus(loaded), []
+    for one in loaded:
+        done = _do(one, storage, restart, cpus)
+        run = runs.open_run(storage, one.job.name)
+        metrics = (runs.read_card(run) or {}).get("metrics")
+        rows.append({"name": run.name, "kind": one.job.kind, "result": done, "uri": run.uri, "metrics": metrics})
+    if show:
+        run = runs.open_run(storage, loaded[-1].job.name)
+        print_numbers(run.name, rows[-1])
+        if runs.exists(run, "report.html"):
+            say(f"report: {run.uri}/report.html")
+    return rows
+
+
+def _do(one: Any, storage: str, restart: bool, cpus: int) -> str:
+    """Do one job: "finished" or "skipped"; what goes wrong says which job, where its log is and how to go on."""
+    from slimray import job, runs
+
+    try:
+        return job.run(one, storage, console, restart, cpus)
+    except UserError as error:
+        raise UserError(located(str(error), one.where)) from None
+    except KeyboardInterrupt:
+        raise RunFailed(f"{one.where}: stopped: the same command resumes the run") from None
+    except (RunFailed, OSError) as error:
+        logs = f"{runs.open_run(storage, one.job.name).uri}/logs"
+        sentence = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        code = error.code if isinstance(error, RunFailed) else 1
+        raise RunFailed(f"{one.where}: {sentence} (logs: {logs}; the same command resumes the run)", code) from error
+
+
+@app.command()
+def plan(
+    files: Files,
+    workers: Annotated[
+        str | None, typer.Option(help="Numbers of workers to plan for: 6,96,768. Default: the job's.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Cluster file (a name or a path) with a machine section. Default: this machine.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Training samples, where the dataset is not at hand.", min=1)
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="First measure one worker on this machine.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw the plan into FILE.png or FILE.svg.")] = None,
+    set_: Sets = None,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict step time, throughput, hours and cost of training jobs, what bounds them and what to change.
+
+    --measure times a dozen steps and some decoding here and keeps that in STORAGE/calibration.json for later plans.
+    """
+    from slimray import job
+    from slimray.verbs import plan as planning
+    from slimray.verbs.specs import TrainJob
+
+    where, loaded = storage_of(storage), job.load(files, set_ or [])
+    counts = _worker_counts(workers)
+    known = {one["name"]: one for one in job.check(loaded, where, restart=True)}
+    plans = []
+    for one in loaded:
+        if not isinstance(one.job, TrainJob):
+            continue
+        count = samples or known[one.job.name].get("train_samples")
+        prepared = next((other.job for other in loaded if other.job.name == one.job.data.run), None)
+        pack = getattr(getattr(prepared, "pack", None), "format", "")
+        plans.append(planning.plan_job(one.job, one.where, where, counts, cluster, count, measure, pack))
+    if not plans:
+        raise UserError(f"{files[0]}: holds no job of kind train, only those are planned")
+    if picture is not None:
+        planning.draw(plans[-1][0], picture)
+    if as_json:
+        emit([dataclasses.asdict(found) | {"calibration": written} for found, written in plans])
+        return
+    for found, written in plans:
+        _print_plan(found)
+        if written:
+            say(f"measured, for later plans too: {written}")
+    if picture is not None:
+        say(f"picture: {picture}")
+
+
+def _worker_counts(text: str | None) -> list[int]:
+    words = [word.strip() for word in (text or "").split(",") if word.strip()]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise UserError(f"--workers {text}: must be whole numbers above 0 with commas, such as 6,96,768")
+    return sorted({int(word) for word in words})
+
+
+def _print_plan(found: Any) -> None:
+    """A row for each number of workers, what to change, and where the figures are from."""
+    say(f"{found.job} on {found.cluster}: likely [low, high]")
+    table = Table()
+    names = ["workers", "step ms", "compute", "data", "all-reduce", "stragglers"]
+    for name in (*names, "samples/s", "efficiency", "hours", "USD", "bottleneck"):
+        table.add_column(name, justify="left" if name == "bottleneck" else "right")
+    for row in found.rows:
+        parts = (row.step_ms, row.compute_ms, row.data_ms, row.comm_ms, row.straggler_ms)
+        table.add_row(
+            f"{row.workers:,}", *[f"{value:.1f}" for value in parts], _interval(row.samples_per_s, "{:,.1f}"),
+            _interval([100 * value for value in row.efficiency], "{:.0f}") + " %", _interval(row.hours, "{:,.2f}"),
+            _interval(row.usd, "{:,.0f}") if row.usd else "", row.bottleneck,
+        )  # fmt: skip
+    out.print(table)
+    for row in found.rows:
+        say(
+            f"{row.workers:,} workers: {row.advice}; {row.decode_cores:.1f} cores to decode, "
+            f"{row.storage_mb_s:.1f} MB/s of storage, {row.algorithm} all-reduce, a checkpoint every "
+            f"{row.checkpoint_every_s:.0f} s (goodput {100 * row.goodput:.1f} %)"
+        )
+    say(f"times: {found.basis}")
+    for note in found.notes:
+        say(f"note: {note}")
+
+
+def _interval(values: Any, form: str) -> str:
+    low, likely, high = map(form.format, values)
+    return f"{likely} [{low}, {high}]"

@@ -1,0 +1,181 @@
+"""`slimray runs`, `show`, `dashboard`: what is in a storage."""
+
+import json
+import os
+import sys
+import webbrowser
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from slimray.cli.terminal import AsJson, Storage, emit, out, say, storage_of
+from slimray.spec import RunFailed, UserError, require_extra
+
+app = typer.Typer()
+
+COLUMNS = (
+    "top1",
+    "top5",
+    "miou",
+    "instance_miou",
+    "category_miou",
+    "overall_acc",
+    "class_found_3d",
+    "mean_iou_3d",
+    "mask_acc",
+    "mean_class_accuracy",
+    "loss",
+    "epoch",
+    "num_samples",
+    "num_quarantined",
+    "chance",
+    "macs",
+)
+
+
+def print_numbers(title: str, card: dict[str, Any]) -> None:
+    """The final numbers of a run: best and last of a training, a row for each run of an evaluation."""
+    metrics = card.get("metrics") or {}
+    rows = metrics.get("rows") or [{"run": which, **row} for which, row in metrics.items() if isinstance(row, dict)]
+    if not rows:
+        return
+    rows = [{key.removeprefix("val/"): value for key, value in row.items()} for row in rows]
+    keys = [key for key in ("run", "variant", *COLUMNS, "clips", "quarantined") if any(key in row for row in rows)]
+    say(title)
+    table = Table()
+    for key in keys:
+        table.add_column(key.replace("_", " "), justify="left" if key in ("run", "variant") else "right")
+    for row in rows:
+        table.add_row(*[cell(row.get(key)) for key in keys])
+    out.print(table)
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return (
+        f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else "" if value is None else str(value)
+    )
+
+
+DAMAGED = (AttributeError, KeyError, TypeError, ValueError)  # what a file with other content than we wrote ends in
+
+
+def _describe(run: Any) -> dict[str, Any]:
+    """A line about a run; `damaged` if its folder does not hold what slimray writes."""
+    from slimray import runs
+
+    try:
+        return runs.describe(run)
+    except (UserError, RunFailed, *DAMAGED) as error:
+        message = (
+            str(error)
+            if isinstance(error, UserError | RunFailed)
+            else f"is no run folder as slimray writes it ({error})"
+        )
+        return {
+            "name": run.name, "kind": None, "state": "damaged", "result": None, "updated": None,
+            "message": message, "uri": run.uri,
+        }  # fmt: skip
+
+
+@app.command()
+def runs(storage: Storage = None, as_json: AsJson = False) -> None:
+    """List the runs of a storage folder: kind, state, best result, age."""
+    from slimray import runs as folder
+
+    where = storage_of(storage)
+    rows = [_describe(run) for run in folder.list_runs(where)]
+    if as_json:
+        emit(rows)
+        return
+    if not rows:
+        say(f"no runs in {where} (--storage looks elsewhere)")
+        return
+    table = Table()
+    for key in ("name", "kind", "state", "result", "updated", "message"):
+        table.add_column(key)
+    for row in rows:
+        table.add_row(*[str(row.get(key) or "") for key in ("name", "kind", "state", "result", "updated", "message")])
+    out.print(table)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A run, by name or URI.", metavar="RUN")],
+    open_: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the numbers of a run and where its report lies."""
+    from slimray import runs as folder
+
+    run = folder.find_run(name, storage_of(storage))
+    described, card, latest = _describe(run), None, {}
+    if described["state"] != "damaged":
+        card = folder.read_card(run)
+        latest = {} if card else _latest(run)
+    if as_json:
+        emit(described | {"card": card, "latest": latest})
+    else:
+        for key in ("kind", "state", "message", "updated"):
+            if described.get(key):
+                say(f"{key}: {described[key]}")
+        print_numbers(run.name, card or {})
+        if isinstance(good := (card or {}).get("goodput"), dict):
+            say(
+                f"goodput: {100 * good['goodput']:.0f} %, {good['useful_s']:g} s of steps in {good['wall_s']:g} s"
+                f" ({good['restarts']} restarts, {good['repeated_steps']} steps done again)"
+            )
+        for phase, row in latest.items():
+            numbers = [
+                f"{key.removeprefix(f'{phase}/')} {value:.4g}"
+                for key, value in row.items()
+                if key.startswith(f"{phase}/") and isinstance(value, int | float)
+            ]
+            say(f"{phase}: epoch {row['epoch']:.2f}, {', '.join(numbers)}")
+        if described["state"] in ("failed", "stopped"):
+            say(f"logs: {run.uri}/logs (the command that started it resumes it)")
+        if folder.exists(run, "report.html"):
+            say(f"report: {run.uri}/report.html")
+        elif not open_:
+            say("report: none yet, it is written when the run has finished")
+    if open_:
+        local = Path(run.uri.removeprefix("file://"), "report.html")
+        if "://" in run.uri.removeprefix("file://"):
+            raise UserError(f"{run.uri}/report.html: lies on remote storage, copy it here to open it")
+        if not local.is_file():
+            raise UserError(f"{local}: there is no report yet, it is written when the run has finished")
+        webbrowser.open(local.resolve().as_uri())
+
+
+def _latest(run: Any) -> dict[str, dict[str, Any]]:
+    """The newest row of each phase in the newest part of the metrics of a run that has not finished."""
+    from slimray import runs
+
+    parts = runs.list_names(run, "metrics")
+    try:
+        lines = runs.read_file(run, f"metrics/{parts[-1]}").splitlines() if parts else []
+        return {str(row["phase"]): row for row in map(json.loads, lines) if isinstance(row["epoch"], int | float)}
+    except DAMAGED:
+        return {}
+
+
+@app.command()
+def dashboard(
+    where: Annotated[
+        str | None, typer.Argument(help="Where runs lie, a folder or URI. Default: that of --storage.", metavar="URI")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port of 127.0.0.1; 0 takes a free one.", min=0, max=65535)] = 8050,
+    open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    storage: Storage = None,
+) -> None:
+    """Serve a web page over a storage folder, live while runs write; only this machine can reach it."""
+    require_extra("dashboard", "slimray dashboard", "dash", "plotly")
+    from slimray.report.dashboard import app as page
+
+    page.serve(where or storage_of(storage), port, open_, say)
+    sys.stdout.flush()
+    os._exit(0)  # the interpreter would wait for a reader whose storage does not answer

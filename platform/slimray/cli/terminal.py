@@ -1,0 +1,38 @@
+"""What all commands share: options, the two consoles, JSON for programs."""
+
+import json
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+WIDTH = 160  # of a file or a pipe, which have none of their own
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # names are text, whatever is in them
+console = Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH, **PLAIN)
+out = Console(width=None if sys.stdout.isatty() else WIDTH, **PLAIN)
+Files = Annotated[
+    list[str], typer.Argument(help="Job files; several documents in one file run in order.", metavar="FILE...")
+]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a field: section.field=value, or NAME:section.field=value.")
+]
+Storage = Annotated[
+    str | None, typer.Option(help="Where runs lie: a folder, s3:// or gs://. Default $SLIMRAY_STORAGE or ./runs.")
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Clear an unfinished or finished run of the same name first.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def storage_of(given: str | None) -> str:
+    return given or os.environ.get("SLIMRAY_STORAGE") or "runs"
+
+
+def emit(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def say(text: str) -> None:
+    """A line of its own, however long."""
+    out.print(text, soft_wrap=True)

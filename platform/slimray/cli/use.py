@@ -1,0 +1,131 @@
+"""`slimray predict`, `profile`: a finished network on files, and a supernet's operators on this device."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slimray.cli.jobs import fact
+from slimray.cli.look import DAMAGED
+from slimray.cli.terminal import AsJson, Storage, console, emit, say, storage_of
+from slimray.spec import UserError, located, set_value
+
+app = typer.Typer()
+
+
+@app.command()
+def predict(
+    name: Annotated[str, typer.Argument(help="A finished training run, by name or URI.", metavar="RUN")],
+    files: Annotated[list[Path], typer.Argument(help="Videos, images, or clouds of points.", metavar="FILE...")],
+    top: Annotated[int, typer.Option(help="Classes shown per file.", min=1)] = 5,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            help='Of clouds: "x y z nx ny nz r g b"; "-" leaves one out; label=NAME, decimal=comma, delimiter=tab.'
+        ),
+    ] = None,
+    shape: Annotated[
+        int | None, typer.Option(help="Class of the clouds, from 0, for a network trained with one_hot.", min=0)
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for labels of points. Default: beside each file.")
+    ] = None,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the best classes of each clip, image or cloud with their probabilities. Needs no Ray.
+
+    A network that labels points writes NAME.labels.npz and NAME.labels.ply; printed are the classes' shares of points.
+    """
+    from safetensors import SafetensorError
+
+    from slimray import runs
+    from slimray.tasks import predict as use
+
+    run = runs.find_run(name, storage_of(storage))
+    try:
+        network = use.load_network(run)
+    except UserError as error:
+        raise UserError(located(str(error), run.uri)) from None
+    except (RuntimeError, SafetensorError, FileNotFoundError, *DAMAGED) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{run.uri}/model: is damaged or of another version ({reason}): train it again") from None
+    there = [path for path in files if path.is_file()]
+    names = (columns or "").replace(",", " ").split()
+    answers = use.predict_files(network, there, top, columns=names, shape=shape, out=folder)
+    rows: list[dict[str, Any]] = []
+    for path in files:
+        found = next(answers) if path in there else use.Answer(path, reason="no such file")
+        written = [str(one) for one in found.written]
+        row = {"file": str(path), "top": found.top, "reason": found.reason, "written": written}
+        rows.append(row | ({"notes": found.notes} if found.notes else {}))
+        if not as_json:
+            say(f"{path}: {found.reason or '  '.join(f'{label} {100 * p:.1f} %' for label, p in found.top)}")
+        if found.notes and not as_json:
+            say(f"  {found.notes}")
+        if written and not as_json:
+            say(f"  labels of its points: {', '.join(written)}")
+    if as_json:
+        emit(rows)
+    bad = sum(bool(row["reason"]) for row in rows)
+    if bad:
+        raise UserError(f"{bad} of {len(rows)} files could not be read, the reasons are above")
+
+
+@app.command()
+def profile(
+    what: Annotated[str, typer.Argument(help="A finished shrink run, or an ofa_ model.", metavar="RUN_OR_MODEL")],
+    hardware: Annotated[str, typer.Option(help="cpu-eager, cpu-compiled, cpu-onnx or cuda.")] = "cpu-eager",
+    threads: Annotated[int, typer.Option(help="Threads of the network on a CPU.", min=1)] = 1,
+    table: Annotated[str | None, typer.Option("--out", help="The table; default WHAT.HARDWARE.json here.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Of a model: its space.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Option of a model: width=1.2, num_classes=10.")
+    ] = None,
+    resolutions: Annotated[
+        str | None, typer.Option(help="Measured ones: 128,176,224; costs in between are interpolated. Default: all.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Readings of every operator.", min=2)] = 15,
+    calibrate: Annotated[int, typer.Option(help="Subnets measured whole, to calibrate.", min=4)] = 12,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how long every operator of a supernet takes on this machine, as a table for the targets of a search.
+
+    Minutes with cpu-eager; cpu-compiled and cpu-onnx take seconds for every operator and so few resolutions by default.
+    The same command goes on with a table that was cut off. One thread is timed by the processor time that it got.
+    Needs no Ray. In a job: `targets: [{name: here, hardware: TABLE.json, limits: {latency_ms: 12}}]`.
+    """
+    from slimray import models
+    from slimray.edge import latency_table, profiler
+    from slimray.verbs import inputs
+
+    num_points, options = None, dict[str, Any](name=what, num_classes=1000)
+    if what in models.MODELS:
+        if not models.MODELS[what].supernet or models.MODELS[what].input == "points":
+            raise UserError(f"profile {what}: must be an ofa_ model of images or clips, or a run of kind shrink")
+        for assignment in [*([f"preset={preset}"] if preset else []), *(set_ or [])]:
+            set_value(options, assignment)
+    else:
+        if preset or set_:
+            raise UserError(f"profile {what}: --preset and --set are for models, a run says what it holds")
+        where = f"profile {what}"
+        run = inputs.finished_run(what, storage_of(storage), ("supernet",), where)
+        options, recipe = inputs.read_model(run, where), inputs.read_input(run, where)["recipe"]
+        num_points = recipe["num_points"] if recipe["kind"] == "points" else None
+    words = [word.strip() for word in (resolutions or "").split(",") if word.strip()]
+    if not all(word.isdecimal() for word in words):
+        raise UserError(f"--resolutions {resolutions}: must be whole numbers with commas, such as 128,176,224")
+    path = table or f"{what.rstrip('/').rpartition('/')[2]}.{hardware}.json"
+    found = profiler.profile(
+        models.build(**options).eval(), options, path, hardware=hardware, threads=threads, num_points=num_points,
+        resolutions=[int(word) for word in words] or None, rounds=rounds, calibrate=calibrate,
+        say=lambda text: console.print(f"{path}: {text}", soft_wrap=True),
+    )  # fmt: skip
+    facts = latency_table.summary(found)
+    if as_json:
+        emit({"table": path} | facts)
+        return
+    for key, value in facts.items():
+        say(f"{key.replace('_', ' ')}: {fact(key, value)}")
+    say(f"table: {path}")
