@@ -16,8 +16,8 @@ from PIL import Image
 from slimray import storage
 from slimray.data.bytes import read_sample, read_whole, write_shard
 from slimray.data.cards import Card, load_card
-from slimray.data.index import INDEX, fingerprint, index_table
-from slimray.data.lists import complete, read_split
+from slimray.data.index import INDEX, fingerprint, index_table, notes_of
+from slimray.data.lists import complete, read_split, unused_labels
 from slimray.data.samples import BadSample
 from slimray.data.video import moving_shapes
 from slimray.data.video.clips import ClipRecipe, frame_indices, generators
@@ -726,3 +726,86 @@ def test_lists_pictures_and_shards_are_read_from_a_bucket(bucket):
         assert read_whole(fs, root, row) == packed[row["row"]]["data"]
     with pytest.raises(FileNotFoundError, match=r"shards/1.parquet$"):
         read_whole(fs, root, row | {"shard": "shards/1.parquet"})
+
+
+# ------------------------------------------------------------------------------------ lists and folders of strangers
+
+
+def test_samples_in_nested_folders_belong_to_the_class_above(tmp_path):
+    write(
+        tmp_path,
+        {"train/run/day1/a.mp4": "", "train/run/b.mp4": "", "train/jump/x/y/c.mp4": "", "train/jump/.x/d.mp4": ""},
+    )
+    table = read_split(custom(layout="folders", splits={"train": "train"}), "train", str(tmp_path))
+    assert paths(table) == ["train/jump/x/y/c.mp4", "train/run/b.mp4", "train/run/day1/a.mp4"]
+    assert labels(table) == [0, 1, 1]
+
+
+def test_folders_of_pictures_may_lie_deeper(tmp_path):
+    write(
+        tmp_path, {f"train/{clip}/{n:05d}.jpg": "" for clip in ("run/day1/a", "run/day1/b", "jump/c") for n in (1, 2)}
+    )
+    card = custom(layout="folders", splits={"train": "train"}, file="{path}/{00001..}.jpg")
+    table = read_split(card, "train", str(tmp_path))
+    assert paths(table) == [f"train/{clip}/{{00001..}}.jpg" for clip in ("jump/c", "run/day1/a", "run/day1/b")]
+
+
+def test_side_files_are_no_samples_and_are_counted(tmp_path):
+    sides = ["train/run/Thumbs.db", "train/run/README.txt", "train/jump/labels.csv", "train/jump/sub/a.mp4.md5"]
+    write(tmp_path, dict.fromkeys(["train/run/a.MP4", "train/run/b.avi", "train/jump/c.webm", *sides], ""))
+    found = read_split(custom(layout="folders", splits={"train": "train"}), "train", str(tmp_path))
+    assert paths(found) == ["train/jump/c.webm", "train/run/a.MP4", "train/run/b.avi"]
+    said = (
+        "left out 4 files that are no clips by their endings (jump/labels.csv, jump/sub/a.mp4.md5, run/README.txt, ...)"
+    )
+    assert notes_of(found) == [said]
+    matched = read_split(custom(layout="files", splits={"train": "train/{class}/*"}), "train", str(tmp_path))
+    assert paths(matched) == paths(found)
+    assert notes_of(matched)[0].startswith("left out 3 files that are no clips")
+
+
+def test_files_without_a_known_ending_are_all_samples(tmp_path):
+    write(tmp_path, {"train/run/a": "", "train/jump/b": ""})
+    table = read_split(custom(layout="folders", splits={"train": "train"}), "train", str(tmp_path))
+    assert (paths(table), notes_of(table)) == (["train/jump/b", "train/run/a"], [])
+
+
+@pytest.mark.parametrize("columns", [["path", "label"], ["path", "label", "*"]])
+def test_a_list_of_path_frames_and_label_is_not_taken_for_another(tmp_path, columns):
+    write(tmp_path, {"train.txt": "a.mp4 120 0\nb.mp4 37 1\nc.mp4 300 0\n"})
+    with pytest.raises(UserError, match=r"then write columns: \[path, frames, label\]"):
+        read_split(custom(columns=columns), "train", str(tmp_path))
+    table = read_split(custom(columns=["path", "frames", "label"]), "train", str(tmp_path))
+    assert (labels(table), table.column("frames").to_pylist()) == ([0, 1, 0], [120, 37, 300])
+    write(tmp_path, {"train.txt": "a.mp4 1 9\nb.mp4 0 7\n"})
+    assert labels(read_split(custom(columns=["path", "label", "*"]), "train", str(tmp_path))) == [1, 0]
+
+
+def test_blanks_in_paths_are_part_of_them(tmp_path):
+    write(tmp_path, {"train.txt": "my  first clip.mp4 1\nplain.mp4 0\nrun/a b/c.avi\t1\n"})
+    table = read_split(custom(), "train", str(tmp_path))
+    assert paths(table) == ["my  first clip.mp4", "plain.mp4", "run/a b/c.avi"]
+    assert labels(table) == [1, 0, 1]
+    write(tmp_path, {"train.txt": "frames of a 12 0\nb 30 1\n"})
+    card = custom(columns=["path", "frames", "label"], file="{path}/{00001..}.jpg")
+    table = read_split(card, "train", str(tmp_path))
+    assert paths(table) == ["frames of a/{00001..00012}.jpg", "b/{00001..00030}.jpg"]
+
+
+def test_a_leading_blank_is_part_of_a_name(tmp_path):
+    write(tmp_path, {"train.csv": " a.mp4, 0\nb.mp4, 1\n"})
+    table = read_split(custom(splits={"train": "train.csv"}, delimiter=","), "train", str(tmp_path))
+    assert paths(table) == [" a.mp4", "b.mp4"]
+    write(tmp_path, {"train.csv": "0, a.mp4\n1, b.mp4\n"})
+    card = custom(splits={"train": "train.csv"}, delimiter=",", columns=["label", "path"])
+    assert paths(read_split(card, "train", str(tmp_path))) == ["a.mp4", "b.mp4"]
+
+
+def test_classes_without_a_sample_are_said(tmp_path):
+    write(tmp_path, {"train.txt": "a.mp4 0\nb.mp4 7\nc.mp4 100\n"})
+    card = complete(custom(), str(tmp_path))
+    table = read_split(card, "train", str(tmp_path))
+    assert unused_labels(card, [table]) == "no sample is of 98 of the 101 classes (1, 2, 3, 4, 5, ...)"
+    write(tmp_path, {"train.txt": "a.mp4 0\nb.mp4 1\n"})
+    card = complete(custom(), str(tmp_path))
+    assert unused_labels(card, [read_split(card, "train", str(tmp_path))]) == ""

@@ -48,7 +48,8 @@ class Card(Spec):
     `{*}` in the last part makes all files of a folder one sample: `{class}/train/*.off`,
     `Area_[12346]/*/Annotations/{*}.txt`."""
     delimiter: str | None = Field(None, min_length=1, max_length=1)
-    """Character between the columns of a list; default white space, then paths have none."""
+    """Character between the columns of a list; default white space, then a path may hold blanks only where it comes
+    first and ends like a file of a sample (`my clip.mp4 3`)."""
     columns: tuple[str, ...] | Literal["header"] = ("path", "label")
     """Columns of a list; `header`: its first line names them. Known are `path`, `label` (a number from 0, or a name),
     `frames` (how many), `first` and `last` (picture numbers); others serve `file`, and `*` at the end is whatever

@@ -6,7 +6,6 @@ Errors name file and line.
 import csv
 import io
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +32,13 @@ class Entry:
     place: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """A file in the folders of a dataset that is none of its samples."""
+
+    path: str
+
+
 class NotThere(UserError):
     """The list of a split is not there."""
 
@@ -56,20 +62,29 @@ def read_text(fs: pafs.FileSystem, root: str, name: str, what: str) -> str:
         raise UserError(f"{path}: is not UTF-8 text ({what}; byte {error.start})") from None
 
 
-def lines(text: str, path: str, delimiter: str | None) -> Iterator[tuple[str, list[str]]]:
-    """`path line N` and the fields of each line that is not empty."""
-    if delimiter is None:
-        for number, line in enumerate(text.split("\n"), 1):
-            if fields := re.findall(r"[^ \t\r]+", line):
-                yield f"{path} line {number}", fields
-        return
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+def lines(text: str, path: str) -> Iterator[tuple[str, str]]:
+    """`path line N` and each line that is not blank, without the white space around it."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line := line.strip(" \t\r"):
+            yield f"{path} line {number}", line
+
+
+def rows(text: str, path: str, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    """`path line N` and the fields of each line that is not empty, between delimiters, with quotes as in CSV.
+
+    Blanks belong to a field, but for one that stands behind each delimiter of a column.
+    """
+    reader, found = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), []
     try:
         for fields in reader:
             if any(fields):
-                yield f"{path} line {reader.line_num}", [one.strip() for one in fields]
+                found.append((f"{path} line {reader.line_num}", fields))
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num}: {error}") from None
+    widest = max((len(fields) for _, fields in found), default=0)
+    padded = {n for n in range(1, widest) if all(fields[n].startswith(" ") for _, fields in found if n < len(fields))}
+    for where, fields in found:
+        yield where, [field.lstrip() if n in padded else field for n, field in enumerate(fields)]
 
 
 def parse_json(text: str, where: str) -> Any:

@@ -6,15 +6,16 @@ A new list format is one function of READERS.
 import functools
 import posixpath
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 import pyarrow.fs as pafs
 
 from slimray import storage
 from slimray.data.cards import Card
-from slimray.data.entries import Entry, NotThere, lines, parse_json, place_of, read_text, split_of
+from slimray.data.entries import Entry, NotThere, Skipped, lines, parse_json, place_of, read_text, rows, split_of
 from slimray.data.images import image_sets
+from slimray.data.modalities import MODALITIES
 from slimray.data.paths import ALL_FILES, CLASS, NUMBERED, inside, is_plain, matching
 from slimray.data.points import point_sets
 from slimray.data.samples import BadSample
@@ -27,14 +28,21 @@ SYNSETS = "synsetoffset2category.txt"
 def _read_list(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
     """A sample per line."""
     place, columns = place_of(card, split), None if card.columns == "header" else card.columns
-    for where, fields in lines(read_text(fs, root, place, split_of(card, split)), join(root, place), card.delimiter):
-        if columns is None:
-            columns = tuple(fields)
-            continue
-        open_end = columns[-1:] == ("*",)
-        if len(fields) < len(columns) - open_end or (len(fields) > len(columns) and not open_end):
-            raise UserError(f"{where}: {len(fields)} columns in place of {len(columns)} ({', '.join(columns)})")
-        found = dict(zip(columns, fields, strict=False))
+    text, path = read_text(fs, root, place, split_of(card, split)), join(root, place)
+    endings = MODALITIES[card.sample].endings
+    if card.delimiter:
+        listed = list(rows(text, path, card.delimiter))
+    else:
+        listed = [(where, _split(line, columns or (), endings)) for where, line in lines(text, path)]
+    if columns is None and listed:
+        columns = tuple(field.strip() for field in listed.pop(0)[1])
+    assert columns is not None or not listed
+    if columns == ("path", "label", "*") and listed:
+        _require_labels(listed)
+    for where, fields in listed:
+        _require_columns(columns or (), fields, where)
+        named = zip(columns or (), fields, strict=False)
+        found = {name: one if name == "path" else one.strip() for name, one in named}
         label = found.get("label")
         if label is None:
             label = posixpath.basename(posixpath.dirname(found.get("path", "")))
@@ -47,24 +55,92 @@ def _read_list(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterat
         yield Entry(where, found, label)
 
 
-def _read_folders(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
-    """A folder per class; in it a file per sample, or a folder of pictures. Names with a dot in front are left out."""
+FRAMES_HINT = "are they path, frames and label? then write columns: [path, frames, label]"
+
+
+def _require_labels(listed: Sequence[tuple[str, list[str]]]) -> None:
+    """Raise UserError for a list of two numbers a line, if the first ones leave numbers out: they may count frames."""
+    if all(len(fields) == 3 and fields[1].strip().isdigit() and fields[2].strip().isdigit() for _, fields in listed):
+        numbers = {int(fields[1]): where for where, fields in listed}
+        if len(numbers) < 1 + max(numbers):
+            raise UserError(
+                f"{numbers[max(numbers)]}: two numbers behind the path: {FRAMES_HINT}, else name the second one in "
+                "place of '*'"
+            )
+
+
+def _split(line: str, columns: Sequence[str], endings: frozenset[str]) -> list[str]:
+    """The fields of a line between white space; a path in front that ends like a file may hold some itself."""
+    spans = [match.span() for match in re.finditer(r"[^ \t]+", line)]
+    if columns[:1] != ("path",):
+        return [line[a:b] for a, b in spans]
+    ends = [n for n, (a, b) in enumerate(spans) if posixpath.splitext(line[a:b])[1].lower() in endings]
+    more = max(0, len(spans) - len(columns)) if columns[-1] != "*" else 0
+    if not ends and not all(line[a:b].isdigit() for a, b in spans[1 : 1 + more]):
+        ends = [more]  # a folder whose name holds blanks
+    last = ends[0] if ends else 0
+    return [line[: spans[last][1]], *(line[a:b] for a, b in spans[last + 1 :])]
+
+
+def _require_columns(columns: tuple[str, ...], fields: list[str], where: str) -> None:
+    """Raise UserError if the fields of a line are more or fewer than its columns."""
+    open_end = columns[-1:] == ("*",)
+    if len(fields) < len(columns) - open_end or (len(fields) > len(columns) and not open_end):
+        three = (
+            columns == ("path", "label") and len(fields) == 3 and all(field.strip().isdigit() for field in fields[1:])
+        )
+        hint = f": {FRAMES_HINT}" if three else ""
+        raise UserError(f"{where}: {len(fields)} columns in place of {len(columns)} ({', '.join(columns)}){hint}")
+
+
+def _read_folders(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry | Skipped]:
+    """A folder per class; in it or in folders of it a file per sample, or a folder of pictures.
+
+    Names with a dot in front are left out, and files that are no samples by their ending unless all files are.
+    """
     place = inside(place_of(card, split), card.name)
     base, pictures = posixpath.normpath(join(root, place)), NUMBERED.search(card.file)
     classes = [name for name in storage.list_folders(fs, base) if not name.startswith(".")]
     if not classes:
         raise NotThere(f"{base}: holds no folder per class ({split_of(card, split)}): mend data.root or the card")
+    found = {}
     for name in classes:
         folder = join(base, name)
-        found = storage.list_folders(fs, folder) if pictures else [i.base_name for i in storage.list_files(fs, folder)]
-        found = [one for one in found if not one.startswith(".")]
-        if not found:
-            raise UserError(f"{folder}: holds no sample of class {name!r}: remove the folder, or fill it")
-        for one in found:
-            yield Entry(folder, {"path": posixpath.normpath(join(place, name, one))}, name)
+        paths = _picture_folders(fs, folder) if pictures else _files_below(fs, folder)
+        found[name] = [path for path in paths if not any(part.startswith(".") for part in path.split("/"))]
+    endings = frozenset() if pictures else _known_endings(card, (path for paths in found.values() for path in paths))
+    for name, paths in found.items():
+        samples = [path for path in paths if not endings or posixpath.splitext(path)[1].lower() in endings]
+        if not samples:
+            raise UserError(f"{join(base, name)}: holds no sample of class {name!r}: remove the folder, or fill it")
+        for path in samples:
+            yield Entry(join(base, name), {"path": posixpath.normpath(join(place, name, path))}, name)
+        yield from (Skipped(join(name, path)) for path in paths if path not in {*samples})
 
 
-def _read_files(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
+def _known_endings(card: Card, paths: Iterable[str]) -> frozenset[str]:
+    """The endings by which samples are told from side files; none where no file has one of them."""
+    endings = MODALITIES[card.sample].endings
+    return endings if any(posixpath.splitext(path)[1].lower() in endings for path in paths) else frozenset()
+
+
+def _files_below(fs: pafs.FileSystem, folder: str) -> list[str]:
+    """The paths of all files in a folder and its folders, relative to it."""
+    start = len(folder.rstrip("/")) + 1
+    return [info.path[start:] for info in storage.list_files(fs, folder, recursive=True)]
+
+
+def _picture_folders(fs: pafs.FileSystem, folder: str) -> list[str]:
+    """The paths of the folders of pictures in a folder, relative to it; below folders that hold folders only."""
+    names = storage.list_folders(fs, folder)
+    shown = [name for name in names if not name.startswith(".")]
+    if not shown or storage.list_files(fs, join(folder, shown[0])):  # the first one tells for all: a list a folder
+        return names
+    below = [join(name, path) for name in shown for path in _picture_folders(fs, join(folder, name))]
+    return below or names
+
+
+def _read_files(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry | Skipped]:
     """Files that match the patterns of a split, part for part. Names with a dot in front are left out."""
     for pattern in card.places(split):
         where = join(root, pattern)
@@ -79,15 +155,18 @@ def _read_files(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Itera
                 for folder, label in folders
                 for name in matching(storage.list_folders(fs, join(root, folder).rstrip("/")), part)
             ]
-        found = 0
+        found = []
         for folder, label in folders:
             names = [last]
             if ALL_FILES not in last and not is_plain(last):
                 files = storage.list_files(fs, join(root, folder).rstrip("/"))
                 names = matching([info.base_name for info in files], last)
-            found += len(names)
-            for name in names:
-                yield Entry(where, {"path": posixpath.join(folder, name)}, label)
+            found += [(posixpath.join(folder, name), label) for name in names]
+        any_file = last.rpartition(".")[2] == "*" and ALL_FILES not in last  # else the pattern says which files
+        endings = _known_endings(card, (path for path, _ in found)) if any_file else frozenset()
+        for path, label in found:
+            known = not endings or posixpath.splitext(path)[1].lower() in endings
+            yield Entry(where, {"path": path}, label) if known else Skipped(path)
         if not found:
             raise NotThere(f"{where}: there are no such files ({split_of(card, split)}): mend data.root or the card")
 
@@ -115,10 +194,10 @@ def _read_shapenet_part(card: Card, split: str, fs: pafs.FileSystem, root: str) 
 def _read_kitti(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
     """Numbers of scans, one a line, of files `training/velodyne/NUMBER.bin`."""
     place = place_of(card, split)
-    for where, fields in lines(read_text(fs, root, place, split_of(card, split)), join(root, place), None):
-        if len(fields) != 1:
+    for where, number in lines(read_text(fs, root, place, split_of(card, split)), join(root, place)):
+        if len(number.split()) != 1:
             raise UserError(f"{where}: must be the number of a scan alone, as in 000123")
-        yield Entry(where, {"path": f"training/velodyne/{fields[0]}.bin", "number": fields[0]}, 0)
+        yield Entry(where, {"path": f"training/velodyne/{number}.bin", "number": number}, 0)
 
 
 def _read_something_v2(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
@@ -145,17 +224,20 @@ def _read_hmdb51(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iter
         raise NotThere(f"{join(root, pattern)}: no such lists ({split_of(card, split)}): mend data.root or the card")
     for name in lists:
         place, label = join(folder, name) if folder else name, name.removesuffix(form.lstrip("*"))
-        for where, fields in lines(read_text(fs, root, place, split_of(card, split)), join(root, place), None):
-            if len(fields) != 2 or fields[1] not in ("0", "1", "2"):
+        for where, line in lines(read_text(fs, root, place, split_of(card, split)), join(root, place)):
+            file, _, found = line.replace("\t", " ").rpartition(" ")
+            if not file or found not in ("0", "1", "2"):
                 raise UserError(f"{where}: must be a file and 0, 1 or 2")
-            if int(fields[1]) == mark:
-                yield Entry(where, {"path": f"{label}/{fields[0]}"}, label)
+            if int(found) == mark:
+                yield Entry(where, {"path": f"{label}/{file.rstrip()}"}, label)
 
 
 def _read_cifar(num_labels: int, card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
     """The pictures of .bin files, `data_batch_1.bin#00017`; a picture is read where its pixels begin."""
     side = image_sets.CIFAR_SIDE
     for file in _read_files(card, split, fs, root):
+        if isinstance(file, Skipped):
+            continue
         path = file.columns["path"]
         where = join(root, path)
         try:
@@ -182,7 +264,7 @@ def _read_visual_wake_words(card: Card, split: str, fs: pafs.FileSystem, root: s
         yield Entry(f"{where} image {number}", {"path": name}, int(there))
 
 
-READERS: dict[str, Callable[[Card, str, pafs.FileSystem, str], Iterator[Entry]]] = {
+READERS: dict[str, Callable[[Card, str, pafs.FileSystem, str], Iterator[Entry | Skipped]]] = {
     "list": _read_list,
     "folders": _read_folders,
     "files": _read_files,

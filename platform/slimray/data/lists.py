@@ -4,17 +4,20 @@
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from slimray import storage
 from slimray.data.cards import MAX_CLASSES, Card, closest
-from slimray.data.entries import Entry, NotThere, parse_json, place_of, read_text, split_of
-from slimray.data.index import INDEX, index_table
+from slimray.data.entries import Entry, NotThere, Skipped, parse_json, place_of, read_text, split_of
+from slimray.data.index import INDEX, index_table, with_notes
 from slimray.data.layouts import READERS
+from slimray.data.modalities import MODALITIES
 from slimray.data.paths import COLUMN, NUMBERED, inside
 from slimray.data.samples import MAX_FRAMES
 from slimray.spec import UserError, did_you_mean, parse
@@ -60,7 +63,11 @@ def read_split(card: Card, split: str, root: str) -> pa.Table:
     names = {name: number for number, name in enumerate(card.class_names())}
     rows: list[dict[str, Any]] = []
     seen: dict[str, str] = {}
+    skipped: list[str] = []
     for entry in READERS[card.layout](card, split, fs, folder):
+        if isinstance(entry, Skipped):
+            skipped.append(entry.path)
+            continue
         path, frames = _path_of(entry, card.file, split)
         if path in seen:
             raise UserError(f"{entry.where}: {path} is listed twice, before in {seen[path]}")
@@ -69,7 +76,14 @@ def read_split(card: Card, split: str, root: str) -> pa.Table:
         rows.append({"path": path, "label": label, "frames": frames} | entry.place)
     if not rows:
         raise UserError(f"{join(folder, place_of(card, split))}: lists no sample for split {split!r} of {card.name}")
-    return index_table(rows)
+    return with_notes(index_table(rows), _left_out(skipped, MODALITIES[card.sample].plural))
+
+
+def _left_out(paths: list[str], plural: str) -> list[str]:
+    if not paths:
+        return []
+    some = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+    return [f"left out {len(paths):,} file{'s' * (len(paths) > 1)} that are no {plural} by their endings ({some})"]
 
 
 def read_index(card: Card, split: str, fs: pafs.FileSystem, root: str) -> pa.Table:
@@ -103,7 +117,8 @@ def _list_classes(card: Card, fs: pafs.FileSystem, root: str) -> list[str]:
     for split in card.splits:
         try:
             for entry in READERS[card.layout](card, split, fs, root):
-                labels.setdefault(entry.label, entry.where)
+                if isinstance(entry, Entry):
+                    labels.setdefault(entry.label, entry.where)
         except NotThere as error:
             absent.append(error)
     if len(absent) == len(card.splits):
@@ -115,6 +130,19 @@ def _list_classes(card: Card, fs: pafs.FileSystem, root: str) -> list[str]:
     if numbers and max(numbers) >= MAX_CLASSES:
         raise UserError(f"{labels[max(numbers)]}: label {max(numbers)} is no class number, {MAX_CLASSES} is the most")
     return [str(number) for number in range(card.num_classes or 1 + max(numbers))] if numbers else names
+
+
+def unused_labels(card: Card, tables: Iterable[pa.Table]) -> str:
+    """Return which classes of a card no sample of some indexes has, in a sentence; an empty one if all are there.
+
+    Labels may leave numbers out because they are something else: counts of frames, or counted from 1.
+    """
+    if card.labels == "point" or not card.num_classes:
+        return ""
+    used = {label for table in tables for label in pc.unique(table.column("label")).to_pylist()}
+    gaps = [name for number, name in enumerate(card.class_names()) if number not in used]
+    some = ", ".join(gaps[:5]) + (", ..." if len(gaps) > 5 else "")
+    return f"no sample is of {len(gaps):,} of the {card.num_classes:,} classes ({some})" if gaps else ""
 
 
 def _parse_classes(text: str, where: str) -> list[str]:

@@ -85,6 +85,8 @@ class Modality:
     """Megabytes of a sample on storage, assumed until measured."""
     packed: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """The same two for the formats of `pack`, where it changes what is stored."""
+    endings: frozenset[str] = frozenset()
+    """Endings of the names of files that hold samples, in lower case; in folders of samples, others are left out."""
     generate: Callable[[int, int, synthetic.Sizes], synthetic.Generated] | None = None
     """Number, seed and sizes to a generated sample; None where there are none."""
     layouts: frozenset[str] = frozenset()
@@ -335,6 +337,17 @@ def _require_frustum(card: "Card") -> None:
         raise ValueError(f"classes: frustums have [{', '.join(point_sets.KITTI_CLASSES)}], in this order")
 
 
+def _endings(names: str) -> frozenset[str]:
+    return frozenset(f".{name}" for name in names.split())
+
+
+IMAGES = _endings("jpg jpeg jpe jfif png apng webp bmp dib gif tif tiff ppm pgm pbm pnm jp2 j2k jpf jpx")
+VIDEOS = _endings(
+    "mp4 m4v mov qt avi divx mkv webm flv f4v wmv asf mpg mpeg mpe m1v m2v vob ts mts m2ts m2t 3gp 3g2 ogv ogg h264 "
+    "264 avc h265 265 hevc ivf obu av1 nut mxf dv y4m mjpeg mjpg rm rmvb zip"
+)
+CLOUDS = _endings("ply las laz npy npz pcd off obj stl bin txt xyz xyzn xyzrgb pts csv asc")
+
 MODALITIES: dict[str, Modality] = {
     "clip": Modality(
         noun="clip",
@@ -351,6 +364,7 @@ MODALITIES: dict[str, Modality] = {
         decode_s=0.14,  # PyAV, 340 x 256
         sample_mb=0.77,  # ten seconds of H.264 with GOP 12
         packed={"h264": (0.067, 0.77), "jpeg": (0.04, 7.5)},
+        endings=VIDEOS | IMAGES,
         generate=synthetic.generate_clip,
         segmented=True,
         notes=_short_clips,
@@ -372,6 +386,7 @@ MODALITIES: dict[str, Modality] = {
         require=_require_image,
         decode_s=0.01,
         sample_mb=0.1,
+        endings=IMAGES,
         generate=synthetic.generate_image,
         layouts=frozenset({"cifar10", "cifar100", "visual_wake_words"}),
         in_channels=3,
@@ -391,6 +406,7 @@ MODALITIES: dict[str, Modality] = {
         require=_require_points,
         decode_s=0.01,
         sample_mb=0.1,
+        endings=CLOUDS,
         generate=synthetic.generate_cloud,
         stored=True,
     ),

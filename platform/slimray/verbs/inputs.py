@@ -19,7 +19,7 @@ from slimray import runs
 from slimray.data.bytes import read_whole
 from slimray.data.cards import Card, load_card
 from slimray.data.index import fingerprint, notes_of
-from slimray.data.lists import complete, read_split
+from slimray.data.lists import complete, read_split, unused_labels
 from slimray.data.modalities import MODALITIES, read_recipe
 from slimray.data.samples import BadSample
 from slimray.data.spec import DataSpec
@@ -112,7 +112,8 @@ def notes_of_splits(data: DataSpec, splits: Splits, num_segments: int) -> list[s
     for split, table in splits.tables.items():
         short = modality.notes(table.column("frames").to_numpy(), recipe) if modality.notes else ""
         found += [f"{split}: {note}" for note in [*notes_of(table), *filter(None, [short])]]
-    return found
+    unused = unused_labels(splits.card, splits.tables.values())
+    return found + ([unused] if unused else [])
 
 
 def absent_samples(table: pa.Table, root: str, count: int = 3) -> list[str]:

@@ -29,7 +29,7 @@ from slimray.data.bytes import write_shard
 from slimray.data.cards import Card
 from slimray.data.conversion import BY_LAYOUT, Raw, scan_objects
 from slimray.data.index import fingerprint, index_table, notes_of
-from slimray.data.lists import read_split
+from slimray.data.lists import read_split, unused_labels
 from slimray.data.modalities import MODALITIES
 from slimray.data.samples import BadSample
 from slimray.data.synthetic import Sizes
@@ -157,7 +157,7 @@ def check(job: PrepareJob, ctx: CheckContext) -> dict[str, Any]:
             raise UserError(f"data.root: is required, the folder where {card.name} lies")
         tables = {split: _table(job, card, split, root) for split in out["splits"]}
         out["samples"] = {split: table.num_rows for split, table in tables.items()}
-        notes = [f"{split}: {note}" for split, table in tables.items() for note in notes_of(table)]
+        notes = [] if generated else _notes(card, tables)
         out |= {"notes": notes} if notes else {}
         for split, table in tables.items() if ctx.look and not generated else ():
             absent = inputs.absent_samples(table, root)
@@ -188,11 +188,20 @@ def run(job: PrepareJob, ctx: Context) -> None:
     ]
     if not generated:
         _require_same_lists(ctx, tables)
+        for note in _notes(card, tables):
+            ctx.console.print(f"{job.name}: {note}", highlight=False, markup=False)
     done = set(runs.list_names(ctx.run, "data/parts"))
     todo = tuple(chunk for chunk in chunks if _part_name(chunk) not in done)
     if todo:
         _process(job, ctx, card, root, tables, todo)
     _write_indexes(job, ctx, card, chunks, root)
+
+
+def _notes(card: Card, tables: Mapping[str, pa.Table]) -> list[str]:
+    """Return what users may not expect of the lists: files left out, classes without a sample."""
+    unused = unused_labels(card, tables.values())
+    listed = [f"{split}: {note}" for split, table in tables.items() for note in notes_of(table)]
+    return listed + ([unused] if unused else [])
 
 
 def _require_same_lists(ctx: Context, tables: Mapping[str, pa.Table]) -> None:
