@@ -28,6 +28,7 @@ from slimray.report.points import ResponseView as ResponseView  # for those who 
 
 MAX_LABELLED_CLASSES = 40
 MAX_QUARANTINE_ROWS = 500
+MAX_ROWS = 20_000  # of each phase; longer records are thinned
 NUM_BINS = 300
 MAX_SCENES = 12  # with boxes, of all runs together
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -116,7 +117,7 @@ def train_report(run: runs.Run) -> str:
 
     Works on a run of any state, as far as it got; a file that is not there leaves its section out.
     """
-    rows = sorted(runs.read_parts(run, "metrics"), key=lambda row: row.get("step", 0))
+    rows = sorted(runs.read_parts(run, "metrics", MAX_ROWS), key=lambda row: row.get("step", 0))
     card, results = runs.read_card(run) or {}, _results(run)
     final = final_numbers(rows, card)
     best, last = final["best"], final["last"]
@@ -260,7 +261,7 @@ def _page(
         clips=clips,
         clouds=clouds,
         boxes=[BoxView.from_plain(plain) for plain in results.get("boxes", [])],
-        quarantine=runs.read_parts(run, "quarantine"),
+        quarantine=runs.read_parts(run, "quarantine", MAX_ROWS),
         facts={name: value for name, value in card.items() if name != "metrics"},
         job=runs.read_file(run, "job.yaml").decode("utf-8", "replace") if runs.exists(run, "job.yaml") else "",
     )

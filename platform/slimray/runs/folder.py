@@ -272,7 +272,7 @@ def parse_json(data: bytes, where: str) -> Any:
     Integers beyond 64 bits become floats, and halves of characters (surrogates) `?`, so that what is read can be shown.
     """
     try:
-        found = json.loads(data, parse_int=_parse_int)
+        found = _DECODER.decode(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise DamagedFile(f"{where}: is not JSON ({reason})") from None
@@ -281,6 +281,9 @@ def parse_json(data: bytes, where: str) -> Any:
 
 def _parse_int(digits: str) -> int | float:
     return int(digits) if len(digits) <= 19 else float(digits)
+
+
+_DECODER = json.JSONDecoder(parse_int=_parse_int)
 
 
 def _without_surrogates(value: Any) -> Any:

@@ -4,22 +4,32 @@
 keeps, of the steps that were done twice, those of the newest attempt.
 """
 
+import hashlib
+import io
 import json
 import logging
+import math
+import re
 import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from slimray import storage
 from slimray.credentials import redact
-from slimray.runs.folder import Run, json_value, known_name, write_file
-from slimray.storage import StorageError, join
+from slimray.runs.folder import DamagedFile, Run, inside, json_value, known_name, parse_json, write_file
+from slimray.storage import StorageError
 
 FLUSH_S = 10.0
 FLUSH_ROWS = 1000
 MAX_WAITING_ROWS = 100_000
+MAX_PART_BYTES = 256 << 20
+MAX_PHASES = 64  # of which rows are thinned each by itself
+READERS = 16
+AHEAD_BYTES = 32 << 20  # of parts that are read before they are needed
 
 log = logging.getLogger(__name__)
 
@@ -120,45 +130,138 @@ class PartWriter:
 
 
 def count_writers(run: Run, folder: str) -> int:
-    """How often rank 0 began to write under `folder`: once for every start of the workers that did anything."""
-    names = [part.base_name.split("-") for part in storage.list_files(run.fs, join(run.path, folder))]
-    return len({(attempt, opened) for attempt, rank, opened, *_ in names if not int(rank)})
+    """Return how often rank 0 began to write under `folder`: once for every start of the workers that did anything."""
+    return len({(part.attempt, part.opened) for part in _list_parts(run, folder) if not part.rank})
 
 
-def read_parts(run: Run, folder: str) -> list[dict[str, Any]]:
+def read_parts(run: Run, folder: str, max_rows: int | None = None) -> list[dict[str, Any]]:
     """Return the rows under `folder` in writing order, each with its `attempt` and `rank`, the newest attempt per step.
 
     A writer that resumed does its steps again, from its first one on: from there its rows replace those of older
     attempts, and those of an older writer of its rank, phase by phase (the row's `phase`). Rows without `step` all
-    stay, but for exact repetitions. StorageError for a part that does not read.
+    stay, but for exact repetitions. With `max_rows`, about so many rows of each phase are kept, spread evenly, among
+    them the last: one part is in memory at a time, however long the run. StorageError for a part that does not read.
     """
-    parts = storage.list_files(run.fs, join(run.path, folder))
-    with ThreadPoolExecutor(16) as pool:
-        contents = list(pool.map(lambda part: storage.read_bytes(run.fs, part.path), parts))
-    writers: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
-    for part, content in zip(parts, contents, strict=True):
-        try:
-            attempt, rank, opened, _ = map(int, part.base_name.removesuffix(".jsonl").split("-"))
-            rows = [json.loads(line) for line in content.splitlines()]
-        except ValueError as error:
-            raise StorageError(f"{part.path}: is no part of a run's records ({error})") from None
-        writers.setdefault((attempt, opened, rank), []).extend(rows)
-    out: list[list[dict[str, Any]]] = []
+    writers: dict[tuple[int, int, int], list[_Part]] = {}
+    for part in _list_parts(run, folder):
+        writers.setdefault((part.attempt, part.opened, part.rank), []).append(part)
     redone: dict[tuple[int, int], dict[Any, float]] = {}  # (attempt, rank) -> phase -> first step of its newer writers
-    seen: set[str] = set()
+    seen: set[bytes] = set()
+    kept = _Selection(max_rows)
     for attempt, opened, rank in sorted(writers, reverse=True):
         newer = [first for (a, r), first in redone.items() if a > attempt or (a, r) == (attempt, rank)]
-        kept, begun = [], redone.setdefault((attempt, rank), {})
+        begun = redone.setdefault((attempt, rank), {})
         limit = {phase: min(f[phase] for f in newer if phase in f) for phase in set().union(*newer)}
-        for row in writers[attempt, opened, rank]:
+        for row in _rows(run, writers[attempt, opened, rank]):
+            phase = row.get("phase")
             if "step" in row:
-                new = row["step"] < limit.get(row.get("phase"), float("inf"))
-                begun[row.get("phase")] = min(row["step"], begun.get(row.get("phase"), row["step"]))
+                new = row["step"] < limit.get(phase, float("inf"))
+                begun[phase] = min(row["step"], begun.get(phase, row["step"]))
             else:
-                text = json.dumps(row, sort_keys=True)
-                new = text not in seen
-                seen.add(text)
+                mark = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).digest()[:16]
+                new = mark not in seen
+                seen.add(mark)
             if new:
-                kept.append({**row, "attempt": attempt, "rank": rank})
-        out.append(kept)
-    return [row for kept in reversed(out) for row in kept]
+                kept.add(phase, {**row, "attempt": attempt, "rank": rank})
+        kept.end_writer()
+    return kept.rows()
+
+
+class _Selection:
+    """The rows that are kept: all, or of each phase every n-th and the last of each writer; n doubles as needed."""
+
+    def __init__(self, max_rows: int | None):
+        self._max_rows = max_rows
+        self._strides: dict[Any, int] = {}
+        self._counts: dict[Any, int] = {}  # rows of a phase that came
+        self._sizes: dict[Any, int] = {}  # rows of a phase that are kept
+        self._writers: list[list[tuple[int, Any, int, dict[str, Any]]]] = []  # (place, phase, number, row)
+        self._writer: list[tuple[int, Any, int, dict[str, Any]]] = []
+        self._tails: dict[Any, tuple[int, Any, int, dict[str, Any]]] = {}
+        self._place = 0
+
+    def add(self, phase: Any, row: dict[str, Any]) -> None:
+        """Take the next row of the writer at hand."""
+        if phase not in self._counts and len(self._counts) >= MAX_PHASES:
+            phase = None
+        number = self._counts.get(phase, 0)
+        self._counts[phase] = number + 1
+        self._place += 1
+        one = (self._place, phase, number, row)
+        if number % self._strides.get(phase, 1):
+            self._tails[phase] = one
+            return
+        self._tails.pop(phase, None)
+        self._writer.append(one)
+        self._sizes[phase] = self._sizes.get(phase, 0) + 1
+        if self._max_rows is not None and self._sizes[phase] > self._max_rows:
+            self._strides[phase] = stride = 2 * self._strides.get(phase, 1)
+            for rows in (*self._writers, self._writer):
+                rows[:] = [one for one in rows if one[1] != phase or one[2] % stride == 0]
+            self._sizes[phase] = sum(one[1] == phase for rows in (*self._writers, self._writer) for one in rows)
+
+    def end_writer(self) -> None:
+        """Close the writer at hand; writers come the newest first."""
+        self._writers.append(sorted([*self._writer, *self._tails.values()], key=lambda one: one[0]))
+        self._writer, self._tails = [], {}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows in the order in which they were written."""
+        return [row for rows in reversed(self._writers) for *_, row in rows]
+
+
+@dataclass(frozen=True)
+class _Part:
+    path: str
+    attempt: int
+    rank: int
+    opened: int
+    size: int
+
+
+def _list_parts(run: Run, folder: str) -> list[_Part]:
+    """The parts under a folder by name; DamagedFile for a .jsonl of another name."""
+    found = []
+    for info in storage.list_files(run.fs, inside(run, folder)):
+        match = re.fullmatch(r"(\d{1,9})-(\d{1,9})-(\d{1,15})-(\d{1,9})\.jsonl", info.base_name)
+        if match is not None:
+            found.append(_Part(info.path, int(match[1]), int(match[2]), int(match[3]), info.size or 0))
+        elif info.base_name.endswith(".jsonl"):
+            raise DamagedFile(f"{info.path}: is no part of a run's records (its name is attempt-rank-time-number)")
+    return found
+
+
+def _rows(run: Run, parts: Sequence[_Part]) -> Iterator[dict[str, Any]]:
+    """The rows of a writer's parts in order, while the next few parts are read ahead."""
+    with ThreadPoolExecutor(READERS) as pool:
+        ahead: deque[tuple[_Part, Future[bytes]]] = deque()
+        waiting = deque(parts)
+        while waiting or ahead:
+            while waiting and len(ahead) < READERS and (not ahead or sum(p.size for p, _ in ahead) < AHEAD_BYTES):
+                part = waiting.popleft()
+                ahead.append((part, pool.submit(_read_part, run, part)))
+            part, content = ahead.popleft()
+            yield from _parse_part(part, content.result())
+
+
+def _read_part(run: Run, part: _Part) -> bytes:
+    if part.size > MAX_PART_BYTES:
+        raise DamagedFile(f"{part.path}: is no part of a run's records ({part.size} bytes)")
+    return storage.read_bytes(run.fs, part.path)
+
+
+def _parse_part(part: _Part, content: bytes) -> Iterator[dict[str, Any]]:
+    where = f"{part.path}: is no part of a run's records"
+    for line in io.BytesIO(content):
+        row = parse_json(line, where)
+        if (
+            not isinstance(row, dict)
+            or not _is_step(row.get("step", 0))
+            or not isinstance(row.get("phase"), str | None)
+        ):
+            raise DamagedFile(f"{where} ({line[:60]!r})")
+        yield row
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))

@@ -31,6 +31,7 @@ NUM_READERS, NUM_LOOKERS = 16, 4
 MAX_FILE_BYTES = 64 << 20  # of one file
 KEPT_BYTES = 256 << 20  # of all files together
 KEPT_LOOKS = 32
+MAX_ROWS = 5_000  # of each phase of a record, which is thinned to them
 READ = ("job.yaml", "status.json", "card.json", "results.json", "front.json", "report.html")
 READ_FOLDERS = ("metrics", "quarantine", "stages", "trials")
 DAMAGED = (AttributeError, KeyError, TypeError, ValueError, OSError)  # what other content than we write ends in
@@ -362,7 +363,7 @@ def _mapping(run: runs.Run, name: str) -> dict[str, Any]:
 
 
 def _rows(run: runs.Run, folder: str) -> list[dict[str, Any]]:
-    return runs.read_parts(run, folder)
+    return runs.read_parts(run, folder, MAX_ROWS)
 
 
 def _fronts(run: runs.Run) -> dict[str, list[dict[str, Any]]]:
