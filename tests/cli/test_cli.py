@@ -301,15 +301,28 @@ def test_clips_are_classified_where_ray_is_not_installed(shell, clip):
 def test_files_that_cannot_be_read_are_named_and_the_others_answered(shell, clip):
     finish_chain(2)
     Path("text.mp4").write_text("no video")
-    done = shell("predict", "tsm", "gone.mp4", clip, "text.mp4", ".", "--json")
+    Path("empty").mkdir()
+    done = shell("predict", "tsm", "gone.mp4", clip, "text.mp4", "empty", "--json")
     assert (done.code, done.err) == (2, "3 of 4 files could not be read, the reasons are above\n")
     rows = done.json()
-    assert [row["file"] for row in rows] == ["gone.mp4", clip, "text.mp4", "."]
+    assert [row["file"] for row in rows] == ["gone.mp4", clip, "text.mp4", "empty"]
     assert [len(row["top"]) for row in rows] == [0, 4, 0, 0]
-    assert rows[0]["reason"] == "no such file"
+    assert (rows[0]["reason"], rows[3]["reason"]) == ("no such file", "is a folder that holds no clips")
     assert sum(p for _, p in rows[1]["top"]) == pytest.approx(1)
     plain = shell("predict", "tsm", "gone.mp4", clip)
     assert plain.out.startswith("gone.mp4: no such file\nmy clip.mp4: ")
+
+
+def test_a_folder_stands_for_its_samples(shell, clip):
+    finish_chain(2)
+    for name in ("films/b.mp4", "films/inner/a.MP4", "films/.hidden/c.mp4", "films/notes.txt", "shots/1.jpg"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(Path(clip).read_bytes())
+    rows = shell("predict", "tsm", "films", "--json").json()
+    assert [row["file"] for row in rows] == ["films/b.mp4", "films/inner/a.MP4"]
+    assert [len(row["top"]) for row in rows] == [4, 4]
+    done = shell("predict", "tsm", "shots")
+    assert "shots: is a folder of pictures: name them by number and put them into a .zip" in done.out
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import typer
 from slimray.cli.jobs import fact
 from slimray.cli.look import DAMAGED
 from slimray.cli.terminal import AsJson, Storage, console, emit, say, storage_of
+from slimray.data.modalities import IMAGES, Modality, modality_of
 from slimray.spec import UserError, located, set_value
 
 app = typer.Typer()
@@ -16,7 +17,9 @@ app = typer.Typer()
 @app.command()
 def predict(
     name: Annotated[str, typer.Argument(help="A finished training run, by name or URI.", metavar="RUN")],
-    files: Annotated[list[Path], typer.Argument(help="Videos, images, or clouds of points.", metavar="FILE...")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Videos, images, clouds of points, or folders of them.", metavar="FILE...")
+    ],
     top: Annotated[int, typer.Option(help="Classes shown per file.", min=1)] = 5,
     columns: Annotated[
         str | None,
@@ -50,12 +53,14 @@ def predict(
     except (RuntimeError, SafetensorError, FileNotFoundError, *DAMAGED) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{run.uri}/model: is damaged or of another version ({reason}): train it again") from None
-    there = [path for path in files if path.is_file()]
+    modality = modality_of(network.recipe)
+    files, reasons = _files_in(files, modality)
+    there = [path for path in files if path not in reasons]
     names = (columns or "").replace(",", " ").split()
     answers = use.predict_files(network, there, top, columns=names, shape=shape, out=folder)
     rows: list[dict[str, Any]] = []
     for path in files:
-        found = next(answers) if path in there else use.Answer(path, reason="no such file")
+        found = next(answers) if path in there else use.Answer(path, reason=reasons[path])
         written = [str(one) for one in found.written]
         row = {"file": str(path), "top": found.top, "reason": found.reason, "written": written}
         rows.append(row | ({"notes": found.notes} if found.notes else {}))
@@ -70,6 +75,29 @@ def predict(
     bad = sum(bool(row["reason"]) for row in rows)
     if bad:
         raise UserError(f"{bad} of {len(rows)} files could not be read, the reasons are above")
+
+
+def _files_in(paths: list[Path], modality: Modality) -> tuple[list[Path], dict[Path, str]]:
+    """Each file, in place of a folder those in it that may be samples; and why the others cannot be read."""
+    files: list[Path] = []
+    reasons: dict[Path, str] = {}
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            if not path.is_file():
+                reasons[path] = "no such file" if not path.exists() else "is not a file"
+            continue
+        names = sorted(one.relative_to(path) for one in path.rglob("*") if one.suffix.lower() in modality.endings)
+        found = [path / name for name in names if not any(part.startswith(".") for part in name.parts)]
+        pictures = modality.segmented and bool(found) and all(one.suffix.lower() in IMAGES for one in found)
+        if pictures or not found:
+            files.append(path)
+            reasons[path] = f"is a folder that holds no {modality.plural}"
+            if pictures:
+                reasons[path] = "is a folder of pictures: name them by number and put them into a .zip, which is a clip"
+        else:
+            files += found
+    return files, reasons
 
 
 @app.command()

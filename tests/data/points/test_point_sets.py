@@ -341,3 +341,27 @@ def test_a_frustum_is_a_sample_with_its_truth(scan, calibration, tmp_path):
     mirrored = PointRecipe(**(vars(recipe) | {"mode": "train", "flip": True}))
     boxes = {round(float(kind.load(row, str(tmp_path), mirrored, (0, e, 0), 10.0)[1][64]), 4) for e in range(12)}
     assert boxes == {round(float(made.box[0]), 4), round(-float(made.box[0]), 4)}
+
+
+@pytest.mark.parametrize("wrong", ["nan", "inf", "-inf", "1e999"])
+def test_kitti_numbers_that_are_not_finite_are_refused(wrong):
+    rows = {"P2": 12, "R0_rect": 9, "Tr_velo_to_cam": 12}
+    for name in rows:
+        text = "".join(f"{n}: {' '.join(['7'] * (k - 1) + [wrong if n == name else '7'])}\n" for n, k in rows.items())
+        with pytest.raises(BadSample, match=f"{name} of the calibration holds numbers that are not finite"):
+            sets.kitti_calibration(text.encode())
+    for place in range(14):
+        fields = ["0"] * place + [wrong] + ["0"] * (13 - place)
+        with pytest.raises(BadSample, match="line 1 of the labels holds numbers that are not finite"):
+            sets.kitti_objects(f"Car {' '.join(fields)}\n".encode())
+    for place in range(6):
+        fields = ["2", "0.5", "1", "2", "3", "4"]
+        fields[place] = wrong
+        with pytest.raises(BadSample, match="line 1 of the detections"):
+            sets.rgb_detections(f"val/000001.png {' '.join(fields)}\n".encode())
+
+
+def test_a_camera_without_a_focal_length_is_refused():
+    text = f"P2: {'0 ' * 12}\nR0_rect: {'1 ' * 9}\nTr_velo_to_cam: {'1 ' * 12}\n"
+    with pytest.raises(BadSample, match="no focal length"):
+        sets.kitti_calibration(text.encode())

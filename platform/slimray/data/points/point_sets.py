@@ -8,6 +8,7 @@ wrong (unreadable S3DIS objects) is left out and named, never guessed.
 
 import dataclasses
 import json
+import math
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -248,7 +249,9 @@ def read_frustum(path: str, data: bytes) -> Frustum:
         raise BadSample("has no points, or some that are not finite")
     cloud = Cloud(coords, {"intensity": intensity}, labels, rows)
     x1, y1, x2, y2 = facts[3:7].tolist()
-    box = None if np.isnan(facts[7:]).any() else facts[7:]
+    box = None if np.isnan(facts[7:]).all() else facts[7:]
+    if box is not None and not np.isfinite(box).all():
+        raise BadSample("has a box of numbers that are not finite")
     return Frustum(cloud, KITTI_CLASSES[int(facts[0])], facts[1].item(), (x1, y1, x2, y2), box, facts[2].item())
 
 
@@ -263,6 +266,11 @@ def kitti_calibration(data: bytes) -> Calibration:
         raise BadSample(f"the calibration does not read: {error}") from None
     if (p2.shape, rect.shape, to_camera.shape) != ((3, 4), (3, 3), (3, 4)):
         raise BadSample("a matrix of the calibration has the wrong size")
+    for name, matrix in (("P2", p2), ("R0_rect", rect), ("Tr_velo_to_cam", to_camera)):
+        if not np.isfinite(matrix).all():
+            raise BadSample(f"{name} of the calibration holds numbers that are not finite")
+    if min(p2[0, 0], p2[1, 1]) <= 0:
+        raise BadSample("P2 of the calibration has no focal length above 0")
     return Calibration(p2, rect @ to_camera)
 
 
@@ -286,6 +294,8 @@ def kitti_objects(data: bytes) -> list[KittiObject]:
             raise BadSample(f"line {number} of the labels holds something else than numbers") from None
         if len(v) not in (14, 15):
             raise BadSample(f"line {number} of the labels has {len(words)} words, not 15 or 16")
+        if not all(map(math.isfinite, v)):
+            raise BadSample(f"line {number} of the labels holds numbers that are not finite")
         h, w, length = v[7:10]
         known = words[0] != "DontCare" and min(h, w, length) > 0
         box = (v[10], v[11] - h / 2, v[12], length, w, h, v[13]) if known else None  # a label's y is the bottom
@@ -305,8 +315,10 @@ def rgb_detections(data: bytes) -> dict[str, list[KittiObject]]:
             kind, score, *edges = (float(word) for word in words[1:])
             x1, y1, x2, y2 = edges
             known = KittiObject(DETECTION_TYPES[int(kind)], (x1, y1, x2, y2), score=score)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, OverflowError):
             raise BadSample(f"line {number} of the detections does not read") from None
+        if not all(map(math.isfinite, (score, x1, y1, x2, y2))):
+            raise BadSample(f"line {number} of the detections holds numbers that are not finite")
         found.setdefault(words[0].rpartition("/")[2].partition(".")[0], []).append(known)
     return found
 
