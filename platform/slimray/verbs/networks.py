@@ -166,7 +166,8 @@ def _measure(job: TrainJob, num_classes: int, card: Card | None) -> tuple[Any, i
     shape = _input_shape(job, card, net)
     if modality.segmented and job.data.sampling == "dense" and shape[0] > DENSE_WINDOW:
         raise UserError(f"model.num_segments: at most {DENSE_WINDOW} frames with data.sampling: dense (got {shape[0]})")
-    optimizers.make_optimizer(net, job.optim, job.batch.total)  # its parameter groups must be there
+    with cost.without_compiler():
+        optimizers.make_optimizer(net, job.optim, job.batch.total)  # its parameter groups must be there
     try:
         return net, cost.count_macs(net, (1, *shape))
     except (RuntimeError, ValueError) as error:

@@ -155,11 +155,13 @@ def check(job: PrepareJob, ctx: CheckContext) -> dict[str, Any]:
             out["clips"] = job.data.clips
         elif not root:
             raise UserError(f"data.root: is required, the folder where {card.name} lies")
+        if generated:  # without a table: making one imports pandas
+            return out | {"samples": {split: len(to_generate(job, split)) for split in out["splits"]}}
         tables = {split: _table(job, card, split, root) for split in out["splits"]}
         out["samples"] = {split: table.num_rows for split, table in tables.items()}
         notes = [] if generated else _notes(card, tables)
         out |= {"notes": notes} if notes else {}
-        for split, table in tables.items() if ctx.look and not generated else ():
+        for split, table in tables.items() if ctx.look else ():
             absent = inputs.absent_samples(table, root)
             if len(absent) == min(3, table.num_rows):
                 raise UserError(f"data.root: the files of split {split!r} are not there ({absent[0]})")
@@ -233,14 +235,16 @@ def _splits(job: PrepareJob, card: Card) -> list[str]:
 
 def _table(job: PrepareJob, card: Card, split: str, root: str) -> pa.Table:
     """Return the list of a split, or the numbers of what is to be generated."""
-    return to_generate(job, split) if card.layout == "generated" else read_split(card, split, root)
+    if card.layout == "generated":
+        return pa.table({"number": np.array(to_generate(job, split))})
+    return read_split(card, split, root)
 
 
-def to_generate(job: PrepareJob, split: str) -> pa.Table:
-    """A fifth of the clips validates; numbers go on from split to split, so that no clip is in two."""
+def to_generate(job: PrepareJob, split: str) -> range:
+    """Return the numbers of a split's generated samples: a fifth validates, and no number is in two splits."""
     num_val = job.data.clips // 5
     first, count = (0, job.data.clips - num_val) if split == "train" else (job.data.clips - num_val, num_val)
-    return pa.table({"number": np.arange(first, first + count)})
+    return range(first, first + count)
 
 
 def _part_name(chunk: _Chunk) -> str:

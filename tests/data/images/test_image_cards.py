@@ -236,7 +236,7 @@ class Prepared:
         data = {"card": card.model_dump(), "root": root or None, **fields.pop("data", {})}
         job = parse(prepare.PrepareJob, {"kind": "prepare", "name": "x", "data": data, **fields}, "x.yaml")
         generated = card.layout == "generated"
-        table = prepare.to_generate(job, "train") if generated else read_split(card, "train", root)
+        table = prepare._table(job, card, "train", root)
         chunk = prepare._Chunk("train", 0, 0, table.num_rows)
         work = prepare._Work(str(out), root, (chunk,), {}, card, job.data, job.pack, 30)
         part: dict[str, Any] = {"rows": [], "bad": [], "left_out": [], "objects": []}
