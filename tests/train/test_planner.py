@@ -168,7 +168,9 @@ def test_the_bottleneck_is_named_with_what_to_change(work, cluster, bottleneck, 
 
 
 def test_a_number_of_workers_that_does_not_divide_the_batch_is_refused_with_near_ones():
-    with pytest.raises(UserError, match=r"--workers 12: batch.total 128 is no multiple of 12 .* \(near: 8, 16, 32\)"):
+    with pytest.raises(
+        UserError, match=r"--workers 12: batch.total 128 is not a multiple of 12 .* \(near: 8, 16, 32\)"
+    ):
         planner.make_plan(WORK, GPUS, [12])
     with pytest.raises(UserError, match="--workers 32: needs 4 nodes, eight has 2"):
         planner.make_plan(WORK, replace(GPUS, nodes=2), [32])

@@ -59,7 +59,7 @@ def test_a_plan_on_a_cluster_tells_cost_doubts_and_bottleneck(shell, where):  # 
     ("arguments", "sentence"),
     [
         ("--workers 4x", "--workers 4x: must be whole numbers above 0 with commas, such as 6,96,768"),
-        ("--workers 3", "tiny.yaml (tiny): --workers 3: batch.total 8 is no multiple of 3 workers"),
+        ("--workers 3", "tiny.yaml (tiny): --workers 3: batch.total 8 is not a multiple of 3 workers"),
         ("--cluster tow", "--cluster tow: there is no such cluster file, did you mean 'two'?"),
         ("--cluster two --workers 8 --set batch.total=64", "--workers 8: needs 4 nodes, two has 2"),
         ("--cluster bare", "machine: is required to plan"),
@@ -146,7 +146,7 @@ def test_decoding_is_measured_on_samples_that_are_there(tmp_path):
 def test_a_calibration_file_of_other_content_is_refused_by_name(tmp_path):
     assert calibrate.find(str(tmp_path), "x") is None
     (tmp_path / "calibration.json").write_text("[]")
-    with pytest.raises(UserError, match=r"calibration\.json: is not as slimray writes it: delete it"):
+    with pytest.raises(UserError, match=r"calibration\.json: was not written by slimray: delete it"):
         calibrate.find(str(tmp_path), "x")
     (tmp_path / "calibration.json").write_text('{"x": {"a": 1}}')
     with pytest.raises(UserError, match="measure again"):

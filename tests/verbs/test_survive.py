@@ -102,7 +102,7 @@ def test_a_node_that_is_announced_to_go_costs_no_step_and_one_that_comes_is_used
     out, err = child.communicate(timeout=patience(400))
     cluster.remove_node(added)
     assert child.returncode == 0, out + err
-    assert "a node is to be taken" in out + err
+    assert "node preemption announced" in out + err
     assert seen(site, "spot") == {epoch: list(range(48)) for epoch in range(epochs)}
     card = runs.read_card(runs.open_run(str(site.storage), "spot"))
     assert card is not None

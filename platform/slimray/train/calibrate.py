@@ -1,4 +1,4 @@
-"""What one worker of this machine takes for a job: a dozen steps of its network in process, a few samples decoded.
+"""Calibration of the planner: a dozen steps of a job's network on one worker of this machine, a few decoded samples.
 
 `measure` times them without Ray, `save` keeps the result in `<storage>/calibration.json` by network, input and device,
 `find` gives it to later plans, which say so. `work` puts together what the planner needs of a training job; without a
@@ -170,7 +170,7 @@ def find(storage: str, key: str) -> Calibration | None:
     try:
         return None if row is None else Calibration(**row)
     except TypeError:
-        raise UserError(f"{join(storage, FILE)}: is not as slimray writes it: delete it and measure again") from None
+        raise UserError(f"{join(storage, FILE)}: was not written by slimray: delete it and measure again") from None
 
 
 def _read(storage: str) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _read(storage: str) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"{join(storage, FILE)}: is not as slimray writes it: delete it and measure again")
+        raise UserError(f"{join(storage, FILE)}: was not written by slimray: delete it and measure again")
     return found
 
 

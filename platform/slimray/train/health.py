@@ -1,4 +1,4 @@
-"""The signs of life of a run: is a rank stuck, is one slow, and how much of the time went into useful steps?
+"""The health of a run: stuck ranks, slow ranks, and how much of the time went into useful steps.
 
 `Watchdog` watches one rank from a thread: when nothing moved for a bound it says what the rank was doing and hands
 over the stacks of all its threads. `slow_ranks` finds stragglers in the step times of all ranks (MegaScale, arXiv
@@ -35,11 +35,11 @@ class Watchdog:
         self._thread.start()
 
     def beat(self, doing: str) -> None:
-        """The rank goes on, now with `doing`."""
+        """Note that the rank makes progress, and what it is doing now."""
         self.doing, self._at = doing, time.monotonic()
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._closed.set()
 
     def _watch(self) -> None:
@@ -51,7 +51,7 @@ class Watchdog:
 
 
 def stacks() -> str:
-    """The stacks of all threads of this process, innermost call first."""
+    """Return the stacks of all threads of this process, innermost call first."""
     with tempfile.TemporaryFile() as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
@@ -83,7 +83,7 @@ class Goodput:
     restarts: int
 
     def to_dict(self) -> dict[str, float]:
-        """As the run's card has it; `goodput` is the share of useful seconds."""
+        """Return it as the run's card stores it; `goodput` is the share of useful seconds."""
         share = self.useful_s / self.wall_s if self.wall_s > 0 else 0.0
         return {
             "goodput": round(share, 4),
@@ -97,7 +97,7 @@ class Goodput:
 def goodput(
     rows: Sequence[Mapping[str, Any]], began: float, ended: float, restarts: int = 0, repeated: int = 0
 ) -> Goodput:
-    """Goodput of a run from its metric `rows` (newest attempt per step), Unix times, restarts, and steps done again."""
+    """Return the goodput of a run from its metric `rows` (newest attempt per step), Unix times and restarts."""
     useful, before = 0.0, 0
     for row in sorted((r for r in rows if r.get("phase") == "train"), key=lambda r: r["step"]):
         useful += row["time/step_s"] * (row["step"] - before)

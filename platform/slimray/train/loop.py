@@ -24,12 +24,10 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 from torch import Tensor
 
-from slimray import models, runs
-from slimray.data.modalities import input_shape
+from slimray import runs
 from slimray.data.pipeline import Batch, FeedConfig
 from slimray.data.plan import Phase, microbatches
-from slimray.models import published
-from slimray.spec import RunFailed, UserError
+from slimray.spec import RunFailed
 from slimray.tasks.frustum_boxes import FrustumScore
 from slimray.tasks.parts import ShapeScore
 from slimray.tasks.predict import Input, predict_scores, to_input
@@ -38,12 +36,13 @@ from slimray.train import learn, optimizers, speed
 from slimray.train.checkpoints import Progress, Saver
 from slimray.train.config import FitConfig
 from slimray.train.health import OTHERS, end_process
-from slimray.train.methods.method import Piece, Replica, Setup, part
+from slimray.train.methods.method import Piece, part
 from slimray.train.metrics import BadSamples, Clock, Records, training_row
 from slimray.train.notices import Notices
 from slimray.train.precision import arithmetic_of
 from slimray.train.ranks import Ranks
 from slimray.train.shown import Shown
+from slimray.train.start import make_replica
 from slimray.train.workers import open_stream
 
 Score = learn.Score | SegmentationScore | FrustumScore
@@ -68,7 +67,7 @@ class _Rank:
         self.ranks = Ranks(self.rank, self.world, self.device, config.scale.data_timeout_s + 20, self._stuck)
         self.ranks.require_all_reduce()
         self.bad = BadSamples(self.num_train, self.ranks)
-        self.replica = self._make_replica()
+        self.replica = make_replica(config, self.device, self.rank, self.world)
         self.shown = Shown(self.replica, self.ranks, config.pixels)
         self.notices = Notices(config, self.ranks, self._save_now)
         self.result: Score | None = None
@@ -81,27 +80,6 @@ class _Rank:
         self.best_metric = config.checkpoint.best_metric or best
         keep = config.checkpoint.keep_last
         self.saver = Saver(self.run, keep, self.best_metric, self.records.flush) if self.rank == 0 else None
-
-    def _make_replica(self) -> Replica:
-        config, recipe = self.config, self.config.recipes["train"]
-        torch.manual_seed(config.seed)
-        net = models.build(**config.model)
-        if config.init:
-            report = load_start(net, config.init)
-            if self.rank == 0:
-                config.board.update.remote(note=f"starts from {config.init['from']}: {report}")
-        setup = Setup(
-            optim=config.optim,
-            pixels=config.pixels,
-            sample_shape=input_shape(recipe),
-            device=self.device,
-            rank=self.rank,
-            world=self.world,
-            bucket_mb=config.scale.bucket_mb,
-            compress=config.scale.compress,
-            batch_total=config.batch_total,
-        )
-        return config.method.replica(net, lambda: models.build(**config.model), setup)
 
     def _stuck(self, doing: str, seconds: float, stacks: str) -> None:
         """Called by the watchdog: leave the stacks in the logs; end this rank, unless it only waits for others."""
@@ -531,15 +509,3 @@ def merge_scores(score: Score | ShapeScore, world: int, device: torch.device) ->
         moved = tensor.to(device)
         dist.all_reduce(moved)
         tensor.copy_(moved)
-
-
-def load_start(net: torch.nn.Module, init: dict[str, Any]) -> published.LoadReport:
-    """Load starting weights as `init` says: {"from": path, "exclude": [...], "freeze": [prefixes]}."""
-    report = published.load(net, init["from"], exclude=tuple(init.get("exclude", ())))
-    for prefix in init.get("freeze", ()):
-        frozen = [parameter for name, parameter in net.named_parameters() if name.startswith(prefix)]
-        if not frozen:
-            raise UserError(f"init.freeze: no weight of this network starts with {prefix!r}")
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-    return report

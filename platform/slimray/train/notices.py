@@ -57,9 +57,11 @@ class Notices:
         deadline = time.time() + NOTICE_S if info.deadline_ms is None else info.deadline_ms / 1000
         if self.ranks.rank == 0:
             where = f"ranks {', '.join(map(str, info.preempted_ranks))}"
-            note = f"a node is to be taken ({where}): saved step {progress.total_steps}, waiting to restart"
+            note = f"node preemption announced ({where}): saved step {progress.total_steps}, waiting to restart"
             self.config.board.update.remote(note=note, preempted=True, total_steps=progress.total_steps)
         while time.time() < deadline + NOTICE_S:  # the controller ends this process; no collective: some ranks go first
             self.ranks.watchdog.beat("waiting to be restarted")
             time.sleep(0.5)
-        raise RuntimeError("the node that was to be taken is still there and Ray Train did not restart the workers")
+        raise RuntimeError(
+            "a node preemption was announced, but the node is still there and Ray Train did not restart the workers"
+        )

@@ -55,7 +55,7 @@ class Work:
         per_pass = workers * self.per_worker
         if self.batch_total % per_pass:
             raise ValueError(
-                f"batch.total {self.batch_total} is no multiple of {workers} workers x batch.per_worker "
+                f"batch.total {self.batch_total} is not a multiple of {workers} workers x batch.per_worker "
                 f"{self.per_worker}"
             )
         return self.batch_total // per_pass
@@ -348,7 +348,7 @@ def _advice(work: Work, cluster: Cluster, workers: int, split: Split, bottleneck
             "bring it nearer to the nodes"
         )
     if crowded or bottleneck == "cores":
-        return f"workers and decoders share {cluster.cores} cores: more workers bring nothing here"
+        return f"workers and decoders share {cluster.cores} cores: more workers do not help here"
     if bottleneck == "all-reduce":
         return "raise batch.total or batch.per_worker (more to compute per all-reduce), or take fewer workers"
     if bottleneck == "stragglers":

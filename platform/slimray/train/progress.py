@@ -1,7 +1,7 @@
-"""What a person sees while a run runs: a bar with samples/s, data-wait % and ETA on a terminal, few lines elsewhere.
+"""Progress of a run on a terminal: a bar with samples/s, time spent waiting for data and ETA; a few lines elsewhere.
 
-`follow` polls the run's board (an actor that rank 0 tells how far it is) from a thread of the driver; `Counted` is the
-same for work that counts items. Nothing here is needed for the run itself.
+`follow` polls the run's progress actor, to which rank 0 reports, from a thread of the driver. The run itself needs
+nothing of this file.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ Tell = Callable[[Mapping[str, Any]], None]
 
 
 def make_bar(console: Console) -> Progress:
-    """A rich progress bar in slimray's columns; shows nothing when `console` is no terminal."""
+    """Return a progress bar with slimray's columns; it shows nothing when `console` is not a terminal."""
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=24),
@@ -32,7 +32,7 @@ def make_bar(console: Console) -> Progress:
 
 @contextlib.contextmanager
 def follow(board: Any, title: str, console: Console, tell: Tell = lambda event: None) -> Iterator[None]:
-    """Show how far the run behind `board` is until the block ends; `tell` hears when a node is to be taken."""
+    """Show the progress that the actor `board` knows until the block ends; `tell` is called for preemption notices."""
     done = threading.Event()
     thread = threading.Thread(target=_poll, args=(board, title, console, done, tell), daemon=True)
     thread.start()

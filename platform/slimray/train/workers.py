@@ -1,8 +1,8 @@
-"""A group of Ray Train workers and its cluster: joining, checking, starting, progress, failing in one sentence.
+"""A group of Ray Train workers: join a cluster, check its nodes, start workers, follow them, report failures.
 
-`connect` joins the cluster of RAY_ADDRESS or starts a local one, `require` refuses what can never fit, `launch` runs a
-worker function on every worker and returns what rank 0 returned. `open_stream` gives a rank its data. Ray's own
-checkpoint book-keeping is not used: a restarted worker finds its place in the run folder (loop.py).
+`connect` joins the cluster of RAY_ADDRESS or starts a local one, `require` refuses a job that can never fit, `launch`
+runs a function on every worker and returns what rank 0 returned. `open_stream` gives a rank its data. Ray's own
+checkpoint bookkeeping is not used: a restarted worker finds its place in the run folder (loop.py).
 """
 
 import contextlib
@@ -39,12 +39,12 @@ from slimray.train.spec import ScaleSpec
 
 BARRIER_CALLS = 4096  # concurrent calls of Ray Train's barrier; its own number, 1,000, dead-locks a larger world
 MAX_WORKERS = 4000
-ELASTIC_START_S = 20.0  # an elastic group that cannot be placed asks anew after this, with as many as there are then
+ELASTIC_START_S = 20.0  # an elastic group that cannot be placed asks again after this, for as many workers as fit then
 NODE_LABEL = "ray.io/node-id"
 
 
 class _Board:
-    """A tiny actor through which the ranks tell the driver how far they are (fire and forget, never waited for)."""
+    """Progress actor: the ranks report to it how far they are, and the driver reads it; nobody waits for it."""
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = {"told": time.time(), "repeated": 0, "stuck": []}
@@ -53,13 +53,13 @@ class _Board:
         self.state.update(state, told=time.time())
 
     def begin(self, step: int, world: int) -> None:
-        """A group of workers goes on after `step`; counts the steps that are done again."""
+        """Note that a group of workers starts after `step`; steps that were done before count as repeated."""
         if "world" in self.state:
             self.state["repeated"] += max(0, self.state.get("total_steps", step) - step)
         self.update(world=world, total_steps=step, preempted=False)
 
     def stuck(self, sentence: str) -> None:
-        """A rank does not move."""
+        """Note that a rank is stuck."""
         self.state["stuck"].append(sentence)
 
     def read(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def connect(cpus: int) -> None:
 
 
 def capacity() -> dict[str, float]:
-    """The most the cluster can have: as SLIMRAY_CLUSTER_CPUS and _GPUS tell (`submit` sets them), else what it has."""
+    """Return the most the cluster can grow to: SLIMRAY_CLUSTER_CPUS and _GPUS (set by `submit`), else what it has."""
     have: dict[str, float] = dict(ray.cluster_resources())
     for name in ("CPU", "GPU"):
         told = float(os.environ.get(f"SLIMRAY_CLUSTER_{name}S") or 0)
@@ -103,7 +103,7 @@ def capacity() -> dict[str, float]:
 
 
 def decode_slots(scale: ScaleSpec) -> int:
-    """How many blocks are decoded at once: as told, else one per core of this machine, or what a cluster has left."""
+    """Return how many blocks are decoded at once: as set, else one per core here, or what a cluster has left."""
     if scale.decode_slots:
         return scale.decode_slots
     if not os.environ.get("RAY_ADDRESS"):
@@ -132,7 +132,7 @@ def require(scale: ScaleSpec, slots: int) -> None:
 
 
 def preflight(scale: ScaleSpec, run_uri: str) -> dict[str, str]:
-    """Look at every node of a cluster of several: node id -> what is wrong with it (versions, GPUs, storage).
+    """Check every node of a cluster of several; return node id -> problem (versions, GPUs, storage).
 
     Each node runs a task that compares its versions with the driver's, counts the GPUs it says it has, and reads from
     the run's folder what the driver wrote there. Waits for `scale.start_timeout_s` at most; a node that has not
@@ -173,7 +173,7 @@ def preflight(scale: ScaleSpec, run_uri: str) -> dict[str, str]:
         first = next(iter(bad))
         host = next(node["NodeManagerHostname"] for node in nodes if node["NodeID"] == first)
         raise UserError(
-            f"scale: {len(bad)} of {len(nodes)} nodes are not fit for work and the others hold {sum(per_node)} of "
+            f"scale: {len(bad)} of {len(nodes)} nodes cannot be used and the others hold {sum(per_node)} of "
             f"{scale.fewest} workers; {host} {bad[first]}"
         )
     return bad
@@ -214,7 +214,7 @@ class WideBarrier(ControllerCallback):
 
 
 class _Silence(threading.Thread):
-    """Ends a launch from which nothing was heard for `limit_s`, as a Ctrl-C would: Ray itself may wait for ever."""
+    """Ends a launch that reported nothing for `limit_s`, as Ctrl-C would: Ray itself may wait forever."""
 
     def __init__(self, board: Any, limit_s: float):
         super().__init__(daemon=True, name="silence")
@@ -222,13 +222,13 @@ class _Silence(threading.Thread):
         self.done = threading.Event()
 
     def run(self) -> None:
-        """Ask the board every few seconds."""
+        """Ask the progress actor every few seconds."""
         while not self.done.wait(min(5.0, self.limit_s / 4)):
             told = board_state(self.board).get("told")
             if told is not None and time.time() - told > self.limit_s:
                 self.sentence = (
-                    f"no worker gave a sign of life for {self.limit_s:.0f} s: fewer nodes than scale.workers needs, or "
-                    "all are stuck (see logs/); the same command resumes"
+                    f"no worker reported progress for {self.limit_s:.0f} s: there are fewer nodes than scale.workers "
+                    "needs, or all are stuck (see logs/); the same command resumes"
                 )
                 os.kill(os.getpid(), signal.SIGINT)
                 return
@@ -319,7 +319,7 @@ def launch(
 
 
 def board_state(board: Any) -> dict[str, Any]:
-    """What the board says; nothing if there is none or it has gone: no run needs it."""
+    """Return what the progress actor knows; {} if there is none, or it died: no run needs it."""
     try:
         return {} if board is None else ray.get(board.read.remote(), timeout=60)
     except (exceptions.RayError, TimeoutError):
