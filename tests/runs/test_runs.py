@@ -1,5 +1,6 @@
 """The run folder on a disk and in a bucket of a real S3 server; locks between real processes; processes killed."""
 
+import itertools
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -495,6 +497,55 @@ def test_fewer_ranks_after_a_resume_leave_no_row_of_a_rank_that_is_gone(local):
     write_rows(local, "samples", 2, 0, [{"step": s, "ids": [0, 1]} for s in (1, 2)])
     found = sorted((row["step"], row["ids"]) for row in runs.read_parts(local, "samples"))
     assert found == [(0, [0]), (0, [1]), (1, [0, 1]), (2, [0, 1])]
+
+
+def test_a_long_record_is_thinned_evenly_and_a_short_one_is_not(local):
+    write_rows(local, "metrics", 1, 0, [{"step": s, "phase": "train"} for s in range(3000)])
+    write_rows(local, "metrics", 2, 0, [{"step": s, "phase": "train"} for s in range(2000, 9_998)])
+    write_rows(local, "metrics", 2, 0, [{"step": s, "phase": "val"} for s in range(50)])
+    whole, rows = (runs.read_parts(local, "metrics", most) for most in (None, 100))
+    assert len(whole) == 9_998 + 50
+    assert [row for row in rows if row["phase"] == "val"] == [row for row in whole if row["phase"] == "val"]
+    steps = [row["step"] for row in rows if row["phase"] == "train"]
+    assert steps == sorted(steps)
+    assert 50 <= len(steps) <= 103
+    assert (steps[0] < 200, steps[-1]) == (True, 9_997)
+    assert max(b - a for a, b in itertools.pairwise(steps)) <= 2 * 9_998 / 50
+    assert runs.read_parts(local, "metrics", 100_000) == whole
+
+
+def test_thinning_holds_one_part_at_a_time(local):
+    """The rows of 40 parts, all at once, take some 40 MB; of these a thinned reading holds a few."""
+    Path(local.path, "metrics").mkdir(parents=True)
+    for part in range(40):
+        rows = [{"step": 1000 * part + i, "phase": "train", "note": "x" * 900} for i in range(1000)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        Path(local.path, f"metrics/0001-00000-1700000000000-{part:06d}.jsonl").write_text(text)
+    tracemalloc.start()
+    assert len(runs.read_parts(local, "metrics", 50)) <= 51
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    whole = sum(path.stat().st_size for path in Path(local.path, "metrics").iterdir())
+    assert peak < whole  # what is read ahead is at most 16 of the 40 parts
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": "3"}', '{"step": NaN}', '{"step": true}', "[]", "5", '{"phase": {}}', "[" * 9999, "\x00", "{"]
+)
+def test_a_row_that_slimray_does_not_write_is_told_with_its_part(local, line):
+    Path(local.path, "metrics").mkdir(parents=True)
+    Path(local.path, "metrics/0001-00000-1700000000000-000000.jsonl").write_text(line + "\n")
+    with pytest.raises(StorageError, match=r"000000\.jsonl: is no(t| part)"):
+        runs.read_parts(local, "metrics")
+
+
+def test_a_part_of_another_name_is_told_and_other_files_are_left_alone(local):
+    write_rows(local, "metrics", 1, 0, [{"step": 1}])
+    Path(local.path, "metrics/notes.txt").write_text("mine")
+    assert len(runs.read_parts(local, "metrics")) == runs.count_writers(local, "metrics") == 1
+    Path(local.path, "metrics/copy.jsonl").write_text("{}")
+    with pytest.raises(StorageError, match=r"copy\.jsonl: is no part of a run's records"):
+        runs.read_parts(local, "metrics")
 
 
 def test_rows_without_a_step_stay_but_for_repetitions(local):

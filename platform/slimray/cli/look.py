@@ -1,6 +1,5 @@
 """`slimray runs`, `show`, `dashboard`: what is in a storage."""
 
-import json
 import os
 import sys
 import webbrowser
@@ -11,7 +10,8 @@ import typer
 from rich.table import Table
 
 from slimray.cli.terminal import AsJson, Storage, emit, out, say, storage_of
-from slimray.spec import RunFailed, UserError, require_extra
+from slimray.spec import UserError, require_extra, shown
+from slimray.storage import StorageError
 
 app = typer.Typer()
 
@@ -37,8 +37,11 @@ COLUMNS = (
 
 def print_numbers(title: str, card: dict[str, Any]) -> None:
     """The final numbers of a run: best and last of a training, a row for each run of an evaluation."""
-    metrics = card.get("metrics") or {}
-    rows = metrics.get("rows") or [{"run": which, **row} for which, row in metrics.items() if isinstance(row, dict)]
+    metrics = card.get("metrics")
+    metrics = metrics if isinstance(metrics, dict) else {}
+    listed = metrics["rows"] if isinstance(metrics.get("rows"), list) else []
+    rows = [row for row in listed if isinstance(row, dict)]
+    rows = rows or [{"run": which, **row} for which, row in metrics.items() if isinstance(row, dict)]
     if not rows:
         return
     rows = [{key.removeprefix("val/"): value for key, value in row.items()} for row in rows]
@@ -55,30 +58,12 @@ def print_numbers(title: str, card: dict[str, Any]) -> None:
 def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2f}"
-    return (
-        f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else "" if value is None else str(value)
-    )
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "" if value is None else shown(value)
 
 
 DAMAGED = (AttributeError, KeyError, TypeError, ValueError)  # what a file with other content than we wrote ends in
-
-
-def _describe(run: Any) -> dict[str, Any]:
-    """A line about a run; `damaged` if its folder does not hold what slimray writes."""
-    from slimray import runs
-
-    try:
-        return runs.describe(run)
-    except (UserError, RunFailed, *DAMAGED) as error:
-        message = (
-            str(error)
-            if isinstance(error, UserError | RunFailed)
-            else f"is no run folder as slimray writes it ({error})"
-        )
-        return {
-            "name": run.name, "kind": None, "state": "damaged", "result": None, "updated": None,
-            "message": message, "uri": run.uri,
-        }  # fmt: skip
 
 
 @app.command()
@@ -87,7 +72,7 @@ def runs(storage: Storage = None, as_json: AsJson = False) -> None:
     from slimray import runs as folder
 
     where = storage_of(storage)
-    rows = [_describe(run) for run in folder.list_runs(where)]
+    rows = [folder.describe(run) for run in folder.list_runs(where)]
     if as_json:
         emit(rows)
         return
@@ -98,7 +83,7 @@ def runs(storage: Storage = None, as_json: AsJson = False) -> None:
     for key in ("name", "kind", "state", "result", "updated", "message"):
         table.add_column(key)
     for row in rows:
-        table.add_row(*[str(row.get(key) or "") for key in ("name", "kind", "state", "result", "updated", "message")])
+        table.add_row(*[cell(row.get(key)) for key in ("name", "kind", "state", "result", "updated", "message")])
     out.print(table)
 
 
@@ -113,7 +98,7 @@ def show(
     from slimray import runs as folder
 
     run = folder.find_run(name, storage_of(storage))
-    described, card, latest = _describe(run), None, {}
+    described, card, latest = folder.describe(run), None, {}
     if described["state"] != "damaged":
         card = folder.read_card(run)
         latest = {} if card else _latest(run)
@@ -124,11 +109,7 @@ def show(
             if described.get(key):
                 say(f"{key}: {described[key]}")
         print_numbers(run.name, card or {})
-        if isinstance(good := (card or {}).get("goodput"), dict):
-            say(
-                f"goodput: {100 * good['goodput']:.0f} %, {good['useful_s']:g} s of steps in {good['wall_s']:g} s"
-                f" ({good['restarts']} restarts, {good['repeated_steps']} steps done again)"
-            )
+        _say_goodput((card or {}).get("goodput"))
         for phase, row in latest.items():
             numbers = [
                 f"{key.removeprefix(f'{phase}/')} {value:.4g}"
@@ -151,15 +132,28 @@ def show(
         webbrowser.open(local.resolve().as_uri())
 
 
+def _say_goodput(good: Any) -> None:
+    """A line about the share of time that went into steps, if a card tells it."""
+    keys = ("goodput", "useful_s", "wall_s", "restarts", "repeated_steps")
+    numbers = [good.get(key) if isinstance(good, dict) else None for key in keys]
+    if all(isinstance(number, int | float) for number in numbers):
+        share, useful, wall, restarts, repeated = numbers
+        say(
+            f"goodput: {100 * share:.0f} %, {useful:g} s of steps in {wall:g} s"
+            f" ({restarts} restarts, {repeated} steps done again)"
+        )
+
+
 def _latest(run: Any) -> dict[str, dict[str, Any]]:
     """The newest row of each phase in the newest part of the metrics of a run that has not finished."""
     from slimray import runs
 
-    parts = runs.list_names(run, "metrics")
     try:
+        parts = runs.list_names(run, "metrics")
         lines = runs.read_file(run, f"metrics/{parts[-1]}").splitlines() if parts else []
-        return {str(row["phase"]): row for row in map(json.loads, lines) if isinstance(row["epoch"], int | float)}
-    except DAMAGED:
+        rows = [runs.parse_json(line, f"{run.uri}/metrics/{parts[-1]}") for line in lines]
+        return {str(row["phase"]): row for row in rows if isinstance(row["epoch"], int | float)}
+    except (StorageError, *DAMAGED):
         return {}
 
 

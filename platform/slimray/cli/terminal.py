@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from slimray.spec import shown
+
 WIDTH = 160  # of a file or a pipe, which have none of their own
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # names are text, whatever is in them
 console = Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH, **PLAIN)
@@ -30,9 +32,11 @@ def storage_of(given: str | None) -> str:
 
 
 def emit(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+    """Print a value as JSON; numbers that JSON does not have become null."""
+    plain = json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
+    sys.stdout.write(json.dumps(plain, indent=2, allow_nan=False) + "\n")
 
 
 def say(text: str) -> None:
     """A line of its own, however long."""
-    out.print(text, soft_wrap=True)
+    out.print(shown(text), soft_wrap=True)
