@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import yaml
+from tests.waits import patience
 
 from slimray import runs
 from slimray.cli import main
@@ -93,10 +94,10 @@ def read_everything(where: Path, capsys: pytest.CaptureFixture[str]) -> list[dic
     rows = found
     watch = Watch(str(where))
     try:
-        for row in watch.rows(patience_s=60):
+        for row in watch.rows(patience_s=patience(60)):
             assert row["state"] != "reading"
             json.dumps(row)
-        look = watch.look("a", patience_s=60)
+        look = watch.look("a", patience_s=patience(60))
         if look is not None:
             assert look.row["state"] != "reading"
             json.dumps([look.problems, look.job_text, look.version])
