@@ -10,7 +10,7 @@ from torch import nn
 from slimray import models
 from slimray.edge import latency_table, profiler
 from slimray.models.points.ops import normalize_coords, voxelize
-from slimray.tasks.predict import Input
+from slimray.tasks.network import Input
 from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.plain import PlainReplica
 from slimray.train.spec import OptimSpec

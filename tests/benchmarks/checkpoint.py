@@ -14,7 +14,7 @@ import torch
 from moto.server import ThreadedMotoServer
 
 from slimray import models, runs
-from slimray.tasks.predict import Input
+from slimray.tasks.network import Input
 from slimray.train.checkpoints import Saver
 from slimray.train.methods.method import Setup
 from slimray.train.methods.plain import PlainReplica

@@ -15,7 +15,7 @@ from tests.benchmarks.pairs import Ratio
 from torch import nn
 
 from slimray import models
-from slimray.tasks.predict import Input
+from slimray.tasks.network import Input
 from slimray.train import workers
 from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.plain import PlainReplica

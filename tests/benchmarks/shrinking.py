@@ -44,9 +44,9 @@ from slimray.data.video.clips import ClipRecipe, frame_indices, generators, make
 from slimray.edge import cost
 from slimray.models.supernets.elastic import sort_channels
 from slimray.models.supernets.supernet import Subnet, initialise
-from slimray.tasks.predict import Input, to_input
+from slimray.tasks.classify import ClassScore
+from slimray.tasks.network import Input, to_input
 from slimray.train import batchnorm, learn, optimizers
-from slimray.train.loop import make_score
 from slimray.train.methods.method import Piece, Replica, Setup
 from slimray.train.methods.plain import PlainReplica
 from slimray.train.methods.supernet import Supernet, SupernetReplica
@@ -284,7 +284,7 @@ class Judge:
         net = batchnorm.recalibrate_norms(
             plain.to(DEVICE), (learn.fit_input(x, self.space, arch) for x in self.inputs)
         ).eval()
-        score = make_score(self.data.recipe, self.data.num_classes)
+        score = ClassScore(self.data.num_classes)
         for start in range(0, len(self.x), self.job.judge.batch):
             rows = slice(start, start + self.job.judge.batch)
             score.add(net(learn.fit_input(self.x[rows], self.space, arch)).cpu(), self.labels[rows])  # type: ignore[call-arg]

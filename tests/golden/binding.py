@@ -13,7 +13,9 @@ from torch import Tensor, nn
 # ------------------------------------------------------------------ imports that follow the package when files move
 from slimray import models
 from slimray.data import cards, lists, modalities, plan
-from slimray.tasks.predict import Input, to_input
+from slimray.models.points.frustum import FrustumNet
+from slimray.tasks import TASKS
+from slimray.tasks.network import Input, to_input
 from slimray.train import learn, optimizers
 from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.mutual import Mutual
@@ -83,7 +85,8 @@ class Training:
         rank: int, world: int,
     ):  # fmt: skip
         self.method, self.optim = method, OptimSpec(**optim)
-        setup = Setup(self.optim, Input(), tuple(shape), CPU, rank, world)
+        task = "classify" if len(shape) > 2 else "frustum_boxes" if isinstance(net, FrustumNet) else "segment"
+        setup = Setup(self.optim, Input(), tuple(shape), CPU, rank, world, task=TASKS[task])
 
         def second() -> nn.Module:
             assert teacher is not None

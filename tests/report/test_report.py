@@ -17,8 +17,9 @@ from PIL import Image
 from tests.pages import Elements, judged_cloud, response, street
 
 from slimray import runs
-from slimray.report import pages, points
+from slimray.report import pages
 from slimray.report.pages import Clip, CloudView, Confusion, Curves, Table, render
+from slimray.runs import examples
 
 HOSTILE = "<script>alert(1)</script>\"' onerror=alert(1) $x_1$"
 
@@ -142,10 +143,10 @@ def test_iou_per_class_begins_with_the_weakest_and_ends_with_the_absent():
         {"run": "b", "miou": 70.0, "class_iou": [80.0, 70.0, None, 30.0]},
         {"run": "c", "top1": 70.0},
     ]
-    (table,) = pages.class_ious(rows, ["floor", "wall", "beam", "door"])
+    (table,) = pages.task_tables(rows, ["floor", "wall", "beam", "door"])
     assert table.header == ("class", "a · natural", "b")
     assert table.rows == [("door", 40.0, 30.0), ("wall", 20.0, 70.0), ("floor", 90.0, 80.0), ("beam", None, None)]
-    assert pages.class_ious(rows[2:], ["floor"]) == []
+    assert pages.task_tables(rows[2:], ["floor"]) == []
     assert "class_iou" not in pages.compare(rows).header
 
 
@@ -154,7 +155,7 @@ def test_iou_per_category_has_a_table_of_its_own():
         {"run": "a", "instance_miou": 80.0, "category_iou": {"Bag": 90.0, "Cap": 20.0, "Mug": None}},
         {"run": "b", "instance_miou": 70.0, "category_iou": {"Bag": 50.0, "Cap": 70.0, "Mug": None}},
     ]
-    (table,) = pages.class_ious(rows, [])
+    (table,) = pages.task_tables(rows, [])
     assert table.header == ("category", "a", "b")
     assert table.rows == [("Cap", 20.0, 70.0), ("Bag", 90.0, 50.0), ("Mug", None, None)]
     assert "category_iou" not in pages.compare(rows).header
@@ -182,12 +183,12 @@ def kitti_rows(std: float) -> list[dict]:
 
 
 def test_average_precision_is_told_by_class_and_difficulty():
-    (table,) = pages.average_precisions(kitti_rows(0.0))
+    (table,) = pages.task_tables(kitti_rows(0.0), [])
     assert table.header == ("run", "class", "boxes", "recalls", "easy", "moderate", "hard")
     assert table.rows[0] == ("f · natural", "car", "in space", "11", 40.0, 42.0, 44.0)
     assert table.rows[-1] == ("f · natural", "cyclist", "from above", "40", 59.0, 61.0, 63.0)
     assert len(table.rows) == 8
-    assert pages.average_precisions([{"run": "a"}]) == pages.spreads(kitti_rows(0.0)) == []
+    assert pages.task_tables([{"run": "a"}], []) == pages.spreads(kitti_rows(0.0)) == []
 
 
 def test_numbers_of_several_repeats_come_with_their_deviation():
@@ -287,9 +288,9 @@ def test_frame_order_is_judged_only_where_both_orders_were():
         {"run": "tsm", "variant": "shuffled", "top1": 40.0},
         {"run": "tsn", "variant": "natural", "top1": 50.0},
     ]
-    (table,) = pages.order_matters(rows)
+    (table,) = pages.task_tables(rows, [])
     assert table.rows == [("tsm", 90.0, 40.0, 50.0)]
-    assert pages.order_matters(rows[2:]) == []
+    assert pages.task_tables(rows[2:], []) == []
 
 
 def test_a_file_quarantined_in_two_attempts_is_one_file():
@@ -391,35 +392,33 @@ def test_the_best_epoch_of_boxes_is_the_one_that_found_most(tmp_path: Path):
 
 @pytest.mark.parametrize("per_point", [True, False])
 def test_the_page_of_an_evaluation_shows_the_clouds_that_its_workers_saw(tmp_path: Path, per_point: bool):
-    import pyarrow as pa
     import torch
 
-    from slimray.data.pipeline import Batch
-    from slimray.tasks import predict
-    from slimray.verbs import scoring
+    from slimray.tasks import TASKS
+    from slimray.tasks.evaluation import Pass, Samples, Setting
+    from slimray.tasks.network import Input, Network
 
     rng, num_points = np.random.default_rng(0), 3000
-    clouds = rng.random((3, 1, 6, num_points), np.float32)
-    labels = rng.integers(0, 2, (3, num_points) if per_point else 3)
-    table = pa.table(
-        {"position": range(3), "sample": range(3), "valid": [1, 0, 1], "path": "abc", "reason": ["", "torn", ""]}
-    )
-    batch = Batch([table.append_column("data", pa.array([0] * 3)).append_column("label", pa.array([0] * 3))])
-    batch.data, batch.label = clouds, labels
-    network = predict.Network(torch.nn.Linear(1, 1), predict.Input(), {"kind": "points"}, ("leg", "top"), {})
+    clouds = rng.random((2, 1, 6, num_points), np.float32)
+    labels = rng.integers(0, 2, (2, num_points) if per_point else 2)
+    task = TASKS["segment" if per_point else "classify"]
+    network = Network(torch.nn.Linear(1, 1), Input(), {"kind": "points"}, ("leg", "top"), {}, task.name)
     scores = torch.from_numpy(rng.random((2, 2, num_points) if per_point else (2, 2)))
-    found = scoring._pictures(scoring.Case("", "net", "natural", 0), network, batch, scores, 0, 5)
-    assert [kind for kind, _ in found] == ["clouds"] * 2
-    assert len(scoring._pictures(scoring.Case("", "net", "natural", 0), network, batch, scores, 1, 2)) == 1
-    row = scoring._plain({"miou": 50.0, "class_iou": [30.0, None], "missed": [3]})
-    assert row == {"miou": 50.0, "class_iou": [30.0, None]}
-    results = {"rows": [{"run": "net", **row}], "classes": ["leg", "top"], "clouds": [cloud for _, cloud in found]}
+    samples, one = Samples(clouds, labels, ["a", "b"], [0, 1]), Pass(Setting(task, network, {}), task.score(2, {}))
+    found = one.show(samples, scores, [], 5)
+    assert [example["type"] for example in found] == ["cloud"] * 2
+    assert len(one.show(samples, scores, found[:1], 2)) == 1
+    results = {
+        "rows": [{"run": "net", "miou": 50.0, "class_iou": [30.0, None]}],
+        "classes": ["leg", "top"],
+        "examples": [example | {"run": "net"} for example in found],
+    }
     elements = Elements(pages.evaluate_report(run_folder(tmp_path, [], {}, results)))
     assert len(elements.all("data-points")) == 2
     if per_point:
-        kept = np.linspace(0, num_points - 1, points.MAX_CLOUD_POINTS).astype(int)
+        kept = np.linspace(0, num_points - 1, examples.MAX_CLOUD_POINTS).astype(int)
         wrong = np.frombuffer(base64.b64decode(elements.all("data-labels")[1].split()[2]), np.uint8)
-        np.testing.assert_array_equal(wrong, (labels[2] != scores[1].argmax(0).numpy())[kept])
+        np.testing.assert_array_equal(wrong, (labels[1] != scores[1].argmax(0).numpy())[kept])
     else:
         assert elements.text.count("✓ right") + elements.text.count("✗ wrong") == 2
     assert "IoU per class" in elements.text

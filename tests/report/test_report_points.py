@@ -13,6 +13,7 @@ from slimray.data.points.point_sets import box_corners
 from slimray.report import points
 from slimray.report.pages import render
 from slimray.report.points import BoxView, CloudView, ResponseView
+from slimray.runs import examples
 from slimray.tasks.boxes import box_iou_matrix
 
 
@@ -67,7 +68,7 @@ def test_a_cloud_comes_back_from_its_results_as_it_was_judged():
     labels = np.random.default_rng(1).integers(-1, 400, 9000)
     plain = json.loads(json.dumps(CloudView("r", cloud.coords, labels, labels[::-1], classes).to_plain()))
     back = CloudView.from_plain(plain, classes)
-    kept = np.linspace(0, 8999, points.MAX_CLOUD_POINTS).astype(int)
+    kept = np.linspace(0, 8999, examples.MAX_CLOUD_POINTS).astype(int)
     np.testing.assert_array_equal(back.truth, labels[kept])
     np.testing.assert_array_equal(back.predicted, labels[::-1][kept])
     coords = cloud.coords[kept] - (cloud.coords[kept].min(0) + cloud.coords[kept].max(0)) / 2
@@ -182,7 +183,7 @@ def test_responses_come_back_from_the_results_with_points_of_their_own_only_wher
     assert ["coords" in one for one in plain["responses"]] == [False, True]
     assert len(json.dumps(plain)) < 30_000
     back = CloudView.from_plain(plain, []).responses
-    kept = np.linspace(0, 8999, points.MAX_CLOUD_POINTS).astype(int)
+    kept = np.linspace(0, 8999, examples.MAX_CLOUD_POINTS).astype(int)
     for one, given, places in ((back[0], same, kept), (back[1], own, np.arange(64))):
         ratio = one.voxel.astype(float) / given.voxel[places]
         np.testing.assert_allclose(ratio, ratio[0], rtol=2e-3)
@@ -197,7 +198,7 @@ def test_responses_come_back_from_the_results_with_points_of_their_own_only_wher
 def test_of_many_blocks_a_few_are_shown_from_the_first_to_the_last():
     text = Elements(render("r", clouds=[with_responses(*(response(f"block {i};") for i in range(13)))])).text
     shown = re.findall(r"block (\d+);", text)
-    assert len(shown) == points.MAX_BLOCKS
+    assert len(shown) == examples.MAX_BLOCKS
     assert (shown[0], shown[-1]) == ("0", "12")
 
 
@@ -258,7 +259,7 @@ def test_a_scene_comes_back_from_its_results():
     plain = json.loads(json.dumps(scene.to_plain(), allow_nan=False))
     assert len(json.dumps(plain)) < 40_000
     back = BoxView.from_plain(plain)
-    kept = np.linspace(0, 8999, points.MAX_BOX_POINTS).astype(int)
+    kept = np.linspace(0, 8999, examples.MAX_BOX_POINTS).astype(int)
     np.testing.assert_allclose(back.points[:, [0, 2]], scene.points[kept][:, [0, 2]], atol=0.0051)
     np.testing.assert_allclose(back.truths, scene.truths, atol=6e-4)
     np.testing.assert_allclose(back.predictions, scene.predictions, atol=6e-4)

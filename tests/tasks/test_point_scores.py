@@ -350,9 +350,9 @@ def test_frustums_of_two_ranks_are_those_of_one():
         "mask_logits": torch.tensor([[[0.0, 0], [1, -1]], [[0, 0], [1, 0]], [[0, 0], [-1, -1]]]),  # equal: background
     }
     one, a, b = (FrustumScore((0.7, 0.5)) for _ in range(3))
-    one.add(outputs, targets, torch.tensor([0, 1, 0]), TEMPLATES)
-    a.add({k: v[:2] for k, v in outputs.items()}, {k: v[:2] for k, v in targets.items()}, [0, 1], TEMPLATES)
-    b.add({k: v[2:] for k, v in outputs.items()}, {k: v[2:] for k, v in targets.items()}, [0], TEMPLATES)
+    one.compare(outputs, targets, torch.tensor([0, 1, 0]), TEMPLATES)
+    a.compare({k: v[:2] for k, v in outputs.items()}, {k: v[:2] for k, v in targets.items()}, [0, 1], TEMPLATES)
+    b.compare({k: v[2:] for k, v in outputs.items()}, {k: v[2:] for k, v in targets.items()}, [0], TEMPLATES)
     iou = 1.3 / 2.1  # 0.4 of 1.7 m too low: enough for a pedestrian
     expected = {
         "mask_acc": 500 / 6,

@@ -25,6 +25,8 @@ from slimray.data.points.recipe import PointRecipe, make_points
 from slimray.data.video import moving_shapes
 from slimray.data.video.clips import ClipRecipe
 from slimray.tasks import predict
+from slimray.tasks.network import Network, load_network, to_input, top_classes
+from slimray.tasks.segment import class_colors
 
 PARTS = tuple(f"{name} {part}" for name, parts in shapes.PARTS.items() for part in parts)
 SMALL = {"width": 0.125, "voxel": 0.25}
@@ -40,7 +42,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def train(name: str, classes: tuple[str, ...], recipe: Any, **options: Any) -> predict.Network:
+def train(name: str, classes: tuple[str, ...], recipe: Any, **options: Any) -> Network:
     """The folder of the run `net`, never trained; small variances keep it from answering the same to every point."""
     torch.manual_seed(0)
     options |= {"name": name, "num_classes": len(classes)}
@@ -50,10 +52,10 @@ def train(name: str, classes: tuple[str, ...], recipe: Any, **options: Any) -> p
     runs.write_job(run, {"kind": "train", "name": "net"})
     taken = {"recipe": recipe.to_dict(), "pixels": {"average": "logits"}, "classes": list(classes)}
     runs.write_model(run, safetensors.torch.save(state), options, taken)
-    return predict.load_network(run)
+    return load_network(run)
 
 
-def segmentation(**changes: Any) -> predict.Network:
+def segmentation(**changes: Any) -> Network:
     recipe = PointRecipe(**{**RECIPE.to_dict(), **changes})
     return train("pvcnn_s3dis", PARTS, recipe, in_channels=recipe.num_channels, **SMALL)
 
@@ -152,8 +154,8 @@ def test_an_image_gets_the_probabilities_of_its_centre_and_what_is_no_image_a_re
     code, out, err = shell("a.jpg", "b.jpg", "--top", "3", "--json")
     found, refused = json.loads(out)
     with torch.no_grad():
-        view = predict.to_input(picture[None, None, 2:34, 2:34], network.pixels, torch.device("cpu"))
-        expected = predict.top_classes(network.net(view)[0], image_shapes.CLASSES, 3)
+        view = to_input(picture[None, None, 2:34, 2:34], network.pixels, torch.device("cpu"))
+        expected = top_classes(network.net(view)[0], image_shapes.CLASSES, 3)
     assert [name for name, _ in found["top"]] == [name for name, _ in expected]
     assert [p for _, p in found["top"]] == pytest.approx([p for _, p in expected], abs=1e-5)
     assert (code, refused["reason"]) == (2, "is no picture that can be read")
@@ -169,7 +171,7 @@ def test_a_cloud_of_any_format_gets_the_same_probabilities(file):
     (found,) = predict.predict_files(network, [put(file, FORMATS[file](CLOUD))], 3)
     view = torch.from_numpy(make_points(Cloud(CLOUD), recipe, (0, 0, 0)).points)
     with torch.no_grad():
-        expected = predict.top_classes(network.net(view)[0], shapes.CLASSES, 3)
+        expected = top_classes(network.net(view)[0], shapes.CLASSES, 3)
     assert [name for name, _ in found.top] == [name for name, _ in expected]
     assert [p for _, p in found.top] == pytest.approx([p for _, p in expected], abs=1e-3)
     assert sorted(path.name for path in Path().iterdir()) == sorted([file, "runs"]), "nothing is written"
@@ -248,14 +250,14 @@ def test_the_labels_are_a_coloured_cloud_for_viewers(shell):
     found, cloud = labels("a.labels.npz"), read_cloud("a.labels.ply", Path("a.labels.ply").read_bytes())
     np.testing.assert_array_equal(cloud.coords, found["coords"].astype(np.float32))
     np.testing.assert_array_equal(cloud.labels, found["labels"])
-    colors = predict.class_colors(len(PARTS))
+    colors = class_colors(len(PARTS))
     np.testing.assert_array_equal(np.round(cloud.features["colors"] * 255), colors[found["labels"]])
     assert "class 0 'lamp stand'" in plyfile.PlyData.read("a.labels.ply").comments
 
 
 def test_classes_have_colours_of_their_own_whatever_their_number():
-    assert len(np.unique(predict.class_colors(24), axis=0)) == 24
-    np.testing.assert_array_equal(predict.class_colors(24)[:5], predict.class_colors(5))
+    assert len(np.unique(class_colors(24), axis=0)) == 24
+    np.testing.assert_array_equal(class_colors(24)[:5], class_colors(5))
 
 
 def test_far_coordinates_come_back_as_they_were(shell):

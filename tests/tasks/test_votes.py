@@ -32,20 +32,21 @@ def window(sample: int) -> tuple[torch.Tensor, np.ndarray]:
     return torch.from_numpy(rng.normal(size=(2, CLASSES, 20)) * 3), np.stack([truth[rows], rows])
 
 
-def counted(rank: int, world: int) -> SceneVotes:
-    votes = SceneVotes(PATHS, BATCH, CLASSES)
+def counted(rank: int, world: int) -> SegmentationScore:
+    score = SegmentationScore(CLASSES, ignore_label=-1)
+    votes = SceneVotes(PATHS, BATCH, lambda predicted, labels, _: score.add_predictions(predicted, labels))
     phase = Phase("eval", "eval", 0, len(PATHS), BATCH, False, {})
     for step in range(phase.num_steps):
         for sample in range(*rank_slice(phase, step, rank, world)):
             votes.add(sample, *window(sample))
         votes.settle(step, world, torch.device("cpu"))
         assert len(votes.open) <= 1
-    return votes
+    return score
 
 
 def rank_of_two(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(list(counted(rank, 2).score.tensors()), f"{folder}/{rank}.pt")
+    torch.save(list(counted(rank, 2).tensors()), f"{folder}/{rank}.pt")
     dist.barrier()  # gloo aborts when one side goes away while the other still talks
     dist.destroy_process_group()
 
@@ -60,8 +61,7 @@ def test_a_point_gets_the_class_of_its_surest_view():
             votes.add(rows.reshape(-1), sure.numpy().reshape(-1), chosen.numpy().reshape(-1))
             labels[rows] = truth
         wanted.add_predictions(votes.predicted, labels)
-    score = counted(0, 1).score
-    assert isinstance(score, SegmentationScore)
+    score = counted(0, 1)
     assert torch.equal(score.confusion, wanted.confusion)
     assert int(score.confusion.sum()) > 60
     assert score.result()["num_samples"] == 3
@@ -77,7 +77,7 @@ def test_two_ranks_count_what_one_counts(tmp_path):
         assert process.returncode == 0, err.decode()[-2000:]
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     together = [sum(pair) for pair in zip(*parts, strict=True)]
-    for mine, alone in zip(together, counted(0, 1).score.tensors(), strict=True):
+    for mine, alone in zip(together, counted(0, 1).tensors(), strict=True):
         assert torch.allclose(mine.double(), alone.double())
 
 
@@ -86,27 +86,29 @@ def test_points_that_no_window_votes_on_may_count_as_published():
     with pytest.raises(ValidationError, match="missed: belongs to votes"):
         EvaluateJob.model_validate(job)
     assert EvaluateJob.model_validate(job | {"votes": 1}).missed == "last_class"
-    votes = SceneVotes(["room#0"], 1, 3)
+    score = SegmentationScore(3, ignore_label=-1)
+    votes = SceneVotes(["room#0"], 1, lambda predicted, labels, _: score.add_predictions(predicted, labels))
     scores = torch.eye(3)[[0, 1]].T[None] * 9  # two of the room's three points are in the window
     votes.add(0, scores, np.array([[[0, 1]], [[0, 1]]]))
     votes.open["room"].grow(3)
     votes.open["room"].truth[2] = 1
     votes.settle(0, 1, torch.device("cpu"))
-    ours, published = votes.score.result(), votes.score.result(missed_as_last=True)
+    ours, published = score.result(), score.result(missed_as_last=True)
     assert ours["class_iou"] == [100.0, 50.0, None]
     assert published["class_iou"] == [100.0, 50.0, 0.0]
 
 
 def test_a_shape_is_judged_among_its_own_parts():
-    votes = SceneVotes(["a.txt", "b.txt"], 2, 5, {"a": range(0, 2), "b": range(2, 5)})
+    parts = {"a": range(0, 2), "b": range(2, 5)}
+    score = ShapeScore(parts)
+    votes = SceneVotes(["a.txt", "b.txt"], 2, score.add_predictions, tuple(parts.values()))
     truth = np.array([[2, 3, 4, 2]])
     scores = torch.zeros(1, 5, 4)
     scores[0, 0] = 9  # the surest class is none of the second shape's
     scores[0, truth[0], range(4)] = 5
     votes.add(1, scores, np.stack([truth, np.arange(4)[None]]))
     votes.settle(0, 1, torch.device("cpu"))
-    assert isinstance(votes.score, ShapeScore)
-    result = votes.score.result()
+    result = score.result()
     assert result["instance_miou"] == pytest.approx(100)
     assert result["num_samples"] == 1
     assert result["category_iou"] == {"a": None, "b": pytest.approx(100)}

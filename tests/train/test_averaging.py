@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimray.tasks.predict import Input, to_input
+from slimray.tasks.network import Input, to_input
 from slimray.train.averaging import Ema
 from slimray.train.batchnorm import norm_state
 from slimray.train.methods.method import Piece, Setup

@@ -10,6 +10,9 @@ from torch import nn
 from slimray import models
 from slimray.edge import cost
 from slimray.spec import UserError, parse
+from slimray.tasks import classify
+from slimray.tasks.classify import ClassScore
+from slimray.tasks.network import merge_views
 from slimray.train import batchnorm, learn, optimizers, speed
 from slimray.train.spec import OptimSpec
 
@@ -131,24 +134,24 @@ def test_no_decay_on_biases_and_batchnorm():
 
 def test_losses_are_smoothed_and_weighted_per_sample():
     logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])
-    plain = learn.sample_losses(logits, labels, spec())
+    plain = classify.losses(logits, labels, spec())
     assert plain.tolist() == pytest.approx([math.log(1 + math.exp(-2)), math.log(1 + math.exp(1))])
-    weighted = learn.sample_losses(logits, labels, spec(class_weights=[3.0, 1.0]))
+    weighted = classify.losses(logits, labels, spec(class_weights=[3.0, 1.0]))
     assert torch.allclose(weighted, 3 * plain)
-    smooth = learn.sample_losses(logits, labels, spec(label_smoothing=0.1))
+    smooth = classify.losses(logits, labels, spec(label_smoothing=0.1))
     assert smooth[0] == pytest.approx(plain[0].item() + 0.05 * 2.0)  # half of it goes to the other class
 
 
 def test_weights_of_samples_are_those_of_their_losses():
     labels = torch.tensor([0, 1, 1])
-    assert learn.sample_weights(labels, spec()).tolist() == [1, 1, 1]
-    assert learn.sample_weights(labels, spec(class_weights=[3.0, 0.5])).tolist() == [3, 0.5, 0.5]
+    assert classify.weights(labels, spec()).tolist() == [1, 1, 1]
+    assert classify.weights(labels, spec(class_weights=[3.0, 0.5])).tolist() == [3, 0.5, 0.5]
     points = torch.tensor([[0, 1, -1, -1], [1, 1, 1, 0]])
     weighted = spec(class_weights=[3.0, 0.5])
-    assert learn.sample_weights(points, weighted).tolist() == pytest.approx([1.75, 1.125])
+    assert classify.weights(points, weighted).tolist() == pytest.approx([1.75, 1.125])
     logits = torch.randn(2, 2, 4)
-    step = learn.sample_losses(logits, points, weighted).sum() / learn.sample_weights(points, weighted).sum()
-    one = learn.sample_losses(logits[:1], points[:1], weighted).sum() / learn.sample_weights(points[:1], weighted).sum()
+    step = classify.losses(logits, points, weighted).sum() / classify.weights(points, weighted).sum()
+    one = classify.losses(logits[:1], points[:1], weighted).sum() / classify.weights(points[:1], weighted).sum()
     torch.testing.assert_close(
         one, nn.functional.cross_entropy(logits[:1], points[:1], torch.tensor([3.0, 0.5]), ignore_index=-1)
     )
@@ -183,13 +186,13 @@ def test_merged_statistics_are_those_of_all_the_data():
 
 def test_views_are_averaged_as_logits_or_as_probabilities():
     logits = torch.tensor([[4.0, 0.0], [0.0, 1.0]])
-    assert learn.merge_views(logits, 2, "logits").tolist() == [[2.0, 0.5]]
+    assert merge_views(logits, 2, "logits").tolist() == [[2.0, 0.5]]
     probabilities = torch.softmax(logits, 1).mean(0)
-    assert torch.allclose(learn.merge_views(logits, 2, "prob").exp()[0], probabilities)
+    assert torch.allclose(merge_views(logits, 2, "prob").exp()[0], probabilities)
 
 
 def test_scores_count_hits_classes_and_unknown_labels():
-    score = learn.Score(6)
+    score = ClassScore(6)
     logits = torch.eye(6)[[0, 0, 1, 5]] * 9 - torch.arange(6) / 10
     score.add(logits, torch.tensor([0, 1, 1, -1]))
     result = score.result()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimray.tasks.predict import Input
+from slimray.tasks.network import Input
 from slimray.train import precision, speed
 from slimray.train.gpus import GPUS
 from slimray.train.methods.method import Piece, Setup

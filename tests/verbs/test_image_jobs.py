@@ -16,10 +16,13 @@ from PIL import Image
 from slimray import job, models, runs
 from slimray.data.images import image_shapes
 from slimray.data.images.pictures import ImageRecipe
+from slimray.data.modalities import read_recipe
 from slimray.report import pages
 from slimray.spec import UserError, parse
-from slimray.tasks import predict
-from slimray.verbs import evaluate, scoring
+from slimray.tasks import TASKS
+from slimray.tasks.evaluation import Pass, Samples, Setting
+from slimray.tasks.network import Network, load_network
+from slimray.verbs import evaluate
 
 TRAIN = """
 kind: train
@@ -59,7 +62,7 @@ def problems(*sets: str) -> list[str]:
     return [problem.partition(": ")[2] for one in check(*sets).values() for problem in one["problems"]]
 
 
-def finish(recipe: ImageRecipe) -> predict.Network:
+def finish(recipe: ImageRecipe) -> Network:
     """The run `net` as training would leave it, never trained."""
     torch.manual_seed(0)
     options = {"name": "resnet18", "num_classes": 3, "width": 0.125}
@@ -71,7 +74,7 @@ def finish(recipe: ImageRecipe) -> predict.Network:
     classes = sorted(image_shapes.CLASSES[:3])
     taken = {"recipe": recipe.to_dict(), "pixels": {"average": "logits"}, "classes": classes}
     runs.write_model(run, safetensors.torch.save(models.build(**options).state_dict()), options, taken)
-    return predict.load_network(run)
+    return load_network(run)
 
 
 def test_check_tells_what_a_network_of_images_takes():
@@ -114,12 +117,12 @@ def test_a_run_is_scored_in_several_crops_and_at_another_size():
     network = finish(ImageRecipe(size=32, mode="val", flip=False))
     scored = parse(evaluate.EvaluateJob, {"kind": "evaluate", "name": "e", "runs": ["net"], "crops": 5}, "x.yaml")
     splits: Any = None  # only votes on points look at them
-    recipe = ImageRecipe.from_dict(evaluate._recipe(scored, network, "natural", splits, "val"))
+    recipe = read_recipe(evaluate._recipe(scored, network, "natural", splits, "val"))
     assert (recipe.size, recipe.crops, recipe.short_side, recipe.mode) == (32, 5, 37, "test")
     larger = scored.model_copy(update={"size": 64})
-    assert ImageRecipe.from_dict(evaluate._recipe(larger, network, "natural", splits, "val")).short_side == 74
+    assert read_recipe(evaluate._recipe(larger, network, "natural", splits, "val")).short_side == 74
     tight = replace(network, recipe=network.recipe | {"resize": 32})
-    assert ImageRecipe.from_dict(evaluate._recipe(larger, tight, "natural", splits, "val")).short_side == 64
+    assert read_recipe(evaluate._recipe(larger, tight, "natural", splits, "val")).short_side == 64
 
 
 @pytest.mark.parametrize(
@@ -134,24 +137,21 @@ def test_what_only_clips_have_is_refused(sets, field):
 def test_a_report_shows_images_with_truth_and_guess():
     network = finish(ImageRecipe(size=32, mode="val"))
 
-    class Batch:
-        data = np.stack([image_shapes.make_image(n, 0, 32)[0] for n in range(3)])[:, None]
-        valid, label = np.array([True, False, True]), np.array([0, 1, 2])
-
-    case = scoring.Case("uri", "net", "natural", 0)
+    views = np.stack([image_shapes.make_image(n, 0, 32)[0] for n in (0, 2)])[:, None]
+    samples, task = Samples(views, np.array([0, 2]), ["a", "c"], [0, 2]), TASKS[network.task]
     scores = torch.tensor([[3.0, 0.0, 0.0], [0.0, 3.0, 0.0]])
-    found = scoring._pictures(case, network, Batch, scores, 0, 5)
-    assert [(kind, one["truth"], one["top"][0][0]) for kind, one in found] == [
-        ("clips", network.classes[0], network.classes[0]),
-        ("clips", network.classes[2], network.classes[1]),
+    found = Pass(Setting(task, network, network.recipe), task.score(3, {})).show(samples, scores, [], 5)
+    assert [(one["type"], one["truth"], one["top"][0][0]) for one in found] == [
+        ("clip", network.classes[0], network.classes[0]),
+        ("clip", network.classes[2], network.classes[1]),
     ]
-    raw = base64.b64decode(found[0][1]["frames_jpeg_base64"])
+    raw = base64.b64decode(found[0]["frames_jpeg_base64"])
     with Image.open(io.BytesIO(raw)) as image:
         shown = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
-    assert np.abs(shown - Batch.data[0, 0]).mean() < 25
+    assert np.abs(shown - views[0, 0]).mean() < 25
     assert len(raw) < 10_000
-    clips = [pages.Clip(one["run"], one["frames_jpeg_base64"], one["truth"], one["top"]) for _, one in found]
+    clips = [pages.Clip("net", one["frames_jpeg_base64"], one["truth"], one["top"]) for one in found]
     page = pages.render("x", clips=clips, headline={}, curves=[], tables=[])
     assert "<h2>Images</h2>" in page
     assert "<h2>Clips</h2>" not in page
-    assert json.dumps(found[0][1]), "goes into results.json"
+    assert json.dumps(found[0]), "goes into results.json"

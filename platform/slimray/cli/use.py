@@ -43,11 +43,13 @@ def predict(
     from safetensors import SafetensorError
 
     from slimray import runs
-    from slimray.tasks import predict as use
+    from slimray.tasks.answers import Answer
+    from slimray.tasks.network import load_network
+    from slimray.tasks.predict import predict_files
 
     run = runs.find_run(name, storage_of(storage))
     try:
-        network = use.load_network(run)
+        network = load_network(run)
     except UserError as error:
         raise UserError(located(str(error), run.uri)) from None
     except (RuntimeError, SafetensorError, FileNotFoundError, *DAMAGED) as error:
@@ -57,10 +59,10 @@ def predict(
     files, reasons = _files_in(files, modality)
     there = [path for path in files if path not in reasons]
     names = (columns or "").replace(",", " ").split()
-    answers = use.predict_files(network, there, top, columns=names, shape=shape, out=folder)
+    answers = predict_files(network, there, top, columns=names, shape=shape, out=folder)
     rows: list[dict[str, Any]] = []
     for path in files:
-        found = next(answers) if path in there else use.Answer(path, reason=reasons[path])
+        found = next(answers) if path in there else Answer(path, reason=reasons[path])
         written = [str(one) for one in found.written]
         row = {"file": str(path), "top": found.top, "reason": found.reason, "written": written}
         rows.append(row | ({"notes": found.notes} if found.notes else {}))
@@ -69,7 +71,7 @@ def predict(
         if found.notes and not as_json:
             say(f"  {found.notes}")
         if written and not as_json:
-            say(f"  labels of its points: {', '.join(written)}")
+            say(f"  {found.what}: {', '.join(written)}")
     if as_json:
         emit(rows)
     bad = sum(bool(row["reason"]) for row in rows)

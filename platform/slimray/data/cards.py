@@ -72,6 +72,9 @@ class Card(Spec):
     """What a sample is: a clip of a video, an image, a cloud of points, or the points behind a 2D box."""
     labels: Literal["sample", "point"] = "sample"
     """Whether a label belongs to a sample, or to each of its points (the label of a list is then its shape, from 0)."""
+    task: str | None = None
+    """What is predicted: `classify`, `segment`, `parts`, `frustum_boxes`; `slimray explain tasks` lists them. Default:
+    what `sample`, `labels` and `parts` say."""
     point_columns: tuple[str, ...] = ()
     """Columns of text, .npy and .bin point files: x y z, nx ny nz, r g b, intensity, label; `-` leaves one out. Where
     files name their columns, `label=NAME` chooses between two that mean the same. `decimal=comma` (or point) and
@@ -184,6 +187,7 @@ class Card(Spec):
             "sample",
             "labels",
             "parts",
+            "task",
         }
         document = self.model_dump(include=kept | ({"classes"} if isinstance(self.classes, tuple) else set()))
         if root is not None and "://" not in root:

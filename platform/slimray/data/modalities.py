@@ -7,7 +7,7 @@ predicted from a sample is a task (slimray.tasks); of its targets only `Target` 
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from slimray.data import conversion, synthetic
 from slimray.data.bytes import read_sample, read_whole
 from slimray.data.images.pictures import ImageRecipe
+from slimray.data.own_files import FileOptions, FileReader, open_clip, open_image, open_points
 from slimray.data.paths import ALL_FILES, NUMBERED
 from slimray.data.points import point_sets
 from slimray.data.points.columns import parse_columns
@@ -24,6 +25,8 @@ from slimray.data.points.recipe import PointRecipe
 from slimray.data.samples import BadSample
 from slimray.data.spec import DataSpec, scaled_resize
 from slimray.data.video.clips import ClipRecipe, flip_label
+from slimray.data.views import all_fit, clip_views, clip_views_fit, image_views, point_views, same_views
+from slimray.runs import examples
 from slimray.spec import lookup
 from slimray.storage import open_uri
 
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from slimray.data.video.decoder import Decoder
 
 Key = tuple[int, int, int]
+Top = Sequence[tuple[str, float]]
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,27 @@ class Modality:
     """The column `frames` of an index, and a recipe if one is known, to what users may not expect: a sentence or ""."""
     views: frozenset[str] = frozenset()
     """Fields of an evaluation that choose its views."""
+    view_recipe: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]] = same_views
+    """The plain recipe of a validation and the options of an evaluation to the recipe of the latter."""
+    views_fit: Callable[[Mapping[str, Any], Mapping[str, Any], str], str] = all_fit
+    """A plain recipe, the options of an evaluation and the name of a run to why they do not fit each other, or ""."""
+    open_file: Callable[[Any, FileOptions], FileReader] | None = None
+    """A recipe and options to what makes samples of a user's own files; None where no file is a sample."""
+    example: Callable[[np.ndarray, str, Top, Sequence[Any]], dict[str, Any]] | None = None
+    """One view of a classified sample, its class, the likeliest ones, and what the branches of the network respond to,
+    to an example of a report."""
+
+
+def _show_image(view: np.ndarray, truth: str, top: Top, _: Sequence[Any]) -> dict[str, Any]:
+    return examples.clip(view[None], truth, top)
+
+
+def _show_clip(view: np.ndarray, truth: str, top: Top, _: Sequence[Any]) -> dict[str, Any]:
+    return examples.clip(view, truth, top)
+
+
+def _show_cloud(view: np.ndarray, truth: str, top: Top, responses: Sequence[Any]) -> dict[str, Any]:
+    return examples.CloudView("", view[:3].T, truth, top=top, responses=responses).to_plain()
 
 
 def modality_of(recipe: Mapping[str, Any]) -> Modality:
@@ -371,6 +396,10 @@ MODALITIES: dict[str, Modality] = {
         in_channels=3,
         early_input=lambda data, segments: (segments, 3, data.size, data.size),
         views=frozenset({"clips", "crops", "frame_orders"}),
+        view_recipe=clip_views,
+        views_fit=clip_views_fit,
+        open_file=open_clip,
+        example=_show_clip,
     ),
     "image": Modality(
         noun="image",
@@ -391,6 +420,9 @@ MODALITIES: dict[str, Modality] = {
         layouts=frozenset({"cifar10", "cifar100", "visual_wake_words"}),
         in_channels=3,
         views=frozenset({"crops"}),
+        view_recipe=image_views,
+        open_file=open_image,
+        example=_show_image,
     ),
     "points": Modality(
         noun="cloud",
@@ -409,6 +441,10 @@ MODALITIES: dict[str, Modality] = {
         endings=CLOUDS,
         generate=synthetic.generate_cloud,
         stored=True,
+        views=frozenset({"votes"}),
+        view_recipe=point_views,
+        open_file=open_points,
+        example=_show_cloud,
     ),
     "frustum": Modality(
         noun="frustum",

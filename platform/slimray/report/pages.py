@@ -23,8 +23,8 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from slimray import runs
-from slimray.report.points import BoxView, CloudView, box_section, cloud_section, png
-from slimray.report.points import ResponseView as ResponseView  # for those who fill results.json
+from slimray.report.points import box_section, cloud_section, png
+from slimray.runs.examples import BoxView, CloudView
 
 MAX_LABELLED_CLASSES = 40
 MAX_QUARANTINE_ROWS = 500
@@ -36,7 +36,6 @@ INK, GRID = "#010101", "#020202"
 SERIES = ("#030301", "#030302", "#030303", "#030304", "#030305")
 CSS_COLOURS = {INK: "var(--soft)", GRID: "var(--line)", **{c: f"var(--series-{i})" for i, c in enumerate(SERIES, 1)}}
 DASHES = ("-", "--", ":", "-.", "-")
-KITTI_AP = re.compile(r"ap(\d+)_(3d|bev)_(.+)_(easy|moderate|hard)")  # see kitti.kitti_ap
 TABLES_OF_THEIR_OWN = ("class_iou", "category_iou", "ap", "repeats")  # what is in a row besides numbers
 ACCURACIES = (  # of a row or a validation, percent, the one that says most first
     "miou", "instance_miou", "class_found_3d", "top1", "top5", "overall_acc", "mean_class_accuracy",
@@ -144,8 +143,7 @@ def evaluate_report(run: runs.Run) -> str:
     card, results = runs.read_card(run) or {}, _results(run)
     rows = results.get("rows", [])
     headline = {_key(row): _percent(next((row[name] for name in ACCURACIES if name in row), None)) for row in rows}
-    classes = class_ious(rows, results.get("classes", []))
-    tables = [compare(rows), *order_matters(rows), *average_precisions(rows), *classes, *spreads(rows)] if rows else []
+    tables = [compare(rows), *task_tables(rows, results.get("classes", [])), *spreads(rows)] if rows else []
     return _page(run, card, results, headline, tables, by_batch(rows))
 
 
@@ -246,11 +244,12 @@ def _page(
     status = None if card else runs.read_status(run)  # a page is written just before its run is called finished
     state = ["finished"] if card else [status.state, status.message] if status else []
     confusions = [Confusion(key, results.get("classes", []), m) for key, m in results.get("confusion", {}).items() if m]
+    shown = _examples(results)
     clips = [
         Clip(c.get("run", ""), c.get("frames_jpeg_base64", ""), c["truth"], [(n, p) for n, p in c["top"]])
-        for c in results.get("clips", [])
+        for c in shown["clip"]
     ]
-    clouds = [CloudView.from_plain(plain, results.get("classes", [])) for plain in results.get("clouds", [])]
+    clouds = [CloudView.from_plain(plain, results.get("classes", [])) for plain in shown["cloud"]]
     return render(
         run.name,
         subtitle=" · ".join(filter(None, [*state, run.uri])),
@@ -260,11 +259,20 @@ def _page(
         confusions=confusions,
         clips=clips,
         clouds=clouds,
-        boxes=[BoxView.from_plain(plain) for plain in results.get("boxes", [])],
+        boxes=[BoxView.from_plain(plain) for plain in shown["boxes"]],
         quarantine=runs.read_parts(run, "quarantine", MAX_ROWS),
         facts={name: value for name, value in card.items() if name != "metrics"},
         job=runs.read_file(run, "job.yaml").decode("utf-8", "replace") if runs.exists(run, "job.yaml") else "",
     )
+
+
+def _examples(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Examples by type; results written before examples had types hold them under other names."""
+    before = {"clip": "clips", "cloud": "clouds", "boxes": "boxes"}
+    found = {kind: list(results.get(name, [])) for kind, name in before.items()}
+    for one in results.get("examples", []):
+        found.setdefault(one["type"], []).append(one)
+    return found
 
 
 def render(
@@ -402,53 +410,15 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> Table:
     return Table("Side by side", columns, cells, note, frozenset(ACCURACIES))
 
 
-def order_matters(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """Return a table of top1 with frames in natural and in shuffled order, for the runs that were judged both ways."""
-    top1 = {(row.get("run"), row.get("variant")): row.get("top1") for row in rows}
-    names = list(dict.fromkeys(row.get("run") for row in rows))
-    pairs = [(name, top1.get((name, "natural")), top1.get((name, "shuffled"))) for name in names]
-    cells = [(name, a, b, a - b) for name, a, b in pairs if _finite(a) and _finite(b)]
-    note = "Points of top1 lost when frames come in random order: near 0, the network does not use motion."
-    return [Table("What frame order is worth", ("run", "natural", "shuffled", "lost"), cells, note)] if cells else []
+def task_tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Table]:
+    """Return the tables that tasks have for the rows of an evaluation, beside their comparison."""
+    from slimray.tasks import TASKS  # torch, which other pages do without
 
-
-def class_ious(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Table]:
-    """Return a table of the IoU of each class in the rows with `class_iou`, and of each category of `category_iou`.
-
-    The weakest, by their mean over the rows, are first. `class_iou` is a list, one for each of `classes`;
-    `category_iou` has names; None is unknown.
-    """
-    note = "Percent of the points that are of a class or were taken for it which are both. –: there were none."
-    shapes = "Mean over shapes of the mean IoU of their parts, percent. –: there were none."
-    judged = {_key(row): dict(zip(classes, row["class_iou"])) for row in rows if row.get("class_iou")}
-    categories = {_key(row): row["category_iou"] for row in rows if row.get("category_iou")}
-    return [*_ious("IoU per class", "class", judged, note), *_ious("IoU per category", "category", categories, shapes)]
-
-
-def _ious(title: str, kind: str, judged: Mapping[str, Mapping[str, float | None]], note: str) -> list[Table]:
-    """A table out of row -> name -> IoU, [] without rows."""
-    names = list(dict.fromkeys(name for ious in judged.values() for name in ious))
-    cells = [(name, *(ious.get(name) for ious in judged.values())) for name in names]
-    known = [[value for value in ious if _finite(value)] for _, *ious in cells]
-    order = sorted(range(len(cells)), key=lambda i: float(np.mean(known[i])) if known[i] else math.inf)
-    header, bars = (kind, *judged), frozenset(judged)
-    lines = [cells[i] for i in order]
-    return [Table(title, header, lines, note, bars, fold=len(cells) > 40, chart=True)] if cells else []
-
-
-def average_precisions(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """Return a table of KITTI's AP of the rows that have `ap`: its name -> `mean`, `std` and `max` over repeats."""
-    levels, found = ("easy", "moderate", "hard"), dict[tuple[str, ...], dict[str, float]]()
-    for row in rows:
-        for name, numbers in row.get("ap", {}).items():
-            if parts := KITTI_AP.fullmatch(name):
-                recalls, seen, kind, level = parts.groups()
-                where = "in space" if seen == "3d" else "from above"
-                found.setdefault((_key(row), kind, where, recalls), {})[level] = numbers["mean"]
-    cells = [(*key, *(triple.get(level) for level in levels)) for key, triple in found.items()]
-    note = "Percent; boxes count by their IoU in space or from above; the mean of the precision at 11 or 40 recalls."
-    header = ("run", "class", "boxes", "recalls", *levels)
-    return [Table("Average precision of boxes", header, cells, note, frozenset(levels))] if cells else []
+    made = {table.title: table for task in TASKS.values() for table in task.tables(rows, classes)}
+    return [
+        Table(one.title, one.header, one.rows, one.note, frozenset(one.bars), one.fold, one.chart)
+        for one in made.values()
+    ]
 
 
 def spreads(rows: Sequence[Mapping[str, Any]]) -> list[Table]:

@@ -1,1 +1,27 @@
-"""What is predicted: scores, and a run's network as a function."""
+"""The tasks: what networks predict and how that is judged. `TASKS` is the table; a new task is a file and a row.
+
+A card names its task (`task:`); `task_of_card` gives that of cards written before they did.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from slimray.spec import lookup
+from slimray.tasks.classify import CLASSIFY
+from slimray.tasks.frustum_boxes import FRUSTUM_BOXES
+from slimray.tasks.parts import PARTS
+from slimray.tasks.segment import SEGMENT
+from slimray.tasks.task import Task, task_before
+
+TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFY, SEGMENT, PARTS, FRUSTUM_BOXES)}
+
+
+def task_of_card(card: Any) -> Task:
+    """Return the task of a dataset card; UserError for one that is not known."""
+    return lookup(TASKS, card.task or task_before(card.sample, card.labels == "point", bool(card.parts)), "task")
+
+
+def with_target(task: Task, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a plain recipe with the target that `task` has for it."""
+    plain = {key: value for key, value in recipe.items() if key != "target"}
+    return {**plain, "target": task.target(plain).to_plain()}

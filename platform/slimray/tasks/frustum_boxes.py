@@ -5,7 +5,9 @@ ranks by summing `tensors()`. Frustum PointNets: arXiv 1711.08488.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,47 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from slimray.data.modalities import Target, read_recipe
+from slimray.data.points.point_sets import KITTI_CLASSES
+from slimray.models.points.frustum import SIZE_TEMPLATES, frustum_losses, frustum_targets
+from slimray.spec import UserError
+from slimray.tasks import found_boxes
+from slimray.tasks.answers import Answerer, AnswerOptions
 from slimray.tasks.boxes import box_ious, turned
+from slimray.tasks.evaluation import Pass, Samples, Setting
+from slimray.tasks.network import Network
 from slimray.tasks.segment import mean_known, percent
+from slimray.tasks.task import LossOptions, Metric, Outputs, Table, Task, class_arguments
+
+AP = re.compile(r"ap(\d+)_(3d|bev)_(.+)_(easy|moderate|hard)")  # see kitti.kitti_ap
+
+
+@cache
+def _sizes(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The size template of each class (int64 `[3]`), and all templates l, w, h in metres `[1, 8, 3]`."""
+    numbers = [list(SIZE_TEMPLATES).index(name) for name in KITTI_CLASSES]
+    return torch.tensor(numbers, device=device), torch.tensor([list(SIZE_TEMPLATES.values())], device=device)
+
+
+def targets_of(truth: Tensor) -> dict[str, Tensor]:
+    """Return what a network's outputs should be, of truths `[n, N + 11]` (`load_frustum`): see `frustum_targets`."""
+    return frustum_targets(truth, *_sizes(truth.device))
+
+
+def losses(outputs: Mapping[str, Tensor], truth: Tensor, options: LossOptions) -> Tensor:
+    """Return the loss of each sample `[n]` against truths `[n, N + 11]`; 0 where no object is known."""
+    targets = targets_of(truth)
+    return torch.where(targets["known"], frustum_losses(outputs, targets, _sizes(truth.device)[1]), 0.0)
+
+
+def weights(truth: Tensor, options: LossOptions) -> Tensor:
+    """Return the weight of each sample `[n]`, 1."""
+    return torch.ones(len(truth), device=truth.device)
+
+
+def target(recipe: Mapping[str, Any]) -> Target:
+    """The mask of the points, the box, class, rotation, score and height of a frustum in a row."""
+    return Target((read_recipe(dict(recipe)).num_points + 11,), "float32")
 
 
 def decode_boxes(
@@ -61,7 +102,17 @@ class FrustumScore:
         """Count frustums in which no object is known: a detector's. They are samples, and say nothing of a network."""
         self.sums[2] += count
 
-    def add(
+    def add(self, outputs: Mapping[str, Tensor], truth: Tensor) -> None:
+        """Count what a network gives for frustums of truths `[n, N + 11]`; those without an object are unknown."""
+        targets = targets_of(truth)
+        known = targets["known"]
+        self.add_unknown(int((~known).sum()))
+        if known.any():
+            found = {name: value[known] for name, value in outputs.items()}
+            right = {name: value[known] for name, value in targets.items()}
+            self.compare(found, right, right["label"], _sizes(truth.device)[1])
+
+    def compare(
         self,
         outputs: Mapping[str, Tensor],
         targets: Mapping[str, Tensor],
@@ -74,11 +125,14 @@ class FrustumScore:
         heading = _numpy(targets["heading_id"]) * bin_size + _numpy(targets["heading_residual"])
         template = _numpy(size_templates).reshape(-1, 3)[_numpy(targets["size_id"]).astype(np.int64)]
         truth = _standing(_numpy(targets["center"]), heading, template + _numpy(targets["size_residual"]), 0.0)
-        _, iou = box_ious(decode_boxes(outputs, size_templates), truth)
+        found = decode_boxes(outputs, size_templates)
+        _, iou = box_ious(found, truth)
+        iou = np.where(np.isfinite(found).all(1), iou, 0.0)  # a box that is not finite is nowhere
         rows = np.stack([np.ones_like(iou), iou >= self.min_ious[labels], iou >= 0.7, iou], 1)
         self.boxes.index_add_(0, torch.from_numpy(labels), torch.from_numpy(rows))
         logits, mask = outputs["mask_logits"], targets["mask"]
-        self.sums[0] += ((logits[:, 1] > logits[:, 0]) == mask.bool()).sum().cpu()
+        right = ((logits[:, 1] > logits[:, 0]) == mask.bool()) & logits.isfinite().all(1)
+        self.sums[0] += right.sum().cpu()
         self.sums[1] += mask.numel()
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -98,3 +152,89 @@ class FrustumScore:
             "num_known": int(total),
             "num_samples": int(total + unknown),
         }
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+class BoxPass(Pass):
+    """A pass that also keeps the boxes found, for KITTI's AP, and the points of the images shown."""
+
+    def take(self, samples: Samples) -> Outputs | None:
+        """Count the boxes of samples."""
+        outputs = super().take(samples)
+        assert isinstance(outputs, Mapping)
+        boxes = decode_boxes(outputs, _sizes(self.setting.network.device)[1], samples.targets[:, -3])
+        self.found += found_boxes.detections_of(boxes, samples.targets, samples.paths)
+        return outputs
+
+    def show(self, samples: Samples, outputs: Outputs | None, before: Sequence[dict], most: int) -> list[dict]:
+        """Return the points of frustums, by image: `finish` makes scenes of them once all boxes are known."""
+        images, out = {one["image"] for one in before}, []
+        for number, path in enumerate(samples.paths):
+            image = path.rpartition("#")[0]
+            if image in images or len(images) < most:
+                images.add(image)
+                points = found_boxes.scene_points(samples.data[[number], 0], samples.targets[[number]])
+                out.append({"type": "frustum", "image": image, "points": points})
+        return out
+
+
+def start(setting: Setting) -> Pass:
+    """A pass over frustums."""
+    return BoxPass(setting, FrustumScore())
+
+
+def finish(
+    row: dict[str, Any], found: list[Any], examples: list[dict[str, Any]], root: str, split: str
+) -> list[dict[str, Any]]:
+    """Add KITTI's AP, `ap`, to a row; returns scenes seen from above."""
+    objects = found_boxes.read_objects(root, split)
+    row["ap"] = found_boxes.average_precisions(found, objects)
+    points: dict[str, list[np.ndarray]] = {}
+    for one in examples:
+        points.setdefault(one["image"], []).append(one["points"])
+    return found_boxes.pictures(points, found, objects)
+
+
+def tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Table]:
+    """Return KITTI's AP of the rows that have `ap`: its name -> `mean`, `std` and `max` over repeats."""
+    levels, found = ("easy", "moderate", "hard"), dict[tuple[str, ...], dict[str, float]]()
+    for row in rows:
+        key = " · ".join(str(row[name]) for name in ("run", "variant") if row.get(name))
+        for name, numbers in row.get("ap", {}).items():
+            if parts := AP.fullmatch(name):
+                recalls, seen, kind, level = parts.groups()
+                where = "in space" if seen == "3d" else "from above"
+                found.setdefault((key, kind, where, recalls), {})[level] = numbers["mean"]
+    cells = [(*key, *(triple.get(level) for level in levels)) for key, triple in found.items()]
+    note = "Percent; boxes count by their IoU in space or from above; the mean of the precision at 11 or 40 recalls."
+    header = ("run", "class", "boxes", "recalls", *levels)
+    return [Table("Average precision of boxes", header, cells, note, levels)] if cells else []
+
+
+def answer(network: Network, options: AnswerOptions) -> Answerer:
+    """No file is a frustum."""
+    raise UserError("this network takes frustums, which files are not: score it by an evaluate job")
+
+
+FRUSTUM_BOXES = Task(
+    name="frustum_boxes",
+    metrics=(
+        Metric("class_found_3d", "boxes found"),
+        Metric("found_3d", "boxes found at IoU 0.7"),
+        Metric("mean_iou_3d", "mean IoU of boxes"),
+        Metric("mask_acc", "accuracy of masks"),
+    ),
+    target=target,
+    arguments=class_arguments,
+    losses=losses,
+    weights=weights,
+    score=lambda num_classes, recipe: FrustumScore(),
+    start=start,
+    examples=lambda network, views, outputs, targets, shown: (),
+    answer=answer,
+    finish=finish,
+    tables=tables,
+    in_tables=frozenset({"ap"}),
+)

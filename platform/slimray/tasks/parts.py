@@ -5,13 +5,18 @@ protocol is that of PointNet (arXiv 1612.00593) and Point-Voxel CNN (1907.03739)
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slimray.tasks.segment import as_rows, listed, loss_sum, mean_known, percent
+from slimray.tasks import segment
+from slimray.tasks.classify import likeliest
+from slimray.tasks.evaluation import Pass, Setting
+from slimray.tasks.segment import VotePass, as_rows, listed, loss_sum, mean_known, percent
+from slimray.tasks.task import LOSS, Metric
 
 
 def part_ranges(num_parts: Mapping[str, int]) -> dict[str, range]:
@@ -44,7 +49,7 @@ class ShapeScore:
             owner = self.allowed.to(torch.uint8).argmax(0).to(labels.device)
             categories = owner[labels.amax(1).clamp_min(0)]
         allowed = self.allowed.to(scores.device)[categories.to(scores.device)]
-        predicted = scores.masked_fill(~allowed[:, :, None], -torch.inf).argmax(1)
+        predicted = likeliest(scores.masked_fill(~allowed[:, :, None], -torch.inf))
         self.add_predictions(predicted, labels, categories)
         self.sums[2] += loss_sum(scores, labels, labels >= 0)
 
@@ -92,3 +97,26 @@ class ShapeScore:
             "loss": loss / max(points, 1),
             "num_samples": int(num_shapes),
         }
+
+
+def start(setting: Setting) -> Pass:
+    """A pass of one draw of each shape, scored as segments, or of votes, scored as shapes."""
+    if not setting.options.get("votes") or not setting.parts:
+        return segment.start(setting)
+    score = ShapeScore(setting.parts)
+    return VotePass(setting, score, score.add_predictions)
+
+
+PARTS = replace(
+    segment.SEGMENT,
+    name="parts",
+    metrics=(
+        Metric("miou", "mIoU"),
+        Metric("instance_miou", "instance mIoU"),
+        Metric("overall_acc", "overall accuracy"),
+        Metric("mean_class_accuracy", "mean class accuracy"),
+        Metric("category_miou", "category mIoU"),
+        LOSS,
+    ),
+    start=start,
+)

@@ -9,36 +9,37 @@ equally sure, the lower class wins.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slimray.tasks.parts import ShapeScore
-from slimray.tasks.segment import SegmentationScore
-
 UNKNOWN = -1
+Count = Callable[[np.ndarray, np.ndarray, int], None]
 
 
 class SceneVotes:
-    """The scenes under way on this rank, and the score of those that are settled.
+    """The scenes under way on this rank; `count` is told of those that are settled.
 
-    `paths` are those of the whole index; what comes before `#` is the scene. `parts` (shape -> its labels) makes it a
-    score of shapes. All ranks take every step, and `settle` after it.
+    `paths` are those of the whole index; what comes before `#` is the scene. `parts` are the labels of each shape, if
+    scenes are shapes. `count(predicted, labels, shape)` takes both int64 `[N]`. All ranks take every step, and `settle`
+    after it.
     """
 
-    def __init__(self, paths: Sequence[str], batch: int, num_classes: int, parts: Mapping[str, range] | None = None):
+    def __init__(self, paths: Sequence[str], batch: int, count: Count, parts: Sequence[range] = ()):
         self.scenes = [path.partition("#")[0] for path in paths]
         self.last = {scene: row // batch for row, scene in enumerate(self.scenes)}  # step of its last row
         self.alone = {scene for scene, count in Counter(self.scenes).items() if count == 1}
-        self.parts, self.batch = tuple((parts or {}).values()), batch
+        self.parts, self.batch, self.count = tuple(parts), batch, count
         self.open: dict[str, _Scene] = {}
-        self.score = ShapeScore(parts) if parts else SegmentationScore(num_classes, ignore_label=UNKNOWN)
 
     def add(self, sample: int, scores: Tensor, labels: np.ndarray) -> None:
-        """Take over the views of row `sample`: scores `[v, C, N]`, labels and rows int64 `[2, v, N]`."""
+        """Take over the views of row `sample`: scores `[v, C, N]`, labels and rows int64 `[2, v, N]`.
+
+        Scores that are not finite are no vote.
+        """
         truth, rows = labels
         shape = self._shape_of(truth)
         sure, chosen = confident(scores, self.parts[shape] if self.parts else None)
@@ -62,11 +63,7 @@ class SceneVotes:
                     continue  # the first rank counts it
             if scene is None:
                 continue  # no row of it decodes, or another rank has it
-            predicted, truth = scene.result()
-            if isinstance(self.score, ShapeScore):
-                self.score.add_predictions(predicted, truth, scene.shape)
-            else:
-                self.score.add_predictions(predicted, truth)
+            self.count(*scene.result(), scene.shape)
 
 
 class _Scene:
@@ -79,7 +76,7 @@ class _Scene:
 
     def add(self, rows: np.ndarray, sure: np.ndarray, chosen: np.ndarray, truth: np.ndarray) -> None:
         self.grow(int(rows.max()) + 1)
-        np.maximum.at(self.best, rows, _packed(sure, chosen))
+        np.maximum.at(self.best, rows, np.where(np.isfinite(sure), _packed(sure, chosen), 0))
         self.truth[rows] = truth
 
     def grow(self, size: int) -> None:

@@ -28,7 +28,9 @@ from slimray.data.modalities import MODALITIES, input_shape, modality_of, read_r
 from slimray.data.samples import BadSample
 from slimray.spec import UserError, did_you_mean, parse, read_yaml
 from slimray.storage import join, open_uri, read_bytes, write_atomic
-from slimray.tasks.predict import Input
+from slimray.tasks.classify import CLASSIFY
+from slimray.tasks.network import Input
+from slimray.tasks.task import Task
 from slimray.train import machines, planner
 from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.plain import PlainReplica
@@ -81,6 +83,7 @@ def measure(
     on_gpu: bool = False,
     table: pa.Table | None = None,
     root: str = "",
+    task: Task = CLASSIFY,
 ) -> Calibration:
     """Time a dozen optimizer steps of `model` on random input, and the decoding of a few samples of `table`, if given.
 
@@ -90,7 +93,7 @@ def measure(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        single, double = (_step_times(model, recipe, optim, per_worker, count, device) for count in (1, 2))
+        single, double = (_step_times(model, recipe, optim, per_worker, count, device, task) for count in (1, 2))
     finally:
         torch.set_num_threads(before)
     passes = max(
@@ -110,6 +113,7 @@ def _step_times(
     rows: int,
     count: int,
     device: torch.device,
+    task: Task,
 ) -> list[float]:
     """Seconds of steps of `count` microbatches of `rows` random samples each.
 
@@ -122,9 +126,9 @@ def _step_times(
         data = rng.integers(0, 256, (rows, *shape), dtype=np.uint8)
     else:
         data = rng.standard_normal((rows, *shape)).astype(dtype)
-    labels = rng.integers(0, int(model["num_classes"]), (rows, *target.shape)).astype(target.dtype)
+    labels = rng.integers(0, int(model.get("num_classes", 256)), (rows, *target.shape)).astype(target.dtype)
     torch.manual_seed(0)
-    replica = PlainReplica(models.build(**model), Setup(optim, Input(), input_shape(recipe), device))
+    replica = PlainReplica(models.build(**model), Setup(optim, Input(), input_shape(recipe), device, task=task))
     times = []
     for step in range(WARM + STEPS):
         start = clock()

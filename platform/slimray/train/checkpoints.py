@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 from torch import Tensor
@@ -39,8 +39,11 @@ class Saver:
     `flush` is called before each: a checkpoint must not outlive the records of its steps.
     """
 
-    def __init__(self, run: runs.Run, keep_last: int, best_metric: str, flush: Callable[[], None]):
-        self.run, self.keep_last, self.best_metric, self.flush = run, keep_last, best_metric, flush
+    def __init__(
+        self, run: runs.Run, keep_last: int, best: tuple[str, Literal["higher", "lower"]], flush: Callable[[], None]
+    ):
+        """`best` is the metric by which a checkpoint is kept besides the last ones, and which way is better."""
+        self.run, self.keep_last, self.best, self.flush = run, keep_last, best, flush
         self.pool = ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
@@ -54,7 +57,8 @@ class Saver:
         self.flush()
         files = {"state.safetensors": safetensors.torch.save(tensors)}
         runs.save_checkpoint(self.run, meta["progress"]["total_steps"], files, meta)
-        runs.keep(self.run, metric=self.best_metric, last=self.keep_last)
+        metric, better = self.best
+        runs.keep(self.run, metric=metric, last=self.keep_last, mode="max" if better == "higher" else "min")
 
     def wait(self) -> None:
         """Return once everything saved so far is on storage."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from slimray.data.pipeline import Source
 from slimray.runs import tracking
-from slimray.tasks.predict import Input
+from slimray.tasks.network import Input
 from slimray.train.methods.method import Method
 from slimray.train.spec import CheckpointSpec, LimitsSpec, OptimSpec, ScaleSpec
 
@@ -14,8 +14,8 @@ from slimray.train.spec import CheckpointSpec, LimitsSpec, OptimSpec, ScaleSpec
 class FitConfig:
     """All that the workers of one training run need; plain values, specs and object references.
 
-    `method` says what a step computes, `dataset` is the fingerprint of the indexes, `recipes` maps split to the plain
-    form of its per-sample recipe, `job` is the resolved job as written to the run.
+    `task` is a name in TASKS, `method` says what a step computes, `dataset` is the fingerprint of the indexes,
+    `recipes` maps split to the plain form of its per-sample recipe, `job` is the resolved job as written to the run.
     """
 
     run_uri: str
@@ -28,6 +28,7 @@ class FitConfig:
     scale: ScaleSpec
     checkpoint: CheckpointSpec
     tracking: tracking.TrackingSpec
+    task: str
     pixels: Input
     classes: tuple[str, ...]
     dataset: str

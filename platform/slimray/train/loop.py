@@ -28,10 +28,9 @@ from slimray import runs
 from slimray.data.pipeline import Batch, FeedConfig
 from slimray.data.plan import Phase, microbatches
 from slimray.spec import RunFailed
-from slimray.tasks.frustum_boxes import FrustumScore
-from slimray.tasks.parts import ShapeScore
-from slimray.tasks.predict import Input, predict_scores, to_input
-from slimray.tasks.segment import SegmentationScore
+from slimray.tasks import TASKS
+from slimray.tasks.network import Input, predict_outputs
+from slimray.tasks.task import Score, require_finite
 from slimray.train import learn, optimizers, speed
 from slimray.train.checkpoints import Progress, Saver
 from slimray.train.config import FitConfig
@@ -45,8 +44,6 @@ from slimray.train.shown import Shown
 from slimray.train.start import make_replica
 from slimray.train.workers import open_stream
 
-Score = learn.Score | SegmentationScore | FrustumScore
-BEST = {"clip": "val/top1", "image": "val/top1", "points": "val/top1", "frustum": "val/class_found_3d"}
 MAX_BAD_STEPS = 10  # steps in a row with a non-finite gradient before the run ends
 ARITHMETIC = 2  # what a step divides its loss by; a run that began with 1 (before 2026-11-29) ends with it
 
@@ -56,7 +53,8 @@ class _Rank:
 
     def __init__(self, config: FitConfig):
         context = ray.train.get_context()
-        self.config, self.rank, self.world = config, context.get_world_rank(), context.get_world_size()
+        self.config, self.task = config, TASKS[config.task]
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = get_device()
         torch.set_num_threads(max(1, int(config.scale.cpus_per_worker)))
         self.run = runs.run_at(config.run_uri)
@@ -72,14 +70,13 @@ class _Rank:
         self.notices = Notices(config, self.ranks, self._save_now)
         self.result: Score | None = None
         if "val" in config.recipes:
-            self.result = make_score(config.recipes["val"], len(config.classes))
+            self.result = self.task.score(len(config.classes), config.recipes["val"])
         self._restore()
         self.records = Records(config, self.run, self.rank)
-        recipe = config.recipes["train"]
-        best = "val/miou" if recipe.get("per_point") else BEST[recipe["kind"]]
-        self.best_metric = config.checkpoint.best_metric or best
+        self.best_metric = config.checkpoint.best_metric or f"val/{self.task.best.name}"
         keep = config.checkpoint.keep_last
-        self.saver = Saver(self.run, keep, self.best_metric, self.records.flush) if self.rank == 0 else None
+        best = (self.best_metric, self.task.metric(self.best_metric).better)
+        self.saver = Saver(self.run, keep, best, self.records.flush) if self.rank == 0 else None
 
     def _stuck(self, doing: str, seconds: float, stacks: str) -> None:
         """Called by the watchdog: leave the stacks in the logs; end this rank, unless it only waits for others."""
@@ -275,7 +272,7 @@ class _Rank:
                     self._tell(phase, step)
                 else:
                     net = self.shown.net() if net is None else net
-                    score = make_score(config.recipes["val"], len(config.classes)) if score is None else score
+                    score = self.task.score(len(config.classes), config.recipes["val"]) if score is None else score
                     if batch is not None:
                         self.bad.note(batch, phase, self.records.bad)
                         learn.seed_step(config.seed, step, self.rank)  # what a network draws is the same every time
@@ -309,9 +306,7 @@ class _Rank:
         empty = [float(not len(piece.data)) for piece in pieces] if config.optim.norm == "sync" else []
         start = time.perf_counter()
         own = (
-            0.0
-            if batch is None
-            else float(learn.sample_weights(torch.from_numpy(batch.label[keep]), config.optim).sum())
+            0.0 if batch is None else float(self.task.weights(torch.from_numpy(batch.label[keep]), config.optim).sum())
         )
         looks, counted = self.notices.due(), float(keep.sum())
         num_valid, weight, num_bad, looks, *num_empty = self.ranks.sum(counted, own, new_bad, looks, *empty)
@@ -366,6 +361,7 @@ class _Rank:
         counted = score.result()
         if not counted["num_samples"]:
             raise RunFailed("no sample of the validation split decodes: see quarantine/ in the run folder")
+        require_finite(counted, "validation")
         if counted.get("num_known", 1) == 0:
             raise RunFailed("data.val: no frustum of this split has a known object: validate on the labels' 2D boxes")
         numbers = {f"val/{k}": v for k, v in counted.items() if isinstance(v, float)}
@@ -374,7 +370,7 @@ class _Rank:
             raise RunFailed(f"checkpoint.best_metric: {metric!r} is not among {', '.join(sorted(numbers))}")
         progress.validated = progress.epoch
         progress.last = {**numbers, "epoch": progress.epoch, "step": progress.total_steps}
-        if numbers[metric] > progress.best.get(metric, float("-inf")):
+        if self.task.metric(metric).improves(numbers[metric], progress.best.get(metric)):
             progress.best = dict(progress.last)
         self.result = score
         self.records.write_row(self.progress.total_steps, {"phase": "val", "epoch": progress.epoch, **numbers})
@@ -407,6 +403,7 @@ class _Rank:
                 "recipe": config.recipes.get("val", config.recipes["train"]),
                 "pixels": vars(config.pixels),
                 "classes": list(config.classes),
+                "task": config.task,
             }
             runs.write_model(self.run, safetensors.torch.save(weights), config.model, taken)
         return out
@@ -460,50 +457,16 @@ def confusion_of(score: Any) -> list[list[int]] | None:
     return None if confusion is None else confusion.tolist()
 
 
-def make_score(recipe: dict[str, Any], num_classes: int) -> Score:
-    """What counts hits of samples of a plain recipe: per sample, per point, or boxes found."""
-    if recipe["kind"] == "frustum":
-        return FrustumScore()
-    return SegmentationScore(num_classes, ignore_label=-1) if recipe.get("per_point") else learn.Score(num_classes)
-
-
 def score_batch(
     net: torch.nn.Module, batch: Batch, pixels: Input, device: torch.device, rows: int, score: Score
-) -> Tensor | None:
-    """Add the valid rows of `batch` to `score`; returns their scores `[n, C, ...]`, None if there are none."""
-    if not batch.valid.any():
-        return None
-    if isinstance(score, FrustumScore):
-        find_boxes(net, batch, pixels, device, rows, score)
-        return None
-    scores = predict_scores(net, batch.data[batch.valid], pixels, device, rows)
-    score.add(scores, torch.from_numpy(batch.label[batch.valid]).to(device))
-    return scores
+) -> None:
+    """Add the valid rows of `batch` to `score`."""
+    if batch.valid.any():
+        outputs = predict_outputs(net, batch.data[batch.valid], pixels, device, rows)
+        score.add(outputs, torch.from_numpy(batch.label[batch.valid]).to(device))
 
 
-@torch.no_grad()
-def find_boxes(
-    net: torch.nn.Module, batch: Batch, pixels: Input, device: torch.device, rows: int, score: FrustumScore
-) -> list[dict[str, Tensor]]:
-    """What a frustum network gives for the valid rows of `batch`, piece by piece; known objects count in `score`."""
-    pieces, places = [], np.flatnonzero(batch.valid)
-    for start in range(0, len(places), rows):
-        chosen = places[start : start + rows]
-        with learn.autocast(device):
-            outputs = net(to_input(batch.data[chosen], pixels, device))
-        outputs = {name: value.float() for name, value in outputs.items()}
-        targets = net.targets(torch.from_numpy(batch.label[chosen]).to(device))  # type: ignore[operator]
-        known = targets["known"]
-        score.add_unknown(int((~known).sum()))
-        if known.any():
-            found = {name: value[known] for name, value in outputs.items()}
-            truth = {name: value[known] for name, value in targets.items()}
-            score.add(found, truth, truth["label"], net.size_templates)  # type: ignore[arg-type]
-        pieces.append(outputs)
-    return pieces
-
-
-def merge_scores(score: Score | ShapeScore, world: int, device: torch.device) -> None:
+def merge_scores(score: Score, world: int, device: torch.device) -> None:
     """Sum the counts of all ranks into everybody's `score`. A collective."""
     for tensor in score.tensors() if world > 1 else ():
         moved = tensor.to(device)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from slimray.data.pipeline import Batch
 from slimray.spec import RunFailed
-from slimray.tasks.predict import Input, to_input
+from slimray.tasks.network import Input, to_input
 from slimray.train import batchnorm
 from slimray.train.methods.method import Replica
 from slimray.train.ranks import Ranks

@@ -8,6 +8,7 @@ from slimray import models
 from slimray.data.modalities import input_shape
 from slimray.models import published
 from slimray.spec import UserError
+from slimray.tasks import TASKS
 from slimray.train.config import FitConfig
 from slimray.train.methods.method import Replica, Setup
 
@@ -30,6 +31,7 @@ def make_replica(config: FitConfig, device: torch.device, rank: int, world: int)
         bucket_mb=config.scale.bucket_mb,
         compress=config.scale.compress,
         batch_total=config.batch_total,
+        task=TASKS[config.task],
     )
     return config.method.replica(net, lambda: models.build(**config.model), setup)
 

@@ -5,17 +5,18 @@ protocols are those of arXiv 1811.08383 (views = clips x crops); `frame_orders: 
 network uses motion: without order, only what single frames tell is left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from slimray import runs
-from slimray.data.modalities import input_shape
+from slimray.data.cards import Card
+from slimray.data.modalities import MODALITIES, input_shape, modality_of
 from slimray.data.spec import DataSpec
 from slimray.runs.notify import NotifySpec
-from slimray.spec import RunFailed, UserError, parse
+from slimray.spec import RunFailed, UserError, lookup, parse
 from slimray.train.spec import ScaleSpec
 from slimray.verbs import inputs
 from slimray.verbs.context import CheckContext, Context, Made
@@ -76,19 +77,23 @@ Job = EvaluateJob
 
 def check(job: EvaluateJob, ctx: CheckContext) -> dict[str, Any]:
     """Return the runs, views and orders, and the dataset that they are scored on, if it is there."""
+    from slimray.tasks import TASKS, task_of_card
+    from slimray.tasks.network import task_of
+
     out: dict[str, Any] = {"runs": list(job.runs), "views": job.clips * job.crops, "orders": list(job.frame_orders)}
     with ctx.noting():
         ahead = [name for name in job.runs if ctx.require(name, ("network",), "runs") is not None]
         for name in ahead:
             made = ctx.ahead[name]
             if made.data is not None and made.card is not None:  # else known when the run it reads is opened
-                _require_views(job, ctx.where, name, made.data.sampling, made.card.get("sample", "clip"))
+                card = parse(Card, made.card, f"{ctx.where}: data.card")
+                samples = {"kind": card.sample, "sampling": made.data.sampling}
+                _require_options(job, ctx.where, name, task_of_card(card), samples)
         found = _find(job, ctx.where, ctx.storage, ahead)
         known = {}
         for one in found:
             taken = inputs.read_input(one, f"{ctx.where}: runs")
-            recipe = taken["recipe"]
-            _require_views(job, ctx.where, one.name, recipe.get("sampling", "uniform"), recipe.get("kind", "clip"))
+            _require_options(job, ctx.where, one.name, lookup(TASKS, task_of(taken), "task"), taken["recipe"])
             known[one.name] = tuple(taken["classes"])
         if not (job.data.run in ctx.ahead if job.data is not None else job.runs[0] in ahead):
             _, split, splits = _open_data(job, ctx.where, ctx.storage, found)
@@ -126,20 +131,25 @@ def _open_data(job: EvaluateJob, where: str, storage: str, found: list[runs.Run]
     return data, split, open_splits(data, where, storage, [split])
 
 
-GIVEN = {"clip": "clips", "image": "images", "points": "clouds", "frustum": "frustums"}  # kinds of samples, in words
+def _require_options(job: EvaluateJob, where: str, name: str, task: Any, recipe: Mapping[str, Any]) -> None:
+    """Raise UserError for a field of `job` that means nothing for samples of a recipe, or for a task."""
+    from slimray.tasks import TASKS
 
-
-def _require_views(job: EvaluateJob, where: str, name: str, sampling: str, kind: str) -> None:
-    """Raise UserError for a field of `job` that means nothing for samples of `kind`, or not for this `sampling`."""
-    for field, kinds in (("clips", "clip"), ("frame_orders", "clip"), ("crops", "clip image"), ("votes", "points")):
-        if kind not in kinds.split() and getattr(job, field) != EvaluateJob.model_fields[field].default:
-            words = " and ".join(GIVEN[one] for one in kinds.split())
-            raise UserError(f"{where}: {field}: is for {words}, {name!r} was trained on {GIVEN[kind]}: leave it out")
-    if kind != "clip":
-        return
-    wanted = {2: "uniform", 10: "dense"}.get(job.clips, sampling)
-    if sampling != wanted:
-        raise UserError(f"{where}: clips: {job.clips} is for {wanted} sampling, {name!r} was trained with {sampling}")
+    kind = modality_of(recipe)
+    views = {field for row in MODALITIES.values() for field in row.views}
+    for field in sorted(views):
+        if field not in kind.views and getattr(job, field) != EvaluateJob.model_fields[field].default:
+            words = " and ".join(row.plural for row in MODALITIES.values() if field in row.views)
+            raise UserError(f"{where}: {field}: is for {words}, {name!r} was trained on {kind.plural}: leave it out")
+    for field in sorted({field for row in TASKS.values() for field in row.options} - task.options):
+        if getattr(job, field) != EvaluateJob.model_fields[field].default:
+            words = " and ".join(row.name for row in TASKS.values() if field in row.options)
+            raise UserError(f"{where}: {field}: is for the task {words}, {name!r} is for {task.name}: leave it out")
+    if job.average != "logits" and not task.logits:
+        raise UserError(f"{where}: average: prob is for classes, {name!r} is for {task.name}: leave it out")
+    reason = kind.views_fit(recipe, job.model_dump(), name)
+    if reason:
+        raise UserError(f"{where}: {reason}")
 
 
 def _require_classes(where: str, name: str, classes: tuple[str, ...], splits: Splits) -> None:
@@ -155,19 +165,21 @@ def run(job: EvaluateJob, ctx: Context) -> None:
     from slimray.data.plan import Phase
     from slimray.edge import cost
     from slimray.report import pages
-    from slimray.tasks import predict
+    from slimray.tasks import task_of_card
+    from slimray.tasks.network import load_network
     from slimray.tasks.parts import part_ranges
     from slimray.train import workers
     from slimray.train.progress import follow
     from slimray.verbs import scoring
 
     found = _find(job, ctx.where, ctx.storage, ())
-    trained = [predict.load_network(one) for one in found]
+    trained = [load_network(one) for one in found]
     data, split, splits = _open_data(job, ctx.where, ctx.storage, found)
-    names = tuple(splits.card.class_names())
+    names, task = tuple(splits.card.class_names()), task_of_card(splits.card)
     for one, network in zip(found, trained, strict=True):
+        _require_task(ctx.where, one.name, network.task, task)
         _require_classes(ctx.where, one.name, network.classes, splits)
-        _require_views(job, ctx.where, one.name, network.recipe.get("sampling", "uniform"), network.recipe["kind"])
+        _require_options(job, ctx.where, one.name, task, network.recipe)
     table = splits.tables[split]
     workers.connect(ctx.cpus)
     slots = workers.decode_slots(job.scale)
@@ -187,8 +199,8 @@ def run(job: EvaluateJob, ctx: Context) -> None:
         phases=tuple(phases),
         source=Source(splits.root, ray.put(table), table.num_rows),
         average=job.average,
-        votes=job.votes,
-        missed=job.missed,
+        task=task.name,
+        options=job.model_dump(include={"votes", "missed"}),
         parts=part_ranges(splits.card.parts),
         batch=job.batch,
         pictures=job.pictures,
@@ -201,45 +213,49 @@ def run(job: EvaluateJob, ctx: Context) -> None:
         result = workers.launch(scoring.score_cases, config, job.scale, job.name, board)
     by_run = {one.name: one for one in found}
     by_name = {one.name: network for one, network in zip(found, trained, strict=True)}
-    if splits.card.sample == "frustum":
-        scoring.score_boxes(result, splits, split)
-    result["rows"] = scoring.join_repeats(result["rows"])
-    for row in result["rows"]:
+    examples: list[dict[str, Any]] = []
+    for row, of_ranks, shown in zip(result["rows"], result["found"], result["examples"], strict=True):
+        if task.finish is not None:
+            shown = task.finish(row, of_ranks, shown, splits.root, split)
+        examples += [{**one, "run": row["run"]} for one in shown] if row["repeat"] == 0 else []
+    rows = scoring.join_repeats(result["rows"])
+    for row in rows:
         network = by_name[row["run"]]
         shape = input_shape(_recipe(job, network, row["variant"], splits, split))
         row |= {"params": cost.count_params(network.net), "macs": cost.count_macs(network.net, (1, *shape))}
-        row |= {"chance": 100 / len(names), "views": job.clips * job.crops, "split": split}
+        row |= {"chance": task.chance(len(names))} if task.chance else {}
+        row |= {"views": job.clips * job.crops, "split": split}
         row |= {"num_quarantined": table.num_rows - row["num_samples"]}
         trained_with = runs.read_card(by_run[row["run"]]) or {}
         row |= {key: trained_with[key] for key in ("batch", "peak_lr") if key in trained_with}
-    if not all(row["num_samples"] for row in result["rows"]):
+    if not all(row["num_samples"] for row in rows):
         raise RunFailed(f"no file of split {split!r} decodes: see quarantine/ in the run folder")
     results = {
-        "rows": result["rows"],
+        "task": task.name,
+        "rows": rows,
         "classes": list(names),
         "confusion": result["confusion"],
-        "clips": result["clips"],
-        "clouds": result["clouds"],
-        "boxes": result["boxes"],
+        "examples": examples,
     }
-    ctx.finish({"metrics": {"rows": result["rows"]}, "dataset": {"fingerprint": splits.fingerprint}}, results)
+    ctx.finish({"metrics": {"rows": rows}, "dataset": {"fingerprint": splits.fingerprint}}, results)
     runs.write_report(ctx.run, pages.evaluate_report(ctx.run))
 
 
+def _require_task(where: str, run: str, named: str, task: Any) -> None:
+    """Raise UserError for a network that was trained for another task: what has the same target may be compared."""
+    from slimray.tasks import TASKS
+
+    if lookup(TASKS, named, "task").target is not task.target:
+        raise UserError(f"{where}: runs: {run!r} is for the task {named}, the data for {task.name}: score it apart")
+
+
 def _recipe(job: EvaluateJob, network: Any, order: str, splits: Splits, split: str) -> dict[str, Any]:
-    """The run's own recipe, with the views and the frame order of this evaluation."""
-    if network.recipe["kind"] == "points" and job.votes:
+    """The run's own recipe, with the views and the frame order of this evaluation, and the target it then has."""
+    from slimray.tasks import TASKS, with_target
+
+    options = job.model_dump(include={"clips", "crops", "size", "votes"}) | {"frame_order": order}
+    if job.votes:  # windows are drawn equally often, shapes by how many points they have
         most = int(np.max(splits.tables[split].column("frames").to_numpy()))
-        fill = not splits.card.parts  # windows are voted on equally often, shapes by how many points they have
-        return network.recipe | {"mode": "test", "votes": job.votes, "max_points": most, "fill": fill}
-    if network.recipe["kind"] == "image":
-        size, resize = job.size or network.recipe["size"], network.recipe["resize"]
-        recipe = network.recipe | {"mode": "test", "crops": job.crops, "flip": False, "size": size}
-        return recipe | {"resize": resize and max(size, resize)}  # 0 follows the size
-    if network.recipe["kind"] != "clip":
-        return network.recipe
-    plain = job.clips == 1 and job.crops == 1
-    recipe = network.recipe | {"mode": "val" if plain else "test", "num_clips": job.clips, "crops": job.crops}
-    if job.size:
-        recipe |= {"size": job.size, "resize": max(job.size, recipe["resize"])}
-    return recipe | {"frame_order": order, "flip": False}
+        options |= {"num_points": most, "fill": not splits.card.parts}
+    recipe = modality_of(network.recipe).view_recipe(network.recipe, options)
+    return with_target(lookup(TASKS, network.task, "task"), recipe)

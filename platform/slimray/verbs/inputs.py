@@ -195,6 +195,8 @@ def make_recipe(data: DataSpec, card: Card, num_segments: int, mode: str, **opti
 
     `num_segments` is for clips only.
     """
+    from slimray.tasks import task_of_card, with_target
+
     modality = MODALITIES[card.sample]
     fields = modality.make_recipe(data, card, num_segments, mode)
-    return modality.recipe(**(fields | options)).to_dict()
+    return with_target(task_of_card(card), modality.recipe(**(fields | options)).to_dict())

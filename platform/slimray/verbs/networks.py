@@ -16,6 +16,7 @@ from slimray.data.spec import DataSpec
 from slimray.data.video.clips import DENSE_WINDOW
 from slimray.edge import cost
 from slimray.spec import UserError, did_you_mean, lookup, parse
+from slimray.tasks import task_of_card
 from slimray.train import optimizers
 from slimray.verbs import inputs
 from slimray.verbs.context import CheckContext
@@ -142,8 +143,9 @@ def _measure(job: TrainJob, num_classes: int, card: Card | None) -> tuple[Any, i
         raise UserError(f"model.name: {error} (`slimray explain models` lists them)") from None
     sample = row.input if card is None else card.sample
     modality = MODALITIES[sample]
-    if job.optim.mutual and sample == "frustum":
-        raise UserError("optim.mutual: is for classes of samples or points, not for boxes: leave it out")
+    task = None if card is None else task_of_card(card)
+    if job.optim.mutual and task is not None and not task.logits:
+        raise UserError(f"optim.mutual: is for classes of samples or points, not for {task.name}: leave it out")
     if row.input != sample:
         raise UserError(f"model.name: {name} wants {MODALITIES[row.input].plural}, the dataset gives {modality.plural}")
     known = models.options_of(name)
@@ -155,8 +157,10 @@ def _measure(job: TrainJob, num_classes: int, card: Card | None) -> tuple[Any, i
     side = _side({"name": name, **options})
     if side is not None and job.data.size != side:
         raise UserError(f"data.size: must be {side}, the resolution of model.arch (got {job.data.size})")
-    if sample in ("clip", "image") and options.get("in_channels", 3) != 3:
-        raise UserError(f"model.in_channels: the {modality.plural} have 3 channels (got {options['in_channels']!r})")
+    channels = modality.in_channels
+    if channels is not None and options.get("in_channels", channels) != channels:
+        given = options["in_channels"]
+        raise UserError(f"model.in_channels: the {modality.plural} have {channels} channels (got {given!r})")
     try:
         net = cost.build_on_meta(lambda: models.build(**model_options(job, num_classes)))
     except UserError as error:
@@ -193,7 +197,10 @@ def _first_line(error: Exception) -> str:
 
 def _require_weights(job: TrainJob, card: Card | None) -> None:
     weights, num_classes = job.optim.class_weights, card.num_classes if card is not None else 0
-    if weights == "balanced" and card is not None and card.labels == "point":
+    task = None if card is None else task_of_card(card)
+    if weights is not None and task is not None and not task.logits:
+        raise UserError(f"optim.class_weights: are for classes, not for {task.name}: leave it out")
+    if weights == "balanced" and task is not None and not task.index_labels:
         raise UserError("optim.class_weights: balanced counts samples, here labels belong to points: write numbers")
     if not isinstance(weights, tuple):
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 from slimray.data.cards import Card
 from slimray.data.modalities import MODALITIES
 from slimray.spec import UserError, parse
+from slimray.tasks import task_of_card
 from slimray.train import calibrate, planner
 from slimray.verbs import inputs, networks
 from slimray.verbs.checks import split_names
@@ -55,7 +56,8 @@ def plan_job(
     if measuring:
         table, root = (splits.tables[job.data.train], splits.root) if splits is not None else (None, "")
         threads = max(1, int(job.scale.cpus_per_worker))
-        found = calibrate.measure(model, recipe, job.optim, job.batch.per_worker, threads, on_gpu, table, root)
+        task, rows = task_of_card(card), job.batch.per_worker
+        found = calibrate.measure(model, recipe, job.optim, rows, threads, on_gpu, table, root, task)
         written = calibrate.save(storage, key, found)
     found = calibrate.find(storage, key)
     if found is not None and (cluster.gpu in found.device if cluster.gpu else found.device == "cpu"):

@@ -29,7 +29,6 @@ from slimray.verbs.specs import ModelSpec, SharedOptimSpec, TrainJob, WorkerJob
 
 SUPERNET, FOUND = "proxyless_supernet", "proxyless_found"  # rows of MODELS
 WEIGHTS = {"add_linear": 0.1, "mul_log": 0.3, "reinforce": 0.1}  # published weights of the cost
-METRIC = "top1"
 
 
 class PhaseSpec(Spec):
@@ -361,10 +360,11 @@ def _search(plan: _Plan, ctx: Context, number: int) -> dict[str, Any]:
     retrained = stages.train_stage(ctx, folder, retraining, plan.whole, title, keep_metrics=True)
     numbers = json.loads(runs.read_file(retrained, "results.json"))["last"]
     known = networks.facts(retraining, plan.whole.splits.card, None)
+    metric = _metric(plan.whole.splits.card)
     row = {
         "run": _derived_name(job, number),
         "weight": weight,
-        METRIC: numbers[f"val/{METRIC}"],
+        metric: numbers[f"val/{metric}"],
         "cost": goal.of(path),
         "expected_cost": float(goal.expected(alphas)),
         "entropy": entropy(chances),
@@ -375,6 +375,13 @@ def _search(plan: _Plan, ctx: Context, number: int) -> dict[str, Any]:
     }
     _write_derived(plan, ctx, row, numbers, retrained)
     return row
+
+
+def _metric(card: Any) -> str:
+    """Return the metric by which what is found is compared."""
+    from slimray.tasks import task_of_card
+
+    return task_of_card(card).best.name
 
 
 def _write_derived(
@@ -418,8 +425,9 @@ def run(job: ProxylessJob, ctx: Context) -> None:
     for number in range(len(job.weights)):
         inputs.require_free(ctx.storage, _derived_name(job, number), job.name, f"{ctx.where}: name")
     rows = [_search(plan, ctx, 0)] if job.sweep is None else _sweep(plan, ctx)
-    results = {"metric": METRIC, "cost": job.latency.cost, "ref": job.latency.ref, "rows": rows}
-    metrics = {"rows": [{key: row[key] for key in ("run", "weight", METRIC, "cost", "macs")} for row in rows]}
+    metric = _metric(splits.card)
+    results = {"metric": metric, "cost": job.latency.cost, "ref": job.latency.ref, "rows": rows}
+    metrics = {"rows": [{key: row[key] for key in ("run", "weight", metric, "cost", "macs")} for row in rows]}
     ctx.finish({"metrics": metrics, "dataset": plan.whole.description}, results)
     runs.write_report(ctx.run, pages.proxyless_report(ctx.run))
 

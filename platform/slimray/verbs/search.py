@@ -299,7 +299,7 @@ def run(job: SearchJob, ctx: Context) -> None:
 
     found = _find(job, ctx.where, ctx.storage)
     net, recipe = _on_meta(found), _recipe(found)
-    metric, measured = subnets.metric_of(recipe), {}
+    metric, measured = subnets.metric_of(inputs.read_input(found, f"{ctx.where}: supernet")), {}
     _require_possible(job, ctx.where, net, recipe)
     searches, of_net = [], _prices(net, recipe)
     for target in job.targets:

@@ -272,7 +272,7 @@ def run(job: ShrinkJob, ctx: Context) -> None:
         sink = pa.BufferOutputStream()
         pq.write_table(out, sink)
         runs.write_file(ctx.run, "data/held_out.parquet", sink.getvalue().to_pybytes())
-    metric = subnets.metric_of(taken["recipe"])
+    metric = subnets.metric_of(taken)
     last = {
         f"{which}_{metric}": row[metric] for which, row in zip(("largest", "smallest"), done[-1]["rows"], strict=False)
     }
@@ -362,7 +362,7 @@ def _trial(
         trials.watch_losses(board, tell, lambda: workers.launch(loop.fit, config, job.scale, run.name, board))
         runs.end(run, "finished")
     _, _, taken = runs.read_model(run)
-    metric, judge = subnets.metric_of(taken["recipe"]), subnets.Judge(uri, exhibits, job.judge)
+    metric, judge = subnets.metric_of(taken), subnets.Judge(uri, exhibits, job.judge)
     tune = job.stages[number].tune
     chosen = {"largest": archs[:1], "smallest": archs[min(1, len(archs) - 1) :][:1]}
     scores = [judge.score(arch.to_dict())[metric] for arch in chosen.get(tune.by if tune else "mean", archs)]
@@ -411,6 +411,6 @@ def _judge_stage(work: _Shrinking, stage: runs.Run, exhibits: Any) -> None:
     for name, row, arch in zip(names, rows, archs, strict=True):
         row |= {"subnet": name, "params": cost.count_params(cost.build_on_meta(lambda arch=arch: net.extract(arch)))}
     runs.write_file(stage, "results.json", json.dumps({"rows": rows}).encode())
-    metric = "miou" if "miou" in rows[0] else "top1"
+    metric = subnets.metric_of(runs.read_model(stage)[2])
     text = ", ".join(f"{row['subnet']} {row[metric]:.1f}" for row in rows)
     work.ctx.console.print(f"{job.name}: {stage.uri.rpartition('/')[2]}: {metric} {text}", highlight=False)

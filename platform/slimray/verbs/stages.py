@@ -15,7 +15,8 @@ import ray
 from slimray import runs
 from slimray.data.modalities import MODALITIES
 from slimray.data.pipeline import Source
-from slimray.tasks.predict import Input
+from slimray.tasks import task_of_card
+from slimray.tasks.network import Input
 from slimray.train import learn, loop, workers
 from slimray.train.methods.distilled import Distilled
 from slimray.train.methods.method import Method
@@ -130,6 +131,7 @@ def fit_config(job: TrainJob, ctx: Context, run_uri: str, data: Data, known: Map
         scale=job.scale,
         checkpoint=job.checkpoint,
         tracking=job.tracking,
+        task=task_of_card(splits.card).name,
         pixels=Input(average=job.average),
         classes=tuple(splits.card.class_names()),
         dataset=splits.fingerprint,

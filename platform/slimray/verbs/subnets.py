@@ -26,8 +26,10 @@ from slimray.data.pipeline import Batch, FeedConfig, Source, decode_block, failu
 from slimray.data.plan import Phase, blocks
 from slimray.report import pages
 from slimray.spec import RunFailed
-from slimray.tasks import predict
-from slimray.train import batchnorm, learn, loop
+from slimray.tasks import TASKS
+from slimray.tasks.network import load_network, predict_outputs, task_of, to_input
+from slimray.tasks.task import Outputs
+from slimray.train import batchnorm, learn
 from slimray.train.spec import ScaleSpec
 from slimray.verbs.context import Context
 from slimray.verbs.specs import JudgeSpec
@@ -120,7 +122,7 @@ class Judge:
     """A supernet with what its subnets are tried on."""
 
     def __init__(self, run_uri: str, exhibits: Exhibits, spec: JudgeSpec, device: str = "cpu"):
-        self.network, self.spec = predict.load_network(runs.run_at(run_uri), device), spec
+        self.network, self.spec = load_network(runs.run_at(run_uri), device), spec
         self.device, self.exhibits = torch.device(device), exhibits
         self.inputs = list(self._inputs())
 
@@ -143,7 +145,7 @@ class Judge:
     def subnet(self, arch: Arch) -> torch.nn.Module:
         """The subnet `arch` on its own, re-calibrated, in eval mode."""
         pixels = self.network.pixels
-        whole = (predict.to_input(part.numpy(), pixels, self.device) for part in self.inputs)
+        whole = (to_input(part.numpy(), pixels, self.device) for part in self.inputs)
         batches = (learn.fit_input(x, self.space, arch) for x in whole)
         return batchnorm.recalibrate_norms(self.network.net.extract(arch), batches).eval()  # type: ignore[operator]
 
@@ -154,17 +156,20 @@ class Judge:
     def try_out(self, arch: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, float]]:
         """The subnet of an arch on its own, and its metrics."""
         known = self.space.arch(arch)
-        net, score = self.subnet(known), loop.make_score(self.network.recipe, len(self.network.classes))
+        net = self.subnet(known)
+        score = TASKS[self.network.task].score(len(self.network.classes), self.network.recipe)
+
+        def forward(x: torch.Tensor) -> Outputs:
+            return net(learn.fit_input(x, self.space, known))
+
         for ref in self.exhibits.score:
             batch = _fetch(ref)
             kept = np.flatnonzero(batch.valid)
             for start in range(0, len(kept), self.spec.batch):
                 rows = kept[start : start + self.spec.batch]
-                x = predict.to_input(batch.data[rows], self.network.pixels, self.device)
-                with torch.no_grad(), learn.autocast(self.device):
-                    logits = net(learn.fit_input(x, self.space, known))
-                merged = learn.merge_views(logits.float(), batch.data.shape[1], self.network.pixels.average)
-                score.add(merged, torch.from_numpy(batch.label[rows]).to(self.device))  # type: ignore[call-arg]
+                data, pixels = batch.data[rows], self.network.pixels
+                outputs = predict_outputs(forward, data, pixels, self.device, self.spec.batch)
+                score.add(outputs, torch.from_numpy(batch.label[rows]).to(self.device))
         return net, {name: value for name, value in score.result().items() if isinstance(value, int | float)}
 
 
@@ -193,9 +198,9 @@ class JudgeTrial(tune.Trainable):
         return {"metrics": self.judge.score(self.arch), "metric": 0.0, "done": True}
 
 
-def metric_of(recipe: dict[str, Any]) -> str:
-    """The name of the metric by which subnets are compared: miou where labels belong to points, else top1."""
-    return "miou" if recipe.get("per_point") else "top1"
+def metric_of(taken: Mapping[str, Any]) -> str:
+    """Return the name of the metric by which subnets are compared, of a run's `model/input.json`."""
+    return TASKS[task_of(taken)].best.name
 
 
 def judge_all(

@@ -22,7 +22,7 @@ from slimray.data.samples import BadSample
 from slimray.data.video.clips import generators
 from slimray.data.video.decoder import Decoder
 from slimray.edge import cost
-from slimray.tasks.predict import Input, to_input
+from slimray.tasks.network import Input, to_input
 from slimray.train import optimizers
 from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.plain import PlainReplica

@@ -16,6 +16,7 @@ from slimray.models import published
 from slimray.models.points import frustum
 from slimray.models.points.pvcnn import PVConv
 from slimray.models.points.table import POINT_MODELS
+from slimray.tasks import frustum_boxes
 
 REFERENCE = {
     "s3dis.pointnet": "pointnet_s3dis",
@@ -355,7 +356,7 @@ def test_truths_become_targets_and_frustums_without_object_have_no_loss():
     truth[:, 20:27] = torch.tensor([1.0, 2.0, 10.0, 4.0, 1.7, 1.5, 0.6])
     truth[1, -4] = 2
     truth[2, :20], truth[2, 20:27] = -1, torch.nan
-    targets = net.targets(truth)
+    targets = frustum_boxes.targets_of(truth)
     assert targets["known"].tolist() == [True, True, False]
     assert targets["size_id"].tolist() == [0, 5, 0]
     sizes = net.size_templates[0, targets["size_id"]] + targets["size_residual"]
@@ -363,7 +364,7 @@ def test_truths_become_targets_and_frustums_without_object_have_no_loss():
     heading = targets["heading_id"] * frustum.HEADING_BIN + targets["heading_residual"]
     torch.testing.assert_close(heading[:2], truth[:2, 26])
     points = torch.randn(3, 7, 20)
-    losses = net.losses(net(points), truth)
+    losses = frustum_boxes.losses(net(points), truth, None)
     losses.sum().backward()
     assert losses[2] == 0
     assert (losses[:2] > 0).all()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from slimray.spec import RunFailed
-from slimray.tasks.predict import Input, to_input
+from slimray.tasks.network import Input, to_input
 from slimray.train.methods.distilled import Distilled, DistilledReplica
 from slimray.train.methods.method import Piece, Setup
 from slimray.train.spec import OptimSpec

@@ -17,7 +17,7 @@ from tests.waits import patience
 
 from slimray import models
 from slimray.models.supernets.mixed import MixedNet
-from slimray.tasks.predict import Input, to_input
+from slimray.tasks.network import Input, to_input
 from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.paths import Goal, PathReplica, PathSampling, draw_two, entropy
 from slimray.train.spec import OptimSpec

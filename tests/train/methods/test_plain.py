@@ -14,8 +14,9 @@ from tests.waits import patience
 from torch import nn
 
 from slimray.data.plan import Phase
-from slimray.tasks.predict import Input, to_input
-from slimray.train import batchnorm, learn
+from slimray.tasks.classify import CLASSIFY
+from slimray.tasks.network import Input, to_input
+from slimray.train import batchnorm
 from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.mutual import Mutual
 from slimray.train.methods.plain import PlainReplica
@@ -221,7 +222,7 @@ def test_class_weights_leave_the_size_of_a_step_alone():
         net = Plain()
         start = net.head.weight.detach().clone()
         replica = PlainReplica(net, Setup(optim, Input(), SHAPE, torch.device("cpu")))
-        total = float(learn.sample_weights(torch.from_numpy(labels), optim).sum())
+        total = float(CLASSIFY.weights(torch.from_numpy(labels), optim).sum())
         replica.step([Piece(data, labels)], total, 0.1, (0, 0))
         moved.append(net.head.weight.detach() - start)
     torch.testing.assert_close(moved[0], moved[1], rtol=1e-4, atol=1e-7)

@@ -14,7 +14,7 @@ from tests.waits import patience
 
 from slimray import models
 from slimray.arch import Dimension, Space
-from slimray.tasks.predict import Input, to_input
+from slimray.tasks.network import Input, to_input
 from slimray.train import learn
 from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.supernet import Supernet, SupernetReplica

@@ -84,7 +84,6 @@ class FrustumNet(nn.Module):
     """
 
     size_templates: Tensor
-    class_sizes: Tensor
 
     def __init__(
         self, mask_net: nn.Module, center_net: nn.Module, box_net: nn.Module, num_classes: int, num_points: int
@@ -131,16 +130,6 @@ class FrustumNet(nn.Module):
             "size_residuals_normalized": sizes,
             "size_residuals": sizes * self.size_templates,
         }
-
-    def targets(self, truth: Tensor) -> dict[str, Tensor]:
-        """What its outputs should be: see `frustum_targets`."""
-        return frustum_targets(truth, self.class_sizes, self.size_templates)
-
-    def losses(self, outputs: Mapping[str, Tensor], truth: Tensor) -> Tensor:
-        """The loss of each sample `[B]` against truths `[B, N + 11]`; 0 where no object is known."""
-        targets = self.targets(truth)
-        losses = frustum_losses(outputs, targets, self.size_templates)
-        return torch.where(targets["known"], losses, 0.0)
 
 
 MASK_HEAD = (512, 256, 128, 128, DROPOUT)

@@ -249,7 +249,7 @@ def _results(look: Look, query: Query) -> list[Any]:
     rows = look.results.get("rows") or []
     if not rows:
         return []
-    tables = [pages.compare(rows), *pages.order_matters(rows), *pages.average_precisions(rows)]
+    tables = [pages.compare(rows), *pages.task_tables(rows, look.results.get("classes", []))]
     return [section(table.title, [data_table(table.header, table.rows), note_of(table.note)]) for table in tables]
 
 

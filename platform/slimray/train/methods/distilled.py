@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slimray import runs
 from slimray.spec import RunFailed
-from slimray.tasks.predict import load_network
+from slimray.tasks.network import load_network
 from slimray.train import learn
 from slimray.train.methods.method import OnDevice, Outputs, Setup
 from slimray.train.methods.plain import PlainReplica

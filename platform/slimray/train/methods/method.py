@@ -20,14 +20,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from slimray.tasks.predict import Input, to_input
+from slimray.tasks.classify import CLASSIFY
+from slimray.tasks.network import Input, to_input
+from slimray.tasks.task import Outputs, Task
 from slimray.train import batchnorm, learn, optimizers
 from slimray.train.averaging import LONG_AGO, Ema
 from slimray.train.precision import LossScale, arithmetic_of, autocast, set_products
 from slimray.train.spec import OptimSpec
 
 BUCKET = 2**22  # numbers all-reduced at a time
-Outputs = Tensor | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Setup:
     bucket_mb: float = 25
     compress: str = "none"
     batch_total: int | None = None
+    task: Task = CLASSIFY
 
 
 class Method(Protocol):
@@ -205,13 +207,11 @@ class Replica:
         return self._sample_losses(outputs, batch.labels)
 
     def _sample_losses(self, outputs: Outputs, labels: Tensor) -> Tensor:
-        if isinstance(outputs, Mapping):
-            return self.net.losses(outputs, labels)  # type: ignore[operator]
-        return learn.sample_losses(outputs, labels, self.optim)
+        return self.setup.task.losses(outputs, labels, self.optim)
 
     def _weights(self, labels: Tensor) -> Tensor:
         """The weight of each sample `[n]`, with which its losses are multiplied already."""
-        return learn.sample_weights(labels, self.optim)
+        return self.setup.task.weights(labels, self.optim)
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         return autocast(self.device, self.optim.precision)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from slimray.tasks.task import Outputs
 from slimray.train import learn
-from slimray.train.methods.method import Outputs, Setup
+from slimray.train.methods.method import Setup
 from slimray.train.methods.plain import PlainReplica
 
 

@@ -207,14 +207,15 @@ class PathReplica(Replica):
         """The loss on this rank, and gradients by which paths of more reward than the baseline become likelier."""
         goal, paths = cast(Goal, self.method.goal), [self._draw_path(rng) for _ in range(self.method.nets)]
         loss_sum, hits = 0.0, torch.zeros(len(paths), dtype=torch.float64, device=self.device)
-        count = hits.new_tensor([sum(len(piece.data) for piece in pieces)])
+        count, how_right = hits.new_tensor([sum(len(piece.data) for piece in pieces)]), self.setup.task.hits
+        assert how_right is not None  # else the job was refused
         for number, path in enumerate(paths):
             for piece in pieces:
                 batch, _ = self._on_device(piece)
                 if batch.labels is not None:
                     logits = self._logits(batch, path)
                     loss_sum += float(self._losses(logits, batch).sum()) / len(paths)
-                    hits[number] += (logits.argmax(1) == batch.labels).sum()
+                    hits[number] += how_right(logits, batch.labels).sum()
         if self.world > 1:
             dist.all_reduce(hits)
             dist.all_reduce(count)

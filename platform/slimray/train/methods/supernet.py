@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from slimray import runs
 from slimray.arch import Arch, Space
-from slimray.tasks.predict import load_network
+from slimray.tasks.network import load_network
 from slimray.train import learn
 from slimray.train.batchnorm import guard_lone_values
 from slimray.train.methods.method import OnDevice, Replica, Setup

@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from slimray import storage
 from slimray.data.points import point_sets
-from slimray.report import pages
+from slimray.runs.examples import BoxView
 from slimray.spec import RunFailed
-from slimray.tasks import frustum_boxes, kitti
+from slimray.tasks import kitti
 from slimray.tasks.kitti import Detections, Labels
 
 POINTS_SHOWN = 4000  # of an image, in a picture
@@ -26,10 +25,9 @@ POINTS_SHOWN = 4000  # of an image, in a picture
 Detection = dict[str, Any]
 
 
-def detections_of(outputs: Mapping[str, Tensor], truth: np.ndarray, paths: Sequence[str], templates: Tensor) -> list:
-    """What a network found in frustums of `paths`, with their truths float32 `[n, N + 11]` (data/samples.py)."""
-    labels, rotations, scores, heights = truth[:, -4:].T
-    boxes = frustum_boxes.decode_boxes(outputs, templates, rotations)
+def detections_of(boxes: np.ndarray, truth: np.ndarray, paths: Sequence[str]) -> list[Detection]:
+    """Boxes `[n, 7]` found in frustums of `paths`, with their truths float32 `[n, N + 11]`, as detections."""
+    labels, _, scores, heights = truth[:, -4:].T
     return [
         {
             "image": path.rpartition("#")[0],
@@ -90,15 +88,6 @@ def _detections(found: Sequence[Detection]) -> Detections:
     )
 
 
-def summary(repeats: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean, standard deviation and largest of each number over repeats."""
-    out = {}
-    for name in repeats[0]:
-        values = np.array([one[name] for one in repeats])
-        out[name] = {"mean": float(values.mean()), "std": float(values.std()), "max": float(values.max())}
-    return out
-
-
 def scene_points(data: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """The points `[n, C, N]` of frustums turned back into camera coordinates, float32 `[n * N, 3]`."""
     clouds = [
@@ -108,7 +97,7 @@ def scene_points(data: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def pictures(
-    run: str, points: Mapping[str, list], found: Sequence[Detection], objects: Mapping[str, Labels]
+    points: Mapping[str, list[np.ndarray]], found: Sequence[Detection], objects: Mapping[str, Labels]
 ) -> list[dict[str, Any]]:
     """A view from above of each image of `points` (image -> points `[n, 3]` of its frustums), for the report."""
     by_image, out = _by_image(found), []
@@ -118,8 +107,8 @@ def pictures(
         here, labels = by_image.get(image, []), objects.get(image)
         known = [i for i, name in enumerate(labels.names) if name in point_sets.KITTI_CLASSES] if labels else []
         out.append(
-            pages.BoxView(
-                run=run,
+            BoxView(
+                run="",
                 title=image,
                 points=coords,
                 truths=labels.boxes[known] if labels is not None else np.zeros((0, 7)),

@@ -1,0 +1,174 @@
+"""Classification: one class for a sample, whatever a sample is.
+
+Outputs are logits `[n, C]`, targets int64 `[n]`, -1 unknown. Accuracies are percent, 0-100.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slimray.data.modalities import Target, modality_of, read_recipe
+from slimray.data.own_files import Readers
+from slimray.tasks.answers import Answer, Answerer, AnswerOptions
+from slimray.tasks.evaluation import Pass, Setting
+from slimray.tasks.network import Network, predict_outputs, top_classes
+from slimray.tasks.responses import responses
+from slimray.tasks.task import LOSS, LossOptions, Metric, Table, Task, chance_of_classes, class_arguments
+
+
+def class_weights(options: LossOptions, device: torch.device) -> Tensor | None:
+    """Return the weight of each class `[C]`, None where all weigh the same."""
+    weights = options.class_weights
+    if weights is None or isinstance(weights, str):  # "balanced" is counted before a training begins
+        return None
+    return torch.tensor(weights, dtype=torch.float32, device=device)
+
+
+def class_losses(logits: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
+    """Return the cross-entropy at each label, 0 where that is -1: logits `[n, C, ...]`, labels int64 `[n, ...]`.
+
+    Smoothed and weighted by class as the options say.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return nn.functional.cross_entropy(
+        logits,
+        labels,
+        weight=class_weights(options, logits.device),
+        label_smoothing=options.label_smoothing,
+        reduction="none",
+        ignore_index=-1,
+    )
+
+
+def losses(logits: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
+    """Return the cross-entropy of each sample `[n]`: logits `[n, C]`, labels int64 `[n]`."""
+    return class_losses(logits, labels, options)
+
+
+def weights(labels: Tensor, options: LossOptions) -> Tensor:
+    """Return the weight of each sample `[n]`: that of its class, 1 without class weights."""
+    by_class = class_weights(options, labels.device)
+    if by_class is None:
+        return torch.ones(len(labels), device=labels.device)
+    return torch.where(labels >= 0, by_class[labels.clamp(min=0)], 0.0)
+
+
+def likeliest(scores: Tensor) -> Tensor:
+    """Return the class of the largest of scores `[n, C, ...]`, int64 `[n, ...]`; -1 where that is not finite."""
+    best, chosen = scores.max(1)
+    return torch.where(best.isfinite(), chosen, -1)
+
+
+class ClassScore:
+    """Counts of an evaluation, to be summed over ranks: `confusion[truth, predicted]`, top-5 hits, loss, and samples
+    whose scores are not finite (`missed[truth]`), which count as wrong."""
+
+    def __init__(self, num_classes: int):
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self.sums = torch.zeros(2, dtype=torch.float64)  # top-5 hits, loss
+        self.missed = torch.zeros(num_classes, dtype=torch.int64)
+
+    def add(self, scores: Tensor, labels: Tensor) -> None:
+        """Count scores `[n, C]` against labels int64 `[n]`; samples with label -1 (unknown) are left out."""
+        known = labels >= 0
+        scores, labels = scores[known].float().cpu(), labels[known].cpu()
+        if not len(labels):
+            return
+        num_classes, chosen = len(self.confusion), likeliest(scores)
+        found = chosen >= 0
+        pairs = labels[found] * num_classes + chosen[found]
+        self.confusion += torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+        self.missed += torch.bincount(labels[~found], minlength=num_classes)
+        best = scores[found].topk(min(5, num_classes), 1).indices
+        self.sums[0] += (best == labels[found][:, None]).any(1).sum()
+        self.sums[1] += nn.functional.cross_entropy(scores, labels, reduction="sum")
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What must be summed over ranks, in place."""
+        return self.confusion, self.sums, self.missed
+
+    def result(self) -> dict[str, float | int]:
+        """top1, top5, mean_class_accuracy (percent; the latter over classes that occur), loss, num_samples.
+
+        Besides num_not_finite if there is any: samples whose scores are not finite.
+        """
+        missed, own = int(self.missed.sum()), self.confusion.diagonal().double()
+        total = int(self.confusion.sum()) + missed
+        per_class = (self.confusion.sum(1) + self.missed).double()
+        seen = per_class > 0
+        return {
+            "top1": 100 * float(own.sum()) / max(total, 1),
+            "top5": 100 * float(self.sums[0]) / max(total, 1),
+            "mean_class_accuracy": 100 * float((own[seen] / per_class[seen]).mean()) if total else 0.0,
+            "loss": float(self.sums[1]) / max(total, 1),
+            "num_samples": total,
+        } | ({"num_not_finite": missed} if missed else {})
+
+
+def start(setting: Setting) -> Pass:
+    """A pass that scores samples, their views averaged."""
+    return Pass(setting, ClassScore(len(setting.network.classes)))
+
+
+def examples(
+    network: Network, views: np.ndarray, outputs: Tensor, targets: np.ndarray, shown: int
+) -> Iterable[dict[str, Any]]:
+    """Yield samples as their modality draws them, with the truth and the three likeliest classes."""
+    draw = modality_of(network.recipe).example
+    assert draw is not None
+    for number, (view, scores, label) in enumerate(zip(views, outputs, targets, strict=True), shown):
+        top = top_classes(scores, network.classes, 3)
+        yield draw(view, network.classes[int(label)], top, responses(network, view, number))
+
+
+def answer(network: Network, options: AnswerOptions) -> Answerer:
+    """The classes of a file, of one view, as validated."""
+    kind = modality_of(network.recipe)
+    assert kind.open_file is not None
+    read = kind.open_file(read_recipe(network.recipe | {"mode": "val"}), options.file)
+
+    def one(path: Path, readers: Readers) -> Answer:
+        views, notes = read(str(path), path.read_bytes(), readers)
+        scores = predict_outputs(network.net, views[None], network.pixels, network.device, 1)
+        assert isinstance(scores, Tensor)
+        return Answer(path, top_classes(scores[0], network.classes, options.top), notes=notes)
+
+    return one
+
+
+def tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Table]:
+    """Return a table of top1 with frames in natural and in shuffled order, for runs that were scored both ways."""
+    top1 = {(row.get("run"), row.get("variant")): row.get("top1") for row in rows}
+    names = list(dict.fromkeys(row.get("run") for row in rows))
+    pairs = [(name, top1.get((name, "natural")), top1.get((name, "shuffled"))) for name in names]
+    cells = [(name, a, b, a - b) for name, a, b in pairs if a is not None and b is not None]
+    note = "Points of top1 lost when frames come in random order: near 0, the network does not use motion."
+    return [Table("What frame order is worth", ("run", "natural", "shuffled", "lost"), cells, note)] if cells else []
+
+
+CLASSIFY = Task(
+    name="classify",
+    metrics=(
+        Metric("top1", "top-1"),
+        Metric("top5", "top-5"),
+        Metric("mean_class_accuracy", "mean class accuracy"),
+        LOSS,
+    ),
+    target=lambda recipe: Target(),
+    arguments=class_arguments,
+    losses=losses,
+    weights=weights,
+    score=lambda num_classes, recipe: ClassScore(num_classes),
+    start=start,
+    examples=examples,
+    answer=answer,
+    tables=tables,
+    chance=chance_of_classes,
+    hits=lambda logits, labels: (likeliest(logits) == labels).float(),
+    logits=True,
+    index_labels=True,
+)

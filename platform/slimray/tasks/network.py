@@ -1,0 +1,150 @@
+"""A run's network as a function: arrays of samples in, its outputs out; for validation, `evaluate` and `predict`.
+
+`Input` is how arrays become what a network takes and how views become one answer; it is stored in the run's
+`model/input.json`, so that a prediction prepares its input as training did. torch only: a machine without Ray predicts
+too.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from slimray import models, runs
+from slimray.data.modalities import read_recipe
+from slimray.tasks.task import Outputs, task_before
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a network takes: normalisation of uint8 pixels, and how the views of a sample are averaged."""
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    average: Literal["logits", "prob"] = "logits"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A run's network ready to use: the module in eval mode, its input, the recipe of its samples, its classes.
+
+    `task` is a name in TASKS, `model` what `models.build` takes.
+    """
+
+    net: nn.Module
+    pixels: Input
+    recipe: dict[str, Any]
+    classes: tuple[str, ...]
+    model: dict[str, Any]
+    task: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.net.parameters()).device
+
+
+def task_of(taken: Mapping[str, Any]) -> str:
+    """Return the name of the task of a run, of its `model/input.json`."""
+    recipe = taken["recipe"]
+    return taken.get("task") or task_before(recipe.get("kind", "clip"), bool(recipe.get("per_point")))
+
+
+def load_network(run: runs.Run, device: torch.device | str = "cpu") -> Network:
+    """Load the network that `run` wrote; UserError if it wrote none."""
+    weights, model, taken = runs.read_model(run)
+    read_recipe(taken["recipe"])  # a recipe of another version fails here, not at the first file
+    net = models.build(**model)
+    net.load_state_dict(safetensors.torch.load(weights))
+    pixels: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in taken["pixels"].items()}
+    classes = tuple(taken["classes"])
+    return Network(net.to(device).eval(), Input(**pixels), taken["recipe"], classes, model, task_of(taken))
+
+
+def to_input(data: np.ndarray, pixels: Input, device: torch.device) -> Tensor:
+    """Samples `[n, V, ...]` as a network takes them, `[n*V, ...]` on `device`.
+
+    The type of the array is that of its modality: uint8 frames `[n, V, T, H, W, 3]` become normalised
+    `[n*V, T, 3, H, W]`, images `[n, V, H, W, 3]` `[n*V, 3, H, W]` (pixels travel as uint8); floats (points) become
+    floats of torch's default type; other whole numbers (tokens) go as they are.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(data))
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    tensor = tensor.to(device, non_blocking=True).flatten(0, 1)
+    if data.dtype != np.uint8:
+        return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+    mean = torch.tensor(pixels.mean, device=device).view(-1, 1, 1) * 255
+    std = torch.tensor(pixels.std, device=device).view(-1, 1, 1) * 255
+    return (tensor.movedim(-1, -3).to(torch.get_default_dtype()) - mean) / std
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device) -> Iterator[None]:
+    """bf16 autocast on a GPU that has it; elsewhere nothing changes."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        with torch.autocast("cuda", torch.bfloat16):
+            yield
+    else:
+        yield
+
+
+def merge_views(logits: Tensor, num_views: int, average: str) -> Tensor:
+    """Scores `[n, C, ...]` from logits `[n*V, C, ...]` of V views: their mean, or the log of mean probabilities."""
+    views = logits.view(-1, num_views, *logits.shape[1:])
+    if average == "prob":
+        return torch.logsumexp(torch.log_softmax(views, 2), 1) - math.log(num_views)
+    return views.mean(1)
+
+
+@torch.no_grad()
+def predict_outputs(
+    net: Callable[[Tensor], Outputs], data: np.ndarray, pixels: Input, device: torch.device, rows: int
+) -> Outputs:
+    """Outputs in float32, `[n, ...]` or several by name, of samples `[n, V, ...]`, views averaged.
+
+    The network sees at most `rows` samples at once. ValueError without samples.
+    """
+    parts: list[Outputs] = []
+    for i in range(0, len(data), rows):
+        with autocast(device):
+            outputs = net(to_input(data[i : i + rows], pixels, device))
+        if isinstance(outputs, Mapping):
+            parts.append({k: merge_views(value.float(), data.shape[1], "logits") for k, value in outputs.items()})
+        else:
+            parts.append(merge_views(outputs.float(), data.shape[1], pixels.average))
+    return joined(parts)
+
+
+def joined(parts: Sequence[Outputs]) -> Outputs:
+    """Return outputs of several pieces, one after the other, as those of all samples; ValueError for none."""
+    if not parts:
+        raise ValueError("no samples: there are no outputs")
+    if isinstance(parts[0], Mapping):
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}  # type: ignore[call-overload]
+    return torch.cat(parts)  # type: ignore[arg-type]
+
+
+def first_rows(outputs: Outputs, count: int) -> Outputs:
+    """Return the first `count` samples of what a network gives."""
+    return chosen_rows(outputs, slice(0, count))
+
+
+def chosen_rows(outputs: Outputs, which: Any) -> Outputs:
+    """Return the samples `which` (a slice, a mask, numbers) of what a network gives."""
+    if isinstance(outputs, Mapping):
+        return {name: value[which] for name, value in outputs.items()}
+    return outputs[which]
+
+
+def top_classes(scores: Tensor, classes: Sequence[str], k: int) -> list[tuple[str, float]]:
+    """The `k` best (class, probability) of a score vector `[C]`, best first."""
+    probabilities = torch.softmax(scores.float(), 0)
+    values, indices = probabilities.topk(min(k, len(classes)))
+    return [(classes[int(i)], float(v)) for i, v in zip(indices, values, strict=True)]
