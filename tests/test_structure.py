@@ -67,6 +67,33 @@ def test_a_file_imports_from_lower_floors_only(path: Path):
         assert parts[1] == mine or below, f"{here} imports {name}"
 
 
+def imports_when_run(path: Path) -> set[str]:
+    """The imports of a file but those for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    checked = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    for node in checked:
+        node.body = [ast.Pass()]
+    return {
+        name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module
+        for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+    }
+
+
+@pytest.mark.parametrize("folder", sorted({room(path) for path in FILES if path.parent != PACKAGE}))
+def test_no_files_of_a_folder_import_each_other_in_a_circle(folder: str):
+    files = {
+        f"slimray.{path.relative_to(PACKAGE).as_posix().removesuffix('.py').replace('/', '.')}": path
+        for path in FILES
+        if room(path) == folder and path.name != "__init__.py"
+    }
+    waits = {name: imports_when_run(path) & files.keys() - {name} for name, path in files.items()}
+    while ready := {name for name, needed in waits.items() if not needed & waits.keys()}:
+        waits = {name: needed for name, needed in waits.items() if name not in ready}
+    assert not waits, f"a circle among {', '.join(sorted(waits))}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_big_libraries_stay_in_their_files(path: Path):
     here, tops = path.relative_to(PACKAGE), {name.split(".")[0] for name in imports(path)}

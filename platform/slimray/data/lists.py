@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -139,7 +138,7 @@ def unused_labels(card: Card, tables: Iterable[pa.Table]) -> str:
     """
     if card.labels == "point" or not card.num_classes:
         return ""
-    used = {label for table in tables for label in pc.unique(table.column("label")).to_pylist()}
+    used = {label for table in tables for label in table.column("label").unique().to_pylist()}
     gaps = [name for number, name in enumerate(card.class_names()) if number not in used]
     some = ", ".join(gaps[:5]) + (", ..." if len(gaps) > 5 else "")
     return f"no sample is of {len(gaps):,} of the {card.num_classes:,} classes ({some})" if gaps else ""

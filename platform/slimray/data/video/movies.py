@@ -237,7 +237,7 @@ def _is_joint(packets: Sequence[av.Packet], number: int) -> bool:
     frame that was lost.
     """
     near = range(max(1, number - 1), min(len(packets), number + 4))
-    times = [packet.dts for packet in packets]
+    times: list[Any] = [packet.dts for packet in packets]
     if None in times or not any(packets[n].is_keyframe for n in near):
         return False
     steps = sorted(b - a for a, b in itertools.pairwise(times))
@@ -267,7 +267,8 @@ def _display(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     From the display matrix, by which (x, y) is shown at (a x + c y, b x + d y). One that is not made of quarter turns
     and mirrors, but for its scale, changes nothing.
     """
-    found = frame.side_data.get(DISPLAY_MATRIX)
+    side_data: Any = frame.side_data
+    found = side_data.get(DISPLAY_MATRIX)
     if found is None:
         return False, False, False
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(found)[:36])
