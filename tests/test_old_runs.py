@@ -137,6 +137,15 @@ def test_a_field_that_an_old_job_lacks_has_its_default(old, field, change, diffe
     assert f"exists with other settings ({difference})" in err
 
 
+def test_short_clips_of_a_run_begun_before_they_were_spread_stay_as_published(old):
+    (unfinished,) = job.load(["clips-unfinished.yaml"], [])
+    assert unfinished.job.data.short_clips is None  # that is `spread` in a new run
+    assert job._as_begun(unfinished, "runs").job.data.short_clips == "published"
+    code, _, err = slimray_all("check", "clips-unfinished.yaml", "--set", "data.short_clips=spread")
+    assert code == 2
+    assert 'exists with other settings (data.short_clips: "published" -> "spread")' in err
+
+
 def test_words_about_a_dataset_may_change(old):
     """The card of a generated dataset names a file of the package, which may move."""
     run = runs.open_run("runs", "clips")

@@ -48,7 +48,8 @@ MAY_CHANGE = (
     "data.card.source",
     "data.card.licence",
 )  # sections that a resumed run may have changed
-LEFT_OPEN = (("optim", "groups"),)  # fields whose value follows from others where they are null
+LEFT_OPEN = (("optim", "groups"), ("data", "short_clips"))  # fields whose value follows from others where they are null
+BEFORE = (("data", "short_clips", "published"),)  # what runs do that were begun before there was a choice
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ def _state(one: Loaded, storage: str) -> str:
 def _as_begun(one: Loaded, storage: str) -> Loaded:
     """Return the job with the choices that it leaves open (null) as its run, if there is one, began with them."""
     folder = runs.open_run(storage, one.job.name)
-    began: Any = runs.read_job(folder) if runs.exists(folder, "job.yaml") else {}
+    began: Any = _as_then(one.job, runs.read_job(folder)) if runs.exists(folder, "job.yaml") else {}
     job = one.job
     for section, name in LEFT_OPEN:
         ours, theirs = getattr(job, section, None), began.get(section) if isinstance(began, dict) else None
@@ -261,6 +262,17 @@ def _as_begun(one: Loaded, storage: str) -> Loaded:
                 begun = parse(type(ours), ours.model_dump(exclude_defaults=True) | {name: theirs[name]}, section)
                 job = job.model_copy(update={section: begun})
     return Loaded(job, one.where)
+
+
+def _as_then(job: Any, stored: Any) -> Any:
+    """Return the job that a run holds with what an older version did where it had no choice."""
+    if not isinstance(stored, dict):
+        return stored
+    out = dict(stored)
+    for section, name, value in BEFORE:
+        if isinstance(out.get(section), dict) and hasattr(getattr(job, section, None), name):
+            out[section] = {name: value} | out[section]
+    return out
 
 
 def _claim(one: Loaded, folder: runs.Run, restart: bool = False) -> runs.Claim:
@@ -274,7 +286,7 @@ def _completed(one: Loaded, stored: dict[str, Any]) -> dict[str, Any]:
     Returned as it stands where it is not a job of this kind.
     """
     try:
-        job: Any = type(one.job).model_validate(stored)
+        job: Any = type(one.job).model_validate(_as_then(one.job, stored))
         data = getattr(job, "data", None)
         if data is not None and isinstance(data.card, dict):
             card = Card.model_validate(data.card).model_dump(mode="json", exclude_defaults=True)

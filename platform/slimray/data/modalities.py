@@ -257,7 +257,7 @@ def _clip_recipe(data: DataSpec, card: "Card", num_segments: int, mode: str) -> 
         "size": data.size,
         "resize": data.resize or round(data.size * 8 / 7),
         "sampling": data.sampling,
-        "short": data.short_clips,
+        "short": data.short_clips or "spread",
         "mode": mode,
         "scales": data.scales,
         "reader": data.reader,

@@ -77,9 +77,10 @@ class DataSpec(Spec):
     """Short side that frames and images get before a centre or test crop; default 8/7 of `size` (256 for 224)."""
     sampling: Literal["uniform", "dense"] = "uniform"
     """Frames: one per segment of the clip (TSN), or `num_segments` out of a window of 64 (I3D)."""
-    short_clips: Literal["spread", "published"] = "spread"
-    """Clips with fewer frames than the network takes: frames all over the clip, some of them several times, or as in
-    the published recipes of TSM, where such a clip (in validation also one with just as many) becomes a still."""
+    short_clips: Literal["spread", "published"] | None = None
+    """Clips with fewer frames than the network takes: `spread` takes frames all over the clip, some several times;
+    `published`, as in the recipes of TSM, makes such a clip (in validation also one with just as many) a still. null is
+    `spread`, and for a run that was begun before there was a choice `published`."""
     scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
     """Sides of the training crop as parts of the short side."""
     flip: bool = True
