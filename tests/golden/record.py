@@ -1,5 +1,7 @@
 """Computes the golden values. `python -m tests.golden.record FILE` writes those of the code as it is; `--spread` adds
-how far rounding carries them. golden.json was written at commit d4a6aae by `--spread`, it is not written again.
+how far rounding carries them. golden.json was written at commit d4a6aae by `--spread`. Two corrections of 2026-11-29
+changed values on purpose, which were written again: ranks with a lone sample (on 2 and 3 ranks) no longer double it,
+and averages of weights warm up and hold statistics. All other values (on one rank all but those) kept their bits.
 
 Real prepared samples of each kind (tests/old_runs) go through each training method on 1, 2 and 3 ranks (gloo). Kept
 are plans, indexes, samples, losses, the tensors of the checkpoints and what the networks answer: of each tensor a

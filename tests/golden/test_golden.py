@@ -1,5 +1,7 @@
 """The code computes what it computed at commit d4a6aae: equal bits on an equal machine, else within float32 rounding.
 
+record.py says which values were corrected since.
+
 Losses may differ by what a nudge of the weights by 1e-6 made of them, tensors by the distance by which it moved them,
 each times SLACK; both were measured when the values were recorded. Integers, plans and archs are equal everywhere.
 """
