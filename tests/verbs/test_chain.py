@@ -128,9 +128,7 @@ def test_a_network_found_in_clips_is_not_trained_on_images(tmp_path):
 @pytest.mark.timeout(900)
 def test_what_a_search_finds_is_evaluated_trained_on_and_predicted_with(tmp_path):
     shell = Shell(tmp_path)
-    done = shell.run(
-        "run", shell.write("chain.yaml", "---".join(chain(name) for name in KINDS)), timeout_s=patience(400)
-    )
+    done = shell.run("run", shell.write("chain.yaml", "---".join(chain(name) for name in KINDS)), seconds=400)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in KINDS:
         found, tuned = (runs.open_run(str(shell.storage), f"{name}-{which}") for which in ("search-any", "tuned"))

@@ -123,6 +123,12 @@ def test_a_run_is_scored_in_several_crops_and_at_another_size():
     assert read_recipe(evaluate._recipe(larger, network, "natural", splits, "val")).short_side == 74
     tight = replace(network, recipe=network.recipe | {"resize": 32})
     assert read_recipe(evaluate._recipe(larger, tight, "natural", splits, "val")).short_side == 64
+    zoomed = replace(network, recipe=network.recipe | {"resize": 40})
+    assert read_recipe(evaluate._recipe(larger, zoomed, "natural", splits, "val")).short_side == 80
+    smaller = scored.model_copy(update={"size": 16})
+    assert read_recipe(evaluate._recipe(smaller, zoomed, "natural", splits, "val")).short_side == 20
+    full = scored.model_copy(update={"size": 64, "resize": 64})
+    assert read_recipe(evaluate._recipe(full, zoomed, "natural", splits, "val")).short_side == 64
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from slimray.data.points.columns import parse_columns
 from slimray.data.points.reader import cloud_reader
 from slimray.data.points.recipe import PointRecipe
 from slimray.data.samples import BadSample
-from slimray.data.spec import DataSpec, scaled_resize
+from slimray.data.spec import DataSpec
 from slimray.data.video.clips import ClipRecipe, flip_label
 from slimray.data.views import all_fit, clip_views, clip_views_fit, image_views, point_views, same_views
 from slimray.runs import examples
@@ -157,15 +157,6 @@ def sample_shape(recipe: Mapping[str, Any]) -> tuple[int, ...]:
 def input_shape(recipe: Mapping[str, Any]) -> tuple[int, ...]:
     """What a network takes of one view of a plain recipe, without the batch: (T, 3, H, W), (3, H, W) or (C, N)."""
     return modality_of(recipe).input_shape(read_recipe(recipe))
-
-
-def at_size(recipe: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """Return a plain recipe of square pictures at another side `size`, in pixels, with the same zoom.
-
-    The crop keeps its share of the short side: `resize` changes with `size`, and 0 (which follows by itself) stays 0.
-    """
-    resize = recipe["resize"]
-    return {**recipe, "size": size, "resize": resize and scaled_resize(resize, recipe["size"], size)}
 
 
 # ------------------------------------------------------------------------------------------------------- reading

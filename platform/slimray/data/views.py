@@ -6,14 +6,29 @@
 from collections.abc import Mapping
 from typing import Any
 
+from slimray.data.spec import scaled_resize
+
+
+def at_size(recipe: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Return a plain recipe of square pictures at another side `size`, in pixels, with the same zoom.
+
+    The crop keeps its share of the short side: `resize` changes with `size`, and 0 (which follows by itself) stays 0.
+    """
+    resize = recipe["resize"]
+    return {**recipe, "size": size, "resize": resize and scaled_resize(resize, recipe["size"], size)}
+
+
+def _sized(recipe: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with the side of the crop and the short side that the options ask for, if they do."""
+    sized = at_size(recipe, options["size"]) if options["size"] else recipe
+    return sized | {"resize": max(options["resize"], sized["size"])} if options["resize"] else sized
+
 
 def clip_views(recipe: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Clips x crops of each video (arXiv 1811.08383), at another size, in another order of frames."""
     plain = options["clips"] == 1 and options["crops"] == 1
     recipe = recipe | {"mode": "val" if plain else "test", "num_clips": options["clips"], "crops": options["crops"]}
-    if options["size"]:
-        recipe |= {"size": options["size"], "resize": max(options["size"], recipe["resize"])}
-    return recipe | {"frame_order": options["frame_order"], "flip": False}
+    return _sized(recipe, options) | {"frame_order": options["frame_order"], "flip": False}
 
 
 def clip_views_fit(recipe: Mapping[str, Any], options: Mapping[str, Any], run: str) -> str:
@@ -27,9 +42,7 @@ def clip_views_fit(recipe: Mapping[str, Any], options: Mapping[str, Any], run: s
 
 def image_views(recipe: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Crops of each picture, at another size."""
-    size, resize = options["size"] or recipe["size"], recipe["resize"]
-    recipe = recipe | {"mode": "test", "crops": options["crops"], "flip": False, "size": size}
-    return recipe | {"resize": resize and max(size, resize)}  # 0 follows the size
+    return _sized(recipe, options) | {"mode": "test", "crops": options["crops"], "flip": False}
 
 
 def point_views(recipe: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,10 @@ class EvaluateJob(WorkerJob):
     crops: Literal[1, 3, 5, 10] = 1
     """Crops per frame or image: centre, three, five, or five and their mirror images."""
     size: int | None = Field(None, ge=16, le=1024)
-    """Side of the crop in pixels, if not the trained one (256 for the "full resolution" protocol)."""
+    """Side of the crop in pixels, if not the trained one; the zoom stays. The published "full resolution" protocol,
+    which takes all of a short side of 256, is `size: 256, resize: 256`."""
+    resize: int | None = Field(None, ge=16)
+    """Short side in pixels before the crop; default that of training, in proportion to `size`."""
     average: Literal["logits", "prob"] = "logits"
     """How views become one score."""
     frame_orders: tuple[Literal["natural", "shuffled"], ...] = Field(("natural",), min_length=1)
@@ -253,7 +256,7 @@ def _recipe(job: EvaluateJob, network: Any, order: str, splits: Splits, split: s
     """The run's own recipe, with the views and the frame order of this evaluation, and the target it then has."""
     from slimray.tasks import TASKS, with_target
 
-    options = job.model_dump(include={"clips", "crops", "size", "votes"}) | {"frame_order": order}
+    options = job.model_dump(include={"clips", "crops", "size", "resize", "votes"}) | {"frame_order": order}
     if job.votes:  # windows are drawn equally often, shapes by how many points they have
         most = int(np.max(splits.tables[split].column("frames").to_numpy()))
         options |= {"num_points": most, "fill": not splits.card.parts}

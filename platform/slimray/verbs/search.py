@@ -9,7 +9,7 @@ a network like any other: evaluated, predicted with, trained on (`model: {run: N
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -19,8 +19,8 @@ from pydantic import Field, model_validator
 
 from slimray import runs
 from slimray.arch import Arch
-from slimray.data.modalities import at_size
 from slimray.data.spec import DataSpec
+from slimray.data.views import at_size
 from slimray.edge import COUNTED, MEASURED
 from slimray.search import pareto, strategies
 from slimray.search.problem import Problem, Trial
@@ -400,25 +400,27 @@ def _write_subnet(
 
     arch = trial.arch
     _, model, taken = runs.read_model(found)
-    space = _on_meta(found).space
-    side, frames = space.input_of(arch, "side"), space.input_of(arch, "frames")
+    recipe = subnet_recipe(_on_meta(found).space, arch, taken["recipe"])
     source = {"search": job.name, "supernet": found.uri, "arch": arch.to_dict()}
-    recipe = dict(taken["recipe"])
-    if side is not None:
-        recipe = at_size(recipe, side)
-    if frames is not None:
-        recipe |= {"num_segments": frames}
     held = (weights, model | {"arch": arch.to_dict()}, taken | {"recipe": recipe})
     source |= {"data": runs.read_job(found).get("data")}
     subnets.write_subnet(ctx, _name(job, target), source, held, scored, trial.costs)
+
+
+def subnet_recipe(space: Any, arch: Arch, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe by which samples are made for a subnet: that of the supernet, at the subnet's resolution, with
+    the same zoom, and with its frames."""
+    side, frames = space.input_of(arch, "side"), space.input_of(arch, "frames")
+    out = dict(recipe) if side is None else at_size(recipe, side)
+    return out if frames is None else out | {"num_segments": frames}
 
 
 def _finish(job: SearchJob, ctx: Context, searches: Sequence[_Progress], rows: list[dict], metric: str) -> None:
     from slimray.report import pages
 
     trials = [trial for progress in searches for trial in progress.trials if trial.metric == trial.metric]
-    different = {trial.arch: trial for trial in trials}
-    fronts = {name: pareto.front(different.values(), [name]) for name in COUNTED}
+    different = list(_priced_everywhere(searches, {trial.arch: trial for trial in trials}).values())
+    fronts = {name: pareto.front(different, [name]) for name in dict.fromkeys(n for t in different for n in t.costs)}
     plain = {name: [_plain(trial) for trial in front] for name, front in fronts.items()}
     runs.write_file(ctx.run, "front.json", json.dumps({"metric": metric, "fronts": plain}).encode())
     predictors = {}
@@ -429,9 +431,28 @@ def _finish(job: SearchJob, ctx: Context, searches: Sequence[_Progress], rows: l
             )
             for progress in searches
         }
-    results = {"targets": rows, "metric": metric, "trials": [_plain(t) for t in different.values()]}
+    results = {"targets": rows, "metric": metric, "trials": [_plain(t) for t in different]}
     ctx.finish({"metrics": {"rows": rows}, "supernet": job.supernet}, results | {"predictors": predictors})
     runs.write_report(ctx.run, pages.search_report(ctx.run))
+
+
+def _priced_everywhere(searches: Sequence[_Progress], trials: Mapping[Arch, Trial]) -> dict[Arch, Trial]:
+    """Return the trials with what each costs on the devices of all targets, as far as these ask for it.
+
+    A cost that several devices have is named after its device too: `latency_ms (DEVICE)`.
+    """
+    devices = list(dict.fromkeys(one.prices.meter.name for one in searches if one.prices.meter is not None))
+    out = {}
+    for arch, trial in trials.items():
+        costs = {name: value for name, value in trial.costs.items() if name in COUNTED}
+        for progress in searches:
+            values = progress.problem.costs(progress.problem.table.codes([arch]))
+            meter = progress.prices.meter
+            for name, value in values.items():
+                named = f"{name} ({meter.name})" if name in MEASURED and len(devices) > 1 else name
+                costs[named] = float(value[0])
+        out[arch] = replace(trial, costs=costs)
+    return out
 
 
 def _plain(trial: Trial) -> dict[str, Any]:
