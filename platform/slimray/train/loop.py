@@ -8,8 +8,6 @@ saving and validating never change training state. A bad sample keeps its slot w
 mask at an epoch's end.
 """
 
-import contextlib
-import socket
 import time
 from typing import Any
 
@@ -18,8 +16,6 @@ import ray
 import ray.train
 import safetensors.torch
 import torch
-import torch.distributed as dist
-from ray import exceptions
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 from torch import Tensor
@@ -36,10 +32,10 @@ from slimray.train.checkpoints import Progress, Saver
 from slimray.train.config import FitConfig
 from slimray.train.health import OTHERS, end_process
 from slimray.train.methods.method import Piece, part
-from slimray.train.metrics import BadSamples, Clock, Records, training_row
-from slimray.train.notices import Notices
+from slimray.train.metrics import BadSamples, Clock, News, Records, training_row
+from slimray.train.notices import Notices, tell_stuck
 from slimray.train.precision import arithmetic_of
-from slimray.train.ranks import Ranks
+from slimray.train.ranks import Ranks, merge_scores
 from slimray.train.shown import Shown
 from slimray.train.start import make_replica
 from slimray.train.workers import open_stream
@@ -61,7 +57,7 @@ class _Rank:
         self.num_train = config.sources["train"].num_samples
         self.progress, self.clock = Progress(), Clock()
         self.bad_steps, self.looks, self.arithmetic = 0, False, ARITHMETIC
-        self.told_at = self.saved_at = time.monotonic()
+        self.saved_at, self.news = time.monotonic(), News(config, self.rank)
         self.ranks = Ranks(self.rank, self.world, self.device, config.scale.data_timeout_s + 20, self._stuck)
         self.ranks.require_all_reduce()
         self.bad = BadSamples(self.num_train, self.ranks)
@@ -79,17 +75,11 @@ class _Rank:
         self.saver = Saver(self.run, keep, best, self.records.flush) if self.rank == 0 else None
 
     def _stuck(self, doing: str, seconds: float, stacks: str) -> None:
-        """Called by the watchdog: leave the stacks in the logs; end this rank, unless it only waits for others."""
+        """Called by the watchdog: report where the rank is, and end it unless it only waits for others."""
         replica = getattr(self, "replica", None)  # none yet if the rank is stuck at the start
         waits = doing == OTHERS or (replica is not None and replica.reduces_since() > 1)
-        where = f"rank {self.rank} ({socket.gethostname()})"
-        file = f"logs/{self.config.attempt:04d}-rank{self.rank:05d}-stacks.txt"
-        with contextlib.suppress(OSError, RunFailed):
-            runs.write_file(self.run, file, f"{where}, {OTHERS if waits else doing}\n\n{stacks}".encode())
+        tell_stuck(self.config, self.run, self.rank, OTHERS if waits else doing, seconds, stacks)
         if not waits:
-            sentence = f"{where} did not move for {seconds:.0f} s while {doing}: its stacks are in {file}"
-            with contextlib.suppress(exceptions.RayError, TimeoutError):
-                ray.get(self.config.board.stuck.remote(sentence), timeout=30)
             end_process()
 
     # ------------------------------------------------------------------------------------ resume and saving
@@ -269,7 +259,7 @@ class _Rank:
                         if not self._validates(phase.epoch):
                             net = None
                             self._save()
-                    self._tell(phase, step)
+                    self.news.tell(phase, step, self.progress.total_steps, self.clock)
                 else:
                     net = self.shown.net() if net is None else net
                     score = self.task.score(len(config.classes), config.recipes["val"]) if score is None else score
@@ -277,7 +267,7 @@ class _Rank:
                         self.bad.note(batch, phase, self.records.bad)
                         learn.seed_step(config.seed, step, self.rank)  # what a network draws is the same every time
                         score_batch(net, batch, config.pixels, self.device, config.per_worker, score)
-                    self._tell(phase, step)
+                    self.news.tell(phase, step, self.progress.total_steps, self.clock)
                     self.looks = bool(self.ranks.sum(self.notices.due())[0])
                     if last:
                         self._end_validation(phase, score)
@@ -412,7 +402,7 @@ class _Rank:
 
     def _log(self, phase: Phase, step: int) -> None:
         clock, config = self.clock, self.config
-        self._tell(phase, step)
+        self.news.tell(phase, step, self.progress.total_steps, self.clock)
         if self.progress.total_steps % config.log_every and step + 1 != phase.num_steps:
             return
         row = {
@@ -429,18 +419,6 @@ class _Rank:
         if self.rank == 0 and step + 1 == phase.num_steps:
             self.config.board.update.remote(loss=(phase.epoch + 1, row["train/loss"]))
         self.clock = Clock()
-
-    def _tell(self, phase: Phase, step: int) -> None:
-        """Tell the driver how far the run is; at most three times a second, never waited for."""
-        now, clock = time.monotonic(), self.clock
-        if self.rank != 0 or (now - self.told_at < 0.3 and step + 1 != phase.num_steps):
-            return
-        self.told_at = now
-        state = {"phase": phase.name, "epoch": phase.epoch, "epochs": self.config.optim.epochs}
-        state |= {"step": step + 1, "steps": phase.num_steps, "total_steps": self.progress.total_steps}
-        if clock.total:
-            state |= {"samples_per_s": clock.samples / clock.total, "wait": clock.wait / clock.total}
-        self.config.board.update.remote(**state)
 
 
 def fit(config: FitConfig) -> dict[str, Any]:
@@ -464,11 +442,3 @@ def score_batch(
     if batch.valid.any():
         outputs = predict_outputs(net, batch.data[batch.valid], pixels, device, rows)
         score.add(outputs, torch.from_numpy(batch.label[batch.valid]).to(device))
-
-
-def merge_scores(score: Score, world: int, device: torch.device) -> None:
-    """Sum the counts of all ranks into everybody's `score`. A collective."""
-    for tensor in score.tensors() if world > 1 else ():
-        moved = tensor.to(device)
-        dist.all_reduce(moved)
-        tensor.copy_(moved)

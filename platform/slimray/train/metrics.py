@@ -1,4 +1,4 @@
-"""What a rank of a training writes down while it runs: metric rows, gauges, bad samples, news for the terminal."""
+"""Records of a rank while it trains: metric rows, gauges, bad samples, and its reports to the driver."""
 
 import time
 from dataclasses import dataclass
@@ -90,6 +90,25 @@ def training_row(clock: Clock, ranks: Ranks) -> dict[str, Any]:
         worst = max(slow, key=slow.__getitem__)
         row |= {"straggler/rank": worst, "straggler/ratio": slow[worst]}
     return row
+
+
+class News:
+    """Tells the driver how far the run is, from rank 0: at most three times a second, never waited for."""
+
+    def __init__(self, config: FitConfig, rank: int):
+        self.config, self.rank, self.told_at = config, rank, 0.0
+
+    def tell(self, phase: Phase, step: int, total_steps: int, clock: Clock) -> None:
+        """Report the end of `step` of a pass."""
+        now = time.monotonic()
+        if self.rank != 0 or (now - self.told_at < 0.3 and step + 1 != phase.num_steps):
+            return
+        self.told_at = now
+        state = {"phase": phase.name, "epoch": phase.epoch, "epochs": self.config.optim.epochs}
+        state |= {"step": step + 1, "steps": phase.num_steps, "total_steps": total_steps}
+        if clock.total:
+            state |= {"samples_per_s": clock.samples / clock.total, "wait": clock.wait / clock.total}
+        self.config.board.update.remote(**state)
 
 
 class BadSamples:

@@ -1,13 +1,20 @@
-"""What may end a training between two steps: a node whose preemption is announced, and the limits of the job."""
+"""What may end a training: a node whose preemption is announced, the limits of the job, a rank that is stuck."""
 
+import contextlib
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
+import ray
 import ray.train
+from ray import exceptions
 
+from slimray import runs
+from slimray.spec import RunFailed
 from slimray.train.checkpoints import Progress
 from slimray.train.config import FitConfig
+from slimray.train.health import OTHERS
 from slimray.train.ranks import Ranks
 
 LOOK_S = 2.0  # how often the ranks ask whether the preemption of one of their nodes is announced
@@ -65,3 +72,15 @@ class Notices:
         raise RuntimeError(
             "a node preemption was announced, but the node is still there and Ray Train did not restart the workers"
         )
+
+
+def tell_stuck(config: FitConfig, run: runs.Run, rank: int, doing: str, seconds: float, stacks: str) -> None:
+    """Write the stacks of a rank that does not move to the logs, and tell the driver, unless it waits for others."""
+    where = f"rank {rank} ({socket.gethostname()})"
+    file = f"logs/{config.attempt:04d}-rank{rank:05d}-stacks.txt"
+    with contextlib.suppress(OSError, RunFailed):
+        runs.write_file(run, file, f"{where}, {doing}\n\n{stacks}".encode())
+    if doing != OTHERS:
+        sentence = f"{where} did not move for {seconds:.0f} s while {doing}: its stacks are in {file}"
+        with contextlib.suppress(exceptions.RayError, TimeoutError):
+            ray.get(config.board.stuck.remote(sentence), timeout=30)

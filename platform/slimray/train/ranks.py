@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slimray.spec import RunFailed
+from slimray.tasks.task import Score
 from slimray.train.health import OTHERS, Watchdog
 
 
@@ -78,3 +79,11 @@ class Ranks:
             if self.world > 1:
                 dist.broadcast(flag, 0)
             return bool(flag)
+
+
+def merge_scores(score: Score, world: int, device: torch.device) -> None:
+    """Sum the counts of all ranks into everybody's `score`. A collective."""
+    for tensor in score.tensors() if world > 1 else ():
+        moved = tensor.to(device)
+        dist.all_reduce(moved)
+        tensor.copy_(moved)

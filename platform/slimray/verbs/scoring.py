@@ -24,7 +24,7 @@ from slimray.tasks import TASKS
 from slimray.tasks.evaluation import Pass, Samples, Setting
 from slimray.tasks.network import load_network
 from slimray.tasks.task import require_finite
-from slimray.train import learn, loop, workers
+from slimray.train import learn, loop, ranks, workers
 from slimray.train.spec import ScaleSpec
 
 
@@ -71,7 +71,7 @@ def _start(config: ScoreConfig, number: int, device: torch.device, rows: int) ->
 
 def _end(current: Pass, case: Case, world: int, device: torch.device) -> tuple[dict[str, Any], Any, list[Any]]:
     """The row of the table, the confusion if there is one, what all ranks found. A collective."""
-    loop.merge_scores(current.score, world, device)
+    ranks.merge_scores(current.score, world, device)
     found = [current.found]
     if world > 1:
         found = [[] for _ in range(world)]
