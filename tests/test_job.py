@@ -393,7 +393,7 @@ def test_lists_say_how_many_classes_and_steps(clips):
 def test_a_root_that_is_missing_is_named(tmp_path, clips):
     gone = problems("data.root=/nowhere", file=clips)
     assert gone == [
-        "data.root: /nowhere/train.txt: there is no such file (split 'train' of my_clips): mend data.root or the card"
+        "data.root: /nowhere/train.txt: there is no such file (split 'train' of my_clips): fix data.root or the card"
     ]
     facts = check("data.root=null", file=clips)["mine"]
     assert facts["problems"] == ["x.yaml (mine): data.root: is required, the folder where my_clips lies"]

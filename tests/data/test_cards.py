@@ -403,7 +403,7 @@ def test_a_bad_list_is_refused_with_file_line_and_reason(text, reason, tmp_path)
 def test_a_list_that_is_missing_or_no_text_or_asked_by_a_wrong_name_is_a_sentence(tmp_path):
     card = custom(classes=["run", "jump"])
     with pytest.raises(
-        UserError, match=r"train.txt: there is no such file \(split 'train' of mine\): mend data.root or"
+        UserError, match=r"train.txt: there is no such file \(split 'train' of mine\): fix data.root or"
     ):
         read_split(card, "train", str(tmp_path))
     (tmp_path / "train.txt").write_bytes(b"a.mp4 0\n\xff\xfe.mp4 1\n")

@@ -185,7 +185,7 @@ def _detections(root: str, name: str) -> dict[str, list[point_sets.KittiObject]]
     try:
         return point_sets.rgb_detections(storage.read_bytes(fs, storage.join(folder, name)))
     except FileNotFoundError:
-        raise RunFailed(f"{storage.join(root, name)}: there are no such detections: mend the card") from None
+        raise RunFailed(f"{storage.join(root, name)}: there are no such detections: fix the card") from None
     except BadSample as bad:
         raise RunFailed(f"{storage.join(root, name)}: {bad}") from None
 
@@ -205,7 +205,7 @@ def _stored(
 
 
 def _notes(cloud: clouds.Cloud) -> str:
-    """What of a file is not there for want of finite numbers: points that are left out, features that have gaps."""
+    """Return what a file lacks for want of finite numbers: points that are left out, features that have gaps."""
     there = len(cloud) + cloud.num_removed
     notes = [clouds.removal_note(cloud.removed, there)]
     for name, array in cloud.features.items():

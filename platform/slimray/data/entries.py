@@ -44,7 +44,7 @@ class NotThere(UserError):
 
 
 def place_of(card: Card, split: str) -> str:
-    """Where the card finds a split, as one word."""
+    """Return the one place at which the card finds a split."""
     return card.places(split)[0]
 
 
@@ -57,7 +57,7 @@ def read_text(fs: pafs.FileSystem, root: str, name: str, what: str) -> str:
     try:
         return storage.read_bytes(fs, path).decode("utf-8-sig")
     except FileNotFoundError:
-        raise NotThere(f"{path}: there is no such file ({what}): mend data.root or the card") from None
+        raise NotThere(f"{path}: there is no such file ({what}): fix data.root or the card") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text ({what}; byte {error.start})") from None
 

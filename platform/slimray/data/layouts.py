@@ -102,7 +102,7 @@ def _read_folders(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Ite
     base, pictures = posixpath.normpath(join(root, place)), NUMBERED.search(card.file)
     classes = [name for name in storage.list_folders(fs, base) if not name.startswith(".")]
     if not classes:
-        raise NotThere(f"{base}: holds no folder per class ({split_of(card, split)}): mend data.root or the card")
+        raise NotThere(f"{base}: holds no folder per class ({split_of(card, split)}): fix data.root or the card")
     found = {}
     for name in classes:
         folder = join(base, name)
@@ -168,7 +168,7 @@ def _read_files(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Itera
             known = not endings or posixpath.splitext(path)[1].lower() in endings
             yield Entry(where, {"path": path}, label) if known else Skipped(path)
         if not found:
-            raise NotThere(f"{where}: there are no such files ({split_of(card, split)}): mend data.root or the card")
+            raise NotThere(f"{where}: there are no such files ({split_of(card, split)}): fix data.root or the card")
 
 
 def _read_shapenet_part(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
@@ -221,7 +221,7 @@ def _read_hmdb51(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iter
     lists = [info.base_name for info in storage.list_files(fs, join(root, folder) if folder else root)]
     lists = [name for name in lists if fnmatchcase(name, form)]
     if not lists:
-        raise NotThere(f"{join(root, pattern)}: no such lists ({split_of(card, split)}): mend data.root or the card")
+        raise NotThere(f"{join(root, pattern)}: no such lists ({split_of(card, split)}): fix data.root or the card")
     for name in lists:
         place, label = join(folder, name) if folder else name, name.removesuffix(form.lstrip("*"))
         for where, line in lines(read_text(fs, root, place, split_of(card, split)), join(root, place)):
@@ -243,7 +243,7 @@ def _read_cifar(num_labels: int, card: Card, split: str, fs: pafs.FileSystem, ro
         try:
             classes, offsets = image_sets.cifar_records(storage.read_bytes(fs, where), num_labels)
         except FileNotFoundError:
-            raise NotThere(f"{where}: there is no such file ({split_of(card, split)}): mend data.root") from None
+            raise NotThere(f"{where}: there is no such file ({split_of(card, split)}): fix data.root") from None
         except ValueError as error:
             raise UserError(f"{where}: is no file of {card.layout}: {error}") from None
         for number, (label, offset) in enumerate(zip(classes.tolist(), offsets.tolist(), strict=True)):

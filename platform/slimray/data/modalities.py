@@ -1,4 +1,4 @@
-"""What a sample is: a clip, an image, a cloud of points, a frustum. The rows of MODALITIES, and no other place, say it.
+"""Clips, images, clouds of points, frustums: all that depends on the kind of a sample is a row of MODALITIES.
 
 A recipe travels as a plain dict whose `kind` names the row. `load` makes one sample of one row of an index: an array
 of the row's shape and type, and its target (a number, or one per point). Everything random in it is a function of the
@@ -40,7 +40,7 @@ Top = Sequence[tuple[str, float]]
 
 @dataclass(frozen=True)
 class Target:
-    """What the data path must know of a target: its `shape` without the batch, its numpy `dtype`, and the value that
+    """Target of a sample as the data path knows it: `shape` without the batch, numpy `dtype`, and the value that
     `fill`s the place of a sample that does not decode. Travels in a plain recipe as `target`."""
 
     shape: tuple[int, ...] = ()
@@ -132,17 +132,17 @@ def _show_cloud(view: np.ndarray, truth: str, top: Top, responses: Sequence[Any]
 
 
 def modality_of(recipe: Mapping[str, Any]) -> Modality:
-    """The row of MODALITIES that a plain recipe names; UserError for an unknown one."""
+    """Return the row of MODALITIES that a plain recipe names; UserError for an unknown one."""
     return lookup(MODALITIES, recipe.get("kind", "clip"), "kind of sample")
 
 
 def read_recipe(recipe: Mapping[str, Any]) -> Any:
-    """The recipe of a plain one, its target left out; raises TypeError or ValueError if it does not fit its kind."""
+    """Return the recipe of a plain one, its target left out; TypeError or ValueError if it does not fit its kind."""
     return modality_of(recipe).recipe.from_dict({key: value for key, value in recipe.items() if key != "target"})
 
 
 def target_of(recipe: Mapping[str, Any]) -> Target:
-    """The target of a plain recipe; one written before recipes had targets has those of its modality."""
+    """Return the target of a plain recipe; one written before recipes had targets has those of its modality."""
     plain = recipe.get("target")
     if plain is not None:
         return Target(tuple(plain["shape"]), plain["dtype"], plain["fill"])
@@ -150,12 +150,12 @@ def target_of(recipe: Mapping[str, Any]) -> Target:
 
 
 def sample_shape(recipe: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape of a sample of a plain recipe, its views first."""
+    """Return the shape of a sample of a plain recipe, its views first."""
     return modality_of(recipe).shape(read_recipe(recipe))
 
 
 def input_shape(recipe: Mapping[str, Any]) -> tuple[int, ...]:
-    """What a network takes of one view of a plain recipe, without the batch: (T, 3, H, W), (3, H, W) or (C, N)."""
+    """Return the shape of one view as a network takes it, without the batch: (T, 3, H, W), (3, H, W) or (C, N)."""
     return modality_of(recipe).input_shape(read_recipe(recipe))
 
 
@@ -290,7 +290,7 @@ def _clip_input(recipe: ClipRecipe) -> tuple[int, ...]:
 
 
 def _short_clips(frames: np.ndarray, recipe: ClipRecipe | None) -> str:
-    """What becomes of the clips that are too short; frames are 0 where not known."""
+    """Return how many clips are shorter than what is taken and what becomes of them; frames are 0 where not known."""
     taken = ClipRecipe.num_segments if recipe is None else recipe.num_segments
     most = taken if recipe is None else recipe.span - (recipe.short == "spread")
     count, single = (int(((frames > 0) & (frames <= limit)).sum()) for limit in (most, 1))

@@ -1,4 +1,4 @@
-"""What paths in cards and lists may hold: columns, numbered pictures, all files of a folder, the class."""
+"""Patterns in the paths of cards and lists: columns, numbered pictures, all files of a folder, the class."""
 
 import posixpath
 import re

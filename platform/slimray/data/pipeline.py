@@ -50,7 +50,7 @@ class Source:
 
 @dataclass(frozen=True)
 class FeedConfig:
-    """What all feeders of a run share. `max_rows` is the microbatch of one rank; times are seconds.
+    """Settings that all feeders of a run share. `max_rows` is the microbatch of one rank; times are seconds.
 
     `decode_cpus` is what a decoding task reserves: 1, or 0 where the workers of an elastic run hold every CPU there is
     (they then share the cores, as on a laptop; a reservation would wait for ever).
@@ -115,7 +115,7 @@ def decode_block(numbers: dict[str, np.ndarray], plan: "ray.ObjectRef[np.ndarray
             reason = str(bad) or "does not decode"
         except FileNotFoundError as error:  # Ray would take an OSError for something that passes
             raise RunFailed(
-                f"a file of the index is missing ({error}): mend the list, or run `prepare` again"
+                f"a file of the index is missing ({error}): fix the list, or run `prepare` again"
             ) from error
         paths.append(row["path"])
         reasons.append(reason)
@@ -250,7 +250,7 @@ def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
 
 
 def failure_of(error: BaseException) -> RunFailed:
-    """The root cause of a failed Ray task as one sentence; a StorageError, which is tried again, if storage failed."""
+    """Return the root cause of a failed Ray task in a sentence; a StorageError, to be retried, if storage failed."""
     cause: Any = error
     while isinstance(cause, exceptions.RayTaskError) and cause.cause is not None and cause.cause is not cause:
         cause = cause.cause

@@ -16,7 +16,7 @@ import numpy as np
 
 
 def ceil_div(a: int, b: int) -> int:
-    """The smallest integer not below a / b."""
+    """Return the smallest integer not below a / b."""
     return -(-a // b)
 
 
@@ -64,7 +64,7 @@ class Phase:
         return (self.num_samples - self.held) // (self.every * self.batch) if self.every else 0
 
     def is_held(self, step: int) -> bool:
-        """Whether the window of `step` is of held-out samples."""
+        """Return whether the window of `step` is of held-out samples."""
         turn, place = divmod(step, self.every + 1)
         return turn < self.num_held_windows and place == self.every
 
@@ -91,7 +91,7 @@ class Block:
 
 @lru_cache(maxsize=4)
 def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
-    """The sample ids of an epoch in order, int64 `[num_samples]`, a pure function of its arguments; read-only."""
+    """Return the sample ids of an epoch in order, int64 `[num_samples]`, read-only, a function of its arguments."""
     if shuffle:
         order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(num_samples)
     else:
@@ -101,7 +101,7 @@ def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool = True) -
 
 
 def pass_order(phase: Phase, seed: int) -> np.ndarray:
-    """The sample ids of a pass by position, int64 `[num_positions]`, a pure function of its arguments; read-only."""
+    """Return the sample ids of a pass by position, int64 `[num_positions]`, read-only, a function of its arguments."""
     if not phase.held:
         return epoch_order(phase.num_samples, seed, phase.epoch, phase.shuffle)
     numbers = (phase.num_samples, phase.held, phase.num_held_windows, phase.every, phase.batch)
@@ -128,14 +128,14 @@ def _order_with_held(
 
 
 def rank_slice(phase: Phase, step: int, rank: int, world: int) -> tuple[int, int]:
-    """The positions [lo, hi) of the plan that `rank` of `world` consumes at `step`; may be empty."""
+    """Return the positions [lo, hi) of the plan that `rank` of `world` consumes at `step`; may be empty."""
     start = step * phase.batch
     count = min(phase.batch, phase.num_positions - start)
     return start + rank * count // world, start + (rank + 1) * count // world
 
 
 def microbatches(phase: Phase, step: int, rank: int, world: int, per_worker: int) -> list[tuple[int, int]]:
-    """The rank's slice cut into pieces of at most `per_worker` positions; every rank gets equally many pieces.
+    """Return the rank's slice cut into pieces of at most `per_worker` positions; every rank gets equally many pieces.
 
     A rank whose slice is shorter gets empty pieces at its end, so that all ranks take part in every collective.
     """
@@ -146,7 +146,7 @@ def microbatches(phase: Phase, step: int, rank: int, world: int, per_worker: int
 
 
 def blocks(phases: Sequence[Phase], world: int, ranks: Sequence[int], max_rows: int) -> Iterator[Block]:
-    """All blocks of `phases` for `ranks`, step by step, the first pieces of all ranks first."""
+    """Yield all blocks of `phases` for `ranks`, step by step, the first pieces of all ranks first."""
     for number, phase in enumerate(phases):
         for step in range(phase.first_step, phase.num_steps):
             pieces = [(rank, microbatches(phase, step, rank, world, max_rows)) for rank in ranks]
@@ -163,5 +163,5 @@ def num_feeders(world: int, free_cpus_of_smallest_node: float) -> int:
 
 
 def feeder_ranks(world: int, num: int, group: int) -> range:
-    """The ranks that feeder `group` of `num` serves."""
+    """Return the ranks that feeder `group` of `num` serves."""
     return range(group * world // num, (group + 1) * world // num)

@@ -1,4 +1,4 @@
-"""What all readers of samples share: the failure that costs one sample, and the bounds of what is read."""
+"""Shared by all readers of samples: the failure that costs one sample, and the bounds of what is read."""
 
 MAX_PIXELS = 64_000_000  # a declared frame larger than this is refused before anything is allocated
 MAX_FRAMES = 1_000_000

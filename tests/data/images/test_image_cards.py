@@ -19,6 +19,7 @@ from slimray.data.images import image_sets, image_shapes
 from slimray.data.images.pictures import ImageRecipe
 from slimray.data.index import index_table
 from slimray.data.lists import complete, read_split
+from slimray.data.modalities import read_recipe
 from slimray.data.spec import DataSpec
 from slimray.spec import UserError, parse
 from slimray.storage import StorageError
@@ -292,16 +293,16 @@ def test_generated_images_are_packed_without_loss(tmp_path):
 
 def test_a_job_says_how_images_are_varied():
     data = parse(DataSpec, {"size": 160, "images": {"area": [0.2, 1], "brightness": 0}}, "x.yaml")
-    train = ImageRecipe.from_dict(inputs.make_recipe(data, custom(classes=["a", "b"]), 0, "train"))
+    train = read_recipe(inputs.make_recipe(data, custom(classes=["a", "b"]), 0, "train"))
     assert (train.size, train.scale, train.brightness, train.saturation, train.flip) == (160, (0.2, 1.0), 0, 0.5, True)
-    val = ImageRecipe.from_dict(inputs.make_recipe(data, custom(classes=["a", "b"]), 0, "val"))
+    val = read_recipe(inputs.make_recipe(data, custom(classes=["a", "b"]), 0, "val"))
     assert (val.mode, val.flip, val.short_side) == ("val", False, 183)
     never = custom(classes=["left", "right"], flip="never")
     assert not inputs.make_recipe(data, never, 0, "train")["flip"]
     swapped = custom(classes=["left", "right"], flip="labels", flip_pairs=[["left", "right"]])
     assert inputs.make_recipe(data, swapped, 0, "train")["flip_labels"] == ((0, 1),)
     defaults = inputs.make_recipe(parse(DataSpec, {}, "x.yaml"), never, 0, "train")
-    assert ImageRecipe.from_dict(defaults) == ImageRecipe(flip=False)
+    assert read_recipe(defaults) == ImageRecipe(flip=False)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_patterns_are_matched_part_by_part_and_leave_hidden_names_out(tmp_path):
     assert paths(several, "train", tmp_path) == ["a/sub/z.ply", "b/x.ply", "a/x.ply", "a/x.txt"]
     with pytest.raises(UserError, match=r"a/x.ply is listed twice"):
         paths(custom(splits={"train": ["a/*.ply", "a/x*"]}, **points_of), "train", tmp_path)
-    with pytest.raises(UserError, match=r"c/\*.ply: there are no such files \(split 'train' of mine\): mend data.root"):
+    with pytest.raises(UserError, match=r"c/\*.ply: there are no such files \(split 'train' of mine\): fix data.root"):
         paths(custom(splits={"train": ["a/*", "c/*.ply"]}, **points_of), "train", tmp_path)
     with pytest.raises(UserError, match="must be a path relative to the root"):
         paths(custom(splits={"train": "../*"}, **points_of), "train", tmp_path / "a")
@@ -271,7 +271,7 @@ def test_a_broken_shapenet_release_is_refused_with_the_file(shapenet):
     write(shapenet, {"synsetoffset2category.txt": "Spoon 1\n"})
     with pytest.raises(UserError, match=r"synsetoffset2category.txt: a line is not a known shape name"):
         read_split(card, "train", str(shapenet))
-    with pytest.raises(UserError, match=r"there is no such file \(the shapes of shapenet_part\): mend data.root"):
+    with pytest.raises(UserError, match=r"there is no such file \(the shapes of shapenet_part\): fix data.root"):
         read_split(card, "train", str(shapenet / "elsewhere"))
 
 

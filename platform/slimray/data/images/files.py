@@ -78,7 +78,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """How the camera was held, as EXIF numbers it; 1 (upright) where that is not said, or its note is damaged."""
+    """Return how the camera was held, as EXIF numbers it; 1 (upright) where it does not say, or is damaged."""
     try:
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:  # noqa: BLE001  (a damaged note is no damage to the picture)

@@ -63,7 +63,7 @@ def coco_presence(text: str, category: str) -> list[tuple[str, bool]]:
 
 
 class _Box(NamedTuple):
-    """What is kept of an annotation: with their outlines, those of COCO would take gigabytes."""
+    """The kept part of an annotation: with their outlines, those of COCO would take gigabytes."""
 
     image: int
     category: int

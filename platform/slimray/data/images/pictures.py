@@ -23,7 +23,7 @@ CROP_TRIES = 10
 
 @dataclass(frozen=True)
 class ImageRecipe:
-    """How a picture is prepared. Sizes are pixels; `resize` is the short side before a centre crop, 0 = size / 0.875.
+    """Preparation of a picture. Sizes are pixels; `resize` is the short side before a centre crop, 0 = size / 0.875.
 
     `mode` "train" draws at random, any other takes `crops`: 1 (centre), 3, 5, or 10 (five and their mirrors). `scale`
     is the range of a training crop's share of the area, `ratio` of its width to its height; `brightness` and
@@ -60,7 +60,7 @@ class ImageRecipe:
 
 
 def make_image(picture: np.ndarray, recipe: ImageRecipe, rng: random.Random) -> tuple[np.ndarray, bool]:
-    """The views of a picture uint8 `[H, W, 3]`: uint8 `[V, size, size, 3]`, and whether they were mirrored.
+    """Return the views of a picture uint8 `[H, W, 3]`: uint8 `[V, size, size, 3]`, and whether they were mirrored.
 
     Raises ValueError for a picture so long that scaling its short side would take more than MAX_SCALED_PIXELS.
     """
@@ -78,7 +78,7 @@ def make_image(picture: np.ndarray, recipe: ImageRecipe, rng: random.Random) -> 
 def draw_area_crop(
     width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
 ) -> tuple[int, int, int, int]:
-    """A random crop (x, y, w, h): its share of the area even in `scale`, the logarithm of w / h even in `ratio`.
+    """Return a random crop (x, y, w, h): its share of the area even in `scale`, the logarithm of w / h even in `ratio`.
 
     After ten tries that do not fit into the picture: its middle, as large as `ratio` allows.
     """

@@ -20,7 +20,7 @@ MAX_SCALED_PIXELS = 64_000_000  # of a picture scaled to its short side: 1 x 60,
 
 @dataclass(frozen=True)
 class ClipRecipe:
-    """How a sample is prepared. Sizes are pixels; `resize` is the short side before a centre or test crop, 0 = as is.
+    """Preparation of a clip. Sizes are pixels; `resize` is the short side before a centre or test crop, 0 = as is.
 
     `mode` "train" draws at random, "val" takes segment centres, "test" likewise without the short-video guard;
     `num_clips` is 1, 2 (centres, then left edges) or 10 (dense); `crops` 1, 3, 5, or 10 (five and their mirrors);
@@ -69,7 +69,7 @@ class ClipRecipe:
 
 
 def generators(key: Sequence[int]) -> tuple[np.random.RandomState, random.Random]:
-    """The two random streams of a sample (frames, crop), a function of its key alone."""
+    """Return the two random streams of a sample (frames, crop), a function of its key alone."""
     frames, crop = np.random.SeedSequence(list(key)).generate_state(2)
     return np.random.RandomState(int(frames)), random.Random(int(crop))
 
@@ -78,7 +78,7 @@ def generators(key: Sequence[int]) -> tuple[np.random.RandomState, random.Random
 
 
 def frame_indices(recipe: ClipRecipe, num_frames: int, rng: np.random.RandomState) -> np.ndarray:
-    """Frames of all clips of a sample, 0-based int64 `[num_clips * num_segments]`, clip after clip.
+    """Return the frames of all clips of a sample, 0-based int64 `[num_clips * num_segments]`, clip after clip.
 
     Raises ValueError for a video without frames.
     """
@@ -113,7 +113,7 @@ def spread(num_frames: int, num_segments: int, rng: np.random.RandomState | None
 
 
 def uniform_train(num_frames: int, num_segments: int, rng: np.random.RandomState, new_length: int = 1) -> np.ndarray:
-    """A random frame of each segment; the first frame throughout for a video shorter than the segments."""
+    """Return a random frame of each segment; the first frame throughout for a video shorter than the segments."""
     length = (num_frames - new_length + 1) // num_segments
     if length > 0:
         return np.arange(num_segments) * length + rng.randint(length, size=num_segments)
@@ -121,14 +121,14 @@ def uniform_train(num_frames: int, num_segments: int, rng: np.random.RandomState
 
 
 def uniform_val(num_frames: int, num_segments: int, new_length: int = 1) -> np.ndarray:
-    """The centre of each segment; the first frame throughout unless there are more frames than segments."""
+    """Return the centre of each segment; the first frame throughout unless there are more frames than segments."""
     if num_frames > num_segments + new_length - 1:
         return uniform_test(num_frames, num_segments, new_length=new_length)
     return np.zeros(num_segments, np.int64)
 
 
 def uniform_test(num_frames: int, num_segments: int, twice: bool = False, new_length: int = 1) -> np.ndarray:
-    """The centre of each segment, then with `twice` its left edge."""
+    """Return the centre of each segment, then with `twice` its left edge."""
     tick = (num_frames - new_length + 1) / num_segments
     places = np.arange(num_segments)
     centres = (tick / 2 + tick * places).astype(np.int64)
@@ -172,14 +172,14 @@ def crop_offsets(width: int, height: int, w: int, h: int) -> list[tuple[int, int
 def draw_crop(
     width: int, height: int, size: int, scales: Sequence[float], max_distort: int, rng: random.Random
 ) -> tuple[int, int, int, int]:
-    """A random multi-scale crop (x, y, w, h)."""
+    """Return a random multi-scale crop (x, y, w, h)."""
     w, h = rng.choice(crop_pairs(width, height, size, scales, max_distort))
     x, y = rng.choice(crop_offsets(width, height, w, h))
     return x, y, w, h
 
 
 def view_crops(width: int, height: int, size: int, crops: int) -> list[tuple[int, int]]:
-    """Places (x, y) of the test crops: centre; left, right, centre; or the four corners and the centre."""
+    """Return the places (x, y) of the test crops: centre; left, right, centre; or the four corners and the centre."""
     x, y = (width - size) // 4, (height - size) // 4
     if crops == 1:
         return [(round((width - size) / 2), round((height - size) / 2))]

@@ -136,7 +136,7 @@ class _Movie(Video):
         return (self.height, self.width) if exchanged else (self.width, self.height)
 
     def _start_of(self, pts: int) -> int:
-        """The packet of the last key frame that is not shown after `pts`."""
+        """Return the packet of the last key frame that is not shown after `pts`."""
         number = bisect_right(self.keys, (pts, len(self.packets)))
         return self.keys[number - 1][1] if number else 0
 
@@ -187,7 +187,7 @@ class _Movie(Video):
         self.tick = 1 / Fraction(self.fps or 25).limit_denominator(100_000)
 
     def _is_hidden(self, packet: av.Packet) -> bool:
-        """Whether the frame of a packet only serves others: cut off by an edit list, or marked so in VP8."""
+        """Return whether the frame of a packet only serves others: cut off by an edit list, or marked so in VP8."""
         return packet.is_discard or (self.codec == "vp8" and not bytes(packet)[0] & 16)
 
     def _picture(self, frame: av.VideoFrame) -> np.ndarray:
@@ -203,7 +203,7 @@ class _Movie(Video):
 
 
 def _best_stream(container: Any) -> Any:
-    """The video of a file that has most to show; BadSample where there is none, or a cover picture only."""
+    """Return the video of a file that has most to show; BadSample where there is none, or a cover picture only."""
     covers = [stream for stream in container.streams.video if stream.disposition & Disposition.attached_pic]
     best = container.streams.best("video")
     if best in covers:
@@ -215,7 +215,7 @@ def _best_stream(container: Any) -> Any:
 
 
 def _read_packets(container: Any, stream: Any) -> list[av.Packet]:
-    """The packets of a stream in decoding order, from the first key frame on."""
+    """Return the packets of a stream in decoding order, from the first key frame on."""
     packets = [packet for packet in itertools.islice(container.demux(stream), MAX_FRAMES + 1) if packet.size]
     kind = container.format.name
     declared = sum(entry.size > 0 for entry in stream.index_entries) if kind.startswith("mov") else len(packets)
@@ -231,7 +231,7 @@ def _read_packets(container: Any, stream: Any) -> list[av.Packet]:
 
 
 def _is_joint(packets: Sequence[av.Packet], number: int) -> bool:
-    """Whether transport streams may have been joined near a packet, which is why they are not numbered on.
+    """Return whether transport streams may have been joined near a packet, which is why they are not numbered on.
 
     The new one begins with a key frame, its time goes on evenly, starts anew, or jumps by seconds. A shorter gap is a
     frame that was lost.
@@ -248,7 +248,7 @@ def _is_joint(packets: Sequence[av.Packet], number: int) -> bool:
 
 
 def _decodes_quietly(packets: Sequence[av.Packet], context: Any) -> bool:
-    """Whether a frame comes of every packet, and the decoder has no complaint."""
+    """Return whether a frame comes of every packet, and the decoder has no complaint."""
     level = av_logging.get_level()
     av_logging.set_level(av_logging.ERROR)
     try:
@@ -262,7 +262,7 @@ def _decodes_quietly(packets: Sequence[av.Packet], context: Any) -> bool:
 
 
 def _display(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-    """What makes a picture upright: exchange its axes, then mirror left and right, then top and bottom.
+    """Return what makes a picture upright: exchange its axes, then mirror left and right, then top and bottom.
 
     From the display matrix, by which (x, y) is shown at (a x + c y, b x + d y). One that is not made of quarter turns
     and mirrors, but for its scale, changes nothing.

@@ -17,7 +17,7 @@ from slimray.data.video.movies import Video, open_video
 
 @dataclass(frozen=True)
 class Probe:
-    """What a file really holds: frames that decode, frames per second (0 unknown), size in pixels, codec."""
+    """Contents of a file as decoded: frames that decode, frames per second (0 unknown), size in pixels, codec."""
 
     frames: int
     fps: float
@@ -28,7 +28,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Pack:
-    """How a clip is stored for training: "h264" (gop, crf) or "jpeg" (quality); `short_side` None keeps the size."""
+    """Storage of a clip for training: "h264" (gop, crf) or "jpeg" (quality); `short_side` None keeps the size."""
 
     format: str = "h264"
     short_side: int | None = 256
@@ -38,7 +38,7 @@ class Pack:
 
 
 class _Loss:
-    """What encoding cost so far, over all pixels; it holds no pictures, videos may be long."""
+    """Loss by encoding so far, over all pixels; it holds no pictures, videos may be long."""
 
     def __init__(self) -> None:
         self.squares, self.values, self.frames = 0.0, 0, 0
