@@ -57,9 +57,10 @@ def _measure(browser: Any, kind: str, where: str) -> None:
     for name, path, shown in (("runs", "/", _rows), *sweeps):
         cold, warm, known = [], [], []
         for _ in range(TIMES):
-            server = app.open_server(where, 0)
+            opened = app.open_server(where, 0)
+            server = opened.server
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-            address = f"http://127.0.0.1:{server.port}{path}"
+            address = f"http://127.0.0.1:{server.port}{path}?token={opened.token}"
             first, all_known = _seconds(browser, address, shown)
             cold.append(first)
             known.append(all_known)

@@ -455,3 +455,30 @@ def test_a_wheel_brings_the_examples_along(tmp_path):
     for file in ("aws.yaml", "local.yaml", "Dockerfile", "prometheus.yml", "grafana/training.json"):
         assert f"slimray/examples/cluster/{file}" in names
     assert "slimray/report/report.html.j2" in names
+
+
+def test_what_a_folder_or_a_server_says_cannot_steer_the_terminal(shell):
+    from slimray.cli import terminal
+
+    title, link = "\x1b]0;owned\x07", "\x1b]8;;http://evil.example\x1b\\here\x1b]8;;\x1b\\"
+    log = f"{title}{link}\x1b[2J\x1b[1;31mred\x1b[0m\x9b5n\r 10 %\ttab\n"
+    assert terminal.clean_log(log) == "here\x1b[1;31mred\x1b[0m5n\r 10 %\ttab\n"
+    done = shell("show", f"no{title}\x1b[2Jsuch")
+    assert done.code == 2
+    assert "\x1b]" not in done.out + done.err
+    assert "\x1b[2J" not in done.out + done.err
+    run = runs.open_run("runs", "loud")
+    runs.begin(run, {"kind": "train", "name": "loud"}, 1)
+    runs.end(run, "failed", f"cut off{title}\x1b[2J")
+    done = shell("runs")
+    assert (done.code, "cut off" in done.out) == (0, True)
+    assert "\x1b" not in done.out
+
+
+def test_examples_are_not_written_through_a_link_that_leads_nowhere(shell, tmp_path):
+    folder = tmp_path / "demo"
+    (folder / "jobs").mkdir(parents=True)
+    (folder / "jobs/quickstart.yaml").symlink_to(tmp_path / "elsewhere.yaml")
+    done = shell("init", str(folder))
+    assert (done.code, "quickstart.yaml: exists already" in done.err) == (2, True)
+    assert not (tmp_path / "elsewhere.yaml").exists()

@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -576,3 +577,61 @@ def test_a_webhook_that_comes_through_a_variable_is_not_written_out(here, monkey
         with pytest.raises(UserError, match="pass_env: TEAM_HOOK holds what looks like a secret") as caught:
             ready_for("mine")
         assert "hunter2" not in str(caught.value)
+
+
+def test_no_two_names_share_an_id():
+    names = [
+        "exp_1",
+        "exp.1",
+        "exp-1",
+        "Exp-1",
+        "EXP_1",
+        "a" * 41,
+        "a" * 42,
+        "a" * 60 + "_x",
+        "a" * 60 + "-x",
+        "-a",
+        "a-",
+    ]
+    ids = [jobs_api.submission_id(name, 1) for name in names]
+    assert len(set(ids)) == len(names)
+    assert jobs_api.submission_id("exp-1", 3) == "exp-1-3"
+    assert all(re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", one) for one in ids)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://h:8265; touch pwned",
+        "http://h$(touch pwned)",
+        "http://h`id`",
+        "http://h:8265/ x",
+        "ftp://h",
+    ],
+)
+def test_an_address_is_an_address_and_no_command(address):
+    with pytest.raises(UserError, match="address: must look like"):
+        parse(specs.JobsCluster, {"kind": "jobs", "address": address}, "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("partition", "gpu\ntouch pwned"),
+        ("account", "me\r\ntouch pwned"),
+        ("options", {"constraint": "nvme\ntouch pwned"}),
+        ("options", {"constraint\ntouch pwned": "nvme"}),
+        ("setup", ["module load x\x1b[2J"]),
+    ],
+)
+def test_a_field_of_slurm_is_one_line(field, value):
+    with pytest.raises(UserError, match=field):
+        parse(specs.SlurmCluster, {"kind": "slurm", "nodes": 1, "cpus_per_node": 4, field: value}, "slurm.yaml")
+
+
+def test_no_line_of_a_job_ends_the_file_it_is_written_into(tmp_path):
+    text = "note: |\n  x\nEND_OF_FILE\ntouch pwned\nEND_OF_FILE_\n"
+    lines = script.here_document(shlex.quote(str(tmp_path / "job.yaml")), text)
+    subprocess.run(["sh", "-c", "\n".join(lines)], cwd=tmp_path, check=True)
+    assert (tmp_path / "job.yaml").read_text() == text
+    assert not (tmp_path / "pwned").exists()

@@ -22,7 +22,7 @@ from tests.runs_to_show import metric_row, searched, shrunk, trained, val_row, w
 from tests.waits import as_in_a_terminal, patience
 
 from slimray import runs
-from slimray.report.dashboard import app
+from slimray.report.dashboard import app, watch
 from slimray.report.dashboard.watch import Watch
 from slimray.spec import UserError
 
@@ -39,9 +39,11 @@ fetch('http://192.0.2.1/x').catch(() => document.body.append(' kept-in'));</scri
 class Page:
     """An open page of a server, which remembers what went wrong and what was asked for."""
 
-    def __init__(self, browser, port: int, **options):
-        self.base = f"http://127.0.0.1:{port}"
+    def __init__(self, browser, dashboard: app.Dashboard, **options):
+        self.base = f"http://127.0.0.1:{dashboard.port}"
         self.context = browser.new_context(viewport={"width": 1400, "height": 900}, **options)
+        name, value = dashboard.cookie
+        self.context.add_cookies([{"name": name, "value": value, "url": self.base}])
         self.page = self.context.new_page()
         self.page.set_default_timeout(patience(20_000))
         self.wrong: list[str] = []
@@ -75,9 +77,9 @@ def browser():
 
 
 def serving(where: str):
-    server = app.open_server(where, 0)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    return server
+    dashboard = app.open_server(where, 0)
+    threading.Thread(target=dashboard.server.serve_forever, args=(0.05,), daemon=True).start()
+    return dashboard
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +127,8 @@ def storage(tmp_path_factory) -> Path:
 def server(storage):
     server = serving(str(storage))
     yield server
-    server.shutdown()
-    server.server_close()
+    server.server.shutdown()
+    server.server.server_close()
 
 
 @pytest.fixture
@@ -135,7 +137,7 @@ def open_page(browser, server):
     opened: list[Page] = []
 
     def make(**options) -> Page:
-        opened.append(Page(browser, server.port, **options))
+        opened.append(Page(browser, server, **options))
         return opened[-1]
 
     yield make
@@ -145,9 +147,12 @@ def open_page(browser, server):
         assert [url for url in one.asked if not url.startswith(one.base) and not url.startswith("data:")] == []
 
 
-def ask(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
+def ask(
+    port: int, path: str, method: str = "GET", token: str = "", **headers: str
+) -> tuple[int, dict[str, str], bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=patience(20))
-    connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, headers=sent | ({"Cookie": f"slimray-{port}={token}"} if token else {}))
     answer = connection.getresponse()
     body = answer.read()
     connection.close()
@@ -354,7 +359,7 @@ def test_a_bucket_is_shown_like_a_disk(browser, bucket):
     searched(where, "sweep-s3", 8, finished=False)
     server = serving(where)
     try:
-        window = Page(browser, server.port)
+        window = Page(browser, server)
         page = window.go("/")
         expect(page.locator("table.runs tbody tr")).to_have_count(2)
         page.get_by_role("link", name="in-s3", exact=True).click()
@@ -365,8 +370,8 @@ def test_a_bucket_is_shown_like_a_disk(browser, bucket):
         assert window.wrong == []
         window.context.close()
     finally:
-        server.shutdown()
-        server.server_close()
+        server.server.shutdown()
+        server.server.server_close()
 
 
 # ------------------------------------------------------------------------------------------------ what it lets in
@@ -377,7 +382,7 @@ def test_it_answers_on_127_0_0_1_only_and_to_its_own_host_and_origin_only(server
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port), timeout=patience(5))
     for host in (f"127.0.0.1:{port}", f"localhost:{port}"):
-        assert ask(port, "/", Host=host)[0] == 200
+        assert ask(port, "/", token=server.token, Host=host)[0] == 200
     for host in (
         "evil.example",
         f"evil.example:{port}",
@@ -386,15 +391,78 @@ def test_it_answers_on_127_0_0_1_only_and_to_its_own_host_and_origin_only(server
         f"127.0.0.1:{port}.evil",
     ):
         for path in ("/", "/_dash-layout", "/report/good-tsm"):
-            status, _, body = ask(port, path, Host=host)
+            status, _, body = ask(port, path, token=server.token, Host=host)
             assert status == 403
             assert b"good" not in body
-    assert ask(port, "/_dash-update-component", "POST", Origin="http://evil.example")[0] == 403
-    assert ask(port, "/", Origin=f"http://127.0.0.1:{port}")[0] == 200
+    assert ask(port, "/_dash-update-component", "POST", server.token, Origin="http://evil.example")[0] == 403
+    assert ask(port, "/", token=server.token, Origin=f"http://127.0.0.1:{port}")[0] == 200
+
+
+def test_another_user_of_the_machine_reads_nothing_without_the_link(server):
+    for path in ("/", "/_dash-layout", "/report/good-tsm", "/run/good-tsm", "/?token=", "/?token=guessed"):
+        for token in ("", "guessed"):
+            status, headers, body = ask(server.port, path, token=token)
+            assert (status, b"good" in body) == (403, False)
+            assert "set-cookie" not in headers
+    status, headers, _ = ask(server.port, f"/run/good-tsm?view=job&token={server.token}")
+    assert (status, headers["location"]) == (302, "/run/good-tsm?view=job")
+    assert headers["set-cookie"].startswith(f"slimray-{server.port}={server.token}; HttpOnly")
+    assert "SameSite=Strict" in headers["set-cookie"]
+    status, headers, _ = ask(server.port, f"//evil.example/?token={server.token}")
+    assert not headers.get("location", "/").startswith("//")
+
+
+def test_links_that_lead_out_of_the_storage_are_not_followed(tmp_path):
+    where, outside = tmp_path / "runs", tmp_path / "private"
+    trained(str(where), "mine")
+    trained(str(outside), "theirs")
+    (outside / "theirs/report.html").write_text("secret report")
+    (where / "whole").symlink_to(outside / "theirs")
+    trained(str(where), "partly")
+    (where / "partly/report.html").unlink(missing_ok=True)
+    (where / "partly/report.html").symlink_to(outside / "theirs/report.html")
+    (where / "partly/card.json").unlink()
+    (where / "partly/card.json").symlink_to(outside / "theirs/card.json")
+    (where / "alias").symlink_to(where / "mine")
+    looked = watch.Watch(str(where))
+    rows = {row["name"]: row for row in looked.rows(patience(5))}
+    assert sorted(rows) == ["alias", "mine", "partly"]
+    assert (rows["mine"]["state"], rows["partly"]["state"]) == ("finished", "damaged")
+    assert "leads out of the storage" in rows["partly"]["message"]
+    assert looked.look("whole", patience(5)) is None
+    assert (looked.report("whole"), looked.report("partly")) == (None, None)
+    looked.close()
+
+
+def test_what_a_folder_holds_is_text_on_the_page_and_never_a_component(tmp_path, browser):
+    evil = {
+        "type": "Location",
+        "namespace": "dash_core_components",
+        "props": {"id": "url", "href": "http://evil.example/", "refresh": True},
+    }
+    trained(str(tmp_path), "evil")
+    folder = tmp_path / "evil"
+    (folder / "job.yaml").write_text(json.dumps({"kind": evil, "name": "evil", "model": evil}))
+    status = json.loads((folder / "status.json").read_text())
+    (folder / "status.json").write_text(json.dumps(status | {"message": evil, "state": "finished"}))
+    (folder / "card.json").write_text(json.dumps({"metrics": {"best": {"val/top1": evil}}, "goodput": evil, "x": evil}))
+    (folder / "results.json").write_text(json.dumps({"rows": [{"run": evil, "top1": evil, "variant": [evil]}]}))
+    dashboard = serving(str(tmp_path))
+    window = Page(browser, dashboard)
+    try:
+        for path in ("/", "/run/evil", "/run/evil?view=job", "/compare?runs=evil"):
+            window.go(path)
+            window.page.wait_for_timeout(patience(500))
+            assert window.page.url.startswith(window.base)
+        assert [url for url in window.asked if "evil.example" in url] == []
+    finally:
+        window.context.close()
+        dashboard.server.shutdown()
+        dashboard.server.server_close()
 
 
 def test_the_page_names_no_other_host_and_forbids_scripts_of_others(server):
-    _, headers, body = ask(server.port, "/")
+    _, headers, body = ask(server.port, "/", token=server.token)
     text = body.decode()
     assert re.findall(r"""(?:src|href)=["'](?!/|data:,)[^"']*""", text) == []
     assert not re.search(r"https?://", text)
@@ -407,7 +475,7 @@ def test_the_page_names_no_other_host_and_forbids_scripts_of_others(server):
 
 
 def test_only_reports_of_runs_are_served_and_they_are_shut_in(server, storage):
-    status, headers, body = ask(server.port, "/report/good-tsm")
+    status, headers, body = ask(server.port, "/report/good-tsm", token=server.token)
     assert (status, body) == (200, (storage / "good-tsm/report.html").read_bytes())
     assert headers["content-security-policy"].startswith("sandbox allow-scripts; default-src 'none'")
     assert "allow-same-origin" not in headers["content-security-policy"]
@@ -425,7 +493,7 @@ def test_only_reports_of_runs_are_served_and_they_are_shut_in(server, storage):
         ".",
         "%00",
     ):
-        status, headers, body = ask(server.port, f"/report/{name}")
+        status, headers, body = ask(server.port, f"/report/{name}", token=server.token)
         assert status in (404, 308) or headers["content-security-policy"].startswith("default-src 'none'"), name
         assert b"secret" not in body
 
@@ -536,8 +604,8 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path, storage_answers):
         try:
             assert process.stdout is not None
             said = process.stdout.readline()
-            port = int(re.search(r"http://127\.0\.0\.1:(\d+) ", said)[1])  # type: ignore[index]
-            assert ask(port, "/")[0] == 200
+            port, token = re.search(r"http://127\.0\.0\.1:(\d+)/\?token=(\S+) ", said).groups()  # type: ignore[union-attr]
+            assert ask(int(port), "/", token=token)[0] == 200
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=patience(20))
         finally:

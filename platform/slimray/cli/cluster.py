@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from slimray.cli.terminal import clean_log, out
 
 app = typer.Typer()
 local = typer.Typer(no_args_is_help=True, help="Start and stop several Ray nodes on this machine; list cluster files.")
 app.add_typer(local, name="cluster")
-
-WIDTH = 160  # of a file or a pipe
 
 Files = Annotated[list[str], typer.Argument(help="Job files, as for `run`.", metavar="FILE...")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a field, as for `run`.")]
@@ -126,7 +125,7 @@ def logs(
     if follow:
         _follow(job_id, target)
     else:
-        sys.stdout.write(jobs_api.log(job_id, target))
+        sys.stdout.write(clean_log(jobs_api.log(job_id, target)))
 
 
 def _follow(job_id: str, target: Any, quiet: bool = False) -> None:
@@ -136,7 +135,7 @@ def _follow(job_id: str, target: Any, quiet: bool = False) -> None:
 
     try:
         for text in jobs_api.follow(job_id, target):
-            (sys.stderr if quiet else sys.stdout).write(text)
+            (sys.stderr if quiet else sys.stdout).write(clean_log(text))
             sys.stdout.flush()
     except KeyboardInterrupt:
         raise RunFailed(
@@ -204,5 +203,4 @@ def _print(rows: Iterable[dict[str, Any]]) -> None:
         table.add_column(key)
     for row in rows:
         table.add_row(*["" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in row.values()])
-    width = None if sys.stdout.isatty() else WIDTH
-    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
+    out.print(table)

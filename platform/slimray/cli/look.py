@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from slimray.cli.terminal import AsJson, Storage, emit, out, say, storage_of
-from slimray.spec import UserError, require_extra, shown
+from slimray.spec import UserError, require_extra
 from slimray.storage import StorageError
 
 app = typer.Typer()
@@ -60,7 +60,7 @@ def cell(value: Any) -> str:
         return f"{value:.2f}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return "" if value is None else shown(value)
+    return "" if value is None else str(value)
 
 
 DAMAGED = (AttributeError, KeyError, TypeError, ValueError)  # what a file with other content than we wrote ends in

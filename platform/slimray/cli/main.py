@@ -50,7 +50,7 @@ def init(
     if not pairs:
         raise UserError("init: this installation of slimray came without its examples: install it again")
     for _, target in pairs:
-        if target.exists():
+        if os.path.lexists(target):  # a link that leads nowhere too: writing would follow it
             raise UserError(f"{target}: exists already, choose an empty folder")
     for file, target in pairs:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,18 +2,35 @@
 
 import json
 import os
+import re
 import sys
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from slimray.spec import shown
 
+LOG_CONTROL = re.compile(
+    r"\x1b\[(?![0-9;]*m)[0-?]*[ -/]*[@-~]"  # all of CSI but colours
+    r"|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)"  # titles, links, device control
+    r"|\x1b(?!\[)|[\x00-\x08\x0b\x0c\x0e-\x1a\x7f-\x9f]",
+    re.DOTALL,
+)
 WIDTH = 160  # of a file or a pipe, which have none of their own
 PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # names are text, whatever is in them
-console = Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH, **PLAIN)
-out = Console(width=None if sys.stdout.isatty() else WIDTH, **PLAIN)
+
+
+class Terminal(Console):
+    """A console that shows control characters in what it is given, in place of sending them."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(shown(text), **options)
+
+
+console = Terminal(stderr=True, width=None if sys.stderr.isatty() else WIDTH, **PLAIN)
+out = Terminal(width=None if sys.stdout.isatty() else WIDTH, **PLAIN)
 Files = Annotated[
     list[str], typer.Argument(help="Job files; several documents in one file run in order.", metavar="FILE...")
 ]
@@ -37,6 +54,11 @@ def emit(value: Any) -> None:
     sys.stdout.write(json.dumps(plain, indent=2, allow_nan=False) + "\n")
 
 
+def clean_log(text: str) -> str:
+    """The log of a job: colours stay, what else could steer the terminal goes."""
+    return LOG_CONTROL.sub("", text)
+
+
 def say(text: str) -> None:
     """A line of its own, however long."""
-    out.print(shown(text), soft_wrap=True)
+    out.print(text, soft_wrap=True)

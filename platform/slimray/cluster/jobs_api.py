@@ -1,6 +1,7 @@
 """Ray's Jobs API: send a job, list, follow and stop jobs; every request has a time limit and ends in one sentence."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import slimray
-from slimray.cluster.script import SCRIPT, Submission, env_vars, write_files
+from slimray.cluster.script import SCRIPT, Submission, env_vars, here_document, write_files
 from slimray.cluster.specs import (
     Capacity,
     DriverSpec,
@@ -44,9 +45,7 @@ def jobs_script(job: Submission, cluster: JobsCluster | LocalCluster | RayUpClus
     start = ["# first: slimray cluster start NAME"] if isinstance(cluster, LocalCluster) else []
     if isinstance(cluster, RayUpCluster):
         start = [
-            "cat > \"$work/cluster.yaml\" <<'END_OF_FILE'",
-            dump_yaml(cluster.ray_up).rstrip(),
-            "END_OF_FILE",
+            *here_document('"$work/cluster.yaml"', dump_yaml(cluster.ray_up)),
             'ray up --yes "$work/cluster.yaml"',
             'ray dashboard "$work/cluster.yaml" &   # forwards port 8265 of the head',
             "sleep 15",
@@ -62,11 +61,9 @@ def jobs_script(job: Submission, cluster: JobsCluster | LocalCluster | RayUpClus
             'work=$(mktemp -d); mkdir "$work/job"',
             *start,
             *write_files(job, cluster, '"$work/job"'),
-            "cat > \"$work/env.yaml\" <<'END_OF_FILE'",
-            dump_yaml(known).rstrip(),
-            "END_OF_FILE",
+            *here_document('"$work/env.yaml"', dump_yaml(known)),
             *passed,
-            f"export RAY_API_SERVER_ADDRESS={cluster.address.rstrip('/')}",
+            f"export RAY_API_SERVER_ADDRESS={shlex.quote(cluster.address.rstrip('/'))}",
             f'ray job submit --no-wait {shlex.join(options)} --working-dir "$work/job" \\',
             f'  --runtime-env "$work/env.yaml" -- sh {SCRIPT}',
             "",
@@ -83,8 +80,14 @@ T = TypeVar("T")
 
 
 def submission_id(name: str, attempt: int) -> str:
-    """The id of an attempt at the job `name`, which Kubernetes and Slurm take as a name, too."""
-    return f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')[:40]}-{attempt}"
+    """The id of an attempt at the job `name`, which Kubernetes and Slurm take as a name, too; no two names share one.
+
+    A name that is not one of Kubernetes (lower case, digits, hyphens, at most 40) is shortened and gets a digest.
+    """
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if slug != name or len(slug) > 40:
+        slug = f"{slug[:31].strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".strip("-")
+    return f"{slug}-{attempt}"
 
 
 def package() -> Path:
@@ -138,7 +141,10 @@ def jobs(target: Target) -> list[dict[str, Any]]:
 
 
 def job_info(job_id: str, target: Target) -> dict[str, Any]:
-    """One job, by its id or by its name, which means its newest attempt; UserError if there is none."""
+    """One job, by its id or by its name, which means its newest attempt.
+
+    UserError if there is none, and for a name of jobs in several storages: they are different jobs.
+    """
     _require_jobs_api(target)
     known = jobs(target)
     for one in known:
@@ -151,6 +157,10 @@ def job_info(job_id: str, target: Target) -> dict[str, Any]:
             lookup(with_names, job_id, "job")
         except UserError as error:
             raise UserError(f"{target.where}: {error}") from None
+    newest = {(one.get("metadata") or {}).get("storage"): one for one in attempts}  # by storage, the last attempt
+    if len(newest) > 1:
+        found = ", ".join(f"{one['submission_id']} (runs lie in {storage})" for storage, one in newest.items())
+        raise UserError(f"{target.where}: {job_id!r} is the name of several jobs: give the id of one: {found}")
     return attempts[-1]
 
 

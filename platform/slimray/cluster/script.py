@@ -58,10 +58,19 @@ def files(job: Submission, cluster: Cluster) -> dict[str, str]:
 
 def write_files(job: Submission, cluster: Cluster, folder: str) -> list[str]:
     """Shell lines that write the files of a job."""
-    lines = []
-    for name, text in files(job, cluster).items():
-        lines += [f"cat > {folder}/{shlex.quote(name)} <<'END_OF_FILE'", text.rstrip(), "END_OF_FILE"]
-    return lines
+    return [
+        line
+        for name, text in files(job, cluster).items()
+        for line in here_document(f"{folder}/{shlex.quote(name)}", text)
+    ]
+
+
+def here_document(path: str, text: str) -> list[str]:
+    """Shell lines that write `text` to `path`, which is quoted already; no line of `text` can end it early."""
+    end = "END_OF_FILE"
+    while end in text.splitlines():
+        end += "_"
+    return [f"cat > {path} <<'{end}'", text.rstrip("\n"), end]
 
 
 def env_vars(cluster: Cluster, have: Capacity | None, values: Mapping[str, str]) -> dict[str, str]:

@@ -19,12 +19,19 @@ EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 def _is_http(value: str) -> str:
-    if not re.fullmatch(r"https?://[^/@\s]+/?", value):
+    if not re.fullmatch(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[A-Za-z0-9._~/-]*)?", value):
         raise ValueError("must look like http://HOST:8265, without a password")
     return value
 
 
+def _is_one_line(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("must be one line of printable characters, it is written into a script")
+    return value
+
+
 Address = Annotated[str, AfterValidator(_is_http)]
+OneLine = Annotated[str, AfterValidator(_is_one_line)]
 Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
 
 
@@ -267,13 +274,13 @@ class SlurmCluster(ClusterSpec, NodeSecrets):
     """GPUs of each."""
     time: str = Field("24:00:00", pattern=r"^(\d+-)?\d{1,2}(:\d{2}){0,2}$|^\d+(:\d{2})?$")
     """Longest life of the allocation, as Slurm writes it."""
-    partition: str | None = None
+    partition: OneLine | None = None
     """Partition."""
-    account: str | None = None
+    account: OneLine | None = None
     """Account."""
-    options: dict[str, str | int] = {}
+    options: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")], OneLine | int] = {}
     """More options of sbatch, by name: `constraint: nvme`."""
-    setup: tuple[str, ...] = ()
+    setup: tuple[OneLine, ...] = ()
     """Shell commands on every machine before Ray starts: `module load ...`, `source .venv/bin/activate`."""
     port: int = Field(6379, ge=1024, le=65535)
     """Of Ray on the first machine."""

@@ -216,8 +216,9 @@ def submit(ready: Submission, files: Sequence[str], target: Target, sets: Sequen
         require_room(job.load(files, sets), have, f"{target.where}: the cluster at {cluster.address} now")
     name = ready.id.rpartition("-")[0]
     before = attempts_of(target, name)
-    if before and before[-1]["status"] not in DONE:
-        running = before[-1]["submission_id"]
+    mine = [one for one in before if (one.get("metadata") or {}).get("storage", ready.storage) == ready.storage]
+    if mine and mine[-1]["status"] not in DONE:
+        running = mine[-1]["submission_id"]
         raise UserError(
             f"{target.where}: {running} runs already: `slimray logs -f {running} --cluster {target.name}` follows it, "
             "`slimray stop` ends it"

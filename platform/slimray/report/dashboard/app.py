@@ -1,24 +1,27 @@
 """A local web page over a storage folder, live while runs write: `serve` binds to 127.0.0.1 until it is interrupted.
 
-In: a storage folder or URI, read by dashboard_watch.py. Out: the pages of dashboard_views.py: `/` the runs,
-`/run/NAME` one of them, `/compare?runs=a,b`. One layout, one callback; all that one sees is in the address. A page runs
-no code but Dash's own files, which come from here (content security policy, no eval). Surprising: a request by another
-Host or Origin is refused, as a web site elsewhere can make its name resolve to this machine; the page of a report is
-shut into a sandbox, as somebody else may have written it. Dash builds anew all that is below a list of children that
-changed (focus and zoom are lost): pages are compared here, and only what differs is sent.
+In: a storage folder or URI, read by watch.py. Out: the pages of views.py: `/` the runs, `/run/NAME` one of them,
+`/compare?runs=a,b`. One layout, one callback; all that one sees is in the address. A page runs no code but Dash's own
+files, which come from here (content security policy, no eval), and what was read from a folder is text in it, never a
+component. Surprising: every request needs the token of the printed link, as other users of this machine reach 127.0.0.1
+too; one by another Host or Origin is refused, as a web site elsewhere can make its name resolve to this machine; the
+page of a report is shut into a sandbox, as somebody else may have written it. Dash builds anew all that is below a list
+of children that changed (focus and zoom are lost): pages are compared here, and only what differs is sent.
 """
 
 import hashlib
 import logging
 import os
+import secrets
 import socket
 import threading
 import webbrowser
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 import dash
 import flask
@@ -54,8 +57,11 @@ OF_REPORTS = (  # a report carries its own, stricter one; this holds for a repor
 log = logging.getLogger(__name__)
 
 
-def build(watch: Watch) -> dash.Dash:
-    """Return the application over `watch`: one layout, one callback, the report's route, the guards of all of them."""
+def build(watch: Watch, token: str) -> dash.Dash:
+    """Return the application over `watch`: one layout, one callback, the report's route, the guards of all of them.
+
+    A request shows `token` in its query (`?token=`) or, from then on, in a cookie.
+    """
     server = flask.Flask("slimray-dashboard", static_folder=None)
     app = dash.Dash(
         __name__,
@@ -115,7 +121,7 @@ def build(watch: Watch) -> dash.Dash:
         now = hashlib.sha256(repr((path, search, words, version)).encode("utf-8", "replace")).hexdigest()
         if now == seen:
             return dash.no_update, now, hidden, ""
-        page = named(draw(), "page")
+        page = named(as_text(draw()), "page")
         with lock:
             before = drawn.get(seen or "")
             drawn[now] = path, page
@@ -148,7 +154,15 @@ def build(watch: Watch) -> dash.Dash:
         origin = request.headers.get("Origin")
         if request.host not in hosts or (origin is not None and origin not in [f"http://{host}" for host in hosts]):
             return flask.Response("this page answers to 127.0.0.1 and localhost only\n", 403, mimetype="text/plain")
-        return None
+        cookie = f"slimray-{request.environ['SERVER_PORT']}"  # cookies of all ports of a host are one
+        if secrets.compare_digest(request.cookies.get(cookie, "").encode(), token.encode()):
+            return None
+        if not secrets.compare_digest(request.args.get("token", "").encode(), token.encode()):
+            return flask.Response("open the link that `slimray dashboard` printed\n", 403, mimetype="text/plain")
+        rest = urlencode([(key, value) for key, value in request.args.items(multi=True) if key != "token"])
+        response = flask.redirect(quote(request.path) + (f"?{rest}" if rest else ""))
+        response.set_cookie(cookie, token, httponly=True, samesite="Strict")
+        return response
 
     policy = "; ".join(
         [
@@ -194,6 +208,20 @@ def _page(watch: Watch, path: str, query: dict[str, str], words: str) -> tuple[A
             return look.version, lambda: views.run_page(look, query)
         return None, lambda: views.problem_page("No such run", f"{watch.where} has no run {name!r}.")
     return None, lambda: views.problem_page("No such page", f"There is nothing at {path}.")
+
+
+def as_text(tree: Any) -> Any:
+    """`tree` with everything among its children that is not a component, or a list of them, as text.
+
+    A dict among the children of a component would become whatever component it names once the browser has it.
+    """
+    if isinstance(tree, Component):
+        if hasattr(tree, "children"):
+            cast(Any, tree).children = as_text(tree.children)
+        return tree
+    if isinstance(tree, list | tuple):
+        return [as_text(child) for child in tree]
+    return tree if tree is None or isinstance(tree, str | bool | int | float) else str(tree)
 
 
 def named(tree: Any, name: str) -> Any:
@@ -244,14 +272,38 @@ class _Quiet(werkzeug.serving.WSGIRequestHandler):
         """Nothing: the address of a page may hold names."""
 
 
-def open_server(where: str, port: int) -> werkzeug.serving.BaseWSGIServer:
-    """Return a server bound to 127.0.0.1:`port` (0: any that is free), not yet serving; UserError if it is taken."""
+@dataclass(frozen=True)
+class Dashboard:
+    """A server bound to 127.0.0.1, not yet serving, and the token that its pages ask for."""
+
+    server: werkzeug.serving.BaseWSGIServer
+    token: str
+
+    @property
+    def port(self) -> int:
+        """The port that it is bound to."""
+        return self.server.port
+
+    @property
+    def link(self) -> str:
+        """The address that opens the page, with its token."""
+        return f"http://127.0.0.1:{self.port}/?token={self.token}"
+
+    @property
+    def cookie(self) -> tuple[str, str]:
+        """Name and value of the cookie that a browser shows once it has opened the link."""
+        return f"slimray-{self.port}", self.token
+
+
+def open_server(where: str, port: int) -> Dashboard:
+    """Return a dashboard bound to 127.0.0.1:`port` (0: any that is free), not yet serving; UserError if it is taken."""
     watch = Watch(where)
     try:
         watch.rows(0)  # begins to read
     except StorageError as error:
         log.warning("%s", error)
-    app = build(watch)
+    token = secrets.token_urlsafe(24)
+    app = build(watch, token)
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -261,19 +313,19 @@ def open_server(where: str, port: int) -> werkzeug.serving.BaseWSGIServer:
             raise UserError(f"--port: {port} of 127.0.0.1 cannot be had ({reason}): choose another, or 0") from None
         bound.listen(128)
         at = bound.getsockname()[1]
-        return werkzeug.serving.make_server(
+        server = werkzeug.serving.make_server(
             "127.0.0.1", at, app.server, threaded=True, request_handler=_Quiet, fd=os.dup(bound.fileno())
         )
+        return Dashboard(server, token)
 
 
 def serve(where: str, port: int = 8050, open_browser: bool = False, say: Callable[[str], None] = print) -> None:
     """Serve the dashboard of the storage `where` until interrupted; UserError: no storage or port to be had."""
-    server = open_server(where, port)
-    address = f"http://127.0.0.1:{server.port}"
-    say(f"dashboard of {where}: {address} (only from this machine; Ctrl-C ends it)")
+    dashboard = open_server(where, port)
+    say(f"dashboard of {where}: {dashboard.link} (only for you, on this machine; Ctrl-C ends it)")
     if open_browser:
-        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+        threading.Thread(target=webbrowser.open, args=(dashboard.link,), daemon=True).start()
     try:
-        server.serve_forever()
+        dashboard.server.serve_forever()
     finally:
-        server.server_close()
+        dashboard.server.server_close()

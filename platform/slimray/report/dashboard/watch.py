@@ -8,6 +8,7 @@ a filesystem, so that what a page shows is of one moment. What does not read is 
 
 import hashlib
 import json
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -174,6 +175,8 @@ class Watch:
         if not name or "/" in name or "\\" in name or name.startswith("."):
             return None
         path = storage.join(self._path, name)
+        if not self._is_inside(path):
+            return None
         run = runs.Run(self._fs, path, name, storage.join(self.where if not self._on_disk else self._path, name))
         return run if runs.exists(run, "status.json") or runs.exists(run, "job.yaml") else None
 
@@ -203,7 +206,7 @@ class Watch:
         if run is None:
             return None
         snapshot, infos = self._listed(run)
-        row = _described(run)
+        row = self._described(run)
         marks = "".join(f"{info.path}{info.size}{info.mtime_ns}" for info in infos)
         version = hashlib.sha256(f"{json.dumps(row)}{marks}".encode("utf-8", "replace")).hexdigest()[:16]
         with self._lock:
@@ -221,14 +224,31 @@ class Watch:
     def report(self, name: str) -> bytes | None:
         """The page that the run left, None if there is none."""
         run = self.find(name)
-        if run is None or not runs.exists(run, "report.html"):
+        if run is None:
             return None
-        return runs.read_file(self._listed(run)[0], "report.html")
+        listed = self._listed(run)[0]
+        return runs.read_file(listed, "report.html") if runs.exists(listed, "report.html") else None
 
     def close(self) -> None:
         """Let the threads end."""
         for pool in (self._pool, self._lookers):
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _is_inside(self, path: str) -> bool:
+        """Whether a path lies in the storage once its links are followed; those that lead out are not."""
+        if not self._on_disk:
+            return True
+        return os.path.realpath(path).startswith(os.path.join(os.path.realpath(self._path), ""))
+
+    def _described(self, run: runs.Run) -> dict[str, Any]:
+        """The row of a run; of one that holds a link out of the storage a damaged one, and nothing is read."""
+        try:
+            for name in (*READ, "lock"):
+                if not self._is_inside(f"{run.path}/{name}"):
+                    raise UserError(f"{run.uri}/{name}: is a link that leads out of the storage")
+            return runs.describe(run)
+        except (UserError, RunFailed, *DAMAGED) as error:
+            return _damaged(run, error)
 
     def _is_due(self, name: str) -> bool:
         """Whether the folder has to be looked at: on a disk always, in a bucket a settled run less often."""
@@ -240,6 +260,8 @@ class Watch:
         run = runs.Run(self._fs, storage.join(self._path, name), name, storage.join(self.where, name))
         seen, now = self._seen.get(name), time.monotonic()
         try:
+            if not self._is_inside(run.path):
+                return _Seen((0, None), None, now)
             info = storage.retry(lambda: self._fs.get_file_info(f"{run.path}/status.json"), "look up", run.path, 2)
             stamp = (info.size or 0, info.mtime_ns)
             if info.type == pafs.FileType.NotFound and not runs.exists(run, "job.yaml"):
@@ -252,15 +274,17 @@ class Watch:
                 return _Seen(stamp, seen.row, now)
             if state == "stopped" and age < SETTLED_S / 3:
                 return seen  # its writer may have slept: the lock tells, status.json does not
-        return _Seen(stamp, _described(run), now)
+        return _Seen(stamp, self._described(run), now)
 
     def _listed(self, run: runs.Run) -> tuple[runs.Run, list[pafs.FileInfo]]:
         """The run with the files that are shown, as they are now."""
-        top = [self._fs.get_file_info(f"{run.path}/{name}") for name in READ]
+        inside = [name for name in READ if self._is_inside(f"{run.path}/{name}")]
+        top = [self._fs.get_file_info(f"{run.path}/{name}") for name in inside]
         infos = [info for info in top if info.type == pafs.FileType.File]
         folders = [f"{run.path}/{name}" for name in READ_FOLDERS]
         for found in self._pool.map(lambda path: storage.list_files(self._fs, path, recursive=True), folders):
-            infos += [info for info in found if _is_shown(info.path[len(run.path) + 1 :])]
+            shown = [info for info in found if _is_shown(info.path[len(run.path) + 1 :])]
+            infos += [info for info in shown if self._is_inside(info.path)]
         snapshot = cast(pafs.FileSystem, _Snapshot(self._fs, infos, self._kept))
         return runs.Run(snapshot, run.path, run.name, run.uri), infos
 
@@ -332,13 +356,6 @@ def _is_shown(name: str) -> bool:
     """Whether a file in READ_FOLDERS is read: of a stage its records, neither weights nor checkpoints."""
     parts = name.split("/")
     return parts[0] != "stages" or (len(parts) > 2 and (parts[2] in READ[:4] or parts[2] == "metrics"))
-
-
-def _described(run: runs.Run) -> dict[str, Any]:
-    try:
-        return runs.describe(run)
-    except (UserError, RunFailed, *DAMAGED) as error:
-        return _damaged(run, error)
 
 
 def _damaged(run: runs.Run, error: BaseException) -> dict[str, Any]:
