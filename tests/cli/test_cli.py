@@ -346,6 +346,38 @@ def test_a_damaged_model_is_one_sentence(shell, clip, file, content):
     assert len(done.err.splitlines()) == 1
 
 
+def test_a_network_whose_weights_are_not_numbers_answers_nothing(shell, clip):
+    finish_chain(2)
+    run = runs.open_run("runs", "tsm")
+    weights, model, taken = runs.read_model(run)
+    tensors = safetensors.torch.load(weights)
+    tensors["base_model.bn1.weight"][0] = float("nan")
+    runs.write_model(run, safetensors.torch.save(tensors), model, taken)
+    done = shell("predict", "tsm", clip, "--json")
+    assert (done.code, done.out) == (2, "")
+    assert "1 of 122 tensors hold NaN (base_model.bn1.weight), as after a training that diverged" in done.err
+
+
+def test_check_opens_the_weights_that_a_training_starts_from(shell):
+    finish_chain(2)
+    weights, _, _ = runs.read_model(runs.open_run("runs", "tsm"))
+    Path("cut.pth").write_bytes(weights[: len(weights) // 2])
+    tensors = safetensors.torch.load(weights)
+    names = [name for name in tensors if ".layer2." in name and name.endswith("weight")][:3]
+    safetensors.torch.save_file({k: v for k, v in tensors.items() if k not in names}, "less.safetensors")
+    tensors["base_model.bn1.weight"][0] = float("nan")
+    safetensors.torch.save_file(tensors, "nan.safetensors")
+    for name, said in (
+        ("cut.pth", "is no checkpoint that can be read safely, or is cut short"),
+        ("less.safetensors", f"3 weights of this network are not in the file, which has others like them ({names[0]}"),
+        ("nan.safetensors", "base_model.bn1.weight holds 1 values that are not finite numbers"),
+    ):
+        done = shell("check", "chain.yaml", "--set", f"fine:init.from={name}")
+        assert done.code == 2
+        assert "init.from: " in done.err
+        assert said in done.err
+
+
 def test_a_run_without_a_model_is_one_sentence(shell, clip):
     finish_chain(1)
     done = shell("predict", "data", clip)

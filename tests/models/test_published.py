@@ -2,10 +2,13 @@
 
 import argparse
 import collections
+import contextlib
+import cProfile
 import datetime
 import json
 import os
 import pickle
+import pstats
 import re
 import signal
 import warnings
@@ -237,7 +240,105 @@ def test_names_of_point_cloud_networks_are_told_apart(shared):
         assert (report.missing, report.dropped) == ([], {})
 
 
+def in_blocks(wrapper: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a network whose residual blocks are wrapped."""
+    rule = rf"\1.{wrapper}."
+    return {re.sub(r"(layer\d\.\d|features\.\d+)\.", rule, name): value for name, value in tensors.items()}
+
+
+def after(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+OPTIMIZER = {"state": {i: {"exp_avg": torch.zeros(3), "step": torch.tensor(1.0)} for i in range(9)}}
+FSDP, CHECKPOINTED = "_fsdp_wrapped_module", "_checkpoint_wrapped_module._orig_mod"
+WRAPPED = {
+    "fsdp blocks": lambda tensors: in_blocks(FSDP, tensors),
+    "fsdp": lambda tensors: {"model": after(f"{FSDP}.", in_blocks(FSDP, tensors))},
+    "checkpointed blocks, compiled": lambda tensors: after("_orig_mod.", in_blocks(CHECKPOINTED, tensors)),
+    "in a sequence": lambda tensors: after("0.", tensors),
+    "in a sequence, wrapped": lambda tensors: after("module.0.module.", tensors),
+    "lightning": lambda tensors: {
+        "state_dict": after("learner.student_net.", tensors),
+        "optimizer_states": [OPTIMIZER],
+    },
+    "model_state": lambda tensors: {"model_state": tensors, "optimizer_state": OPTIMIZER},
+    "state.model": lambda tensors: {"state": {"model": after("module.", tensors), "optimizers": [OPTIMIZER]}},
+    "weights of a list": lambda tensors: {"networks": [after("ddp.", tensors), OPTIMIZER]},
+    "averaged": lambda tensors: {"model_ema": after("module.", tensors) | {"n_averaged": torch.tensor(5)}},
+    "beside an average": lambda tensors: {"ema": {k: v + 1 for k, v in tensors.items()}, "model": tensors},
+    "beside an average, flat": lambda tensors: tensors | after("ema_model.", {k: v + 1 for k, v in tensors.items()}),
+}
+
+
+@pytest.mark.parametrize("style", WRAPPED)
+@pytest.mark.parametrize("name", ["tsm_resnet18", "tsm_mobilenetv2", "i3d_resnet50_nl", "pvcnn_s3dis"])
+def test_wrappers_are_found_by_structure_and_every_weight_arrives(name, style):
+    trained, net = small(name), fill(models.build(name, **SMALL), seed=2)
+    report = published.load(net, WRAPPED[style](trained.state_dict()))
+    assert equal(net, trained.state_dict())
+    assert (len(report.loaded), report.missing) == (len(net.state_dict()), [])
+
+
 # ------------------------------------------------------------------------------------------- what does not fit
+
+
+@pytest.mark.parametrize("lost", [1, 24])
+def test_a_checkpoint_that_lacks_some_of_the_weights_is_refused_with_their_names(lost):
+    trained, net = small("tsm_resnet18"), small("tsm_resnet18")
+    names = [name for name in trained.state_dict() if ".layer" in name and "num_batches" not in name][5 : 5 + lost]
+    theirs = {name: value for name, value in trained.state_dict().items() if name not in names}
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(UserError, match=f"{lost} weights of this network are not in the file, .*{re.escape(names[0])}"):
+        published.load(net, theirs)
+    assert equal(net, before)
+    assert sorted(published.load(net, theirs, exclude=names).dropped) == sorted(names)
+
+
+def test_two_networks_in_one_file_are_a_question():
+    trained = small("tsm_resnet18").state_dict()
+    flat = {f"{who}.{name}": value for who in ("student", "teacher") for name, value in trained.items()}
+    with pytest.raises(UserError, match=r"student\..* and teacher\..* mean the same weight"):
+        published.load(small("tsm_resnet18"), flat)
+    with pytest.raises(UserError, match="student and teacher are networks of the same kind"):
+        published.load(small("tsm_resnet18"), {"student": trained, "teacher": trained})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["base_model.layer1.0.conv1.net.weight", "base_model.bn1.running_var", "new_fc.bias"])
+def test_weights_that_are_no_numbers_are_refused_with_their_name(name, value, tmp_path):
+    trained, net = small("tsm_resnet18"), small("tsm_resnet18")
+    trained.state_dict()[name].view(-1)[1] = value
+    torch.save(trained.state_dict(), tmp_path / "w.pth")
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(UserError, match=rf"w\.pth: {re.escape(name)} holds 1 values that are not finite numbers"):
+        published.load(net, tmp_path / "w.pth")
+    assert equal(net, before)
+
+
+def test_numbers_that_overflow_on_the_way_are_refused():
+    trained = {k: v.double() for k, v in small("tsm_resnet18").state_dict().items()}
+    trained["new_fc.bias"][0] = 1e300
+    with pytest.raises(UserError, match=r"new_fc\.bias holds 1 values that are not finite"):
+        published.load(small("tsm_resnet18"), trained)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_weights_of_other_precision_are_converted(kind):
+    trained, net = small("tsm_resnet18").state_dict(), small("tsm_resnet18")
+    theirs = {k: v.to(kind) if v.is_floating_point() else v for k, v in trained.items()}
+    published.load(net, theirs)
+    assert equal(net, {k: v.to(trained[k].dtype) for k, v in theirs.items()})
+
+
+def test_complex_whole_and_quantized_weights_are_refused():
+    trained = small("tsm_resnet18").state_dict()
+    for value, said in (
+        (torch.complex(trained["new_fc.bias"], trained["new_fc.bias"]), "new_fc.bias holds complex numbers"),
+        (trained["new_fc.bias"].to(torch.int8), r"new_fc.bias holds whole numbers \(int8\), as quantized weights do"),
+    ):
+        with pytest.raises(UserError, match=said):
+            published.load(small("tsm_resnet18"), trained | {"new_fc.bias": value})
 
 
 def test_a_head_of_other_classes_is_left_out_with_a_word():
@@ -456,6 +557,35 @@ def test_files_that_claim_more_than_they_hold_are_refused(tmp_path):
     assert data.count(little) > 0
     path.write_bytes(data.replace(little, huge))
     assert "is no checkpoint" in one_sentence(path)
+
+
+UNUSUAL = {
+    "without values": lambda: torch.empty(3, 2, device="meta"),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3, 2), 0.1, 0, torch.qint8),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_tensors_whose_values_are_not_there_one_by_one_are_one_sentence(kind, tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(2), "conv.weight": UNUSUAL[kind]()}}, tmp_path / "a.pt")
+    assert f"conv.weight is {kind}" in one_sentence(tmp_path / "a.pt")
+
+
+def test_names_without_end_cost_no_time_without_end():
+    """Twice as many names take about twice the time, not four times: counted in calls."""
+    calls = []
+    for count in (500, 1000):
+        theirs = {f"a{i}.b{i % 7}.{i}.conv1.weight{i}": torch.ones(1) for i in range(count)}
+        profile = cProfile.Profile()
+        profile.enable()
+        with contextlib.suppress(UserError):
+            published.load(small("tsm_resnet18"), theirs)
+        profile.disable()
+        calls.append(pstats.Stats(profile).total_calls)
+    assert calls[1] < 2.5 * calls[0]
 
 
 def test_the_training_checkpoint_of_a_point_cloud_network_is_read(shared):

@@ -1,30 +1,26 @@
 """Weights that others trained, read without running their code and put into a network by what their names mean.
 
 `load` takes a checkpoint (TSM, torchvision, mmaction2, PVCNN, Once-for-All, our own) or a state dict; `read` returns
-its tensors. In a pickle every name that is not part of a tensor means an inert value. Names are compared without the
-wrappers they passed through (`module.`, `base_model.`, `.net`, `.block`), so a 2D network starts a shifted, pooled,
-online or inflated one, and a plain network the supernet whose largest arch it is. A kernel inflates by repetition over
-time, divided by its length (arXiv 1705.07750).
+its tensors. What wrapped the network (`module.`, `_orig_mod.`, `_fsdp_wrapped_module.`, `state.model.`, ...) is found
+by structure: a part of a name that the network does not have, or a prefix, is left out where what remains is a name of
+the network. So a 2D network starts a shifted, pooled, online or inflated one, and a plain network the supernet whose
+largest arch it is. A kernel inflates by repetition over time, divided by its length (arXiv 1705.07750).
 """
 
-import io
-import pickle
 import re
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from slimray import storage
+from slimray.models import checkpoint_files
 from slimray.spec import UserError
 
-# Parts of a name that say through which hands a weight went, not what it is.
+# Parts of a name that networks here have or lack without another meaning of the weight.
 WRAPPERS = ("module", "_orig_mod", "base_model", "backbone", "model", "net", "block")
 HEADS = ("new_fc", "classifier", "classifier.1", "cls_head.fc_cls", "classifier.linear")  # all mean `fc`
 # Supernets have a level more than plain nets (`conv.conv.weight`), and older ones another name for a block's branch.
@@ -34,8 +30,13 @@ MMACTION += ((r"\bdownsample\.conv\.", "downsample.0."), (r"\bdownsample\.bn\.",
 # The layers of a MobileNetV2 block in torchvision and here, with an expansion in front and without.
 EXPANDED = {"0.0": "0", "0.1": "1", "1.0": "3", "1.1": "4", "2": "6", "3": "7"}
 PLAIN = {"0.0": "0", "0.1": "1", "1": "3", "2": "4"}
-# Where a training checkpoint keeps the state dict, the likelier first.
+# Parts that the rules above read, which are therefore never those of a wrapper.
+READ_PARTS = {"conv", "bn", "linear", "downsample", "mobile_inverted_conv", *(p for h in HEADS for p in h.split("."))}
+# Where a training checkpoint keeps the state dict, if several fit the network as well: the likelier first.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "state_dict_ema", "ema", "model_ema")
+MAX_DEPTH = 6  # of mappings and lists around a state dict
+MAX_PREFIX = 6  # parts of a prefix
+MAX_PREFIXES = 50  # that are tried, those of most names first
 
 
 @dataclass(frozen=True)
@@ -62,21 +63,23 @@ def load(model: nn.Module, source: str | Path | Mapping[str, Any], exclude: Sequ
     """Copy the weights of `source`, a checkpoint's path or URI or a state dict, into `model`.
 
     Names that start with one of `exclude` (names of `model`) keep their values, as does a head of another number of
-    classes. A first convolution for other channels gets the mean over the file's channels, repeated. Nothing is copied
-    when UserError is raised: unreadable file, another network, another shape, an `exclude` that means nothing.
+    classes. A first convolution for other channels gets the mean over the file's channels, repeated. Layers of a kind
+    that the file does not have (non-local blocks for a plain network) keep their values and are `missing`. Nothing is
+    copied when UserError is raised: unreadable file, another network, some layers of a kind missing, another shape,
+    numbers that are none (NaN) or not floats, an `exclude` that means nothing.
     """
     where = "weights" if isinstance(source, Mapping) else str(source)
-    theirs = _named_tensors(source, where) if isinstance(source, Mapping) else read(source)
     ours = model.state_dict()
     for prefix in exclude:
         if not any(name.startswith(prefix) for name in ours):
             raise UserError(f"exclude: no weight of this network starts with {prefix!r} (it has {_few(ours)})")
     keys, head = _keys(ours), getattr(model, "head_name", "fc") + "."
-    found = _find(theirs, set(keys.values()), where)
+    theirs, found = _choose(_parse_source(source), set(keys.values()), where)
     body = [n for n in ours if not (n.startswith(head) or keys[n].startswith("fc.") or _is_counter(n))]
     if 3 * sum(keys[name] in found for name in body) < 2 * max(len(body), 1):
         raise UserError(_another_network(where, theirs, keys, found, body))
     first = getattr(model, "first_conv_name", "") + ".weight"
+    learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     loaded: dict[str, Tensor] = {}
     missing, dropped = [], {}
     for name, target in ours.items():
@@ -88,6 +91,8 @@ def load(model: nn.Module, source: str | Path | Mapping[str, Any], exclude: Sequ
             value = theirs[found[keys[name]]]
             fitted = _fit(value, target.shape, name == first)
             if fitted is not None:
+                is_statistic = name.endswith(("running_mean", "running_var"))
+                _require_numbers(fitted, target, f"{where}: {found[keys[name]]}", name in learned or is_statistic)
                 loaded[name] = fitted
             elif name not in body and value.ndim == target.ndim and value.shape[1:] == target.shape[1:]:
                 dropped[name] = f"{len(value)} classes in the file, {len(target)} here"
@@ -96,6 +101,7 @@ def load(model: nn.Module, source: str | Path | Mapping[str, Any], exclude: Sequ
                     f"{where}: {found[keys[name]]} has shape {list(value.shape)}, here {name} has "
                     f"{list(target.shape)}: build the network with the options of the file, or exclude {name!r}"
                 )
+    _require_whole(where, missing, keys, found)
     placed = {found[key] for key in keys.values() if key in found}
     dropped |= {name: "no place in this network" for name in theirs if name not in placed and not _is_counter(name)}
     with torch.no_grad():
@@ -105,27 +111,39 @@ def load(model: nn.Module, source: str | Path | Mapping[str, Any], exclude: Sequ
 
 
 def read(source: str | Path) -> dict[str, Tensor]:
-    """The named tensors of the checkpoint at `source`: safetensors, or a PyTorch file old or new.
+    """Return the named tensors of the checkpoint at `source`: safetensors, or a PyTorch file old or new.
 
-    Nothing in the file is executed. Raises UserError: no such file, damaged, not a checkpoint.
+    Nothing in the file is executed. Raises UserError: no such file, damaged, not a checkpoint, tensors without values.
     """
+    theirs, _ = _choose(_parse_source(source), set(), str(source))
+    return theirs
+
+
+def require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise UserError if one of the tensors holds NaN: a network with it answers nothing else."""
+    bad = [name for name, value in tensors.items() if value.is_floating_point() and value.isnan().any()]
+    if bad:
+        raise UserError(
+            f"{where}: {len(bad)} of {len(tensors)} tensors hold NaN ({_few(bad)}), as after a training that diverged: "
+            "take an earlier checkpoint, or train again with a lower rate"
+        )
+
+
+def _parse_source(source: str | Path | Mapping[str, Any]) -> Any:
+    if isinstance(source, Mapping):
+        return source
     fs, path = storage.open_uri(source)
     try:
         data = storage.read_bytes(fs, path)
     except FileNotFoundError:
         raise UserError(f"{source}: no such file") from None
     try:
-        content = _parse(data)
+        return checkpoint_files.parse(data)
     except Exception as error:  # damaged bytes raise whatever a format's reader stumbles over
         raise UserError(
             f"{source}: is no checkpoint that can be read safely, or is cut short: fetch it again, or save its "
             "state_dict() as safetensors"
         ) from error
-    tensors = _named_tensors(content, str(source))
-    for name, value in tensors.items():
-        if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise UserError(f"{source}: {name} claims more values than the file holds: fetch it from a better place")
-    return tensors
 
 
 # --------------------------------------------------------------------------------------------------- by name
@@ -156,13 +174,96 @@ def _keys(names: Iterable[str]) -> dict[str, str]:
     return keys
 
 
-def _find(theirs: Mapping[str, Tensor], wanted: set[str], where: str) -> dict[str, str]:
-    """The file's name for each key that is wanted and there; UserError where two names mean the same."""
+def _find(theirs: Iterable[str], wanted: set[str], where: str) -> dict[str, str]:
+    """The file's name for each key that is wanted and there; UserError where two names mean the same.
+
+    A name is taken as it is, else without the parts that the network does not have at all, fewest first, else without
+    the prefix that most names share.
+    """
+    names = list(theirs)
+    known = READ_PARTS.union(*(key.split(".") for key in wanted))
+    foreign = {name: _foreign_parts(name, known) for name in names}
+    bare = {name: _without_parts(name, foreign[name]) for name in names}
     found: dict[str, str] = {}
-    for name, key in _keys(theirs).items():
-        if key in wanted and found.setdefault(key, name) != name:
-            raise UserError(f"{where}: {found[key]} and {name} mean the same weight: keep one of them in the file")
+    cost: dict[str, int] = {}
+
+    def match(renamed: Mapping[str, str], dearer: int = 0) -> None:
+        keys = _keys(renamed.values())
+        for name, short in renamed.items():
+            key, price = keys[short], dearer + len(foreign[name] if short != name else ())
+            if key not in wanted or price > cost.get(key, price):
+                continue
+            if price == cost.get(key) and found[key] != name:
+                raise UserError(f"{where}: {found[key]} and {name} mean the same weight: keep one of them in the file")
+            found[key], cost[key] = name, price
+
+    match({name: name for name in names if not foreign[name]})
+    match({name: bare[name] for name in names if foreign[name]})
+    prefix = _shared_prefix(bare, wanted, found)
+    if prefix:
+        skipped = {name: short.removeprefix(prefix) for name, short in bare.items() if short.startswith(prefix)}
+        match({name: short for name, short in skipped.items() if name not in found.values()}, dearer=len(names))
     return found
+
+
+def _foreign_parts(name: str, known: set[str]) -> set[str]:
+    """The parts of a file's name that no name of the network has, nor any rule reads; never the last, nor a number."""
+    parts = name.split(".")[:-1]
+    return {p for p in parts if p not in known and p not in WRAPPERS and not re.fullmatch(r"(conv|bn)?\d+", p)}
+
+
+def _without_parts(name: str, parts: set[str]) -> str:
+    *path, leaf = name.split(".")
+    return ".".join([*(part for part in path if part not in parts), leaf])
+
+
+def _shared_prefix(bare: Mapping[str, str], wanted: set[str], found: Mapping[str, str]) -> str:
+    """The prefix (with its dot) without which most of the names that are no names of the network would be some."""
+    taken = set(found.values())
+    inside: dict[str, list[str]] = {}
+    for short in (short for name, short in bare.items() if name not in taken):
+        parts = short.split(".")
+        for n in range(1, min(len(parts), MAX_PREFIX)):
+            inside.setdefault(".".join(parts[:n]) + ".", []).append(short)
+    best, most = "", 0
+    for prefix, names in sorted(inside.items(), key=lambda one: (-len(one[1]), len(one[0])))[:MAX_PREFIXES]:
+        keys = _keys(short.removeprefix(prefix) for short in names) if len(names) > most else {}
+        count = sum(key in wanted and key not in found for key in keys.values())
+        if count > most:
+            best, most = prefix, count
+    return best
+
+
+def _require_whole(where: str, missing: Sequence[str], keys: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raise UserError for missing weights where the file has others of their kind: it is cut, or named otherwise.
+
+    All weights of a kind may be missing (non-local blocks), as networks start from others that have none.
+    """
+    there = {re.sub(r"\d+", "*", key) for key in found}
+    partly = [name for name in missing if re.sub(r"\d+", "*", keys[name]) in there]
+    if partly:
+        raise UserError(
+            f"{where}: {len(partly)} weights of this network are not in the file, which has others like them "
+            f"({_few(partly)}): choose the network it was trained as, rename its weights, or exclude these"
+        )
+
+
+def _require_numbers(value: Tensor, target: Tensor, name: str, is_learned: bool) -> None:
+    """Raise UserError for values that would not survive the copy, or that a network cannot compute with."""
+    if value.is_complex() and not target.is_complex():
+        raise UserError(f"{name} holds complex numbers, here they are real: save its real part, if that is meant")
+    if target.is_floating_point() and not value.is_floating_point() and value.dtype != torch.bool and is_learned:
+        kind = str(value.dtype).removeprefix("torch.")
+        raise UserError(f"{name} holds whole numbers ({kind}), as quantized weights do: save the weights as floats")
+    if not value.is_floating_point() or value.is_meta:
+        return
+    value = value.to(target.dtype if target.is_floating_point() else torch.float32)
+    bad = ~value.isfinite() if is_learned else value.isnan()
+    if bad.any():
+        raise UserError(
+            f"{name} holds {int(bad.sum())} values that are not finite numbers (NaN or infinite), as after a training "
+            "that diverged: take an earlier checkpoint"
+        )
 
 
 def _fit(value: Tensor, shape: torch.Size, is_first: bool) -> Tensor | None:
@@ -195,145 +296,63 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-# -------------------------------------------------------------------------------------------------- by bytes
+# ------------------------------------------------------------------------------------ which of a checkpoint
 
 
-def _named_tensors(content: Any, where: str) -> dict[str, Tensor]:
-    """The state dict inside a training checkpoint; UserError if there is none."""
-    for _ in range(len(STATE_KEYS)):
-        if not isinstance(content, Mapping):
-            break
-        inner = [content[key] for key in STATE_KEYS if isinstance(content.get(key), Mapping)]
-        if not inner:
-            break
-        content = inner[0]
-    items = content.items() if isinstance(content, Mapping) else ()
-    tensors = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
-    if not tensors:
+def _choose(content: Any, wanted: set[str], where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict in a checkpoint that has most of the `wanted` keys, and the file's name of each key.
+
+    UserError if there is none, or if two fit as well and neither stands where programs keep it.
+    """
+    candidates = list(_state_dicts(content))
+    if not candidates:
         raise UserError(f"{where}: holds no named tensors: save the network's state_dict()")
-    return tensors
+    ranked, problem = [], None
+    for path, tensors in candidates:
+        try:
+            found = _find(tensors, wanted, where)
+        except UserError as error:
+            problem = problem or error
+            continue
+        place = max((STATE_KEYS.index(part) for part in path if part in STATE_KEYS), default=len(STATE_KEYS))
+        ranked.append((-len(found), place, -len(tensors) if not wanted else 0, path, tensors, found))
+    if not ranked:
+        raise problem or UserError(f"{where}: holds no named tensors: save the network's state_dict()")
+    ranked.sort(key=lambda one: one[:3])
+    best = ranked[0]
+    if len(ranked) > 1 and ranked[1][:2] == best[:2] and best[0]:
+        names = " and ".join(".".join(one[3]) or "its top" for one in ranked[:2])
+        raise UserError(f"{where}: {names} are networks of the same kind: save the one that is meant by itself")
+    if problem is not None and not best[0] and wanted:
+        raise problem
+    _require_values(best[4], where)
+    return best[4], best[5]
 
 
-def _parse(data: bytes) -> Any:
-    """What a checkpoint's bytes hold; any exception if they are none."""
-    if data[8:9] == b"{":
-        return safetensors.torch.load(data)
-    if data[:2] == b"PK":
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if sum(info.file_size for info in archive.infolist()) > len(data):  # PyTorch never compresses
-                raise ValueError("the archive claims more bytes than it has")
-    try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # it names classes beside those of tensors
-        return _read_zip(data) if data[:2] == b"PK" else _read_legacy(data)
+def _state_dicts(content: Any, path: tuple[str, ...] = (), seen: frozenset[int] = frozenset()) -> Iterator[Any]:
+    """(path, named tensors) of every mapping inside a checkpoint that holds tensors by name."""
+    if len(path) > MAX_DEPTH or id(content) in seen:
+        return
+    if isinstance(content, Mapping):
+        named = {name: one for name, one in content.items() if isinstance(name, str) and isinstance(one, Tensor)}
+        if named:
+            yield path, named
+    items = content.items() if isinstance(content, Mapping) else ()
+    items = enumerate(content) if isinstance(content, list | tuple) else items
+    for key, inner in items:
+        if isinstance(inner, Mapping | list | tuple):
+            yield from _state_dicts(inner, (*path, str(key)), seen | {id(content)})
 
 
-class _Inert(dict):
-    """Stands for every name of a file that is no part of a tensor: takes what a pickle does to it, and does nothing."""
-
-    __hash__ = object.__hash__  # type: ignore[assignment]
-
-    def __init__(self, *_: Any, **__: Any):
-        super().__init__()
-
-    def __call__(self, *_: Any, **__: Any) -> "_Inert":
-        return self
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-    def append(self, _: Any) -> None:
-        pass
-
-
-def _tensor(flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    return torch.as_strided(flat, size, stride, offset)
-
-
-def _parameter(value: Tensor, *_: Any) -> Tensor:
-    return value
-
-
-KNOWN = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch._utils", "_rebuild_tensor"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-}
-DTYPES = {
-    "BFloat16Storage": torch.bfloat16,
-    "BoolStorage": torch.bool,
-    "ByteStorage": torch.uint8,
-    "CharStorage": torch.int8,
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
-    "ShortStorage": torch.int16,
-}
-
-
-class _Unpickler(pickle._Unpickler):  # in Python: the one in C reserves as much memory as a file asks for
-    """Builds plain values and tensors; `storage` makes the flat tensor of (dtype, key, number of values)."""
-
-    def __init__(self, data: io.BytesIO, make: Callable[[torch.dtype, str, int], Tensor] | None = None):
-        super().__init__(data, encoding="utf-8")
-        self.make, self.storages = make, {}
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        if module_name in ("torch", "torch.cuda") and global_name in DTYPES:
-            return DTYPES[global_name]
-        return KNOWN.get((module_name, global_name), _Inert)
-
-    def persistent_load(self, pid: Any) -> Any:
-        if pid[0] == "module":  # a class with its source text
-            return pid[1]
-        _, dtype, key, _, numel, *view = pid
-        if self.make is None or any(view):
-            raise ValueError(f"unexpected storage {key}")
-        if key not in self.storages:
-            self.storages[key] = self.make(dtype, key, numel)
-        return self.storages[key]
-
-
-def _flat(data: bytes, dtype: torch.dtype, numel: int) -> Tensor:
-    """`numel` values of `dtype` out of exactly as many bytes."""
-    if len(data) != numel * dtype.itemsize:
-        raise ValueError(f"{len(data)} bytes for {numel} values of {dtype}")
-    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
-
-
-def _read_zip(data: bytes) -> Any:
-    """The content of a PyTorch file since 1.6: `x/data.pkl`, and the storages in `x/data/`."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        (index,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        root = index.removesuffix(".pkl")
-        unpickler = _Unpickler(
-            io.BytesIO(archive.read(index)),
-            lambda dtype, key, numel: _flat(archive.read(f"{root}/{key}"), dtype, numel),
-        )
-        return unpickler.load()
-
-
-def _read_legacy(data: bytes) -> Any:
-    """The content of a PyTorch file before 1.6: a magic number, version and system, content, keys, storages."""
-    file, room = io.BytesIO(data), len(data)
-
-    def reserve(dtype: torch.dtype, _: str, numel: int) -> Tensor:
-        nonlocal room
-        room -= numel * dtype.itemsize
-        if numel < 0 or room < 0:
-            raise ValueError("the file claims more bytes than it has")
-        return torch.empty(numel, dtype=dtype)
-
-    if _Unpickler(file).load() != torch.serialization.MAGIC_NUMBER:
-        raise ValueError("no PyTorch file")
-    for _ in ("version", "system"):
-        _Unpickler(file).load()
-    unpickler = _Unpickler(file, reserve)
-    content = unpickler.load()
-    for key in _Unpickler(file).load():
-        flat, numel = unpickler.storages[key], int.from_bytes(file.read(8), "little")
-        flat.copy_(_flat(file.read(flat.numel() * flat.element_size()), flat.dtype, numel))
-    return content
+def _require_values(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise UserError for tensors whose values are not there, or not there one by one."""
+    for name, value in tensors.items():
+        if value.is_meta and where == "weights":
+            continue  # a state dict of shapes, as tests of fit and plans use them
+        kind = "without values (meta)" if value.is_meta else "quantized" if value.is_quantized else ""
+        kind = "nested" if value.is_nested else kind
+        kind = "sparse" if not kind and value.layout != torch.strided else kind
+        if kind:
+            raise UserError(f"{where}: {name} is {kind}: save the network's state_dict() with ordinary float tensors")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{where}: {name} claims more values than the file holds: fetch it from a better place")

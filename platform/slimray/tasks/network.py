@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from slimray import models, runs
 from slimray.data.modalities import read_recipe
+from slimray.models import published
 from slimray.tasks.task import Outputs, task_before
 
 
@@ -57,11 +58,13 @@ def task_of(taken: Mapping[str, Any]) -> str:
 
 
 def load_network(run: runs.Run, device: torch.device | str = "cpu") -> Network:
-    """Load the network that `run` wrote; UserError if it wrote none."""
+    """Load the network that `run` wrote; UserError if it wrote none, or one whose weights are NaN."""
     weights, model, taken = runs.read_model(run)
     read_recipe(taken["recipe"])  # a recipe of another version fails here, not at the first file
     net = models.build(**model)
-    net.load_state_dict(safetensors.torch.load(weights))
+    tensors = safetensors.torch.load(weights)
+    published.require_finite(tensors, f"{run.uri}/model/weights.safetensors")
+    net.load_state_dict(tensors)
     pixels: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in taken["pixels"].items()}
     classes = tuple(taken["classes"])
     return Network(net.to(device).eval(), Input(**pixels), taken["recipe"], classes, model, task_of(taken))

@@ -30,10 +30,14 @@ class Training(Protocol):
 
 
 def check_training(
-    job: Training, ctx: CheckContext, facts: Callable[[Card | None, int | None], dict[str, Any]]
+    job: Training,
+    ctx: CheckContext,
+    facts: Callable[[Card | None, int | None], dict[str, Any]],
+    network: Callable[[Card | None], Any] | None = None,
 ) -> dict[str, Any]:
     """Return what is known of a training: its dataset, `facts` of the card and the number of training samples.
 
+    `network` builds the network on the meta device, so that `check` can compare it with the weights it starts from.
     Problems with dataset, network and starting weights are all noted, one does not hide the other.
     """
     out: dict[str, Any] = {}
@@ -59,7 +63,7 @@ def check_training(
             notes = inputs.notes_of_splits(job.data, splits, taken[0])
             out |= {"notes": notes} if notes else {}
     with ctx.noting():
-        _check_init(job.init, ctx)
+        _check_init(job.init, ctx, None if network is None else lambda: network(card))
     return out | fingerprint
 
 
@@ -68,14 +72,24 @@ def split_names(data: DataSpec) -> list[str]:
     return [name for name in (data.train, data.val) if name is not None]
 
 
-def _check_init(init: InitSpec | None, ctx: CheckContext) -> None:
-    """Raise UserError if the weights of `init` are not there. A URL is not fetched for that."""
+def _check_init(init: InitSpec | None, ctx: CheckContext, network: Callable[[], Any] | None) -> None:
+    """Raise UserError if the weights of `init` are not there, or, where files are looked at, do not read or fit.
+
+    A URL is not fetched for that.
+    """
     if init is None or init.source.startswith(("http://", "https://")):
         return
     if ctx.require(init.source, WEIGHTS, "init.from") is not None:
         return
     try:
-        runs.weights_source(init.source, ctx.storage, init.sha256)
+        path = runs.weights_source(init.source, ctx.storage, init.sha256)
+        if ctx.look:
+            from slimray.models import published
+
+            if network is None:
+                published.require_finite(published.read(path), path)
+            else:
+                published.load(network(), path, init.exclude)
     except UserError as error:
         raise UserError(located(str(error), "init.from")) from None
 

@@ -121,6 +121,12 @@ def schedule(job: TrainJob, num_train: int | None) -> dict[str, Any]:
     return out
 
 
+def on_meta(job: TrainJob, card: Card | None) -> Any:
+    """Return the network of `job` without values, on the meta device."""
+    num_classes = card.num_classes if card is not None else 0
+    return cost.build_on_meta(lambda: models.build(**model_options(job, num_classes or 1)))
+
+
 def _side(model: Mapping[str, Any]) -> int | None:
     """Return the resolution of a subnet, in pixels, where its arch says one; None for what cannot be built."""
     if not model.get("arch") or model["name"] not in models.MODELS:

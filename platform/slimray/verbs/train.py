@@ -25,7 +25,11 @@ def check(job: TrainJob, ctx: CheckContext) -> dict[str, Any]:
             return {"model": f"that of {job.model.run}", **networks.schedule(job, num_train)}
         return networks.facts(there, card, num_train)
 
-    out = checks.check_training(job, ctx, facts)
+    def network(card: Any) -> Any:
+        there = networks.with_network_if_there(job, ctx, card)
+        return networks.on_meta(there or job, card)
+
+    out = checks.check_training(job, ctx, facts, network)
     with ctx.noting():
         checks.check_teacher(job.teacher, ctx, out.get("classes"))
     return out
