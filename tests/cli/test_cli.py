@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import typer
 from tests.test_job import CARDS, CHAIN, JOBS, ROOT, finish, finish_chain
 from tests.waits import patience
@@ -372,7 +373,9 @@ def test_check_opens_the_weights_that_a_training_starts_from(shell):
         ("less.safetensors", f"3 weights of this network are not in the file, which has others like them ({names[0]}"),
         ("nan.safetensors", "base_model.bn1.weight holds 1 values that are not finite numbers"),
     ):
-        done = shell("check", "chain.yaml", "--set", f"fine:init.from={name}")
+        tsm = next(part for part in CHAIN.split("---") if "name: tsm\n" in part)
+        Path("fine.yaml").write_text(tsm.replace("name: tsm\n", f"name: fine\ninit: {{from: {name}}}\n"))
+        done = shell("check", "fine.yaml")
         assert done.code == 2
         assert "init.from: " in done.err
         assert said in done.err
