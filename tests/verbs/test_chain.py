@@ -50,9 +50,14 @@ batch: {{total: 8, per_worker: 8}}
 optim: {{lr: 0.001, reference_batch: 8, epochs: 1, groups: no_norm_decay}}
 scale: {{workers: 1}}
 ---
+kind: recalibrate
+name: {name}-again
+run: {name}-tuned
+judge: {{calibrate: 16, calibrate_batch: 8}}
+---
 kind: evaluate
 name: {name}-scores
-runs: [{name}-search-any, {name}-tuned]
+runs: [{name}-search-any, {name}-tuned, {name}-again]
 pictures: 2
 scale: {{workers: 1}}
 """
@@ -81,7 +86,7 @@ def test_a_chain_of_runs_that_do_not_exist_yet_passes_the_check(name, tmp_path):
     path = tmp_path / "chain.yaml"
     path.write_text(chain(name))
     found = job.check(job.load([path]), str(tmp_path / "runs"))
-    assert [one["problems"] for one in found] == [[]] * 5
+    assert [one["problems"] for one in found] == [[]] * 6
     tuned = next(one for one in found if one["name"] == f"{name}-tuned")
     assert tuned["model"] == f"that of {name}-search-any"
     assert tuned["steps"] == 4
@@ -133,7 +138,7 @@ def test_what_a_search_finds_is_evaluated_trained_on_and_predicted_with(tmp_path
     for name in KINDS:
         found, tuned = (runs.open_run(str(shell.storage), f"{name}-{which}") for which in ("search-any", "tuned"))
         scores = json.loads(runs.read_file(runs.open_run(str(shell.storage), f"{name}-scores"), "results.json"))
-        assert [row["run"] for row in scores["rows"]] == [found.name, tuned.name]
+        assert [row["run"] for row in scores["rows"]] == [found.name, tuned.name, f"{name}-again"]
         (_, model, taken), (_, trained, again) = runs.read_model(found), runs.read_model(tuned)
         assert trained == model
         for field in ("size", "num_segments", "num_points"):

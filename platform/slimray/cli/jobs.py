@@ -78,6 +78,29 @@ def evaluate(
         emit(rows[0]["metrics"])
 
 
+@app.command()
+def recalibrate(
+    run: Annotated[str, typer.Argument(help="A finished run that holds a network, by name or URI.", metavar="RUN")],
+    name: Annotated[str | None, typer.Option(help="Name of the new run; default RUN-recalibrated.")] = None,
+    set_: Sets = None,
+    storage: Storage = None,
+    restart: Restart = False,
+    as_json: AsJson = False,
+) -> None:
+    """Give a finished network BatchNorm statistics of its own, and its pictures their zoom, in a new run.
+
+    For networks that earlier versions shipped wrong; `show` and `runs` say which.
+    """
+    from slimray import job, runs
+
+    where = storage_of(storage)
+    new = name or f"{runs.find_run(run, where).name}-recalibrated"
+    document = {"kind": "recalibrate", "name": new, "run": run}
+    rows = _run(job.resolve([(Path("recalibrate"), document)], set_ or []), where, restart, show=not as_json)
+    if as_json:
+        emit(rows[0]["metrics"])
+
+
 def _run(loaded: list[Any], storage: str, restart: bool, show: bool) -> list[dict[str, Any]]:
     """Check everything, then do the jobs in order; returns a row for each, and on `show` prints what the last found."""
     from slimray import job, runs

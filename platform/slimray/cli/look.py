@@ -72,7 +72,7 @@ def runs(storage: Storage = None, as_json: AsJson = False) -> None:
     from slimray import runs as folder
 
     where = storage_of(storage)
-    rows = [folder.describe(run) for run in folder.list_runs(where)]
+    rows = [_described(run) for run in folder.list_runs(where)]
     if as_json:
         emit(rows)
         return
@@ -87,6 +87,16 @@ def runs(storage: Storage = None, as_json: AsJson = False) -> None:
     out.print(table)
 
 
+def _described(run: Any) -> dict[str, Any]:
+    """The line about a run; its message warns of a network that an earlier version shipped wrong."""
+    from slimray import runs
+    from slimray.verbs import shipped
+
+    found = runs.describe(run)
+    said = shipped.warning(run) if found["state"] == "finished" else ""
+    return found | {"message": said} if said else found
+
+
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(help="A run, by name or URI.", metavar="RUN")],
@@ -98,7 +108,7 @@ def show(
     from slimray import runs as folder
 
     run = folder.find_run(name, storage_of(storage))
-    described, card, latest = folder.describe(run), None, {}
+    described, card, latest = _described(run), None, {}
     if described["state"] != "damaged":
         card = folder.read_card(run)
         latest = {} if card else _latest(run)

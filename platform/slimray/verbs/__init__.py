@@ -7,7 +7,7 @@ neither Ray nor torch until it checks or runs, so that reading a file is quick. 
 
 from types import ModuleType
 
-from slimray.verbs import evaluate, prepare, proxyless, search, shrink, train
+from slimray.verbs import evaluate, prepare, proxyless, recalibrate, search, shrink, train
 
 VERBS: dict[str, ModuleType] = {
     "prepare": prepare,
@@ -16,4 +16,5 @@ VERBS: dict[str, ModuleType] = {
     "shrink": shrink,
     "search": search,
     "proxyless": proxyless,
+    "recalibrate": recalibrate,
 }

@@ -7,7 +7,7 @@ arch: extract, statistics of BatchNorm from whole batches of training samples (O
 
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,11 +157,19 @@ class Judge:
         """The subnet of an arch on its own, and its metrics."""
         known = self.space.arch(arch)
         net = self.subnet(known)
+        return net, self.metrics_of(lambda x: net(learn.fit_input(x, self.space, known)))
+
+    def try_whole(self) -> tuple[torch.nn.Module, dict[str, float], dict[str, float]]:
+        """The network itself, re-calibrated, for a run that holds no supernet: with its metrics before and after."""
+        net, pixels = self.network.net, self.network.pixels
+        before = self.metrics_of(net)
+        batches = (to_input(part.numpy(), pixels, self.device) for part in self.inputs)
+        net = batchnorm.recalibrate_norms(net, batches).eval()
+        return net, before, self.metrics_of(net)
+
+    def metrics_of(self, forward: Callable[[torch.Tensor], Outputs]) -> dict[str, float]:
+        """The metrics (percent) of what `forward` makes of the samples to score."""
         score = TASKS[self.network.task].score(len(self.network.classes), self.network.recipe)
-
-        def forward(x: torch.Tensor) -> Outputs:
-            return net(learn.fit_input(x, self.space, known))
-
         for ref in self.exhibits.score:
             batch = _fetch(ref)
             kept = np.flatnonzero(batch.valid)
@@ -170,7 +178,30 @@ class Judge:
                 data, pixels = batch.data[rows], self.network.pixels
                 outputs = predict_outputs(forward, data, pixels, self.device, self.spec.batch)
                 score.add(outputs, torch.from_numpy(batch.label[rows]).to(self.device))
-        return net, {name: value for name, value in score.result().items() if isinstance(value, int | float)}
+        return {name: value for name, value in score.result().items() if isinstance(value, int | float)}
+
+
+def recalibrate(
+    run_uri: str, exhibits: Exhibits, spec: JudgeSpec, scale: ScaleSpec
+) -> tuple[bytes, dict[str, float], dict[str, float]]:
+    """Weights of the network of a run with new BatchNorm statistics (safetensors), and its metrics before and after.
+
+    The work is done by one worker of `scale`.
+    """
+    threads = {"OMP_NUM_THREADS": str(max(1, int(scale.cpus_per_worker)))}
+    resources = {"num_cpus": scale.cpus_per_worker, "num_gpus": scale.gpus_per_worker}
+    task: Any = ray.remote(_recalibrate).options(**resources, runtime_env={"env_vars": threads})
+    try:
+        return ray.get(task.remote(run_uri, exhibits, spec, "cuda" if scale.gpus_per_worker else "cpu"))
+    except exceptions.RayTaskError as error:
+        raise failure_of(error) from error
+
+
+def _recalibrate(run_uri: str, exhibits: Exhibits, spec: JudgeSpec, device: str) -> tuple[bytes, Any, Any]:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    net, before, after = Judge(run_uri, exhibits, spec, device).try_whole()
+    tensors = {name: value.cpu().contiguous() for name, value in net.state_dict().items()}
+    return safetensors.torch.save(tensors), before, after
 
 
 class JudgeTrial(tune.Trainable):

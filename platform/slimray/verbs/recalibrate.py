@@ -1,0 +1,84 @@
+"""`kind: recalibrate`: a finished network with BatchNorm statistics of its own, of whole batches of training samples.
+
+Reads a run that holds a network and its dataset, writes a run with the same weights, new statistics (as Once-for-All
+has it, arXiv 1908.09791) and scores before and after on the validation split. The old run stays as it is. Needed for
+networks that earlier versions shipped wrong (shipped.py), and whenever weights were changed without statistics.
+"""
+
+from typing import Any, Literal
+
+from slimray import runs
+from slimray.data.spec import DataSpec
+from slimray.spec import parse
+from slimray.train.spec import ScaleSpec
+from slimray.verbs import inputs, shipped
+from slimray.verbs.checks import split_names
+from slimray.verbs.context import CheckContext, Context, Made
+from slimray.verbs.specs import JudgeSpec, WorkerJob
+
+
+class RecalibrateJob(WorkerJob):
+    """Give a finished network BatchNorm statistics of its own."""
+
+    kind: Literal["recalibrate"]
+    name: str
+    """Name of the run, a folder of the storage."""
+    run: str
+    """The run with the network, by name or URI."""
+    judge: JudgeSpec = JudgeSpec.model_validate({})
+    """How much is calibrated on and scored."""
+    scale: ScaleSpec = ScaleSpec()
+    seed: int = 0
+    """Seed of which samples are calibrated on."""
+
+
+Job = RecalibrateJob
+
+
+def check(job: RecalibrateJob, ctx: CheckContext) -> dict[str, Any]:
+    """Return the run, and the dataset if it is there."""
+    out: dict[str, Any] = {"run": job.run}
+    with ctx.noting():
+        if ctx.require(job.run, ("network",), "run") is None:
+            found = _find(job, ctx.where, ctx.storage)
+            data = _data(found, ctx.where)
+            splits = inputs.open_splits(data, ctx.where, ctx.storage, split_names(data))
+            out |= {"dataset": splits.card.name, "train_samples": splits.tables[data.train].num_rows}
+    return out
+
+
+def makes(job: RecalibrateJob) -> dict[str, Made]:
+    """Return the network with other statistics."""
+    return {job.name: Made("network", like=job.run)}
+
+
+def _find(job: RecalibrateJob, where: str, storage: str) -> runs.Run:
+    return inputs.finished_run(job.run, storage, ("network",), f"{where}: run")
+
+
+def _data(found: runs.Run, where: str) -> DataSpec:
+    return parse(DataSpec, runs.read_job(found).get("data") or {}, f"{where}: run: {found.uri}/job.yaml: data")
+
+
+def run(job: RecalibrateJob, ctx: Context) -> None:
+    """Calibrate and score in a process of the cluster, and write the network to the run folder `ctx.run`."""
+    from slimray.report import pages
+    from slimray.train import workers
+    from slimray.verbs import subnets
+
+    found = _find(job, ctx.where, ctx.storage)
+    data = _data(found, ctx.where)
+    splits = inputs.open_splits(data, ctx.where, ctx.storage, split_names(data))
+    _, model, taken = runs.read_model(found)
+    recipe = shipped.corrected_recipe(runs.read_job(found), taken["recipe"])
+    workers.connect(ctx.cpus)
+    workers.require(job.scale, 0)
+    train = (subnets.put_table(splits.root, splits.tables[data.train]), recipe | {"mode": "train"})
+    score = (subnets.put_table(splits.root, splits.tables[data.val or data.train]), recipe)
+    exhibits = subnets.make_exhibits(job.judge, train, score, job.seed, data.decode_timeout_s)
+    weights, before, after = subnets.recalibrate(found.uri, exhibits, job.judge, job.scale)
+    runs.write_model(ctx.run, weights, model, taken | {"recipe": recipe})
+    rows = [{"run": found.name, **before}, {"run": ctx.run.name, **after}]
+    dataset = {"name": splits.card.name, "fingerprint": splits.fingerprint}
+    ctx.finish({"metrics": {"rows": rows, "last": after}, "dataset": dataset, "run": found.uri})
+    runs.write_report(ctx.run, pages.train_report(ctx.run))
