@@ -10,7 +10,7 @@ from torch import nn
 from slimray import models
 from slimray.edge import cost
 from slimray.spec import UserError, parse
-from slimray.tasks import classify
+from slimray.tasks import classify, segment
 from slimray.tasks.classify import ClassScore
 from slimray.tasks.network import merge_views
 from slimray.train import batchnorm, learn, optimizers, speed
@@ -148,10 +148,10 @@ def test_weights_of_samples_are_those_of_their_losses():
     assert classify.weights(labels, spec(class_weights=[3.0, 0.5])).tolist() == [3, 0.5, 0.5]
     points = torch.tensor([[0, 1, -1, -1], [1, 1, 1, 0]])
     weighted = spec(class_weights=[3.0, 0.5])
-    assert classify.weights(points, weighted).tolist() == pytest.approx([1.75, 1.125])
+    assert segment.weights(points, weighted).tolist() == pytest.approx([1.75, 1.125])
     logits = torch.randn(2, 2, 4)
-    step = classify.losses(logits, points, weighted).sum() / classify.weights(points, weighted).sum()
-    one = classify.losses(logits[:1], points[:1], weighted).sum() / classify.weights(points[:1], weighted).sum()
+    step = segment.losses(logits, points, weighted).sum() / segment.weights(points, weighted).sum()
+    one = segment.losses(logits[:1], points[:1], weighted).sum() / segment.weights(points[:1], weighted).sum()
     torch.testing.assert_close(
         one, nn.functional.cross_entropy(logits[:1], points[:1], torch.tensor([3.0, 0.5]), ignore_index=-1)
     )
