@@ -1,4 +1,4 @@
-"""Work on bytes that nobody trusts in a child process that can be killed: decoding videos, parsing point clouds.
+"""Work on untrusted bytes in a child process that can be killed: decoding videos, parsing point clouds.
 
 C code can hang so that no signal but SIGKILL ends it, can crash its process, and can ask for any amount of memory. So
 the parent's side, `Child`, sends a file's bytes over a socket to a process of its own (`python -m MODULE`, whose `main`
@@ -34,7 +34,7 @@ START_TIMEOUT_S = 120.0  # for a child to import its libraries on a busy machine
 
 
 class Child:
-    """A child process and the patience with it; a context manager. Requests of several threads wait for each other.
+    """A child process whose answers have a time limit; a context manager. Requests of several threads are serialized.
 
     `module` is run as the child; `doing` says what it does, for messages ("decoding took over 30 s").
     """

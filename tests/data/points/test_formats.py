@@ -162,7 +162,7 @@ def test_points_that_float32_merges_get_an_origin():
 def test_a_scan_of_five_columns_is_not_read_as_one_of_four(shared):
     data = (shared / "data/reported/P2_nuscenes_pcd_bin/n015__LIDAR_TOP__1531.pcd.bin").read_bytes()
     for columns in ((), ("x", "y", "z", "intensity"), ("x", "y", "z", "nx", "ny", "nz", "r", "g")):
-        with pytest.raises(BadSample, match=r"do not look like \d a point .* 4336 points of 5"):
+        with pytest.raises(BadSample, match=r"do not look like rows of \d .* 4336 points of 5"):
             read_cloud("a.pcd.bin", data, columns)
     assert len(read_cloud("a.pcd.bin", data, ("x", "y", "z", "intensity", "ring"))) == 4336
 

@@ -126,7 +126,7 @@ def test_line_ends_marks_of_encodings_and_gzip_do_not_matter(data):
 
 def test_words_are_refused_unless_their_column_is_left_out():
     data = b"x,y,z,name\n1,2,3,tree\n4,5,6,car\n"
-    with pytest.raises(BadSample, match=r"'tree' at row 1, column 4, is no number .*: leave the column out by -"):
+    with pytest.raises(BadSample, match=r"'tree' at row 1, column 4, is not a number .*: leave the column out by -"):
         read_cloud("a.csv", data)
     assert read_cloud("a.csv", data, ("x", "y", "z", "-")).coords.tolist() == [[1, 2, 3], [4, 5, 6]]
 

@@ -12,8 +12,8 @@ from slimray.data.samples import MAX_BYTES, BadSample
 
 KITTI_SCAN = ("x", "y", "z", "intensity")
 WIDTHS = range(3, 9)  # numbers a point that a file of bare float32 may have
-CLEARLY = 0.7  # by so much the spread of columns (mean of log variances) tells widths apart; real files: 1 and more
-MANY = 64  # columns that no cloud has
+CLEARLY = 0.7  # difference of mean log variances that tells two widths apart; in real files it is 1 or more
+MANY = 64  # more columns than any cloud has
 
 
 def npy_array(data: bytes) -> np.ndarray:
@@ -36,7 +36,7 @@ def read_npy(data: bytes, _: str, columns: Columns) -> Table:
     """Read an array `[points, columns]`, or `[columns, points]` where its shape tells."""
     array = npy_array(data)
     if array.ndim == 2 and array.dtype.kind == "b":
-        raise BadSample("holds true and false, no coordinates")
+        raise BadSample("contains true and false, not coordinates")
     return named(_upright(array, columns), columns)
 
 
@@ -108,7 +108,7 @@ def _require_width(numbers: np.ndarray, width: int, known: bool) -> None:
     if better or (equal and not known):
         points = ", ".join(f"{len(numbers) // one} points of {one}" for one in sorted({width, *better, *equal}))
         raise BadSample(
-            f"its {len(numbers)} numbers do not look like {width} a point (they are {points}): "
+            f"its {len(numbers)} numbers do not look like rows of {width} (they could be {points}): "
             "name its columns (point_columns of the card, --columns)"
         )
 

@@ -1,7 +1,7 @@
 """A cloud of points as a value: coordinates, features, labels; its columns named and checked, and its one stored form.
 
 What a reader finds in a file is a `Table` of columns; `to_cloud` names them by what they mean and leaves out the points
-whose numbers are needed and not finite. Two columns that mean the same are a question, never a choice of ours.
+whose numbers are needed and not finite. Two columns with the same meaning are an error that names both.
 Coordinates that float32 is too coarse for get an origin of their own.
 """
 

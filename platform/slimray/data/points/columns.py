@@ -1,4 +1,4 @@
-"""What a user says of the columns of point files, and what the names of columns mean.
+"""Columns of point files: how a user lists them, and what the names of columns mean.
 
 A user's list names the columns in order ("x y z - label"); "-" leaves one out. In files that name their columns
 themselves an entry `label=semantic_id` chooses which column is meant. `delimiter=` and `decimal=` say how the numbers

@@ -2,8 +2,8 @@
 
 `read_cloud` reads them by libraries, and checks what those let pass: Open3D fills up a cut PCD with whatever is in
 memory and reads unreadable numbers as 0, laspy returns fewer points than declared, trimesh an empty mesh. A file that
-is not what it says is a `BadSample` with the reason. Files that nobody vouches for are parsed in a child process
-(reader.py), which calls what is here. A new format is one reader and its row in READERS.
+does not hold what it declares is a `BadSample` with the reason. Untrusted files are parsed in a child process
+(reader.py), which calls the functions here. A new format is one reader and its row in READERS.
 """
 
 import io

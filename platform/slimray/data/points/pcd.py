@@ -69,7 +69,7 @@ def _header(text: str) -> tuple[list[str], list[str], list[int], int, np.dtype]:
         raise BadSample(f"declares more than {MAX_HEADER:,} bytes a point")
     for kind, size in zip(kinds, sizes, strict=True):
         if (kind, int(size)) not in TYPES:
-            raise BadSample(f"has a field of type {kind} and {size} bytes, which is none of PCD's")
+            raise BadSample(f"has a field of type {kind} and {size} bytes, which PCD does not have")
     numbers = [int(count) for count in counts]
     fields = [(f"f{i}", TYPES[k, int(s)], (n,)) for i, (k, s, n) in enumerate(zip(kinds, sizes, numbers, strict=True))]
     return names, kinds, numbers, points, np.dtype(fields)

@@ -35,7 +35,7 @@ def read_ply(data: bytes, _: str, __: Columns) -> Table:
 
 
 def checked_ply(data: bytes) -> bytes:
-    """The file with a header of what counts only: comments need be neither ASCII nor few. Raises BadSample.
+    """Return the file with its comments removed, which may be long and need not be ASCII. Raises BadSample.
 
     Declared counts are compared with the bytes, or lines, that are there.
     """
@@ -58,7 +58,7 @@ def checked_ply(data: bytes) -> bytes:
             name, count, size = elements[-1]
             elements[-1] = (name, count, size + SIZES[found[1] or found[3]])
         else:
-            raise BadSample(f"its header has a line that is none of PLY's: {line[:80]!r}")
+            raise BadSample(f"its header has a line that is not valid PLY: {line[:80]!r}")
         kept.append(line)
     if form is None:
         raise BadSample("its header names no format")

@@ -277,7 +277,7 @@ def kitti_calibration(data: bytes) -> Calibration:
 def png_size(data: bytes) -> tuple[int, int]:
     """(width, height) out of the first 24 bytes of a PNG. Raises BadSample."""
     if len(data) < 24 or not data.startswith(b"\x89PNG\r\n\x1a\n") or data[12:16] != b"IHDR":
-        raise BadSample("the image of the scan is no PNG")
+        raise BadSample("the image of the scan is not a PNG")
     return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
 
 

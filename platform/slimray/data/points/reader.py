@@ -1,9 +1,10 @@
-"""Reading point files in a child process, with bounds of time and memory: parsers hang, crash and ask for too much.
+"""Reading of point files in a child process with limits on time and memory: parsers may hang, crash or exhaust memory.
 
 A `CloudReader` sends a file's bytes to a child (`python -m slimray.data.points.reader`) and gets the cloud back, or the
 sample that a recipe makes of it. What is computed is what files.py, recipe.py and point_sets.py compute, to the bit.
 """
 
+import atexit
 import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -73,8 +74,10 @@ class CloudReader(Child):
 
 @functools.cache
 def cloud_reader(timeout_s: float) -> CloudReader:
-    """One reading child per process, kept between tasks; it dies with the process."""
-    return CloudReader(timeout_s=timeout_s)
+    """Return the reader of this process with this time limit, kept between tasks; its child dies with the process."""
+    reader = CloudReader(timeout_s=timeout_s)
+    atexit.register(reader.close)
+    return reader
 
 
 # --------------------------------------------------------------------------------------------- arrays as bytes

@@ -1,8 +1,8 @@
-"""Clouds written as text: a point a line, in whatever way programs separate columns and write numbers.
+"""Clouds written as text, one point per line, however programs separate columns and write numbers.
 
-A `Dialect` is a delimiter, a decimal mark and a mark of thousands. A text of blanks and points only is read as it is;
-where commas, semicolons or tabs occur, every dialect is tried, and numbers that read in two ways are a question to the
-user, never a guess. An empty field is a missing number, not a shift of the columns behind it.
+A `Dialect` is a delimiter, a decimal mark and a thousands separator. Where a file uses only blanks and decimal points
+it is read directly; where commas, semicolons or tabs occur, every dialect is tried, and numbers that could be read in
+two ways are an error that names the choices, never a guess. An empty field is a missing number; it shifts no column.
 """
 
 import csv
@@ -46,7 +46,7 @@ class Dialect:
         return [one.strip() for one in line.split(self.delimiter)]
 
     def fits(self, word: str) -> bool:
-        """Whether a field is a number of this dialect, or a missing one."""
+        """Say if a field is a number of this dialect, or stands for a missing one."""
         return bool(NUMBERS[self.decimal, self.thousands].fullmatch(word) or MISSING.fullmatch(word))
 
     def value(self, word: str) -> float:
@@ -56,7 +56,7 @@ class Dialect:
         return float(word.replace(self.thousands, "").replace(self.decimal, ".") if word else "nan")
 
     def words(self) -> str:
-        """In words that a user may write."""
+        """Return the dialect as a user would write it in a list of columns."""
         names = [f"delimiter={name}" for name, mark in DELIMITERS.items() if mark == self.delimiter]
         return " ".join(names + [f"decimal={name}" for name, mark in DECIMALS.items() if mark == self.decimal])
 
@@ -85,7 +85,7 @@ def read_text(data: bytes, suffix: str, columns: Columns) -> Table:
 
 
 def _decode(data: bytes) -> str:
-    """The text with lines that end in \\n; of what is not ASCII only letters in names can matter."""
+    """Return the text with lines that end in \\n: UTF-8 or UTF-16 by its byte order mark, else Latin-1."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         text = data.decode("utf-16", "replace")
     else:
@@ -95,7 +95,7 @@ def _decode(data: bytes) -> str:
         except UnicodeDecodeError:
             text = data.decode("latin-1")
     if "\0" in text[:4096]:
-        raise BadSample("is no text: it holds zero bytes")
+        raise BadSample("is not text: it contains zero bytes")
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
@@ -261,7 +261,7 @@ def _reason(lines: Sequence[str], columns: Columns, header: Sequence[str]) -> st
         for at, word in enumerate(row):
             if at not in left_out and not dialect.fits(word):
                 return (
-                    f"does not read as text: {word[:40]!r} at row {number}, column {at + 1}, is no number "
+                    f"does not read as text: {word[:40]!r} at row {number}, column {at + 1}, is not a number "
                     f"({dialect.words()}): leave the column out by -, or give other marks by delimiter= and decimal="
                 )
     if header and len(header) != len(rows[0]):
@@ -311,7 +311,9 @@ def _numbers_by_line(body: str, dialect: Dialect, left_out: set[int]) -> tuple[n
             raise BadSample(f"the number of columns changed from {len(rows[0])} to {len(row)} at row {number}")
         for at, word in enumerate(row):
             if at not in left_out and not dialect.fits(word):
-                raise BadSample(f"does not read as text: {word[:40]!r} at row {number}, column {at + 1}, is no number")
+                raise BadSample(
+                    f"does not read as text: {word[:40]!r} at row {number}, column {at + 1}, is not a number"
+                )
     array = np.array(
         [[np.nan if at in left_out else dialect.value(word) for at, word in enumerate(row)] for row in rows]
     )
@@ -319,7 +321,7 @@ def _numbers_by_line(body: str, dialect: Dialect, left_out: set[int]) -> tuple[n
 
 
 def _ends_whole(text: str, dialect: Dialect) -> bool:
-    """Whether the last number is written as long as those above it: then nothing of it can be missing."""
+    """Say if the last number has as many digits as those above it: then nothing of it can have been cut off."""
     ends = [dialect.split(line)[-1] for line in text[-20_000:].split("\n")[-100:] if line.strip()]
     if MISSING.fullmatch(ends[-1]):
         return ends[-1] != ""
