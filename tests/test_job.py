@@ -104,9 +104,10 @@ def finish_data(one: job.Loaded) -> runs.Run:
 def finish_train(one: job.Loaded, classes: tuple[str, ...] = CLASSES) -> runs.Run:
     """The run folder of the `train` job `one`, with a network that was never trained."""
     run = finish(one, {"best": {"val/top1": 50.0, "epoch": 2}, "last": {"val/top1": 40.0, "epoch": 3}})
-    options = networks.model_options(one.job, len(classes))
-    segments = models.options_of(one.job.model.name)["num_segments"]
     card = Card.model_validate(one.job.data.card)
+    named = card.model_copy(update={"classes": classes, "num_classes": len(classes)})
+    options = networks.model_options(one.job, named)
+    segments = models.options_of(one.job.model.name)["num_segments"]
     recipe = inputs.make_recipe(one.job.data, card, options.get("num_segments", segments), "val")
     pixels = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "average": "logits"}
     taken = {"recipe": recipe, "pixels": pixels, "classes": list(classes)}

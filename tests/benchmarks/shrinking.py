@@ -288,13 +288,14 @@ class Judge:
         for start in range(0, len(self.x), self.job.judge.batch):
             rows = slice(start, start + self.job.judge.batch)
             score.add(net(learn.fit_input(self.x[rows], self.space, arch)).cpu(), self.labels[rows])  # type: ignore[call-arg]
-        return float(score.result()[metric_of(self.data.recipe)])
+        return float(score.result()[metric_of({"recipe": self.data.recipe})])
 
 
 def build(job: ShrinkJob, data: Data) -> Any:
     """The supernet as its first stage begins."""
     torch.manual_seed(job.seed)
-    return models.build(**networks.model_options(stage_job(job, 0, None), data.num_classes))
+    options = networks.model_options(stage_job(job, 0, None), None) | {"num_classes": data.num_classes}
+    return models.build(**options)
 
 
 def fresh_subnet(job: ShrinkJob, data: Data, arch: Arch) -> nn.Module:

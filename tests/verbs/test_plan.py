@@ -104,7 +104,7 @@ def test_one_worker_is_measured_and_later_plans_and_runs_know(shell, where):  # 
 
     one = job.load(["tiny.yaml"])[0].job
     recipe = inputs.make_recipe(one.data, plan._card(one, "x"), 2, "train")
-    config = SimpleNamespace(model=networks.model_options(one, 400), recipes={"train": recipe})
+    config = SimpleNamespace(model=networks.model_options(one, plan._card(one, "x")), recipes={"train": recipe})
     known = networks.facts(one, plan._card(one, "x"), 8)
     run = runs.open_run("runs", "tiny")
     rows = [{"phase": "train", "step": step, "train/samples_per_s": 2.0} for step in (1, 2)]

@@ -15,24 +15,8 @@ from slimray.storage import StorageError
 
 app = typer.Typer()
 
-COLUMNS = (
-    "top1",
-    "top5",
-    "miou",
-    "instance_miou",
-    "category_miou",
-    "overall_acc",
-    "class_found_3d",
-    "mean_iou_3d",
-    "mask_acc",
-    "mean_class_accuracy",
-    "loss",
-    "epoch",
-    "num_samples",
-    "num_quarantined",
-    "chance",
-    "macs",
-)
+LAST = ("loss", "epoch", "num_samples", "num_quarantined", "chance", "macs")  # columns after the metrics of a task
+HIDDEN = ("step", "params", "views", "batch", "peak_lr", "repeat", "attempt", "rank")
 
 
 def print_numbers(title: str, card: dict[str, Any]) -> None:
@@ -45,7 +29,9 @@ def print_numbers(title: str, card: dict[str, Any]) -> None:
     if not rows:
         return
     rows = [{key.removeprefix("val/"): value for key, value in row.items()} for row in rows]
-    keys = [key for key in ("run", "variant", *COLUMNS, "clips", "quarantined") if any(key in row for row in rows)]
+    numbers = [key for row in rows for key, value in row.items() if isinstance(value, int | float)]
+    first = [key for key in dict.fromkeys(numbers) if key not in LAST + HIDDEN]
+    keys = [key for key in ("run", "variant", *first, *LAST) if any(key in row for row in rows)]
     say(title)
     table = Table()
     for key in keys:

@@ -127,12 +127,13 @@ def profile(
     Needs no Ray. In a job: `targets: [{name: here, hardware: TABLE.json, limits: {latency_ms: 12}}]`.
     """
     from slimray import models
+    from slimray.data.modalities import MODALITIES
     from slimray.edge import latency_table, profiler
     from slimray.verbs import inputs
 
     num_points, options = None, dict[str, Any](name=what, num_classes=1000)
     if what in models.MODELS:
-        if not models.MODELS[what].supernet or models.MODELS[what].input == "points":
+        if not models.MODELS[what].supernet or MODALITIES[models.MODELS[what].input].early_input is None:
             raise UserError(f"profile {what}: must be an ofa_ model of images or clips, or a run of kind shrink")
         for assignment in [*([f"preset={preset}"] if preset else []), *(set_ or [])]:
             set_value(options, assignment)
@@ -142,7 +143,7 @@ def profile(
         where = f"profile {what}"
         run = inputs.finished_run(what, storage_of(storage), ("supernet",), where)
         options, recipe = inputs.read_model(run, where), inputs.read_input(run, where)["recipe"]
-        num_points = recipe["num_points"] if recipe["kind"] == "points" else None
+        num_points = recipe.get("num_points")
     words = [word.strip() for word in (resolutions or "").split(",") if word.strip()]
     if not all(word.isdecimal() for word in words):
         raise UserError(f"--resolutions {resolutions}: must be whole numbers with commas, such as 128,176,224")

@@ -70,7 +70,7 @@ class Card(Spec):
 
     sample: str = Field("clip", json_schema_extra={"enum": list(MODALITIES)})
     """What a sample is: a clip of a video, an image, a cloud of points, or the points behind a 2D box."""
-    labels: Literal["sample", "point"] = "sample"
+    labels: Literal["sample", "point", "none"] = "sample"
     """Whether a label belongs to a sample, or to each of its points (the label of a list is then its shape, from 0)."""
     task: str | None = None
     """What is predicted: `classify`, `segment`, `parts`, `frustum_boxes`; `slimray explain tasks` lists them. Default:
@@ -134,11 +134,11 @@ class Card(Spec):
         for split in self.detections:
             if self.layout != "kitti" or split not in self.splits:
                 raise ValueError(f"detections: {split!r} is no split of a card of layout kitti")
-        if self.parts and (self.labels == "sample" or sum(self.parts.values()) != self.num_classes):
+        if self.parts and (self.labels != "point" or sum(self.parts.values()) != self.num_classes):
             raise ValueError(f"parts: {sum(self.parts.values())} parts in all, the card has {self.num_classes} classes")
         if self.layout == "visual_wake_words" and not (isinstance(self.classes, tuple) and len(self.classes) == 2):
             raise ValueError("classes: must be two: a name for images without the object, and its category in COCO")
-        if self.layout in ("s3dis", "shapenet_part") and self.labels == "sample":
+        if self.layout in ("s3dis", "shapenet_part") and self.labels != "point":
             raise ValueError(f"labels: must be point for layout {self.layout}")
         for name in COLUMN.findall(self.point_labels or ""):
             if name[0] not in LABELS_OF:
@@ -154,8 +154,8 @@ class Card(Spec):
         for pattern in self.places(split):
             if (CLASS in pattern.split("/")) != (self.labels == "sample"):
                 reason = f"{CLASS} must be a part of it, it names the class of a file"
-                if self.labels == "point":
-                    reason = f"{CLASS} has no place in it, labels belong to points"
+                if self.labels != "sample":
+                    reason = f"{CLASS} has no place in it, files have no class (labels: {self.labels})"
                 raise ValueError(f"splits.{split}: {pattern!r}: {reason}")
 
     def places(self, split: str) -> list[str]:

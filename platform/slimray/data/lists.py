@@ -31,7 +31,7 @@ def complete(card: Card, root: str | None) -> Card:
     """
     if root is None or isinstance(card.classes, tuple) or card.layout in ("generated", "index"):
         return card
-    if card.classes is None and card.labels == "point":
+    if card.classes is None and card.labels != "sample":
         return card
     fs, folder = storage.open_uri(root)
     if card.classes is not None:

@@ -91,6 +91,8 @@ class DataSpec(Spec):
     """How training images are varied, in place of `scales`."""
     points: PointsSpec = PointsSpec.model_validate({})
     """How samples of clouds are made, in place of the fields about frames above."""
+    task: dict[str, Any] = {}
+    """Options of the task that the card names; `slimray explain tasks` lists them."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Largest part of the training files that may fail to decode before the run ends."""
     decode_timeout_s: float = Field(30, gt=0)

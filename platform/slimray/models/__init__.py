@@ -141,6 +141,11 @@ def options_of(name: str) -> dict[str, Any]:
     return {k: v.default for k, v in parameters.items() if k not in hidden} | supernet | row.defaults
 
 
+def required(name: str) -> list[str]:
+    """Return the options of a model without default: what it must know of its task and dataset."""
+    return [option for option, default in options_of(name).items() if default is inspect.Parameter.empty]
+
+
 def is_supernet(model: Mapping[str, Any]) -> bool:
     """Return whether `model`, the arguments of `build`, makes a supernet and not one of its subnets."""
     return lookup(MODELS, str(model.get("name")), "model").supernet and not model.get("arch")
@@ -156,8 +161,9 @@ def build(name: str, **options: Any) -> nn.Module:
         if option not in known:
             raise UserError(f"model {name}: unknown option {option!r}{did_you_mean(option, known)}")
         _check(name, option, value, known[option])
-    if "num_classes" not in options:
-        raise UserError(f"model {name}: num_classes is required")
+    for option in required(name):
+        if option not in options:
+            raise UserError(f"model {name}: {option} is required")
     arch = options.pop("arch", None)
     net = MODELS[name].make(**MODELS[name].defaults | options)
     return net.extract(net.space.arch(arch)) if arch else net  # type: ignore[operator]

@@ -23,10 +23,12 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from slimray import runs
+from slimray.report.metrics import best_of, main_ones, metrics_of, names_in, text_of
 from slimray.report.points import box_section, cloud_section, png
-from slimray.runs.examples import BoxView, CloudView
+from slimray.runs.examples import BoxView, CloudView, Pair
 
 MAX_LABELLED_CLASSES = 40
+NOTHING: Mapping[str, Any] = {}
 MAX_QUARANTINE_ROWS = 500
 MAX_ROWS = 20_000  # of each phase; longer records are thinned
 NUM_BINS = 300
@@ -36,11 +38,6 @@ INK, GRID = "#010101", "#020202"
 SERIES = ("#030301", "#030302", "#030303", "#030304", "#030305")
 CSS_COLOURS = {INK: "var(--soft)", GRID: "var(--line)", **{c: f"var(--series-{i})" for i, c in enumerate(SERIES, 1)}}
 DASHES = ("-", "--", ":", "-.", "-")
-TABLES_OF_THEIR_OWN = ("class_iou", "category_iou", "ap", "repeats")  # what is in a row besides numbers
-ACCURACIES = (  # of a row or a validation, percent, the one that says most first
-    "miou", "instance_miou", "class_found_3d", "top1", "top5", "overall_acc", "mean_class_accuracy",
-    "category_miou", "found_3d", "mean_iou_3d", "mask_acc",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,16 +115,15 @@ def train_report(run: runs.Run) -> str:
     """
     rows = sorted(runs.read_parts(run, "metrics", MAX_ROWS), key=lambda row: row.get("step", 0))
     card, results = runs.read_card(run) or {}, _results(run)
-    final = final_numbers(rows, card)
+    final = final_numbers(rows, card, results)
     best, last = final["best"], final["last"]
-    headline = {
-        "best top-1": _percent(best.get("val/top1")),
-        "last top-1": _percent(last.get("val/top1")),
-        "best mIoU": _percent(best.get("val/miou")),
-        "last mIoU": _percent(last.get("val/miou")),
-        "best mean class accuracy": _percent(best.get("val/mean_class_accuracy")),
-        "best boxes found": _percent(best.get("val/class_found_3d")),
-        "last boxes found": _percent(last.get("val/class_found_3d")),
+    metrics = main_ones(metrics_of(names_in([best, last]), results))
+    headline: dict[str, str] = {}
+    for metric in metrics[:1]:
+        headline |= {f"best {metric['label']}": text_of(metric, best.get(f"val/{metric['name']}"))}
+        headline |= {f"last {metric['label']}": text_of(metric, last.get(f"val/{metric['name']}"))}
+    headline |= {f"best {one['label']}": text_of(one, best.get(f"val/{one['name']}")) for one in metrics[1:3]}
+    headline |= {
         "last val loss": _show("val/loss", last.get("val/loss")),
         "median samples/s": _show("", _median(rows, "train/samples_per_s")),
         "epochs": _show("", _last(rows, "epoch")),
@@ -135,27 +131,29 @@ def train_report(run: runs.Run) -> str:
     }
     names = [name for name in {**last, **best} if name not in ("phase", "attempt", "rank")]
     numbers = Table("Final numbers", ("metric", "best", "last"), [(n, best.get(n), last.get(n)) for n in names])
-    return _page(run, card, results, headline, [numbers] if names else [], train_curves(rows))
+    return _page(run, card, results, headline, [numbers] if names else [], train_curves(rows, results))
 
 
 def evaluate_report(run: runs.Run) -> str:
     """Return the page of an evaluate run: its runs in one table, what order is worth, classes, AP, pictures."""
     card, results = runs.read_card(run) or {}, _results(run)
     rows = results.get("rows", [])
-    headline = {_key(row): _percent(next((row[name] for name in ACCURACIES if name in row), None)) for row in rows}
-    tables = [compare(rows), *task_tables(rows, results.get("classes", [])), *spreads(rows)] if rows else []
-    return _page(run, card, results, headline, tables, by_batch(rows))
+    metrics = main_ones(metrics_of(names_in(rows), results))
+    headline = {_key(row): text_of(one, row.get(one["name"])) for row in rows for one in metrics[:1]}
+    tables = [compare(rows, results), *task_tables(rows, results.get("classes", [])), *spreads(rows)] if rows else []
+    return _page(run, card, results, headline, tables, by_batch(rows, results))
 
 
-def by_batch(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:
-    """Accuracy against the global batch, a curve for each rule of the learning rate; nothing for a single batch.
+def by_batch(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any] = NOTHING) -> list[Curves]:
+    """The first metric by global batch, a curve for each rule of the learning rate; nothing for a single batch.
 
     Runs whose rate grows with the batch (the same rate per sample) are one curve, those of one fixed rate another.
     """
     known = [row for row in rows if row.get("peak_lr") and row.get("variant", "natural") == "natural"]
     if len({row["batch"] for row in known}) < 2:
         return []
-    metric = next((name for name in ACCURACIES if name in known[0]), None)
+    found = main_ones(metrics_of(known[0], results))
+    metric, unit = (found[0]["name"], found[0]["unit"]) if found else (None, "")
     rules: dict[str, list[Mapping[str, Any]]] = {}
     for row in known:
         rules.setdefault(f"rate {1000 * row['peak_lr'] / row['batch']:.3g} per 1,000 of a batch", []).append(row)
@@ -165,7 +163,7 @@ def by_batch(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:
         chosen = sorted(chosen, key=lambda row: row["batch"])
         if metric and len({row["batch"] for row in chosen}) > 1:
             series[name] = ([math.log2(row["batch"]) for row in chosen], [row[metric] for row in chosen])
-    return [Curves(f"{metric} by global batch (log2)", "%", series)] if series else []
+    return [Curves(f"{metric} by global batch (log2)", unit, series)] if series else []
 
 
 def shrink_report(run: runs.Run) -> str:
@@ -258,6 +256,7 @@ def _page(
         tables=tables,
         confusions=confusions,
         clips=clips,
+        pairs=[Pair.from_plain(plain) for plain in shown["pair"]],
         clouds=clouds,
         boxes=[BoxView.from_plain(plain) for plain in shown["boxes"]],
         quarantine=runs.read_parts(run, "quarantine", MAX_ROWS),
@@ -269,7 +268,8 @@ def _page(
 def _examples(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Examples by type; results written before examples had types hold them under other names."""
     before = {"clip": "clips", "cloud": "clouds", "boxes": "boxes"}
-    found = {kind: list(results.get(name, [])) for kind, name in before.items()}
+    found: dict[str, list[dict[str, Any]]] = {"pair": []}
+    found |= {kind: list(results.get(name, [])) for kind, name in before.items()}
     for one in results.get("examples", []):
         found.setdefault(one["type"], []).append(one)
     return found
@@ -284,6 +284,7 @@ def render(
     tables: Sequence[Table] = (),
     confusions: Sequence[Confusion] = (),
     clips: Sequence[Clip] = (),
+    pairs: Sequence[Pair] = (),
     clouds: Sequence[CloudView] = (),
     boxes: Sequence[BoxView] = (),
     quarantine: Sequence[Mapping[str, Any]] = (),
@@ -316,6 +317,7 @@ def render(
         tables=[table for table in tables if table.rows],
         confusions=[_confusion_section(confusion) for confusion in confusions],
         clips=[_clip_section(clip) for clip in clips],
+        pairs=[pair for pair in pairs if pair.pictures],
         clouds=[cloud_section(cloud) for cloud in clouds if len(cloud.coords)],
         scenes=[box_section(scene) for scene in _first_of_each(boxes)[:MAX_SCENES]],
         num_scenes=len(boxes),
@@ -332,18 +334,18 @@ _PREDICTED = "Held-out error (in units of the metric) and rank correlation, and 
 # ---- numbers -------------------------------------------------------------------------------------------------------
 
 
-def final_numbers(rows: Sequence[Mapping[str, Any]], card: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return {"best": ..., "last": ...}: as the card says, else the val rows of the best of ACCURACIES and the last."""
-    written = card.get("metrics", {})
-    found = (f"val/{name}" for name in ACCURACIES if any(f"val/{name}" in row for row in rows))
-    metric = next(found, "val/top1")
-    judged = [row for row in rows if _finite(row.get(metric))]
-    best = max(judged, key=lambda row: row[metric], default={})
-    last = judged[-1] if judged else {}
+def final_numbers(
+    rows: Sequence[Mapping[str, Any]], card: Mapping[str, Any], results: Mapping[str, Any] = NOTHING
+) -> dict[str, dict[str, Any]]:
+    """Return {"best": ..., "last": ...}: as the card says, else the val rows of the best first metric and the last."""
+    written, best, last = card.get("metrics", {}), {}, {}
+    for metric in metrics_of(names_in(rows), results)[:1]:
+        best = best_of(rows, metric)
+        last = next((row for row in reversed(rows) if _finite(row.get(f"val/{metric['name']}"))), {})
     return {"best": dict(written.get("best") or best), "last": dict(written.get("last") or last)}
 
 
-def train_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:
+def train_curves(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any] = NOTHING) -> list[Curves]:
     """Return the charts of a training from its metric rows, which are sorted by step."""
 
     def lines(title: str, unit: str, **names: str) -> Curves:
@@ -363,14 +365,7 @@ def train_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:
     steps = [row["step"] for row in timed]
     return [
         lines("Loss", "loss", train="train/loss", validation="val/loss"),
-        Curves(
-            "Validation accuracy",
-            "%",
-            {
-                name: _series(rows, f"val/{name}")
-                for name in [name for name in ACCURACIES if any(f"val/{name}" in row for row in rows)][:5]
-            },
-        ),
+        *_validations(rows, results),
         lines("Learning rate", "lr", lr="train/lr"),
         lines("Throughput", "samples/s", samples="train/samples_per_s"),
         Curves(
@@ -382,32 +377,44 @@ def train_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:
     ]
 
 
-def compare(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the rows of an evaluation side by side, with the 95 % Wilson interval of top1."""
+def _validations(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> list[Curves]:
+    """A chart for the metrics of each unit."""
+    metrics = main_ones(metrics_of(names_in(rows), results))
+    out = []
+    for unit in dict.fromkeys(metric["unit"] for metric in metrics):
+        names = [metric["name"] for metric in metrics if metric["unit"] == unit][:5]
+        title = "Validation accuracy" if unit == "%" else f"Validation: {', '.join(names)}"
+        out.append(Curves(title, unit, {name: _series(rows, f"val/{name}") for name in names}))
+    return out
+
+
+def compare(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any] = NOTHING) -> Table:
+    """Return the rows of an evaluation side by side; shares of samples with their 95 % Wilson interval."""
+    metrics = main_ones(metrics_of(names_in(rows), results))
     known = [
         "run",
         "variant",
-        "top1",
-        "top5",
-        "miou",
-        "overall_acc",
-        "mean_class_accuracy",
+        *(metric["name"] for metric in metrics),
         "chance",
         "num_samples",
         "params",
         "macs",
     ]
     columns = [name for name in known if any(name in row for row in rows)]
-    columns += sorted({name for row in rows for name in row} - {*known, *TABLES_OF_THEIR_OWN})
+    columns += sorted(
+        {name for row in rows for name, value in row.items() if not isinstance(value, list | dict)} - {*known}
+    )
     cells = [[row.get(name) for name in columns] for row in rows]
-    note = "Percent, 0-100."
-    if "top1" in columns and "num_samples" in columns:
+    units = dict.fromkeys(metric["unit"] for metric in metrics)
+    note = "Percent, 0-100." if "%" in units else ""
+    for name in [metric["name"] for metric in metrics if metric["share"] and "num_samples" in columns]:
         note += " The interval (Wilson) counts every sample as independent; clips of one scene are not."
-        at = columns.index("top1") + 1
+        at = columns.index(name) + 1
         for row, line in zip(rows, cells):
-            line.insert(at, _interval(row.get("top1"), row.get("num_samples")))
+            line.insert(at, _interval(row.get(name), row.get("num_samples")))
         columns.insert(at, "95 % interval")
-    return Table("Side by side", columns, cells, note, frozenset(ACCURACIES))
+    bars = frozenset(metric["name"] for metric in metrics if metric["unit"] == "%")
+    return Table("Side by side", columns, cells, note, bars)
 
 
 def task_tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Table]:

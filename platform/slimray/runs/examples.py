@@ -9,6 +9,7 @@ keep their metres. numpy and Pillow only.
 import base64
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 MAX_CLOUD_POINTS = 2048
 MAX_BLOCKS = 6  # PVConvs of a network whose responses are shown, from the first to the last of them
 MAX_BOX_POINTS = 4096
+BASE64 = re.compile(r"[A-Za-z0-9+/]+=*")
 
 
 def filmstrip(frames: np.ndarray, height: int = 96) -> str:
@@ -34,6 +36,47 @@ def filmstrip(frames: np.ndarray, height: int = 96) -> str:
 def clip(frames: np.ndarray, truth: str, top: Sequence[tuple[str, float]]) -> dict[str, Any]:
     """A clip uint8 `[T, H, W, 3]`, or an image with T = 1, with its class and the likeliest (class, probability)."""
     return {"type": "clip", "frames_jpeg_base64": filmstrip(frames), "truth": truth, "top": list(top)}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a pair: its name, base64 of a PNG, and what is to be said of it."""
+
+    name: str
+    png: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Pictures of the same thing side by side, each with its name: what went in, what came out, what it should be."""
+
+    run: str
+    pictures: Sequence[Picture]
+
+    @classmethod
+    def of(cls, pictures: Mapping[str, np.ndarray], notes: Mapping[str, str]) -> "Pair":
+        """Return the pair of pictures uint8 `[H, W, 3]` by name."""
+        return cls("", [Picture(name, png_of(image), notes.get(name, "")) for name, image in pictures.items()])
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return an example for results.json."""
+        return {"type": "pair", "run": self.run, "pictures": [dict(vars(picture)) for picture in self.pictures]}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "Pair":
+        """Return the pair of `to_plain`; what is no base64 is left out."""
+        pictures = [Picture(str(p["name"]), str(p["png"]), str(p.get("note", ""))) for p in plain["pictures"]]
+        return cls(plain.get("run", ""), [picture for picture in pictures if BASE64.fullmatch(picture.png)])
+
+
+def png_of(image: np.ndarray) -> str:
+    """uint8 `[H, W, 3]` as PNG, base64 text."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 @dataclass(frozen=True, eq=False)

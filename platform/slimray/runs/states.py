@@ -131,20 +131,30 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
+SCORES = ("miou", "top1", "class_found_3d")  # of cards that do not say by which number a run is judged
+
+
 def _best(card: Mapping[str, Any]) -> str | None:
     """The best score in the numbers of a finished run, in words; None if they hold none."""
     metrics = card.get("metrics")
     if not isinstance(metrics, dict):
         return None
     rows = [metrics.get("best"), *(metrics["rows"] if isinstance(metrics.get("rows"), list) else [])]
+    metric = card.get("metric")
+    named = metric if isinstance(metric, dict) else {}
+    names = [named["name"]] if isinstance(named.get("name"), str) else SCORES
     found = [
-        (row[name], name.removeprefix("val/"))
+        (row[key], name)
         for row in rows
-        for name in ("val/miou", "miou", "val/top1", "top1")
-        if isinstance(row, dict) and _is_score(row.get(name))
+        for name in names
+        for key in (f"val/{name}", name)
+        if isinstance(row, dict) and _is_score(row.get(key))
     ]
-    best = max(found, default=None)
-    return None if best is None else f"{best[1]} {best[0]:.1f} %"
+    best = (min if named.get("better") == "lower" else max)(found, default=None)
+    if best is None:
+        return None
+    unit = str(named.get("unit", "%"))
+    return f"{best[1]} {best[0]:.1f} %" if unit == "%" else f"{best[1]} {best[0]:.4g} {unit}".rstrip()
 
 
 def _is_score(value: Any) -> bool:

@@ -6,7 +6,7 @@ A card names its task (`task:`); `task_of_card` gives that of cards written befo
 from collections.abc import Mapping
 from typing import Any
 
-from slimray.spec import lookup
+from slimray.spec import lookup, parse
 from slimray.tasks.classify import CLASSIFY
 from slimray.tasks.frustum_boxes import FRUSTUM_BOXES
 from slimray.tasks.parts import PARTS
@@ -19,6 +19,11 @@ TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFY, SEGMENT, PARTS,
 def task_of_card(card: Any) -> Task:
     """Return the task of a dataset card; UserError for one that is not known."""
     return lookup(TASKS, card.task or task_before(card.sample, card.labels == "point", bool(card.parts)), "task")
+
+
+def task_options(card: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a card's task with their defaults; UserError `data.task.scale: ...` for what is wrong."""
+    return parse(task_of_card(card).spec, dict(given), "data.task").model_dump()
 
 
 def with_target(task: Task, recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Ta
 CLASSIFY = Task(
     name="classify",
     metrics=(
-        Metric("top1", "top-1"),
+        Metric("top1", "top-1", share=True),
         Metric("top5", "top-5"),
         Metric("mean_class_accuracy", "mean class accuracy"),
         LOSS,

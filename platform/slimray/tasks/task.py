@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from torch import Tensor
 
 from slimray.data.modalities import Target
-from slimray.spec import RunFailed
+from slimray.spec import RunFailed, Spec
 
 if TYPE_CHECKING:
     from slimray.tasks.answers import Answerer, AnswerOptions
@@ -55,7 +55,8 @@ class Score(Protocol):
 class Metric:
     """A number of a score: its name in `result()`, how people call it, its unit, and which way is better.
 
-    Numbers in "%" are 0-100. `main` ones are in the headline of a report and in its charts.
+    Numbers in "%" are 0-100. `main` ones are in the headline of a report and in its charts. A `share` is that of
+    samples that are right, which has an interval.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Metric:
     unit: str = "%"
     better: Literal["higher", "lower"] = "higher"
     main: bool = True
+    share: bool = False
 
     def improves(self, value: float, best: float | None) -> bool:
         """Return whether `value` is better than `best`, None if there is none yet; NaN never is."""
@@ -73,6 +75,10 @@ class Metric:
     def to_plain(self) -> dict[str, Any]:
         """Return the metric for results.json and card.json, from which reports are made."""
         return dict(vars(self))
+
+
+class NoOptions(Spec):
+    """A task without options of its own."""
 
 
 LOSS = Metric("loss", "loss", unit="", better="lower", main=False)
@@ -107,9 +113,9 @@ class Task:
     """The numbers of its score in order; the first one says which checkpoint is the best."""
     target: Callable[[Mapping[str, Any]], Target]
     """The target of a sample of a plain recipe: shape, type, and the value of a sample that does not decode."""
-    arguments: Callable[[Any, Mapping[str, Any]], dict[str, Any]]
-    """What a network may have to know, of a dataset card and the task's options: {"num_classes": 10}. A model is given
-    those of them that it has as options."""
+    arguments: Callable[[Any, Mapping[str, Any]], dict[str, Any] | None]
+    """What a network must know, of a dataset card and the task's own options: {"num_classes": 10}; None where only the
+    dataset, which is not there, says it. A row of MODELS says by its options without default what it needs."""
     losses: Callable[[Any, Tensor, LossOptions], Tensor]
     """Outputs and targets to the loss of each sample `[n]`, multiplied by its weight."""
     weights: Callable[[Tensor, LossOptions], Tensor]
@@ -124,6 +130,8 @@ class Task:
     values with a `type`, which the report draws (runs/examples.py)."""
     answer: Callable[["Network", "AnswerOptions"], "Answerer"]
     """Network and options to the function that answers for a file; UserError for options that mean nothing here."""
+    spec: type[Spec] = NoOptions
+    """Options of the task's own, which a user writes as `data.task`."""
     finish: Callable[[dict[str, Any], list[Any], list[dict[str, Any]], str, str], list[dict[str, Any]]] | None = None
     """Called with a row of results, what all ranks found, the examples, the root and the split: it adds to the row what
     only all ranks together know, and returns the examples."""
@@ -160,9 +168,9 @@ def chance_of_classes(num_classes: int) -> float:
     return 100 / num_classes
 
 
-def class_arguments(card: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a network with a head of classes must know."""
-    return {"num_classes": card.num_classes}
+def class_arguments(card: Any, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what a network with a head of classes must know; None until the dataset says how many there are."""
+    return {"num_classes": card.num_classes} if card.num_classes else None
 
 
 def task_before(sample: str, per_point: bool, parts: bool = False) -> str:

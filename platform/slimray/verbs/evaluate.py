@@ -235,12 +235,16 @@ def run(job: EvaluateJob, ctx: Context) -> None:
         raise RunFailed(f"no file of split {split!r} decodes: see quarantine/ in the run folder")
     results = {
         "task": task.name,
+        "metrics": [metric.to_plain() for metric in task.metrics],
         "rows": rows,
         "classes": list(names),
         "confusion": result["confusion"],
         "examples": examples,
     }
-    ctx.finish({"metrics": {"rows": rows}, "dataset": {"fingerprint": splits.fingerprint}}, results)
+    ctx.finish(
+        {"metrics": {"rows": rows}, "metric": task.best.to_plain(), "dataset": {"fingerprint": splits.fingerprint}},
+        results,
+    )
     runs.write_report(ctx.run, pages.evaluate_report(ctx.run))
 
 

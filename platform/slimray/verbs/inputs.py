@@ -195,8 +195,9 @@ def make_recipe(data: DataSpec, card: Card, num_segments: int, mode: str, **opti
 
     `num_segments` is for clips only.
     """
-    from slimray.tasks import task_of_card, with_target
+    from slimray.tasks import task_of_card, task_options, with_target
 
     modality = MODALITIES[card.sample]
+    data = data.model_copy(update={"task": task_options(card, data.task)})
     fields = modality.make_recipe(data, card, num_segments, mode)
     return with_target(task_of_card(card), modality.recipe(**(fields | options)).to_dict())

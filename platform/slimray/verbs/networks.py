@@ -16,7 +16,7 @@ from slimray.data.spec import DataSpec
 from slimray.data.video.clips import DENSE_WINDOW
 from slimray.edge import cost
 from slimray.spec import UserError, did_you_mean, lookup, parse
-from slimray.tasks import task_of_card
+from slimray.tasks import task_of_card, task_options
 from slimray.train import optimizers
 from slimray.verbs import inputs
 from slimray.verbs.context import CheckContext
@@ -76,9 +76,22 @@ def with_network_if_there(job: Job, ctx: CheckContext, card: Card | None) -> Job
     return None
 
 
-def model_options(job: TrainJob, num_classes: int) -> dict[str, Any]:
-    """What `models.build` takes for this job."""
-    options = {"num_classes": num_classes, **job.model.options()}
+def given_of(job: HasNetwork, card: Card | None) -> dict[str, Any] | None:
+    """Return what the task tells a network (`num_classes`, ...); None where only the dataset, not there, says it."""
+    return None if card is None else task_of_card(card).arguments(card, task_options(card, job.data.task))
+
+
+def model_options(job: TrainJob, card: Card | None) -> dict[str, Any]:
+    """Return what `models.build` takes for this job; 1 for what its task does not say yet."""
+    needs = models.required(str(job.model.name))
+    given = given_of(job, card)
+    if given is None:
+        given = dict.fromkeys(needs, 1)
+    for option in needs:
+        if option not in given and card is not None:
+            task = task_of_card(card).name
+            raise UserError(f"name: {job.model.name} needs {option}, which the task {task} does not have: take another")
+    options = {**{option: given[option] for option in needs}, **job.model.options()}
     if job.optim.zero_gamma:
         options["zero_gamma"] = True
     return {"name": job.model.name, **options}
@@ -90,15 +103,15 @@ def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, 
     Without the number of classes (the dataset is not there) no parameters and MACs, without `num_train` no steps.
     UserError, with the field, for a network that cannot be built or does not fit the data.
     """
-    num_classes = card.num_classes if card is not None else 0
     _require_weights(job, card)
     row = models.MODELS.get(str(job.model.name))
     if card is None and row is not None and MODALITIES[row.input].early_input is None:
         return {"model": job.model.name}  # what its samples are, only the dataset says
-    net, macs = _measure(job, num_classes or 1, card)
+    net, macs = _measure(job, card)
     out: dict[str, Any] = {"model": job.model.name}
-    if num_classes:
-        out |= {"classes": num_classes, "params": cost.count_params(net), "macs": macs}
+    if given_of(job, card) is not None:
+        out |= {"classes": card.num_classes} if card is not None and card.num_classes else {}
+        out |= {"params": cost.count_params(net), "macs": macs}
     return out | {"input": list(_input_shape(job, card, net))} | schedule(job, num_train)
 
 
@@ -131,7 +144,8 @@ def _side(model: Mapping[str, Any]) -> int | None:
     """Return the resolution of a subnet, in pixels, where its arch says one; None for what cannot be built."""
     if not model.get("arch") or model["name"] not in models.MODELS:
         return None
-    supernet = {"num_classes": 1, **{key: value for key, value in model.items() if key != "arch"}}
+    supernet: dict[str, Any] = dict.fromkeys(models.required(model["name"]), 1)
+    supernet |= {key: value for key, value in model.items() if key != "arch"}
     try:
         space: Any = cost.build_on_meta(lambda: models.build(**supernet)).space
         name = space.input_name("side")
@@ -140,7 +154,7 @@ def _side(model: Mapping[str, Any]) -> int | None:
         return None
 
 
-def _measure(job: TrainJob, num_classes: int, card: Card | None) -> tuple[Any, int]:
+def _measure(job: TrainJob, card: Card | None) -> tuple[Any, int]:
     """The network on the meta device and its MACs; UserError `model.width: ...` if it cannot be or does not fit."""
     name, options = str(job.model.name), job.model.options()
     try:
@@ -168,7 +182,7 @@ def _measure(job: TrainJob, num_classes: int, card: Card | None) -> tuple[Any, i
         given = options["in_channels"]
         raise UserError(f"model.in_channels: the {modality.plural} have {channels} channels (got {given!r})")
     try:
-        net = cost.build_on_meta(lambda: models.build(**model_options(job, num_classes)))
+        net = cost.build_on_meta(lambda: models.build(**model_options(job, card)))
     except UserError as error:
         raise UserError(f"model.{str(error).removeprefix(f'model {name}: ')}") from None
     except (RuntimeError, ValueError) as error:

@@ -50,7 +50,7 @@ def plan_job(
     on_gpu = bool(job.scale.gpus_per_worker)
     cluster = calibrate.find_cluster(cluster_name, _folders(where), on_gpu)
     work = calibrate.work(job, known, samples or 0, val_samples, card.sample, cluster, pack)
-    model = networks.model_options(job, card.num_classes)
+    model = networks.model_options(job, card)
     recipe = make_recipe(job.data, card, known["input"][0] if MODALITIES[card.sample].segmented else 0, "train")
     key, written = calibrate.key_of(model, recipe, job.batch.per_worker, calibrate.device_name(on_gpu)), None
     if measuring:

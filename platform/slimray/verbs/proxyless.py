@@ -225,7 +225,7 @@ def facts(job: ProxylessJob, card: Any, num_train: int | None) -> dict[str, Any]
         out.pop(name, None)
     if card is None:
         return out
-    net = _on_meta(job, card.num_classes)
+    net = _on_meta(job, card)
     goal = make_goal(job, net, job.weights[0])
     out |= {"mixed_blocks": len(net.mixed), "cost": job.latency.cost, "cost_aim": job.latency.ref}
     out |= {"cost_lowest": goal.of(_cheapest(goal)), "cost_uniform": _uniform(goal)}
@@ -246,12 +246,12 @@ def facts(job: ProxylessJob, card: Any, num_train: int | None) -> dict[str, Any]
 # --------------------------------------------------------------------------------------------------------- costs
 
 
-def _on_meta(job: ProxylessJob, num_classes: int) -> Any:
+def _on_meta(job: ProxylessJob, card: Any) -> Any:
     from slimray import models
     from slimray.edge import cost
     from slimray.verbs import networks
 
-    options = networks.model_options(stage_job(job, "warmup"), num_classes)
+    options = networks.model_options(stage_job(job, "warmup"), card)
     return cost.build_on_meta(lambda: models.build(**options))
 
 
@@ -407,7 +407,7 @@ def run(job: ProxylessJob, ctx: Context) -> None:
     splits = inputs.open_splits(job.data, ctx.where, ctx.storage, checks.split_names(job.data))
     try:
         facts(job, splits.card, splits.tables[job.data.train].num_rows)
-        costs = make_goal(job, _on_meta(job, splits.card.num_classes), job.weights[0])
+        costs = make_goal(job, _on_meta(job, splits.card), job.weights[0])
     except UserError as error:
         raise UserError(located(str(error), ctx.where)) from None
     name = job.data.train

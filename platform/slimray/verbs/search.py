@@ -169,7 +169,7 @@ def arch_costs(net: Any, recipe: Mapping[str, Any]) -> Callable[[Arch], dict[str
 def _prices(net: Any, recipe: Mapping[str, Any]) -> Any:
     from slimray.edge.arch_costs import Prices
 
-    return Prices(net, recipe["num_points"] if recipe["kind"] == "points" else None)
+    return Prices(net, recipe.get("num_points"))
 
 
 def _meter(target: TargetSpec) -> Any:

@@ -188,7 +188,7 @@ def facts(job: ShrinkJob, card: Any, num_train: int | None) -> dict[str, Any]:
     from slimray.verbs import networks
 
     out = networks.facts(stage_job(job, 0, job.init), card, num_train)
-    net = _on_meta(job, card.num_classes if card is not None else 1)
+    net = _on_meta(job, card)
     side = net.space.input_of(net.space.largest(), "side")
     if side is not None and job.data.size != side:
         raise UserError(f"data.size: must be {side:g}, the largest resolution of the space (got {job.data.size})")
@@ -206,12 +206,12 @@ def facts(job: ShrinkJob, card: Any, num_train: int | None) -> dict[str, Any]:
     return out
 
 
-def _on_meta(job: ShrinkJob, num_classes: int) -> Any:
+def _on_meta(job: ShrinkJob, card: Any) -> Any:
     from slimray import models
     from slimray.edge import cost
     from slimray.verbs import networks
 
-    options = networks.model_options(stage_job(job, 0, None), num_classes)
+    options = networks.model_options(stage_job(job, 0, None), card)
     if not models.is_supernet(options):
         rows = ", ".join(name for name, row in models.MODELS.items() if row.supernet)
         raise UserError(f"model.{'run' if job.model.run else 'name'}: {options['name']} is no supernet, one of {rows}")
@@ -248,7 +248,7 @@ def run(job: ShrinkJob, ctx: Context) -> None:
     job = networks.with_network(job, ctx.storage, ctx.run)
     splits = inputs.open_splits(job.data, ctx.where, ctx.storage, checks.split_names(job.data))
     kept, out = subnets.hold_out(splits.tables[job.data.train], job.hold_out, job.seed)
-    net = _on_meta(job, splits.card.num_classes)
+    net = _on_meta(job, splits.card)
     at_once = max((stage.tune.concurrent for stage in job.stages if stage.tune), default=0)
     stages.connect(job.scale, ctx.cpus, at_once)
     data = stages.Data.of(splits, {job.data.train: kept})

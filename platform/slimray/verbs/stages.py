@@ -123,7 +123,7 @@ def fit_config(job: TrainJob, ctx: Context, run_uri: str, data: Data, known: Map
     return loop.FitConfig(
         run_uri=run_uri,
         attempt=ctx.attempt,
-        model=networks.model_options(job, splits.card.num_classes),
+        model=networks.model_options(job, splits.card),
         init=None if job.init is None else job.init.model_dump(by_alias=True) | {"from": _start(job.init, ctx)},
         optim=resolve_weights(job.optim, splits.tables[job.data.train], splits.card.num_classes),
         batch_total=job.batch.total,

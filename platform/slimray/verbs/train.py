@@ -43,6 +43,7 @@ def makes(job: TrainJob) -> dict[str, Made]:
 def run(job: TrainJob, ctx: Context) -> None:
     """Train `job` in the run folder `ctx.run`; RunFailed with one sentence if it cannot be finished."""
     from slimray.report import pages
+    from slimray.tasks import TASKS
     from slimray.train import calibrate, loop, workers
     from slimray.train.health import goodput
     from slimray.train.progress import follow
@@ -61,14 +62,17 @@ def run(job: TrainJob, ctx: Context) -> None:
     rows, restarts = runs.read_parts(ctx.run, "metrics"), runs.count_writers(ctx.run, "metrics") - 1
     repeated = workers.board_state(config.board).get("repeated", 0)
     good = goodput(rows, ctx.started, time.time(), restarts, repeated)
+    task = TASKS[config.task]
     card = {
         "goodput": good.to_dict(),
         "metrics": {"best": result["best"], "last": result["last"]},
+        "metric": task.best.to_plain(),
         "steps": result["steps"],
         "dataset": {"name": splits.card.name, "fingerprint": splits.fingerprint},
         **{key: known[key] for key in ("params", "macs", "batch", "peak_lr", "train_samples")},
         "init": None if job.init is None else job.init.source,
         "plan": calibrate.compared(job, known, config, ctx),
     }
-    ctx.finish(card, {"classes": list(config.classes), "confusion": {job.name: result["confusion"]}})
+    results = {"task": task.name, "metrics": [metric.to_plain() for metric in task.metrics]}
+    ctx.finish(card, results | {"classes": list(config.classes), "confusion": {job.name: result["confusion"]}})
     runs.write_report(ctx.run, pages.train_report(ctx.run))

@@ -44,6 +44,11 @@ class Decoder(Child):
         header, body = self._ask(path, {"do": "image", "recipe": recipe.to_dict(), "key": list(key)}, data)
         return np.frombuffer(body, np.uint8).reshape(header["shape"]), header["flipped"]
 
+    def picture(self, path: str, data: bytes) -> np.ndarray:
+        """Decode a picture as it is: uint8 `[H, W, 3]`. Raises as `clip`."""
+        header, body = self._ask(path, {"do": "picture"}, data)
+        return np.frombuffer(body, np.uint8).reshape(header["shape"])
+
     def shrink(
         self, path: str, data: bytes, short_side: int | None, quality: int = 90
     ) -> tuple[bytes, Probe, float | None]:
@@ -100,6 +105,9 @@ def _answer(request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes
         except ValueError as error:
             raise BadSample(str(error)) from None
         return {"shape": views.shape, "flipped": bool(flipped)}, np.ascontiguousarray(views).data.cast("B")
+    if request["do"] == "picture":
+        picture = np.ascontiguousarray(read_picture(data))
+        return {"shape": picture.shape}, picture.data.cast("B")
     if request["do"] == "shrink":
         return shrink(read_picture(data), request["short_side"], request["quality"])
     with open_video(data) as video:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from slimray.arch import Arch
-from slimray.report import pages
 from slimray.report.dashboard.pieces import finite
 from slimray.report.dashboard.watch import Look
+from slimray.report.metrics import metrics_of
 
 
 # ---- trials ----------------------------------------------------------------------------------------------------------
@@ -74,4 +74,4 @@ def metric_of(look: Look) -> str:
     judged = [row for stage in look.stages for row in stage.judged]
     found = [one.get("metrics") for one in all_trials(look)[:20]] + judged
     names = {name for one in found if isinstance(one, Mapping) for name in one}
-    return next((name for name in pages.ACCURACIES if name in names), "metric")
+    return next((metric["name"] for metric in metrics_of(names, look.results)), "metric")

@@ -62,6 +62,7 @@ from slimray.report.dashboard.trials import (
     trial_key,
 )
 from slimray.report.dashboard.watch import Look
+from slimray.report.metrics import metrics_of, names_in, text_of
 from slimray.spec import UserError
 from slimray.train import health
 
@@ -165,7 +166,7 @@ def compare_page(looks: Sequence[Look], missing: Sequence[str]) -> list[Any]:
         for curves in train_curves(look.metrics):
             for label, series in curves.series.items():
                 if len(series[0]) and not curves.stacked:
-                    several = len(curves.series) > 1 or label in pages.ACCURACIES
+                    several = len(curves.series) > 1 or curves.title.startswith("Validation")
                     title = f"{curves.title}: {label}" if several else curves.title
                     charts.setdefault((title, curves.unit), {})[str(look.row["name"])] = series
     out.append(grid([lines_figure(pages.Curves(title, unit, series)) for (title, unit), series in charts.items()]))
@@ -195,11 +196,8 @@ def _guarded(section: Callable[[Look, Query], list[Any]], look: Look, query: Que
 def _headline(look: Look, query: Query) -> list[Any]:
     tiles: dict[str, str] = {}
     final = final_numbers_of(look)
-    for name in pages.ACCURACIES:
-        value = final.get(f"val/{name}")
-        if finite(value):
-            tiles[f"best {name}"] = f"{value:.1f} %"
-            break
+    for metric in metrics_of(names_in([final]), look.results)[:1]:
+        tiles[f"best {metric['name']}"] = text_of(metric, final.get(f"val/{metric['name']}"))
     last = [row for row in look.metrics if row.get("phase") == "train"][-1:]
     for row in last:
         tiles["epoch"] = number_text("epoch", row.get("epoch"))
@@ -249,7 +247,7 @@ def _results(look: Look, query: Query) -> list[Any]:
     rows = look.results.get("rows") or []
     if not rows:
         return []
-    tables = [pages.compare(rows), *pages.task_tables(rows, look.results.get("classes", []))]
+    tables = [pages.compare(rows, look.results), *pages.task_tables(rows, look.results.get("classes", []))]
     return [section(table.title, [data_table(table.header, table.rows), note_of(table.note)]) for table in tables]
 
 
