@@ -508,8 +508,8 @@ def test_a_finished_job_has_no_problems_any_more(tmp_path, clips):
 def test_a_damaged_run_folder_is_one_sentence():
     finish(job.load(["chain.yaml"])[0], state="failed")
     for content, sentence in (
-        ("[1]", "is no lock"),
-        ("{}", "is no lock"),
+        ("[1]", "is not a lock"),
+        ("{}", "is not a lock"),
     ):
         Path("runs/data/lock").write_text(content)
         assert sentence in problems()[0]

@@ -100,7 +100,7 @@ def test_all_wrong_fields_are_told_at_once():
         ("a: b\0\n", "x.yaml: not valid YAML (unacceptable character #x0000: special characters are not allowed)"),
         ("a: " + "[" * 5000, "x.yaml: not valid YAML (maximum recursion depth exceeded"),
         ("a: !!python/name:os.system\n", "x.yaml: line 1: could not determine a constructor for the tag"),
-        ("a: " + "x" * 1_000_001, "x.yaml: larger than 1000000 bytes, which is no job or card"),
+        ("a: " + "x" * 1_000_001, "x.yaml: larger than 1000000 bytes, which is not a job or card"),
         ("a: &a 1\nb: [" + "*a, " * 51 + "]\n", "x.yaml: line 2: more than 50 aliases"),
         ("a: &a [*a]\n", "x.yaml: its aliases make it larger than 100000 values"),
     ],

@@ -203,7 +203,7 @@ def test_refused_credentials_are_one_sentence(monkeypatch):
     uri = f"s3://team/x?endpoint_override=127.0.0.1:{server.server_port}&scheme=http"
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    with pytest.raises(UserError, match="access denied, the credentials at hand are refused"):
+    with pytest.raises(UserError, match="access denied, the credentials found are refused"):
         storage.open_uri(uri)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("HOME", "/nonexistent")

@@ -161,7 +161,7 @@ def held(text: str) -> str | None:
 
 
 def _is_hidden(name: Any, value: Any) -> bool:
-    """Whether a field is a credential by its name: a text that is neither empty, a path nor hidden already."""
+    """Return whether a field is a credential by its name: a text that is not empty, a path or hidden already."""
     return isinstance(value, str) and value not in ("", HIDDEN) and is_secret_name(str(name)) and not _is_path(value)
 
 
@@ -176,14 +176,14 @@ def _is_secret_parameter(name: str) -> bool:
 
 
 def _is_port(match: re.Match[str]) -> bool:
-    """Whether `http://host:8080/path@x` was met, where the text before the @ is no user; or a user that is hidden."""
+    """Return whether the text before an @ is not a user (`http://host:8080/path@x`), or is hidden already."""
     user = match["user"]
     is_port = match["head"].startswith(("http", "ws")) and re.match(r"[^/:@]+:\d+/", user)
     return bool(is_port) or user == f"{HIDDEN}@"
 
 
 def _parameters(text: str) -> Iterator[tuple[tuple[int, int], str]]:
-    """Where the value of each secret parameter of a URL stands in a text, and the parameter's name."""
+    """Yield the span of the value of each secret parameter of a URL in a text, and the parameter's name."""
     for head in PARAMETER.finditer(text):
         value = PARAMETER_VALUE.match(text, head.end())
         if value and value[0] != HIDDEN and _is_secret_parameter(head["name"]):
@@ -191,7 +191,7 @@ def _parameters(text: str) -> Iterator[tuple[tuple[int, int], str]]:
 
 
 def _assigned(text: str) -> Iterator[tuple[int, int]]:
-    """Where a value stands in a text that is assigned to the name of a credential."""
+    """Yield the span of each value in a text that is assigned to the name of a credential."""
     for head in ASSIGNED.finditer(text):
         name, value = head["name"].rpartition(".")[2], ASSIGNED_VALUE.match(text, head.end())
         if value is None or value[0][0] in "*$({[" or not is_secret_name(name) or _is_path(value[0]):
@@ -208,7 +208,7 @@ def _without(text: str, spans: list[tuple[int, int]]) -> str:
 
 
 def _is_random(text: str) -> bool:
-    """Whether 40 characters of base64 are drawn at random, as AWS's secrets are: neither words of a path nor hex."""
+    """Return whether 40 characters of base64 look random, as AWS's secrets do: not words of a path, not hex."""
     kinds = ["aA0/"[c.isupper() + 2 * c.isdigit() + 3 * (c in "/+")] for c in text]
     changes = sum(one != other for one, other in itertools.pairwise(kinds))
     in_words = sum(len(word) for word in re.findall(r"[a-z]{5,}", text))

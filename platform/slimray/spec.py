@@ -1,4 +1,4 @@
-"""How slimray reads what a user writes: strict specs, safe YAML, errors of one sentence.
+"""Reading of what a user writes: strict specs, safe YAML, errors of one sentence.
 
 `Spec` is the base of every section of a job YAML: frozen, unknown fields refused, the string under a field is its
 help. `read_yaml` returns plain documents and refuses duplicate keys, alias bombs and oversized files. `parse` turns a
@@ -173,7 +173,7 @@ def dump_yaml(document: Mapping[str, Any]) -> str:
 def parse_yaml(text: str, where: str) -> list[dict[str, Any]]:
     """Return the documents of YAML `text` (each a mapping, empty ones left out); UserError with the line otherwise."""
     if len(text) > MAX_YAML_BYTES:
-        raise UserError(f"{where}: larger than {MAX_YAML_BYTES} bytes, which is no job or card")
+        raise UserError(f"{where}: larger than {MAX_YAML_BYTES} bytes, which is not a job or card")
     try:
         documents = [d for d in yaml.load_all(text, Loader=_SafeLoader) if d is not None]
     except yaml.MarkedYAMLError as error:
@@ -195,7 +195,7 @@ def parse_yaml(text: str, where: str) -> list[dict[str, Any]]:
 
 
 def _is_larger(value: Any, num_values: int) -> bool:
-    """Whether `value` holds more than `num_values` values, a shared one counted wherever it appears."""
+    """Return whether `value` holds more than `num_values` values, a shared one counted wherever it appears."""
     stack, room = [value], num_values
     while stack and room >= 0:
         item = stack.pop()
@@ -368,7 +368,7 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _has_tag(kind: Any, tag: str) -> bool:
-    """Whether pydantic's `tag` means this member of a union."""
+    """Return whether pydantic's `tag` means this member of a union."""
     if not _is_spec(kind):
         return tag.startswith(getattr(get_origin(kind) or kind, "__name__", " "))
     return kind.__name__ == tag or any(tag in get_args(field.annotation) for field in kind.model_fields.values())

@@ -119,7 +119,7 @@ def join(base: str, *names: str) -> str:
 def read_bytes(fs: pafs.FileSystem, path: str, first: int | None = None, attempts: int = 4) -> bytes:
     """Return the whole file, or its `first` bytes if it has so many.
 
-    FileNotFoundError if it is missing, StorageError if it cannot be read completely or is no file but, say, a pipe.
+    FileNotFoundError if it is missing, StorageError if it cannot be read completely or is not a file but, say, a pipe.
     """
 
     def read() -> bytes:
@@ -247,7 +247,7 @@ def _require_bucket(fs: pafs.FileSystem, path: str, where: str) -> None:
 def _unreachable(where: str, error: BaseException) -> str:
     text = str(error)
     if any(word in text for word in ("ACCESS_DENIED", "403", "INVALID_ACCESS_KEY_ID", "SIGNATURE", "TOKEN")):
-        found = "the credentials at hand are refused" if _credentials_in_sight() else "no credentials were found"
+        found = "the credentials found are refused" if _credentials_in_sight() else "no credentials were found"
         return (
             f"{where}: access denied, {found}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or for "
             "gs:// GOOGLE_APPLICATION_CREDENTIALS, to an identity that may list, read and write there"
@@ -329,8 +329,8 @@ def _reason(error: BaseException) -> str:
     number = getattr(error, "errno", None)
     if number == errno.ENOSPC:
         return "the disk is full"
-    if number == errno.EINVAL and error.strerror:
-        return str(error.strerror)
+    if number == errno.EINVAL:
+        return str(getattr(error, "strerror", error))
     if number:
         return os.strerror(number).lower()
     text = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -238,7 +238,9 @@ def test_runs_are_listed_also_beside_damaged_ones(shell):
     assert next(row["result"] for row in rows if row["name"] == "tsm") == "top1 50.0 %"
     table = shell("runs")
     assert (table.code, table.err) == (0, "")
-    assert next(row["message"] for row in rows if row["name"] == "b").endswith("status.json: is no status of a run")
+    assert next(row["message"] for row in rows if row["name"] == "b").endswith(
+        "status.json: is not the status of a run"
+    )
     for name in "abcd":
         assert "state: damaged" in shell("show", name).out
 
@@ -369,7 +371,7 @@ def test_check_opens_the_weights_that_a_training_starts_from(shell):
     tensors["base_model.bn1.weight"][0] = float("nan")
     safetensors.torch.save_file(tensors, "nan.safetensors")
     for name, said in (
-        ("cut.pth", "is no checkpoint that can be read safely, or is cut short"),
+        ("cut.pth", "is not a checkpoint that can be read safely, or is cut short"),
         ("less.safetensors", f"3 weights of this network are not in the file, which has others like them ({names[0]}"),
         ("nan.safetensors", "base_model.bn1.weight holds 1 values that are not finite numbers"),
     ):

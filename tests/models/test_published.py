@@ -491,7 +491,7 @@ def test_code_in_a_file_is_not_run(writes, tmp_path):
 
     save(str(made), tmp_path / "evil.pth")
     if writes == "plain pickle":
-        with pytest.raises(UserError, match=r"evil\.pth: is no checkpoint"):
+        with pytest.raises(UserError, match=r"evil\.pth: is not a checkpoint"):
             published.read(tmp_path / "evil.pth")
         pickle.loads((tmp_path / "evil.pth").read_bytes())
     else:
@@ -526,7 +526,7 @@ def test_a_file_cut_short_is_one_sentence(format_name, tmp_path):
 )
 def test_what_is_no_checkpoint_is_one_sentence(data, tmp_path):
     (tmp_path / "page.pth").write_bytes(data)
-    assert "is no checkpoint" in one_sentence(tmp_path / "page.pth")
+    assert "is not a checkpoint" in one_sentence(tmp_path / "page.pth")
 
 
 def test_a_missing_file_and_a_file_without_tensors_are_one_sentence(tmp_path):
@@ -549,14 +549,14 @@ def test_files_that_claim_more_than_they_hold_are_refused(tmp_path):
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(tmp_path / "deflated", "w", zipfile.ZIP_DEFLATED) as out:
         for name in source.namelist():
             out.writestr(name, source.read(name))
-    assert "is no checkpoint" in one_sentence(tmp_path / "deflated")
+    assert "is not a checkpoint" in one_sentence(tmp_path / "deflated")
 
     torch.save({"a": torch.zeros(12345), "args": argparse.Namespace()}, path, _use_new_zipfile_serialization=False)
     little, huge = b"M" + (12345).to_bytes(2, "little"), b"\x8a\x06" + (10**13).to_bytes(6, "little")
     data = path.read_bytes()
     assert data.count(little) > 0
     path.write_bytes(data.replace(little, huge))
-    assert "is no checkpoint" in one_sentence(path)
+    assert "is not a checkpoint" in one_sentence(path)
 
 
 UNUSUAL = {

@@ -341,9 +341,9 @@ def test_damaged_and_missing_runs_have_a_row_or_a_page_that_says_so(open_page):
     window = open_page()
     page = window.go("/?state=damaged")
     expect(page.locator("table.runs tbody tr")).to_have_count(2)
-    expect(page.locator("table.runs")).to_contain_text("is no status of a run")
+    expect(page.locator("table.runs")).to_contain_text("is not the status of a run")
     for path, text in (
-        ("/run/damaged", "is no status of a run"),
+        ("/run/damaged", "is not the status of a run"),
         ("/run/torn", "torn/job.yaml"),
         ("/run/missing", "has no run 'missing'"),
         ("/run/..%2Fother", "has no run '../other'"),

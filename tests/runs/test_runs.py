@@ -123,7 +123,7 @@ def test_no_file_of_a_run_holds_a_credential(run):
 
 
 def test_files_that_a_restart_would_not_clear_are_refused(local):
-    with pytest.raises(ValueError, match="no file of a run folder"):
+    with pytest.raises(ValueError, match="not a file of a run folder"):
         runs.write_file(local, "notes.txt", b"")
 
 
@@ -385,7 +385,7 @@ def test_a_lock_that_slimray_did_not_write_is_told_and_restart_clears_it(local, 
     put_lock(local, **content) if isinstance(content, dict) else Path(local.path, "lock").write_bytes(content)
     assert runs.describe(local)["state"] == "damaged"
     for take in (lambda: runs.claim(local, JOB), runs.hold(local).__enter__):
-        with pytest.raises(UserError, match="lock: is no lock of slimray: delete it if nothing writes there"):
+        with pytest.raises(UserError, match="lock: is not a lock of slimray: delete it if nothing writes there"):
             take()
     assert runs.claim(local, JOB, restart=True).attempt == 1
     assert not runs.exists(local, "lock")
@@ -535,7 +535,7 @@ def test_thinning_holds_one_part_at_a_time(local):
 def test_a_row_that_slimray_does_not_write_is_told_with_its_part(local, line):
     Path(local.path, "metrics").mkdir(parents=True)
     Path(local.path, "metrics/0001-00000-1700000000000-000000.jsonl").write_text(line + "\n")
-    with pytest.raises(StorageError, match=r"000000\.jsonl: is no(t| part)"):
+    with pytest.raises(StorageError, match=r"000000\.jsonl: is not "):
         runs.read_parts(local, "metrics")
 
 
@@ -544,7 +544,7 @@ def test_a_part_of_another_name_is_told_and_other_files_are_left_alone(local):
     Path(local.path, "metrics/notes.txt").write_text("mine")
     assert len(runs.read_parts(local, "metrics")) == runs.count_writers(local, "metrics") == 1
     Path(local.path, "metrics/copy.jsonl").write_text("{}")
-    with pytest.raises(StorageError, match=r"copy\.jsonl: is no part of a run's records"):
+    with pytest.raises(StorageError, match=r"copy\.jsonl: is not a part of a run's records"):
         runs.read_parts(local, "metrics")
 
 

@@ -131,8 +131,9 @@ def show(
 def _say_goodput(good: Any) -> None:
     """A line about the share of time that went into steps, if a card tells it."""
     keys = ("goodput", "useful_s", "wall_s", "restarts", "repeated_steps")
-    numbers = [good.get(key) if isinstance(good, dict) else None for key in keys]
-    if all(isinstance(number, int | float) for number in numbers):
+    found = [good.get(key) if isinstance(good, dict) else None for key in keys]
+    numbers = [number for number in found if isinstance(number, int | float)]
+    if len(numbers) == len(keys):
         share, useful, wall, restarts, repeated = numbers
         say(
             f"goodput: {100 * share:.0f} %, {useful:g} s of steps in {wall:g} s"

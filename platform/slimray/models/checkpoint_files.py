@@ -31,7 +31,7 @@ def parse(data: bytes) -> Any:
 
 
 class _Inert(dict):
-    """Stands for every name of a file that is no part of a tensor: takes what a pickle does to it, and does nothing."""
+    """Stand-in for every name in a file that is not part of a tensor: accepts all a pickle does to it, does nothing."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 

@@ -41,7 +41,7 @@ MAX_PREFIXES = 50  # that are tried, those of most names first
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load` did: names of the network that were loaded, that were missing, and what was left out and why.
+    """Result of `load`: names of the network that were loaded, that were missing, and what was left out and why.
 
     `dropped` maps names of the network (a head of other classes, excluded ones) and names of the file for which the
     network has no place to the reason.
@@ -141,7 +141,7 @@ def _parse_source(source: str | Path | Mapping[str, Any]) -> Any:
         return checkpoint_files.parse(data)
     except Exception as error:  # damaged bytes raise whatever a format's reader stumbles over
         raise UserError(
-            f"{source}: is no checkpoint that can be read safely, or is cut short: fetch it again, or save its "
+            f"{source}: is not a checkpoint that can be read safely, or is cut short: fetch it again, or save its "
             "state_dict() as safetensors"
         ) from error
 
@@ -150,7 +150,7 @@ def _parse_source(source: str | Path | Mapping[str, Any]) -> Any:
 
 
 def _key(name: str) -> str:
-    """What a name means: without wrappers, in torchvision's form, the classifier as `fc`."""
+    """Return the meaning of a name: without wrappers, in torchvision's form, the classifier as `fc`."""
     key = ".".join(part for part in name.split(".") if part not in WRAPPERS)
     for pattern, plain in (*ELASTIC, *MMACTION):
         key = re.sub(pattern, plain, key)
@@ -287,7 +287,7 @@ def _another_network(
 
 
 def _is_counter(name: str) -> bool:
-    """Whether this is BatchNorm's count of batches, which old checkpoints lack and nothing here reads."""
+    """Return whether this is BatchNorm's count of batches, which old checkpoints lack and nothing here reads."""
     return name.endswith("num_batches_tracked")
 
 

@@ -112,7 +112,7 @@ def keep(run: Run, metric: str | None = None, last: int = 2, mode: Literal["max"
 
 
 def _score(checkpoint: Checkpoint, metric: str | None) -> float:
-    """The metric in what a writer said about a checkpoint; NaN, which is no score, where it is not a number."""
+    """Return the metric that the writer of a checkpoint noted; NaN, never the best, where it is not a number."""
     metrics = checkpoint.meta.get("metrics")
     value = metrics.get(metric) if isinstance(metrics, dict) else None
     return float(value) if isinstance(value, int | float) else float("nan")

@@ -51,7 +51,7 @@ class DamagedFile(StorageError):
 
 @dataclass(frozen=True)
 class Run:
-    """Where one run lies: a filesystem, the path of its folder there, its name, and the URI that names it anywhere."""
+    """Location of one run: a filesystem, the path of its folder there, its name, and the URI that names it anywhere."""
 
     fs: pafs.FileSystem
     path: str
@@ -141,7 +141,7 @@ def list_names(run: Run, folder: str) -> list[str]:
 
 
 def read_job(run: Run) -> dict[str, Any]:
-    """Return the resolved job; UserError if the run has none or it is no YAML mapping."""
+    """Return the resolved job; UserError if the run has none or it is not a YAML mapping."""
     try:
         data = storage.read_bytes(run.fs, join(run.path, "job.yaml"), first=MAX_YAML_BYTES + 1)
     except FileNotFoundError:
@@ -232,7 +232,7 @@ def _is_run(run: Run) -> bool:
 def known_name(name: str) -> str:
     """Return `name` if it is a file of a run folder; ValueError otherwise, as `--restart` would not clear it."""
     if name not in (*FILES, MARKER) and name.partition("/")[0] not in FOLDERS:
-        raise ValueError(f"{name!r} is no file of a run folder: add it to FILES or FOLDERS in runs/folder.py")
+        raise ValueError(f"{name!r} is not a file of a run folder: add it to FILES or FOLDERS in runs/folder.py")
     return name
 
 

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock. `host` tells machine, boot and PID namespace apart; `born` tells a reused PID apart."""
+    """Holder of a lock. `host` tells machine, boot and PID namespace apart; `born` tells a reused PID apart."""
 
     token: str
     host: str
@@ -111,7 +111,7 @@ def _acquire(run: Run) -> Owner:
 
 
 def _still_mine(run: Run, mine: Owner) -> bool:
-    """Whether nobody else has the lock; a foreign token that stands for a moment only is a slow rival stepping back."""
+    """Return whether nobody else has the lock; a foreign token that disappears again is a slow rival stepping back."""
     for pause in (SETTLE_S, 0):
         try:
             owner = read_lock(run)
@@ -152,7 +152,7 @@ def _write_lock(run: Run, owner: Owner) -> None:
 def read_lock(run: Run) -> Owner | None:
     """Return who holds the lock, None if nobody does; UserError for a lock that slimray did not write."""
     damaged = UserError(
-        f"{join(run.uri, 'lock')}: is no lock of slimray: delete it if nothing writes there, or --restart"
+        f"{join(run.uri, 'lock')}: is not a lock of slimray: delete it if nothing writes there, or --restart"
     )
     try:
         found = read_json(run, "lock", MAX_STATE_BYTES)
@@ -178,7 +178,7 @@ def drop_damaged_lock(run: Run) -> None:
 def is_alive(owner: Owner | None) -> bool:
     """Return whether a lock is held: its heartbeat is of this minute, and its process, if it ran here, still runs.
 
-    A heartbeat that is no number or lies further ahead than clocks may differ is none.
+    A heartbeat that is NaN, or further ahead than clocks may differ, does not count.
     """
     if owner is None or not abs(time.time() - owner.heartbeat) <= STALE_S:
         return False

@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 
 
 class NotifySpec(Spec):
-    """A webhook that is told how the run ended."""
+    """Webhook that receives a message when the run ends."""
 
     url_env: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     """Name of the environment variable that holds the webhook's address (http or https); it is a secret."""
     on: tuple[Event, ...] = Field(("finished", "failed", "preempted"), min_length=1)
-    """What is told: `finished`, `failed`, `preempted`."""
+    """Events that are reported: `finished`, `failed`, `preempted`."""
     format: Literal["json", "slack"] = "json"
     """`json`: the event as it is. `slack`: a message for an incoming webhook of Slack or what understands those."""
 
@@ -90,7 +90,7 @@ def message(spec: NotifySpec, event: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _post(url: str, body: bytes) -> str:
-    """Why the message did not arrive, "" if it did; without the address, which errors of urllib may hold."""
+    """Return why the message did not arrive, "" if it did; without the address, which errors of urllib may hold."""
     headers = {"Content-Type": "application/json", "User-Agent": "slimray"}
     try:
         request = urllib.request.Request(url, body, headers, method="POST")  # noqa: S310 http and https only, see above

@@ -181,7 +181,7 @@ class _Selection:
         self._place = 0
 
     def add(self, phase: Any, row: dict[str, Any]) -> None:
-        """Take the next row of the writer at hand."""
+        """Take the next row of the current writer."""
         if phase not in self._counts and len(self._counts) >= MAX_PHASES:
             phase = None
         number = self._counts.get(phase, 0)
@@ -201,7 +201,7 @@ class _Selection:
             self._sizes[phase] = sum(one[1] == phase for rows in (*self._writers, self._writer) for one in rows)
 
     def end_writer(self) -> None:
-        """Close the writer at hand; writers come the newest first."""
+        """Finish the current writer; writers come newest first."""
         self._writers.append(sorted([*self._writer, *self._tails.values()], key=lambda one: one[0]))
         self._writer, self._tails = [], {}
 
@@ -227,7 +227,7 @@ def _list_parts(run: Run, folder: str) -> list[_Part]:
         if match is not None:
             found.append(_Part(info.path, int(match[1]), int(match[2]), int(match[3]), info.size or 0))
         elif info.base_name.endswith(".jsonl"):
-            raise DamagedFile(f"{info.path}: is no part of a run's records (its name is attempt-rank-time-number)")
+            raise DamagedFile(f"{info.path}: is not a part of a run's records (its name is attempt-rank-time-number)")
     return found
 
 
@@ -246,12 +246,12 @@ def _rows(run: Run, parts: Sequence[_Part]) -> Iterator[dict[str, Any]]:
 
 def _read_part(run: Run, part: _Part) -> bytes:
     if part.size > MAX_PART_BYTES:
-        raise DamagedFile(f"{part.path}: is no part of a run's records ({part.size} bytes)")
+        raise DamagedFile(f"{part.path}: is not a part of a run's records ({part.size} bytes)")
     return storage.read_bytes(run.fs, part.path)
 
 
 def _parse_part(part: _Part, content: bytes) -> Iterator[dict[str, Any]]:
-    where = f"{part.path}: is no part of a run's records"
+    where = f"{part.path}: is not a part of a run's records"
     for line in io.BytesIO(content):
         row = parse_json(line, where)
         if (

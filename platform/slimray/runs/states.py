@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run is. `attempt` counts from 1; `heartbeat` is the last sign of life of a running one."""
+    """Progress of a run. `attempt` counts from 1; `heartbeat` is when a running one last reported progress."""
 
     state: State
     attempt: int
@@ -56,7 +56,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Claim:
-    """What is to be done about a run of this name: nothing if `finished`, else the `attempt` to begin (1 = afresh)."""
+    """Next step for a run of this name: nothing if `finished`, else the `attempt` to begin (1 = afresh)."""
 
     finished: bool
     attempt: int
@@ -67,7 +67,7 @@ def read_status(run: Run) -> Status | None:
 
     DamagedFile if status.json holds something else than slimray writes.
     """
-    found = read_json(run, "status.json", MAX_STATE_BYTES, complaint="is no status of a run")
+    found = read_json(run, "status.json", MAX_STATE_BYTES, complaint="is not the status of a run")
     if found is None:
         return None
     try:
@@ -75,11 +75,11 @@ def read_status(run: Run) -> Status | None:
     except KeyError:
         status = None
     if status is None or not _is_status(status):
-        raise DamagedFile(f"{join(run.uri, 'status.json')}: is no status of a run") from None
+        raise DamagedFile(f"{join(run.uri, 'status.json')}: is not the status of a run") from None
     try:
         owner = read_lock(run) if status.state == "running" else None
     except UserError:
-        owner = None  # what the lock tells is missing; who claims the run is told
+        owner = None  # `claim` reports the damaged lock
     if owner is None or not is_time(owner.heartbeat):
         return status
     return replace(status, heartbeat=max(status.heartbeat, owner.heartbeat))
@@ -110,7 +110,7 @@ def describe(run: Run) -> dict[str, Any]:
         except (UserError, RunFailed) as error:
             problems.append(str(error))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-            problems.append(f"is no run folder as slimray writes it ({type(error).__name__}: {error})")
+            problems.append(f"is not a run folder as slimray writes it ({type(error).__name__}: {error})")
         return default
 
     status = part(read_status, None)
@@ -232,7 +232,7 @@ def _foreign(run: Run, name: str) -> UserError:
 
 
 def _has_mark(run: Run) -> bool:
-    """Whether slimray made the folder: by its marker, or, of before there was one, by what status and job look like."""
+    """Return whether slimray made the folder: by its marker, or, for older runs, by the look of status and job."""
     if exists(run, MARKER):
         return True
     name = re.escape(run.name.encode())
@@ -276,7 +276,7 @@ def begin(run: Run, document: Mapping[str, Any], attempt: int) -> None:
 def end(run: Run, state: State, message: str = "") -> None:
     """Write the final state of the attempt; RunFailed, and nothing written, if another has taken the run over."""
     now, owner, before = time.time(), None, None
-    with contextlib.suppress(UserError):  # somebody wrote over it: what happened to the attempt is told all the same
+    with contextlib.suppress(UserError):  # overwritten by something else: the end of the attempt is still written
         owner = read_lock(run)
     with contextlib.suppress(DamagedFile):
         before = read_status(run)

@@ -1,4 +1,4 @@
-"""Where the metric rows of a run go: its own JSONL always, Weights & Biases and TensorBoard on request.
+"""Destinations of the metric rows of a run: its own JSONL always, Weights & Biases and TensorBoard on request.
 
 `Tracker` lives on rank 0 and takes rows such as `{"step": 40, "phase": "train", "train/loss": 1.2}`. The id of the W&B
 run is drawn once and kept in `tracking.json` of the run folder: a resumed run continues its curve, one that was cleared
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class TrackingSpec(Spec):
-    """Who is told about the metrics besides the run folder, where they always are."""
+    """Services that receive the metrics, besides the run folder, which always has them."""
 
     wandb: bool = False
     """Send metrics and the redacted job to Weights & Biases; WANDB_API_KEY is read from the environment."""
@@ -46,7 +46,7 @@ class TrackingSpec(Spec):
 
 
 class Rows(Protocol):
-    """What takes the rows for the run folder."""
+    """Writer of the rows to the run folder."""
 
     def write(self, row: Mapping[str, Any], /) -> None: ...
 
@@ -55,7 +55,7 @@ class Tracker:
     """Rank 0's sink of metric rows; `folder` is the local place for the files of W&B and TensorBoard.
 
     `rows` is the run's own record, `name` and `uri` name the run, `job` is the resolved job. Without `folder`: the run
-    folder, or a place in the user's cache when that is no local folder. Raises nothing but what `rows.write` raises.
+    folder, or a place in the user's cache when that is not a local folder. Raises nothing but what `rows.write` raises.
     """
 
     def __init__(
@@ -177,12 +177,12 @@ def _init_wandb(spec: TrackingSpec, run_id: str, name: str, job: Mapping[str, An
 
 
 def _guarded(service: str, action: Callable[[], Any]) -> Any:
-    """What `action` returns; None after one warning when it fails, for tracking must not end a training."""
+    """Return what `action` returns; None after one warning if it fails, as tracking must not end a training."""
     try:
         return action()
     except Exception as error:  # noqa: BLE001 whatever a service raises
         reason = redact(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
-        log.warning("tracking: %s is given up for this run (%s); metrics/ of the run folder has all", service, reason)
+        log.warning("tracking: %s is off for this run (%s); metrics/ of the run folder has everything", service, reason)
         return None
 
 

@@ -1,4 +1,4 @@
-"""Where the weights lie that a job starts from: a file, a URL that is fetched once, or the model of a finished run.
+"""Location of the weights that a job starts from: a file, a URL that is fetched once, or the model of a finished run.
 
 A download gets its name in the user's cache only when it has the length that the server announced and, where one is
 given, the digest; size and SHA-256 are noted beside it and compared whenever the file is used again.
@@ -103,7 +103,7 @@ def _download(url: str, sha256: str | None) -> Path:
 
 
 def _fetch(url: str, part: Path) -> bool:
-    """Write what `url` answers to `part`; returns whether it is known to be whole. OSError if it is known not to be."""
+    """Download `url` to `part`; return whether it is known to be complete. OSError if it is known not to be."""
     import urllib.request
 
     with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT_S) as response, open(part, "wb") as file:  # noqa: S310 http(s)
@@ -126,7 +126,7 @@ def _note(target: Path) -> Path:
 
 
 def _is_whole(target: Path, sha256: str | None) -> bool:
-    """Whether a file in the cache is what was fetched, and what is wanted."""
+    """Return whether a file in the cache is complete and the one that is wanted."""
     try:
         noted = json.loads(_note(target).read_bytes())
         size, found = digest(target)

@@ -366,7 +366,7 @@ def _damaged(run: runs.Run, error: BaseException) -> dict[str, Any]:
 def _sentence(error: BaseException) -> str:
     if isinstance(error, UserError | RunFailed):
         return str(error)
-    return f"is no run folder as slimray writes it ({type(error).__name__}: {error})"
+    return f"is not a run folder as slimray writes it ({type(error).__name__}: {error})"
 
 
 def _mapping(run: runs.Run, name: str) -> dict[str, Any]:
