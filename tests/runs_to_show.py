@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from slimray import runs
-from slimray.report import pages
+from slimray.report import charts, pages
 
 CLASSES = ("left", "right", "up")
 
@@ -83,7 +83,7 @@ def searched(where: str, name: str, num_trials: int, finished: bool = True) -> r
         rows = [{"target": t, "run": f"{name}-{t}", "searched": best["metric"], **best} for t in ("small", "large")]
         fronts = {}
         for cost in ("params", "macs", "memory_mb"):
-            on = set(pages.Scatter("", cost, "top1", [(one[cost], one["metric"]) for one in flat]).front())
+            on = set(charts.Scatter("", cost, "top1", [(one[cost], one["metric"]) for one in flat]).front())
             fronts[cost] = [one for one in flat if (one[cost], one["metric"]) in on]
         runs.write_file(run, "front.json", json.dumps({"metric": "top1", "fronts": fronts}).encode())
         results = {"metric": "top1", "targets": rows, "trials": flat}

@@ -116,7 +116,7 @@ import sys
 sys.modules.update(ray=None, decord=None, open3d=None)
 from slimray import models, runs
 from slimray.edge import cost
-from slimray.report import pages
+
 from slimray.runs import tracking
 from slimray.tasks import predict
 from slimray.train import learn

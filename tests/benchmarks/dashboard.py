@@ -60,11 +60,11 @@ def _measure(browser: Any, kind: str, where: str) -> None:
             opened = app.open_server(where, 0)
             server = opened.server
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-            address = f"http://127.0.0.1:{server.port}{path}?token={opened.token}"
-            first, all_known = _seconds(browser, address, shown)
+            address = f"http://127.0.0.1:{server.port}{path}"
+            first, all_known = _seconds(browser, opened, address, shown)
             cold.append(first)
             known.append(all_known)
-            warm.append(_seconds(browser, address, shown)[0])
+            warm.append(_seconds(browser, opened, address, shown)[0])
             server.shutdown()
             server.server_close()
             time.sleep(1)  # for what that server was still reading
@@ -83,9 +83,11 @@ def _fronts(page: Any) -> None:
     page.locator(".scatterlayer").nth(3).wait_for()
 
 
-def _seconds(browser: Any, address: str, shown: Any) -> tuple[float, float]:
+def _seconds(browser: Any, opened: Any, address: str, shown: Any) -> tuple[float, float]:
     """Until the content is painted, and until no run is named `reading` any more (the page looks every two seconds)."""
     context = browser.new_context(viewport={"width": 1400, "height": 900})
+    name, value = opened.cookie
+    context.add_cookies([{"name": name, "value": value, "url": address}])
     page = context.new_page()
     page.set_default_timeout(120_000)
     began = time.perf_counter()

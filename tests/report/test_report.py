@@ -17,8 +17,10 @@ from PIL import Image
 from tests.pages import Elements, judged_cloud, response, street
 
 from slimray import runs
-from slimray.report import pages
-from slimray.report.pages import Clip, CloudView, Confusion, Curves, Table, render
+from slimray.report import charts, pages, tables
+from slimray.report.charts import Clip, Curves
+from slimray.report.pages import CloudView, render
+from slimray.report.tables import Confusion, Table
 from slimray.runs import examples
 
 HOSTILE = "<script>alert(1)</script>\"' onerror=alert(1) $x_1$"
@@ -53,7 +55,7 @@ def full_page(name: str = "circle", clouds: bool = True) -> str:
         name,
         subtitle=name,
         headline={name: name},
-        curves=[*pages.train_curves(metric_rows()), Curves(name, name, {name: ([1, 2], [3.0, 4.0])})],
+        curves=[*charts.train_curves(metric_rows()), Curves(name, name, {name: ([1, 2], [3.0, 4.0])})],
         tables=[Table(name, (name, "top1"), [(name, 50.0)], note=name, bars=frozenset({"top1"}))],
         confusions=[Confusion(name, classes, [[3, 1], [2, 4]])],
         clips=[Clip(name, strip(), name, [("square", 0.7), (name, 0.3)]), Clip("", name, name)],
@@ -143,11 +145,11 @@ def test_iou_per_class_begins_with_the_weakest_and_ends_with_the_absent():
         {"run": "b", "miou": 70.0, "class_iou": [80.0, 70.0, None, 30.0]},
         {"run": "c", "top1": 70.0},
     ]
-    (table,) = pages.task_tables(rows, ["floor", "wall", "beam", "door"])
+    (table,) = tables.task_tables(rows, ["floor", "wall", "beam", "door"])
     assert table.header == ("class", "a · natural", "b")
     assert table.rows == [("door", 40.0, 30.0), ("wall", 20.0, 70.0), ("floor", 90.0, 80.0), ("beam", None, None)]
-    assert pages.task_tables(rows[2:], ["floor"]) == []
-    assert "class_iou" not in pages.compare(rows).header
+    assert tables.task_tables(rows[2:], ["floor"]) == []
+    assert "class_iou" not in tables.compare(rows).header
 
 
 def test_iou_per_category_has_a_table_of_its_own():
@@ -155,10 +157,10 @@ def test_iou_per_category_has_a_table_of_its_own():
         {"run": "a", "instance_miou": 80.0, "category_iou": {"Bag": 90.0, "Cap": 20.0, "Mug": None}},
         {"run": "b", "instance_miou": 70.0, "category_iou": {"Bag": 50.0, "Cap": 70.0, "Mug": None}},
     ]
-    (table,) = pages.task_tables(rows, [])
+    (table,) = tables.task_tables(rows, [])
     assert table.header == ("category", "a", "b")
     assert table.rows == [("Cap", 20.0, 70.0), ("Bag", 90.0, 50.0), ("Mug", None, None)]
-    assert "category_iou" not in pages.compare(rows).header
+    assert "category_iou" not in tables.compare(rows).header
 
 
 def test_ious_are_drawn_as_long_bars(tmp_path: Path):
@@ -183,16 +185,16 @@ def kitti_rows(std: float) -> list[dict]:
 
 
 def test_average_precision_is_told_by_class_and_difficulty():
-    (table,) = pages.task_tables(kitti_rows(0.0), [])
+    (table,) = tables.task_tables(kitti_rows(0.0), [])
     assert table.header == ("run", "class", "boxes", "recalls", "easy", "moderate", "hard")
     assert table.rows[0] == ("f · natural", "car", "in space", "11", 40.0, 42.0, 44.0)
     assert table.rows[-1] == ("f · natural", "cyclist", "from above", "40", 59.0, 61.0, 63.0)
     assert len(table.rows) == 8
-    assert pages.task_tables([{"run": "a"}], []) == pages.spreads(kitti_rows(0.0)) == []
+    assert tables.task_tables([{"run": "a"}], []) == tables.spreads(kitti_rows(0.0)) == []
 
 
 def test_numbers_of_several_repeats_come_with_their_deviation():
-    (table,) = pages.spreads(kitti_rows(0.5))
+    (table,) = tables.spreads(kitti_rows(0.5))
     assert table.rows[0] == ("f · natural", "mask_acc", 91.0, 0.5, 92.0)
     assert table.rows[1] == ("f · natural", "ap11_3d_car_easy", 40.0, 0.5, 90.0)
     assert len(table.rows) == 25
@@ -206,33 +208,33 @@ def test_ids_of_the_charts_are_unique_on_the_page():
 
 def test_charts_follow_the_theme_and_are_the_same_each_time():
     page = full_page()
-    assert not any(colour in page for colour in pages.CSS_COLOURS)
+    assert not any(colour in page for colour in charts.CSS_COLOURS)
     assert "var(--series-1)" in page[page.index("<svg") :]
     assert page == full_page()
 
 
 def test_a_long_curve_is_thinned_to_means_with_their_range():
-    at, mean, low, high = pages._binned(range(9000), [1.0, 3.0] * 4500)
-    assert len(at) == pages.NUM_BINS
+    at, mean, low, high = charts._binned(range(9000), [1.0, 3.0] * 4500)
+    assert len(at) == charts.NUM_BINS
     np.testing.assert_allclose([mean.min(), mean.max(), low.max(), high.min()], [2, 2, 1, 3])
 
 
 def test_the_time_split_is_given_in_shares():
-    text = Elements(render("t", curves=pages.train_curves(metric_rows()))).text
+    text = Elements(render("t", curves=charts.train_curves(metric_rows()))).text
     for part in ("data wait 20 %", "transfer 20 %", "compute 40 %", "communication 20 %"):
         assert part in text
 
 
 def test_time_that_no_timer_saw_is_called_other():
     rows = [row | {"time/step_s": 1.0} for row in metric_rows() if row["phase"] == "train"]
-    text = Elements(render("t", curves=pages.train_curves(rows))).text
+    text = Elements(render("t", curves=charts.train_curves(rows))).text
     assert "compute 20 %" in text
     assert "other 50 %" in text
 
 
 def test_values_that_are_not_finite_are_left_out_of_a_chart():
     rows = [{"step": i, "train/loss": v} for i, v in enumerate([1.0, math.nan, math.inf, 2.0])]
-    assert pages.train_curves(rows)[0].series["train"] == ([0, 3], [1.0, 2.0])
+    assert charts.train_curves(rows)[0].series["train"] == ([0, 3], [1.0, 2.0])
 
 
 def test_an_empty_chart_is_left_out():
@@ -255,31 +257,31 @@ def test_a_confusion_that_is_no_square_is_refused():
 
 
 def test_per_class_accuracy_begins_with_the_weakest_and_ends_with_the_unseen():
-    table = pages.per_class(Confusion("v", ["a", "b", "c"], [[9, 1, 0], [3, 1, 0], [0, 0, 0]]))
+    table = tables.per_class(Confusion("v", ["a", "b", "c"], [[9, 1, 0], [3, 1, 0], [0, 0, 0]]))
     assert table.rows == [("b", 4, 25.0, "a (3)"), ("a", 10, 90.0, "b (1)"), ("c", 0, None, "–")]
 
 
 def test_most_confused_pairs_are_sorted_and_without_the_diagonal():
-    table = pages.most_confused(Confusion("v", ["a", "b"], [[9, 1], [3, 1]]))
+    table = tables.most_confused(Confusion("v", ["a", "b"], [[9, 1], [3, 1]]))
     assert table.rows == [("b", "a", 3, 75.0), ("a", "b", 1, 10.0)]
 
 
 def test_best_and_last_come_from_the_card_or_else_from_the_rows():
     rows = metric_rows()
-    final = pages.final_numbers(rows, {})
+    final = tables.final_numbers(rows, {})
     assert (final["best"]["step"], final["last"]["step"]) == (30, 40)
     written = {"metrics": {"best": {"val/top1": 77.0}, "last": {"val/top1": 66.0}}}
-    assert pages.final_numbers(rows, written) == written["metrics"]
+    assert tables.final_numbers(rows, written) == written["metrics"]
 
 
 def test_the_interval_is_wilsons():
     # its ends are the true shares from which the measured one lies 1.96 standard errors away
-    low, high = (float(end) / 100 for end in pages._interval(80.0, 10).split(" – "))
+    low, high = (float(end) / 100 for end in tables._interval(80.0, 10).split(" – "))
     for end in (low, high):
         assert abs(0.8 - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / 10), abs=2e-3)
     assert low < 0.8 < high
-    assert pages._interval(100.0, 10).endswith("100.0")
-    assert pages._interval(None, 10) == pages._interval(80.0, 0) == "–"
+    assert tables._interval(100.0, 10).endswith("100.0")
+    assert tables._interval(None, 10) == tables._interval(80.0, 0) == "–"
 
 
 def test_frame_order_is_judged_only_where_both_orders_were():
@@ -288,9 +290,9 @@ def test_frame_order_is_judged_only_where_both_orders_were():
         {"run": "tsm", "variant": "shuffled", "top1": 40.0},
         {"run": "tsn", "variant": "natural", "top1": 50.0},
     ]
-    (table,) = pages.task_tables(rows, [])
+    (table,) = tables.task_tables(rows, [])
     assert table.rows == [("tsm", 90.0, 40.0, 50.0)]
-    assert pages.task_tables(rows[2:], []) == []
+    assert tables.task_tables(rows[2:], []) == []
 
 
 def test_a_file_quarantined_in_two_attempts_is_one_file():
@@ -313,7 +315,14 @@ def test_a_name_with_bytes_that_are_no_text_can_be_written(tmp_path: Path):
 
 def test_counts_and_floats_read_well():
     shown = [("params", 24_327_632), ("macs", 33e9), ("x", 0.000012345), ("num", 1234567), ("x", None), ("x", math.nan)]
-    assert [pages._show(*pair) for pair in shown] == ["24.3 M", "33 G", "1.234e-05", "1,234,567", "–", "not finite"]
+    assert [tables.show_number(*pair) for pair in shown] == [
+        "24.3 M",
+        "33 G",
+        "1.234e-05",
+        "1,234,567",
+        "–",
+        "not finite",
+    ]
 
 
 def test_importing_the_report_imports_no_matplotlib():
@@ -383,8 +392,8 @@ def test_the_best_epoch_of_boxes_is_the_one_that_found_most(tmp_path: Path):
     rows = [
         {"step": i, "val/class_found_3d": found, "val/mask_acc": 90.0 - i} for i, found in enumerate((10.0, 30.0, 20.0))
     ]
-    assert pages.final_numbers(rows, {})["best"]["step"] == 1
-    assert "class_found_3d" in pages.train_curves(rows)[1].series
+    assert tables.final_numbers(rows, {})["best"]["step"] == 1
+    assert "class_found_3d" in charts.train_curves(rows)[1].series
     text = Elements(pages.train_report(run_folder(tmp_path, rows, {}, {}))).text
     assert "best boxes found30.0 %" in text
     assert "last boxes found20.0 %" in text
@@ -448,9 +457,9 @@ def test_accuracy_by_batch_is_a_curve_for_each_rule_of_the_rate():
         {"run": "c", "variant": "natural", "top1": 60.0, "batch": 64, "peak_lr": 0.1},
         {"run": "a", "variant": "shuffled", "top1": 1.0, "batch": 16, "peak_lr": 0.1},
     ]
-    (curves,) = pages.by_batch(rows)
+    (curves,) = charts.by_batch(rows)
     assert curves.series == {
         "rate 6.25 per 1,000 of a batch": ([4.0, 6.0], [90.0, 89.0]),
         "rate 0.1 whatever the batch": ([4.0, 6.0], [90.0, 60.0]),
     }
-    assert pages.by_batch(rows[:1]) == []
+    assert charts.by_batch(rows[:1]) == []

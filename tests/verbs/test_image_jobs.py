@@ -17,7 +17,7 @@ from slimray import job, models, runs
 from slimray.data.images import image_shapes
 from slimray.data.images.pictures import ImageRecipe
 from slimray.data.modalities import read_recipe
-from slimray.report import pages
+from slimray.report import charts, pages
 from slimray.spec import UserError, parse
 from slimray.tasks import TASKS
 from slimray.tasks.evaluation import Pass, Samples, Setting
@@ -156,7 +156,7 @@ def test_a_report_shows_images_with_truth_and_guess():
         shown = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
     assert np.abs(shown - views[0, 0]).mean() < 25
     assert len(raw) < 10_000
-    clips = [pages.Clip("net", one["frames_jpeg_base64"], one["truth"], one["top"]) for one in found]
+    clips = [charts.Clip("net", one["frames_jpeg_base64"], one["truth"], one["top"]) for one in found]
     page = pages.render("x", clips=clips, headline={}, curves=[], tables=[])
     assert "<h2>Images</h2>" in page
     assert "<h2>Clips</h2>" not in page

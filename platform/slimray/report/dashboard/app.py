@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import parse_qsl, quote, unquote, urlencode
+from urllib.parse import parse_qsl, unquote
 
 import dash
 import flask
@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 def build(watch: Watch, token: str) -> dash.Dash:
     """Return the application over `watch`: one layout, one callback, the report's route, the guards of all of them.
 
-    A request shows `token` in its query (`?token=`) or, from then on, in a cookie.
+    `/open/TOKEN` gives the browser a cookie, which every other request shows.
     """
     server = flask.Flask("slimray-dashboard", static_folder=None)
     app = dash.Dash(
@@ -156,11 +156,10 @@ def build(watch: Watch, token: str) -> dash.Dash:
             return flask.Response("this page answers to 127.0.0.1 and localhost only\n", 403, mimetype="text/plain")
         cookie = f"slimray-{request.environ['SERVER_PORT']}"  # cookies of all ports of a host are one
         if secrets.compare_digest(request.cookies.get(cookie, "").encode(), token.encode()):
-            return None
-        if not secrets.compare_digest(request.args.get("token", "").encode(), token.encode()):
+            return flask.redirect("/") if request.path.startswith("/open/") else None
+        if not secrets.compare_digest(request.path.encode(), f"/open/{token}".encode()):
             return flask.Response("open the link that `slimray dashboard` printed\n", 403, mimetype="text/plain")
-        rest = urlencode([(key, value) for key, value in request.args.items(multi=True) if key != "token"])
-        response = flask.redirect(quote(request.path) + (f"?{rest}" if rest else ""))
+        response = flask.redirect("/")
         response.set_cookie(cookie, token, httponly=True, samesite="Strict")
         return response
 
@@ -287,7 +286,7 @@ class Dashboard:
     @property
     def link(self) -> str:
         """The address that opens the page, with its token."""
-        return f"http://127.0.0.1:{self.port}/?token={self.token}"
+        return f"http://127.0.0.1:{self.port}/open/{self.token}"
 
     @property
     def cookie(self) -> tuple[str, str]:

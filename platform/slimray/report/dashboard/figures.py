@@ -13,7 +13,7 @@ import numpy as np
 from dash import dcc, html
 
 from slimray.arch import Arch
-from slimray.report import pages
+from slimray.report import charts
 from slimray.report.dashboard.pieces import (
     COST_NAMES,
     cut,
@@ -32,7 +32,7 @@ RAMP = ("#6b7280", "#5873a8", "#3b82f6", "#16a37a", "#d99a00", "#e0484f")  # of 
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
-def lines_figure(curves: pages.Curves, height: int = 260, ticks: Sequence[str] = ()) -> Any:
+def lines_figure(curves: charts.Curves, height: int = 260, ticks: Sequence[str] = ()) -> Any:
     """A chart of series over steps, thinned to MAX_POINTS means each."""
     traces = []
     for place, (name, (steps, values)) in enumerate(curves.series.items()):

@@ -10,7 +10,7 @@ from urllib.parse import quote, urlencode
 import numpy as np
 from dash import dcc, html
 
-from slimray.report import pages
+from slimray.report import charts, tables
 from slimray.report.dashboard.watch import Look
 
 MAX_POINTS = 800  # of a curve
@@ -27,14 +27,14 @@ def plain(value: Any) -> str:
     return text_of.escape(cut(value), quote=False)
 
 
-def train_curves(rows: Sequence[Mapping[str, Any]]) -> list[pages.Curves]:
+def train_curves(rows: Sequence[Mapping[str, Any]]) -> list[charts.Curves]:
     ordered = sorted((row for row in rows if finite(row.get("step"))), key=lambda row: row["step"])
-    return pages.train_curves(ordered)
+    return charts.train_curves(ordered)
 
 
 def final_numbers_of(look: Look) -> dict[str, Any]:
     """The best numbers: of the card, else of the metrics so far."""
-    return pages.final_numbers(list(look.metrics), look.card)["best"]
+    return tables.final_numbers(list(look.metrics), look.card)["best"]
 
 
 def series_of(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:

@@ -12,7 +12,7 @@ from urllib.parse import quote, urlencode
 import numpy as np
 from dash import dcc, html
 
-from slimray.report import pages
+from slimray.report.charts import Curves, Scatter
 from slimray.report.dashboard.figures import (
     COLOURS,
     confusion_figure,
@@ -63,6 +63,7 @@ from slimray.report.dashboard.trials import (
 )
 from slimray.report.dashboard.watch import Look
 from slimray.report.metrics import metrics_of, names_in, text_of
+from slimray.report.tables import compare, task_tables
 from slimray.spec import UserError
 from slimray.train import health
 
@@ -169,7 +170,7 @@ def compare_page(looks: Sequence[Look], missing: Sequence[str]) -> list[Any]:
                     several = len(curves.series) > 1 or curves.title.startswith("Validation")
                     title = f"{curves.title}: {label}" if several else curves.title
                     charts.setdefault((title, curves.unit), {})[str(look.row["name"])] = series
-    out.append(grid([lines_figure(pages.Curves(title, unit, series)) for (title, unit), series in charts.items()]))
+    out.append(grid([lines_figure(Curves(title, unit, series)) for (title, unit), series in charts.items()]))
     finals = [final_numbers_of(look) for look in looks]
     names = list(dict.fromkeys(name for row in finals for name in row if name not in ("phase", "attempt", "rank")))
     cells = [[run_link(str(look.row["name"])), *(row.get(n) for n in names)] for look, row in zip(looks, finals)]
@@ -247,7 +248,7 @@ def _results(look: Look, query: Query) -> list[Any]:
     rows = look.results.get("rows") or []
     if not rows:
         return []
-    tables = [pages.compare(rows, look.results), *pages.task_tables(rows, look.results.get("classes", []))]
+    tables = [compare(rows, look.results), *task_tables(rows, look.results.get("classes", []))]
     return [section(table.title, [data_table(table.header, table.rows), note_of(table.note)]) for table in tables]
 
 
@@ -262,7 +263,7 @@ def _stages(look: Look, query: Query) -> list[Any]:
         series = {stage.name: series_of(stage.metrics, name) for stage in look.stages}
         series = {stage: pair for stage, pair in series.items() if len(pair[0])}
         if series:
-            charts.append(lines_figure(pages.Curves(title, unit, series)))
+            charts.append(lines_figure(Curves(title, unit, series)))
     judged = [stage for stage in look.stages if stage.judged]
     metric = metric_of(look)
     table: list[Any] = []
@@ -270,7 +271,7 @@ def _stages(look: Look, query: Query) -> list[Any]:
         names = [str(row.get("subnet")) for row in judged[0].judged]
         per = [{str(row.get("subnet")): row.get(metric) for row in stage.judged} for stage in judged]
         series: dict[str, Any] = {name: (list(range(len(per))), [of.get(name) for of in per]) for name in names}
-        chart = pages.Curves(f"{metric} of subnets after each stage", "%", dict(list(series.items())[: len(COLOURS)]))
+        chart = Curves(f"{metric} of subnets after each stage", "%", dict(list(series.items())[: len(COLOURS)]))
         charts.append(lines_figure(chart, ticks=[stage.name for stage in judged]))
         params = [row.get("params") for row in judged[0].judged]
         cells = [[name, size, *(of.get(name) for of in per)] for name, size in zip(names, params)]
@@ -330,7 +331,7 @@ def _fronts(look: Look, query: Query) -> list[Any]:
     for cost in costs:
         points = points_of(trials, cost)
         front = sorted(points_of(look.fronts.get(cost) or (), cost))
-        front = front or pages.Scatter("", cost, metric, points).front()
+        front = front or Scatter("", cost, metric, points).front()
         placed = [row for row in chosen if finite(row.get(cost)) and finite(row.get("searched"))]
         picked = [(row[cost], row["searched"], str(row.get("target"))) for row in placed]
         if points or front:
