@@ -6,7 +6,6 @@ key (seed, epoch, sample). What does not decode raises BadSample; storage that f
 predicted from a sample is a task (slimray.tasks); of its targets only `Target` is known here. No torch.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import numpy as np
 from slimray.data import conversion, synthetic
 from slimray.data.bytes import read_sample, read_whole
 from slimray.data.images.pictures import ImageRecipe
+from slimray.data.open import decoder, filesystem
 from slimray.data.own_files import FileOptions, FileReader, open_clip, open_image, open_points
 from slimray.data.paths import ALL_FILES, NUMBERED
 from slimray.data.points import point_sets
@@ -28,7 +28,6 @@ from slimray.data.video.clips import ClipRecipe, flip_label
 from slimray.data.views import all_fit, clip_views, clip_views_fit, image_views, point_views, same_views
 from slimray.runs import examples
 from slimray.spec import lookup
-from slimray.storage import open_uri
 
 if TYPE_CHECKING:
     from slimray.data.cards import Card
@@ -162,24 +161,11 @@ def input_shape(recipe: Mapping[str, Any]) -> tuple[int, ...]:
 # ------------------------------------------------------------------------------------------------------- reading
 
 
-@functools.cache
-def _decoder(timeout_s: float) -> "Decoder":
-    """One decoding child per process, kept between tasks; it dies with the process."""
-    from slimray.data.video.decoder import Decoder  # PyAV takes long to import, and a check of a job needs none
-
-    return Decoder(timeout_s=timeout_s)
-
-
-@functools.lru_cache(maxsize=8)
-def _filesystem(root: str) -> tuple[Any, str]:
-    return open_uri(root)
-
-
 def load_clip(row: dict[str, Any], root: str, recipe: ClipRecipe, key: Key, timeout_s: float) -> tuple[np.ndarray, int]:
     """A clip uint8 `[V, T, size, size, 3]` and its label."""
-    fs, path = _filesystem(root)
+    fs, path = filesystem(root)
     data = read_sample(fs, path, row, recipe, key)
-    clip, flipped = _decoder(timeout_s).clip(row["path"], data, recipe, key)
+    clip, flipped = decoder(timeout_s).clip(row["path"], data, recipe, key)
     return clip, flip_label(row["label"], recipe.flip_labels) if flipped else row["label"]
 
 
@@ -187,8 +173,8 @@ def load_image(
     row: dict[str, Any], root: str, recipe: ImageRecipe, key: Key, timeout_s: float
 ) -> tuple[np.ndarray, int]:
     """An image uint8 `[V, size, size, 3]` and its label."""
-    fs, path = _filesystem(root)
-    image, flipped = _decoder(timeout_s).image(row["path"], read_whole(fs, path, row), recipe, key)
+    fs, path = filesystem(root)
+    image, flipped = decoder(timeout_s).image(row["path"], read_whole(fs, path, row), recipe, key)
     return image, flip_label(row["label"], recipe.flip_labels) if flipped else row["label"]
 
 
@@ -200,7 +186,7 @@ def load_points(
     `row["label"]` is the class of the whole cloud. In mode "test" the labels per point are int64 `[2, V, N]`: the label
     and the row of its file or room that each point is, -1 both in views that are blank (see `PointRecipe.fill`).
     """
-    fs, path = _filesystem(root)
+    fs, path = filesystem(root)
     data = read_whole(fs, path, row)
     sample = cloud_reader(timeout_s).sample(row["path"], data, recipe, key, shape=max(0, row["label"]))
     if not recipe.per_point:
@@ -224,7 +210,7 @@ def load_frustum(
     the class, by how much the points were turned, the detector's score, the height of the 2D box in pixels. Where no
     object is known, mask and box are -1 and nan.
     """
-    fs, path = _filesystem(root)
+    fs, path = filesystem(root)
     frustum, sample = cloud_reader(timeout_s).frustum(row["path"], read_whole(fs, path, row), recipe, key)
     number = point_sets.KITTI_CLASSES.index(frustum.kind)
     mask, box = np.full(recipe.num_points, -1), np.full(7, np.nan)

@@ -72,11 +72,16 @@ class Pair:
 
 def png_of(image: np.ndarray) -> str:
     """uint8 `[H, W, 3]` as PNG, base64 text."""
+    return base64.b64encode(png_bytes(image)).decode()
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """uint8 `[H, W, 3]` as PNG."""
     from PIL import Image
 
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,23 @@
+"""What a process keeps open while it makes samples: its decoder, and the filesystems of its datasets."""
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from slimray.storage import open_uri
+
+if TYPE_CHECKING:
+    from slimray.data.video.decoder import Decoder
+
+
+@functools.cache
+def decoder(timeout_s: float) -> "Decoder":
+    """Return the decoding child of this process, kept between tasks; it dies with the process."""
+    from slimray.data.video.decoder import Decoder  # PyAV takes long to import, and a check of a job needs none
+
+    return Decoder(timeout_s=timeout_s)
+
+
+@functools.lru_cache(maxsize=8)
+def filesystem(root: str) -> tuple[Any, str]:
+    """Return the filesystem of a dataset's root, and its path there."""
+    return open_uri(root)
