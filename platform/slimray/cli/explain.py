@@ -16,7 +16,7 @@ app = typer.Typer()
 def explain(
     what: Annotated[
         str | None,
-        typer.Argument(help="A kind, `card`, `models`; a section or field of them: train.optim, models.tsm_resnet50."),
+        typer.Argument(help="A kind, `card`, `models`, `tasks`; a section or field: train.optim, models.tsm_resnet50."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -24,15 +24,16 @@ def explain(
     from slimray import job
     from slimray.data.cards import Card
 
-    topics: dict[str, Any] = {**job.SPECS, "card": Card, "models": None}
+    topics: dict[str, Any] = {**job.SPECS, "card": Card, "models": None, "tasks": None}
     kind, *path = (what or "").split(".")
     if what is None:
         title = "slimray explain WHAT"
         rows = [{"what": name, "meaning": _first_line(spec)} for name, spec in job.SPECS.items()]
         rows.append({"what": "card", "meaning": _first_line(Card)})
         rows.append({"what": "models", "meaning": "The networks; models.NAME: the options of one."})
+        rows.append({"what": "tasks", "meaning": "What is predicted, by which numbers it is judged, and data.task."})
     elif lookup(topics, kind, "topic") is None:
-        title, rows = what, _explain_models(path)
+        title, rows = what, _explain_tasks() if kind == "tasks" else _explain_models(path)
     else:
         title, rows = _explain_spec(topics[kind], kind, path)
     if as_json:
@@ -45,6 +46,22 @@ def explain(
     for row in rows:
         table.add_row(*[str(value) for value in row.values()])
     out.print(table)
+
+
+def _explain_tasks() -> list[dict[str, str]]:
+    from slimray.tasks import TASKS
+
+    def metric(one: Any) -> str:
+        return f"{one.name}{f' [{one.unit}]' if one.unit else ''}{', lower is better' if one.better == 'lower' else ''}"
+
+    return [
+        {
+            "task": name,
+            "metrics": "; ".join(metric(one) for one in task.metrics),
+            "data.task": ", ".join(f"{key}: {field.default}" for key, field in task.spec.model_fields.items()),
+        }
+        for name, task in TASKS.items()
+    ]
 
 
 def _explain_models(path: list[str]) -> list[dict[str, str]]:
