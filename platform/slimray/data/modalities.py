@@ -14,6 +14,7 @@ import numpy as np
 
 from slimray.data import conversion, synthetic
 from slimray.data.bytes import read_sample, read_whole
+from slimray.data.images.pairs import PairRecipe, load_pair, open_pair, pair_recipe, require_pair
 from slimray.data.images.pictures import ImageRecipe
 from slimray.data.open import decoder, filesystem
 from slimray.data.own_files import FileOptions, FileReader, open_clip, open_image, open_points
@@ -400,6 +401,25 @@ MODALITIES: dict[str, Modality] = {
         view_recipe=image_views,
         open_file=open_image,
         example=_show_image,
+    ),
+    "image_pair": Modality(
+        noun="picture",
+        plural="pictures with a smaller one",
+        recipe=PairRecipe,
+        make_recipe=pair_recipe,
+        shape=lambda recipe: (1, recipe.size, recipe.size, 3),
+        input_shape=lambda recipe: (3, recipe.size, recipe.size),
+        target=lambda recipe: Target((recipe.size * recipe.scale, recipe.size * recipe.scale, 3), "uint8", 0),
+        dtype=np.uint8,
+        load=load_pair,
+        convert=conversion.convert_image,
+        require=require_pair,
+        decode_s=0.02,
+        sample_mb=0.3,
+        endings=IMAGES,
+        in_channels=3,
+        early_input=lambda data, _: (3, data.size, data.size),
+        open_file=open_pair,
     ),
     "points": Modality(
         noun="cloud",

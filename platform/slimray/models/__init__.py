@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from slimray.models.generators.carn import carn
 from slimray.models.i3d import I3D, INFLATIONS
 from slimray.models.mobilenetv2 import MobileNetV2
 from slimray.models.points.table import POINT_MODELS
@@ -127,6 +128,10 @@ MODELS |= {
     "ofa_pvcnn_cls": Model(
         ofa_pvcnn_cls, "Once-for-All supernet of PVCNNs for clouds, our own design", "points", supernet=True
     ),
+}
+MODELS |= {
+    "carn": Model(carn, "CARN: pictures enlarged 2, 3 or 4 times", "image_pair"),
+    "carn_m": Model(carn, "CARN-M: grouped and shared, for devices", "image_pair", {"groups": 4, "shared": True}),
 }
 MODELS |= {name: Model(make, text, takes) for name, (make, text, takes) in POINT_MODELS.items()}
 

@@ -11,9 +11,10 @@ from slimray.tasks.classify import CLASSIFY
 from slimray.tasks.frustum_boxes import FRUSTUM_BOXES
 from slimray.tasks.parts import PARTS
 from slimray.tasks.segment import SEGMENT
+from slimray.tasks.super_resolve import SUPER_RESOLVE
 from slimray.tasks.task import Task, task_before
 
-TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFY, SEGMENT, PARTS, FRUSTUM_BOXES)}
+TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFY, SEGMENT, PARTS, FRUSTUM_BOXES, SUPER_RESOLVE)}
 
 
 def task_of_card(card: Any) -> Task:
