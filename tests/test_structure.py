@@ -224,3 +224,92 @@ def test_an_absolute_time_is_found(source: str):
 )
 def test_a_ratio_and_a_wait_that_scales_are_no_absolute_times(source: str):
     assert absolute_times(source) == []
+
+
+# ------------------------------------------------------------------------------------- tasks and modalities are tables
+
+BRANCH_FREE = [
+    path for path in FILES if room(path) != "tasks" and path.relative_to(PACKAGE).as_posix() != "data/modalities.py"
+]
+KINDS = {
+    "clip",
+    "image",
+    "points",
+    "frustum",
+    "image_pair",
+    "classify",
+    "segment",
+    "parts",
+    "frustum_boxes",
+    "super_resolve",
+}
+OF_KINDS = {"ClipRecipe", "ImageRecipe", "PointRecipe", "PairRecipe", "ClassScore", "SegmentationScore", "ShapeScore",
+            "FrustumScore", "PictureScore", "FrustumNet"}  # fmt: skip
+SIGNS = {"per_point", "num_shapes", "num_segments", "kind"}  # attributes by which a recipe or network would be told
+EXCEPTIONS = {  # (file, what it does): why that asks neither for a task nor for a modality
+    ("data/video/decoder.py", "compares with 'clip'"): "what a request to the decoding process is for",
+    ("data/video/decoder.py", "compares with 'image'"): "what a request to the decoding process is for",
+    ("edge/profiler.py", "looks for num_shapes"): "an option of a network",
+    ("runs/examples.py", "compares ndim"): "a scene checks its own arrays",
+}
+
+
+def branches(path: Path) -> set[str]:
+    return branches_in(path.read_text(), path)
+
+
+def branches_in(code: str, path: Path) -> set[str]:
+    """What in the code of a file asks for a task or modality: comparison, membership, class, table, ndim, hasattr."""
+    found: set[str] = set()
+    shapes = room(path) in ("verbs", "report", "train", "cli", "job", "runs", "search")
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Compare | ast.MatchValue):
+            inside = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+            found |= {f"compares with {name!r}" for name in inside & KINDS}
+            if shapes and any(isinstance(n, ast.Attribute) and n.attr == "ndim" for n in ast.walk(node)):
+                found.add("compares ndim")
+        elif isinstance(node, ast.Dict):
+            keys = {key.value for key in node.keys if isinstance(key, ast.Constant)}
+            if len(keys & KINDS) > 1:
+                found.add(f"a table by {', '.join(sorted(keys & KINDS))}")
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            said = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+            if node.func.id in ("isinstance", "issubclass"):
+                found |= {f"asks for {name}" for name in names & OF_KINDS}
+            if node.func.id in ("hasattr", "getattr"):
+                found |= {f"looks for {name}" for name in said & SIGNS if isinstance(name, str)}
+    return found
+
+
+@pytest.mark.parametrize("path", BRANCH_FREE, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nothing_outside_the_tables_asks_which_task_or_modality_it_is(path: Path):
+    here = path.relative_to(PACKAGE).as_posix()
+    assert {what for what in branches(path) if (here, what) not in EXCEPTIONS} == set()
+
+
+def test_every_exception_is_still_needed():
+    there = {(path.relative_to(PACKAGE).as_posix(), what) for path in BRANCH_FREE for what in branches(path)}
+    assert set(EXCEPTIONS) <= there
+
+
+def test_the_names_of_tasks_and_modalities_are_those_of_the_tables():
+    from slimray.data.modalities import MODALITIES
+    from slimray.tasks import TASKS
+
+    assert {*TASKS, *MODALITIES} == KINDS
+
+
+def test_a_branch_is_seen_in_every_form():
+    forms = {
+        'x = card.sample == "clip"': "compares with 'clip'",
+        'x = kind in ("image", "other")': "compares with 'image'",
+        'match kind:\n    case "segment":\n        pass': "compares with 'segment'",
+        'x = {"clip": 1, "points": 2}[kind]': "a table by clip, points",
+        "x = isinstance(recipe, PointRecipe | int)": "asks for PointRecipe",
+        'x = getattr(recipe, "per_point", False)': "looks for per_point",
+    }
+    for code, what in forms.items():
+        assert branches_in(code, PACKAGE / "verbs/nowhere.py") == {what}
+    assert branches_in("x = batch.data.ndim == 6", PACKAGE / "verbs/nowhere.py") == {"compares ndim"}
+    assert branches_in('x = {"clip": 1}', PACKAGE / "verbs/nowhere.py") == set()
