@@ -136,8 +136,7 @@ def schedule(job: TrainJob, num_train: int | None) -> dict[str, Any]:
 
 def on_meta(job: TrainJob, card: Card | None) -> Any:
     """Return the network of `job` without values, on the meta device."""
-    num_classes = card.num_classes if card is not None else 0
-    return cost.build_on_meta(lambda: models.build(**model_options(job, num_classes or 1)))
+    return cost.build_on_meta(lambda: models.build(**model_options(job, card)))
 
 
 def _side(model: Mapping[str, Any]) -> int | None:

@@ -334,8 +334,8 @@ def _write_indexes(job: PrepareJob, ctx: Context, card: Card, chunks: list[_Chun
     if len(notes) > MAX_NOTES:
         ctx.console.print(f"  and so with {len(notes) - MAX_NOTES} more files: see data/parts in the run folder")
     short = MODALITIES[card.sample].notes
-    for split, items in rows.items() if short else ():
-        if note := short(np.array([item.get("frames", 0) for item in items]), None):
+    for split, items in rows.items():
+        if short and (note := short(np.array([item.get("frames", 0) for item in items]), None)):
             ctx.console.print(f"{job.name}: {split}: {note}", highlight=False, markup=False)
 
 
