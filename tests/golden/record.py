@@ -1,12 +1,15 @@
-"""Computes the golden values. `python -m tests.golden.record FILE` writes those of the code as it is; `--spread` adds
-how far rounding carries them. golden.json was written at commit d4a6aae by `--spread`. Two corrections of 2026-11-29
-changed values on purpose, which were written again: ranks with a lone sample (on 2 and 3 ranks) no longer double it,
-and averages of weights warm up and hold statistics. All other values (on one rank all but those) kept their bits.
+"""Computes the golden values: `python -m tests.golden.record FILE` writes those of the code as it is.
 
 Real prepared samples of each kind (tests/old_runs) go through each training method on 1, 2 and 3 ranks (gloo). Kept
-are plans, indexes, samples, losses, the tensors of the checkpoints and what the networks answer: of each tensor a
-digest, its norm and a projection. `spread` is how far a tensor moves when the starting weights are off by 1e-6, some
-roundings of float32: so much another processor may differ.
+are plans, indexes, samples, losses, the tensors of the checkpoints and what the networks answer. Training in float32
+gives digests, for equal machines. These trainings magnify rounding (BatchNorm over two samples), so other machines
+compare losses, norms and projections of the same training in float64 (`--double`), except for points, whose operators
+compute in float32 whatever they are given.
+
+golden.json was written at commit d4a6aae with `--all`: digests of the one, numbers of the other, and as `spread` how
+far they move when the starting weights are off by some roundings (NUDGES). Two corrections of 2026-11-29 changed values
+on purpose, which were written again: ranks with a lone sample (on 2 and 3 ranks) no longer double it, and averages of
+weights warm up and hold statistics. All other values (on one rank all but those) kept their bits.
 """
 
 import argparse
@@ -34,7 +37,8 @@ from torch import Tensor, nn
 
 STORAGE = Path(__file__).resolve().parents[1] / "old_runs/storage"
 WORLDS, BATCH, PER_WORKER, SEED, STEPS = (1, 2, 3), 8, 2, 5, (1, 2, 3)  # the last batch of the epoch is a short one
-NUDGE = 1e-6
+SINGLE = ("clouds", "frustums")
+NUDGES, TRIES = {torch.float32: 1e-6, torch.float64: 1e-12}, 3  # relative
 KINDS = ("clips", "images", "clouds", "frustums")  # prepared datasets, and NAME-net trained on each
 SGD = {"lr": 0.02, "reference_batch": BATCH, "epochs": 2}
 PLAIN = SGD | {"groups": "plain"}
@@ -171,13 +175,13 @@ def _load(folder: Path, split: str, recipe: dict[str, Any], epoch: int) -> tuple
 # -------------------------------------------------------------------------------------------------------------- cases
 
 
-def train(case: str, samples: Samples, rank: int, world: int, nudge: float = 0.0) -> tuple[list[float], dict[str, Any]]:
-    """A case on one rank: the loss of each step, and all tensors by name."""
+def train(case: str, samples: Samples, rank: int, world: int, nudged: int = 0) -> tuple[list[float], dict[str, Any]]:
+    """A case on one rank: the loss of each step, and all tensors by name; with `nudged` weights that are off a bit."""
     _, method, model, optim = CASES[case]
     torch.manual_seed(1)
     net = binding.make_net(model)
     teacher = binding.make_net(model) if method in ("mutual", "supernet") else None
-    _nudge(net, nudge)
+    _nudge(net, nudged)
     training = binding.Training(method, net, teacher, optim, samples.shape, rank, world)
     count = len(samples.train[0])
     phase = binding.make_phase(count, BATCH, 1)
@@ -209,29 +213,33 @@ def _is_kept(case: str, name: str) -> bool:
 
 
 @torch.no_grad()
-def _nudge(net: nn.Module, by: float) -> None:
-    if by:
-        generator = torch.Generator().manual_seed(9)
-        for value in net.parameters():
-            value.mul_(1 + by * torch.randn(value.shape, generator=generator))
+def _nudge(net: nn.Module, number: int) -> None:
+    """Move the weights a bit; `number` says which way, 0 not at all."""
+    generator = torch.Generator().manual_seed(number)
+    for value in net.parameters() if number else ():
+        value.mul_(1 + NUDGES[value.dtype] * torch.randn(value.shape, generator=generator))
 
 
-def _rank(rank: int, world: int, data: dict[str, Samples], folder: str, spread: bool) -> None:
+def _rank(rank: int, world: int, data: dict[str, Samples], folder: str, double: bool, spread: bool) -> None:
     """One process of `world`: all cases one after another; rank 0 writes what they gave."""
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     out: dict[str, Any] = {}
     for case, (name, *_) in CASES.items():
+        torch.set_default_dtype(torch.float64 if double and name not in SINGLE else torch.float32)
         losses, tensors = train(case, data[name], rank, world)
         kept = {key: value for key, value in tensors.items() if _is_kept(case, key)}
         out[case] = {"losses": losses, "tensors": {key: describe(value) for key, value in kept.items()}}
         whole = "".join(f"{key} {digest(value.detach().numpy())} " for key, value in sorted(tensors.items()))
         out[case]["all"] = hashlib.sha256(whole.encode()).hexdigest()[:16]
         if spread:
-            others, moved = train(case, data[name], rank, world, NUDGE)
-            out[case]["spread"] = {key: _distance(value, moved[key]) for key, value in kept.items()}
-            out[case]["loss spread"] = [abs(a - b) for a, b in zip(losses, others, strict=True)]
+            others = [train(case, data[name], rank, world, nudged) for nudged in range(1, TRIES + 1)]
+            moved = {key: max(_distance(value, other[key]) for _, other in others) for key, value in kept.items()}
+            apart = [
+                max(abs(a - b) for b in found) for a, *found in zip(losses, *(one for one, _ in others), strict=True)
+            ]
+            out[case] |= {"spread": moved, "loss spread": apart}
     if rank == 0:
         Path(folder, "out.json").write_text(json.dumps(out))
     if world > 1:
@@ -245,11 +253,11 @@ def _distance(one: Tensor, other: Tensor) -> float:
     return float(f"{float(apart.norm()):.2g}")
 
 
-def run_world(world: int, data: dict[str, Samples], spread: bool) -> dict[str, Any]:
+def run_world(world: int, data: dict[str, Samples], double: bool, spread: bool) -> dict[str, Any]:
     """All cases on `world` ranks, each a process forked from this one."""
     context = multiprocessing.get_context("fork")  # torch is imported once
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=_rank, args=(r, world, data, folder, spread)) for r in range(world)]
+        ranks = [context.Process(target=_rank, args=(r, world, data, folder, double, spread)) for r in range(world)]
         for process in ranks:
             process.start()
         while any(process.is_alive() for process in ranks) and not any(process.exitcode for process in ranks):
@@ -262,10 +270,10 @@ def run_world(world: int, data: dict[str, Samples], spread: bool) -> dict[str, A
         return json.loads(Path(folder, "out.json").read_text())
 
 
-def record(spread: bool) -> dict[str, Any]:
-    """All golden values of the code as it is."""
+def record(double: bool = False, spread: bool = False) -> dict[str, Any]:
+    """All golden values of the code as it is, from training in float32 or float64."""
     data = {name: Samples(name) for name in KINDS}
-    found = {world: run_world(world, data, spread and world == 1) for world in WORLDS}
+    found = {world: run_world(world, data, double, spread) for world in WORLDS}
     cases = {}
     for case in CASES:
         names = sorted({name for world in WORLDS for name in found[world][case]["tensors"]})
@@ -274,10 +282,11 @@ def record(spread: bool) -> dict[str, Any]:
             "all": {str(world): found[world][case]["all"] for world in WORLDS},
             "tensors": {name: [found[world][case]["tensors"].get(name) for world in WORLDS] for name in names},
         }
-        if spread:  # behind the rows of the worlds
-            cases[case]["loss spread"] = found[1][case]["loss spread"]
-            for name, rows in cases[case]["tensors"].items():
-                rows.append(found[1][case]["spread"].get(re.sub(r"^norms\.\d+", "norms.0", name), 0.0))
+        if spread:
+            spreads = [found[world][case]["spread"] for world in WORLDS]
+            cases[case]["spread"] = {name: max(one.get(name, 0.0) for one in spreads) for name in names}
+            steps = zip(*(found[world][case]["loss spread"] for world in WORLDS), strict=True)
+            cases[case]["loss spread"] = [max(step) for step in steps]
     samples = {
         name: {"data": describe(one.train[0]), "labels": describe(one.train[1]), "val": describe(one.val)}
         for name, one in data.items()
@@ -286,12 +295,26 @@ def record(spread: bool) -> dict[str, Any]:
     return json.loads(json.dumps({"machine": machine(), "exact": exact, "samples": samples, "cases": cases}))
 
 
+def record_all() -> dict[str, Any]:
+    """What golden.json holds: digests of float32, numbers of float64, and behind the rows of a tensor its spread."""
+    single, double = record(), record(double=True, spread=True)
+    for name, case in single["cases"].items():
+        other = double["cases"][name]
+        case["double losses"], case["loss spread"] = other["losses"], other["loss spread"]
+        for tensor, rows in case["tensors"].items():
+            pairs = zip(rows, other["tensors"][tensor], strict=True)
+            both = [a and f"{a.partition(' ')[0]} {b.partition(' ')[2]}" for a, b in pairs]
+            case["tensors"][tensor] = [*both, other["spread"][tensor]]
+    return single
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--spread", action="store_true")
+    parser.add_argument("--double", action="store_true", help="train in float64")
+    parser.add_argument("--all", action="store_true", help="both, with spreads")
     arguments = parser.parse_args()
-    arguments.file.write_text(_text(record(arguments.spread)) + "\n")
+    arguments.file.write_text(_text(record_all() if arguments.all else record(arguments.double)) + "\n")
 
 
 def _text(node: Any) -> str:

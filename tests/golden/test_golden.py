@@ -1,9 +1,9 @@
-"""The code computes what it computed at commit d4a6aae: equal bits on an equal machine, else within float32 rounding.
+"""The code computes what it computed at commit d4a6aae: equal bits on an equal machine, else equal numbers in float64.
 
 record.py says which values were corrected since.
 
-Losses may differ by what a nudge of the weights by 1e-6 made of them, tensors by the distance by which it moved them,
-each times SLACK; both were measured when the values were recorded. Integers, plans and archs are equal everywhere.
+On another machine numbers may differ by SLACK times what a nudge of the starting weights made of them, which was
+measured when they were recorded; points are trained in float32 there too. What is an integer is equal everywhere.
 """
 
 import json
@@ -19,15 +19,15 @@ from tests.waits import patience
 HERE = Path(__file__).resolve().parent
 GOLDEN = json.loads((HERE / "golden.json").read_text())
 SAME_MACHINE = machine() == GOLDEN["machine"]
-SLACK, ROUNDING = 8, 1e-5  # of a whole training of three steps, relative
-DECODED = 2e-2  # by how much two versions of a decoder may differ
+SLACK, ROUNDING = 100, 1e-5  # the latter relative: numbers are written with six digits
+DECODED = 2e-2  # by how much two versions of a decoder may differ, relative
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, Any]:
     """The values of today, computed as golden.json was, in a process of its own."""
     file = tmp_path_factory.mktemp("golden") / "today.json"
-    command = [sys.executable, "-m", "tests.golden.record", str(file)]
+    command = [sys.executable, "-m", "tests.golden.record", str(file), *([] if SAME_MACHINE else ["--double"])]
     done = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, timeout=patience(240))
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(file.read_text())
@@ -48,12 +48,12 @@ def test_prepared_samples_are_read_and_varied_as_then(found, kind):
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_are_those_recorded(found, case):
-    golden = GOLDEN["cases"][case]
-    for world in map(str, WORLDS):
-        ours, then = found["cases"][case]["losses"][world], golden["losses"][world]
-        if SAME_MACHINE:
-            assert ours == then, f"{world} ranks"
-        for step, (a, b, spread) in enumerate(zip(ours, then, golden["loss spread"], strict=True)):
+    golden, ours = GOLDEN["cases"][case], found["cases"][case]["losses"]
+    if SAME_MACHINE:
+        assert ours == golden["losses"]
+        return
+    for world, losses in golden["double losses"].items():
+        for step, (a, b, spread) in enumerate(zip(ours[world], losses, golden["loss spread"], strict=True)):
             assert a == pytest.approx(b, rel=ROUNDING, abs=SLACK * spread), f"{world} ranks, step {step}"
 
 
@@ -71,11 +71,12 @@ def test_checkpoints_and_scores_hold_the_recorded_tensors(found, case):
 
 
 def agrees(now: str, then: str, spread: float, relative: float, name: str) -> None:
-    """AssertionError unless two descriptions are of one tensor: of the same bits where the machine is the same."""
+    """AssertionError unless two descriptions are of one tensor: of the same bits, on another machine in numbers."""
     bits, norm, projection = then.split()
     bits_now, norm_now, projection_now = now.split()
     if SAME_MACHINE:
-        assert bits_now == bits, f"{name}: norm {norm_now}, was {norm}; projection {projection_now}, was {projection}"
-    apart = SLACK * spread + relative * float(norm)
+        assert bits_now == bits, f"{name}: has other bits"
+        return
+    apart = SLACK * spread + relative * max(float(norm), 1e-3)
     assert float(norm_now) == pytest.approx(float(norm), rel=0, abs=apart), name
     assert float(projection_now) == pytest.approx(float(projection), rel=0, abs=apart), name
