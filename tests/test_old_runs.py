@@ -212,6 +212,8 @@ def test_the_unfinished_run_resumes_to_the_recorded_bits_and_old_models_are_scor
     for name in EVALUATED:
         then, now = (json.loads((old / f"runs/{one}/results.json").read_text()) for one in (name, f"{name}-again"))
         for old_row, row in zip(then["rows"], now["rows"], strict=True):
+            if "ap" in old_row:  # boxes: a chance of 100 / classes was told, which means nothing for them
+                del old_row["chance"]
             assert_same_numbers(old_row, row, name)
         if SAME_MACHINE:
             assert now["confusion"] == then["confusion"]

@@ -133,7 +133,7 @@ def profile(
 
     num_points, options = None, dict[str, Any](name=what, num_classes=1000)
     if what in models.MODELS:
-        if not models.MODELS[what].supernet or MODALITIES[models.MODELS[what].input].early_input is None:
+        if not models.MODELS[what].supernet or MODALITIES[models.MODELS[what].input].in_channels is None:
             raise UserError(f"profile {what}: must be an ofa_ model of images or clips, or a run of kind shrink")
         for assignment in [*([f"preset={preset}"] if preset else []), *(set_ or [])]:
             set_value(options, assignment)
