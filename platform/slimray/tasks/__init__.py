@@ -6,7 +6,7 @@ A card names its task (`task:`); `task_of_card` gives that of cards written befo
 from collections.abc import Mapping
 from typing import Any
 
-from slimray.spec import lookup, parse
+from slimray.spec import UserError, lookup, parse
 from slimray.tasks.classify import CLASSIFY
 from slimray.tasks.frustum_boxes import FRUSTUM_BOXES
 from slimray.tasks.parts import PARTS
@@ -24,7 +24,10 @@ def task_of_card(card: Any) -> Task:
 
 def task_options(card: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a card's task with their defaults; UserError `data.task.scale: ...` for what is wrong."""
-    return parse(task_of_card(card).spec, dict(given), "data.task").model_dump()
+    try:
+        return parse(task_of_card(card).spec, dict(given), "data.task").model_dump()
+    except UserError as error:
+        raise UserError(str(error).replace("data.task: ", "data.task.")) from None
 
 
 def with_target(task: Task, recipe: Mapping[str, Any]) -> dict[str, Any]:

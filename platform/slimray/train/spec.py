@@ -191,8 +191,8 @@ class CheckpointSpec(Spec):
     keep_last: int = Field(default=2, ge=1)
     """Newest checkpoints kept; the best one by `best_metric` is kept besides."""
     best_metric: str | None = None
-    """Metric by which a checkpoint is the best, higher is better; default val/top1, for labels per point val/miou, for
-    boxes val/class_found_3d."""
+    """Metric by which a checkpoint is the best (`val/top1`, `val/loss`), higher or lower as the task says; default the
+    first one of the task: `slimray explain tasks`."""
     ship: Literal["last", "best"] = "last"
     """Which weights the run ships: those of the last step, or those of the best validation by `best_metric`."""
 

@@ -103,13 +103,15 @@ def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, 
     Without the number of classes (the dataset is not there) no parameters and MACs, without `num_train` no steps.
     UserError, with the field, for a network that cannot be built or does not fit the data.
     """
+    given = given_of(job, card)
     _require_weights(job, card)
+    _require_metrics(job, card)
     row = models.MODELS.get(str(job.model.name))
     if card is None and row is not None and MODALITIES[row.input].early_input is None:
         return {"model": job.model.name}  # what its samples are, only the dataset says
     net, macs = _measure(job, card)
     out: dict[str, Any] = {"model": job.model.name}
-    if given_of(job, card) is not None:
+    if given is not None:
         out |= {"classes": card.num_classes} if card is not None and card.num_classes else {}
         out |= {"params": cost.count_params(net), "macs": macs}
     return out | {"input": list(_input_shape(job, card, net))} | schedule(job, num_train)
@@ -171,6 +173,8 @@ def _measure(job: TrainJob, card: Card | None) -> tuple[Any, int]:
     for option in options:
         if option in OWNED:
             raise UserError(f"model.{option}: is no option here, {OWNED[option]}")
+        if option in (given_of(job, card) or ()):
+            raise UserError(f"model.{option}: is no option here, write data.task.{option}")
         if option not in known:
             raise UserError(f"model.{option}: {name} has no such option{did_you_mean(option, set(known) - set(OWNED))}")
     side = _side({"name": name, **options})
@@ -212,6 +216,19 @@ def _input_shape(job: TrainJob, card: Card | None, net: Any) -> tuple[int, ...]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _require_metrics(job: TrainJob, card: Card | None) -> None:
+    """Raise UserError for a best metric that the task does not have, and for probabilities where there are none."""
+    task, named = None if card is None else task_of_card(card), job.checkpoint.best_metric
+    if task is None:
+        return
+    known = [f"val/{metric.name}" for metric in task.metrics]
+    if named is not None and named not in known:
+        hint = did_you_mean(named, known) or f", one of {', '.join(known)}"
+        raise UserError(f"checkpoint.best_metric: the task {task.name} has no {named!r}{hint}")
+    if job.average != "logits" and not task.logits:
+        raise UserError(f"average: prob is for classes, not for {task.name}: leave it out")
 
 
 def _require_weights(job: TrainJob, card: Card | None) -> None:

@@ -225,6 +225,11 @@ def facts(job: ProxylessJob, card: Any, num_train: int | None) -> dict[str, Any]
         out.pop(name, None)
     if card is None:
         return out
+    if job.search.gradient == "reinforce":
+        from slimray.tasks import task_of_card
+
+        if task_of_card(card).hits is None:
+            raise UserError("search.gradient: reinforce counts what is right, which this task does not: take two")
     net = _on_meta(job, card)
     goal = make_goal(job, net, job.weights[0])
     out |= {"mixed_blocks": len(net.mixed), "cost": job.latency.cost, "cost_aim": job.latency.ref}
