@@ -147,7 +147,7 @@ def plan(
         str | None, typer.Option(help="Cluster file (a name or a path) with a machine section. Default: this machine.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="Training samples, where the dataset is not at hand.", min=1)
+        int | None, typer.Option(help="Training samples, where the dataset is not there to be counted.", min=1)
     ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="First measure one worker on this machine.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw the plan into FILE.png or FILE.svg.")] = None,

@@ -192,7 +192,7 @@ class PodSpec(Spec):
     node_selector: dict[str, str] = {}
     """Labels of the nodes it may run on."""
     tolerations: tuple[dict[str, Any], ...] = ()
-    """Taints it puts up with, as Kubernetes writes them."""
+    """Tolerated taints, as Kubernetes writes them."""
 
 
 class GroupSpec(PodSpec):

@@ -1,4 +1,4 @@
-"""Devices that are not at hand: what a network would take on them, by a model made of a few numbers of a data sheet.
+"""Roofline and energy models for devices you do not have, made of a few numbers of a data sheet.
 
 `HARDWARE` is a table to read; a row says where its numbers come from. The model is the roofline (Williams et al., CACM
 52(4), 2009): a layer takes the longer of its multiply-accumulates at the peak rate and its bytes at the full bandwidth;

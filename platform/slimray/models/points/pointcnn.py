@@ -2,7 +2,7 @@
 
 PointCNN: Convolution On X-Transformed Points (arXiv 1801.07791), ShapeNet part form, written in torch from its
 description; the original is TensorFlow, weights do not carry over. `[B, C, N]` in, coordinates first, then normals, and
-`[B, num_classes, N]` out. The decoder repeats the encoder's (K, D), where the published configuration was not at hand.
+`[B, num_classes, N]` out. The decoder repeats the encoder's (K, D), as the published configuration was not available.
 """
 
 import math
