@@ -21,7 +21,8 @@ def spec(**fields) -> OptimSpec:
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "lars"])
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_the_defaults_make_an_optimizer_for_every_network(name, optimizer):
-    options = {"num_classes": 5} if "num_classes" in models.options_of(name) else {}
+    needed = {"num_classes": 5, "scale": 2}
+    options = {option: needed[option] for option in models.required(name) if option in needed}
     if name == "proxyless_found":
         supernet = cost.build_on_meta(lambda: models.build("proxyless_supernet", num_classes=5))
         options["blocks"] = supernet.describe(supernet.most_likely())
