@@ -26,6 +26,7 @@ MACHINES = {
     "Linux arm64": "aarch64-manylinux_2_35",
     "macOS arm64": "aarch64-apple-darwin",
 }
+FROM_SOURCE = "antlr4-python3-runtime"  # pure Python, without wheels; executorch requires it
 HEADER = """\
 # Exact versions for Linux x86-64 (CUDA and CPU builds of torch), Linux arm64 and macOS arm64, Python 3.11 to 3.13.
 # Written by `make constraints`, checked by `make resolve`.
@@ -47,7 +48,7 @@ def check(project: Path) -> int:
     def one(case: tuple[str, str]) -> subprocess.CompletedProcess[str]:
         machine, python = case
         return resolve(
-            project, "--constraints", "constraints.txt", "--only-binary", ":all:",
+            project, "--constraints", "constraints.txt", "--only-binary", ":all:", "--no-binary", FROM_SOURCE,
             "--python-platform", MACHINES[machine], "--python-version", python,
         )  # fmt: skip
 
