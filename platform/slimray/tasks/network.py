@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from slimray import models, runs
+from slimray import compress, runs
 from slimray.data.modalities import read_recipe
 from slimray.models import published
 from slimray.tasks.task import Outputs, task_before
@@ -35,7 +35,7 @@ class Input:
 class Network:
     """A run's network ready to use: the module in eval mode, its input, the recipe of its samples, its classes.
 
-    `task` is a name in TASKS, `model` what `models.build` takes.
+    `task` is a name in TASKS, `model` what `compress.build` takes.
     """
 
     net: nn.Module
@@ -61,7 +61,7 @@ def load_network(run: runs.Run, device: torch.device | str = "cpu") -> Network:
     """Load the network that `run` wrote; UserError if it wrote none, or one whose weights are NaN."""
     weights, model, taken = runs.read_model(run)
     read_recipe(taken["recipe"])  # a recipe of another version fails here, not at the first file
-    net = models.build(**model)
+    net = compress.build(**model)
     tensors = safetensors.torch.load(weights)
     published.require_finite(tensors, f"{run.uri}/model/weights.safetensors")
     net.load_state_dict(tensors)

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from slimray import models, runs
+from slimray import compress, runs
 from slimray.data.bytes import read_whole
 from slimray.data.modalities import MODALITIES, input_shape, modality_of, read_recipe, sample_shape, target_of
 from slimray.data.samples import BadSample
@@ -128,7 +128,7 @@ def _step_times(
         data = rng.standard_normal((rows, *shape)).astype(dtype)
     labels = rng.integers(0, int(model.get("num_classes", 256)), (rows, *target.shape)).astype(target.dtype)
     torch.manual_seed(0)
-    replica = PlainReplica(models.build(**model), Setup(optim, Input(), input_shape(recipe), device, task=task))
+    replica = PlainReplica(compress.build(**model), Setup(optim, Input(), input_shape(recipe), device, task=task))
     times = []
     for step in range(WARM + STEPS):
         start = clock()

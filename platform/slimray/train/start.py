@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from slimray import models
+from slimray import compress
 from slimray.data.modalities import input_shape
 from slimray.models import published
 from slimray.spec import UserError
@@ -16,7 +16,7 @@ from slimray.train.methods.method import Replica, Setup
 def make_replica(config: FitConfig, device: torch.device, rank: int, world: int) -> Replica:
     """Return the replica of a rank at the start of training; the same weights on every rank, a function of the seed."""
     torch.manual_seed(config.seed)
-    net = models.build(**config.model)
+    net = compress.build(**config.model)
     if config.init:
         report = load_start(net, config.init)
         if rank == 0:
@@ -33,7 +33,7 @@ def make_replica(config: FitConfig, device: torch.device, rank: int, world: int)
         batch_total=config.batch_total,
         task=TASKS[config.task],
     )
-    return config.method.replica(net, lambda: models.build(**config.model), setup)
+    return config.method.replica(net, lambda: compress.build(**config.model), setup)
 
 
 def load_start(net: torch.nn.Module, init: dict[str, Any]) -> published.LoadReport:

@@ -171,7 +171,7 @@ def in_words(what: str) -> str:
 
 
 def read_model(run: runs.Run, field: str) -> dict[str, Any]:
-    """Return the arguments of `models.build` of the network of a run, without its weights; UserError if damaged."""
+    """Return the arguments of `compress.build` of the network of a run, without its weights; UserError if damaged."""
     return _read_object(run, "model/model.json", ("name",), field)
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
-from slimray import models, runs
+from slimray import compress, models, runs
 from slimray.data.cards import Card
 from slimray.data.modalities import MODALITIES, input_shape
 from slimray.data.plan import ceil_div
@@ -52,6 +52,8 @@ def with_network(job: Job, storage: str, kept: runs.Run | None = None) -> Job:
     else:
         found = inputs.finished_run(job.model.run, storage, ("network", "supernet"), "model.run")
         model = {k: v for k, v in inputs.read_model(found, "model.run").items() if k not in OWNED}
+        if "compression" in model:  # new weights obey no old masks and codebooks
+            model["compression"] = compress.shaping(model["compression"])
         if kept is not None:
             runs.write_file(kept, KEPT, json.dumps(model).encode())
     side = _side(model)
@@ -82,7 +84,7 @@ def given_of(job: HasNetwork, card: Card | None) -> dict[str, Any] | None:
 
 
 def model_options(job: TrainJob, card: Card | None) -> dict[str, Any]:
-    """Return what `models.build` takes for this job; 1 for what its task does not say yet."""
+    """Return what `compress.build` takes for this job; 1 for what its task does not say yet."""
     needs = models.required(str(job.model.name))
     given = given_of(job, card)
     if given is None:
@@ -138,7 +140,7 @@ def schedule(job: TrainJob, num_train: int | None) -> dict[str, Any]:
 
 def on_meta(job: TrainJob, card: Card | None) -> Any:
     """Return the network of `job` without values, on the meta device."""
-    return cost.build_on_meta(lambda: models.build(**model_options(job, card)))
+    return cost.build_on_meta(lambda: compress.build(**model_options(job, card)))
 
 
 def _side(model: Mapping[str, Any]) -> int | None:
@@ -146,7 +148,7 @@ def _side(model: Mapping[str, Any]) -> int | None:
     if not model.get("arch") or model["name"] not in models.MODELS:
         return None
     supernet: dict[str, Any] = dict.fromkeys(models.required(model["name"]), 1)
-    supernet |= {key: value for key, value in model.items() if key != "arch"}
+    supernet |= {key: value for key, value in model.items() if key not in ("arch", "compression")}
     try:
         space: Any = cost.build_on_meta(lambda: models.build(**supernet)).space
         name = space.input_name("side")
@@ -175,7 +177,7 @@ def _measure(job: TrainJob, card: Card | None) -> tuple[Any, int]:
             raise UserError(f"model.{option}: is no option here, {OWNED[option]}")
         if option in (given_of(job, card) or ()):
             raise UserError(f"model.{option}: is no option here, write data.task.{option}")
-        if option not in known:
+        if option not in known and option != "compression":
             raise UserError(f"model.{option}: {name} has no such option{did_you_mean(option, set(known) - set(OWNED))}")
     side = _side({"name": name, **options})
     if side is not None and job.data.size != side:
@@ -185,7 +187,7 @@ def _measure(job: TrainJob, card: Card | None) -> tuple[Any, int]:
         given = options["in_channels"]
         raise UserError(f"model.in_channels: the {modality.plural} have {channels} channels (got {given!r})")
     try:
-        net = cost.build_on_meta(lambda: models.build(**model_options(job, card)))
+        net = cost.build_on_meta(lambda: compress.build(**model_options(job, card)))
     except UserError as error:
         raise UserError(f"model.{str(error).removeprefix(f'model {name}: ')}") from None
     except (RuntimeError, ValueError) as error:

@@ -1,0 +1,5 @@
+"""Compression: a module in, a smaller module out, and how a compressed network is built again from plain records."""
+
+from slimray.compress.rebuild import build, rebuild, shaping
+
+__all__ = ["build", "rebuild", "shaping"]
