@@ -253,6 +253,7 @@ def _image_recipe(data: DataSpec, card: "Card", _: int, mode: str) -> dict[str, 
         "ratio": varied.ratio,
         "brightness": varied.brightness,
         "saturation": varied.saturation,
+        "padding": varied.padding,
         **_flips(data, card, mode),
     }
 

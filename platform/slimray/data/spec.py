@@ -44,6 +44,9 @@ class ImagesSpec(Spec):
     """Range of the training crop's share of the picture's area; `[1, 1]` takes all of it."""
     ratio: tuple[float, float] = ImageRecipe.ratio
     """Range of the training crop's width over its height, before it is made square."""
+    padding: int = Field(0, ge=0, le=256)
+    """Black pixels around a training picture, out of which a crop of `size` is drawn in place of `area` and `ratio`: 4
+    is the usual recipe for CIFAR."""
     brightness: float = Field(ImageRecipe.brightness, ge=0, le=1)
     """Largest relative change of brightness."""
     saturation: float = Field(ImageRecipe.saturation, ge=0, le=1)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from slimray.models.cifar_resnet import CifarResNet
 from slimray.models.generators.carn import carn
 from slimray.models.i3d import I3D, INFLATIONS
 from slimray.models.mobilenetv2 import MobileNetV2
@@ -103,6 +104,8 @@ MODELS: dict[str, Model] = {
     "resnet18": Model(partial(ResNet, 18), "ResNet-18 for images", "image"),
     "resnet50": Model(partial(ResNet, 50), "ResNet-50 for images", "image"),
     "mobilenetv2": Model(MobileNetV2, "MobileNetV2 for images", "image"),
+    "resnet20": Model(partial(CifarResNet, 20), "ResNet-20 for images of 32 pixels (CIFAR)", "image"),
+    "resnet56": Model(partial(CifarResNet, 56), "ResNet-56 for images of 32 pixels (CIFAR)", "image"),
 }
 
 MODELS |= {

@@ -1,10 +1,10 @@
 """Weights that others trained, read without running their code and put into a network by what their names mean.
 
-`load` takes a checkpoint (TSM, torchvision, mmaction2, PVCNN, Once-for-All, our own) or a state dict; `read` returns
-its tensors. What wrapped the network (`module.`, `_orig_mod.`, `_fsdp_wrapped_module.`, `state.model.`, ...) is found
-by structure: a part of a name that the network does not have, or a prefix, is left out where what remains is a name of
-the network. So a 2D network starts a shifted, pooled, online or inflated one, and a plain network the supernet whose
-largest arch it is. A kernel inflates by repetition over time, divided by its length (arXiv 1705.07750).
+`load` takes a checkpoint (TSM, torchvision, mmaction2, PVCNN, Once-for-All, CIFAR ResNets, our own) or a state dict;
+`read` returns its tensors. What wrapped the network (`module.`, `_orig_mod.`, `_fsdp_wrapped_module.`, `state.model.`)
+is found by structure: a part of a name that the network does not have, or a prefix, is left out where what remains is a
+name of the network. So a 2D network starts a shifted, pooled, online or inflated one, and a plain network the supernet
+whose largest arch it is. A kernel inflates by repetition over time, divided by its length (arXiv 1705.07750).
 """
 
 import re
@@ -22,7 +22,7 @@ from slimray.spec import UserError
 
 # Parts of a name that networks here have or lack without another meaning of the weight.
 WRAPPERS = ("module", "_orig_mod", "base_model", "backbone", "model", "net", "block")
-HEADS = ("new_fc", "classifier", "classifier.1", "cls_head.fc_cls", "classifier.linear")  # all mean `fc`
+HEADS = ("new_fc", "classifier", "classifier.1", "cls_head.fc_cls", "classifier.linear", "linear")  # all mean `fc`
 # Supernets have a level more than plain nets (`conv.conv.weight`), and older ones another name for a block's branch.
 ELASTIC = ((r"\bmobile_inverted_conv\.", "conv."), (r"\b(conv|bn|linear)\.(?:\1\.)+", r"\1."))
 MMACTION = ((r"\bconv(\d)\.conv\.", r"conv\1."), (r"\bconv(\d)\.bn\.", r"bn\1."))

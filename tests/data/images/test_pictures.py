@@ -69,6 +69,19 @@ def test_a_recipe_survives_json_and_its_short_side_follows_its_size():
     assert ImageRecipe(size=64, resize=32).short_side == 64, "never below the size"
 
 
+def test_with_padding_a_training_crop_is_a_window_of_the_picture_in_black():
+    picture = ramp(32, 32)
+    padded = np.pad(picture, ((4, 4), (4, 4), (0, 0)))
+    windows = {padded[y : y + 32, x : x + 32].tobytes() for y in range(9) for x in range(9)}
+    recipe = ImageRecipe(32, 32, padding=4, **PLAIN)
+    drawn = [make_image(picture, recipe, rng(epoch))[0] for epoch in range(300)]
+    assert {view[0].tobytes() for view in drawn} <= windows
+    assert len({view[0].tobytes() for view in drawn}) > 70, "all 81 places are drawn"
+    mirrored = [make_image(picture, ImageRecipe(32, 32, padding=4, flip=True, **PLAIN), rng(e)) for e in range(40)]
+    assert all(((view[0][:, ::-1] if back else view[0]).tobytes()) in windows for view, back in mirrored)
+    assert {back for _, back in mirrored} == {True, False}
+
+
 def test_validation_takes_the_centre_of_the_picture_scaled_to_its_short_side():
     same = ramp(48, 40)
     view, flipped = make_image(same, ImageRecipe(size=40, resize=40, mode="val"), rng(0))

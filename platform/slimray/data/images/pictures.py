@@ -1,10 +1,11 @@
 """From a picture to the input of an image network: which crop, mirrored or not, how bright. numpy and PIL only.
 
-`ImageRecipe` is a value that says how, `make_image` does it: training draws a crop of random area and shape and jitters
-brightness and saturation; validation takes the centre (or several crops) of the picture scaled to a short side. Recipe
-and order of the steps are those of Once-for-All (arXiv 1908.09791; the crop is Inception's, 1409.4842). The recipe has
-one `size`, the largest: a network of elastic resolution is fed smaller pictures by its trainer, on the device. All
-randomness is a function of the key (seed, epoch, sample).
+`ImageRecipe` is a value that says how, `make_image` does it: training draws a crop of random area and shape (with
+`padding` one of the full size, as small pictures are trained on) and jitters brightness and saturation; validation
+takes the centre (or several crops) of the picture scaled to a short side. Recipe and order of the steps are those of
+Once-for-All (arXiv 1908.09791; the crop is Inception's, 1409.4842). The recipe has one `size`, the largest: a network
+of elastic resolution is fed smaller pictures by its trainer, on the device. All randomness is a function of the key
+(seed, epoch, sample).
 """
 
 import math
@@ -27,7 +28,8 @@ class ImageRecipe:
 
     `mode` "train" draws at random, any other takes `crops`: 1 (centre), 3, 5, or 10 (five and their mirrors). `scale`
     is the range of a training crop's share of the area, `ratio` of its width to its height; `brightness` and
-    `saturation` are the largest relative changes.
+    `saturation` are the largest relative changes. With `padding` a training crop is `size` pixels out of the picture at
+    `short_side` with so many black ones around it, whatever `scale` and `ratio` (as in arXiv 1512.03385 for CIFAR-10).
     """
 
     size: int = 224
@@ -40,6 +42,7 @@ class ImageRecipe:
     saturation: float = 0.5
     flip: bool = False
     flip_labels: tuple[tuple[int, int], ...] = ()
+    padding: int = 0
     kind: str = "image"
 
     @property
@@ -66,9 +69,12 @@ def make_image(picture: np.ndarray, recipe: ImageRecipe, rng: random.Random) -> 
     """
     if recipe.mode != "train":
         return _views(picture, recipe), False
-    height, width = picture.shape[:2]
-    x, y, w, h = draw_area_crop(width, height, recipe.scale, recipe.ratio, rng)
-    image = _resized(picture[y : y + h, x : x + w], recipe.size, recipe.size)
+    if recipe.padding:
+        image = _padded_crop(picture, recipe, rng)
+    else:
+        height, width = picture.shape[:2]
+        x, y, w, h = draw_area_crop(width, height, recipe.scale, recipe.ratio, rng)
+        image = _resized(picture[y : y + h, x : x + w], recipe.size, recipe.size)
     flipped = recipe.flip and rng.random() < 0.5
     if flipped:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -93,6 +99,13 @@ def draw_area_crop(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
+def _padded_crop(picture: np.ndarray, recipe: ImageRecipe, rng: random.Random) -> Image.Image:
+    scaled, edge = _scaled(picture, recipe), recipe.padding
+    padded = np.pad(scaled, ((edge, edge), (edge, edge), (0, 0)))
+    x, y = (rng.randint(0, side - recipe.size) for side in (padded.shape[1], padded.shape[0]))
+    return Image.fromarray(np.ascontiguousarray(padded[y : y + recipe.size, x : x + recipe.size]))
+
+
 def _jittered(image: Image.Image, recipe: ImageRecipe, rng: random.Random) -> Image.Image:
     """Brightness and saturation changed by random factors, in random order."""
     changes = [(ImageEnhance.Brightness, recipe.brightness), (ImageEnhance.Color, recipe.saturation)]
@@ -105,16 +118,21 @@ def _jittered(image: Image.Image, recipe: ImageRecipe, rng: random.Random) -> Im
 
 def _views(picture: np.ndarray, recipe: ImageRecipe) -> np.ndarray:
     """The crops of a picture whose short side is `recipe.short_side`; mirrored ones right after their originals."""
-    size, short, (height, width) = recipe.size, recipe.short_side, picture.shape[:2]
-    w, h = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-    if w * h > MAX_SCALED_PIXELS:
-        raise ValueError(f"is {width} x {height} pixels, too long and narrow for a short side of {short}")
-    scaled = picture if (width, height) == (w, h) else np.asarray(_resized(picture, w, h))
+    size, scaled = recipe.size, _scaled(picture, recipe)
     views = []
-    for x, y in view_crops(w, h, size, 5 if recipe.crops == 10 else recipe.crops):
+    for x, y in view_crops(scaled.shape[1], scaled.shape[0], size, 5 if recipe.crops == 10 else recipe.crops):
         view = scaled[y : y + size, x : x + size]
         views += [view, view[:, ::-1]] if recipe.crops == 10 else [view]
     return np.ascontiguousarray(np.stack(views))
+
+
+def _scaled(picture: np.ndarray, recipe: ImageRecipe) -> np.ndarray:
+    """The picture with a short side of `recipe.short_side`."""
+    short, (height, width) = recipe.short_side, picture.shape[:2]
+    w, h = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    if w * h > MAX_SCALED_PIXELS:
+        raise ValueError(f"is {width} x {height} pixels, too long and narrow for a short side of {short}")
+    return picture if (width, height) == (w, h) else np.asarray(_resized(picture, w, h))
 
 
 def _resized(picture: np.ndarray, width: int, height: int) -> Image.Image:
