@@ -5,6 +5,7 @@ import os
 import signal
 import struct
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,16 +76,18 @@ def test_a_cloud_comes_back_as_it_was_read(kind, reader):
 
 
 @pytest.mark.parametrize(
-    "recipe",
+    ("recipe", "labelled"),
     [
-        PointRecipe(64, ("colors",), rotate_z=180, jitter=0.01, normalize="sphere"),
-        PointRecipe(64, ("intensity", "normals"), num_shapes=3, mode="val", per_point=True),
-        PointRecipe(64, mode="val", spread=True),
-        PointRecipe(64, ("colors", "intensity"), mode="test", votes=2, per_point=True),
+        (PointRecipe(64, ("colors",), rotate_z=180, jitter=0.01, normalize="sphere"), True),
+        (PointRecipe(64, ("intensity", "normals"), num_shapes=3, mode="val", per_point=True), True),
+        (PointRecipe(64, mode="val", spread=True), True),
+        (PointRecipe(64, mode="val"), False),
+        (PointRecipe(64, ("colors", "intensity"), mode="test", votes=2, per_point=True), True),
     ],
 )
-def test_a_sample_comes_back_to_the_bit(recipe, reader):
-    data, key = write_cloud(features()), (0, 1, 2)
+def test_a_sample_comes_back_to_the_bit(recipe, labelled, reader):
+    cloud, key = features(), (0, 1, 2)
+    data = write_cloud(cloud if labelled else replace(cloud, labels=None))
     needs = [*recipe.channels, *(["label"] if recipe.per_point else [])]
     here = make_points(read_cloud("a.npz", data, needs=needs), recipe, key, 1)
     there = reader.sample("a.npz", data, recipe, key, 1)

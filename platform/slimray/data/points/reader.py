@@ -7,7 +7,7 @@ sample that a recipe makes of it. What is computed is what files.py, recipe.py a
 import atexit
 import functools
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -54,15 +54,14 @@ class CloudReader(Child):
     def sample(self, path: str, data: bytes, recipe: PointRecipe, key: Key, shape: int = 0) -> PointSample:
         """Make the sample of a stored cloud: `read_cloud`, then `make_points`."""
         request = {"do": "sample", "recipe": recipe.to_dict(), "key": list(key), "shape": shape}
-        return PointSample(**_unpacked(*self._ask(path, request, data)))
+        return _sample(*self._ask(path, request, data))
 
     def frustum(self, path: str, data: bytes, recipe: PointRecipe, key: Key) -> tuple[Frustum, PointSample]:
         """Make the sample of a stored frustum; the frustum comes back without its points."""
         header, body = self._ask(path, {"do": "frustum", "recipe": recipe.to_dict(), "key": list(key)}, data)
-        sample = PointSample(**_unpacked(header, body))
         empty = Cloud(np.zeros((0, 3), np.float32))
         box_2d = tuple(header["box_2d"])
-        return Frustum(empty, header["kind"], header["rotation"], box_2d, None, header["score"]), sample
+        return Frustum(empty, header["kind"], header["rotation"], box_2d, None, header["score"]), _sample(header, body)
 
     def room(self, path: str, objects: Mapping[str, bytes]) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
         """Join the annotation files of a room as `s3dis_room` does."""
@@ -96,6 +95,12 @@ def _unpacked(header: dict[str, Any], body: bytearray) -> dict[str, Any]:
         arrays[name] = np.frombuffer(body, dtype, count, start).reshape(shape) if count else np.zeros(shape, dtype)
         start += count * np.dtype(dtype).itemsize
     return arrays
+
+
+def _sample(header: dict[str, Any], body: bytearray) -> PointSample:
+    """Return the sample whose arrays these are; arrays that it has not (labels, boxes) are None."""
+    nothing: dict[str, Any] = dict.fromkeys(field.name for field in fields(PointSample))
+    return PointSample(**nothing | _unpacked(header, body))
 
 
 # ------------------------------------------------------------------------------------------- the child's side
