@@ -82,10 +82,12 @@ def test_records_that_are_none_are_refused(tmp_path, records, message):
 def test_every_row_of_the_table_turns_a_record_that_does_not_fit_into_a_sentence():
     for step in REBUILD:
         for record in ({"step": step}, {"step": step, "channels": 5}, {"step": step, "channels": {"no.such": [3]}}):
+            message = "compression[0]"
             try:
                 compress.build(**MODEL, compression=[record])
             except UserError as error:
-                assert "compression[0]" in str(error)
+                message = str(error)
+            assert "compression[0]" in message
 
 
 def test_a_compressed_network_is_built_on_the_meta_device_too():
