@@ -55,7 +55,8 @@ def test_a_run_with_records_loads_with_its_weights(tmp_path):
 def test_training_takes_the_structure_of_a_compressed_run_and_leaves_what_is_said_of_values(tmp_path):
     saved(tmp_path, MODEL | {"compression": [SPARSE]})
     job = networks.with_network(train(run="small"), str(tmp_path))
-    assert job.model.name == "resnet18" and job.model.options()["compression"] == []
+    assert job.model.name == "resnet18"
+    assert job.model.options()["compression"] == []
     assert cost.count_params(networks.on_meta(job, None)) > 0
 
 
