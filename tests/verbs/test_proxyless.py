@@ -9,7 +9,9 @@ from tests.verbs.conftest import Shell, end_session, weights
 from tests.waits import wait_for
 
 from slimray import models, runs
-from slimray.edge import cost
+from slimray.edge import cost, hardware
+from slimray.edge.arch_costs import Prices
+from slimray.edge.latency_table import LatencyTable, write_table
 from slimray.spec import UserError, parse
 from slimray.verbs import proxyless
 
@@ -60,11 +62,27 @@ def net():
     return models.build("proxyless_supernet", num_classes=5, preset="tiny")
 
 
-def table(folder: Path, net: Any, ms: float) -> str:
-    """A table in which every unit of the supernet takes `ms`."""
-    fixed, edges = net.units(32)
-    units = {unit.key: {"mean_ms": ms} for unit in [*fixed, *(u for edge in edges for u in edge if u is not None)]}
-    (folder / "table.json").write_text(json.dumps({"units": units}))
+def table(folder: Path, net: Any, ms: float, fixed_ms: float = 0.0, slope: float = 1.0, sides: Any = (32,)) -> str:
+    """A table in which every unit of the supernet has `ms` at a size of 32 and more by its pixels, mean readings twice
+    that, with the calibration `fixed_ms` and `slope`."""
+
+    def row(side: int) -> dict[str, Any]:
+        share = ms * side**2 / 32**2
+        return {"ms": share, "mean_ms": 2 * share, "std_ms": 0.1, "count": 2, "readings_ms": [share, 3 * share]}
+
+    units = {}
+    for side in sides:
+        fixed, edges = net.units(side)
+        units |= {unit.key: row(side) for unit in [*fixed, *(u for edge in edges for u in edge if u is not None)]}
+    calibration = {"fixed_ms": fixed_ms, "slope": slope, "rows": []}
+    calibration |= dict.fromkeys(("median_error_percent", "largest_error_percent", "noise_percent"), 1.0)
+    plain = {
+        "format": 1, "model": {"name": "ofa_proxyless"}, "num_points": None, "hardware": "cpu-eager",
+        "device": "a CPU", "threads": 1, "versions": {}, "date": "2026-11-30", "resolutions": sides, "rounds": 2,
+        "seconds": 1.0, "done": 2, "reference_ms": [1.0, 1.0], "waited_percent": 0.0, "units": units, "subnets": [],
+        "calibration": calibration,
+    }  # fmt: skip
+    write_table(parse(LatencyTable, plain, "table"), folder / "table.json")
     return str(folder / "table.json")
 
 
@@ -75,31 +93,58 @@ def test_macs_of_a_path_are_those_of_the_network_it_becomes(net):
     assert (goal.weight, goal.ref, goal.edges[1][6]) == (0.3, 2e6, 0.0)
 
 
-def test_latencies_come_from_the_table(net, tmp_path):
-    job = make_job(latency={"table": table(tmp_path, net, 2.0), "ref_ms": 20, "regulariser": "mul_log"})
+def test_latencies_are_slope_times_those_of_the_table_with_its_offset_once(net, tmp_path):
+    file = table(tmp_path, net, 2.0, fixed_ms=0.5, slope=1.5)
+    job = make_job(latency={"table": file, "ref_ms": 20, "regulariser": "mul_log"})
     goal = proxyless.make_goal(job, net, job.weights[0])
     assert goal.weight == 0.3
-    assert goal.of((0, 6, 0, 0, 0, 0, 0, 0, 0, 0)) == 2.0 * (5 + 9)  # five units that all paths have, nine blocks
+    assert goal.fixed == 0.5 + 5 * 1.5 * 2.0  # five units that all paths have
+    assert goal.edges[1] == (3.0,) * 6 + (0.0,)
+    assert goal.of((0, 6, 0, 0, 0, 0, 0, 0, 0, 0)) == goal.fixed + 9 * 3.0
+
+
+def test_a_path_costs_what_a_search_is_told_of_the_same_network(net, tmp_path):
+    """Reads one table by both verbs, at a resolution that was measured and at one between two that were."""
+    file = table(tmp_path, net, 0.7, fixed_ms=0.25, slope=1.25, sides=(20, 32))
+    supernet: Any = models.build("ofa_proxyless", num_classes=5, preset="tiny")
+    prices = Prices(supernet, None, hardware.meter(file))
+    for side in (32, 24):
+        job = make_job(data={"run": "pictures", "size": side}, latency={"table": file, "ref_ms": 20})
+        goal = proxyless.make_goal(job, net, 0.1)
+        arch = supernet.space.largest().replace(resolution=side)  # 7/6 everywhere
+        path = tuple(block.codes.index("7/6") for block in net.mixed)
+        assert goal.of(path) == pytest.approx(prices.metered(arch)["latency_ms"], rel=1e-9)
 
 
 def test_a_table_that_does_not_fit_is_one_sentence(net, tmp_path):
     file = table(tmp_path, net, 0.01)
 
-    def complaint(**latency: Any) -> str:
-        job = make_job(latency={"ref_ms": 20, "table": file} | latency)
+    def complaint(change: Any = None, data: Any = None, **latency: Any) -> str:
+        if change is not None:
+            (tmp_path / "changed.json").write_text(change if isinstance(change, str) else json.dumps(change))
+            latency["table"] = str(tmp_path / "changed.json")
+        job = make_job(**({"data": data} if data else {}), latency={"ref_ms": 20, "table": file} | latency)
         with pytest.raises(UserError) as caught:
             proxyless.make_goal(job, net, 0.1)
         return str(caught.value)
 
-    assert complaint(table=str(tmp_path / "no.json")).startswith("latency.table: there is no file")
+    assert "no.json: no such table: measure one with `slimray profile`" in complaint(table=str(tmp_path / "no.json"))
     assert complaint(regulariser="mul_log").startswith("latency.regulariser: mul_log needs costs above 1, a path has")
     plain = json.loads(Path(file).read_text())
-    lost = plain["units"].popitem()[0]
-    (tmp_path / "short.json").write_text(json.dumps(plain))
-    assert f"lacks 1 of the units of this supernet ({lost})" in complaint(table=str(tmp_path / "short.json"))
-    for text in ("[]", "{", '{"units": {"a": {"mean_ms": null}}}', '{"units": [1]}'):
-        (tmp_path / "bad.json").write_text(text)
-        assert "is no table of latencies" in complaint(table=str(tmp_path / "bad.json"))
+    cut_off = plain | {"calibration": None, "done": 1}
+    assert complaint(cut_off).startswith(
+        f"latency.table: {tmp_path}/changed.json: its measurement is not finished (1 of"
+    )
+    assert "the same `slimray profile` goes on with it" in complaint(cut_off)
+    size = complaint(data={"run": "pictures", "size": 48})
+    assert "was measured at resolutions 32, which 48 is not between: profile with it in --resolutions" in size
+    below = plain | {"calibration": plain["calibration"] | {"fixed_ms": -9}}
+    assert "gives a path -8.91 ms: profile again" in complaint(below)
+    short = plain | {"units": dict(list(plain["units"].items())[:-1])}
+    lost = list(plain["units"])[-1]
+    assert f"lacks 1 of the units of this supernet ({lost})" in complaint(short)
+    for text in ("[]", "{", '{"units": {"a": {"mean_ms": 2}}}', '{"format": 1, "units": [1]}'):
+        assert complaint(text).startswith(f"latency.table: {tmp_path}/changed.json: ")
 
 
 @pytest.mark.parametrize(

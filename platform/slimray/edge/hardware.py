@@ -154,10 +154,7 @@ def meter(name: str) -> Meter:
     """
     suffix = Path(name).suffix.lower()
     if suffix == ".json":
-        table = latency_table.read_table(name)
-        if table.calibration is None:
-            raise UserError(f"{name}: its measurement is not finished: the same `slimray profile` goes on with it")
-        return latency_table.meter(table, name)
+        return latency_table.finished_meter(name)
     if suffix in (".yaml", ".yml"):
         documents = read_yaml(name)
         if len(documents) != 1:

@@ -122,8 +122,22 @@ def read_table(path: str | Path) -> LatencyTable:
     return parse(LatencyTable, plain, str(path))
 
 
+def finished_meter(path: str | Path) -> Meter:
+    """The meter of the table in a file; UserError for a file that is none, and for a measurement that was cut off."""
+    table = read_table(path)
+    if table.calibration is None:
+        raise UserError(
+            f"{path}: its measurement is not finished ({table.done} of {table.rounds} rounds): the same "
+            "`slimray profile` goes on with it"
+        )
+    return meter(table, str(path))
+
+
 def meter(table: LatencyTable, name: str) -> Meter:
-    """A finished table as what tells the latency of archs; `name` is said in errors."""
+    """A table as what tells the latency of archs, calibrated if it is finished; `name` is said in errors.
+
+    A unit takes `slope` x `ms`, and every arch has the offset `fixed_ms` once.
+    """
     calibration = table.calibration
     fixed, slope = (calibration.fixed_ms, calibration.slope) if calibration else (0.0, 1.0)
     times = {key: {"latency_ms": slope * unit.ms} for key, unit in table.units.items()}

@@ -8,7 +8,7 @@ search and a retraining per weight of the cost.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -21,13 +21,14 @@ from slimray.data.spec import DataSpec
 from slimray.runs.notify import NotifySpec
 from slimray.runs.tracking import TrackingSpec
 from slimray.spec import RunFailed, Spec, UserError, located
-from slimray.storage import absolute, open_uri, read_bytes
+from slimray.storage import absolute
 from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, OptimSpec, ScaleSpec
 from slimray.verbs import checks, inputs
 from slimray.verbs.context import CheckContext, Context, Made, trained_on
 from slimray.verbs.specs import ModelSpec, SharedOptimSpec, TrainJob, WorkerJob
 
 SUPERNET, FOUND = "proxyless_supernet", "proxyless_found"  # rows of MODELS
+Edges = tuple[tuple[float, ...], ...]  # the cost of each candidate of each mixed block
 WEIGHTS = {"add_linear": 0.1, "mul_log": 0.3, "reinforce": 0.1}  # published weights of the cost
 
 
@@ -68,8 +69,8 @@ class LatencySpec(Spec):
     cost: Literal["latency", "macs"] = "latency"
     """`latency`: milliseconds of `table`; `macs`: multiply-accumulates, which need no device."""
     table: str | None = None
-    """File of measured latencies as `slimray profile` writes it for `ofa_proxyless` of the same preset, width, classes
-    and size: {"units": {key: {"mean_ms": ...}}}."""
+    """Finished table that `slimray profile` wrote for `ofa_proxyless` of the same preset, width and classes; read as a
+    search reads it. `data.size` must be one of its resolutions, or lie between two of them."""
     ref_ms: float | None = Field(None, gt=0)
     """The latency that is aimed at, in ms."""
     ref_macs: float | None = Field(None, gt=0)
@@ -263,21 +264,28 @@ def _on_meta(job: ProxylessJob, card: Any) -> Any:
 def make_goal(job: ProxylessJob, net: Any, weight: float) -> Any:
     """Return the `Goal`: what paths of `net` cost on inputs of `data.size`, with the weight of that in the loss.
 
-    UserError `latency.table: ...` for a table that cannot be read or lacks a unit, and where mul_log cannot be.
+    UserError `latency.table: ...` for a table that cannot be read, is not finished or lacks a unit, and where mul_log
+    cannot be.
     """
     from slimray.train.methods.paths import Goal
 
-    fixed, edges = net.units(job.data.size)
-    spec = job.latency
-    every = [*fixed, *(unit for edge in edges for unit in edge if unit is not None)]
-    of = _macs if spec.cost == "macs" else _milliseconds(str(spec.table), every)
-    known = {unit.key: of(unit) for unit in every}
-    costs = tuple(tuple(0.0 if unit is None else known[unit.key] for unit in edge) for edge in edges)
-    goal = Goal(spec.regulariser, weight, spec.ref, sum(known[unit.key] for unit in fixed), costs)
+    spec, side = job.latency, job.data.size
+    fixed, edges = _path_costs(net, side, _macs) if spec.cost == "macs" else _latencies(net, side, str(spec.table))
+    goal = Goal(spec.regulariser, weight, spec.ref, fixed, edges)
     lowest = goal.of(_cheapest(goal))
+    if lowest <= 0:
+        raise UserError(f"latency.table: {spec.table} gives a path {lowest:g} ms: profile again, with more --rounds")
     if spec.regulariser == "mul_log" and lowest <= 1 and job.search.gradient != "reinforce":
         raise UserError(f"latency.regulariser: mul_log needs costs above 1, a path has {lowest:g} ms: take add_linear")
     return goal
+
+
+def _path_costs(net: Any, side: int, of: Callable[[Any], float]) -> tuple[float, Edges]:
+    """What all paths have together, and each candidate of each mixed block, by what `of` says of a unit."""
+    fixed, edges = net.units(side)
+    known = {unit.key: of(unit) for unit in (*fixed, *(unit for edge in edges for unit in edge if unit is not None))}
+    costs = tuple(tuple(0.0 if unit is None else known[unit.key] for unit in edge) for edge in edges)
+    return sum(known[unit.key] for unit in fixed), costs
 
 
 def _macs(unit: Any) -> float:
@@ -286,24 +294,40 @@ def _macs(unit: Any) -> float:
     return float(cost.count_macs(cost.build_on_meta(unit.make).eval(), (1, *unit.input)))
 
 
-def _milliseconds(table: str, units: Sequence[Any]) -> Callable[[Any], float]:
-    """The latencies of `table` for all of `units`."""
+def _latencies(net: Any, side: int, table: str) -> tuple[float, Edges]:
+    """Costs in ms by the table in the file `table`, read as a search reads it: slope x ms, and the offset once.
+
+    Between two resolutions that were measured they are interpolated in the number of pixels.
+    """
+    from slimray.edge import latency_table
+    from slimray.edge.arch_costs import neighbours
+
     try:
-        plain = json.loads(read_bytes(*open_uri(absolute(table))))
-        rows = {key: float(row["mean_ms"]) for key, row in plain["units"].items()}
-    except FileNotFoundError:
-        raise UserError(f"latency.table: there is no file {table}: measure one with `slimray profile`") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"latency.table: {table} is no table of latencies ({type(error).__name__}: {error})") from None
-    absent = sorted({unit.key for unit in units} - set(rows))
-    if absent:
+        meter = latency_table.finished_meter(absolute(table))
+        sides = (side,)
+        if meter.resolutions is not None and side not in meter.resolutions:
+            sides = neighbours(side, meter)
+    except UserError as error:
+        raise UserError(f"latency.table: {error}") from None
+    lacking: list[str] = []
+
+    def of(unit: Any) -> float:
+        costs = meter.of(unit)
+        if costs is None:
+            lacking.append(unit.key)
+        return float("nan") if costs is None else costs["latency_ms"]
+
+    found = [_path_costs(net, one, of) for one in sides]
+    if lacking:
         raise UserError(
-            f"latency.table: {table} lacks {len(absent)} of the units of this supernet ({absent[0]}): profile "
+            f"latency.table: {table} lacks {len(lacking)} of the units of this supernet ({min(lacking)}): profile "
             "ofa_proxyless of the same preset, width and classes, at this data.size"
         )
-    if bad := [key for key in rows if not 0 <= rows[key] < float("inf")]:
-        raise UserError(f"latency.table: {table} holds no latency for {bad[0]} ({rows[bad[0]]:g} ms)")
-    return lambda unit: rows[unit.key]
+    (low, below), (high, above) = found[0], found[-1]
+    share = 0.0 if len(sides) == 1 else (side**2 - sides[0] ** 2) / (sides[1] ** 2 - sides[0] ** 2)
+    pairs = [zip(*two, strict=True) for two in zip(below, above, strict=True)]
+    edges = tuple(tuple((1 - share) * a + share * b for a, b in pair) for pair in pairs)
+    return meter.fixed["latency_ms"] + (1 - share) * low + share * high, edges
 
 
 def _cheapest(goal: Any) -> tuple[int, ...]:
