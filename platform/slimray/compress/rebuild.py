@@ -46,9 +46,10 @@ def rebuild(net: nn.Module, records: Sequence[Record]) -> nn.Module:
 def build(name: str, compression: Sequence[Record] = (), **options: Any) -> nn.Module:
     """Build what a run's `model/model.json` says: the network `name` of MODELS with its compression, if it has one.
 
-    UserError as of `models.build` and `rebuild`.
+    What a file of an earlier version does not say is what its network did (`models.stored`). UserError as of
+    `models.build` and `rebuild`.
     """
-    return rebuild(models.build(name, **options), compression)
+    return rebuild(models.build(**models.stored({"name": name, **options})), compression)
 
 
 def shaping(records: Sequence[Record]) -> list[Record]:

@@ -159,6 +159,25 @@ def is_supernet(model: Mapping[str, Any]) -> bool:
     return lookup(MODELS, str(model.get("name")), "model").supernet and not model.get("arch")
 
 
+# Options that a model.json of an earlier version does not have, and what the networks did then.
+EARLIER = {"shortcuts": "by_channels"}
+
+
+def stored(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a stored model.json means: with what its network did where it says nothing.
+
+    `model` is returned as it is where its name is not in MODELS (building it says so).
+    """
+    known = options_of(str(model["name"])) if model.get("name") in MODELS else {}
+    return {option: value for option, value in EARLIER.items() if option in known} | dict(model)
+
+
+def explicit(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `model`, the arguments of `build`, with the defaults that a model.json must say: see `stored`."""
+    known = options_of(str(model["name"])) if model.get("name") in MODELS else {}
+    return dict(model) | {option: known[option] for option in EARLIER if option in known and option not in model}
+
+
 def build(name: str, **options: Any) -> nn.Module:
     """Build the network `name` of MODELS; UserError for an unknown name or option, or a value out of range.
 

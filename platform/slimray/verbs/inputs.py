@@ -172,7 +172,9 @@ def in_words(what: str) -> str:
 
 def read_model(run: runs.Run, field: str) -> dict[str, Any]:
     """Return the arguments of `compress.build` of the network of a run, without its weights; UserError if damaged."""
-    return _read_object(run, "model/model.json", ("name",), field)
+    from slimray import models
+
+    return models.stored(_read_object(run, "model/model.json", ("name",), field))
 
 
 def read_input(run: runs.Run, field: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def with_network(job: Job, storage: str, kept: runs.Run | None = None) -> Job:
     if job.model.run is None:
         return job
     if kept is not None and runs.exists(kept, KEPT):
-        model = json.loads(runs.read_file(kept, KEPT))
+        model = models.stored(json.loads(runs.read_file(kept, KEPT)))
     else:
         found = inputs.finished_run(job.model.run, storage, ("network", "supernet"), "model.run")
         model = {k: v for k, v in inputs.read_model(found, "model.run").items() if k not in OWNED}
@@ -96,7 +96,7 @@ def model_options(job: TrainJob, card: Card | None) -> dict[str, Any]:
     options = {**{option: given[option] for option in needs}, **job.model.options()}
     if job.optim.zero_gamma:
         options["zero_gamma"] = True
-    return {"name": job.model.name, **options}
+    return models.explicit({"name": job.model.name, **options})
 
 
 def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, Any]:

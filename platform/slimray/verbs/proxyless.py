@@ -377,7 +377,7 @@ def _search(plan: _Plan, ctx: Context, number: int) -> dict[str, Any]:
         lambda config: replace(config, method=paths), keep_metrics=True,
     )  # fmt: skip
     weights, model, _ = runs.read_model(stage)
-    net: Any = models.build(**model)
+    net: Any = models.build(**models.stored(model))
     net.load_state_dict(safetensors.torch.load(weights))
     path, alphas = net.most_likely(), [block.alphas.double() for block in net.mixed]
     blocks = net.describe(path)

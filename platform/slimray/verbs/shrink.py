@@ -379,7 +379,7 @@ def _start_weights(previous: runs.Run, freed: Mapping[str, Sequence[float]] | No
     from slimray import models
     from slimray.models.supernets.elastic import sort_channels
 
-    net = models.build(**model)
+    net = models.build(**models.stored(model))
     net.load_state_dict(safetensors.torch.load(weights))
     sort_channels(net, freed)
     return safetensors.torch.save({name: value.contiguous() for name, value in net.state_dict().items()})

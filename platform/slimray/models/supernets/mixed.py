@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from slimray.models.supernets.elastic import Unit, make_divisible, take
-from slimray.models.supernets.ofa_mobilenet import KERNELS, PROXYLESS, PROXYLESS_TINY, MBConv, MobileLayout, Nothing
-from slimray.models.supernets.supernet import Part, Subnet, Supernet, initialise, make_subnet, of_preset
+from slimray.models.supernets.ofa_mobilenet import KERNELS, MBConv, MobileLayout, Nothing, proxyless_layout
+from slimray.models.supernets.supernet import Part, Subnet, Supernet, initialise, make_subnet
 from slimray.spec import UserError
 
 EXPANDS = (3, 6)
@@ -217,23 +217,27 @@ def _all(space: Any, kernel: int, expand: int) -> dict[str, Any]:
     return {"kernel": [kernel] * count, "expand": [expand] * count}
 
 
-def _layout(preset: str, width: float, num_classes: int, dropout: float) -> MobileLayout:
-    layout = of_preset({"imagenet": PROXYLESS, "tiny": PROXYLESS_TINY}, preset)
-    return layout.scaled(width, num_classes=num_classes, dropout=dropout)
-
-
 def proxyless_supernet(
-    num_classes: int, width: float = 1.0, dropout: float = 0.0, preset: str = "imagenet"
+    num_classes: int,
+    width: float = 1.0,
+    dropout: float = 0.0,
+    preset: str = "imagenet",
+    shortcuts: str = "defined",
 ) -> MixedNet:
     """The supernet of ProxylessNAS: 21 mixed blocks, or 10 in `preset: tiny` for pictures of 32 pixels."""
-    return MixedNet(_layout(preset, width, num_classes, dropout))
+    return MixedNet(proxyless_layout(preset, shortcuts).scaled(width, num_classes=num_classes, dropout=dropout))
 
 
 def proxyless_found(
-    num_classes: int, blocks: str = "", width: float = 1.0, dropout: float = 0.0, preset: str = "imagenet"
+    num_classes: int,
+    blocks: str = "",
+    width: float = 1.0,
+    dropout: float = 0.0,
+    preset: str = "imagenet",
+    shortcuts: str = "defined",
 ) -> Subnet:
     """A path of `proxyless_supernet` as a network of its own: `blocks` as `describe` writes them, "" the largest."""
-    layout = _layout(preset, width, num_classes, dropout)
+    layout = proxyless_layout(preset, shortcuts).scaled(width, num_classes=num_classes, dropout=dropout)
     plan = layout.plan(layout.space().largest())
     wanted = [stage.split() for stage in blocks.split(",")] if blocks else []
     sizes = [max(stage.depths) for stage in layout.stages]

@@ -4,6 +4,10 @@ Supernets: kernel, expansion and depth are elastic (Once-for-All, arXiv 1908.097
 and ProxylessNAS, 1812.00332), parameter names as released. With `num_segments` the same over clips, with a temporal
 shift (TSM, 1811.08383) at the input of every block that has a residual connection, the first block excepted, as in
 TSM's MobileNetV2. `preset: tiny` is our own: three short stages for pictures of 32 pixels and clips of 64.
+
+Shortcuts, as released: a block of a stage has one where its stride is 1 and it keeps its channels. The first block of
+MobileNetV3 has one, that of ProxylessNAS has none, also where a small width makes its channels equal. Before
+2026-11-30 it had one there: `shortcuts: by_channels` is what runs of that time are read with (`models.stored`).
 """
 
 from collections.abc import Iterable
@@ -43,8 +47,10 @@ from slimray.models.supernets.supernet import (
     of_preset,
 )
 from slimray.models.tsm import temporal_shift
+from slimray.spec import UserError
 
 KERNELS, EXPANDS = (3, 5, 7), (3, 4, 6)
+SHORTCUTS = ("defined", "by_channels")
 
 # --------------------------------------------------------------------------------------------------------- block
 
@@ -53,7 +59,8 @@ KERNELS, EXPANDS = (3, 5, 7), (3, 4, 6)
 class MBConv:
     """An inverted residual block: expand (1x1, left out without `expands`), filter by depth, project.
 
-    `frames`: the residual branch begins with a temporal shift over that many; 0 for none.
+    `frames`: the residual branch begins with a temporal shift over that many; 0 for none. `shortcut`: what comes in is
+    added to what comes out, where the stride is 1 and the channels are as many.
     """
 
     inputs: int
@@ -65,12 +72,13 @@ class MBConv:
     se: bool
     expands: bool = True
     frames: int = 0
+    shortcut: bool = field(default=True, metadata={"unsaid": True})
     eps: float = field(default=1e-5, metadata={"free": True})
 
     @property
     def residual(self) -> bool:
         """Whether what comes in is added to what comes out."""
-        return self.stride == 1 and self.inputs == self.outputs
+        return self.shortcut and self.stride == 1 and self.inputs == self.outputs
 
     def make(self) -> "MBConvBlock":
         return MBConvBlock(self)
@@ -155,6 +163,12 @@ class ElasticMBConv(nn.Module):
         ]
 
 
+def first_block(stem: int, outputs: int, act: str, eps: float, shortcut: bool) -> MBConv:
+    """The block behind the first convolution, which expands nothing; `shortcut` is what the family defines."""
+    # False is said only where the channels would allow one: the keys of all other first blocks stay what they were
+    return MBConv(stem, stem, outputs, 3, 1, act, False, expands=False, shortcut=shortcut or stem != outputs, eps=eps)
+
+
 # -------------------------------------------------------------------------------------------------------- layout
 
 
@@ -174,6 +188,7 @@ class MobileLayout:
     """A supernet of inverted residual blocks, all channels as they are (`scaled` applies a width).
 
     `expand` > 0: MobileNetV3's end (1x1 to `expand`, pool, 1x1 to `last` without BatchNorm); 0: 1x1 to `last`, pool.
+    `first_shortcut`: the first block has a shortcut (where its channels are equal).
     """
 
     stem: int
@@ -184,6 +199,7 @@ class MobileLayout:
     act: str
     first_act: str
     eps: float
+    first_shortcut: bool = True
     resolution: int = 224
     num_classes: int = 1000
     dropout: float = 0.0
@@ -215,7 +231,7 @@ class MobileLayout:
 
     def plan(self, arch: Arch) -> list[Placed]:
         frames = int(arch.get("frames", 0))
-        first = MBConv(self.stem, self.stem, self.first, 3, 1, self.first_act, False, expands=False, eps=self.eps)
+        first = first_block(self.stem, self.first, self.first_act, self.eps, self.first_shortcut)
         plan = [
             Placed("first_conv", "first_conv", ConvNorm(3, self.stem, 3, 2, self.act, eps=self.eps)),
             Placed("blocks.0", "blocks.0", first),
@@ -330,11 +346,13 @@ PROXYLESS = MobileLayout(
     act="relu6",
     first_act="relu6",
     eps=1e-3,
+    first_shortcut=False,
 )
 PROXYLESS_TINY = replace(
     PROXYLESS,
     stem=8,
     first=8,
+    first_shortcut=True,  # our own preset keeps its channels there, at every width
     stages=(
         MobileStage(16, 1, "relu6", depths=(2, 3)),
         MobileStage(24, 2, "relu6", depths=(2, 3)),
@@ -360,11 +378,28 @@ def ofa_mobilenetv3(
     return _supernet(layout.scaled(width, num_classes=num_classes, dropout=dropout), zero_gamma)
 
 
+def proxyless_layout(preset: str, shortcuts: str) -> MobileLayout:
+    """The layout of ProxylessNAS of that name; UserError for an unknown one. `shortcuts`: see the module."""
+    layout = of_preset({"imagenet": PROXYLESS, "tiny": PROXYLESS_TINY}, preset)
+    return replace(layout, first_shortcut=layout.first_shortcut or _by_channels(shortcuts))
+
+
+def _by_channels(shortcuts: str) -> bool:
+    if shortcuts not in SHORTCUTS:
+        raise UserError(f"shortcuts: must be {' or '.join(SHORTCUTS)} (got {shortcuts!r})")
+    return shortcuts == "by_channels"
+
+
 def ofa_proxyless(
-    num_classes: int, width: float = 1.0, dropout: float = 0.1, preset: str = "imagenet", zero_gamma: bool = False
+    num_classes: int,
+    width: float = 1.0,
+    dropout: float = 0.1,
+    preset: str = "imagenet",
+    zero_gamma: bool = False,
+    shortcuts: str = "defined",
 ) -> Supernet:
     """The supernet of ProxylessNAS blocks; released with `width` 1.3."""
-    layout = of_preset({"imagenet": PROXYLESS, "tiny": PROXYLESS_TINY}, preset)
+    layout = proxyless_layout(preset, shortcuts)
     return _supernet(layout.scaled(width, num_classes=num_classes, dropout=dropout), zero_gamma)
 
 
@@ -447,14 +482,16 @@ class Nothing:
         return shape
 
 
-def proxyless_net(net: str, num_classes: int, width: float = 1.0, dropout: float = 0.0) -> Subnet:
+def proxyless_net(
+    net: str, num_classes: int, width: float = 1.0, dropout: float = 0.0, shortcuts: str = "defined"
+) -> Subnet:
     """A network that ProxylessNAS (arXiv 1812.00332) found: `mobile`, `cpu`, `gpu` or `mobile_14`."""
     widths, text = PROXYLESS_NETS[net]
     stem, first, *stages, last = (make_divisible(channels * width) for channels in widths)
     eps, act = PROXYLESS.eps, PROXYLESS.act
     parts: dict[str, Part] = {
         "first_conv": ConvNorm(3, stem, 3, 2, act, eps=eps),
-        "blocks.0": MBConv(stem, stem, first, 3, 1, act, False, expands=False, eps=eps),
+        "blocks.0": first_block(stem, first, act, eps, _by_channels(shortcuts)),
     }
     channels = first
     for outputs, stage, blocks in zip(stages, PROXYLESS.stages, text.split(","), strict=True):

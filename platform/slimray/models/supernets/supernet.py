@@ -306,8 +306,16 @@ class _OverFrames(nn.Module):
 
 
 def _key(part: Part, shape: Shape, frames: int) -> str:
-    """`MBConv-56x56-inputs:24-...`: what the part is, what goes in, and every field that its cost depends on."""
-    fields = [f for f in dataclasses.fields(part) if not f.metadata.get("free")]  # type: ignore[arg-type]
+    """`MBConv-56x56-inputs:24-...`: what the part is, what goes in, and every field that its cost depends on.
+
+    Fields of the metadata `unsaid` are named only where they differ from their default, so that tables that were
+    measured before there were such fields still hold.
+    """
+    fields = [
+        f
+        for f in dataclasses.fields(part)  # type: ignore[arg-type]
+        if not (f.metadata.get("free") or (f.metadata.get("unsaid") and getattr(part, f.name) == f.default))
+    ]
     values = [f"{f.name}:{_plain(getattr(part, f.name))}" for f in fields]
     channels = [] if any(f.name == "inputs" for f in fields) else [f"inputs:{shape[0]}"]
     per_clip = [f"clip:{frames}"] if frames else []
