@@ -101,6 +101,8 @@ class Modality:
     """Whether a sample is made of segments in time, as many as the network takes (`num_segments`)."""
     in_channels: int | None = None
     """Channels of an input where all samples have the same, 3 for pixels."""
+    varying: Mapping[int, str] = field(default_factory=dict)
+    """Axes of what a network takes `[B, ...]` that may have any size, beside the batch, and what varies along them."""
     early_input: Callable[[DataSpec, int], tuple[int, ...]] | None = None
     """The `data` section and the number of segments to the shape of an input, before the dataset is known; None where
     that depends on it."""
@@ -419,6 +421,7 @@ MODALITIES: dict[str, Modality] = {
         sample_mb=0.3,
         endings=IMAGES,
         in_channels=3,
+        varying={2: "height", 3: "width"},
         early_input=lambda data, _: (3, data.size, data.size),
         open_file=open_pair,
     ),
@@ -439,6 +442,7 @@ MODALITIES: dict[str, Modality] = {
         endings=CLOUDS,
         generate=synthetic.generate_cloud,
         stored=True,
+        varying={2: "points"},
         views=frozenset({"votes"}),
         view_recipe=point_views,
         open_file=open_points,
@@ -460,5 +464,6 @@ MODALITIES: dict[str, Modality] = {
         sample_mb=0.05,
         layouts=frozenset({"kitti"}),
         stored=True,
+        varying={2: "points"},
     ),
 }

@@ -2,14 +2,11 @@
 
 import contextlib
 import importlib.metadata
-import io
 import itertools
-import logging
 import os
 import platform
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from slimray import __version__
-from slimray.spec import UserError, require_extra
+from slimray.edge import onnx_file
+from slimray.spec import UserError
 
 RUNS_PER_READING = 2  # after one that is not timed; the fastest counts
 THREAD_CLOCK = time.get_clock_info("thread_time").resolution <= 1e-6  # coarse on Windows
@@ -77,24 +75,8 @@ def _compiled(module: nn.Module, x: Tensor, threads: int) -> Step:
 
 
 def _onnx(module: nn.Module, x: Tensor, threads: int) -> Step:
-    import onnxruntime
-
-    log, level = logging.getLogger("torch.onnx"), logging.getLogger("torch.onnx").level
-    log.setLevel(logging.ERROR)  # the exporter names every library that it did without
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exported = torch.onnx.export(module, (x,), dynamo=True, verbose=False)
-    finally:
-        log.setLevel(level)
-    assert exported is not None
-    data, options = io.BytesIO(), onnxruntime.SessionOptions()
-    exported.save(data)  # pyright: ignore[reportArgumentType]  takes a file as well
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    session = onnxruntime.InferenceSession(data.getvalue(), options, providers=["CPUExecutionProvider"])
-    (name,) = [one.name for one in session.get_inputs()]
-    return lambda value: session.run(None, {name: value})[0]
+    session = onnx_file.open_session(onnx_file.to_onnx(module, {"input": x}), threads)
+    return lambda value: session.run(None, {"input": value})[0]
 
 
 def _on_gpu(module: nn.Module, x: Tensor, threads: int) -> Step:
@@ -111,7 +93,7 @@ def _needs_compiler() -> None:
 
 
 def _needs_onnx() -> None:
-    require_extra("edge", "hardware: cpu-onnx", "onnx", "onnxruntime", "onnxscript")
+    onnx_file.require("hardware: cpu-onnx")
 
 
 def _needs_gpu() -> None:

@@ -46,6 +46,7 @@ SIZE_TEMPLATES = {  # mean l, w, h in metres over KITTI's training split
 NUM_SIZES = len(SIZE_TEMPLATES)
 BOX_PARTS = [3, NUM_HEADING_BINS, NUM_HEADING_BINS, NUM_SIZES, NUM_SIZES * 3]  # 59 outputs of a box network
 IN_CHANNELS = 4
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 EPS = 1e-15  # of voxel grids around masked points, which may all coincide
 
 
@@ -53,19 +54,27 @@ EPS = 1e-15  # of voxel grids around masked points, which may all coincide
 
 
 def mask_points(
-    coords: Tensor, mask_logits: Tensor, num_points: int, generator: torch.Generator | None = None
+    coords: Tensor,
+    mask_logits: Tensor,
+    num_points: int,
+    generator: torch.Generator | None = None,
+    evenly: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw `num_points` of the points that the mask calls object, around their mean.
 
     `coords` `[B, 3, N]`, `mask_logits` `[B, 2, N]` -> coordinates less mean `[B, 3, num_points]`, mean `[B, 3]`, mask
     `[B, N]`. Drawn without replacement; if there are too few, each equally often and a random rest once more; if there
-    is none, all are zero. Random also in eval mode unless `generator` is seeded. Differentiable in `coords`.
+    is none, all are zero. Random also in eval mode unless `generator` is seeded, or `evenly`: then always the same
+    points are drawn, which lie evenly among the object's, as an exported network does. Differentiable in `coords`.
     """
     mask = mask_logits[:, 1] > mask_logits[:, 0]
     kept = coords.float() * mask[:, None]
     count = mask.sum(1, keepdim=True).clamp_min(1)
     mean = kept.sum(2) / count
-    keys = torch.rand(mask.shape, generator=generator, device=coords.device)
+    if evenly:  # multiples of the golden ratio
+        keys = (torch.arange(mask.shape[1], device=coords.device) * GOLDEN_RATIO).frac().expand(mask.shape)
+    else:
+        keys = torch.rand(mask.shape, generator=generator, device=coords.device)
     order = (keys + ~mask).argsort(1)  # the object's points first, in random order
     places = torch.arange(num_points, device=coords.device) % count
     return ops.gather(kept, order.gather(1, places)) - mean[..., None], mean, mask
@@ -80,7 +89,7 @@ class FrustumNet(nn.Module):
     Without `one_hot` it is the last three channels of `points`. Returns `mask_logits` `[B, 2, N]`, `center_reg` and
     `center` `[B, 3]`, `heading_scores`, `heading_residuals_normalized` and `heading_residuals` (radians) `[B, 12]`,
     `size_scores` `[B, 8]`, `size_residuals_normalized` and `size_residuals` (metres) `[B, 8, 3]`. `generator` fixes the
-    points drawn.
+    points drawn, `draws_evenly` too (`mask_points`): a graph that is exported always does.
     """
 
     size_templates: Tensor
@@ -90,7 +99,7 @@ class FrustumNet(nn.Module):
     ):
         super().__init__()
         self.inst_seg_net, self.center_reg_net, self.box_est_net = mask_net, center_net, box_net
-        self.num_classes, self.num_points = num_classes, num_points
+        self.num_classes, self.num_points, self.draws_evenly = num_classes, num_points, False
         self.head_name = f"box_est_net.{box_net.head_name}"
         self.register_buffer("size_templates", torch.tensor([list(SIZE_TEMPLATES.values())]))
         sizes = torch.tensor([list(SIZE_TEMPLATES).index(name) for name in KITTI_CLASSES])
@@ -114,7 +123,8 @@ class FrustumNet(nn.Module):
         if one_hot is None:
             points, one_hot = points[:, : -self.num_classes], points[:, -self.num_classes :, 0]
         mask_logits = self.mask_net(points, one_hot)
-        coords, mean, _ = mask_points(points[:, :3], mask_logits, self.num_points, generator)
+        evenly = self.draws_evenly or torch.compiler.is_exporting()
+        coords, mean, _ = mask_points(points[:, :3], mask_logits, self.num_points, generator, evenly)
         delta = self.center_net(coords, one_hot).float()
         box = self.box_net(coords - delta[..., None], one_hot).float()
         center, heading_scores, headings, size_scores, sizes = box.split(BOX_PARTS, 1)

@@ -78,8 +78,9 @@ def _collect(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """`sum_k weights[k, n] * x[index[k, n]]`: `[B, C, M]`, index and weights `[B, K, N]` -> `[B, C, N]`."""
     batch, channels, size = x.shape
     table, rows = _to_rows(x).float(), _to_rows(_row_numbers(index, size))
-    if torch.compiler.is_exporting():  # other runtimes know indexing, few know embedding_bag
-        out = (table[rows] * _to_rows(weights)[..., None]).sum(1)
+    if torch.compiler.is_exporting():  # other runtimes know int64 indices of whole rows, few know embedding_bag
+        taken = table.index_select(0, rows.long().flatten()).view(*rows.shape, channels)
+        out = (taken * _to_rows(weights)[..., None]).sum(1)
     else:
         out = F.embedding_bag(rows, table, mode="sum", per_sample_weights=_to_rows(weights))
     return out.view(batch, -1, channels).transpose(1, 2).to(x.dtype)
@@ -87,7 +88,7 @@ def _collect(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
 
 def _spread(x: Tensor, index: Tensor, weights: Tensor, size: int) -> Tensor:
     """The transpose of `_collect`, which adds `weights[k, n] * x[n]` to row `index[k, n]`: -> `[B, C, size]`."""
-    if x.device.type != "cpu" or len(x) == 1 or torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or x.device.type != "cpu" or len(x) == 1:
         out = _spread_rows(x, index, weights, size)
     else:  # one sample at a time stays in the cache, and a batch is slow to sort
         out = torch.empty(x.shape[0] * size, x.shape[1])
@@ -197,7 +198,7 @@ def voxelize(features: Tensor, voxel_coords: Tensor, resolution: int) -> Tensor:
         return kernels.voxelize(features, voxel_coords, resolution)
     index, size = voxel_index(voxel_coords, resolution), resolution**3
     rows = _row_numbers(index, size).flatten()
-    shares = _count(rows, len(index) * size).index_select(0, rows).float().reciprocal().view_as(index)
+    shares = _count(rows, index.shape[0] * size).index_select(0, rows).float().reciprocal().view_as(index)
     return _weighted_sum(features, index[:, None], shares[:, None], size).unflatten(2, [resolution] * 3)
 
 
@@ -248,6 +249,8 @@ def squared_distances(points: Tensor, queries: Tensor) -> Tensor:
 
 def _search(points: Tensor, queries: Tensor, find: Callable[[Tensor], Tensor]) -> Tensor:
     """`find(distances [B, m, N])` for a slice of the queries at a time, put together along dimension 1."""
+    if torch.compiler.is_exporting():  # the number of slices would depend on the shape
+        return find(squared_distances(points, queries))
     step = max(1, MAX_DISTANCES // (points.shape[0] * points.shape[2]))
     return torch.cat([find(squared_distances(points, some)) for some in queries.split(step, 2)], 1)
 
@@ -267,13 +270,33 @@ def furthest_point_sample(coords: Tensor, num_centers: int) -> Tensor:
         return kernels.furthest_point_sample(points, order, num_centers)
     nearest = torch.full((batch, num_points), 1e38, device=coords.device)
     last = torch.zeros(batch, 1, dtype=torch.int64, device=coords.device)
+
+    def further(nearest: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        center = points.gather(2, last[:, None].expand(-1, 3, -1))
+        nearest = torch.minimum(nearest, (points - center).square().sum(1))
+        return nearest, nearest.argmax(1, keepdim=True)
+
+    if torch.compiler.is_exporting():  # one loop in the graph in place of a thousand copies of its body
+        return order[_looped(further, nearest, last, num_centers)]
     chosen = [last]
     for _ in range(num_centers - 1):
-        center = points.gather(2, last[:, None].expand(-1, 3, -1))
-        nearest = torch.minimum(nearest, (points - center).square_().sum(1))
-        last = nearest.argmax(1, keepdim=True)
+        nearest, last = further(nearest, last)
         chosen.append(last)
     return order[torch.cat(chosen, 1)]
+
+
+def _looped(step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], first: Tensor, last: Tensor, num: int) -> Tensor:
+    """`last` `[B, 1]` and what `num - 1` steps make of it, `[B, num]`, as one loop of an exported graph."""
+    from torch._higher_order_ops.scan import scan
+
+    def body(carry: tuple[Tensor, Tensor], _: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        carry = step(*carry)
+        return carry, carry[1].clone()
+
+    if num == 1:
+        return last
+    _, later = scan(body, (first, last), torch.zeros(num - 1, 1, device=first.device))
+    return torch.cat([last, later[:, :, 0].T], 1)
 
 
 @torch.no_grad()
@@ -286,8 +309,12 @@ def ball_query(coords: Tensor, centers: Tensor, radius: float, num_neighbors: in
     if kernels := _kernels(centers):
         return kernels.ball_query(coords, centers, limit, num_neighbors)
     places = torch.arange(1, num_neighbors + 1, dtype=torch.int32, device=coords.device)
+    number = torch.arange(coords.shape[2], device=coords.device)
 
     def find(distances: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():  # few runtimes know searchsorted; a cloud has as many points as neighbours
+            inside = torch.where(distances < limit, number, number.shape[0])
+            return inside.topk(num_neighbors, largest=False).values
         rank = (distances < limit).cumsum(-1, dtype=torch.int32)
         return torch.searchsorted(rank, places.expand(*rank.shape[:2], -1).contiguous())
 
@@ -302,7 +329,7 @@ def knn(points: Tensor, queries: Tensor, num_neighbors: int) -> Tensor:
 
     Equally near points come in no promised order. If there are fewer points than neighbours, they come again in turn.
     """
-    num = min(num_neighbors, points.shape[2])
+    num = num_neighbors if torch.compiler.is_exporting() else min(num_neighbors, points.shape[2])
     found = _search(points, queries, lambda distances: distances.topk(num, largest=False).indices)
     return found if num == num_neighbors else found[:, :, torch.arange(num_neighbors, device=found.device) % num]
 

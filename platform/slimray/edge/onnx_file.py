@@ -1,0 +1,184 @@
+"""A module as one ONNX file of standard operators, and the session that runs it.
+
+In: a module in eval mode and named example inputs. Out: the bytes of a file with the weights inside, no external data,
+no operators but those of ONNX, none of this machine's paths. Axes that may vary (batch, points) have names. By torch's
+dynamo exporter; surprising: the traces of code that it writes into every node are taken out again, they would be half
+of a small file.
+"""
+
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimray.spec import RunFailed, require_extra
+
+OPSET = 20
+LARGEST = 2**31  # sizes above are as good as any
+MAX_BYTES = 2**31 - 1  # of one file without external data
+Varying = Mapping[str, Mapping[int, str]]
+"""Input to axis to the name of what varies along it."""
+
+
+def require(where: str) -> None:
+    """Raise UserError if what writes and runs ONNX files is not installed."""
+    require_extra("edge", where, "onnx", "onnxruntime", "onnxscript")
+
+
+def output_names(outputs: Any) -> list[str]:
+    """Return the names of what a module gives: "output", output_0 ... of several, the keys of a dict."""
+    if isinstance(outputs, Mapping):
+        return list(outputs)
+    if isinstance(outputs, Sequence):
+        return [f"output_{number}" for number in range(len(outputs))]
+    return ["output"]
+
+
+def to_program(module: nn.Module, inputs: Mapping[str, Tensor], varying: Varying | None = None) -> Any:
+    """Return `torch.export`'s program of a module in eval mode, with `inputs` in the order of its arguments.
+
+    An axis of `varying` whose size decides what the network does (upwards: there is a largest) stays fixed. Raises
+    RunFailed if the module cannot be exported.
+    """
+    varying = varying or {}
+    example = {name: _twice(value, varying.get(name, {})) for name, value in inputs.items()}
+    shapes = tuple(dict.fromkeys(varying.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in inputs)
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.export.export(module, tuple(example.values()), dynamic_shapes=shapes)
+        except Exception as error:  # whatever the exporter finds in a network
+            raise RunFailed(f"torch.export: {_first_line(error)}") from error
+    free = {
+        name: {axis: called for axis, called in varying.get(name, {}).items() if _is_free(program, place, axis)}
+        for place, name in enumerate(inputs)
+    }
+    cut = any(len(free[name]) < len(varying.get(name, {})) for name in inputs)
+    return to_program(module, inputs, free) if cut else program
+
+
+def _is_free(program: Any, place: int, axis: int) -> bool:
+    """Whether the size of an axis of the input at `place` has no upper end in an exported program."""
+    name = program.graph_signature.user_inputs[place]
+    value = next(node.meta["val"] for node in program.graph.nodes if node.name == name)
+    size = value.shape[axis]
+    if isinstance(size, int):
+        return False
+    limits = program.range_constraints.get(size.node.expr)
+    return limits is None or limits.upper > LARGEST
+
+
+def _twice(value: Tensor, axes: Mapping[int, str]) -> Tensor:
+    """`value` with at least two along each of `axes`: of one, the exporter takes it that it is always one."""
+    for axis in axes:
+        value = torch.cat([value, value], axis) if value.shape[axis] == 1 else value
+    return value
+
+
+def to_onnx(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str] = ("output",),
+    varying: Varying | None = None,
+) -> bytes:
+    """Return the ONNX file of a module in eval mode.
+
+    `inputs` are examples in the order of its arguments, `outputs` the names of what it gives, flat. Raises RunFailed
+    where the module cannot be exported, or not with standard operators in one file.
+    """
+    import onnx
+
+    program = to_program(module, inputs, varying)
+    with _quiet():
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=list(outputs),
+        )
+    assert exported is not None
+    data = io.BytesIO()
+    exported.save(data)  # pyright: ignore[reportArgumentType]  takes a file as well
+    model = onnx.load_from_string(data.getvalue())
+    if foreign := sorted({one.domain for one in model.graph.node} - {"", "ai.onnx"}):
+        raise RunFailed(f"onnx: the network needs operators that are not ONNX's own ({', '.join(foreign)})")
+    _name_axes(model, varying or {})
+    for node in _nodes(model.graph):
+        del node.metadata_props[:]
+        node.ClearField("doc_string")
+    for graph in _graphs(model.graph):
+        del graph.value_info[:], graph.metadata_props[:]
+        for value in (*graph.input, *graph.output):
+            del value.metadata_props[:]
+        for tensor in graph.initializer:
+            del tensor.metadata_props[:]
+    del model.metadata_props[:]
+    if model.ByteSize() > MAX_BYTES:
+        raise RunFailed(f"onnx: the network has {model.ByteSize():,} bytes, one file holds {MAX_BYTES:,}")
+    return model.SerializeToString()
+
+
+def _graphs(graph: Any) -> Iterator[Any]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _graphs(attribute.g)
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    for one in _graphs(graph):
+        yield from one.node
+
+
+def _name_axes(model: Any, varying: Varying) -> None:
+    """Give the symbols of the exporter (`s77`) the names of the axes they stand for, in outputs too (`2*height`)."""
+    symbols: dict[str, str] = {}
+    for value in model.graph.input:
+        for axis, name in varying.get(value.name, {}).items():
+            dim = value.type.tensor_type.shape.dim[axis]
+            if dim.dim_param:
+                symbols[dim.dim_param] = name
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(r"\w+", lambda found: symbols.get(found[0], found[0]), dim.dim_param)
+
+
+def open_session(data: bytes, threads: int, optimised: bool = True) -> Any:
+    """Return ONNX Runtime's session of a file on the CPU; without `optimised` no operators are fused or replaced."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No words of the exporters: they name every library that they did without."""
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
