@@ -25,7 +25,8 @@ from slimray import runs
 from slimray.data.cards import Card
 from slimray.runs import notify
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean, lookup, noting, parse, read_yaml, set_value
-from slimray.storage import StorageError, open_uri
+from slimray.storage import SHORT_PATIENCE_S, StorageError, open_uri, patient
+from slimray.train.spec import ScaleSpec
 from slimray.verbs import VERBS, inputs
 from slimray.verbs.context import CheckContext, Context, Made
 from slimray.verbs.specs import OWNED
@@ -307,6 +308,11 @@ def local_cpus(loaded: Sequence[Loaded]) -> int:
     return max((one.job.local_cpus for one in loaded), default=1)
 
 
+def storage_s(one: Loaded) -> float:
+    """Return how long the job waits for an outage of the storage, seconds: its `scale` says so, or the default does."""
+    return (getattr(one.job, "scale", None) or ScaleSpec()).storage_s
+
+
 def run(one: Loaded, storage: str, console: Console, restart: bool = False, cpus: int = 0) -> str:
     """Do one job; returns "finished" or "skipped". The run folder says what happened, `logs/` of it has the traceback.
 
@@ -347,7 +353,8 @@ def _tell(one: Loaded, folder: runs.Run, event: Mapping[str, Any]) -> None:
 def _note_failure(folder: runs.Run, attempt: int, error: BaseException) -> None:
     """Write the traceback to the run's logs and the sentence to its status."""
     text = "".join(traceback.format_exception(error))
-    with contextlib.suppress(StorageError):  # the storage itself may be what failed; the sentence is printed anyway
+    # the storage itself may be what failed, and was waited for; the sentence is printed anyway
+    with contextlib.suppress(StorageError), patient(SHORT_PATIENCE_S):
         runs.write_file(folder, f"logs/{attempt:04d}-driver.log", text.encode())
         runs.end(folder, "failed", _sentence(error))
 

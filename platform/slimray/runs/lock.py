@@ -60,7 +60,7 @@ def hold(run: Run, heartbeat_s: float = HEARTBEAT_S) -> Iterator[threading.Event
         while not stop.wait(heartbeat_s):
             try:
                 if _still_mine(run, mine):
-                    _write_lock(run, mine)
+                    _write_lock(run, mine, patience=SETTLE_S)  # the next beat comes soon
                     continue
             except StorageError as error:
                 log.warning("the lock of run %r could not be renewed: %s", run.name, error)
@@ -81,7 +81,7 @@ def hold(run: Run, heartbeat_s: float = HEARTBEAT_S) -> Iterator[threading.Event
     finally:
         stop.set()
         thread.join()
-        with contextlib.suppress(StorageError, UserError):  # then it goes stale by itself
+        with contextlib.suppress(StorageError, UserError), storage.patient(SETTLE_S):  # else it goes stale by itself
             _release(run, mine)
     if lost.is_set():
         raise RunFailed(taken_over(run, read_lock(run)))
@@ -145,8 +145,9 @@ def _create_exclusively(run: Run, mine: Owner) -> bool:
     return True
 
 
-def _write_lock(run: Run, owner: Owner) -> None:
-    storage.write_atomic(run.fs, join(run.path, "lock"), to_json(asdict(owner) | {"heartbeat": time.time()}))
+def _write_lock(run: Run, owner: Owner, patience: float | None = None) -> None:
+    data = to_json(asdict(owner) | {"heartbeat": time.time()})
+    storage.write_atomic(run.fs, join(run.path, "lock"), data, patience)
 
 
 def read_lock(run: Run) -> Owner | None:
