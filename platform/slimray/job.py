@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import operator
+import os
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,7 @@ MAY_CHANGE = (
     "data.card.source",
     "data.card.licence",
 )  # sections that a resumed run may have changed
+SUBMISSION = "SLIMRAY_SUBMISSION"  # of the environment: which `submit --restart` a scheduler starts, perhaps again
 LEFT_OPEN = (("optim", "groups"), ("data", "short_clips"))  # fields whose value follows from others where they are null
 BEFORE = (("data", "short_clips", "published"),)  # what runs do that were begun before there was a choice
 
@@ -278,7 +280,8 @@ def _as_then(job: Any, stored: Any) -> Any:
 
 def _claim(one: Loaded, folder: runs.Run, restart: bool = False) -> runs.Claim:
     """Say what is to be done about a job in the folder of its name."""
-    return runs.claim(folder, one.document, restart, _may_change(one), partial(_completed, one))
+    again = os.environ.get(SUBMISSION, "")
+    return runs.claim(folder, one.document, restart, _may_change(one), partial(_completed, one), again)
 
 
 def _completed(one: Loaded, stored: dict[str, Any]) -> dict[str, Any]:
@@ -325,7 +328,7 @@ def run(one: Loaded, storage: str, console: Console, restart: bool = False, cpus
         console.print(f"{one.job.name}: already finished, skipped", highlight=False)
         return "skipped"
     with runs.hold(folder):
-        runs.begin(folder, one.document, claim.attempt)
+        runs.begin(folder, one.document, claim.attempt, os.environ.get(SUBMISSION, ""))
         tell = partial(_tell, one, folder)
         context = Context(folder, storage, claim.attempt, one.where, console, max(cpus, local_cpus([one])), tell)
         started = time.time()
@@ -362,6 +365,8 @@ def _note_failure(folder: runs.Run, attempt: int, error: BaseException) -> None:
 def _sentence(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "stopped by the user"
+    if isinstance(error, SystemExit):
+        return "stopped by SIGTERM"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

@@ -49,12 +49,15 @@ def run(
     set_: Sets = None,
     storage: Storage = None,
     restart: Restart = False,
+    wait_s: Annotated[
+        float, typer.Option(help="Wait so many seconds for another process that writes the run to end.", min=0)
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Run the jobs of FILES in order; a finished one is skipped, an unfinished one resumes where it stopped."""
     from slimray import job
 
-    rows = _run(job.load(files, set_ or []), storage_of(storage), restart, show=not as_json)
+    rows = _run(job.load(files, set_ or []), storage_of(storage), restart, show=not as_json, wait_s=wait_s)
     if as_json:
         emit(rows)
 
@@ -101,12 +104,14 @@ def recalibrate(
         emit(rows[0]["metrics"])
 
 
-def _run(loaded: list[Any], storage: str, restart: bool, show: bool) -> list[dict[str, Any]]:
+def _run(loaded: list[Any], storage: str, restart: bool, show: bool, wait_s: float = 0) -> list[dict[str, Any]]:
     """Check everything, then do the jobs in order; returns a row for each, and on `show` prints what the last found."""
     from slimray import job, runs
     from slimray.storage import patient
 
     with patient(max(job.storage_s(one) for one in loaded)):  # whoever starts runs may have left
+        for one in loaded if wait_s else ():
+            runs.wait_for_writer(runs.open_run(storage, one.job.name), wait_s, console.print)
         job.require(job.check(loaded, storage, restart))
     cpus, rows = job.local_cpus(loaded), []
     for one in loaded:
