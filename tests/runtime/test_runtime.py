@@ -164,7 +164,7 @@ def test_points_get_the_labels_that_their_run_gives_them(folder, tmp_path):
 
 @pytest.mark.parametrize("fixed", [False, True])
 def test_a_picture_is_enlarged_as_its_run_enlarges_it(folder, tmp_path, fixed):
-    net = models.build("carn", scale=2, width=0.125).eval()
+    net = models.build("carn", scale=2, width=8).eval()
     recipe = {"scale": 2, "size": 32, "mode": "val", "flip": False, "kind": "image_pair"}
     own = Network(net, inputs.Input(), recipe, (), {}, "super_resolve")
     side = 96 if fixed else 40
