@@ -1,5 +1,6 @@
 """Compression: a module in, a smaller module out, and how a compressed network is built again from plain records."""
 
+from slimray.compress.pruning import Pruned, prune
 from slimray.compress.rebuild import build, rebuild, shaping
 
-__all__ = ["build", "rebuild", "shaping"]
+__all__ = ["Pruned", "build", "prune", "rebuild", "shaping"]

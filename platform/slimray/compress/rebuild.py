@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from slimray import models
+from slimray.compress import channels
 from slimray.spec import UserError, lookup
 
 Record = Mapping[str, Any]
@@ -23,6 +24,7 @@ def unchanged(net: nn.Module, record: Record) -> nn.Module:
 
 REBUILD: dict[str, Callable[[nn.Module, Record], nn.Module]] = {
     "sparsify": unchanged,
+    "prune": channels.rebuild,
 }
 
 

@@ -19,18 +19,25 @@ from slimray.models.resnet import ResNet
 NON_LOCAL_PLACES = {"layer2": (0, 2), "layer3": (0, 2, 4)}
 
 
-def temporal_shift(x: Tensor, num_segments: int, shift_div: int = 8, causal: bool = False) -> Tensor:
+def temporal_shift(
+    x: Tensor,
+    num_segments: int,
+    shift_div: int = 8,
+    causal: bool = False,
+    folds: tuple[int, int] | None = None,
+) -> Tensor:
     """Shift a part of the channels by one frame along time, zeros at the ends of a clip.
 
     `x` is `[B*T, C, H, W]`, time fastest. With fold = C // shift_div: channels [0, fold) come from the next frame and
-    [fold, 2*fold) from the last; `causal` moves only [0, fold), from the last. The rest stays.
+    [fold, 2*fold) from the last; `causal` moves only [0, fold), from the last. The rest stays. A pruned network says
+    with `folds` how many channels of the first and of the second part are left.
     """
     rows, channels, height, width = x.shape
     clips = x.view(-1, num_segments, channels, height, width)
-    fold = channels // shift_div
-    if fold == 0:
+    fold, after = (channels // shift_div,) * 2 if folds is None else folds
+    if fold + (0 if causal else after) == 0:
         return x
-    first, second, rest = clips[:, :, :fold], clips[:, :, fold : 2 * fold], clips[:, :, 2 * fold :]
+    first, second, rest = clips[:, :, :fold], clips[:, :, fold : fold + after], clips[:, :, fold + after :]
     if causal:
         shifted = torch.cat([_delay(first), clips[:, :, fold:]], dim=2)
     else:
@@ -45,14 +52,16 @@ def _delay(x: Tensor) -> Tensor:
 
 
 class Shift(nn.Module):
-    """`net` behind a temporal shift: `[B*T, C, H, W]` in, what `net` returns out."""
+    """`net` behind a temporal shift: `[B*T, C, H, W]` in, what `net` returns out; `folds` as of `temporal_shift`."""
+
+    folds: tuple[int, int] | None = None
 
     def __init__(self, net: nn.Module, num_segments: int, shift_div: int, causal: bool):
         super().__init__()
         self.net, self.num_segments, self.shift_div, self.causal = net, num_segments, shift_div, causal
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(temporal_shift(x, self.num_segments, self.shift_div, self.causal))
+        return self.net(temporal_shift(x, self.num_segments, self.shift_div, self.causal, self.folds))
 
 
 class TemporalPool(nn.Module):
@@ -183,10 +192,11 @@ class _Cached(nn.Module):
 
     def __init__(self, shift: Shift, stream: _Stream):
         super().__init__()
-        self.net, self.shift_div, self.stream = shift.net, shift.shift_div, stream
+        self.net, self.shift_div, self.folds, self.stream = shift.net, shift.shift_div, shift.folds, stream
 
     def forward(self, x: Tensor) -> Tensor:
-        fold, place = x.shape[1] // self.shift_div, len(self.stream.outgoing)
+        fold = x.shape[1] // self.shift_div if self.folds is None else self.folds[0]
+        place = len(self.stream.outgoing)
         now = x[:, :fold]
         before = torch.zeros_like(now) if self.stream.incoming is None else self.stream.incoming[place]
         self.stream.outgoing.append(now)

@@ -161,6 +161,13 @@ class Ddpg:
             return float(rng.random())
         return truncated_normal(self.mean_action(state), self.settings.sigma_of(episode), rng)
 
+    def take(self, episode: Episode) -> None:
+        """Learn from an episode; one without a finite reward only counts."""
+        if math.isfinite(episode.reward):
+            self.learn(episode)
+        else:
+            self.episodes += 1
+
     def learn(self, episode: Episode) -> None:
         """Store an episode; after the warm-up one update per transition, each right after its transition is stored."""
         last = len(episode.actions) - 1
@@ -199,10 +206,7 @@ def trained(settings: DdpgSettings, num_states: int, num_steps: int, seed: int, 
     """The agent that has learned from `episodes` in their order; those without a finite reward are left out."""
     agent = Ddpg(settings, num_states, num_steps, seed)
     for episode in episodes:
-        if math.isfinite(episode.reward):
-            agent.learn(episode)
-        else:
-            agent.episodes += 1
+        agent.take(episode)
     return agent
 
 

@@ -90,6 +90,8 @@ class MBConv:
 class MBConvBlock(nn.Module):
     """A plain inverted residual block: `[N, inputs, H, W]` -> `[N, outputs, H/stride, W/stride]`."""
 
+    folds: tuple[int, int] | None = None  # of the temporal shift, in a pruned network
+
     def __init__(self, block: MBConv):
         super().__init__()
         middle, eps = block.middle, block.eps
@@ -105,7 +107,7 @@ class MBConvBlock(nn.Module):
         self.residual, self.frames = block.residual, block.frames
 
     def forward(self, x: Tensor) -> Tensor:
-        out = temporal_shift(x, self.frames, SHIFT_DIV) if self.frames else x
+        out = temporal_shift(x, self.frames, SHIFT_DIV, folds=self.folds) if self.frames else x
         for layers in self.conv:  # not self.conv(out): its frame would hold the widest activation while layers run
             for layer in cast(nn.Sequential, layers):
                 out = layer(out)

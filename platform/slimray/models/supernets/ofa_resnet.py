@@ -72,6 +72,8 @@ class Bottleneck:
 class BottleneckBlock(nn.Module):
     """A plain bottleneck: `[N, inputs, H, W]` -> `[N, outputs, H/stride, W/stride]`."""
 
+    folds: tuple[int, int] | None = None  # of the temporal shift, in a pruned network
+
     def __init__(self, block: Bottleneck):
         super().__init__()
         layers = {name: layer.make() for name, layer in block.layers().items()}
@@ -81,7 +83,7 @@ class BottleneckBlock(nn.Module):
         self.frames = block.frames
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(temporal_shift(x, self.frames, SHIFT_DIV) if self.frames else x)
+        out = self.conv1(temporal_shift(x, self.frames, SHIFT_DIV, folds=self.folds) if self.frames else x)
         return self.relu(self.conv3(self.conv2(out)) + (x if self.downsample is None else self.downsample(x)))
 
 

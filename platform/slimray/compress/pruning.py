@@ -1,0 +1,198 @@
+"""`prune`: structured pruning of any `nn.Module`, with what it will bring told before anything is trained.
+
+The groups of the network are traced, a policy under the limits is made, channels are chosen by a criterion, and a
+smaller copy is cut. Nothing is trained. Before the copy is handed out it is run: its outputs must equal those of the
+whole network with the removed channels at zero. Latency is measured, in pairs, because fewer MACs are not always fewer
+milliseconds: where the gain is not clear, the result says so.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from slimray.compress.channels import cut, masked
+from slimray.compress.criteria import Losses, importance, strongest
+from slimray.compress.groups import Groups, trace
+from slimray.compress.policies import Budget, Counts, Meter, by_sensitivity, choices, ranked, sensitivity, uniform
+from slimray.compress.reconstruction import reconstruct
+from slimray.spec import UserError, did_you_mean
+
+POLICIES = ("uniform", "ranked", "sensitivity")
+PAIRS = 9  # of timings
+EXACT = 1e-3  # largest relative difference of pruned and masked outputs that float32 explains
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Latency of the whole network over that of the pruned one: the median of pairs, and where most of them lie."""
+
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether the pruned network is faster beyond the spread of the pairs."""
+        return self.low > 1
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """A pruned network: the module, its record, what it and the whole one cost, the gain in latency (None: not timed).
+
+    `before` and `after` have `macs` (per sample), `params` and `size_mb`. `str` of it is a summary for people.
+    """
+
+    net: nn.Module
+    record: dict[str, Any]
+    counts: Counts
+    before: dict[str, float]
+    after: dict[str, float]
+    gain: Gain | None
+
+    def __str__(self) -> str:
+        lines = []
+        for name in ("macs", "params", "size_mb"):
+            before, after = self.before[name], self.after[name]
+            lines.append(f"{name}: {before:,.6g} -> {after:,.6g} ({100 * after / before:.1f} %)")
+        gain = self.gain
+        if gain is not None:
+            lines.append(f"latency here, eager: {gain.ratio:.2f} times as fast ({gain.low:.2f} to {gain.high:.2f})")
+            if not gain.clear:
+                lines.append("latency will not gain from this: fewer channels do not make these layers faster here")
+        return "\n".join(lines)
+
+
+def prune(
+    module: nn.Module,
+    example: Any,
+    *,
+    policy: str | Mapping[str, int] = "uniform",
+    limits: Mapping[str, float] | None = None,
+    keep: float | None = None,
+    criterion: str = "l1",
+    round_to: int = 8,
+    score: Callable[[nn.Module], float] | None = None,
+    losses: Losses | None = None,
+    data: Iterable[Any] | None = None,
+    meter: Meter | None = None,
+    timed: bool = True,
+) -> Pruned:
+    """Return a smaller copy of `module`; `module` stays as it is, and nothing is trained.
+
+    `example` is an input (a tensor with a batch, or a tuple of arguments). How much goes: `limits` (`macs` per sample,
+    `params`, `size_mb`, at most; `latency_ms` with a `meter`), or `keep`, the share of channels. `policy` says where:
+    "uniform"; "ranked", by the criterion over all groups; "sensitivity", by curves measured with `score` (of a network,
+    higher is better); or channels per group. `criterion` says which channels (criteria.py), "taylor" takes `losses`.
+    With `data`, batches of inputs, the layers that lost inputs are fitted by least squares (reconstruction.py).
+    UserError for options that do not fit each other, limits out of reach, or a network that cannot be pruned.
+    """
+    groups = trace(module, example)
+    counts = _policy(module, groups, policy, limits, keep, criterion, round_to, score, losses, meter)
+    kept = strongest(importance(module, groups, criterion, losses), counts)
+    small, record = cut(module, groups, kept)
+    _verify(module, masked(module, groups, kept), small, example)
+    if data is not None:
+        reconstruct(module, small, groups, kept, data)
+    before, after = (Budget(groups, {}).costs(one) for one in ({}, counts))
+    return Pruned(small, record, counts, before, after, compare(module, small, example) if timed else None)
+
+
+def _policy(
+    module: nn.Module,
+    groups: Groups,
+    policy: str | Mapping[str, int],
+    limits: Mapping[str, float] | None,
+    keep: float | None,
+    criterion: str,
+    round_to: int,
+    score: Callable[[nn.Module], float] | None,
+    losses: Losses | None,
+    meter: Meter | None,
+) -> Counts:
+    if not isinstance(policy, str):
+        groups.row(policy)
+        return dict(policy)
+    if policy not in POLICIES:
+        raise UserError(f"policy: unknown policy {policy!r}{did_you_mean(policy, POLICIES)}")
+    if (limits is None) == (keep is None):
+        raise UserError("prune: pass either `limits` or `keep`, to say how much is to go")
+    if keep is not None and not 0 < keep <= 1:
+        raise UserError(f"keep: must be above 0 and at most 1 (got {keep!r})")
+    scores = importance(module, groups, criterion, losses)
+    if policy == "uniform":
+        of = lambda share: uniform(groups, share, round_to)  # noqa: E731
+    elif policy == "ranked":
+        if criterion != "group":
+            raise UserError('policy: ranked needs the criterion "group", whose scores compare across groups')
+        of = lambda share: ranked(groups, scores, share, round_to)  # noqa: E731
+    else:
+        if score is None:
+            raise UserError("policy: sensitivity needs `score`: a function of a network, higher is better")
+        curves = sensitivity(groups, lambda c: score(cut(module, groups, strongest(scores, c))[0]), round_to)
+        of = lambda share: by_sensitivity(groups, curves, share, round_to)  # noqa: E731
+    if limits is None:
+        assert keep is not None
+        total = sum(group.size for group in groups.groups)
+        floors = {group.name: choices(group.size, round_to)[0] for group in groups.groups}
+        least = sum(floors.values())
+        if policy == "uniform" or keep * total <= least:
+            return of(keep) if policy == "uniform" else floors
+        low, high = 0.0, 1.0
+        for _ in range(24):
+            middle = (low + high) / 2
+            low, high = (middle, high) if sum(of(middle).values()) <= keep * total else (low, middle)
+        return of(low)
+    return Budget(groups, limits, meter).largest(of)
+
+
+def _outputs(net: nn.Module, example: Any) -> Tensor:
+    """All floating outputs of a network in eval mode as one row; the same random numbers every time."""
+    modes = [(one, one.training) for one in net.modules()]
+    with torch.no_grad(), torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        try:
+            out = net.eval()(*(example if isinstance(example, tuple) else (example,)))
+        finally:
+            for one, training in modes:
+                one.training = training
+    return torch.cat([leaf.detach().double().flatten() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)])
+
+
+def _verify(whole: nn.Module, zeroed: nn.Module, small: nn.Module, example: Any) -> None:
+    """Refuse a cut that does not compute what the masked network computes."""
+    try:
+        got = _outputs(small, example)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise UserError(
+            "prune: this network cannot be pruned: its forward counts on fixed numbers of channels "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from None
+    wanted = _outputs(zeroed, example)
+    error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-12)) if got.shape == wanted.shape else float("inf")
+    if not error <= EXACT:
+        raise UserError(
+            f"prune: this network cannot be pruned: without the removed channels it computes something else than with "
+            f"zeros in their place (relative difference {error:.1e})"
+        )
+
+
+def compare(whole: nn.Module, small: nn.Module, example: Any, pairs: int = PAIRS) -> Gain:
+    """Time both networks in eager mode on `example` in alternating pairs: the median ratio and its quartiles."""
+    ratios = []
+    _outputs(whole, example), _outputs(small, example)
+    for number in range(pairs):
+        took = {}
+        for name in ("whole", "small") if number % 2 else ("small", "whole"):
+            start = time.perf_counter()
+            _outputs(whole if name == "whole" else small, example)
+            took[name] = time.perf_counter() - start
+        ratios.append(took["whole"] / took["small"])
+    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+    return Gain(float(middle), float(low), float(high))

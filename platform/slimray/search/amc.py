@@ -1,0 +1,359 @@
+"""AMC (arXiv 1802.03494): the walk over a network in which an agent says layer by layer how many channels stay.
+
+`LayerWalk` is the environment as recorded: a chain of layers, the action of a layer keeps a share of its *input*
+channels. `GroupWalk` is ours: an action per dependency group, so that residual sums, concatenations and shared layers
+are decided once, under limits on any cost that is a function of the numbers kept (MACs, params, measured latency).
+Both have the same three parts: a state of ten numbers per step, a clip that keeps the budget in reach, and a rounding
+to channels. `Amc` is the search strategy: generations of trials that the agent proposes; the agent of a generation is
+trained from the seed and the history (states, raw actions, rewards), so that the result does not depend on how many
+trials run at a time. A population of 1 is the sequential search as published.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimray.search.ddpg import AMC, Ddpg, DdpgSettings, Episode, trained
+from slimray.spec import UserError
+
+Floats = NDArray[np.float64]
+COLUMNS = ("index", "type", "c_in", "c_out", "stride", "kernel", "weights", "reduced", "rest", "last_action")
+LEAST = 0.2  # lower bound of every action
+
+
+def rounded(channels: int, ratio: float, multiple: int = 8) -> int:
+    """The channels that a share `ratio` of `channels` is: rounded half to even, then up to `multiple`, as recorded.
+
+    Where that is more than there are, down to a multiple. Surprising: below `multiple` channels that is 0 (upstream
+    never prunes such a layer); a ratio of 1 keeps all.
+    """
+    if ratio == 1:
+        return channels
+    count = max(round(ratio * channels), 1)
+    count = -(-count // multiple) * multiple
+    return count if count <= channels else channels // multiple * multiple
+
+
+def reward_of(accuracy: float, macs: float | None = None) -> float:
+    """The reward of an accuracy in percent: a hundredth of it, or with `macs` minus the error times their logarithm."""
+    return accuracy * 0.01 if macs is None else -(100 - accuracy) * 0.01 * float(np.log(macs))
+
+
+# ------------------------------------------------------------------------------------------------ as recorded
+
+
+@dataclass(frozen=True)
+class ChainLayer:
+    """A layer of the recorded environment: `type` conv, fc or depthwise; `hw` the side of its output."""
+
+    type: str
+    cin: int
+    cout: int
+    stride: int = 0
+    k: int = 1
+    hw: int = 1
+
+    @property
+    def macs(self) -> float:
+        """Operations as recorded: the bias of a linear layer counts as one per output."""
+        if self.type == "fc":
+            return float(self.cin * self.cout + self.cout)
+        groups = self.cin if self.type == "depthwise" else 1
+        return float(self.cin * self.cout * self.k**2 * self.hw**2 / groups)
+
+    @property
+    def weights(self) -> int:
+        """Weights without the bias."""
+        return self.cin * self.cout * self.k**2 // (self.cin if self.type == "depthwise" else 1)
+
+    @property
+    def params(self) -> int:
+        """Weights, and the bias of a linear layer."""
+        return self.weights + (self.cout if self.type == "fc" else 0)
+
+
+class LayerWalk:
+    """The environment as recorded, over `layers` in order; depthwise ones go with the next layer that is pruned.
+
+    `ratio` is the share of all operations that may stay, `least` the lower bound of an action. `step` takes a raw
+    action and returns the state of the next layer, None after the last.
+    """
+
+    def __init__(self, layers: Sequence[ChainLayer], ratio: float, least: float = LEAST, multiple: int = 8):
+        if not least < ratio <= 1:
+            raise UserError(f"amc: the budget ({ratio}) must be above the lower bound of actions ({least})")
+        self.ratio, self.least, self.multiple = ratio, least, multiple
+        self.layers: list[ChainLayer] = []
+        self.buffers: list[list[ChainLayer]] = []
+        waiting: list[ChainLayer] = []
+        for layer in layers:
+            if layer.type == "depthwise":
+                waiting.append(layer)
+            else:
+                self.layers.append(layer)
+                self.buffers.append(waiting)
+                waiting = []
+        every = [*self.layers, *(layer for some in self.buffers for layer in some)]
+        self.macs_list, self.weight_list = [one.macs for one in every], [float(one.params) for one in every]
+        self.total = sum(self.macs_list)
+        self.static = self._static()
+        self.reset()
+
+    def _static(self) -> Floats:
+        """The columns of the layers, each scaled to [0, 1] over them; those that change start as 0, 0 and 1."""
+        rows = [
+            [i, float(one.type == "fc"), one.cin, one.cout, one.stride, one.k, one.weights, 0.0, 0.0, 1.0]
+            for i, one in enumerate(self.layers)
+        ]
+        table = np.array(rows, float)
+        low, high = table.min(0), table.max(0)
+        varied = high > low
+        table[:, varied] = (table[:, varied] - low[varied]) / (high - low)[varied]
+        return table
+
+    def reset(self) -> Floats:
+        """Begin an episode and return the state of the first layer."""
+        count = len(self.layers)
+        self.inputs, self.outputs = [1.0, *[self.least] * (count - 1)], [*[self.least] * (count - 1), 1.0]
+        self.clipped: list[float] = []
+        self.bounds: list[float] = []
+        self.channels: list[int] = []
+        state = self.static[0].copy()
+        state[8] = sum(self.weight_list[1:]) / sum(self.weight_list)
+        return state
+
+    def _buffer(self, place: int) -> float:
+        return sum(layer.macs for layer in self.buffers[place])
+
+    def cost(self) -> float:
+        """Operations with the ratios so far; layers that were not visited count at the lower bound."""
+        return sum(
+            self.macs_list[i] * self.inputs[i] * self.outputs[i] + self._buffer(i) * self.inputs[i]
+            for i in range(len(self.layers))
+        )
+
+    def step(self, action: float) -> Floats | None:
+        """Take a raw action for the layer at hand."""
+        place = len(self.clipped)
+        this = self.macs_list[place] * self.outputs[place] + self._buffer(place)
+        other = 0.0
+        for i in range(len(self.layers)):
+            if i == place:
+                continue
+            if i == place - 1:
+                this += self.macs_list[i] * self.inputs[i]
+                other += self._buffer(i) * self.inputs[i]
+            else:
+                other += self.macs_list[i] * self.inputs[i] * self.outputs[i] + self._buffer(i) * self.inputs[i]
+        bound = (self.ratio * self.total - other) / this
+        action = 1.0 if place == 0 else max(min(action, bound), self.least)
+        layer = self.layers[place]
+        channels = rounded(layer.cin, action, self.multiple)
+        kept = channels / layer.cin
+        self.bounds.append(bound)
+        self.clipped.append(action)
+        self.channels.append(channels)
+        self.inputs[place] = kept
+        if place:
+            self.outputs[place - 1] = kept
+        if place + 1 == len(self.layers):
+            return None
+        state = self.static[place + 1].copy()
+        state[7] = (self.total - self.cost()) / self.total
+        state[8] = sum(self.macs_list[place + 2 :]) / self.total
+        state[9] = kept
+        return state
+
+
+# ------------------------------------------------------------------------------------------------ dependency groups
+
+
+@dataclass(frozen=True)
+class GroupStep:
+    """A group of channels as the agent sees it: how many there are and may stay, and totals over its layers."""
+
+    name: str
+    choices: tuple[int, ...]
+    linear: bool
+    inputs: int
+    outputs: int
+    stride: int
+    kernel: int
+    weights: float
+    macs: float
+
+
+class GroupWalk:
+    """An action per group: the share of its channels that stays, under `limits` on `costs`.
+
+    `costs` takes numbers of channels `[n, groups]` and returns cost -> `[n]`. A number is the allowed one nearest below
+    the action, but never one with which the limits could not be kept any more when all later groups are at the lower
+    bound `least`: policies keep their limits, whatever is shared. UserError where not even those at the bound do.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[GroupStep],
+        costs: Callable[[Floats], Mapping[str, Floats]],
+        limits: Mapping[str, float],
+        least: float = LEAST,
+    ):
+        self.steps, self.costs, self.limits, self.least = tuple(steps), costs, dict(limits), least
+        self.full = np.array([step.choices[-1] for step in steps], float)
+        self.lowest = np.array([self._number(step, least) for step in steps], float)
+        if not self._keeps(self.lowest[None])[0]:
+            found = costs(self.lowest[None])
+            shown = ", ".join(f"{name} {float(found[name][0]):.6g}" for name in limits)
+            raise UserError(f"amc: the limits are out of reach: with all groups at the lower bound there are {shown}")
+        rows = [
+            [i, float(s.linear), s.inputs, s.outputs, s.stride, s.kernel, s.weights, 0.0, 0.0, 1.0]
+            for i, s in enumerate(self.steps)
+        ]
+        table = np.array(rows, float)
+        low, high = table.min(0), table.max(0)
+        varied = high > low
+        table[:, varied] = (table[:, varied] - low[varied]) / (high - low)[varied]
+        self.static = table
+        self.judged = next(iter(limits), "macs")
+        self.total = float(costs(self.full[None])[self.judged][0])
+        self.reset()
+
+    @staticmethod
+    def _number(step: GroupStep, ratio: float) -> int:
+        return max((n for n in step.choices if n <= ratio * step.choices[-1] + 1e-9), default=step.choices[0])
+
+    def _keeps(self, rows: Floats) -> NDArray[np.bool_]:
+        costs = self.costs(rows)
+        return np.all([costs[name] <= limit for name, limit in self.limits.items()], axis=0)
+
+    def reset(self) -> Floats:
+        """Begin an episode and return the state of the first group."""
+        self.row, self.place = self.lowest.copy(), 0
+        return self._state(1.0)
+
+    def _state(self, last: float) -> Floats:
+        state = self.static[self.place].copy()
+        later = sum(step.macs for step in self.steps[self.place + 1 :])
+        state[7] = 1 - float(self.costs(self.row[None])[self.judged][0]) / self.total
+        state[8] = later / max(sum(step.macs for step in self.steps), 1.0)
+        state[9] = last
+        return state
+
+    def step(self, action: float) -> Floats | None:
+        """Take a raw action for the group at hand and return the state of the next one, None after the last."""
+        step = self.steps[self.place]
+        wanted = self._number(step, max(action, self.least))
+        allowed = [n for n in step.choices if n <= wanted]
+        rows = np.repeat(self.row[None], len(allowed), 0)
+        rows[:, self.place] = allowed
+        kept = np.flatnonzero(self._keeps(rows))
+        self.row[self.place] = allowed[kept[-1]] if len(kept) else self.lowest[self.place]
+        share = self.row[self.place] / self.full[self.place]
+        self.place += 1
+        return None if self.place == len(self.steps) else self._state(share)
+
+    def counts(self) -> dict[str, int]:
+        """The channels that stay, by group, after the last step."""
+        return {step.name: int(count) for step, count in zip(self.steps, self.row, strict=True)}
+
+
+# ------------------------------------------------------------------------------------------------ search
+
+
+@dataclass(frozen=True)
+class AmcSettings:
+    """A search: `episodes` in all, `population` of them proposed at a time (1: in sequence), the agent."""
+
+    episodes: int
+    population: int = 1
+    agent: DdpgSettings = AMC
+
+    def __post_init__(self) -> None:
+        if self.population < 1 or self.episodes < 1:
+            raise UserError("amc: episodes and population must be >= 1")
+
+
+@dataclass(frozen=True, eq=False)
+class AmcTrial:
+    """An episode: its number, the policy, states `[T, 10]` and raw actions `[T]`, and the reward (nan: failed)."""
+
+    index: int
+    counts: dict[str, int]
+    states: Floats
+    actions: Floats
+    reward: float = float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; numbers keep all their digits."""
+        values = {"states": self.states.tolist(), "actions": self.actions.tolist()}
+        return {"index": self.index, "counts": self.counts, "reward": self.reward, **values}
+
+    @staticmethod
+    def from_dict(plain: Mapping[str, Any]) -> "AmcTrial":
+        """Read what `to_dict` wrote."""
+        states, actions = (np.array(plain[name], float) for name in ("states", "actions"))
+        return AmcTrial(int(plain["index"]), dict(plain["counts"]), states, actions, float(plain["reward"]))
+
+
+def rollout(walk: GroupWalk, agent: Ddpg, index: int, seed: int) -> AmcTrial:
+    """The episode `index` that an agent walks: a function of the agent, the seed and the number."""
+    rng, state = np.random.default_rng([seed, 2, index]), walk.reset()
+    states, actions = [], []
+    after: Floats | None = state
+    while after is not None:
+        states.append(after)
+        actions.append(agent.act(after, index, rng))
+        after = walk.step(actions[-1])
+    return AmcTrial(index, walk.counts(), np.array(states), np.array(actions))
+
+
+def propose(
+    walk: GroupWalk, settings: AmcSettings, history: Sequence[AmcTrial], seed: int, number: int
+) -> list[AmcTrial] | None:
+    """The trials of generation `number`, without rewards; None while one of an earlier generation is missing.
+
+    A function of its arguments, and of `history` only of the generations before: neither its order nor trials of later
+    generations matter, so that a search on any number of workers, resumed or not, is the same search.
+    """
+    first = number * settings.population
+    past = {trial.index: trial for trial in history if trial.index < first}
+    if len(past) < first:
+        return None
+    episodes = [Episode(past[i].states, past[i].actions, past[i].reward) for i in range(first)]
+    agent = trained(settings.agent, len(COLUMNS), len(walk.steps), seed, episodes)
+    return [
+        rollout(walk, agent, index, seed) for index in range(first, min(first + settings.population, settings.episodes))
+    ]
+
+
+def search(
+    walk: GroupWalk, settings: AmcSettings, reward: Callable[[dict[str, int]], float], seed: int = 0
+) -> list[AmcTrial]:
+    """Search in this process: the trials that `propose` names, with their rewards, in order.
+
+    A policy that was tried before keeps its reward.
+    """
+    agent = trained(settings.agent, len(COLUMNS), len(walk.steps), seed, [])
+    done: list[AmcTrial] = []
+    known: dict[tuple[int, ...], float] = {}
+    while len(done) < settings.episodes:
+        numbers = range(len(done), min(len(done) + settings.population, settings.episodes))
+        for trial in [rollout(walk, agent, index, seed) for index in numbers]:
+            key = tuple(trial.counts.values())
+            if key not in known:
+                known[key] = reward(trial.counts)
+            done.append(AmcTrial(trial.index, trial.counts, trial.states, trial.actions, known[key]))
+        for trial in done[numbers[0] :]:
+            agent.take(Episode(trial.states, trial.actions, trial.reward))
+    return done
+
+
+def best(trials: Sequence[AmcTrial]) -> AmcTrial:
+    """The trial of the highest reward, of equal ones the first; ValueError where none has one."""
+    scored = [trial for trial in trials if np.isfinite(trial.reward)]
+    if not scored:
+        raise ValueError("amc: no trial has a reward")
+    return max(scored, key=lambda trial: (trial.reward, -trial.index))
