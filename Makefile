@@ -27,7 +27,7 @@ check: $(DEV) browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m 'not ray and not benchmark'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m 'not ray and not benchmark'
 
 test: check
 	$(BIN)/pytest -q -m 'ray and not benchmark'

@@ -1,23 +1,16 @@
 """Votes on scenes: the surest answer wins, whatever the number of ranks that saw the windows."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from pydantic import ValidationError
-from tests.waits import patience
+from tests.ranks import run_ranks
 
 from slimray.data.plan import Phase, rank_slice
 from slimray.tasks.parts import ShapeScore
 from slimray.tasks.segment import SegmentationScore
 from slimray.tasks.votes import SceneVotes, Votes
 from slimray.verbs.evaluate import EvaluateJob
-
-ROOT = Path(__file__).resolve().parents[2]
 
 CLASSES, BATCH = 5, 4
 PATHS = [f"room{room}#zero-{window:04d}" for room, count in enumerate([3, 1, 6]) for window in range(count)]
@@ -45,10 +38,7 @@ def counted(rank: int, world: int) -> SegmentationScore:
 
 
 def rank_of_two(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.save(list(counted(rank, 2).tensors()), f"{folder}/{rank}.pt")
-    dist.barrier()  # gloo aborts when one side goes away while the other still talks
-    dist.destroy_process_group()
 
 
 def test_a_point_gets_the_class_of_its_surest_view():
@@ -68,13 +58,7 @@ def test_a_point_gets_the_class_of_its_surest_view():
 
 
 def test_two_ranks_count_what_one_counts(tmp_path):
-    command = [sys.executable, "-m", __name__]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE) for rank in range(2)
-    ]
-    for process in ranks:
-        _, err = process.communicate(timeout=patience(120))
-        assert process.returncode == 0, err.decode()[-2000:]
+    run_ranks(rank_of_two, str(tmp_path))
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     together = [sum(pair) for pair in zip(*parts, strict=True)]
     for mine, alone in zip(together, counted(0, 1).tensors(), strict=True):
@@ -112,7 +96,3 @@ def test_a_shape_is_judged_among_its_own_parts():
     assert result["instance_miou"] == pytest.approx(100)
     assert result["num_samples"] == 1
     assert result["category_iou"] == {"a": None, "b": pytest.approx(100)}
-
-
-if __name__ == "__main__":
-    rank_of_two(int(sys.argv[1]), sys.argv[2])

@@ -23,6 +23,7 @@ from torch import Tensor
 from slimray import runs
 from slimray.data.pipeline import Batch, FeedConfig
 from slimray.data.plan import Phase, microbatches
+from slimray.edge.compiler import without_compiler
 from slimray.spec import RunFailed
 from slimray.tasks import TASKS
 from slimray.tasks.network import Input, predict_outputs
@@ -423,7 +424,8 @@ class _Rank:
 
 def fit(config: FitConfig) -> dict[str, Any]:
     """The worker function of a training run: {"best", "last", "steps", "confusion"} or {"failed": sentence}."""
-    return _Rank(config).run_all()
+    with without_compiler():
+        return _Rank(config).run_all()
 
 
 # ------------------------------------------------------------------------------------------- shared by verbs

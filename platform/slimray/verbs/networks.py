@@ -15,6 +15,7 @@ from slimray.data.plan import ceil_div
 from slimray.data.spec import DataSpec
 from slimray.data.video.clips import DENSE_WINDOW
 from slimray.edge import cost
+from slimray.edge.compiler import without_compiler
 from slimray.spec import UserError, did_you_mean, lookup, parse
 from slimray.tasks import task_of_card, task_options
 from slimray.train import optimizers
@@ -195,7 +196,7 @@ def _measure(job: TrainJob, card: Card | None) -> tuple[Any, int]:
     shape = _input_shape(job, card, net)
     if modality.segmented and job.data.sampling == "dense" and shape[0] > DENSE_WINDOW:
         raise UserError(f"model.num_segments: at most {DENSE_WINDOW} frames with data.sampling: dense (got {shape[0]})")
-    with cost.without_compiler():
+    with without_compiler():
         optimizers.make_optimizer(net, job.optim, job.batch.total)  # its parameter groups must be there
     try:
         return net, cost.count_macs(net, (1, *shape))

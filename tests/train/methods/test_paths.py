@@ -2,18 +2,14 @@
 
 import json
 import math
-import os
 import random
-import socket
-import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tests.waits import patience
+from tests.ranks import run_ranks
 
 from slimray import models
 from slimray.models.supernets.mixed import MixedNet
@@ -21,8 +17,6 @@ from slimray.tasks.network import Input, to_input
 from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.paths import Goal, PathReplica, PathSampling, draw_two, entropy
 from slimray.train.spec import OptimSpec
-
-ROOT = Path(__file__).resolve().parents[3]
 
 OPTIM = OptimSpec(lr=0.1, reference_batch=8, epochs=1, groups="plain", clip_norm=None, weight_decay=0.0)
 SHAPE, SIDE = (3, 16, 16), 16
@@ -279,25 +273,16 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     assert all(torch.equal(a, b) for a, b in zip(replica.alphas, before, strict=True))
 
 
+def rank_of_two(rank: int, case: str, out: str, gradient: str) -> None:
+    torch.save(steps_of(rank, 2, CUTS[case], gradient), f"{out}/{rank}.pt")
+
+
 @pytest.mark.parametrize(
     ("case", "gradient"),
     list(zip(CUTS, ("reinforce", "full_v2", "two"), strict=True)),
 )
 def test_two_ranks_search_as_one_does(case: str, gradient: str, tmp_path: Path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", __name__]
-    children = [
-        subprocess.Popen(
-            [*command, str(rank), case, str(tmp_path), gradient], cwd=ROOT, env=env, stderr=subprocess.PIPE
-        )
-        for rank in (0, 1)
-    ]
-    for child in children:
-        _, err = child.communicate(timeout=patience(180))
-        assert child.returncode == 0, err.decode()[-2000:]
+    run_ranks(rank_of_two, case, str(tmp_path), gradient)
     try:
         alone = steps_of(0, 1, [[cut for rank in CUTS[case] for cut in rank if cut[0] < cut[1]]], gradient)
     finally:
@@ -310,11 +295,3 @@ def test_two_ranks_search_as_one_does(case: str, gradient: str, tmp_path: Path):
     for name, value in alone.items():
         torch.testing.assert_close(both[0][name], value, rtol=1e-9, atol=1e-12, equal_nan=True)
         assert torch.equal(both[0][name], both[1][name]) or name == "baseline"
-
-
-if __name__ == "__main__":
-    number, name, folder, how = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
-    torch.distributed.init_process_group("gloo", rank=number, world_size=2)
-    torch.save(steps_of(number, 2, CUTS[name], how), f"{folder}/{number}.pt")
-    torch.distributed.barrier()  # gloo aborts when one side goes away while the other still talks
-    torch.distributed.destroy_process_group()

@@ -1,16 +1,12 @@
 """A step is exact whatever the number of ranks: real gloo processes against one process."""
 
 import copy
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tests.waits import patience
+from tests.ranks import run_ranks
 from torch import nn
 
 from slimray.data.plan import Phase
@@ -21,8 +17,6 @@ from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.mutual import Mutual
 from slimray.train.methods.plain import PlainReplica
 from slimray.train.spec import OptimSpec
-
-ROOT = Path(__file__).resolve().parents[3]
 
 OPTIM = OptimSpec(lr=0.1, reference_batch=8, epochs=1, groups="plain", clip_norm=None, weight_decay=0.0)
 SHAPE = (2, 3, 8, 8)
@@ -73,18 +67,9 @@ CASES = {
 }
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _child(rank: int, world: int, case: str, out: str, compress: str) -> None:
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+def rank_of_two(rank: int, case: str, out: str, compress: str) -> None:
     cuts, num = CASES[case]
-    torch.save(one_step(rank, world, cuts, num, compress), f"{out}/{rank}.pt")
-    torch.distributed.barrier()  # gloo aborts when one side goes away while the other still talks
-    torch.distributed.destroy_process_group()
+    torch.save(one_step(rank, 2, cuts, num, compress), f"{out}/{rank}.pt")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -107,17 +92,7 @@ def test_gradients_sent_as_bf16_are_rounded_to_bf16_and_alike_on_all_ranks(tmp_p
 
 def alone_and_together(case: str, tmp_path: Path, compress: str = "none") -> tuple[dict, list[dict]]:
     """The weights after one step of one process, and those of two ranks."""
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", __name__]
-    children = [
-        subprocess.Popen(
-            [*command, str(rank), "2", case, str(tmp_path), compress], cwd=ROOT, env=env, stderr=subprocess.PIPE
-        )
-        for rank in (0, 1)
-    ]
-    for child in children:
-        _, err = child.communicate(timeout=patience(120))
-        assert child.returncode == 0, err.decode()[-2000:]
+    run_ranks(rank_of_two, case, str(tmp_path), compress)
     cuts, num = CASES[case]
     default = torch.get_default_dtype()
     try:
@@ -268,7 +243,3 @@ def test_validation_copy_and_state_leave_training_untouched():
     net = replica.averaged()
     net(torch.zeros(1, *SHAPE32))
     assert all(torch.equal(v, before[k]) for k, v in replica.tensors().items())
-
-
-if __name__ == "__main__":
-    _child(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6])

@@ -1,16 +1,12 @@
 """A step on subnets is exact whatever the number of ranks: real gloo processes against one process."""
 
 import copy
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tests.waits import patience
+from tests.ranks import run_ranks
 
 from slimray import models
 from slimray.arch import Dimension, Space
@@ -19,8 +15,6 @@ from slimray.train import learn
 from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.supernet import Supernet, SupernetReplica
 from slimray.train.spec import OptimSpec
-
-ROOT = Path(__file__).resolve().parents[3]
 
 OPTIM = OptimSpec(lr=0.1, reference_batch=8, epochs=1, groups="plain", clip_norm=None, weight_decay=0.0)
 SHAPE, SIDE = (3, 32, 32), 32
@@ -59,17 +53,13 @@ def one_step(rank: int, world: int, cuts: list[list[tuple[int, int]]]) -> dict[s
     return {k: v.clone() for k, v in replica.net.state_dict().items()}
 
 
+def rank_of_two(rank: int, case: str, out: str) -> None:
+    torch.save(one_step(rank, 2, CUTS[case]), f"{out}/{rank}.pt")
+
+
 @pytest.mark.parametrize("case", CUTS)
 def test_two_ranks_train_subnets_as_one_does(case: str, tmp_path: Path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", __name__, case, str(tmp_path)]
-    children = [subprocess.Popen([*command, str(rank)], cwd=ROOT, env=env, stderr=subprocess.PIPE) for rank in (0, 1)]
-    for child in children:
-        _, err = child.communicate(timeout=patience(180))
-        assert child.returncode == 0, err.decode()[-2000:]
+    run_ranks(rank_of_two, case, str(tmp_path))
     try:
         alone = one_step(0, 1, [[cut for rank in CUTS[case] for cut in rank if cut[0] < cut[1]]])
     finally:
@@ -133,11 +123,3 @@ def test_inputs_are_made_as_an_arch_takes_them():
     assert torch.equal(kept, clips[:, [1, 3, 5, 7]])
     cloud, of_clouds = torch.rand(2, 3, 64), Space.of({"voxel": Dimension.per_stage([(0.5, 1.0)])})
     assert learn.fit_input(cloud, of_clouds, of_clouds.largest()) is cloud
-
-
-if __name__ == "__main__":
-    name, folder, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    torch.distributed.init_process_group("gloo", rank=number, world_size=2)
-    torch.save(one_step(number, 2, CUTS[name]), f"{folder}/{number}.pt")
-    torch.distributed.barrier()  # gloo aborts when one side goes away while the other still talks
-    torch.distributed.destroy_process_group()

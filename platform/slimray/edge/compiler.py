@@ -1,0 +1,88 @@
+"""torch's compiler, imported where something is compiled and nowhere else.
+
+Optimizers, DDP and the operators of the meta device are Python functions that torch keeps from being compiled: the
+first call of each imports `torch._dynamo` for that, with sympy and more, which takes as long as torch itself.
+"""
+
+import contextlib
+import importlib.abc
+import importlib.util
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+NAME = "torch._dynamo"
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """Keep torch from importing its compiler for as long as the block runs and nothing in it is compiled.
+
+    Where it is not imported, a module stands in its place that leaves functions as they are: nothing is compiled, so
+    there is nothing to keep them from. Who asks for more than that is given the real one, and keeps it.
+    """
+    if NAME in sys.modules:
+        yield
+        return
+    stand_in = _StandIn()
+    sys.modules[NAME] = torch._dynamo = stand_in  # type: ignore[attr-defined]
+    sys.meta_path.insert(0, stand_in.finder)
+    try:
+        yield
+    finally:
+        stand_in.leave()
+        sys.meta_path.remove(stand_in.finder)
+
+
+class _StandIn(types.ModuleType):
+    """What torch asks of `torch._dynamo` where nothing is compiled."""
+
+    def __init__(self) -> None:
+        super().__init__(NAME)
+        self.finder = _Finder()
+        self.marked: list[Any] = []
+        self.utils = types.SimpleNamespace(get_optimize_ddp_mode=lambda: "ddp_optimizer")  # torch's default
+        self.trace_rules = types.SimpleNamespace(clear_lru_cache=lambda: None)  # asked by a process group
+
+    def disable(self, function: Any = None, recursive: bool = True, **options: Any) -> Any:
+        if function is None or options.get("wrapping") is not False:  # not from torch's own wrapper
+            return self.real().disable(function, recursive, **options)
+        self.marked.append(function)
+        return function
+
+    def graph_break(self, *_: Any) -> None:
+        """Where an optimizer would end a graph."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__path__":
+            raise AttributeError(name)
+        return getattr(self.real(), name)
+
+    def real(self) -> Any:
+        """The compiler itself, imported now."""
+        self.leave()
+        return importlib.import_module(NAME)
+
+    def leave(self) -> None:
+        """Stand here no longer; torch finds the functions that were left as they are untouched."""
+        if sys.modules.get(NAME) is self:
+            del sys.modules[NAME], torch._dynamo  # type: ignore[attr-defined]
+        while self.marked:
+            vars(self.marked.pop()).pop("__dynamo_disable", None)
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds what the real compiler has imported while a module of it was being imported through the stand-in."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        loaded = fullname.startswith(f"{NAME}.") and fullname in sys.modules
+        return importlib.util.spec_from_loader(fullname, self) if loaded else None
+
+    def create_module(self, spec: Any) -> Any:
+        return sys.modules[spec.name]
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """It was executed before."""
