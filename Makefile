@@ -51,7 +51,7 @@ constraints: | $(BIN)/uv
 
 $(RUN): pyproject.toml constraints.txt | system $(BIN)/python
 	@echo "Installing what slimray runs on into $(VENV): some minutes, most of them for torch (0.2 GB for CPUs, 3 GB with CUDA)"
-	$(INSTALL) --editable .
+	$(INSTALL) --editable '.[train]'
 	@touch $@
 
 $(DEV): $(RUN)

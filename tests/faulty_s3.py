@@ -22,13 +22,21 @@ class FaultyS3:
     """Where it is, how often it fails (`rate` of the requests, may be changed at any time), and what it did."""
 
     def __init__(self, port: int, behind: int, seed: int):
-        self.port, self.behind, self.rate, self.done = port, behind, 0.0, Counter()
+        self.port, self.behind, self.rate, self.done, self.parts = port, behind, 0.0, Counter(), 0
         self.kinds = ["throttle", "break", "break answer", "slow"]
         self._random, self._lock = random.Random(seed), threading.Lock()
 
     def uri(self, folder: str) -> str:
         """The URI of a folder in its bucket."""
         return f"s3://team/{folder}?endpoint_override=127.0.0.1:{self.port}&scheme=http"
+
+    def fail(self, kind: str = "refuse") -> None:
+        """Be down until `heal`: every request is answered with 503 ("throttle"), or its connection is closed."""
+        self.kinds, self.rate = [kind], 1.0
+
+    def heal(self) -> None:
+        """Answer every request again."""
+        self.rate = 0.0
 
     def choose(self) -> str:
         """What happens to the next request."""
@@ -68,6 +76,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _serve(self) -> None:
         faults: FaultyS3 = self.server.faults  # type: ignore[attr-defined]
         what, size = faults.choose(), int(self.headers.get("Content-Length") or 0)
+        if what == "refuse":  # nothing is read: as from a server that is not there
+            self.close_connection = True
+            self.connection.close()
+            return
         if what == "break":  # in the middle of an upload
             self.rfile.read(size // 2)
             self.close_connection = True
@@ -76,6 +88,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(size) if size else b""
         if "chunked" in (self.headers.get("Transfer-Encoding") or ""):
             body = b"".join(iter(self._chunk, b""))
+        faults.parts += "partNumber=" in self.path and self.command == "PUT"
         if what == "throttle":
             self._answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
             return

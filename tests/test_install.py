@@ -1,6 +1,7 @@
 """Installing: exact versions that resolve on every machine, from one file; extras that may be missing."""
 
 import ast
+import json
 import os
 import re
 import socket
@@ -20,7 +21,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
-FOLDERS_OF_EXTRAS = {"report/dashboard/": "dashboard", "edge/": "edge"}
+FOLDERS_OF_EXTRAS = {"report/dashboard/": ("dashboard",), "edge/": ("edge",), "runtime/": ("openvino",)}
+LATE = {"decord", "open3d", "openvino", "safetensors"}  # what a runtime reads or computes with only where it is there
 
 
 def canonical(requirement: str) -> str:
@@ -160,8 +162,9 @@ def test_every_dependency_has_an_exact_version_and_no_index_is_named():
 def test_what_the_package_imports_is_declared_and_the_extras_stay_in_their_folders():
     """Triton alone is undeclared: a CUDA build of torch brings it, and without it torch does the work."""
     package, brings, optional = ROOT / "platform/slimray", packages_distributions(), PROJECT["optional-dependencies"]
-    declared = {"": {canonical(one) for one in PROJECT["dependencies"]}}
-    declared |= {folder: {canonical(one) for one in optional[extra]} for folder, extra in FOLDERS_OF_EXTRAS.items()}
+    declared = {"": {canonical(one) for one in [*PROJECT["dependencies"], *optional["train"]]}}
+    for folder, extras in FOLDERS_OF_EXTRAS.items():
+        declared[folder] = {canonical(one) for extra in extras for one in optional[extra]}
     for path in package.rglob("*.py"):
         here = path.relative_to(package).as_posix()
         allowed = set().union(*(names for folder, names in declared.items() if here.startswith(folder)))
@@ -172,16 +175,55 @@ def test_what_the_package_imports_is_declared_and_the_extras_stay_in_their_folde
                 assert allowed & {canonical(one) for one in brings.get(name, [name])}, f"{here} imports {name}"
 
 
+def test_the_dependencies_are_exactly_what_running_an_export_imports():
+    code = """
+import ast, json, sys
+import slimray.cli.main, slimray.data.points.reader, slimray.data.video.decoder, slimray.runtime.loaded
+files = [m.__file__ for name, m in sys.modules.items() if name.split(".")[0] == "slimray" and m.__file__]
+print(json.dumps([files, sorted({name.partition(".")[0] for name in sys.modules})]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    files, loaded = json.loads(done.stdout)
+    assert not {"torch", "ray", "open3d", "dash", "wandb", "onnx", "decord", "safetensors", "matplotlib"} & set(loaded)
+    found: set[str] = set()
+    for file in files:
+        for node in ast.walk(ast.parse(Path(file).read_text())):
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found |= {name.partition(".")[0] for name in names}
+    needed, brings = found - set(sys.stdlib_module_names) - LATE - {"slimray"}, packages_distributions()
+    wanted = {canonical(one) for name in needed for one in brings[name]}
+    assert wanted == {canonical(one) for one in PROJECT["dependencies"]}
+
+
+def test_a_command_that_needs_torch_says_what_to_install_where_it_is_missing(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    run = tmp_path / "runs/net/model"
+    run.mkdir(parents=True)
+    (run.parent / "status.json").write_text("{}")
+    (run / "model.json").write_text("{}")
+    code = "import sys; sys.modules['torch'] = None; from slimray.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "predict", "net", "a.jpg"], cwd=tmp_path, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "this needs torch, not installed here" in done.stderr
+    assert "pip install 'slimray[train]'" in done.stderr
+
+
 def test_running_installs_neither_the_tests_nor_the_extras_and_all_install_from_the_constraints():
     makefile, dockerfile = (ROOT / "Makefile").read_text(), (ROOT / "cluster/Dockerfile").read_text()
-    assert "\n\t$(INSTALL) --editable .\n" in makefile
+    assert "\n\t$(INSTALL) --editable '.[train]'\n" in makefile
     assert "\n\t$(INSTALL) --editable '.[dev]'\n" in makefile
     installs = re.findall(r"^.*pip install .*$", makefile + dockerfile, re.MULTILINE)
     assert len(installs) == 2
     assert all("--constraint constraints.txt" in line for line in installs)
-    core = {canonical(requirement) for requirement in PROJECT["dependencies"]}
+    groups = [PROJECT["dependencies"], PROJECT["optional-dependencies"]["train"]]
+    core = {canonical(requirement) for group in groups for requirement in group}
     for extra in ("dashboard", "edge"):
-        assert not core & {canonical(requirement) for requirement in PROJECT["optional-dependencies"][extra]}
+        names = {canonical(requirement) for requirement in PROJECT["optional-dependencies"][extra]} - {"slimray"}
+        assert not core & names
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,11 @@ def test_set_does_not_give_a_section_to_documents_without_where_others_have_it(t
         ("tsm:optim", "--set optim: must look like section.field=value"),
         ("optim.lr.x=1", "--set optim.lr.x=1: 'lr' is a value, it has no fields"),
         ("scale.workers=0", "scale.workers: must be >= 1 or must be a list (got 0)"),
+        (
+            "scale.storage_timeout_s=900",
+            "scale.storage_timeout_s: must be below data_timeout_s (600), got 900: the ranks would give up waiting for "
+            "data first",
+        ),
         ("optim.lr=fast", "optim.lr: must be a valid number (got 'fast')"),
         ("name=a", "name: 'a' is used twice: each document needs a name of its own"),
         ("data.card=moving_shape", "data.card: there is no dataset card 'moving_shape', did you mean 'moving_shapes'?"),

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import threading
 import pyarrow.fs as pafs
 import pytest
 from tests.faulty_s3 import faulty_s3
-from tests.waits import patience
+from tests.waits import as_in_a_terminal, patience, wait_for
 
 from slimray import storage
 from slimray.spec import UserError
@@ -97,8 +98,14 @@ def test_failures_that_pass_are_retried_and_others_are_one_sentence(tmp_path):
     (tmp_path / "x").write_bytes(b"there")
     path = str(tmp_path / "x")
     assert storage.read_bytes(Failing(1, OSError("AWS Error SLOW_DOWN: reduce your rate")), path) == b"there"
-    with pytest.raises(storage.StorageError, match=r"x: cannot read it after 2 attempts \(SLOW_DOWN\)"):
-        storage.read_bytes(Failing(9, OSError("AWS Error SLOW_DOWN")), path, attempts=2)
+    with pytest.raises(storage.StorageError, match=r"x: cannot read it after \d attempts \(SLOW_DOWN\)"):
+        storage.read_bytes(Failing(9, OSError("AWS Error SLOW_DOWN")), path, patience=0.3)
+    with pytest.raises(storage.StorageError, match=r"x: cannot read it after 1 attempt \(SLOW_DOWN\)"):
+        storage.read_bytes(Failing(9, OSError("AWS Error SLOW_DOWN")), path, patience=0)
+    failing = Failing(99, OSError("2 of 5 bytes came"))
+    with pytest.raises(storage.StorageError, match=r"x: cannot read it after 4 attempts \(2 of 5 bytes came\)"):
+        storage.read_bytes(failing, path, patience=1000)
+    assert failing.left == 95  # a file that is damaged is not an outage, which may take minutes
     failing = Failing(9, OSError(errno.EACCES, "no"))
     with pytest.raises(storage.StorageError, match=r"cannot read it \(permission denied\)"):
         storage.read_bytes(failing, path)
@@ -171,6 +178,8 @@ def test_the_endpoint_of_the_environment_is_honoured(bucket, monkeypatch):
 
 
 def test_a_server_that_is_not_there_or_never_answers_is_asked_a_bounded_number_of_times(monkeypatch):
+    """That it does not answer is nothing that the user did wrong."""
+    monkeypatch.setenv(storage.PATIENCE, "0")
     monkeypatch.setattr(storage, "SDK_ATTEMPTS", 1)
     monkeypatch.setattr(storage, "REQUEST_TIMEOUT_S", 1)
     with socket.socket() as silent, socket.socket() as closed:
@@ -179,7 +188,7 @@ def test_a_server_that_is_not_there_or_never_answers_is_asked_a_bounded_number_o
         silent.setblocking(False)
         closed.bind(("127.0.0.1", 0))
         for port in (silent.getsockname()[1], closed.getsockname()[1]):
-            with pytest.raises(UserError, match="the storage does not answer"):
+            with pytest.raises(StorageError, match=r"s3://team/x: cannot reach it after 1 attempt .* check the name"):
                 storage.open_uri(f"s3://team/x?endpoint_override=127.0.0.1:{port}&scheme=http&anonymous=true")
         silent.accept()[0].close()
         with pytest.raises(BlockingIOError):  # asked once, for REQUEST_TIMEOUT_S: SDK_ATTEMPTS are all there are
@@ -226,7 +235,79 @@ def test_a_store_that_throttles_breaks_and_delays_loses_nothing(monkeypatch):
         assert {"throttle", "break", "slow"} <= {what for what, count in faults.done.items() if count}
         faults.rate, faults.kinds = 1.0, ["throttle"]
         with pytest.raises(StorageError, match="runs/00"):
-            storage.read_bytes(fs, f"{path}/00")
+            storage.read_bytes(fs, f"{path}/00", patience=1)
+
+
+@pytest.mark.parametrize("kind", ["throttle", "refuse"])
+def test_an_outage_is_waited_for_by_all_callers_alike(monkeypatch, kind):
+    """Opening, looking up, listing, reading, writing and deleting while the bucket is down, and after it is back."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setattr(storage, "LONGEST_WAIT_S", 2.0)
+    with faulty_s3() as faults, storage.patient(patience(60)):
+        fs, path = storage.open_uri(faults.uri("runs"))
+        for name in ("read", "gone"):
+            storage.write_atomic(fs, f"{path}/{name}", b"before")
+        calls = {
+            "open": lambda: storage.open_uri(faults.uri("runs"))[1],
+            "look": lambda: storage.exists(fs, f"{path}/read"),
+            "list": lambda: [info.base_name for info in storage.list_files(fs, path)][-1],
+            "read": lambda: storage.read_bytes(fs, f"{path}/read"),
+            "write": lambda: storage.write_atomic(fs, f"{path}/written", b"new"),
+            "delete": lambda: storage.delete(fs, f"{path}/gone"),
+        }
+        answers: dict[str, object] = {}
+        faults.fail(kind)
+        threads = [threading.Thread(target=lambda n=n, c=c: answers.update({n: c()})) for n, c in calls.items()]
+        for thread in threads:
+            thread.start()
+        wait_for("every caller to have failed", lambda: faults.done[kind] >= 3 * len(calls))
+        assert not answers  # nobody has given up, nobody has taken an outage for an answer
+        faults.heal()
+        for thread in threads:
+            thread.join(patience(60))
+        assert answers == {
+            "open": path, "look": True, "list": answers["list"], "read": b"before", "write": None, "delete": None,
+        }  # fmt: skip
+        assert storage.read_bytes(fs, f"{path}/written") == b"new"
+        assert not storage.exists(fs, f"{path}/gone")
+        faults.fail(kind)
+        with storage.patient(1), pytest.raises(StorageError, match=r"runs/read: cannot read it after \d+ attempts"):
+            storage.read_bytes(fs, f"{path}/read")
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from slimray import storage
+fs, path = storage.open_uri(sys.argv[1])
+data = Path(sys.argv[2]) if sys.argv[3] == "file" else Path(sys.argv[2]).read_bytes()
+print("begins", flush=True)
+storage.write_atomic(fs, path, data)
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "given"), [(signal.SIGINT, "file"), (signal.SIGINT, "bytes"), (signal.SIGKILL, "file")]
+)
+def test_an_upload_that_is_interrupted_is_whole_or_never_seen(monkeypatch, tmp_path, sent, given):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    source = tmp_path / "source.bin"
+    source.write_bytes(os.urandom(40 << 20))
+    with faulty_s3() as faults:
+        fs, path = storage.open_uri(faults.uri("runs/large.bin"))
+        storage.write_atomic(fs, path, b"old")
+        faults.rate, faults.kinds, before = 1.0, ["slow"], faults.parts
+        command = [sys.executable, "-c", INTERRUPTED, faults.uri("runs/large.bin"), str(source), given]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal)
+        wait_for("parts of the file to arrive", lambda: faults.parts >= before + 2)
+        child.send_signal(sent)
+        child.communicate(timeout=patience(120))
+        assert child.returncode != 0
+        faults.rate = 0.0
+        found = storage.read_bytes(fs, path)
+        assert found in (b"old", source.read_bytes()), f"{len(found)} of {40 << 20} bytes are published"
 
 
 def test_names_that_are_not_utf8_are_left_out_of_a_listing_with_a_word(tmp_path, caplog):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "platform/slimray"
 FLOORS = (  # the folders and files of the package from the top down: a floor imports from those below it
     "cli", "cluster", "job", "verbs", "report", "train", "export", "search", "edge", "tasks", "compress", "models",
-    "data", "runs", "spec arch encoding storage credentials",
+    "runtime", "data", "runs", "spec arch encoding storage credentials",
 )  # fmt: skip
 ONLY_IN = {
     "ray": ("data/pipeline.py", "train/*.py", "verbs/*.py", "cluster/*.py"),
@@ -21,9 +21,9 @@ ONLY_IN = {
     "wandb": ("runs/tracking.py",),
 }
 NEVER_IN = {
-    "torch": ("arch.py", "spec.py", "storage.py", "runs/*.py", "data/*.py", "data/*/*.py", "encoding.py",
-              "search/strategies.py", "search/problem.py", "search/pareto.py", "train/planner.py", "train/machines.py",
-              "train/gpus.py", "train/spec.py"),
+    "torch": ("arch.py", "spec.py", "storage.py", "runs/*.py", "runtime/*.py", "data/*.py", "data/*/*.py",
+              "encoding.py", "search/strategies.py", "search/problem.py", "search/pareto.py", "train/planner.py",
+              "train/machines.py", "train/gpus.py", "train/spec.py"),
     "ray": ("train/spec.py", "train/planner.py", "train/machines.py", "train/gpus.py"),
 }  # fmt: skip
 

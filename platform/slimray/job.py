@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import operator
+import os
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,8 @@ from slimray import runs
 from slimray.data.cards import Card
 from slimray.runs import notify
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean, lookup, noting, parse, read_yaml, set_value
-from slimray.storage import StorageError, open_uri
+from slimray.storage import SHORT_PATIENCE_S, StorageError, open_uri, patient
+from slimray.train.spec import ScaleSpec
 from slimray.verbs import VERBS, inputs
 from slimray.verbs.context import CheckContext, Context, Made
 from slimray.verbs.specs import OWNED
@@ -48,6 +50,7 @@ MAY_CHANGE = (
     "data.card.source",
     "data.card.licence",
 )  # sections that a resumed run may have changed
+SUBMISSION = "SLIMRAY_SUBMISSION"  # of the environment: which `submit --restart` a scheduler starts, perhaps again
 LEFT_OPEN = (("optim", "groups"), ("data", "short_clips"))  # fields whose value follows from others where they are null
 BEFORE = (("data", "short_clips", "published"),)  # what runs do that were begun before there was a choice
 
@@ -277,7 +280,8 @@ def _as_then(job: Any, stored: Any) -> Any:
 
 def _claim(one: Loaded, folder: runs.Run, restart: bool = False) -> runs.Claim:
     """Say what is to be done about a job in the folder of its name."""
-    return runs.claim(folder, one.document, restart, _may_change(one), partial(_completed, one))
+    again = os.environ.get(SUBMISSION, "")
+    return runs.claim(folder, one.document, restart, _may_change(one), partial(_completed, one), again)
 
 
 def _completed(one: Loaded, stored: dict[str, Any]) -> dict[str, Any]:
@@ -307,6 +311,11 @@ def local_cpus(loaded: Sequence[Loaded]) -> int:
     return max((one.job.local_cpus for one in loaded), default=1)
 
 
+def storage_s(one: Loaded) -> float:
+    """Return how long the job waits for an outage of the storage, seconds: its `scale` says so, or the default does."""
+    return (getattr(one.job, "scale", None) or ScaleSpec()).storage_s
+
+
 def run(one: Loaded, storage: str, console: Console, restart: bool = False, cpus: int = 0) -> str:
     """Do one job; returns "finished" or "skipped". The run folder says what happened, `logs/` of it has the traceback.
 
@@ -319,7 +328,7 @@ def run(one: Loaded, storage: str, console: Console, restart: bool = False, cpus
         console.print(f"{one.job.name}: already finished, skipped", highlight=False)
         return "skipped"
     with runs.hold(folder):
-        runs.begin(folder, one.document, claim.attempt)
+        runs.begin(folder, one.document, claim.attempt, os.environ.get(SUBMISSION, ""))
         tell = partial(_tell, one, folder)
         context = Context(folder, storage, claim.attempt, one.where, console, max(cpus, local_cpus([one])), tell)
         started = time.time()
@@ -347,7 +356,8 @@ def _tell(one: Loaded, folder: runs.Run, event: Mapping[str, Any]) -> None:
 def _note_failure(folder: runs.Run, attempt: int, error: BaseException) -> None:
     """Write the traceback to the run's logs and the sentence to its status."""
     text = "".join(traceback.format_exception(error))
-    with contextlib.suppress(StorageError):  # the storage itself may be what failed; the sentence is printed anyway
+    # the storage itself may be what failed, and was waited for; the sentence is printed anyway
+    with contextlib.suppress(StorageError), patient(SHORT_PATIENCE_S):
         runs.write_file(folder, f"logs/{attempt:04d}-driver.log", text.encode())
         runs.end(folder, "failed", _sentence(error))
 
@@ -355,6 +365,8 @@ def _note_failure(folder: runs.Run, attempt: int, error: BaseException) -> None:
 def _sentence(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "stopped by the user"
+    if isinstance(error, SystemExit):
+        return "stopped by SIGTERM"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

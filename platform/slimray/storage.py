@@ -1,9 +1,10 @@
 """Files on any storage a job may name: a local folder, `s3://bucket/...` or `gs://bucket/...`, by one code path.
 
 `open_uri` turns what the user wrote into a pyarrow filesystem and a path; the functions below it read, write, list and
-delete there. What may pass is retried a bounded number of times with growing waits, then raised as StorageError: one
-sentence, never taken for "the file is not there". Credentials come from the environment (AWS_*, GOOGLE_*), never from
-the URI, because URIs are written into run folders. A put to an object store is atomic; on a disk a rename is.
+delete there. All ask again under one policy (`retry`): an outage is waited for as long as `patience_s` says, then
+raised as StorageError: one sentence, never taken for "the file is not there". Credentials come from the environment
+(AWS_*, GOOGLE_*), never from the URI, because URIs are written into run folders. A put to an object store is atomic; on
+a disk a rename is.
 """
 
 import contextlib
@@ -14,13 +15,14 @@ import os
 import random
 import re
 import stat
+import threading
 import time
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -31,12 +33,21 @@ from slimray.spec import RunFailed, UserError, did_you_mean
 CONNECT_TIMEOUT_S = 5
 REQUEST_TIMEOUT_S = 10  # without a byte received
 SDK_ATTEMPTS = 3
+PATIENCE = "SLIMRAY_STORAGE_TIMEOUT_S"  # of the environment, which workers inherit: seconds, see `patience_s`
+SHORT_PATIENCE_S = 10.0  # of a command at which somebody sits
+ATTEMPTS = 4  # at what is not known to be an outage, such as a file that ends too early
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 15.0  # between attempts, on average; fourfold each time
 SCHEMES = ("file", "gs", "s3")
 OPTIONS = ("anonymous", "endpoint_override", "region", "scheme")
 CHUNK_BYTES = 8 << 20
 FINAL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR,
                 errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
+OUTAGE_ERRNOS = (errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EPIPE,
+                 errno.ECONNREFUSED, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+                 errno.ENETUNREACH)  # fmt: skip
+OUTAGE_WORDS = ("AWS Error", "google::cloud", "curl", "Could not connect", "Couldn't resolve", "Retry policy")
 FINAL_WORDS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN")
+DENIED_WORDS = ("ACCESS_DENIED", "403", "INVALID_ACCESS_KEY_ID", "SIGNATURE", "TOKEN")
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +55,32 @@ T = TypeVar("T")
 
 
 class StorageError(RunFailed):
-    """The storage did not do what was asked, also when asked again: one sentence."""
+    """The storage did not do what was asked, also when asked again: one sentence. Nothing that the user did wrong."""
+
+
+def patience_s() -> float:
+    """Return how long an outage of the storage is waited for: SLIMRAY_STORAGE_TIMEOUT_S, else SHORT_PATIENCE_S.
+
+    A run sets it to its `scale.storage_timeout_s` for the driver (`patient`), its ranks and their decoding tasks.
+    """
+    try:
+        return max(0.0, float(os.environ[PATIENCE]))
+    except (KeyError, ValueError):
+        return SHORT_PATIENCE_S
+
+
+@contextlib.contextmanager
+def patient(seconds: float) -> Iterator[None]:
+    """Wait `seconds` for an outage of the storage within the block, in this process and in those it starts."""
+    before = os.environ.get(PATIENCE)
+    os.environ[PATIENCE] = f"{seconds:g}"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(PATIENCE, None)
+        else:
+            os.environ[PATIENCE] = before
 
 
 def open_uri(uri: str | Path) -> tuple[pafs.FileSystem, str]:
@@ -52,7 +88,7 @@ def open_uri(uri: str | Path) -> tuple[pafs.FileSystem, str]:
 
     Query options of a bucket: `endpoint_override`, `scheme`, `region`, `anonymous=true`; AWS_ENDPOINT_URL_S3 and
     AWS_ENDPOINT_URL are honoured. The path itself need not exist. Raises UserError: unknown scheme or option,
-    credentials inside the URI, a bucket that is missing, out of reach or closed to us.
+    credentials inside the URI, a bucket that is missing or closed to us; StorageError: one that does not answer.
     """
     text = str(uri)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/{1,2}", text)
@@ -81,12 +117,23 @@ def open_uri(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     options = _options(parts.query, text)
     path = urllib.parse.unquote(parts.netloc + parts.path).strip("/")
     where = f"{scheme[1]}://{path}"
+
+    def connect() -> pafs.FileSystem:
+        try:
+            fs = _s3(parts.netloc, options) if scheme[1] == "s3" else _gcs(options)
+            _require_bucket(fs, path, where)
+            return fs
+        except FileNotFoundError:
+            raise UserError(_no_bucket(where)) from None
+        except (OSError, pa.ArrowException) as error:
+            if any(word in str(error) for word in DENIED_WORDS):
+                raise UserError(_denied(where)) from error
+            raise error if isinstance(error, OSError) else OSError(str(error)) from error
+
     try:
-        fs = _s3(parts.netloc, options) if scheme[1] == "s3" else _gcs(options)
-        _require_bucket(fs, path, where)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(_unreachable(where, error)) from error
-    return fs, path
+        return retry(connect, "reach", where), path
+    except StorageError as error:
+        raise StorageError(f"{error}: check the name, the network and AWS_ENDPOINT_URL") from error.__cause__
 
 
 def local_path(text: str | Path) -> str:
@@ -116,8 +163,8 @@ def join(base: str, *names: str) -> str:
     return "/".join([head.rstrip("/"), *names]) + mark + query
 
 
-def read_bytes(fs: pafs.FileSystem, path: str, first: int | None = None, attempts: int = 4) -> bytes:
-    """Return the whole file, or its `first` bytes if it has so many.
+def read_bytes(fs: pafs.FileSystem, path: str, first: int | None = None, patience: float | None = None) -> bytes:
+    """Return the whole file, or its `first` bytes if it has so many; `patience` as for `retry`.
 
     FileNotFoundError if it is missing, StorageError if it cannot be read completely or is not a file but, say, a pipe.
     """
@@ -134,17 +181,19 @@ def read_bytes(fs: pafs.FileSystem, path: str, first: int | None = None, attempt
             raise OSError(f"{len(data)} of {size} bytes came")
         return data
 
-    return retry(read, "read", path, attempts)
+    return retry(read, "read", path, patience)
 
 
-def write_atomic(fs: pafs.FileSystem, path: str, data: bytes | Path, attempts: int = 4) -> None:
+def write_atomic(fs: pafs.FileSystem, path: str, data: bytes | Path, patience: float | None = None) -> None:
     """Write `data`, or the content of the local file it names, so that a reader sees the old file or the whole new one.
 
-    A local file is streamed. On a disk: temporary file in the same folder, fsync, rename; missing folders are made.
-    Raises StorageError, for a full disk at once.
+    A local file is streamed. On a disk: temporary file in the same folder, fsync, rename; missing folders are made. In
+    a bucket: one put, or a multipart upload that is completed or never seen, whatever interrupts this process; an
+    interrupt is raised when the upload has ended. `patience` as for `retry`. Raises StorageError, for a full disk at
+    once.
     """
     put = _put_local if isinstance(fs, pafs.LocalFileSystem) else _put_object
-    retry(lambda: put(fs, path, data), "write", path, attempts)
+    retry(lambda: put(fs, path, data), "write", path, patience)
 
 
 def list_files(fs: pafs.FileSystem, path: str, recursive: bool = False) -> list[pafs.FileInfo]:
@@ -179,26 +228,40 @@ def delete(fs: pafs.FileSystem, path: str) -> None:
     retry(remove, "delete", path)
 
 
-def retry(action: Callable[[], T], verb: str, path: str, attempts: int = 4) -> T:
-    """Return `action()`, asked again after about 0.2, 0.8, 3.2 seconds while it raises an OSError that may pass.
+def retry(action: Callable[[], T], verb: str, path: str, patience: float | None = None) -> T:
+    """Return `action()`, asked again while it raises an OSError that may pass; this is the policy of all callers.
 
-    Then StorageError `path: cannot verb it ...`; FileNotFoundError is an answer and passes at once.
+    Waits grow fourfold from FIRST_WAIT_S to LONGEST_WAIT_S, each times a random 0.5 to 1.5, so that a thousand ranks do
+    not come back together. An outage (no answer, throttling, a server's error) is waited for `patience` seconds,
+    default `patience_s()`; anything else gets ATTEMPTS attempts, as far as `patience` reaches. Then StorageError `path:
+    cannot verb it ...`; FileNotFoundError is an answer and passes at once.
     """
-    for attempt in range(1, attempts + 1):
+    limit_s, began, wait_s = patience_s() if patience is None else patience, time.monotonic(), FIRST_WAIT_S
+    for attempt in itertools.count(1):
         try:
             return action()
         except FileNotFoundError:
             raise
         except OSError as error:
             final = error.errno in FINAL_ERRNOS or any(word in str(error) for word in FINAL_WORDS)
-            if final or attempt == attempts:
-                tried = "" if final else f" after {attempts} attempts"
+            left_s = limit_s - (time.monotonic() - began)
+            if final or left_s <= 0 or (attempt >= ATTEMPTS and not _is_outage(error)):
+                spent_s = time.monotonic() - began
+                spent = f" within {spent_s:.0f} s" if spent_s > 10 else ""
+                tried = "" if final else f" after {attempt} attempt{'s' * (attempt > 1)}{spent}"
                 raise StorageError(f"{path}: cannot {verb} it{tried} ({_reason(error)})") from error
-        time.sleep(0.2 * 4 ** (attempt - 1) * random.uniform(0.75, 1.25))
-    raise AssertionError("attempts must be at least 1")
+            if wait_s >= LONGEST_WAIT_S:
+                log.warning("%s: cannot %s it yet (%s), %.0f s are left", path, verb, _reason(error), left_s)
+        time.sleep(min(wait_s * random.uniform(0.5, 1.5), left_s))
+        wait_s = min(4 * wait_s, LONGEST_WAIT_S)
+    raise AssertionError("counts without end")
 
 
 # ------------------------------------------------------------------------------------------------------ how
+
+
+def _is_outage(error: OSError) -> bool:
+    return error.errno in OUTAGE_ERRNOS or any(word in str(error) for word in OUTAGE_WORDS)
 
 
 def _options(query: str, uri: str) -> dict[str, str]:
@@ -241,18 +304,20 @@ def _require_bucket(fs: pafs.FileSystem, path: str, where: str) -> None:
     bucket = path.partition("/")[0]
     missing = all(fs.get_file_info(place).type == pafs.FileType.NotFound for place in dict.fromkeys((path, bucket)))
     if missing:
-        raise UserError(f"{where}: there is no bucket {bucket!r}: create it, or fix its name")
+        raise UserError(_no_bucket(where))
 
 
-def _unreachable(where: str, error: BaseException) -> str:
-    text = str(error)
-    if any(word in text for word in ("ACCESS_DENIED", "403", "INVALID_ACCESS_KEY_ID", "SIGNATURE", "TOKEN")):
-        found = "the credentials found are refused" if _credentials_in_sight() else "no credentials were found"
-        return (
-            f"{where}: access denied, {found}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or for "
-            "gs:// GOOGLE_APPLICATION_CREDENTIALS, to an identity that may list, read and write there"
-        )
-    return f"{where}: the storage does not answer ({_reason(error)}): check the name, the network and AWS_ENDPOINT_URL"
+def _no_bucket(where: str) -> str:
+    bucket = where.partition("://")[2].partition("/")[0]
+    return f"{where}: there is no bucket {bucket!r}: create it, or fix its name"
+
+
+def _denied(where: str) -> str:
+    found = "the credentials found are refused" if _credentials_in_sight() else "no credentials were found"
+    return (
+        f"{where}: access denied, {found}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or for "
+        "gs:// GOOGLE_APPLICATION_CREDENTIALS, to an identity that may list, read and write there"
+    )
 
 
 def _credentials_in_sight() -> bool:
@@ -302,17 +367,35 @@ def _put_local(fs: pafs.FileSystem, path: str, data: bytes | Path) -> None:
 
 
 def _put_object(fs: pafs.FileSystem, path: str, data: bytes | Path) -> None:
-    chunks = _chunks(data)
-    first = next(chunks, b"")  # a source that cannot be read must not leave an empty object
-    try:
-        with fs.open_output_stream(path) as out:
-            for chunk in itertools.chain([first], chunks):
-                out.write(chunk)
-    except OSError as error:
-        if error.errno is not None:  # the local source broke off, and closing the stream has put what came before
-            with contextlib.suppress(OSError):
-                fs.delete_file(path)
-        raise
+    """Put all of `data` or nothing: closing a stream publishes what it has got, and so does its end.
+
+    So the stream gets everything in one call, of a local file by a memory map, and that in a thread of its own, where
+    no signal of Python's arrives. A process that is killed leaves parts that are never completed.
+    """
+    whole: Any = data
+    if isinstance(data, Path):  # an empty file cannot be mapped
+        whole = pa.memory_map(str(data)).read_buffer() if data.stat().st_size else b""
+    failures: list[BaseException] = []
+
+    def put() -> None:
+        try:
+            with fs.open_output_stream(path) as out:
+                out.write(whole)
+        except BaseException as error:  # noqa: BLE001 raised again by the caller's thread
+            failures.append(error)
+
+    thread = threading.Thread(target=put, name=f"put {path}"[:100])
+    thread.start()
+    interrupt: BaseException | None = None
+    while thread.is_alive():
+        try:
+            thread.join()
+        except BaseException as error:  # noqa: BLE001 raised again when the upload has ended
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+    if failures:
+        raise failures[0]
 
 
 def _chunks(data: bytes | Path) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ray.autoscaler._private.util import validate_config
 from tests.test_job import ROOT
 from tests.waits import patience
 
-from slimray import job
+from slimray import job, runs
 from slimray.cli import main
 from slimray.cluster import jobs_api, local, script, specs, submit
 from slimray.spec import RunFailed, UserError, parse, parse_yaml
@@ -285,7 +286,7 @@ def test_a_queue_fixes_the_size_of_the_cluster(here):
 
 
 def do_script(
-    folder: Path, codes: list[int], retries: int, restart: bool = False, **env: str
+    folder: Path, codes: list[int], retries: int, restart: bool = False, begin: str = "", **env: str
 ) -> tuple[int, str, list[str]]:
     """Run run.sh with a `python` that ends in `codes`, one after the other, and a `sleep` that does not sleep."""
     spec = parse_cluster(JOBS % f", retries: {retries}, secrets: [TEAM_TOKEN]")
@@ -296,7 +297,7 @@ def do_script(
     programs.mkdir()
     (folder / "codes").write_text("\n".join(map(str, codes)) + "\n")
     (programs / "python").write_text(
-        f'#!/bin/sh\nprintf "%s|" "$@" >> {folder}/calls; echo >> {folder}/calls\n'
+        f'#!/bin/sh\n{begin}printf "%s|" "$@" >> {folder}/calls; echo >> {folder}/calls\n'
         f"code=$(head -n 1 {folder}/codes); sed -i 1d {folder}/codes; exit $code\n"
     )
     (programs / "sleep").write_text("#!/bin/sh\n")
@@ -317,15 +318,42 @@ def parse_cluster(text: str) -> Any:
 def test_a_run_that_fails_is_started_again_and_then_resumes(tmp_path):
     code, said, calls = do_script(tmp_path, [1, 137, 0], retries=3, restart=True, TEAM_TOKEN="x")
     assert code == 0
-    run = f"-m|slimray.cli|run|{tmp_path}/my job.yaml|--storage|s3://team/my runs|"
-    assert calls == [f"{run}--restart|", run, run], "only the first clears what was there"
+    run = f"-m|slimray.cli|run|{tmp_path}/my job.yaml|--storage|s3://team/my runs|--wait-s|150|"
+    assert calls == [f"{run}--restart|"] * 3, "a submission clears a run once, see the test below"
     assert "ended with code 137 and goes on, 2 retries are left" in said
 
 
-def test_a_requeued_job_of_slurm_does_not_clear_what_it_did(tmp_path):
-    _, _, calls = do_script(tmp_path, [0], retries=0, restart=True, TEAM_TOKEN="x", SLURM_RESTART_COUNT="1")
-    assert len(calls) == 1
-    assert "--restart" not in calls[0]
+def test_a_submission_clears_a_run_once_however_often_a_scheduler_starts_it(tmp_path, monkeypatch):
+    """Kueue runs the whole script again at every admission, on another pod, and so does a requeue of Slurm."""
+    (tmp_path / "run").mkdir()
+    document = {"kind": "prepare", "name": "run"}
+    run = runs.open_run(str(tmp_path), "run")
+    with runs.hold(run):
+        runs.begin(run, document, 1)
+    runs.write_file(run, "results.json", b"{}")
+    tokens = [script.Submission("tsm-1", "job.yaml", "", "s3://team/runs", restart=True) for _ in range(2)]
+    cluster = parse_cluster(JOBS % "")
+    first, second = (re.findall("SLIMRAY_SUBMISSION=(.+)", script.run_script(one, cluster))[0] for one in tokens)
+    assert first != second
+    assert "SLIMRAY_SUBMISSION" not in script.run_script(replace(tokens[0], restart=False), cluster)
+    assert runs.claim(run, document, restart=True, submission=first) == runs.Claim(False, 1)
+    assert not runs.exists(run, "results.json")
+    with runs.hold(run):
+        runs.begin(run, document, 1, first)
+    runs.write_file(run, "results.json", b"{}")
+    assert runs.claim(run, document, restart=True, submission=first) == runs.Claim(False, 2), "it goes on"
+    with runs.hold(run):
+        runs.begin(run, document, 2, first)
+    assert runs.exists(run, "results.json")
+    assert runs.claim(run, document, restart=True, submission=second) == runs.Claim(False, 1), "another one clears it"
+    assert not runs.exists(run, "results.json")
+
+
+def test_retries_are_given_back_after_progress_that_is_on_storage(tmp_path):
+    """A run writes into $SLIMRAY_PROGRESS when it has saved a checkpoint: four failures with progress, two retries."""
+    saves = f'[ "$(wc -l < {tmp_path}/codes)" -gt 3 ] && echo 40 > "$SLIMRAY_PROGRESS"\n'
+    code, said, calls = do_script(tmp_path, [1, 137, 1, 137, 1, 1, 1], retries=2, begin=saves, TEAM_TOKEN="x")
+    assert (code, len(calls)) == (1, 7 - 1), said  # without progress after the fourth: two more
 
 
 def test_retries_come_to_an_end(tmp_path):

@@ -314,6 +314,35 @@ def test_the_lock_of_a_killed_process_is_free_at_once(local):
         pass
 
 
+def test_sigterm_releases_the_lock(local):
+    holder = start(
+        "with runs.hold(runs.run_at(sys.argv[1])):\n  print('held', flush=True); sys.stdin.readline()", local.path
+    )
+    assert holder.stdout.readline() == "held\n"
+    holder.send_signal(signal.SIGTERM)
+    assert holder.wait(timeout=patience(30)) == 143
+    assert not runs.exists(local, "lock")
+
+
+def test_under_a_scheduler_the_lock_of_a_process_that_was_killed_elsewhere_is_waited_for(local, monkeypatch):
+    """Seen from another machine only the heartbeat tells that its holder is gone."""
+    monkeypatch.setattr(runs.lock, "STALE_S", 3.0)
+    told: list[str] = []
+    put_lock(local, heartbeat=time.time() + 2)  # written a moment ago by a clock that is ahead
+    runs.wait_for_writer(local, patience(60), told.append)
+    assert len(told) == 1
+    assert "run 'a': process 1 on elsewhere wrote it 0 s ago: waiting up to" in told[0]
+    with runs.hold(local):
+        pass
+    told.clear()
+    runs.wait_for_writer(local, patience(60), told.append)
+    assert told == [], "nobody writes it, nothing is said"
+    put_lock(local, heartbeat=time.time() + 3)
+    runs.wait_for_writer(local, 0.2, told.append)
+    with pytest.raises(UserError, match="being written by process 1 on elsewhere"), runs.hold(local):
+        pass
+
+
 def test_a_lock_of_another_machine_is_respected_while_its_heartbeat_is_young(local, monkeypatch):
     monkeypatch.setattr(runs.lock, "SETTLE_S", 0.2)
     runs.write_job(local, JOB)

@@ -11,8 +11,8 @@ from torch import Tensor
 from slimray.data.modalities import Target, modality_of, read_recipe
 from slimray.data.own_files import Readers
 from slimray.runs.examples import Pair
+from slimray.runtime.answers import Answer, Answerer, AnswerOptions
 from slimray.tasks import TASKS
-from slimray.tasks.answers import Answer, Answerer, AnswerOptions
 from slimray.tasks.evaluation import Pass
 from slimray.tasks.network import Network, predict_outputs
 from slimray.tasks.task import LossOptions, Metric, Table, Task

@@ -24,9 +24,9 @@ from slimray.data.points.files import read_cloud
 from slimray.data.points.recipe import PointRecipe, make_points
 from slimray.data.video import moving_shapes
 from slimray.data.video.clips import ClipRecipe
+from slimray.runtime.segment import class_colors
 from slimray.tasks import predict
 from slimray.tasks.network import Network, load_network, to_input, top_classes
-from slimray.tasks.segment import class_colors
 
 PARTS = tuple(f"{name} {part}" for name, parts in shapes.PARTS.items() for part in parts)
 SMALL = {"width": 0.125, "voxel": 0.25}

@@ -12,12 +12,13 @@ from tests.pages import Elements
 
 from slimray import models, runs
 from slimray.report import pages
+from slimray.runtime.super_resolve import enlarged
 from slimray.spec import RunFailed, UserError
 from slimray.tasks import TASKS
 from slimray.tasks.evaluation import Pass, Samples, Setting
 from slimray.tasks.network import Input, Network, load_network
 from slimray.tasks.predict import predict_files
-from slimray.tasks.super_resolve import PictureScore, bicubic, enlarged, luma, psnr, shrunk, ssim
+from slimray.tasks.super_resolve import PictureScore, bicubic, luma, psnr, shrunk, ssim
 from slimray.tasks.task import require_finite
 from slimray.train.spec import OptimSpec
 

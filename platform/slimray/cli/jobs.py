@@ -49,12 +49,15 @@ def run(
     set_: Sets = None,
     storage: Storage = None,
     restart: Restart = False,
+    wait_s: Annotated[
+        float, typer.Option(help="Wait so many seconds for another process that writes the run to end.", min=0)
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Run the jobs of FILES in order; a finished one is skipped, an unfinished one resumes where it stopped."""
     from slimray import job
 
-    rows = _run(job.load(files, set_ or []), storage_of(storage), restart, show=not as_json)
+    rows = _run(job.load(files, set_ or []), storage_of(storage), restart, show=not as_json, wait_s=wait_s)
     if as_json:
         emit(rows)
 
@@ -101,14 +104,19 @@ def recalibrate(
         emit(rows[0]["metrics"])
 
 
-def _run(loaded: list[Any], storage: str, restart: bool, show: bool) -> list[dict[str, Any]]:
+def _run(loaded: list[Any], storage: str, restart: bool, show: bool, wait_s: float = 0) -> list[dict[str, Any]]:
     """Check everything, then do the jobs in order; returns a row for each, and on `show` prints what the last found."""
     from slimray import job, runs
+    from slimray.storage import patient
 
-    job.require(job.check(loaded, storage, restart))
+    with patient(max(job.storage_s(one) for one in loaded)):  # whoever starts runs may have left
+        for one in loaded if wait_s else ():
+            runs.wait_for_writer(runs.open_run(storage, one.job.name), wait_s, console.print)
+        job.require(job.check(loaded, storage, restart))
     cpus, rows = job.local_cpus(loaded), []
     for one in loaded:
-        done = _do(one, storage, restart, cpus)
+        with patient(job.storage_s(one)):
+            done = _do(one, storage, restart, cpus)
         run = runs.open_run(storage, one.job.name)
         metrics = (runs.read_card(run) or {}).get("metrics")
         rows.append({"name": run.name, "kind": one.job.kind, "result": done, "uri": run.uri, "metrics": metrics})
@@ -122,7 +130,8 @@ def _run(loaded: list[Any], storage: str, restart: bool, show: bool) -> list[dic
 
 def _do(one: Any, storage: str, restart: bool, cpus: int) -> str:
     """Do one job: "finished" or "skipped"; what goes wrong says which job, where its log is and how to go on."""
-    from slimray import job, runs
+    from slimray import job
+    from slimray.storage import absolute, join
 
     try:
         return job.run(one, storage, console, restart, cpus)
@@ -131,7 +140,7 @@ def _do(one: Any, storage: str, restart: bool, cpus: int) -> str:
     except KeyboardInterrupt:
         raise RunFailed(f"{one.where}: stopped: the same command resumes the run") from None
     except (RunFailed, OSError) as error:
-        logs = f"{runs.open_run(storage, one.job.name).uri}/logs"
+        logs = join(absolute(storage), one.job.name, "logs")
         sentence = (str(error).strip().splitlines() or [type(error).__name__])[0]
         code = error.code if isinstance(error, RunFailed) else 1
         raise RunFailed(f"{one.where}: {sentence} (logs: {logs}; the same command resumes the run)", code) from error

@@ -18,6 +18,20 @@ from slimray.cli import cluster, explain, jobs, look, use
 from slimray.cli.terminal import console, say
 from slimray.spec import RunFailed, UserError
 
+OF_TRAINING = {
+    "decord",
+    "jinja2",
+    "jsonschema",
+    "markupsafe",
+    "matplotlib",
+    "open3d",
+    "optuna",
+    "ray",
+    "safetensors",
+    "tensorboardX",
+    "torch",
+    "wandb",
+}  # fmt: skip  (what the extra `train` brings)
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=(__doc__ or "").split("\n")[0]
 )
@@ -75,6 +89,10 @@ def main() -> None:
     except BrokenPipeError:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        if (name := (error.name or "").partition(".")[0]) not in OF_TRAINING:
+            raise
+        _fail(f"this needs {name}, not installed here (a plain install runs exports): pip install 'slimray[train]'", 2)
     except OSError as error:
         _fail(f"{error.filename or 'slimray'}: {(error.strerror or str(error)).lower()}", 2)
     except Exception as error:

@@ -1,5 +1,7 @@
 """`slimray predict`, `profile`: a finished network on files, and a supernet's operators on this device."""
 
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +18,10 @@ app = typer.Typer()
 
 @app.command()
 def predict(
-    name: Annotated[str, typer.Argument(help="A finished training run, by name or URI.", metavar="RUN")],
+    name: Annotated[
+        str,
+        typer.Argument(help="A finished training run or an export, by name, URI or folder.", metavar="RUN_OR_EXPORT"),
+    ],
     files: Annotated[
         list[Path], typer.Argument(help="Videos, images, clouds of points, or folders of them.", metavar="FILE...")
     ],
@@ -33,33 +38,25 @@ def predict(
     folder: Annotated[
         Path | None, typer.Option("--out", help="Folder for labels of points. Default: beside each file.")
     ] = None,
+    format_: Annotated[
+        str | None, typer.Option("--format", help="Predict with the run's export of this format, such as onnx.")
+    ] = None,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the best classes of each clip, image or cloud with their probabilities. Needs no Ray.
+    """Print the best classes of each clip, image or cloud with their probabilities. Needs no Ray, an export no torch.
 
     A network that labels points writes NAME.labels.npz and NAME.labels.ply; printed are the classes' shares of points.
+    An online network is stepped through the frames of a video that it was trained to take, and its scores averaged.
     """
-    from safetensors import SafetensorError
+    from slimray.runtime.answers import Answer
 
-    from slimray import runs
-    from slimray.tasks.answers import Answer
-    from slimray.tasks.network import load_network
-    from slimray.tasks.predict import predict_files
-
-    run = runs.find_run(name, storage_of(storage))
-    try:
-        network = load_network(run)
-    except UserError as error:
-        raise UserError(located(str(error), run.uri)) from None
-    except (RuntimeError, SafetensorError, FileNotFoundError, *DAMAGED) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{run.uri}/model: is damaged or of another version ({reason}): train it again") from None
-    modality = modality_of(network.recipe)
+    answers_of, recipe = _answering(name, storage_of(storage), format_)
+    modality = modality_of(recipe)
     files, reasons = _files_in(files, modality)
     there = [path for path in files if path not in reasons]
     names = (columns or "").replace(",", " ").split()
-    answers = predict_files(network, there, top, columns=names, shape=shape, out=folder)
+    answers = answers_of(there, top, columns=names, shape=shape, out=folder)
     rows: list[dict[str, Any]] = []
     for path in files:
         found = next(answers) if path in there else Answer(path, reason=reasons[path])
@@ -77,6 +74,34 @@ def predict(
     bad = sum(bool(row["reason"]) for row in rows)
     if bad:
         raise UserError(f"{bad} of {len(rows)} files could not be read, the reasons are above")
+
+
+def _answering(name: str, where: str, format: str | None) -> tuple[Callable[..., Iterator[Any]], Mapping[str, Any]]:
+    """What answers for files, and its recipe: an export where `name` is one, `format` asks for one or a run has
+    nothing else, else the network of the run."""
+    from slimray import runs
+    from slimray.runtime import folder, loaded
+
+    if format is not None or folder.is_export(name):
+        export = loaded.load(name, storage=where, format=format)
+        return export.answers, export.recipe
+    run = runs.find_run(name, where)
+    if not runs.exists(run, "model/model.json") and folder.exports_of(run):
+        export = loaded.load(run.uri, storage=where)
+        return export.answers, export.recipe
+    from safetensors import SafetensorError
+
+    from slimray.tasks.network import load_network
+    from slimray.tasks.predict import predict_files
+
+    try:
+        network = load_network(run)
+    except UserError as error:
+        raise UserError(located(str(error), run.uri)) from None
+    except (RuntimeError, SafetensorError, FileNotFoundError, *DAMAGED) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{run.uri}/model: is damaged or of another version ({reason}): train it again") from None
+    return functools.partial(predict_files, network), network.recipe
 
 
 def _files_in(paths: list[Path], modality: Modality) -> tuple[list[Path], dict[Path, str]]:

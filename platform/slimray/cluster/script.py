@@ -1,50 +1,62 @@
 """The command of a submitted job: a shell script, its files and its environment; the same on every cluster."""
 
 import shlex
+import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from slimray.cluster.specs import Capacity, Cluster
 from slimray.credentials import held
 from slimray.spec import UserError
 
 SCRIPT = "run.sh"
+LOCK_WAIT_S = 150  # for the lock of a process that was killed on another machine: it goes stale after 60 s
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A checked job on its way: `id` names this attempt, `documents` are resolved, `storage` is an absolute URI."""
+    """A checked job on its way: `id` names this attempt, `documents` are resolved, `storage` is an absolute URI.
+
+    `token` is another for each submission: ids come again when a cluster has forgotten the jobs of before.
+    """
 
     id: str
     file: str
     documents: str
     storage: str
     restart: bool = False
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 def run_script(job: Submission, cluster: Cluster) -> str:
     """The shell script that does the job beside it: `slimray run`, again while it fails for no fault of the user's.
 
     A missing secret ends it with one sentence and code 2. The loop lives beside the run, so that nobody has to stay.
-    Its retries and those of the run's workers are one budget: a run is told how many are left, and code 3 says that
-    its workers have used them up.
+    Its retries and those of the run's workers are one budget: a run is told how many are left, and code 3 says that its
+    workers have used them up. The run writes into $SLIMRAY_PROGRESS when it has saved a checkpoint: the budget is then
+    whole again. Whoever starts the script again (Kueue, Slurm) finds the lock of a process that was killed, and waits
+    for it to go stale; --restart clears a run once for each submission.
     """
     run = f'python -m slimray.cli run "$(dirname "$0")/"{shlex.quote(job.file)} --storage {shlex.quote(job.storage)}'
+    run += f" --wait-s {LOCK_WAIT_S}" + (" --restart" if job.restart else "")
     said = "is not set on this cluster: put it into the environment of its nodes (secrets of the cluster file)"
     guard = [f'test -n "${{{name}:-}}" || {{ echo "{name}: {said}" >&2; exit 2; }}' for name in cluster.secrets]
     return "\n".join(
         [
             "#!/bin/sh",
             *guard,
-            f"code=0; left={cluster.retries}; restart={'--restart' if job.restart else ''}",
-            'test "${SLURM_RESTART_COUNT:-0}" -eq 0 || restart=   # a requeued job goes on',
-            "export SLIMRAY_RETRIES_LEFT=$left",
-            f"{run} $restart || code=$?",
-            'while [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "$code" -ne 3 ] && [ "$left" -gt 0 ]; do',
+            *([f"export SLIMRAY_SUBMISSION={shlex.quote(job.token)}"] if job.restart else []),
+            f"code=0; left={cluster.retries}",
+            "SLIMRAY_PROGRESS=$(mktemp); export SLIMRAY_PROGRESS SLIMRAY_RETRIES_LEFT=$left",
+            f"{run} || code=$?",
+            'while [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "$code" -ne 3 ]; do',
+            f'  if [ -s "$SLIMRAY_PROGRESS" ]; then left={cluster.retries}; : > "$SLIMRAY_PROGRESS"; fi',
+            '  [ "$left" -gt 0 ] || break',
             '  echo "slimray: the run ended with code $code and goes on, $left retries are left" >&2',
             "  left=$((left - 1)); code=0; export SLIMRAY_RETRIES_LEFT=$left; sleep 5",
             f"  {run} || code=$?",
             "done",
+            'rm -f "$SLIMRAY_PROGRESS"',
             'exit "$code"',
             "",
         ]

@@ -32,7 +32,7 @@ from slimray.runs.folder import (
     write_model,
     write_report,
 )
-from slimray.runs.lock import HEARTBEAT_S, SETTLE_S, STALE_S, hold
+from slimray.runs.lock import HEARTBEAT_S, SETTLE_S, STALE_S, hold, wait_for_writer
 from slimray.runs.records import FLUSH_ROWS, FLUSH_S, MAX_WAITING_ROWS, PartWriter, count_writers, read_parts
 from slimray.runs.states import Claim, State, Status, begin, claim, clear, describe, end, read_status
 from slimray.runs.weights import weights_source
@@ -80,6 +80,7 @@ __all__ = [
     "run_at",
     "save_checkpoint",
     "sweep_orphans",
+    "wait_for_writer",
     "weights_source",
     "write_card",
     "write_file",

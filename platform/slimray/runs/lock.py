@@ -11,12 +11,14 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
 
@@ -50,7 +52,7 @@ def hold(run: Run, heartbeat_s: float = HEARTBEAT_S) -> Iterator[threading.Event
     A background thread renews the heartbeat; storage that is away for a while does not end the block. A lock is free
     when its heartbeat is older than STALE_S, or at once when its process on this machine is gone. UserError when
     another holds it. If it is lost (this process slept, another took over), the main thread is interrupted and the
-    block ends with RunFailed.
+    block ends with RunFailed. SIGTERM ends the block with SystemExit, so that the lock is released.
     """
     mine = _acquire(run)
     stop, lost = threading.Event(), threading.Event()
@@ -60,7 +62,7 @@ def hold(run: Run, heartbeat_s: float = HEARTBEAT_S) -> Iterator[threading.Event
         while not stop.wait(heartbeat_s):
             try:
                 if _still_mine(run, mine):
-                    _write_lock(run, mine)
+                    _write_lock(run, mine, patience=SETTLE_S)  # the next beat comes soon
                     continue
             except StorageError as error:
                 log.warning("the lock of run %r could not be renewed: %s", run.name, error)
@@ -72,6 +74,7 @@ def hold(run: Run, heartbeat_s: float = HEARTBEAT_S) -> Iterator[threading.Event
 
     thread = threading.Thread(target=beat, daemon=True, name=f"lock of {run.name}")
     thread.start()
+    before = signal.signal(signal.SIGTERM, _end) if in_main else None  # Ray, when it is imported, has the same answer
     try:
         yield lost
     except BaseException as error:
@@ -81,10 +84,16 @@ def hold(run: Run, heartbeat_s: float = HEARTBEAT_S) -> Iterator[threading.Event
     finally:
         stop.set()
         thread.join()
-        with contextlib.suppress(StorageError, UserError):  # then it goes stale by itself
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+        with contextlib.suppress(StorageError, UserError), storage.patient(SETTLE_S):  # else it goes stale by itself
             _release(run, mine)
     if lost.is_set():
         raise RunFailed(taken_over(run, read_lock(run)))
+
+
+def _end(number: int, frame: Any) -> None:
+    sys.exit(128 + number)
 
 
 def _acquire(run: Run) -> Owner:
@@ -145,8 +154,9 @@ def _create_exclusively(run: Run, mine: Owner) -> bool:
     return True
 
 
-def _write_lock(run: Run, owner: Owner) -> None:
-    storage.write_atomic(run.fs, join(run.path, "lock"), to_json(asdict(owner) | {"heartbeat": time.time()}))
+def _write_lock(run: Run, owner: Owner, patience: float | None = None) -> None:
+    data = to_json(asdict(owner) | {"heartbeat": time.time()})
+    storage.write_atomic(run.fs, join(run.path, "lock"), data, patience)
 
 
 def read_lock(run: Run) -> Owner | None:
@@ -193,6 +203,26 @@ def is_alive(owner: Owner | None) -> bool:
     except PermissionError:
         return True
     return process_birth(owner.pid) == owner.born
+
+
+def wait_for_writer(run: Run, seconds: float, tell: Callable[[str], None]) -> None:
+    """Return when nobody writes `run`, or after `seconds`: the lock of a process that was killed elsewhere goes stale.
+
+    `tell` gets a sentence when there is something to wait for.
+    """
+    end, told = time.monotonic() + seconds, False
+    while time.monotonic() < end:
+        owner = read_lock(run)
+        if not is_alive(owner):
+            return
+        if not told:
+            age = max(0.0, time.time() - owner.heartbeat) if owner is not None else 0.0
+            tell(
+                f"run {run.name!r}: {_named(owner)} wrote it {age:.0f} s ago: waiting up to {seconds:.0f} s for it to "
+                f"end (after {STALE_S:g} s without a word it counts as gone)"
+            )
+            told = True
+        time.sleep(min(2.0, max(0.0, end - time.monotonic())))
 
 
 def is_me(owner: Owner) -> bool:

@@ -38,14 +38,15 @@ class PartWriter:
     """Appends rows to `<folder>/` of a run from one rank, as parts named `attempt-rank-opened-number.jsonl`.
 
     A background thread writes a part every `flush_s` seconds or FLUSH_ROWS rows. Storage that is away is asked again
-    for `patience_s` seconds, rows wait meanwhile (`write` blocks at MAX_WAITING_ROWS); after that the next `write` or
+    for `patience_s` (default: the storage's), rows wait meanwhile (`write` blocks at MAX_WAITING_ROWS); then `write` or
     `close` raises StorageError, once. `opened` (ms) orders the writers of an attempt that a crash restarted.
     """
 
     def __init__(
-        self, run: Run, folder: str, attempt: int, rank: int, flush_s: float = FLUSH_S, patience_s: float = 180.0
+        self, run: Run, folder: str, attempt: int, rank: int, flush_s: float = FLUSH_S, patience_s: float | None = None
     ):
-        self._run, self._flush_s, self._patience_s = run, flush_s, patience_s
+        self._run, self._flush_s = run, flush_s
+        self._patience_s = storage.patience_s() if patience_s is None else patience_s
         self._stem = f"{known_name(folder)}/{attempt:04d}-{rank:05d}-{time.time_ns() // 1_000_000}"
         self._lines: list[bytes] = []
         self._changed = threading.Condition()

@@ -167,15 +167,18 @@ def claim(
     restart: bool = False,
     may_change: Sequence[str] = (),
     completed: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
+    submission: str = "",
 ) -> Claim:
     """Say what is to be done for the job `document` in the folder of its name, and clear the folder on `restart`.
+
+    A `submission` clears it once: a scheduler that starts it again, after a preemption, goes on with what it has done.
 
     Nothing there: attempt 1. The same job, where sections in `may_change` may differ: skip if finished, else the next
     attempt. `completed` adds to the stored job the fields that the version that wrote it did not have.
     Raises UserError for other settings (with the differing fields), while another process writes, and for a folder
     that slimray did not make.
     """
-    if restart:
+    if restart and not (submission and _submission_of(run) == submission):
         if _require_ours(run):
             drop_damaged_lock(run)
             with hold(run):
@@ -258,8 +261,19 @@ def clear(run: Run) -> None:
         storage.delete(run.fs, join(run.path, name))
 
 
-def begin(run: Run, document: Mapping[str, Any], attempt: int) -> None:
-    """Write the job and say that `attempt` runs; sweeps checkpoints that were never completed. Only under `hold`.
+def _submission_of(run: Run) -> str:
+    """Return the submission that began the run, as its marker tells; "" if it tells none."""
+    try:
+        text = storage.read_bytes(run.fs, join(run.path, MARKER), first=MAX_STATE_BYTES).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+    return text.partition("submission: ")[2].strip()
+
+
+def begin(run: Run, document: Mapping[str, Any], attempt: int, submission: str = "") -> None:
+    """Write the job and say that `attempt` of `submission` runs; sweeps checkpoints that were never completed.
+
+    Only under `hold`.
 
     Raises UserError when another process has begun or finished this attempt since it was claimed.
     """
@@ -267,7 +281,9 @@ def begin(run: Run, document: Mapping[str, Any], attempt: int) -> None:
     if before is not None and (before.attempt >= attempt or before.state == "finished"):
         raise UserError(f"run {run.name!r} was {before.state} by another process meanwhile: start the command again")
     sweep_orphans(run)
-    write_file(run, MARKER, b"This folder is written by slimray; `slimray run --restart` clears it.\n")
+    if submission or not exists(run, MARKER):
+        text = "This folder is written by slimray; `slimray run --restart` clears it.\n"
+        write_file(run, MARKER, (text + (f"submission: {submission}\n" if submission else "")).encode())
     write_job(run, document)
     now = time.time()
     _write_status(run, Status("running", attempt, now, "", now, now))

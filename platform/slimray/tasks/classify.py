@@ -4,18 +4,16 @@ Outputs are logits `[n, C]`, targets int64 `[n]`, -1 unknown. Accuracies are per
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimray.data.modalities import Target, modality_of, read_recipe
-from slimray.data.own_files import Readers
-from slimray.tasks.answers import Answer, Answerer, AnswerOptions
+from slimray.data.modalities import Target, modality_of
+from slimray.runtime import classify as files
 from slimray.tasks.evaluation import Pass, Setting
-from slimray.tasks.network import Network, predict_outputs, top_classes
+from slimray.tasks.network import Network, top_classes
 from slimray.tasks.responses import responses
 from slimray.tasks.task import LOSS, LossOptions, Metric, Table, Task, chance_of_classes, class_arguments
 
@@ -125,21 +123,6 @@ def examples(
         yield draw(view, network.classes[int(label)], top, responses(network, view, number))
 
 
-def answer(network: Network, options: AnswerOptions) -> Answerer:
-    """The classes of a file, of one view, as validated."""
-    kind = modality_of(network.recipe)
-    assert kind.open_file is not None
-    read = kind.open_file(read_recipe(network.recipe | {"mode": "val"}), options.file)
-
-    def one(path: Path, readers: Readers) -> Answer:
-        views, notes = read(str(path), path.read_bytes(), readers)
-        scores = predict_outputs(network.net, views[None], network.pixels, network.device, 1)
-        assert isinstance(scores, Tensor)
-        return Answer(path, top_classes(scores[0], network.classes, options.top), notes=notes)
-
-    return one
-
-
 def tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Table]:
     """Return a table of top1 with frames in natural and in shuffled order, for runs that were scored both ways."""
     top1 = {(row.get("run"), row.get("variant")): row.get("top1") for row in rows}
@@ -165,7 +148,7 @@ CLASSIFY = Task(
     score=lambda num_classes, recipe: ClassScore(num_classes),
     start=start,
     examples=examples,
-    answer=answer,
+    answer=files.answer,
     tables=tables,
     chance=chance_of_classes,
     hits=lambda logits, labels: (likeliest(logits) == labels).float(),

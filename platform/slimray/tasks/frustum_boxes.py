@@ -18,12 +18,11 @@ from torch import Tensor
 from slimray.data.modalities import Target, read_recipe
 from slimray.data.points.point_sets import KITTI_CLASSES
 from slimray.models.points.frustum import SIZE_TEMPLATES, frustum_losses, frustum_targets
+from slimray.runtime.answers import Answerer, AnswerOptions, Model
 from slimray.spec import UserError
 from slimray.tasks import found_boxes
-from slimray.tasks.answers import Answerer, AnswerOptions
 from slimray.tasks.boxes import box_ious, turned
 from slimray.tasks.evaluation import Pass, Samples, Setting
-from slimray.tasks.network import Network
 from slimray.tasks.segment import mean_known, percent
 from slimray.tasks.task import LossOptions, Metric, Outputs, Table, Task, class_arguments
 
@@ -213,7 +212,7 @@ def tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Ta
     return [Table("Average precision of boxes", header, cells, note, levels)] if cells else []
 
 
-def answer(network: Network, options: AnswerOptions) -> Answerer:
+def answer(network: Model, options: AnswerOptions) -> Answerer:
     """No file is a frustum."""
     raise UserError("this network takes frustums, which files are not: score it by an evaluate job")
 

@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -19,16 +19,10 @@ from torch import Tensor, nn
 from slimray import compress, runs
 from slimray.data.modalities import read_recipe
 from slimray.models import published
+from slimray.runtime import answers
+from slimray.runtime.answers import Arrays
+from slimray.runtime.inputs import Input
 from slimray.tasks.task import Outputs, task_before
-
-
-@dataclass(frozen=True)
-class Input:
-    """What a network takes: normalisation of uint8 pixels, and how the views of a sample are averaged."""
-
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    average: Literal["logits", "prob"] = "logits"
 
 
 @dataclass(frozen=True)
@@ -50,6 +44,23 @@ class Network:
         """Where its weights are."""
         return next(self.net.parameters()).device
 
+    @property
+    def reach(self) -> int:
+        """Pixels around a place that its output depends on, at most."""
+        return int(getattr(self.net, "reach", 32))
+
+    @property
+    def frame_shape(self) -> tuple[int | None, ...]:
+        """A network in torch takes any size that its layers do."""
+        return ()
+
+    def outputs(self, data: np.ndarray, rows: int) -> Arrays:
+        """Return float32 outputs `[n, ...]` of samples `[n, V, ...]` as arrays, views averaged."""
+        outputs = predict_outputs(self.net, data, self.pixels, self.device, rows)
+        if isinstance(outputs, Mapping):
+            return {name: value.cpu().numpy() for name, value in outputs.items()}
+        return outputs.cpu().numpy()
+
 
 def task_of(taken: Mapping[str, Any]) -> str:
     """Return the name of the task of a run, of its `model/input.json`."""
@@ -65,9 +76,8 @@ def load_network(run: runs.Run, device: torch.device | str = "cpu") -> Network:
     tensors = safetensors.torch.load(weights)
     published.require_finite(tensors, f"{run.uri}/model/weights.safetensors")
     net.load_state_dict(tensors)
-    pixels: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in taken["pixels"].items()}
     classes = tuple(taken["classes"])
-    return Network(net.to(device).eval(), Input(**pixels), taken["recipe"], classes, model, task_of(taken))
+    return Network(net.to(device).eval(), Input.of(taken["pixels"]), taken["recipe"], classes, model, task_of(taken))
 
 
 def to_input(data: np.ndarray, pixels: Input, device: torch.device) -> Tensor:
@@ -148,6 +158,4 @@ def chosen_rows(outputs: Outputs, which: Any) -> Outputs:
 
 def top_classes(scores: Tensor, classes: Sequence[str], k: int) -> list[tuple[str, float]]:
     """The `k` best (class, probability) of a score vector `[C]`, best first."""
-    probabilities = torch.softmax(scores.float(), 0)
-    values, indices = probabilities.topk(min(k, len(classes)))
-    return [(classes[int(i)], float(v)) for i, v in zip(indices, values, strict=True)]
+    return answers.top_classes(scores.float().cpu().numpy(), classes, k)

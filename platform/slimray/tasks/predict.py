@@ -1,60 +1,18 @@
-"""`predict`: a finished network answers for files, one after the other; how, is its task's.
-
-A file is a sample, as it is in a dataset: a network that was trained on blocks of rooms wants blocks. torch only: a
-machine without Ray predicts too.
-"""
+"""`predict` of a run's network: its task answers for files, one after the other. torch only, no Ray."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from slimray.data.modalities import modality_of
-from slimray.data.own_files import FileOptions, Readers
-from slimray.data.points.reader import CloudReader
-from slimray.data.samples import BadSample
-from slimray.data.video.decoder import Decoder
+from slimray.runtime.answers import Answer
+from slimray.runtime.predict import answers_for
 from slimray.spec import UserError
 from slimray.tasks import TASKS
-from slimray.tasks.answers import Answer, AnswerOptions
 from slimray.tasks.network import Network
 
 
-def predict_files(
-    network: Network,
-    paths: Sequence[Path],
-    k: int,
-    *,
-    columns: Sequence[str] = (),
-    shape: int | None = None,
-    out: Path | None = None,
-    rows: int = 8,
-    timeout_s: float = 30,
-) -> Iterator[Answer]:
-    """Return the answers for files in turn, with `k` classes at most: of one view, as validated, or of all points.
-
-    For clouds: `columns` as `read_cloud` takes them, `shape` the class whose one-hot the network takes. `out` is the
-    folder for what is written (default: beside the file). The network sees at most `rows` views at once. UserError,
-    before anything is read, for an option that does not fit the network, and for output that would overwrite a file.
-    """
-    task, modality = TASKS[network.task], modality_of(network.recipe)
-    if modality.open_file is None:
-        raise UserError(f"this network takes {modality.plural}, which files are not: score it by an evaluate job")
+def predict_files(network: Network, paths: Sequence[Path], k: int, **options: Any) -> Iterator[Answer]:
+    """Return the answers of a network for files in turn; `options` are those of `answers_for`."""
     if hasattr(network.net, "space"):
         raise UserError("this run holds a supernet: a search job chooses subnets, predict with one of those")
-    options = AnswerOptions(paths, k, FileOptions(tuple(columns), shape), out, rows)
-    if out is not None and not task.writes:
-        raise UserError("--out: the network labels whole files, there is nothing to write")
-    if out is not None and out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is no folder")
-    answer = task.answer(network, options)
-
-    def answers() -> Iterator[Answer]:
-        with Decoder(timeout_s=timeout_s) as decoder, CloudReader(timeout_s=timeout_s) as clouds:
-            readers = Readers(decoder, clouds)
-            for path in paths:
-                try:
-                    found = answer(path, readers)
-                except (BadSample, OSError) as error:
-                    found = Answer(path, reason=str(error))
-                yield found
-
-    return answers()
+    return answers_for(network, TASKS[network.task], paths, k, **options)

@@ -5,36 +5,23 @@ summing `tensors()`; a point whose logits are not finite has no prediction, whic
 PointNet (arXiv 1612.00593) and Point-Voxel CNN (1907.03739).
 """
 
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slimray import storage
 from slimray.data.modalities import Target, read_recipe
-from slimray.data.own_files import Readers, check_cloud_options, read_own_cloud
-from slimray.data.points.clouds import Cloud
-from slimray.data.points.recipe import PointSample
 from slimray.runs.examples import CloudView
-from slimray.tasks.answers import Answer, Answerer, AnswerOptions, require_apart
+from slimray.runtime import segment as files
 from slimray.tasks.classify import class_losses, class_weights, likeliest
 from slimray.tasks.evaluation import Pass, Samples, Setting
 from slimray.tasks.network import Network, Outputs, joined, predict_outputs
 from slimray.tasks.responses import responses
 from slimray.tasks.task import LOSS, LossOptions, Metric, Table, Task, chance_of_classes, class_arguments
 from slimray.tasks.votes import SceneVotes
-
-PALETTE = (  # of Okabe and Ito, safe for the colour-blind, grey in place of black; further classes get darker shades
-    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
-    (153, 153, 153),
-)  # fmt: skip
-LABELS = "labels of its points"
 
 
 def losses(logits: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
@@ -186,6 +173,12 @@ class VotePass(Pass):
         return self.score.result()
 
 
+def _logits(network: Network, data: np.ndarray, rows: int) -> Tensor:
+    outputs = predict_outputs(network.net, data, network.pixels, network.device, rows)
+    assert isinstance(outputs, Tensor)
+    return outputs
+
+
 def start(setting: Setting) -> Pass:
     """A pass of one draw of each cloud, or of votes on scenes."""
     score = SegmentationScore(len(setting.network.classes), ignore_label=-1)
@@ -233,81 +226,6 @@ def _key(row: Mapping[str, Any]) -> str:
     return " · ".join(str(row[name]) for name in ("run", "variant") if row.get(name))
 
 
-# ------------------------------------------------------------------------------------------------ labels of points
-
-
-def answer(network: Network, options: AnswerOptions) -> Answerer:
-    """The labels of a file's points, written beside it or into `out`, and the shares of the classes."""
-    recipe = read_recipe(network.recipe | {"mode": "val"})
-    check_cloud_options(recipe, options.file)
-    require_apart(options.paths, lambda path: label_files(path, options.out), "labels")
-    recipe = replace(recipe, mode="test", votes=1, max_points=0)  # views that hold every point
-
-    def one(path: Path, readers: Readers) -> Answer:
-        cloud, sample, notes = read_own_cloud(str(path), path.read_bytes(), recipe, options.file, readers)
-        scores = score_points(network, sample, len(cloud), options.rows)
-        found = _write_labels(cloud, scores, network.classes, options.top, path, label_files(path, options.out))
-        return replace(found, notes=notes)
-
-    return one
-
-
-def _logits(network: Network, data: np.ndarray, rows: int) -> Tensor:
-    outputs = predict_outputs(network.net, data, network.pixels, network.device, rows)
-    assert isinstance(outputs, Tensor)
-    return outputs
-
-
-def label_files(path: Path, out: Path | None = None) -> tuple[Path, Path]:
-    """Where the labels of the points of `path` go: NAME.labels.npz and NAME.labels.ply, beside it or in `out`."""
-    stem = (path.parent if out is None else out) / path.stem
-    return Path(f"{stem}.labels.npz"), Path(f"{stem}.labels.ply")
-
-
-def score_points(network: Network, sample: PointSample, num_points: int, rows: int) -> Tensor:
-    """Scores `[num_points, C]` on the CPU of a cloud whose views hold every point: a point's logits are averaged."""
-    total = torch.zeros(num_points, len(network.classes))
-    for i in range(0, len(sample.points), rows):
-        scores = _logits(network, sample.points[i : i + rows, None], rows)
-        places = torch.from_numpy(sample.indices[i : i + rows].reshape(-1))
-        total.index_add_(0, places, scores.movedim(1, 2).flatten(0, 1).float().cpu())  # [v, C, N] -> [v*N, C]
-    seen = torch.from_numpy(np.bincount(sample.indices.reshape(-1), minlength=num_points))
-    return total / seen[:, None]
-
-
-def class_colors(num_classes: int) -> np.ndarray:
-    """A colour for each class, uint8 `[num_classes, 3]`, the same whatever their number."""
-    number = np.arange(num_classes)
-    return (np.array(PALETTE)[number % len(PALETTE)] * 0.6 ** (number // len(PALETTE))[:, None]).astype(np.uint8)
-
-
-def _write_labels(
-    cloud: Cloud, scores: Tensor, classes: Sequence[str], k: int, path: Path, targets: tuple[Path, Path]
-) -> Answer:
-    """Write the labels of a cloud as .npz for programs and .ply for viewers, in the coordinates of its file."""
-    import plyfile
-
-    best, places = torch.softmax(scores, 1).max(1)
-    labels, coords = places.numpy(), cloud.coords + cloud.origin  # float64
-    rows = np.arange(len(cloud)) if cloud.rows is None else cloud.rows
-    arrays = io.BytesIO()
-    np.savez_compressed(
-        arrays, coords=coords, labels=labels, confidence=best.numpy(), rows=rows, classes=np.array(classes)
-    )
-    columns = [*coords.T, labels, *class_colors(len(classes))[labels].T]
-    types = [("x", "f8"), ("y", "f8"), ("z", "f8"), ("label", "i4"), ("red", "u1"), ("green", "u1"), ("blue", "u1")]
-    vertices = plyfile.PlyElement.describe(np.asarray(np.rec.fromarrays(columns, types)), "vertex")
-    legend = [f"class {number} {name!a}" for number, name in enumerate(classes)]
-    picture = io.BytesIO()
-    plyfile.PlyData([vertices], byte_order="<", comments=legend).write(picture)
-    for target, buffer in zip(targets, (arrays, picture), strict=True):
-        storage.write_atomic(*storage.open_uri(target), buffer.getvalue())
-    shares = np.bincount(labels, minlength=len(classes)) / len(labels)
-    order = [int(number) for number in np.argsort(-shares, kind="stable")[:k] if shares[number]]
-    found = [(classes[number], float(shares[number])) for number in order]
-    return Answer(path, found, written=targets, what=LABELS)
-
-
 SEGMENT = Task(
     name="segment",
     metrics=(
@@ -323,7 +241,7 @@ SEGMENT = Task(
     score=lambda num_classes, recipe: SegmentationScore(num_classes, ignore_label=-1),
     start=start,
     examples=examples,
-    answer=answer,
+    answer=files.answer,
     options=frozenset({"missed"}),
     tables=class_tables,
     in_tables=frozenset({"class_iou", "category_iou"}),

@@ -7,7 +7,6 @@ picture only. Beside them stands what bicubic interpolation gets for the same pi
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,20 +15,17 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimray import storage
 from slimray.data.images.pairs import as_pixels, resize
-from slimray.data.modalities import Target, modality_of, read_recipe
-from slimray.data.own_files import Readers
-from slimray.runs.examples import Pair, png_bytes
+from slimray.data.modalities import Target, read_recipe
+from slimray.runs.examples import Pair
+from slimray.runtime import super_resolve as files
 from slimray.spec import Spec
-from slimray.tasks.answers import Answer, Answerer, AnswerOptions, require_apart
 from slimray.tasks.evaluation import Pass, Setting
-from slimray.tasks.network import Network, predict_outputs
+from slimray.tasks.network import Network
 from slimray.tasks.task import LOSS, LossOptions, Metric, Table, Task
 
 LUMA = (65.481, 128.553, 24.966)
 LEAST_ERROR = 1e-10  # mean square, so that equal pictures have a PSNR of 148 dB and not an infinite one
-TILE = 256  # side of the pieces in which `predict` enlarges a picture, in pixels of the small one
 
 
 class SuperResolveOptions(Spec):
@@ -98,7 +94,7 @@ def shrunk(large: np.ndarray, scale: int) -> np.ndarray:
 
 def to_pixels(outputs: Tensor) -> np.ndarray:
     """Return outputs `[n, 3, H, W]` as pictures uint8 `[n, H, W, 3]`."""
-    return as_pixels(outputs.float().movedim(1, -1).cpu().numpy() * 255)
+    return files.to_pixels(outputs.float().cpu().numpy())
 
 
 class PictureScore:
@@ -170,44 +166,6 @@ def tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Ta
     return [Table("Beside bicubic interpolation", ("picture by", "PSNR", "SSIM", "gain"), cells, note)]
 
 
-def answer(network: Network, options: AnswerOptions) -> Answerer:
-    """A file enlarged, written as NAME.x2.png beside it or into `out`."""
-    recipe = read_recipe(network.recipe)
-    modality = modality_of(network.recipe)
-    assert modality.open_file is not None
-    read = modality.open_file(recipe, options.file)
-
-    def target_of(path: Path) -> Path:
-        return (path.parent if options.out is None else options.out) / f"{path.stem}.x{recipe.scale}.png"
-
-    require_apart(options.paths, lambda path: [target_of(path)], "picture")
-
-    def one(path: Path, readers: Readers) -> Answer:
-        views, notes = read(str(path), path.read_bytes(), readers)
-        large = enlarged(network, views[0], recipe.scale)
-        storage.write_atomic(*storage.open_uri(target_of(path)), png_bytes(large))
-        size = f"{large.shape[1]} x {large.shape[0]} pixels"
-        return Answer(path, written=(target_of(path),), what=f"enlarged to {size}", notes=notes)
-
-    return one
-
-
-def enlarged(network: Network, picture: np.ndarray, scale: int, tile: int = TILE) -> np.ndarray:
-    """Return a picture uint8 `[h, w, 3]` enlarged, in pieces that overlap as far as the network looks around."""
-    height, width = picture.shape[:2]
-    margin = int(getattr(network.net, "reach", 32))
-    out = np.zeros((height * scale, width * scale, 3), np.uint8)
-    for y in range(0, height, tile):
-        for x in range(0, width, tile):
-            top, left = max(0, y - margin), max(0, x - margin)
-            piece = picture[top : y + tile + margin, left : x + tile + margin]
-            found = predict_outputs(network.net, piece[None, None], network.pixels, network.device, 1)
-            assert isinstance(found, Tensor)
-            large = to_pixels(found)[0][(y - top) * scale :, (x - left) * scale :][: tile * scale, : tile * scale]
-            out[y * scale : y * scale + large.shape[0], x * scale : x * scale + large.shape[1]] = large
-    return out
-
-
 SUPER_RESOLVE = Task(
     name="super_resolve",
     metrics=(
@@ -223,7 +181,7 @@ SUPER_RESOLVE = Task(
     score=lambda num_classes, recipe: PictureScore(recipe["scale"]),
     start=start,
     examples=examples,
-    answer=answer,
+    answer=files.answer,
     spec=SuperResolveOptions,
     tables=tables,
     writes=True,

@@ -17,7 +17,7 @@ from slimray.data.modalities import Target
 from slimray.spec import RunFailed, Spec
 
 if TYPE_CHECKING:
-    from slimray.tasks.answers import Answerer, AnswerOptions
+    from slimray.runtime.answers import Answerer, AnswerOptions
     from slimray.tasks.evaluation import Pass, Setting
     from slimray.tasks.network import Network
 
@@ -128,8 +128,9 @@ class Task:
     examples: Callable[["Network", Any, Any, Any, int], Iterable[dict[str, Any]]]
     """Network, first views `[n, ...]`, outputs and targets of a few samples, and how many were shown before, to plain
     values with a `type`, which the report draws (runs/examples.py)."""
-    answer: Callable[["Network", "AnswerOptions"], "Answerer"]
-    """Network and options to the function that answers for a file; UserError for options that mean nothing here."""
+    answer: Callable[[Any, "AnswerOptions"], "Answerer"]
+    """A network (`runtime.answers.Model`: arrays in and out, torch's or an export's) and options to the function that
+    answers for a file; UserError for options that mean nothing here."""
     spec: type[Spec] = NoOptions
     """Options of the task's own, which a user writes as `data.task`."""
     finish: Callable[[dict[str, Any], list[Any], list[dict[str, Any]], str, str], list[dict[str, Any]]] | None = None

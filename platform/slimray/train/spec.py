@@ -149,6 +149,9 @@ class ScaleSpec(Spec):
     data_timeout_s: float = Field(default=600, gt=0)
     """Longest wait of a rank for the data of one step, and of the ranks for each other; a rank that does not move for
     20 s more leaves the stacks of its threads in `logs/` and is ended."""
+    storage_timeout_s: float | None = Field(default=None, gt=0)
+    """Longest wait for a storage that fails or does not answer, with growing pauses, before a retry is spent on it;
+    default half of `data_timeout_s`."""
     resize_s: float = Field(default=600, gt=0)
     """Seconds between looks whether an elastic run can have more workers: each resize costs a restart."""
     bucket_mb: float = Field(default=25, gt=0)
@@ -157,10 +160,20 @@ class ScaleSpec(Spec):
     """All-reduce gradients as bf16: half the traffic, rounded to 8 bits of mantissa."""
 
     @model_validator(mode="after")
-    def _fewest_first(self) -> "ScaleSpec":
+    def _fits(self) -> "ScaleSpec":
+        if self.storage_s >= self.data_timeout_s:
+            raise ValueError(
+                f"storage_timeout_s: must be below data_timeout_s ({self.data_timeout_s:g}), got {self.storage_s:g}: "
+                "the ranks would give up waiting for data first"
+            )
         if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
             raise ValueError(f"workers: [fewest, most], got [{self.workers[0]}, {self.workers[1]}]")
         return self
+
+    @property
+    def storage_s(self) -> float:
+        """How long an outage of the storage is waited for, seconds."""
+        return self.storage_timeout_s or self.data_timeout_s / 2
 
     @property
     def most(self) -> int:

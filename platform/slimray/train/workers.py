@@ -34,7 +34,7 @@ import slimray
 from slimray import runs
 from slimray.data.pipeline import FeedConfig, RankStream, feeder_of, start_feeders
 from slimray.spec import RunFailed, UserError
-from slimray.storage import StorageError
+from slimray.storage import PATIENCE, StorageError
 from slimray.train.spec import ScaleSpec
 
 BARRIER_CALLS = 4096  # concurrent calls of Ray Train's barrier; its own number, 1,000, dead-locks a larger world
@@ -296,7 +296,7 @@ def launch(
                 failure_config=ray.train.FailureConfig(
                     max_failures=retries, controller_failure_limit=starts if elastic else retries
                 ),
-                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, PATIENCE: f"{scale.storage_s:g}"}},
             ),
         )
         before = signal.getsignal(signal.SIGINT)

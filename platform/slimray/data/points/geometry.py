@@ -16,7 +16,10 @@ from slimray.data.samples import BadSample
 
 
 def _open3d() -> Any:
-    import open3d
+    try:
+        import open3d
+    except ImportError:
+        raise BadSample("needs Open3D, not installed here: pip install 'slimray[train]'") from None
 
     open3d.utility.set_verbosity_level(open3d.utility.VerbosityLevel.Error)
     return open3d

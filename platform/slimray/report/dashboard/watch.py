@@ -85,7 +85,7 @@ class _Kept:
                 return self._bytes[key]
         if info.size > MAX_FILE_BYTES:
             raise StorageError(f"{info.path}: {info.size >> 20} MB are too many for a page")
-        data = storage.read_bytes(fs, info.path, first=MAX_FILE_BYTES, attempts=2)
+        data = storage.read_bytes(fs, info.path, first=MAX_FILE_BYTES, patience=1)
         with self._lock:
             if key not in self._bytes:
                 self._bytes[key] = data
@@ -262,7 +262,7 @@ class Watch:
         try:
             if not self._is_inside(run.path):
                 return _Seen((0, None), None, now)
-            info = storage.retry(lambda: self._fs.get_file_info(f"{run.path}/status.json"), "look up", run.path, 2)
+            info = storage.retry(lambda: self._fs.get_file_info(f"{run.path}/status.json"), "look up", run.path, 1)
             stamp = (info.size or 0, info.mtime_ns)
             if info.type == pafs.FileType.NotFound and not runs.exists(run, "job.yaml"):
                 return _Seen(stamp, None, now)
@@ -341,7 +341,7 @@ class Watch:
         files = [info for info in files if info.base_name.endswith(".json")]
 
         def read(info: pafs.FileInfo) -> Any:
-            return json.loads(storage.read_bytes(run.fs, info.path, attempts=1))
+            return json.loads(storage.read_bytes(run.fs, info.path, patience=0))
 
         out: dict[str, list[dict[str, Any]]] = {}
         with ThreadPoolExecutor(NUM_READERS) as pool:

@@ -1,0 +1,121 @@
+"""What `predict` says of a file, what a task must know to say it, and what it asks of a network: `Model`.
+
+numpy alone: a run's network (`slimray.tasks.network`, torch) and an export (`slimray.runtime.load`) are both a `Model`,
+so that a file is answered by the same code whichever of them computes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from slimray.data.own_files import FileOptions, Readers
+from slimray.spec import UserError
+
+Arrays = np.ndarray | Mapping[str, np.ndarray]
+"""What a network returns: an array `[n, ...]`, or several by name."""
+
+
+class Model(Protocol):
+    """A network as a function of arrays, with what it was trained to take and to tell apart."""
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The plain recipe of its samples."""
+        ...
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Its classes, in the order of its scores."""
+        ...
+
+    @property
+    def reach(self) -> int:
+        """Pixels around a place that its output depends on, at most."""
+        ...
+
+    @property
+    def frame_shape(self) -> tuple[int | None, ...]:
+        """Shape of what it takes without the batch, None where any size goes; () where nothing is known."""
+        ...
+
+    def outputs(self, data: np.ndarray, rows: int) -> Arrays:
+        """Return float32 outputs `[n, ...]` of samples `[n, V, ...]`, views averaged, at most `rows` at once."""
+        ...
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """What a user asked for: the `paths` of all files, how many classes (`top`), where to write (`out`: default beside
+    each file); `rows` views are given to the network at once."""
+
+    paths: Sequence[Path]
+    top: int = 5
+    file: FileOptions = field(default_factory=FileOptions)
+    out: Path | None = None
+    rows: int = 8
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was found in a file: its `top` classes, best first, or the `reason` why it could not be read.
+
+    The number of a class is its probability, or its share of the points where those have labels. `written` are the
+    files that hold `what`, `notes` says which points of a cloud were left out.
+    """
+
+    path: Path
+    top: list[tuple[str, float]] = field(default_factory=list)
+    reason: str = ""
+    written: tuple[Path, ...] = ()
+    what: str = ""
+    notes: str = ""
+
+
+Answerer = Callable[[Path, Readers], Answer]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How a task answers for files: `answer` makes the function of a file; `writes` says whether it writes files."""
+
+    name: str
+    answer: Callable[[Model, AnswerOptions], Answerer]
+    writes: bool = False
+
+
+def only_array(outputs: Arrays) -> np.ndarray:
+    """Return the one output of a network; UserError for several."""
+    if isinstance(outputs, Mapping):
+        raise UserError(f"the network has several outputs ({', '.join(outputs)}), this task reads one")
+    return outputs
+
+
+def softmax(scores: np.ndarray, axis: int) -> np.ndarray:
+    """Return probabilities of logits along `axis`, in the type of `scores`."""
+    powers = np.exp(scores - scores.max(axis, keepdims=True))
+    return powers / powers.sum(axis, keepdims=True)
+
+
+def top_classes(scores: np.ndarray, classes: Sequence[str], k: int) -> list[tuple[str, float]]:
+    """Return the `k` best (class, probability) of logits `[C]`, best first."""
+    scores = scores.astype(np.float32)
+    probabilities = softmax(scores, 0)
+    order = np.argsort(-scores, kind="stable")[: min(k, len(classes))]
+    return [(classes[int(number)], float(probabilities[number])) for number in order]
+
+
+def require_apart(paths: Sequence[Path], targets: Callable[[Path], Sequence[Path]], what: str) -> None:
+    """Raise UserError if what is written for one of the files would overwrite another of them, or what it gives."""
+    given, owners = {path.resolve() for path in paths}, dict[Path, Path]()
+    for path in paths:
+        for target in targets(path):
+            if target.resolve() in given:
+                raise UserError(f"{target}: the {what} of {path} would overwrite it: leave it out, or give --out")
+            other = owners.setdefault(target.resolve(), path)
+            if other.resolve() != path.resolve():
+                raise UserError(
+                    f"{other}, {path}: their {what} would be one file, {target}: predict one by one, with --out"
+                )

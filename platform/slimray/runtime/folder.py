@@ -1,0 +1,138 @@
+"""An export folder: one file that holds a network, and `export.json`, which says what it takes and gives.
+
+Both may come from anywhere. Read is only the file that `export.json` names beside itself, as large and with the SHA-256
+that is written there, and nothing of it is opened before it is checked.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from slimray import runs, storage
+from slimray.runs.folder import digest, is_plain_name
+from slimray.spec import UserError, did_you_mean
+from slimray.storage import join
+
+VERSION = 1
+MAX_JSON_BYTES = 64 << 20
+MAX_MODEL_BYTES = (2 << 30) - 1
+PREFERRED = ("onnx", "openvino")  # which of the exports of a run is taken, in this order
+
+
+class _Part(BaseModel):
+    """A part of export.json; what it holds beyond this is for people."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class Tensor(_Part):
+    """An input or output: shape with null where it is dynamic, numpy type."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str = "float32"
+
+
+class State(_Part):
+    """What an online network hands from a frame to the next: it begins as zeros of this shape."""
+
+    input: str
+    output: str
+    shape: tuple[int, ...] = Field(max_length=8)
+    dtype: str = "float32"
+
+
+class Facts(_Part):
+    """What export.json says, as far as running the network needs it."""
+
+    version: int
+    format: str
+    file: str
+    bytes: int = Field(gt=0, le=MAX_MODEL_BYTES)
+    sha256: str
+    inputs: tuple[Tensor, ...] = Field(min_length=1)
+    outputs: tuple[Tensor, ...] = Field(min_length=1)
+    states: tuple[State, ...] = ()
+    input: dict[str, Any]
+    """`model/input.json` of the run: recipe, pixels, classes, task."""
+    model: dict[str, Any] = {}
+    precision: str = "fp32"
+    verification: dict[str, Any] = {}
+    timing: dict[str, Any] = {}
+
+
+def is_export(where: str) -> bool:
+    """Return whether `where` (a path or URI) is an export folder."""
+    if "/" not in where and not Path(where).is_dir():
+        return False
+    fs, path = storage.open_uri(where)
+    return storage.exists(fs, join(path, "export.json"))
+
+
+def exports_of(run: runs.Run) -> dict[str, str]:
+    """Return the exports of a run by format, the preferred first: format -> URI of the folder."""
+    folder = join(run.path, "export")
+    names = [name for name in storage.list_folders(run.fs, folder) if is_plain_name(name)]
+    there = [name for name in names if storage.exists(run.fs, join(folder, name, "export.json"))]
+    order = [*[name for name in PREFERRED if name in there], *sorted(set(there) - set(PREFERRED))]
+    return {name: join(run.uri, "export", name) for name in order}
+
+
+def find_export(name: str, where: str, format: str | None = None) -> str:
+    """Return the folder of an export: `name` is one, or a run in the storage `where` that has some; UserError if none.
+
+    Of several the one of `format`, else ONNX first.
+    """
+    if is_export(name):
+        return name
+    run = runs.find_run(name, where)
+    found = exports_of(run)
+    if not found:
+        raise UserError(f"{name}: has no export: make one with `slimray export {name} --format onnx`")
+    if format is None:
+        return next(iter(found.values()))
+    if format not in found:
+        hint = did_you_mean(format, found)
+        raise UserError(f"{name}: has no export of format {format!r}{hint} (it has: {', '.join(found)})")
+    return found[format]
+
+
+def read_facts(where: str) -> tuple[Facts, pafs.FileSystem, str]:
+    """Return export.json of the folder `where`, its filesystem and path; UserError for what is no export."""
+    fs, path = storage.open_uri(where)
+    place = join(where, "export.json")
+    try:
+        data = storage.read_bytes(fs, join(path, "export.json"), first=MAX_JSON_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{where}: is no export folder (it has no export.json)") from None
+    if len(data) > MAX_JSON_BYTES:
+        raise UserError(f"{place}: is larger than {MAX_JSON_BYTES} bytes, which slimray does not write")
+    plain = runs.parse_json(data, place)
+    if not isinstance(plain, dict) or plain.get("version") != VERSION:
+        raise UserError(f"{place}: is no export of version {VERSION}: export the run again with this slimray")
+    try:
+        facts = Facts.model_validate(plain)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise UserError(f"{place}: {field}: {first['msg'].lower()}: export the run again") from None
+    if not is_plain_name(facts.file):
+        raise UserError(f"{place}: file: {facts.file!r} must be the name of a file beside it")
+    return facts, fs, path
+
+
+def read_export(where: str) -> tuple[Facts, bytes]:
+    """Return export.json and the bytes of the network, compared with it; UserError if they do not fit."""
+    facts, fs, path = read_facts(where)
+    place = join(where, facts.file)
+    try:
+        data = storage.read_bytes(fs, join(path, facts.file), first=facts.bytes + 1)
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{place}: is missing: copy the whole export folder") from None
+    if digest(data) != (facts.bytes, facts.sha256.lower()):
+        raise UserError(
+            f"{place}: is not what was exported (its size or SHA-256 differs from export.json): copy the folder again"
+        )
+    return facts, data

@@ -1,0 +1,200 @@
+"""An export as a function: `load(folder)` checks it and hands back a `Loaded`, which computes, steps and answers.
+
+What it takes is prepared as in training, by the recipe that lies in the folder. A network that was exported as a step
+(online TSM) is started and stepped by the caller, who keeps its states; as a function of clips it steps through their
+frames and averages, which is what the network computed when it was trained.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimray.data.modalities import read_recipe
+from slimray.runtime.answers import Answer, Arrays
+from slimray.runtime.engines import ENGINES, Session, choose
+from slimray.runtime.folder import Facts, find_export, read_export
+from slimray.runtime.inputs import Input, merge_views, to_input
+from slimray.runtime.onnx_file import check_onnx
+from slimray.runtime.predict import ANSWERS, answers_for
+from slimray.spec import UserError
+
+MAX_STATE_VALUES = 1 << 26  # of all states of a step together
+
+States = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A checked export, ready to compute: a `Model` (see answers.py), and for online networks `start` and `step`."""
+
+    where: str
+    facts: Facts
+    engine: str
+    session: Session
+    pixels: Input
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The plain recipe of its samples."""
+        return self.facts.input["recipe"]
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Its classes, in the order of its scores."""
+        return self.facts.input["classes"]
+
+    @property
+    def task(self) -> str:
+        """The name of its task."""
+        return self.facts.input["task"]
+
+    @property
+    def reach(self) -> int:
+        """Pixels around a place that its output depends on, at most."""
+        return 32
+
+    @property
+    def frame_shape(self) -> tuple[int | None, ...]:
+        """Shape of what it takes without the batch, None where any size goes."""
+        return self._input.shape[1:]
+
+    @property
+    def online(self) -> bool:
+        """Whether it is a step from a frame to the next."""
+        return bool(self.facts.states)
+
+    @property
+    def _input(self) -> Any:
+        given = {state.input for state in self.facts.states}
+        return next(one for one in self.facts.inputs if one.name not in given)
+
+    def __call__(self, given: np.ndarray | str | Path) -> Any:
+        """Return the `Answer` for a file, or the float32 outputs `[n, ...]` of an array of samples of one view each.
+
+        The arrays are as the recipe makes them: uint8 images `[n, H, W, 3]` or clips `[n, T, H, W, 3]`, float32 clouds
+        `[n, C, N]`.
+        """
+        if isinstance(given, str | Path):
+            (found,) = self.answers([Path(given)])
+            return found
+        return self.outputs(given[:, None], max(1, len(given)))
+
+    def answers(self, paths: Sequence[Path], top: int = 5, **options: Any) -> Iterator[Answer]:
+        """Return the answers for files in turn; `options` are those of `answers_for`."""
+        if self.task not in ANSWERS:
+            raise UserError(
+                f"{self.where}: exports of task {self.task!r} do not answer for files (those of {', '.join(ANSWERS)} "
+                "do): give arrays to slimray.runtime.load(...)"
+            )
+        return answers_for(self, ANSWERS[self.task], paths, top, **options)
+
+    def outputs(self, data: np.ndarray, rows: int) -> Arrays:
+        """Return float32 outputs `[n, ...]` of samples `[n, V, ...]`, views averaged, at most `rows` at once."""
+        if not len(data):
+            raise ValueError("no samples: there are no outputs")
+        views, found = to_input(data, self.pixels), list[dict[str, np.ndarray]]()
+        size = self._input.shape[0]  # a batch that is fixed is filled up
+        at_once = size if size is not None else max(1, rows) * data.shape[1]
+        for i in range(0, len(views), at_once):
+            part = views[i : i + at_once]
+            blank = 0 if size is None else size - len(part)
+            padded = np.concatenate([part, np.repeat(part[-1:], blank, 0)]) if blank else part
+            outputs = self._whole(padded) if self.online else self._run({self._input.name: padded})
+            found.append({name: value[: len(part)] for name, value in outputs.items()})
+        joined = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+        if len(joined) == 1:
+            return merge_views(next(iter(joined.values())), data.shape[1], self.pixels.average)
+        return {name: merge_views(value, data.shape[1], "logits") for name, value in joined.items()}
+
+    def start(self, batch: int = 1) -> States:
+        """Return the states of a stream's start, zeros; a `batch` of streams where the export allows it."""
+        shapes = {state.input: (batch, *state.shape[1:]) for state in self.facts.states}
+        return {state.input: np.zeros(shapes[state.input], state.dtype) for state in self.facts.states}
+
+    def step(self, frame: np.ndarray, states: States) -> tuple[np.ndarray, States]:
+        """Return float32 logits `[B, C]` of the next frames uint8 `[B, H, W, 3]` and the states after them."""
+        outputs = self._run({self._input.name: to_input(frame[:, None], self.pixels), **states})
+        return self._stepped(outputs)
+
+    def _stepped(self, outputs: dict[str, np.ndarray]) -> tuple[np.ndarray, States]:
+        after = {state.input: outputs.pop(state.output) for state in self.facts.states}
+        (logits,) = outputs.values()
+        return logits, after
+
+    def _whole(self, clips: np.ndarray) -> dict[str, np.ndarray]:
+        """The mean logits of prepared clips float32 `[B, T, 3, H, W]`, stepped from zeros."""
+        states, total = self.start(len(clips)), []
+        for frame in np.moveaxis(clips, 1, 0):
+            logits, states = self._stepped(self._run({self._input.name: np.ascontiguousarray(frame), **states}))
+            total.append(logits)
+        return {"logits": np.stack(total).mean(0, dtype=np.float32)}
+
+    def _run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        for one in self.facts.inputs:
+            shape = feeds[one.name].shape
+            if len(shape) != len(one.shape) or any(b not in (None, a) for a, b in zip(shape, one.shape)):
+                wanted = " x ".join("any" if side is None else str(side) for side in one.shape)
+                raise UserError(f"{self.where}: {one.name}: takes {wanted}, got {' x '.join(map(str, shape))}")
+        try:
+            found = self.session(feeds)
+        except Exception as error:  # noqa: BLE001  (those of ONNX Runtime have no other class in common)
+            raise UserError(f"{self.where}: {_said(self.engine, 'cannot compute it', error)}") from None
+        return {one.name: np.asarray(found[one.name], np.float32) for one in self.facts.outputs}
+
+
+def load(
+    path: str | Path, *, storage: str = "runs", format: str | None = None, engine: str | None = None,
+    threads: int | None = None,
+) -> Loaded:  # fmt: skip
+    """Return the export in the folder `path`, or that of a run by its name in `storage` (ONNX first, or of `format`).
+
+    `engine` is a row of ENGINES (default: the first installed), `threads` how many it computes with. UserError, one
+    sentence, for what is no export, is damaged, holds what must not be opened, or does not fit what it says of itself.
+    """
+    where = find_export(str(path), storage, format)
+    facts, data = read_export(where)
+    pixels = check_facts(facts, where)
+    name = choose(facts.format, engine)
+    place = f"{where}/{facts.file}"
+    declared = check_onnx(data, place)
+    there = {one.name for one in declared.inputs}, {one.name for one in declared.outputs}
+    if there != ({one.name for one in facts.inputs}, {one.name for one in facts.outputs}):
+        raise UserError(f"{place}: has other inputs or outputs than export.json says: export the run again")
+    try:
+        session = ENGINES[name].open(data, threads)
+    except Exception as error:  # noqa: BLE001  (those of ONNX Runtime have no other class in common)
+        raise UserError(f"{place}: {_said(name, 'does not load it', error)}") from None
+    return Loaded(where, facts, name, session, pixels)
+
+
+def check_facts(facts: Facts, where: str) -> Input:
+    """Return how pixels are prepared; UserError for an export whose states, recipe or classes make no sense."""
+    place = f"{where}/export.json"
+    try:
+        pixels, taken = Input.of(facts.input["pixels"]), facts.input
+        read_recipe(taken["recipe"])
+        if not (isinstance(taken["classes"], list) and all(isinstance(one, str) for one in taken["classes"])):
+            raise ValueError("classes must be a list of names")
+        if not isinstance(taken["task"], str):
+            raise ValueError("task must be a name")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{place}: input: does not say how files are read ({error}): export the run again") from None
+    inputs, outputs = {one.name for one in facts.inputs}, {one.name for one in facts.outputs}
+    values = 0
+    for state in facts.states:
+        if state.input not in inputs or state.output not in outputs or min(state.shape, default=0) < 1:
+            raise UserError(f"{place}: states: {state.input!r} is no input with a size and an output: export it again")
+        values += int(np.prod(state.shape, dtype=object))
+    if values > MAX_STATE_VALUES:
+        raise UserError(f"{place}: states: hold {values:,} values, more than {MAX_STATE_VALUES:,}")
+    if len(inputs) != 1 + len(facts.states) or (facts.states and len(outputs) != 1 + len(facts.states)):
+        raise UserError(f"{place}: inputs: a network of one input is run here, beside states (got {len(inputs)})")
+    return pixels
+
+
+def _said(name: str, what: str, error: BaseException) -> str:
+    words = " ".join(str(error).split())
+    return f"{ENGINES[name].title} {what} ({words[:200] or type(error).__name__})"

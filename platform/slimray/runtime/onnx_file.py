@@ -1,0 +1,328 @@
+"""Checks an ONNX file before any library opens it: what it names, what it declares against what it holds.
+
+In: the bytes of a file that anybody may have made. Out: its inputs, outputs and number of nodes, or a UserError of one
+sentence. Refused are external data, operators that neither ONNX nor ONNX Runtime has, operators that open files, and
+tensors that declare more than they hold or than a network needs. Written on the wire format of protobuf, field by field
+and without copies: parsing libraries allocate what a file declares, and devices need one library less. Field numbers
+are those of onnx.proto (ONNX 1.23).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from slimray.spec import UserError
+
+DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
+OPENS_FILES = frozenset({"EPContext"})  # of com.microsoft: names a file with a compiled network
+MAX_FILE_BYTES = (2 << 30) - 1  # of protobuf
+MAX_VALUES = 1 << 29  # of a declared tensor: 2 GiB of float32
+MAX_DEPTH = 12  # of graphs in attributes
+MAX_NODES = 200_000
+MAX_RANK = 16
+BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16,
+        17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4}  # fmt: skip
+DTYPES = {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool",
+          10: "float16", 11: "float64", 12: "uint32", 13: "uint64"}  # fmt: skip
+SIZED_BY = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1}  # operators whose output has as many values as an input says
+
+
+@dataclass(frozen=True)
+class Place:
+    """An input or output of a network: name, numpy type, shape with None where it is dynamic."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a checked file says of itself."""
+
+    inputs: tuple[Place, ...]
+    outputs: tuple[Place, ...]
+    num_nodes: int
+
+
+class _Bad(Exception):
+    """Why a file is refused, to go behind its name."""
+
+
+@dataclass
+class _Seen:
+    """What was met so far."""
+
+    functions: set[tuple[str, str]] = field(default_factory=set)
+    num_nodes: int = 0
+
+
+def check_onnx(data: bytes, where: str) -> Declared:
+    """Return what an ONNX file declares; UserError, which begins with `where`, for one that must not be opened."""
+    try:
+        if not 0 < len(data) <= MAX_FILE_BYTES:
+            raise _Bad("is empty" if not data else f"is larger than {MAX_FILE_BYTES:,} bytes, which ONNX allows")
+        return _model(memoryview(data))
+    except _Bad as error:
+        raise UserError(f"{where}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where}: is nested too deeply to be a network") from None
+
+
+# -------------------------------------------------------------------------------------------------- wire format
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """The fields of a message: number, and an integer or the bytes of what has a length."""
+    at, end = 0, len(data)
+    while at < end:
+        key, at = _varint(data, at)
+        number, kind = key >> 3, key & 7
+        if number == 0:
+            raise _Bad("is not an ONNX file (a field has no number)")
+        if kind == 0:
+            value, at = _varint(data, at)
+            yield number, value
+            continue
+        if kind == 2:
+            size, at = _varint(data, at)
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+        else:
+            raise _Bad("is not an ONNX file (a field has an unknown type)")
+        if size > end - at:
+            raise _Bad("is not an ONNX file, or breaks off (a field is longer than the file)")
+        yield number, data[at : at + size]
+        at += size
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            raise _Bad("is not an ONNX file, or breaks off (a number is cut)")
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value & ((1 << 64) - 1), at
+    raise _Bad("is not an ONNX file (a number is too long)")
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _bytes(value: int | memoryview) -> memoryview:
+    if isinstance(value, int):
+        raise _Bad("is not an ONNX file (a field has another type)")
+    return value
+
+
+def _int(value: int | memoryview) -> int:
+    if not isinstance(value, int):
+        raise _Bad("is not an ONNX file (a field has another type)")
+    return _signed(value)
+
+
+def _text(value: int | memoryview) -> str:
+    return bytes(_bytes(value)[:300]).decode("utf-8", "replace")
+
+
+def _ints(value: int | memoryview) -> list[int]:
+    """A repeated integer, packed or one of many."""
+    if isinstance(value, int):
+        return [_signed(value)]
+    found, at = [], 0
+    while at < len(value):
+        one, at = _varint(value, at)
+        found.append(_signed(one))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ messages
+
+
+def _model(data: memoryview) -> Declared:
+    seen, graphs, functions, opsets = _Seen(), [], [], []
+    for number, value in _fields(data):
+        if number == 7:
+            graphs.append(_bytes(value))
+        elif number == 8:
+            opsets.append(_bytes(value))
+        elif number == 20:
+            raise _Bad("holds training information: export the network alone")
+        elif number == 25:
+            functions.append(_bytes(value))
+    if len(graphs) != 1 or not opsets:
+        raise _Bad("is not an ONNX file (it holds no graph)")
+    for one in functions:
+        names = {number: _text(value) for number, value in _fields(one) if number in (1, 10)}
+        seen.functions.add((names.get(10, ""), names.get(1, "")))
+    for one in functions:
+        for number, value in _fields(one):
+            if number == 7:
+                _node(_bytes(value), seen, 0, {})
+            elif number == 12:
+                _place(_bytes(value))
+            elif number == 11:
+                _attribute(_bytes(value), seen, 0)
+    inputs, outputs = _graph(graphs[0], seen, 0)
+    return Declared(inputs, outputs, seen.num_nodes)
+
+
+def _graph(data: memoryview, seen: _Seen, depth: int) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
+    if depth > MAX_DEPTH:
+        raise _Bad("is nested too deeply to be a network")
+    inputs, outputs, nodes, small = [], [], [], dict[str, list[int]]()
+    for number, value in _fields(data):
+        if number == 1:
+            nodes.append(_bytes(value))
+        elif number == 5:
+            name, values = _tensor(_bytes(value))
+            if values is not None:
+                small[name] = values
+        elif number in (11, 12, 13):
+            found = _place(_bytes(value))
+            if number != 13:
+                (inputs if number == 11 else outputs).append((found, _bytes(value)))
+        elif number == 15:
+            _sparse(_bytes(value))
+    for node in nodes:
+        _node(node, seen, depth, small)
+    names = _initializers(data)
+    return tuple(one for one, _ in inputs if one.name not in names), tuple(one for one, _ in outputs)
+
+
+def _initializers(data: memoryview) -> set[str]:
+    """Names of the weights of a graph, which old files list among the inputs."""
+    found = set()
+    for number, value in _fields(data):
+        if number == 5:
+            found |= {_text(one) for key, one in _fields(_bytes(value)) if key == 8}
+    return found
+
+
+def _node(data: memoryview, seen: _Seen, depth: int, small: dict[str, list[int]]) -> None:
+    seen.num_nodes += 1
+    if seen.num_nodes > MAX_NODES:
+        raise _Bad(f"holds more than {MAX_NODES:,} operators")
+    kind, domain, inputs, outputs, constant = "", "", [], [], None
+    for number, value in _fields(data):
+        if number == 1:
+            inputs.append(_text(value))
+        elif number == 2:
+            outputs.append(_text(value))
+        elif number == 4:
+            kind = _text(value)
+        elif number == 7:
+            domain = _text(value)
+        elif number == 5:
+            constant = _attribute(_bytes(value), seen, depth) or constant
+    if domain not in DOMAINS and (domain, kind) not in seen.functions:
+        raise _Bad(f"uses the custom operator {domain}::{kind}, which would need code from elsewhere: export it anew")
+    if kind in OPENS_FILES and domain == "com.microsoft":
+        raise _Bad(f"uses the operator {kind}, which opens a file")
+    if kind == "Constant" and outputs and constant is not None:
+        small[outputs[0]] = constant
+    place = SIZED_BY.get(kind)
+    if place is not None and place < len(inputs) and inputs[place] in small:
+        _require_size([abs(one) for one in small[inputs[place]]], f"the output of {kind}")
+
+
+def _attribute(data: memoryview, seen: _Seen, depth: int) -> list[int] | None:
+    """Check what an attribute holds; the whole numbers of a small tensor in it, or of a list."""
+    found, numbers = None, list[int]()
+    for number, value in _fields(data):
+        if number == 5 or number == 10:
+            found = _tensor(_bytes(value))[1]
+        elif number in (6, 11):
+            _graph(_bytes(value), seen, depth + 1)
+        elif number in (22, 23):
+            _sparse(_bytes(value))
+        elif number == 8:
+            numbers += _ints(value)
+    return found or (numbers if 0 < len(numbers) <= MAX_RANK else None)
+
+
+def _sparse(data: memoryview) -> None:
+    for number, value in _fields(data):
+        if number in (1, 2):
+            _tensor(_bytes(value))
+        elif number == 3:
+            _require_size(_ints(value), "a sparse tensor")
+
+
+def _require_size(dims: list[int], what: str) -> int:
+    if len(dims) > MAX_RANK or any(one < 0 for one in dims):
+        raise _Bad(f"declares {what} of an impossible shape")
+    if math.prod(dims) > MAX_VALUES:
+        raise _Bad(f"declares {what} of {math.prod(dims):,} values, more than {MAX_VALUES:,}")
+    return math.prod(dims)
+
+
+def _tensor(data: memoryview) -> tuple[str, list[int] | None]:
+    """Check a tensor against what it holds; its name, and its values if they are few whole numbers of 64 bits."""
+    dims, kind, name, raw = list[int](), 0, "", None
+    held, numbers = 0, list[int]()
+    for number, value in _fields(data):
+        if number == 1:
+            dims += _ints(value)
+        elif number == 2:
+            kind = _int(value)
+        elif number == 8:
+            name = _text(value)
+        elif number == 9:
+            raw = _bytes(value)
+        elif number == 13 or (number == 14 and _int(value) != 0):
+            raise _Bad("keeps weights in another file (external data): export it as one file")
+        elif number in (4, 10):  # float and double, packed, or one of them
+            held += len(_bytes(value)) // (4 if number == 4 else 8)
+        elif number in (5, 7, 11):
+            found = _ints(value)
+            held += len(found)
+            numbers = [*numbers, *found] if number == 7 and held <= MAX_RANK else []
+        elif number == 6:
+            held += 1
+    count = _require_size(dims, "a tensor")
+    if kind == 8:
+        if held != count:
+            raise _Bad("declares a tensor that holds something else")
+        return name, None
+    if kind not in BITS:
+        raise _Bad(f"declares a tensor of an unknown type ({kind})")
+    size = -(-count * BITS[kind] // 8)
+    packed = -(-count // 2) if BITS[kind] == 4 else count * 2 if kind in (14, 15) else count
+    if (len(raw) != size) if raw is not None else (held != packed):
+        there = f"{len(raw):,} bytes" if raw is not None else f"{held:,} values"
+        raise _Bad(f"declares a tensor of {count:,} values and holds {there} of it")
+    if kind == 7 and raw is not None and count <= MAX_RANK:
+        numbers = [int.from_bytes(raw[i : i + 8], "little", signed=True) for i in range(0, 8 * count, 8)]
+    return name, numbers if kind == 7 and count <= MAX_RANK else None
+
+
+def _place(data: memoryview) -> Place:
+    """An input, output or value; dims that are not fixed are None."""
+    name, dtype, shape = "", "", list[int | None]()
+    for number, value in _fields(data):
+        if number == 1:
+            name = _text(value)
+        elif number == 2:
+            for kind, inner in _fields(_bytes(value)):
+                if kind != 1:
+                    continue
+                for key, one in _fields(_bytes(inner)):
+                    if key == 1:
+                        dtype = DTYPES.get(_int(one), "")
+                    elif key == 2:
+                        shape = [_dim(_bytes(dim)) for tag, dim in _fields(_bytes(one)) if tag == 1]
+    _require_size([one for one in shape if one is not None], f"the value {name!r}")
+    return Place(name, dtype, tuple(shape))
+
+
+def _dim(data: memoryview) -> int | None:
+    found = None
+    for number, value in _fields(data):
+        if number == 1:
+            found = _int(value)
+    return found
