@@ -204,6 +204,12 @@ def test_what_stands_between_two_layers_frees_or_keeps_their_channels(between, w
     assert distance(outputs(small, x), outputs(masked(net, groups, kept), x)) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "mobilenetv3_large"])
+def test_the_memory_format_of_the_example_changes_nothing(name):
+    net, x = network(name), example(name)
+    assert trace(net, x.contiguous(memory_format=torch.channels_last)).sizes == trace(net, x).sizes
+
+
 def test_layers_that_share_a_tensor_stay_whole():
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 6), nn.Linear(6, 2))
     net[2].weight = net[0].weight
