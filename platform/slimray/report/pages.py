@@ -152,6 +152,49 @@ def proxyless_report(run: runs.Run) -> str:
     return _page(run, card, {}, headline, [found, *choices] if rows else [], [scatter] if len(rows) > 1 else [])
 
 
+def compress_report(run: runs.Run) -> str:
+    """Return the page of a compression: each step's accuracy against size, MACs and latency, and the layers' shares."""
+    card, results = runs.read_card(run) or {}, _results(run)
+    steps, metrics = results.get("steps", []), results.get("metrics", [])
+    rows = [one["row"] for one in steps]
+    if not rows:
+        return _page(run, card, {}, {}, [], [])
+    metric = metrics[0]["name"]
+    names = ["run", metric, "gain", "weights", "kept", "params", "macs", "bytes", "share", "latency_ms", "speedup"]
+    names = [name for name in [*names, "seconds"] if name in ("gain", "share") or name in rows[0]]
+    first = rows[0]
+    cells = [row | {"gain": row[metric] - first[metric], "share": 100 * row["bytes"] / first["bytes"]} for row in rows]
+    table = Table("Steps", names, [[row.get(name) for name in names] for row in cells], _STEPS, frozenset({"share"}))
+    layers = list(steps[0]["layers"])
+    shares = [
+        [name, *(100 * one["layers"][name]["kept"] / one["layers"][name]["weights"]
+                 if name in one["layers"] else None for one in steps)]
+        for name in layers
+    ]  # fmt: skip
+    columns = ["layer", *(row["run"] for row in rows)]
+    kept = Table("Weights kept, by layer", columns, shares, "Percent of the layer's weights.", frozenset(columns[1:]))
+    tables, scatters = [table, kept], []
+    for one in steps:
+        if found := one["details"].get("sensitivity"):
+            ratios = list(dict.fromkeys(ratio for name, scores in found.items() if name for ratio in scores))
+            lines = [[name, *(scores.get(ratio) for ratio in ratios)] for name, scores in found.items() if name]
+            title = f"Sensitivity before {one['row']['run']}"
+            tables.append(Table(title, ["layer", *ratios], lines, _SENSITIVITY, fold=True))
+    for name in ("bytes", "macs", "latency_ms"):
+        if len({row.get(name) for row in rows}) > 1 and all(name in row for row in rows):
+            points = [(row[name], row[metric]) for row in rows]
+            named = [(row[name], row[metric], row["run"]) for row in (rows[-4:] if len(rows) > 5 else rows[1:])]
+            named = [(first[name], first[metric], first["run"]), *named]
+            scatters.append(Scatter(f"{metric} by {name}", name, metric, points, named))
+    last = rows[-1]
+    headline = {f"original {metric}": text_of(metrics[0], first.get(metric))}
+    headline |= {f"compressed {metric}": text_of(metrics[0], last.get(metric))}
+    headline |= {"times smaller": f"{first['bytes'] / max(1, last['bytes']):.1f} x"}
+    if "speedup" in last:
+        headline["times as fast"] = f"{last['speedup']:.2f} [{last['speedup_low']:.2f}, {last['speedup_high']:.2f}]"
+    return _page(run, card, {}, headline, tables, scatters)
+
+
 def _page(
     run: runs.Run,
     card: dict[str, Any],
@@ -250,6 +293,11 @@ def render(
 
 
 _SEARCHED = "Percent, 0-100: searched on samples held out of training, the other on the split for the end, scored once."
+_STEPS = (
+    "Bytes: of the file that holds the weights. Speedup: median ratio to the original, timed in turn on this machine; "
+    "above 1 is faster. Zeros make a file smaller, not a dense kernel faster."
+)
+_SENSITIVITY = "The metric (a loss negated) with this layer alone pruned to the share in the heading."
 _PREDICTED = "Held-out error (in units of the metric) and rank correlation, and how it fared on what was measured next."
 
 

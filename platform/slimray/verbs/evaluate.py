@@ -129,7 +129,7 @@ def _open_data(job: EvaluateJob, where: str, storage: str, found: list[runs.Run]
     """The data section, the split and its index: those of the job, else of the first run."""
     data = job.data
     if data is None:
-        data = parse(DataSpec, runs.read_job(found[0]).get("data") or {}, f"{found[0].uri}/job.yaml: data")
+        data = inputs.data_of(found[0], storage, f"{where}: runs")
     split = job.split or data.val or data.train
     return data, split, open_splits(data, where, storage, [split])
 

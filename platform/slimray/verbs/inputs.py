@@ -182,6 +182,26 @@ def read_input(run: runs.Run, field: str) -> dict[str, Any]:
     return _read_object(run, "model/input.json", ("recipe", "classes"), field)
 
 
+def data_of(run: runs.Run, storage: str, field: str) -> DataSpec:
+    """Return the `data` section by which the samples of a run's network are made.
+
+    A run that took the network of another one (`compress`, `recalibrate`) has that run's. UserError if none is known.
+    """
+    found, seen = run, {run.uri}
+    while True:
+        job = runs.read_job(found)
+        if job.get("data"):
+            return parse(DataSpec, job["data"], f"{field}: {found.uri}/job.yaml: data")
+        model = job.get("model")
+        source = job.get("run") or (model.get("run") if isinstance(model, dict) else None)
+        if not isinstance(source, str):
+            raise UserError(f"{field}: {found.uri}/job.yaml says of no data: write a data section")
+        found = runs.find_run(source, storage)
+        if found.uri in seen:
+            raise UserError(f"{field}: {found.uri}/job.yaml: takes its network from itself: the folder is damaged")
+        seen.add(found.uri)
+
+
 def _read_object(run: runs.Run, name: str, keys: Sequence[str], field: str) -> dict[str, Any]:
     try:
         found = json.loads(runs.read_file(run, name))

@@ -8,8 +8,6 @@ networks that earlier versions shipped wrong (shipped.py), and whenever weights 
 from typing import Any, Literal
 
 from slimray import runs
-from slimray.data.spec import DataSpec
-from slimray.spec import parse
 from slimray.train.spec import ScaleSpec
 from slimray.verbs import inputs, shipped
 from slimray.verbs.checks import split_names
@@ -41,7 +39,7 @@ def check(job: RecalibrateJob, ctx: CheckContext) -> dict[str, Any]:
     with ctx.noting():
         if ctx.require(job.run, ("network",), "run") is None:
             found = _find(job, ctx.where, ctx.storage)
-            data = _data(found, ctx.where)
+            data = inputs.data_of(found, ctx.storage, f"{ctx.where}: run")
             splits = inputs.open_splits(data, ctx.where, ctx.storage, split_names(data))
             out |= {"dataset": splits.card.name, "train_samples": splits.tables[data.train].num_rows}
     return out
@@ -56,10 +54,6 @@ def _find(job: RecalibrateJob, where: str, storage: str) -> runs.Run:
     return inputs.finished_run(job.run, storage, ("network",), f"{where}: run")
 
 
-def _data(found: runs.Run, where: str) -> DataSpec:
-    return parse(DataSpec, runs.read_job(found).get("data") or {}, f"{where}: run: {found.uri}/job.yaml: data")
-
-
 def run(job: RecalibrateJob, ctx: Context) -> None:
     """Calibrate and score in a process of the cluster, and write the network to the run folder `ctx.run`."""
     from slimray.report import pages
@@ -67,7 +61,7 @@ def run(job: RecalibrateJob, ctx: Context) -> None:
     from slimray.verbs import subnets
 
     found = _find(job, ctx.where, ctx.storage)
-    data = _data(found, ctx.where)
+    data = inputs.data_of(found, ctx.storage, f"{ctx.where}: run")
     splits = inputs.open_splits(data, ctx.where, ctx.storage, split_names(data))
     _, model, taken = runs.read_model(found)
     recipe = shipped.corrected_recipe(runs.read_job(found), taken["recipe"])

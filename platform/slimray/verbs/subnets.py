@@ -5,6 +5,7 @@ takes an arch and gives its metrics, the same whoever asks and however many ther
 arch: extract, statistics of BatchNorm from whole batches of training samples (Once-for-All, arXiv 1908.09791), score.
 """
 
+import functools
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -124,15 +125,18 @@ class Judge:
     def __init__(self, run_uri: str, exhibits: Exhibits, spec: JudgeSpec, device: str = "cpu"):
         self.network, self.spec = load_network(runs.run_at(run_uri), device), spec
         self.device, self.exhibits = torch.device(device), exhibits
-        self.inputs = list(self._inputs())
 
     @property
     def space(self) -> Space:
         """The archs that may be tried."""
         return self.network.net.space  # type: ignore[return-value]
 
-    def _inputs(self) -> Iterator[torch.Tensor]:
+    @functools.cached_property
+    def inputs(self) -> list[torch.Tensor]:
         """The batches to calibrate with, as arrays; the last one may be small, a lone sample is left out."""
+        return list(self._inputs())
+
+    def _inputs(self) -> Iterator[torch.Tensor]:
         whole = [_fetch(ref) for ref in self.exhibits.calibrate]
         data = np.concatenate([batch.data[batch.valid] for batch in whole])
         if len(data) < 2:

@@ -97,8 +97,26 @@ class OnDevice:
     labels: Tensor | None
 
 
+class Constraint(Protocol):
+    """What holds for the weights of a compressed network at every step."""
+
+    def before_clipping(self) -> None:
+        """Change the gradients of all ranks before they are judged and clipped."""
+        ...
+
+    def before_step(self) -> None:
+        """Change the clipped gradients before the optimizer has them."""
+        ...
+
+    def after_step(self) -> None:
+        """Put the weights right after the optimizer's step."""
+        ...
+
+
 class Replica:
     """A network with its optimizer on one rank. A method overrides `_passes`, and what else it needs."""
+
+    constraint: Constraint | None = None
 
     def __init__(self, net: nn.Module, setup: Setup):
         self.setup, self.optim, self.device = setup, setup.optim, setup.device
@@ -234,10 +252,16 @@ class Replica:
             for parameter in self.net.parameters():
                 if parameter.grad is not None:
                     parameter.grad.div_(self.scale.value)
+        if self.constraint:
+            self.constraint.before_clipping()
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or float("inf"))
         finite = bool(torch.isfinite(norm))
         if finite:
+            if self.constraint:
+                self.constraint.before_step()
             self.optimizer.step()
+            if self.constraint:
+                self.constraint.after_step()
             if self.ema:
                 self.ema.update(self.net)
         self.optimizer.zero_grad(set_to_none=True)

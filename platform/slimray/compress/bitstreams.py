@@ -1,0 +1,230 @@
+"""Streams of bits for compressed weights: relative indices with fillers, packed fields, canonical Huffman codes.
+
+Deep Compression (arXiv 1510.00149): a weight that is kept is stored as its code and the number of zeros before it; a
+run of zeros too long for the field is bridged by fillers, entries of code 0. Huffman codes are canonical by (length,
+symbol), at most 15 bits long, written MSB first; a table of lengths, 4 bits a symbol, says all about a code. numpy
+alone, and no Python loop over weights: a decoder looks at every bit of a piece at once and then follows the chain of
+codes in strides. What does not fit is a ValueError, before anything of its size is allocated.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+
+MAX_LENGTH = 15
+PIECE = 1 << 17  # bits decoded at a time
+STRIDES = 6  # the chain of codes is followed 2**STRIDES codes at a time
+
+
+# --------------------------------------------------------------------------------------------- relative indices
+
+
+def to_gaps(positions: np.ndarray, gap_bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (gaps, kept) of ascending `positions` int64 `[n]`: uint8 gaps of all entries, and which are no fillers.
+
+    A gap is the number of zeros before a weight, 0 to 2**gap_bits - 1; longer ones are bridged by fillers, each of
+    which covers 2**gap_bits positions.
+    """
+    zeros = np.diff(positions, prepend=-1) - 1
+    fillers, last = np.divmod(zeros, 1 << gap_bits)
+    places = np.cumsum(fillers + 1) - 1  # of the weights among all entries
+    total = int(places[-1]) + 1 if len(places) else 0
+    gaps = np.full(total, (1 << gap_bits) - 1, np.uint8)
+    kept = np.zeros(total, bool)
+    gaps[places], kept[places] = last, True
+    return gaps, kept
+
+
+def to_positions(gaps: np.ndarray, size: int) -> np.ndarray:
+    """Return the positions int64 of entries with these `gaps`; ValueError where they lie beyond `size`."""
+    positions = np.cumsum(gaps.astype(np.int64) + 1) - 1
+    if len(positions) and positions[-1] >= size:
+        raise ValueError(f"its indices lead to position {positions[-1]} of {size}")
+    return positions
+
+
+# ------------------------------------------------------------------------------------------------ packed fields
+
+
+def pack(values: np.ndarray, bits: int) -> bytes:
+    """Return `values` as fields of `bits` bits, the first one in the lowest bits of the first byte."""
+    spread = (values.astype(np.uint32)[:, None] >> np.arange(bits, dtype=np.uint32)) & 1
+    return np.packbits(spread.astype(np.uint8).reshape(-1), bitorder="little").tobytes()
+
+
+def unpack(data: bytes, bits: int, count: int) -> np.ndarray:
+    """Return the `count` fields of `pack` as uint32; ValueError for another number of bytes."""
+    if len(data) != (count * bits + 7) // 8:
+        raise ValueError(f"{len(data)} bytes for {count} fields of {bits} bits")
+    flat = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits, bitorder="little")
+    return flat.reshape(count, bits).astype(np.uint32) @ (1 << np.arange(bits, dtype=np.uint32))
+
+
+# ------------------------------------------------------------------------------------------------ Huffman codes
+
+
+def code_lengths(counts: Sequence[int], limit: int = MAX_LENGTH) -> np.ndarray:
+    """Return the length of each symbol's code, uint8, 0 for symbols that do not occur, none above `limit`.
+
+    Optimal among codes of such lengths. Of equally rare subtrees the one with the smallest symbol is merged first; a
+    lone symbol has a code of one bit. ValueError for more symbols than codes of `limit` bits.
+    """
+    used = [(int(count), symbol) for symbol, count in enumerate(counts) if count]
+    lengths = np.zeros(len(counts), np.uint8)
+    if len(used) > 1 << limit:
+        raise ValueError(f"{len(used)} symbols have no codes of {limit} bits")
+    if len(used) == 1:
+        lengths[used[0][1]] = 1
+    if len(used) < 2:
+        return lengths
+    heap: list[tuple[int, int, tuple[int, ...]]] = [(count, symbol, (symbol,)) for count, symbol in used]
+    heapq.heapify(heap)
+    depth = dict.fromkeys((symbol for _, symbol in used), 0)
+    while len(heap) > 1:
+        (a, first, some), (b, second, others) = heapq.heappop(heap), heapq.heappop(heap)
+        for symbol in some + others:
+            depth[symbol] += 1
+        heapq.heappush(heap, (a + b, min(first, second), some + others))
+    if max(depth.values()) > limit:
+        depth = _limited(used, limit)
+    for symbol, length in depth.items():
+        lengths[symbol] = length
+    return lengths
+
+
+def _limited(used: list[tuple[int, int]], limit: int) -> dict[int, int]:
+    """Lengths of the best code of at most `limit` bits: package-merge (Larmore and Hirschberg, JACM 37(3), 1990)."""
+    leaves: list[tuple[int, tuple[int, ...]]] = sorted((count, (symbol,)) for count, symbol in used)
+    row = list(leaves)
+    for _ in range(limit - 1):
+        pairs = [(row[i][0] + row[i + 1][0], row[i][1] + row[i + 1][1]) for i in range(0, len(row) - 1, 2)]
+        row = sorted([*leaves, *pairs], key=lambda package: package[0])
+    depth = dict.fromkeys((symbol for _, symbol in used), 0)
+    for _, symbols in row[: 2 * len(used) - 2]:
+        for symbol in symbols:
+            depth[symbol] += 1
+    return depth
+
+
+def canonical(lengths: np.ndarray) -> np.ndarray:
+    """Return the code of each symbol, uint32: counted up in the order of (length, symbol).
+
+    ValueError for lengths that no code has (Kraft), or that leave codes over, unless there is one symbol alone.
+    """
+    used = np.flatnonzero(lengths)
+    codes = np.zeros(len(lengths), np.uint32)
+    if not len(used):
+        return codes
+    if lengths.max() > MAX_LENGTH:
+        raise ValueError(f"a code of {lengths.max()} bits, at most {MAX_LENGTH} are allowed")
+    room = int((1 << (MAX_LENGTH - lengths[used].astype(np.int64))).sum())
+    if room != 1 << MAX_LENGTH and not (len(used) == 1 and lengths[used[0]] == 1):
+        raise ValueError("its lengths are those of no Huffman code")
+    code, before = 0, 0
+    for symbol in used[np.argsort(lengths[used], kind="stable")]:
+        code <<= int(lengths[symbol]) - before
+        codes[symbol], before = code, int(lengths[symbol])
+        code += 1
+    return codes
+
+
+def num_bits(values: np.ndarray, lengths: np.ndarray) -> int:
+    """Return how many bits the codes of `values` take."""
+    return int(lengths[values].astype(np.int64).sum())
+
+
+def huffman(values: np.ndarray, lengths: np.ndarray) -> bytes:
+    """Return the codes of `values` one after the other, MSB first, with zero bits up to a whole byte."""
+    codes = canonical(lengths)
+    out: list[np.ndarray] = []
+    step = 1 << 20
+    for start in range(0, len(values), step):
+        part = values[start : start + step]
+        size = lengths[part].astype(np.int64)
+        ends = np.cumsum(size)
+        bits = np.zeros(int(ends[-1]) if len(ends) else 0, np.uint8)
+        code, begins = codes[part], ends - size
+        for place in range(int(lengths.max(initial=0))):
+            some = size > place
+            bits[begins[some] + place] = (code[some] >> (size[some] - 1 - place).astype(np.uint32)) & 1
+        out.append(bits)
+    return np.packbits(np.concatenate(out) if out else np.zeros(0, np.uint8)).tobytes()
+
+
+def unhuffman(data: bytes, lengths: np.ndarray, count: int) -> np.ndarray:
+    """Return the `count` symbols of a stream of `huffman` as uint16.
+
+    ValueError where the stream holds more or fewer bytes than they take, or bits that are no code. At most one entry a
+    bit is allocated, so that `count` is bounded by the stream.
+    """
+    total = 8 * len(data)
+    if count > total:
+        raise ValueError(f"{count} codes in {total} bits")
+    symbols, sizes, width = _table(lengths)
+    out, found, at = np.empty(count, np.uint16), 0, 0
+    raw = np.frombuffer(data, np.uint8)
+    while found < count:
+        first = at // 8  # of the piece, a whole byte
+        piece = raw[first : first + PIECE // 8 + 3]
+        starts, at = _chain(piece, at - 8 * first, sizes, width, count - found)
+        windows = _windows(piece, width)[starts]
+        out[found : found + len(starts)] = symbols[windows]
+        found, at = found + len(starts), at + 8 * first
+    if (at + 7) // 8 != len(data) or (at > total):
+        raise ValueError(f"its codes end at bit {at} of {total}")
+    return out
+
+
+def _table(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """For every window of `width` bits the symbol it begins with, and the length of its code; 0 where there is none."""
+    codes, width = canonical(lengths), max(1, int(lengths.max(initial=1)))
+    symbols, sizes = np.zeros(1 << width, np.uint16), np.zeros(1 << width, np.uint8)
+    for symbol in np.flatnonzero(lengths):
+        spare = width - int(lengths[symbol])
+        low = int(codes[symbol]) << spare
+        symbols[low : low + (1 << spare)], sizes[low : low + (1 << spare)] = symbol, lengths[symbol]
+    return symbols, sizes, width
+
+
+def _windows(piece: np.ndarray, width: int) -> np.ndarray:
+    """The `width` bits from every bit of a piece on, uint16; bits beyond its end are 0."""
+    whole = np.concatenate([piece, np.zeros(2, np.uint8)]).astype(np.uint32)
+    three = (whole[:-2] << 16) | (whole[1:-1] << 8) | whole[2:]
+    out, mask = np.empty((len(piece), 8), np.uint16), (1 << width) - 1
+    for offset in range(8):
+        out[:, offset] = (three >> (24 - width - offset)) & mask
+    return out.reshape(-1)
+
+
+def _chain(piece: np.ndarray, at: int, sizes: np.ndarray, width: int, most: int) -> tuple[np.ndarray, int]:
+    """The bits at which codes begin, from bit `at` on, at most `most` and at most PIECE bits on; and where they end.
+
+    A jump table says for every bit where the code that begins there ends; squared STRIDES times it jumps over 64 codes.
+    So the chain is followed 64 codes at a time, and the codes between are filled in by the smaller tables, all at once.
+    """
+    length = sizes[_windows(piece, width)]
+    end = min(PIECE, 8 * len(piece))  # a code that begins before it lies within the piece, or beyond the stream
+    after = 8 * len(piece) + MAX_LENGTH
+    jumps = [np.full(after + 1, after, np.int64)]
+    one = np.arange(end) + length[:end]
+    one[length[:end] == 0] = after  # no code begins here: the chain must not come by
+    jumps[0][:end] = one
+    jumps[0][end:after] = np.arange(end, after)  # stay: the next piece goes on from here
+    for _ in range(STRIDES):
+        jumps.append(jumps[-1][jumps[-1]])
+    strides, place, leap = [at], at, jumps[-1]
+    need = (most >> STRIDES) + 1
+    while place < end and len(strides) < need:
+        place = int(leap[place])
+        strides.append(place)
+    starts = np.array(strides, np.int64)
+    for jump in reversed(jumps[:-1]):
+        starts = np.stack([starts, jump[starts]], 1).reshape(-1)
+    starts = starts[starts < end][:most]
+    if not len(starts):
+        raise ValueError("its codes break off")
+    last = int(jumps[0][starts[-1]])
+    if last >= after:
+        raise ValueError("it holds bits that are no code")
+    return starts, last

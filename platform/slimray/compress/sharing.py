@@ -1,0 +1,102 @@
+"""Weight sharing: the weights of a layer take one of a few values, its codebook (Deep Compression, arXiv 1510.00149).
+
+`share` finds a codebook per layer by k-means, begun evenly over the range of the weights that are kept (the best of the
+three beginnings of the paper), and gives every kept weight its nearest centroid; zeros stay zeros. In training the
+gradient of a centroid is the sum of those of its weights: `Tied` reads the codebooks off the weights themselves, whose
+equal values are one centroid, so that a resumed run needs no further state.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slimray.compress.sparsity import Masks, layers_of
+
+MAX_STEPS = 300
+
+
+def kmeans(values: np.ndarray, count: int, steps: int = MAX_STEPS) -> np.ndarray:
+    """Return the centroids, ascending float64, of at most `count` clusters of `values` (any shape, finite).
+
+    Lloyd's iterations from centroids spread evenly over [min, max] until nothing changes; a cluster that is empty keeps
+    its centroid. On a line the nearest centroid is found by the midpoints between neighbours, a value in the middle
+    goes to the lower one.
+    """
+    flat = np.sort(np.asarray(values, np.float64).reshape(-1))
+    if not len(flat):
+        return np.zeros(0)
+    centroids = np.linspace(flat[0], flat[-1], count) if count > 1 else np.array([flat.mean()])
+    sums = np.concatenate([[0.0], np.cumsum(flat)])
+    for _ in range(steps):
+        borders = np.searchsorted(flat, (centroids[1:] + centroids[:-1]) / 2, side="right")
+        edges = np.concatenate([[0], borders, [len(flat)]])
+        sizes = np.diff(edges)
+        new = np.where(sizes > 0, np.diff(sums[edges]) / np.maximum(sizes, 1), centroids)
+        if np.array_equal(new, centroids):
+            break
+        centroids = new
+    return centroids
+
+
+def nearest(values: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Return the number of the nearest of the ascending `centroids` for each of `values`, int64 of the same shape."""
+    return np.searchsorted((centroids[1:] + centroids[:-1]) / 2, np.asarray(values, np.float64), side="left")
+
+
+@torch.no_grad()
+def share(net: nn.Module, bits: Mapping[str, int]) -> dict[str, Any]:
+    """Give each layer named in `bits` a codebook of at most 2**bits - 1 values beside zero; return the record.
+
+    Changes `net` in place. The record has the bits and the number of values in use of each layer.
+    """
+    record: dict[str, Any] = {"step": "share", "bits": dict(bits), "values": {}}
+    for name, weight in layers_of(net).items():
+        if name not in bits:
+            continue
+        flat = weight.detach().cpu().float().numpy().reshape(-1)
+        kept = flat[flat != 0]
+        centroids = kmeans(kept, 2 ** bits[name] - 1)
+        shared = flat.copy()
+        shared[flat != 0] = centroids.astype(np.float32)[nearest(kept, centroids)]
+        weight.copy_(torch.from_numpy(shared).view(weight.shape).to(weight))
+        record["values"][name] = len(np.unique(shared[shared != 0]))
+    return record
+
+
+class Tied(Masks):
+    """What training keeps of a network with shared weights: zeros, and that equal weights of a layer stay equal."""
+
+    def __init__(self, net: nn.Module, layers: tuple[str, ...]):
+        super().__init__(net)
+        found = layers_of(net)
+        self.codes: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        for name in layers:
+            weight = found[name]
+            values, codes = torch.unique(weight.detach().reshape(-1), return_inverse=True)
+            places = torch.arange(len(codes), device=codes.device)
+            first = torch.full_like(values, len(codes), dtype=torch.int64).scatter_reduce(0, codes, places, "amin")
+            self.codes[name] = (codes, first, values != 0)
+        self.weights = {name: found[name] for name in layers}
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Give every weight the sum of the gradients of its centroid, so that all of them move as one."""
+        for name, weight in self.weights.items():
+            if weight.grad is None:
+                continue
+            codes, _, used = self.codes[name]
+            sums = torch.zeros(len(used), dtype=weight.dtype, device=weight.device)
+            sums.index_add_(0, codes, weight.grad.reshape(-1))
+            weight.grad.copy_((sums * used)[codes].view(weight.shape))
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Make equal weights equal to the last bit, whatever order an optimizer computed in."""
+        super().after_step()
+        for name, weight in self.weights.items():
+            codes, first, _ = self.codes[name]
+            flat = weight.reshape(-1)
+            weight.copy_(flat[first][codes].view(weight.shape))
