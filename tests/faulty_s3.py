@@ -16,6 +16,8 @@ from tests.waits import patience
 SLOW_DOWN = (
     b'<?xml version="1.0"?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>'
 )
+DENIED = b'<?xml version="1.0"?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>'
+FAULTS = ("throttle", "break", "break answer", "slow")
 
 
 class FaultyS3:
@@ -23,7 +25,8 @@ class FaultyS3:
 
     def __init__(self, port: int, behind: int, seed: int):
         self.port, self.behind, self.rate, self.done, self.parts = port, behind, 0.0, Counter(), 0
-        self.kinds = ["throttle", "break", "break answer", "slow"]
+        self.kinds = list(FAULTS)
+        self.refused = ""  # the access key of a machine without rights
         self._random, self._lock = random.Random(seed), threading.Lock()
 
     def uri(self, folder: str) -> str:
@@ -79,6 +82,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if what == "refuse":  # nothing is read: as from a server that is not there
             self.close_connection = True
             self.connection.close()
+            return
+        if faults.refused and f"Credential={faults.refused}/" in (self.headers.get("Authorization") or ""):
+            self.rfile.read(size)
+            self._answer(403, {"Content-Type": "application/xml"}, DENIED)
             return
         if what == "break":  # in the middle of an upload
             self.rfile.read(size // 2)

@@ -347,7 +347,11 @@ def run(one: Loaded, storage: str, console: Console, restart: bool = False, cpus
 
 
 def _tell(one: Loaded, folder: runs.Run, event: Mapping[str, Any]) -> None:
-    """Send an event of the run to the webhook of its job, if it has one."""
+    """Write what the run waits for into its status; send an event to the webhook of its job, if it has one."""
+    if event["state"] == "waiting":
+        with contextlib.suppress(StorageError):
+            runs.note(folder, event["message"])
+        return
     spec = getattr(one.job, "notify", None)
     if spec is not None:
         notify.send(spec, {"name": folder.name, "kind": one.job.kind, "uri": folder.uri, **event})

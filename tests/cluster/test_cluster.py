@@ -1,12 +1,14 @@
 """Cluster files and what is made of them: real schemas, scripts that run, errors of one sentence. None is started."""
 
 import contextlib
+import copy
 import http.server
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,12 +22,13 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import validate_config
 from tests.test_job import ROOT
-from tests.waits import patience
+from tests.waits import patience, wait_for
 
 from slimray import job, runs
 from slimray.cli import main
-from slimray.cluster import jobs_api, local, script, specs, submit
+from slimray.cluster import jobs_api, kuberay, local, script, slurm, specs, submit
 from slimray.spec import RunFailed, UserError, parse, parse_yaml
+from slimray.train.metrics import GAUGES
 
 CHAIN = """
 {kind: prepare, name: clips, data: {card: moving_shapes, clips: 40, size: 32, frames: 12}}
@@ -121,8 +124,9 @@ def test_clouds_are_as_ray_takes_them_with_a_head_that_holds_no_work(name):
     assert "spot" in json.dumps(nodes["gpu"]["node_config"]).lower()
     assert "spot" not in json.dumps(nodes["head"]["node_config"]).lower()
     for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
-        assert "--object-spilling-directory=/mnt/nvme" in commands[-1]
+        assert "--object-spilling-directory=/mnt/nvme" in commands[1]
         subprocess.run(["bash", "-n"], input="\n".join(commands), text=True, check=True)
+    assert f"slimray watch-preemption --cloud {name} " in config["worker_start_ray_commands"][-1]
     subprocess.run(["bash", "-n"], input="\n".join(config["initialization_commands"]), text=True, check=True)
     assert specs.capacity(spec) == specs.Capacity(8 * 96 + 16 * 64, 64, 96, 8)
 
@@ -165,9 +169,7 @@ def test_dashboards_and_alerts_ask_for_numbers_that_exist():
 
     folder = Path(ray.__file__).parent
     known = " ".join(path.read_text() for path in folder.glob("dashboard/modules/metrics/dashboards/*_panels.py"))
-    known += " ".join(
-        f"ray_slimray_{name}" for name in ("samples_per_s", "goodput", "data_wait_fraction", "loss", "step")
-    )
+    known += " ".join(f"ray_{name}" for name in GAUGES)  # what is exported: tests/train/test_exported_metrics.py
     asked: dict[str, str] = {}
     for path in (ROOT / "cluster/grafana").glob("*.json"):
         board = json.loads(path.read_text())
@@ -252,7 +254,62 @@ def test_a_rayjob_uses_published_fields_only(here, name):
     env = yaml.safe_load(ray_job["spec"]["runtimeEnvYAML"])["env_vars"]
     assert all(isinstance(value, str) for value in env.values())
     assert float(env["SLIMRAY_CLUSTER_GPUS"]) == (64 if name == "kuberay" else 32)
-    assert ray_job["spec"]["backoffLimit"] == 0, "slimray owns the retries"
+    assert ray_job["spec"]["backoffLimit"] == 1, "a head that is lost is not the end; other retries are slimray's"
+    assert ray_job["spec"]["ttlSecondsAfterFinished"] == 60, "GPUs are paid for"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda spec: spec.update(backOffLimit=1), "'backOffLimit' was unexpected"),
+        (lambda spec: spec["rayClusterSpec"]["workerGroupSpecs"][0].pop("maxReplicas"), "'maxReplicas' is a required"),
+        (lambda spec: spec.update(submissionMode="Job"), "'Job' is not one of"),
+        (lambda spec: spec.update(ttlSecondsAfterFinished="60"), "'60' is not of type 'integer'"),
+    ],
+)
+def test_the_schema_refuses_what_kuberay_would(here, change, complaint):
+    (ray_job,) = objects_of("kuberay", "RayJob")
+    change(ray_job["spec"])
+    with pytest.raises(jsonschema.ValidationError, match=complaint):
+        jsonschema.validate(ray_job["spec"], RAY_JOB)
+
+
+def test_pods_get_the_devices_and_rights_that_their_group_asks_for(here):
+    document = FILES["kuberay"][0]
+    gpu = document["workers"]["gpu"] | {
+        "devices": {"vpc.amazonaws.com/efa": 4}, "capabilities": ["IPC_LOCK"], "priority_class": "training",
+        "annotations": {"a": "b"}, "affinity": {"podAffinity": {}},
+    }  # fmt: skip
+    cluster = specs.KubeRayCluster.model_validate(
+        document | {"workers": {"gpu": gpu}, "pull_secrets": ["registry"], "machine": {}}
+    )
+    ready = script.Submission("tsm-1", "job.yaml", "kind: train\n", "s3://team/runs")
+    ray_job = next(one for one in kuberay.kuberay(ready, cluster, {}) if one["kind"] == "RayJob")
+    jsonschema.validate(ray_job["spec"], RAY_JOB)
+    template = ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]
+    (container,) = template["spec"]["containers"]
+    assert container["resources"]["limits"]["vpc.amazonaws.com/efa"] == "4"
+    assert container["securityContext"] == {"capabilities": {"add": ["IPC_LOCK"]}}
+    assert template["metadata"]["annotations"] == {"a": "b"}
+    assert template["spec"]["priorityClassName"] == "training"
+    assert template["spec"]["imagePullSecrets"] == [{"name": "registry"}]
+    assert template["spec"]["affinity"] == {"podAffinity": {}}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda config: config.update(max_worker=3), "max_worker"),
+        (lambda config: config["available_node_types"]["gpu"].pop("node_config"), "node_config"),
+        (lambda config: config["provider"].update(type=7), "7 is not of type 'string'"),
+    ],
+)
+def test_rays_schema_refuses_what_ray_up_would(tmp_path, change, complaint):
+    document = copy.deepcopy(FILES["aws"][0])
+    change(document["ray_up"])
+    (tmp_path / "aws.yaml").write_text(yaml.safe_dump(document))
+    with pytest.raises(UserError, match=rf"aws.yaml: ray_up.*{complaint}"):
+        submit.load_cluster(str(tmp_path / "aws.yaml"))
 
 
 def test_a_pod_that_is_told_to_go_drains_its_node_first(here):
@@ -280,6 +337,10 @@ def test_a_queue_fixes_the_size_of_the_cluster(here):
     assert spec["rayClusterSpec"]["enableInTreeAutoscaling"] is False
     (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
     assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == 4
+    budgets = {
+        one["metadata"]["name"]: one["spec"]["minAvailable"] for one in objects_of("kueue", "PodDisruptionBudget")
+    }
+    assert budgets == {"tsm-1-head": 1, "tsm-1-gpu": 4}, "all of them work, none may be taken"
 
 
 # ------------------------------------------------------------------------------------------- the script of a job
@@ -453,14 +514,19 @@ def test_other_mistakes_are_one_sentence_too(shell):
         ("submit jobs/chain.yaml --cluster local --set tsm:model.width=0", "(tsm): model.width: must be > 0 (got 0)"),
         ("submit jobs/chain.yaml --cluster slurm --storage runs", "storage: 'runs' is a folder of this machine"),
         ("submit jobs/chain.yaml --cluster local", "start it with `slimray cluster start local`"),
-        ("status --cluster kueue", "is followed with `kubectl -n ml get rayjobs`"),
-        ("logs tsm --cluster slurm", "is followed with `squeue --me`"),
         ("cluster start aws", "is of kind ray_up: only kind local is started here, others with `ray up`"),
     ]:  # fmt: skip
         code, _, err = shell(*command.split())
         assert code == 2, command
         assert sentence in err
         assert len(err.splitlines()) == 1
+
+
+def test_a_tool_that_is_not_installed_is_named(shell, here, monkeypatch):
+    monkeypatch.setenv("PATH", str(here))
+    code, _, err = shell("logs", "tsm", "--cluster", "slurm")
+    assert code == 2
+    assert "squeue is not installed here: where it is, `squeue --me" in err
 
 
 def test_what_can_never_fit_is_refused_before_anything_is_asked(shell):
@@ -543,7 +609,8 @@ def test_kubectl_and_sbatch_are_given_the_manifest_where_they_are(shell, here, m
     options = ["--storage", "/shared/runs"]
     code, out, err = shell("submit", "jobs/chain.yaml", "--cluster", "kuberay", *options)
     assert (code, err) == (0, "")
-    assert out == "tsm-5: submitted to kuberay, runs lie in /shared/runs\n", "after those that are there"
+    follow = "next: slimray logs -f tsm-5 --cluster kuberay\n"
+    assert out == f"tsm-5: submitted to kuberay, runs lie in /shared/runs\n{follow}", "after those that are there"
     assert {one["metadata"]["name"] for one in yaml.safe_load_all(Path("applied").read_text())} == {
         "tsm-5",
         "tsm-5-head",
@@ -557,6 +624,124 @@ def test_kubectl_and_sbatch_are_given_the_manifest_where_they_are(shell, here, m
     code, _, err = shell("submit", "jobs/chain.yaml", "--cluster", "slurm", *options)
     assert code == 2
     assert "sbatch is not installed here: write the manifest with --dry-run --out FILE and apply it" in err
+
+
+def put_programs(here: Path, monkeypatch, **scripts: str) -> None:
+    """Programs of these names, first on the PATH; each notes how it was called in `calls`."""
+    programs = here / "bin"
+    programs.mkdir()
+    for name, text in scripts.items():
+        (programs / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {here}/calls\n{text}\n')
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_jobs_on_kubernetes_are_listed_followed_and_stopped_by_kubectl(shell, here, monkeypatch):
+    def rayjob(name: str, **status: str) -> dict[str, Any]:
+        meta = {"name": name, "creationTimestamp": "2026-11-30T01:00:00Z"}
+        return {"metadata": meta | {"annotations": {"slimray.io/storage": "s3://team/runs"}}, "status": status}
+
+    done = {"jobStatus": "SUCCEEDED", "startTime": "2026-11-30T01:00:00Z", "endTime": "2026-11-30T01:02:00Z"}
+    waits = rayjob("tsm-3", jobDeploymentStatus="Suspended") | {"spec": {"suspend": True}}
+    items = [rayjob("tsm-2", **done), waits, rayjob("other-1", jobStatus="RUNNING", jobDeploymentStatus="Running")]
+    (here / "jobs.json").write_text(json.dumps({"items": items}))
+    put_programs(here, monkeypatch, kubectl=f'case "$*" in *get*) cat {here}/jobs.json;; *logs*) echo epoch 1;; esac')
+    code, out, _ = shell("status", "--cluster", "kuberay", "--json")
+    assert code == 0
+    rows = {row["id"]: row for row in json.loads(out)}
+    assert rows["tsm-2"] | {"status": "succeeded", "seconds": 120, "storage": "s3://team/runs"} == rows["tsm-2"]
+    assert (rows["tsm-3"]["status"], rows["tsm-3"]["message"]) == ("pending", "suspended: waits in its queue")
+    assert shell("logs", "other", "--cluster", "kuberay") == (0, "epoch 1\n", "")
+    assert shell("stop", "tsm", "--cluster", "kuberay") == (0, "tsm: is being stopped\n", "")
+    assert shell("stop", "tsm-2", "--cluster", "kuberay") == (0, "tsm-2: had ended already\n", "")
+    calls = (here / "calls").read_text().splitlines()
+    assert calls[0] == "kubectl -n ml get rayjobs -l app.kubernetes.io/managed-by=slimray -o json"
+    assert "kubectl -n ml logs job/other-1 --all-containers" in calls
+    removed = [call for call in calls if " delete " in call]
+    assert removed == ["kubectl -n ml delete rayjob,configmap,poddisruptionbudget -l slimray.io/job=tsm-3"]
+
+
+def test_the_status_of_a_job_tells_what_it_has_cost_and_what_it_waits_for(shell, here, monkeypatch):
+    """The price is that of a node of the cluster file, or the job's own where it has one."""
+    meta = {"name": "tsm-1", "creationTimestamp": "2026-11-30T01:00:00Z"}
+    meta |= {"annotations": {"slimray.io/storage": str(here / "runs")}}
+    (here / "jobs.json").write_text(json.dumps({"items": [{"metadata": meta, "status": {"jobStatus": "RUNNING"}}]}))
+    put_programs(here, monkeypatch, kubectl=f"cat {here}/jobs.json")
+    (here / "cluster").mkdir()
+    priced = (ROOT / "cluster/kuberay.yaml").read_text() + "machine: {gpus_per_node: 8, gpu: A100, price: 24.0}\n"
+    (here / "cluster/mine.yaml").write_text(priced)
+    run = runs.open_run(str(here / "runs"), "tsm")
+    for limits, cost in [({}, 6.0), ({"limits": {"cost": 100, "worker_hour": 2.5}}, 5.0)]:
+        with runs.hold(run):
+            runs.begin(run, {"kind": "train", "name": "tsm", **limits}, 1 + bool(limits))
+            runs.save_checkpoint(run, 10, {"a": b"a"}, {"progress": {"worker_seconds": 7200.0}})
+            runs.note(run, "waiting for nodes: there is room for 3 of 8 workers")
+            code, out, _ = shell("status", "tsm", "--cluster", "mine", "--json")
+            assert code == 0
+            (row,) = json.loads(out)
+            assert (row["run"], row["worker_hours"], row["cost"]) == ("tsm", 2.0, cost)
+            assert row["message"] == "waiting for nodes: there is room for 3 of 8 workers"
+    code, out, _ = shell("show", "tsm", "--storage", str(here / "runs"))
+    assert "so far: 2 worker-hours, at a cost of 5.00\n" in out
+    code, out, _ = shell("status", "--cluster", "mine", "--json")
+    assert "cost" not in json.loads(out)[0], "a list asks no storage"
+
+
+def test_jobs_on_slurm_are_listed_followed_and_stopped_by_its_tools(shell, here, monkeypatch):
+    (here / "log").write_text("epoch 1\n")
+    lines = ["7|tsm-1|COMPLETED|2026-11-30T01:00:00|2026-11-30T01:05:00|None", "9|tsm-1|PENDING|N/A|N/A|Resources"]
+    lines += ["12|interactive|RUNNING|2026-11-30T01:00:00|N/A|None"]
+    listing, told = "cat <<'END'\n" + "\n".join(lines) + "\nEND", f"echo JobId=9 StdOut={here}/log Power="
+    put_programs(here, monkeypatch, scancel="", squeue=listing, scontrol=told)
+    code, out, _ = shell("status", "--cluster", "slurm", "--json")
+    assert code == 0
+    rows = {row["id"]: row for row in json.loads(out)}
+    assert sorted(rows) == ["tsm-7", "tsm-9"], "an interactive job is not slimray's"
+    assert (rows["tsm-9"]["status"], rows["tsm-9"]["message"]) == ("pending", "waits: Resources")
+    assert (rows["tsm-7"]["status"], rows["tsm-7"]["seconds"]) == ("succeeded", 300)
+    assert shell("logs", "tsm", "--cluster", "slurm") == (0, "epoch 1\n", "")
+    assert shell("stop", "tsm", "--cluster", "slurm") == (0, "tsm: is being stopped\n", "")
+    assert (here / "calls").read_text().splitlines()[-1] == "scancel 9"
+
+
+def test_under_slurm_the_run_ends_before_the_limit_of_time_and_is_queued_again(here, monkeypatch):
+    """The whole script, with programs in place of Slurm's and Ray's, and a run that takes a moment to end."""
+    ends = f"trap 'sleep 1; echo released >> {here}/calls; exit 143' TERM"
+    python = f"{ends}; touch {here}/began; while true; do sleep 0.1; done"
+    put_programs(here, monkeypatch, srun="", scontrol="", ray="", slimray="", python=python)
+    cluster = parse_cluster("{kind: slurm, nodes: 2, cpus_per_node: 8, retries: 5, storage: /shared}")
+    ready = script.Submission("tsm-1", "job.yaml", "kind: train\n", "/shared")
+    text = slurm.slurm(ready, cluster, {})
+    (here / "job.sh").write_text(text)
+    assert "#SBATCH --signal=B:TERM@120\n" in text
+    assert text.count("--cpus-per-task=8") == 3, "srun does not take it over from sbatch"
+    child = subprocess.Popen(
+        ["bash", "job.sh"], env=os.environ | {"SLURM_JOB_ID": "4711"}, stderr=subprocess.PIPE, text=True
+    )
+    wait_for("the run to begin", lambda: (here / "began").exists())
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=patience(30))
+    assert child.returncode == 143, err
+    assert "the job is queued again and goes on" in err
+    calls = (here / "calls").read_text().splitlines()
+    assert calls[-2:] == ["released", "scontrol requeue 4711"]
+    assert sum(call.startswith("python ") for call in calls) == 1, "no retry after SIGTERM"
+    assert any("ray start --head --port 7090 " in call for call in calls), "a port of its own"
+
+
+def test_a_token_never_travels_over_plain_http(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "hunter2")
+    refused = "would get the cluster's token over plain http: forward its port"
+    for address, sent in [("http://head.example.org:8265", False), ("http://10.0.0.7:8265", False),
+                          ("https://ray.example.org", True), ("http://127.0.0.1:8265", True)]:  # fmt: skip
+        target = specs.Target("mine", "mine.yaml", parse_cluster(JOBS.replace("http://127.0.0.1:1", address) % ""))
+        if sent:
+            assert jobs_api._headers(target) == {"Authorization": "Bearer hunter2"}
+            continue
+        with pytest.raises(UserError, match=refused) as caught:
+            jobs_api.get(target, "/api/jobs/")
+        assert "hunter2" not in str(caught.value)
 
 
 def test_a_manifest_is_written_with_the_command_that_applies_it(shell):

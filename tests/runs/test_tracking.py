@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.waits import patience
+from tests.waits import patience, wait_for
 
 from slimray import runs
 from slimray.runs.tracking import Tracker, TrackingSpec, redact, run_id
@@ -164,3 +164,22 @@ def test_a_run_of_before_ids_were_kept_resumes_under_its_old_one(tmp_path, servi
 )
 def test_secrets_are_redacted_at_any_depth(value, shown):
     assert redact(value) == shown
+
+
+def test_event_files_reach_a_run_folder_in_a_bucket_while_it_runs_and_at_its_end(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    uri = bucket("tracked").replace("tracked", "tracked/one", 1)
+    run = runs.run_at(uri)
+
+    def copied() -> bytes:
+        (name,) = runs.list_names(run, "tensorboard")
+        return runs.read_file(run, f"tensorboard/{name}")
+
+    sink = Tracker(TrackingSpec(tensorboard=True), Rows(), "one", uri, JOB)
+    sink.log({"step": 1, "train/loss": 2.0})
+    wait_for("the writer's own process", lambda: sink.copy() is None and b"train/loss" in copied())
+    first = copied()
+    sink.log({"step": 2, "val/top1": 2.0})
+    sink.close()
+    assert copied().startswith(first)
+    assert b"val/top1" in copied()

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from slimray import runs
+from slimray import runs, storage
 from slimray.runs import weights
 from slimray.spec import UserError
 
@@ -150,3 +150,19 @@ def test_what_is_no_path_is_one_sentence(source, tmp_path):
     with pytest.raises(UserError) as caught:
         runs.weights_source(source, str(tmp_path))
     assert str(caught.value).isprintable()
+
+
+def test_what_a_url_names_is_kept_in_the_run_for_other_machines_and_later_attempts(
+    server, bucket, monkeypatch, tmp_path
+):
+    run = runs.open_run(bucket("kept"), "a")
+    digest = hashlib.sha256(DATA).hexdigest()
+    found = runs.weights_source(server.url, "/nowhere", digest, run)
+    assert found.startswith("s3://team/kept/a/init/")
+    assert storage.read_bytes(*storage.open_uri(found)) == DATA
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    server.code = 500
+    assert runs.weights_source(server.url, "/nowhere", digest, run) == found
+    assert server.num_asked == 1
+    with pytest.raises(UserError, match="has SHA-256"):
+        runs.weights_source(server.url, "/nowhere", "0" * 64, run)

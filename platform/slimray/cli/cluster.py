@@ -75,7 +75,7 @@ def submit(
         _say(f"{job_id}: submitted to {target.name}, runs lie in {ready.storage}")
     if follow:
         _follow(job_id, target, quiet=as_json)
-    elif not as_json and target.cluster.kind in ("jobs", "local", "ray_up"):
+    elif not as_json and target.cluster.kind != "slurm":  # whose id is the number that sbatch has told
         _say(f"next: slimray logs -f {job_id} --cluster {name}")
 
 
@@ -85,12 +85,14 @@ def status(
     job_id: Annotated[str | None, typer.Argument(help="A job's name or id; default all.", metavar="[JOB]")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the jobs of a cluster: id, status, age, and what they ended in."""
+    """Show the jobs of a cluster: id, status, age, what they wait for or ended in; of one JOB also what it has cost."""
     from slimray.cluster import jobs_api, submit
 
     target = submit.load_cluster(name)
     found = jobs_api.jobs(target) if job_id is None else [jobs_api.job_info(job_id, target)]
     rows = [_row(one) for one in found]
+    if job_id is not None:
+        rows[0] |= _run_of(rows[0], target)
     if as_json:
         _say(json.dumps(rows, indent=2))
     elif rows:
@@ -110,6 +112,25 @@ def _row(info: dict[str, Any]) -> dict[str, Any]:
         "storage": (info.get("metadata") or {}).get("storage"),
         "message": lines[-1] if lines else "",
     }
+
+
+def _run_of(row: dict[str, Any], target: Any) -> dict[str, Any]:
+    """What the run of a job says: which it is, what it waits for, and what it has taken so far."""
+    from slimray import runs
+    from slimray.cli.look import spent
+    from slimray.cluster.submit import worker_hour
+    from slimray.spec import RunFailed, UserError
+
+    where, message = row["storage"] or target.cluster.storage, row["message"]
+    if where is None:
+        return {}
+    try:
+        run = runs.find_run(row["id"].rpartition("-")[0], where)
+        status = runs.read_status(run)
+    except (UserError, RunFailed) as error:
+        return {"run": f"not to be seen from here ({error})"}
+    waits = status.message if status is not None and status.state == "running" and status.message else message
+    return {"run": run.name, "message": waits} | spent(run, worker_hour(target))
 
 
 @app.command()
@@ -152,6 +173,33 @@ def stop(job_id: JobId, name: ClusterName) -> None:
     target = submit.load_cluster(name)
     stopped = jobs_api.stop(job_id, target)
     _say(f"{job_id}: {'is being stopped' if stopped else 'had ended already'}")
+
+
+@app.command("watch-preemption")
+def watch_preemption(
+    cloud: Annotated[
+        str | None, typer.Option(help="aws, gcp or azure. Default: the one whose metadata service answers here.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Ray's head, HOST:PORT. Default: that of this machine.")] = None,
+    node_id: Annotated[str, typer.Option(help="The Ray node of this machine. Default: found by its IP address.")] = "",
+    metadata_url: Annotated[str, typer.Option(help="Where the metadata service is. Default: that of the cloud.")] = "",
+) -> None:
+    """Watch for the notice that this machine will be taken, and drain its Ray node; one agent runs on each node.
+
+    The cluster files start it. It ends when it has drained the node, and at once where no cloud's metadata answers.
+    """
+    from slimray.cluster import preemption
+    from slimray.spec import lookup
+
+    if cloud is not None:
+        lookup(preemption.CLOUDS, cloud, "--cloud")
+    found = preemption.find_service(cloud, metadata_url)
+    if found is None:
+        _say(f"no metadata service of {', '.join(preemption.CLOUDS)} answers here: nobody announces preemptions")
+        return
+    service, me = found
+    _say(f"watching {service.url} for notices to {me}")
+    preemption.watch(service, me, lambda: preemption.head_of(address or ""), node_id, _say)
 
 
 # ------------------------------------------------------------------------------------------------ cluster files

@@ -98,12 +98,15 @@ def show(
     if described["state"] != "damaged":
         card = folder.read_card(run)
         latest = {} if card else _latest(run)
+        described |= spent(run)
     if as_json:
         emit(described | {"card": card, "latest": latest})
     else:
         for key in ("kind", "state", "message", "updated"):
             if described.get(key):
                 say(f"{key}: {described[key]}")
+        if told := in_words(described):
+            say(f"so far: {told}")
         print_numbers(run.name, card or {})
         _say_goodput((card or {}).get("goodput"))
         for phase, row in latest.items():
@@ -126,6 +129,33 @@ def show(
         if not local.is_file():
             raise UserError(f"{local}: there is no report yet, it is written when the run has finished")
         webbrowser.open(local.resolve().as_uri())
+
+
+def spent(run: Any, worker_hour: float | None = None) -> dict[str, Any]:
+    """What a training has taken up to its newest checkpoint: worker_hours, and cost where its job or we have a price.
+
+    `worker_hour` is the price of a worker and hour where the job itself has none.
+    """
+    from slimray import runs
+
+    try:
+        hours = runs.worker_hours(run)
+        limits = (runs.read_job(run) if hours is not None else {}).get("limits")
+    except (StorageError, UserError, *DAMAGED):
+        return {}
+    priced = limits.get("worker_hour") if isinstance(limits, dict) else None
+    price = priced if isinstance(priced, int | float) else worker_hour
+    if hours is None:
+        return {}
+    return {"worker_hours": round(hours, 3)} | ({} if price is None else {"cost": round(hours * price, 2)})
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """`12.5 worker-hours, 31.25 in cost`, of what `spent` found; "" if that is nothing."""
+    if "worker_hours" not in found:
+        return ""
+    cost = f", at a cost of {found['cost']:.2f}" if "cost" in found else ""
+    return f"{found['worker_hours']:.3g} worker-hours{cost}"
 
 
 def _say_goodput(good: Any) -> None:

@@ -22,13 +22,12 @@ from slimray.cluster.specs import (
     Capacity,
     DriverSpec,
     JobsCluster,
-    KubeRayCluster,
     LocalCluster,
     RayUpCluster,
-    SlurmCluster,
     Target,
     capacity,
 )
+from slimray.cluster.tools import TOOLS
 from slimray.spec import RunFailed, UserError, dump_yaml, lookup
 
 
@@ -134,9 +133,10 @@ def wait_until_it_runs(job_id: str, target: Target, timeout_s: float = 60) -> No
 
 
 def jobs(target: Target) -> list[dict[str, Any]]:
-    """The jobs of a cluster's Jobs API, oldest first: submission_id, status, message, start_time, end_time (ms)."""
-    _require_jobs_api(target)
-    found = [one for one in get(target, "/api/jobs/") if one.get("submission_id")]
+    """The jobs of a cluster, oldest first: submission_id, status, message, start_time, end_time (ms), metadata."""
+    tool = TOOLS.get(type(target.cluster))
+    listed = get(target, "/api/jobs/") if tool is None else tool.jobs(target)
+    found = [one for one in listed if one.get("submission_id")]
     return sorted(found, key=lambda one: one.get("start_time") or 0)
 
 
@@ -145,7 +145,6 @@ def job_info(job_id: str, target: Target) -> dict[str, Any]:
 
     UserError if there is none, and for a name of jobs in several storages: they are different jobs.
     """
-    _require_jobs_api(target)
     known = jobs(target)
     for one in known:
         if one["submission_id"] == job_id:
@@ -187,16 +186,20 @@ def follow(job_id: str, target: Target, patience_s: float = 120) -> Iterator[str
 
 def log(job_id: str, target: Target) -> str:
     """All that the job has printed so far."""
-    _require_jobs_api(target)
-    job_id = job_info(job_id, target)["submission_id"]
+    job_id, tool = job_info(job_id, target)["submission_id"], TOOLS.get(type(target.cluster))
+    if tool is not None:
+        return tool.log(job_id, target)
     return get(target, f"/api/jobs/{urllib.parse.quote(job_id)}/logs")["logs"]
 
 
 def stop(job_id: str, target: Target) -> bool:
     """End a job; False if it had ended already. The same job submitted again resumes."""
-    _require_jobs_api(target)
-    job_id = job_info(job_id, target)["submission_id"]
-    return get(target, f"/api/jobs/{urllib.parse.quote(job_id)}/stop", method="POST")["stopped"]
+    info, tool = job_info(job_id, target), TOOLS.get(type(target.cluster))
+    if tool is not None:
+        if info["status"] not in DONE:
+            tool.stop(info["submission_id"], target)
+        return info["status"] not in DONE
+    return get(target, f"/api/jobs/{urllib.parse.quote(info['submission_id'])}/stop", method="POST")["stopped"]
 
 
 def require_success(info: dict[str, Any], target: Target) -> None:
@@ -225,17 +228,6 @@ def attempts_of(target: Target, name: str, known: Sequence[dict[str, Any]] | Non
 
 def attempt_of(info: dict[str, Any]) -> int:
     return int(info["submission_id"].rpartition("-")[2])
-
-
-def _require_jobs_api(target: Target) -> None:
-    """For clusters that are looked at with tools of their own: say which."""
-    cluster, tool = target.cluster, ""
-    if isinstance(cluster, KubeRayCluster):
-        tool = f"`kubectl -n {cluster.namespace} get rayjobs` and `kubectl -n {cluster.namespace} logs job/JOB`"
-    elif isinstance(cluster, SlurmCluster):
-        tool = "`squeue --me`, `scancel` and the file JOB-NUMBER.log"
-    if tool:
-        raise UserError(f"{target.where}: a cluster of kind {cluster.kind} is followed with {tool}")
 
 
 def get(target: Target, path: str, method: str = "GET") -> Any:
@@ -270,10 +262,22 @@ def _headers(target: Target) -> dict[str, str]:
     if named is not None:
         if not os.environ.get(named):
             raise UserError(f"{target.where}: token_env: {named} is not set: export the token of the cluster")
-        return {"Authorization": f"Bearer {os.environ[named]}"}
+        return _bearer(os.environ[named], target)
     path = token_path()
     token = os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else "")
-    return {"Authorization": f"Bearer {token}"} if token else {}
+    return _bearer(token, target) if token else {}
+
+
+def _bearer(token: str, target: Target) -> dict[str, str]:
+    """The header with the token; UserError where it would be sent over a network in the clear."""
+    cluster: Any = target.cluster
+    parts = urllib.parse.urlsplit(cluster.address)
+    if parts.scheme != "https" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+        raise UserError(
+            f"{target.where}: address: {cluster.address} would get the cluster's token over plain http: forward its "
+            "port (`ssh -N -L 8265:127.0.0.1:8265 HEAD`) and write http://127.0.0.1:8265, or use https://"
+        )
+    return {"Authorization": f"Bearer {token}"}
 
 
 def token_path() -> Path:

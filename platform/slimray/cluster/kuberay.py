@@ -6,6 +6,7 @@ from typing import Any
 
 from slimray.cluster.script import SCRIPT, Submission, env_vars, files
 from slimray.cluster.specs import GroupSpec, KubeRayCluster, PodSpec, capacity
+from slimray.cluster.tools import STORAGE
 from slimray.spec import dump_yaml
 
 JOBS_DIR = "/etc/slimray"  # where pods find the job
@@ -29,7 +30,7 @@ def kuberay(job: Submission, cluster: KubeRayCluster, values: Mapping[str, str])
         "ttlSecondsAfterFinished": cluster.keep_s,
         "preRunningDeadlineSeconds": cluster.start_deadline_s,
         **({"activeDeadlineSeconds": cluster.deadline_s} if cluster.deadline_s else {}),
-        "backoffLimit": 0,  # slimray owns the retries: a new cluster for each would lose the warm one
+        "backoffLimit": cluster.head_retries,  # other retries are slimray's own, on the cluster that is there
         "submitterConfig": {"backoffLimit": 2},
         "rayClusterSpec": {
             "rayVersion": cluster.ray_version,
@@ -42,13 +43,15 @@ def kuberay(job: Submission, cluster: KubeRayCluster, values: Mapping[str, str])
             "workerGroupSpecs": groups,
         },
     }
+    about = meta | {"labels": labels | queue, "annotations": {STORAGE: job.storage}}
     objects = [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": files(job, cluster)},
-        {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": meta | {"labels": labels | queue}, "spec": ray_job},
+        {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": about, "spec": ray_job},
         _budget("head", 1, job, meta),
     ]
     # Pods of a RayCluster belong to no built-in controller: a budget may then count `minAvailable` only.
-    return objects + [_budget(name, group.min, job, meta) for name, group in cluster.workers.items() if group.min]
+    sizes = {name: group.min if cluster.autoscale else group.max for name, group in cluster.workers.items()}
+    return objects + [_budget(name, size, job, meta) for name, size in sizes.items() if size]
 
 
 def _budget(role: str, available: int, job: Submission, meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,6 +82,7 @@ def _template(role: str, pod: PodSpec, job: Submission, cluster: KubeRayCluster)
     """A pod that drains its Ray node when it is told to go, and gets the time for it."""
     gpus = pod.gpus if isinstance(pod, GroupSpec) else 0
     asks = {"cpu": f"{pod.cpus:g}", "memory": pod.memory, **({"nvidia.com/gpu": str(gpus)} if gpus else {})}
+    asks |= {name: str(count) for name, count in pod.devices.items()}
     drain_s = cluster.grace_period_s - 20  # what is left is for Ray's processes to end
     env: list[dict[str, Any]] = [{"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": str(drain_s)}]
     env += [{"name": "RAY_USAGE_STATS_ENABLED", "value": "0"}]
@@ -101,6 +105,8 @@ def _template(role: str, pod: PodSpec, job: Submission, cluster: KubeRayCluster)
         "env": env,
         "volumeMounts": mounts,
     }
+    if pod.capabilities:
+        container["securityContext"] = {"capabilities": {"add": list(pod.capabilities)}}
     if role == "head":
         volumes.append({"name": "job", "configMap": {"name": job.id}})
         mounts.append({"name": "job", "mountPath": JOBS_DIR, "readOnly": True})
@@ -109,9 +115,14 @@ def _template(role: str, pod: PodSpec, job: Submission, cluster: KubeRayCluster)
             for name, port in (("gcs-server", 6379), ("dashboard", 8265), ("metrics", 8080))
         ]
     else:  # `ray start` is a child of the container's shell, which would not pass SIGTERM on
+        # The agent asks the cloud of the node (AWS: with a hop limit of 2); where none answers it ends.
+        agent = "nohup slimray watch-preemption > /tmp/slimray-watch.log 2>&1 &"
         wait = "pid=$(pgrep -of '[b]in/ray start') && kill -TERM $pid"
         wait += " && while kill -0 $pid 2> /dev/null; do sleep 1; done"
-        container["lifecycle"] = {"preStop": {"exec": {"command": ["/bin/sh", "-c", f"{wait}; true"]}}}
+        container["lifecycle"] = {
+            "postStart": {"exec": {"command": ["/bin/sh", "-c", agent]}},
+            "preStop": {"exec": {"command": ["/bin/sh", "-c", f"{wait}; true"]}},
+        }
     spec: dict[str, Any] = {
         "terminationGracePeriodSeconds": cluster.grace_period_s,
         "containers": [container],
@@ -119,5 +130,10 @@ def _template(role: str, pod: PodSpec, job: Submission, cluster: KubeRayCluster)
         **({"serviceAccountName": cluster.service_account} if cluster.service_account else {}),
         **({"nodeSelector": pod.node_selector} if pod.node_selector else {}),
         **({"tolerations": list(pod.tolerations)} if pod.tolerations else {}),
+        **({"affinity": pod.affinity} if pod.affinity else {}),
+        **({"priorityClassName": pod.priority_class} if pod.priority_class else {}),
+        **({"imagePullSecrets": [{"name": name} for name in cluster.pull_secrets]} if cluster.pull_secrets else {}),
     }
-    return {"metadata": {"labels": {"slimray.io/job": job.id, "slimray.io/group": role}}, "spec": spec}
+    about: dict[str, Any] = {"labels": {"slimray.io/job": job.id, "slimray.io/group": role}}
+    about |= {"annotations": pod.annotations} if pod.annotations else {}
+    return {"metadata": about, "spec": spec}

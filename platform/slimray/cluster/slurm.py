@@ -7,9 +7,15 @@ from typing import Any
 from slimray.cluster.script import SCRIPT, Submission, env_vars, write_files
 from slimray.cluster.specs import SlurmCluster, capacity
 
+SIGNAL_S = 120  # before the limit of time the driver gets SIGTERM, releases its run, and the job is queued again
+PORTS = 1000  # from `port` on, one for each job: jobs may share a machine
+
 
 def slurm(job: Submission, cluster: SlurmCluster, values: Mapping[str, str]) -> str:
-    """The script for `sbatch`: Ray on every machine, the command on the first, all gone when it ends."""
+    """The script for `sbatch`: Ray on every machine, the command on the first, all gone when it ends.
+
+    Before the limit of time, or when Slurm preempts the job, the command is ended and the job requeued: it resumes.
+    """
     options: dict[str, Any] = {
         "job-name": job.id,
         "nodes": cluster.nodes,
@@ -19,6 +25,7 @@ def slurm(job: Submission, cluster: SlurmCluster, values: Mapping[str, str]) -> 
         "output": f"{job.id}-%j.log",
         "open-mode": "append",
         "requeue": None,
+        "signal": f"B:TERM@{SIGNAL_S}",
     }
     options |= {"gpus-per-node": cluster.gpus_per_node} if cluster.gpus_per_node else {}
     options |= {"partition": cluster.partition} if cluster.partition else {}
@@ -27,8 +34,9 @@ def slurm(job: Submission, cluster: SlurmCluster, values: Mapping[str, str]) -> 
     env = env_vars(cluster, capacity(cluster), values)
     resources = f"--num-cpus {cluster.cpus_per_node} --num-gpus {cluster.gpus_per_node}"
     others = cluster.nodes - 1
+    step = f"srun --overlap --cpus-per-task={cluster.cpus_per_node}"  # srun does not take it over from sbatch
     join = [
-        f'srun --overlap --nodes={others} --ntasks={others} --exclude="$head" \\',
+        f'{step} --nodes={others} --ntasks={others} --exclude="$head" \\',
         f'  ray start --address "$RAY_ADDRESS" {resources} --block --disable-usage-stats &',
     ]
     return "\n".join(
@@ -43,13 +51,25 @@ def slurm(job: Submission, cluster: SlurmCluster, values: Mapping[str, str]) -> 
             "work=$(mktemp -d)",
             *write_files(job, cluster, '"$work"'),
             "head=${SLURMD_NODENAME:-$(hostname -s)}",
-            f"export RAY_ADDRESS=$(hostname -I | cut -d' ' -f1):{cluster.port}",
-            'srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" \\',
-            f"  ray start --head --port {cluster.port} {resources} --block --disable-usage-stats &",
+            f"port=$(({cluster.port} + SLURM_JOB_ID % {PORTS}))",
+            "export RAY_ADDRESS=$(hostname -I | cut -d' ' -f1):$port",
+            f'{step} --nodes=1 --ntasks=1 --nodelist="$head" \\',
+            f"  ray start --head --port $port {resources} --block --disable-usage-stats &",
             "for _ in $(seq 60); do ray health-check 2> /dev/null && break; sleep 2; done",
             "ray health-check || { echo 'Ray did not start on the first machine within two minutes' >&2; exit 1; }",
             *(join if others else []),
-            f'sh "$work/{SCRIPT}"',
+            f"srun --overlap --cpus-per-task=1 --nodes={cluster.nodes} --ntasks-per-node=1 \\",
+            "  slimray watch-preemption &   # on machines of a cloud; elsewhere it ends at once",
+            f'setsid sh "$work/{SCRIPT}" &   # a session of its own, to be ended with all its children',
+            "command=$!; ended=",
+            "trap 'ended=1; kill -TERM -- -$command' TERM",
+            "code=0; wait $command || code=$?",
+            "while kill -0 $command 2> /dev/null; do code=0; wait $command || code=$?; done   # a trap ends it",
+            'if [ -n "$ended" ] && [ "$code" -ne 0 ]; then',
+            '  echo "slimray: the time is over, the job is queued again and goes on" >&2',
+            '  scontrol requeue "$SLURM_JOB_ID"',
+            "fi",
+            'exit "$code"',
             "",
         ]
     )

@@ -193,6 +193,16 @@ class PodSpec(Spec):
     """Labels of the nodes it may run on."""
     tolerations: tuple[dict[str, Any], ...] = ()
     """Tolerated taints, as Kubernetes writes them."""
+    devices: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Devices beside GPUs that a pod asks for, by resource: `vpc.amazonaws.com/efa: 4`, `rdma/hca: 1`."""
+    capabilities: tuple[Annotated[str, Field(pattern=r"^[A-Z_]+$")], ...] = ()
+    """Linux capabilities its container is given: `IPC_LOCK`, which RDMA needs."""
+    affinity: dict[str, Any] = {}
+    """Node and pod affinity, as Kubernetes writes it: pods of one training close together."""
+    annotations: dict[str, str] = {}
+    """Annotations of the pods."""
+    priority_class: str | None = None
+    """Kubernetes' priority class of the pods."""
 
 
 class GroupSpec(PodSpec):
@@ -246,8 +256,12 @@ class KubeRayCluster(ClusterSpec):
     """Longest wait for the pods; then the job fails."""
     deadline_s: int | None = Field(None, gt=0)
     """Longest life of the job."""
-    keep_s: int = Field(3600, ge=0)
-    """The cluster stays so long after the job, for its logs."""
+    keep_s: int = Field(60, ge=0)
+    """The cluster, with the GPUs that are paid for, stays so long after the job; what a run says is in its folder."""
+    head_retries: int = Field(1, ge=0)
+    """How often a job that ended badly, as it does when its head is lost, gets a new cluster, where it resumes."""
+    pull_secrets: tuple[str, ...] = ()
+    """Kubernetes secrets with which the image is pulled."""
     queue: str | None = None
     """Kueue's LocalQueue: the job waits until all its pods fit. The cluster then has a fixed size, `max`."""
     priority: str | None = None

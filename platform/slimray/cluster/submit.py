@@ -9,7 +9,6 @@ what can never fit is refused before it is submitted, because Ray would wait for
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +19,6 @@ from slimray import job
 from slimray.cluster import script
 from slimray.cluster.jobs_api import (
     DONE,
-    REQUEST_TIMEOUT_S,
     UPLOAD_TIMEOUT_S,
     attempt_of,
     attempts_of,
@@ -48,6 +46,7 @@ from slimray.cluster.specs import (
     Target,
     capacity,
 )
+from slimray.cluster.tools import command
 from slimray.spec import UserError, dump_yaml, lookup, parse, read_yaml
 from slimray.storage import absolute
 from slimray.verbs import inputs
@@ -161,6 +160,20 @@ def require_room(loaded: Sequence[job.Loaded], have: Capacity, where: str) -> No
                 )
 
 
+def worker_hour(target: Target) -> float | None:
+    """Return the price of a worker for an hour, by `machine` of the cluster file and prices.yaml; None if unknown."""
+    from slimray.train.calibrate import find_cluster  # imports torch
+
+    folders = (Path(target.where).resolve().parent, Path("cluster"), inputs.packaged("cluster"))
+    try:
+        cluster = find_cluster(target.where, folders, on_gpu=True) if target.cluster.machine else None
+    except UserError:
+        return None
+    if cluster is None or cluster.usd_per_node_hour is None or not cluster.ranks_per_node:
+        return None
+    return cluster.usd_per_node_hour / cluster.ranks_per_node
+
+
 def _at_home(document: dict[str, Any]) -> dict[str, Any]:
     """The document with the folder of its data as it is from any folder."""
     data = document.get("data")
@@ -243,7 +256,7 @@ def _apply(ready: Submission, target: Target) -> str:
         )
     if tool == "kubectl":
         ready = replace(ready, id=_next_id(ready.id, target))
-    said = _command([tool, *options], target, render(ready, target))
+    said = command([tool, *options], target, render(ready, target))
     return ready.id if tool == "kubectl" else f"{ready.id} ({said.strip().splitlines()[-1]})"
 
 
@@ -251,22 +264,6 @@ def _next_id(job_id: str, target: Target) -> str:
     """The id after those of the RayJobs that are there: an object that is applied again would change nothing."""
     name, cluster = job_id.rpartition("-")[0], target.cluster
     assert isinstance(cluster, KubeRayCluster)
-    there = _command(["kubectl", "-n", cluster.namespace, "get", "rayjobs", "-o", "name"], target)
+    there = command(["kubectl", "-n", cluster.namespace, "get", "rayjobs", "-o", "name"], target)
     numbers = re.findall(rf"/{re.escape(name)}-(\d+)$", there, re.MULTILINE)
     return f"{name}-{max(map(int, numbers), default=0) + 1}"
-
-
-def _command(command: Sequence[str], target: Target, text: str | None = None) -> str:
-    """What a tool prints; UserError with its first words if it is not there, fails or takes too long."""
-    if shutil.which(command[0]) is None:
-        raise UserError(
-            f"{target.where}: {command[0]} is not installed here: where it is, `{' '.join(command)}` does it"
-        )
-    try:
-        done = subprocess.run(list(command), input=text, capture_output=True, text=True, timeout=2 * REQUEST_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"{target.where}: `{' '.join(command)}` does not answer: is the cluster in reach?") from None
-    if done.returncode:
-        reason = (done.stderr.strip() or done.stdout.strip() or f"code {done.returncode}").splitlines()[-1]
-        raise UserError(f"{target.where}: `{' '.join(command)}`: {reason}")
-    return done.stdout

@@ -10,6 +10,7 @@ from slimray.runs.checkpoints import (
     read_checkpoint,
     save_checkpoint,
     sweep_orphans,
+    worker_hours,
 )
 from slimray.runs.folder import (
     FILES,
@@ -34,7 +35,7 @@ from slimray.runs.folder import (
 )
 from slimray.runs.lock import HEARTBEAT_S, SETTLE_S, STALE_S, hold, wait_for_writer
 from slimray.runs.records import FLUSH_ROWS, FLUSH_S, MAX_WAITING_ROWS, PartWriter, count_writers, read_parts
-from slimray.runs.states import Claim, State, Status, begin, claim, clear, describe, end, read_status
+from slimray.runs.states import Claim, State, Status, begin, claim, clear, describe, end, note, read_status
 from slimray.runs.weights import weights_source
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "list_names",
     "list_runs",
     "newest_checkpoint",
+    "note",
     "open_run",
     "parse_json",
     "read_card",
@@ -82,6 +84,7 @@ __all__ = [
     "sweep_orphans",
     "wait_for_writer",
     "weights_source",
+    "worker_hours",
     "write_card",
     "write_file",
     "write_job",

@@ -65,6 +65,14 @@ def list_checkpoints(run: Run) -> list[Checkpoint]:
     return sorted((one for one in found if one is not None), key=lambda one: one.step)
 
 
+def worker_hours(run: Run) -> float | None:
+    """Return the hours of all workers that a training has taken up to its newest checkpoint; None if there is none."""
+    newest = list_checkpoints(run)[-1:]
+    progress = newest[0].meta.get("progress") if newest else None
+    seconds = progress.get("worker_seconds") if isinstance(progress, dict) else None
+    return seconds / 3600 if isinstance(seconds, int | float) else None
+
+
 def checkpoint_at(run: Run, step: int) -> Checkpoint:
     """Return the checkpoint of `step`; RunFailed if there is no complete one."""
     found = _read_marker(run, _step_folder(step))

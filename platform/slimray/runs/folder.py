@@ -39,6 +39,7 @@ FOLDERS = (
     "data",
     "tensorboard",
     "wandb",
+    "init",
 )
 
 

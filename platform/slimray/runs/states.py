@@ -303,6 +303,13 @@ def end(run: Run, state: State, message: str = "") -> None:
     )
 
 
+def note(run: Run, message: str) -> None:
+    """Write `message` into the status of a run that runs; nothing happens to others. Only under `hold`."""
+    status = read_status(run)
+    if status is not None and status.state == "running":
+        _write_status(run, replace(status, message=message, updated=time.time()))
+
+
 def _write_status(run: Run, status: Status) -> None:
     write_file(run, "status.json", to_json(asdict(status)))
 

@@ -55,14 +55,18 @@ class Tracker:
     """Rank 0's sink of metric rows; `folder` is the local place for the files of W&B and TensorBoard.
 
     `rows` is the run's own record, `name` and `uri` name the run, `job` is the resolved job. Without `folder`: the run
-    folder, or a place in the user's cache when that is not a local folder. Raises nothing but what `rows.write` raises.
+    folder, or a place in the user's cache when that is in a bucket, to which `copy` and `close` take them.
+    Raises nothing but what `rows.write` raises.
     """
 
     def __init__(
         self, spec: TrackingSpec, rows: Rows, name: str, uri: str, job: Mapping[str, Any], folder: Path | None = None
     ):
         self.rows, self.media = rows, spec.media
+        self._copied: dict[str, tuple[int, int]] = {}
+        self._copies = _folders_to_copy(spec) if folder is None and "://" in uri else ()
         folder = folder or _local_folder(name, uri)
+        self._folder, self._uri = folder, uri
         self._wandb: Any = _guarded("W&B", lambda: _start_wandb(spec, name, uri, job, folder)) if spec.wandb else None
         self._board: Any = None
         self._board_folder = folder / "tensorboard" if spec.tensorboard else None
@@ -76,12 +80,33 @@ class Tracker:
         if self._board_folder is not None and not _guarded("TensorBoard", lambda: self._to_board(row)):
             self._board_folder = None
 
+    def copy(self) -> None:
+        """Copy event files, and what W&B wrote offline, into a run folder in a bucket, as far as they have grown."""
+        for name in self._copies:
+            if not _guarded(f"the copy of {name}/ in the run folder", lambda name=name: self._copy(name)):
+                self._copies = tuple(one for one in self._copies if one != name)
+
+    def _copy(self, name: str) -> bool:
+        if self._board is not None:
+            self._board.flush()
+        run = run_at(self._uri)
+        for file in sorted((self._folder / name).rglob("*")):
+            if file.is_symlink() or not file.is_file():
+                continue
+            key, found = file.relative_to(self._folder).as_posix(), file.stat()
+            if self._copied.get(key) != (found.st_size, found.st_mtime_ns):
+                write_file(run, key, file)
+                self._copied[key] = (found.st_size, found.st_mtime_ns)
+        return True
+
     def close(self) -> None:
         """Finish the W&B run and the event file; `rows` stays open, it belongs to the caller."""
         if self._wandb is not None:
             _guarded("W&B", self._wandb.finish)
         if self._board is not None:
             _guarded("TensorBoard", self._board.close)
+        self._board = None
+        self.copy()
         self._wandb = self._board = self._board_folder = None
 
     def _to_board(self, row: Mapping[str, Any]) -> bool:
@@ -184,6 +209,11 @@ def _guarded(service: str, action: Callable[[], Any]) -> Any:
         reason = redact(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
         log.warning("tracking: %s is off for this run (%s); metrics/ of the run folder has everything", service, reason)
         return None
+
+
+def _folders_to_copy(spec: TrackingSpec) -> tuple[str, ...]:
+    offline = spec.wandb and (spec.mode or os.environ.get("WANDB_MODE")) == "offline"
+    return (("tensorboard",) if spec.tensorboard else ()) + (("wandb",) if offline else ())
 
 
 def _local_folder(name: str, uri: str) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from slimray import storage
 from slimray.credentials import held
-from slimray.runs.folder import digest, find_run, read_weights
+from slimray.runs.folder import Run, digest, exists, find_run, read_file, read_weights, write_file
 from slimray.spec import UserError
 from slimray.storage import join
 
@@ -24,14 +24,16 @@ FETCH_TIMEOUT_S = 30.0  # without a byte received
 CHUNK_BYTES = 1 << 20
 
 
-def weights_source(source: str, where: str, sha256: str | None = None) -> str:
+def weights_source(source: str, where: str, sha256: str | None = None, run: Run | None = None) -> str:
     """Return the path or URI of the weights `source` means: a file, a URL (fetched once), or a run by name or URI.
 
-    `where` is the storage in which names are looked up. UserError if there are none or their SHA-256 is not `sha256`,
+    `where` is the storage in which names are looked up. What a URL names is kept in `init/` of `run`, if one is given:
+    other machines read it there, and a resumed run does not ask the server again. UserError if there are
+    none or their SHA-256 is not `sha256`,
     StorageError if those of a run are damaged.
     """
     if source.startswith(("http://", "https://")):
-        return str(_download(source, sha256))
+        return str(_download(source, sha256)) if run is None else _kept(source, sha256, run)
     if _is_file(source) or re.search(r"\.(safetensors|pth|pt|ckpt|tar|bin)(\?.*)?$", source):
         found, data = storage.absolute(source), None
     else:
@@ -46,6 +48,16 @@ def weights_source(source: str, where: str, sha256: str | None = None) -> str:
     if sha256:
         _compare(source, sha256, digest(storage.read_bytes(fs, path) if data is None else data)[1])
     return found
+
+
+def _kept(url: str, sha256: str | None, run: Run) -> str:
+    """Return the URI of what `url` names in the run folder, fetched and stored there if it is not yet."""
+    name = f"init/{_file_name(url)}"
+    if not exists(run, name):
+        write_file(run, name, _download(url, sha256))
+    elif sha256:
+        _compare(url, sha256, digest(read_file(run, name))[1])
+    return join(run.uri, name)
 
 
 def _is_file(source: str) -> bool:
@@ -72,8 +84,7 @@ def _download(url: str, sha256: str | None) -> Path:
     if what := held(url):
         raise UserError(f"{url}: holds {what}, which would be stored and shown: download the file and name its path")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "slimray" / "weights"
-    name = re.sub(r"[^\w.-]", "_", url.partition("?")[0].partition("#")[0].rpartition("/")[2])[-100:]
-    target = cache / f"{hashlib.sha256(url.encode('utf-8', 'replace')).hexdigest()[:16]}-{name}"
+    target = cache / _file_name(url)
     if _is_whole(target, sha256):
         return target
     cache.mkdir(parents=True, exist_ok=True)
@@ -100,6 +111,11 @@ def _download(url: str, sha256: str | None) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return target
+
+
+def _file_name(url: str) -> str:
+    name = re.sub(r"[^\w.-]", "_", url.partition("?")[0].partition("#")[0].rpartition("/")[2])[-100:]
+    return f"{hashlib.sha256(url.encode('utf-8', 'replace')).hexdigest()[:16]}-{name}"
 
 
 def _fetch(url: str, part: Path) -> bool:

@@ -1,6 +1,7 @@
 """Records of a rank while it trains: metric rows, gauges, bad samples, and its reports to the driver."""
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,27 @@ from slimray.train.config import FitConfig
 from slimray.train.health import slow_ranks
 from slimray.train.ranks import Ranks
 
-GAUGES = {"train/samples_per_s": "slimray_samples_per_s", "train/loss": "slimray_loss", "step": "slimray_step"}
+# What Prometheus may ask Ray for (with `ray_` before it), out of a row of training metrics.
+GAUGES: dict[str, Callable[[Mapping[str, float]], float]] = {
+    "slimray_samples_per_s": lambda row: row["train/samples_per_s"],
+    "slimray_loss": lambda row: row["train/loss"],
+    "slimray_step": lambda row: row["step"],
+    "slimray_step_s": lambda row: row["time/step_s"],
+    "slimray_data_wait_fraction": lambda row: row["data/wait_s"] / max(row["time/step_s"], 1e-9),
+    "slimray_communication_fraction": lambda row: row["time/communication_s"] / max(row["time/step_s"], 1e-9),
+}
+
+
+class Gauges:
+    """The gauges of a run, which its rank 0 sets."""
+
+    def __init__(self, run: str):
+        self.run, self.gauges = run, {name: Gauge(name, f"{name} of a run", ("run",)) for name in GAUGES}
+
+    def show(self, step: int, row: Mapping[str, float]) -> None:
+        """Set them to a row of training metrics."""
+        for name, gauge in self.gauges.items():
+            gauge.set(float(GAUGES[name]({**row, "step": step})), {"run": self.run})
 
 
 @dataclass
@@ -46,9 +67,7 @@ class Records:
         self.tracker = None
         if self.rows is not None:
             self.tracker = tracking.Tracker(config.tracking, self.rows, run.name, run.uri, config.job)
-        self.gauges: dict[str, Gauge] = {}
-        if rank == 0:  # what Prometheus may ask Ray for, by the name in a metric row
-            self.gauges = {row: Gauge(name, f"{row} of a run", ("run",)) for row, name in GAUGES.items()}
+        self.gauges = Gauges(run.name) if rank == 0 else None
 
     def write_row(self, step: int, row: dict[str, Any]) -> None:
         """Write a metric row of `step`, on the rank that has metrics."""
@@ -57,14 +76,16 @@ class Records:
 
     def show(self, step: int, row: dict[str, Any]) -> None:
         """Set the gauges to a row of training metrics."""
-        for name, gauge in self.gauges.items():
-            gauge.set(float(row.get(name, step)), {"run": self.run.name})
+        if self.gauges is not None:
+            self.gauges.show(step, row)
 
     def flush(self) -> None:
         """Return once every row is on storage: a checkpoint must not outlive the records of its steps."""
         for writer in (self.rows, self.bad, self.samples):
             if writer is not None:
                 writer.flush()
+        if self.tracker is not None:
+            self.tracker.copy()
 
     def close(self) -> None:
         """End the records; what was written is on storage."""

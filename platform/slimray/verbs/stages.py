@@ -164,4 +164,4 @@ def _method(job: TrainJob, ctx: Context) -> Method:
 
 def _start(init: InitSpec, ctx: Context) -> str:
     """Return the file that `init.from` means: itself, or the weights of a run; its digest is checked if given."""
-    return runs.weights_source(init.source, ctx.storage, init.sha256)
+    return runs.weights_source(init.source, ctx.storage, init.sha256, ctx.run)

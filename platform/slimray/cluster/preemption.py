@@ -1,0 +1,248 @@
+"""The agent of a cloud machine: asks the metadata service for notices and drains its Ray node.
+
+Nothing else tells Ray on AWS, GCP or Azure: `watch` asks every POLL_S seconds, and on notice calls `ray drain-node`
+with the time that is left; the runs on the node save and go on elsewhere. CLOUDS holds what each cloud answers: AWS
+spot instance actions (IMDSv2), GCP preemptions and maintenance, Azure scheduled events, as their documentation
+describes them; none of it was tried on a real machine of theirs.
+"""
+
+import datetime
+import email.utils
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from slimray.spec import RunFailed, UserError
+
+POLL_S = 2.0
+REQUEST_TIMEOUT_S = 2.0
+DRAIN_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A machine will be taken in `left_s` seconds, for `reason`."""
+
+    left_s: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """A cloud's metadata service: where it is, what identifies it, and which answers are a notice.
+
+    `token` is the path at which AWS gives a session token, `me` one whose answer names this machine, `looks` maps paths
+    to functions of (answer, this machine's name) that return a Notice or None.
+    """
+
+    url: str
+    me: str
+    looks: Mapping[str, Callable[[str, str], Notice | None]]
+    headers: Mapping[str, str] = field(default_factory=dict)
+    token: str = ""
+
+
+def _seconds_until(text: str) -> float:
+    """Seconds until a time as ISO 8601 or as HTTP writes it."""
+    try:
+        when = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        when = email.utils.parsedate_to_datetime(text)
+    when = when if when.tzinfo else when.replace(tzinfo=datetime.UTC)
+    return max(0.0, (when - datetime.datetime.now(datetime.UTC)).total_seconds())
+
+
+def _aws(answer: str, me: str) -> Notice | None:
+    found = json.loads(answer)
+    return Notice(_seconds_until(found["time"]), f"AWS will {found['action']} this spot instance")
+
+
+def _gcp_preempted(answer: str, me: str) -> Notice | None:
+    return Notice(30.0, "GCP preempts this instance") if answer.strip() == "TRUE" else None
+
+
+def _gcp_maintenance(answer: str, me: str) -> Notice | None:
+    return Notice(60.0, "GCP terminates this instance for maintenance") if answer.startswith("TERMINATE") else None
+
+
+def _azure(answer: str, me: str) -> Notice | None:
+    for event in json.loads(answer).get("Events", []):
+        if event["EventType"] in ("Preempt", "Terminate", "Redeploy", "Reboot") and me in event["Resources"]:
+            left_s = _seconds_until(event["NotBefore"]) if event.get("NotBefore") else 30.0  # "" once it has started
+            return Notice(left_s, f"Azure announces {event['EventType'].lower()} of this machine")
+    return None
+
+
+CLOUDS: dict[str, Cloud] = {
+    "aws": Cloud(
+        url="http://169.254.169.254",
+        token="/latest/api/token",  # noqa: S106 a path
+        me="/latest/meta-data/instance-id",
+        looks={"/latest/meta-data/spot/instance-action": _aws},  # 404 as long as there is none
+    ),
+    "gcp": Cloud(
+        url="http://metadata.google.internal",
+        headers={"Metadata-Flavor": "Google"},
+        me="/computeMetadata/v1/instance/id",
+        looks={
+            "/computeMetadata/v1/instance/preempted": _gcp_preempted,
+            "/computeMetadata/v1/instance/maintenance-event": _gcp_maintenance,
+        },
+    ),
+    "azure": Cloud(
+        url="http://169.254.169.254",
+        headers={"Metadata": "true"},
+        me="/metadata/instance/compute/name?api-version=2021-02-01&format=text",
+        looks={"/metadata/scheduledevents?api-version=2020-07-01": _azure},
+    ),
+}
+
+
+class Service:
+    """The metadata service of a cloud, as this machine reaches it; `url` in place of the cloud's own."""
+
+    def __init__(self, cloud: Cloud, url: str = ""):
+        self.cloud, self.url, self._token, self._token_until = cloud, (url or cloud.url).rstrip("/"), "", 0.0
+
+    def ask(self, path: str) -> str | None:
+        """Return the answer at `path`, None for 404; OSError if there is no other."""
+        for attempt in (1, 2):
+            headers = dict(self.cloud.headers)
+            if self.cloud.token:
+                headers["X-aws-ec2-metadata-token"] = self._session()
+            try:
+                return self._get(urllib.request.Request(self.url + path, headers=headers))  # noqa: S310 http by the table
+            except urllib.error.HTTPError as error:
+                if error.code == 404:
+                    return None
+                if error.code != 401 or attempt == 2:
+                    raise
+                self._token_until = 0.0  # of before the machine was started again
+        return None
+
+    def _session(self) -> str:
+        if time.monotonic() > self._token_until:
+            headers = {"X-aws-ec2-metadata-token-ttl-seconds": "21600"}
+            request = urllib.request.Request(self.url + self.cloud.token, headers=headers, method="PUT")  # noqa: S310
+            self._token, self._token_until = self._get(request), time.monotonic() + 20_000
+        return self._token
+
+    def _get(self, request: urllib.request.Request) -> str:
+        with _DIRECT.open(request, timeout=REQUEST_TIMEOUT_S) as answer:
+            return answer.read(1 << 20).decode("utf-8", "replace")
+
+    def notice(self, me: str) -> Notice | None:
+        """Return what is announced for the machine `me`; OSError or ValueError if the answer cannot be had or read."""
+        for path, read in self.cloud.looks.items():
+            answer = self.ask(path)
+            try:
+                found = None if answer is None else read(answer, me)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path} answers what is not known here ({error})") from None
+            if found is not None:
+                return found
+        return None
+
+
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the service answers this machine only
+
+
+def find_service(name: str | None, url: str = "") -> tuple[Service, str] | None:
+    """Return the metadata service and this machine's name there; None if no cloud of CLOUDS answers.
+
+    `name` says which cloud to expect; UserError if that one does not answer.
+    """
+    for one, cloud in CLOUDS.items() if name is None else [(name, CLOUDS[name])]:
+        service = Service(cloud, url)
+        try:
+            me = service.ask(cloud.me)
+        except (OSError, ValueError) as error:
+            if name is not None:
+                raise UserError(
+                    f"--cloud {one}: the metadata service at {service.url} does not answer ({error}): is this a "
+                    "machine of that cloud, and may containers reach the service (AWS: hop limit 2)?"
+                ) from None
+            continue
+        if me is not None:
+            return service, me.strip()
+    return None
+
+
+def head_of(address: str) -> str:
+    """Return HOST:PORT of the Ray cluster at `address`, or of this machine if it is ""; ConnectionError if none."""
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+
+    return canonicalize_bootstrap_address_or_die(address or "auto")
+
+
+def this_node(address: str) -> str:
+    """Return the id of the Ray node of this machine in the cluster at `address`; RunFailed if there is not just one."""
+    import ray.util
+    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
+
+    here = ray.util.get_node_ip_address()
+    nodes = GcsClient(address=address).get_all_node_info(timeout=DRAIN_TIMEOUT_S)
+    mine = [key.hex() for key, node in nodes.items() if node.state == 0 and node.node_manager_address == here]
+    if len(mine) != 1:
+        raise RunFailed(f"{len(mine)} Ray nodes of {address} run at {here}: --node-id says which one is meant")
+    return mine[0]
+
+
+def drain(address: str, node_id: str, notice: Notice) -> None:
+    """Tell the Ray cluster at `address` that a node will be gone; RunFailed with Ray's last word if it refuses."""
+    command = [
+        sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address, "--node-id", node_id,
+        "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", notice.reason,
+        "--deadline-remaining-seconds", str(int(notice.left_s)),
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DRAIN_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise RunFailed(f"`ray drain-node` did not end within {DRAIN_TIMEOUT_S:g} s") from None
+    if done.returncode:
+        lines = (done.stderr.strip() or done.stdout.strip() or f"code {done.returncode}").splitlines()
+        raise RunFailed(f"`ray drain-node`: {lines[-1][:300]}")
+
+
+def watch(service: Service, me: str, address: Callable[[], str], node_id: str, say: Callable[[str], Any]) -> Notice:
+    """Ask `service` until it announces that the machine `me` is taken, drain the Ray node, and return the notice.
+
+    `address` finds the Ray cluster, which may start later than this agent. A service that does not answer, or Ray that
+    does not take the word, is asked again, and told once. RunFailed when the time has passed without Ray's word.
+    """
+    said = ""
+    while True:
+        try:
+            notice = service.notice(me)
+        except (OSError, ValueError) as error:
+            said = _once(f"the metadata service at {service.url} does not answer ({error}), asking again", said, say)
+            notice = None
+        if notice is not None:
+            break
+        time.sleep(POLL_S)
+    say(f"{notice.reason} in {notice.left_s:.0f} s: draining its Ray node")
+    end = time.monotonic() + max(notice.left_s, POLL_S)
+    while True:
+        left = Notice(max(0.0, end - time.monotonic()), notice.reason)
+        try:
+            where = address()
+            drain(where, node_id or this_node(where), left)
+            say("drained: what runs there saves, and goes on elsewhere")
+            return notice
+        except (RunFailed, OSError, RuntimeError) as error:
+            said = _once(f"{error}, trying again", said, say)
+            if time.monotonic() > end:
+                raise RunFailed(f"the node could not be drained in time: {error}") from None
+        time.sleep(POLL_S)
+
+
+def _once(sentence: str, before: str, say: Callable[[str], Any]) -> str:
+    if sentence != before:
+        say(sentence)
+    return sentence
