@@ -170,8 +170,9 @@ def test_an_old_model_answers_as_it_did(old, name, file):
     (row,) = json.loads(slimray("predict", name, f"files/{file}", "--top", "20", "--json", *options))
     then = RECORDED["answers"][name]
     assert {label for label, _ in row["top"]} == {label for label, _ in then}
-    if SAME_MACHINE:
-        assert row["top"] == then
+    if SAME_MACHINE:  # to rounding: probabilities are computed by numpy now, by torch then
+        assert [label for label, _ in row["top"]] == [label for label, _ in then]
+        assert [share for _, share in row["top"]] == pytest.approx([share for _, share in then], abs=1e-7)
     assert dict(map(tuple, row["top"])) == pytest.approx(dict(map(tuple, then)), abs=1e-3)
 
 
