@@ -34,9 +34,9 @@ from slimray.search import amc
 from slimray.search.ddpg import AMC
 
 SEEDS = (0, 1, 2)
-SHARE, ROUND_TO = 0.5, 4
-EPISODES, WARMUP, DECAY = 40, 16, 0.9
-JUDGED, RECALIBRATED, TRAINED, TESTED = 300, 128, 2048, 1000  # images
+SHARE, ROUND_TO = 0.5, 1
+EPISODES, WARMUP, DECAY = 60, 25, 0.9
+JUDGED, RECALIBRATED, TRAINED, TESTED = 500, 256, 2048, 2000  # images
 BATCH, EPOCHS, LR = 64, 1, 0.01
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

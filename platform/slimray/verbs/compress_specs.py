@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from slimray.data.spec import DataSpec
 from slimray.runs.notify import NotifySpec
@@ -89,7 +89,74 @@ class SparsifyStep(Spec):
         return self
 
 
-Step = Annotated[SparsifyStep | FinetuneStep, Field(discriminator="step")]
+class AmcSpec(Spec):
+    """AMC (arXiv 1802.03494): an agent decides group by group, judged by the whole policy at the end."""
+
+    name: Literal["amc"] = "amc"
+    """Which search."""
+    episodes: int = Field(400, ge=1)
+    """Policies to try."""
+    population: int = Field(1, ge=1)
+    """Policies tried at a time, 1 as published: the result depends on it, not on the workers."""
+    warmup: int = Field(100, ge=1)
+    """Episodes whose actions are random."""
+    decay: float = Field(0.95, gt=0, le=1)
+    """Factor by which the noise shrinks from episode to episode after that."""
+    least: float = Field(0.2, gt=0, le=1)
+    """Lower bound of the share of channels that stays."""
+
+
+Counted = Literal["macs", "params", "size_mb"]
+
+
+class PruneStep(Spec):
+    """Structured pruning: whole channels go, the network becomes smaller and faster. `finetune` after it."""
+
+    step: Literal["prune"]
+    shares: dict[Counted, Ratio] = {}
+    """The most that stays of `macs`, `params` or `size_mb`, as a share of what the network costs: {macs: 0.5}."""
+    limits: dict[Counted, Annotated[float, Field(gt=0)]] = {}
+    """The same in numbers; macs are per sample."""
+    keep: Ratio | None = None
+    """In place of limits: the share of channels that stays in every group (policy uniform)."""
+    channels: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    """In place of limits: how many channels stay, by group; groups that are not named stay whole."""
+    policy: Literal["uniform", "ranked", "sensitivity"] = "uniform"
+    """How many stay where: the same share everywhere; by the criterion over all groups; by measured curves."""
+    search: AmcSpec | None = None
+    """Search the policy in place of giving one: `search: amc` or `search: {name: amc, episodes: 100}`."""
+    criterion: Literal["l1", "l2", "input_l1", "bn", "group"] = "group"
+    """Which channels stay: norms of the weights that make (l1, l2) or use (input_l1) them, BatchNorm scales, or all."""
+    round_to: int = Field(8, ge=1)
+    """Numbers of channels are multiples of this, or all of a group."""
+    reconstruct: bool = False
+    """Fit the layers that lost inputs by least squares to `judge.calibrate` training samples."""
+
+    @field_validator("search", mode="before")
+    @classmethod
+    def _by_name(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> "PruneStep":
+        limited = bool(self.shares or self.limits)
+        given = [name for name in ("keep", "channels") if getattr(self, name) is not None]
+        if limited + len(given) != 1:
+            raise ValueError("shares: write one of shares (with or without limits), keep and channels")
+        if self.search is not None and not limited:
+            raise ValueError("search: needs shares or limits")
+        if self.search is not None and self.policy != "uniform":
+            raise ValueError("policy: is what the search finds: leave one of the two out")
+        if self.keep is not None and self.policy != "uniform":
+            raise ValueError(f"keep: goes with policy uniform; {self.policy} needs shares or limits")
+        if self.policy == "ranked" and self.criterion != "group":
+            raise ValueError("policy: ranked needs criterion: group, whose scores compare across groups")
+        if both := sorted(self.shares.keys() & self.limits.keys()):
+            raise ValueError(f"limits: {', '.join(both)}: written as a share too: leave one out")
+        return self
+
+
+Step = Annotated[PruneStep | SparsifyStep | FinetuneStep, Field(discriminator="step")]
 
 
 class TimingSpec(Spec):

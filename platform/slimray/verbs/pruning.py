@@ -1,0 +1,261 @@
+"""What the step `prune` does: a policy given or searched by AMC's agent, the network cut, fitted, re-calibrated.
+
+Trials of a search are those of the shared runner (trials.py): a generation is proposed from the seed and the finished
+trials before it, so that the result is the same on any number of workers and after a resume. A trial cuts the policy,
+re-calibrates BatchNorm and scores what is left; so does the step itself with the policy that it ends in.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from ray import tune
+from torch import nn
+
+from slimray import runs
+from slimray.compress import channels, criteria, policies, reconstruction
+from slimray.compress.groups import Groups, trace
+from slimray.data.modalities import input_shape
+from slimray.search import amc
+from slimray.search.ddpg import DdpgSettings
+from slimray.spec import RunFailed, UserError
+from slimray.tasks import TASKS
+from slimray.tasks.network import load_network, to_input
+from slimray.train import batchnorm
+from slimray.verbs import subnets, trials
+from slimray.verbs.compressing import Work, read_network, write_network
+
+
+class Cutter:
+    """The network of a run with its groups: cuts policies, fits what is left to training samples, and scores it."""
+
+    def __init__(self, uri: str, exhibits: Any, spec: Any, step: Any, device: str = "cpu"):
+        self.judge, self.step = subnets.Judge(uri, exhibits, spec, device), step
+        self.net = load_network(runs.run_at(uri)).net
+        self.groups = groups_of(self.net, self.judge.network.recipe)
+        self.scores = criteria.importance(self.net, self.groups, step.criterion)
+
+    def cut(self, counts: Mapping[str, int]) -> tuple[nn.Module, dict[str, Any]]:
+        """The network of a policy, re-calibrated, in eval mode on the judge's device, and its record."""
+        kept = criteria.strongest(self.scores, counts)
+        small, record = channels.cut(self.net, self.groups, kept)
+        pixels, cpu = self.judge.network.pixels, torch.device("cpu")
+        if self.step.reconstruct:
+            batches = (to_input(part.numpy(), pixels, cpu) for part in self.judge.inputs)
+            reconstruction.reconstruct(self.net, small, self.groups, kept, batches)
+        small = small.to(self.judge.device)
+        if any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in small.modules()):
+            batches = (to_input(part.numpy(), pixels, self.judge.device) for part in self.judge.inputs)
+            small = batchnorm.recalibrate_norms(small, batches)
+        return small.eval(), record
+
+    def score(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """The metrics of a policy on the samples to score."""
+        return self.judge.metrics_of(self.cut(counts)[0])
+
+
+def groups_of(net: nn.Module, recipe: Mapping[str, Any]) -> Groups:
+    """The groups of a network on the CPU, found with a random sample."""
+    generator = torch.Generator().manual_seed(0)
+    return trace(net, torch.rand(2, *input_shape(dict(recipe)), generator=generator))
+
+
+def prune(step: Any, work: Work, folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
+    """Prune the network of `before`; return the stage and the policy with what it was chosen by."""
+
+    def make(stage: runs.Run) -> None:
+        net, model, taken = read_network(before)
+        groups = groups_of(net, taken["recipe"])
+        limits = limits_of(step, groups)
+        recipe, job = taken["recipe"], work.job
+        source = work.data.tables[work.spec.train]
+        count = min(job.judge.calibrate, source.num_samples)
+        calibrate = subnets.decode(
+            source, recipe | {"mode": "train"}, count, job.seed, True, work.spec.decode_timeout_s
+        )
+        chosen: dict[str, Any]
+        if step.search is not None:
+            exhibits = subnets.Exhibits(calibrate, work.judged)
+            chosen = _searched(step, work, stage, before, groups, limits, exhibits)
+        elif step.channels is not None:
+            groups.row(step.channels)
+            chosen = {"counts": dict(step.channels)}
+        else:
+            exhibits = subnets.Exhibits(calibrate, work.judged if step.policy == "sensitivity" else ())
+            chosen = work.on_worker(_given, before.uri, exhibits, job.judge, step, limits)
+        done = work.on_worker(_final, before.uri, subnets.Exhibits(calibrate, ()), job.judge, step, chosen["counts"])
+        small, record = done
+        told = chosen | {"sizes": groups.sizes, "limits": limits, "costs": costs_of(groups, chosen["counts"])}
+        runs.write_file(stage, "data/policy.json", json.dumps(told).encode())
+        write_network(stage, small, model, taken, record)
+
+    stage = work.write(folder, step.model_dump(mode="json"), make)
+    return stage, json.loads(runs.read_file(stage, "data/policy.json"))
+
+
+def costs_of(groups: Groups, counts: Mapping[str, int]) -> dict[str, float]:
+    """MACs, parameters and megabytes of a policy."""
+    return policies.Budget(groups, {}).costs(counts)
+
+
+def limits_of(step: Any, groups: Groups) -> dict[str, float]:
+    """The limits of a step as numbers: those given, and shares of what the network costs."""
+    whole = costs_of(groups, {})
+    return {**step.limits, **{name: share * whole[name] for name, share in step.shares.items()}}
+
+
+def _final(device: str, uri: str, exhibits: Any, spec: Any, step: Any, counts: dict[str, int]) -> Any:
+    small, record = Cutter(uri, exhibits, spec, step, device).cut(counts)
+    return small.cpu(), record
+
+
+def _given(device: str, uri: str, exhibits: Any, spec: Any, step: Any, limits: dict[str, float]) -> dict[str, Any]:
+    """The policy `uniform`, `ranked` or `sensitivity` of a step, within the limits or by the share `keep`."""
+    cutter = Cutter(uri, exhibits, spec, step, device)
+    groups, curves = cutter.groups, {}
+    if step.policy == "uniform":
+        of = lambda share: policies.uniform(groups, share, step.round_to)  # noqa: E731
+    elif step.policy == "ranked":
+        of = lambda share: policies.ranked(groups, cutter.scores, share, step.round_to)  # noqa: E731
+    else:
+        best = TASKS[cutter.judge.network.task].best
+        sign = -1.0 if best.better == "lower" else 1.0
+        curves = policies.sensitivity(groups, lambda c: sign * cutter.score(c)[best.name], step.round_to)
+        of = lambda share: policies.by_sensitivity(groups, curves, share, step.round_to)  # noqa: E731
+    counts = of(step.keep) if step.keep is not None else policies.Budget(groups, limits).largest(of)
+    plain = {name: {str(count): value for count, value in curve.items()} for name, curve in curves.items()}
+    return {"counts": counts, "sensitivity": plain} if plain else {"counts": counts}
+
+
+# ------------------------------------------------------------------------------------------------ search
+
+
+class PruneTrial(tune.Trainable):
+    """A trial of the search as Tune runs it; its process keeps the network for the next one."""
+
+    def setup(
+        self, config: dict[str, Any], uri: str = "", exhibits: Any = None, spec: Any = None, step: Any = None
+    ) -> None:
+        """Load the network and find its groups."""
+        self.cutter = Cutter(uri, exhibits, spec, step)
+        self.counts = config["counts"]
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the policy of the next trial."""
+        self.counts = new_config["counts"]
+        return True
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Keep nothing: a trial that was cut off is done again."""
+        return {}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Do nothing, see `save_checkpoint`."""
+
+    def step(self) -> dict[str, Any]:
+        """Score the policy."""
+        return {"metrics": self.cutter.score(self.counts), "metric": 0.0, "done": True}
+
+
+class Progress:
+    """A search under way: what was tried lies in `trials/` of the stage, what is next is a function of it."""
+
+    def __init__(self, stage: runs.Run, walk: amc.GroupWalk, settings: amc.AmcSettings, seed: int, metric: Any):
+        self.stage, self.walk, self.settings, self.seed, self.metric = stage, walk, settings, seed, metric
+        self.history: dict[int, amc.AmcTrial] = {}
+        self.proposed: dict[int, list[amc.AmcTrial]] = {}
+        self.running: dict[str, amc.AmcTrial] = {}
+        for index in range(settings.episodes):
+            if runs.exists(stage, self._file(index)):
+                plain = json.loads(runs.read_file(stage, self._file(index)))
+                reward = math.nan if plain["reward"] is None else plain["reward"]
+                self.history[index] = amc.AmcTrial.from_dict(plain | {"reward": reward})
+
+    @staticmethod
+    def _file(index: int) -> str:
+        return f"trials/{index:06d}.json"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no trial is left to run."""
+        return len(self.history) >= self.settings.episodes
+
+    def next(self) -> amc.AmcTrial | None:
+        """The first trial that is neither over nor running; None while its generation cannot be proposed."""
+        busy = {trial.index for trial in self.running.values()} | self.history.keys()
+        index = next((i for i in range(self.settings.episodes) if i not in busy), None)
+        if index is None:
+            return None
+        number, place = divmod(index, self.settings.population)
+        if number not in self.proposed:
+            found = amc.propose(self.walk, self.settings, list(self.history.values()), self.seed, number)
+            if found is None:
+                return None
+            self.proposed[number] = found
+        return self.proposed[number][place]
+
+    def start(self, trial: str) -> dict[str, Any] | None:
+        """Return what Tune's `trial` is to do; None while nothing can be proposed."""
+        chosen = self.next()
+        if chosen is None:
+            return None
+        self.running[trial] = chosen
+        return {"counts": chosen.counts}
+
+    def end(self, trial: str, metrics: dict[str, float]) -> None:
+        """Write a trial that is over, once; without metrics it has failed."""
+        known = self.running.pop(trial, None)
+        if known is None:
+            return
+        sign = -1.0 if self.metric.better == "lower" else 1.0
+        reward = amc.reward_of(sign * metrics[self.metric.name]) if metrics else math.nan
+        plain = known.to_dict() | {"reward": None if math.isnan(reward) else reward, "metrics": metrics}
+        self.history[known.index] = amc.AmcTrial.from_dict(plain | {"reward": reward})
+        runs.write_file(self.stage, self._file(known.index), json.dumps(plain).encode())
+
+
+def _searched(
+    step: Any, work: Work, stage: runs.Run, before: runs.Run, groups: Groups, limits: dict[str, float], exhibits: Any
+) -> dict[str, Any]:
+    """Search a policy by trials of Ray Tune, or go on with those that are there."""
+    spec, job = step.search, work.job
+    agent = DdpgSettings(warmup=spec.warmup, decay=spec.decay, replay=100, dummy=True)
+    steps = [amc.GroupStep(**one) for one in policies.group_features(groups, step.round_to)]
+
+    def costs(rows: Any) -> dict[str, Any]:
+        found = groups.costs_of(rows)
+        return found | {"size_mb": found["params"] * 4e-6}
+
+    try:
+        walk = amc.GroupWalk(steps, costs, limits, spec.least)
+    except UserError as error:
+        raise UserError(f"{work.ctx.where}: prune: {error}") from None
+    metric = TASKS[subnets.task_of(runs.read_model(before)[2])].best
+    progress = Progress(stage, walk, amc.AmcSettings(spec.episodes, spec.population, agent), job.seed, metric)
+    if not progress.is_done:
+        done = f" ({len(progress.history)} done)" if progress.history else ""
+        work.ctx.console.print(f"{job.name}: {spec.episodes} policies to try{done}", highlight=False)
+        resources: dict[str, float] = {"cpu": job.scale.cpus_per_worker}
+        trainable = tune.with_parameters(PruneTrial, uri=before.uri, exhibits=exhibits, spec=job.judge, step=step)
+        setup = tune.TuneConfig(
+            search_alg=trials.ProposalSearch(progress),
+            num_samples=spec.episodes - len(progress.history),
+            max_concurrent_trials=min(job.scale.most, spec.population),
+            reuse_actors=True,
+            metric="metric",
+            mode="max",
+        )
+        trials.run_trials(job.name, tune.with_resources(trainable, resources), setup, retries=job.scale.retries)
+        if not progress.is_done:
+            raise RunFailed(f"prune: Tune ended after {len(progress.history)} of {spec.episodes} trials")
+    tried = [progress.history[index] for index in range(spec.episodes)]
+    if not any(math.isfinite(trial.reward) for trial in tried):
+        raise RunFailed(f"prune: every one of {spec.episodes} trials failed")
+    found = amc.best(tried)
+    return {"counts": found.counts, "episode": found.index, "rewards": [_number(trial.reward) for trial in tried]}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -1,0 +1,112 @@
+"""Channels pruned by `kind: compress`: policies and AMC keep their limits, a search is the same on any workers."""
+
+import json
+import math
+
+import pytest
+import yaml
+from tests.verbs.conftest import Shell
+from tests.verbs.test_compress import DATA, TRAIN
+
+from slimray import runs
+from slimray.search import amc
+from slimray.search.ddpg import DdpgSettings
+from slimray.spec import UserError, parse
+from slimray.tasks import TASKS
+from slimray.verbs.compress_specs import CompressJob
+from slimray.verbs.pruning import Progress
+
+PRUNE = """
+kind: compress
+name: {name}
+model: {{run: whole}}
+steps:
+  - {{step: prune, shares: {{macs: 0.8}}, policy: sensitivity, round_to: 4}}
+  - step: prune
+    shares: {{macs: 0.6}}
+    search: {{name: amc, episodes: 4, population: 2, warmup: 2}}
+    round_to: 2
+hold_out: 12
+judge: {{calibrate: 16, calibrate_batch: 8}}
+timing: null
+scale: {{workers: {workers}}}
+"""
+
+
+def walk() -> amc.GroupWalk:
+    steps = [amc.GroupStep(f"g{i}", (8, 16, 24), False, 24, 24, 1, 3, 100.0, 1e6) for i in range(3)]
+    return amc.GroupWalk(steps, lambda rows: {"macs": rows.sum(1)}, {"macs": 50.0})
+
+
+def finish(progress: Progress, order: list[int]) -> None:
+    """Run trials to the end, those under way finishing in the `order` of a permutation."""
+    number = 0
+    while not progress.is_done:
+        begun = []
+        while (chosen := progress.start(f"trial-{number}")) is not None:
+            begun.append((f"trial-{number}", chosen["counts"]))
+            number += 1
+        for place in [i for i in order if i < len(begun)]:
+            name, counts = begun[place]
+            progress.end(name, {} if counts["g0"] == 24 else {"top1": float(sum(counts.values()))})
+
+
+def test_trials_on_storage_are_the_search_in_whatever_order_they_end(tmp_path):
+    settings = amc.AmcSettings(9, 3, DdpgSettings(warmup=3, decay=0.9, replay=100, batch=4, hidden=(8, 8), dummy=True))
+    found = []
+    for number, order in enumerate(([0, 1, 2], [2, 0, 1])):
+        run = runs.open_run(str(tmp_path), f"stage-{number}")
+        progress = Progress(run, walk(), settings, 5, TASKS["classify"].best)
+        finish(progress, order)
+        again = Progress(run, walk(), settings, 5, TASKS["classify"].best)
+        assert again.is_done
+        found.append([(t.counts, t.actions.tolist(), t.reward) for t in map(again.history.get, range(9)) if t])
+    assert len(found[0]) == 9
+    for one, other in zip(*found, strict=True):
+        assert one[:2] == other[:2]
+        assert one[2] == other[2] or math.isnan(one[2] + other[2])
+    assert len({tuple(counts.values()) for counts, _, _ in found[0]}) > 2
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        ("", "write one of shares"),
+        ("keep: 0.5, shares: {macs: 0.5}", "write one of shares"),
+        ("keep: 0.5, search: amc", "search: needs shares or limits"),
+        ("shares: {macs: 0.5}, search: haq", "amc"),
+        ("shares: {macs: 1.5}", "shares.macs"),
+        ("shares: {mac: 0.5}", "macs"),
+        ("shares: {macs: 0.5}, limits: {macs: 1}", "written as a share too"),
+        ("shares: {macs: 0.5}, policy: ranked, criterion: l1", "ranked needs criterion: group"),
+        ("shares: {macs: 0.5}, policy: ranked, search: amc", "leave one of the two out"),
+        ("keep: 0.5, policy: ranked", "keep: goes with policy uniform"),
+    ],
+)
+def test_steps_that_say_too_much_or_too_little_are_one_sentence(step, reason):
+    body = yaml.safe_load(f"{{step: prune, {step}}}")
+    with pytest.raises(UserError, match=reason):
+        parse(CompressJob, {"kind": "compress", "name": "x", "model": {"run": "y"}, "steps": [body]}, "job.yaml")
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_network_is_pruned_by_curves_and_by_amc_on_any_number_of_workers(shell: Shell):
+    shell.ok("run", shell.write("pictures.yaml", DATA))
+    shell.ok("run", shell.write("whole.yaml", TRAIN))
+    found = []
+    for workers in (1, 2):
+        name = f"pruned-{workers}"
+        shell.ok("run", shell.write(f"{name}.yaml", PRUNE.format(name=name, workers=workers)))
+        run = runs.open_run(str(shell.storage), name)
+        results = json.loads(runs.read_file(run, "results.json"))
+        rows = [one["row"] for one in results["steps"]]
+        assert [row["step"] for row in rows] == ["original", "prune", "prune"]
+        assert rows[1]["macs"] <= 0.8 * rows[0]["macs"]
+        assert rows[2]["macs"] <= 0.6 * rows[1]["macs"]
+        assert len(results["steps"][2]["details"]["rewards"]) == 4
+        assert results["steps"][1]["details"]["sensitivity"]
+        found.append([one["details"]["counts"] for one in results["steps"][1:]])
+    assert found[0] == found[1]
+    done = json.loads(shell.run("evaluate", "pruned-1", "--json").stdout)
+    assert done["rows"][0]["macs"] == rows[2]["macs"]
