@@ -10,7 +10,7 @@ from torch import nn
 from slimray import models
 from slimray.edge import latency_table, profiler
 from slimray.models.points.ops import normalize_coords, voxelize
-from slimray.tasks.network import Input
+from slimray.tasks.network import Input, predict_outputs, to_input
 from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.plain import PlainReplica
 from slimray.train.spec import OptimSpec
@@ -54,6 +54,22 @@ def test_values_and_gradients_are_those_of_a_cpu(name):
     one, other = (torch.cat([g.flatten() for g in tensors]).double() for tensors in (ours_grads, grads))
     difference = (one - other).norm() / other.norm()
     assert difference < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("precision", "error"), [("fp32", (0, 1e-6)), ("tf32", (1e-6, 5e-3)), ("auto", (1e-4, 5e-2)), ("fp16", (1e-6, 5e-3))]
+)
+def test_a_judgement_computes_in_the_precision_that_it_is_told(precision, error):
+    """Holds a layer against float64: what is lost says in which arithmetic it was computed."""
+    layer = nn.Conv2d(3, 64, 4)
+    views = np.random.default_rng(0).integers(0, 256, (4, 1, 4, 4, 3), dtype=np.uint8)
+    cuda = torch.device("cuda")
+    found = predict_outputs(layer.cuda(), views, Input(), cuda, 4, precision)
+    x = to_input(views, Input(), cuda).double()
+    exact = layer.double()(x).float()
+    assert isinstance(found, torch.Tensor)
+    lost = float((found - exact).norm() / exact.norm())
+    assert error[0] <= lost < error[1]
 
 
 def batch(rng: np.random.Generator, num: int) -> Piece:

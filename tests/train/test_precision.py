@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from slimray.tasks.network import Input
+from slimray.tasks.precision import arithmetic_of
 from slimray.train import precision, speed
 from slimray.train.gpus import GPUS
 from slimray.train.methods.method import Piece, Setup
@@ -83,8 +84,8 @@ def test_other_arithmetic_has_no_scale(kind):
 
 
 def test_what_auto_means_and_what_utilisation_is_measured_against(monkeypatch):
-    assert precision.arithmetic_of("auto", CPU) == "fp32"
-    assert precision.arithmetic_of("fp16", CPU) == "fp16"
+    assert arithmetic_of("auto", CPU) == "fp32"
+    assert arithmetic_of("fp16", CPU) == "fp16"
     assert GPUS["V100"].peak("fp32") == 15.7e12
     assert GPUS["V100"].peak("fp16") == 125e12
     assert GPUS["T4"].peak("fp32") == 8.1e12

@@ -57,7 +57,9 @@ class Pass:
     def take(self, samples: Samples) -> Outputs | None:
         """Count samples (one or more); returns the outputs that examples are made of, of the first view."""
         network = self.setting.network
-        outputs = predict_outputs(network.net, samples.data, network.pixels, network.device, self.setting.rows)
+        outputs = predict_outputs(
+            network.net, samples.data, network.pixels, network.device, self.setting.rows, network.precision
+        )
         self.score.add(outputs, torch.from_numpy(samples.targets).to(network.device))
         return outputs
 

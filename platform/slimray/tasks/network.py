@@ -5,9 +5,8 @@
 too.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from slimray.models import published
 from slimray.runtime import answers
 from slimray.runtime.answers import Arrays
 from slimray.runtime.inputs import Input
+from slimray.tasks.precision import computing
 from slimray.tasks.task import Outputs, task_before
 
 
@@ -29,7 +29,8 @@ from slimray.tasks.task import Outputs, task_before
 class Network:
     """A run's network ready to use: the module in eval mode, its input, the recipe of its samples, its classes.
 
-    `task` is a name in TASKS, `model` what `compress.build` takes.
+    `task` is a name in TASKS, `precision` that in which it computes (tasks/precision.py), `model` what `compress.build`
+    takes.
     """
 
     net: nn.Module
@@ -38,6 +39,7 @@ class Network:
     classes: tuple[str, ...]
     model: dict[str, Any]
     task: str
+    precision: str = "auto"
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +58,7 @@ class Network:
 
     def outputs(self, data: np.ndarray, rows: int) -> Arrays:
         """Return float32 outputs `[n, ...]` of samples `[n, V, ...]` as arrays, views averaged."""
-        outputs = predict_outputs(self.net, data, self.pixels, self.device, rows)
+        outputs = predict_outputs(self.net, data, self.pixels, self.device, rows, self.precision)
         if isinstance(outputs, Mapping):
             return {name: value.cpu().numpy() for name, value in outputs.items()}
         return outputs.cpu().numpy()
@@ -76,8 +78,9 @@ def load_network(run: runs.Run, device: torch.device | str = "cpu") -> Network:
     tensors = safetensors.torch.load(weights)
     published.require_finite(tensors, f"{run.uri}/model/weights.safetensors")
     net.load_state_dict(tensors)
-    classes = tuple(taken["classes"])
-    return Network(net.to(device).eval(), Input.of(taken["pixels"]), taken["recipe"], classes, model, task_of(taken))
+    classes, pixels = tuple(taken["classes"]), Input.of(taken["pixels"])
+    precision = taken.get("precision", "auto")  # what earlier versions did
+    return Network(net.to(device).eval(), pixels, taken["recipe"], classes, model, task_of(taken), precision)
 
 
 def to_input(data: np.ndarray, pixels: Input, device: torch.device) -> Tensor:
@@ -98,16 +101,6 @@ def to_input(data: np.ndarray, pixels: Input, device: torch.device) -> Tensor:
     return (tensor.movedim(-1, -3).to(torch.get_default_dtype()) - mean) / std
 
 
-@contextlib.contextmanager
-def autocast(device: torch.device) -> Iterator[None]:
-    """bf16 autocast on a GPU that has it; elsewhere nothing changes."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        with torch.autocast("cuda", torch.bfloat16):
-            yield
-    else:
-        yield
-
-
 def merge_views(logits: Tensor, num_views: int, average: str) -> Tensor:
     """Scores `[n, C, ...]` from logits `[n*V, C, ...]` of V views: their mean, or the log of mean probabilities."""
     views = logits.view(-1, num_views, *logits.shape[1:])
@@ -118,15 +111,21 @@ def merge_views(logits: Tensor, num_views: int, average: str) -> Tensor:
 
 @torch.no_grad()
 def predict_outputs(
-    net: Callable[[Tensor], Outputs], data: np.ndarray, pixels: Input, device: torch.device, rows: int
+    net: Callable[[Tensor], Outputs],
+    data: np.ndarray,
+    pixels: Input,
+    device: torch.device,
+    rows: int,
+    precision: str = "auto",
 ) -> Outputs:
     """Outputs in float32, `[n, ...]` or several by name, of samples `[n, V, ...]`, views averaged.
 
-    The network sees at most `rows` samples at once. ValueError without samples.
+    The network sees at most `rows` samples at once and computes in `precision` (tasks/precision.py). ValueError without
+    samples.
     """
     parts: list[Outputs] = []
     for i in range(0, len(data), rows):
-        with autocast(device):
+        with computing(device, precision):
             outputs = net(to_input(data[i : i + rows], pixels, device))
         if isinstance(outputs, Mapping):
             parts.append({k: merge_views(value.float(), data.shape[1], "logits") for k, value in outputs.items()})

@@ -174,7 +174,7 @@ class VotePass(Pass):
 
 
 def _logits(network: Network, data: np.ndarray, rows: int) -> Tensor:
-    outputs = predict_outputs(network.net, data, network.pixels, network.device, rows)
+    outputs = predict_outputs(network.net, data, network.pixels, network.device, rows, network.precision)
     assert isinstance(outputs, Tensor)
     return outputs
 

@@ -27,6 +27,7 @@ from slimray.edge.compiler import without_compiler
 from slimray.spec import RunFailed
 from slimray.tasks import TASKS
 from slimray.tasks.network import Input, predict_outputs
+from slimray.tasks.precision import arithmetic_of, judged_in
 from slimray.tasks.task import Score, require_finite
 from slimray.train import learn, optimizers, speed
 from slimray.train.checkpoints import Progress, Saver
@@ -35,7 +36,6 @@ from slimray.train.health import OTHERS, end_process
 from slimray.train.methods.method import Piece, part
 from slimray.train.metrics import BadSamples, Clock, News, Records, training_row
 from slimray.train.notices import Notices, tell_stuck
-from slimray.train.precision import arithmetic_of
 from slimray.train.ranks import Ranks, merge_scores
 from slimray.train.shown import Shown
 from slimray.train.start import make_replica
@@ -266,8 +266,8 @@ class _Rank:
                     score = self.task.score(len(config.classes), config.recipes["val"]) if score is None else score
                     if batch is not None:
                         self.bad.note(batch, phase, self.records.bad)
-                        learn.seed_step(config.seed, step, self.rank)  # what a network draws is the same every time
-                        score_batch(net, batch, config.pixels, self.device, config.per_worker, score)
+                        seed, precision = (config.seed, step, self.rank), config.optim.precision
+                        score_batch(net, batch, config.pixels, self.device, config.per_worker, score, seed, precision)
                     self.news.tell(phase, step, self.progress.total_steps, self.clock)
                     self.looks = bool(self.ranks.sum(self.notices.due())[0])
                     if last:
@@ -395,6 +395,7 @@ class _Rank:
                 "pixels": vars(config.pixels),
                 "classes": list(config.classes),
                 "task": config.task,
+                "precision": judged_in(config.optim.precision),
             }
             runs.write_model(self.run, safetensors.torch.save(weights), config.model, taken)
         return out
@@ -438,9 +439,21 @@ def confusion_of(score: Any) -> list[list[int]] | None:
 
 
 def score_batch(
-    net: torch.nn.Module, batch: Batch, pixels: Input, device: torch.device, rows: int, score: Score
+    net: torch.nn.Module,
+    batch: Batch,
+    pixels: Input,
+    device: torch.device,
+    rows: int,
+    score: Score,
+    seed: tuple[int, int, int],
+    precision: str,
 ) -> None:
-    """Add the valid rows of `batch` to `score`."""
+    """Add the valid rows of `batch` to `score`, in the arithmetic `precision` of the training.
+
+    `seed` is (run seed, step, rank): what a network draws at random is the same at every validation, also after a
+    resume, so that the numbers of two validations differ by the weights alone.
+    """
     if batch.valid.any():
-        outputs = predict_outputs(net, batch.data[batch.valid], pixels, device, rows)
+        learn.seed_step(*seed)
+        outputs = predict_outputs(net, batch.data[batch.valid], pixels, device, rows, precision)
         score.add(outputs, torch.from_numpy(batch.label[batch.valid]).to(device))

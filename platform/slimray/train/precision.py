@@ -1,36 +1,9 @@
-"""The arithmetic of a training: autocast, loss scaling for fp16, and how float32 products are computed."""
-
-import contextlib
-from collections.abc import Iterator
+"""The scale of the loss with which fp16 trains; what a precision means is said in tasks/precision.py."""
 
 import torch
 from torch import Tensor
 
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 START_SCALE, GROWTH_STEPS = 2.0**16, 2000  # as torch.amp.GradScaler has them
-
-
-def arithmetic_of(precision: str, device: torch.device) -> str:
-    """Return what `precision` ("auto", ...) means on `device`: bf16, fp16, tf32 or fp32."""
-    if precision != "auto":
-        return precision
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if has_bf16 else "fp32"
-
-
-def set_products(precision: str) -> None:
-    """Set how this process multiplies float32 matrices on a GPU: "tf32" on tensor cores, "fp32" strictly; others leave
-    torch's own settings."""
-    if precision in ("tf32", "fp32"):
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-
-
-@contextlib.contextmanager
-def autocast(device: torch.device, precision: str = "auto") -> Iterator[None]:
-    """Compute in bf16 or fp16 inside the block where `precision` says so; elsewhere nothing changes."""
-    half = HALF.get(arithmetic_of(precision, device))
-    with contextlib.nullcontext() if half is None else torch.autocast(device.type, half):
-        yield
 
 
 class LossScale:

@@ -180,7 +180,7 @@ class Judge:
             for start in range(0, len(kept), self.spec.batch):
                 rows = kept[start : start + self.spec.batch]
                 data, pixels = batch.data[rows], self.network.pixels
-                outputs = predict_outputs(forward, data, pixels, self.device, self.spec.batch)
+                outputs = predict_outputs(forward, data, pixels, self.device, self.spec.batch, self.network.precision)
                 score.add(outputs, torch.from_numpy(batch.label[rows]).to(self.device))
         return {name: value for name, value in score.result().items() if isinstance(value, int | float)}
 

@@ -8,6 +8,7 @@ finite is dropped by all ranks alike. `tensors` is the whole training state by n
 same bits. torch only: it runs under Ray Train (loop.py), under torchrun, or alone.
 """
 
+import abc
 import contextlib
 import copy
 import time
@@ -22,10 +23,11 @@ from torch import Tensor, nn
 
 from slimray.tasks.classify import CLASSIFY
 from slimray.tasks.network import Input, to_input
+from slimray.tasks.precision import arithmetic_of, computing, set_products
 from slimray.tasks.task import Outputs, Task
 from slimray.train import batchnorm, learn, optimizers
 from slimray.train.averaging import LONG_AGO, Ema
-from slimray.train.precision import LossScale, arithmetic_of, autocast, set_products
+from slimray.train.precision import LossScale
 from slimray.train.spec import OptimSpec
 
 BUCKET = 2**22  # numbers all-reduced at a time
@@ -113,8 +115,8 @@ class Constraint(Protocol):
         ...
 
 
-class Replica:
-    """A network with its optimizer on one rank. A method overrides `_passes`, and what else it needs."""
+class Replica(abc.ABC):
+    """A network with its optimizer on one rank. A method defines `_passes`, and overrides what else it needs."""
 
     constraint: Constraint | None = None
 
@@ -203,9 +205,9 @@ class Replica:
         """What all pieces of a step share, a function of `seed`: the same on every rank."""
         return None
 
+    @abc.abstractmethod
     def _passes(self, batch: OnDevice, choice: Any) -> Iterator[Tensor]:
         """Yield the losses `[n]` of each forward pass over `batch`; its backward pass follows before the next one."""
-        raise NotImplementedError
 
     def _on_device(self, piece: Piece) -> tuple[OnDevice, float]:
         """A microbatch on the device, and the seconds that took."""
@@ -232,7 +234,7 @@ class Replica:
         return self.setup.task.weights(labels, self.optim)
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
-        return autocast(self.device, self.optim.precision)
+        return computing(self.device, self.optim.precision)
 
     def _accumulating(self, more: bool) -> contextlib.AbstractContextManager[Any]:
         """Around a piece, told whether `more` follow."""
