@@ -1,6 +1,8 @@
 """What `check` says of the options of a training, and how runs of earlier versions fit; without Ray."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ import yaml
 from PIL import Image
 
 from slimray import job, runs
+from slimray.data.images.pictures import ImageRecipe
+from slimray.data.video.clips import ClipRecipe
 from slimray.spec import UserError
 
 IMAGES = """
@@ -65,6 +69,63 @@ def test_what_only_the_dataset_tells_is_found_by_check():
     assert "batch.drop_last: 6 training samples do not fill a batch of 8" in dropped
     (missing,) = problems("teacher=nobody")
     assert "teacher: 'nobody' is not a run that holds a network" in missing
+
+
+def write_teacher(task: str, classes: int, recipe: dict[str, Any] | None = None) -> None:
+    """A run `old` with what `check` looks at in a network: its task, its samples and its classes."""
+    run = runs.open_run("runs", "old")
+    if not runs.exists(run, "job.yaml"):
+        runs.begin(run, {"kind": "train", "name": "old"}, 1)
+        runs.end(run, "finished")
+    recipe = ImageRecipe(size=32).to_dict() if recipe is None else recipe
+    taken = {"recipe": recipe, "pixels": {}, "classes": ["a"] * classes, "task": task}
+    runs.write_file(run, "model/input.json", json.dumps(taken).encode())
+
+
+def test_a_finished_teacher_of_another_task_is_found_by_check():
+    write_teacher("classify", 2)
+    assert problems("teacher=old") == []
+    write_teacher("classify", 7)
+    assert problems("teacher=old") == ["job.yaml (net): teacher: 'old' knows 7 classes, the dataset has 2"]
+    write_teacher("segment", 2)
+    (said,) = problems("teacher=old")
+    assert said == "job.yaml (net): teacher: 'old' is for the task segment, the dataset for classify: name another run"
+    write_teacher("classify", 2, ClipRecipe(num_segments=2, size=32).to_dict())
+    (said,) = problems("teacher=old")
+    assert said == "job.yaml (net): teacher: 'old' takes clips, the dataset gives images: name another run"
+    runs.write_file(runs.open_run("runs", "old"), "model/input.json", b"[1]")
+    (said,) = problems("teacher=old")
+    assert "teacher: 'old' is not a run that holds a network" in said
+
+
+AHEAD = """
+kind: train
+name: first
+data: {{card: {card}, size: 32}}
+model: {model}
+batch: {{total: 4, per_worker: 2}}
+optim: {{lr: 0.02, reference_batch: 4, epochs: 2}}
+---
+"""
+
+
+def test_a_teacher_that_a_job_ahead_trains_is_compared_too():
+    def said(card: str, model: str) -> list[str]:
+        (_, facts) = job.check(load(AHEAD.format(card=card, model=model) + IMAGES, "net:teacher=first"), "runs")
+        return facts["problems"]
+
+    assert said("my_images, root: images", "{name: resnet18, width: 0.125}") == []
+    (other,) = said("my_folders", "{name: tsm_resnet18}")
+    assert "teacher: 'first' takes clips, the dataset gives images: name another run" in other
+    (other,) = said("s3dis", "{name: pvcnn_s3dis}")
+    assert "teacher: 'first' is for the task segment, the dataset for classify: name another run" in other
+
+
+def test_a_task_without_classes_takes_no_teacher():
+    text = IMAGES.replace("my_images, root: images", "super_resolution, root: images")
+    text = text.replace("{name: resnet18, width: 0.125}", "{name: carn}") + "teacher: nobody\n"
+    (facts,) = job.check(load(text), "runs")
+    assert any("teacher: is for classes of samples or points, not for" in one for one in facts["problems"])
 
 
 def test_steps_are_counted_without_the_batch_that_is_dropped():

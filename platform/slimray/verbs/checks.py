@@ -9,11 +9,12 @@ from typing import Any, Protocol
 
 from slimray import runs
 from slimray.data.cards import Card
+from slimray.data.modalities import MODALITIES, Modality, modality_of
 from slimray.data.spec import DataSpec
 from slimray.spec import UserError, located, parse
 from slimray.train.spec import InitSpec, TeacherSpec
 from slimray.verbs import inputs
-from slimray.verbs.context import CheckContext
+from slimray.verbs.context import CheckContext, Made
 
 WEIGHTS = ("network", "supernet")  # what has weights to start from
 
@@ -94,15 +95,48 @@ def _check_init(init: InitSpec | None, ctx: CheckContext, network: Callable[[], 
         raise UserError(located(str(error), "init.from")) from None
 
 
-def check_teacher(teacher: str | TeacherSpec | None, ctx: CheckContext, num_classes: int | None) -> None:
-    """Raise UserError if there is no network to learn from, or one of another number of classes."""
+def check_teacher(teacher: str | TeacherSpec | None, ctx: CheckContext, card: Card | None) -> None:
+    """Raise UserError if there is no network to learn from, or one of another task, other samples or other classes.
+
+    `card` is the dataset of the student; None where only a job ahead knows it.
+    """
     name = teacher.run if isinstance(teacher, TeacherSpec) else teacher
-    if name is None or ctx.require(name, ("network",), "teacher") is not None:
+    if name is None:
         return
+    from slimray.tasks import task_of_card
+
+    task = None if card is None else task_of_card(card)
+    if task is not None and not task.logits:
+        raise UserError(f"teacher: is for classes of samples or points, not for the task {task.name}: leave it out")
+    made = ctx.require(name, ("network",), "teacher")
+    taught = _taught(name, ctx) if made is None else _will_be_taught(made)
+    if task is None or card is None or taught is None:
+        return
+    its_task, takes, num_classes = taught
+    if its_task != task.name:
+        raise UserError(f"teacher: {name!r} is for the task {its_task}, the dataset for {task.name}: name another run")
+    if takes is not (gives := MODALITIES[card.sample]):
+        raise UserError(f"teacher: {name!r} takes {takes.plural}, the dataset gives {gives.plural}: name another run")
+    if num_classes and card.num_classes and num_classes != card.num_classes:
+        raise UserError(f"teacher: {name!r} knows {num_classes} classes, the dataset has {card.num_classes}")
+
+
+def _taught(name: str, ctx: CheckContext) -> tuple[str, Modality, int]:
+    """Return task, modality and number of classes of the network of a run; UserError if it holds none."""
+    from slimray.tasks.network import task_of
+
     try:
-        run = runs.find_run(name, ctx.storage)
-        classes = json.loads(runs.read_file(run, "model/input.json"))["classes"]
-    except (FileNotFoundError, KeyError, ValueError, UserError):
+        taken = json.loads(runs.read_file(runs.find_run(name, ctx.storage), "model/input.json"))
+        return task_of(taken), modality_of(taken["recipe"]), len(taken["classes"])
+    except (FileNotFoundError, KeyError, ValueError, TypeError, AttributeError, UserError):
         raise UserError(f"teacher: {name!r} is not a run that holds a network: name a finished training") from None
-    if num_classes is not None and len(classes) != num_classes:
-        raise UserError(f"teacher: {name!r} knows {len(classes)} classes, the dataset has {num_classes}")
+
+
+def _will_be_taught(made: Made) -> tuple[str, Modality, int] | None:
+    """Return the same of a network that a job ahead makes; None where only a run that it reads knows it."""
+    from slimray.tasks import task_of_card
+
+    if made.card is None:
+        return None
+    card = parse(Card, made.card, "teacher")
+    return task_of_card(card).name, MODALITIES[card.sample], card.num_classes or 0

@@ -19,7 +19,10 @@ def check(job: TrainJob, ctx: CheckContext) -> dict[str, Any]:
     """Return parameters, MACs, input, batch, learning rate and steps, as far as they are known before it runs."""
     from slimray.verbs import networks
 
+    cards: list[Any] = []
+
     def facts(card: Any, num_train: int | None) -> dict[str, Any]:
+        cards.append(card)
         there = networks.with_network_if_there(job, ctx, card)
         if there is None:
             return {"model": f"that of {job.model.run}", **networks.schedule(job, num_train)}
@@ -31,7 +34,7 @@ def check(job: TrainJob, ctx: CheckContext) -> dict[str, Any]:
 
     out = checks.check_training(job, ctx, facts, network)
     with ctx.noting():
-        checks.check_teacher(job.teacher, ctx, out.get("classes"))
+        checks.check_teacher(job.teacher, ctx, cards[-1] if cards else None)
     return out
 
 
