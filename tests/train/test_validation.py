@@ -1,5 +1,7 @@
 """A validation counts the same whenever it is done, and computes in the arithmetic of the training."""
 
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
@@ -108,7 +110,7 @@ def test_a_network_trained_in_float32_is_used_in_float32():
     ]  # fmt: skip
     layer = nn.Conv2d(3, 4, 1)
     views = np.random.default_rng(0).integers(0, 256, (2, 1, 5, 5, 3), np.uint8)
-    exact, half = (predict_outputs(layer, views, Input(), CPU, 2, one) for one in ("fp32", "bf16"))
+    exact, half = (cast(torch.Tensor, predict_outputs(layer, views, Input(), CPU, 2, one)) for one in ("fp32", "bf16"))
     assert exact.dtype == half.dtype == torch.float32
     assert 0 < (exact - half).abs().max() < 0.05
 
