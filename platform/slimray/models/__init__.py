@@ -22,15 +22,10 @@ from slimray.models.mobilenetv2 import MobileNetV2
 from slimray.models.points.table import POINT_MODELS
 from slimray.models.resnet import ResNet
 from slimray.models.supernets.mixed import proxyless_found, proxyless_supernet
-from slimray.models.supernets.ofa_mobilenet import (
-    mobilenetv3_large,
-    ofa_mobilenetv3,
-    ofa_proxyless,
-    ofa_tsm_mobilenetv3,
-    proxyless_net,
-)
+from slimray.models.supernets.ofa_mobilenet import ofa_mobilenetv3, ofa_proxyless, ofa_tsm_mobilenetv3
 from slimray.models.supernets.ofa_pvcnn import ofa_pvcnn, ofa_pvcnn_cls
 from slimray.models.supernets.ofa_resnet import ofa_resnet50, ofa_tsm_resnet50
+from slimray.models.supernets.static_mobile import mobilenetv3_large, proxyless_net
 from slimray.models.tsm import VideoNet2D
 from slimray.spec import UserError, did_you_mean, lookup
 

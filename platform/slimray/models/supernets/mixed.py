@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from slimray.models.supernets.elastic import Unit, make_divisible, take
-from slimray.models.supernets.ofa_mobilenet import KERNELS, MBConv, MobileLayout, Nothing, proxyless_layout
-from slimray.models.supernets.supernet import Part, Subnet, Supernet, initialise, make_subnet
+from slimray.models.supernets.ofa_mobilenet import KERNELS, MBConv, MobileLayout, proxyless_layout
+from slimray.models.supernets.supernet import Nothing, Part, Subnet, Supernet, initialise, make_subnet
 from slimray.spec import UserError
 
 EXPANDS = (3, 6)

@@ -1,4 +1,4 @@
-"""Once-for-All over MobileNetV3 and ProxylessNAS blocks, and the published static networks of the same blocks.
+"""Once-for-All over MobileNetV3 and ProxylessNAS blocks.
 
 Supernets: kernel, expansion and depth are elastic (Once-for-All, arXiv 1908.09791; layouts of MobileNetV3, 1905.02244,
 and ProxylessNAS, 1812.00332), parameter names as released. With `num_segments` the same over clips, with a temporal
@@ -37,12 +37,10 @@ from slimray.models.supernets.supernet import (
     Placed,
     Pool,
     Shape,
-    Subnet,
     Supernet,
     clip_lengths,
     halved,
     input_dimensions,
-    make_subnet,
     named,
     of_preset,
 )
@@ -244,7 +242,7 @@ class MobileLayout:
                 if i < depth:
                     block = MBConv(
                         inputs=channels,
-                        middle=_middle(channels, arch["expand"][place]),
+                        middle=middle_channels(channels, arch["expand"][place]),
                         outputs=stage.channels,
                         kernel=arch["kernel"][place],
                         stride=1 if i else stage.stride,
@@ -259,7 +257,7 @@ class MobileLayout:
         return plan + [Placed(name, name, part) for name, part in self._end(channels).items()]
 
     def _end(self, channels: int) -> dict[str, Part]:
-        return _end(channels, self.expand, self.last, self.act, self.eps, self.num_classes, self.dropout)
+        return end_parts(channels, self.expand, self.last, self.act, self.eps, self.num_classes, self.dropout)
 
     def elastic(self, widest: Part) -> nn.Module:
         return ElasticMBConv(cast(MBConv, widest), KERNELS)
@@ -276,15 +274,15 @@ class MobileLayout:
             if placed.elastic:
                 inputs = cast(MBConv, placed.part).inputs
                 block = cast(ElasticMBConv, net.get_submodule(placed.source))
-                out += block.channel_groups({gene: _middle(inputs, gene) for gene in EXPANDS})
+                out += block.channel_groups({gene: middle_channels(inputs, gene) for gene in EXPANDS})
         return out
 
 
-def _middle(inputs: int, expand: float) -> int:
+def middle_channels(inputs: int, expand: float) -> int:
     return make_divisible(round(inputs * expand))
 
 
-def _end(
+def end_parts(
     channels: int, expand: int, last: int, act: str, eps: float, num_classes: int, dropout: float
 ) -> dict[str, Part]:
     """The parts behind the blocks: MobileNetV3's with `expand`, else those of ProxylessNAS."""
@@ -383,10 +381,10 @@ def ofa_mobilenetv3(
 def proxyless_layout(preset: str, shortcuts: str) -> MobileLayout:
     """The layout of ProxylessNAS of that name; UserError for an unknown one. `shortcuts`: see the module."""
     layout = of_preset({"imagenet": PROXYLESS, "tiny": PROXYLESS_TINY}, preset)
-    return replace(layout, first_shortcut=layout.first_shortcut or _by_channels(shortcuts))
+    return replace(layout, first_shortcut=layout.first_shortcut or by_channels(shortcuts))
 
 
-def _by_channels(shortcuts: str) -> bool:
+def by_channels(shortcuts: str) -> bool:
     if shortcuts not in SHORTCUTS:
         raise UserError(f"shortcuts: must be {' or '.join(SHORTCUTS)} (got {shortcuts!r})")
     return shortcuts == "by_channels"
@@ -429,94 +427,3 @@ def _supernet(layout: MobileLayout, zero_gamma: bool) -> Supernet:
                     net.get_parameter(f"{placed.source}.conv.point_linear.bn{'.bn' * placed.elastic}.weight")
                 )
     return net
-
-
-# ------------------------------------------------------------------------------------------ published static nets
-
-# Channels of the stem, the first block, the stages and the last layer; the stages' blocks as "kernel/expansion", "-"
-# for a block that is only its shortcut.
-PROXYLESS_NETS: dict[str, tuple[tuple[int, ...], str]] = {
-    "mobile": (
-        (32, 16, 32, 40, 80, 96, 192, 320, 1280),
-        "5/3 3/3 - -, 7/3 3/3 5/3 5/3, 7/6 5/3 5/3 5/3, 5/6 5/3 5/3 5/3, 7/6 7/6 7/3 7/3, 7/6",
-    ),
-    "cpu": (
-        (40, 24, 32, 48, 88, 104, 216, 360, 1432),
-        "3/6 3/3 3/3 3/3, 3/6 3/3 3/3 5/3, 3/6 - - 3/3, 5/6 3/3 3/3 3/3, 5/6 5/3 5/3 3/3, 5/6",
-    ),
-    "gpu": (
-        (40, 24, 32, 56, 112, 128, 256, 432, 1728),
-        "5/3 - - -, 7/3 - - 3/3, 7/6 - - 5/3, 5/6 - 3/3 5/3, 7/6 7/6 7/6 5/6, 7/6",
-    ),
-    "mobile_14": (
-        (48, 24, 40, 56, 112, 136, 256, 448, 1792),
-        "5/3 3/3 - -, 7/3 3/3 5/3 5/3, 7/6 5/3 5/3 5/3, 5/6 5/3 5/3 5/3, 7/6 7/6 7/3 7/3, 7/6",
-    ),
-}
-# kernel, middle, outputs, SE, activation, stride of MobileNetV3-Large (arXiv 1905.02244, table 1)
-MOBILENETV3_LARGE = (
-    (3, 16, 16, False, "relu", 1),
-    (3, 64, 24, False, "relu", 2),
-    (3, 72, 24, False, "relu", 1),
-    (5, 72, 40, True, "relu", 2),
-    (5, 120, 40, True, "relu", 1),
-    (5, 120, 40, True, "relu", 1),
-    (3, 240, 80, False, "h_swish", 2),
-    (3, 200, 80, False, "h_swish", 1),
-    (3, 184, 80, False, "h_swish", 1),
-    (3, 184, 80, False, "h_swish", 1),
-    (3, 480, 112, True, "h_swish", 1),
-    (3, 672, 112, True, "h_swish", 1),
-    (5, 672, 160, True, "h_swish", 2),
-    (5, 960, 160, True, "h_swish", 1),
-    (5, 960, 160, True, "h_swish", 1),
-)
-
-
-@dataclass(frozen=True)
-class Nothing:
-    """A block that is only its shortcut; it keeps its number, as in the released weights."""
-
-    def make(self) -> nn.Module:
-        return nn.Identity()
-
-    def output(self, shape: Shape) -> Shape:
-        return shape
-
-
-def proxyless_net(
-    net: str, num_classes: int, width: float = 1.0, dropout: float = 0.0, shortcuts: str = "defined"
-) -> Subnet:
-    """A network that ProxylessNAS (arXiv 1812.00332) found: `mobile`, `cpu`, `gpu` or `mobile_14`."""
-    widths, text = PROXYLESS_NETS[net]
-    stem, first, *stages, last = (make_divisible(channels * width) for channels in widths)
-    eps, act = PROXYLESS.eps, PROXYLESS.act
-    parts: dict[str, Part] = {
-        "first_conv": ConvNorm(3, stem, 3, 2, act, eps=eps),
-        "blocks.0": first_block(stem, first, act, eps, _by_channels(shortcuts)),
-    }
-    channels = first
-    for outputs, stage, blocks in zip(stages, PROXYLESS.stages, text.split(","), strict=True):
-        for i, code in enumerate(blocks.split()):
-            part: Part = Nothing()
-            if code != "-":
-                kernel, expand = map(int, code.split("/"))
-                stride = 1 if i else stage.stride
-                part = MBConv(channels, _middle(channels, expand), outputs, kernel, stride, act, False, eps=eps)
-            parts[f"blocks.{len(parts) - 1}"] = part
-            channels = outputs
-    return make_subnet(parts | _end(channels, 0, last, act, eps, num_classes, dropout), "first_conv.conv")
-
-
-def mobilenetv3_large(num_classes: int, width: float = 1.0, dropout: float = 0.1) -> Subnet:
-    """MobileNetV3-Large, which the supernet of its blocks is measured against."""
-    stem = channels = make_divisible(16 * width)
-    parts: dict[str, Part] = {"first_conv": ConvNorm(3, stem, 3, 2, "h_swish")}
-    for kernel, middle, outputs, se, act, stride in MOBILENETV3_LARGE:
-        expands = len(parts) > 1
-        inner, channels_out = make_divisible(middle * width) if expands else channels, make_divisible(outputs * width)
-        block = MBConv(channels, inner, channels_out, kernel, stride, act, se, expands)
-        parts[f"blocks.{len(parts) - 1}"] = block
-        channels = channels_out
-    expand, last = make_divisible(960 * width), make_divisible(1280 * width)
-    return make_subnet(parts | _end(channels, expand, last, "h_swish", 1e-5, num_classes, dropout), "first_conv.conv")

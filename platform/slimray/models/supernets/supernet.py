@@ -97,6 +97,17 @@ class Pool:
 
 
 @dataclass(frozen=True)
+class Nothing:
+    """A block that is only its shortcut; it keeps its number, as in the released weights."""
+
+    def make(self) -> nn.Module:
+        return nn.Identity()
+
+    def output(self, shape: Shape) -> Shape:
+        return shape
+
+
+@dataclass(frozen=True)
 class Classifier:
     """Dropout and the last linear layer."""
 
