@@ -7,7 +7,8 @@ those of the published checkpoints. The shift is written with `cat`, never in pl
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,19 @@ def temporal_shift(
 def _delay(x: Tensor) -> Tensor:
     """Every frame of `[B, T, C, H, W]` replaced by the one before, the first by zeros."""
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+
+
+class TemporalShift(nn.Module):
+    """`temporal_shift` as a layer without parameters: `[B*T, C, H, W]` in and out; `folds` as there."""
+
+    folds: tuple[int, int] | None = None
+
+    def __init__(self, num_segments: int, shift_div: int = 8, causal: bool = False):
+        super().__init__()
+        self.num_segments, self.shift_div, self.causal = num_segments, shift_div, causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        return temporal_shift(x, self.num_segments, self.shift_div, self.causal, self.folds)
 
 
 class Shift(nn.Module):
@@ -137,6 +151,10 @@ class VideoNet2D(nn.Module):
         elif shift:
             _shift_mobilenetv2(base_model, num_segments, shift_div, causal)
 
+    def per_frame(self) -> Mapping[str, nn.Module]:
+        """The modules that one after another take frames `[B*T, C, H, W]` to the logits of each, by name."""
+        return {"base_model": self.base_model} | ({} if self.new_fc is None else {"new_fc": self.new_fc})
+
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] != self.num_segments:  # the logits of 16 frames would be viewed as 8 frames of twice the classes
             raise ValueError(f"a clip has {x.shape[1]} frames, the network takes {self.num_segments}")
@@ -187,12 +205,12 @@ class _Stream:
         self.outgoing: list[Tensor] = []
 
 
-class _Cached(nn.Module):
-    """`net` behind the causal shift of one frame; the delayed channels come from and go to the stream."""
+class _CachedShift(nn.Module):
+    """The causal shift of one frame; the delayed channels come from and go to the stream."""
 
-    def __init__(self, shift: Shift, stream: _Stream):
+    def __init__(self, shift: Shift | TemporalShift, stream: _Stream):
         super().__init__()
-        self.net, self.shift_div, self.folds, self.stream = shift.net, shift.shift_div, shift.folds, stream
+        self.shift_div, self.folds, self.stream = shift.shift_div, shift.folds, stream
 
     def forward(self, x: Tensor) -> Tensor:
         fold = x.shape[1] // self.shift_div if self.folds is None else self.folds[0]
@@ -200,7 +218,32 @@ class _Cached(nn.Module):
         now = x[:, :fold]
         before = torch.zeros_like(now) if self.stream.incoming is None else self.stream.incoming[place]
         self.stream.outgoing.append(now)
-        return self.net(torch.cat([before, x[:, fold:]], dim=1))
+        return torch.cat([before, x[:, fold:]], dim=1)
+
+
+class _Cached(nn.Module):
+    """`net` behind the causal shift of one frame."""
+
+    def __init__(self, shift: Shift, stream: _Stream):
+        super().__init__()
+        self.net, self.shift = shift.net, _CachedShift(shift, stream)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.shift(x))
+
+
+class PerFrame(Protocol):
+    """A network over clips as `OnlineTSM` takes it apart: `VideoNet2D`, or a subnet of a supernet over clips."""
+
+    training: bool
+
+    @property
+    def causal(self) -> bool: ...
+    @property
+    def num_segments(self) -> int: ...
+    @property
+    def num_outputs(self) -> int: ...
+    def per_frame(self) -> Mapping[str, nn.Module]: ...
 
 
 class OnlineTSM(nn.Module):
@@ -211,19 +254,22 @@ class OnlineTSM(nn.Module):
     equals what the offline network returns. Raises ValueError for a network that has no online form.
     """
 
-    def __init__(self, net: VideoNet2D):
+    def __init__(self, net: PerFrame):
         super().__init__()
         if not net.causal or net.num_outputs != net.num_segments:
             raise ValueError("OnlineTSM: needs a network built with causal=True and without temporal_pool")
-        if any(isinstance(m, NonLocalAfter) for m in net.modules()):
-            raise ValueError("OnlineTSM: non-local blocks look at the whole clip and have no online form")
-        self.base_model, self.new_fc = copy.deepcopy(net.base_model), copy.deepcopy(net.new_fc)
-        self._stream = _Stream()
-        self.training = net.training
-        for parent in list(self.base_model.modules()):
+        layers = copy.deepcopy(dict(net.per_frame()))
+        self._names, self._stream, self.training = tuple(layers), _Stream(), net.training
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        for parent in list(self.modules()):
             for name, child in list(parent.named_children()):
+                if isinstance(child, NonLocalAfter):
+                    raise ValueError("OnlineTSM: non-local blocks look at the whole clip and have no online form")
                 if isinstance(child, Shift):
                     setattr(parent, name, _Cached(child, self._stream).train(child.training))
+                if isinstance(child, TemporalShift):
+                    setattr(parent, name, _CachedShift(child, self._stream).train(child.training))
 
     def forward(self, frame: Tensor, buffers: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         return self._run(frame, list(buffers))
@@ -245,9 +291,8 @@ class OnlineTSM(nn.Module):
     def _run(self, frame: Tensor, buffers: list[Tensor] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         self._stream.incoming, self._stream.outgoing = buffers, []
         try:
-            logits = self.base_model(frame)
-            if self.new_fc is not None:
-                logits = self.new_fc(logits)
-            return logits, tuple(self._stream.outgoing)
+            for name in self._names:
+                frame = self.get_submodule(name)(frame)
+            return frame, tuple(self._stream.outgoing)
         finally:
             self._stream.incoming, self._stream.outgoing = None, []

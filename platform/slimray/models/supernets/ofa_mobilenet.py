@@ -44,7 +44,7 @@ from slimray.models.supernets.supernet import (
     named,
     of_preset,
 )
-from slimray.models.tsm import temporal_shift
+from slimray.models.tsm import TemporalShift, temporal_shift
 from slimray.spec import UserError
 
 KERNELS, EXPANDS = (3, 5, 7), (3, 4, 6)
@@ -57,8 +57,8 @@ SHORTCUTS = ("defined", "by_channels")
 class MBConv:
     """An inverted residual block: expand (1x1, left out without `expands`), filter by depth, project.
 
-    `frames`: the residual branch begins with a temporal shift over that many; 0 for none. `shortcut`: what comes in is
-    added to what comes out, where the stride is 1 and the channels are as many.
+    `frames`: the residual branch begins with a temporal shift over that many (0 for none), `causal`: from the past
+    alone. `shortcut`: what comes in is added to what comes out, where the stride is 1 and the channels are as many.
     """
 
     inputs: int
@@ -71,6 +71,7 @@ class MBConv:
     expands: bool = True
     frames: int = 0
     shortcut: bool = field(default=True, metadata={"unsaid": True})
+    causal: bool = field(default=False, metadata={"unsaid": True})
     eps: float = field(default=1e-5, metadata={"free": True})
 
     @property
@@ -88,8 +89,6 @@ class MBConv:
 class MBConvBlock(nn.Module):
     """A plain inverted residual block: `[N, inputs, H, W]` -> `[N, outputs, H/stride, W/stride]`."""
 
-    folds: tuple[int, int] | None = None  # of the temporal shift, in a pruned network
-
     def __init__(self, block: MBConv):
         super().__init__()
         middle, eps = block.middle, block.eps
@@ -103,9 +102,10 @@ class MBConvBlock(nn.Module):
         layers["point_linear"] = ConvNorm(middle, block.outputs, eps=eps).make()
         self.conv = named(**layers)
         self.residual, self.frames = block.residual, block.frames
+        self.shift = TemporalShift(block.frames, SHIFT_DIV, block.causal) if block.frames else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = temporal_shift(x, self.frames, SHIFT_DIV, folds=self.folds) if self.frames else x
+        out = x if self.shift is None else self.shift(x)
         for layers in self.conv:  # not self.conv(out): its frame would hold the widest activation while layers run
             for layer in cast(nn.Sequential, layers):
                 out = layer(out)
@@ -140,7 +140,7 @@ class ElasticMBConv(nn.Module):
 
     def forward(self, x: Tensor, block: MBConv) -> Tensor:
         expand, depth, project = cast(Any, self.conv)
-        out = temporal_shift(x, block.frames, SHIFT_DIV) if block.frames else x
+        out = temporal_shift(x, block.frames, SHIFT_DIV, block.causal) if block.frames else x
         out = expand.act(expand.bn(expand.conv(out, block.middle)))
         out = depth.act(depth.bn(depth.conv(out, block.kernel)))
         if block.se:
@@ -204,6 +204,7 @@ class MobileLayout:
     num_classes: int = 1000
     dropout: float = 0.0
     num_segments: int = 0
+    causal: bool = False
     first_conv_name = "first_conv.conv"
 
     def scaled(self, width: float, **changes: Any) -> "MobileLayout":
@@ -250,7 +251,8 @@ class MobileLayout:
                         se=stage.se,
                         eps=self.eps,
                     )
-                    block = replace(block, frames=frames) if frames and block.residual else block
+                    if frames and block.residual:
+                        block = replace(block, frames=frames, causal=self.causal)
                     plan.append(Placed(f"blocks.{len(plan) - 1}", f"blocks.{place + 1}", block, elastic=True))
                     channels = stage.channels
                 place += 1
@@ -410,11 +412,15 @@ def ofa_tsm_mobilenetv3(
     dropout: float = 0.1,
     preset: str = "imagenet",
     zero_gamma: bool = False,
+    causal: bool = False,
 ) -> Supernet:
-    """The supernet of MobileNetV3 blocks over clips: `frames` are `num_segments`, half and a quarter of them."""
+    """The supernet of MobileNetV3 blocks over clips: `frames` are `num_segments`, half and a quarter of them.
+
+    `causal`: frames take from those before them alone, so that a subnet can be stepped frame by frame.
+    """
     tiny = at_twice_the_resolution(MOBILENETV3_TINY)
     layout = of_preset({"imagenet": MOBILENETV3, "tiny": tiny}, preset)
-    options = {"num_classes": num_classes, "dropout": dropout, "num_segments": num_segments}
+    options = {"num_classes": num_classes, "dropout": dropout, "num_segments": num_segments, "causal": causal}
     return _supernet(layout.scaled(width, **options), zero_gamma)
 
 

@@ -8,7 +8,7 @@ convolution. `preset: tiny` is our own: three short stages for pictures of 32 pi
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, cast
 
@@ -32,7 +32,7 @@ from slimray.models.supernets.supernet import (
     named,
     of_preset,
 )
-from slimray.models.tsm import temporal_shift
+from slimray.models.tsm import TemporalShift, temporal_shift
 
 WIDTHS, EXPANDS, EXTRA = (0.65, 0.8, 1.0), (0.2, 0.25, 0.35), (0, 1, 2)
 
@@ -43,7 +43,7 @@ WIDTHS, EXPANDS, EXTRA = (0.65, 0.8, 1.0), (0.2, 0.25, 0.35), (0, 1, 2)
 class Bottleneck:
     """1x1, 3x3 and 1x1 convolutions and a shortcut, which projects where the shape changes (`projects`).
 
-    `frames`: the first convolution sees a temporal shift over that many; 0 for none.
+    `frames`: the first convolution sees a temporal shift over that many (0 for none), `causal`: from the past alone.
     """
 
     inputs: int
@@ -52,6 +52,7 @@ class Bottleneck:
     stride: int
     projects: bool
     frames: int = 0
+    causal: bool = field(default=False, metadata={"unsaid": True})
 
     def layers(self) -> dict[str, ConvNorm]:
         """The convolutions by name."""
@@ -72,8 +73,6 @@ class Bottleneck:
 class BottleneckBlock(nn.Module):
     """A plain bottleneck: `[N, inputs, H, W]` -> `[N, outputs, H/stride, W/stride]`."""
 
-    folds: tuple[int, int] | None = None  # of the temporal shift, in a pruned network
-
     def __init__(self, block: Bottleneck):
         super().__init__()
         layers = {name: layer.make() for name, layer in block.layers().items()}
@@ -81,9 +80,10 @@ class BottleneckBlock(nn.Module):
         self.downsample = _shortcut(block, layers.get("downsample"))
         self.relu = nn.ReLU(inplace=True)
         self.frames = block.frames
+        self.shift = TemporalShift(block.frames, SHIFT_DIV, block.causal) if block.frames else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(temporal_shift(x, self.frames, SHIFT_DIV, folds=self.folds) if self.frames else x)
+        out = self.conv1(x if self.shift is None else self.shift(x))
         return self.relu(self.conv3(self.conv2(out)) + (x if self.downsample is None else self.downsample(x)))
 
 
@@ -106,7 +106,8 @@ class ElasticBottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor, block: Bottleneck) -> Tensor:
-        layers, out = block.layers(), temporal_shift(x, block.frames, SHIFT_DIV) if block.frames else x
+        layers = block.layers()
+        out = temporal_shift(x, block.frames, SHIFT_DIV, block.causal) if block.frames else x
         for name in ("conv1", "conv2", "conv3"):
             out = self._modules[name](out, layers[name])  # type: ignore[misc]
         if block.projects:
@@ -192,6 +193,7 @@ class ResNetLayout:
     num_classes: int = 1000
     dropout: float = 0.0
     num_segments: int = 0
+    causal: bool = False
     first_conv_name = "input_stem.0.conv"
 
     def scaled(self, width: float, **changes: Any) -> "ResNetLayout":
@@ -230,6 +232,7 @@ class ResNetLayout:
                         stride=1 if i else self.strides[stage],
                         projects=i == 0,
                         frames=frames,
+                        causal=self.causal,
                     )
                     plan.append(Placed(f"blocks.{count}", f"blocks.{place}", block, True))
                     channels, count = outputs, count + 1
@@ -337,10 +340,14 @@ def ofa_tsm_resnet50(
     dropout: float = 0.1,
     preset: str = "imagenet",
     zero_gamma: bool = False,
+    causal: bool = False,
 ) -> Supernet:
-    """The supernet of ResNet-50D over clips: `frames` are `num_segments`, half and a quarter of them."""
+    """The supernet of ResNet-50D over clips: `frames` are `num_segments`, half and a quarter of them.
+
+    `causal`: frames take from those before them alone, so that a subnet can be stepped frame by frame.
+    """
     layout = of_preset({"imagenet": RESNET50, "tiny": TINY_CLIPS}, preset)
-    options = {"num_classes": num_classes, "dropout": dropout, "num_segments": num_segments}
+    options = {"num_classes": num_classes, "dropout": dropout, "num_segments": num_segments, "causal": causal}
     return _supernet(layout.scaled(width, **options), zero_gamma)
 
 

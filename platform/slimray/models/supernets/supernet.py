@@ -4,7 +4,8 @@ A layout (ofa_mobilenet.py, ofa_resnet.py) says for an arch which `Part`s run on
 that list: `Supernet` runs it on shared weights, `extract` builds it as a plain `Subnet` and copies the weights, `units`
 cuts it into pieces whose latency is measured. So none of them can mean another network than the others. With frames
 (our own design: Once-for-All, arXiv 1908.09791, over TSM, 1811.08383) the input is a clip, the parts run frame by
-frame, the residual branches begin with a temporal shift and the frames' logits are averaged.
+frame, the residual branches begin with a temporal shift and the frames' logits are averaged. A causal shift takes from
+the past alone: its subnets can be stepped frame by frame (`tsm.OnlineTSM`).
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from slimray.arch import Arch, Dimension, Space
 from slimray.models.resnet import init_convolutions
 from slimray.models.supernets.elastic import ChannelGroup, ElasticConv, ElasticNorm, Unit, take
+from slimray.models.tsm import TemporalShift
 from slimray.spec import UserError
 
 ACTS: dict[str, Callable[..., nn.Module]] = {"relu": nn.ReLU, "relu6": nn.ReLU6, "h_swish": nn.Hardswish}
@@ -160,6 +162,21 @@ class Subnet(nn.Sequential):
     def __init__(self, parts: Mapping[str, nn.Module], first_conv_name: str, num_segments: int = 0):
         super().__init__(_nested(parts))
         self.first_conv_name, self.num_segments = first_conv_name, num_segments
+
+    @property
+    def causal(self) -> bool:
+        """Whether no frame of a clip sees a later one."""
+        shifts = [module for module in self.modules() if isinstance(module, TemporalShift)]
+        return self.num_segments > 0 and all(shift.causal for shift in shifts)
+
+    @property
+    def num_outputs(self) -> int:
+        """The number of logits whose mean a clip gets: one per frame."""
+        return self.num_segments
+
+    def per_frame(self) -> dict[str, nn.Module]:
+        """The modules that one after another take frames `[B*T, 3, H, W]` to the logits of each, by name."""
+        return dict(self.named_children())
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.num_segments:
