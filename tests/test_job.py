@@ -290,8 +290,8 @@ def test_a_wrong_set_is_one_sentence(assignment, sentence):
         (["tsm:model.num_segments=0"], "model.num_segments: must be > 0 (got 0)"),
         (["tsm:model.place=here"], "model.place: must be blockres or block (got 'here')"),
         (["tsm:model.dropout=1"], "model.dropout: must be at least 0 and below 1 (got 1)"),
-        (["tsm:model.num_classes=5"], "model.num_classes: is no option here, the dataset says how many"),
-        (["tsm:model.zero_gamma=true"], "model.zero_gamma: is no option here, write optim.zero_gamma"),
+        (["tsm:model.num_classes=5"], "model.num_classes: is not an option here, the dataset says how many"),
+        (["tsm:model.zero_gamma=true"], "model.zero_gamma: is not an option here, write optim.zero_gamma"),
         (["tsm:model.in_channels=2"], "model.in_channels: the clips have 3 channels (got 2)"),
         (["tsm:model={name: tsm_mobilenetv2, temporal_pool: true}"], "model.temporal_pool: needs a ResNet"),
         (["tsm:model={name: i3d_resnet50, num_segments: 4}"], "model.num_segments: 4 frames are too few for"),
@@ -435,7 +435,7 @@ def test_a_list_that_is_wrong_is_named_with_its_line(tmp_path, clips):
         (["tsm:data={card: moving_shapes}"], "data: moving_shapes: is generated: write data: {run: NAME} of the"),
         (["data:pack={}"], "pack: moving_shapes is generated, leave it out"),
         (["data:data.root=/x"], "data.root: moving_shapes is generated, leave it out"),
-        (["data:data.splits=[test]"], "data.splits: 'test' is no split of moving_shapes (train, val)"),
+        (["data:data.splits=[test]"], "data.splits: 'test' is not a split of moving_shapes (train, val)"),
     ],
 )
 def test_wrong_data_is_one_sentence(sets, sentence):
@@ -697,7 +697,7 @@ targets: [{name: small, limits: {macs: 2.0e+6}}]
         (
             "hold_out: 10",
             "hold_out: 0",
-            "split: 'ofa' held no samples out (hold_out: 0): name a split, or shrink anew",
+            "split: 'ofa' held no samples out (hold_out: 0): name a split, or shrink again",
         ),
         ("supernet: ofa", "supernet: pictures", "supernet: 'pictures' will hold a dataset, not a supernet"),
     ],

@@ -94,9 +94,9 @@ def test_a_table_that_was_cut_off_keeps_its_rounds(net, tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("what", "is no JSON"),
-        ("[1]", "is no latency table of format 1"),
-        ('{"format": 2}', r"is no latency table of format 1 \(got 2\)"),
+        ("what", "is not JSON"),
+        ("[1]", "is not a latency table of format 1"),
+        ('{"format": 2}', r"is not a latency table of format 1 \(got 2\)"),
         ('{"format": 1, "units": {"a": {"ms": -1}}}', r"units.a.ms: must be > 0"),
     ],
 )

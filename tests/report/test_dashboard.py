@@ -583,7 +583,7 @@ def test_one_damaged_file_hides_no_other(tmp_path):
     assert look is not None
     assert look.card["seconds"] == 12.5
     assert len(look.problems) == 2
-    assert "results.json: is no JSON object" in look.problems[0]
+    assert "results.json: is not a JSON object" in look.problems[0]
 
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -69,7 +69,7 @@ def test_a_predictor_is_saved_as_tensors(predictor):
     assert all(isinstance(value, torch.Tensor) and value.is_contiguous() for value in state.values())
     again = load(SPACE, state, predictor.report)
     assert np.array_equal(again.predict(codes), predictor.predict(codes))
-    with pytest.raises(UserError, match="is told 75 numbers of an arch, this space has 72: train it anew"):
+    with pytest.raises(UserError, match="is told 75 numbers of an arch, this space has 72: train it again"):
         load(SPACE.restrict(resolution=(128,)), state, predictor.report)
 
 

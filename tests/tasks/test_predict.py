@@ -158,7 +158,7 @@ def test_an_image_gets_the_probabilities_of_its_centre_and_what_is_no_image_a_re
         expected = top_classes(network.net(view)[0], image_shapes.CLASSES, 3)
     assert [name for name, _ in found["top"]] == [name for name, _ in expected]
     assert [p for _, p in found["top"]] == pytest.approx([p for _, p in expected], abs=1e-5)
-    assert (code, refused["reason"]) == (2, "is no picture that can be read")
+    assert (code, refused["reason"]) == (2, "is not a picture that can be read")
     assert "1 of 2 files could not be read" in err
     code, _, err = shell("a.jpg", "--columns", "x y z")
     assert (code, "--columns: is for clouds of points, this network takes images" in err) == (2, True)
@@ -393,7 +393,7 @@ def test_files_that_cannot_be_read_are_named_and_the_others_labelled(shell):
         ("in/a.labels.ply a.ply --out in", "in/a.labels.ply: the labels of a.ply would overwrite it"),
         ("link/a.labels.ply in/a.ply", "in/a.labels.ply: the labels of in/a.ply would overwrite it"),
         ("a.ply in/a.ply --out new", "a.ply, in/a.ply: their labels would be one file, new/a.labels.npz: predict one"),
-        ("a.ply --out in/a.ply", "--out: in/a.ply is no folder"),
+        ("a.ply --out in/a.ply", "--out: in/a.ply is not a folder"),
         ("a.ply --shape 1", "--shape: the network takes no class of a cloud"),
     ],
 )

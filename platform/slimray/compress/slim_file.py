@@ -180,7 +180,7 @@ def _check_entry(plain: Any) -> int:
     parts = _OF_CODING[coding]
     whole = [*shape, *sizes, *(plain[key] for key in ("codes", "gap_bits", "entries") if key in plain)]
     if not all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 1 << 48 for one in whole):
-        raise ValueError("a size is no whole number")
+        raise ValueError("a size is not a whole number")
     values, width = 1, DTYPES[plain["dtype"]].itemsize
     for side in shape:
         values *= side

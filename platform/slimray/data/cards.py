@@ -133,7 +133,7 @@ class Card(Spec):
         MODALITIES[self.sample].require(self)
         for split in self.detections:
             if self.layout != "kitti" or split not in self.splits:
-                raise ValueError(f"detections: {split!r} is no split of a card of layout kitti")
+                raise ValueError(f"detections: {split!r} is not a split of a card of layout kitti")
         if self.parts and (self.labels != "point" or sum(self.parts.values()) != self.num_classes):
             raise ValueError(f"parts: {sum(self.parts.values())} parts in all, the card has {self.num_classes} classes")
         if self.layout == "visual_wake_words" and not (isinstance(self.classes, tuple) and len(self.classes) == 2):
@@ -206,7 +206,7 @@ class Card(Spec):
                 return names.index(name)
         elif 0 <= name < (self.num_classes or MAX_CLASSES):
             return name
-        raise UserError(f"{self.name}: flip_pairs: {name!r} is no class{closest(str(name), names)}")
+        raise UserError(f"{self.name}: flip_pairs: {name!r} is not a class{closest(str(name), names)}")
 
 
 def load_card(name_or_path: str, search: Sequence[Path]) -> Card:

@@ -156,7 +156,7 @@ def _send(link: socket.socket, header: dict[str, Any], body: bytes | memoryview 
 
 
 def _receive(link: socket.socket) -> tuple[dict[str, Any], bytearray]:
-    """A header and a body; EOFError at the end, or when what comes is no message."""
+    """A header and a body; EOFError at the end, or when what comes is not a message."""
     header_size, body_size = struct.unpack("<IQ", _take(link, 12))
     if header_size > MAX_HEADER_BYTES or body_size > MAX_BYTES:
         raise EOFError

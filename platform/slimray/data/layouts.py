@@ -245,7 +245,7 @@ def _read_cifar(num_labels: int, card: Card, split: str, fs: pafs.FileSystem, ro
         except FileNotFoundError:
             raise NotThere(f"{where}: there is no such file ({split_of(card, split)}): fix data.root") from None
         except ValueError as error:
-            raise UserError(f"{where}: is no file of {card.layout}: {error}") from None
+            raise UserError(f"{where}: is not a file of {card.layout}: {error}") from None
         for number, (label, offset) in enumerate(zip(classes.tolist(), offsets.tolist(), strict=True)):
             place = {"shard": path, "row": offset, "width": side, "height": side}
             yield Entry(f"{where} picture {number}", {"path": f"{path}#{number:05d}"}, label, place)

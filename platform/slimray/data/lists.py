@@ -49,7 +49,7 @@ def read_split(card: Card, split: str, root: str) -> pa.Table:
     """Return the index of a split (columns of INDEX) in the order of its list; no sample is opened.
 
     UserError with file and line: an unknown split, a missing or malformed list, a path listed twice or leading out of
-    the root, a label that is no class, a list without samples.
+    the root, a label that is not a class, a list without samples.
     """
     if split not in card.splits:
         raise UserError(f"{card.name}: unknown split {split!r}{did_you_mean(split, card.splits)}")
@@ -82,7 +82,7 @@ def _left_out(paths: list[str], plural: str) -> list[str]:
     if not paths:
         return []
     some = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
-    return [f"left out {len(paths):,} file{'s' * (len(paths) > 1)} that are no {plural} by their endings ({some})"]
+    return [f"left out {len(paths):,} file{'s' * (len(paths) > 1)} that are not {plural} by their endings ({some})"]
 
 
 def read_index(card: Card, split: str, fs: pafs.FileSystem, root: str) -> pa.Table:
@@ -94,7 +94,7 @@ def read_index(card: Card, split: str, fs: pafs.FileSystem, root: str) -> pa.Tab
     except FileNotFoundError:
         raise UserError(f"{where}: there is no such index ({split_of(card, split)}): run prepare again") from None
     except (pa.ArrowException, KeyError, OSError) as error:
-        raise UserError(f"{where}: is no index ({str(error).splitlines()[0][:100]}): run prepare again") from None
+        raise UserError(f"{where}: is not an index ({str(error).splitlines()[0][:100]}): run prepare again") from None
     if table.num_rows == 0 or any(column.null_count for column in table.columns):
         raise UserError(f"{where}: is empty or has gaps: run prepare again")
     paths, labels = table.column("path").to_pylist(), table.column("label").to_numpy()
@@ -127,7 +127,8 @@ def _list_classes(card: Card, fs: pafs.FileSystem, root: str) -> list[str]:
     if names and numbers:
         raise UserError(f"{labels[names[0]]}: label {names[0]!r} is a name, others are numbers")
     if numbers and max(numbers) >= MAX_CLASSES:
-        raise UserError(f"{labels[max(numbers)]}: label {max(numbers)} is no class number, {MAX_CLASSES} is the most")
+        most = max(numbers)
+        raise UserError(f"{labels[most]}: label {most} is not a class number, the limit is {MAX_CLASSES}")
     return [str(number) for number in range(card.num_classes or 1 + max(numbers))] if numbers else names
 
 
@@ -202,7 +203,7 @@ def _label_of(entry: Entry, names: dict[str, int], dataset: str) -> int:
             )
         return entry.label
     if entry.label not in names:
-        raise UserError(f"{entry.where}: {entry.label!r} is no class of {dataset}{closest(entry.label, names)}")
+        raise UserError(f"{entry.where}: {entry.label!r} is not a class of {dataset}{closest(entry.label, names)}")
     return names[entry.label]
 
 

@@ -111,14 +111,14 @@ def read_table(path: str | Path) -> LatencyTable:
     except FileNotFoundError:
         raise UserError(f"{path}: no such table: measure one with `slimray profile`") from None
     if len(data) > MAX_TABLE_BYTES:
-        raise UserError(f"{path}: is larger than {MAX_TABLE_BYTES} bytes, which is no latency table")
+        raise UserError(f"{path}: is larger than {MAX_TABLE_BYTES} bytes, too large for a latency table")
     try:
         plain = json.loads(data)
     except (ValueError, RecursionError):
-        raise UserError(f"{path}: is no JSON, so no latency table: measure one with `slimray profile`") from None
+        raise UserError(f"{path}: is not JSON, so not a latency table: measure one with `slimray profile`") from None
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         found = plain.get("format") if isinstance(plain, dict) else None
-        raise UserError(f"{path}: is no latency table of format {FORMAT} (got {found!r}): measure it anew")
+        raise UserError(f"{path}: is not a latency table of format {FORMAT} (got {found!r}): measure it again")
     return parse(LatencyTable, plain, str(path))
 
 

@@ -218,7 +218,7 @@ def _without_parts(name: str, parts: set[str]) -> str:
 
 
 def _shared_prefix(bare: Mapping[str, str], wanted: set[str], found: Mapping[str, str]) -> str:
-    """The prefix (with its dot) without which most of the names that are no names of the network would be some."""
+    """The prefix (with its dot) without which most of the names that are not names of the network would be some."""
     taken = set(found.values())
     inside: dict[str, list[str]] = {}
     for short in (short for name, short in bare.items() if name not in taken):

@@ -289,7 +289,7 @@ def render(
         facts=[(name, show_number(name, value)) for name, value in (facts or {}).items() if value is not None],
         job=job,
     )
-    return page.encode("utf-8", "replace").decode("utf-8")  # a file name may hold bytes that are no text
+    return page.encode("utf-8", "replace").decode("utf-8")  # a file name may hold bytes that are not text
 
 
 _SEARCHED = "Percent, 0-100: searched on samples held out of training, the other on the split for the end, scored once."

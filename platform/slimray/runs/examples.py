@@ -65,7 +65,7 @@ class Pair:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "Pair":
-        """Return the pair of `to_plain`; what is no base64 is left out."""
+        """Return the pair of `to_plain`; what is not base64 is left out."""
         pictures = [Picture(str(p["name"]), str(p["png"]), str(p.get("note", ""))) for p in plain["pictures"]]
         return cls(plain.get("run", ""), [picture for picture in pictures if BASE64.fullmatch(picture.png)])
 

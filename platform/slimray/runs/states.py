@@ -191,12 +191,12 @@ def claim(
         if not _has_mark(run):
             raise _foreign(run, "job.yaml" if exists(run, "job.yaml") else "status.json") from None
         raise UserError(
-            f"{error}: the run is damaged: restore the file, or --restart to clear it and begin anew"
+            f"{error}: the run is damaged: restore the file, or --restart to clear it and start over"
         ) from None
     if old is None and status is None:
         if not _require_ours(run):
             return Claim(False, 1)
-        raise UserError(f"run {run.name!r} has lost its job.yaml and status.json: --restart clears it and begins anew")
+        raise UserError(f"run {run.name!r} has lost its job.yaml and status.json: --restart clears it and starts over")
     changes: list[str] = []
     if old is not None:
         new = redact(plain(document))

@@ -48,7 +48,7 @@ def answers_for(
     if out is not None and not task.writes:
         raise UserError("--out: the network labels whole files, there is nothing to write")
     if out is not None and out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is no folder")
+        raise UserError(f"--out: {out} is not a folder")
     answer = task.answer(model, options)
 
     def answers() -> Iterator[Answer]:

@@ -57,7 +57,7 @@ def load(space: Space, state: Mapping[str, Tensor], report: Mapping[str, float])
     net = _net(_width(table))
     if weights["0.weight"].shape[1] != _width(table):
         told, here = weights["0.weight"].shape[1], _width(table)
-        raise UserError(f"predictor: is told {told} numbers of an arch, this space has {here}: train it anew")
+        raise UserError(f"predictor: is told {told} numbers of an arch, this space has {here}: train it again")
     net.load_state_dict(weights)
     return Predictor(table, net.eval(), base, scale, dict(report))
 

@@ -62,7 +62,7 @@ class SegmentationScore:
         self.sums[0] += loss_sum(scores, labels, self._known(labels))
 
     def add_predictions(self, predicted: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> None:
-        """Count classes `[n, N]`, or `[N]` of one cloud, against labels; -1 is no prediction. Adds no loss."""
+        """Count classes `[n, N]`, or `[N]` of one cloud, against labels; -1 means no prediction. Adds no loss."""
         labels = as_rows(labels)
         predicted = as_rows(predicted).to(labels.device)
         known, num_classes = self._known(labels), len(self.missed)

@@ -38,5 +38,5 @@ GPUS: dict[str, Gpu] = {  # the longest name that a device's name contains count
 
 
 def find_gpu(device_name: str) -> str | None:
-    """Return the row of GPUS that a device's name contains, the longest one ("NVIDIA L40S" is no L4); None if none."""
+    """Return the row of GPUS that a device's name contains, the longest one (an L40S is not an L4); None if none."""
     return max((name for name in GPUS if name in device_name), key=len, default=None)

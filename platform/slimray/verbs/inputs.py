@@ -99,7 +99,7 @@ def open_splits(data: DataSpec, where: str, storage: str, names: Sequence[str]) 
 
 
 def require_splits(dataset: str, known: Sequence[str], names: Sequence[str]) -> None:
-    """Raise UserError for the first of `names` that is no split of the dataset."""
+    """Raise UserError for the first of `names` that is not a split of the dataset."""
     for name in names:
         if name not in known:
             raise UserError(f"{dataset} has no split {name!r}{did_you_mean(name, known)}")

@@ -175,9 +175,9 @@ def _measure(job: TrainJob, card: Card | None) -> tuple[Any, int]:
     known = models.options_of(name)
     for option in options:
         if option in OWNED:
-            raise UserError(f"model.{option}: is no option here, {OWNED[option]}")
+            raise UserError(f"model.{option}: is not an option here, {OWNED[option]}")
         if option in (given_of(job, card) or ()):
-            raise UserError(f"model.{option}: is no option here, write data.task.{option}")
+            raise UserError(f"model.{option}: is not an option here, write data.task.{option}")
         if option not in known and option != "compression":
             raise UserError(f"model.{option}: {name} has no such option{did_you_mean(option, set(known) - set(OWNED))}")
     side = _side({"name": name, **options})

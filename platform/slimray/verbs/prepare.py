@@ -229,7 +229,7 @@ def _card(job: PrepareJob) -> dict[str, Any]:
 def _splits(job: PrepareJob, card: Card) -> list[str]:
     for split in job.data.splits or ():
         if split not in card.splits:
-            raise UserError(f"data.splits: {split!r} is no split of {card.name} ({', '.join(card.splits)})")
+            raise UserError(f"data.splits: {split!r} is not a split of {card.name} ({', '.join(card.splits)})")
     return list(job.data.splits or card.splits)
 
 

@@ -127,7 +127,7 @@ def _find(job: SearchJob, where: str, storage: str) -> runs.Run:
 
 def _require_held_out(job: SearchJob, held_out: bool) -> None:
     if job.split == HELD_OUT and not held_out:
-        raise UserError(f"split: {job.supernet!r} held no samples out (hold_out: 0): name a split, or shrink anew")
+        raise UserError(f"split: {job.supernet!r} held no samples out (hold_out: 0): name a split, or shrink again")
 
 
 def _require_possible(job: SearchJob, where: str, net: Any, recipe: Mapping[str, Any]) -> None:

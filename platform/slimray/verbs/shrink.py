@@ -214,7 +214,8 @@ def _on_meta(job: ShrinkJob, card: Any) -> Any:
     options = networks.model_options(stage_job(job, 0, None), card)
     if not models.is_supernet(options):
         rows = ", ".join(name for name, row in models.MODELS.items() if row.supernet)
-        raise UserError(f"model.{'run' if job.model.run else 'name'}: {options['name']} is no supernet, one of {rows}")
+        field = "run" if job.model.run else "name"
+        raise UserError(f"model.{field}: {options['name']} is not a supernet: take one of {rows}")
     return cost.build_on_meta(lambda: models.build(**options))
 
 

@@ -135,7 +135,9 @@ def test_the_binary_release_of_cifar10_is_read_record_by_record(tmp_path):
         assert np.array_equal(view[0], made[row["shard"]][1][place % 3])
     assert len(listed(card, "val", tmp_path)) == 4
     (tmp_path / "data_batch_3.bin").write_bytes(made["data_batch_3.bin"][0][:-1])
-    with pytest.raises(UserError, match=r"data_batch_3.bin: is no file of cifar10: 9,218 bytes are no whole number of"):
+    with pytest.raises(
+        UserError, match=r"data_batch_3.bin: is not a file of cifar10: 9,218 bytes are not a whole number of"
+    ):
         read_split(card, "train", str(tmp_path))
     (tmp_path / "data_batch_3.bin").write_bytes(made["data_batch_3.bin"][0])
     (tmp_path / "data_batch_5.bin").write_bytes(bytes([10]) + bytes(3072))

@@ -241,7 +241,7 @@ def test_the_damaged_files_are_refused_with_a_reason_and_the_odd_ones_read(share
             reasons[path.name] = str(bad)
     assert reasons.pop("cmyk.jpg") == reasons.pop("grey.png") == ""
     assert reasons.pop("zero_length.jpg") == "the file is empty"
-    assert reasons.pop("text_named_as.jpg") == "is no picture that can be read"
+    assert reasons.pop("text_named_as.jpg") == "is not a picture that can be read"
     assert sorted(reasons) == ["bit_flips.jpg", "truncated.jpg"]
     assert all(reason.startswith("does not decode (") for reason in reasons.values())
 
@@ -250,7 +250,7 @@ def test_a_jpeg_cut_anywhere_is_refused(decoder):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = encoded(noise, "JPEG")
     for share in (0.02, 0.3, 0.6, 0.95):
-        with pytest.raises(BadSample, match=r"does not decode|is no picture"):
+        with pytest.raises(BadSample, match=r"does not decode|is not a picture"):
             decoder.image("cut.jpg", data[: int(len(data) * share)], ImageRecipe(32), KEY)
 
 
@@ -273,7 +273,7 @@ def test_a_declared_size_is_checked_before_anything_is_decoded(decoder):
 
 def test_formats_that_run_programs_are_not_opened(decoder):
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
-    with pytest.raises(BadSample, match="is no picture that can be read"):
+    with pytest.raises(BadSample, match="is not a picture that can be read"):
         decoder.image("a.jpg", encoded(np.zeros((8, 8, 3), np.uint8), "EPS"), ImageRecipe(32), KEY)
 
 
@@ -369,5 +369,5 @@ def test_a_missing_file_is_named_and_no_bad_sample(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone.jpg"):
         modalities.load_image(row("gone.jpg"), str(tmp_path), recipe, KEY, 30)
     Path(tmp_path / "text.jpg").write_text("no picture")
-    with pytest.raises(BadSample, match="is no picture that can be read"):
+    with pytest.raises(BadSample, match="is not a picture that can be read"):
         modalities.load_image(row("text.jpg"), str(tmp_path), recipe, KEY, 30)

@@ -338,7 +338,7 @@ def test_pictures_left_out_of_a_zip_are_missing_not_shifted(decoder):
         decoder.probe("left_out.zip", data)
     with pytest.raises(BadSample, match="ZIP of something else"):
         decoder.probe("other.zip", data.replace(b"000002.jpg", b"report.doc"))
-    with pytest.raises(BadSample, match="is no picture that can be read"):
+    with pytest.raises(BadSample, match="is not a picture that can be read"):
         decoder.probe("text.zip", zip_frames({0: b"text"}, 1))
 
 

@@ -186,7 +186,7 @@ def test_the_level_of_names_of_elastic_layers_is_left_out():
 
 
 def test_more_than_there_is_cannot_be_taken():
-    with pytest.raises(ValueError, match=r"\[9, 4\] is no slice of \[8, 4\]"):
+    with pytest.raises(ValueError, match=r"\[9, 4\] is not a slice of \[8, 4\]"):
         elastic.take(nn.Linear(4, 9), nn.Linear(4, 8))
 
 

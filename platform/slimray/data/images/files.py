@@ -72,7 +72,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             check_size(image.width, image.height, 1)
             yield image
     except UnidentifiedImageError:
-        raise BadSample("is no picture that can be read") from None
+        raise BadSample("is not a picture that can be read") from None
     except (OSError, SyntaxError, EOFError) as error:  # PIL calls a damaged PNG a wrong syntax
         raise BadSample(f"does not decode ({error})") from None
 

@@ -19,11 +19,11 @@ def cifar_records(data: bytes, num_labels: int) -> tuple[np.ndarray, np.ndarray]
     """The class of each picture of a .bin file, int64 `[n]`, and the offset of its pixels in the file, int64 `[n]`.
 
     `num_labels` bytes stand before the pixels, the last of them is the class: 1 in CIFAR-10, 2 in CIFAR-100 (coarse,
-    then fine). Raises ValueError for a file that is no whole number of records.
+    then fine). Raises ValueError for a file that is not a whole number of records.
     """
     length = num_labels + CIFAR_PIXELS
     if not data or len(data) % length:
-        raise ValueError(f"{len(data):,} bytes are no whole number of records of {length} bytes")
+        raise ValueError(f"{len(data):,} bytes are not a whole number of records of {length} bytes")
     table = np.frombuffer(data, np.uint8).reshape(-1, length)
     offsets = np.arange(len(table), dtype=np.int64) * length + num_labels
     return table[:, num_labels - 1].astype(np.int64), offsets

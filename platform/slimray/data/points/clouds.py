@@ -240,7 +240,7 @@ def _feature(name: str, array: np.ndarray) -> np.ndarray:
 def whole_numbers(values: np.ndarray) -> np.ndarray:
     """Labels as int64. Raises BadSample for one that is not a whole number of 32 bits."""
     if not ((values > -(2**31)) & (values < 2**31) & (values == np.floor(values))).all():  # NaN is not below
-        raise BadSample("a label is no whole number of 32 bits")
+        raise BadSample("a label is not a whole number of 32 bits")
     return values.astype(np.int64)
 
 

@@ -237,14 +237,14 @@ def read_frustum(path: str, data: bytes) -> Frustum:
         facts = arrays["frustum"].astype(np.float64)
         coords, intensity, rows, labels = (arrays.get(name) for name in ("coords", "intensity", "rows", "labels"))
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise BadSample(f"is no frustum: {error}") from None
+        raise BadSample(f"is not a frustum: {error}") from None
     if coords is None or intensity is None or rows is None:
-        raise BadSample("is no frustum: its points, intensity or rows are missing")
+        raise BadSample("is not a frustum: its points, intensity or rows are missing")
     shapes = [array.shape for array in (coords, intensity, rows, labels) if array is not None]
     if shapes[0] != (len(rows), 3) or shapes[1] != (len(rows), 1) or not set(shapes[2:]) <= {(len(rows),)}:
-        raise BadSample(f"is no frustum: its arrays are of shapes {', '.join(map(str, shapes))}")
+        raise BadSample(f"is not a frustum: its arrays are of shapes {', '.join(map(str, shapes))}")
     if facts.shape != (14,) or not 0 <= facts[0] < len(KITTI_CLASSES) or not np.isfinite(facts[:7]).all():
-        raise BadSample("is no frustum of this version: run prepare again")
+        raise BadSample("is not a frustum of this version: run prepare again")
     if len(coords) < 1 or not np.isfinite(coords).all():
         raise BadSample("has no points, or some that are not finite")
     cloud = Cloud(coords, {"intensity": intensity}, labels, rows)

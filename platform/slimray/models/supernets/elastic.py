@@ -118,7 +118,7 @@ def _slice(value: Tensor, shape: torch.Size, spans: Spans | None) -> Tensor:
         value = torch.cat([value[:, start : start + count] for start, count in spans], 1)
     value = value[tuple(slice(size) for size in shape)]
     if value.shape != shape:
-        raise ValueError(f"take: {list(shape)} is no slice of {list(value.shape)}")
+        raise ValueError(f"take: {list(shape)} is not a slice of {list(value.shape)}")
     return value.clone(memory_format=torch.contiguous_format)
 
 

@@ -166,7 +166,8 @@ class MixedNet(nn.Module):
     def _checked(self, path: Sequence[int]) -> Path:
         blocks = self.mixed
         if len(path) != len(blocks) or not all(0 <= n < len(b.parts) for n, b in zip(path, blocks, strict=True)):
-            raise ValueError(f"path: {list(path)} is no choice of {[len(block.parts) for block in blocks]} candidates")
+            sizes = [len(block.parts) for block in blocks]
+            raise ValueError(f"path: {list(path)} does not choose among {sizes} candidates")
         return tuple(path)
 
     def describe(self, path: Sequence[int]) -> str:

@@ -82,7 +82,7 @@ def number_text(name: str, value: Any) -> str:
 
 
 def cut(value: Any, length: int = MAX_TEXT) -> str:
-    """Text that fits a page, of characters that can be encoded (a file name may hold bytes that are no text)."""
+    """Text that fits a page, of characters that can be encoded (a file name may hold bytes that are not text)."""
     said = str(value).encode("utf-8", "replace").decode("utf-8")
     return said if len(said) <= length else said[: length - 1] + "…"
 

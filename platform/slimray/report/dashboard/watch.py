@@ -122,7 +122,7 @@ class _Snapshot:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A folder as it was last looked at: size and time of its status.json, and its row; None: it is no run."""
+    """A folder as it was last looked at: size and time of its status.json, and its row; None: it is not a run."""
 
     stamp: tuple[int, int | None]
     row: dict[str, Any] | None
@@ -375,7 +375,7 @@ def _mapping(run: runs.Run, name: str) -> dict[str, Any]:
         return {}
     found = json.loads(runs.read_file(run, name))
     if not isinstance(found, dict):
-        raise StorageError(f"{run.uri}/{name}: is no JSON object")
+        raise StorageError(f"{run.uri}/{name}: is not a JSON object")
     return found
 
 
