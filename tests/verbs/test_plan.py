@@ -82,6 +82,28 @@ def test_a_dataset_that_is_not_there_needs_a_number_of_samples(shell, where):  #
     assert shell("plan", "tiny.yaml", "--samples", "100").code == 0
 
 
+SHRINK = """
+kind: shrink
+name: small
+data: {card: kinetics400, size: 64}
+model: {name: ofa_tsm_mobilenetv3, preset: tiny, num_segments: 2}
+batch: {total: 8, per_worker: 2}
+optim: {reference_batch: 8}
+stages: [{name: largest, epochs: 1, lr: 0.1}, {name: all, epochs: 1, lr: 0.1, free: {depth: [2, 3]}}]
+"""
+
+
+def test_jobs_that_train_but_are_not_planned_are_named(shell, where):  # noqa: F811
+    Path("both.yaml").write_text(f"{TINY}---{SHRINK}")
+    done = shell("plan", "both.yaml", "--samples", "800", "--workers", "1")
+    assert done.code == 0, done.err
+    assert "small: left out, only jobs of kind train are planned (its kind: shrink)" in done.out
+    Path("shrink.yaml").write_text(SHRINK)
+    done = shell("plan", "shrink.yaml", "--samples", "800")
+    assert done.code == 2
+    assert "holds no job of kind train, only those are planned; small is of kind shrink" in done.err
+
+
 @pytest.mark.parametrize("name", ["plan.png", "plan.svg"])
 def test_a_plan_is_drawn(shell, where, name):  # noqa: F811
     done = shell("plan", "tiny.yaml", "--samples", "800", "--workers", "1,2,4", "--picture", name)

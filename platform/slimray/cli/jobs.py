@@ -164,7 +164,9 @@ def plan(
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict step time, throughput, hours and cost of training jobs, what bounds them and what to change.
+    """Predict step time, throughput, hours and cost of jobs of kind train, what bounds them and what to change.
+
+    Jobs of other kinds that train (shrink, proxyless) are named and left out: their steps train several networks.
 
     --measure times a dozen steps and some decoding here and keeps that in STORAGE/calibration.json for later plans.
     """
@@ -183,8 +185,10 @@ def plan(
         prepared = next((other.job for other in loaded if other.job.name == one.job.data.run), None)
         pack = getattr(getattr(prepared, "pack", None), "format", "")
         plans.append(planning.plan_job(one.job, one.where, where, counts, cluster, count, measure, pack))
+    others = [one.job for one in loaded if hasattr(one.job, "optim") and not isinstance(one.job, TrainJob)]
     if not plans:
-        raise UserError(f"{files[0]}: holds no job of kind train, only those are planned")
+        kinds = "".join(f"; {other.name} is of kind {other.kind}" for other in others)
+        raise UserError(f"{files[0]}: holds no job of kind train, only those are planned{kinds}")
     if picture is not None:
         planning.draw(plans[-1][0], picture)
     if as_json:
@@ -194,6 +198,8 @@ def plan(
         _print_plan(found)
         if written:
             say(f"measured, for later plans too: {written}")
+    for other in others:
+        say(f"{other.name}: left out, only jobs of kind train are planned (its kind: {other.kind})")
     if picture is not None:
         say(f"picture: {picture}")
 
