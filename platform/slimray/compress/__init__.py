@@ -1,6 +1,7 @@
 """Compression: a module in, a smaller module out, and how a compressed network is built again from plain records."""
 
 from slimray.compress.pruning import Pruned, prune
+from slimray.compress.quantization import quantize, sensitivity, size_mb
 from slimray.compress.rebuild import build, rebuild, shaping
 
-__all__ = ["Pruned", "build", "prune", "rebuild", "shaping"]
+__all__ = ["Pruned", "build", "prune", "quantize", "rebuild", "sensitivity", "shaping", "size_mb"]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from slimray import models
-from slimray.compress import channels
+from slimray.compress import channels, quantized
 from slimray.spec import UserError, lookup
 
 Record = Mapping[str, Any]
@@ -25,6 +25,7 @@ def unchanged(net: nn.Module, record: Record) -> nn.Module:
 REBUILD: dict[str, Callable[[nn.Module, Record], nn.Module]] = {
     "sparsify": unchanged,
     "prune": channels.rebuild,
+    "quantize": quantized.rebuild,
 }
 
 
@@ -55,8 +56,8 @@ def build(name: str, compression: Sequence[Record] = (), **options: Any) -> nn.M
 
 
 def shaping(records: Sequence[Record]) -> list[Record]:
-    """Return those `records` that a network of other weights has too; the others tell of values alone."""
-    return [record for record in _checked(records) if REBUILD.get(record["step"]) is not unchanged]
+    """Return those `records` that a network of other weights has too; the others tell of values, or of their bits."""
+    return [one for one in _checked(records) if REBUILD.get(one["step"]) not in (unchanged, quantized.rebuild)]
 
 
 def _checked(records: Sequence[Record]) -> Sequence[Record]:

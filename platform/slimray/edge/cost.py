@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from slimray.compress.quantized import Quantized
 from slimray.edge.compiler import without_compiler
 
 
 def count_params(module: nn.Module) -> int:
-    """The number of parameters of `module`, trainable or not; buffers do not count."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    """The number of parameters of `module`, trainable or not, whole-number weights included; buffers do not count."""
+    whole = sum(m.num_weights for m in module.modules() if isinstance(m, Quantized))
+    return sum(parameter.numel() for parameter in module.parameters()) + whole
 
 
 def count_macs(module: nn.Module, input_shape: Sequence[int]) -> int:

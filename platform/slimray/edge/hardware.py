@@ -9,7 +9,7 @@ measured is taken in the same place and says `how: table`; a YAML file with the 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -36,6 +36,8 @@ class Device(Spec):
     """Bandwidth of the memory that weights and activations lie in, 10^9 bytes a second."""
     bits: int = Field(ge=1, le=64)
     """Width of a weight and of an activation."""
+    arithmetic: Literal["fixed", "bit_serial", "fused"] = "fixed"
+    """What fewer bits save in arithmetic: nothing, by the product of the bits of both factors, or in steps of 2, 4, 8."""
     per_layer_us: float = Field(default=0.0, ge=0)
     """Microseconds that starting a layer takes; 0 where no source says."""
     pj_per_mac: float | None = Field(default=None, ge=0)
@@ -97,6 +99,29 @@ HARDWARE: dict[str, Device] = {
         gb_per_s=12.8,
         bits=32,
         pj_per_mac=4.6,
+        pj_per_byte=_DRAM_PJ_PER_BYTE,
+    ),
+    "bit_serial": Device(
+        description="BISMO, a bit-serial overlay on the Zynq-7020 of a PYNQ-Z1 board, rated at 8 x 8 bits",
+        source="BISMO (arXiv 1806.08862): 6.5 TOPS of single bits, 64 of which are a product of 8 x 8; 16 bits of DDR3 "
+        "at 1,050 Mb/s: 2.1 GB/s" + _ENERGY,
+        date="2018",
+        gmacs_per_s=50.8,
+        gb_per_s=2.1,
+        bits=8,
+        arithmetic="bit_serial",
+        pj_per_mac=0.3,
+        pj_per_byte=_DRAM_PJ_PER_BYTE,
+    ),
+    "bit_fusion": Device(
+        description="Bit Fusion, 512 units of one 8 x 8, four 4 x 4 or sixteen 2 x 2 products a cycle, at 500 MHz",
+        source="Bit Fusion (arXiv 1712.01507); units, clock and 128 bits a cycle to memory are assumed" + _ENERGY,
+        date="2018",
+        gmacs_per_s=256,
+        gb_per_s=8,
+        bits=8,
+        arithmetic="fused",
+        pj_per_mac=0.3,
         pj_per_byte=_DRAM_PJ_PER_BYTE,
     ),
 }

@@ -1,0 +1,207 @@
+"""Numbers rounded to few bits: ranges, scales, rounding with a straight-through gradient, codebooks, bit packing.
+
+Two schemes. `int8` is that of edge runtimes (arXiv 1712.05877): weights symmetric per output channel, inputs from `low`
+to `high` with a whole zero point, so that 0 stays 0. `linear` is HAQ's (1811.08886): everything symmetric per tensor,
+inputs that are never negative in a half wave from 0, ranges below 5 bits cut where the divergence of the cumulative
+histogram is least. `kmeans` is Deep Compression's and HAQ's other one: a codebook of 2^bits values, inputs as they are.
+Both schemes divide by the scale and round half to even, as ONNX does. Surprising: 1 bit is refused by `linear`, whose
+scale would divide by zero.
+"""
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Scheme = Literal["int8", "linear", "kmeans"]
+MAX_ACTIVATION = 6.0  # largest range of an input in the scheme `linear`
+KL_BITS = 5  # below so many bits the range is cut
+SMALLEST = 1e-12  # range of a tensor of zeros
+
+
+# ------------------------------------------------------------------------------------------------------- ranges
+
+
+def kl_threshold(values: Tensor, levels: int) -> float:
+    """The range that `levels` steps of |values| should span: where cutting costs their cumulative histogram least.
+
+    The histogram has as many bins as the root of the number of values. The share of values up to each bin, set to 1
+    from a place on and drawn straight between `levels` points, is compared with the uncut one by the sum of
+    (p - q) log2(p / q). The largest value where there are too few bins. As in HAQ, the range may lie half a bin beyond
+    it.
+    """
+    sizes = values.detach().abs().flatten().float().cpu().numpy()
+    largest = sizes.max()
+    counts, _ = np.histogram(sizes, bins="sqrt")
+    bins = len(counts)
+    share = np.cumsum(counts) / len(sizes)
+    best, place = math.inf, bins
+    for end in range(levels + 1, bins + 1):
+        cut = np.concatenate([share[: end - 1], [1.0]])
+        points = np.interp(np.linspace(0, end - 1, levels), np.arange(end), cut)
+        drawn = np.ones(bins)
+        drawn[:end] = np.interp(np.linspace(0, levels - 1, end), np.arange(levels), points)
+        cost = float(((share - drawn) * np.log2(share / drawn)).sum())
+        if cost < best:
+            best, place = cost, end
+    return float(np.float32(place + 0.5) * (largest / np.float32(bins)) if best < math.inf else largest)
+
+
+def weight_range(weight: Tensor, bits: int, scheme: Scheme) -> Tensor:
+    """What `bits` have to span: `[out]` largest absolute values (`int8`), or one for the tensor, `[1]` (`linear`)."""
+    if scheme == "int8":
+        return weight.detach().abs().flatten(1).amax(1).clamp(min=SMALLEST)
+    largest = weight.detach().abs().max()
+    if bits < KL_BITS:
+        largest = torch.as_tensor(kl_threshold(weight, 2 ** (bits - 1)), dtype=weight.dtype)
+    return largest.clamp(min=SMALLEST).reshape(1)
+
+
+def input_range(values: Tensor, bits: int, scheme: Scheme, half: bool | None = None) -> Tensor:
+    """What the inputs of a layer span, `[2]`: from `low` <= 0 to `high` >= 0.
+
+    `linear`: a half wave (low = 0) of `bits` where nothing is negative (or `half` says so), else a full one (-r, r).
+    """
+    values = values.detach()
+    low, high = float(values.min().clamp(max=0)), float(values.max().clamp(min=0))
+    if scheme == "linear":
+        half = low >= 0 if half is None else half
+        largest = min(MAX_ACTIVATION, float(values.abs().max()))
+        if bits < KL_BITS:
+            largest = min(largest, kl_threshold(values, 2 ** (bits - 1 if half else bits - 2)))
+        low, high = (0.0 if half else -largest), largest
+    if high - low < SMALLEST:
+        high = low + SMALLEST
+    return torch.tensor([low, high])
+
+
+# ----------------------------------------------------------------------------------------------------- rounding
+
+
+def weight_scale(span: Tensor, bits: int) -> Tensor:
+    """The step of weights that span +-`span` in `bits` (2 or more): whole numbers up to 2^(bits-1) - 1."""
+    return span / (2 ** (bits - 1) - 1)
+
+
+def whole_weights(weight: Tensor, span: Tensor, bits: int) -> Tensor:
+    """The whole numbers, as floats, that stand for `weight` `[out, ...]`; `span` `[out]` or `[1]`."""
+    span = _per_channel(span, weight)
+    return torch.round(torch.clamp(weight, -span, span) / weight_scale(span, bits))
+
+
+def round_weights(weight: Tensor, span: Tensor, bits: int) -> Tensor:
+    """`weight` `[out, ...]` rounded to `bits`; what is beyond +-`span` gets no gradient, the rest all of it."""
+    return _StraightThrough.apply(weight, _per_channel(span, weight), bits)  # type: ignore[no-any-return]
+
+
+def round_inputs(x: Tensor, span: Tensor, bits: int, scheme: Scheme) -> Tensor:
+    """`x` rounded to `bits` within `span` `[2]` (low, high); the gradient of what is beyond goes to the bounds.
+
+    A gradient of a bound is scaled by one over the root of values and levels (arXiv 1902.08153).
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or span.requires_grad):
+        return _StraightThroughInputs.apply(x, span, bits, scheme)  # type: ignore[no-any-return]
+    return _on_grid(x, span, bits, scheme)
+
+
+def input_grid(span: Tensor, bits: int, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of inputs within `span` `[2]` in `bits`; with `int8` the whole numbers begin at 0."""
+    low, high = span[0], span[1]
+    if scheme == "linear":
+        return high / torch.where(low < 0, 2.0 ** (bits - 1) - 1, 2.0**bits - 1), torch.zeros_like(low)
+    scale = (high - low).clamp(min=SMALLEST) / (2**bits - 1)
+    return scale, torch.round(-low / scale).clamp(0, 2**bits - 1)
+
+
+def _on_grid(x: Tensor, span: Tensor, bits: int, scheme: Scheme) -> Tensor:
+    scale, zero = input_grid(span, bits, scheme)
+    if scheme == "linear":
+        return torch.round(torch.minimum(torch.maximum(x, span[0]), span[1]) / scale) * scale
+    return (torch.clamp(torch.round(x / scale) + zero, 0, 2**bits - 1) - zero) * scale
+
+
+def _per_channel(span: Tensor, weight: Tensor) -> Tensor:
+    return span.view(-1, *[1] * (weight.ndim - 1))
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, span: Tensor, bits: int) -> Tensor:
+        ctx.save_for_backward(weight, span)
+        return torch.round(torch.clamp(weight, -span, span) / weight_scale(span, bits)) * weight_scale(span, bits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        weight, span = ctx.saved_tensors
+        return grads[0] * (weight.abs() <= span), None, None
+
+
+class _StraightThroughInputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, span: Tensor, bits: int, scheme: Scheme) -> Tensor:
+        ctx.save_for_backward(x, span)
+        ctx.scale = 1 / math.sqrt(max(1, x.numel()) * (2**bits - 1))
+        return _on_grid(x, span, bits, scheme)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (x, span), grad = ctx.saved_tensors, grads[0]
+        below, above = x < span[0], x > span[1]
+        bounds = torch.stack([(grad * below).sum(), (grad * above).sum()]) * ctx.scale
+        return grad * ~(below | above), bounds, None, None
+
+
+# --------------------------------------------------------------------------------------------------- codebooks
+
+
+def codebook(weight: Tensor, bits: int, rounds: int = 50) -> tuple[Tensor, Tensor]:
+    """The 2^bits values that stand for `weight` best, ascending `[k]`, and which one stands for each, int64.
+
+    Lloyd's k-means from values evenly spaced over the range (arXiv 1510.00149): large weights are few and matter. With
+    fewer different weights than values the codebook is as long all the same.
+    """
+    values = weight.detach().flatten().double()
+    ordered, sums = values.sort().values, values.sort().values.cumsum(0)
+    sums = torch.cat([sums.new_zeros(1), sums])
+    book = torch.linspace(float(ordered[0]), float(ordered[-1]), 2**bits, dtype=torch.float64)
+    for _ in range(rounds):
+        edges = torch.searchsorted(ordered, (book[1:] + book[:-1]) / 2)
+        edges = torch.cat([edges.new_zeros(1), edges, edges.new_full((1,), len(ordered))])
+        counts = edges[1:] - edges[:-1]
+        means = (sums[edges[1:]] - sums[edges[:-1]]) / counts.clamp(min=1)
+        new = torch.where(counts > 0, means, book).sort().values
+        if torch.equal(new, book):
+            break
+        book = new
+    codes = torch.searchsorted((book[1:] + book[:-1]) / 2, values)
+    return book.to(weight.dtype), codes.view(weight.shape)
+
+
+# ----------------------------------------------------------------------------------------------------- packing
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Whole numbers 0 to 2^bits - 1 in a row of bits, the lowest first: uint8 `[ceil(n * bits / 8)]`."""
+    flat = codes.flatten().to(torch.int64)
+    digits = (flat[:, None] >> torch.arange(bits, device=flat.device)) & 1
+    row = digits.flatten()
+    row = torch.nn.functional.pad(row, (0, -len(row) % 8)).view(-1, 8)
+    return (row << torch.arange(8, device=row.device)).sum(1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The `count` whole numbers of `pack`, int64. ValueError for another number of bytes."""
+    if len(packed) != packed_bytes(count, bits):
+        raise ValueError(f"{len(packed)} bytes for {count} numbers of {bits} bits")
+    if bits == 8:
+        return packed[:count].to(torch.int64)
+    row = (packed[:, None].to(torch.int64) >> torch.arange(8, device=packed.device)) & 1
+    digits = row.flatten()[: count * bits].view(count, bits)
+    return (digits << torch.arange(bits, device=packed.device)).sum(1)
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """The bytes of `count` numbers of `bits`."""
+    return -(-count * bits // 8)

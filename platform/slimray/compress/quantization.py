@@ -1,0 +1,308 @@
+"""A network with few bits: BatchNorm folded, ranges found on samples, weights as whole numbers; and what that costs.
+
+`quantize` takes any module that runs on an example and gives a smaller one, with the record by which a fresh process
+builds it again (`compress.build`) and the gain that can be counted: its size. Multiply-accumulates stay as many, how
+much faster they run only measuring tells. `prepare` gives the form that is trained (quantization-aware training,
+straight-through), `finish` its whole numbers, `sensitivity` which layer costs how much. Integer inference: arXiv
+1712.05877; HAQ's quantizers: 1811.08886. Our own modules and not PT2E graphs of torchao: those hold the ranges of
+activations as constants of a traced graph, which no record builds again in a later version.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimray.compress import fake_quant as fq
+from slimray.compress.fold import LAYERS, fold, norm_pairs, replace
+from slimray.compress.quantized import Bits, Quantized, check_bits, make_layer, to_whole
+from slimray.spec import UserError, did_you_mean
+
+KEPT_VALUES = 1_000_000  # of a layer's input, for the histograms of ranges below 5 bits
+EIGHT: Bits = (8, 8)
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """A layer that can be quantized, as a forward pass shows it: what HAQ's state and the cost models need.
+
+    `kind` is the name of its class, `depthwise` as HAQ has it (groups = input channels), `inputs` and `outputs` the
+    numbers of values in and out for one sample over all calls, `area` the input's pixels (1 for a linear layer).
+    """
+
+    name: str
+    kind: str
+    depthwise: bool
+    in_channels: int
+    out_channels: int
+    stride: int
+    kernel: int
+    weights: int
+    macs: int
+    inputs: int
+    outputs: int
+    area: int
+
+
+@dataclass(frozen=True)
+class QuantizedNetwork:
+    """What `quantize` gives: the smaller network, its record, and sizes in megabytes (1e6 bytes) before and after."""
+
+    net: nn.Module
+    record: dict[str, Any]
+    size_mb: float
+    size_mb_before: float
+    macs: int
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        gain = f"{self.size_mb_before:.3f} MB -> {self.size_mb:.3f} MB, {self.macs:,} MACs as before"
+        return "; ".join([gain, "latency not measured: it depends on the runtime and the device", *self.notes])
+
+
+def quantize(
+    module: nn.Module,
+    example: Tensor,
+    calibration: Iterable[Tensor] | None = None,
+    bits: int | Bits | Mapping[str, Bits] = EIGHT,
+    scheme: fq.Scheme = "int8",
+    keep: Sequence[str] = (),
+) -> QuantizedNetwork:
+    """Quantize `module` after training; it is left as it is.
+
+    `example` is an input `[n, ...]`, `calibration` batches of inputs that ranges are found on (the example alone where
+    there are none: for a try only). `bits` are those of all layers, or by layer; layers in `keep`, and with a mapping
+    those that are not in it, stay float. First and last layer have 8 bits at least unless a mapping says otherwise.
+    UserError: no layer to quantize, an unknown name, bits out of range, inputs that are not finite.
+    """
+    notes = [] if calibration is not None else ["ranges are those of the example alone: give calibration samples"]
+    before = size_mb(module)
+    net, record = prepare(module, example, calibration, bits, scheme, keep, trained=False)
+    macs = sum(layer.macs for layer in layers_of(module, example))
+    return QuantizedNetwork(net, record, size_mb(net), before, macs, notes)
+
+
+def prepare(
+    module: nn.Module,
+    example: Tensor,
+    calibration: Iterable[Tensor] | None = None,
+    bits: int | Bits | Mapping[str, Bits] = EIGHT,
+    scheme: fq.Scheme = "int8",
+    keep: Sequence[str] = (),
+    trained: bool = True,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a copy of `module` whose layers round (to be trained, or whole already), and its record; as `quantize`."""
+    net = copy.deepcopy(module).eval()
+    found = layers_of(net, example)
+    chosen = policy([layer.name for layer in found], bits, scheme, keep)
+    if trained and scheme == "kmeans":
+        raise UserError("quantize: the scheme kmeans has no trained form: train, then quantize")
+    folded = norm_pairs(net, example)
+    fold(net, folded)
+    spans = observe(net, chosen, [example] if calibration is None else calibration, scheme)
+    return assemble(net, folded, chosen, spans, scheme, "trained" if trained else "whole")
+
+
+def assemble(
+    net: nn.Module,
+    folded: Sequence[tuple[str, str]],
+    chosen: Mapping[str, Bits],
+    spans: Mapping[str, Tensor],
+    scheme: fq.Scheme,
+    form: str,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Put quantized layers with the ranges `spans` into `net`, folded already, in place; return it and its record."""
+    for name, pair in chosen.items():
+        layer = net.get_submodule(name)
+        made = make_layer(layer, pair, scheme, form)
+        with torch.no_grad():
+            made.input_range.copy_(spans.get(name, torch.zeros(2)))
+        weight: Tensor = layer.weight.detach()  # type: ignore[assignment, union-attr, operator]
+        span = None if scheme == "kmeans" else fq.weight_range(weight, pair[0], scheme)
+        if isinstance(made, Quantized):
+            made.store(weight, span)
+        elif span is not None:
+            made.weight_range.copy_(span)
+        replace(net, layer, made)
+    layers = {name: list(pair) for name, pair in chosen.items()}
+    pairs = [list(pair) for pair in folded]
+    return net, {"step": "quantize", "scheme": scheme, "form": form, "folded": pairs, "layers": layers}
+
+
+def finish(net: nn.Module, record: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a trained network of `prepare` with whole numbers, which answers the same, and its record."""
+    return to_whole(copy.deepcopy(net)), {**record, "form": "whole"}
+
+
+# ------------------------------------------------------------------------------------------------------- layers
+
+
+def layers_of(net: nn.Module, example: Tensor) -> list[LayerInfo]:
+    """The convolutions and linear layers of `net` that a pass runs, in the order of their first calls.
+
+    UserError where there are none.
+    """
+    names = {id(module): name for name, module in net.named_modules()}
+    calls: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        calls.setdefault(names[id(layer)], []).append((tuple(inputs[0].shape), tuple(out.shape)))
+
+    _watch(net, note, [example])
+    if not calls:
+        raise UserError(f"quantize: {type(net).__name__} has no convolution or linear layer that could be quantized")
+    return [_info(name, net.get_submodule(name), shapes, len(example)) for name, shapes in calls.items()]
+
+
+def _info(name: str, layer: nn.Module, calls: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], n: int) -> LayerInfo:
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    conv = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    inputs, outputs = (sum(torch.Size(call[side]).numel() for call in calls) // n for side in (0, 1))
+    groups = layer.groups if conv else 1  # type: ignore[union-attr]
+    in_channels = weight.shape[1] * groups
+    return LayerInfo(
+        name,
+        type(layer).__name__,
+        bool(conv and groups == in_channels),
+        int(in_channels),
+        weight.shape[0],
+        layer.stride[0] if conv else 0,  # type: ignore[union-attr, index]
+        weight.shape[-1] if conv else 1,
+        weight.numel(),
+        outputs * weight[0].numel(),
+        inputs,
+        outputs,
+        torch.Size(calls[0][0][2:]).numel() if conv else 1,
+    )
+
+
+def policy(
+    names: Sequence[str], bits: int | Bits | Mapping[str, Bits], scheme: fq.Scheme, keep: Sequence[str] = ()
+) -> dict[str, Bits]:
+    """The bits of each layer of `names` that is quantized; see `quantize`."""
+    for name in (*keep, *(bits if isinstance(bits, Mapping) else ())):
+        if name not in names:
+            raise UserError(f"quantize: there is no layer {name!r} to quantize{did_you_mean(name, names)}")
+    if isinstance(bits, Mapping):
+        chosen = {name: check_bits(name, bits[name], scheme) for name in names if name in bits}
+    else:
+        pair = (bits, bits) if isinstance(bits, int) else tuple(bits)
+        weights, inputs = check_bits("all layers", pair, scheme)
+        ends = (8, inputs and 8) if scheme != "kmeans" else (weights, None)
+        chosen = {name: ends if name in (names[0], names[-1]) else (weights, inputs) for name in names}
+    return {name: pair for name, pair in chosen.items() if name not in keep}
+
+
+# -------------------------------------------------------------------------------------------------- calibration
+
+
+def observe(
+    net: nn.Module, chosen: Mapping[str, Bits], batches: Iterable[Tensor], scheme: fq.Scheme
+) -> dict[str, Tensor]:
+    """The range `[2]` of the input of every layer of `chosen` over all `batches`, by `fq.input_range`.
+
+    UserError without batches, and for inputs that are not finite.
+    """
+    wanted = {id(net.get_submodule(name)): name for name, pair in chosen.items() if pair[1] is not None}
+    return spans_of(gather(net, wanted, batches), chosen, scheme)
+
+
+def gather(net: nn.Module, wanted: Mapping[int, str], batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Values of the inputs of the layers `wanted` (by id) over `batches`: the smallest, the largest, and others.
+
+    At most KEPT_VALUES of each, evenly spread, so that a range below 5 bits sees the distribution.
+    """
+    seen: dict[str, list[Tensor]] = {}
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        if id(layer) in wanted:
+            flat = inputs[0].detach().flatten()
+            if not bool(torch.isfinite(flat.min() + flat.max())):
+                raise UserError(f"quantize: the input of {wanted[id(layer)]} is not finite on the calibration samples")
+            few = flat[:: max(1, len(flat) * 8 // KEPT_VALUES)]
+            seen.setdefault(wanted[id(layer)], []).append(torch.cat([few, flat.min()[None], flat.max()[None]]))
+
+    count = _watch(net, note, batches)
+    if not count:
+        raise UserError("quantize: there are no calibration samples")
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def spans_of(values: Mapping[str, Tensor], chosen: Mapping[str, Bits], scheme: fq.Scheme) -> dict[str, Tensor]:
+    """The range of the input of every layer of `chosen` that has one, of what `gather` kept."""
+    pairs = ((name, bits) for name, (_, bits) in chosen.items() if bits is not None and name in values)
+    return {name: fq.input_range(values[name], bits, scheme) for name, bits in pairs}
+
+
+@torch.no_grad()
+def _watch(net: nn.Module, note: Callable[[Any, Any, Any], None], batches: Iterable[Tensor]) -> int:
+    """Run `net` in eval mode with `note` behind every layer; the number of batches. It is left as it was."""
+    modes = [(module, module.training) for module in net.modules()]
+    hooks = [module.register_forward_hook(note) for module in net.modules() if type(module) in LAYERS]
+    count = 0
+    try:
+        net.eval()
+        for batch in batches:
+            net(batch)
+            count += 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+    return count
+
+
+# --------------------------------------------------------------------------------------------------------- size
+
+
+def size_mb(net: nn.Module) -> float:
+    """Megabytes (1e6 bytes) of the numbers of `net`: codes by their bits, tables, ranges, biases, BatchNorm statistics.
+
+    Everything that a state dict holds counts as it is stored, each tensor once; counters of batches do not count.
+    """
+    found = {id(one): one for name, one in net.state_dict(keep_vars=True).items() if not name.endswith("_tracked")}
+    return sum(one.numel() * one.element_size() for one in found.values()) / 1e6
+
+
+# -------------------------------------------------------------------------------------------------- sensitivity
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What a layer costs: the score of the network with this one alone quantized, and what it loses by that.
+
+    `saved_mb` is what its quantization takes off the size.
+    """
+
+    layer: str
+    score: float
+    loss: float
+    saved_mb: float
+
+
+def sensitivity(
+    module: nn.Module,
+    example: Tensor,
+    calibration: Sequence[Tensor],
+    score: Callable[[nn.Module], float],
+    bits: int | Bits = EIGHT,
+    scheme: fq.Scheme = "int8",
+) -> list[Sensitivity]:
+    """Quantize each layer alone and score the network (higher is better): the costliest layer first.
+
+    `score` gets a network in eval mode. As many evaluations as layers, and one.
+    """
+    base = fold(copy.deepcopy(module).eval(), pairs := norm_pairs(module, example))
+    names = [layer.name for layer in layers_of(base, example)]
+    chosen = policy(names, bits, scheme)
+    spans = observe(base, chosen, calibration, scheme)
+    whole, rows = score(base), []
+    for name in names:
+        net, _ = assemble(copy.deepcopy(base), pairs, {name: chosen[name]}, spans, scheme, "whole")
+        reached = score(net)
+        rows.append(Sensitivity(name, reached, whole - reached, size_mb(base) - size_mb(net)))
+    return sorted(rows, key=lambda row: -row.loss)

@@ -1,0 +1,60 @@
+"""What layers cost with few bits on modelled hardware: tables `[layers, 8, 8]` of latency, energy or size for HAQ.
+
+In: layers as `compress.quantization.layers_of` tells them, a row of HARDWARE. A layer takes the longer of its products
+at the device's rate and its bits at the bandwidth, as in hardware.py. How the rate depends on the bits is the device's
+`arithmetic`: fixed (narrow numbers save traffic alone), bit-serial (work is bits of weights x bits of inputs: BISMO,
+arXiv 1806.08862) or fused from 2-bit units (widths of 2, 4 and 8: Bit Fusion, 1712.01507). Outputs are counted with the
+bits of the layer's inputs. Bounds of a model, good for comparing policies; no device was measured.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimray.compress.quantization import LayerInfo
+from slimray.edge.hardware import Device
+from slimray.spec import UserError
+
+HIGHEST = 8
+COSTS = ("size_mb", "latency_ms", "energy_mj")
+
+
+def relative_work(device: Device, weights: int, inputs: int) -> float:
+    """The time or energy of a product of `weights` x `inputs` bits over that at the device's own width."""
+    if device.arithmetic == "fixed":
+        return 1.0
+    if device.arithmetic == "fused":
+        weights, inputs = (max(2, 1 << (bits - 1).bit_length()) for bits in (weights, inputs))
+    return weights * inputs / device.bits**2
+
+
+def bit_table(device: Device | None, layers: Sequence[LayerInfo], cost: str) -> NDArray[np.float64]:
+    """What each layer costs for one sample at every pair of bits: `[layers, weight bits - 1, input bits - 1]`.
+
+    `size_mb` needs no device: megabytes of weights. UserError for another cost, or energy of a device without numbers.
+    """
+    if cost not in COSTS or (device is None and cost != "size_mb"):
+        raise UserError(
+            f"haq: {cost} is no cost of bits here: must be one of {', '.join(COSTS)}, the last two of a device"
+        )
+    if device is not None and cost == "energy_mj" and (device.pj_per_mac is None or device.pj_per_byte is None):
+        raise UserError(f"haq: energy_mj: {device.description} has no energies per operation")
+    table = np.zeros((len(layers), HIGHEST, HIGHEST))
+    for row, layer in zip(table, layers, strict=True):
+        for w in range(1, HIGHEST + 1):
+            for a in range(1, HIGHEST + 1):
+                row[w - 1, a - 1] = _cost(device, layer, w, a, cost)
+    return table
+
+
+def _cost(device: Device | None, layer: LayerInfo, weights: int, inputs: int, cost: str) -> float:
+    if device is None or cost == "size_mb":
+        return layer.weights * weights / 8e6
+    work = layer.macs * relative_work(device, weights, inputs)
+    moved = (layer.weights * weights + (layer.inputs + layer.outputs) * inputs) / 8
+    seconds = max(work / (1e9 * device.gmacs_per_s), moved / (1e9 * device.gb_per_s)) + 1e-6 * device.per_layer_us
+    if cost == "latency_ms":
+        return 1e3 * seconds
+    joules = 1e-12 * (work * (device.pj_per_mac or 0) + moved * (device.pj_per_byte or 0))
+    return 1e3 * (joules + device.static_w * seconds)

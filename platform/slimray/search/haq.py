@@ -1,0 +1,229 @@
+"""HAQ (arXiv 1811.08886): the walk over a network in which an agent says layer by layer how many bits there are.
+
+`BitsWalk` is the environment: two steps per layer (its weights, then its inputs), or one with k-means, where inputs
+stay float; a state of ten (nine) numbers; an action in [0, 1] becomes bits by `bits_of`. When all layers have theirs,
+`project` takes bits away, one at a time from the last layer to the first, until the budget is kept. What bits cost is a
+table `[layers, 8, 8]` (edge/bit_costs.py) or the size. Other than the recorded code: bits are clamped at both ends, the
+first and the last layer have their eight bits also where the budget is kept at once, the input image is counted with 8
+bits and not with 7, the last column of a state is 1 where weights are next, and a budget below the cheapest policy is
+refused in place of a loop without end. `project` itself gives the recorded policies exactly.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimray.compress.quantization import LayerInfo
+from slimray.search.ddpg import HAQ, Ddpg, DdpgSettings, Episode, trained
+from slimray.spec import UserError
+
+Floats = NDArray[np.float64]
+Policy = list[list[int]]  # per layer [bits of weights, bits of inputs], or [bits of weights]
+COLUMNS = ("depthwise", "c_in", "c_out", "stride", "kernel", "weights", "area", "index", "last_bits", "weights_next")
+HIGHEST = 8
+
+
+def bits_of(action: float, low: int, high: int) -> int:
+    """The bits that an action in [0, 1] means: equal shares of it for all numbers from `low` to `high`."""
+    return min(max(round((high - low + 1) * action + low - 0.5), low), high)
+
+
+def reward_of(accuracy: float, whole: float) -> float:
+    """The reward of an accuracy where the float network has `whole`, both in percent: a tenth of the difference."""
+    return 0.1 * (accuracy - whole)
+
+
+def table_cost(table: Floats) -> Callable[[Policy], float]:
+    """The cost of a policy by a table `[layers, weight bits - 1, input bits - 1]`: the sum over its layers."""
+    rows = np.arange(len(table))
+
+    def cost(bits: Policy) -> float:
+        pairs = np.asarray(bits)
+        return float(table[rows, pairs[:, 0] - 1, pairs[:, 1] - 1].sum())
+
+    return cost
+
+
+def size_cost(weights: Sequence[int]) -> Callable[[Policy], float]:
+    """The cost of a policy in bits of its weights, `weights` numbers in each layer."""
+    return lambda bits: float(sum(count * row[0] for count, row in zip(weights, bits, strict=True)))
+
+
+def project(
+    bits: Policy, cost: Callable[[Policy], float], budget: float, low: int, ends: Mapping[int, Sequence[int]]
+) -> Policy:
+    """Take bits away until `cost` is at most `budget`: from the last layer to the first, inputs before weights.
+
+    One bit each, none below `low`, then again. `ends` are layers that keep what they have there, by number; they are
+    put in place with the first bit taken, so a policy that keeps the budget comes back as it is. Where nothing is left
+    to take, the cheapest policy comes back, which does not keep it.
+    """
+    bits = [list(row) for row in bits]
+    if cost(bits) <= budget:
+        return bits
+    while True:
+        before = [list(row) for row in bits]
+        for layer in reversed(range(len(bits))):
+            for column in reversed(range(len(bits[layer]))):
+                if bits[layer][column] > low:
+                    bits[layer][column] -= 1
+                for place, pair in ends.items():
+                    bits[place] = list(pair)
+                if cost(bits) <= budget:
+                    return bits
+        if bits == before:
+            return bits
+
+
+class BitsWalk:
+    """An episode over `layers`: an action per column of a policy, layer by layer; `policy` projects it.
+
+    `inputs` says whether inputs have bits too (two steps per layer), `ends` which layers are pinned, by number (by
+    default the first and the last, to 8 bits; none for k-means). UserError where the cheapest policy breaks the budget.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerInfo],
+        cost: Callable[[Policy], float],
+        budget: float,
+        low: int = 2,
+        high: int = HIGHEST,
+        inputs: bool = True,
+        ends: Mapping[int, Sequence[int]] | None = None,
+    ):
+        if not layers or not 1 <= low <= high <= HIGHEST:
+            raise UserError(f"haq: needs layers, and bits from 1 to {HIGHEST} (got {low} to {high})")
+        self.layers, self.cost, self.budget, self.low, self.high = layers, cost, budget, low, high
+        self.columns = 2 if inputs else 1
+        last = len(layers) - 1
+        eight = [HIGHEST] * self.columns
+        self.ends = ({0: eight, last: eight} if inputs else {}) if ends is None else ends
+        least = [[low] * self.columns for _ in layers]
+        for place, pair in self.ends.items():
+            least[place] = list(pair)
+        if cost(least) > budget:
+            raise UserError(
+                f"haq: the budget of {budget:g} cannot be kept: {low} bits everywhere (more at pinned ends) cost "
+                f"{cost(least):g}"
+            )
+        self.static = self._static()
+        self.reset()
+
+    @property
+    def num_steps(self) -> int:
+        """Actions of an episode."""
+        return len(self.layers) * self.columns
+
+    def _static(self) -> Floats:
+        """The columns that do not change, each scaled to [0, 1] over the layers, `[layers, 8]`."""
+        rows = [
+            [float(one.depthwise), one.in_channels, one.out_channels, one.stride, one.kernel, one.weights, one.area, i]
+            for i, one in enumerate(self.layers)
+        ]
+        table = np.array(rows, float)
+        low, high = table.min(0), table.max(0)
+        return (table - low) / np.where(high > low, high - low, 1.0)
+
+    def reset(self) -> Floats:
+        """Begin an episode and return its first state."""
+        self.chosen: list[int] = []
+        return self._state()
+
+    def _state(self) -> Floats:
+        place, column = divmod(len(self.chosen), self.columns)
+        last = self.chosen[-1] / HIGHEST if self.chosen else 1.0
+        more = [1.0 - column] if self.columns == 2 else []
+        return np.array([*self.static[place], last, *more])
+
+    def step(self, action: float) -> Floats | None:
+        """Take a raw action; the next state, None after the last."""
+        self.chosen.append(bits_of(action, self.low, self.high))
+        return self._state() if len(self.chosen) < self.num_steps else None
+
+    def policy(self) -> Policy:
+        """The bits chosen, pinned and projected to the budget."""
+        bits = [self.chosen[i : i + self.columns] for i in range(0, self.num_steps, self.columns)]
+        for place, pair in self.ends.items():
+            bits[place] = list(pair)
+        return project(bits, self.cost, self.budget, self.low, self.ends)
+
+
+@dataclass(frozen=True)
+class HaqSettings:
+    """A search: `episodes` in all, `population` of them proposed at a time (1: one by one, as published), the agent."""
+
+    episodes: int
+    population: int = 1
+    agent: DdpgSettings = HAQ
+
+    def __post_init__(self) -> None:
+        if self.population < 1 or self.episodes < 1:
+            raise UserError("haq: episodes and population must be >= 1")
+
+
+@dataclass(frozen=True, eq=False)
+class HaqTrial:
+    """An episode: its number, the policy, states `[T, S]` and raw actions `[T]`, and the reward (nan: failed)."""
+
+    index: int
+    bits: Policy
+    states: Floats
+    actions: Floats
+    reward: float = float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; numbers keep all their digits."""
+        values = {"states": self.states.tolist(), "actions": self.actions.tolist()}
+        return {"index": self.index, "bits": self.bits, "reward": self.reward, **values}
+
+    @staticmethod
+    def from_dict(plain: Mapping[str, Any]) -> "HaqTrial":
+        """Read what `to_dict` wrote."""
+        states, actions = (np.array(plain[name], float) for name in ("states", "actions"))
+        return HaqTrial(int(plain["index"]), [list(r) for r in plain["bits"]], states, actions, float(plain["reward"]))
+
+
+def rollout(walk: BitsWalk, agent: Ddpg, index: int, seed: int) -> HaqTrial:
+    """The episode `index` that an agent walks: a function of the agent, the seed and the number."""
+    rng, states, actions = np.random.default_rng([seed, 3, index]), [], []
+    after: Floats | None = walk.reset()
+    while after is not None:
+        states.append(after)
+        actions.append(agent.act(after, index, rng))
+        after = walk.step(actions[-1])
+    return HaqTrial(index, walk.policy(), np.array(states), np.array(actions))
+
+
+def propose(
+    walk: BitsWalk, settings: HaqSettings, history: Sequence[HaqTrial], seed: int, number: int
+) -> list[HaqTrial] | None:
+    """The trials of generation `number`, without rewards; None while one of an earlier generation is missing.
+
+    A function of its arguments, and of `history` only of the generations before: a search is the same on any number of
+    workers, resumed or not.
+    """
+    first = number * settings.population
+    past = {trial.index: trial for trial in history if trial.index < first}
+    if len(past) < first:
+        return None
+    episodes = [Episode(past[i].states, past[i].actions, past[i].reward) for i in range(first)]
+    agent = trained(settings.agent, len(walk.reset()), walk.num_steps, seed, episodes)
+    return [rollout(walk, agent, i, seed) for i in range(first, min(first + settings.population, settings.episodes))]
+
+
+def search(walk: BitsWalk, settings: HaqSettings, reward: Callable[[Policy], float], seed: int = 0) -> list[HaqTrial]:
+    """Search in this process: all trials with their rewards, in order. A policy that was tried keeps its reward."""
+    done: list[HaqTrial] = []
+    known: dict[str, float] = {}
+    while len(done) < settings.episodes:
+        trials = propose(walk, settings, done, seed, len(done) // settings.population)
+        assert trials, "all earlier generations are there"
+        for trial in trials:
+            key = str(trial.bits)
+            known[key] = reward(trial.bits) if key not in known else known[key]
+            done.append(HaqTrial(trial.index, trial.bits, trial.states, trial.actions, known[key]))
+    return done
