@@ -37,7 +37,7 @@ class Device(Spec):
     bits: int = Field(ge=1, le=64)
     """Width of a weight and of an activation."""
     arithmetic: Literal["fixed", "bit_serial", "fused"] = "fixed"
-    """What fewer bits save in arithmetic: nothing, by the product of the bits of both factors, or in steps of 2, 4, 8."""
+    """What fewer bits save in arithmetic: nothing, by the product of the bits of both factors, in steps of 2, 4, 8."""
     per_layer_us: float = Field(default=0.0, ge=0)
     """Microseconds that starting a layer takes; 0 where no source says."""
     pj_per_mac: float | None = Field(default=None, ge=0)

@@ -217,13 +217,16 @@ def propose(
 
 def search(walk: BitsWalk, settings: HaqSettings, reward: Callable[[Policy], float], seed: int = 0) -> list[HaqTrial]:
     """Search in this process: all trials with their rewards, in order. A policy that was tried keeps its reward."""
+    agent = trained(settings.agent, len(walk.reset()), walk.num_steps, seed, [])
     done: list[HaqTrial] = []
     known: dict[str, float] = {}
     while len(done) < settings.episodes:
-        trials = propose(walk, settings, done, seed, len(done) // settings.population)
-        assert trials, "all earlier generations are there"
-        for trial in trials:
+        first = len(done)
+        for index in range(first, min(first + settings.population, settings.episodes)):
+            trial = rollout(walk, agent, index, seed)
             key = str(trial.bits)
             known[key] = reward(trial.bits) if key not in known else known[key]
-            done.append(HaqTrial(trial.index, trial.bits, trial.states, trial.actions, known[key]))
+            done.append(HaqTrial(index, trial.bits, trial.states, trial.actions, known[key]))
+        for trial in done[first:]:
+            agent.take(Episode(trial.states, trial.actions, trial.reward))
     return done
