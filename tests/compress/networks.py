@@ -45,17 +45,18 @@ def network(name: str, **more: Any) -> nn.Module:
 
 
 def example(name: str) -> Tensor:
-    generator, takes, side = torch.Generator().manual_seed(1), models.MODELS[name].input, 32
+    generator, takes, known = torch.Generator().manual_seed(1), models.MODELS[name].input, models.options_of(name)
+    side = known.get("side", 32)
     if takes == "clip":
         x = torch.randn(2, options(name)["num_segments"], 3, side, side, generator=generator)
     elif takes in ("image", "image_pair"):
-        x = torch.randn(2, 3, side, side, generator=generator)
+        x = torch.randn(2, known.get("in_channels", 3), side, side, generator=generator)
     elif takes == "frustum":
         x = torch.rand(2, 7, 64, generator=generator)
         x[:, -3:] = torch.eye(3)[:2, :, None]
         return x
     else:
-        x = torch.rand(2, models.options_of(name).get("in_channels", 22), 64, generator=generator)
+        x = torch.rand(2, known.get("in_channels", 22), 64, generator=generator)
         if x.shape[1] == 22:
             x[:, 6:] = torch.eye(16)[:2, :, None]
     return x.double()
