@@ -104,6 +104,32 @@ def recalibrate(
         emit(rows[0]["metrics"])
 
 
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A finished run that holds a network, by name or URI.", metavar="RUN")],
+    format_: Annotated[
+        str,
+        typer.Option("--format", help="onnx, onnx_int8, openvino, executorch, executorch_int8, torch; with commas."),
+    ] = "onnx",
+    online: Annotated[bool, typer.Option("--online", help="A causal TSM as a step, frame by frame.")] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the new run; default RUN-export.")] = None,
+    set_: Sets = None,
+    storage: Storage = None,
+    restart: Restart = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a network in formats that run without torch, verified on real samples and timed; needs no Ray."""
+    from slimray import job, runs
+
+    where = storage_of(storage)
+    formats = [one.strip() for one in format_.split(",") if one.strip()]
+    document = {"kind": "export", "run": run, "formats": formats, "online": online}
+    document["name"] = name or f"{runs.find_run(run, where).name}-{'online' if online else 'export'}"
+    rows = _run(job.resolve([(Path("export"), document)], set_ or []), where, restart, show=not as_json)
+    if as_json:
+        emit(rows[0]["metrics"])
+
+
 def _run(loaded: list[Any], storage: str, restart: bool, show: bool, wait_s: float = 0) -> list[dict[str, Any]]:
     """Check everything, then do the jobs in order; returns a row for each, and on `show` prints what the last found."""
     from slimray import job, runs

@@ -50,10 +50,15 @@ def to_program(module: nn.Module, inputs: Mapping[str, Tensor], varying: Varying
     example = {name: _twice(value, varying.get(name, {})) for name, value in inputs.items()}
     shapes = tuple(dict.fromkeys(varying.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in inputs)
     with _quiet(), torch.no_grad():
+        given = shapes if any(shapes) else None
         try:
-            program = torch.export.export(module, tuple(example.values()), dynamic_shapes=shapes)
-        except Exception as error:  # whatever the exporter finds in a network
-            raise RunFailed(f"torch.export: {_first_line(error)}") from error
+            program = torch.export.export(module, tuple(example.values()), dynamic_shapes=given)
+        except Exception:  # noqa: BLE001  loops (scan) are compiled, and may meet what an earlier export left behind
+            torch.compiler.reset()
+            try:
+                program = torch.export.export(module, tuple(example.values()), dynamic_shapes=given)
+            except Exception as error:  # whatever the exporter finds in a network
+                raise RunFailed(f"torch.export: {_first_line(error)}") from error
     free = {
         name: {axis: called for axis, called in varying.get(name, {}).items() if _is_free(program, place, axis)}
         for place, name in enumerate(inputs)

@@ -112,6 +112,30 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+INSTRUCTIONS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx_vnni",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "sve",
+)
+
+
+def cpu_flags() -> list[str]:
+    """Which of INSTRUCTIONS this machine's processor has; those of int8 products change what int8 networks give."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    words = {word for line in lines if line.startswith(("flags", "Features")) for word in line.split()}
+    return [name for name in INSTRUCTIONS if name in words]
+
+
 RUNTIMES: dict[str, Runtime] = {
     "cpu-eager": Runtime("torch, eager", _eager, lambda x: x, _timed_on_cpu, _nothing, cpu_name),
     "cpu-compiled": Runtime(

@@ -195,13 +195,38 @@ def compress_report(run: runs.Run) -> str:
     return _page(run, card, {}, headline, tables, scatters)
 
 
+def export_report(run: runs.Run) -> str:
+    """Return the page of an export run: every format beside torch, what differs, how long it takes."""
+    card, results = runs.read_card(run) or {}, _results(run)
+    rows, best = results.get("rows", []), str(results.get("best", ""))
+    names = ["format", best, "relative", "worst_sample", "max_abs", "agreement", "unoptimised_agreement", "mb", "ms"]
+    names += ["eager_ms", "ratio", "ratio_low", "ratio_high", "reason"]
+    names = [name for name in names if any(name in row for row in rows)]
+    note = (
+        f"On {results.get('samples')} samples of the validation split; relative difference from torch (L2), percent of "
+        "answers with the same class (unoptimised: without graph optimisations). Milliseconds of one "
+        f"{'frame' if results.get('online') else 'sample'}, and the ratio to eager torch: median and 95 % interval of "
+        f"pairs in turn. On {results.get('cpu')}."
+    )
+    table = Table("Exports", names, [[_small(name, row.get(name)) for name in names] for row in rows], note)
+    states = [[one["input"], one["output"], " x ".join(map(str, one["shape"]))] for one in results.get("states", [])]
+    given = Table("States of a step", ("input", "output", "shape"), states, "Zeros before the first frame.", fold=True)
+    headline = {row["format"]: f"{row['ratio']:.2f} of torch's time" for row in rows if "ratio" in row}
+    return _page(run, card, {}, headline, [table, given])
+
+
+def _small(name: str, value: Any) -> Any:
+    """Differences as text: tables round numbers, and these are all noughts then."""
+    return f"{value:.1e}" if name in ("relative", "worst_sample", "max_abs") and isinstance(value, float) else value
+
+
 def _page(
     run: runs.Run,
     card: dict[str, Any],
     results: dict[str, Any],
     headline: Mapping[str, str],
     tables: Sequence[Table],
-    curves: Sequence[Curves | Scatter],
+    curves: Sequence[Curves | Scatter] = (),
 ) -> str:
     status = None if card else runs.read_status(run)  # a page is written just before its run is called finished
     state = ["finished"] if card else [status.state, status.message] if status else []

@@ -33,6 +33,7 @@ FOLDERS = (
     "samples",
     "checkpoints",
     "model",
+    "export",
     "stages",
     "trials",
     "logs",

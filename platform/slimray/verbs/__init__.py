@@ -7,7 +7,7 @@ neither Ray nor torch until it checks or runs, so that reading a file is quick. 
 
 from types import ModuleType
 
-from slimray.verbs import compress, evaluate, prepare, proxyless, recalibrate, search, shrink, train
+from slimray.verbs import compress, evaluate, export, prepare, proxyless, recalibrate, search, shrink, train
 
 VERBS: dict[str, ModuleType] = {
     "prepare": prepare,
@@ -18,4 +18,5 @@ VERBS: dict[str, ModuleType] = {
     "proxyless": proxyless,
     "recalibrate": recalibrate,
     "compress": compress,
+    "export": export,
 }

@@ -5,6 +5,8 @@ before it exists. A consumer asks what a run holds, a dataset or a network, neve
 """
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -25,18 +27,18 @@ from slimray.data.spec import DataSpec
 from slimray.spec import UserError, noting
 from slimray.verbs.inputs import in_words
 
-What = Literal["dataset", "network", "supernet", "table"]
+What = Literal["dataset", "network", "supernet", "export", "table"]
 
 
 @dataclass(frozen=True)
 class Made:
     """A run before it exists, as those who read it can know it.
 
-    `what` it holds: a dataset, a network, a supernet of which networks are cut out, or tables of numbers. `card` is the
-    dataset card (with the task), None where only a run that is read knows it. Of a dataset: its `splits` and, as far as
-    they are known, its `samples` by split, which are the files that `check` counts where each is one sample
-    (`counted`). Of a network: the `data` section by which its samples are made. Of a supernet: the number of samples
-    `held_out` of its training. What is cut out of a supernet is `like` that run in card and data.
+    `what` it holds: a dataset, a network, a supernet of which networks are cut out, exports of a network, or tables of
+    numbers. `card` is the dataset card (with the task), None where only a run that is read knows it. Of a dataset: its
+    `splits` and, as far as they are known, its `samples` by split, which are the files that `check` counts where each
+    is one sample (`counted`). Of a network: the `data` section by which its samples are made. Of a supernet: the number
+    of samples `held_out` of its training. What is cut out of a supernet is `like` that run in card and data.
     """
 
     what: What
@@ -118,7 +120,6 @@ class Context:
 
 def environment() -> dict[str, Any]:
     """Versions, machine and git commit, as far as they can be known."""
-    import ray
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -127,7 +128,7 @@ def environment() -> dict[str, Any]:
         "git": git_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "ray": ray.__version__,
+        "ray": importlib.metadata.version("ray") if importlib.util.find_spec("ray") else None,
         "numpy": numpy.__version__,
         "host": socket.gethostname(),
         "cpus": os.cpu_count(),

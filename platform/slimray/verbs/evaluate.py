@@ -6,6 +6,7 @@ network uses motion: without order, only what single frames tell is left.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -31,7 +32,7 @@ class EvaluateJob(WorkerJob):
     name: str
     """Name of this evaluation, a folder of the storage."""
     runs: tuple[str, ...] = Field(min_length=1)
-    """Training runs, by name or URI."""
+    """Runs that hold a network, by name or URI, and exports, as RUN:FORMAT (`my-export:onnx`)."""
     data: DataSpec | None = None
     """Another dataset than the one the first run was trained on."""
     split: str | None = None
@@ -85,9 +86,9 @@ def check(job: EvaluateJob, ctx: CheckContext) -> dict[str, Any]:
 
     out: dict[str, Any] = {"runs": list(job.runs), "views": job.clips * job.crops, "orders": list(job.frame_orders)}
     with ctx.noting():
-        ahead = [name for name in job.runs if ctx.require(name, ("network",), "runs") is not None]
+        ahead = [name for name in job.runs if _require_ahead(ctx, name) is not None]
         for name in ahead:
-            made = ctx.ahead[name]
+            made = ctx.ahead[inputs.split_export(name)[0]]
             if made.data is not None and made.card is not None:  # else known when the run it reads is opened
                 card = parse(Card, made.card, f"{ctx.where}: data.card")
                 samples = {"kind": card.sample, "sampling": made.data.sampling}
@@ -95,7 +96,7 @@ def check(job: EvaluateJob, ctx: CheckContext) -> dict[str, Any]:
         found = _find(job, ctx.where, ctx.storage, ahead)
         known = {}
         for one in found:
-            taken = inputs.read_input(one, f"{ctx.where}: runs")
+            taken = inputs.read_input(one.run, f"{ctx.where}: runs", one.format)
             _require_options(job, ctx.where, one.name, lookup(TASKS, task_of(taken), "task"), taken["recipe"])
             known[one.name] = tuple(taken["classes"])
         if not (job.data.run in ctx.ahead if job.data is not None else job.runs[0] in ahead):
@@ -111,25 +112,44 @@ def makes(job: EvaluateJob) -> dict[str, Made]:
     return {job.name: Made("table")}
 
 
-def _find(job: EvaluateJob, where: str, storage: str, ahead: Sequence[str]) -> list[runs.Run]:
-    """Return the finished runs of `job` but those `ahead`; UserError for what holds no network, or two of one name."""
-    found = [
-        inputs.finished_run(name, storage, ("network",), f"{where}: runs") for name in job.runs if name not in ahead
-    ]
+@dataclass(frozen=True)
+class Scored:
+    """What is scored: the network of a run, or with a `format` one of its exports."""
+
+    name: str
+    run: runs.Run
+    format: str | None
+
+
+def _require_ahead(ctx: CheckContext, name: str) -> Made | None:
+    run, form = inputs.split_export(name)
+    return ctx.require(run, ("network",) if form is None else ("export",), "runs")
+
+
+def _find(job: EvaluateJob, where: str, storage: str, ahead: Sequence[str]) -> list[Scored]:
+    """Return what `job` scores but those `ahead`; UserError for what holds no network, or two of one name."""
+    found = []
+    for name in job.runs:
+        if name not in ahead:
+            run, form = inputs.split_export(name)
+            one = inputs.finished_run(run, storage, ("network",) if form is None else ("export",), f"{where}: runs")
+            found.append(Scored(one.name if form is None else f"{one.name}:{form}", one, form))
     names = [*ahead, *(one.name for one in found)]
     for one in found:
         if names.count(one.name) > 1:
             raise UserError(f"{where}: runs: two of them are named {one.name!r}: score them apart")
-        if not runs.exists(one, "model/weights.safetensors"):
+        if one.format is None and not runs.exists(one.run, "model/weights.safetensors"):
             raise UserError(f"{where}: runs: {one.name!r} has lost its model/weights.safetensors: train it again")
+        if one.format is not None and not runs.exists(one.run, f"export/{one.format}/export.json"):
+            raise UserError(f"{where}: runs: {one.run.name!r} holds no export {one.format!r}: name one that it holds")
     return found
 
 
-def _open_data(job: EvaluateJob, where: str, storage: str, found: list[runs.Run]) -> tuple[DataSpec, str, Splits]:
-    """The data section, the split and its index: those of the job, else of the first run."""
+def _open_data(job: EvaluateJob, where: str, storage: str, found: list[Scored]) -> tuple[DataSpec, str, Splits]:
+    """The data section, the split and its index: those of the job, else of the first run, or of what that exported."""
     data = job.data
     if data is None:
-        data = inputs.data_of(found[0], storage, f"{where}: runs")
+        data = inputs.data_of(found[0].run, storage, f"{where}: runs")
     split = job.split or data.val or data.train
     return data, split, open_splits(data, where, storage, [split])
 
@@ -164,19 +184,19 @@ def run(job: EvaluateJob, ctx: Context) -> None:
     """Score every run of `job` and write the comparison to the run folder `ctx.run`."""
     import ray
 
+    from slimray import compress
     from slimray.data.pipeline import Source
     from slimray.data.plan import Phase
     from slimray.edge import cost
     from slimray.report import pages
     from slimray.tasks import task_of_card
-    from slimray.tasks.network import load_network
     from slimray.tasks.parts import part_ranges
     from slimray.train import workers
     from slimray.train.progress import follow
     from slimray.verbs import scoring
 
     found = _find(job, ctx.where, ctx.storage, ())
-    trained = [load_network(one) for one in found]
+    trained = [scoring.load(one.run.uri, one.format) for one in found]
     data, split, splits = _open_data(job, ctx.where, ctx.storage, found)
     names, task = tuple(splits.card.class_names()), task_of_card(splits.card)
     for one, network in zip(found, trained, strict=True):
@@ -192,7 +212,7 @@ def run(job: EvaluateJob, ctx: Context) -> None:
         for order in job.frame_orders:
             recipe, total = _recipe(job, network, order, splits, split), job.batch * job.scale.most
             for repeat in range(job.repeats):
-                cases.append(scoring.Case(one.uri, one.name, order, repeat))
+                cases.append(scoring.Case(one.run.uri, one.name, order, repeat, one.format))
                 phases.append(Phase("eval", "eval", repeat, table.num_rows, total, False, recipe))
     board = workers.make_board()
     config = scoring.ScoreConfig(
@@ -225,11 +245,12 @@ def run(job: EvaluateJob, ctx: Context) -> None:
     for row in rows:
         network = by_name[row["run"]]
         shape = input_shape(_recipe(job, network, row["variant"], splits, split))
-        row |= {"params": cost.count_params(network.net), "macs": cost.count_macs(network.net, (1, *shape))}
+        counted = compress.build(**network.model) if by_run[row["run"]].format else network.net
+        row |= {"params": cost.count_params(counted), "macs": cost.count_macs(counted, (1, *shape))}
         row |= {"chance": task.chance(len(names))} if task.chance else {}
         row |= {"views": job.clips * job.crops, "split": split}
         row |= {"num_quarantined": table.num_rows - row["num_samples"]}
-        trained_with = runs.read_card(by_run[row["run"]]) or {}
+        trained_with = runs.read_card(by_run[row["run"]].run) or {}
         row |= {key: trained_with[key] for key in ("batch", "peak_lr") if key in trained_with}
     if not all(row["num_samples"] for row in rows):
         raise RunFailed(f"no file of split {split!r} decodes: see quarantine/ in the run folder")

@@ -155,9 +155,11 @@ def require_free(storage: str, name: str, search: str, field: str) -> None:
 
 
 def held_by(run: runs.Run) -> str:
-    """Return what a run holds, by its files: "dataset", "network", "supernet", or "table" where it has numbers only."""
+    """Return what a run holds, by its files: "dataset", "network", "supernet", "export", or "table": numbers only."""
     if runs.exists(run, "data/card.yaml"):
         return "dataset"
+    if runs.exists(run, "export"):
+        return "export"
     if not runs.exists(run, "model/input.json"):
         return "table"
     from slimray import models
@@ -167,7 +169,8 @@ def held_by(run: runs.Run) -> str:
 
 def in_words(what: str) -> str:
     """Return what a run holds as messages say it."""
-    return "tables of numbers" if what == "table" else f"a {what}"
+    words = {"table": "tables of numbers", "export": "an export"}
+    return words.get(what, f"a {what}")
 
 
 def read_model(run: runs.Run, field: str) -> dict[str, Any]:
@@ -177,9 +180,17 @@ def read_model(run: runs.Run, field: str) -> dict[str, Any]:
     return models.stored(_read_object(run, "model/model.json", ("name",), field))
 
 
-def read_input(run: runs.Run, field: str) -> dict[str, Any]:
-    """Return what the network of a run takes, its recipe and classes; UserError if damaged."""
-    return _read_object(run, "model/input.json", ("recipe", "classes"), field)
+def split_export(name: str) -> tuple[str, str | None]:
+    """Return the run and the format that `RUN:FORMAT` names; None for what names a run alone, URIs too."""
+    run, colon, form = name.rpartition(":")
+    return (run, form) if colon and run and "/" not in form else (name, None)
+
+
+def read_input(run: runs.Run, field: str, form: str | None = None) -> dict[str, Any]:
+    """Return what the network of a run, or of its export, takes, recipe and classes; UserError if damaged."""
+    if form is None:
+        return _read_object(run, "model/input.json", ("recipe", "classes"), field)
+    return dict(_read_object(run, f"export/{form}/export.json", ("input",), field)["input"])
 
 
 def data_of(run: runs.Run, storage: str, field: str) -> DataSpec:

@@ -20,9 +20,10 @@ from slimray import runs
 from slimray.data.modalities import sample_shape
 from slimray.data.pipeline import Batch, FeedConfig, Source
 from slimray.data.plan import Phase
+from slimray.export import exported
 from slimray.tasks import TASKS
 from slimray.tasks.evaluation import Pass, Samples, Setting
-from slimray.tasks.network import load_network
+from slimray.tasks.network import Network, load_network
 from slimray.tasks.task import require_finite
 from slimray.train import learn, loop, ranks, workers
 from slimray.train.spec import ScaleSpec
@@ -30,12 +31,13 @@ from slimray.train.spec import ScaleSpec
 
 @dataclass(frozen=True)
 class Case:
-    """One pass: a run, an order of frames, which of its repeats."""
+    """One pass: a run, an order of frames, which of its repeats; with a `format`, one of its exports."""
 
     run_uri: str
     run_name: str
     order: str
     repeat: int
+    format: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,18 @@ class ScoreConfig:
     board: Any
 
 
+def load(run_uri: str, form: str | None, device: torch.device | str = "cpu") -> Network:
+    """Return the network of a run, or that of an export of it, which runs on the CPU."""
+    run = runs.run_at(run_uri)
+    if form is None:
+        return load_network(run, device)
+    return exported.load_exported(run, form, torch.get_num_threads())
+
+
 def _start(config: ScoreConfig, number: int, device: torch.device, rows: int) -> Pass:
     """Return the pass of a case on this rank."""
     case, phase, task = config.cases[number], config.phases[number], TASKS[config.task]
-    network = load_network(runs.run_at(case.run_uri), device)
+    network = load(case.run_uri, case.format, device)
     network = replace(network, pixels=replace(network.pixels, average=config.average))
     paths = ray.get(config.source.index, timeout=300).column("path").to_pylist()
     setting = Setting(task, network, phase.recipe, paths, phase.batch, rows, config.options, config.parts)

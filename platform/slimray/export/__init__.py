@@ -1,0 +1,1 @@
+"""Networks that leave torch: converted to a format, verified against torch on real samples, timed, and run there."""

@@ -1,0 +1,133 @@
+"""An exported network as a network: `export/<format>/` of a run, loaded and called like the module it was made of.
+
+`ExportedNet` takes what the network took, batches too where the file holds one sample, and clips where it holds a step:
+the frames one after the other, the logits averaged. `load_exported` gives it as a run's network, so that whatever
+scores networks scores exports. Sizes and SHA-256 of the files are compared with export.json before anything reads them.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slimray import runs
+from slimray.export.formats import FORMATS, Runner
+from slimray.export.graph import Graph
+from slimray.runs.folder import digest
+from slimray.spec import RunFailed, UserError, lookup
+from slimray.tasks.network import Input, Network, task_of
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Names of the outputs, zeros of the states (none but of a step), whether any batch will do."""
+
+    outputs: tuple[str, ...]
+    states: tuple[tuple[int, ...], ...] = ()
+    any_batch: bool = True
+
+
+class ExportedNet(nn.Module):
+    """What the exported network gives, as the network gave it: a tensor, or several by name."""
+
+    def __init__(self, runner: Runner, ports: Ports):
+        super().__init__()
+        self.runner, self.ports = runner, ports
+        self.nothing = nn.Parameter(torch.zeros(0), requires_grad=False)  # says on which device it runs
+
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        array = np.ascontiguousarray(x.detach().cpu().numpy())
+        if self.ports.states:
+            return torch.from_numpy(np.concatenate([self._stream(clip[None]) for clip in array]))
+        pieces = [array] if self.ports.any_batch else [array[i : i + 1] for i in range(len(array))]
+        found = [self._run(piece) for piece in pieces]
+        whole = [torch.from_numpy(np.concatenate(parts)) for parts in zip(*found, strict=True)]
+        return whole[0] if self.ports.outputs == ("output",) else dict(zip(self.ports.outputs, whole, strict=True))
+
+    def _run(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        try:
+            return [np.asarray(one) for one in self.runner(arrays)]
+        except Exception as error:  # of the runtimes, each has its own
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise RunFailed(f"the exported network does not run: {lines[0]}") from error
+
+    def _stream(self, clip: np.ndarray) -> np.ndarray:
+        """The mean of the logits of the frames of a clip `[1, T, 3, H, W]`, in order."""
+        states: Sequence[np.ndarray] = [np.zeros(shape, np.float32) for shape in self.ports.states]
+        logits = []
+        for number in range(clip.shape[1]):
+            one, *states = self._run(np.ascontiguousarray(clip[:, number]), *states)
+            logits.append(one)
+        return np.mean(logits, 0)
+
+
+def ports_of(graph: Graph, any_batch: bool) -> Ports:
+    """Return the ports of a graph."""
+    return Ports(graph.outputs, tuple(state.shape for state in graph.states), any_batch)
+
+
+def described(graph: Graph, any_batch: bool, outputs: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Return inputs, outputs and states for export.json; None is a size that varies."""
+    varying = graph.varying if any_batch else {}
+
+    def shape(name: str, value: Any) -> list[int | None]:
+        return [None if axis in varying.get(name, {}) else int(size) for axis, size in enumerate(value.shape)]
+
+    free = any_batch and bool(graph.varying)
+    return {
+        "inputs": [
+            {"name": name, "shape": shape(name, value), "dtype": "float32"} for name, value in graph.inputs.items()
+        ],
+        "outputs": [
+            {"name": name, "shape": [None if free and not axis else int(n) for axis, n in enumerate(value.shape)],
+             "dtype": str(value.dtype)}
+            for name, value in zip(graph.outputs, outputs, strict=True)
+        ],
+        "states": [{**vars(state), "shape": list(state.shape)} for state in graph.states],
+    }  # fmt: skip
+
+
+def list_formats(run: runs.Run) -> list[str]:
+    """Return the formats that an export run holds."""
+    return [name for name in FORMATS if runs.exists(run, f"export/{name}/export.json")]
+
+
+def read_export(run: runs.Run, name: str) -> dict[str, Any]:
+    """Return export.json of a format; UserError if the run does not hold it, or it did not agree with torch."""
+    lookup(FORMATS, name, "format")
+    if not runs.exists(run, f"export/{name}/export.json"):
+        raise UserError(f"{run.uri}: holds no export {name!r}, but {', '.join(list_formats(run)) or 'none'}")
+    found = runs.parse_json(runs.read_file(run, f"export/{name}/export.json"), f"{run.uri}/export/{name}/export.json")
+    if not isinstance(found, dict) or found.get("version") != VERSION:
+        raise UserError(f"{run.uri}/export/{name}/export.json: is of another version: export it again")
+    return found
+
+
+def load_exported(run: runs.Run, name: str, threads: int) -> Network:
+    """Return an export as a network on the CPU; UserError for what is not there, damaged or not installed."""
+    found, row = read_export(run, name), FORMATS[name]
+    row.require(f"{run.name}:{name}")
+    folder = Path(tempfile.mkdtemp(prefix="slimray-export-"))
+    for file, facts in found["files"].items():
+        data = runs.read_file(run, f"export/{name}/{file}")
+        if digest(data) != (facts["bytes"], facts["sha256"]):
+            raise UserError(f"{run.uri}/export/{name}/{file}: is not what was written: restore it, or export it again")
+        (folder / file).write_bytes(data)
+    runner = row.load(folder / row.file, threads, True)
+    outputs = tuple(one["name"] for one in found["outputs"])
+    states = tuple(tuple(one["shape"]) for one in found["states"])
+    ports = Ports(outputs, states, found["inputs"][0]["shape"][0] is None)
+    return network_of(ExportedNet(runner, ports), found["input"], found["model"])
+
+
+def network_of(net: nn.Module, taken: Mapping[str, Any], model: Mapping[str, Any]) -> Network:
+    """Return a module as the network of a run, of its `model/input.json` and `model/model.json`."""
+    pixels: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in taken["pixels"].items()}
+    return Network(net.eval(), Input(**pixels), taken["recipe"], tuple(taken["classes"]), dict(model), task_of(taken))

@@ -1,0 +1,236 @@
+"""The formats in which a network leaves torch: `FORMATS`, a row each: what it needs, how it is converted and run.
+
+`convert(graph, folder, calibration)` writes the file into a local folder, `load(path, inputs, outputs, threads,
+optimised)` gives a function of arrays in the order of the inputs. int8 is made by the format's own quantizer. Not rows:
+ncnn (has no batch: of our networks the online ones only) and LiteRT (needs an environment of its own): both convert
+the ONNX file.
+"""
+
+import importlib.metadata
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from slimray.edge import onnx_file
+from slimray.edge.runtimes import cpu_flags
+from slimray.export.graph import Graph
+from slimray.spec import RunFailed, require_extra
+
+Arrays = Sequence[np.ndarray]
+Runner = Callable[[Arrays], list[np.ndarray]]
+"""Arrays in the order of the inputs to arrays in the order of the outputs."""
+MATRIX_OPERATORS = ["Conv", "Gemm", "MatMul"]  # what int8 is worth it for; indices and grids stay as they are
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row of FORMATS. `varies`: the batch and other axes may have any size, else each sample is run by itself.
+
+    `calibrated`: `convert` needs samples of the training split. `libraries` are told in export.json with their version.
+    """
+
+    description: str
+    file: str
+    extra: str | None
+    modules: tuple[str, ...]
+    convert: Callable[[Graph, Path, Sequence[Arrays]], None]
+    load: Callable[[Path, int, bool], Runner]
+    libraries: tuple[str, ...]
+    varies: bool = True
+    calibrated: bool = False
+    optimises: bool = False
+    """Whether graph optimisations can be turned off, to see what they change."""
+    files: tuple[str, ...] = ()
+    """Files beside `file` that belong to it."""
+
+    @property
+    def precision(self) -> str:
+        """Numbers of the weights: fp32 or int8."""
+        return "int8" if self.calibrated else "fp32"
+
+    def require(self, where: str) -> None:
+        """Raise UserError if what it needs is not installed."""
+        if self.extra is not None:
+            require_extra(self.extra, where, *self.modules)
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of the libraries that made the file."""
+        return {name: importlib.metadata.version(name) for name in self.libraries}
+
+
+# --------------------------------------------------------------------------------------------------- ONNX Runtime
+
+
+def _to_onnx(graph: Graph, folder: Path, _: Sequence[Arrays]) -> None:
+    data = onnx_file.to_onnx(graph.module, graph.inputs, graph.outputs, graph.varying)
+    (folder / "model.onnx").write_bytes(data)
+
+
+def _load_onnx(path: Path, threads: int, optimised: bool) -> Runner:
+    session = onnx_file.open_session(path.read_bytes(), threads, optimised)
+    names = [one.name for one in session.get_inputs()]
+    return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
+
+
+def needs_reduced_range() -> bool:
+    """Whether int8 products saturate here: x86 processors that add 16-bit sums, without VNNI."""
+    flags = cpu_flags()
+    return "avx2" in flags and not {"avx512_vnni", "avx_vnni"} & set(flags)
+
+
+def _to_onnx_int8(graph: Graph, folder: Path, calibration: Sequence[Arrays]) -> None:
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = iter(calibration)
+
+        def get_next(self) -> Any:
+            arrays = next(self.left, None)
+            return None if arrays is None else dict(zip(graph.inputs, arrays, strict=True))
+
+    _to_onnx(graph, folder, ())
+    plain = folder / "fp32.onnx"
+    (folder / "model.onnx").rename(plain)
+    quantization.quantize_static(
+        plain,
+        folder / "model.onnx",
+        Reader(),
+        quant_format=quantization.QuantFormat.QDQ,
+        op_types_to_quantize=MATRIX_OPERATORS,
+        per_channel=True,
+        reduce_range=needs_reduced_range(),
+        activation_type=quantization.QuantType.QUInt8,
+        weight_type=quantization.QuantType.QInt8,
+    )
+    plain.unlink()
+
+
+# ------------------------------------------------------------------------------------------------------- OpenVINO
+
+
+def _to_openvino(graph: Graph, folder: Path, _: Sequence[Arrays]) -> None:
+    import openvino
+
+    _to_onnx(graph, folder, ())
+    model = openvino.convert_model(folder / "model.onnx")
+    openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+    (folder / "model.onnx").unlink()
+
+
+def _load_openvino(path: Path, threads: int, _: bool) -> Runner:
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    request = compiled.create_infer_request()
+
+    def run(arrays: Arrays) -> list[np.ndarray]:
+        found = request.infer(list(arrays))
+        return [np.array(found[port]) for port in compiled.outputs]
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------- ExecuTorch
+
+
+def _to_executorch(graph: Graph, folder: Path, _: Sequence[Arrays]) -> None:
+    _lower(onnx_file.to_program(graph.module, graph.inputs), folder)
+
+
+def _lower(program: Any, folder: Path) -> None:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+    (folder / "model.pte").write_bytes(lowered.buffer)
+
+
+def _to_executorch_int8(graph: Graph, folder: Path, calibration: Sequence[Arrays]) -> None:
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    module = onnx_file.to_program(graph.module, graph.inputs).module()
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    observed = prepare_pt2e(module, quantizer)
+    with torch.no_grad():
+        for arrays in calibration:
+            observed(*(torch.from_numpy(array) for array in arrays))
+    _lower(torch.export.export(convert_pt2e(observed), tuple(graph.inputs.values())), folder)
+
+
+def _load_executorch(path: Path, threads: int, _: bool) -> Runner:
+    from executorch.extension.pybindings import portable_lib
+    from executorch.runtime import Runtime
+
+    portable_lib._unsafe_reset_threadpool(threads)  # of the process: there is no other way to say it
+    program = Runtime.get().load_program(path)
+    method = program.load_method("forward")
+    if method is None:
+        raise RunFailed(f"{path.name}: holds no method `forward`")
+
+    def run(arrays: Arrays, program: Any = program) -> list[np.ndarray]:  # a method does not keep its program alive
+        return [one.numpy().copy() for one in method.execute([torch.from_numpy(array) for array in arrays])]
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------- torch
+
+
+def _to_torch(graph: Graph, folder: Path, _: Sequence[Arrays]) -> None:
+    torch.export.save(onnx_file.to_program(graph.module, graph.inputs, graph.varying), folder / "model.pt2")
+
+
+def _load_torch(path: Path, threads: int, _: bool) -> Runner:
+    module = torch.export.load(path).module()
+
+    def run(arrays: Arrays) -> list[np.ndarray]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with torch.no_grad():
+                found = module(*(torch.from_numpy(array) for array in arrays))
+        finally:
+            torch.set_num_threads(before)
+        parts = found.values() if isinstance(found, dict) else found if isinstance(found, tuple | list) else [found]
+        return [one.numpy() for one in parts]
+
+    return run
+
+
+ONNX = ("onnx", "onnxruntime", "onnxscript")
+FORMATS: dict[str, Format] = {
+    "onnx": Format(
+        "ONNX, run by ONNX Runtime", "model.onnx", "edge", ONNX, _to_onnx, _load_onnx, ("torch", *ONNX),
+        optimises=True,
+    ),
+    "onnx_int8": Format(
+        "ONNX in int8 (QDQ, a scale per channel), run by ONNX Runtime",
+        "model.onnx", "edge", ONNX, _to_onnx_int8, _load_onnx, ("torch", *ONNX), calibrated=True, optimises=True,
+    ),
+    "openvino": Format(
+        "OpenVINO, by way of ONNX", "model.xml", "openvino", ("openvino", *ONNX), _to_openvino, _load_openvino,
+        ("torch", "openvino", "onnx"), files=("model.bin",),
+    ),
+    "executorch": Format(
+        "ExecuTorch with XNNPACK, for phones", "model.pte", "executorch", ("executorch",), _to_executorch,
+        _load_executorch, ("torch", "executorch"), varies=False,
+    ),
+    "executorch_int8": Format(
+        "ExecuTorch with XNNPACK in int8 (PT2E)", "model.pte", "executorch", ("executorch", "torchao"),
+        _to_executorch_int8, _load_executorch, ("torch", "executorch", "torchao"), varies=False, calibrated=True,
+    ),
+    "torch": Format("torch.export's .pt2, for PyTorch", "model.pt2", None, (), _to_torch, _load_torch, ("torch",)),
+}  # fmt: skip

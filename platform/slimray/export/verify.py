@@ -1,0 +1,174 @@
+"""Does an export give what the network gives, on real samples, and how long does it take.
+
+In: the network in torch, the same exported, samples that were decoded once. Out: plain values for export.json:
+differences, agreement of the likeliest class where outputs are logits, the numbers of the task with either, and times
+in turn with torch. Surprising: relative differences are of the L2 norm over all samples, and the worst sample is told
+beside, because networks that sort points into voxels may put a point on an edge into the neighbour's.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slimray.data.modalities import modality_of, read_recipe
+from slimray.data.samples import BadSample
+from slimray.edge import runtimes
+from slimray.export.graph import Graph
+from slimray.spec import RunFailed
+from slimray.tasks import TASKS
+from slimray.tasks.evaluation import Samples, Setting
+from slimray.tasks.network import Network, predict_outputs, to_input
+from slimray.tasks.task import Outputs
+
+ROWS = 8  # samples that a network sees at once
+WARM_UP = 3
+
+
+def read_samples(table: Any, root: str, recipe: dict[str, Any], count: int, seed: int, timeout_s: float) -> Samples:
+    """Decode `count` samples, spread evenly over an index; those that do not decode are left out.
+
+    RunFailed if none decodes.
+    """
+    modality, read = modality_of(recipe), read_recipe(recipe)
+    numbers = np.unique(np.linspace(0, table.num_rows - 1, min(count, table.num_rows)).round().astype(int))
+    data, targets, paths, kept = [], [], [], []
+    for number in map(int, numbers):
+        row = table.slice(number, 1).to_pylist()[0]
+        try:
+            sample, target = modality.load(row, root, read, (seed, 0, number), timeout_s)
+        except BadSample:
+            continue
+        for values, value in zip((data, targets, paths, kept), (sample, target, row["path"], number), strict=True):
+            values.append(value)
+    if not data:
+        raise RunFailed(f"none of {len(numbers)} samples decodes")
+    return Samples(np.stack(data), np.stack(targets), paths, kept)
+
+
+def score(network: Network, samples: Samples, recipe: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of the task for a network on samples."""
+    task = TASKS[network.task]
+    current = task.start(Setting(task, network, recipe, samples.paths, len(samples), ROWS))
+    for start in range(0, len(samples), ROWS):
+        part = slice(start, start + ROWS)
+        current.take(replace(samples, **{name: getattr(samples, name)[part] for name in vars(samples)}))
+        current.settle(start // ROWS, 1)
+    return {name: float(value) for name, value in current.result().items() if isinstance(value, int | float)}
+
+
+def outputs_of(network: Network, samples: Samples) -> Outputs:
+    """Return what a network gives for samples, views averaged."""
+    return predict_outputs(network.net, samples.data, network.pixels, network.device, ROWS)
+
+
+def differences(found: Outputs, expected: Outputs) -> dict[str, float]:
+    """Return `max_abs`, `relative` (L2, of the output with the largest) and `worst_sample` (the same of one sample)."""
+    pairs = [(found, expected)] if isinstance(expected, Tensor) else [(found[k], expected[k]) for k in expected]  # type: ignore[index]
+    out = {"max_abs": 0.0, "relative": 0.0, "worst_sample": 0.0}
+    for one, other in pairs:
+        a, b = one.double(), other.double()  # type: ignore[union-attr]
+        gaps, norms = (a - b).flatten(1).norm(dim=1), b.flatten(1).norm(dim=1).clamp_min(1e-12)
+        values = {
+            "max_abs": float((a - b).abs().max()),
+            "relative": float(gaps.norm() / norms.norm()),
+            "worst_sample": float((gaps / norms).max()),
+        }
+        out = {name: max(out[name], value) if value == value else float("nan") for name, value in values.items()}
+    return out
+
+
+def agreement(found: Outputs, expected: Outputs) -> float:
+    """Return the percent of answers, over dimension 1, in which the likeliest class is the same."""
+    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
+        raise TypeError("only logits agree on a class")
+    return 100 * float((found.argmax(1) == expected.argmax(1)).double().mean())
+
+
+def inputs_of(network: Network, samples: Samples) -> Tensor:
+    """Return the first view of each sample as the network takes it."""
+    return to_input(samples.data[:, :1], network.pixels, torch.device("cpu"))
+
+
+@torch.no_grad()
+def calibration(graph: Graph, inputs: Tensor) -> list[list[np.ndarray]]:
+    """Return the arrays that an int8 quantizer sees: sample by sample, of a step frame by frame with its states."""
+    if not graph.states:
+        return [[one[None].numpy()] for one in inputs]
+    found = []
+    for clip in inputs:
+        states: Sequence[Tensor] = [torch.zeros(state.shape) for state in graph.states]
+        for frame in clip:
+            found.append([frame[None].numpy(), *(state.numpy() for state in states)])
+            _, *states = graph.module(frame[None], *states)
+    return found
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Milliseconds of two things measured in turn, and their ratio: its median and the interval that holds it.
+
+    The interval are the order statistics that enclose the median with 95 % or more.
+    """
+
+    a: tuple[float, ...]
+    b: tuple[float, ...]
+
+    def to_plain(self, a: str, b: str) -> dict[str, Any]:
+        """Return the figures for export.json, `a` over `b`."""
+        ratios = sorted(x / y for x, y in zip(self.a, self.b, strict=True))
+        skip = enclosing(len(ratios))
+        return {
+            f"{a}_ms": median(self.a),
+            f"{b}_ms": median(self.b),
+            "ratio": median(ratios),
+            "interval": [ratios[skip], ratios[-1 - skip]],
+            "pairs": len(ratios),
+        }
+
+
+def enclosing(count: int) -> int:
+    """Return how many of `count` sorted values may be left out at either end of a 95 % interval of their median."""
+    tail, skip, ways = 0.0, 0, 1.0
+    for number in range(count // 2):
+        tail += ways / 2**count
+        if tail > 0.025:
+            break
+        skip, ways = number + 1, ways * (count - number) / (number + 1)
+    return max(0, skip - 1)
+
+
+def timed_pairs(a: Callable[[], Any], b: Callable[[], Any], pairs: int, repeats: int = 3) -> Pairs:
+    """Time `a` and `b` in turn, `pairs` times after WARM_UP rounds; of `repeats` calls in a row the fastest counts."""
+
+    def once(call: Callable[[], Any]) -> float:
+        best = float("inf")
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            best = min(best, time.perf_counter() - start)
+        return 1e3 * best
+
+    for call in (a, b) * WARM_UP:
+        call()
+    measured = [(once(a), once(b)) if i % 2 == 0 else tuple(reversed((once(b), once(a)))) for i in range(pairs)]
+    return Pairs(tuple(x for x, _ in measured), tuple(y for _, y in measured))
+
+
+def time_against_eager(graph: Graph, runner: Any, module: nn.Module, threads: int, pairs: int) -> dict[str, Any]:
+    """Return the time of one sample, or frame, in the exported network against the module in torch, eager."""
+    tensors = tuple(value[:1] for value in graph.inputs.values())
+    arrays = [np.ascontiguousarray(value.numpy()) for value in tensors]
+
+    def eager() -> None:
+        with torch.inference_mode():
+            module(*tensors)
+
+    with runtimes.settings(threads):
+        measured = timed_pairs(lambda: runner(arrays), eager, pairs)
+    return measured.to_plain("export", "eager") | {"threads": threads, "warm_up": WARM_UP, "batch": 1}

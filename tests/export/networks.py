@@ -1,0 +1,74 @@
+"""Runs that hold networks, without training: seeded weights, statistics as after training, a dataset made by code."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import nn
+
+from slimray import models, runs
+from slimray.data.spec import DataSpec
+from slimray.verbs import inputs
+
+CLASSES = ("left", "right", "up")
+
+
+def pictures(root: Path, per_class: int = 6, size: int = 40) -> Path:
+    """A folder per split and class of small pictures."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for number, name in enumerate(CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                pixels = generator.integers(0, 160, (size, size, 3)) + 40 * number
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+def clips(root: Path, files: list[Path]) -> Path:
+    """A copy of video files and lists of them, each once in either split."""
+    root.mkdir()
+    for number, file in enumerate(files):
+        shutil.copyfile(file, root / f"{number}.mp4")
+    lines = "".join(f"{number}.mp4 {number % len(CLASSES)}\n" for number in range(len(files)))
+    for split in ("train", "val"):
+        (root / f"{split}.txt").write_text(lines)
+    return root
+
+
+def ready(net: nn.Module) -> nn.Module:
+    """Statistics of BatchNorm as after training, and a head whose answers differ."""
+    torch.manual_seed(0)
+    for name, module in net.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.7, 1.3)
+        if name == net.head_name:
+            nn.init.normal_(module.weight, 0, 0.2)
+    return net.eval()
+
+
+def hold(storage: str, name: str, card: str, root: Path, model: dict[str, Any], **data: Any) -> runs.Run:
+    """Write the finished run `name` with a network over the dataset of a packaged card."""
+    found = inputs.embed_card(card, str(root), name, [inputs.packaged("datasets")])
+    section = {"card": found.model_dump(mode="json", exclude_defaults=True)}
+    section |= {"root": str(root), "val": "val", **data}
+    spec = DataSpec.model_validate(section)
+    splits = inputs.open_splits(spec, name, storage, ["train", "val"])
+    recipe = inputs.make_recipe(spec, splits.card, model.get("num_segments", 8), "val")
+    classes = list(splits.card.class_names())
+    model = {**model, "num_classes": len(classes)}
+    net = ready(models.build(**model))
+    run = runs.open_run(storage, name)
+    runs.begin(run, {"kind": "train", "name": name, "data": section}, 1)
+    pixels = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "average": "logits"}
+    weights = safetensors.torch.save({key: value.contiguous() for key, value in net.state_dict().items()})
+    taken = {"recipe": recipe, "pixels": pixels, "classes": classes, "task": "classify"}
+    runs.write_model(run, weights, model, taken)
+    runs.end(run, "finished")
+    return run
