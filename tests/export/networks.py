@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from slimray import models, runs
+from slimray.data.modalities import input_shape
 from slimray.data.spec import DataSpec
 from slimray.verbs import inputs
 
@@ -41,15 +42,18 @@ def clips(root: Path, files: list[Path]) -> Path:
     return root
 
 
-def ready(net: nn.Module) -> nn.Module:
-    """Statistics of BatchNorm as after training, and a head whose answers differ."""
+def ready(net: nn.Module, x: torch.Tensor) -> nn.Module:
+    """`net` in eval mode with the statistics of inputs `x`, so that these matter, and a head whose answers differ."""
     torch.manual_seed(0)
     for name, module in net.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.7, 1.3)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None
+            nn.init.normal_(module.weight, 1, 0.1)
+            nn.init.normal_(module.bias, 0, 0.1)
         if name == net.head_name:
             nn.init.normal_(module.weight, 0, 0.2)
+    with torch.no_grad():
+        net.train()(x)
     return net.eval()
 
 
@@ -63,7 +67,7 @@ def hold(storage: str, name: str, card: str, root: Path, model: dict[str, Any], 
     recipe = inputs.make_recipe(spec, splits.card, model.get("num_segments", 8), "val")
     classes = list(splits.card.class_names())
     model = {**model, "num_classes": len(classes)}
-    net = ready(models.build(**model))
+    net = ready(models.build(**model), torch.randn(8, *input_shape(recipe)))
     run = runs.open_run(storage, name)
     runs.begin(run, {"kind": "train", "name": name, "data": section}, 1)
     pixels = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "average": "logits"}

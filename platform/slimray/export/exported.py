@@ -19,8 +19,9 @@ from slimray import runs
 from slimray.export.formats import FORMATS, Runner
 from slimray.export.graph import Graph
 from slimray.runs.folder import digest
+from slimray.runtime.inputs import Input
 from slimray.spec import RunFailed, UserError, lookup
-from slimray.tasks.network import Input, Network, task_of
+from slimray.tasks.network import Network, task_of
 
 VERSION = 1
 

@@ -7,6 +7,7 @@ the ONNX file.
 """
 
 import importlib.metadata
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,17 +98,21 @@ def _to_onnx_int8(graph: Graph, folder: Path, calibration: Sequence[Arrays]) -> 
     _to_onnx(graph, folder, ())
     plain = folder / "fp32.onnx"
     (folder / "model.onnx").rename(plain)
-    quantization.quantize_static(
-        plain,
-        folder / "model.onnx",
-        Reader(),
-        quant_format=quantization.QuantFormat.QDQ,
-        op_types_to_quantize=MATRIX_OPERATORS,
-        per_channel=True,
-        reduce_range=needs_reduced_range(),
-        activation_type=quantization.QuantType.QUInt8,
-        weight_type=quantization.QuantType.QInt8,
-    )
+    logging.disable(logging.WARNING)  # it recommends a step that the exporter has done
+    try:
+        quantization.quantize_static(
+            plain,
+            folder / "model.onnx",
+            Reader(),
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=MATRIX_OPERATORS,
+            per_channel=True,
+            reduce_range=needs_reduced_range(),
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+        )
+    finally:
+        logging.disable(logging.NOTSET)
     plain.unlink()
 
 

@@ -54,8 +54,8 @@ def _openvino(data: bytes, threads: int | None) -> Session:
 
 
 ENGINES: dict[str, Engine] = {
-    "onnxruntime": Engine("ONNX Runtime", "onnxruntime", frozenset({"onnx"}), _onnxruntime),
-    "openvino": Engine("OpenVINO", "openvino", frozenset({"onnx"}), _openvino),
+    "onnxruntime": Engine("ONNX Runtime", "onnxruntime", frozenset({"onnx", "onnx_int8"}), _onnxruntime),
+    "openvino": Engine("OpenVINO", "openvino", frozenset({"onnx", "onnx_int8"}), _openvino),
 }
 
 

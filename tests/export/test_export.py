@@ -1,0 +1,150 @@
+"""Exports agree with torch on real samples or fail; online networks run as steps; evaluations take exports."""
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from tests.cli.test_cli import shell  # noqa: F401 a fixture
+from tests.export import networks
+
+from slimray import job, models, runs
+from slimray.export import exported, graph, verify
+from slimray.export.formats import FORMATS
+from slimray.models.tsm import OnlineTSM
+from slimray.runs.folder import digest
+from slimray.spec import UserError
+from slimray.tasks.network import load_network
+from slimray.verbs import export
+
+SMALL = ["--set", "samples=6", "--set", "calibrate=4", "--set", "pairs=5"]
+
+
+def test_formats_are_those_that_a_job_may_name():
+    assert set(FORMATS) == set(get_args(export.FormatName))
+
+
+@pytest.fixture
+def net(shell, tmp_path):  # noqa: F811
+    root = networks.pictures(tmp_path / "pictures")
+    return networks.hold("runs", "net", "my_images", root, {"name": "resnet18", "width": 0.125}, size=32)
+
+
+def test_an_export_agrees_with_torch_and_says_so(shell, net):  # noqa: F811
+    done = shell("export", "net", "--format", "onnx,onnx_int8", *SMALL)
+    assert done.code == 0, done.err
+    run = runs.find_run("net-export", "runs")
+    facts = exported.read_export(run, "onnx")
+    assert facts["verification"]["passed"]
+    assert facts["verification"]["relative"] < 1e-4
+    assert facts["verification"]["agreement"] == 100
+    assert facts["verification"]["metrics"] == pytest.approx(facts["verification"]["torch"], rel=1e-3)
+    assert facts["inputs"] == [{"name": "input", "shape": [None, 3, 32, 32], "dtype": "float32"}]
+    assert facts["timing"]["interval"][0] <= facts["timing"]["ratio"] <= facts["timing"]["interval"][1]
+    assert facts["sha256"] == digest(runs.read_file(run, "export/onnx/model.onnx"))[1]
+    small = exported.read_export(run, "onnx_int8")
+    assert small["bytes"] < 0.5 * facts["bytes"]
+    assert 1e-4 < small["verification"]["relative"] < 0.5
+    assert set(small["verification"]["unoptimised"]) >= {"relative", "agreement", "agreement_optimised"}
+    page = runs.read_file(run, "report.html").decode()
+    assert "onnx_int8" in page
+    assert "ratio" in shell("show", "net-export").out
+    network = exported.load_exported(run, "onnx", 1)
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        assert verify.differences(network.net(x), load_network(net).net(x))["worst_sample"] < 1e-4
+    runs.write_file(run, "export/onnx/model.onnx", b"other")
+    with pytest.raises(UserError, match=r"model\.onnx: is not what was written"):
+        exported.load_exported(run, "onnx", 1)
+
+
+def test_an_export_that_disagrees_is_a_failed_run(shell, net):  # noqa: F811
+    done = shell("export", "net", *SMALL, "--set", "max_difference=1e-12")
+    assert done.code == 1
+    assert "differs from torch by" in done.err
+    run = runs.find_run("net-export", "runs")
+    assert runs.read_status(run).state == "failed"
+    assert not exported.read_export(run, "onnx")["verification"]["passed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["net", "--format", "onyx"], "formats"),
+        (["net", "--online"], "is no causal TSM"),
+        (["nett"], "did you mean 'net'"),
+        (["net", "--format", "onnx,onnx"], "one is named twice"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_before_anything_is_done(shell, net, arguments, said):  # noqa: F811
+    done = shell("export", *arguments)
+    assert done.code == 2
+    assert said in done.err
+    assert not (runs.list_names(net, "export"))
+
+
+def causal(**options):
+    given = {"name": "tsm_mobilenetv2", "width": 0.25, "num_segments": 8, "num_classes": 5, "causal": True}
+    torch.manual_seed(0)
+    return networks.ready(models.build(**(given | options)), torch.randn(4, 8, 3, 32, 32))
+
+
+def test_a_step_stepped_over_a_clip_gives_what_the_offline_network_gives(tmp_path):
+    net, clips = causal(), torch.randn(2, 8, 3, 32, 32)
+    one = graph.step(net, clips, "online")
+    FORMATS["onnx"].convert(one, tmp_path, ())
+    runner = FORMATS["onnx"].load(tmp_path / "model.onnx", 1, True)
+    outside = exported.ExportedNet(runner, exported.ports_of(one, False))
+    with torch.no_grad():
+        expected = net(clips)
+        gap = verify.differences(outside(clips), expected)
+        swapped = verify.differences(outside(clips.flip(1)), expected)
+    assert gap["worst_sample"] < 1e-4
+    assert swapped["worst_sample"] > 1e-2, "order of frames matters: states are not zero"
+    model = onnx.load(tmp_path / "model.onnx")
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    given = {value.name for value in model.graph.input}
+    for value in (*model.graph.input, *model.graph.output):
+        assert value.name == "logits" or len(value.type.tensor_type.shape.dim) == 4
+    for state in one.states:
+        assert state.output not in given, "no input is handed through"
+        assert made_by[state.output].op_type not in ("Conv", "Add"), "a copy of what flows"
+    assert [state.shape for state in one.states] == [tuple(b.shape) for b in OnlineTSM(net).initial_buffers(1, 32, 32)]
+
+
+@pytest.mark.parametrize("net", [causal(causal=False), models.build("mobilenetv2", num_classes=2).eval()])
+def test_a_network_without_an_online_form_is_refused(net):
+    with pytest.raises(UserError, match=r"^here: "):
+        graph.step(net, torch.zeros(1, 8, 3, 32, 32), "here")
+
+
+def test_evaluations_name_exports_and_check_finds_what_is_missing(shell, net):  # noqa: F811
+    assert shell("export", "net", *SMALL).code == 0
+    document = {"kind": "evaluate", "name": "both", "runs": ["net", "net-export:onnx"]}
+    loaded = job.resolve([(Path("x.yaml"), document)])
+    assert job.check(loaded, "runs")[0]["problems"] == []
+    document["runs"] = ["net", "net-export:openvino"]
+    loaded = job.resolve([(Path("x.yaml"), document)])
+    assert "holds no export 'openvino'" in job.check(loaded, "runs")[0]["problems"][0]
+    document["runs"] = ["net", "net-export"]
+    loaded = job.resolve([(Path("x.yaml"), document)])
+    assert "holds an export, not a network" in job.check(loaded, "runs")[0]["problems"][0]
+
+
+def test_the_interval_encloses_the_median_with_95_percent():
+    assert [verify.enclosing(count) for count in (5, 9, 15, 25)] == [0, 1, 3, 7]
+    pairs = verify.Pairs(tuple(range(1, 16)), (1.0,) * 15).to_plain("a", "b")
+    assert (pairs["ratio"], pairs["interval"]) == (8, [4, 12])
+
+
+def test_differences_are_of_the_worst_output():
+    a = {"x": torch.ones(2, 4), "y": torch.ones(2, 3)}
+    b = {"x": torch.ones(2, 4), "y": torch.tensor([[1.0, 1, 1], [1, 1, 2]])}
+    found = verify.differences(b, a)
+    assert found["max_abs"] == 1
+    assert found["relative"] == pytest.approx(1 / np.sqrt(6))
+    assert found["worst_sample"] == pytest.approx(1 / np.sqrt(3))
+    assert json.dumps(found)
