@@ -74,7 +74,7 @@ def test_an_export_that_disagrees_is_a_failed_run(shell, net):  # noqa: F811
     ("arguments", "said"),
     [
         (["net", "--format", "onyx"], "formats"),
-        (["net", "--online"], "is no causal TSM"),
+        (["net", "--online"], "is not a causal TSM"),
         (["nett"], "did you mean 'net'"),
         (["net", "--format", "onnx,onnx"], "one is named twice"),
     ],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slimray.edge.onnx_file import Varying, output_names
-from slimray.models.tsm import OnlineTSM, VideoNet2D
+from slimray.models.tsm import OnlineTSM
 from slimray.spec import UserError
 
 STATE_IN, STATE_OUT = "state_{}", "next_state_{}"
@@ -79,10 +79,10 @@ def step(net: nn.Module, example: Tensor, where: str) -> Graph:
 
     UserError, with `where`, for a network that has no online form.
     """
-    if not isinstance(net, VideoNet2D):
-        raise UserError(f"{where}: the network is no TSM, only a causal one runs frame by frame: leave it out")
+    if not hasattr(net, "per_frame"):
+        raise UserError(f"{where}: the network is not a TSM, only a causal one runs frame by frame: leave it out")
     try:
-        online = OnlineTSM(net).eval()
+        online = OnlineTSM(net).eval()  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(f"{where}: {error}: leave it out, or train with model.causal: true") from None
     frame = example[:1, 0]
