@@ -87,9 +87,7 @@ def check(job: ExportJob, ctx: CheckContext) -> dict[str, Any]:
         if ctx.require(job.run, ("network",), "run") is None:
             found = _find(job, ctx.where, ctx.storage)
             if job.online and not inputs.read_model(found, f"{ctx.where}: run").get("causal"):
-                raise UserError(
-                    f"online: {job.run!r} is not a causal TSM (model.causal: true), which runs frame by frame"
-                )
+                raise UserError(f"online: {job.run!r} is not a causal TSM, which runs frame by frame")
             data = inputs.data_of(found, ctx.storage, f"{ctx.where}: run")
             splits = inputs.open_splits(data, ctx.where, ctx.storage, split_names(data))
             out |= {"dataset": splits.card.name, "samples": splits.tables[data.val or data.train].num_rows}
