@@ -9,6 +9,8 @@ from tests.verbs.conftest import Shell, end_session, weights
 from tests.waits import wait_for
 
 from slimray import runs
+from slimray.compress import slim_file
+from slimray.data.images import image_shapes
 from slimray.verbs.stages import is_finished
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -35,6 +37,8 @@ steps:
     rounds: 2
     finetune: {{epochs: 1, lr: 0.01, teacher: {{}}}}
   - {{step: sparsify, sensitivity: {{drop: 100, ratios: [0.1]}}}}
+  - {{step: share, bits: 4, finetune: {{epochs: 1, lr: 0.001}}}}
+  - {{step: code}}
 hold_out: 16
 checkpoint: {{every_steps: 2}}
 scale: {{workers: 1}}
@@ -62,16 +66,23 @@ def test_each_step_is_a_row_and_zeros_stay_zero_in_training(small):
     results = json.loads(runs.read_file(small, "results.json"))
     rows = [one["row"] for one in results["steps"]]
     names = ["00-original", "01-sparsify", "02-finetune", "03-sparsify", "04-finetune", "05-sparsify"]
+    names += ["06-share", "07-finetune", "08-code"]
     assert [row["run"] for row in rows] == names
     shares = [row["kept"] / row["weights"] for row in rows]
-    assert shares == pytest.approx([1, 0.5, 0.5, 0.25, 0.25, 0.1], abs=0.01)
+    assert shares == pytest.approx([1, 0.5, 0.5, 0.25, 0.25, 0.1, 0.1, 0.1, 0.1], abs=0.01)
     before, after = (tensors(runs.run_at(f"{small.uri}/stages/{name}")) for name in names[3:5])
     name = "layer1.0.conv1.weight"
     assert torch.equal(before[name] == 0, after[name] == 0)
     assert not torch.equal(before[name], after[name])
     assert all(row["macs"] == rows[0]["macs"] and row["num_samples"] == 12 and row["speedup"] > 0 for row in rows)
-    assert "sensitivity" in results["steps"][-1]["details"]
-    assert [record["step"] for record in results["steps"][-1]["records"]] == ["sparsify"] * 3
+    assert "sensitivity" in results["steps"][5]["details"]
+    assert [record["step"] for record in results["steps"][-1]["records"]] == ["sparsify"] * 3 + ["share"]
+    shared = tensors(runs.run_at(f"{small.uri}/stages/07-finetune"))[name]
+    assert len(shared.unique()) <= 16
+    assert not torch.equal(shared, tensors(runs.run_at(f"{small.uri}/stages/06-share"))[name])
+    assert rows[-1]["bytes"] == sum(results["steps"][-1]["details"]["parts"].values()) < rows[0]["bytes"] / 5
+    found = slim_file.decode(runs.read_file(small, "model/model.slim"), "model.slim")
+    assert all(torch.equal(value, found[key]) for key, value in tensors(small).items())
     assert "<svg" in runs.read_file(small, "report.html").decode()
 
 
@@ -79,7 +90,10 @@ def test_a_compressed_network_is_scored_shown_predicted_with_and_trained_on(shel
     done = json.loads(shell.run("evaluate", "small", "--json").stdout)
     row = json.loads(runs.read_file(small, "results.json"))["steps"][-1]["row"]
     assert done["rows"][0]["top1"] == pytest.approx(row["top1"])
-    assert "05-sparsify" in shell.ok("show", "small")
+    assert "08-code" in shell.ok("show", "small")
+    (shell.folder / "one.png").write_bytes(image_shapes.encode_png(image_shapes.make_image(1, 0, 32)[0]))
+    told = shell.ok("predict", "small", "one.png")
+    assert shell.ok("predict", "runs/small/model/model.slim", "one.png") == told
     text = TRAIN.replace("name: whole", "name: on").replace("name: resnet18, width: 0.125", "run: small")
     shell.ok("run", shell.write("on.yaml", text))
     assert runs.read_model(runs.open_run(str(shell.storage), "on"))[1]["compression"] == []

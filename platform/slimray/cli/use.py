@@ -85,6 +85,8 @@ def _answering(name: str, where: str, format: str | None) -> tuple[Callable[...,
     if format is not None or folder.is_export(name):
         export = loaded.load(name, storage=where, format=format)
         return export.answers, export.recipe
+    if name.endswith(".slim"):
+        return _slim_answering(name)
     run = runs.find_run(name, where)
     if not runs.exists(run, "model/model.json") and folder.exports_of(run):
         export = loaded.load(run.uri, storage=where)
@@ -101,6 +103,23 @@ def _answering(name: str, where: str, format: str | None) -> tuple[Callable[...,
     except (RuntimeError, SafetensorError, FileNotFoundError, *DAMAGED) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{run.uri}/model: is damaged or of another version ({reason}): train it again") from None
+    return functools.partial(predict_files, network), network.recipe
+
+
+def _slim_answering(name: str) -> tuple[Callable[..., Iterator[Any]], Mapping[str, Any]]:
+    """What answers for files with the network of a `model.slim` at a path or URI, and its recipe."""
+    from slimray import storage
+    from slimray.tasks.network import load_slim
+    from slimray.tasks.predict import predict_files
+
+    fs, path = storage.open_uri(name)
+    try:
+        network = load_slim(storage.read_bytes(fs, path), name)
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such file") from None
+    except (RuntimeError, *DAMAGED) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name}: is damaged or of another version ({reason}): compress it again") from None
     return functools.partial(predict_files, network), network.recipe
 
 

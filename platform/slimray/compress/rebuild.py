@@ -24,6 +24,7 @@ def unchanged(net: nn.Module, record: Record) -> nn.Module:
 
 REBUILD: dict[str, Callable[[nn.Module, Record], nn.Module]] = {
     "sparsify": unchanged,
+    "share": unchanged,
     "prune": channels.rebuild,
     "quantize": quantized.rebuild,
 }

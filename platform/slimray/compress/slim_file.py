@@ -274,6 +274,11 @@ def _reason(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------------- counting
 
 
+def streams_of(plain: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the streams of a tensor of the header, in the order of its `bytes`."""
+    return _OF_CODING[plain["coding"]]
+
+
 def parts_of(slim: Slim, total: int) -> dict[str, int]:
     """Return how the `total` bytes of a file are made up: header, codebooks, tables, symbols, gaps, values."""
     out = {"header": slim.start, "codebooks": 0, "tables": 0, "symbols": 0, "gaps": 0, "values": 0}

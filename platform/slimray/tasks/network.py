@@ -16,13 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from slimray import compress, runs
+from slimray.compress import slim_file
 from slimray.data.modalities import read_recipe
 from slimray.models import published
 from slimray.runtime import answers
 from slimray.runtime.answers import Arrays
 from slimray.runtime.inputs import Input
+from slimray.spec import UserError
 from slimray.tasks.precision import computing
 from slimray.tasks.task import Outputs, task_before
+
+SLIM = "model/model.slim"  # of a compressed run: the file that holds all of its network
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,36 @@ def task_of(taken: Mapping[str, Any]) -> str:
 
 def load_network(run: runs.Run, device: torch.device | str = "cpu") -> Network:
     """Load the network that `run` wrote; UserError if it wrote none, or one whose weights are NaN."""
+    if runs.exists(run, SLIM) and not runs.exists(run, "model/weights.safetensors"):
+        return load_slim(runs.read_file(run, SLIM), f"{run.uri}/{SLIM}", device)
     weights, model, taken = runs.read_model(run)
     read_recipe(taken["recipe"])  # a recipe of another version fails here, not at the first file
     net = compress.build(**model)
     tensors = safetensors.torch.load(weights)
     published.require_finite(tensors, f"{run.uri}/model/weights.safetensors")
     net.load_state_dict(tensors)
+    return _ready(net, model, taken, device)
+
+
+def load_slim(data: bytes, where: str, device: torch.device | str = "cpu") -> Network:
+    """Load the network of a `model.slim`, which holds all of it; UserError, with `where`, for a file that is none.
+
+    Its tensors are held against the network that it names before any of them is allocated.
+    """
+    header = slim_file.read_header(data, where)
+    if not header.model or not {"recipe", "pixels", "classes"} <= header.input.keys():
+        raise UserError(f"{where}: holds tensors without a network: it was not written by a compress job")
+    read_recipe(header.input["recipe"])
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in compress.build(**header.model).state_dict().items()}
+    tensors = slim_file.decode(data, where, shapes)
+    published.require_finite(tensors, where)
+    net = compress.build(**header.model)
+    net.load_state_dict(tensors)
+    return _ready(net, header.model, header.input, device)
+
+
+def _ready(net: nn.Module, model: dict[str, Any], taken: Mapping[str, Any], device: torch.device | str) -> Network:
     classes, pixels = tuple(taken["classes"]), Input.of(taken["pixels"])
     precision = taken.get("precision", "auto")  # what earlier versions did
     return Network(net.to(device).eval(), pixels, taken["recipe"], classes, model, task_of(taken), precision)

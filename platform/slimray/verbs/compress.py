@@ -14,7 +14,7 @@ from slimray import runs
 from slimray.data.cards import Card
 from slimray.data.spec import DataSpec
 from slimray.spec import RunFailed, UserError, located, noting, parse
-from slimray.verbs import checks, inputs, step_finetune, step_prune, step_sparsify
+from slimray.verbs import checks, inputs, step_code, step_finetune, step_prune, step_share, step_sparsify
 from slimray.verbs.compress_specs import CompressJob, atomic, trains
 from slimray.verbs.context import CheckContext, Context, Made, trained_on
 
@@ -22,6 +22,8 @@ STEPS: dict[str, ModuleType] = {
     "prune": step_prune,
     "sparsify": step_sparsify,
     "finetune": step_finetune,
+    "share": step_share,
+    "code": step_code,
 }
 
 Job = CompressJob

@@ -12,6 +12,7 @@ from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, ScaleSpec
 from slimray.verbs.specs import JudgeSpec, ModelSpec, SharedOptimSpec, WorkerJob
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
+Bits = Annotated[int, Field(ge=1, le=8)]
 
 
 class OriginalTeacherSpec(Spec):
@@ -43,7 +44,7 @@ class TrainedSpec(Spec):
 
 
 class FinetuneStep(TrainedSpec):
-    """Train the network as it is now; pruned weights stay zero."""
+    """Train the network as it is now: pruned weights stay zero, shared ones equal (their gradients are summed)."""
 
     step: Literal["finetune"]
 
@@ -156,7 +157,23 @@ class PruneStep(Spec):
         return self
 
 
-Step = Annotated[PruneStep | SparsifyStep | FinetuneStep, Field(discriminator="step")]
+class ShareStep(Spec):
+    """Weight sharing: the weights of a layer take one of a few values, found by k-means. Files shrink after `code`."""
+
+    step: Literal["share"]
+    bits: Bits | dict[str, Bits]
+    """Bits of a weight's code, for all layers or by name; a layer gets at most 2^bits - 1 values beside zero."""
+    finetune: TrainedSpec | None = None
+    """Training of the centroids afterwards; a centroid's gradient is a sum, so take a lower rate than for weights."""
+
+
+class CodeStep(Spec):
+    """Write `model/model.slim`: codebooks, relative indices and Huffman codes in one file, the network in it."""
+
+    step: Literal["code"]
+
+
+Step = Annotated[PruneStep | SparsifyStep | FinetuneStep | ShareStep | CodeStep, Field(discriminator="step")]
 
 
 class TimingSpec(Spec):
@@ -229,6 +246,10 @@ def atomic(steps: tuple[Step, ...]) -> list[tuple[str, Step]]:
     """Return the steps one by one, rounds written out, each with the name of its folder: ("01-sparsify", ...)."""
     out: list[Step] = []
     for step in steps:
+        if isinstance(step, ShareStep) and step.finetune is not None:
+            out.append(step.model_copy(update={"finetune": None}))
+            out.append(FinetuneStep.model_validate(step.finetune.model_dump() | {"step": "finetune"}))
+            continue
         if not isinstance(step, SparsifyStep):
             out.append(step)
             continue

@@ -1,0 +1,27 @@
+"""The step `code`: the network as one file, `model/model.slim`: codebooks, relative indices, Huffman codes."""
+
+from typing import Any
+
+from slimray import runs
+
+FASTER = False  # a file is decoded once, then the network computes as before
+
+
+def check(step: Any, net: Any) -> None:
+    """Nothing depends on the network."""
+
+
+def run(step: Any, work: Any, folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
+    """Write the file beside the weights, which it holds bit for bit; return the stage and the parts of the file."""
+    import safetensors.torch
+
+    from slimray.compress import slim_file
+
+    def make(stage: runs.Run) -> None:
+        weights, model, taken = runs.read_model(before)
+        runs.write_file(stage, "model/model.slim", slim_file.encode(safetensors.torch.load(weights), model, taken))
+        runs.write_model(stage, weights, model, taken)
+
+    stage = work.write(folder, step.model_dump(mode="json"), make)
+    data = runs.read_file(stage, "model/model.slim")
+    return stage, {"parts": slim_file.parts_of(slim_file.read_header(data, stage.uri), len(data))}

@@ -1,0 +1,28 @@
+"""The step `share`: the weights of a layer take one of a few values, by k-means (arXiv 1510.00149)."""
+
+from typing import Any
+
+from slimray import runs
+
+FASTER = False  # kernels here compute with the values, not with their codes
+
+
+def check(step: Any, net: Any) -> None:
+    """Raise UserError for a layer that `net`, on the meta device, does not have."""
+    from slimray.compress import sparsity
+
+    sparsity.by_layer(net, step.bits, "bits")
+
+
+def run(step: Any, work: Any, folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
+    """Share the weights of the network of `before`; return the stage and the values in use by layer."""
+    from slimray.compress import sharing, sparsity
+    from slimray.verbs.compressing import read_network, write_network
+
+    def make(stage: runs.Run) -> None:
+        net, model, taken = read_network(before)
+        bits = {name: int(value) for name, value in sparsity.by_layer(net, step.bits, "bits").items()}
+        write_network(stage, net, model, taken, sharing.share(net, bits))
+
+    stage = work.write(folder, step.model_dump(mode="json"), make)
+    return stage, {"values": runs.read_model(stage)[1]["compression"][-1]["values"]}
