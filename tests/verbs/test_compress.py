@@ -94,9 +94,9 @@ def test_a_compressed_network_is_scored_shown_predicted_with_and_trained_on(shel
     (shell.folder / "one.png").write_bytes(image_shapes.encode_png(image_shapes.make_image(1, 0, 32)[0]))
     told = shell.ok("predict", "small", "one.png")
     assert shell.ok("predict", "runs/small/model/model.slim", "one.png") == told
-    text = TRAIN.replace("name: whole", "name: on").replace("name: resnet18, width: 0.125", "run: small")
-    shell.ok("run", shell.write("on.yaml", text))
-    assert runs.read_model(runs.open_run(str(shell.storage), "on"))[1]["compression"] == []
+    text = TRAIN.replace("name: whole", "name: further").replace("name: resnet18, width: 0.125", "run: small")
+    shell.ok("run", shell.write("further.yaml", text))
+    assert runs.read_model(runs.open_run(str(shell.storage), "further"))[1]["compression"] == []
 
 
 @pytest.mark.benchmark
