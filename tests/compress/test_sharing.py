@@ -10,6 +10,7 @@ from torch import nn
 
 from slimray import models
 from slimray.compress import released, sharing, sparsity
+from slimray.models.squeezenet import SqueezeNet
 from slimray.spec import UserError
 from slimray.tasks.network import Input
 from slimray.train.methods.constrained import Constrained
@@ -128,3 +129,14 @@ def test_the_recorded_file_in_the_published_layout_is_read(recorded):
         with pytest.raises(UserError, match="no released file of this network"):
             released.load(net, bad, "x.net")
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_the_released_squeezenet_is_read_exactly(shared):
+    folder = shared / "parity/compression"
+    known = json.loads((folder / "compressed_SqueezeNet.json").read_text())["layers"]
+    net = SqueezeNet(1000)
+    counts = released.load(net, (folder / "compressed_SqueezeNet.net").read_bytes(), "compressed_SqueezeNet.net")
+    assert [count for count, _ in counts.values()] == [one["entries"] for one in known]
+    weights = [net.get_submodule(name).weight for name in counts]
+    assert [digest(weight) for weight in weights] == [one["weight_sha256"] for one in known]
+    assert net.eval()(torch.rand(1, 3, 224, 224)).shape == (1, 1000)
