@@ -138,11 +138,8 @@ def _find(job: EvaluateJob, where: str, storage: str, ahead: Sequence[str]) -> l
     for one in found:
         if names.count(one.name) > 1:
             raise UserError(f"{where}: runs: two of them are named {one.name!r}: score them apart")
-<<<<<<< HEAD
-        if one.format is None and not runs.exists(one.run, "model/weights.safetensors"):
-=======
-        if not any(runs.exists(one, f"model/{name}") for name in ("weights.safetensors", "model.slim")):
->>>>>>> 9c07b08 (Add share and code: codebooks with summed gradients, model.slim, the released files)
+        stored = any(runs.exists(one.run, f"model/{name}") for name in ("weights.safetensors", "model.slim"))
+        if one.format is None and not stored:
             raise UserError(f"{where}: runs: {one.name!r} has lost its model/weights.safetensors: train it again")
         if one.format is not None and not runs.exists(one.run, f"export/{one.format}/export.json"):
             raise UserError(f"{where}: runs: {one.run.name!r} holds no export {one.format!r}: name one that it holds")
