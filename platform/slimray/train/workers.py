@@ -35,6 +35,7 @@ from slimray import runs
 from slimray.data.pipeline import FeedConfig, RankStream, feeder_of, start_feeders
 from slimray.spec import RunFailed, UserError
 from slimray.storage import PATIENCE, StorageError
+from slimray.train.board import Board
 from slimray.train.spec import ScaleSpec
 
 BARRIER_CALLS = 4096  # concurrent calls of Ray Train's barrier; its own number, 1,000, dead-locks a larger world
@@ -43,33 +44,10 @@ ELASTIC_START_S = 20.0  # an elastic group that cannot be placed asks again afte
 NODE_LABEL = "ray.io/node-id"
 
 
-class _Board:
-    """Progress actor: the ranks report to it how far they are, and the driver reads it; nobody waits for it."""
-
-    def __init__(self) -> None:
-        self.state: dict[str, Any] = {"told": time.time(), "repeated": 0, "stuck": []}
-
-    def update(self, **state: Any) -> None:
-        self.state.update(state, told=time.time())
-
-    def begin(self, step: int, world: int) -> None:
-        """Note that a group of workers starts after `step`; steps that were done before count as repeated."""
-        if "world" in self.state:
-            self.state["repeated"] += max(0, self.state.get("total_steps", step) - step)
-        self.update(world=world, total_steps=step, preempted=False)
-
-    def stuck(self, sentence: str) -> None:
-        """Note that a rank is stuck."""
-        self.state["stuck"].append(sentence)
-
-    def read(self) -> dict[str, Any]:
-        return self.state
-
-
 def make_board() -> Any:
     """Start the progress actor of a run; it belongs to the driver and dies with it."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return ray.remote(_Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+    return ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
 
 
 def connect(cpus: int) -> None:

@@ -1,0 +1,43 @@
+"""Each process of a run imports what its role needs: every import is paid for once in each of them.
+
+A role is the module whose classes and functions a process is given; Ray's worker itself imports ray.
+"""
+
+import subprocess
+import sys
+
+import pytest
+from tests.waits import patience
+
+from slimray.train.board import Board
+
+PICTURES = {"matplotlib", "jinja2", "rich", "slimray.report"}
+SEARCHES = {"optuna", "ray.tune", "scipy", "sklearn", "slimray.search"}
+DECODERS = {"av", "decord", "open3d", "slimray.data.video.movies"}
+ELSEWHERE = {"typer", "wandb", "dash", "onnx", "slimray.cli", "slimray.job", "slimray.verbs"}
+NEVER = PICTURES | SEARCHES | DECODERS | ELSEWHERE
+ROLES = {  # what it is -> the module it is given, and what that must not import
+    "progress actor": ("slimray.train.board", NEVER | {"ray", "torch", "numpy", "pydantic", "pyarrow"}),
+    "feeder, decoding task": (
+        "slimray.data.pipeline",
+        NEVER | {"torch", "ray.train", "slimray.models", "slimray.tasks"},
+    ),
+}
+
+
+def imported(module: str) -> set[str]:
+    """The modules that a process holds once it has imported `module`."""
+    code = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=patience(120))
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_process_imports_what_its_role_needs(role):
+    module, never = ROLES[role]
+    assert not imported(module) & never
+
+
+def test_the_progress_actor_is_given_a_class_of_its_own_file():
+    assert Board.__module__ == ROLES["progress actor"][0]
