@@ -186,7 +186,8 @@ def _verify(whole: nn.Module, zeroed: nn.Module, small: nn.Module, example: Any)
 def compare(whole: nn.Module, small: nn.Module, example: Any, pairs: int = PAIRS) -> Gain:
     """Time both networks in eager mode on `example` in alternating pairs: the median ratio and its quartiles."""
     ratios = []
-    _outputs(whole, example), _outputs(small, example)
+    for net in (whole, small):
+        _outputs(net, example)
     for number in range(pairs):
         took = {}
         for name in ("whole", "small") if number % 2 else ("small", "whole"):

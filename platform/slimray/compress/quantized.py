@@ -61,7 +61,8 @@ class _Layer(nn.Module):
 
     def __init__(self, geometry: Geometry, bias: Tensor | None, bits: Bits, scheme: fq.Scheme):
         super().__init__()
-        self.geometry, self.bits, self.scheme = geometry, bits, scheme
+        self.geometry, self.bits = geometry, bits
+        self.scheme: fq.Scheme = scheme
         self.bias = None if bias is None else nn.Parameter(bias.detach())
 
     @property
@@ -192,7 +193,7 @@ def make_layer(layer: nn.Module, bits: Bits, scheme: fq.Scheme, form: str) -> "F
 def check_bits(name: str, bits: Any, scheme: fq.Scheme) -> Bits:
     """`bits` of the layer `name` as a pair; UserError out of range (2 to 8, k-means 1 to 8; inputs 2 to 8 or None)."""
     low = 1 if scheme == "kmeans" else 2
-    pair = tuple(bits) if isinstance(bits, list | tuple) else ()
+    pair: tuple[Any, ...] = tuple(bits) if isinstance(bits, list | tuple) else ()
     fits = len(pair) == 2 and all(isinstance(one, int) and not isinstance(one, bool) for one in pair if one is not None)
     if not fits or pair[0] is None or not low <= pair[0] <= 8 or (pair[1] is not None and not 2 <= pair[1] <= 8):
         raise UserError(f"quantize: {name}: bits must be [weights {low} to 8, inputs 2 to 8 or null] (got {bits!r})")
