@@ -21,7 +21,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
-FOLDERS_OF_EXTRAS = {"report/dashboard/": ("dashboard",), "edge/": ("edge",), "runtime/": ("openvino",)}
+FOLDERS_OF_EXTRAS = {
+    "report/dashboard/": ("dashboard",),
+    "edge/": ("edge",),
+    "export/": ("edge", "openvino", "executorch", "compress"),
+    "runtime/": ("openvino",),
+}
 LATE = {"decord", "open3d", "openvino", "safetensors"}  # what a runtime reads or computes with only where it is there
 
 
