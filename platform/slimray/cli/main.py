@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from slimray import __version__
-from slimray.cli import cluster, explain, jobs, look, use
+from slimray.cli import cluster, device, explain, jobs, look, use
 from slimray.cli.terminal import console, say
 from slimray.spec import RunFailed, UserError
 
@@ -35,7 +35,7 @@ OF_TRAINING = {
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=(__doc__ or "").split("\n")[0]
 )
-for group in (jobs, look, use, explain, cluster):
+for group in (jobs, look, use, device, explain, cluster):
     app.add_typer(group.app)
 
 

@@ -6,8 +6,9 @@ key (seed, epoch, sample). What does not decode raises BadSample; storage that f
 predicted from a sample is a task (slimray.tasks); of its targets only `Target` is known here. No torch.
 """
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from slimray.data import conversion, synthetic
 from slimray.data.bytes import read_sample, read_whole
 from slimray.data.images.pairs import PairRecipe, load_pair, open_pair, pair_recipe, require_pair
-from slimray.data.images.pictures import ImageRecipe
+from slimray.data.images.pictures import ImageRecipe, make_image
 from slimray.data.open import decoder, filesystem
 from slimray.data.own_files import FileOptions, FileReader, open_clip, open_image, open_points
 from slimray.data.paths import ALL_FILES, NUMBERED
@@ -25,7 +26,7 @@ from slimray.data.points.reader import cloud_reader
 from slimray.data.points.recipe import PointRecipe
 from slimray.data.samples import BadSample
 from slimray.data.spec import DataSpec
-from slimray.data.video.clips import ClipRecipe, flip_label
+from slimray.data.video.clips import ClipRecipe, flip_label, make_clip
 from slimray.data.views import all_fit, clip_views, clip_views_fit, image_views, point_views, same_views
 from slimray.runs import examples
 from slimray.spec import lookup
@@ -116,6 +117,9 @@ class Modality:
     """A plain recipe, the options of an evaluation and the name of a run to why they do not fit each other, or ""."""
     open_file: Callable[[Any, FileOptions], FileReader] | None = None
     """A recipe and options to what makes samples of a user's own files; None where no file is a sample."""
+    frame: Callable[[Any, np.ndarray], np.ndarray] | None = None
+    """A recipe and a picture uint8 [H, W, 3], such as a camera gives, to a frame as the network takes it, uint8
+    [size, size, 3]; None where a sample is made of something else."""
     example: Callable[[np.ndarray, str, Top, Sequence[Any]], dict[str, Any]] | None = None
     """One view of a classified sample, its class, the likeliest ones, and what the branches of the network respond to,
     to an example of a report."""
@@ -131,6 +135,15 @@ def _show_clip(view: np.ndarray, truth: str, top: Top, _: Sequence[Any]) -> dict
 
 def _show_cloud(view: np.ndarray, truth: str, top: Top, responses: Sequence[Any]) -> dict[str, Any]:
     return examples.CloudView("", view[:3].T, truth, top=top, responses=responses).to_plain()
+
+
+def _clip_frame(recipe: ClipRecipe, picture: np.ndarray) -> np.ndarray:
+    alone = replace(recipe, mode="val", num_segments=1, num_clips=1, crops=1)
+    return make_clip([picture], alone, random.Random(0))[0][0, 0]
+
+
+def _image_frame(recipe: ImageRecipe, picture: np.ndarray) -> np.ndarray:
+    return make_image(picture, replace(recipe, mode="val", crops=1), random.Random(0))[0][0]
 
 
 def modality_of(recipe: Mapping[str, Any]) -> Modality:
@@ -380,6 +393,7 @@ MODALITIES: dict[str, Modality] = {
         view_recipe=clip_views,
         views_fit=clip_views_fit,
         open_file=open_clip,
+        frame=_clip_frame,
         example=_show_clip,
     ),
     "image": Modality(
@@ -403,6 +417,7 @@ MODALITIES: dict[str, Modality] = {
         views=frozenset({"crops"}),
         view_recipe=image_views,
         open_file=open_image,
+        frame=_image_frame,
         example=_show_image,
     ),
     "image_pair": Modality(

@@ -1,0 +1,38 @@
+"""`slimray live`: what runs on a device that networks are for. Needs neither torch nor Ray."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimray.cli.terminal import Storage, say, storage_of
+
+app = typer.Typer()
+
+
+@app.command()
+def live(
+    export: Annotated[
+        str, typer.Argument(help="An export, or a run that has one: folder, name or URI.", metavar="EXPORT")
+    ],
+    file: Annotated[Path | None, typer.Argument(help="A video in place of a camera.", metavar="[VIDEO]")] = None,
+    camera: Annotated[int | None, typer.Option(help="Number of the camera.", min=0)] = None,
+    loop: Annotated[bool, typer.Option("--loop", help="Begin the video again at its end.")] = False,
+    smooth: Annotated[int, typer.Option(help="Frames whose probabilities are averaged.", min=1)] = 12,
+    threads: Annotated[int | None, typer.Option(help="Threads of the network.", min=1)] = None,
+    port: Annotated[int, typer.Option(help="Port of the page; 0 takes one that is free.", min=0, max=65535)] = 8051,
+    open_: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    storage: Storage = None,
+) -> None:
+    """Label what a camera sees, frame by frame, on a page of 127.0.0.1, until Ctrl-C or the end of the video.
+
+    Online networks are stepped, others see the last frames. What comes faster than it can be labelled is dropped and
+    counted, the delay does not grow.
+    """
+    from slimray.runtime.live import open_live
+    from slimray.runtime.live_page import serve
+    from slimray.runtime.loaded import load
+
+    net = load(export, storage=storage_of(storage), threads=threads)
+    run = open_live(net, camera, file, loop, smooth)
+    serve(run, f"{export} on {file if file is not None else f'camera {camera}'}", port, open_, say)
