@@ -1,4 +1,4 @@
-"""`slimray live`: what runs on a device that networks are for. Needs neither torch nor Ray."""
+"""`slimray live`, `slimray agent`: what runs on a device that networks are for. Needs neither torch nor Ray."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +8,26 @@ import typer
 from slimray.cli.terminal import Storage, say, storage_of
 
 app = typer.Typer()
+
+
+@app.command()
+def agent(
+    host: Annotated[str, typer.Option(help="Address to listen at; 127.0.0.1 is reached through an SSH tunnel.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port; 0 takes one that is free.", min=0, max=65535)] = 8060,
+    max_mb: Annotated[int, typer.Option(help="Largest network, in MB.", min=1, max=2047)] = 512,
+    total_mb: Annotated[int, typer.Option(help="All networks together, in MB of the disk.", min=1)] = 4096,
+    max_seconds: Annotated[float, typer.Option(help="Longest measurement; it is ended then.", min=1)] = 120.0,
+) -> None:
+    """Time networks that `slimray profile --device` sends here, until Ctrl-C. Executes nothing else.
+
+    The token that it asks for is printed once, or is that of SLIMRAY_AGENT_TOKEN. It speaks plain HTTP: leave it at
+    127.0.0.1 and use `ssh -L 8060:127.0.0.1:8060 DEVICE` from the machine that profiles.
+    """
+    from slimray.runtime.agent import Limits, serve
+
+    serve(host, port, Limits(max_mb, total_mb, max_seconds), lambda text: print(text, flush=True))  # shows the token
 
 
 @app.command()

@@ -148,7 +148,9 @@ def _files_in(paths: list[Path], modality: Modality) -> tuple[list[Path], dict[P
 
 @app.command()
 def profile(
-    what: Annotated[str, typer.Argument(help="A finished shrink run, or an ofa_ model.", metavar="RUN_OR_MODEL")],
+    what: Annotated[
+        str, typer.Argument(help="A finished shrink run, an ofa_ model, or an export.", metavar="RUN_OR_MODEL")
+    ],
     hardware: Annotated[str, typer.Option(help="cpu-eager, cpu-compiled, cpu-onnx or cuda.")] = "cpu-eager",
     threads: Annotated[int, typer.Option(help="Threads of the network on a CPU.", min=1)] = 1,
     table: Annotated[str | None, typer.Option("--out", help="The table; default WHAT.HARDWARE.json here.")] = None,
@@ -161,6 +163,12 @@ def profile(
     ] = None,
     rounds: Annotated[int, typer.Option(help="Readings of every operator.", min=2)] = 15,
     calibrate: Annotated[int, typer.Option(help="Subnets measured whole, to calibrate.", min=4)] = 12,
+    device: Annotated[
+        str | None, typer.Option(help="Measure on the device whose `slimray agent` is at http://HOST:PORT.")
+    ] = None,
+    plain_http: Annotated[
+        bool, typer.Option("--plain-http", help="Show the token to the network between here and the device.")
+    ] = False,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
@@ -168,13 +176,24 @@ def profile(
 
     Minutes with cpu-eager; cpu-compiled and cpu-onnx take seconds for every operator and so few resolutions by default.
     The same command goes on with a table that was cut off. One thread is timed by the processor time that it got.
-    Needs no Ray. In a job: `targets: [{name: here, hardware: TABLE.json, limits: {latency_ms: 12}}]`.
+    With --device the operators go as ONNX files to an agent, whose token is in SLIMRAY_AGENT_TOKEN; an export, or a run
+    that has one, is timed whole there. Needs no Ray.
+    In a job: `targets: [{name: here, hardware: TABLE.json, limits: {latency_ms: 12}}]`.
     """
     from slimray import models
     from slimray.data.modalities import MODALITIES
     from slimray.edge import latency_table, profiler
     from slimray.verbs import inputs
 
+    remote = None
+    if device is not None:
+        from slimray.edge import remote as remotes
+
+        remote = remotes.connect(device, plain_http)
+        hardware = remotes.HARDWARE
+        if what not in models.MODELS and (where := _export_of(what, storage_of(storage))):
+            _time_export(remote, where, rounds, as_json)
+            return
     num_points, options = None, dict[str, Any](name=what, num_classes=1000)
     if what in models.MODELS:
         if not models.MODELS[what].supernet or MODALITIES[models.MODELS[what].input].in_channels is None:
@@ -193,7 +212,8 @@ def profile(
         raise UserError(f"--resolutions {resolutions}: must be whole numbers with commas, such as 128,176,224")
     path = table or f"{what.rstrip('/').rpartition('/')[2]}.{hardware}.json"
     found = profiler.profile(
-        models.build(**options).eval(), options, path, hardware=hardware, threads=threads, num_points=num_points,
+        models.build(**options).eval(), options, path, hardware=hardware,
+        runtime=None if remote is None else remotes.runtime(remote), threads=threads, num_points=num_points,
         resolutions=[int(word) for word in words] or None, rounds=rounds, calibrate=calibrate,
         say=lambda text: console.print(f"{path}: {text}", soft_wrap=True),
     )  # fmt: skip
@@ -204,3 +224,37 @@ def profile(
     for key, value in facts.items():
         say(f"{key.replace('_', ' ')}: {fact(key, value)}")
     say(f"table: {path}")
+
+
+def _export_of(name: str, where: str) -> str | None:
+    """The export folder that `name` is or that a run has, None where there is none."""
+    from slimray import runs
+    from slimray.runtime import folder
+
+    if folder.is_export(name):
+        return name
+    return next(iter(folder.exports_of(runs.find_run(name, where)).values()), None)
+
+
+def _time_export(remote: Any, where: str, rounds: int, as_json: bool) -> None:
+    """Time an exported network on a device with one thread, two, four, ... as many as it has cores."""
+    from slimray.data.modalities import input_shape
+    from slimray.edge import remote as remotes
+    from slimray.runtime import folder, loaded, onnx_file
+
+    facts, data = folder.read_export(where)
+    loaded.check_facts(facts, where)
+    onnx_file.check_onnx(data, f"{where}/{facts.file}")
+    whole, states = input_shape(facts.input["recipe"]), {state.input: state for state in facts.states}
+    feeds: dict[str, Any] = {}
+    for one in facts.inputs:
+        usual = states[one.name].shape if one.name in states else (1, *whole[len(whole) + 1 - len(one.shape) :])
+        sides = [given if given is not None else own for given, own in zip(one.shape, usual, strict=True)]
+        feeds[one.name] = [sides, one.dtype]
+    most, rows = int(remote.about.get("cores") or 1), []
+    for threads in [2**power for power in range(most.bit_length())]:
+        rows.append(remotes.time_export(remote, data, feeds, threads, max(rounds, 9)))
+        if not as_json:
+            say("  ".join(f"{key.replace('_', ' ')} {fact(key, value)}" for key, value in rows[-1].items()))
+    if as_json:
+        emit({"device": remote.about["device"], "export": where, "rows": rows})

@@ -57,6 +57,17 @@ class Calibration(Spec):
     rows: tuple[CalibrationRow, ...]
 
 
+class Conditions(Spec):
+    """What the device told of itself at the end of a round, as far as it can tell."""
+
+    temperature_c: float | None = None
+    clock_mhz: float | None = None
+    throttled: bool | None = None
+    watts: float | None = None
+    source: str | None = None
+    """Where the watts are from: rapl, hwmon, tegrastats, nvidia-smi."""
+
+
 class LatencyTable(Spec):
     """A table of measured latencies as it lies in a file; `done` of its `rounds` are measured (restart)."""
 
@@ -80,6 +91,8 @@ class LatencyTable(Spec):
     subnets: tuple[Subnet, ...]
     """Those to calibrate with."""
     calibration: Calibration | None
+    conditions: tuple[Conditions, ...] = ()
+    """Per round, of a device with an agent."""
 
 
 def summary(table: LatencyTable) -> dict[str, Any]:
@@ -90,6 +103,11 @@ def summary(table: LatencyTable) -> dict[str, Any]:
     out |= {"units": len(table.units), "rounds": table.rounds, "seconds": round(table.seconds, 1)}
     out |= {"unit_std_percent": 100 * statistics.median(spread), "waited_percent": table.waited_percent}
     out["drift_percent"] = 100 * (max(reference) / min(reference) - 1)
+    for name, value in (("temperature_c", max), ("watts", statistics.fmean)):
+        known = [getattr(one, name) for one in table.conditions if getattr(one, name) is not None]
+        out |= {name: round(value(known), 1)} if known else {}
+    if any(one.throttled for one in table.conditions):
+        out["throttled_rounds"] = sum(bool(one.throttled) for one in table.conditions)
     if calibration:
         out |= {
             "calibrated_with": len(calibration.rows),

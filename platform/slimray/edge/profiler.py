@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from slimray.arch import Arch
 from slimray.edge.arch_costs import Meter, Prices, draw_archs
@@ -27,6 +27,7 @@ from slimray.edge.latency_table import (
     FORMAT,
     Calibration,
     CalibrationRow,
+    Conditions,
     LatencyTable,
     Subnet,
     UnitTime,
@@ -38,8 +39,12 @@ from slimray.edge.runtimes import (
     RUNS_PER_READING,
     RUNTIMES,
     THREAD_CLOCK,
+    Chain,
+    Clock,
+    Reading,
     Runtime,
     Step,
+    reference_module,
     settings,
     timed_on_gpu,
     versions,
@@ -50,15 +55,6 @@ NEW_ARCHS = 400  # drawn without a new unit, before a space without a `cover` co
 MOST_UNITS = 20_000
 REFERENCE_RUNS = 4  # before each reading
 DETERMINED = 1e-3  # weight of "no offset, slope 1" beside the calibration subnets, which decides only where they cannot
-
-
-@dataclass(frozen=True, eq=False)
-class Chain:
-    """Steps that run one after another, their names, and what goes in where it is not what came out before."""
-
-    keys: tuple[str, ...]
-    steps: tuple[Step, ...]
-    inputs: tuple[Any, ...]
 
 
 def _chains(runtime: Runtime, archs: Sequence[Sequence[Any]], threads: int, known: dict[str, Step]) -> Iterator[Chain]:
@@ -91,10 +87,9 @@ def _whole(runtime: Runtime, net: Any, arch: Arch, first: Any, threads: int) -> 
 
 def _reference(runtime: Runtime) -> Chain:
     """A small network that is timed again and again: how fast the machine is just now."""
-    module = nn.Sequential(
-        nn.Conv2d(24, 96, 1), nn.ReLU(), nn.Conv2d(96, 96, 3, padding=1, groups=96), nn.ReLU(), nn.Conv2d(96, 24, 1)
-    ).eval()
-    x = torch.randn(1, 24, 28, 28)
+    module, x = reference_module(), torch.randn(1, 24, 28, 28)
+    if runtime.reference is not None:
+        return Chain(("reference",), (runtime.reference(module, x),), (runtime.feed(x),))
     on_gpu = runtime.timed is timed_on_gpu
     return Chain(
         ("reference",), (module.to("cuda") if on_gpu else module,), (x.to("cuda") if on_gpu else x,)
@@ -115,20 +110,29 @@ def take_readings(runtime: Runtime, chains: Sequence[Chain], threads: int, round
     """Time all `chains` in `rounds` rounds, each in a new order; a reading is the fastest of a few runs, per step."""
     reference, order = _reference(runtime), list(range(len(chains)))
     clock = time.thread_time if threads == 1 and THREAD_CLOCK else time.perf_counter
-    wall, busy = time.perf_counter(), time.thread_time()
+    read = runtime.reading or partial(_reading_here, runtime)
+    wall = busy = 0.0
     rows: list[list[list[float]]] = [[] for _ in chains]
     seen: list[float] = []
     with torch.inference_mode():
         for _ in range(rounds):
             rng.shuffle(order)
             for i in order:
-                now = [runtime.timed(reference.steps, reference.inputs, clock)[0] for _ in range(REFERENCE_RUNS)]
-                seen.append(min(now[1:]))  # the first finds the cache full of other things
-                runtime.timed(chains[i].steps, chains[i].inputs, clock)
-                runs = [runtime.timed(chains[i].steps, chains[i].inputs, clock) for _ in range(RUNS_PER_READING)]
-                rows[i].append([min(times) for times in zip(*runs, strict=True)])
-    waited = 1 - (time.thread_time() - busy) / (time.perf_counter() - wall)
-    return Readings([np.array(one) for one in rows], np.array(seen), waited)
+                found = read(reference, chains[i], REFERENCE_RUNS, clock)
+                seen.append(found.reference_ms)
+                rows[i].append(found.ms)
+                wall, busy = wall + found.wall_s, busy + found.busy_s
+    return Readings([np.array(one) for one in rows], np.array(seen), max(0.0, 1 - busy / wall))
+
+
+def _reading_here(runtime: Runtime, reference: Chain, chain: Chain, runs: int, clock: Clock) -> Reading:
+    wall, busy = time.perf_counter(), time.thread_time()
+    now = [runtime.timed(reference.steps, reference.inputs, clock)[0] for _ in range(runs)]
+    runtime.timed(chain.steps, chain.inputs, clock)
+    rows = [runtime.timed(chain.steps, chain.inputs, clock) for _ in range(RUNS_PER_READING)]
+    fastest = [min(times) for times in zip(*rows, strict=True)]
+    wall, busy = time.perf_counter() - wall, time.thread_time() - busy
+    return Reading(min(now[1:]), fastest, wall, busy)  # the first finds the cache full of other things
 
 
 @dataclass(frozen=True)
@@ -142,10 +146,17 @@ class Measured:
 
 
 def measure_whole(
-    net: Any, archs: Sequence[Arch], hardware: str, threads: int, rounds: int, seed: int, num_points: int | None = None
+    net: Any,
+    archs: Sequence[Arch],
+    hardware: str | Runtime,
+    threads: int,
+    rounds: int,
+    seed: int,
+    num_points: int | None = None,
 ) -> Measured:
     """Measure the subnets `archs` of `net` (with weights, not on "meta") as they are shipped, batch 1."""
-    runtime, prices = RUNTIMES[hardware], Prices(net, num_points)
+    runtime = RUNTIMES[hardware] if isinstance(hardware, str) else hardware
+    prices = Prices(net, num_points)
     with settings(threads):
         chains = [_whole(runtime, net, arch, prices.units(arch)[0], threads) for arch in archs]
         readings = take_readings(runtime, chains, threads, rounds, random.Random(f"{seed} whole"))
@@ -169,6 +180,7 @@ def profile(
     path: str | Path,
     *,
     hardware: str = "cpu-eager",
+    runtime: Runtime | None = None,
     threads: int = 1,
     num_points: int | None = None,
     resolutions: Sequence[int] | None = None,
@@ -180,11 +192,12 @@ def profile(
 
     A table that is there is gone on with from the last whole round, or returned when it is finished; UserError if it
     is of something else. `model` (build name and options) is only noted. `rounds`: readings of every unit;
-    `calibrate`: subnets measured whole, between the units. Leaves torch's number of threads as it was.
+    `calibrate`: subnets measured whole, between the units; `runtime`: a device that is in no table, which the file then
+    calls `hardware`. Leaves torch's number of threads as it was.
     """
-    if hardware not in RUNTIMES:
+    if runtime is None and hardware not in RUNTIMES:
         raise UserError(f"hardware: unknown runtime {hardware!r}{did_you_mean(hardware, RUNTIMES)}")
-    runtime = RUNTIMES[hardware]
+    runtime = runtime or RUNTIMES[hardware]
     runtime.check()
     if rounds < 2 or calibrate < 4 or threads < 1:
         raise UserError("profile: rounds must be >= 2, calibrate >= 4 and threads >= 1")
@@ -196,7 +209,7 @@ def profile(
         hardware=hardware,
         device=runtime.device(),
         threads=threads,
-        versions=versions(hardware),
+        versions=versions(hardware) | (runtime.versions() if runtime.versions else {}),
         date=datetime.now(UTC).date().isoformat(),
         resolutions=sides,
         rounds=rounds,
@@ -227,6 +240,9 @@ def profile(
         for number in range(table.done, rounds):
             readings = take_readings(runtime, chains, threads, 1, random.Random(f"{number} units"))
             table = _with_readings(table, chains, readings, before + time.perf_counter() - start)
+            if runtime.conditions is not None:
+                told = Conditions.model_validate(runtime.conditions())
+                table = table.model_copy(update={"conditions": (*table.conditions, told)})
             write_table(table, path)
             left = (table.seconds - before) / (number + 1) * (rounds - number - 1)
             say(f"{table.done}/{rounds} rounds, {len(table.units)} units, about {left:.0f} s left")

@@ -25,6 +25,26 @@ Step = Callable[[Any], Any]
 Clock = Callable[[], float]  # seconds
 
 
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Steps that run one after another, their names, and what goes in where it is not what came out before."""
+
+    keys: tuple[str, ...]
+    steps: tuple[Step, ...]
+    inputs: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The fastest ms of each step of a chain, those of the reference just before, and how long it took altogether:
+    seconds by the clock on the wall and seconds that the measuring thread had a processor."""
+
+    reference_ms: float
+    ms: list[float]
+    wall_s: float
+    busy_s: float
+
+
 @dataclass(frozen=True)
 class Runtime:
     """How networks run on a device: `prepare(module, x)` makes a step, `feed` brings an input to it.
@@ -42,6 +62,13 @@ class Runtime:
     device: Callable[[], str]
     per_shape: bool = False
     num_resolutions: int | None = None
+    reading: Callable[[Chain, Chain, int, Clock], Reading] | None = None
+    """The reference, a chain, runs of the reference: of a device elsewhere, which must not be asked run by run."""
+    reference: Callable[[nn.Module, Tensor], Step] | None = None
+    """Prepares the reference network, where that is not done in torch here."""
+    versions: Callable[[], dict[str, str]] | None = None
+    conditions: Callable[[], dict[str, Any]] | None = None
+    """Temperature, clock, throttling, watts as far as the device tells them."""
 
 
 def _timed_on_cpu(steps: Sequence[Step], inputs: Sequence[Any], clock: Clock) -> list[float]:
@@ -153,6 +180,13 @@ RUNTIMES: dict[str, Runtime] = {
         lambda: torch.cuda.get_device_name(),
     ),
 }
+
+
+def reference_module() -> nn.Module:
+    """A small network that is timed again and again: how fast the machine is just now. Takes `[1, 24, 28, 28]`."""
+    return nn.Sequential(
+        nn.Conv2d(24, 96, 1), nn.ReLU(), nn.Conv2d(96, 96, 3, padding=1, groups=96), nn.ReLU(), nn.Conv2d(96, 24, 1)
+    ).eval()
 
 
 @contextlib.contextmanager

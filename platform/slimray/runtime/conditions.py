@@ -1,0 +1,135 @@
+"""What a device tells of itself while it computes: temperature, clock, throttling, watts. Linux; it only reads.
+
+Watts come from the first source there is: RAPL (energy counters of Intel and AMD, which need root), hwmon (INA sensors
+of boards), tegrastats (Jetson), nvidia-smi. None of them is no error: a device that cannot tell says nothing.
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+WATCHED_S = 0.2  # over which energy counters are read
+TOOL_S = 5.0  # after which tegrastats or nvidia-smi is given up
+
+
+def device(root: Path = Path("/")) -> dict[str, Any]:
+    """Name of the processor, cores, memory in MB, system."""
+    memory = re.search(r"MemTotal:\s+(\d+)", _text(root / "proc/meminfo"))
+    board = _text(root / "proc/device-tree/model").strip("\0\n ")
+    cpu = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
+    name = board or (cpu[1].strip() if cpu else platform.processor() or platform.machine())
+    return {
+        "device": name,
+        "cores": os.cpu_count(),
+        "memory_mb": int(memory[1]) // 1024 if memory else None,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def conditions(root: Path = Path("/"), watts: bool = True) -> dict[str, Any]:
+    """Return what can be read of `temperature_c`, `clock_mhz`, `throttled` (bool), `watts` with their `source`."""
+    found: dict[str, Any] = {}
+    if temperatures := [v / 1000 for v in _numbers(root, "sys/class/thermal/thermal_zone*/temp") if 0 < v < 200_000]:
+        found["temperature_c"] = max(temperatures)
+    if clocks := _numbers(root, "sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq"):
+        found["clock_mhz"] = max(clocks) / 1000
+    throttled = _throttled(root)
+    if throttled is not None:
+        found["throttled"] = throttled
+    return found | (_watts(root) if watts else {})
+
+
+def throttle_count(root: Path = Path("/")) -> int | None:
+    """How often the cores were slowed down for heat since the start; None where nothing counts it."""
+    counts = _numbers(root, "sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")
+    return int(sum(counts)) if counts else None
+
+
+def _throttled(root: Path) -> bool | None:
+    """Whether it is slowed down now: a Raspberry Pi's flags (bits 0 to 3: voltage, cap, throttling, temperature)."""
+    flags = _text(root / "sys/devices/platform/soc/soc:firmware/get_throttled").strip()
+    if re.fullmatch(r"(0x)?[0-9a-fA-F]+", flags):
+        return bool(int(flags, 16) & 0b1111)
+    states = _numbers(root, "sys/class/thermal/cooling_device*/cur_state")
+    return None if not states else any(states)
+
+
+def _watts(root: Path) -> dict[str, Any]:
+    for read in (_rapl, _hwmon, _tegrastats, _nvidia_smi):
+        watts = read(root)
+        if watts is not None:
+            return {"watts": round(watts, 3), "source": read.__name__.strip("_").replace("_", "-")}
+    return {}
+
+
+def _rapl(root: Path) -> float | None:
+    places = sorted((root / "sys/class/powercap").glob("intel-rapl:?"))
+    before = [_number(place / "energy_uj") for place in places]
+    if not places or None in before:
+        return None
+    start = time.monotonic()
+    time.sleep(WATCHED_S)
+    after, seconds = [_number(place / "energy_uj") for place in places], time.monotonic() - start
+    used = [b - a for a, b in zip(before, after) if a is not None and b is not None and b >= a]
+    return sum(used) / 1e6 / seconds if len(used) == len(places) else None  # a counter that began anew
+
+
+def _hwmon(root: Path) -> float | None:
+    powers = _numbers(root, "sys/class/hwmon/hwmon*/power*_input")  # microwatts
+    if powers:
+        return max(powers) / 1e6
+    most = None
+    for current in sorted((root / "sys/class/hwmon").glob("hwmon*/curr*_input")):  # milliamperes, millivolts
+        amperes, volts = _number(current), _number(current.with_name(current.name.replace("curr", "in")))
+        if amperes is not None and volts is not None:
+            most = max(most or 0.0, amperes * volts / 1e6)
+    return most
+
+
+def _tegrastats(root: Path) -> float | None:
+    if shutil.which("tegrastats") is None:
+        return None
+    process = subprocess.Popen(["tegrastats", "--interval", "100"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+    finally:
+        process.kill()
+        process.wait()
+    found = re.search(r"(?:VDD_IN|POM_5V_IN)\s+(\d+)", line)
+    return int(found[1]) / 1000 if found else None
+
+
+def _nvidia_smi(root: Path) -> float | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    with suppress(subprocess.SubprocessError, OSError, ValueError):
+        command = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TOOL_S, check=True)
+        return sum(float(line) for line in done.stdout.splitlines() if line.strip())
+    return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")[:1_000_000]
+    except OSError:
+        return ""
+
+
+def _number(path: Path) -> float | None:
+    try:
+        return float(_text(path).strip())
+    except ValueError:
+        return None
+
+
+def _numbers(root: Path, pattern: str) -> list[float]:
+    found = [_number(path) for path in sorted(root.glob(pattern))]
+    return [one for one in found if one is not None]
