@@ -257,9 +257,9 @@ def test_removed_points_take_their_labels_along():
 
 
 def test_a_label_must_be_a_whole_number():
-    with pytest.raises(BadSample, match="no whole number"):
+    with pytest.raises(BadSample, match="not a whole number"):
         read_cloud("a.txt", b"1 2 3 0.5\n4 5 6 1\n", ("x", "y", "z", "label"))
-    with pytest.raises(BadSample, match="no whole number"):
+    with pytest.raises(BadSample, match="not a whole number"):
         read_labels("a.txt", b"1\n0.5\n", 2)
 
 

@@ -318,7 +318,7 @@ def test_a_frustum_is_stored_whole(scan, calibration):
     assert np.array_equal(back.box, made.box)
     assert np.array_equal(back.cloud.coords, made.cloud.coords)
     assert np.array_equal(back.cloud.labels, made.cloud.labels)
-    with pytest.raises(BadSample, match="no frustum"):
+    with pytest.raises(BadSample, match="is not a frustum"):
         sets.read_frustum("f.npz", data[:-30])
 
 

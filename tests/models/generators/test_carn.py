@@ -56,8 +56,9 @@ def test_a_picture_becomes_scale_times_as_large(scale):
 
 @pytest.mark.parametrize("options", [{"scale": 2, "blocks": 2, "units": 2}, {"scale": 4, "blocks": 1, "units": 3}])
 def test_a_place_depends_on_no_more_than_its_reach(options):
+    torch.manual_seed(0)
     net = models.build("carn", width=4, **options)
-    x = torch.zeros(1, 3, 1, 101, requires_grad=True)
+    x = torch.rand(1, 3, 1, 101, requires_grad=True)
     side = net.scale * 50
     net(x)[0, 0, 0, side : side + net.scale].sum().backward()
     touched = x.grad[0].abs().sum((0, 1)).nonzero().flatten()
