@@ -72,13 +72,11 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score finished runs side by side, without writing a YAML; --set takes any field of an evaluate job."""
-    from slimray import job, runs
+    from slimray import runs
 
     where = storage_of(storage)
     document = {"kind": "evaluate", "name": name or f"{runs.find_run(names[0], where).name}-eval", "runs": names}
-    rows = _run(job.resolve([(Path("evaluate"), document)], set_ or []), where, restart, show=not as_json)
-    if as_json:
-        emit(rows[0]["metrics"])
+    _run_document(document, set_, where, restart, as_json)
 
 
 @app.command()
@@ -94,14 +92,12 @@ def recalibrate(
 
     For networks that earlier versions shipped wrong; `show` and `runs` say which.
     """
-    from slimray import job, runs
+    from slimray import runs
 
     where = storage_of(storage)
     new = name or f"{runs.find_run(run, where).name}-recalibrated"
     document = {"kind": "recalibrate", "name": new, "run": run}
-    rows = _run(job.resolve([(Path("recalibrate"), document)], set_ or []), where, restart, show=not as_json)
-    if as_json:
-        emit(rows[0]["metrics"])
+    _run_document(document, set_, where, restart, as_json)
 
 
 @app.command()
@@ -119,13 +115,20 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a network in formats that run without torch, verified on real samples and timed; needs no Ray."""
-    from slimray import job, runs
+    from slimray import runs
 
     where = storage_of(storage)
     formats = [one.strip() for one in format_.split(",") if one.strip()]
     document = {"kind": "export", "run": run, "formats": formats, "online": online}
     document["name"] = name or f"{runs.find_run(run, where).name}-{'online' if online else 'export'}"
-    rows = _run(job.resolve([(Path("export"), document)], set_ or []), where, restart, show=not as_json)
+    _run_document(document, set_, where, restart, as_json)
+
+
+def _run_document(document: dict[str, Any], set_: list[str] | None, storage: str, restart: bool, as_json: bool) -> None:
+    """Do the one job that a command has written for its user; `as_json` prints its metrics and nothing else."""
+    from slimray import job
+
+    rows = _run(job.resolve([(Path(document["kind"]), document)], set_ or []), storage, restart, show=not as_json)
     if as_json:
         emit(rows[0]["metrics"])
 
