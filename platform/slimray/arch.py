@@ -335,7 +335,7 @@ class Space:
         return self._arch({name: [_pick(values, rng) for values in genes] for name, genes in self.choices})
 
     def mutate(self, arch: Arch, rng: Rng, prob: float = 0.1, single_prob: float = 0.5) -> Arch:
-        """Draw anew: all genes of a block together, each other gene, with `prob`; each single number with its own."""
+        """Draw again: all genes of a block together, each other gene, with `prob`; each single number with its own."""
         genes = self._lists(arch)
         hit = {depth.name: [rng.random() < prob for _ in range(depth.num_blocks)] for depth in self.depths}
         for name, one in self.named:

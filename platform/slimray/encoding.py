@@ -90,7 +90,7 @@ class GeneTable:
         return (rng.random((count, len(self.genes))) * self.sizes).astype(np.intp)
 
     def mutate(self, codes: Codes, rng: np.random.Generator, prob: float, single_prob: float) -> Codes:
-        """Draw anew: all genes of a block together, each other gene, with `prob`; single numbers with `single_prob`."""
+        """Redraw genes: all of a block together and each other one with `prob`; single numbers with `single_prob`."""
         together, single = self._together
         hit = rng.random((len(codes), len(single))) < np.where(single, single_prob, prob)
         return np.where(hit[:, together], self.sample(len(codes), rng), codes)

@@ -139,7 +139,7 @@ def _read_part(fs: pafs.FileSystem, path: str, start: int, size: int) -> bytes:
 
 
 def _read_packed(fs: pafs.FileSystem, path: str, row: int) -> bytes:
-    """The data of one row group; its checksum is verified, and a footer that no longer fits is read anew."""
+    """The data of one row group; its checksum is verified, and a footer that no longer fits is read again."""
     at = _At(path, fs)
 
     def read() -> bytes:

@@ -12,7 +12,7 @@ class PointsSpec(Spec):
     """How a sample is made of a cloud of points (arXiv 1907.03739; augmentation as in 2206.04670)."""
 
     num_points: int = Field(1024, ge=4, le=1_000_000)
-    """Points of a sample, drawn anew each epoch."""
+    """Points of a sample, redrawn each epoch."""
     channels: tuple[str, ...] = ()
     """Features beside x y z: `normals` (estimated where the files have none), `colors`, `intensity`, ..."""
     one_hot: int = Field(0, ge=0)

@@ -103,8 +103,8 @@ HARDWARE: dict[str, Device] = {
     ),
     "bit_serial": Device(
         description="BISMO, a bit-serial overlay on the Zynq-7020 of a PYNQ-Z1 board, rated at 8 x 8 bits",
-        source="BISMO (arXiv 1806.08862): 6.5 TOPS of single bits, 64 of which are a product of 8 x 8; 16 bits of DDR3 "
-        "at 1,050 Mb/s: 2.1 GB/s" + _ENERGY,
+        source="BISMO (arXiv 1806.08862): 6.5 TOPS of single bits, 64 of which are a product of 8 x 8; "
+        "Digilent PYNQ-Z1 manual: 16 bits of DDR3 at 1,050 Mb/s, 2.1 GB/s" + _ENERGY,
         date="2018",
         gmacs_per_s=50.8,
         gb_per_s=2.1,

@@ -153,7 +153,7 @@ def _without_paths(value: Any) -> Any:
 
 
 def _start_wandb(spec: TrackingSpec, name: str, uri: str, job: Mapping[str, Any], folder: Path) -> Any:
-    """Start or resume the W&B run; one that was deleted online begins anew, as W&B never takes its id again."""
+    """Start or resume the W&B run; one that was deleted online starts over, as W&B never takes its id again."""
     folder.mkdir(parents=True, exist_ok=True)
     status = read_status(run_at(uri))
     resumed = status is not None and status.attempt > 1  # without an id in its folder it is of before ids were kept

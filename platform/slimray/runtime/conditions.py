@@ -77,7 +77,7 @@ def _rapl(root: Path) -> float | None:
     time.sleep(WATCHED_S)
     after, seconds = [_number(place / "energy_uj") for place in places], time.monotonic() - start
     used = [b - a for a, b in zip(before, after) if a is not None and b is not None and b >= a]
-    return sum(used) / 1e6 / seconds if len(used) == len(places) else None  # a counter that began anew
+    return sum(used) / 1e6 / seconds if len(used) == len(places) else None  # a counter that was reset
 
 
 def _hwmon(root: Path) -> float | None:

@@ -220,7 +220,7 @@ def _node(data: memoryview, seen: _Seen, depth: int, small: dict[str, list[int]]
         elif number == 5:
             constant = _attribute(_bytes(value), seen, depth) or constant
     if domain not in DOMAINS and (domain, kind) not in seen.functions:
-        raise _Bad(f"uses the custom operator {domain}::{kind}, which would need code from elsewhere: export it anew")
+        raise _Bad(f"uses the custom operator {domain}::{kind}, which would need code from elsewhere: export it again")
     if kind in OPENS_FILES and domain == "com.microsoft":
         raise _Bad(f"uses the operator {kind}, which opens a file")
     if kind == "Constant" and outputs and constant is not None:

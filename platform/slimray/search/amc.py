@@ -136,7 +136,7 @@ class LayerWalk:
         )
 
     def step(self, action: float) -> Floats | None:
-        """Take a raw action for the layer at hand."""
+        """Take a raw action for the current layer."""
         place = len(self.clipped)
         this = self.macs_list[place] * self.outputs[place] + self._buffer(place)
         other = 0.0
@@ -243,7 +243,7 @@ class GroupWalk:
         return state
 
     def step(self, action: float) -> Floats | None:
-        """Take a raw action for the group at hand and return the state of the next one, None after the last."""
+        """Take a raw action for the current group and return the state of the next one, None after the last."""
         step = self.steps[self.place]
         wanted = self._number(step, max(action, self.least))
         allowed = [n for n in step.choices if n <= wanted]

@@ -64,7 +64,7 @@ class Evolution(Spec):
     mutation_ratio: float = Field(default=0.5, ge=0, le=1)
     """Mutants in a generation; the others have two parents."""
     mutate_prob: float = Field(default=0.1, gt=0, le=1)
-    """Chance of a block, and of each gene of no block, to be drawn anew in a mutant."""
+    """Chance of a block, and of each gene of no block, to be redrawn in a mutant."""
     resolution_prob: float = Field(default=0.5, ge=0, le=1)
     """The same for single numbers: resolution, frames."""
     waits: ClassVar[bool] = True
@@ -108,7 +108,7 @@ class PredictorGuided(Spec):
     population: int = Field(default=50, ge=2)
     """Archs measured in a generation."""
     iterations: int = Field(default=5, ge=0)
-    """Generations after the first, which is random; the predictor is trained anew before each."""
+    """Generations after the first, which is random; the predictor is retrained before each."""
     explore: float = Field(default=0.2, ge=0, le=1)
     """Share of each generation that stays random, so that the predictor also learns where it is wrong."""
     search: Evolution = Evolution()
@@ -161,7 +161,7 @@ class Nsga2(Spec):
     cross_prob: float = Field(default=0.9, ge=0, le=1)
     """Chance of a child to have two parents."""
     mutate_prob: float = Field(default=0.1, gt=0, le=1)
-    """Chance of a block, and of each gene of no block, to be drawn anew in a child."""
+    """Chance of a block, and of each gene of no block, to be redrawn in a child."""
     resolution_prob: float = Field(default=0.5, ge=0, le=1)
     """The same for single numbers: resolution, frames."""
     waits: ClassVar[bool] = True

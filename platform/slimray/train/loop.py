@@ -182,7 +182,7 @@ class _Rank:
         return passes
 
     def _precise(self, epoch: int) -> Phase:
-        """The pass over the training samples from which BatchNorm statistics are computed anew."""
+        """The pass over the training samples from which BatchNorm statistics are recomputed."""
         config, rows = self.config, max(2, self.config.per_worker)
         name, recipe, limit = "precise", config.recipes["train"], config.optim.precise_norm
         return Phase(name, "train", epoch, self.num_train, rows * self.world, True, recipe, limit=limit)

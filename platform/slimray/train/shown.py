@@ -1,4 +1,4 @@
-"""The network that a training evaluates and ships: averaged weights, and BatchNorm statistics of all ranks or anew."""
+"""The network that training evaluates and ships: averaged weights, BatchNorm statistics of all ranks or recomputed."""
 
 import numpy as np
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from slimray.train.ranks import Ranks
 
 
 class Shown:
-    """Makes that network of a replica. `norms` are statistics computed anew for the weights as they are, `[K]`."""
+    """Makes that network of a replica. `norms` are statistics recomputed for the weights as they are, `[K]`."""
 
     def __init__(self, replica: Replica, ranks: Ranks, pixels: Input):
         self.replica, self.ranks, self.pixels = replica, ranks, pixels

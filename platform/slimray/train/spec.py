@@ -71,7 +71,7 @@ class OptimSpec(Spec):
     """Decay of an exponential moving average of the weights and BatchNorm statistics, which is then evaluated and
     shipped; null keeps none. It warms up: after n steps the decay is at most (1 + n) / (10 + n)."""
     precise_norm: int = Field(0, ge=0)
-    """Training samples from which BatchNorm statistics are computed anew before each validation and before shipping, in
+    """Training samples from which BatchNorm statistics are recomputed before each validation and before shipping, in
     place of the running ones (precise BatchNorm): for small batches per worker at large worlds; 0 for none."""
 
     @model_validator(mode="after")

@@ -1,10 +1,9 @@
-"""`kind: proxyless`: a network found by training (ProxylessNAS, arXiv 1812.00332), and trained anew on its own.
+"""`kind: proxyless`: a network found by training (ProxylessNAS, arXiv 1812.00332), and trained from scratch on its own.
 
 Stages, each on the shared loop in a folder of its own that resumes exactly: `stages/00-warmup` trains uniform paths of
 the mixed supernet, `01-search` its weights and, on samples held out, what paths are worth with their cost in the loss,
 `02-retrain` the most likely path from scratch on the whole training split; the run NAME-derived holds it. Costs are
-latencies of a measured table, or MACs where the job says so. With `sweep` Tune draws the trade-off: one warm-up, then a
-search and a retraining per weight of the cost.
+latencies of a measured table or MACs. With `sweep`: one warm-up, then a search and a retraining per weight of the cost.
 """
 
 import json

@@ -233,7 +233,7 @@ def _read_packets(container: Any, stream: Any) -> list[av.Packet]:
 def _is_joint(packets: Sequence[av.Packet], number: int) -> bool:
     """Return whether transport streams may have been joined near a packet, which is why they are not numbered on.
 
-    The new one begins with a key frame, its time goes on evenly, starts anew, or jumps by seconds. A shorter gap is a
+    The new one begins with a key frame, its time goes on evenly, restarts, or jumps by seconds. A shorter gap is a
     frame that was lost.
     """
     near = range(max(1, number - 1), min(len(packets), number + 4))

@@ -1,4 +1,4 @@
-"""DGCNN: convolutions over a graph of nearest neighbours that is drawn anew in the features of every layer.
+"""DGCNN: convolutions over a graph of nearest neighbours that is rebuilt in the features of every layer.
 
 Dynamic Graph CNN for Learning on Point Clouds (arXiv 1801.07829), in the form and with the counts of
 antao97/dgcnn.pytorch. Takes `[B, C, N]`, coordinates first, and returns `[B, num_classes, N]`. Neighbours are searched

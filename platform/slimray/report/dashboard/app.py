@@ -5,7 +5,7 @@ In: a storage folder or URI, read by watch.py. Out: the pages of views.py: `/` t
 files, which come from here (content security policy, no eval), and what was read from a folder is text in it, never a
 component. Surprising: every request needs the token of the printed link, as other users of this machine reach 127.0.0.1
 too; one by another Host or Origin is refused, as a web site elsewhere can make its name resolve to this machine; the
-page of a report is shut into a sandbox, as somebody else may have written it. Dash builds anew all that is below a list
+page of a report is shut into a sandbox, as somebody else may have written it. Dash rebuilds all that is below a list
 of children that changed (focus and zoom are lost): pages are compared here, and only what differs is sent.
 """
 

@@ -24,7 +24,7 @@ from slimray.train.methods.method import OnDevice, Replica, Setup
 
 @dataclass(frozen=True)
 class Supernet:
-    """Which subnets a step trains: `count` archs of `space`, drawn anew each step. With `sandwich` (1903.05134) the
+    """Which subnets a step trains: `count` archs of `space`, redrawn each step. With `sandwich` (1903.05134) the
     first is the largest and the last the smallest. `teacher` is the URI of a run, `distill_weight` that of its answers.
     """
 
