@@ -81,6 +81,20 @@ def test_a_wrong_field_is_one_sentence(document, sentence):
     assert str(caught.value) == sentence
 
 
+def test_a_wrong_item_of_a_list_is_not_told_a_second_time_as_a_list_too_short():
+    class Several(Spec):
+        """A list that is not empty."""
+
+        items: tuple[Inner, ...] = Field(min_length=1)
+        """Sections."""
+
+    with pytest.raises(UserError) as error:
+        parse(Several, {"items": [{"lr": -1}]}, "x.yaml")
+    assert str(error.value) == "x.yaml: items.0.lr: must be > 0 (got -1)"
+    with pytest.raises(UserError, match=r"x\.yaml: items: must have at least 1 item"):
+        parse(Several, {"items": []}, "x.yaml")
+
+
 def test_all_wrong_fields_are_told_at_once():
     with pytest.raises(UserError) as caught:
         parse(Outer, {"workers": 0, "inner": {"lr": "fast"}}, "x.yaml")

@@ -287,7 +287,13 @@ def _sentences(spec: type[BaseModel], error: ValidationError, where: str) -> lis
     """`where: field: reason` for each field complained about; the members of a union share a line."""
     reasons: dict[str, list[str]] = {}
     shown: dict[str, str] = {}
-    for item in error.errors():
+    items = error.errors()
+    for item in items:
+        above = len(item["loc"])
+        if item["type"] == "too_short" and any(
+            o["loc"][:above] == item["loc"] and len(o["loc"]) > above for o in items
+        ):
+            continue  # pydantic counts items that fit: those that do not have sentences of their own
         loc = [part for part in item["loc"] if not str(part).startswith("function-")]
         names, owners = _walk(spec, loc)
         field, reason = _reason(item, names, owners)
