@@ -20,7 +20,7 @@ import pytest
 import torch
 from playwright.sync_api import expect, sync_playwright
 from tests.runtime.exports import export
-from tests.waits import as_in_a_terminal, patience
+from tests.waits import as_in_a_terminal, patience, wait_for
 
 from slimray import runtime
 from slimray.data.images.pictures import ImageRecipe
@@ -202,8 +202,8 @@ def test_the_page_shows_a_video_in_a_browser_and_the_command_ends_with_it(image,
         page.on("request", lambda request: asked.append(request.url))
         page.goto(link)
         expect(page.locator("#label")).to_have_text(HOSTILE, timeout=patience(20_000))
-        page.wait_for_function("document.getElementById('picture').naturalWidth > 0")
-        page.wait_for_function("Number(document.getElementById('number').textContent) > 40")
+        expect(page.locator("#number")).to_have_text(re.compile(r"^(4[1-9]|[5-9]\d|\d{3,})"), timeout=patience(20_000))
+        wait_for("a picture", lambda: page.evaluate("document.getElementById('picture').naturalWidth > 0"), 20)
         assert page.evaluate("window.owned === undefined")
         PICTURES.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=PICTURES / "live.png")
