@@ -1,7 +1,7 @@
-"""Random misfortune for a training on a cluster of several nodes: what happens, when, and what must be true after it.
+"""Injected faults for a training on a cluster of several nodes: what happens, when, and what must be true after it.
 
 A seed decides the events. Storage is a real S3 server behind a proxy that fails on request. Meant for the tests (one
-seed) and by `tests/benchmarks/chaos.py` (twenty).
+seed) and by `tests/benchmarks/chaos.py` (thirty).
 """
 
 import contextlib
@@ -10,15 +10,16 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors.numpy
 from ray.cluster_utils import Cluster
-from tests.faulty_s3 import FaultyS3
+from tests.faulty_s3 import FAULTS, FaultyS3
 from tests.verbs.conftest import DATA, Shell, session_of
 from tests.waits import patience, wait_for
 
@@ -34,11 +35,14 @@ data: {{run: data, size: 32, record_samples: true}}
 model: {{name: tsm_resnet18, width: 0.125, num_segments: 4}}
 batch: {{total: 8, per_worker: 4}}
 optim: {{lr: 0.02, reference_batch: 8, epochs: 5, schedule: cosine}}
-scale: {{workers: {workers}, retries: 8, decode_slots: 1, resize_s: 1000, data_timeout_s: 120}}
+scale: {{workers: {workers}, retries: 8, decode_slots: 1, resize_s: 1000, data_timeout_s: 300}}
 checkpoint: {{every_steps: 3}}
 log_every: 1
 """
 EVENTS = ("kill a worker", "kill the driver", "remove a node", "drain a node", "storage fails")
+CLOUD_EVENTS = ("bucket down for 60 s", "SIGTERM of the driver", "notice of an hour", "a node joins sick")
+OUTAGE_S = 60.0
+SICK = "sick"  # the access key of a node that may not read the bucket
 
 
 def drain(cluster: Cluster, node_id: str, seconds: int) -> None:
@@ -60,6 +64,7 @@ class Site:
     faults: FaultyS3
     shell: Shell
     nodes: list[Any]
+    gone: list[Any] = field(default_factory=list)  # nodes that are drained or sick: `tidy` removes them
 
     @classmethod
     def build(cls, cluster: Cluster, faults: FaultyS3, folder: Path) -> "Site":
@@ -67,6 +72,13 @@ class Site:
         site = cls(cluster, faults, shell, [cluster.add_node(num_cpus=3) for _ in range(2)])
         shell.ok("run", shell.write("data.yaml", DATA), "--storage", faults.uri("runs"))
         return site
+
+    def tidy(self) -> None:
+        """Remove the nodes that a training has left."""
+        for node in self.gone:
+            with contextlib.suppress(Exception):  # a node that drained may have ended by itself
+                self.cluster.remove_node(node)
+        self.gone.clear()
 
     def run(self, name: str) -> runs.Run:
         return runs.open_run(self.faults.uri("runs"), name)
@@ -123,22 +135,25 @@ def _leftovers() -> list[int]:
     return found
 
 
-def disturbed(site: Site, name: str, seed: int) -> tuple[list[str], str]:
+def disturbed(site: Site, name: str, seed: int, kinds: tuple[str, ...] = EVENTS) -> tuple[list[str], str]:
     """Run a training under the events of `seed`; returns those and the number of workers it was told."""
     draw = random.Random(seed)
     workers = draw.choice(["2", "[1, 2]"])
-    events = draw.sample(EVENTS, draw.choice([1, 2]))
+    events = draw.sample(kinds, draw.choice([1, 2]))
     times = sorted(draw.sample(range(3, STEPS - 6, 3), len(events)))
+    if events[0] == "bucket down for 60 s" and draw.random() < 0.5:
+        times[0] = 0  # while it starts
     child = site.start(name, workers)
     for event, step in zip(events, times, strict=True):
-        wait_for(f"step {step} of {name}", partial(_reached, site, name, step, child), 240)
+        if step:
+            wait_for(f"step {step} of {name}", partial(_reached, site, name, step, child), 240)
         if child.poll() is not None:
             break
         child = _happen(event, site, name, workers, child, draw)
     try:
         out, err = child.communicate(timeout=patience(400))
     finally:
-        site.faults.rate = 0.0
+        site.faults.heal()
     assert child.returncode == 0, f"seed {seed} ({', '.join(events)}): {out[-1500:]}{err[-1500:]}"
     return events, workers
 
@@ -167,8 +182,24 @@ def _happen(
             time.sleep(7)
         site.cluster.remove_node(node)
         site.nodes.append(site.cluster.add_node(num_cpus=3))
+    elif event == "bucket down for 60 s":
+        site.faults.fail(draw.choice(["throttle", "refuse"]))
+        threading.Timer(OUTAGE_S, site.faults.heal).start()
+    elif event == "SIGTERM of the driver":
+        child.terminate()
+        child.communicate(timeout=patience(60))
+        return site.start(name, workers)
+    elif event == "notice of an hour":
+        node = site.nodes.pop(draw.randrange(len(site.nodes)))
+        drain(site.cluster, node.node_id, 3600)
+        site.nodes.append(site.cluster.add_node(num_cpus=3))
+        site.gone.append(node)
+    elif event == "a node joins sick":  # in place of one that is lost, and before a good one
+        site.cluster.remove_node(site.nodes.pop(draw.randrange(len(site.nodes))))
+        site.gone.append(site.cluster.add_node(num_cpus=3, env_vars={"AWS_ACCESS_KEY_ID": SICK}))
+        site.nodes.append(site.cluster.add_node(num_cpus=3))
     else:
-        site.faults.rate = 0.3
+        site.faults.kinds, site.faults.rate = list(FAULTS), 0.3
     return child
 
 

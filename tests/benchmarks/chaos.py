@@ -1,6 +1,7 @@
-"""Chaos: twenty trainings, each under one or two random misfortunes, against the one that nothing disturbed.
+"""Chaos: thirty trainings, each under one or two injected faults, against the one that nothing disturbed.
 
-`python -m tests.benchmarks.chaos`. SEEDS of the environment sets how many, 20 if not given, or which (12:20).
+`python -m tests.benchmarks.chaos`. SEEDS of the environment sets how many, 30 if not given, or which (12:20).
+EVENTS=cloud draws from the faults of a spot cloud alone.
 """
 
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import ray
 from ray.cluster_utils import Cluster
-from tests.chaos import Site, compare, disturbed, outcome
+from tests.chaos import CLOUD_EVENTS, EVENTS, SICK, Site, compare, disturbed, outcome
 from tests.faulty_s3 import faulty_s3
 
 QUIET = {
@@ -27,10 +28,12 @@ QUIET = {
 def main() -> None:
     """Print a line per seed and how many ended as they must."""
     os.environ.update(QUIET)
-    seeds, good, kinds = range(*map(int, os.environ.get("SEEDS", "20").split(":"))), 0, Counter()
+    seeds, good, kinds = range(*map(int, os.environ.get("SEEDS", "30").split(":"))), 0, Counter()
+    drawn = CLOUD_EVENTS if os.environ.get("EVENTS") == "cloud" else EVENTS + CLOUD_EVENTS
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     os.environ["RAY_ADDRESS"] = cluster.address
     with faulty_s3() as faults, tempfile.TemporaryDirectory() as folder:
+        faults.refused = SICK
         site = Site.build(cluster, faults, Path(folder))
         quiet = site.start("calm", "2")
         _, err = quiet.communicate(timeout=400)
@@ -40,7 +43,7 @@ def main() -> None:
         for seed in seeds:
             name, began = f"chaos-{seed:02d}", time.monotonic()
             try:
-                events, workers = disturbed(site, name, seed)
+                events, workers = disturbed(site, name, seed, drawn)
                 found = outcome(site, name)
                 result = compare(calm, name, found, workers)
                 good += 1
@@ -49,6 +52,7 @@ def main() -> None:
                 told += f", {found.goodput.get('repeated_steps')} steps repeated"
             except AssertionError as error:
                 events, workers, told = [], "", f"FAILED: {str(error)[:1500]}"
+            site.tidy()
             seconds = time.monotonic() - began
             print(f"{name}: workers {workers}, {', '.join(events)}: {told} ({seconds:.0f} s)", flush=True)
     print(f"{good} of {len(seeds)} ended as they must; events: {dict(kinds)}; faults {dict(faults.done)}", flush=True)

@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from slimray.data.index import index_table
-from slimray.data.pipeline import FeedConfig, RankStream, Source, feeder_of, start_feeders
+from slimray.data.pipeline import FeedConfig, RankStream, Source, decode_block, feeder_of, start_feeders
 from slimray.data.plan import Phase, epoch_order, rank_slice
 from slimray.data.points.clouds import Cloud, write_cloud
 from slimray.data.points.recipe import PointRecipe
@@ -93,3 +93,21 @@ def test_a_file_that_is_gone_ends_the_stream_of_every_rank_with_its_name(cluster
     (tmp_path / "3.npz").unlink()
     with pytest.raises(RunFailed, match=r"a file of the index is missing \(.*/3\.npz\)"):
         consume(config, "feeder-gone")
+
+
+def test_a_training_file_that_does_not_decode_is_not_decoded_again(cluster, tmp_path):
+    """Each time may take `decode_timeout_s`; a sample of the validation is decoded each time."""
+    index = clouds(tmp_path)
+    good = (tmp_path / "1.npz").read_bytes()
+    source = Source(str(tmp_path), ray.put(index), NUM)
+    plan = ray.put(np.array([[0, 0, 0, 0, NUM], [1, 0, 0, 0, NUM]], np.int64))
+    phases = tuple(Phase(name, name, 0, NUM, NUM, False, RECIPE) for name in ("train", "val"))
+    config = FeedConfig(phases, {"train": source, "val": source}, 0, 1, NUM, 1)
+    (tmp_path / "1.npz").write_bytes(b"damaged")
+    for number in (0, 1):
+        assert decode_block({"id": np.array([number])}, plan, config)["valid"].tolist() == [1, 0] + [1] * (NUM - 2)
+    (tmp_path / "1.npz").write_bytes(good)
+    again = decode_block({"id": np.array([0])}, plan, config)
+    assert again["valid"].tolist() == [1, 0] + [1] * (NUM - 2), "it keeps its slot with weight 0"
+    assert again["reason"][1]
+    assert decode_block({"id": np.array([1])}, plan, config)["valid"].all()

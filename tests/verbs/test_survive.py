@@ -116,6 +116,24 @@ def test_a_node_that_is_announced_to_go_costs_no_step_and_one_that_comes_is_used
     assert 0 < card["goodput"]["goodput"] < 1
 
 
+def test_a_notice_of_an_hour_costs_seconds_and_no_retry(cluster, site):
+    """The node stays for the hour; the ranks go on at once on what is left, and the time is not idled away."""
+    spot = cluster.add_node(num_cpus=3)
+    text = ELASTIC.format(name="hour", workers="[1, 2]", epochs=20, retries=0, every=20, patience=patience(120))
+    file = site.write("hour.yaml", text.replace("retries:", "cpus_per_worker: 2, retries:"))
+    child = site.start("run", file)
+    wait_for("two workers", lambda: world_of(site, "hour") == 2, 200)
+    drain(cluster, spot.node_id, 3600)
+    out, err = child.communicate(timeout=patience(400))
+    assert child.returncode == 0, out + err
+    assert "node preemption announced (ranks" in out + err
+    assert f"node {spot.node_id[:8]} is about to be taken: starting again without it" in out + err
+    assert seen(site, "hour") == {epoch: list(range(48)) for epoch in range(20)}
+    first, second = written_steps(site, "hour")
+    assert not first & second
+    cluster.remove_node(spot)
+
+
 def test_a_worker_that_hangs_is_found_and_the_run_goes_on(cluster, site):
     text = ELASTIC.format(name="hang", workers=1, epochs=6, retries=1, every=2, patience=patience(8))
     file = site.write("hang.yaml", text.replace("workers: 1", "workers: 2, cpus_per_worker: 0.5"))

@@ -94,6 +94,8 @@ class Batch:
 
 # ---------------------------------------------------------------------------------------- in the decoding tasks
 
+_BAD: dict[tuple[str, int], str] = {}  # what this process found: (index, sample) -> why it does not decode
+
 
 def decode_block(numbers: dict[str, np.ndarray], plan: "ray.ObjectRef[np.ndarray]", config: FeedConfig) -> dict:
     """Decode one block: `numbers["id"][0]` is its row in `plan` (int64 columns phase, step, rank, lo, hi)."""
@@ -109,10 +111,14 @@ def decode_block(numbers: dict[str, np.ndarray], plan: "ray.ObjectRef[np.ndarray
     for i, sample in enumerate(samples):
         row, reason = index.slice(int(sample), 1).to_pylist()[0], ""
         key = (config.seed, phase.epoch, int(sample))
+        known = (source.index.hex(), int(sample))
         try:
+            if phase.split == "train" and known in _BAD:  # its weight is 0 for good, and it may take long to fail
+                raise BadSample(_BAD[known])
             data[i], labels[i] = modality.load(row, source.root, recipe, key, config.decode_timeout_s)
         except BadSample as bad:
             reason = str(bad) or "does not decode"
+            _BAD[known] = reason
         except FileNotFoundError as error:  # Ray would take an OSError for something that passes
             raise RunFailed(
                 f"a file of the index is missing ({error}): fix the list, or run `prepare` again"

@@ -3,12 +3,17 @@
 import time
 from typing import Any
 
+HUNG = "had a rank that hung"
+
 
 class Board:
     """Progress actor: the ranks report to it how far they are, and the driver reads it; nobody waits for it."""
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = {"told": time.time(), "repeated": 0, "stuck": []}
+        self.state |= {"saved": None, "sick": {}, "hung": {}}
+        self.nodes: dict[int, str] = {}
+        self.waiting: set[int] = set()
 
     def update(self, **state: Any) -> None:
         self.state.update(state, told=time.time())
@@ -17,11 +22,40 @@ class Board:
         """Note that a group of workers starts after `step`; steps that were done before count as repeated."""
         if "world" in self.state:
             self.state["repeated"] += max(0, self.state.get("total_steps", step) - step)
-        self.update(world=world, total_steps=step, preempted=False)
+        self.nodes = {rank: node for rank, node in self.nodes.items() if rank < world}
+        self.update(world=world, total_steps=step, preempted=False, waits_for="")
+
+    def waits_for(self, sentence: str) -> None:
+        """Note what the launch waits for, which is no progress."""
+        self.state |= {"waits_for": sentence, "note": sentence}
+
+    def saved(self, step: int) -> None:
+        """Note that a checkpoint of this launch is on storage."""
+        self.state["saved"] = step
+
+    def joined(self, rank: int, node: str) -> None:
+        """Note where a rank of a new group runs."""
+        self.waiting.clear()
+        self.nodes[rank] = node
+
+    def sick(self, node: str, reason: str) -> None:
+        """Note that no rank can run on a node."""
+        self.state["sick"][node] = reason
+
+    def hung(self, node: str) -> None:
+        """Note that a rank hung on a node."""
+        self.state["hung"][node] = HUNG
+
+    def waits(self, rank: int) -> None:
+        """Note that a rank waits for others for too long; the only one that does not say so is the one that hangs."""
+        self.waiting.add(rank)
+        silent = set(range(self.state.get("world", 0))) - self.waiting
+        self.state["silent"] = [self.nodes[one] for one in silent if one in self.nodes] if len(silent) == 1 else []
 
     def stuck(self, sentence: str) -> None:
         """Note that a rank is stuck."""
         self.state["stuck"].append(sentence)
 
     def read(self) -> dict[str, Any]:
-        return self.state
+        silent = dict.fromkeys(self.state.get("silent", ()), HUNG)
+        return self.state | {"hung": self.state["hung"] | silent, "nodes": sorted(set(self.nodes.values()))}

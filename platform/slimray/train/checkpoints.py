@@ -40,10 +40,18 @@ class Saver:
     """
 
     def __init__(
-        self, run: runs.Run, keep_last: int, best: tuple[str, Literal["higher", "lower"]], flush: Callable[[], None]
+        self,
+        run: runs.Run,
+        keep_last: int,
+        best: tuple[str, Literal["higher", "lower"]],
+        flush: Callable[[], None],
+        tell: Callable[[int], Any] = lambda step: None,
     ):
-        """`best` is the metric by which a checkpoint is kept besides the last ones, and which way is better."""
-        self.run, self.keep_last, self.best, self.flush = run, keep_last, best, flush
+        """`best` is the metric by which a checkpoint is kept besides the last ones, and which way is better.
+
+        `tell` hears the step of each checkpoint that is on storage.
+        """
+        self.run, self.keep_last, self.best, self.flush, self.tell = run, keep_last, best, flush, tell
         self.pool = ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
@@ -56,7 +64,9 @@ class Saver:
     def _write(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         self.flush()
         files = {"state.safetensors": safetensors.torch.save(tensors)}
-        runs.save_checkpoint(self.run, meta["progress"]["total_steps"], files, meta)
+        step = meta["progress"]["total_steps"]
+        runs.save_checkpoint(self.run, step, files, meta)
+        self.tell(step)
         metric, better = self.best
         runs.keep(self.run, metric=metric, last=self.keep_last, mode="max" if better == "higher" else "min")
 

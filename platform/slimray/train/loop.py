@@ -9,6 +9,7 @@ mask at an epoch's end.
 """
 
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,8 @@ class _Rank:
         self.best_metric = config.checkpoint.best_metric or f"val/{self.task.best.name}"
         keep = config.checkpoint.keep_last
         best = (self.best_metric, self.task.metric(self.best_metric).better)
-        self.saver = Saver(self.run, keep, best, self.records.flush) if self.rank == 0 else None
+        saved = partial(config.board.saved.remote)
+        self.saver = Saver(self.run, keep, best, self.records.flush, saved) if self.rank == 0 else None
 
     def _stuck(self, doing: str, seconds: float, stacks: str) -> None:
         """Called by the watchdog: report where the rank is, and end it unless it only waits for others."""
@@ -210,16 +212,15 @@ class _Rank:
         return due and "val" in self.config.sources
 
     def run_all(self) -> dict[str, Any]:
-        """Train to the end of the plan; rank 0 returns the final numbers, or {"failed": sentence}."""
+        """Train to the end of the plan; rank 0 returns the final numbers, or what the launch is to do next."""
         try:
             phases = self.phases()
-            failure = self._run(phases) if phases else None
-            return {"failed": failure} if failure else self._finish()
+            return (self._run(phases) if phases else None) or self._finish()
         finally:
             self.ranks.watchdog.close()
             self.records.close()
 
-    def _run(self, phases: tuple[Phase, ...]) -> str | None:
+    def _run(self, phases: tuple[Phase, ...]) -> dict[str, Any] | None:
         config = self.config
         feed = FeedConfig(
             phases=phases,
@@ -241,15 +242,15 @@ class _Rank:
                     self.clock.wait += stream.waited_s
                     failure = self._train(phase, step, batch)
                     if failure:
-                        return failure
+                        return {"failed": failure}
                     self.clock.total += time.perf_counter() - started
                     started = time.perf_counter()  # what follows belongs to the next step
                     self._log(phase, step)
                     if last:
                         self.bad.end_epoch()
                         self.progress.epoch, self.progress.step = self.progress.epoch + 1, 0
-                    if self.looks and (failure := self.notices.look(self.progress)):
-                        return failure
+                    if self.looks and (end := self.notices.look(self.progress)):
+                        return end
                     if self._save_due() if not last else not self._validates(phase.epoch):
                         self._save()
                 elif phase.name == "precise":
@@ -273,8 +274,8 @@ class _Rank:
                     if last:
                         self._end_validation(phase, score)
                         score = net = None
-                    if self.looks and (failure := self.notices.look(self.progress)):
-                        return failure
+                    if self.looks and (end := self.notices.look(self.progress)):
+                        return end
                     if last:
                         self._save()
                 if phase.name != "train":
@@ -424,7 +425,7 @@ class _Rank:
 
 
 def fit(config: FitConfig) -> dict[str, Any]:
-    """The worker function of a training run: {"best", "last", "steps", "confusion"} or {"failed": sentence}."""
+    """The worker function of a training run: {"best", "last", "steps", "confusion"}, or what a launch does next."""
     with without_compiler():
         return _Rank(config).run_all()
 

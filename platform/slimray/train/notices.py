@@ -18,7 +18,6 @@ from slimray.train.health import OTHERS
 from slimray.train.ranks import Ranks
 
 LOOK_S = 2.0  # how often the ranks ask whether the preemption of one of their nodes is announced
-NOTICE_S = 120.0  # the notice that Ray Train assumes where none is given
 
 
 class Notices:
@@ -36,42 +35,38 @@ class Notices:
         self.looked_at = now
         return 1.0
 
-    def look(self, progress: Progress) -> str | None:
-        """Return the sentence that ends the run, after a step that rank 0 chose; None to go on. A collective.
+    def look(self, progress: Progress) -> dict[str, Any] | None:
+        """Return what ends the workers, after a step that rank 0 chose; None to go on. A collective.
 
-        With notice of a preemption the ranks save now, take no more steps, and wait for Ray Train to restart them
-        elsewhere: no step is done twice.
+        {"failed": sentence} where a limit of the job is reached. With notice of a preemption the ranks save now, take
+        no more steps, and return {"leaving": {node id: reason}}: they are started again without those nodes, at once,
+        however long the notice is, and no step is done twice.
         """
         now = time.monotonic()
         progress.seconds += now - self.counted_at
         progress.worker_seconds += (now - self.counted_at) * self.ranks.world
         self.counted_at = now
         info = ray.train.get_preemption_info()
-        if info is not None:
-            self._save_and_wait(info, progress)
+        if info is not None and info.preempted_node_ids:
+            return self._save_and_leave(info, progress)
         (over,) = self.ranks.sum(float(self.ranks.rank == 0 and bool(self._over(progress))))
         if over:
             self.save()
-            return self._over(progress) or "limits: reached"
+            return {"failed": self._over(progress) or "limits: reached"}
         return None
 
     def _over(self, progress: Progress) -> str:
         limits = self.config.limits
         return limits.reached(progress.worker_seconds, progress.seconds) if limits is not None else ""
 
-    def _save_and_wait(self, info: Any, progress: Progress) -> None:
+    def _save_and_leave(self, info: Any, progress: Progress) -> dict[str, Any]:
         self.save()
-        deadline = time.time() + NOTICE_S if info.deadline_ms is None else info.deadline_ms / 1000
         if self.ranks.rank == 0:
             where = f"ranks {', '.join(map(str, info.preempted_ranks))}"
-            note = f"node preemption announced ({where}): saved step {progress.total_steps}, waiting to restart"
+            notice = "" if info.deadline_ms is None else f", in {max(0.0, info.deadline_ms / 1000 - time.time()):.0f} s"
+            note = f"node preemption announced ({where}{notice}): saved step {progress.total_steps}, starting again"
             self.config.board.update.remote(note=note, preempted=True, total_steps=progress.total_steps)
-        while time.time() < deadline + NOTICE_S:  # the controller ends this process; no collective: some ranks go first
-            self.ranks.watchdog.beat("waiting to be restarted")
-            time.sleep(0.5)
-        raise RuntimeError(
-            "a node preemption was announced, but the node is still there and Ray Train did not restart the workers"
-        )
+        return {"leaving": dict.fromkeys(info.preempted_node_ids, "is about to be taken")}
 
 
 def tell_stuck(config: FitConfig, run: runs.Run, rank: int, doing: str, seconds: float, stacks: str) -> None:
@@ -80,7 +75,10 @@ def tell_stuck(config: FitConfig, run: runs.Run, rank: int, doing: str, seconds:
     file = f"logs/{config.attempt:04d}-rank{rank:05d}-stacks.txt"
     with contextlib.suppress(OSError, RunFailed):
         runs.write_file(run, file, f"{where}, {doing}\n\n{stacks}".encode())
-    if doing != OTHERS:
+    node = ray.get_runtime_context().get_node_id()
+    if doing == OTHERS:
+        config.board.waits.remote(rank)
+    else:
         sentence = f"{where} did not move for {seconds:.0f} s while {doing}: its stacks are in {file}"
         with contextlib.suppress(exceptions.RayError, TimeoutError):
-            ray.get(config.board.stuck.remote(sentence), timeout=30)
+            ray.get([config.board.stuck.remote(sentence), config.board.hung.remote(node)], timeout=30)

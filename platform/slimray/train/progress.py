@@ -32,7 +32,7 @@ def make_bar(console: Console) -> Progress:
 
 @contextlib.contextmanager
 def follow(board: Any, title: str, console: Console, tell: Tell = lambda event: None) -> Iterator[None]:
-    """Show the progress that the actor `board` knows until the block ends; `tell` is called for preemption notices."""
+    """Show the progress that the actor `board` knows until the block ends; `tell` hears of notices and waits."""
     done = threading.Event()
     thread = threading.Thread(target=_poll, args=(board, title, console, done, tell), daemon=True)
     thread.start()
@@ -45,7 +45,7 @@ def follow(board: Any, title: str, console: Console, tell: Tell = lambda event: 
 
 def _poll(board: Any, title: str, console: Console, done: threading.Event, tell: Tell) -> None:
     shown: dict[str, Any] = {}
-    note, preempted = "", False
+    note, preempted, waits = "", False, ""
     started: tuple[float, float] | None = None
     with make_bar(console) as bar:
         task = bar.add_task(f"{title}: starting workers", total=1, note="")
@@ -57,6 +57,9 @@ def _poll(board: Any, title: str, console: Console, done: threading.Event, tell:
             if state.get("note", "") != note:
                 note = state["note"]
                 console.print(f"{title}: {note}", highlight=False, markup=False)
+            if state.get("waits_for", "") != waits:
+                waits = state["waits_for"]
+                tell({"state": "waiting", "message": waits})
             if state.get("preempted", False) != preempted:
                 preempted = not preempted
                 if preempted:

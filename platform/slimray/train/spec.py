@@ -143,9 +143,13 @@ class ScaleSpec(Spec):
     decode_slots: int = Field(default=0, ge=0)
     """Clips blocks decoded at once, a CPU each; 0 = as many as the cluster has left, on a laptop one per core."""
     retries: int = Field(default=3, ge=0)
-    """Worker failures survived before the run fails."""
+    """Worker failures survived in a row. When a machine was lost the count begins anew once a checkpoint is on storage;
+    an error that the workers raise themselves is counted for good."""
     start_timeout_s: float = Field(default=300, gt=0)
-    """Longest wait for the workers to start."""
+    """Longest wait for the workers to start on nodes that are there; then they are asked for again."""
+    capacity_timeout_s: float = Field(default=1800, gt=0)
+    """Longest wait for nodes that hold the workers, at the start and after a preemption: a cluster that grows, spot
+    machines that come back. What is waited for is told every minute."""
     data_timeout_s: float = Field(default=600, gt=0)
     """Longest wait of a rank for the data of one step, and of the ranks for each other; a rank that does not move for
     20 s more leaves the stacks of its threads in `logs/` and is ended."""

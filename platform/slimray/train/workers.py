@@ -7,6 +7,7 @@ checkpoint bookkeeping is not used: a restarted worker finds its place in the ru
 
 import contextlib
 import logging
+import math
 import os
 import platform
 import re
@@ -15,7 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,20 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import slimray
-from slimray import runs
-from slimray.data.pipeline import FeedConfig, RankStream, feeder_of, start_feeders
+from slimray import runs, storage
+from slimray.data.pipeline import FeedConfig, RankStream, failure_of, feeder_of, start_feeders
 from slimray.spec import RunFailed, UserError
 from slimray.storage import PATIENCE, StorageError
 from slimray.train.board import Board
+from slimray.train.retries import Budget, note_progress, usable, waits_for
 from slimray.train.spec import ScaleSpec
 
 BARRIER_CALLS = 4096  # concurrent calls of Ray Train's barrier; its own number, 1,000, dead-locks a larger world
 MAX_WORKERS = 4000
 ELASTIC_START_S = 20.0  # an elastic group that cannot be placed asks again after this, for as many workers as fit then
 NODE_LABEL = "ray.io/node-id"
+WAITING_S, REMIND_S = 15.0, 60.0  # without progress until a launch says what it waits for, and then says so again
+MAX_IN_VAIN = 10  # starts without a node, one after the other, with no checkpoint between
 
 
 def make_board() -> Any:
@@ -127,13 +131,16 @@ def preflight(scale: ScaleSpec, run_uri: str) -> dict[str, str]:
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         gpus = int(node["Resources"].get("GPU", 0)) if scale.gpus_per_worker else 0
-        asked[look.options(scheduling_strategy=there).remote(run_uri, token, wanted, gpus)] = node
-    done, late = ray.wait(list(asked), num_returns=len(asked), timeout=scale.start_timeout_s)
-    bad = {asked[ref]["NodeID"]: f"did not answer within {scale.start_timeout_s:g} s" for ref in late}
+        asked[look.options(scheduling_strategy=there).remote(run_uri, token, wanted, gpus, scale.storage_s)] = node
+    limit_s = scale.start_timeout_s + scale.storage_s
+    done, late = ray.wait(list(asked), num_returns=len(asked), timeout=limit_s)
+    bad = {asked[ref]["NodeID"]: f"did not answer within {limit_s:g} s" for ref in late}
     for ref in done:
         try:
             wrong = ray.get(ref)
         except exceptions.RayError as error:
+            if isinstance(error, exceptions.RayTaskError) and isinstance(cause := failure_of(error), StorageError):
+                raise cause from None  # the storage was waited for: no node's fault
             wrong = f"cannot run a task ({(str(error).strip().splitlines() or [type(error).__name__])[-1]})"
         if wrong:
             bad[asked[ref]["NodeID"]] = wrong
@@ -166,20 +173,25 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _look(run_uri: str, token: str, wanted: dict[str, str], gpus: int) -> str:
-    """On a node: what is wrong with it, "" if nothing."""
+def _look(run_uri: str, token: str, wanted: dict[str, str], gpus: int, patience_s: float) -> str:
+    """On a node: what is wrong with it, "" if nothing. StorageError where the storage does not answer."""
     for name, version in _versions().items():
         if version != wanted[name]:
             return f"has {name} {version}, the driver has {wanted[name]}"
     found = len([one for one in Path("/dev").glob("nvidia*") if one.name.removeprefix("nvidia").isdigit()])
     if found < gpus:
         return f"says it has {gpus} GPUs, {found} are there"
+    elsewhere = f"sees another {run_uri} than the driver: use a shared folder, s3:// or gs://"
     try:
-        if runs.read_file(runs.run_at(run_uri), "logs/preflight.txt").decode() != token:
-            return f"sees another {run_uri} than the driver: use a shared folder, s3:// or gs://"
-    except (OSError, RunFailed, UserError) as error:
+        with storage.patient(patience_s):
+            run = runs.run_at(run_uri)
+            if token:
+                return "" if runs.read_file(run, "logs/preflight.txt").decode() == token else elsewhere
+            return "" if not run_uri or runs.exists(run, "status.json") else elsewhere
+    except FileNotFoundError:
+        return elsewhere
+    except UserError as error:
         return f"cannot read {run_uri} ({(str(error).splitlines() or [''])[0]})"
-    return ""
 
 
 class WideBarrier(ControllerCallback):
@@ -191,19 +203,34 @@ class WideBarrier(ControllerCallback):
         ray.actor.DEFAULT_MAX_CONCURRENCY_ASYNC = BARRIER_CALLS  # pyright: ignore[reportPrivateImportUsage]
 
 
-class _Silence(threading.Thread):
-    """Ends a launch that reported nothing for `limit_s`, as Ctrl-C would: Ray itself may wait forever."""
+class _Watch(threading.Thread):
+    """Looks after a launch from the driver: tells what it waits for, and that a checkpoint is on storage.
 
-    def __init__(self, board: Any, limit_s: float):
-        super().__init__(daemon=True, name="silence")
-        self.board, self.limit_s, self.sentence = board, limit_s, ""
+    Where it `ends` the launch, which must be in the main thread, it does so when nothing was reported for `limit_s`, as
+    Ctrl-C would: Ray itself may wait forever.
+    """
+
+    def __init__(self, board: Any, scale: ScaleSpec, left_out: Mapping[str, str], ends: bool):
+        super().__init__(daemon=True, name="watch")
+        self.ends = ends
+        self.board, self.scale, self.left_out, self.sentence = board, scale, left_out, ""
+        self.limit_s = scale.capacity_timeout_s + scale.data_timeout_s + 120
         self.done = threading.Event()
 
     def run(self) -> None:
         """Ask the progress actor every few seconds."""
+        began, said = time.monotonic(), 0.0
         while not self.done.wait(min(5.0, self.limit_s / 4)):
-            told = board_state(self.board).get("told")
-            if told is not None and time.time() - told > self.limit_s:
+            state = board_state(self.board)
+            note_progress(state.get("saved"))
+            told, now = state.get("told"), time.monotonic()
+            if told is None:
+                continue
+            is_due = time.time() - told > WAITING_S and now - said > REMIND_S
+            if is_due and (sentence := waits_for(self.scale, self.left_out, began)):
+                said = now
+                self.board.waits_for.remote(sentence)
+            if self.ends and time.time() - told > self.limit_s:
                 self.sentence = (
                     f"no worker reported progress for {self.limit_s:.0f} s: there are fewer nodes than scale.workers "
                     "needs, or all are stuck (see logs/); the same command resumes"
@@ -222,14 +249,56 @@ def launch(
 ) -> Any:
     """Run `worker(config)` on `scale.workers` Ray Train workers and return rank 0's return value.
 
-    Lost workers restart the group up to `scale.retries` times, announced preemptions as often as they come; then
-    RunFailed with the first line of the cause. What a worker itself calls a RunFailed is not tried again where there is
-    a `board`, unless the storage was at fault. A worker may also return {"failed": sentence}, which ends the run at
-    once. Nodes `left_out` (by `preflight`) get no worker.
+    Lost workers restart the group up to `scale.retries` times, and as often again once a checkpoint is on storage
+    (retries.py); then RunFailed with the first line of the cause. What a worker itself calls a RunFailed is not tried
+    again where there is a `board`, unless the storage was at fault. A worker may also return {"failed": sentence}: that
+    ends the run at once; or {"leaving": {node id: reason}}: it is started again without those nodes, which is charged
+    to nobody. Nodes `left_out` (by `preflight`) get no worker, nor those that turn out to be sick, or to have a rank
+    that hung, as long as others can hold the workers.
+    """
+    budget, out, known, vain, saved = Budget(scale), dict(left_out or {}), set(left_out or {}), 0, None
+    while True:
+        try:
+            result = _launch(worker, config, scale, name, board, out, known, budget.left)
+        except RunFailed as error:
+            step = board_state(board).get("saved")
+            if not budget.renewed(error.__cause__, step):
+                raise
+            _tell(board, note=f"{error}: step {step} is on storage, so there are {scale.retries} retries again")
+            continue
+        if not isinstance(result, dict) or "leaving" not in result:
+            if isinstance(result, dict) and "failed" in result:
+                raise RunFailed(result["failed"])
+            return result
+        step = board_state(board).get("saved")
+        vain, saved = (0 if step != saved else vain + 1), step
+        nodes = {node[:8]: why for node, why in result["leaving"].items()}
+        said = "; ".join(f"node {node} {why}" for node, why in nodes.items())
+        if vain > MAX_IN_VAIN:
+            raise RunFailed(f"the workers were started {vain} times without a step between, the last time as {said}")
+        known |= set(result["leaving"])
+        out = usable(scale, out, result["leaving"], capacity().get("CPU", 0) > ray.cluster_resources().get("CPU", 0))
+        _tell(board, note=f"{said}: starting again {'without it' if set(result['leaving']) <= set(out) else 'with it'}")
+
+
+def _launch(
+    worker: Callable[[Any], Any],
+    config: Any,
+    scale: ScaleSpec,
+    name: str,
+    board: Any,
+    left_out: Mapping[str, str],
+    known: Set[str],
+    retries: int,
+) -> Any:
+    """One start of the workers, and again after `retries` failures at most; returns what rank 0 returned.
+
+    Ranks that find themselves on a node that is sick, or that was said to hang, and that the driver does not know of,
+    return it as {"leaving": ...}.
     """
     elastic = scale.most > scale.fewest
     start_s = min(scale.start_timeout_s, ELASTIC_START_S) if elastic else scale.start_timeout_s
-    starts = round(scale.start_timeout_s / start_s)  # a node that drains counts as there until it is gone
+    starts = math.ceil(scale.capacity_timeout_s / start_s)  # each is a failure of the controller's for Ray Train
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_s)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(scale.data_timeout_s + 60)
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
@@ -240,6 +309,8 @@ def launch(
         sentence = board_state(board).get("failed")
         if sentence:
             return {"failed": sentence}
+        if several and (leaving := _unfit(board, wanted, getattr(config, "run_uri", ""), scale, known)):
+            return {"leaving": leaving}
         try:
             return worker(config)
         except StorageError:
@@ -248,12 +319,11 @@ def launch(
             _tell(board, failed=str(error).splitlines()[0])
             raise
 
-    # one budget with the driver's own retries, where something starts it again (see `submit`)
-    retries = min(scale.retries, int(os.environ.get("SLIMRAY_RETRIES_LEFT") or scale.retries))
+    several, wanted = board is not None and bool(os.environ.get("RAY_ADDRESS")), _versions()
     in_main = threading.current_thread() is threading.main_thread()
-    silence = _Silence(board, scale.start_timeout_s + scale.data_timeout_s + 120)
-    if board is not None and in_main:
-        silence.start()
+    watch = _Watch(board, scale, left_out, in_main)
+    if board is not None:
+        watch.start()
     excluded = {NODE_LABEL: f"!in({','.join(left_out)})"} if left_out else None
     with tempfile.TemporaryDirectory(prefix="slimray-") as scratch:
         trainer = TorchTrainer(
@@ -271,9 +341,7 @@ def launch(
             run_config=ray.train.RunConfig(
                 name=f"{name}-{uuid.uuid4().hex[:8]}",
                 storage_path=scratch,
-                failure_config=ray.train.FailureConfig(
-                    max_failures=retries, controller_failure_limit=starts if elastic else retries
-                ),
+                failure_config=ray.train.FailureConfig(max_failures=retries, controller_failure_limit=starts),
                 worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, PATIENCE: f"{scale.storage_s:g}"}},
             ),
         )
@@ -281,19 +349,36 @@ def launch(
         try:
             result: Any = trainer.fit().return_value
         except SystemExit:  # Ray Train's answer to Ctrl-C
-            if silence.sentence:
-                raise RunFailed(silence.sentence) from None
+            if watch.sentence:
+                raise RunFailed(watch.sentence) from None
             raise KeyboardInterrupt from None
         except ray.train.TrainingFailedError as error:
             stuck = board_state(board).get("stuck") or []
             raise RunFailed(stuck[-1] if stuck else _cause(error), code=3) from error
         finally:
-            silence.done.set()
+            watch.done.set()
             if in_main:
                 signal.signal(signal.SIGINT, before)  # fit() leaves a handler of its own behind
-    if isinstance(result, dict) and "failed" in result:
-        raise RunFailed(result["failed"])
     return result
+
+
+def _unfit(board: Any, wanted: dict[str, str], run_uri: str, scale: ScaleSpec, known: Set[str]) -> dict[str, str]:
+    """On every rank before it works: the nodes of this group that are sick or hung before, with reasons, but `known`.
+
+    Nodes that joined after `preflight` are looked at here. A collective.
+    """
+    context, node = ray.train.get_context(), ray.get_runtime_context().get_node_id()
+    rank = context.get_world_rank()
+    ray.get(board.joined.remote(rank, node), timeout=60)
+    if wrong := _look(run_uri, "", wanted, scale.gpus_per_worker, scale.storage_s):
+        ray.get(board.sick.remote(node, wrong), timeout=60)
+    barrier()
+    told: Any = None
+    if rank == 0:
+        state = board_state(board)
+        bad = {**state.get("hung", {}), **state.get("sick", {})}
+        told = {one: why for one, why in bad.items() if one in state.get("nodes", ()) and one not in known}
+    return broadcast_from_rank_zero(told) or {}
 
 
 def board_state(board: Any) -> dict[str, Any]:
@@ -313,7 +398,7 @@ def _tell(board: Any, **state: Any) -> None:
 def _cause(error: BaseException) -> str:
     """One sentence out of the workers' exceptions: what slimray itself said, else the last line of the first one."""
     if type(error).__name__ == "ControllerError" and "tim" in str(error).lower():
-        return "scale.start_timeout_s: the workers did not start in time: lower scale.workers, or wait longer"
+        return "scale.capacity_timeout_s: no nodes came that hold the workers: lower scale.workers, or wait longer"
     failures = [str(failure).strip() for failure in (getattr(error, "worker_failures", None) or {}).values()]
     failures = [text for text in failures if text] or [str(error).strip() or type(error).__name__]
     for text in failures:

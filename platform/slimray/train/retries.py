@@ -1,0 +1,111 @@
+"""When workers that failed are started again: what a retry is charged to, which nodes are left out, what is waited for.
+
+A launch is a series of starts. Lost workers are charged to the budget of `scale.retries`, which is whole again once a
+checkpoint is on storage: at 5,000 hours between failures of a node, a run on 192 nodes loses one a day. What a worker
+raises itself is the user's and never gives it back. A node whose preemption is announced, that is sick or whose rank
+hung is left out of the next start, which is charged to nobody. No torch.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ray
+from ray import exceptions
+from ray.train.v2._internal.exceptions import RayTrainError, UserExceptionWithTraceback
+
+from slimray.storage import StorageError
+from slimray.train.board import HUNG
+from slimray.train.spec import ScaleSpec
+
+PROGRESS = "SLIMRAY_PROGRESS"  # of the environment: a file of the script that starts `slimray run` again
+RETRIES_LEFT = "SLIMRAY_RETRIES_LEFT"  # of the environment: one budget with that script
+NETWORK = ("DistBackendError", "DistNetworkError")  # of torch.distributed
+
+
+@dataclass
+class Budget:
+    """Retries of one launch: `left` now, and the newest step on storage when they were last whole."""
+
+    scale: ScaleSpec
+    left: int = field(init=False)
+    saved: int = -1
+
+    def __post_init__(self) -> None:
+        self.left = min(self.scale.retries, int(os.environ.get(RETRIES_LEFT) or self.scale.retries))
+
+    def renewed(self, error: BaseException | None, saved: int | None) -> bool:
+        """Return whether the launch goes on after `error` used the budget up: it is whole again after progress.
+
+        `saved` is the newest step of a checkpoint that this launch has written, None if there is none.
+        """
+        if error is None or not self.scale.retries or saved is None or saved <= self.saved or not lost_machine(error):
+            return False
+        self.left, self.saved = self.scale.retries, saved
+        return True
+
+
+def lost_machine(error: BaseException) -> bool:
+    """Return whether a machine, the network or the storage ended the workers, as far as Ray Train can tell.
+
+    One rank that died takes the others' collectives with it; what all ranks raised themselves is the user's.
+    """
+    failures = list((getattr(error, "worker_failures", None) or {}).values())
+    raised = [
+        getattr(one, "_base_exc", one) if isinstance(one, UserExceptionWithTraceback) else one for one in failures
+    ]
+    return any(
+        isinstance(one, exceptions.RayError | RayTrainError | StorageError) or type(one).__name__ in NETWORK
+        for one in raised
+    )
+
+
+def note_progress(saved: int | None) -> None:
+    """Tell the script that starts `slimray run` again, if there is one, that a checkpoint is on storage."""
+    if saved is not None and (file := os.environ.get(PROGRESS)):
+        with contextlib.suppress(OSError):
+            Path(file).write_text(f"{saved}\n")
+
+
+def room(scale: ScaleSpec, left_out: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """Return how many workers fit on the nodes that are there without those `left_out`, and on how many nodes."""
+    workers = nodes = 0
+    for node in ray.nodes():
+        have = node["Resources"]
+        if not node["Alive"] or node["NodeID"] in (left_out or {}):
+            continue
+        fit = int(have.get("CPU", 0) // scale.cpus_per_worker)
+        fit = min(fit, int(have.get("GPU", 0) // scale.gpus_per_worker)) if scale.gpus_per_worker else fit
+        workers, nodes = workers + fit, nodes + (fit > 0)
+    return workers, nodes
+
+
+def waits_for(scale: ScaleSpec, left_out: Mapping[str, str], since: float) -> str:
+    """Return the sentence about the nodes that a launch waits for since `since` (monotonic seconds), "" if for none."""
+    try:
+        fit, nodes = room(scale, left_out)
+    except (exceptions.RayError, KeyError):
+        return ""
+    if fit >= scale.fewest:
+        return ""
+    left_s = max(0.0, scale.capacity_timeout_s - (time.monotonic() - since))
+    without = f", {len(left_out)} left out" if left_out else ""
+    needs = f"{scale.cpus_per_worker:g} CPUs" + (" and a GPU" if scale.gpus_per_worker else "")
+    return (
+        f"waiting for nodes: there is room for {fit} of {scale.fewest} workers ({needs} each) on {nodes} "
+        f"nodes{without}; the run ends in {left_s / 60:.0f} minutes (scale.capacity_timeout_s)"
+    )
+
+
+def usable(scale: ScaleSpec, out: Mapping[str, str], leaving: Mapping[str, str], grows: bool) -> dict[str, str]:
+    """Return the nodes to leave out from now on: those `out`, and the ones `leaving`, with reasons.
+
+    A node that hung is better than none: it stays in where the others cannot hold the workers, unless the cluster
+    `grows`.
+    """
+    for_good = {**out, **{node: why for node, why in leaving.items() if why != HUNG}}
+    both = {**for_good, **leaving}
+    return both if grows or room(scale, both)[0] >= scale.fewest else for_good

@@ -1,0 +1,117 @@
+"""Starting workers again, with real processes: what a retry is charged to, sick nodes, waiting for nodes."""
+
+import dataclasses
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from tests.faulty_s3 import faulty_s3
+from tests.waits import patience, wait_for
+
+from slimray import runs
+from slimray.spec import RunFailed
+from slimray.train import workers
+from slimray.train.spec import ScaleSpec
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the workers of these tests are handed."""
+
+    folder: str
+    board: object
+    fault: str
+    run_uri: str = ""
+
+
+def work(config: Config) -> dict[str, int]:
+    """Save a checkpoint, as far as the driver can tell, and die or raise, until it has been started five times."""
+    starts = Path(config.folder, "starts")
+    starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
+    count = len(starts.read_text())
+    if config.fault != "killed before progress":
+        ray.get(config.board.saved.remote(count))  # type: ignore[attr-defined]
+    if count < 5:
+        if config.fault == "raises":
+            raise ValueError("a mistake in the model")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"starts": count}
+
+
+@pytest.fixture
+def local(monkeypatch):
+    """A local cluster of two CPUs."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    workers.connect(2)
+    yield
+    ray.shutdown()
+
+
+def test_a_lost_machine_after_a_checkpoint_gives_the_retries_back_and_a_users_error_does_not(
+    local, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SLIMRAY_PROGRESS", str(tmp_path / "progress"))
+
+    def ends(fault: str) -> tuple[object, int]:
+        folder = tmp_path / fault
+        folder.mkdir()
+        config = Config(str(folder), workers.make_board(), fault)
+        try:
+            found = workers.launch(work, config, ScaleSpec(workers=1, retries=1), "retries", config.board)
+        except RunFailed as error:
+            found = error
+        return found, len((folder / "starts").read_text())
+
+    assert ends("killed") == ({"starts": 5}, 5)  # four failures on one retry
+    assert (tmp_path / "progress").read_text().strip().isdigit(), "the script that starts the driver hears of it"
+    error, starts = ends("killed before progress")
+    assert (type(error), getattr(error, "code", None), starts) == (RunFailed, 3, 2)
+    error, starts = ends("raises")
+    assert (str(error), getattr(error, "code", None), starts) == ("a mistake in the model", 3, 2)
+
+
+def node_of(config: Config) -> str:
+    """The node on which the worker runs."""
+    return ray.get_runtime_context().get_node_id()
+
+
+def test_a_node_that_joins_sick_gets_no_rank_and_what_is_waited_for_is_told(monkeypatch, tmp_path):
+    """It has no right to read the storage: its nodes' role is missing. A node that joins later does the work."""
+    for name, value in {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(workers, "WAITING_S", 1.0)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    try:
+        with faulty_s3() as faults:
+            faults.refused = "sick"
+            run = runs.open_run(faults.uri("runs"), "a")
+            runs.begin(run, {"kind": "train", "name": "a"}, 1)
+            sick = cluster.add_node(num_cpus=1, env_vars={"AWS_ACCESS_KEY_ID": "sick"})
+            workers.connect(1)
+            board = workers.make_board()
+            config, found = Config(str(tmp_path), board, "", run.uri), []
+            scale = ScaleSpec(workers=1, retries=0, start_timeout_s=patience(20))
+            launching = threading.Thread(
+                target=lambda: found.append(workers.launch(node_of, config, scale, "sick", board)), daemon=True
+            )
+            launching.start()
+            wait_for("the sick node to be found", lambda: workers.board_state(board)["sick"])
+            wait_for("the wait to be told", lambda: workers.board_state(board).get("waits_for"))
+            told = workers.board_state(board)["waits_for"]
+            assert "there is room for 0 of 1 workers (1 CPUs each) on 0 nodes, 1 left out; the run ends in" in told
+            good = cluster.add_node(num_cpus=1)
+            launching.join(patience(120))
+            assert found == [good.node_id]
+            assert list(workers.board_state(board)["sick"]) == [sick.node_id]
+            (reason,) = workers.board_state(board)["sick"].values()
+            assert "access denied, the credentials found are refused" in reason
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
