@@ -27,7 +27,7 @@ async function show() {
     at("number").textContent = view.number;
   }
   at("dropped").textContent = view.dropped;
-  at("trouble").textContent = view.trouble || (view.ended ? "the video has ended" : "");
+  at("trouble").textContent = view.trouble || (view.ended ? "slimray live has ended" : "");
   return view.ended;
 }
 
