@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimray.compress.quantized import FakeQuantized, Quantized
 from slimray.spec import UserError, did_you_mean
 
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, FakeQuantized)
 
 
 def layers_of(net: nn.Module) -> dict[str, Tensor]:
@@ -28,7 +29,8 @@ def layers_of(net: nn.Module) -> dict[str, Tensor]:
 
 def density(net: nn.Module) -> dict[str, tuple[int, int]]:
     """Return for each layer of `net` how many of its weights are not zero, and how many it has."""
-    return {name: (int(torch.count_nonzero(w)), w.numel()) for name, w in layers_of(net).items()}
+    whole = {name: one.weight for name, one in net.named_modules() if isinstance(one, Quantized)}
+    return {name: (int(torch.count_nonzero(w)), w.numel()) for name, w in (layers_of(net) | whole).items()}
 
 
 def by_layer(net: nn.Module, given: float | Mapping[str, float], field: str) -> dict[str, float]:

@@ -67,7 +67,7 @@ def parameter_groups(net: nn.Module, groups: str) -> list[dict[str, Any]]:
         if not parameter.requires_grad:
             continue
         is_bias = name.endswith("bias")
-        is_norm = f"{name.rpartition('.')[0]}." in norms
+        is_norm = f"{name.rpartition('.')[0]}." in norms or name.endswith(".input_range")  # ranges do not decay either
         kind, lr_mult, decay_mult = "all", 1.0, 1.0
         if groups == "no_norm_decay":
             kind, decay_mult = ("no_decay", 0.0) if is_bias or is_norm else ("weight", 1.0)

@@ -14,14 +14,15 @@ from slimray import runs
 from slimray.data.cards import Card
 from slimray.data.spec import DataSpec
 from slimray.spec import RunFailed, UserError, located, noting, parse
-from slimray.verbs import checks, inputs, step_code, step_finetune, step_prune, step_share, step_sparsify
-from slimray.verbs.compress_specs import CompressJob, atomic, trains
+from slimray.verbs import checks, inputs, step_code, step_finetune, step_prune, step_quantize, step_share, step_sparsify
+from slimray.verbs.compress_specs import CompressJob, FinetuneStep, atomic
 from slimray.verbs.context import CheckContext, Context, Made, trained_on
 
 STEPS: dict[str, ModuleType] = {
     "prune": step_prune,
     "sparsify": step_sparsify,
     "finetune": step_finetune,
+    "quantize": step_quantize,
     "share": step_share,
     "code": step_code,
 }
@@ -71,7 +72,7 @@ def _known(job: CompressJob, ctx: CheckContext) -> dict[str, Any]:
         if rows < 1:
             raise UserError(f"hold_out: {job.hold_out} of {counts[data.train]} training samples leave none to train on")
         out |= {"dataset": card.name if card else "", "train_samples": rows}
-        epochs = sum(step.epochs for _, step in atomic(job.steps) if trains(step))  # type: ignore[union-attr]
+        epochs = sum(step.epochs for _, step in atomic(job.steps) if isinstance(step, FinetuneStep))
         if epochs and job.batch is not None:
             out["train_steps"] = epochs * -(-rows // job.batch.total)
     if job.init is not None:

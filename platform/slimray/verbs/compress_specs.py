@@ -157,6 +157,35 @@ class PruneStep(Spec):
         return self
 
 
+Width = Annotated[int, Field(ge=2, le=8)]
+Widths = tuple[Width, Width | None]  # of the weights, of the inputs
+
+
+class QuantizeStep(Spec):
+    """Weights as whole numbers of few bits, inputs of layers rounded, BatchNorm folded. After training, or trained."""
+
+    step: Literal["quantize"]
+    bits: Width | Widths | dict[str, Widths] = 8
+    """For all layers, or `[weights, inputs]` (inputs null: they stay float), or pairs by name of the layer; layers that
+    are not named stay float. First and last layer have 8 bits at least unless they are named."""
+    scheme: Literal["int8", "linear", "kmeans"] = "int8"
+    """`int8`: a scale per channel, inputs with a zero point, as runtimes do; `linear`: HAQ's; `kmeans`: codebooks."""
+    keep: tuple[str, ...] = ()
+    """Layers that stay float."""
+    max_loss: float | None = Field(None, ge=0)
+    """Measure each layer alone; those that cost more than so many points of the first metric stay float."""
+    samples: int = Field(256, ge=2)
+    """Training samples, prepared as in validation, on which the ranges of inputs are found."""
+    finetune: TrainedSpec | None = None
+    """Quantization-aware training: round in every step, gradients straight through, ranges learned."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "QuantizeStep":
+        if self.scheme == "kmeans" and self.finetune is not None:
+            raise ValueError("finetune: codebooks are not trained here: train before, or take int8 or linear")
+        return self
+
+
 class ShareStep(Spec):
     """Weight sharing: the weights of a layer take one of a few values, found by k-means. Files shrink after `code`."""
 
@@ -173,7 +202,9 @@ class CodeStep(Spec):
     step: Literal["code"]
 
 
-Step = Annotated[PruneStep | SparsifyStep | FinetuneStep | ShareStep | CodeStep, Field(discriminator="step")]
+Step = Annotated[
+    PruneStep | SparsifyStep | FinetuneStep | QuantizeStep | ShareStep | CodeStep, Field(discriminator="step")
+]
 
 
 class TimingSpec(Spec):
@@ -246,6 +277,10 @@ def atomic(steps: tuple[Step, ...]) -> list[tuple[str, Step]]:
     """Return the steps one by one, rounds written out, each with the name of its folder: ("01-sparsify", ...)."""
     out: list[Step] = []
     for step in steps:
+        if isinstance(step, QuantizeStep) and step.finetune is not None:  # rounded, trained, made whole
+            trained = FinetuneStep.model_validate(step.finetune.model_dump() | {"step": "finetune"})
+            out += [step, trained, step.model_copy(update={"finetune": None})]
+            continue
         if isinstance(step, ShareStep) and step.finetune is not None:
             out.append(step.model_copy(update={"finetune": None}))
             out.append(FinetuneStep.model_validate(step.finetune.model_dump() | {"step": "finetune"}))
