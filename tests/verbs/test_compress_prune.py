@@ -12,9 +12,8 @@ from slimray import runs
 from slimray.search import amc
 from slimray.search.ddpg import DdpgSettings
 from slimray.spec import UserError, parse
-from slimray.tasks import TASKS
 from slimray.verbs.compress_specs import CompressJob
-from slimray.verbs.pruning import Progress
+from slimray.verbs.episodes import Agent, Progress
 
 PRUNE = """
 kind: compress
@@ -44,7 +43,7 @@ def finish(progress: Progress, order: list[int]) -> None:
     while not progress.is_done:
         begun = []
         while (chosen := progress.start(f"trial-{number}")) is not None:
-            begun.append((f"trial-{number}", chosen["counts"]))
+            begun.append((f"trial-{number}", chosen["policy"]))
             number += 1
         for place in [i for i in order if i < len(begun)]:
             name, counts = begun[place]
@@ -54,11 +53,19 @@ def finish(progress: Progress, order: list[int]) -> None:
 def test_trials_on_storage_are_the_search_in_whatever_order_they_end(tmp_path):
     settings = amc.AmcSettings(9, 3, DdpgSettings(warmup=3, decay=0.9, replay=100, batch=4, hidden=(8, 8), dummy=True))
     found = []
+    agent = Agent(
+        settings.episodes,
+        settings.population,
+        lambda history, number: amc.propose(walk(), settings, history, 5, number),
+        amc.AmcTrial.from_dict,
+        lambda trial: trial.counts,
+        lambda metrics: amc.reward_of(metrics["top1"]),
+    )
     for number, order in enumerate(([0, 1, 2], [2, 0, 1])):
         run = runs.open_run(str(tmp_path), f"stage-{number}")
-        progress = Progress(run, walk(), settings, 5, TASKS["classify"].best)
+        progress = Progress(run, agent)
         finish(progress, order)
-        again = Progress(run, walk(), settings, 5, TASKS["classify"].best)
+        again = Progress(run, agent)
         assert again.is_done
         found.append([(t.counts, t.actions.tolist(), t.reward) for t in map(again.history.get, range(9)) if t])
     assert len(found[0]) == 9

@@ -1,17 +1,15 @@
 """What the step `prune` does: a policy given or searched by AMC's agent, the network cut, fitted, re-calibrated.
 
-Trials of a search are those of the shared runner (trials.py): a generation is proposed from the seed and the finished
-trials before it, so that the result is the same on any number of workers and after a resume. A trial cuts the policy,
-re-calibrates BatchNorm and scores what is left; so does the step itself with the policy that it ends in.
+A trial of a search (episodes.py) cuts the policy, re-calibrates BatchNorm and scores what is left; so does the step
+itself with the policy that it ends in.
 """
 
+import functools
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from ray import tune
 from torch import nn
 
 from slimray import runs
@@ -20,11 +18,11 @@ from slimray.compress.groups import Groups, trace
 from slimray.data.modalities import input_shape
 from slimray.search import amc
 from slimray.search.ddpg import DdpgSettings
-from slimray.spec import RunFailed, UserError
+from slimray.spec import UserError
 from slimray.tasks import TASKS
 from slimray.tasks.network import load_network, to_input
 from slimray.train import batchnorm
-from slimray.verbs import subnets, trials
+from slimray.verbs import episodes, subnets
 from slimray.verbs.compressing import Work, read_network, write_network
 
 
@@ -132,88 +130,8 @@ def _given(device: str, uri: str, exhibits: Any, spec: Any, step: Any, limits: d
 # ------------------------------------------------------------------------------------------------ search
 
 
-class PruneTrial(tune.Trainable):
-    """A trial of the search as Tune runs it; its process keeps the network for the next one."""
-
-    def setup(
-        self, config: dict[str, Any], uri: str = "", exhibits: Any = None, spec: Any = None, step: Any = None
-    ) -> None:
-        """Load the network and find its groups."""
-        self.cutter = Cutter(uri, exhibits, spec, step)
-        self.counts = config["counts"]
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the policy of the next trial."""
-        self.counts = new_config["counts"]
-        return True
-
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Keep nothing: a trial that was cut off is done again."""
-        return {}
-
-    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Do nothing, see `save_checkpoint`."""
-
-    def step(self) -> dict[str, Any]:
-        """Score the policy."""
-        return {"metrics": self.cutter.score(self.counts), "metric": 0.0, "done": True}
-
-
-class Progress:
-    """A search under way: what was tried lies in `trials/` of the stage, what is next is a function of it."""
-
-    def __init__(self, stage: runs.Run, walk: amc.GroupWalk, settings: amc.AmcSettings, seed: int, metric: Any):
-        self.stage, self.walk, self.settings, self.seed, self.metric = stage, walk, settings, seed, metric
-        self.history: dict[int, amc.AmcTrial] = {}
-        self.proposed: dict[int, list[amc.AmcTrial]] = {}
-        self.running: dict[str, amc.AmcTrial] = {}
-        for index in range(settings.episodes):
-            if runs.exists(stage, self._file(index)):
-                plain = json.loads(runs.read_file(stage, self._file(index)))
-                reward = math.nan if plain["reward"] is None else plain["reward"]
-                self.history[index] = amc.AmcTrial.from_dict(plain | {"reward": reward})
-
-    @staticmethod
-    def _file(index: int) -> str:
-        return f"trials/{index:06d}.json"
-
-    @property
-    def is_done(self) -> bool:
-        """Whether no trial is left to run."""
-        return len(self.history) >= self.settings.episodes
-
-    def next(self) -> amc.AmcTrial | None:
-        """The first trial that is neither over nor running; None while its generation cannot be proposed."""
-        busy = {trial.index for trial in self.running.values()} | self.history.keys()
-        index = next((i for i in range(self.settings.episodes) if i not in busy), None)
-        if index is None:
-            return None
-        number, place = divmod(index, self.settings.population)
-        if number not in self.proposed:
-            found = amc.propose(self.walk, self.settings, list(self.history.values()), self.seed, number)
-            if found is None:
-                return None
-            self.proposed[number] = found
-        return self.proposed[number][place]
-
-    def start(self, trial: str) -> dict[str, Any] | None:
-        """Return what Tune's `trial` is to do; None while nothing can be proposed."""
-        chosen = self.next()
-        if chosen is None:
-            return None
-        self.running[trial] = chosen
-        return {"counts": chosen.counts}
-
-    def end(self, trial: str, metrics: dict[str, float]) -> None:
-        """Write a trial that is over, once; without metrics it has failed."""
-        known = self.running.pop(trial, None)
-        if known is None:
-            return
-        sign = -1.0 if self.metric.better == "lower" else 1.0
-        reward = amc.reward_of(sign * metrics[self.metric.name]) if metrics else math.nan
-        plain = known.to_dict() | {"reward": None if math.isnan(reward) else reward, "metrics": metrics}
-        self.history[known.index] = amc.AmcTrial.from_dict(plain | {"reward": reward})
-        runs.write_file(self.stage, self._file(known.index), json.dumps(plain).encode())
+def _scorer(uri: str, exhibits: Any, spec: Any, step: Any) -> episodes.Score:
+    return Cutter(uri, exhibits, spec, step).score
 
 
 def _searched(
@@ -233,29 +151,17 @@ def _searched(
     except UserError as error:
         raise UserError(f"{work.ctx.where}: prune: {error}") from None
     metric = TASKS[subnets.task_of(runs.read_model(before)[2])].best
-    progress = Progress(stage, walk, amc.AmcSettings(spec.episodes, spec.population, agent), job.seed, metric)
-    if not progress.is_done:
-        done = f" ({len(progress.history)} done)" if progress.history else ""
-        work.ctx.console.print(f"{job.name}: {spec.episodes} policies to try{done}", highlight=False)
-        resources: dict[str, float] = {"cpu": job.scale.cpus_per_worker}
-        trainable = tune.with_parameters(PruneTrial, uri=before.uri, exhibits=exhibits, spec=job.judge, step=step)
-        setup = tune.TuneConfig(
-            search_alg=trials.ProposalSearch(progress),
-            num_samples=spec.episodes - len(progress.history),
-            max_concurrent_trials=min(job.scale.most, spec.population),
-            reuse_actors=True,
-            metric="metric",
-            mode="max",
-        )
-        trials.run_trials(job.name, tune.with_resources(trainable, resources), setup, retries=job.scale.retries)
-        if not progress.is_done:
-            raise RunFailed(f"prune: Tune ended after {len(progress.history)} of {spec.episodes} trials")
-    tried = [progress.history[index] for index in range(spec.episodes)]
-    if not any(math.isfinite(trial.reward) for trial in tried):
-        raise RunFailed(f"prune: every one of {spec.episodes} trials failed")
-    found = amc.best(tried)
-    return {"counts": found.counts, "episode": found.index, "rewards": [_number(trial.reward) for trial in tried]}
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    sign = -1.0 if metric.better == "lower" else 1.0
+    settings = amc.AmcSettings(spec.episodes, spec.population, agent)
+    searched = episodes.Agent(
+        spec.episodes,
+        spec.population,
+        lambda history, number: amc.propose(walk, settings, history, job.seed, number),
+        amc.AmcTrial.from_dict,
+        lambda trial: trial.counts,
+        lambda metrics: amc.reward_of(sign * metrics[metric.name]),
+    )
+    make = functools.partial(_scorer, before.uri, exhibits, job.judge, step)
+    tried = episodes.run(work, stage, "prune", searched, make)
+    found, rewards = amc.best(tried), [episodes.number_of(trial.reward) for trial in tried]
+    return {"counts": found.counts, "episode": found.index, "rewards": rewards}

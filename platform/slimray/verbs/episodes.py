@@ -1,0 +1,159 @@
+"""Searches by an agent, episode by episode (AMC, HAQ): its trials on storage, and how Ray Tune runs them.
+
+`Agent` says what its trials are: a generation is proposed from the seed and the finished trials before it, so that the
+result is the same on any number of workers and after a resume.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ray import tune
+
+from slimray import runs
+from slimray.spec import RunFailed
+from slimray.verbs import trials
+from slimray.verbs.compressing import Work
+
+Score = Callable[[Any], dict[str, float]]  # a policy -> metrics
+
+
+class Trial(Protocol):
+    """An episode: its number, and the reward (nan: failed)."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def reward(self) -> float: ...
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Agent:
+    """An agent's search: `propose(history, number)` gives the trials of a generation, None while one is missing.
+
+    `read` makes a trial of what `to_dict` wrote, `policy` is what a trial tries, `reward` what metrics are worth.
+    """
+
+    episodes: int
+    population: int
+    propose: Callable[[list[Any], int], list[Any] | None]
+    read: Callable[[Mapping[str, Any]], Any]
+    policy: Callable[[Any], Any]
+    reward: Callable[[Mapping[str, float]], float]
+
+
+class PolicyTrial(tune.Trainable):
+    """A trial as Tune runs it; its process keeps what scores policies for the next one."""
+
+    def setup(self, config: dict[str, Any], make: Any = None) -> None:
+        """Make what scores."""
+        self.score: Score = make()
+        self.policy = config["policy"]
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the policy of the next trial."""
+        self.policy = new_config["policy"]
+        return True
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Keep nothing: a trial that was cut off is done again."""
+        return {}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Do nothing, see `save_checkpoint`."""
+
+    def step(self) -> dict[str, Any]:
+        """Score the policy."""
+        return {"metrics": self.score(self.policy), "metric": 0.0, "done": True}
+
+
+class Progress:
+    """A search under way: what was tried lies in `trials/` of the stage, what is next is a function of it."""
+
+    def __init__(self, stage: runs.Run, agent: Agent):
+        self.stage, self.agent = stage, agent
+        self.history: dict[int, Any] = {}
+        self.proposed: dict[int, list[Any]] = {}
+        self.running: dict[str, Any] = {}
+        for index in range(agent.episodes):
+            if runs.exists(stage, self._file(index)):
+                plain = json.loads(runs.read_file(stage, self._file(index)))
+                reward = math.nan if plain["reward"] is None else plain["reward"]
+                self.history[index] = agent.read(plain | {"reward": reward})
+
+    @staticmethod
+    def _file(index: int) -> str:
+        return f"trials/{index:06d}.json"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no trial is left to run."""
+        return len(self.history) >= self.agent.episodes
+
+    def next(self) -> Any:
+        """The first trial that is neither over nor running; None while its generation cannot be proposed."""
+        busy = {trial.index for trial in self.running.values()} | self.history.keys()
+        index = next((i for i in range(self.agent.episodes) if i not in busy), None)
+        if index is None:
+            return None
+        number, place = divmod(index, self.agent.population)
+        if number not in self.proposed:
+            found = self.agent.propose(list(self.history.values()), number)
+            if found is None:
+                return None
+            self.proposed[number] = found
+        return self.proposed[number][place]
+
+    def start(self, trial: str) -> dict[str, Any] | None:
+        """Return what Tune's `trial` is to do; None while nothing can be proposed."""
+        chosen = self.next()
+        if chosen is None:
+            return None
+        self.running[trial] = chosen
+        return {"policy": self.agent.policy(chosen)}
+
+    def end(self, trial: str, metrics: dict[str, float]) -> None:
+        """Write a trial that is over, once; without metrics it has failed."""
+        known = self.running.pop(trial, None)
+        if known is None:
+            return
+        reward = self.agent.reward(metrics) if metrics else math.nan
+        plain = known.to_dict() | {"reward": number_of(reward), "metrics": metrics}
+        self.history[known.index] = self.agent.read(plain | {"reward": reward})
+        runs.write_file(self.stage, self._file(known.index), json.dumps(plain).encode())
+
+
+def number_of(value: float) -> float | None:
+    """A reward in JSON: None for nan."""
+    return None if math.isnan(value) else value
+
+
+def run(work: Work, stage: runs.Run, step: str, agent: Agent, make: Callable[[], Score]) -> list[Any]:
+    """Run an agent's search, or go on with the trials of `stage`; return all trials in order.
+
+    `make` is called in the process of a trial. RunFailed where every trial failed.
+    """
+    job, progress = work.job, Progress(stage, agent)
+    if not progress.is_done:
+        done = f" ({len(progress.history)} done)" if progress.history else ""
+        work.ctx.console.print(f"{job.name}: {agent.episodes} policies to try{done}", highlight=False)
+        resources: dict[str, float] = {"cpu": job.scale.cpus_per_worker}
+        setup = tune.TuneConfig(
+            search_alg=trials.ProposalSearch(progress),
+            num_samples=agent.episodes - len(progress.history),
+            max_concurrent_trials=min(job.scale.most, agent.population),
+            reuse_actors=True,
+            metric="metric",
+            mode="max",
+        )
+        trainable = tune.with_resources(tune.with_parameters(PolicyTrial, make=make), resources)
+        trials.run_trials(job.name, trainable, setup, retries=job.scale.retries)
+        if not progress.is_done:
+            raise RunFailed(f"{step}: Tune ended after {len(progress.history)} of {agent.episodes} trials")
+    tried = [progress.history[index] for index in range(agent.episodes)]
+    if not any(math.isfinite(trial.reward) for trial in tried):
+        raise RunFailed(f"{step}: every one of {agent.episodes} trials failed")
+    return tried
