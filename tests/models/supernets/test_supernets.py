@@ -102,7 +102,12 @@ def corners(net: Supernet) -> list[Arch]:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("name", "preset", "count"), [(n, p, c) for n, (p, c) in product(NETS, (("tiny", 200), ("imagenet", 20)))]
+    ("name", "preset", "count"),
+    [(n, p, c) for n, (p, c) in product(NETS, (("tiny", 40), ("imagenet", 10)))]
+    + [
+        pytest.param(n, p, c, marks=pytest.mark.benchmark)
+        for n, (p, c) in product(NETS, (("tiny", 200), ("imagenet", 20)))
+    ],
 )
 def test_the_supernet_computes_what_the_extracted_subnet_computes(name, preset, count):
     net = small(name, preset, width=0.25 if preset == "imagenet" else 1.0, **clip_options(name))
