@@ -91,6 +91,20 @@ def test_a_layer_whose_output_goes_elsewhere_too_is_not_folded():
     assert norm_pairs(behind, torch.randn(2, 3, 4, 4)) == []
 
 
+@pytest.mark.parametrize("answer", [lambda f, out: (f, out), lambda f, out: {"out": out, "all": [f]}])
+def test_a_layer_whose_output_the_network_returns_is_not_folded(answer):
+    class Returned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Any:
+            out = self.a(x)
+            return answer(out, self.norm(out))
+
+    assert norm_pairs(Returned(), torch.randn(2, 3, 4, 4)) == []
+
+
 # ---------------------------------------------------------------------------------------------- every network
 
 

@@ -1,6 +1,7 @@
 """BatchNorm folded into the layer before it: which pairs there are, found by running the network once, and the folding.
 
-A pair is a convolution or linear layer whose output goes to one BatchNorm and nowhere else, every time it is called.
+A pair is a convolution or linear layer whose output goes to one BatchNorm and nowhere else, every time it is called;
+what the network returns goes elsewhere too.
 Found by watching a forward pass, not by names: it works on any module that runs. In eval mode a folded network computes
 what the network did, up to rounding; the BatchNorm becomes an Identity and the layer gets a bias.
 """
@@ -67,12 +68,13 @@ def norm_pairs(net: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     try:
         net.eval()
         with torch.no_grad(), uses:
-            net(example)
+            answer = net(example)
     finally:
         for hook in hooks:
             hook.remove()
         for module, training in modes:
             module.training = training
+    uses.count.update({id(leaf) for leaf in tree_leaves(answer)})
     between = Counter((layer, norm) for layer, norm, tensor in pairs if uses.count[tensor] == 1)
     found = []
     for (layer, norm), times in between.items():
