@@ -12,6 +12,8 @@ from slimray import runs
 from slimray.search import amc
 from slimray.search.ddpg import DdpgSettings
 from slimray.spec import UserError, parse
+from slimray.train.spec import ScaleSpec
+from slimray.verbs import trials
 from slimray.verbs.compress_specs import CompressJob
 from slimray.verbs.episodes import Agent, Progress
 
@@ -73,6 +75,16 @@ def test_trials_on_storage_are_the_search_in_whatever_order_they_end(tmp_path):
         assert one[:2] == other[:2]
         assert one[2] == other[2] or math.isnan(one[2] + other[2])
     assert len({tuple(counts.values()) for counts, _, _ in found[0]}) > 2
+
+
+@pytest.mark.parametrize(("gpus", "given", "device"), [(0, [], "cpu"), (1, [0], "cuda")])
+def test_a_trial_takes_what_a_worker_of_the_job_does_and_runs_on_the_gpu_that_it_was_given(
+    gpus, given, device, monkeypatch
+):
+    scale = ScaleSpec.model_validate({"cpus_per_worker": 2, "gpus_per_worker": gpus})
+    assert trials.resources_of(scale) == {"cpu": 2} | ({"gpu": gpus} if gpus else {})
+    monkeypatch.setattr("ray.get_gpu_ids", lambda: given)
+    assert trials.device() == device
 
 
 @pytest.mark.parametrize(

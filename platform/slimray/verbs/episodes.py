@@ -140,7 +140,6 @@ def run(work: Work, stage: runs.Run, step: str, agent: Agent, make: Callable[[],
     if not progress.is_done:
         done = f" ({len(progress.history)} done)" if progress.history else ""
         work.ctx.console.print(f"{job.name}: {agent.episodes} policies to try{done}", highlight=False)
-        resources: dict[str, float] = {"cpu": job.scale.cpus_per_worker}
         setup = tune.TuneConfig(
             search_alg=trials.ProposalSearch(progress),
             num_samples=agent.episodes - len(progress.history),
@@ -149,7 +148,7 @@ def run(work: Work, stage: runs.Run, step: str, agent: Agent, make: Callable[[],
             metric="metric",
             mode="max",
         )
-        trainable = tune.with_resources(tune.with_parameters(PolicyTrial, make=make), resources)
+        trainable = tune.with_resources(tune.with_parameters(PolicyTrial, make=make), trials.resources_of(job.scale))
         trials.run_trials(job.name, trainable, setup, retries=job.scale.retries)
         if not progress.is_done:
             raise RunFailed(f"{step}: Tune ended after {len(progress.history)} of {agent.episodes} trials")

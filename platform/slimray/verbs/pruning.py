@@ -22,7 +22,7 @@ from slimray.spec import UserError
 from slimray.tasks import TASKS
 from slimray.tasks.network import load_network, to_input
 from slimray.train import batchnorm
-from slimray.verbs import episodes, subnets
+from slimray.verbs import episodes, subnets, trials
 from slimray.verbs.compressing import Work, read_network, write_network
 
 
@@ -131,7 +131,7 @@ def _given(device: str, uri: str, exhibits: Any, spec: Any, step: Any, limits: d
 
 
 def _scorer(uri: str, exhibits: Any, spec: Any, step: Any) -> episodes.Score:
-    return Cutter(uri, exhibits, spec, step).score
+    return Cutter(uri, exhibits, spec, step, trials.device()).score
 
 
 def _searched(

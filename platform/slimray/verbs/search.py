@@ -339,9 +339,6 @@ def _tune(job: SearchJob, found: runs.Run, progress: _Progress, exhibits: Any) -
 
     from slimray.verbs import subnets, trials
 
-    resources = {"cpu": job.scale.cpus_per_worker} | (
-        {"gpu": job.scale.gpus_per_worker} if job.scale.gpus_per_worker else {}
-    )
     trainable = tune.with_parameters(subnets.JudgeTrial, run_uri=found.uri, exhibits=exhibits, spec=job.judge)
     setup = tune.TuneConfig(
         search_alg=trials.ProposalSearch(progress),
@@ -351,7 +348,9 @@ def _tune(job: SearchJob, found: runs.Run, progress: _Progress, exhibits: Any) -
         metric="metric",
         mode="max",
     )
-    trials.run_trials(job.name, tune.with_resources(trainable, resources), setup, retries=job.scale.retries)
+    trials.run_trials(
+        job.name, tune.with_resources(trainable, trials.resources_of(job.scale)), setup, retries=job.scale.retries
+    )
     if not progress.is_done and progress.next() is not None:
         raise RunFailed(f"{progress.target.name}: Tune ended after {len(progress.history)} of {progress.total} trials")
 

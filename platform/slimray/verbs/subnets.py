@@ -32,6 +32,7 @@ from slimray.tasks.network import load_network, predict_outputs, task_of, to_inp
 from slimray.tasks.task import Outputs
 from slimray.train import batchnorm, learn
 from slimray.train.spec import ScaleSpec
+from slimray.verbs import trials
 from slimray.verbs.context import Context
 from slimray.verbs.specs import JudgeSpec
 
@@ -213,7 +214,7 @@ class JudgeTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any], run_uri: str = "", exhibits: Any = None, spec: Any = None) -> None:
         """Load the supernet."""
-        self.judge = Judge(run_uri, exhibits, spec, "cuda" if ray.get_gpu_ids() else "cpu")
+        self.judge = Judge(run_uri, exhibits, spec, trials.device())
         self.arch = config["arch"]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
+import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
@@ -26,6 +27,7 @@ from ray.tune.search.optuna import OptunaSearch
 from slimray import runs, storage
 from slimray.spec import RunFailed
 from slimray.train import workers
+from slimray.train.spec import ScaleSpec
 from slimray.verbs.specs import RangeSpec, SweepSpec
 
 OWN_CPU = 0.01  # of a trial's own process, which waits; its workers ask for themselves. Tune does not take 0
@@ -36,6 +38,16 @@ TrialWork = Callable[[Settings, str, Tell], dict[str, Any]]  # (settings, run UR
 
 
 # ----------------------------------------------------------------------------------------------- trials of Ray Tune
+
+
+def resources_of(scale: ScaleSpec) -> dict[str, float]:
+    """What a trial takes of the cluster: what a worker of the job's scale does."""
+    return {"cpu": scale.cpus_per_worker} | ({"gpu": scale.gpus_per_worker} if scale.gpus_per_worker else {})
+
+
+def device() -> str:
+    """The device of the trial that asks: a GPU if it was given one."""
+    return "cuda" if ray.get_gpu_ids() else "cpu"
 
 
 def run_trials(
