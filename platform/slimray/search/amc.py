@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slimray.search.ddpg import AMC, Ddpg, DdpgSettings, Episode, trained
+from slimray.search.ddpg import AMC, Ddpg, DdpgSettings, Episode
 from slimray.spec import UserError
 
 Floats = NDArray[np.float64]
@@ -310,23 +310,41 @@ def rollout(walk: GroupWalk, agent: Ddpg, index: int, seed: int) -> AmcTrial:
     return AmcTrial(index, walk.counts(), np.array(states), np.array(actions))
 
 
+class Learner:
+    """The agent of a search as it learns: it takes every episode once, in order, whatever order they come in."""
+
+    def __init__(self, walk: GroupWalk, settings: AmcSettings, seed: int):
+        self.walk, self.settings, self.seed, self.taken = walk, settings, seed, 0
+        self.agent = Ddpg(settings.agent, len(COLUMNS), len(walk.steps), seed)
+
+    def propose(self, history: Mapping[int, AmcTrial], number: int) -> list[AmcTrial] | None:
+        """The trials of generation `number`, without rewards; None while one of an earlier generation is missing.
+
+        A function of the seed and, of `history` (trials by number), of the generations before. ValueError for a
+        generation before one that was proposed.
+        """
+        first = number * self.settings.population
+        if first < self.taken:
+            raise ValueError(f"amc: generation {number} comes before one that was proposed")
+        if any(index not in history for index in range(self.taken, first)):
+            return None
+        for trial in (history[index] for index in range(self.taken, first)):
+            self.agent.take(Episode(trial.states, trial.actions, trial.reward))
+        self.taken = first
+        last = min(first + self.settings.population, self.settings.episodes)
+        return [rollout(self.walk, self.agent, index, self.seed) for index in range(first, last)]
+
+
 def propose(
     walk: GroupWalk, settings: AmcSettings, history: Sequence[AmcTrial], seed: int, number: int
 ) -> list[AmcTrial] | None:
     """The trials of generation `number`, without rewards; None while one of an earlier generation is missing.
 
     A function of its arguments, and of `history` only of the generations before: neither its order nor trials of later
-    generations matter, so that a search on any number of workers, resumed or not, is the same search.
+    generations matter, so that a search on any number of workers, resumed or not, is the same search. Trains an agent
+    from the beginning: who asks for one generation after the other keeps a `Learner`.
     """
-    first = number * settings.population
-    past = {trial.index: trial for trial in history if trial.index < first}
-    if len(past) < first:
-        return None
-    episodes = [Episode(past[i].states, past[i].actions, past[i].reward) for i in range(first)]
-    agent = trained(settings.agent, len(COLUMNS), len(walk.steps), seed, episodes)
-    return [
-        rollout(walk, agent, index, seed) for index in range(first, min(first + settings.population, settings.episodes))
-    ]
+    return Learner(walk, settings, seed).propose({trial.index: trial for trial in history}, number)
 
 
 def search(
@@ -336,19 +354,15 @@ def search(
 
     A policy that was tried before keeps its reward.
     """
-    agent = trained(settings.agent, len(COLUMNS), len(walk.steps), seed, [])
-    done: list[AmcTrial] = []
+    learner, done = Learner(walk, settings, seed), dict[int, AmcTrial]()
     known: dict[tuple[int, ...], float] = {}
     while len(done) < settings.episodes:
-        numbers = range(len(done), min(len(done) + settings.population, settings.episodes))
-        for trial in [rollout(walk, agent, index, seed) for index in numbers]:
+        for trial in learner.propose(done, len(done) // settings.population) or []:
             key = tuple(trial.counts.values())
             if key not in known:
                 known[key] = reward(trial.counts)
-            done.append(AmcTrial(trial.index, trial.counts, trial.states, trial.actions, known[key]))
-        for trial in done[numbers[0] :]:
-            agent.take(Episode(trial.states, trial.actions, trial.reward))
-    return done
+            done[trial.index] = AmcTrial(trial.index, trial.counts, trial.states, trial.actions, known[key])
+    return list(done.values())
 
 
 def best(trials: Sequence[AmcTrial]) -> AmcTrial:

@@ -34,6 +34,7 @@ class Trial(Protocol):
 class Agent:
     """An agent's search: `propose(history, number)` gives the trials of a generation, None while one is missing.
 
+    Generations are proposed in order, each once, so that the agent may keep what it has learned.
     `read` makes a trial of what `to_dict` wrote, `policy` is what a trial tries, `reward` what metrics are worth.
     """
 
@@ -71,18 +72,26 @@ class PolicyTrial(tune.Trainable):
 
 
 class Progress:
-    """A search under way: what was tried lies in `trials/` of the stage, what is next is a function of it."""
+    """A search under way: what was tried lies in `trials/` of the stage, what is next is a function of it.
+
+    A policy that has a reward is not tried again: its next episode gets what it got.
+    """
 
     def __init__(self, stage: runs.Run, agent: Agent):
         self.stage, self.agent = stage, agent
         self.history: dict[int, Any] = {}
         self.proposed: dict[int, list[Any]] = {}
         self.running: dict[str, Any] = {}
+        self.scored: dict[str, dict[str, float]] = {}  # policy, written out -> its metrics
         for index in range(agent.episodes):
             if runs.exists(stage, self._file(index)):
-                plain = json.loads(runs.read_file(stage, self._file(index)))
-                reward = math.nan if plain["reward"] is None else plain["reward"]
-                self.history[index] = agent.read(plain | {"reward": reward})
+                self._know(json.loads(runs.read_file(stage, self._file(index))))
+
+    def _know(self, plain: dict[str, Any]) -> None:
+        reward = math.nan if plain["reward"] is None else plain["reward"]
+        trial = self.history[plain["index"]] = self.agent.read(plain | {"reward": reward})
+        if math.isfinite(reward):
+            self.scored[repr(self.agent.policy(trial))] = plain["metrics"]
 
     @staticmethod
     def _file(index: int) -> str:
@@ -109,21 +118,25 @@ class Progress:
 
     def start(self, trial: str) -> dict[str, Any] | None:
         """Return what Tune's `trial` is to do; None while nothing can be proposed."""
-        chosen = self.next()
-        if chosen is None:
-            return None
-        self.running[trial] = chosen
-        return {"policy": self.agent.policy(chosen)}
+        while (chosen := self.next()) is not None:
+            policy = self.agent.policy(chosen)
+            if repr(policy) not in self.scored:
+                self.running[trial] = chosen
+                return {"policy": policy}
+            self._write(chosen, self.scored[repr(policy)])
+        return None
 
     def end(self, trial: str, metrics: dict[str, float]) -> None:
         """Write a trial that is over, once; without metrics it has failed."""
         known = self.running.pop(trial, None)
-        if known is None:
-            return
+        if known is not None:
+            self._write(known, metrics)
+
+    def _write(self, trial: Any, metrics: dict[str, float]) -> None:
         reward = self.agent.reward(metrics) if metrics else math.nan
-        plain = known.to_dict() | {"reward": number_of(reward), "metrics": metrics}
-        self.history[known.index] = self.agent.read(plain | {"reward": reward})
-        runs.write_file(self.stage, self._file(known.index), json.dumps(plain).encode())
+        plain = trial.to_dict() | {"reward": number_of(reward), "metrics": metrics}
+        self._know(plain)
+        runs.write_file(self.stage, self._file(trial.index), json.dumps(plain).encode())
 
 
 def number_of(value: float) -> float | None:

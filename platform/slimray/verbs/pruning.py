@@ -152,11 +152,11 @@ def _searched(
         raise UserError(f"{work.ctx.where}: prune: {error}") from None
     metric = TASKS[subnets.task_of(runs.read_model(before)[2])].best
     sign = -1.0 if metric.better == "lower" else 1.0
-    settings = amc.AmcSettings(spec.episodes, spec.population, agent)
+    learner = amc.Learner(walk, amc.AmcSettings(spec.episodes, spec.population, agent), job.seed)
     searched = episodes.Agent(
         spec.episodes,
         spec.population,
-        lambda history, number: amc.propose(walk, settings, history, job.seed, number),
+        lambda history, number: learner.propose({trial.index: trial for trial in history}, number),
         amc.AmcTrial.from_dict,
         lambda trial: trial.counts,
         lambda metrics: amc.reward_of(sign * metrics[metric.name]),
