@@ -225,3 +225,10 @@ def test_groups_are_plain_values():
     groups = trace(network("resnet18"), example("resnet18"))
     assert groups.groups[0] == groups.groups[0]
     assert replace(groups.groups[0], name="other").size == groups.groups[0].size
+
+
+def test_channels_are_masked_where_the_network_is():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+    groups = trace(net, torch.rand(1, 3, 8, 8))
+    same = masked(net.to("meta"), groups, {groups.groups[0].name: [0, 2]})
+    assert {one.device.type for one in same.parameters()} == {"meta"}

@@ -80,6 +80,14 @@ def test_a_codebook_is_the_mean_of_what_it_stands_for():
     assert few[codes].tolist() == [1, 2, 1]
 
 
+def test_ranges_and_codebooks_are_where_the_weights_are():
+    weight = torch.randn(40, 30)
+    with torch.device("meta"):  # where a tensor is made that is told nothing
+        span = fq.weight_range(weight, 3, "linear")
+        book, codes = fq.codebook(weight, 3)
+    assert {one.device.type for one in (span, book, codes)} == {"cpu"}
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_packed_numbers_come_back(bits):
     codes = torch.randint(0, 2**bits, (5, 7), generator=torch.Generator().manual_seed(bits))

@@ -105,6 +105,17 @@ def test_a_layer_whose_output_the_network_returns_is_not_folded(answer):
     assert norm_pairs(Returned(), torch.randn(2, 3, 4, 4)) == []
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_a_network_that_is_not_float32_is_one_sentence(kind):
+    net, x = plain().to(kind), torch.randn(4, 3, 16, 16, dtype=kind)
+    reason = f"the layer 0 is {str(kind)[6:]}, not float32"
+    for make in (compress.quantize, q.prepare):
+        with pytest.raises(UserError, match=reason):
+            make(net, x, [x])
+    with pytest.raises(UserError, match=reason):
+        q.sensitivity(net, x, [x], lambda _: 0.0)
+
+
 # ---------------------------------------------------------------------------------------------- every network
 
 

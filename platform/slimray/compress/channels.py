@@ -191,5 +191,5 @@ def masked(net: nn.Module, groups: Groups, kept: Kept) -> nn.Module:
             (getattr(module, "bias", None), 0),
         ):
             if isinstance(tensor, Tensor) and len(index) and not isinstance(module, nn.PReLU):
-                tensor.index_fill_(dim, index, 0.0)
+                tensor.index_fill_(dim, index.to(tensor.device), 0.0)
     return same

@@ -55,7 +55,7 @@ def weight_range(weight: Tensor, bits: int, scheme: Scheme) -> Tensor:
         return weight.detach().abs().flatten(1).amax(1).clamp(min=SMALLEST)
     largest = weight.detach().abs().max()
     if bits < KL_BITS:
-        largest = torch.as_tensor(kl_threshold(weight, 2 ** (bits - 1)), dtype=weight.dtype)
+        largest = largest.new_tensor(kl_threshold(weight, 2 ** (bits - 1)))
     return largest.clamp(min=SMALLEST).reshape(1)
 
 
@@ -165,7 +165,8 @@ def codebook(weight: Tensor, bits: int, rounds: int = 50) -> tuple[Tensor, Tenso
     values = weight.detach().flatten().double()
     ordered, sums = values.sort().values, values.sort().values.cumsum(0)
     sums = torch.cat([sums.new_zeros(1), sums])
-    book = torch.linspace(float(ordered[0]), float(ordered[-1]), 2**bits, dtype=torch.float64)
+    ends = float(ordered[0]), float(ordered[-1])
+    book = torch.linspace(*ends, 2**bits, dtype=torch.float64, device=values.device)
     for _ in range(rounds):
         edges = torch.searchsorted(ordered, (book[1:] + book[:-1]) / 2)
         edges = torch.cat([edges.new_zeros(1), edges, edges.new_full((1,), len(ordered))])

@@ -76,7 +76,8 @@ def quantize(
     `example` is an input `[n, ...]`, `calibration` batches of inputs that ranges are found on (the example alone where
     there are none: for a try only). `bits` are those of all layers, or by layer; layers in `keep`, and with a mapping
     those that are not in it, stay float. First and last layer have 8 bits at least unless a mapping says otherwise.
-    UserError: no layer to quantize, an unknown name, bits out of range, inputs that are not finite.
+    UserError: no layer to quantize, an unknown name, bits out of range, layers not in float32, inputs that are not
+    finite.
     """
     notes = [] if calibration is not None else ["ranges are those of the example alone: give calibration samples"]
     before = size_mb(module)
@@ -98,6 +99,7 @@ def prepare(
     net = copy.deepcopy(module).eval()
     found = layers_of(net, example)
     chosen = policy([layer.name for layer in found], bits, scheme, keep)
+    _check_floats(net, chosen)
     if trained and scheme == "kmeans":
         raise UserError("quantize: the scheme kmeans has no trained form: train, then quantize")
     folded = norm_pairs(net, example)
@@ -194,6 +196,14 @@ def policy(
         ends = (8, inputs and 8) if scheme != "kmeans" else (weights, None)
         chosen = {name: ends if name in (names[0], names[-1]) else (weights, inputs) for name in names}
     return {name: pair for name, pair in chosen.items() if name not in keep}
+
+
+def _check_floats(net: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        kind = net.get_submodule(name).weight.dtype  # type: ignore[union-attr]
+        if kind != torch.float32:
+            shown = str(kind).removeprefix("torch.")
+            raise UserError(f"quantize: the layer {name} is {shown}, not float32: call .float() on the network first")
 
 
 # -------------------------------------------------------------------------------------------------- calibration
@@ -299,6 +309,7 @@ def sensitivity(
     base = fold(copy.deepcopy(module).eval(), pairs := norm_pairs(module, example))
     names = [layer.name for layer in layers_of(base, example)]
     chosen = policy(names, bits, scheme)
+    _check_floats(base, chosen)
     spans = observe(base, chosen, calibration, scheme)
     whole, rows = score(base), []
     for name in names:
