@@ -20,7 +20,7 @@ from slimray.spec import UserError
 from slimray.tasks.network import load_network
 from slimray.verbs import export
 
-SMALL = ["--set", "samples=6", "--set", "calibrate=4", "--set", "pairs=5"]
+SMALL = ["--set", "samples=6", "--set", "calibrate=4", "--set", "pairs=9"]
 
 
 def test_formats_are_those_that_a_job_may_name():
@@ -77,6 +77,7 @@ def test_an_export_that_disagrees_is_a_failed_run(shell, net):  # noqa: F811
         (["net", "--online"], "is not a causal TSM"),
         (["nett"], "did you mean 'net'"),
         (["net", "--format", "onnx,onnx"], "one is named twice"),
+        (["net", "--set", "pairs=8"], "pairs"),
     ],
 )
 def test_what_cannot_be_exported_is_said_before_anything_is_done(shell, net, arguments, said):  # noqa: F811

@@ -56,8 +56,8 @@ class ExportJob(Spec):
     """Most that an export in int8 may lose of the task's first number; null tells it and lets it pass."""
     threads: int = Field(1, ge=1)
     """Threads with which it is timed."""
-    pairs: int = Field(15, ge=5)
-    """Pairs of times, of the export and of torch in turn."""
+    pairs: int = Field(15, ge=9)
+    """Pairs of times, of the export and of torch in turn; fewer than nine tell little of their spread."""
     notify: NotifySpec | None = None
 
     @property
