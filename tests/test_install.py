@@ -26,8 +26,15 @@ FOLDERS_OF_EXTRAS = {
     "edge/": ("edge",),
     "export/": ("edge", "openvino", "executorch", "compress"),
     "runtime/": ("openvino",),
+    "data/text/": ("text",),
 }
-LATE = {"decord", "open3d", "openvino", "safetensors"}  # what a runtime reads or computes with only where it is there
+LATE = {
+    "decord",
+    "open3d",
+    "openvino",
+    "safetensors",
+    "sentencepiece",
+}  # what a runtime reads or computes with only where it is there
 
 
 def canonical(requirement: str) -> str:

@@ -19,6 +19,7 @@ ONLY_IN = {
     "decord": ("data/video/movies.py",),
     "open3d": ("data/points/geometry.py",),
     "wandb": ("runs/tracking.py",),
+    "sentencepiece": ("data/text/vocabulary.py",),
 }
 NEVER_IN = {
     "torch": ("arch.py", "spec.py", "storage.py", "runs/*.py", "runtime/*.py", "data/*.py", "data/*/*.py",
@@ -237,6 +238,7 @@ KINDS = {
     "points",
     "frustum",
     "image_pair",
+    "text",
     "classify",
     "segment",
     "parts",
@@ -244,7 +246,7 @@ KINDS = {
     "super_resolve",
 }
 OF_KINDS = {"ClipRecipe", "ImageRecipe", "PointRecipe", "PairRecipe", "ClassScore", "SegmentationScore", "ShapeScore",
-            "FrustumScore", "PictureScore", "FrustumNet"}  # fmt: skip
+            "FrustumScore", "PictureScore", "FrustumNet", "TextRecipe"}  # fmt: skip
 SIGNS = {"per_point", "num_shapes", "num_segments", "kind"}  # attributes by which a recipe or network would be told
 EXCEPTIONS = {  # (file, what it does): why that asks neither for a task nor for a modality
     ("data/video/decoder.py", "compares with 'clip'"): "what a request to the decoding process is for",

@@ -13,10 +13,18 @@ from pydantic import Field, model_validator
 from slimray import storage
 from slimray.data.modalities import MODALITIES
 from slimray.data.paths import CLASS, COLUMN, LABELS_OF
+from slimray.data.text.spec import PreparedText
 from slimray.spec import Spec, UserError, did_you_mean, parse, parse_yaml, read_yaml
 
 MAX_CLASSES = 100_000
-_PATTERNS = ("files", "s3dis", "shapenet_part", "cifar10", "cifar100")  # a split may be found in several places
+_PATTERNS = (
+    "files",
+    "s3dis",
+    "shapenet_part",
+    "cifar10",
+    "cifar100",
+    "texts",
+)  # a split may be found in several places
 
 
 class Card(Spec):
@@ -32,21 +40,23 @@ class Card(Spec):
     """Terms of use, as far as they are known."""
     layout: Literal[
         "list", "folders", "files", "something_v2", "hmdb51", "s3dis", "shapenet_part", "kitti", "cifar10", "cifar100",
-        "visual_wake_words", "generated", "index",
+        "visual_wake_words", "texts", "generated", "index",
     ]  # fmt: skip
     """`list`: text or CSV; `folders`: a folder per class; `files`: patterns of paths; `something_v2`: JSON lists;
     `hmdb51`: a list per class; `s3dis`: rooms, a file per object; `shapenet_part`: JSON lists of shapes; `kitti`: lists
     of scans of the object benchmark; `cifar10`, `cifar100`: the binary releases; `visual_wake_words`: instance
-    annotations of COCO; `generated`: made by a `prepare` job; `index`: what a `prepare` job wrote."""
+    annotations of COCO; `texts`: text files, a sample a line; `generated`: made by a `prepare` job; `index`: what a
+    `prepare` job wrote."""
     root: str | None = None
     """Folder of the dataset, if it is always the same; `data.root` of a job goes before it."""
     splits: dict[str, str | tuple[str | int, ...]] = Field(min_length=1)
     """Where each split is found under the root: its list (`list`, `something_v2`, `index`) or lists (`shapenet_part`),
     its annotations (`visual_wake_words`), the folder of its class folders (`folders`; `.` = the root), `[pattern of the
-    lists, mark of its lines]` (`hmdb51`), a pattern of its files or several (`files`, `s3dis`, `cifar10`). In a pattern
-    `*` and `[0-7]` stand for characters of one part of a path, the part `{class}` for any name, which is the class, and
-    `{*}` in the last part makes all files of a folder one sample: `{class}/train/*.off`,
-    `Area_[12346]/*/Annotations/{*}.txt`."""
+    lists, mark of its lines]` (`hmdb51`), its text files, in pairs where translations lie in files of their own
+    (`texts`: `[train.en.gz, train.de.gz]`; a .tsv or .parquet holds both), a pattern of its files or several (`files`,
+    `s3dis`, `cifar10`). In a pattern `*` and `[0-7]` stand for characters of one part of a path, the part `{class}` for
+    any name, which is the class, and `{*}` in the last part makes all files of a folder one sample:
+    `{class}/train/*.off`, `Area_[12346]/*/Annotations/{*}.txt`."""
     delimiter: str | None = Field(None, min_length=1, max_length=1)
     """Character between the columns of a list; default white space, then a path may hold blanks only where it comes
     first and ends like a file of a sample (`my clip.mp4 3`)."""
@@ -69,11 +79,11 @@ class Card(Spec):
     """Classes that become each other in a mirror, by number or name."""
 
     sample: str = Field("clip", json_schema_extra={"enum": list(MODALITIES)})
-    """What a sample is: a clip of a video, an image, a cloud of points, or the points behind a 2D box."""
+    """What a sample is: a clip of a video, an image, a cloud of points, the points behind a 2D box, or text."""
     labels: Literal["sample", "point", "none"] = "sample"
     """Whether a label belongs to a sample, or to each of its points (the label of a list is then its shape, from 0)."""
     task: str | None = None
-    """What is predicted: `classify`, `segment`, `parts`, `frustum_boxes`; `slimray explain tasks` lists them. Default:
+    """What is predicted: `classify`, `segment`, `translate`, ...; `slimray explain tasks` lists them. Default:
     what `sample`, `labels` and `parts` say."""
     point_columns: tuple[str, ...] = ()
     """Columns of text, .npy and .bin point files: x y z, nx ny nz, r g b, intensity, label; `-` leaves one out. Where
@@ -87,6 +97,14 @@ class Card(Spec):
     tile: float | None = Field(None, gt=0)
     """Side, in the unit of the coordinates, of the squares of x and y into which `prepare` cuts each cloud, a sample
     each; for scenes that are larger than a sample. null keeps clouds whole."""
+
+    sides: Literal[1, 2] = 1
+    """Texts of a sample: 1, or 2 for a sentence and its translation (`sample: text`)."""
+    text_columns: tuple[str, ...] = ()
+    """Columns of .tsv and .parquet files that hold the texts: names, or numbers from 1 of a .tsv whose first line names
+    none. Default the first ones, of .parquet `source` and `target`, or `text`."""
+    text: PreparedText | None = None
+    """What a `prepare` job made of texts."""
 
     parts: dict[str, int] = {}
     """Shapes whose parts are the classes, in order, and how many parts each has (ShapeNet: `Airplane: 4, Bag: 2, ...`);
@@ -188,6 +206,7 @@ class Card(Spec):
             "labels",
             "parts",
             "task",
+            "sides",
         }
         document = self.model_dump(include=kept | ({"classes"} if isinstance(self.classes, tuple) else set()))
         if root is not None and "://" not in root:

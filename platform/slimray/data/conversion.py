@@ -27,6 +27,7 @@ from slimray.spec import RunFailed
 
 if TYPE_CHECKING:
     from slimray.data.cards import Card
+    from slimray.data.text.spec import TextSpec
     from slimray.data.video.decoder import Decoder
     from slimray.data.video.repack import Pack
 
@@ -38,7 +39,7 @@ class Raw:
     """A dataset as it came, and how its samples are stored.
 
     `pack` None keeps clips and images as they are. Of each object of split "train" `copies` frustums are made, drawn
-    with `seed`. `timeout_s` is what a cloud may take to read.
+    with `seed`. `timeout_s` is what a cloud may take to read. Texts become tokens of `vocabulary` as `text` says.
     """
 
     root: str
@@ -47,6 +48,8 @@ class Raw:
     copies: int
     seed: int
     timeout_s: float = 30.0
+    text: "TextSpec | None" = None
+    vocabulary: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,16 @@ class Made:
     left_out: Mapping[str, str] = field(default_factory=dict)
     label: int | None = None
     notes: str = ""
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A sample of a file of many that is left out: its path in the index, and why. With `fails` it counts as one that
+    does not decode."""
+
+    path: str
+    reason: str
+    fails: bool = True
 
 
 def convert_clip(raw: Raw, row: dict[str, Any], decoder: "Decoder") -> Iterator[Made]:

@@ -19,6 +19,7 @@ from slimray.data.modalities import MODALITIES
 from slimray.data.paths import ALL_FILES, CLASS, NUMBERED, inside, is_plain, matching
 from slimray.data.points import point_sets
 from slimray.data.samples import BadSample
+from slimray.data.text.conversion import files_of
 from slimray.spec import UserError
 from slimray.storage import join
 
@@ -251,6 +252,15 @@ def _read_cifar(num_labels: int, card: Card, split: str, fs: pafs.FileSystem, ro
             yield Entry(f"{where} picture {number}", {"path": f"{path}#{number:05d}"}, label, place)
 
 
+def _read_texts(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
+    """Text files, each alone or with the file of its translations; all of their lines become samples."""
+    for names in files_of(card, split):
+        for name in names:
+            if not storage.exists(fs, join(root, name)):
+                raise NotThere(f"{join(root, name)}: there is no such file ({split_of(card, split)}): fix data.root")
+        yield Entry(join(root, names[0]), {"path": names[0]}, 0)
+
+
 def _read_visual_wake_words(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
     """Instance annotations of COCO: is the category that is the second class in an image, yes or no."""
     place = place_of(card, split)
@@ -276,4 +286,5 @@ READERS: dict[str, Callable[[Card, str, pafs.FileSystem, str], Iterator[Entry | 
     "s3dis": _read_files,
     "shapenet_part": _read_shapenet_part,
     "kitti": _read_kitti,
+    "texts": _read_texts,
 }

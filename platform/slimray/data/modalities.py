@@ -1,4 +1,4 @@
-"""Clips, images, clouds of points, frustums: all that depends on the kind of a sample is a row of MODALITIES.
+"""Clips, images, clouds of points, frustums, texts: all that depends on the kind of a sample is a row of MODALITIES.
 
 A recipe travels as a plain dict whose `kind` names the row. `load` makes one sample of one row of an index: an array
 of the row's shape and type, and its target (a number, or one per point). Everything random in it is a function of the
@@ -7,8 +7,8 @@ predicted from a sample is a task (slimray.tasks); of its targets only `Target` 
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from slimray.data import conversion, synthetic
 from slimray.data.bytes import read_sample, read_whole
 from slimray.data.images.pairs import PairRecipe, load_pair, open_pair, pair_recipe, require_pair
 from slimray.data.images.pictures import ImageRecipe, make_image
+from slimray.data.modality import Key, Modality, Target, Top
 from slimray.data.open import decoder, filesystem
-from slimray.data.own_files import FileOptions, FileReader, open_clip, open_image, open_points
+from slimray.data.own_files import open_clip, open_image, open_points
 from slimray.data.paths import ALL_FILES, NUMBERED
 from slimray.data.points import point_sets
 from slimray.data.points.columns import parse_columns
@@ -26,103 +27,16 @@ from slimray.data.points.reader import cloud_reader
 from slimray.data.points.recipe import PointRecipe
 from slimray.data.samples import BadSample
 from slimray.data.spec import DataSpec
+from slimray.data.text import samples as text
+from slimray.data.text.conversion import convert_text, learn_vocabulary
+from slimray.data.text.vocabulary import PAD
 from slimray.data.video.clips import ClipRecipe, flip_label, make_clip
-from slimray.data.views import all_fit, clip_views, clip_views_fit, image_views, point_views, same_views
+from slimray.data.views import clip_views, clip_views_fit, image_views, point_views
 from slimray.runs import examples
 from slimray.spec import lookup
 
 if TYPE_CHECKING:
     from slimray.data.cards import Card
-    from slimray.data.video.decoder import Decoder
-
-Key = tuple[int, int, int]
-Top = Sequence[tuple[str, float]]
-
-
-@dataclass(frozen=True)
-class Target:
-    """Target of a sample as the data path knows it: `shape` without the batch, numpy `dtype`, and the value that
-    `fill`s the place of a sample that does not decode. Travels in a plain recipe as `target`."""
-
-    shape: tuple[int, ...] = ()
-    dtype: str = "int64"
-    fill: float = -1
-
-    def to_plain(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {"shape": list(self.shape), "dtype": self.dtype, "fill": self.fill}
-
-    def empty(self, count: int) -> np.ndarray:
-        """Return the targets of `count` samples of which none is known, `[count, ...]`."""
-        return np.full((count, *self.shape), self.fill, self.dtype)
-
-
-@dataclass(frozen=True)
-class Modality:
-    """A row of MODALITIES."""
-
-    noun: str
-    """A sample in words."""
-    plural: str
-    """Samples in words."""
-    recipe: Any
-    """The class of its recipes, with `from_dict` and `to_dict`."""
-    make_recipe: Callable[[DataSpec, "Card", int, str], dict[str, Any]]
-    """The `data` section of a job, a card, the number of segments and a mode ("train", "val", "test") to the fields of
-    a recipe."""
-    shape: Callable[[Any], tuple[int, ...]]
-    """A recipe to the shape of a sample's array, its views first."""
-    input_shape: Callable[[Any], tuple[int, ...]]
-    """A recipe to the shape of what a network takes of one view, without the batch."""
-    target: Callable[[Any], Target]
-    """A recipe to the target of recipes that name none."""
-    dtype: type
-    """Type of a sample's array."""
-    load: Callable[[dict[str, Any], str, Any, Key, float], tuple[np.ndarray, Any]]
-    """Row of an index, root, recipe, key, seconds a file may take to decode: to a sample and its target."""
-    convert: Callable[[conversion.Raw, dict[str, Any], "Decoder"], Iterator[conversion.Made]]
-    """A raw file to the samples that `prepare` stores of it."""
-    require: Callable[["Card"], None]
-    """Raises ValueError, as the validators of a card do, for a card that does not fit."""
-    decode_s: float
-    """Core-seconds to decode a sample, assumed until measured."""
-    sample_mb: float
-    """Megabytes of a sample on storage, assumed until measured."""
-    packed: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """The same two for the formats of `pack`, where it changes what is stored."""
-    endings: frozenset[str] = frozenset()
-    """Endings of the names of files that hold samples, in lower case; in folders of samples, others are left out."""
-    generate: Callable[[int, int, synthetic.Sizes], synthetic.Generated] | None = None
-    """Number, seed and sizes to a generated sample; None where there are none."""
-    layouts: frozenset[str] = frozenset()
-    """Layouts of cards that hold nothing else."""
-    stored: bool = False
-    """Whether samples are read from what `prepare` stored only, never from the files as they came."""
-    segmented: bool = False
-    """Whether a sample is made of segments in time, as many as the network takes (`num_segments`)."""
-    in_channels: int | None = None
-    """Channels of an input where all samples have the same, 3 for pixels."""
-    varying: Mapping[int, str] = field(default_factory=dict)
-    """Axes of what a network takes `[B, ...]` that may have any size, beside the batch, and what varies along them."""
-    early_input: Callable[[DataSpec, int], tuple[int, ...]] | None = None
-    """The `data` section and the number of segments to the shape of an input, before the dataset is known; None where
-    that depends on it."""
-    notes: Callable[[np.ndarray, Any], str] | None = None
-    """The column `frames` of an index, and a recipe if one is known, to what users may not expect: a sentence or ""."""
-    views: frozenset[str] = frozenset()
-    """Fields of an evaluation that choose its views."""
-    view_recipe: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]] = same_views
-    """The plain recipe of a validation and the options of an evaluation to the recipe of the latter."""
-    views_fit: Callable[[Mapping[str, Any], Mapping[str, Any], str], str] = all_fit
-    """A plain recipe, the options of an evaluation and the name of a run to why they do not fit each other, or ""."""
-    open_file: Callable[[Any, FileOptions], FileReader] | None = None
-    """A recipe and options to what makes samples of a user's own files; None where no file is a sample."""
-    frame: Callable[[Any, np.ndarray], np.ndarray] | None = None
-    """A recipe and a picture uint8 [H, W, 3], such as a camera gives, to a frame as the network takes it, uint8
-    [size, size, 3]; None where a sample is made of something else."""
-    example: Callable[[np.ndarray, str, Top, Sequence[Any]], dict[str, Any]] | None = None
-    """One view of a classified sample, its class, the likeliest ones, and what the branches of the network respond to,
-    to an example of a report."""
 
 
 def _show_image(view: np.ndarray, truth: str, top: Top, _: Sequence[Any]) -> dict[str, Any]:
@@ -162,6 +76,18 @@ def target_of(recipe: Mapping[str, Any]) -> Target:
     if plain is not None:
         return Target(tuple(plain["shape"]), plain["dtype"], plain["fill"])
     return modality_of(recipe).target(read_recipe(recipe))
+
+
+def pads_of(recipe: Mapping[str, Any]) -> tuple[float, float]:
+    """Return what fills up shorter samples of a plain recipe, and their targets."""
+    return modality_of(recipe).pad or 0, target_of(recipe).fill
+
+
+def empty_sample(recipe: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return what stands for a sample that does not decode where samples have lengths of their own, and its target."""
+    modality, target = modality_of(recipe), target_of(recipe)
+    shape = modality.shape(replace(read_recipe(recipe), length=1))
+    return np.full(shape, modality.pad, modality.dtype), np.full((*target.shape[:-1], 1), target.fill, target.dtype)
 
 
 def sample_shape(recipe: Mapping[str, Any]) -> tuple[int, ...]:
@@ -349,6 +275,15 @@ def _require_points(card: "Card") -> None:
         raise ValueError(f"point_columns: {error}") from None
 
 
+def _require_text(card: "Card") -> None:
+    if card.layout not in ("texts", "index"):
+        raise ValueError("layout: must be texts for sample: text")
+    if card.labels != "none":
+        raise ValueError("labels: must be none for sample: text, texts have no classes")
+    if card.text_columns and len(card.text_columns) != card.sides:
+        raise ValueError(f"text_columns: must be {card.sides}, as many as sides")
+
+
 def _require_frustum(card: "Card") -> None:
     if card.layout not in ("kitti", "index"):
         raise ValueError("layout: kitti goes with sample: frustum, neither without the other")
@@ -365,6 +300,7 @@ VIDEOS = _endings(
     "mp4 m4v mov qt avi divx mkv webm flv f4v wmv asf mpg mpeg mpe m1v m2v vob ts mts m2ts m2t 3gp 3g2 ogv ogg h264 "
     "264 avc h265 265 hevc ivf obu av1 nut mxf dv y4m mjpeg mjpg rm rmvb zip"
 )
+TEXTS = _endings("txt tsv")
 CLOUDS = _endings("ply las laz npy npz pcd off obj stl bin txt xyz xyzn xyzrgb pts csv asc")
 
 MODALITIES: dict[str, Modality] = {
@@ -480,5 +416,28 @@ MODALITIES: dict[str, Modality] = {
         layouts=frozenset({"kitti"}),
         stored=True,
         varying={2: "points"},
+    ),
+    "text": Modality(
+        noun="text",
+        plural="texts",
+        recipe=text.TextRecipe,
+        make_recipe=text.text_recipe,
+        shape=text.text_shape,
+        input_shape=text.text_input,
+        target=lambda recipe: Target((recipe.length,), "int64", PAD),
+        dtype=np.int32,
+        load=text.load_text,
+        convert=convert_text,
+        require=_require_text,
+        decode_s=0.00005,
+        sample_mb=0.0001,
+        endings=TEXTS,
+        layouts=frozenset({"texts"}),
+        stored=True,
+        write=text.write_text_shard,
+        rows_per_shard=text.ROWS_PER_SHARD,
+        learn=learn_vocabulary,
+        pad=PAD,
+        varying={2: "tokens"},
     ),
 }

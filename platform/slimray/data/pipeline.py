@@ -10,6 +10,8 @@ Sample failures stay in their slot (`valid` 0, `reason`); storage failures are r
 """
 
 import asyncio
+import copy
+import functools
 import itertools
 import logging
 import threading
@@ -29,8 +31,9 @@ from ray.data.block import BlockAccessor
 from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from slimray.data.modalities import modality_of, read_recipe, target_of
-from slimray.data.plan import Block, Phase, blocks, ceil_div, feeder_ranks, num_feeders, pass_order, rank_slice
+from slimray.data.modalities import empty_sample, modality_of, pads_of, read_recipe, target_of
+from slimray.data.plan import Block, Phase, blocks, ceil_div, feeder_ranks, num_feeders, rank_slice
+from slimray.data.ragged import joined, tight
 from slimray.data.samples import BadSample
 from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError
@@ -73,16 +76,17 @@ class Batch:
 
     `data` and `label` `[n, ...]` as modality and target of the recipe have them, `sample` int64 `[n]` row in the index,
     `position` int64 `[n]` place in the plan, `valid` bool `[n]`, `path` and `reason` lists of str (reason ""
-    where valid).
+    where valid). Blocks of shorter samples are filled up with `pads`, of data and of labels.
     """
 
-    def __init__(self, tables: Sequence[pa.Table]):
+    def __init__(self, tables: Sequence[pa.Table], pads: tuple[float, float] = (0, -1)):
         parts: list[Any] = [BlockAccessor.for_block(table).to_batch_format("numpy") for table in tables]
         order = np.argsort(np.concatenate([p["position"] for p in parts]), kind="stable") if len(parts) > 1 else None
 
         def column(name: str) -> np.ndarray:
-            joined = parts[0][name] if len(parts) == 1 else np.concatenate([p[name] for p in parts])
-            return joined if order is None else joined[order]
+            pad = pads[name == "label"]
+            whole = parts[0][name] if len(parts) == 1 else joined([p[name] for p in parts], pad)
+            return whole if order is None else whole[order]
 
         self.position, self.sample, self.label = column("position"), column("sample"), column("label")
         self.valid, self.data = column("valid").astype(bool), column("data")
@@ -90,6 +94,14 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.position)
+
+    def cut(self, lo: int, hi: int, pads: tuple[float, float]) -> "Batch":
+        """Return rows [lo, hi) as a batch of its own, as long as the longest of them."""
+        one = copy.copy(self)
+        for name in ("position", "sample", "valid", "path", "reason"):
+            setattr(one, name, getattr(self, name)[lo:hi])
+        one.data, one.label = tight(self.data[lo:hi], self.label[lo:hi], pads)
+        return one
 
 
 # ---------------------------------------------------------------------------------------- in the decoding tasks
@@ -103,10 +115,12 @@ def decode_block(numbers: dict[str, np.ndarray], plan: "ray.ObjectRef[np.ndarray
     phase = config.phases[phase_number]
     source = config.sources[phase.split]
     index = _fetch(source.index)
-    samples = pass_order(phase, config.seed)[lo:hi]
+    samples = phase.plan.samples(lo, hi, config.seed, lambda: _by_length(source.index))
     modality, recipe = modality_of(phase.recipe), read_recipe(phase.recipe)
-    data = np.zeros((len(samples), *modality.shape(recipe)), modality.dtype)
-    labels = target_of(phase.recipe).empty(len(samples))
+    fixed = modality.pad is None  # else samples are as long as they are, and the block as its longest
+    data = np.zeros((len(samples), *modality.shape(recipe)) if fixed else 0, modality.dtype)
+    labels = target_of(phase.recipe).empty(len(samples) if fixed else 0)
+    own: list[tuple[np.ndarray, np.ndarray]] = []
     paths, reasons = [], []
     for i, sample in enumerate(samples):
         row, reason = index.slice(int(sample), 1).to_pylist()[0], ""
@@ -115,16 +129,24 @@ def decode_block(numbers: dict[str, np.ndarray], plan: "ray.ObjectRef[np.ndarray
         try:
             if phase.split == "train" and known in _BAD:  # its weight is 0 for good, and it may take long to fail
                 raise BadSample(_BAD[known])
-            data[i], labels[i] = modality.load(row, source.root, recipe, key, config.decode_timeout_s)
+            sample, label = modality.load(row, source.root, recipe, key, config.decode_timeout_s)
+            if fixed:
+                data[i], labels[i] = sample, label
+            else:
+                own.append((sample, label))
         except BadSample as bad:
             reason = str(bad) or "does not decode"
             _BAD[known] = reason
+            own += [] if fixed else [empty_sample(phase.recipe)]
         except FileNotFoundError as error:  # Ray would take an OSError for something that passes
             raise RunFailed(
                 f"a file of the index is missing ({error}): fix the list, or run `prepare` again"
             ) from error
         paths.append(row["path"])
         reasons.append(reason)
+    if not fixed:
+        pads = pads_of(phase.recipe)
+        data, labels = (joined([values[None] for values in column], pad) for column, pad in zip(zip(*own), pads))
     return {
         "position": np.arange(lo, hi),
         "sample": samples.copy(),
@@ -156,6 +178,12 @@ def map_numbers(
         )
 
 
+@functools.lru_cache(maxsize=4)
+def _by_length(index: "ray.ObjectRef[pa.Table]") -> np.ndarray:
+    """The rows of an index from short samples to long ones, int64; its column `frames` is their length."""
+    return np.argsort(_fetch(index).column("frames").to_numpy(), kind="stable")
+
+
 def _fetch(ref: Any) -> Any:
     return ray.get(ref, timeout=300)
 
@@ -177,6 +205,8 @@ class _Feeder:
 
     def _blocks_per_step(self) -> int:
         largest = max((phase.batch for phase in self.config.phases), default=1)
+        if any(phase.bags is not None for phase in self.config.phases):
+            return ceil_div(largest, self.config.world)
         return ceil_div(ceil_div(largest, self.config.world), self.config.max_rows)
 
     async def start(self) -> None:
@@ -332,7 +362,7 @@ class RankStream:
             refs, num_rows = self._get(self.feeder.take.remote(self.rank), phase, step, deadline)
             tables.append(self._get(refs[0], phase, step, deadline))
             have += num_rows
-        batch = Batch(tables) if tables else None
+        batch = Batch(tables, pads_of(phase.recipe)) if tables else None
         if batch is not None and not np.array_equal(batch.position, np.arange(lo, hi)):
             raise RunFailed(
                 f"rank {self.rank} got positions {batch.position[0]} to {batch.position[-1]} at step {step} of "

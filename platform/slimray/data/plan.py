@@ -1,23 +1,52 @@
 """The epoch plan: which sample is consumed at which step by which rank, as pure functions.
 
-An epoch is a permutation of the split's index that depends on (seed, epoch) only. Step s consumes the window
+A `Plan` puts the samples of a pass at positions, in windows, one for each step; there are two. By count, an epoch is a
+permutation of the split's index that depends on (seed, epoch) only. Step s consumes the window
 `order[s*B : (s+1)*B]`, B the global batch; of a window of n positions rank r of w takes floor(r*n/w) to
-floor((r+1)*n/w). Progress is therefore (epoch, step), and a resume on another number of workers repeats and skips
+floor((r+1)*n/w). By tokens (token_plan.py), samples of similar length lie in bags of at most so many tokens, and a step
+consumes so many bags. Progress is therefore (epoch, step), and a resume on another number of workers repeats and skips
 nothing. A `Phase` is one pass over one split (a training epoch, a validation, an evaluation); the data pipeline
 streams a list of phases as numbered blocks, and this file alone knows the numbering. numpy only.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from slimray.data.token_plan import Bags, TokenPlan, ceil_div
 
-def ceil_div(a: int, b: int) -> int:
-    """Return the smallest integer not below a / b."""
-    return -(-a // b)
+
+class Plan(Protocol):
+    """Which samples lie at which positions of a pass, and which positions a rank consumes at a step."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole pass, a short last one included."""
+        ...
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of the whole pass."""
+        ...
+
+    def share(self, step: int) -> float:
+        """Return how much of a full window that of `step` is: below 1 for a short last one."""
+        ...
+
+    def rank_slice(self, step: int, rank: int, world: int) -> tuple[int, int]:
+        """Return the positions [lo, hi) that `rank` of `world` consumes at `step`; may be empty."""
+        ...
+
+    def microbatches(self, step: int, rank: int, world: int, per_worker: int) -> list[tuple[int, int]]:
+        """Return the rank's slice cut into pieces, equally many on every rank, empty ones at the end."""
+        ...
+
+    def samples(self, lo: int, hi: int, seed: int, by_length: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return the sample ids at positions [lo, hi); `by_length` gives the rows of the index, short to long."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,6 +60,8 @@ class Phase:
     windows of the others: what an architecture search learns from. Each is used equally often, over the epochs.
 
     `drop_last` leaves out a last window that is not full; `limit` ends the pass after so many positions (0: none).
+
+    With `bags` a window is `batch` of them, none is held out and there is no limit.
     """
 
     name: str
@@ -45,15 +76,27 @@ class Phase:
     every: int = 0
     drop_last: bool = False
     limit: int = 0
+    bags: Bags | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """Where its samples lie."""
+        if self.bags is None:
+            return CountPlan(self)
+        return TokenPlan(self.bags, self.batch, self.epoch, self.shuffle, self.drop_last)
 
     @property
     def num_steps(self) -> int:
         """Steps of the whole pass, a short last window included."""
+        if self.bags is not None:
+            return self.plan.num_steps
         return ceil_div(self.num_positions, self.batch)
 
     @property
     def num_positions(self) -> int:
         """Positions of the whole pass, those of held-out windows included."""
+        if self.bags is not None:
+            return self.plan.num_positions
         count = self.num_samples - self.held + self.num_held_windows * self.batch
         count = count // self.batch * self.batch if self.drop_last else count
         return min(count, self.limit) if self.limit else count
@@ -70,10 +113,14 @@ class Phase:
 
     def share(self, step: int) -> float:
         """Return the positions of the window of `step` as a share of a full one: below 1 for a short last window."""
+        if self.bags is not None:
+            return self.plan.share(step)
         return min(self.batch, self.num_positions - step * self.batch) / self.batch
 
     def num_trained(self, step: int) -> int:
-        """Samples, of those not held out, in the windows before `step`."""
+        """Samples, of those not held out, in the windows before `step`; with `bags` bags, as rates follow steps."""
+        if self.bags is not None:
+            return min(step * self.batch, self.bags.count)
         windows = min(step // (self.every + 1), self.num_held_windows) if self.every else 0
         return min((step - windows) * self.batch, self.num_samples - self.held)
 
@@ -127,22 +174,56 @@ def _order_with_held(
     return order
 
 
+@dataclass(frozen=True)
+class CountPlan:
+    """Windows of `phase.batch` samples."""
+
+    phase: Phase
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole pass, a short last window included."""
+        return self.phase.num_steps
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of the whole pass, those of held-out windows included."""
+        return self.phase.num_positions
+
+    def share(self, step: int) -> float:
+        """Return the positions of the window of `step` as a share of a full one."""
+        return self.phase.share(step)
+
+    def rank_slice(self, step: int, rank: int, world: int) -> tuple[int, int]:
+        """Return the positions [lo, hi) that `rank` of `world` consumes at `step`; may be empty."""
+        start = step * self.phase.batch
+        count = min(self.phase.batch, self.num_positions - start)
+        return start + rank * count // world, start + (rank + 1) * count // world
+
+    def microbatches(self, step: int, rank: int, world: int, per_worker: int) -> list[tuple[int, int]]:
+        """Return the rank's slice cut into pieces of at most `per_worker` positions."""
+        count = min(self.phase.batch, self.num_positions - step * self.phase.batch)
+        pieces = ceil_div(ceil_div(count, world), per_worker)
+        lo, hi = self.rank_slice(step, rank, world)
+        return [(min(hi, lo + i * per_worker), min(hi, lo + (i + 1) * per_worker)) for i in range(pieces)]
+
+    def samples(self, lo: int, hi: int, seed: int, by_length: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return the sample ids at positions [lo, hi); their lengths play no part."""
+        return pass_order(self.phase, seed)[lo:hi]
+
+
 def rank_slice(phase: Phase, step: int, rank: int, world: int) -> tuple[int, int]:
     """Return the positions [lo, hi) of the plan that `rank` of `world` consumes at `step`; may be empty."""
-    start = step * phase.batch
-    count = min(phase.batch, phase.num_positions - start)
-    return start + rank * count // world, start + (rank + 1) * count // world
+    return phase.plan.rank_slice(step, rank, world)
 
 
 def microbatches(phase: Phase, step: int, rank: int, world: int, per_worker: int) -> list[tuple[int, int]]:
-    """Return the rank's slice cut into pieces of at most `per_worker` positions; every rank gets equally many pieces.
+    """Return the rank's slice cut into pieces of at most `per_worker` positions, or into bags; every rank gets equally
+    many pieces.
 
     A rank whose slice is shorter gets empty pieces at its end, so that all ranks take part in every collective.
     """
-    count = min(phase.batch, phase.num_positions - step * phase.batch)
-    pieces = ceil_div(ceil_div(count, world), per_worker)
-    lo, hi = rank_slice(phase, step, rank, world)
-    return [(min(hi, lo + i * per_worker), min(hi, lo + (i + 1) * per_worker)) for i in range(pieces)]
+    return phase.plan.microbatches(step, rank, world, per_worker)
 
 
 def blocks(phases: Sequence[Phase], world: int, ranks: Sequence[int], max_rows: int) -> Iterator[Block]:

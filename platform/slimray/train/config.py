@@ -1,9 +1,11 @@
 """`FitConfig`: everything that a verb hands to the workers of one training run."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from slimray.data.pipeline import Source
+from slimray.data.token_plan import Bags
 from slimray.runs import tracking
 from slimray.tasks.network import Input
 from slimray.train.methods.method import Method
@@ -16,6 +18,7 @@ class FitConfig:
 
     `task` is a name in TASKS, `method` says what a step computes, `dataset` is the fingerprint of the indexes,
     `recipes` maps split to the plain form of its per-sample recipe, `job` is the resolved job as written to the run.
+    Batches by tokens have the `bags` of each split; `batch_total` and `per_worker` then count tokens.
     """
 
     run_uri: str
@@ -47,3 +50,9 @@ class FitConfig:
     method: Method
     drop_last: bool = False
     limits: LimitsSpec | None = None
+    bags: Mapping[str, Bags] = field(default_factory=dict)
+
+    @property
+    def window(self) -> int:
+        """What a step consumes: samples, or bags where batches are counted in tokens."""
+        return self.batch_total // self.per_worker if self.bags else self.batch_total

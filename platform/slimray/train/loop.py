@@ -22,8 +22,10 @@ from ray.train.torch import get_device
 from torch import Tensor
 
 from slimray import runs
+from slimray.data.modalities import pads_of
 from slimray.data.pipeline import Batch, FeedConfig
 from slimray.data.plan import Phase, microbatches
+from slimray.data.ragged import tight
 from slimray.edge.compiler import without_compiler
 from slimray.spec import RunFailed
 from slimray.tasks import TASKS
@@ -191,10 +193,9 @@ class _Rank:
 
     def _training(self, epoch: int, first: int = 0) -> Phase:
         config, recipe = self.config, self.config.recipes["train"]
-        held = config.method.held(epoch)
-        phase = Phase(
-            "train", "train", epoch, self.num_train, config.batch_total, True, recipe, first, *held, config.drop_last
-        )
+        held, bags = config.method.held(epoch), config.bags.get("train")
+        numbers = (epoch, self.num_train, config.window)
+        phase = Phase("train", "train", *numbers, True, recipe, first, *held, config.drop_last, bags=bags)
         if not phase.num_steps:
             raise RunFailed(
                 f"batch.drop_last: {self.num_train} training samples do not fill a batch of {config.batch_total}: "
@@ -205,7 +206,7 @@ class _Rank:
     def _validation(self, epoch: int) -> Phase:
         config = self.config
         num_val, recipe = config.sources["val"].num_samples, config.recipes["val"]
-        return Phase("val", "val", epoch, num_val, config.batch_total, False, recipe)
+        return Phase("val", "val", epoch, num_val, config.window, False, recipe, bags=config.bags.get("val"))
 
     def _validates(self, epoch: int) -> bool:
         due = (epoch + 1) % self.config.val_every == 0 or epoch + 1 == self.config.optim.epochs
@@ -268,7 +269,8 @@ class _Rank:
                     if batch is not None:
                         self.bad.note(batch, phase, self.records.bad)
                         seed, precision = (config.seed, step, self.rank), config.optim.precision
-                        score_batch(net, batch, config.pixels, self.device, config.per_worker, score, seed, precision)
+                        for one in self._parts(phase, step, batch):
+                            score_batch(net, one, config.pixels, self.device, config.per_worker, score, seed, precision)
                     self.news.tell(phase, step, self.progress.total_steps, self.clock)
                     self.looks = bool(self.ranks.sum(self.notices.due())[0])
                     if last:
@@ -337,6 +339,13 @@ class _Rank:
             self.saver.wait()
         self.ranks.sum(0.0)
 
+    def _parts(self, phase: Phase, step: int, batch: Batch) -> list[Batch]:
+        """The rows of a step that are scored together: all, or those of each bag."""
+        if phase.bags is None:
+            return [batch]
+        cuts = microbatches(phase, step, self.rank, self.world, self.config.per_worker)
+        return [batch.cut(lo - cuts[0][0], hi - cuts[0][0], pads_of(phase.recipe)) for lo, hi in cuts if lo < hi]
+
     def _pieces(self, phase: Phase, step: int, batch: Batch | None, keep: np.ndarray) -> list[Piece]:
         cuts = microbatches(phase, step, self.rank, self.world, self.config.per_worker)
         if batch is None:
@@ -344,7 +353,8 @@ class _Rank:
         pieces = []
         for lo, hi in cuts:
             rows = np.flatnonzero(keep[lo - cuts[0][0] : hi - cuts[0][0]]) + lo - cuts[0][0]
-            pieces.append(Piece(batch.data[rows], batch.label[rows]))
+            data, labels = batch.data[rows], batch.label[rows]
+            pieces.append(Piece(*(tight(data, labels, pads_of(phase.recipe)) if phase.bags else (data, labels))))
         return pieces
 
     def _end_validation(self, phase: Phase, score: Score) -> None:

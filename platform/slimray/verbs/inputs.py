@@ -24,7 +24,7 @@ from slimray.data.modalities import MODALITIES, read_recipe
 from slimray.data.samples import BadSample
 from slimray.data.spec import DataSpec
 from slimray.spec import UserError, did_you_mean, located, parse
-from slimray.storage import absolute, join, open_uri
+from slimray.storage import absolute, join, open_uri, read_bytes
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def open_splits(data: DataSpec, where: str, storage: str, names: Sequence[str]) 
     """Read the indexes of the splits `names`; UserError with the field when the dataset or the run is not there."""
     if data.run is not None:
         folder = join(finished_run(data.run, storage, ("dataset",), f"{where}: data.run").uri, "data")
-        card = load_card(join(folder, "card.yaml"), [])
+        card = _with_vocabulary(load_card(join(folder, "card.yaml"), []), folder)
         root = card.root or folder  # an index of files that were probed, not packed, tells of files elsewhere
     else:
         assert isinstance(data.card, dict)  # embedded when the job was loaded
@@ -96,6 +96,18 @@ def open_splits(data: DataSpec, where: str, storage: str, names: Sequence[str]) 
         return Splits(root, card, {name: read_split(card, name, folder) for name in names})
     except UserError as error:
         raise UserError(located(str(error), f"{where}: data")) from None
+
+
+def _with_vocabulary(card: Card, folder: str) -> Card:
+    """Return the card of prepared texts with its vocabulary in place of the file that holds it."""
+    if card.text is None:
+        return card
+    fs, path = open_uri(join(folder, card.text.tokenizer))
+    try:
+        text = read_bytes(fs, path).decode("ascii")
+    except (FileNotFoundError, UnicodeDecodeError):
+        raise UserError(f"{folder}: its tokenizer is missing or damaged: run prepare again") from None
+    return card.model_copy(update={"text": card.text.model_copy(update={"tokenizer": text})})
 
 
 def require_splits(dataset: str, known: Sequence[str], names: Sequence[str]) -> None:

@@ -27,18 +27,21 @@ from pydantic import Field, model_validator
 from slimray import runs, storage
 from slimray.data.bytes import write_shard
 from slimray.data.cards import Card
-from slimray.data.conversion import BY_LAYOUT, Raw, scan_objects
+from slimray.data.conversion import BY_LAYOUT, Bad, Raw, scan_objects
 from slimray.data.index import fingerprint, index_table, notes_of
 from slimray.data.lists import read_split, unused_labels
 from slimray.data.modalities import MODALITIES
 from slimray.data.samples import BadSample
 from slimray.data.synthetic import Sizes
+from slimray.data.text.spec import PreparedText, TextSpec
+from slimray.data.text.vocabulary import vocabulary_of
 from slimray.data.video.decoder import Decoder
 from slimray.data.video.repack import Pack
 from slimray.spec import RunFailed, Spec, UserError, parse
 from slimray.verbs import inputs
 from slimray.verbs.context import CheckContext, Context, Made
 
+TOKENIZER = "tokenizer.txt"  # beside the card: the vocabulary of texts
 MAX_NOTES = 10  # printed, of files with points that are left out
 
 
@@ -93,6 +96,8 @@ class PrepareJob(Spec):
     """Name of the run, a folder of the storage; training reads it by `data: {run: NAME}`."""
     data: PrepareData
     pack: PackSpec | None = None
+    text: TextSpec | None = None
+    """How texts become tokens (`sample: text`)."""
     clips_per_shard: int = Field(64, ge=1)
     """Clips per unit of work, and per parquet shard."""
     tasks: int = Field(0, ge=0)
@@ -136,6 +141,8 @@ class _Work:
     data: PrepareData
     pack: PackSpec | None
     timeout_s: float
+    text: TextSpec | None = None
+    vocabulary: str = ""
 
 
 Job = PrepareJob
@@ -155,6 +162,7 @@ def check(job: PrepareJob, ctx: CheckContext) -> dict[str, Any]:
             out["clips"] = job.data.clips
         elif not root:
             raise UserError(f"data.root: is required, the folder where {card.name} lies")
+        _require_sections(job, card)
         if generated:  # without a table: making one imports pandas
             return out | {"samples": {split: len(to_generate(job, split)) for split in out["splits"]}}
         tables = {split: _table(job, card, split, root) for split in out["splits"]}
@@ -168,10 +176,19 @@ def check(job: PrepareJob, ctx: CheckContext) -> dict[str, Any]:
     return out
 
 
+def _require_sections(job: PrepareJob, card: Card) -> None:
+    """Raise UserError for a section that means nothing for the samples of a card."""
+    modality = MODALITIES[card.sample]
+    if job.text is not None and modality.learn is None:
+        raise UserError(f"text: is for texts, {card.name} has {modality.plural}: leave it out")
+    if job.pack is not None and modality.learn is not None:
+        raise UserError(f"pack: is for clips and images, {card.name} has {modality.plural}: leave it out")
+
+
 def makes(job: PrepareJob) -> dict[str, Made]:
     """Return the dataset; each listed file is a sample of it, but for scenes that are cut up."""
     card = parse(Card, _card(job), "data.card")
-    counted = card.layout not in SEVERAL and not card.tile
+    counted = card.layout not in SEVERAL and not card.tile and not MODALITIES[card.sample].rows_per_shard
     return {job.name: Made("dataset", job.data.card, splits=tuple(_splits(job, card)), counted=counted)}  # type: ignore[arg-type]
 
 
@@ -192,11 +209,26 @@ def run(job: PrepareJob, ctx: Context) -> None:
         _require_same_lists(ctx, tables)
         for note in _notes(card, tables):
             ctx.console.print(f"{job.name}: {note}", highlight=False, markup=False)
+    _require_sections(job, card)
+    vocabulary = _learn(job, ctx, card, root)
     done = set(runs.list_names(ctx.run, "data/parts"))
     todo = tuple(chunk for chunk in chunks if _part_name(chunk) not in done)
     if todo:
-        _process(job, ctx, card, root, tables, todo)
-    _write_indexes(job, ctx, card, chunks, root)
+        _process(job, ctx, card, root, tables, todo, vocabulary)
+    _write_indexes(job, ctx, card, chunks, root, vocabulary)
+
+
+def _learn(job: PrepareJob, ctx: Context, card: Card, root: str) -> str:
+    """Return the vocabulary of a dataset of texts, learned at the first attempt; "" for anything else."""
+    learn = MODALITIES[card.sample].learn
+    if learn is None:
+        return ""
+    with contextlib.suppress(FileNotFoundError):
+        return runs.read_file(ctx.run, f"data/{TOKENIZER}").decode()
+    ctx.console.print(f"{job.name}: training the tokenizer", highlight=False, markup=False)
+    vocabulary = learn(card, root, job.text or TextSpec.model_validate({}))
+    runs.write_file(ctx.run, f"data/{TOKENIZER}", vocabulary.encode())
+    return vocabulary
 
 
 def _notes(card: Card, tables: Mapping[str, pa.Table]) -> list[str]:
@@ -251,7 +283,9 @@ def _part_name(chunk: _Chunk) -> str:
     return f"{chunk.split}-{chunk.number:06d}.json"
 
 
-def _process(job: PrepareJob, ctx: Context, card: Card, root: str, tables: dict, todo: tuple[_Chunk, ...]) -> None:
+def _process(
+    job: PrepareJob, ctx: Context, card: Card, root: str, tables: dict, todo: tuple[_Chunk, ...], vocabulary: str
+) -> None:
     """Run the chunks as Ray Data tasks and show how far they are."""
     import ray
     from ray import exceptions
@@ -264,7 +298,8 @@ def _process(job: PrepareJob, ctx: Context, card: Card, root: str, tables: dict,
     workers.connect(ctx.cpus)
     slots = min(slots, max(1, int(workers.capacity().get("CPU", 1))))
     refs = {split: ray.put(table) for split, table in tables.items()}
-    work = _Work(ctx.run.uri, root, todo, refs, card, job.data, job.pack, job.decode_timeout_s)
+    text = (job.text or TextSpec.model_validate({})) if vocabulary else None
+    work = _Work(ctx.run.uri, root, todo, refs, card, job.data, job.pack, job.decode_timeout_s, text, vocabulary)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
@@ -280,7 +315,7 @@ def _process(job: PrepareJob, ctx: Context, card: Card, root: str, tables: dict,
             raise failure_of(error) from error
 
 
-def _write_indexes(job: PrepareJob, ctx: Context, card: Card, chunks: list[_Chunk], root: str) -> None:
+def _write_indexes(job: PrepareJob, ctx: Context, card: Card, chunks: list[_Chunk], root: str, vocabulary: str) -> None:
     """Join the parts to one index per split, the quarantine, the card of the prepared dataset."""
     rows: dict[str, list] = {chunk.split: [] for chunk in chunks}
     bad: dict[str, list] = {chunk.split: [] for chunk in chunks}
@@ -294,7 +329,7 @@ def _write_indexes(job: PrepareJob, ctx: Context, card: Card, chunks: list[_Chun
         bad[chunk.split] += part["bad"] + part["left_out"]
         objects[chunk.split] += part.get("objects", [])
         notes += part.get("notes", [])
-        files[chunk.split] += chunk.hi - chunk.lo
+        files[chunk.split] += part.get("tried", chunk.hi - chunk.lo)
         failed[chunk.split] += len(part["bad"])
         totals["bytes_in"] += part["bytes_in"]
         totals["bytes_out"] += part["bytes_out"]
@@ -321,13 +356,21 @@ def _write_indexes(job: PrepareJob, ctx: Context, card: Card, chunks: list[_Chun
         metrics[split] = {"clips": len(items), "quarantined": len(bad[split])}
     here = job.pack is not None or card.layout == "generated" or MODALITIES[card.sample].stored
     prepared = card.prepared(list(rows), None if here else root)
+    if vocabulary:
+        lengths = {split: max(item["frames"] for item in items) for split, items in rows.items()}
+        known = {"tokenizer": TOKENIZER, "vocab_size": vocabulary_of(vocabulary).size, "lengths": lengths}
+        lower = job.text is not None and job.text.lower
+        prepared = prepared.model_copy(update={"text": PreparedText.model_validate(known | {"lower": lower})})
     text = yaml.safe_dump(prepared.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
     runs.write_file(ctx.run, "data/card.yaml", text.encode())
     packed: dict[str, Any] = {key: totals[key] for key in ("bytes_in", "bytes_out")} if job.pack else {}
     if totals["psnr"]:
         packed["psnr_db"] = float(np.median(totals["psnr"]))
     ctx.finish({"metrics": metrics, "packed": packed, "dataset": {"name": card.name}})
-    summary = ", ".join(f"{split} {m['clips']} clips ({m['quarantined']} quarantined)" for split, m in metrics.items())
+    plural = "clips" if not vocabulary else MODALITIES[card.sample].plural
+    summary = ", ".join(
+        f"{split} {m['clips']} {plural} ({m['quarantined']} quarantined)" for split, m in metrics.items()
+    )
     ctx.console.print(f"{job.name}: {summary}", highlight=False)
     for note in notes[:MAX_NOTES]:
         ctx.console.print(f"  {note}", highlight=False, markup=False)
@@ -391,21 +434,31 @@ def _convert(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any],
     shard = f"shards/{chunk.split}-{chunk.number:06d}.parquet" if packed_here else ""
     rows = [{**row, "split": chunk.split} for row in rows]
     with Decoder(timeout_s=work.timeout_s) as decoder:
-        packed = _pack(work, rows, part, shard, decoder)
-        first = next(packed, None)
-        if first is not None:
-            write_shard(fs, f"{folder}/data/{shard}", itertools.chain([first], packed))
+        for name, packed in itertools.groupby(_pack(work, rows, part, shard, decoder), lambda one: one[0]):
+            MODALITIES[work.card.sample].write(fs, f"{folder}/data/{name}", (row for _, row in packed))
 
 
-def _pack(work: _Work, rows: list[dict], part: dict[str, Any], shard: str, decoder: Decoder) -> Iterator[dict]:
-    """The rows of the shard, made one by one (none without a shard); `part` notes what is made and what is bad."""
-    convert = BY_LAYOUT.get(work.card.layout) or MODALITIES[work.card.sample].convert
+def _pack(
+    work: _Work, rows: list[dict], part: dict[str, Any], shard: str, decoder: Decoder
+) -> Iterator[tuple[str, dict]]:
+    """The rows of the shard, made one by one (none without a shard), each with the name of its shard, of which there
+    are several where the modality bounds them; `part` notes what is made and what is bad."""
+    modality = MODALITIES[work.card.sample]
+    convert, most = BY_LAYOUT.get(work.card.layout) or modality.convert, modality.rows_per_shard
     pack = None if work.pack is None else Pack(**work.pack.model_dump())
-    raw = Raw(work.root, work.card, pack, work.data.copies, work.data.seed, work.timeout_s)
-    packed = 0
+    raw = Raw(work.root, work.card, pack, work.data.copies, work.data.seed, work.timeout_s, work.text, work.vocabulary)
+    packed, number, first = 0, 0, shard.removesuffix(".parquet")
     for row in rows:
         try:
             for made in convert(raw, row, decoder):
+                if most:
+                    part["tried"] = part.get("tried", 0) + 1
+                if isinstance(made, Bad):
+                    part["bad" if made.fails else "left_out"].append({"path": made.path, "reason": made.reason})
+                    continue
+                if most and packed == most:
+                    number, packed = number + 1, 0
+                    shard = f"{first}-{number:04d}.parquet"
                 place = {"shard": shard, "row": packed} if shard else {"shard": row["shard"], "row": row["row"]}
                 label = row["label"] if made.label is None else made.label
                 part["rows"].append({"path": made.path, "label": label, **made.shape, **place})
@@ -417,7 +470,7 @@ def _pack(work: _Work, rows: list[dict], part: dict[str, Any], shard: str, decod
                     packed += 1
                     part["bytes_out"] += len(made.data)
                     part["psnr"] += [] if made.psnr is None else [made.psnr]
-                    yield {"path": made.path, "label": label, "data": made.data}
+                    yield shard, {"path": made.path, "label": label, "data": made.data}
             if work.card.layout == "kitti":
                 part["objects"].append(
                     {"image": row["path"], "objects": list(map(vars, scan_objects(raw, row["path"])))}

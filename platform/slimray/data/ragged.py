@@ -1,0 +1,28 @@
+"""Arrays of unequal length along their last axis: filled up to the longest, and cut down again. numpy only."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def joined(arrays: Sequence[np.ndarray], pad: float) -> np.ndarray:
+    """Return `[n, ..., L]` arrays one after the other, those with a shorter last axis filled up with `pad`."""
+    if len({array.shape[1:] for array in arrays}) == 1:
+        return np.concatenate(arrays)
+    longest = max(array.shape[-1] for array in arrays)
+    whole = np.full((sum(map(len, arrays)), *arrays[0].shape[1:-1], longest), pad, arrays[0].dtype)
+    start = 0
+    for array in arrays:
+        whole[start : start + len(array), ..., : array.shape[-1]] = array
+        start += len(array)
+    return whole
+
+
+def tight(data: np.ndarray, labels: np.ndarray, pads: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return samples `[n, ..., L]` and labels `[n, ..., M]` without what fills up all of them; L - M stays as it is."""
+    used = 0
+    for array, pad in zip((data, labels), pads, strict=True):
+        there = (array != pad).reshape(-1, array.shape[-1]).any(0)
+        longest = int(np.flatnonzero(there)[-1]) + 1 if there.any() else 1
+        used = max(used, longest - max(0, array.shape[-1] - labels.shape[-1]))
+    return data[..., : used + data.shape[-1] - labels.shape[-1]], labels[..., :used]

@@ -1,0 +1,1 @@
+"""Text: lines of files, vocabularies, pairs of sentences and windows of a stream as tokens."""

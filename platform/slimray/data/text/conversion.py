@@ -1,0 +1,148 @@
+"""From text files to tokens, as `prepare` stores them: the vocabulary of a dataset, then pairs or windows.
+
+Lines that are no text are yielded as `Bad`, with the number of their line; blank lines of plain text are no lines. What
+a translation network learns from is bounded in length, as published; what it is judged on is not left out, but cut.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from slimray import storage
+from slimray.data.conversion import Bad, Made, Raw
+from slimray.data.paths import inside
+from slimray.data.text.lines import EMPTY, Line, format_of, read_texts
+from slimray.data.text.spec import TextSpec
+from slimray.data.text.vocabulary import EOS, Vocabulary, train_vocabulary, vocabulary_of
+from slimray.spec import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from slimray.data.cards import Card
+    from slimray.data.video.decoder import Decoder
+
+TRAIN = "train"  # the split that a vocabulary is trained on, and whose samples are bounded in length
+COLUMNS = {1: ("1",), 2: ("1", "2")}  # of a .tsv whose card names none
+PARQUET_COLUMNS = {1: ("text",), 2: ("source", "target")}
+AT_ONCE = 1000  # lines encoded in one call
+
+
+def files_of(card: "Card", split: str) -> list[tuple[str, ...]]:
+    """Return the files of a split of texts: alone, or in pairs where the two sides lie in files of their own.
+
+    UserError where a file has no partner.
+    """
+    places = [inside(place, f"{card.name}: splits.{split}") for place in card.places(split)]
+    alone: list[tuple[str, ...]] = []
+    while places:
+        first = places.pop(0)
+        if card.sides == 1 or format_of(first) != "lines":
+            alone.append((first,))
+        elif not places or format_of(places[0]) != "lines":
+            raise UserError(f"{card.name}: splits.{split}: {first} has no partner: write [SOURCE, TRANSLATION]")
+        else:
+            alone.append((first, places.pop(0)))
+    return alone
+
+
+def read_files(card: "Card", root: str, names: Sequence[str], lower: bool) -> Iterator[Line]:
+    """Yield the lines of a file or a pair of files under `root`; FileNotFoundError for one that is not there."""
+    fs, folder = storage.open_uri(root)
+    paths = [storage.join(folder, name) for name in names]
+    data = []
+    for path in paths:
+        try:
+            data.append(storage.read_bytes(fs, path))
+        except FileNotFoundError:
+            raise FileNotFoundError(path) from None
+    default = PARQUET_COLUMNS if format_of(names[0]) == "parquet" else COLUMNS
+    for line in read_texts(paths, data, card.text_columns or default[card.sides]):
+        yield Line(line.number, tuple(text.lower() for text in line.texts), line.reason) if lower else line
+
+
+def learn_vocabulary(card: "Card", root: str, spec: TextSpec) -> str:
+    """Return the text of the vocabulary of split `train`, both sides of it. RunFailed where there is none."""
+    if TRAIN not in card.splits:
+        raise RunFailed(
+            f"{card.name} has no split {TRAIN!r}, on which the tokenizer is trained: name it so in the card"
+        )
+
+    def texts() -> Iterator[str]:
+        for names in files_of(card, TRAIN):
+            for line in read_files(card, root, names, spec.lower):
+                if not line.reason:
+                    yield from line.texts
+
+    try:
+        return train_vocabulary(texts(), spec.tokenizer, spec.vocab_size).to_text()
+    except FileNotFoundError as error:
+        raise RunFailed(f"{error}: there is no such file: fix data.root or the card") from None
+
+
+def convert_text(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made | Bad]:
+    """The pairs or the windows of a file, or of a pair of files, and the lines that are left out."""
+    assert raw.text is not None
+    names = next(names for names in files_of(raw.card, row["split"]) if names[0] == row["path"])
+    lines = read_files(raw.card, raw.root, names, raw.text.lower)
+    vocabulary = vocabulary_of(raw.vocabulary)
+    if raw.card.sides == 2:
+        yield from _pairs(names, lines, vocabulary, raw.text, row["split"] == TRAIN)
+    else:
+        spec = raw.text
+        length = spec.length if row["split"] == TRAIN else spec.stream or spec.length
+        yield from _windows(names[0], lines, vocabulary, length)
+
+
+def _pairs(
+    names: Sequence[str], lines: Iterator[Line], vocabulary: Vocabulary, spec: TextSpec, training: bool
+) -> Iterator[Made | Bad]:
+    for some in _in_groups(lines):
+        good = [line for line in some if not line.reason]
+        yield from (Bad(f"{names[0]}#{line.number}", line.reason) for line in some if line.reason)
+        sources, targets = (vocabulary.encode_all([line.texts[side] for line in good]) for side in (0, 1))
+        for line, source, target in zip(good, sources, targets, strict=True):
+            length = max(len(source), len(target)) + 1
+            path = f"{names[0]}#{line.number}"
+            if not source or not target:
+                yield Bad(path, EMPTY)
+            elif training and length > spec.max_tokens:
+                yield Bad(path, f"has {length} tokens, text.max_tokens is {spec.max_tokens}", fails=False)
+            elif training and spec.max_ratio and length - 1 > spec.max_ratio * min(len(source), len(target)):
+                yield Bad(path, f"one side is more than {spec.max_ratio:g} times as long as the other", fails=False)
+            else:
+                most = spec.max_tokens - 1
+                stored = {"tokens": source[:most], "target": target[:most]}
+                stored |= {"text": line.texts[0], "translation": line.texts[1]}
+                data = json.dumps(stored).encode()
+                yield Made(path, data, {"frames": min(length, spec.max_tokens)}, sum(map(len, line.texts)))
+
+
+def _windows(name: str, lines: Iterator[Line], vocabulary: Vocabulary, length: int) -> Iterator[Made | Bad]:
+    """Windows of a stream that begins with eos, so that every token of the lines, and their ends, is predicted once."""
+    stream, first = [EOS], 0
+
+    def window() -> Made:
+        shown = min(length, len(stream) - 1)
+        stored = {"tokens": stream[: 2 * length + 1], "target": [], "text": "", "translation": ""}
+        return Made(f"{name}#{first}", json.dumps(stored).encode(), {"frames": shown}, 4 * shown)
+
+    for some in _in_groups(line for line in lines if line.reason != EMPTY):
+        yield from (Bad(f"{name}#line {line.number}", line.reason) for line in some if line.reason)
+        for tokens in vocabulary.encode_all([line.texts[0] for line in some if not line.reason]):
+            stream += [*tokens, EOS]
+            while len(stream) > 2 * length:
+                yield window()
+                stream, first = stream[length:], first + length
+    while len(stream) > 1:
+        yield window()
+        stream, first = stream[length:], first + length
+
+
+def _in_groups(lines: Iterator[Line]) -> Iterator[list[Line]]:
+    some: list[Line] = []
+    for line in lines:
+        some.append(line)
+        if len(some) == AT_ONCE:
+            yield some
+            some = []
+    if some:
+        yield some

@@ -1,0 +1,161 @@
+"""Lines of text files, plain or gzip: one by one with their numbers, and what is wrong with them.
+
+A line is bad (it is left out, with its number) if it is not UTF-8, empty, or longer than MAX_LINE_BYTES; a file is
+refused, with a sentence, if it is UTF-16 or its gzip stream is damaged. Only "\\n" ends a line, so that line N is that
+of every tool; "\\r" before it and a byte order mark at the start of a file are not text. No torch, no Ray.
+"""
+
+import gzip
+import io
+import itertools
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from slimray.spec import RunFailed
+
+MAX_LINE_BYTES = 100_000
+EMPTY, NOT_UTF8, ZERO = "is empty", "is not UTF-8", "holds a zero byte"
+TOO_LONG = f"is longer than {MAX_LINE_BYTES:,} bytes"
+GZIP = b"\x1f\x8b"
+WIDE = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+FORMATS = {".tsv": "tsv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line, or the line of each file of a pair: its number from 1, its texts, and the reason why it is left out."""
+
+    number: int
+    texts: tuple[str, ...]
+    reason: str = ""
+
+
+def format_of(name: str) -> str:
+    """Return how the file `name` holds its texts: "tsv", "parquet", or "lines"."""
+    plain = name.lower().removesuffix(".gz")
+    return next((form for ending, form in FORMATS.items() if plain.endswith(ending)), "lines")
+
+
+def read_lines(name: str, data: bytes) -> Iterator[Line]:
+    """Yield the lines of a file. RunFailed, with file and line, for one that is no text or is cut off."""
+    stream = io.BytesIO(data)
+    unpacked: Any = gzip.GzipFile(fileobj=stream) if data[:2] == GZIP else stream
+    for number in itertools.count(1):
+        try:
+            raw = _next_line(unpacked)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            what = "is cut off" if isinstance(error, EOFError) else "is damaged"
+            raise RunFailed(f"{name}: the gzip file {what} behind line {number - 1:,}: copy it again") from None
+        if not raw:
+            return
+        if number == 1:
+            if raw[:2] in WIDE:
+                raise RunFailed(f"{name}: is {WIDE[raw[:2]]}: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        yield _line(number, raw)
+
+
+def _next_line(stream: Any) -> bytes:
+    """The next line with its end, its first MAX_LINE_BYTES + 2 bytes at most; what is left of it is passed over."""
+    raw = rest = stream.readline(MAX_LINE_BYTES + 2)
+    while rest and not rest.endswith(b"\n"):
+        rest = stream.readline(1 << 20)
+    return raw
+
+
+def _line(number: int, raw: bytes) -> Line:
+    raw = raw.removesuffix(b"\n").removesuffix(b"\r")
+    if len(raw) > MAX_LINE_BYTES:
+        return Line(number, ("",), TOO_LONG)
+    if b"\0" in raw:
+        return Line(number, ("",), ZERO)
+    try:
+        text = raw.decode().strip()
+    except UnicodeDecodeError as error:
+        return Line(number, ("",), f"{NOT_UTF8} (byte {error.start})")
+    return Line(number, (text,), "" if text else EMPTY)
+
+
+def read_pairs(names: tuple[str, str], data: tuple[bytes, bytes]) -> Iterator[Line]:
+    """Yield the lines of two files side by side. RunFailed, in a sentence, if one has more lines than the other."""
+    readers = [read_lines(name, one) for name, one in zip(names, data, strict=True)]
+    for number in itertools.count(1):
+        found = [next(reader, None) for reader in readers]
+        first, second = found
+        if first is None and second is None:
+            return
+        if first is None or second is None:
+            counts = [number - 1 + (one is not None) + sum(1 for _ in reader) for one, reader in zip(found, readers)]
+            raise RunFailed(
+                f"{names[0]} has {counts[0]:,} lines, {names[1]} has {counts[1]:,}: line N of one must be the "
+                "translation of line N of the other: copy both again"
+            )
+        reasons = [f"{name}: {one.reason}" for name, one in zip(names, (first, second)) if one.reason]
+        yield Line(number, first.texts + second.texts, "; ".join(reasons))
+
+
+def read_tsv(name: str, data: bytes, columns: Sequence[str]) -> Iterator[Line]:
+    """Yield `columns` of a file of fields between tabs, by number from 1, or by name if its first line names them."""
+    places: list[int] = []
+    named = not all(column.isdigit() for column in columns)
+    for line in read_lines(name, data):
+        fields = [field.strip() for field in line.texts[0].split("\t")]
+        if not places:
+            if named and line.reason:
+                raise RunFailed(f"{name}: its first line {line.reason}, it must name the columns {', '.join(columns)}")
+            places = [_column(name, column, fields if named else []) for column in columns]
+            if named:
+                continue
+        if line.reason:
+            yield Line(line.number, ("",) * len(columns), line.reason)
+        elif len(fields) <= max(places):
+            yield Line(line.number, ("",) * len(columns), f"has {len(fields)} columns, {max(places) + 1} are needed")
+        else:
+            texts = tuple(fields[place] for place in places)
+            yield Line(line.number, texts, "" if all(texts) else EMPTY)
+
+
+def _column(name: str, column: str, header: Sequence[str]) -> int:
+    if not header:
+        return max(0, int(column) - 1)
+    if column not in header:
+        raise RunFailed(f"{name}: has no column {column!r} (it has: {', '.join(header)}): fix text_columns of the card")
+    return header.index(column)
+
+
+def read_parquet(name: str, data: bytes, columns: Sequence[str]) -> Iterator[Line]:
+    """Yield `columns` of a Parquet file, by name; the number of a line is that of its row, from 1."""
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data))
+        header = list(file.schema_arrow.names)
+        for column in columns:
+            _column(name, column, header)
+        number = 0
+        for batch in file.iter_batches(batch_size=4096, columns=list(columns)):
+            for values in zip(*(batch.column(column).to_pylist() for column in columns), strict=True):
+                number += 1
+                texts = tuple(value.strip() if isinstance(value, str) else "" for value in values)
+                long = any(len(text.encode()) > MAX_LINE_BYTES for text in texts)
+                yield Line(number, texts, TOO_LONG if long else "" if all(texts) else EMPTY)
+    except (pa.ArrowException, OSError) as error:
+        raise RunFailed(
+            f"{name}: is no whole Parquet file ({str(error).splitlines()[0][:100]}): copy it again"
+        ) from None
+
+
+def read_texts(names: Sequence[str], data: Sequence[bytes], columns: Sequence[str]) -> Iterator[Line]:
+    """Yield the lines of one file, or of a pair of files, by the endings of their names; `columns` are those of tables.
+
+    RunFailed for files that cannot be read.
+    """
+    form = format_of(names[0])
+    if form == "tsv":
+        return read_tsv(names[0], data[0], columns)
+    if form == "parquet":
+        return read_parquet(names[0], data[0], columns)
+    return read_lines(names[0], data[0]) if len(names) == 1 else read_pairs((names[0], names[1]), (data[0], data[1]))

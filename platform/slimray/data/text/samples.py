@@ -1,0 +1,197 @@
+"""Samples of text as arrays of tokens, and the shards that `prepare` stores them in.
+
+A pair is int32 `[1, 2, L]`: the source with eos, and what the decoder is given (eos, then the target); its target,
+int64 `[L]`, is the target with eos. A window of plain text is int32 `[1, L + 1]`, its target the last L of its tokens.
+PAD fills up on the right; L is the length of the longest sample of a block, so that short ones are cheap. Shards are
+Parquet files of some thousand samples, which a process keeps whole once it has read one: a sample alone would be a
+hundred bytes, and a request each. A window is stored with the one that follows it, because it begins anywhere in it, as
+a function of (seed, epoch), so that an epoch has each token once. No torch, no Ray.
+"""
+
+import functools
+import json
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from slimray import storage
+from slimray.data.open import filesystem
+from slimray.data.text.vocabulary import EOS, PAD, Vocabulary, vocabulary_of
+from slimray.spec import RunFailed
+from slimray.storage import join
+
+if TYPE_CHECKING:
+    from slimray.data.cards import Card
+    from slimray.data.spec import DataSpec
+
+ROWS_PER_SHARD = 8192
+NUM_SHARDS = 64  # kept by a process, some MB each
+TYPICAL = 32  # tokens a side for which MACs of a translation are counted
+SHARD = pa.schema([("path", pa.string()), ("tokens", pa.list_(pa.int32())), ("target", pa.list_(pa.int32())),
+                   ("text", pa.string()), ("translation", pa.string())])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TextRecipe:
+    """How a sample is made: `sides` 2 is a pair, 1 a window of `length` tokens; a pair has `length` a side at most.
+
+    `tokenizer` is the text of a vocabulary (vocabulary.py) of `vocab_size` tokens, `lower` says that it was trained on
+    lower-case text. Windows of mode "train" begin anywhere.
+    """
+
+    sides: int = 2
+    length: int = 250
+    vocab_size: int = 0
+    tokenizer: str = ""
+    lower: bool = False
+    mode: str = "train"
+    kind: str = "text"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "TextRecipe":
+        """The recipe of `to_dict`; fields that a task adds are left out."""
+        return cls(**{key: value for key, value in plain.items() if key in cls.__dataclass_fields__})
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary; UserError for a recipe that holds none."""
+        return vocabulary_of(self.tokenizer)
+
+
+def text_recipe(data: "DataSpec", card: "Card", _: int, mode: str) -> dict[str, Any]:
+    """The fields of a recipe out of the `data` section of a job and a card."""
+    fields: dict[str, Any] = {"sides": card.sides, "mode": mode}
+    if card.text is None:  # not prepared yet
+        return fields
+    split = data.train if mode == "train" else data.val or data.train
+    longest = card.text.lengths.get(split) or max(card.text.lengths.values())
+    known = {"vocab_size": card.text.vocab_size, "tokenizer": card.text.tokenizer, "lower": card.text.lower}
+    return fields | known | {"length": longest}
+
+
+def text_shape(recipe: TextRecipe) -> tuple[int, ...]:
+    """Return the shape of the longest sample, its one view first."""
+    return (1, 2, recipe.length) if recipe.sides == 2 else (1, recipe.length + 1)
+
+
+def text_input(recipe: TextRecipe) -> tuple[int, ...]:
+    """Return the shape of a typical sample as a network takes it."""
+    return (2, min(TYPICAL, recipe.length)) if recipe.sides == 2 else (recipe.length + 1,)
+
+
+def pair_arrays(source: np.ndarray, target: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return a pair of token arrays without eos as a sample int32 `[1, 2, L]` and its target int64 `[L]`.
+
+    Without a target the decoder is given eos alone.
+    """
+    target = np.zeros(0, np.int32) if target is None else target
+    length = max(len(source), len(target)) + 1
+    sample, wanted = np.full((1, 2, length), PAD, np.int32), np.full(length, PAD, np.int64)
+    sample[0, 0, : len(source)], sample[0, 0, len(source)] = source, EOS
+    sample[0, 1, 0], sample[0, 1, 1 : len(target) + 1] = EOS, target
+    wanted[: len(target)], wanted[len(target)] = target, EOS
+    return sample, wanted
+
+
+def window_arrays(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return up to `length` + 1 tokens as a sample int32 `[1, length + 1]` and its target int64 `[length]`."""
+    sample = np.full((1, length + 1), PAD, np.int32)
+    sample[0, : len(tokens)] = tokens
+    return sample, sample[0, 1:].astype(np.int64)
+
+
+def load_text(
+    row: dict[str, Any], root: str, recipe: TextRecipe, key: tuple[int, int, int], _: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """A pair or a window of an index row, and its target."""
+    fs, path = filesystem(root)
+    shard = _shard(_At(join(path, row["shard"]), fs))
+    if recipe.sides == 2:
+        return pair_arrays(shard.tokens(row["row"]), shard.targets(row["row"]))
+    start = 0
+    if recipe.mode == "train":
+        start = random.Random(f"{key[0]}-{key[1]}-window").randrange(recipe.length)
+    return window_arrays(shard.tokens(row["row"])[start : start + recipe.length + 1], recipe.length)
+
+
+# ---------------------------------------------------------------------------------------------------------- shards
+
+
+@dataclass(frozen=True)
+class _At:
+    """A place on a filesystem as the key of a cache."""
+
+    path: str
+    fs: pafs.FileSystem = field(hash=False)  # compares, but cannot be hashed
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Tokens of all samples in a row, and where those of each begin."""
+
+    values: np.ndarray
+    starts: np.ndarray
+    target_values: np.ndarray
+    target_starts: np.ndarray
+
+    def tokens(self, row: int) -> np.ndarray:
+        """The tokens of a window, or of the source of a pair."""
+        return self.values[self.starts[row] : self.starts[row + 1]]
+
+    def targets(self, row: int) -> np.ndarray:
+        """The tokens of the target of a pair."""
+        return self.target_values[self.target_starts[row] : self.target_starts[row + 1]]
+
+
+@functools.lru_cache(maxsize=NUM_SHARDS)
+def _shard(at: _At) -> _Shard:
+    def read() -> pa.Table:
+        try:
+            with at.fs.open_input_file(at.path) as file:
+                return pq.read_table(file, columns=["tokens", "target"])
+        except FileNotFoundError:
+            raise FileNotFoundError(at.path) from None
+        except pa.ArrowException as error:
+            raise OSError(str(error)) from error
+
+    table = storage.retry(read, "read", at.path).combine_chunks()
+    arrays: list[np.ndarray] = []
+    for name in ("tokens", "target"):
+        column: Any = table.column(name).chunk(0)
+        arrays += [column.values.to_numpy(), column.offsets.to_numpy()]
+    return _Shard(*arrays)
+
+
+def write_text_shard(fs: pafs.FileSystem, path: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows of `path` and `data` (JSON of the other columns) as a shard, all at once or not at all."""
+    table = pa.Table.from_pylist([{"path": row["path"], **json.loads(row["data"])} for row in rows], schema=SHARD)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    storage.write_atomic(fs, path, sink.getvalue().to_pybytes())
+
+
+def raw_texts(root: str, rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return the text and the translation of index rows as they were before they became tokens.
+
+    RunFailed for a shard that is not there.
+    """
+    fs, folder = filesystem(root)
+    wanted = [(str(row["shard"]), int(row["row"])) for row in rows]
+    held: dict[str, pa.Table] = {}
+    for shard in {shard for shard, _ in wanted}:
+        try:
+            data = storage.read_bytes(fs, join(folder, shard))
+            held[shard] = pq.read_table(pa.BufferReader(data), columns=["text", "translation"])
+        except (FileNotFoundError, pa.ArrowException):
+            raise RunFailed(f"{join(folder, shard)}: is missing or damaged: run prepare again") from None
+    return [(held[s].column("text")[n].as_py(), held[s].column("translation")[n].as_py()) for s, n in wanted]

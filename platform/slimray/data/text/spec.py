@@ -1,0 +1,40 @@
+"""What a user writes about text: how `prepare` makes tokens of it, and what a prepared card says of them."""
+
+from pydantic import Field
+
+from slimray.data.text.vocabulary import SPECIAL, Kind
+from slimray.spec import Spec
+
+
+class TextSpec(Spec):
+    """How texts become tokens."""
+
+    tokenizer: Kind = "unigram"
+    """`unigram` or `bpe`: pieces of words, learned by SentencePiece from both sides of the training split; `words`:
+    what stands between white space, for texts that are tokenised already, such as the Penn Treebank."""
+    vocab_size: int = Field(8000, ge=len(SPECIAL) + 1, le=1_000_000)
+    """Tokens, bos, pad, eos and unk included; fewer where the texts have no more."""
+    lower: bool = False
+    """Make texts lower-case, as the published IWSLT'14 results do."""
+    max_tokens: int = Field(250, ge=2, le=8192)
+    """Tokens of the longer side of a pair, its end included; longer pairs of split `train` are left out, others cut."""
+    max_ratio: float | None = Field(None, ge=1)
+    """Pairs of split `train` with one side more than so many times as long as the other, in tokens, are left out."""
+    length: int = Field(256, ge=8, le=65536)
+    """Tokens of a training sample of plain text: a window of the stream of all lines, each with an end; where windows
+    begin changes from epoch to epoch."""
+    stream: int | None = Field(None, ge=8, le=1_000_000)
+    """Tokens of a sample of the other splits: a stream over which a network carries its memory. Default `length`."""
+
+
+class PreparedText(Spec):
+    """What `prepare` made of texts; part of the card that it writes."""
+
+    tokenizer: str
+    """File of the vocabulary beside the card; the vocabulary itself once the card is opened."""
+    vocab_size: int = Field(ge=1)
+    """Tokens of the vocabulary."""
+    lengths: dict[str, int]
+    """Tokens of the longest sample of each split."""
+    lower: bool = False
+    """Whether texts were made lower-case."""

@@ -1,0 +1,125 @@
+"""Vocabularies: text to tokens and back; a SentencePiece model, or words by frequency.
+
+A vocabulary is trained by `prepare` on the training split and travels as text in a plain recipe, so that whoever has a
+run's `model/input.json` (predict, an export) encodes as training did. Ids 0 to 3 are bos, pad, eos, unk (the order of
+the published translation networks), the others follow. Words: the texts are taken apart at white space and nothing
+else, as benchmarks such as the Penn Treebank are tokenised already. `sentencepiece` (extra `text`) is imported here
+only, and only for its models. No torch, no Ray.
+"""
+
+import base64
+import binascii
+import functools
+import io
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from slimray.spec import RunFailed, UserError
+
+BOS, PAD, EOS, UNK = range(4)
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+MAX_BYTES = 64 << 20  # of a vocabulary, unpacked
+THREADS = 4  # of a training; a SentencePiece model depends on it, so it is the same everywhere
+Kind = Literal["unigram", "bpe", "words"]
+WORDS, PIECES = "words", "sentencepiece"
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Tokens by number. `kind` is WORDS or PIECES, `data` the words, one a line, or the model of SentencePiece."""
+
+    kind: str
+    data: bytes
+
+    @functools.cached_property
+    def _words(self) -> tuple[str, ...]:
+        return SPECIAL + tuple(self.data.decode().split("\n"))
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {word: number for number, word in enumerate(self._words)}
+
+    @functools.cached_property
+    def _pieces(self) -> Any:
+        try:
+            return _sentencepiece().SentencePieceProcessor(model_proto=self.data)
+        except RuntimeError:
+            raise UserError("the tokenizer is damaged: prepare the dataset, or train the run, again") from None
+
+    @property
+    def size(self) -> int:
+        """How many tokens there are, the special ones included."""
+        return len(self._words) if self.kind == WORDS else self._pieces.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text, without bos and eos."""
+        if self.kind == WORDS:
+            return [self._numbers.get(word, UNK) for word in text.split()]
+        return self._pieces.encode(text)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of texts, each as `encode` gives them."""
+        return [self.encode(text) for text in texts] if self.kind == WORDS else self._pieces.encode(list(texts))
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Return tokens as text; bos, pad and eos leave nothing. ValueError for a number that is none."""
+        kept = [int(token) for token in tokens if token not in (BOS, PAD, EOS)]
+        if any(not 0 <= token < self.size for token in kept):
+            raise ValueError(f"tokens must be below {self.size}")
+        return " ".join(self._words[token] for token in kept) if self.kind == WORDS else self._pieces.decode(kept)
+
+    def to_text(self) -> str:
+        """Return it for a plain recipe: the kind, and the data compressed in base64."""
+        return f"{self.kind}:{base64.b64encode(zlib.compress(self.data, 9)).decode('ascii')}"
+
+
+@functools.lru_cache(maxsize=8)
+def vocabulary_of(text: str) -> Vocabulary:
+    """Return the vocabulary of `to_text`; UserError for what is none."""
+    kind, _, packed = text.partition(":")
+    try:
+        unpacker = zlib.decompressobj()
+        data = unpacker.decompress(base64.b64decode(packed, validate=True), MAX_BYTES)
+        if kind not in (WORDS, PIECES) or not unpacker.eof:
+            raise ValueError
+        if kind == WORDS:
+            data.decode()
+    except (binascii.Error, zlib.error, ValueError):
+        raise UserError("the tokenizer is damaged: prepare the dataset, or train the run, again") from None
+    return Vocabulary(kind, data)
+
+
+def train_vocabulary(texts: Iterable[str], kind: Kind, size: int) -> Vocabulary:
+    """Return a vocabulary of `size` tokens at most, trained on `texts`; the same for the same texts.
+
+    RunFailed, in a sentence, where the texts do not give one of that size.
+    """
+    if kind == "words":
+        counts = Counter(word for text in texts for word in text.split())
+        ranked = sorted((word for word in counts if word not in SPECIAL), key=lambda word: (-counts[word], word))
+        if not ranked:
+            raise RunFailed("the training split holds no words")
+        return Vocabulary(WORDS, "\n".join(ranked[: size - len(SPECIAL)]).encode())
+    model = io.BytesIO()
+    try:
+        _sentencepiece().SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, vocab_size=size, model_type=kind, num_threads=THREADS,
+            bos_id=BOS, pad_id=PAD, eos_id=EOS, unk_id=UNK, unk_surface=" \u2047 ", minloglevel=2,
+            normalization_rule_name="identity", hard_vocab_limit=False, input_sentence_size=2_000_000,
+            shuffle_input_sentence=False,
+        )  # fmt: skip
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1][-160:]
+        raise RunFailed(f"text.vocab_size: no tokenizer of {size} tokens can be trained ({reason}): lower it") from None
+    return Vocabulary(PIECES, model.getvalue())
+
+
+def _sentencepiece() -> Any:
+    try:
+        import sentencepiece
+    except ImportError:
+        raise UserError("sentencepiece is not installed: pip install 'slimray[text]'") from None
+    return sentencepiece

@@ -1,0 +1,59 @@
+"""Vocabularies: text comes back, numbers of special tokens are fixed, and what travels as text is checked."""
+
+import base64
+import zlib
+
+import pytest
+
+from slimray.data.text.vocabulary import BOS, EOS, PAD, SPECIAL, UNK, Vocabulary, train_vocabulary, vocabulary_of
+from slimray.spec import RunFailed, UserError
+
+TEXTS = ["the dog runs to the house .", "a man walks the dog .", "ein Hund läuft.", "der Mann geht mit dem Hund."] * 9
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_pieces_give_a_text_back_as_it_was_written(kind):
+    vocabulary = train_vocabulary(TEXTS, kind, 60)
+    assert vocabulary.size <= 60
+    for text in (*TEXTS[:4], "Hund  Mann"):
+        tokens = vocabulary.encode(text)
+        assert min(tokens) > UNK
+        assert vocabulary.decode([BOS, *tokens, EOS, PAD, PAD]) == " ".join(text.split())
+    assert UNK in vocabulary.encode("漢字")
+    assert vocabulary.encode_all(TEXTS[:3]) == [vocabulary.encode(text) for text in TEXTS[:3]]
+    again = vocabulary_of(vocabulary.to_text())
+    assert (again.size, again.encode("der Hund")) == (vocabulary.size, vocabulary.encode("der Hund"))
+    assert train_vocabulary(TEXTS, kind, 60).data == vocabulary.data
+
+
+def test_words_are_numbered_by_how_often_they_occur():
+    vocabulary = train_vocabulary(["b a b <unk>", "c b a"], "words", 6)
+    assert (vocabulary.size, vocabulary.encode("b a c <unk> x")) == (6, [4, 5, UNK, UNK, UNK])
+    assert vocabulary.decode([4, EOS, 5, UNK]) == "b a <unk>"
+    assert vocabulary_of(vocabulary.to_text()).encode("a b") == [5, 4]
+    assert SPECIAL[PAD] == "<pad>"
+
+
+def test_a_vocabulary_that_cannot_be_trained_is_a_sentence():
+    for kind in ("unigram", "words"):
+        with pytest.raises(RunFailed, match=r"text\.vocab_size|holds no words"):
+            train_vocabulary([], kind, 20)
+    with pytest.raises(RunFailed, match=r"text\.vocab_size: no tokenizer of 8 tokens can be trained"):
+        train_vocabulary(TEXTS, "bpe", 8)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "words", "words:!", "words:" + base64.b64encode(b"x").decode(), "other:" + Vocabulary("other", b"a").to_text(),
+     Vocabulary("words", b"\xff").to_text(), "words:" + base64.b64encode(zlib.compress(b"a b" * 99)[:-4]).decode()],
+)  # fmt: skip
+def test_a_damaged_vocabulary_is_refused(text):
+    with pytest.raises(UserError, match="the tokenizer is damaged"):
+        vocabulary_of(text)
+
+
+def test_a_damaged_model_of_pieces_is_refused_and_tokens_out_of_range_are_no_text():
+    with pytest.raises(UserError, match="the tokenizer is damaged"):
+        vocabulary_of(Vocabulary("sentencepiece", b"nothing").to_text()).encode("a")
+    with pytest.raises(ValueError, match="below 5"):
+        Vocabulary("words", b"a").decode([5])
