@@ -196,6 +196,28 @@ with torch.no_grad():
     assert done.stdout.strip() == "True", done.stderr
 
 
+def test_what_is_kept_of_inputs_is_bounded_and_a_fair_sample_of_all_batches():
+    net, generator = nn.Linear(4, 2), torch.Generator().manual_seed(0)
+    batches = [torch.rand(500, 4, generator=generator) + number for number in range(20)]
+    found, again = (q.gather(net, {id(net): "all"}, batches, 1000)["all"] for _ in range(2))
+    assert torch.equal(found, again)
+    assert len(found) == 1002
+    everything = torch.cat(batches)
+    assert (found.min(), found.max()) == (everything.min(), everything.max())
+    counts = torch.bincount(found[2:].long(), minlength=20)
+    assert counts.sum() == 1000
+    assert counts.min() > 20  # 50 of each batch are to be expected, 7 their deviation
+    assert counts.max() < 85
+    few = q.gather(net, {id(net): "all"}, batches[:2], 10_000)["all"]
+    assert torch.equal(few[2:].sort().values, torch.cat(batches[:2]).flatten().sort().values)
+
+
+def test_ranges_of_eight_bits_keep_no_values_and_are_those_of_all_batches():
+    net, batches = nn.Linear(4, 2), [torch.full((8, 4), float(number)) for number in (3, -2, 1)]
+    assert q.observe(net, {"": (8, 8)}, batches, "int8")[""].tolist() == [-2, 3]
+    assert len(q.gather(net, {id(net): ""}, batches, 0)[""]) == 2
+
+
 # ------------------------------------------------------------------------------------------------------- the bits
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from slimray.compress.fold import LAYERS, fold, norm_pairs, replace
 from slimray.compress.quantized import Bits, Quantized, check_bits, make_layer, to_whole
 from slimray.spec import UserError, did_you_mean
 
-KEPT_VALUES = 1_000_000  # of a layer's input, for the histograms of ranges below 5 bits
+KEPT_VALUES = 1 << 17  # of a layer's input, for the histograms of ranges below 5 bits
 EIGHT: Bits = (8, 8)
 
 
@@ -216,29 +217,60 @@ def observe(
 
     UserError without batches, and for inputs that are not finite.
     """
-    wanted = {id(net.get_submodule(name)): name for name, pair in chosen.items() if pair[1] is not None}
-    return spans_of(gather(net, wanted, batches), chosen, scheme)
+    inputs = {name: pair[1] for name, pair in chosen.items() if pair[1] is not None}
+    wanted = {id(net.get_submodule(name)): name for name in inputs}
+    cuts = scheme == "linear" and any(bits < fq.KL_BITS for bits in inputs.values())
+    return spans_of(gather(net, wanted, batches, KEPT_VALUES if cuts else 0), chosen, scheme)
 
 
-def gather(net: nn.Module, wanted: Mapping[int, str], batches: Iterable[Tensor]) -> dict[str, Tensor]:
+class _Sample:
+    """A random sample of at most `most` values of a stream, each as likely as any other, and its two ends.
+
+    Every value has a random key, the smallest keys stay: of later values as many are drawn as have such a key.
+    """
+
+    def __init__(self, most: int, seed: Sequence[int]):
+        self.most, self.rng = most, np.random.default_rng(seed)
+        self.keys, self.values, self.ends = np.zeros(0), torch.zeros(0), torch.zeros(0)
+
+    def add(self, values: Tensor) -> None:
+        """Take further values `[n]`."""
+        self.ends = torch.stack(torch.cat([self.ends, *(end.cpu()[None] for end in values.aminmax())]).aminmax())
+        if not self.most:
+            return
+        limit = float(self.keys.max()) if len(self.keys) == self.most else 1.0
+        count = int(self.rng.binomial(len(values), limit))
+        places = torch.from_numpy(self.rng.choice(len(values), count, replace=False))
+        self.keys = np.concatenate([self.keys, limit * self.rng.random(count)])
+        self.values = torch.cat([self.values, values[places.to(values.device)].cpu()])
+        if len(self.keys) > self.most:
+            kept = np.argpartition(self.keys, self.most)[: self.most]
+            self.keys, self.values = self.keys[kept], self.values[torch.from_numpy(kept)]
+
+
+def gather(
+    net: nn.Module, wanted: Mapping[int, str], batches: Iterable[Tensor], kept: int = KEPT_VALUES, seed: int = 0
+) -> dict[str, Tensor]:
     """Values of the inputs of the layers `wanted` (by id) over `batches`: the smallest, the largest, and others.
 
-    At most KEPT_VALUES of each, evenly spread, so that a range below 5 bits sees the distribution.
+    The others are a random sample of all, at most `kept` of each layer however many batches there are, so that a range
+    below 5 bits sees the distribution. On the CPU.
     """
-    seen: dict[str, list[Tensor]] = {}
+    seen: dict[str, _Sample] = {}
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         if id(layer) in wanted:
-            flat = inputs[0].detach().flatten()
+            flat, name = inputs[0].detach().flatten(), wanted[id(layer)]
             if not bool(torch.isfinite(flat.min() + flat.max())):
-                raise UserError(f"quantize: the input of {wanted[id(layer)]} is not finite on the calibration samples")
-            few = flat[:: max(1, len(flat) * 8 // KEPT_VALUES)]
-            seen.setdefault(wanted[id(layer)], []).append(torch.cat([few, flat.min()[None], flat.max()[None]]))
+                raise UserError(f"quantize: the input of {name} is not finite on the calibration samples")
+            if name not in seen:
+                seen[name] = _Sample(kept, (seed, len(seen)))
+            seen[name].add(flat)
 
     count = _watch(net, note, batches)
     if not count:
         raise UserError("quantize: there are no calibration samples")
-    return {name: torch.cat(parts) for name, parts in seen.items()}
+    return {name: torch.cat([sample.ends, sample.values]) for name, sample in seen.items()}
 
 
 def spans_of(values: Mapping[str, Tensor], chosen: Mapping[str, Bits], scheme: fq.Scheme) -> dict[str, Tensor]:
