@@ -89,6 +89,39 @@ def test_a_layer_keeps_the_largest_weights_and_thresholds_follow_the_deviation()
     assert int((layer.weight != 0).sum()) == 1
 
 
+def test_weights_in_any_memory_format_lose_the_same_ones():
+    found = []
+    for memory in (torch.contiguous_format, torch.channels_last):
+        net = nn.Sequential(nn.Conv2d(8, 16, 3, bias=False)).double().to(memory_format=memory)
+        with torch.no_grad():
+            net[0].weight.copy_(torch.arange(16 * 8 * 9).view(16, 8, 3, 3).cos())
+        sparsity.sparsify(net, {"0": 0.5})
+        sparsity.sparsify_below(net, {"0": 0.9})
+        sharing.share(net, {"0": 3})
+        tied = sharing.Tied(net, ("0",))
+        net[0](torch.ones(1, 8, 5, 5).double().cumsum(1)).square().sum().backward()
+        tied.before_clipping()
+        tied.before_step()
+        tied.after_step()
+        assert net[0].weight.is_contiguous(memory_format=memory)
+        found.append((net[0].weight.detach(), net[0].weight.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [(sparsity.sparsify, "keep"), (sparsity.sparsify_below, "quality"), (sharing.share, "bits")],
+)
+def test_a_name_that_is_no_layer_is_told_with_those_that_are_near(change, field):
+    net = nn.Sequential()
+    net.add_module("conv1", nn.Conv2d(1, 1, 1))
+    before = net.conv1.weight.detach().clone()
+    with pytest.raises(UserError, match=f"{field}: no layer 'conv2', did you mean 'conv1'"):
+        change(net, {"conv1": 1, "conv2": 1})
+    assert torch.equal(net.conv1.weight, before)
+
+
 def test_dropout_follows_the_density_of_the_layer_behind_it():
     net = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.ReLU(), nn.Linear(8, 4))
     sparsity.sparsify(net, {"3": 0.25})

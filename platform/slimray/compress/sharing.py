@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimray.compress.sparsity import Masks, layers_of
+from slimray.compress.sparsity import Masks, by_layer, layers_of
 
 MAX_STEPS = 300
 
@@ -50,8 +50,10 @@ def nearest(values: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 def share(net: nn.Module, bits: Mapping[str, int]) -> dict[str, Any]:
     """Give each layer named in `bits` a codebook of at most 2**bits - 1 values beside zero; return the record.
 
-    Changes `net` in place. The record has the bits and the number of values in use of each layer.
+    Changes `net` in place. The record has the bits and the number of values in use of each layer. UserError for a name
+    that is no layer.
     """
+    by_layer(net, bits, "bits")
     record: dict[str, Any] = {"step": "share", "bits": dict(bits), "values": {}}
     for name, weight in layers_of(net).items():
         if name not in bits:

@@ -53,14 +53,17 @@ def sparsify(net: nn.Module, keep: Mapping[str, float]) -> dict[str, Any]:
     """Keep the share `keep[layer]` (0 to 1, of all weights of the layer) that is largest by magnitude; zero the others.
 
     Changes `net` in place and returns the record: layer -> [weights kept, weights]. The number kept is rounded, at
-    least 1; of equal magnitudes the first ones stay; a weight that was zero stays zero.
+    least 1; of equal magnitudes the first ones stay; a weight that was zero stays zero. UserError for a name that is no
+    layer.
     """
     layers = layers_of(net)
-    for name, ratio in keep.items():
+    for name, ratio in by_layer(net, keep, "keep").items():
         weight = layers[name]
         count = max(1, round(ratio * weight.numel()))
         order = weight.abs().flatten().sort(descending=True, stable=True).indices
-        weight.view(-1)[order[count:]] = 0
+        gone = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+        gone[order[count:]] = True
+        weight.masked_fill_(gone.view(weight.shape), 0)
     return _record(net)
 
 
@@ -69,9 +72,10 @@ def sparsify_below(net: nn.Module, quality: Mapping[str, float]) -> dict[str, An
     """Zero the weights of each layer whose magnitude is below `quality[layer]` x the standard deviation of those kept.
 
     Changes `net` in place and returns the record as `sparsify` does. A layer keeps at least its largest weight.
+    UserError for a name that is no layer.
     """
     layers = layers_of(net)
-    for name, factor in quality.items():
+    for name, factor in by_layer(net, quality, "quality").items():
         weight = layers[name]
         kept = weight[weight != 0]
         if kept.numel() < 2:
