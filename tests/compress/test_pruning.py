@@ -196,6 +196,23 @@ def test_reconstruction_brings_the_outputs_back():
     assert distance(outputs(small, x[32:]), outputs(net, x[32:])) < 0.3 * before
 
 
+def test_every_module_keeps_its_own_mode():
+    net, x = network("resnet20").float().train(), example("resnet20").float()
+    frozen = [module.eval() for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    compress.prune(net, x, keep=0.5, round_to=1, data=[x])
+    compress.quantize(net, x, [x])
+    assert [module for module in net.modules() if not module.training] == frozen
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("data", [[], iter([])])
+def test_layers_cannot_be_fitted_to_no_samples(resnet, data):
+    net, x, _ = resnet
+    with pytest.raises(UserError, match="reconstruct: there are no samples"):
+        compress.prune(net, x, keep=0.5, round_to=1, timed=False, data=data)
+
+
 # ------------------------------------------------------------------------------------------------ the function
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from slimray.models.modes import evaluating
+
 LAYERS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -63,17 +65,13 @@ def norm_pairs(net: nn.Module, example: Tensor) -> list[tuple[str, str]]:
             hooks.append(module.register_forward_hook(after))
         elif type(module) in NORMS and module.track_running_stats:
             hooks.append(module.register_forward_pre_hook(before))
-    modes = [(module, module.training) for module in net.modules()]
     uses = _Uses()
     try:
-        net.eval()
-        with torch.no_grad(), uses:
+        with evaluating(net), torch.no_grad(), uses:
             answer = net(example)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes:
-            module.training = training
     uses.count.update({id(leaf) for leaf in tree_leaves(answer)})
     between = Counter((layer, norm) for layer, norm, tensor in pairs if uses.count[tensor] == 1)
     found = []

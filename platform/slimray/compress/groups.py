@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from slimray.compress.labels import FIXED, ZEROS, Follow, Followed, Lane, Layer, Work
 from slimray.models.cifar_resnet import PadShortcut
+from slimray.models.modes import evaluating
 from slimray.models.supernets.mixed import MixedNet
 from slimray.spec import UserError
 
@@ -226,7 +227,6 @@ def _followed(net: nn.Module, mode: Follow) -> Iterator[None]:
     """Hooks on the layers, temporal shifts off, eval mode; all as before afterwards."""
     owners = Counter(id(p) for module in net.modules() for p in module._parameters.values() if p is not None)
     shared, hooks = {key for key, count in owners.items() if count > 1}, []
-    modes = [(module, module.training) for module in net.modules()]
     shifts: list[tuple[str, Any]] = [
         (name, m) for name, m in net.named_modules() if hasattr(m, "folds") and getattr(m, "frames", 1)
     ]
@@ -256,21 +256,19 @@ def _followed(net: nn.Module, mode: Follow) -> Iterator[None]:
         return hook
 
     try:
-        net.eval()
         for name, module in net.named_modules():
             if _leaf(module, shared):
                 hooks += [module.register_forward_pre_hook(pause), module.register_forward_hook(number(name))]
         for name, module in shifts:
             hooks.append(module.register_forward_pre_hook(place(name)))
             module.folds = (0, 0)
-        yield
+        with evaluating(net):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
         for (_, module), folds in zip(shifts, before, strict=True):
             module.folds = folds
-        for module, training in modes:
-            module.training = training
 
 
 # ------------------------------------------------------------------------------------------------ tracing

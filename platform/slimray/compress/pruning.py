@@ -21,6 +21,7 @@ from slimray.compress.criteria import Losses, importance, strongest
 from slimray.compress.groups import Groups, trace
 from slimray.compress.policies import Budget, Counts, Meter, by_sensitivity, choices, ranked, sensitivity, uniform
 from slimray.compress.reconstruction import reconstruct
+from slimray.models.modes import evaluating
 from slimray.spec import UserError, did_you_mean
 
 POLICIES = ("uniform", "ranked", "sensitivity")
@@ -154,14 +155,9 @@ def _policy(
 
 def _outputs(net: nn.Module, example: Any) -> Tensor:
     """All floating outputs of a network in eval mode as one row; the same random numbers every time."""
-    modes = [(one, one.training) for one in net.modules()]
-    with torch.no_grad(), torch.random.fork_rng([]):
+    with evaluating(net), torch.no_grad(), torch.random.fork_rng([]):
         torch.manual_seed(0)
-        try:
-            out = net.eval()(*(example if isinstance(example, tuple) else (example,)))
-        finally:
-            for one, training in modes:
-                one.training = training
+        out = net(*(example if isinstance(example, tuple) else (example,)))
     return torch.cat([leaf.detach().double().flatten() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)])
 
 

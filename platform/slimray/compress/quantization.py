@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from slimray.compress import fake_quant as fq
 from slimray.compress.fold import LAYERS, fold, norm_pairs, replace
 from slimray.compress.quantized import Bits, Quantized, check_bits, make_layer, to_whole
+from slimray.models.modes import evaluating
 from slimray.spec import UserError, did_you_mean
 
 KEPT_VALUES = 1 << 17  # of a layer's input, for the histograms of ranges below 5 bits
@@ -282,19 +283,16 @@ def spans_of(values: Mapping[str, Tensor], chosen: Mapping[str, Bits], scheme: f
 @torch.no_grad()
 def _watch(net: nn.Module, note: Callable[[Any, Any, Any], None], batches: Iterable[Tensor]) -> int:
     """Run `net` in eval mode with `note` behind every layer; the number of batches. It is left as it was."""
-    modes = [(module, module.training) for module in net.modules()]
     hooks = [module.register_forward_hook(note) for module in net.modules() if type(module) in LAYERS]
     count = 0
     try:
-        net.eval()
-        for batch in batches:
-            net(batch)
-            count += 1
+        with evaluating(net):
+            for batch in batches:
+                net(batch)
+                count += 1
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes:
-            module.training = training
     return count
 
 

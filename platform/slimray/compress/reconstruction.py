@@ -17,6 +17,8 @@ from torch.nn import functional
 from slimray.compress.channels import Kept, dropped_atoms
 from slimray.compress.groups import CONVS, Groups
 from slimray.compress.labels import Lane
+from slimray.models.modes import evaluating
+from slimray.spec import UserError
 
 POINTS = 10  # places per image, as published
 LEAST_VARIED = 1e-3  # singular values below this share of the largest are left out
@@ -58,7 +60,7 @@ def reconstruct(
     """Fit the layers of `small`, which `cut` made of `net`, in place, and return their names.
 
     `batches` are inputs of `net` in eval mode. Inputs of the fits are those of the whole network, as published. Layers
-    with fewer rows than unknowns are left as they are.
+    with fewer rows than unknowns are left as they are. UserError without batches.
     """
     gone, rng = dropped_atoms(groups, kept), np.random.default_rng(seed)
     layers = {name: one for name, one in groups.layers.items() if _fits(net.get_submodule(name), one.inputs, gone)}
@@ -86,15 +88,17 @@ def reconstruct(
         return hook
 
     hooks = [net.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
-    mode = net.training
+    count = 0
     try:
-        net.eval()
-        for batch in batches:
-            net(*batch) if isinstance(batch, tuple) else net(batch)
+        with evaluating(net):
+            for batch in batches:
+                net(*batch) if isinstance(batch, tuple) else net(batch)
+                count += 1
     finally:
-        net.train(mode)
         for hook in hooks:
             hook.remove()
+    if not count:
+        raise UserError("reconstruct: there are no samples that layers could be fitted to: give some, or leave it out")
     fitted = []
     for name, parts in rows.items():
         weight = small.get_submodule(name).weight

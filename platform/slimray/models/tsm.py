@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimray.models.mobilenetv2 import InvertedResidual, MobileNetV2
+from slimray.models.modes import evaluating
 from slimray.models.nonlocal_block import NonLocal
 from slimray.models.resnet import ResNet
 
@@ -279,13 +280,10 @@ class OnlineTSM(nn.Module):
     @torch.no_grad()
     def initial_buffers(self, batch: int, height: int, width: int, channels: int = 3) -> tuple[Tensor, ...]:
         """The zero buffers of a stream of frames `[batch, channels, height, width]`."""
-        like, modes = next(self.parameters()), [(module, module.training) for module in self.modules()]
+        like = next(self.parameters())
         frame = torch.zeros(1, channels, height, width, dtype=like.dtype, device=like.device)
-        try:
-            _, shapes = self.eval()._run(frame, None)
-        finally:
-            for module, training in modes:  # each its own: a network in eval mode may lie in a wrapper that is not
-                module.training = training
+        with evaluating(self):
+            _, shapes = self._run(frame, None)
         return tuple(b.new_zeros(batch, *b.shape[1:]) for b in shapes)
 
     def _run(self, frame: Tensor, buffers: list[Tensor] | None) -> tuple[Tensor, tuple[Tensor, ...]]:

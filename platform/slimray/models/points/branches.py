@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slimray.models.modes import evaluating
 from slimray.models.points.pvcnn import PVConv
 
 
@@ -43,18 +44,15 @@ def branch_responses(net: nn.Module, points: Tensor) -> list[BranchResponse]:
     if not blocks:
         return []
     found: list[BranchResponse] = []
-    modes = [(module, module.training) for module in net.modules()]
     hooks = [block.register_forward_hook(_recorder(name, found)) for name, block in blocks.items()]
     device = next(net.parameters()).device
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with evaluating(net), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
-            net.eval()(points.to(device))
+            net(points.to(device))
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
     return found
 
 
