@@ -9,7 +9,8 @@ from slimray import models
 
 SUPERNETS = [name for name, row in models.MODELS.items() if row.supernet]
 REFUSED = [*SUPERNETS, "proxyless_supernet"]  # what is pruned are their subnets
-PRUNABLE = [name for name in models.MODELS if name not in REFUSED]
+TEXT = [name for name, row in models.MODELS.items() if row.input == "text"]  # attention keeps its channels
+PRUNABLE = [name for name in models.MODELS if name not in REFUSED + TEXT]
 
 
 def options(name: str) -> dict[str, Any]:

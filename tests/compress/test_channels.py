@@ -60,7 +60,8 @@ def test_a_pruned_network_equals_the_masked_one_and_costs_what_was_predicted(nam
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_supernets_refuse_with_a_sentence(name):
-    net = models.build(name, num_classes=5)
+    tiny = {"num_classes": 5, "vocab_size": 20, "preset": "tiny"}
+    net = models.build(name, **{option: tiny[option] for option in tiny if option in models.options_of(name)})
     with pytest.raises(UserError, match="supernet: search it, or prune one of its subnets"):
         trace(net, torch.zeros(1, 3, 32, 32))
 

@@ -21,7 +21,7 @@ def spec(**fields) -> OptimSpec:
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "lars"])
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_the_defaults_make_an_optimizer_for_every_network(name, optimizer):
-    needed = {"num_classes": 5, "scale": 2}
+    needed = {"num_classes": 5, "scale": 2, "vocab_size": 50}
     options = {option: needed[option] for option in models.required(name) if option in needed}
     if name == "proxyless_found":
         supernet = cost.build_on_meta(lambda: models.build("proxyless_supernet", num_classes=5))

@@ -78,7 +78,7 @@ class Prices:
     def count(self, unit: Any, name: str) -> int:
         """The `params` or the `macs` (a sample) of a unit."""
         if (name, unit.key) not in self._counted:
-            module = build_on_meta(unit.make).eval()
+            module = build_on_meta(unit.counted or unit.make).eval()
             counted = count_params(module) if name == "params" else count_macs(module, (1, *unit.input))
             self._counted[name, unit.key] = counted
         return self._counted[name, unit.key]

@@ -3,8 +3,9 @@
 A new model is one file and one row. Video networks take `[B, T, C, H, W]` and have `num_segments` (T), image networks
 take `[B, C, H, W]`; both return `[B, num_classes]` and have `head_name` (prefix of the last linear layer) and
 `first_conv_name`, by which optimisers group.
-Point networks are the rows of point_table.py. The `ofa_` rows are supernets (supernet.py, ofa_pvcnn.py): one network
-with a `space` of archs, each of which it runs and extracts.
+Point networks are the rows of points/table.py. Networks of `text` take tokens: pairs `[B, 2, L]` or streams `[B, L]`,
+and return logits of the next token `[B, L, vocab_size]`. The `ofa_` and `hat_` rows are supernets (supernet.py,
+ofa_pvcnn.py, hat.py): one network with a `space` of archs, each of which it runs and extracts.
 """
 
 import inspect
@@ -26,6 +27,9 @@ from slimray.models.supernets.ofa_mobilenet import ofa_mobilenetv3, ofa_proxyles
 from slimray.models.supernets.ofa_pvcnn import ofa_pvcnn, ofa_pvcnn_cls
 from slimray.models.supernets.ofa_resnet import ofa_resnet50, ofa_tsm_resnet50
 from slimray.models.supernets.static_mobile import mobilenetv3_large, proxyless_net
+from slimray.models.text.hat import hat
+from slimray.models.text.micronet import micronet_lm
+from slimray.models.text.transformer import transformer
 from slimray.models.tsm import VideoNet2D
 from slimray.spec import UserError, did_you_mean, lookup
 
@@ -131,6 +135,13 @@ MODELS |= {
     "carn": Model(carn, "CARN: pictures enlarged 2, 3 or 4 times", "image_pair"),
     "carn_m": Model(carn, "CARN-M: grouped and shared, for devices", "image_pair", {"groups": 4, "shared": True}),
 }
+MODELS |= {
+    "transformer": Model(transformer, "Transformer: translates sentences", "text"),
+    "hat_wmt": Model(hat, "HAT supernet of transformers, WMT's space", "text", {"preset": "wmt"}, supernet=True),
+    "hat_iwslt": Model(hat, "HAT supernet of transformers, IWSLT's space", "text", {"preset": "iwslt"}, supernet=True),
+    "hat_small": Model(hat, "HAT supernet of small transformers, our own space", "text", supernet=True),
+    "micronet_lm": Model(micronet_lm, "MicroNet's language model: short window, memory and cache", "text"),
+}
 MODELS |= {name: Model(make, text, takes) for name, (make, text, takes) in POINT_MODELS.items()}
 
 
@@ -198,7 +209,12 @@ def _check(name: str, option: str, value: Any, default: Any) -> None:
     fits = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
     if not fits and not (kind is float and isinstance(value, int) and not isinstance(value, bool)):
         raise UserError(f"{where}: must be {kind.__name__} (got {value!r})")
-    if option == "dropout" and not 0 <= value < 1:
-        raise UserError(f"{where}: must be at least 0 and below 1 (got {value!r})")
-    if kind in (int, float) and option not in ("dropout",) and not 0 < value <= 100_000:
+    if option.endswith("dropout") and kind is float:
+        if not 0 <= value < 1:
+            raise UserError(f"{where}: must be at least 0 and below 1 (got {value!r})")
+    elif (
+        kind in (int, float)
+        and value != default
+        and not 0 < value <= (10_000_000 if option == "vocab_size" else 100_000)
+    ):
         raise UserError(f"{where}: must be > 0 (got {value!r})")

@@ -228,12 +228,14 @@ def sliced_squeeze(se: nn.Module, x: Tensor) -> Tensor:
 class Unit:
     """A piece of a network whose latency is measured on its own; equal `key` means equal work.
 
-    `input` is the shape it takes without the batch, `make` builds a fresh module of that shape.
+    `input` is the shape it takes without the batch, `make` builds a fresh module of that shape. `counted` builds
+    another one where that is what parameters and MACs are counted of; None: what `make` builds.
     """
 
     key: str
     input: tuple[int, ...]
     make: Callable[[], nn.Module] = field(compare=False)
+    counted: Callable[[], nn.Module] | None = field(default=None, compare=False)
 
 
 # ------------------------------------------------------------------------------------------------------- sorting

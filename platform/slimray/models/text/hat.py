@@ -1,0 +1,204 @@
+"""HAT: supernets of transformers for translation, of which any subnet is a slice (arXiv 2005.14187).
+
+Elastic are the width of either side, and per layer the heads, the channels inside the feed-forward network, and in the
+decoder how many of the encoder's last outputs are attended to; and the number of the decoder's layers. A subnet takes
+the first channels of everything. `preset`s are the published spaces (`wmt`, `iwslt`) and a `small` one of our own that
+trains on a laptop. Surprising: `attends` counts outputs (1 to 3), the published configs write -1, 1 and 2 for them.
+Units, whose latencies add up to that of a subnet, are one sentence of `length` tokens with `beam` hypotheses: a layer
+of the encoder once, one of the decoder token by token with its cache.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimray.arch import Arch, Dimension, Gene, Space, Stage
+from slimray.models.supernets.elastic import ChannelGroup, Unit, take
+from slimray.models.text.transformer import DecoderSize, Design, EncoderSize, Sizes, Transformer, require_divisible
+from slimray.models.text.units import Spoken, cross_unit, decoder_unit, encoder_unit, words_unit
+from slimray.spec import lookup
+
+SPANS = {-1: 1, 1: 2, 2: 3}  # as published configs write it -> outputs attended to
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where in the supernet the unit of that number lies."""
+
+    source: str
+
+
+@dataclass(frozen=True)
+class HatLayout:
+    """A space of transformers: choices ascending, the same for all layers; `length` and `beam` are what units take."""
+
+    embeds: tuple[int, ...]
+    ffns: tuple[int, ...]
+    heads: tuple[int, ...]
+    attends: tuple[int, ...]
+    encoder_layers: int
+    decoder_layers: int
+    qkv: int
+    tied: bool
+    length: int
+    beam: int = 5
+
+    def space(self) -> Space:
+        """All subnets; the layers of the decoder are skipped by `depth`."""
+        encoder, decoder = self.encoder_layers, self.decoder_layers
+        return Space.of(
+            {
+                "encoder_embed": Dimension.number(self.embeds),
+                "decoder_embed": Dimension.number(self.embeds),
+                "encoder_ffn": Dimension.per_block([self.ffns] * encoder, None),
+                "encoder_heads": Dimension.per_block([self.heads] * encoder, None),
+                "depth": Dimension.depth([range(1, decoder + 1)], [Stage(decoder)]),
+                "decoder_ffn": Dimension.per_block([self.ffns] * decoder),
+                "decoder_heads": Dimension.per_block([self.heads] * decoder),
+                "cross_heads": Dimension.per_block([self.heads] * decoder),
+                "attends": Dimension.per_block([self.attends] * decoder),
+            }
+        )
+
+    def plan(self, arch: Arch) -> list[Placed]:
+        """What the units of `arch` are, in their order."""
+        places = [f"encoder_layers.{i}" for i in range(self.encoder_layers)]
+        for i in range(int(arch["depth"][0])):
+            places += [f"decoder_layers.{i}", f"decoder_layers.{i}.encoder_attn"]
+        return [Placed(place) for place in [*places, "embed"]]
+
+
+def sizes_of(arch: Arch) -> Sizes:
+    """What of a supernet runs for `arch`."""
+    encoder = zip(arch["encoder_heads"], arch["encoder_ffn"], strict=True)
+    names = ("decoder_heads", "cross_heads", "decoder_ffn", "attends")
+    decoder = list(zip(*(arch[name] for name in names), strict=True))[: int(arch["depth"][0])]
+    return Sizes(
+        int(arch["encoder_embed"]),
+        int(arch["decoder_embed"]),
+        tuple(EncoderSize(int(heads), int(ffn)) for heads, ffn in encoder),
+        tuple(DecoderSize(*map(int, one)) for one in decoder),
+    )
+
+
+class HatSupernet(Transformer):
+    """The supernet: `net(tokens, arch)` runs a subnet, `net(tokens)` the largest, `net.extract(arch)` copies it."""
+
+    def __init__(self, design: Design, layout: HatLayout):
+        space = layout.space()
+        super().__init__(design, sizes_of(space.largest()))
+        self.layout, self.space = layout, space
+
+    def forward(self, tokens: Tensor, arch: Arch | None = None) -> Tensor:  # type: ignore[override]
+        """Pairs int `[B, 2, L]` to logits `[B, L, V]`; UserError for an arch of another space."""
+        return super().forward(tokens, None if arch is None else sizes_of(self.space.arch(arch)))
+
+    def extract(self, arch: Arch) -> Transformer:
+        """The subnet `arch` as an ordinary transformer, in the mode of this one, with copies of its weights."""
+        with torch.device("meta"):
+            plain = Transformer(self.design, sizes_of(self.space.arch(arch)))
+        take(plain, self)
+        return plain.train(self.training)
+
+    def units(self, arch: Arch) -> list[Unit]:
+        """The pieces of the subnet `arch`: layers of the encoder, of the decoder and their attention to the source, and
+        what is done with words: embeddings and the output."""
+        sizes, design = sizes_of(self.space.arch(arch)), self.design
+        spoken = Spoken(self.layout.length, self.layout.beam)
+        out = [encoder_unit(design, sizes.encoder, one.heads, one.ffn, spoken) for one in sizes.encoder_layers]
+        for one in sizes.decoder_layers:
+            out.append(decoder_unit(design, sizes.decoder, one.heads, one.ffn, spoken))
+            out.append(cross_unit(design, sizes.encoder, sizes.decoder, one.cross_heads, one.attends, spoken))
+        return [*out, words_unit(design, sizes.encoder, sizes.decoder, spoken)]
+
+    def channel_groups(self) -> list[ChannelGroup]:
+        """None: as published, channels keep their order."""
+        return []
+
+
+# ------------------------------------------------------------------------------------------ as the releases write it
+
+
+def arch_of_config(space: Space, config: Mapping[str, Any]) -> Arch:
+    """The arch of a released config: `encoder` and `decoder` with `encoder_embed_dim`, ...; missing layers: largest."""
+    encoder, decoder = config["encoder"], config["decoder"]
+    depth = decoder["decoder_layer_num"]
+    spans = [SPANS[span] for span in decoder["decoder_arbitrary_ende_attn"]]
+    lists = {
+        "decoder_ffn": decoder["decoder_ffn_embed_dim"],
+        "decoder_heads": decoder["decoder_self_attention_heads"],
+        "cross_heads": decoder["decoder_ende_attention_heads"],
+        "attends": spans,
+    }
+    largest = space.largest()
+    full = {name: [*genes[:depth], *largest[name][depth:]] for name, genes in lists.items()}
+    return space.arch(
+        {
+            "encoder_embed": encoder["encoder_embed_dim"],
+            "decoder_embed": decoder["decoder_embed_dim"],
+            "encoder_ffn": encoder["encoder_ffn_embed_dim"],
+            "encoder_heads": encoder["encoder_self_attention_heads"],
+            "depth": [depth],
+            **full,
+        }
+    )
+
+
+FEATURES = (
+    "encoder_embed", "encoder_layers", "encoder_ffn", "encoder_heads", "decoder_embed", "decoder_layers", "decoder_ffn",
+    "decoder_heads", "cross_heads", "attends",
+)  # fmt: skip
+FEATURE_SCALES = (640, 6, 2048, 6, 640, 6, 2048, 6, 6, 2)  # the same for all tasks, so values above 1 occur
+
+
+def features(arch: Arch) -> list[float]:
+    """The ten numbers of FEATURES from which latency is predicted: means over the layers that run."""
+    sizes = sizes_of(arch)
+
+    def mean(values: Sequence[Gene]) -> float:
+        return sum(values) / len(values)
+
+    encoder, decoder = sizes.encoder_layers, sizes.decoder_layers
+    return [
+        float(sizes.encoder),
+        float(len(encoder)),
+        mean([one.ffn for one in encoder]),
+        mean([one.heads for one in encoder]),
+        float(sizes.decoder),
+        float(len(decoder)),
+        mean([one.ffn for one in decoder]),
+        mean([one.heads for one in decoder]),
+        mean([one.cross_heads for one in decoder]),
+        mean([one.attends for one in decoder]),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+WMT = HatLayout((512, 640), (1024, 2048, 3072), (4, 8), (1, 2, 3), 6, 6, 512, True, length=30)
+PRESETS = {
+    "wmt": WMT,
+    "iwslt": replace(WMT, ffns=(512, 1024, 2048), heads=(2, 4), tied=False, length=23),
+    "small": HatLayout((128, 192, 256), (256, 512, 1024), (2, 4), (1, 2, 3), 3, 3, 256, True, length=14),
+    "tiny": HatLayout((16, 24), (16, 32), (2, 4), (1, 2), 2, 2, 16, True, length=6, beam=2),
+}
+
+
+def hat(
+    *,
+    vocab_size: int,
+    preset: str = "small",
+    pre_norm: bool = False,
+    dropout: float = 0.1,
+    attention_dropout: float = 0.0,
+    released_dropout: bool = False,
+) -> HatSupernet:
+    """Build a supernet of the space `preset` (PRESETS); UserError for an unknown one."""
+    layout = lookup(PRESETS, preset, "preset")
+    require_divisible(layout.qkv, layout.heads, "heads")
+    widest = max(layout.embeds)
+    design = Design(vocab_size, layout.qkv, widest, layout.tied, pre_norm, dropout, attention_dropout, released_dropout)
+    return HatSupernet(design, layout)

@@ -1,0 +1,214 @@
+"""Layers of transformers over tokens, which also run on their first channels: those of HAT's supernets are these.
+
+Hardware-Aware Transformers (arXiv 2005.14187) over "Attention Is All You Need" (1706.03762). Activations are
+`[B, L, C]`. A layer given fewer channels than it has takes the first columns of its weights, so a supernet and the
+subnet cut out of it run the same code. Surprising: heads are not sliced but divided anew, the `qkv` channels are always
+all there, so fewer heads are wider ones and the number of weights does not depend on them. Masks are True where a key
+may be seen.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from slimray.models.supernets.elastic import sliced_linear
+
+BOS, PAD, EOS, UNK = range(4)  # of all vocabularies here
+
+
+def linear(layer: nn.Module, x: Tensor, out_features: int | None = None) -> Tensor:
+    """`layer` on `[..., C]`; on its first rows and columns where it has more than `x` and `out_features` (None: all).
+
+    Where it fits it is called as a module, whatever it has been replaced by.
+    """
+    weight = getattr(layer, "weight", None)
+    whole = not isinstance(layer, nn.Linear) or (
+        weight is not None and weight.shape[1] == x.shape[-1] and out_features in (None, weight.shape[0])
+    )
+    return layer(x) if whole else sliced_linear(layer, x, out_features)
+
+
+def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """A LayerNorm over the channels of `x`, its first ones where it has more."""
+    norm, channels = cast(nn.LayerNorm, norm), x.shape[-1]
+    if norm.weight.shape[0] == channels:
+        return norm(x)
+    return functional.layer_norm(x, (channels,), norm.weight[:channels], norm.bias[:channels], norm.eps)
+
+
+def embedding(table: nn.Module, tokens: Tensor, width: int) -> Tensor:
+    """The first `width` channels of the rows of `tokens`."""
+    return table(tokens)[..., :width]
+
+
+def positions_of(tokens: Tensor) -> Tensor:
+    """Positions int64 `[B, L]`: the first token that is not PAD has 2, the next 3; PAD has 1, on either side."""
+    seen = tokens != PAD
+    return seen.long().cumsum(1) * seen + PAD
+
+
+def sinusoids(positions: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Sinusoidal embeddings `[..., width]` of positions: all sines, then all cosines; zeros for the position PAD.
+
+    `width` is even and that of the widest network: a narrower one takes the first channels, which are other waves than
+    those that a network of its own width would have.
+    """
+    half = width // 2
+    waves = torch.arange(half, device=positions.device, dtype=torch.float32)
+    waves = torch.exp(waves * (-9.210340371976184 / max(1, half - 1)))  # ln 10000
+    angles = positions.unsqueeze(-1) * waves
+    out = torch.cat([angles.sin(), angles.cos()], -1) * (positions != PAD).unsqueeze(-1)
+    return out.to(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Cached:
+    """Keys and values `[B, heads, L, C]` that are there already."""
+
+    keys: Tensor
+    values: Tensor
+
+    def rows(self, index: Tensor) -> "Cached":
+        """Those of other rows of the batch."""
+        return Cached(self.keys[index], self.values[index])
+
+
+class Attention(nn.Module):
+    """Attention of several heads over `qkv` channels: from `width` to keys and values of `source` channels.
+
+    Weights start as Xavier's over the three projections together, biases at 0, as published.
+    """
+
+    def __init__(self, width: int, qkv: int, heads: int, source: int | None = None, dropout: float = 0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        source = width if source is None else source
+        self.q_proj, self.k_proj = nn.Linear(width, qkv), nn.Linear(source, qkv)
+        self.v_proj, self.out_proj = nn.Linear(source, qkv), nn.Linear(qkv, width)
+        bound = (6 / (3 * qkv + max(width, source))) ** 0.5
+        for layer in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.uniform_(layer.weight, -bound, bound)
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            nn.init.zeros_(layer.bias)
+
+    def project(self, source: Tensor, heads: int | None = None) -> Cached:
+        """Keys and values of what may be attended to, `[B, S, C]`."""
+        heads = heads or self.heads
+        return Cached(_split(linear(self.k_proj, source), heads), _split(linear(self.v_proj, source), heads))
+
+    def forward(
+        self, x: Tensor, cached: Cached, mask: Tensor | None = None, causal: bool = False, heads: int | None = None
+    ) -> Tensor:
+        """What `x` `[B, T, C]` finds in `cached`, `[B, T, C]`; `mask` is bool and broadcast to `[B, heads, T, S]`."""
+        query = _split(linear(self.q_proj, x), heads or self.heads)
+        found = functional.scaled_dot_product_attention(
+            query, cached.keys, cached.values, mask, self.dropout if self.training else 0.0, causal
+        )
+        return linear(self.out_proj, found.transpose(1, 2).flatten(2), x.shape[-1])
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """`[B, L, qkv]` -> `[B, heads, L, qkv / heads]`."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def key_mask(tokens: Tensor) -> Tensor:
+    """Which of `tokens` `[B, S]` may be seen, bool `[B, 1, 1, S]`; in a row of PAD alone all, so nothing is nan."""
+    seen = tokens != PAD
+    return (seen | ~seen.any(1, keepdim=True))[:, None, None]
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a ReLU between them: `[..., C]` -> `[..., C]`; the first `middle` channels between."""
+
+    def __init__(self, width: int, middle: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, middle), nn.Linear(middle, width)
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, dropout: float, middle: int | None = None) -> Tensor:
+        hidden = functional.dropout(linear(self.fc1, x, middle).relu(), dropout, self.training)
+        return linear(self.fc2, hidden, x.shape[-1])
+
+
+@dataclass(frozen=True)
+class Drops:
+    """Shares of values that are dropped in training: of `embeddings`, `residual` branches and activations
+    (`inside`); `encoder` are the residual branches of the encoder's attention."""
+
+    embeddings: float = 0.0
+    residual: float = 0.0
+    inside: float = 0.0
+    encoder: float = 0.0
+
+
+class EncoderLayer(nn.Module):
+    """Attention of a sentence to itself and a feed-forward network, each normalised after (`pre_norm`: before) it."""
+
+    def __init__(self, width: int, qkv: int, heads: int, ffn: int, pre_norm: bool, attention_dropout: float):
+        super().__init__()
+        self.pre_norm = pre_norm
+        self.self_attn = Attention(width, qkv, heads, dropout=attention_dropout)
+        self.self_attn_layer_norm, self.final_layer_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.ffn = FeedForward(width, ffn)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, drops: Drops, heads: int | None = None, ffn: int | None = None
+    ) -> Tensor:
+        """`[B, S, C]` in and out; `heads` and `ffn`: of a subnet."""
+        seen = self._before(self.self_attn_layer_norm, x)
+        out = self.self_attn(seen, self.self_attn.project(seen, heads), mask, heads=heads)
+        x = self._after(self.self_attn_layer_norm, x + functional.dropout(out, drops.encoder, self.training))
+        out = self.ffn(self._before(self.final_layer_norm, x), drops.inside, ffn)
+        return self._after(self.final_layer_norm, x + functional.dropout(out, drops.residual, self.training))
+
+    def _before(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return layer_norm(norm, x) if self.pre_norm else x
+
+    def _after(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return x if self.pre_norm else layer_norm(norm, x)
+
+
+class DecoderLayer(EncoderLayer):
+    """An `EncoderLayer` that sees only the past, with attention to a source of `source` channels in between."""
+
+    def __init__(
+        self, width: int, source: int, qkv: int, heads: int, cross_heads: int, ffn: int, pre_norm: bool,
+        attention_dropout: float,
+    ):  # fmt: skip
+        super().__init__(width, qkv, heads, ffn, pre_norm, attention_dropout)
+        self.encoder_attn = Attention(width, qkv, cross_heads, source, attention_dropout)
+        self.encoder_attn_layer_norm = nn.LayerNorm(width)
+
+    def decode(
+        self,
+        x: Tensor,
+        past: Cached | None,
+        source: Cached,
+        mask: Tensor | None,
+        drops: Drops,
+        heads: int | None = None,
+        cross_heads: int | None = None,
+        ffn: int | None = None,
+    ) -> tuple[Tensor, Cached]:
+        """`[B, T, C]` in and out, and the keys and values of all tokens so far; with a `past` T is 1.
+
+        `source` are the keys and values of `encoder_attn`, `mask` says which of them count.
+        """
+        seen = self._before(self.self_attn_layer_norm, x)
+        new = self.self_attn.project(seen, heads)
+        if past is not None:
+            new = Cached(torch.cat([past.keys, new.keys], 2), torch.cat([past.values, new.values], 2))
+        out = self.self_attn(seen, new, causal=past is None, heads=heads)
+        x = self._after(self.self_attn_layer_norm, x + functional.dropout(out, drops.residual, self.training))
+        out = self.encoder_attn(self._before(self.encoder_attn_layer_norm, x), source, mask, heads=cross_heads)
+        x = self._after(self.encoder_attn_layer_norm, x + functional.dropout(out, drops.residual, self.training))
+        out = self.ffn(self._before(self.final_layer_norm, x), drops.inside, ffn)
+        x = self._after(self.final_layer_norm, x + functional.dropout(out, drops.residual, self.training))
+        return x, new
