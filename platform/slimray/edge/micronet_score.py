@@ -1,0 +1,152 @@
+"""The score of the MicroNet challenge (2019) for language models: storage and operations per word, in a table of terms.
+
+score = storage / 159e6 + operations / 318e6, both in words of 32 bits. Storage: bits of what is not zero, one bit per
+number of every tensor if zeros are left out (`masked`), and a scale for every quantizer of activations. Operations:
+products in proportion to their bits, sums and all else in 32; the whole vocabulary is evaluated for every word. A
+LayerNorm counts 6 operations a channel, a softmax 3 n - 1, a ReLU 1. Surprising: as published (arXiv 2005.07877) the
+terms of the relative positions and of the attention's softmax are those of one head; `all_heads` counts them all.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Protocol
+
+STORAGE_UNIT, OPERATION_UNIT = 159e6, 318e6
+
+
+class Sizes(Protocol):
+    """Sizes of a language model, as `models.text.micronet.Shape` has them."""
+
+    @property
+    def widths(self) -> tuple[int, ...]: ...
+    @property
+    def cutoffs(self) -> tuple[int, ...]: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def key(self) -> int: ...
+    @property
+    def value(self) -> int: ...
+    @property
+    def ffn(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of a network: numbers stored and how many of them are not zero; operations for one word."""
+
+    name: str
+    stored: int = 0
+    nonzero: float = 0.0
+    products: float = 0.0
+    sums: float = 0.0
+    others: float = 0.0
+
+
+@dataclass(frozen=True)
+class Counting:
+    """How a network is counted: `bits` of weights and products, `density` of tensors by name (1 where none is given),
+    `shares` of words in the tails, `quantizers` of activations."""
+
+    bits: int = 32
+    density: Mapping[str, float] = field(default_factory=dict)
+    masked: bool = False
+    quantizers: int = 0
+    shares: Sequence[float] = ()
+    all_heads: bool = False
+
+
+@dataclass(frozen=True)
+class MicroNetScore:
+    """Storage and operations in words of 32 bits, and the terms they come from."""
+
+    terms: tuple[Term, ...]
+    counting: Counting
+
+    def total(self, what: str) -> float:
+        """The sum of a field over all terms."""
+        return sum(getattr(term, what) for term in self.terms)
+
+    @property
+    def storage(self) -> float:
+        """Words of 32 bits."""
+        bits, counting = self.counting.bits, self.counting
+        mask = self.total("stored") / 32 if counting.masked else 0.0
+        return self.total("nonzero") * bits / 32 + mask + counting.quantizers * (1 + (32 - bits) / 32)
+
+    @property
+    def operations(self) -> float:
+        """Per word."""
+        return self.total("products") * self.counting.bits / 32 + self.total("sums") + self.total("others")
+
+    @property
+    def score(self) -> float:
+        """Lower is better."""
+        return self.storage / STORAGE_UNIT + self.operations / OPERATION_UNIT
+
+
+def micronet_score(sizes: Sizes, vocab_size: int, cache: int, counting: Counting) -> MicroNetScore:
+    """Count a language model; tensors have the names of `MicroNetLM.state_dict()`.
+
+    `counting.shares` are those of the words whose embeddings are projected: by bin of `sizes.cutoffs`, the first left
+    out; ValueError unless there is one for each.
+    """
+    width, edges = sizes.widths[0], (0, *sizes.cutoffs, vocab_size)
+    if len(counting.shares) != len(sizes.cutoffs):
+        raise ValueError(f"{len(counting.shares)} shares of words, but {len(sizes.cutoffs)} tails")
+    bins = [high - low for low, high in pairwise(edges)]
+    density = counting.density
+    terms: list[Term] = []
+
+    def matrix(name: str, inputs: int, outputs: int, bias: bool, often: float = 1.0) -> None:
+        """A linear layer that is used `often` per word."""
+        dense, products = density.get(f"{name}.weight", 1.0), inputs * outputs
+        added = outputs * density.get(f"{name}.bias", 1.0) if bias else 0
+        sums = (inputs - 1) * outputs * dense + added
+        stored = products + (outputs if bias else 0)
+        terms.append(Term(name, stored, products * dense + added, often * products * dense, often * sums))
+
+    for number, share in enumerate(counting.shares):
+        matrix(f"embed.projections.{number}", sizes.widths[number + 1], width, False, share)
+    for number in range(sizes.layers):
+        terms += _layer(sizes, f"layers.{number}", counting, matrix)
+    for number, (words, narrow) in enumerate(zip(bins, sizes.widths, strict=True)):
+        if number:
+            matrix(f"softmax.projections.{number - 1}", width, narrow, False)
+        dense = density.get(f"embed.layers.{number}.weight", 1.0)
+        added, products = words * density.get(f"softmax.biases.{number}", 1.0), words * narrow * dense
+        sums = (narrow - 1) * words * dense + added
+        outputs = words + (0 if number else len(sizes.cutoffs))
+        terms.append(Term(f"words.{number}", words * narrow + words, products + added, products, sums, 3 * outputs - 1))
+    if sizes.cutoffs:
+        matrix("softmax.clusters", width, len(sizes.cutoffs), True)
+    if cache:
+        terms.append(Term("cache", products=width * cache, sums=(width - 1) * cache, others=3 * cache - 1))
+    return MicroNetScore(tuple(terms), counting)
+
+
+def _layer(sizes: Sizes, name: str, counting: Counting, matrix: Callable[..., None]) -> list[Term]:
+    """The matrices of a layer by `matrix`; returned is what else it computes."""
+    width, heads, window = sizes.widths[0], sizes.heads, sizes.context
+    counted = heads if counting.all_heads else 1
+    matrix(f"{name}.attention.qkv", width, heads * (2 * sizes.key + sizes.value), True)
+    matrix(f"{name}.attention.out", heads * sizes.value, width, False)
+    matrix(f"{name}.fc1", width, sizes.ffn, True)
+    matrix(f"{name}.fc2", sizes.ffn, width, True)
+    products = heads * window * (sizes.key + sizes.value)
+    sums = heads * ((sizes.key - 1) * window + (window - 1) * sizes.value)
+    positions = sizes.key * window
+    return [
+        Term(f"{name}.attention", products=products, sums=sums, others=counted * (3 * window - 1)),
+        Term(
+            f"{name}.attention.positions", positions, positions, counted * positions,
+            counted * ((sizes.key - 1) * window + window),
+        ),
+        Term(f"{name}.norms", sums=2 * width, others=2 * 6 * width),  # and the two sums around the layer
+        Term(f"{name}.relu", others=sizes.ffn),
+    ]  # fmt: skip
