@@ -1,5 +1,6 @@
 """Optimizers fit the networks they are for, and scale with the batch as their sources say."""
 
+import json
 import math
 
 import pytest
@@ -80,3 +81,60 @@ def test_options_of_another_optimizer_are_one_sentence(fields, sentence):
     with pytest.raises(UserError) as error:
         spec(**fields)
     assert str(error.value) == f"job.yaml: optim: {sentence}"
+
+
+IWSLT = {"lr": 5e-4, "warmup_from": 1e-7, "schedule": "inverse_sqrt"}
+WMT = {"lr": 1e-3, "warmup_from": 1e-7, "schedule": "cosine", "min_lr": 1e-7}
+RECIPES = {
+    "wmt_super": (WMT | {"warmup_steps": 10_000}, 40_000),
+    "wmt_sub": (WMT | {"warmup_steps": 4_000}, 40_000),
+    "iwslt_super": (IWSLT | {"warmup_steps": 10_000}, 50_000),
+    "iwslt_sub": (IWSLT | {"warmup_steps": 4_000}, 50_000),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_schedules_in_steps_are_those_of_the_published_translation_networks(shared, name):
+    fields, last = RECIPES[name]
+    recorded = json.loads((shared / "parity/language/hat_recipe.json").read_text())["lr_schedule"][name]
+    optim = spec(optimizer="adamw", epochs=10, reference_batch=4096, betas=[0.9, 0.98], **fields)
+    for step, rate in recorded.items():
+        if not (optim.schedule == "cosine" and int(step) == last):  # where theirs begins anew
+            found = optimizers.learning_rate(optim, 4096, 1, 0, int(step), last // 10)
+            assert found == pytest.approx(rate, rel=1e-9), step
+    assert optimizers.learning_rate(optim, 2 * 4096, 1, 0, 20_000, last // 10) > 1.9 * recorded["20000"]
+
+
+def test_the_schedule_of_the_language_model_warms_up_in_the_place_of_its_cosine(shared):
+    recorded = json.loads((shared / "parity/language/micronet_score.json").read_text())["lr_cosine_lm"]
+    fields = {"lr": 1e-3, "warmup_steps": 1000, "schedule": "cosine", "cosine_from": "start"}
+    optim = spec(optimizer="adam", epochs=1, reference_batch=8, **fields)
+    steps = {int(step): rate for step, rate in recorded.items() if step.isdigit()}
+    assert len(steps) > 3
+    for step, rate in steps.items():
+        assert optimizers.learning_rate(optim, 8, 1, 0, step, 200_000) == pytest.approx(rate, rel=1e-9, abs=1e-15), step
+
+
+def test_steps_and_epochs_warm_up_to_the_same_peak_and_fall_alike():
+    by_steps = spec(lr=0.4, reference_batch=8, epochs=10, warmup_steps=20, milestones=[5])
+    by_epochs = spec(lr=0.4, reference_batch=8, epochs=10, warmup_epochs=2, milestones=[5])
+    for step in (20, 30, 49, 50, 99):
+        rates = [optimizers.learning_rate(one, 8, 80, 8 * step, step, 10) for one in (by_steps, by_epochs)]
+        assert rates[0] == rates[1]
+    flat = spec(lr=0.4, reference_batch=8, epochs=10, warmup_steps=20, schedule="constant")
+    assert [optimizers.learning_rate(flat, 8, 80, 0, step, 10) for step in (0, 10, 20, 99)] == [0.02, 0.2, 0.4, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"warmup_steps": 5, "warmup_epochs": 0.5}, "warmup_steps: goes without warmup_epochs"),
+        ({"warmup_from": 1e-7}, "warmup_from: belongs to warmup_steps"),
+        ({"schedule": "inverse_sqrt"}, "warmup_steps: is required by schedule: inverse_sqrt"),
+        ({"min_lr": 1e-7}, "min_lr: belongs to schedule: cosine, not step"),
+        ({"cosine_from": "start", "schedule": "constant"}, "cosine_from: belongs to schedule: cosine, not constant"),
+    ],
+)
+def test_schedules_that_do_not_fit_are_one_sentence(fields, sentence):
+    with pytest.raises(UserError, match=sentence):
+        spec(**fields)

@@ -19,10 +19,9 @@ def joined(arrays: Sequence[np.ndarray], pad: float) -> np.ndarray:
 
 
 def tight(data: np.ndarray, labels: np.ndarray, pads: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Return samples `[n, ..., L]` and labels `[n, ..., M]` without what fills up all of them; L - M stays as it is."""
-    used = 0
+    """Return samples `[n, ..., L]` and labels `[n, ..., L]` without the last places, which are filled up in all."""
+    used = 1
     for array, pad in zip((data, labels), pads, strict=True):
         there = (array != pad).reshape(-1, array.shape[-1]).any(0)
-        longest = int(np.flatnonzero(there)[-1]) + 1 if there.any() else 1
-        used = max(used, longest - max(0, array.shape[-1] - labels.shape[-1]))
-    return data[..., : used + data.shape[-1] - labels.shape[-1]], labels[..., :used]
+        used = max(used, int(np.flatnonzero(there)[-1]) + 1 if there.any() else 1)
+    return data[..., :used], labels[..., :used]

@@ -165,6 +165,11 @@ class _Rank:
         phase = self._training(self.progress.epoch)
         return phase.num_trained(phase.num_steps)
 
+    def _rate(self, phase: Phase) -> float:
+        """The learning rate of the next step."""
+        seen, steps = (self.num_learned, self.samples_seen), (self.progress.total_steps, phase.num_steps)
+        return optimizers.learning_rate(self.config.optim, self.config.batch_total, *seen, *steps)
+
     def phases(self) -> tuple[Phase, ...]:
         """The passes that are left: training epochs from where the run stands, validations between them."""
         epochs, passes = self.config.optim.epochs, []
@@ -309,7 +314,7 @@ class _Rank:
         if num_bad and (failure := self.bad.too_many(config.max_bad_fraction)):
             return failure
         if weight:
-            lr = optimizers.learning_rate(config.optim, config.batch_total, self.num_learned, self.samples_seen)
+            lr = self._rate(phase)
             still = frozenset(i for i, count in enumerate(num_empty) if count)
             seed = (config.seed, progress.total_steps)
             total = weight / phase.share(step) if self.arithmetic > 1 else num_valid
@@ -421,7 +426,7 @@ class _Rank:
         row = {
             "phase": "train",
             "epoch": phase.epoch + (step + 1) / phase.num_steps,
-            "train/lr": optimizers.learning_rate(config.optim, config.batch_total, self.num_learned, self.samples_seen),
+            "train/lr": self._rate(phase),
             **training_row(clock, self.ranks),
         }
         arithmetic = arithmetic_of(config.optim.precision, self.device)

@@ -26,9 +26,16 @@ def peak_rate(optim: OptimSpec, batch_total: int) -> float:
     return optim.lr * batch_total / optim.reference_batch
 
 
-def learning_rate(optim: OptimSpec, batch_total: int, num_samples: int, samples_seen: int) -> float:
-    """The rate of the step that begins after `samples_seen` samples of an epoch of `num_samples`."""
+def learning_rate(
+    optim: OptimSpec, batch_total: int, num_samples: int, samples_seen: int, step: int = 0, num_steps: int = 1
+) -> float:
+    """The rate of the step that begins after `samples_seen` samples of epochs of `num_samples`.
+
+    For schedules in steps: after `step` steps of epochs of `num_steps`.
+    """
     peak, epoch = peak_rate(optim, batch_total), samples_seen / num_samples
+    if optim.warmup_steps:
+        return _rate_by_steps(optim, peak, step, num_steps * optim.epochs)
     if epoch < optim.warmup_epochs:
         start = min(optim.lr, peak / 10)
         return start + (peak - start) * epoch / optim.warmup_epochs
@@ -36,8 +43,32 @@ def learning_rate(optim: OptimSpec, batch_total: int, num_samples: int, samples_
         milestones = optim.milestones or (0.4 * optim.epochs, 0.8 * optim.epochs)
         return peak * optim.gamma ** sum(epoch >= milestone for milestone in milestones)
     if optim.schedule == "cosine":
-        progress = min(1.0, (epoch - optim.warmup_epochs) / (optim.epochs - optim.warmup_epochs))
-        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+        begin = optim.warmup_epochs if optim.cosine_from == "warmup" else 0.0
+        return _cosine(optim, peak, (epoch - begin) / (optim.epochs - begin))
+    return peak
+
+
+def _cosine(optim: OptimSpec, peak: float, progress: float) -> float:
+    if optim.min_lr:
+        return optim.min_lr + (peak - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _rate_by_steps(optim: OptimSpec, peak: float, step: int, last: int) -> float:
+    """The rate after `step` steps of `last`, with a warm-up in steps."""
+    warmup = optim.warmup_steps
+    if step <= warmup:
+        if not optim.warmup_from:
+            return peak * max(step, 1) / warmup
+        return optim.warmup_from + step * (peak - optim.warmup_from) / warmup
+    if optim.schedule == "inverse_sqrt":
+        return peak * math.sqrt(warmup / step)
+    if optim.schedule == "cosine":
+        begin = warmup if optim.cosine_from == "warmup" else 0
+        return _cosine(optim, peak, (step - begin) / max(1, last - begin))
+    if optim.schedule == "step":
+        milestones = optim.milestones or (0.4 * optim.epochs, 0.8 * optim.epochs)
+        return peak * optim.gamma ** sum(step * optim.epochs >= milestone * last for milestone in milestones)
     return peak
 
 

@@ -30,8 +30,18 @@ class OptimSpec(Spec):
     """Passes over the training split."""
     warmup_epochs: float = Field(0, ge=0)
     """Epochs over which the rate rises linearly to its peak, from `lr` or a tenth of the peak, whichever is lower."""
-    schedule: Literal["step", "cosine", "constant"] = "step"
-    """`step` multiplies by `gamma` at `milestones`, `cosine` falls to 0 after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """The same in optimizer steps, from `warmup_from`, as the recipes of language networks count."""
+    warmup_from: float = Field(0.0, ge=0)
+    """Rate of the first of the `warmup_steps`; 0 begins with one step's part of the rise."""
+    schedule: Literal["step", "cosine", "constant", "inverse_sqrt"] = "step"
+    """`step` multiplies by `gamma` at `milestones`, `cosine` falls to `min_lr` after the warm-up; `inverse_sqrt` falls
+    with the root of the steps, peak x sqrt(warmup_steps / steps) (arXiv 1706.03762)."""
+    min_lr: float = Field(0.0, ge=0)
+    """What a cosine falls to."""
+    cosine_from: Literal["warmup", "start"] = "warmup"
+    """Where a cosine begins to fall: at the end of the warm-up, or at the first step, with the warm-up in its place for
+    as long as that lasts (the recipe of the MicroNet language model)."""
     milestones: tuple[float, ...] = ()
     """Epochs at which a `step` schedule falls; default 40 % and 80 % of `epochs`."""
     gamma: float = Field(0.1, gt=0, le=1)
@@ -78,6 +88,15 @@ class OptimSpec(Spec):
     def _schedule_fits(self) -> "OptimSpec":
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs: must be below epochs ({self.epochs}), got {self.warmup_epochs:g}")
+        if self.warmup_steps and self.warmup_epochs:
+            raise ValueError("warmup_steps: goes without warmup_epochs: write one of the two")
+        if self.warmup_from and not self.warmup_steps:
+            raise ValueError("warmup_from: belongs to warmup_steps")
+        if self.schedule == "inverse_sqrt" and not self.warmup_steps:
+            raise ValueError("warmup_steps: is required by schedule: inverse_sqrt, whose peak is at its end")
+        for name, default in (("min_lr", 0.0), ("cosine_from", "warmup")):
+            if getattr(self, name) != default and self.schedule != "cosine":
+                raise ValueError(f"{name}: belongs to schedule: cosine, not {self.schedule}")
         if self.milestones and self.schedule != "step":
             raise ValueError(f"milestones: belong to schedule: step, not {self.schedule}")
         adam = self.optimizer in ("adam", "adamw")
@@ -91,15 +110,54 @@ class OptimSpec(Spec):
 
 
 class BatchSpec(Spec):
-    """The global batch; accumulation is total / (workers x per_worker) and must divide."""
+    """The global batch, counted in samples (`total`, `per_worker`) or, for texts, in tokens; accumulation is total /
+    (workers x per_worker) and must divide."""
 
-    total: int = Field(ge=1)
+    total: int = Field(0, ge=0)
     """Samples per optimizer step over all workers; the learning rate depends on it."""
-    per_worker: int = Field(ge=1)
+    per_worker: int = Field(0, ge=0)
     """Samples a worker handles at once (a microbatch)."""
+    tokens: int | None = Field(None, ge=1)
+    """Tokens per optimizer step over all workers, padding included, in place of `total`: a multiple of
+    `per_worker_tokens`. The loss of a step is the mean over its tokens."""
+    per_worker_tokens: int | None = Field(None, ge=1)
+    """Tokens that a worker handles at once, in place of `per_worker`: samples of similar length, so many that the
+    longest of them times their number stays within it."""
     drop_last: bool = False
     """Leave out the last samples of an epoch (others each time) that do not fill a batch, as some published recipes do.
     Else they make a short step whose loss counts as much as its share of the batch."""
+
+    @model_validator(mode="after")
+    def _counted(self) -> "BatchSpec":
+        if self.tokens is None and self.per_worker_tokens is None:
+            for name in ("total", "per_worker"):
+                if not getattr(self, name):
+                    raise ValueError(f"{name}: is required, in samples (for texts write tokens and per_worker_tokens)")
+            return self
+        if self.total or self.per_worker:
+            raise ValueError("tokens: batches are counted in samples or in tokens: leave out total and per_worker")
+        if self.tokens is None or self.per_worker_tokens is None:
+            raise ValueError("tokens: goes with per_worker_tokens, write both")
+        if self.tokens % self.per_worker_tokens:
+            raise ValueError(
+                f"tokens: {self.tokens} must be a multiple of per_worker_tokens ({self.per_worker_tokens})"
+            )
+        return self
+
+    @property
+    def whole(self) -> int:
+        """What the learning rate depends on: samples or tokens of a step."""
+        return self.tokens or self.total
+
+    @property
+    def part(self) -> int:
+        """Samples or tokens that a worker handles at once."""
+        return self.per_worker_tokens or self.per_worker
+
+    @property
+    def num_parts(self) -> int:
+        """Microbatches of a step over all workers."""
+        return -(-self.whole // self.part)
 
 
 class InitSpec(Spec):

@@ -73,7 +73,7 @@ def _known(job: CompressJob, ctx: CheckContext) -> dict[str, Any]:
             raise UserError(f"hold_out: {job.hold_out} of {counts[data.train]} training samples leave none to train on")
         out |= {"dataset": card.name if card else "", "train_samples": rows}
         epochs = sum(step.epochs for _, step in atomic(job.steps) if isinstance(step, FinetuneStep))
-        if epochs and job.batch is not None:
+        if epochs and job.batch is not None and not job.batch.tokens:
             out["train_steps"] = epochs * -(-rows // job.batch.total)
     if job.init is not None:
         try:

@@ -107,6 +107,7 @@ def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, 
     UserError, with the field, for a network that cannot be built or does not fit the data.
     """
     given = given_of(job, card)
+    _require_tokens(job, card)
     _require_weights(job, card)
     _require_metrics(job, card)
     row = models.MODELS.get(str(job.model.name))
@@ -123,12 +124,14 @@ def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, 
 def schedule(job: TrainJob, num_train: int | None) -> dict[str, Any]:
     """Return what is known without the network: batch, accumulation, learning rate, epochs, steps."""
     out: dict[str, Any] = {
-        "batch": job.batch.total,
-        "accumulation": ceil_div(job.batch.total, job.scale.most * job.batch.per_worker),
-        "peak_lr": optimizers.peak_rate(job.optim, job.batch.total),
+        "batch": job.batch.whole,
+        "accumulation": ceil_div(job.batch.num_parts, job.scale.most),
+        "peak_lr": optimizers.peak_rate(job.optim, job.batch.whole),
         "epochs": job.optim.epochs,
     }
-    if num_train is not None:
+    if num_train is not None and job.batch.tokens:
+        out |= {"train_samples": num_train}
+    elif num_train is not None:
         steps = num_train // job.batch.total if job.batch.drop_last else ceil_div(num_train, job.batch.total)
         if not steps:
             raise UserError(
@@ -197,7 +200,7 @@ def _measure(job: TrainJob, card: Card | None) -> tuple[Any, int]:
     if modality.segmented and job.data.sampling == "dense" and shape[0] > DENSE_WINDOW:
         raise UserError(f"model.num_segments: at most {DENSE_WINDOW} frames with data.sampling: dense (got {shape[0]})")
     with without_compiler():
-        optimizers.make_optimizer(net, job.optim, job.batch.total)  # its parameter groups must be there
+        optimizers.make_optimizer(net, job.optim, job.batch.whole)  # its parameter groups must be there
     try:
         return net, cost.count_macs(net, (1, *shape))
     except (RuntimeError, ValueError) as error:
@@ -219,6 +222,21 @@ def _input_shape(job: TrainJob, card: Card | None, net: Any) -> tuple[int, ...]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _require_tokens(job: TrainJob, card: Card | None) -> None:
+    """Raise UserError for batches by tokens of what has none, and for samples that fit into no microbatch."""
+    most = job.batch.per_worker_tokens
+    if card is None or most is None:
+        return
+    if MODALITIES[card.sample].pad is None:
+        raise UserError(f"batch.tokens: is for texts, {card.name} has {MODALITIES[card.sample].plural}: write total")
+    longest = max(card.text.lengths.values()) if card.text is not None else 0
+    if longest > most:
+        raise UserError(
+            f"batch.per_worker_tokens: {most} is less than the longest sample has ({longest}): raise it, or prepare "
+            "the dataset with a lower text.max_tokens"
+        )
 
 
 def _require_metrics(job: TrainJob, card: Card | None) -> None:

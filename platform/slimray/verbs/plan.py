@@ -38,6 +38,8 @@ def plan_job(
     missing.
     """
     job = networks.with_network(job, storage)
+    if job.batch.tokens:
+        raise UserError(f"{where}: batch.tokens: a plan counts samples: write batch.total and batch.per_worker for it")
     val_samples = 0
     splits = _splits(job, where, storage, required=samples is None)
     card = splits.card if splits is not None else _card(job, where)

@@ -144,6 +144,8 @@ class ProxylessJob(WorkerJob):
     def _sections_fit(self) -> "ProxylessJob":
         if self.data.val is None:
             raise ValueError("data.val: is required, what is found is scored on it")
+        if self.batch.tokens:
+            raise ValueError("batch.tokens: the search takes turns by samples: write total and per_worker")
         if self.hold_out < self.batch.total:
             raise ValueError(f"hold_out: must be at least batch.total ({self.batch.total}), got {self.hold_out}")
         if self.optim.norm != "local":

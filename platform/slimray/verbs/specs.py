@@ -92,12 +92,19 @@ class TrainJob(WorkerJob):
     @model_validator(mode="after")
     def _sections_fit(self) -> "TrainJob":
         per_pass, elastic = self.scale.most * self.batch.per_worker, self.scale.most > self.scale.fewest
-        if self.batch.total % per_pass and not elastic:
+        if self.batch.tokens and self.batch.num_parts < self.scale.most:
+            raise ValueError(
+                f"batch.tokens: {self.batch.tokens} leaves some of {self.scale.most} workers without work: lower "
+                "batch.per_worker_tokens"
+            )
+        if self.batch.tokens and self.optim.precise_norm:
+            raise ValueError("optim.precise_norm: counts samples, it does not go with batch.tokens")
+        if per_pass and self.batch.total % per_pass and not elastic:
             raise ValueError(
                 f"batch.total: {self.batch.total} must be a multiple of scale.workers x batch.per_worker "
                 f"({self.scale.most} x {self.batch.per_worker} = {per_pass})"
             )
-        if self.batch.total < self.scale.most:
+        if not self.batch.tokens and self.batch.total < self.scale.most:
             raise ValueError(f"batch.total: {self.batch.total} leaves some of {self.scale.most} workers without work")
         if self.optim.zero_gamma and self.init is not None:
             raise ValueError("optim.zero_gamma: would wipe out the weights of init, use one of the two")

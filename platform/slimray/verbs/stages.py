@@ -15,6 +15,7 @@ import ray
 from slimray import runs
 from slimray.data.modalities import MODALITIES
 from slimray.data.pipeline import Source
+from slimray.data.token_plan import Bags
 from slimray.tasks import task_of_card
 from slimray.tasks.network import Input
 from slimray.train import learn, loop, workers
@@ -126,8 +127,8 @@ def fit_config(job: TrainJob, ctx: Context, run_uri: str, data: Data, known: Map
         model=networks.model_options(job, splits.card),
         init=None if job.init is None else job.init.model_dump(by_alias=True) | {"from": _start(job.init, ctx)},
         optim=resolve_weights(job.optim, splits.tables[job.data.train], splits.card.num_classes),
-        batch_total=job.batch.total,
-        per_worker=job.batch.per_worker,
+        batch_total=job.batch.whole,
+        per_worker=job.batch.part,
         scale=job.scale,
         checkpoint=job.checkpoint,
         tracking=job.tracking,
@@ -150,7 +151,16 @@ def fit_config(job: TrainJob, ctx: Context, run_uri: str, data: Data, known: Map
         method=_method(job, ctx),
         drop_last=job.batch.drop_last,
         limits=job.limits,
+        bags=_bags(job, {role: splits.tables[name] for role, name in names.items()}),
     )
+
+
+def _bags(job: TrainJob, tables: Mapping[str, pa.Table]) -> dict[str, Bags]:
+    """Return how the samples of each split are cut into bags; nothing where batches are counted in samples."""
+    most = job.batch.per_worker_tokens
+    if most is None:
+        return {}
+    return {role: Bags.of(table.column("frames").to_numpy(), most, job.seed) for role, table in tables.items()}
 
 
 def _method(job: TrainJob, ctx: Context) -> Method:
