@@ -36,7 +36,10 @@ def small(name: str) -> tuple[nn.Module, Tensor]:
     net, takes = models.build(name, **options_of(name)), models.MODELS[name].input
     known = models.options_of(name)
     channels = known.get("in_channels", 6 + (OPTIONS["num_shapes"] if "num_shapes" in known else 0))
-    x = torch.randn(4, *SHAPES.get(takes, (channels, 128)))
+    shape = SHAPES.get(takes, (channels, 128))
+    if takes == "image":
+        shape = (known.get("in_channels", 3), *[known.get("side", 64)] * 2)
+    x = torch.randn(4, *shape)
     return settled(net, x), x
 
 
@@ -158,7 +161,7 @@ def require_near(made: q.QuantizedNetwork, net: nn.Module, x: Tensor) -> None:
     for name in made.record["layers"]:
         folded.get_submodule(name).register_forward_hook(compare(name))
     folded(x)
-    assert len(errors) == len(made.record["layers"]) > 3
+    assert len(errors) == len(made.record["layers"]) >= 3
     assert max(errors.values()) < 0.1, errors
 
 

@@ -47,7 +47,8 @@ def example(name: str, net: nn.Module, batch: int, longer: int = 0) -> torch.Ten
     if kind == "clip":
         shape = [batch, net.num_segments, 3, 32, 32]
     elif kind == "image":
-        shape = [batch, 3, 32, 32]
+        known = models.options_of(name)
+        shape = [batch, known.get("in_channels", 3), *[known.get("side", 32)] * 2]
     elif kind == "image_pair":
         shape = [batch, 3, 20 + longer, 24]
     else:

@@ -7,11 +7,14 @@ from typing import get_args
 import numpy as np
 import onnx
 import pytest
+import safetensors.torch
 import torch
+import yaml
 from tests.cli.test_cli import shell  # noqa: F401 a fixture
 from tests.export import networks
 
 from slimray import job, models, runs
+from slimray.compress import quantization
 from slimray.export import exported, graph, verify
 from slimray.export.formats import FORMATS
 from slimray.models.tsm import OnlineTSM
@@ -59,6 +62,26 @@ def test_an_export_agrees_with_torch_and_says_so(shell, net):  # noqa: F811
     runs.write_file(run, "export/onnx/model.onnx", b"other")
     with pytest.raises(UserError, match=r"model\.onnx: is not what was written"):
         exported.load_exported(run, "onnx", 1)
+
+
+def test_a_network_of_few_bits_is_exported_in_float_and_in_int8(shell, net):  # noqa: F811
+    network = load_network(net)
+    weights, model, taken = runs.read_model(net)
+    whole, record = quantization.prepare(network.net, torch.randn(8, 3, 32, 32), None, (8, 8), trained=False)
+    run = runs.open_run("runs", "eight")
+    runs.begin(run, yaml.safe_load(runs.read_file(net, "job.yaml")) | {"name": "eight"}, 1)
+    stored = safetensors.torch.save({key: one.contiguous() for key, one in whole.state_dict().items()})
+    runs.write_model(run, stored, {**model, "compression": [record]}, taken)
+    runs.end(run, "finished")
+    done = shell("export", "eight", "--format", "onnx,onnx_int8", *SMALL)
+    assert done.code == 0, done.err
+    found = runs.find_run("eight-export", "runs")
+    plain, small = (exported.read_export(found, name) for name in ("onnx", "onnx_int8"))
+    assert plain["verification"]["passed"]
+    assert small["bytes"] < 0.5 * plain["bytes"]
+    again = onnx.load_from_string(runs.read_file(found, "export/onnx_int8/model.onnx"))
+    assert not [node for node in again.graph.node if node.op_type == "Round"], "inputs are rounded once"
+    assert len(stored) < 0.5 * len(weights)
 
 
 def test_an_export_that_disagrees_is_a_failed_run(shell, net):  # noqa: F811

@@ -2,15 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from tests.verbs.conftest import Shell
 from tests.verbs.test_compress import DATA, TRAIN
 
 from slimray import runs
+from slimray.compress.quantization import LayerInfo
 from slimray.spec import UserError, parse
 from slimray.tasks.network import load_network
 from slimray.verbs.compress_specs import CompressJob, atomic
+from slimray.verbs.quantizing import Costs, uniform, walk_of
 
 QUANTIZE = """
 kind: compress
@@ -25,6 +28,10 @@ timing: null
 scale: {{workers: 1}}
 """
 PLAIN = "{step: quantize, samples: 16, max_loss: 1000, keep: [layer1.0.conv1]}"
+SEARCHED = (
+    "{step: quantize, samples: 16, scheme: linear, shares: {size_mb: 0.5}, "
+    "search: {name: haq, episodes: 4, population: 2, warmup: 2}}"
+)
 TRAINED = "{step: quantize, bits: [4, 8], samples: 16, finetune: {epochs: 1, lr: 0.01, teacher: {}}}"
 
 
@@ -45,11 +52,68 @@ def test_a_trained_step_is_rounded_then_trained_then_whole():
         ("{step: quantize, bits: 1}", "steps.0"),
         ("{step: quantize, bits: [4, 9]}", "steps.0"),
         ("{step: quantize, scheme: kmeans, finetune: {epochs: 1, lr: 0.1}}", "codebooks are not trained here"),
+        ("{step: quantize, shares: {size_mb: 0.5}}", "search: is required with shares"),
+        ("{step: quantize, search: haq}", "search: needs shares or limits"),
+        ("{step: quantize, search: amc, shares: {size_mb: 0.5}}", "haq"),
+        ("{step: quantize, search: haq, bits: 4, shares: {size_mb: 0.5}}", "bits: the search says it"),
+        ("{step: quantize, search: haq, shares: {latency_ms: 0.5}}", "write hardware"),
+        ("{step: quantize, search: haq, hardware: bit_serial, shares: {size_mb: 0.5}}", "hardware: is for shares"),
+        ("{step: quantize, search: haq, shares: {size_mb: 0.5}, limits: {size_mb: 1}}", "written as a share too"),
+        ("{step: quantize, search: {name: haq, low: 8}, shares: {size_mb: 0.5}}", "low: must be less than high"),
+        ("{step: quantize}\n  - {step: sparsify, keep: 0.5}", "behind quantize there is only code"),
     ],
 )
 def test_bits_that_there_are_not_are_refused(step, said):
     with pytest.raises(UserError, match=said):
         job(step)
+
+
+LAYERS = [LayerInfo(f"conv{i}", "Conv2d", False, 8, 16, 1, 3, 1152 * (i + 1), 10**6, 2048, 4096, 256) for i in range(4)]
+
+
+@pytest.mark.parametrize("scheme", ["linear", "kmeans"])
+def test_bits_keep_shares_of_what_eight_cost_and_limits_in_numbers(scheme):
+    limits = "shares: {size_mb: 0.6}" if scheme == "kmeans" else "shares: {latency_ms: 0.7}, limits: {size_mb: 0.008}"
+    text = f"{{step: quantize, search: haq, scheme: {scheme}, {limits}"
+    step = job(text + (", hardware: bit_serial}" if scheme == "linear" else "}")).steps[0]
+    costs = Costs(step, LAYERS)
+    walk = walk_of(step, LAYERS, costs, "q.yaml")
+    whole, rng = costs.all([[8, 8]] * 4), np.random.default_rng(0)
+    assert whole["size_mb"] == pytest.approx(sum(one.weights for one in LAYERS) / 1e6)
+    for _ in range(20):
+        walk.reset()
+        while walk.step(rng.random()) is not None:
+            pass
+        found = costs.all(walk.policy())
+        assert all(found[name] <= limit for name, limit in costs.limits.items())
+    assert costs.limits["size_mb"] == pytest.approx(0.6 * whole["size_mb"] if scheme == "kmeans" else 0.008)
+    even = uniform(walk)
+    assert walk.cost(even) <= 1
+    assert len({tuple(pair) for pair in even[1:-1]}) == 1
+    tight = job("{step: quantize, search: haq, limits: {size_mb: 0.001}}").steps[0]
+    with pytest.raises(UserError, match=r"2 bits everywhere .* the limit is 0.001"):
+        walk_of(tight, LAYERS, Costs(tight, LAYERS), "q.yaml")
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_searched_bits_keep_their_share_on_any_number_of_workers(shell: Shell):
+    shell.ok("run", shell.write("pictures.yaml", DATA))
+    shell.ok("run", shell.write("whole.yaml", TRAIN))
+    found = []
+    for workers in (1, 2):
+        text = QUANTIZE.format(name=f"mixed-{workers}", step=SEARCHED).replace("workers: 1", f"workers: {workers}")
+        shell.ok("run", shell.write("mixed.yaml", text))
+        run = runs.open_run(str(shell.storage), f"mixed-{workers}")
+        found.append(json.loads(runs.read_file(run, "results.json"))["steps"][1]["details"])
+    details = found[0]
+    assert found[0] == found[1]
+    assert len(details["rewards"]) == 4
+    assert details["costs"]["size_mb"] <= details["limits"]["size_mb"]
+    assert len({tuple(pair) for pair in details["bits"].values()}) > 2, "mixed"
+    assert details["bits"]["conv1"] == details["bits"]["fc"] == [8, 8]
+    assert "Bits, by layer" in runs.read_file(run, "report.html").decode()
+    assert "01-quantize" in shell.ok("show", "mixed-1")
 
 
 @pytest.mark.ray

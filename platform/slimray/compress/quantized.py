@@ -208,3 +208,16 @@ def to_whole(net: nn.Module) -> nn.Module:
         new.store(layer.weight.detach(), layer.span().detach())
         replace(net, layer, new.train(layer.training))
     return net
+
+
+def with_float_inputs(net: nn.Module) -> nn.Module:
+    """Let the `Quantized` layers of `net` take inputs as they are, in place: for what finds ranges of its own."""
+    for layer in net.modules():
+        if isinstance(layer, Quantized):
+            layer.bits = (layer.bits[0], None)
+    return net
+
+
+def rounds_inputs(net: nn.Module) -> bool:
+    """Whether a layer of `net` rounds its input, so that a last bit may decide which way."""
+    return any(isinstance(layer, Quantized) and layer.bits[1] is not None for layer in net.modules())

@@ -29,6 +29,7 @@ from slimray.data.video.clips import ClipRecipe, frame_indices, generators
 from slimray.storage import join
 
 NUM_FOOTERS = 4096  # kept per process as written, some 11 kB for 64 clips; parsed they would take 170 kB
+IDX_NAMES = ("ubyte", "ubyte.gz")  # ends of the names of idx files of bytes
 SHARD = pa.schema([("path", pa.string()), ("label", pa.int64()), ("data", pa.binary())])
 
 
@@ -40,6 +41,8 @@ def read_whole(fs: pafs.FileSystem, root: str, row: dict[str, Any]) -> bytes:
     """
     if row["shard"].endswith(".bin"):
         return image_sets.cifar_picture(_read_part(fs, join(root, row["shard"]), row["row"], image_sets.CIFAR_PIXELS))
+    if row["shard"].endswith(IDX_NAMES):
+        return image_sets.gray_picture(_read_idx(fs, join(root, row["shard"]), row), row["width"], row["height"])
     if row["shard"]:
         return _read_packed(fs, join(root, row["shard"]), row["row"])
     pictures = _pictures_of(fs, root, row)
@@ -136,6 +139,30 @@ def _read_part(fs: pafs.FileSystem, path: str, start: int, size: int) -> bytes:
         return data
 
     return storage.retry(read, "read", path)
+
+
+def _read_idx(fs: pafs.FileSystem, path: str, row: dict[str, Any]) -> bytes:
+    """The pixels of a picture of an idx file, from byte `row` of its array on; a packed one is unpacked once."""
+    start, size = row["row"], row["width"] * row["height"]
+    if not path.endswith(".gz"):
+        return _read_part(fs, path, image_sets.IDX_START + start, size)
+
+    def read() -> bytes:
+        data = _unpacked_idx(_At(path, fs))[start : start + size] if start >= 0 else b""
+        if len(data) < size:
+            raise OSError(f"it ends before byte {start + size}, where the index has a picture")
+        return data
+
+    return storage.retry(read, "read", path)
+
+
+@functools.lru_cache(maxsize=2)
+def _unpacked_idx(at: _At) -> bytes:
+    """The array of a packed idx file of pictures."""
+    try:
+        return image_sets.read_idx(_read_file(at.fs, at.path), 3).tobytes()
+    except ValueError as error:
+        raise OSError(str(error)) from None
 
 
 def _read_packed(fs: pafs.FileSystem, path: str, row: int) -> bytes:

@@ -40,23 +40,23 @@ class Card(Spec):
     """Terms of use, as far as they are known."""
     layout: Literal[
         "list", "folders", "files", "something_v2", "hmdb51", "s3dis", "shapenet_part", "kitti", "cifar10", "cifar100",
-        "visual_wake_words", "texts", "generated", "index",
+        "idx", "visual_wake_words", "texts", "generated", "index",
     ]  # fmt: skip
     """`list`: text or CSV; `folders`: a folder per class; `files`: patterns of paths; `something_v2`: JSON lists;
     `hmdb51`: a list per class; `s3dis`: rooms, a file per object; `shapenet_part`: JSON lists of shapes; `kitti`: lists
-    of scans of the object benchmark; `cifar10`, `cifar100`: the binary releases; `visual_wake_words`: instance
-    annotations of COCO; `texts`: text files, a sample a line; `generated`: made by a `prepare` job; `index`: what a
-    `prepare` job wrote."""
+    of scans of the object benchmark; `cifar10`, `cifar100`: the binary releases; `idx`: MNIST's files, packed by gzip
+    or not; `visual_wake_words`: instance annotations of COCO; `texts`: text files, a sample a line; `generated`: made
+    by a `prepare` job; `index`: what a `prepare` job wrote."""
     root: str | None = None
     """Folder of the dataset, if it is always the same; `data.root` of a job goes before it."""
     splits: dict[str, str | tuple[str | int, ...]] = Field(min_length=1)
     """Where each split is found under the root: its list (`list`, `something_v2`, `index`) or lists (`shapenet_part`),
     its annotations (`visual_wake_words`), the folder of its class folders (`folders`; `.` = the root), `[pattern of the
     lists, mark of its lines]` (`hmdb51`), its text files, in pairs where translations lie in files of their own
-    (`texts`: `[train.en.gz, train.de.gz]`; a .tsv or .parquet holds both), a pattern of its files or several (`files`,
-    `s3dis`, `cifar10`). In a pattern `*` and `[0-7]` stand for characters of one part of a path, the part `{class}` for
-    any name, which is the class, and `{*}` in the last part makes all files of a folder one sample:
-    `{class}/train/*.off`, `Area_[12346]/*/Annotations/{*}.txt`."""
+    (`texts`: `[train.en.gz, train.de.gz]`; a .tsv or .parquet holds both), `[pictures, labels]` (`idx`), a pattern of
+    its files or several (`files`, `s3dis`, `cifar10`). In a pattern `*` and `[0-7]` stand for characters of one part of
+    a path, the part `{class}` for any name, which is the class, and `{*}` in the last part makes all files of a folder
+    one sample: `{class}/train/*.off`, `Area_[12346]/*/Annotations/{*}.txt`."""
     delimiter: str | None = Field(None, min_length=1, max_length=1)
     """Character between the columns of a list; default white space, then a path may hold blanks only where it comes
     first and ends like a file of a sample (`my clip.mp4 3`)."""
@@ -80,6 +80,8 @@ class Card(Spec):
 
     sample: str = Field("clip", json_schema_extra={"enum": list(MODALITIES)})
     """What a sample is: a clip of a video, an image, a cloud of points, the points behind a 2D box, or text."""
+    channels: Literal[1, 3] = 3
+    """Channels of the pixels that networks take of images: red, green and blue, or 1 for shades of gray from 0 to 1."""
     labels: Literal["sample", "point", "none"] = "sample"
     """Whether a label belongs to a sample, or to each of its points (the label of a list is then its shape, from 0)."""
     task: str | None = None
@@ -127,6 +129,8 @@ class Card(Spec):
             several = isinstance(place, tuple)
             if self.layout == "hmdb51":
                 form, fits = "[pattern, mark]", several and [type(one) for one in place] == [str, int]
+            elif self.layout == "idx":
+                form, fits = "[pictures, labels], names that end in ubyte", self._is_idx(place)
             elif self.layout in _PATTERNS:
                 form, fits = "a path or several", all(isinstance(one, str) for one in place) and len(place) > 0
             else:
@@ -168,6 +172,11 @@ class Card(Spec):
             raise ValueError("flip_pairs: a class stands in more than one pair")
         return self
 
+    @staticmethod
+    def _is_idx(place: str | tuple[str | int, ...]) -> bool:
+        names = place if isinstance(place, tuple) else ()
+        return len(names) == 2 and all(isinstance(one, str) and one.endswith(("ubyte", "ubyte.gz")) for one in names)
+
     def _require_class(self, split: str) -> None:
         for pattern in self.places(split):
             if (CLASS in pattern.split("/")) != (self.labels == "sample"):
@@ -203,6 +212,7 @@ class Card(Spec):
             "flip",
             "flip_pairs",
             "sample",
+            "channels",
             "labels",
             "parts",
             "task",

@@ -16,7 +16,7 @@ INDEX = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("shard", pa.string()),  # "" = a file, or a folder of pictures, of its own
-        ("row", pa.int32()),  # row group in the shard, in a .bin the byte where the pixels begin; else -1
+        ("row", pa.int32()),  # row group in the shard, in a .bin or idx file the byte where the pixels begin; else -1
     ]
 )
 NOTES = b"notes"  # in the metadata of its schema

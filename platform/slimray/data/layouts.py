@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
+import numpy as np
 import pyarrow.fs as pafs
 
 from slimray import storage
@@ -261,6 +262,38 @@ def _read_texts(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Itera
         yield Entry(join(root, names[0]), {"path": names[0]}, 0)
 
 
+def _read_idx(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
+    """The pictures of an idx file, `train-images-idx3-ubyte#00017`, and their labels from another."""
+    (name, where, pictures), (_, where_labels, labels) = (
+        _idx_file(card, split, fs, root, place, num_axes)
+        for place, num_axes in zip(card.places(split), (3, 1), strict=True)
+    )
+    if len(pictures) != len(labels):
+        raise UserError(f"{where}: holds {len(pictures):,} pictures, {where_labels} {len(labels):,} labels")
+    height, width = pictures.shape[1:]
+    for number, label in enumerate(labels.tolist()):
+        place = {"shard": name, "row": number * width * height, "width": width, "height": height}
+        yield Entry(f"{where} picture {number}", {"path": f"{name}#{number:05d}"}, label, place)
+
+
+def _idx_file(
+    card: Card, split: str, fs: pafs.FileSystem, root: str, place: str, num_axes: int
+) -> tuple[str, str, np.ndarray]:
+    """Name, path and array of the idx file at a place of a card, which may be packed: `place.gz`."""
+    place = inside(place, split_of(card, split))
+    for name in dict.fromkeys((place, f"{place.removesuffix('.gz')}.gz")):
+        where = join(root, name)
+        try:
+            return name, where, image_sets.read_idx(storage.read_bytes(fs, where), num_axes)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise UserError(f"{where}: is not an intact idx file: {error}") from None
+    raise NotThere(
+        f"{join(root, place)}: there is no such file ({split_of(card, split)}), nor {place}.gz: fix data.root"
+    )
+
+
 def _read_visual_wake_words(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
     """Instance annotations of COCO: is the category that is the second class in an image, yes or no."""
     place = place_of(card, split)
@@ -282,6 +315,7 @@ READERS: dict[str, Callable[[Card, str, pafs.FileSystem, str], Iterator[Entry | 
     "hmdb51": _read_hmdb51,
     "cifar10": functools.partial(_read_cifar, 1),
     "cifar100": functools.partial(_read_cifar, 2),
+    "idx": _read_idx,
     "visual_wake_words": _read_visual_wake_words,
     "s3dis": _read_files,
     "shapenet_part": _read_shapenet_part,

@@ -96,7 +96,7 @@ def sample_shape(recipe: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def input_shape(recipe: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the shape of one view as a network takes it, without the batch: (T, 3, H, W), (3, H, W) or (C, N)."""
+    """Return the shape of one view as a network takes it, without the batch: (T, 3, H, W), (C, H, W) or (C, N)."""
     return modality_of(recipe).input_shape(read_recipe(recipe))
 
 
@@ -114,7 +114,7 @@ def load_clip(row: dict[str, Any], root: str, recipe: ClipRecipe, key: Key, time
 def load_image(
     row: dict[str, Any], root: str, recipe: ImageRecipe, key: Key, timeout_s: float
 ) -> tuple[np.ndarray, int]:
-    """An image uint8 `[V, size, size, 3]` and its label."""
+    """An image uint8 `[V, size, size, channels]` and its label."""
     fs, path = filesystem(root)
     image, flipped = decoder(timeout_s).image(row["path"], read_whole(fs, path, row), recipe, key)
     return image, flip_label(row["label"], recipe.flip_labels) if flipped else row["label"]
@@ -195,6 +195,7 @@ def _image_recipe(data: DataSpec, card: "Card", _: int, mode: str) -> dict[str, 
         "brightness": varied.brightness,
         "saturation": varied.saturation,
         "padding": varied.padding,
+        "channels": card.channels,
         **_flips(data, card, mode),
     }
 
@@ -233,11 +234,11 @@ def _short_clips(frames: np.ndarray, recipe: ClipRecipe | None) -> str:
 
 
 def _image_shape(recipe: ImageRecipe) -> tuple[int, ...]:
-    return (recipe.crops, recipe.size, recipe.size, 3)
+    return (recipe.crops, recipe.size, recipe.size, recipe.channels)
 
 
 def _image_input(recipe: ImageRecipe) -> tuple[int, ...]:
-    return (3, recipe.size, recipe.size)
+    return (recipe.channels, recipe.size, recipe.size)
 
 
 def _points_shape(recipe: PointRecipe) -> tuple[int, ...]:
@@ -260,6 +261,8 @@ def _points_target(recipe: PointRecipe) -> Target:
 def _require_pixels(card: "Card") -> None:
     if card.labels == "point" or card.point_columns or card.point_labels or card.tile:
         raise ValueError("labels: point_columns, point_labels, tile and labels per point need sample: points")
+    if card.channels != 3 and card.sample != "image":
+        raise ValueError("channels: 1 is for sample: image")
 
 
 def _require_image(card: "Card") -> None:
@@ -348,7 +351,7 @@ MODALITIES: dict[str, Modality] = {
         sample_mb=0.1,
         endings=IMAGES,
         generate=synthetic.generate_image,
-        layouts=frozenset({"cifar10", "cifar100", "visual_wake_words"}),
+        layouts=frozenset({"cifar10", "cifar100", "idx", "visual_wake_words"}),
         in_channels=3,
         views=frozenset({"crops"}),
         view_recipe=image_views,

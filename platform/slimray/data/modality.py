@@ -111,7 +111,7 @@ class Modality:
     """A recipe and options to what makes samples of a user's own files; None where no file is a sample."""
     frame: Callable[[Any, np.ndarray], np.ndarray] | None = None
     """A recipe and a picture uint8 [H, W, 3], such as a camera gives, to a frame as the network takes it, uint8
-    [size, size, 3]; None where a sample is made of something else."""
+    [size, size, channels]; None where a sample is made of something else."""
     example: Callable[[np.ndarray, str, Top, Sequence[Any]], dict[str, Any]] | None = None
     """One view of a classified sample, its class, the likeliest ones, and what the branches of the network respond to,
     to an example of a report."""

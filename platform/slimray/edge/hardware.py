@@ -177,20 +177,24 @@ def meter(name: str) -> Meter:
     A row by its name, a device by a `.yaml` file with the fields of `Device`, a table by the `.json` file that
     `slimray profile` wrote. UserError for anything else.
     """
-    suffix = Path(name).suffix.lower()
-    if suffix == ".json":
+    if Path(name).suffix.lower() == ".json":
         return latency_table.finished_meter(name)
-    if suffix in (".yaml", ".yml"):
+    return model_meter(device(name), name)
+
+
+def device(name: str) -> Device:
+    """A row of HARDWARE by its name, or the device that a `.yaml` file describes. UserError for anything else."""
+    if Path(name).suffix.lower() in (".yaml", ".yml"):
         documents = read_yaml(name)
         if len(documents) != 1:
             raise UserError(f"{name}: must hold one device (holds {len(documents)} documents)")
-        return model_meter(parse(Device, documents[0], name), name)
+        return parse(Device, documents[0], name)
     if name not in HARDWARE:
         raise UserError(
             f"unknown device {name!r}{did_you_mean(name, HARDWARE)}; a measured table ends in .json, a described "
             "device in .yaml"
         )
-    return model_meter(HARDWARE[name], name)
+    return HARDWARE[name]
 
 
 def model_meter(device: Device, name: str) -> Meter:

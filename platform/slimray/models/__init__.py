@@ -19,9 +19,11 @@ from torch import nn
 from slimray.models.cifar_resnet import CifarResNet
 from slimray.models.generators.carn import carn
 from slimray.models.i3d import I3D, INFLATIONS
+from slimray.models.lenet import LeNet5, LeNet300
 from slimray.models.mobilenetv2 import MobileNetV2
 from slimray.models.points.table import POINT_MODELS
 from slimray.models.resnet import ResNet
+from slimray.models.squeezenet import SqueezeNet
 from slimray.models.supernets.mixed import proxyless_found, proxyless_supernet
 from slimray.models.supernets.ofa_mobilenet import ofa_mobilenetv3, ofa_proxyless, ofa_tsm_mobilenetv3
 from slimray.models.supernets.ofa_pvcnn import ofa_pvcnn, ofa_pvcnn_cls
@@ -105,6 +107,9 @@ MODELS: dict[str, Model] = {
     "mobilenetv2": Model(MobileNetV2, "MobileNetV2 for images", "image"),
     "resnet20": Model(partial(CifarResNet, 20), "ResNet-20 for images of 32 pixels (CIFAR)", "image"),
     "resnet56": Model(partial(CifarResNet, 56), "ResNet-56 for images of 32 pixels (CIFAR)", "image"),
+    "lenet300": Model(LeNet300, "LeNet-300-100: three linear layers, for images of 28 pixels (MNIST)", "image"),
+    "lenet5": Model(LeNet5, "LeNet-5 of Caffe, for images of 28 pixels (MNIST)", "image"),
+    "squeezenet": Model(SqueezeNet, "SqueezeNet 1.0 for images", "image"),
 }
 
 MODELS |= {

@@ -174,12 +174,18 @@ def compress_report(run: runs.Run) -> str:
     columns = ["layer", *(row["run"] for row in rows)]
     kept = Table("Weights kept, by layer", columns, shares, "Percent of the layer's weights.", frozenset(columns[1:]))
     tables, scatters = [table, kept], []
+    if bits := [one["details"]["bits"] for one in steps if one["details"].get("bits")][-1:]:
+        bars = [[name, w, a, 100 * w / 8, 100 * (a or 0) / 8] for name, (w, a) in bits[0].items()]
+        header = ["layer", "weights", "inputs", "weights, % of 8 bits", "inputs, % of 8 bits"]
+        tables.append(Table("Bits, by layer", header, bars, _BITS, frozenset(header[3:]), fold=len(bars) > 20))
     for one in steps:
         if found := one["details"].get("sensitivity"):
+            quantized = one["row"]["step"] == "quantize"
             ratios = list(dict.fromkeys(ratio for name, scores in found.items() if name for ratio in scores))
             lines = [[name, *(scores.get(ratio) for ratio in ratios)] for name, scores in found.items() if name]
             title = f"Sensitivity before {one['row']['run']}"
-            tables.append(Table(title, ["layer", *ratios], lines, _SENSITIVITY, fold=True))
+            note = _ROUNDED if quantized else _SENSITIVITY
+            tables.append(Table(title, ["layer", *ratios], lines, note, fold=True))
     for name in ("bytes", "macs", "latency_ms"):
         if len({row.get(name) for row in rows}) > 1 and all(name in row for row in rows):
             points = [(row[name], row[metric]) for row in rows]
@@ -323,6 +329,8 @@ _STEPS = (
     "above 1 is faster. Zeros make a file smaller, not a dense kernel faster."
 )
 _SENSITIVITY = "The metric (a loss negated) with this layer alone pruned to the share in the heading."
+_BITS = "Layers that are not named stay float, and so do inputs without a number."
+_ROUNDED = "With this layer alone quantized: points of the metric that it costs, the metric, megabytes that it saves."
 _PREDICTED = "Held-out error (in units of the metric) and rank correlation, and how it fared on what was measured next."
 
 

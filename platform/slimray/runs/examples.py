@@ -23,10 +23,10 @@ BASE64 = re.compile(r"[A-Za-z0-9+/]+=*")
 
 
 def filmstrip(frames: np.ndarray, height: int = 96) -> str:
-    """uint8 `[T, H, W, 3]` side by side as one JPEG of `height` pixels, base64 text."""
+    """uint8 `[T, H, W, 3]` (or 1) side by side as one JPEG of `height` pixels, base64 text."""
     from PIL import Image
 
-    strip = Image.fromarray(np.concatenate(list(frames), axis=1))
+    strip = Image.fromarray(np.concatenate(list(frames), axis=1).repeat(3 if frames.shape[-1] == 1 else 1, -1))
     strip = strip.resize((round(strip.width * height / strip.height), height), Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
     strip.save(buffer, "JPEG", quality=80)

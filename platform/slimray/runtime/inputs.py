@@ -22,6 +22,11 @@ class Input:
     average: Literal["logits", "prob"] = "logits"
 
     @classmethod
+    def of_channels(cls, channels: int, average: Literal["logits", "prob"] = "logits") -> "Input":
+        """The one of pictures with so many channels: those of ImageNet, or of shades of gray from 0 to 1."""
+        return cls(average=average) if channels != 1 else cls((0.0,), (1.0,), average)
+
+    @classmethod
     def of(cls, plain: dict[str, Any]) -> "Input":
         """The one of `model/input.json`; TypeError for what is none."""
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}

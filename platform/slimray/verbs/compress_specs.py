@@ -1,5 +1,6 @@
 """What a `compress` job may write: its steps, one class each, told apart by `step`. Neither Ray nor torch."""
 
+import itertools
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -161,6 +162,34 @@ Width = Annotated[int, Field(ge=2, le=8)]
 Widths = tuple[Width, Width | None]  # of the weights, of the inputs
 
 
+class HaqSpec(Spec):
+    """HAQ (arXiv 1811.08886): an agent gives every layer its bits, judged by the whole policy after rounding."""
+
+    name: Literal["haq"] = "haq"
+    """Which search."""
+    episodes: int = Field(200, ge=1)
+    """Policies to try (published: 600, each trained for an epoch; here none is trained)."""
+    population: int = Field(1, ge=1)
+    """Policies tried at a time, 1 as published: the result depends on it, not on the workers."""
+    warmup: int = Field(20, ge=1)
+    """Episodes whose actions are random."""
+    decay: float = Field(0.99, gt=0, le=1)
+    """Factor by which the noise shrinks from episode to episode after that."""
+    low: Width = 2
+    """Fewest bits of a layer."""
+    high: Width = 8
+    """Most bits of a layer; the first and the last layer have 8 whatever it is (`kmeans`: none is special)."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "HaqSpec":
+        if self.low >= self.high:
+            raise ValueError(f"low: must be less than high (got {self.low} and {self.high})")
+        return self
+
+
+BitCost = Literal["size_mb", "latency_ms", "energy_mj"]
+
+
 class QuantizeStep(Spec):
     """Weights as whole numbers of few bits, inputs of layers rounded, BatchNorm folded. After training, or trained."""
 
@@ -170,6 +199,14 @@ class QuantizeStep(Spec):
     are not named stay float. First and last layer have 8 bits at least unless they are named."""
     scheme: Literal["int8", "linear", "kmeans"] = "int8"
     """`int8`: a scale per channel, inputs with a zero point, as runtimes do; `linear`: HAQ's; `kmeans`: codebooks."""
+    search: HaqSpec | None = None
+    """Search the bits of each layer in place of giving them: `search: haq` or `search: {name: haq, episodes: 100}`."""
+    shares: dict[BitCost, Ratio] = {}
+    """With `search`: the most that its policy costs, as a share of 8 bits everywhere: {size_mb: 0.5}."""
+    limits: dict[BitCost, Annotated[float, Field(gt=0)]] = {}
+    """The same in numbers; megabytes are those of the weights."""
+    hardware: str | None = None
+    """Device on which bits have a latency and an energy: a row of HARDWARE such as bit_serial, or a YAML file."""
     keep: tuple[str, ...] = ()
     """Layers that stay float."""
     max_loss: float | None = Field(None, ge=0)
@@ -179,8 +216,29 @@ class QuantizeStep(Spec):
     finetune: TrainedSpec | None = None
     """Quantization-aware training: round in every step, gradients straight through, ranges learned."""
 
+    @field_validator("search", mode="before")
+    @classmethod
+    def _by_name(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _fits(self) -> "QuantizeStep":
+        limited = [*self.shares, *self.limits]
+        if self.search is None and limited:
+            raise ValueError("search: is required with shares and limits; without it write bits")
+        if self.search is not None and not limited:
+            raise ValueError("search: needs shares or limits: without them it keeps all bits")
+        if twice := sorted(set(self.shares) & set(self.limits)):
+            raise ValueError(f"limits: {twice[0]} is written as a share too: leave one of the two out")
+        if self.search is not None and ("bits" in self.model_fields_set or self.max_loss is not None):
+            given = "bits" if "bits" in self.model_fields_set else "max_loss"
+            raise ValueError(f"{given}: the search says it: leave one of the two out")
+        modelled = [name for name in limited if name != "size_mb"]
+        if modelled and (self.hardware is None or self.scheme == "kmeans"):
+            wrong = "kmeans has codes in place of numbers" if self.scheme == "kmeans" else "write hardware"
+            raise ValueError(f"{modelled[0]}: is that of a device that computes with few bits: {wrong}")
+        if self.hardware is not None and not modelled:
+            raise ValueError("hardware: is for shares or limits on latency_ms and energy_mj: leave it out")
         if self.scheme == "kmeans" and self.finetune is not None:
             raise ValueError("finetune: codebooks are not trained here: train before, or take int8 or linear")
         return self
@@ -265,6 +323,9 @@ class CompressJob(WorkerJob):
             if trains(step) and (self.batch is None or self.optim is None):
                 missing = "batch" if self.batch is None else "optim"
                 raise ValueError(f"{missing}: is required, steps.{number} ({step.step}) trains")
+        for number, (before, step) in enumerate(itertools.pairwise(self.steps), 1):
+            if isinstance(before, QuantizeStep) and not isinstance(step, CodeStep):
+                raise ValueError(f"steps.{number}: behind quantize there is only code: {step.step} belongs before it")
         return self
 
 

@@ -173,7 +173,7 @@ def write_original(work: Work) -> runs.Run:
         segments = known["input"][0] if MODALITIES[card.sample].segmented else 0
         taken = {
             "recipe": inputs.make_recipe(work.spec, card, segments, "val"),
-            "pixels": vars(Input()),
+            "pixels": vars(Input.of_channels(card.channels)),
             "classes": card.class_names(),
             "task": task_of_card(card).name,
         }

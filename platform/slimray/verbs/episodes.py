@@ -169,3 +169,9 @@ def run(work: Work, stage: runs.Run, step: str, agent: Agent, make: Callable[[],
     if not any(math.isfinite(trial.reward) for trial in tried):
         raise RunFailed(f"{step}: every one of {agent.episodes} trials failed")
     return tried
+
+
+def best(tried: list[Any]) -> Any:
+    """The trial of the highest reward, of equal ones the first; one of them has a finite reward."""
+    scored = [trial for trial in tried if math.isfinite(trial.reward)]
+    return max(scored, key=lambda trial: (trial.reward, -trial.index))

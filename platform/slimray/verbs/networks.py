@@ -94,10 +94,22 @@ def model_options(job: TrainJob, card: Card | None) -> dict[str, Any]:
         if option not in given and card is not None:
             task = task_of_card(card).name
             raise UserError(f"name: {job.model.name} needs {option}, which the task {task} does not have: take another")
-    options = {**{option: given[option] for option in needs}, **job.model.options()}
+    options = {**{option: given[option] for option in needs}, **_channels_of(job, card), **job.model.options()}
     if job.optim.zero_gamma:
         options["zero_gamma"] = True
     return models.explicit({"name": job.model.name, **options})
+
+
+def _channels_of(job: TrainJob, card: Card | None) -> dict[str, int]:
+    """What the dataset says of the option `in_channels` of a network of pixels."""
+    channels = None if card is None else _pixel_channels(card)
+    known = "in_channels" in models.options_of(str(job.model.name))
+    return {"in_channels": channels} if channels is not None and known else {}
+
+
+def _pixel_channels(card: Card) -> int | None:
+    """The channels of the samples of a dataset; None for those that are no pixels."""
+    return card.channels if MODALITIES[card.sample].in_channels is not None else None
 
 
 def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, Any]:
@@ -186,10 +198,10 @@ def _measure(job: TrainJob, card: Card | None) -> tuple[Any, int]:
     side = _side({"name": name, **options})
     if side is not None and job.data.size != side:
         raise UserError(f"data.size: must be {side}, the resolution of model.arch (got {job.data.size})")
-    channels = modality.in_channels
+    channels = modality.in_channels if card is None else _pixel_channels(card)
     if channels is not None and options.get("in_channels", channels) != channels:
-        given = options["in_channels"]
-        raise UserError(f"model.in_channels: the {modality.plural} have {channels} channels (got {given!r})")
+        given, count = options["in_channels"], f"{channels} channel{'s' if channels > 1 else ''}"
+        raise UserError(f"model.in_channels: the {modality.plural} have {count} (got {given!r})")
     try:
         net = cost.build_on_meta(lambda: compress.build(**model_options(job, card)))
     except UserError as error:
@@ -211,7 +223,7 @@ def _measure(job: TrainJob, card: Card | None) -> tuple[Any, int]:
 
 
 def _input_shape(job: TrainJob, card: Card | None, net: Any) -> tuple[int, ...]:
-    """A sample as the network takes it: (T, 3, H, W), (3, H, W) or (C, N)."""
+    """A sample as the network takes it: (T, 3, H, W), (C, H, W) or (C, N)."""
     modality = MODALITIES[models.MODELS[str(job.model.name)].input]
     segments = net.num_segments if modality.segmented else 0
     if modality.early_input is not None:

@@ -163,5 +163,5 @@ def _searched(
     )
     make = functools.partial(_scorer, before.uri, exhibits, job.judge, step)
     tried = episodes.run(work, stage, "prune", searched, make)
-    found, rewards = amc.best(tried), [episodes.number_of(trial.reward) for trial in tried]
+    found, rewards = episodes.best(tried), [episodes.number_of(trial.reward) for trial in tried]
     return {"counts": found.counts, "episode": found.index, "rewards": rewards}

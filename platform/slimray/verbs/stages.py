@@ -133,7 +133,7 @@ def fit_config(job: TrainJob, ctx: Context, run_uri: str, data: Data, known: Map
         checkpoint=job.checkpoint,
         tracking=job.tracking,
         task=task_of_card(splits.card).name,
-        pixels=Input(average=job.average),
+        pixels=Input.of_channels(splits.card.channels, job.average),
         classes=tuple(splits.card.class_names()),
         dataset=splits.fingerprint,
         sources={role: data.tables[name] for role, name in names.items()},

@@ -1,5 +1,6 @@
 """Image datasets by their shipped cards, from files named as the real ones to indexes, packed shards and recipes."""
 
+import gzip
 import io
 import json
 from collections.abc import Mapping
@@ -23,7 +24,8 @@ from slimray.data.modalities import read_recipe
 from slimray.data.spec import DataSpec
 from slimray.spec import UserError, parse
 from slimray.storage import StorageError
-from slimray.verbs import inputs, prepare
+from slimray.verbs import inputs, networks, prepare
+from slimray.verbs.specs import TrainJob
 
 DATASETS = Path(__file__).resolve().parents[3] / "datasets"
 DISK = pafs.LocalFileSystem()
@@ -101,6 +103,10 @@ def test_a_list_of_images(tmp_path):
         ({"layout": "cifar10", "sample": "clip"}, "sample: must be image for layout cifar10"),
         ({"layout": "visual_wake_words"}, "classes: must be two"),
         ({"layout": "visual_wake_words", "classes": ["a", "b", "c"]}, "classes: must be two"),
+        ({"layout": "idx", "splits": {"train": ["a-ubyte"]}}, r"splits.train: must be \[pictures, labels\]"),
+        ({"layout": "idx", "splits": {"train": ["a.idx", "b.idx"]}}, "splits.train: .* names that end in ubyte"),
+        ({"channels": 1, "sample": "clip"}, "channels: 1 is for sample: image"),
+        ({"channels": 2}, "channels: "),
         ({"layout": "cifar10", "splits": {"train": [1]}}, "splits.train: must be a path or several for layout cifar10"),
     ],
 )
@@ -288,6 +294,125 @@ def test_generated_images_are_packed_without_loss(tmp_path):
         view, loaded = modalities.load_image(row, made.root, ImageRecipe(48, 48, "val"), KEY, 30)
         assert np.array_equal(view[0], expected)
         assert loaded == label == row["label"]
+
+
+# ----------------------------------------------------------------------------------------------- idx, shades of gray
+
+
+IDX = {"train": ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"]}
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + b"".join(side.to_bytes(4, "big") for side in array.shape) + array.tobytes()
+
+
+def digits(num: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return rng.integers(0, 256, (num, 28, 28), np.uint8), rng.integers(0, 10, num).astype(np.uint8)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_idx_files_are_read_packed_or_not_as_one_channel(tmp_path, packed):
+    pictures, labels = digits()
+    pack, end = (gzip.compress, ".gz") if packed else (bytes, "")
+    write(tmp_path, {name + end: pack(idx(one)) for name, one in zip(IDX["train"], (pictures, labels), strict=True)})
+    card = shipped("mnist")
+    rows = read_split(card, "train", str(tmp_path)).to_pylist()
+    assert [row["label"] for row in rows] == labels.tolist()
+    assert rows[3]["path"] == f"train-images-idx3-ubyte{end}#00003"
+    for place, row in enumerate(rows):
+        view, _ = modalities.load_image(row, str(tmp_path), ImageRecipe(28, 28, "val", channels=1), KEY, 30)
+        assert np.array_equal(view, pictures[place][None, :, :, None])
+    made = Prepared(card, str(tmp_path), tmp_path / "out", pack={})
+    view, _ = modalities.load_image(made.rows[4], made.root, ImageRecipe(28, 28, "val", channels=1), KEY, 30)
+    assert np.array_equal(view[0, ..., 0], pictures[4])
+    assert made.rows[4]["label"] == labels[4]
+    with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte: there is no such file .* nor t10k-.*gz: fix data"):
+        read_split(card, "val", str(tmp_path))
+
+
+def test_the_complete_mnist_is_read(shared):
+    rows = read_split(shipped("mnist"), "val", str(shared / "data/mnist")).to_pylist()
+    assert len(rows) == 10_000
+    assert [row["label"] for row in rows[:6]] == [7, 2, 1, 0, 4, 1]
+    view, label = modalities.load_image(rows[3], str(shared / "data/mnist"), ImageRecipe(28, 28, "val"), KEY, 30)
+    assert (view.shape, label) == ((1, 28, 28, 3), 0)
+    assert view[0, 14, 14].max() == 0, "a nought is empty in the middle"
+    assert (view[..., 0] == view[..., 2]).all()
+
+
+def bomb(size: int) -> bytes:
+    """gzip of an idx file that declares 4 GB and holds `size` bytes of zeros."""
+    return gzip.compress(bytes([0, 0, 8, 3]) + (1 << 16).to_bytes(4, "big") * 2 + (1).to_bytes(4, "big") + bytes(size))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        (0, b"", "does not begin as an idx file of bytes with 3 axes"),
+        (0, idx(digits()[1]), "does not begin as an idx file of bytes with 3 axes"),
+        (0, idx(digits()[0])[:-1], "it declares 3,920 bytes, more than a file of 3,935 can hold"),
+        (0, idx(digits()[0]) + b"x", "it holds more than the 3,920 bytes that it declares"),
+        (0, bomb(100), "it declares 4,294,967,296 bytes, more than a file of"),
+        (0, gzip.compress(idx(digits()[0])[:-9]), "it ends before the 3,920 bytes that it declares"),
+        (0, gzip.compress(idx(digits()[0]))[:-9], "it ends before the 3,920 bytes that it declares"),
+        (0, gzip.compress(idx(digits()[0]))[:-8] + bytes(8), "gzip: .*incorrect data check"),
+        (0, b"\x1f\x8b" + bytes(100), "gzip: "),
+        (1, idx(digits(4)[1]), "holds 5 pictures, .* 4 labels"),
+        (1, idx(np.full(5, 10, np.uint8)), "picture 0: label 10 is not in 0 to 9"),
+    ],
+)
+def test_a_damaged_idx_file_is_one_sentence(tmp_path, name, data, reason):
+    pictures, labels = digits()
+    files = dict(zip(IDX["train"], (idx(pictures), idx(labels)), strict=True)) | {IDX["train"][name]: data}
+    write(tmp_path, files)
+    with pytest.raises(UserError, match=reason):
+        read_split(shipped("mnist"), "train", str(tmp_path))
+
+
+def test_a_packed_idx_file_that_has_changed_is_no_picture_of_something_else(tmp_path, monkeypatch):
+    pictures, labels = digits()
+    write(
+        tmp_path, {f"{n}.gz": gzip.compress(idx(one)) for n, one in zip(IDX["train"], (pictures, labels), strict=True)}
+    )
+    rows = read_split(shipped("mnist"), "train", str(tmp_path)).to_pylist()
+    write(tmp_path, {f"{IDX['train'][0]}.gz": gzip.compress(idx(pictures[:2]))})
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    assert read_whole(DISK, str(tmp_path), rows[1]).endswith(pictures[1].tobytes())
+    with pytest.raises(StorageError, match="where the index has a picture"):
+        read_whole(DISK, str(tmp_path), rows[4])
+
+
+def test_colours_become_shades_of_gray_in_training_and_validation(tmp_path):
+    write(tmp_path, {"a/x.png": picture(40, 40, "PNG"), "b/x.png": picture(40, 40, "PNG", 1)})
+    card = complete(custom(channels=1), str(tmp_path))
+    data = parse(DataSpec, {"size": 32, "resize": 40}, "x.yaml")
+    row = read_split(card, "train", str(tmp_path)).to_pylist()[0]
+    for mode, crops in (("train", 1), ("val", 1), ("test", 10)):
+        recipe = inputs.make_recipe(data, card, 0, mode, crops=crops)
+        assert modalities.sample_shape(recipe) == (crops, 32, 32, 1)
+        assert modalities.input_shape(recipe) == (1, 32, 32)
+        view, _ = modalities.load_image(row, str(tmp_path), read_recipe(recipe), KEY, 30)
+        assert view.shape == (crops, 32, 32, 1)
+    with Image.open(tmp_path / "a/x.png") as stored:
+        whole = read_recipe(inputs.make_recipe(data.at_size(40), card, 0, "val"))
+        view, _ = modalities.load_image(row, str(tmp_path), ImageRecipe(40, 40, "val", channels=1), KEY, 30)
+        assert np.array_equal(view[0, ..., 0], np.asarray(stored.convert("L")))
+    assert whole.channels == 1
+    assert card.prepared(["train"], None).channels == 1
+
+
+def test_networks_get_as_many_channels_as_the_dataset_has():
+    document = {"kind": "train", "name": "x", "data": {"card": {}, "root": "r", "size": 28, "resize": 28}}
+    document |= {"batch": {"total": 8, "per_worker": 8}, "optim": {"lr": 0.1, "reference_batch": 8, "epochs": 1}}
+    for model, channels in (("lenet300", 1), ("lenet300", 3), ("resnet20", 1), ("resnet20", 3)):
+        job = parse(TrainJob, document | {"model": {"name": model}}, "x.yaml")
+        card = custom(classes=["a", "b"], channels=channels)
+        assert networks.model_options(job, card)["in_channels"] == channels
+        assert networks.facts(job, card, 80)["input"] == [channels, 28, 28]
+    wrong = parse(TrainJob, document | {"model": {"name": "resnet20", "in_channels": 3}}, "x.yaml")
+    with pytest.raises(UserError, match=r"model\.in_channels: the images have 1 channel "):
+        networks.facts(wrong, custom(classes=["a", "b"], channels=1), 80)
 
 
 # ------------------------------------------------------------------------------------------------- from a job

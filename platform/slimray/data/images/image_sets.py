@@ -1,11 +1,14 @@
 """From the raw releases of image datasets to what an index names: bytes and text in, labels and places out.
 
 CIFAR-10 and CIFAR-100 in their binary form (the one in Python is a pickle, which runs what it holds, and is not read);
-Visual Wake Words (arXiv 1906.05721) from the instance annotations of COCO: an object is there where a box of it takes
-more than 0.5 % of the picture. No files are opened here.
+MNIST's idx files, packed by gzip or not, of shades of gray; Visual Wake Words (arXiv 1906.05721) from the instance
+annotations of COCO: an object is there where a box of it takes more than 0.5 % of the picture. No files are opened
+here.
 """
 
 import json
+import math
+import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +36,41 @@ def cifar_picture(pixels: bytes) -> bytes:
     """The pixels of a record as a picture file (PPM), unchanged. Raises ValueError for another number of bytes."""
     planes = np.frombuffer(pixels, np.uint8).reshape(3, CIFAR_SIDE, CIFAR_SIDE)
     return f"P6 {CIFAR_SIDE} {CIFAR_SIDE} 255\n".encode() + planes.transpose(1, 2, 0).tobytes()
+
+
+IDX_BYTES = b"\0\0\x08"  # of the first four, before the number of axes: whole numbers of 8 bits
+IDX_START = 16  # bytes before the first picture of an idx file
+GZIP = b"\x1f\x8b"
+MAX_EXPANSION = 1032  # bytes that a byte of gzip may stand for
+
+
+def read_idx(data: bytes, num_axes: int) -> np.ndarray:
+    """The array of an idx file of bytes with so many axes, packed by gzip or not, uint8, read-only.
+
+    The size that it declares is compared with that of the file before anything is unpacked. Raises ValueError.
+    """
+    start = 4 + 4 * num_axes
+    try:
+        unpack = zlib.decompressobj(wbits=31) if data[:2] == GZIP else None
+        head = data[:start] if unpack is None else unpack.decompress(data, start)
+        if len(head) < start or head[:4] != IDX_BYTES + bytes([num_axes]):
+            raise ValueError(f"it does not begin as an idx file of bytes with {num_axes} axes")
+        sides = [int.from_bytes(head[at : at + 4], "big") for at in range(4, start, 4)]
+        size, most = math.prod(sides), len(data) if unpack is None else len(data) * MAX_EXPANSION
+        if start + size > most:
+            raise ValueError(f"it declares {size:,} bytes, more than a file of {len(data):,} can hold")
+        body = data[start:] if unpack is None else unpack.decompress(unpack.unconsumed_tail, size + 1)
+    except zlib.error as error:
+        raise ValueError(f"gzip: {error}") from None
+    if len(body) != size or (unpack is not None and not unpack.eof):
+        what = "ends before" if len(body) <= size else "holds more than"
+        raise ValueError(f"it {what} the {size:,} bytes that it declares")
+    return np.frombuffer(body, np.uint8).reshape(sides)
+
+
+def gray_picture(pixels: bytes, width: int, height: int) -> bytes:
+    """Shades of gray, row by row, as a picture file (PGM), unchanged."""
+    return f"P5 {width} {height} 255\n".encode() + pixels
 
 
 def coco_presence(text: str, category: str) -> list[tuple[str, bool]]:

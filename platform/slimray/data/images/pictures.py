@@ -30,6 +30,7 @@ class ImageRecipe:
     is the range of a training crop's share of the area, `ratio` of its width to its height; `brightness` and
     `saturation` are the largest relative changes. With `padding` a training crop is `size` pixels out of the picture at
     `short_side` with so many black ones around it, whatever `scale` and `ratio` (as in arXiv 1512.03385 for CIFAR-10).
+    `channels` is 3, or 1 for shades of gray (ITU-R 601 luma).
     """
 
     size: int = 224
@@ -43,6 +44,7 @@ class ImageRecipe:
     flip: bool = False
     flip_labels: tuple[tuple[int, int], ...] = ()
     padding: int = 0
+    channels: int = 3
     kind: str = "image"
 
     @property
@@ -63,12 +65,12 @@ class ImageRecipe:
 
 
 def make_image(picture: np.ndarray, recipe: ImageRecipe, rng: random.Random) -> tuple[np.ndarray, bool]:
-    """Return the views of a picture uint8 `[H, W, 3]`: uint8 `[V, size, size, 3]`, and whether they were mirrored.
+    """Return the views of a picture uint8 `[H, W, 3]`: uint8 `[V, size, size, channels]`; whether they were mirrored.
 
     Raises ValueError for a picture so long that scaling its short side would take more than MAX_SCALED_PIXELS.
     """
     if recipe.mode != "train":
-        return _views(picture, recipe), False
+        return _in_channels(_views(picture, recipe), recipe), False
     if recipe.padding:
         image = _padded_crop(picture, recipe, rng)
     else:
@@ -78,7 +80,7 @@ def make_image(picture: np.ndarray, recipe: ImageRecipe, rng: random.Random) -> 
     flipped = recipe.flip and rng.random() < 0.5
     if flipped:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(_jittered(image, recipe, rng))[None], flipped
+    return _in_channels(np.asarray(_jittered(image, recipe, rng))[None], recipe), flipped
 
 
 def draw_area_crop(
@@ -104,6 +106,13 @@ def _padded_crop(picture: np.ndarray, recipe: ImageRecipe, rng: random.Random) -
     padded = np.pad(scaled, ((edge, edge), (edge, edge), (0, 0)))
     x, y = (rng.randint(0, side - recipe.size) for side in (padded.shape[1], padded.shape[0]))
     return Image.fromarray(np.ascontiguousarray(padded[y : y + recipe.size, x : x + recipe.size]))
+
+
+def _in_channels(views: np.ndarray, recipe: ImageRecipe) -> np.ndarray:
+    """Views `[V, S, S, 3]` in the channels of the recipe."""
+    if recipe.channels == 3:
+        return views
+    return np.stack([np.asarray(Image.fromarray(view).convert("L")) for view in views])[..., None]
 
 
 def _jittered(image: Image.Image, recipe: ImageRecipe, rng: random.Random) -> Image.Image:

@@ -37,7 +37,7 @@ class Decoder(Child):
         return np.frombuffer(body, np.uint8).reshape(header["shape"]), header["flipped"]
 
     def image(self, path: str, data: bytes, recipe: ImageRecipe, key: tuple[int, int, int]) -> tuple[np.ndarray, bool]:
-        """Decode a picture as `recipe` says: uint8 `[V, size, size, 3]`, and whether it was mirrored.
+        """Decode a picture as `recipe` says: uint8 `[V, size, size, channels]`; whether it was mirrored.
 
         `key` is (seed, epoch, sample). Raises BadSample.
         """

@@ -1,0 +1,222 @@
+"""What the step `quantize` does: bits given or searched by HAQ's agent, ranges found on samples, layers rounded.
+
+A trial of a search (episodes.py) rounds the network by its policy, after training, and scores that; BatchNorm is folded
+and the inputs of all layers are observed once per process, whatever is tried.
+"""
+
+import copy
+import functools
+import json
+from typing import Any
+
+from torch import nn
+
+from slimray import runs
+from slimray.compress import quantization
+from slimray.compress.fold import fold, norm_pairs
+from slimray.compress.quantization import LayerInfo
+from slimray.edge import hardware
+from slimray.edge.bit_costs import bit_table
+from slimray.search import haq
+from slimray.search.ddpg import DdpgSettings
+from slimray.spec import UserError
+from slimray.tasks import TASKS
+from slimray.tasks.network import to_input
+from slimray.verbs import episodes, subnets
+from slimray.verbs.compressing import Work, read_network, write_network
+
+
+class Rounder:
+    """The network of a run with what its layers take in on calibration samples: rounds it by policies, scores them."""
+
+    def __init__(self, uri: str, exhibits: Any, spec: Any, step: Any, device: str = "cpu"):
+        self.judge, self.step = subnets.Judge(uri, exhibits, spec, device), step
+        network = self.judge.network
+        self.net: nn.Module = network.net
+        self.batches = [to_input(part.numpy(), network.pixels, self.judge.device) for part in self.judge.inputs]
+        self.best = TASKS[network.task].best
+        self.sign = -1.0 if self.best.better == "lower" else 1.0
+
+    @property
+    def example(self) -> Any:
+        """A small batch of inputs."""
+        return self.batches[0][:2]
+
+    @functools.cached_property
+    def layers(self) -> list[LayerInfo]:
+        """The layers that get bits."""
+        return [layer for layer in quantization.layers_of(self.net, self.example) if layer.name not in self.step.keep]
+
+    @functools.cached_property
+    def observed(self) -> tuple[nn.Module, list[tuple[str, str]], dict[str, Any]]:
+        """The folded network, what was folded, and values of the inputs of its layers."""
+        pairs = norm_pairs(self.net, self.example)
+        net = fold(copy.deepcopy(self.net).eval(), pairs)
+        wanted = {id(net.get_submodule(layer.name)): layer.name for layer in self.layers}
+        values = {} if self.step.scheme == "kmeans" else quantization.gather(net, wanted, self.batches)
+        return net, pairs, values
+
+    def score(self, bits: haq.Policy) -> dict[str, float]:
+        """The metrics of a policy on the samples to score."""
+        net, pairs, values = self.observed
+        chosen = named(self.layers, bits)
+        spans = quantization.spans_of(values, chosen, self.step.scheme)
+        made, _ = quantization.assemble(copy.deepcopy(net), pairs, chosen, spans, self.step.scheme, "whole")
+        return self.judge.metrics_of(made)
+
+
+def named(layers: list[LayerInfo], bits: haq.Policy) -> dict[str, quantization.Bits]:
+    """A policy as bits by layer; without numbers for inputs they stay float."""
+    return {one.name: (row[0], row[1] if len(row) > 1 else None) for one, row in zip(layers, bits, strict=True)}
+
+
+def quantize(step: Any, work: Work, folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
+    """Quantize the network of `before`; return the stage with the bits of its layers, and how they were chosen."""
+
+    def make(stage: runs.Run) -> None:
+        net, model, taken = read_network(before)
+        records = model.get("compression", [])
+        details: dict[str, Any] = {}
+        if records and records[-1]["step"] == "quantize" and records[-1]["form"] == "trained":
+            made, record = quantization.finish(net, records[-1])
+            model = {**model, "compression": records[:-1]}
+        elif any(record["step"] == "quantize" for record in records):
+            raise UserError(f"{folder}: the network is quantized already: leave one of the two steps out")
+        else:
+            source, job = work.data.tables[work.spec.train], work.job
+            count = min(step.samples, source.num_samples)
+            samples = subnets.decode(source, taken["recipe"], count, job.seed, True, work.spec.decode_timeout_s)
+            chooses = step.search is not None or step.max_loss is not None
+            exhibits = subnets.Exhibits(samples, work.judged if chooses else ())
+            if step.search is not None:
+                details = _searched(step, work, stage, before, exhibits)
+            bits = details["policy"] if details else None
+            made, record, found = work.on_worker(_final, before.uri, exhibits, job.judge, step, bits)
+            details |= found
+        runs.write_file(stage, "data/policy.json", json.dumps(details).encode())
+        write_network(stage, made, model, taken, record)
+
+    stage = work.write(folder, step.model_dump(mode="json"), make)
+    record = runs.read_model(stage)[1]["compression"][-1]
+    details = json.loads(runs.read_file(stage, "data/policy.json"))
+    return stage, {"bits": record["layers"]} | {name: one for name, one in details.items() if name != "policy"}
+
+
+def _final(device: str, uri: str, exhibits: Any, spec: Any, step: Any, bits: Any) -> tuple[nn.Module, Any, Any]:
+    """The network with few bits, on the CPU, its record, and what each layer alone costs, if that is asked for."""
+    rounder = Rounder(uri, exhibits, spec, step, device)
+    net, keep, rows = rounder.net, list(step.keep), []
+    if step.max_loss is not None:
+        bits_of_all = 8 if isinstance(step.bits, dict) else step.bits
+        score = lambda one: rounder.sign * rounder.judge.metrics_of(one)[rounder.best.name]  # noqa: E731
+        rows = quantization.sensitivity(net, rounder.example, rounder.batches, score, bits_of_all, step.scheme)
+        keep += [row.layer for row in rows if row.loss > step.max_loss and row.layer not in keep]
+    given = step.bits if bits is None else {name: tuple(pair) for name, pair in bits.items()}
+    made, record = quantization.prepare(
+        net, rounder.example, rounder.batches, given, step.scheme, keep, trained=step.finetune is not None
+    )
+    table = {row.layer: {"loss": row.loss, "score": row.score, "saved_mb": row.saved_mb} for row in rows}
+    return made.cpu(), record, {"sensitivity": table} if table else {}
+
+
+# ---------------------------------------------------------------------------------------------------------- search
+
+
+class Costs:
+    """What policies cost of `size_mb` and, on a device, `latency_ms` and `energy_mj`, and which limits hold."""
+
+    def __init__(self, step: Any, layers: list[LayerInfo]):
+        device = None if step.hardware is None else hardware.device(step.hardware)
+        self.columns = 1 if step.scheme == "kmeans" else 2
+        names = dict.fromkeys(["size_mb", *step.shares, *step.limits])
+        self.of = {name: haq.table_cost(bit_table(device, layers, name)) for name in names}
+        whole = self.all(self.uniform(len(layers), haq.HIGHEST))
+        self.limits = {**step.limits, **{name: share * whole[name] for name, share in step.shares.items()}}
+
+    def uniform(self, count: int, bits: int) -> haq.Policy:
+        """The policy of so many bits everywhere."""
+        return [[bits] * self.columns for _ in range(count)]
+
+    def all(self, bits: haq.Policy) -> dict[str, float]:
+        """What a policy costs, by name; inputs without bits count 8."""
+        whole = [[row[0], row[1] if len(row) > 1 else haq.HIGHEST] for row in bits]
+        return {name: cost(whole) for name, cost in self.of.items()}
+
+    def worst(self, bits: haq.Policy) -> float:
+        """The largest share of a limit that a policy takes; at most 1 keeps them all."""
+        costs = self.all(bits)
+        return max(costs[name] / limit for name, limit in self.limits.items())
+
+
+def _scorer(uri: str, exhibits: Any, spec: Any, step: Any) -> episodes.Score:
+    return Rounder(uri, exhibits, spec, step).score
+
+
+def _layers(device: str, uri: str, exhibits: Any, spec: Any, step: Any) -> list[LayerInfo]:
+    return Rounder(uri, exhibits, spec, step, device).layers
+
+
+def _scores(device: str, uri: str, exhibits: Any, spec: Any, step: Any, bits: haq.Policy) -> Any:
+    """The metrics of the network as it is, and of a policy."""
+    rounder = Rounder(uri, exhibits, spec, step, device)
+    return rounder.judge.metrics_of(rounder.net), rounder.score(bits)
+
+
+def _searched(step: Any, work: Work, stage: runs.Run, before: runs.Run, exhibits: Any) -> dict[str, Any]:
+    """Search bits by trials of Ray Tune, or go on with those that are there; beside the best uniform policy."""
+    spec, job = step.search, work.job
+    arguments = (before.uri, exhibits, job.judge, step)
+    layers = work.on_worker(_layers, *arguments)
+    costs = Costs(step, layers)
+    walk = walk_of(step, layers, costs, work.ctx.where)
+    even = uniform(walk)
+    whole, metrics = work.on_worker(_scores, *arguments, even)
+    metric = TASKS[subnets.task_of(runs.read_model(before)[2])].best
+    sign = -1.0 if metric.better == "lower" else 1.0
+    agent = DdpgSettings(warmup=spec.warmup, decay=spec.decay, replay=128, last_init=3e-3, dummy=True)
+    settings = haq.HaqSettings(spec.episodes, spec.population, agent)
+    searched = episodes.Agent(
+        spec.episodes,
+        spec.population,
+        lambda history, number: haq.propose(walk, settings, history, job.seed, number),
+        haq.HaqTrial.from_dict,
+        lambda trial: trial.bits,
+        lambda told: haq.reward_of(sign * told[metric.name], sign * whole[metric.name]),
+    )
+    tried = episodes.run(work, stage, "quantize", searched, functools.partial(_scorer, *arguments))
+    found = episodes.best(tried)
+    return {
+        "policy": named(layers, found.bits),
+        "episode": found.index,
+        "rewards": [episodes.number_of(trial.reward) for trial in tried],
+        "limits": costs.limits,
+        "costs": costs.all(found.bits),
+        "uniform": {"bits": named(layers, even), "costs": costs.all(even), metric.name: metrics[metric.name]},
+    }
+
+
+def walk_of(step: Any, layers: list[LayerInfo], costs: Costs, where: str) -> haq.BitsWalk:
+    """The agent's environment; UserError, with what the fewest bits cost, where they break the limits."""
+    spec = step.search
+    if not layers:
+        raise UserError(f"{where}: quantize: keep leaves no layer to quantize")
+    try:
+        return haq.BitsWalk(layers, costs.worst, 1.0, spec.low, spec.high, costs.columns == 2)
+    except UserError:
+        least = costs.all(costs.uniform(len(layers), spec.low))
+        told = ", ".join(f"{name} {least[name]:.6g}, the limit is {limit:.6g}" for name, limit in costs.limits.items())
+        raise UserError(
+            f"{where}: quantize: {spec.low} bits everywhere (8 at both ends) break the limits; without the ends they "
+            f"cost {told}: raise the limits"
+        ) from None
+
+
+def uniform(walk: haq.BitsWalk) -> haq.Policy:
+    """The policy of most bits, the same everywhere but at the ends, that keeps the budget of a walk."""
+    for bits in range(walk.high, walk.low, -1):
+        policy = [[bits] * walk.columns for _ in walk.layers]
+        for place, pair in walk.ends.items():
+            policy[place] = list(pair)
+        if walk.cost(policy) <= walk.budget:
+            return policy
+    return haq.project([[walk.low] * walk.columns for _ in walk.layers], walk.cost, walk.budget, walk.low, walk.ends)
