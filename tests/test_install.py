@@ -27,6 +27,7 @@ FOLDERS_OF_EXTRAS = {
     "export/": ("edge", "openvino", "executorch", "compress"),
     "runtime/": ("openvino",),
     "data/text/": ("text",),
+    "tasks/text_scores.py": ("text",),
 }
 LATE = {
     "decord",

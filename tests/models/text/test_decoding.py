@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimray.data.text.vocabulary import EOS, PAD
 from slimray.models.text.decoding import beam_search, greedy
-from slimray.models.text.layers import EOS, PAD
 from slimray.models.text.transformer import DecoderSize, Design, EncoderSize, Sizes, Transformer
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from slimray import models
+from slimray.data.text.vocabulary import EOS, PAD
 from slimray.edge.arch_costs import Prices
 from slimray.edge.cost import build_on_meta, count_macs, count_params
 from slimray.encoding import GeneTable
 from slimray.models.text import hat
-from slimray.models.text.layers import EOS, PAD
 from slimray.spec import UserError
 
 SPACES = {"iwslt": "hat_iwslt"}

@@ -5,10 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from slimray import models
+from slimray.data.text.vocabulary import PAD
 from slimray.edge.cost import build_on_meta, count_params
 from slimray.models.text import adaptive, micronet
 from slimray.models.text.decoding import continued
-from slimray.models.text.layers import PAD, Cached
+from slimray.models.text.layers import Cached
 
 WIDTHS, CUTOFFS, WORDS = (16, 8, 4), (10, 20), 37
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from slimray import models
+from slimray.data.text.vocabulary import EOS, PAD
 from slimray.models.text import layers
-from slimray.models.text.layers import PAD
 from slimray.models.text.transformer import DecoderSize, Design, EncoderSize, Sizes, Transformer
 from slimray.spec import UserError
 
@@ -169,8 +169,8 @@ def pairs(batch: int = 3, length: int = 7) -> Tensor:
     tokens = torch.randint(4, 19, (batch, 2, length), generator=generator, dtype=torch.int32)
     for row in range(batch):
         tokens[row, 0, length - row :] = PAD
-        tokens[row, 0, length - row - 1] = layers.EOS
-        tokens[row, 1, 0] = layers.EOS
+        tokens[row, 0, length - row - 1] = EOS
+        tokens[row, 1, 0] = EOS
         tokens[row, 1, row + 3 :] = PAD
     return tokens
 

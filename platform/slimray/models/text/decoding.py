@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimray.models.text.layers import EOS, PAD
+from slimray.data.text.vocabulary import EOS, PAD
 
 MAX_LENGTH = 200
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slimray.data.text.vocabulary import PAD
 from slimray.models.supernets.elastic import sliced_linear
-
-BOS, PAD, EOS, UNK = range(4)  # of all vocabularies here
 
 
 def linear(layer: nn.Module, x: Tensor, out_features: int | None = None) -> Tensor:

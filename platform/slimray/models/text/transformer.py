@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slimray.data.text.vocabulary import PAD
 from slimray.models.text.layers import (
-    PAD,
     Cached,
     DecoderLayer,
     Drops,

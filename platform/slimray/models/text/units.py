@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from slimray.data.text.vocabulary import EOS
 from slimray.models.supernets.elastic import Unit
 from slimray.models.text.layers import (
-    EOS,
     Attention,
     Cached,
     Drops,
