@@ -2,10 +2,10 @@
 
 A new model is one file and one row. Video networks take `[B, T, C, H, W]` and have `num_segments` (T), image networks
 take `[B, C, H, W]`; both return `[B, num_classes]` and have `head_name` (prefix of the last linear layer) and
-`first_conv_name`, by which optimisers group.
-Point networks are the rows of points/table.py. Networks of `text` take tokens: pairs `[B, 2, L]` or streams `[B, L]`,
-and return logits of the next token `[B, L, vocab_size]`. The `ofa_` and `hat_` rows are supernets (supernet.py,
-ofa_pvcnn.py, hat.py): one network with a `space` of archs, each of which it runs and extracts.
+`first_conv_name`, by which optimisers group. Point networks are the rows of points/table.py. Networks of `text` take
+tokens: pairs `[B, 2, L]`, of which they give logits `[B, L, vocab_size]`, or streams `[B, L + 1]` with
+log-probabilities of the last L tokens `[B, L]`. The `ofa_` and `hat_` rows are supernets (supernet.py, ofa_pvcnn.py,
+hat.py): one network with a `space` of archs, each of which it runs and extracts.
 """
 
 import inspect

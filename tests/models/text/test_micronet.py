@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from slimray import models
 from slimray.data.text.vocabulary import PAD
-from slimray.edge.cost import build_on_meta, count_params
+from slimray.edge.cost import build_on_meta, count_macs, count_params
 from slimray.models.text import adaptive, micronet
 from slimray.models.text.decoding import continued
 from slimray.models.text.layers import Cached
@@ -133,12 +133,16 @@ def stream(length: int = 40, batch: int = 2) -> Tensor:
 @pytest.mark.parametrize("cache", [0, 9])
 @pytest.mark.parametrize("chunks", [[39], [20, 19], [1] * 39, [3, 30, 6]])
 @torch.no_grad()
-def test_chunks_with_memory_and_cache_give_what_the_whole_stream_gives(cache, chunks):
+def test_chunks_with_memory_and_cache_give_what_the_whole_stream_gives(monkeypatch, cache, chunks):
     net, tokens = lm(cache), stream()
-    whole = net(tokens[:, :-1])
-    expected = torch.ones(2, 39, dtype=torch.float64)
-    expected[:, 0] -= torch.sigmoid(net.cache_share) if cache else 0  # there is nothing in the cache yet
-    assert torch.allclose(whole.exp().sum(-1), expected)
+    whole = net.next_words(tokens[:, :-1], net.start())[0]
+    expected = whole.gather(-1, tokens[:, 1:, None])[..., 0]
+    assert torch.allclose(net(tokens), expected, atol=1e-12)
+    monkeypatch.setattr(micronet, "CHUNK", 7)
+    assert torch.allclose(net(tokens), expected, atol=1e-9)
+    ones = torch.ones(2, 39, dtype=torch.float64)
+    ones[:, 0] -= torch.sigmoid(net.cache_share) if cache else 0  # there is nothing in the cache yet
+    assert torch.allclose(whole.exp().sum(-1), ones)
     scored, stepped, given, places = [], [], net.start(), torch.tensor(chunks).cumsum(0).tolist()
     past = net.start()
     for end, count in zip(places, chunks, strict=True):
@@ -148,7 +152,6 @@ def test_chunks_with_memory_and_cache_give_what_the_whole_stream_gives(cache, ch
         log_probs, given = net.next_words(x, given)
         stepped.append(log_probs)
     assert torch.allclose(torch.cat(stepped, 1), whole, atol=1e-9)
-    expected = whole.gather(-1, tokens[:, 1:, None])[..., 0]
     assert torch.allclose(torch.cat(scored, 1), expected, atol=1e-9)
 
 
@@ -157,7 +160,7 @@ def test_a_word_sees_the_past_and_no_further_than_the_windows_of_all_layers():
     net, tokens = lm(), stream()
     other = tokens.clone()
     other[0, 10] = 4 + (other[0, 10] - 3) % 30
-    change = (net(other) - net(tokens)).abs().amax(-1)
+    change = (net.next_words(other, net.start())[0] - net.next_words(tokens, net.start())[0]).abs().amax(-1)
     reach = 10 + 2 * 6  # two layers that look six words back
     assert change[0, :10].max() < 1e-12
     assert change[0, 10 : reach + 1].min() > 1e-9
@@ -176,7 +179,7 @@ def test_the_cache_makes_words_that_were_just_written_likelier():
 
 def test_gradients_reach_every_parameter_and_stop_at_the_memory():
     net, tokens = lm(5).train(), stream()
-    (-net(tokens[:, :-1]).gather(-1, tokens[:, 1:, None])).mean().backward()
+    (-net(tokens)).mean().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
     _, past = net.score(tokens[:, :-1], tokens[:, 1:], net.start())
     assert not any(one.keys.requires_grad for one in past.memories if isinstance(one, Cached))
@@ -188,7 +191,7 @@ def test_a_stream_goes_on_with_the_likeliest_words_or_drawn_ones():
     net, tokens = lm(5), stream(8)
     found = continued(net, tokens, 6)
     whole = torch.cat([tokens, found], 1)
-    log_probs = net(whole)
+    log_probs, _ = net.next_words(whole, net.start())
     log_probs[..., PAD] = -torch.inf
     assert torch.equal(log_probs[:, 7:-1].argmax(-1), found)
     draws = [continued(net, tokens, 6, 1.0, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
@@ -199,4 +202,16 @@ def test_a_stream_goes_on_with_the_likeliest_words_or_drawn_ones():
 def test_without_bins_all_words_have_as_many_numbers():
     net = lm(adaptively=False)
     assert len(net.embed.layers) == 1
-    assert net(stream()).shape == (2, 40, WORDS)
+    assert net(stream()).shape == (2, 39)
+    assert net.next_words(stream(), net.start())[0].shape == (2, 40, WORDS)
+
+
+def test_macs_are_those_of_the_whole_vocabulary():
+    net = build_on_meta(lambda: models.build("micronet_lm", vocab_size=WORDS, preset="tiny"))
+    words = WORDS - 20
+    softmax = 10 * 16 + 16 * 8 + 10 * 8 + 16 * 4 + words * 4 + 2 * 16
+    layers = 2 * (16 * 24 + 8 * 16 + 2 * 16 * 24)
+    embed = 16 * 8 + 16 * 4
+    found = count_macs(net, (1, 61))
+    window = 2 * 2 * 12 * (4 + 4 + 4)  # blocks of 6 queries and 12 keys, 7 of which count
+    assert 60 * (softmax + layers + embed) < found <= 60 * (softmax + layers + embed + window)

@@ -76,7 +76,12 @@ class AdaptiveSoftmax(nn.Module):
         return torch.cat(parts, -1)
 
     def log_probs_of(self, hidden: Tensor, words: Tensor, embed: AdaptiveEmbedding) -> Tensor:
-        """Log-probabilities `[n]` of `words` `[n]` after `hidden` `[n, C]`; a tail is computed for its words alone."""
+        """Log-probabilities `[n]` of `words` `[n]` after `hidden` `[n, C]`; a tail is computed for its words alone.
+
+        Where only shapes flow (meta, an export) all of it is computed, as costs are counted.
+        """
+        if hidden.is_meta or torch.compiler.is_exporting():
+            return self(hidden, embed).gather(-1, words[:, None])[:, 0]
         head, first = self._head(hidden, embed), self.edges[1]
         tails = len(self.edges) - 2
         column = torch.where(words < first, words, first)

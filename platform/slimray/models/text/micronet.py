@@ -1,11 +1,12 @@
 """The MicroNet language model: a small transformer with a short window, a memory and a cache of what was just written.
 
-MicroNet for Efficient Language Modeling (arXiv 2005.07877). Takes streams int `[B, L]` and gives log-probabilities of
-the word behind each, `[B, L, V]`; `score` gives those of the words that came, with memory and cache carried from chunk
-to chunk. Layers are pre-norm; a query sees itself and the `context` - 1 words before it, with a learned embedding of
-the distance, and the keys and values of these are the memory. Surprising: attention runs in blocks as long as the
-window, so that time and memory grow with the length of a chunk and not with its square; there is no last norm.
-The cache (1612.04426) mixes in words of the last `cache` positions, by how alike what preceded them was.
+MicroNet for Efficient Language Modeling (arXiv 2005.07877). Takes streams int `[B, L + 1]` and gives the
+log-probabilities `[B, L]` of all words but the first: no table over the vocabulary is made. `score` does so chunk by
+chunk, with memory and cache carried on, `next_words` gives those of all words that may follow. Layers are pre-norm; a
+query sees itself and the `context` - 1 words before it, with a learned embedding of the distance, and the keys and
+values of these are the memory. Surprising: attention runs in blocks as long as the window, so that time and memory grow
+with the length of a chunk and not with its square; there is no last norm. The cache (1612.04426) mixes in words of the
+last `cache` positions, by how alike what preceded them was.
 """
 
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from slimray.models.text.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from slimray.models.text.layers import Cached
 from slimray.spec import lookup
 
+CHUNK = 2048  # words of a stream at once
 CACHE_START = (0.016, 0.07)  # sharpness and share of the cache, before training
 
 
@@ -137,8 +139,13 @@ class MicroNetLM(nn.Module):
             self.cache_share = nn.Parameter(share.logit())
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Streams int `[B, L]` to log-probabilities `[B, L, V]` of the word behind each."""
-        return self.next_words(tokens, self.start())[0]
+        """Streams int `[B, L + 1]` to log-probabilities `[B, L]` of their last L words, chunk by chunk if long."""
+        past, found = self.start(), []
+        for first in range(0, tokens.shape[1] - 1, CHUNK):
+            part = tokens[:, first : first + CHUNK + 1]
+            log_probs, past = self.score(part[:, :-1], part[:, 1:], past)
+            found.append(log_probs)
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
 
     def start(self) -> Past:
         """Nothing that came before."""
