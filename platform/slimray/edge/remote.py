@@ -13,7 +13,7 @@ import os
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ class Remote:
     """An agent: where it is, its token, and what it said of itself (`about`)."""
 
     url: str
-    token: str
+    token: str = field(repr=False)
     about: dict[str, Any]
 
     def ask(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
