@@ -1,6 +1,8 @@
 """Exports agree with torch on real samples or fail; online networks run as steps; evaluations take exports."""
 
+import gc
 import json
+import tempfile
 from pathlib import Path
 from typing import get_args
 
@@ -36,7 +38,7 @@ def net(shell, tmp_path):  # noqa: F811
     return networks.hold("runs", "net", "my_images", root, {"name": "resnet18", "width": 0.125}, size=32)
 
 
-def test_an_export_agrees_with_torch_and_says_so(shell, net):  # noqa: F811
+def test_an_export_agrees_with_torch_and_says_so(shell, net, tmp_path, monkeypatch):  # noqa: F811
     done = shell("export", "net", "--format", "onnx,onnx_int8", *SMALL)
     assert done.code == 0, done.err
     run = runs.find_run("net-export", "runs")
@@ -55,13 +57,20 @@ def test_an_export_agrees_with_torch_and_says_so(shell, net):  # noqa: F811
     page = runs.read_file(run, "report.html").decode()
     assert "onnx_int8" in page
     assert "ratio" in shell("show", "net-export").out
+    (scratch := tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     network = exported.load_exported(run, "onnx", 1)
     x = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         assert verify.differences(network.net(x), load_network(net).net(x))["worst_sample"] < 1e-4
+    assert len(list(scratch.iterdir())) == 1  # as long as it may be asked
+    del network
+    gc.collect()
+    assert not list(scratch.iterdir())
     runs.write_file(run, "export/onnx/model.onnx", b"other")
     with pytest.raises(UserError, match=r"model\.onnx: is not what was written"):
         exported.load_exported(run, "onnx", 1)
+    assert not list(scratch.iterdir())
 
 
 def test_a_network_of_few_bits_is_exported_in_float_and_in_int8(shell, net):  # noqa: F811

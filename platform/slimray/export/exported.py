@@ -5,7 +5,9 @@ the frames one after the other, the logits averaged. `load_exported` gives it as
 scores networks scores exports. Sizes and SHA-256 of the files are compared with export.json before anything reads them.
 """
 
+import contextlib
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,17 +117,20 @@ def load_exported(run: runs.Run, name: str, threads: int) -> Network:
     """Return an export as a network on the CPU; UserError for what is not there, damaged or not installed."""
     found, row = read_export(run, name), FORMATS[name]
     row.require(f"{run.name}:{name}")
-    folder = Path(tempfile.mkdtemp(prefix="slimray-export-"))
-    for file, facts in found["files"].items():
-        data = runs.read_file(run, f"export/{name}/{file}")
-        if digest(data) != (facts["bytes"], facts["sha256"]):
-            raise UserError(f"{run.uri}/export/{name}/{file}: is not what was written: restore it, or export it again")
-        (folder / file).write_bytes(data)
-    runner = row.load(folder / row.file, threads, True)
     outputs = tuple(one["name"] for one in found["outputs"])
     states = tuple(tuple(one["shape"]) for one in found["states"])
     ports = Ports(outputs, states, found["inputs"][0]["shape"][0] is None)
-    return network_of(ExportedNet(runner, ports), found["input"], found["model"])
+    with contextlib.ExitStack() as kept:
+        folder = Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="slimray-export-")))
+        for file, facts in found["files"].items():
+            data = runs.read_file(run, f"export/{name}/{file}")
+            if digest(data) != (facts["bytes"], facts["sha256"]):
+                sentence = "is not what was written: restore it, or export it again"
+                raise UserError(f"{run.uri}/export/{name}/{file}: {sentence}")
+            (folder / file).write_bytes(data)
+        net = ExportedNet(row.load(folder / row.file, threads, True), ports)
+        weakref.finalize(net, kept.pop_all().close)  # a runtime may read its files as long as it runs
+    return network_of(net, found["input"], found["model"])
 
 
 def network_of(net: nn.Module, taken: Mapping[str, Any], model: Mapping[str, Any]) -> Network:
