@@ -4,10 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
+from slimray.runtime.pairs import enclosing
+
 
 @dataclass(frozen=True)
 class Ratio:
-    """`a / b`, pair by pair: median, and the order statistics that enclose it with 96 % at nine pairs."""
+    """`a / b`, pair by pair: median, and the order statistics that enclose it with 95 % or more."""
 
     name: str
     a: tuple[float, ...]
@@ -18,7 +20,7 @@ class Ratio:
         return sorted(x / y for x, y in zip(self.a, self.b, strict=True))
 
     def __str__(self) -> str:
-        ratios, skip = self.ratios, max(0, len(self.a) // 2 - 3)
+        ratios, skip = self.ratios, enclosing(len(self.a))
         low, high = ratios[skip], ratios[-1 - skip]
         return (
             f"{self.name}: median {median(ratios):.3f} [{low:.3f}, {high:.3f}] of {len(ratios)} pairs "

@@ -1,6 +1,7 @@
 """Criteria, policies, reconstruction and the public function `prune`."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from slimray import compress
-from slimray.compress import criteria, policies
+from slimray.compress import criteria, policies, pruning
 from slimray.compress.channels import cut
 from slimray.compress.groups import trace
 from slimray.compress.reconstruction import patches, reconstruct, solve
@@ -227,6 +228,29 @@ def test_prune_leaves_the_network_and_tells_what_it_brings(resnet):
     assert found.gain is not None
     assert f"macs: {found.before['macs']:,.6g} -> {found.after['macs']:,.6g}" in str(found)
     assert "latency here" in str(found)
+
+
+class Slow(nn.Module):
+    """Moves a clock on by as many seconds as it is told, one call after the other."""
+
+    def __init__(self, clock, seconds):
+        super().__init__()
+        self.clock, self.seconds = clock, iter(seconds)
+
+    def forward(self, x):
+        assert not self.training
+        self.clock[0] += next(self.seconds)
+        return x
+
+
+def test_a_gain_is_told_with_the_interval_of_its_median(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(pruning, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    slow = Slow(clock, [99.0, 3.0, 0.5, 2.0, 8.0, 1.25, 5.0, 0.75, 1.5, 4.0])  # the first call does not count
+    gain = pruning.compare(slow, Slow(clock, [1.0] * 10), torch.zeros(1))
+    assert (gain.ratio, gain.low, gain.high) == (2.0, 0.75, 5.0)  # of nine ratios the outermost two are left out
+    assert not gain.clear  # though six of nine are above 1.2
+    assert slow.training
 
 
 def test_a_gain_that_is_not_clear_is_told():

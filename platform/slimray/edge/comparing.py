@@ -1,7 +1,7 @@
 """Two networks timed against each other on this machine, in turn, so that what disturbs one disturbs both.
 
-The result is the median of the ratios pair by pair and the order statistics around it that enclose the true median
-with at least 95 %. One thread on a CPU is timed by the processor time that it got, so that other work does not count.
+The result is the median of the ratios pair by pair and the interval that encloses it (pairs.py). One thread on a CPU is
+timed by the processor time that it got, so that other work does not count.
 """
 
 import math
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from slimray.edge.runtimes import RUNTIMES, THREAD_CLOCK, Clock, settings
+from slimray.models.modes import evaluating
+from slimray.runtime.pairs import alternate
 
 READING_S = 0.004  # a reading repeats a quick network until it takes this long
 
@@ -30,8 +32,8 @@ def compare(
     runtime.check()
     one_thread = threads == 1 and THREAD_CLOCK and hardware.startswith("cpu")
     clock: Clock = time.thread_time if one_thread else time.perf_counter
-    with settings(threads):
-        steps = [runtime.prepare(net.eval(), x, threads) for net in (first, second)]
+    with settings(threads), evaluating(first, second):
+        steps = [runtime.prepare(net, x, threads) for net in (first, second)]
         fed = runtime.feed(x)
 
         def read(step: Any, count: int) -> float:
@@ -41,28 +43,15 @@ def compare(
             read(step, 3)
         slow = max(read(step, 3) for step in steps)  # ms
         count = max(1, min(1000, math.ceil(1e3 * READING_S / max(slow, 1e-3))))
-        times: list[tuple[float, float]] = []
-        for number in range(pairs):
-            order = (0, 1) if number % 2 == 0 else (1, 0)
-            found = {which: read(steps[which], count) for which in order}
-            times.append((found[0], found[1]))
-    ratios = sorted(a / b for a, b in times)
-    skip = _outside(pairs)
+        found = alternate(lambda: read(steps[0], count), lambda: read(steps[1], count), pairs)
+    low, high = found.interval
     return {
-        "first_ms": median(a for a, _ in times),
-        "second_ms": median(b for _, b in times),
-        "ratio": median(ratios),
-        "low": ratios[skip],
-        "high": ratios[-1 - skip],
+        "first_ms": median(found.a),
+        "second_ms": median(found.b),
+        "ratio": found.ratio,
+        "low": low,
+        "high": high,
         "pairs": pairs,
         "hardware": hardware,
         "threads": threads,
     }
-
-
-def _outside(count: int) -> int:
-    """How many of `count` ordered values may be left out at each end so that the rest encloses the median with 95 %."""
-    skip = 0
-    while 2 * sum(math.comb(count, i) for i in range(skip + 2)) <= 0.05 * 2**count:
-        skip += 1
-    return skip

@@ -8,8 +8,7 @@ beside, because networks that sort points into voxels may put a point on an edge
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from statistics import median
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from slimray.data.modalities import modality_of, read_recipe
 from slimray.data.samples import BadSample
 from slimray.edge import runtimes
 from slimray.export.graph import Graph
+from slimray.runtime.pairs import Pairs, alternate
 from slimray.spec import RunFailed
 from slimray.tasks import TASKS
 from slimray.tasks.evaluation import Samples, Setting
@@ -109,42 +109,8 @@ def calibration(graph: Graph, inputs: Tensor) -> list[list[np.ndarray]]:
     return found
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Milliseconds of two things measured in turn, and their ratio: its median and the interval that holds it.
-
-    The interval are the order statistics that enclose the median with 95 % or more.
-    """
-
-    a: tuple[float, ...]
-    b: tuple[float, ...]
-
-    def to_plain(self, a: str, b: str) -> dict[str, Any]:
-        """Return the figures for export.json, `a` over `b`."""
-        ratios = sorted(x / y for x, y in zip(self.a, self.b, strict=True))
-        skip = enclosing(len(ratios))
-        return {
-            f"{a}_ms": median(self.a),
-            f"{b}_ms": median(self.b),
-            "ratio": median(ratios),
-            "interval": [ratios[skip], ratios[-1 - skip]],
-            "pairs": len(ratios),
-        }
-
-
-def enclosing(count: int) -> int:
-    """Return how many of `count` sorted values may be left out at either end of a 95 % interval of their median."""
-    tail, skip, ways = 0.0, 0, 1.0
-    for number in range(count // 2):
-        tail += ways / 2**count
-        if tail > 0.025:
-            break
-        skip, ways = number + 1, ways * (count - number) / (number + 1)
-    return max(0, skip - 1)
-
-
 def timed_pairs(a: Callable[[], Any], b: Callable[[], Any], pairs: int, repeats: int = 3) -> Pairs:
-    """Time `a` and `b` in turn, `pairs` times after WARM_UP rounds; of `repeats` calls in a row the fastest counts."""
+    """Time `a` and `b` in turn, in ms, `pairs` times after WARM_UP rounds; of `repeats` calls the fastest counts."""
 
     def once(call: Callable[[], Any]) -> float:
         best = float("inf")
@@ -156,8 +122,7 @@ def timed_pairs(a: Callable[[], Any], b: Callable[[], Any], pairs: int, repeats:
 
     for call in (a, b) * WARM_UP:
         call()
-    measured = [(once(a), once(b)) if i % 2 == 0 else tuple(reversed((once(b), once(a)))) for i in range(pairs)]
-    return Pairs(tuple(x for x, _ in measured), tuple(y for _, y in measured))
+    return alternate(lambda: once(a), lambda: once(b), pairs)
 
 
 def time_against_eager(graph: Graph, runner: Any, module: nn.Module, threads: int, pairs: int) -> dict[str, Any]:
