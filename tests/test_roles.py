@@ -18,9 +18,18 @@ ELSEWHERE = {"typer", "wandb", "dash", "onnx", "slimray.cli", "slimray.job", "sl
 NEVER = PICTURES | SEARCHES | DECODERS | ELSEWHERE
 ROLES = {  # what it is -> the module it is given, and what that must not import
     "progress actor": ("slimray.train.board", NEVER | {"ray", "torch", "numpy", "pydantic", "pyarrow"}),
+    "who joins a cluster": (
+        "slimray.train.connection",
+        NEVER | {"torch", "pandas", "ray.data", "ray.train"},
+    ),
     "feeder, decoding task": (
         "slimray.data.pipeline",
         NEVER | {"torch", "ray.train", "slimray.models", "slimray.tasks"},
+    ),
+    "training worker": ("slimray.train.loop", NEVER | {"torch._dynamo", "triton", "sympy"}),
+    "scoring worker": (
+        "slimray.verbs.scoring",
+        (SEARCHES - {"slimray.search"}) | {"torch._dynamo", "matplotlib", "wandb", "slimray.report"},
     ),
 }
 

@@ -40,7 +40,7 @@ def dry_rank(config: dict[str, Any]) -> dict[str, float]:
     began, told, feeders = time.monotonic(), None, []
     if rank == 0:
         name = f"feeder-{uuid.uuid4().hex}"
-        feeders = start_feeders(config["feed"], name)
+        _, feeders = start_feeders(config["feed"], name)
         told = {"name": name, "num": len(feeders)}
     told = broadcast_from_rank_zero(told)
     assert told is not None

@@ -56,7 +56,7 @@ def feed(folder, table: pa.Table, blocks_per_execution: int) -> FeedConfig:
 
 def consume(config: FeedConfig, name: str) -> list[list[tuple[str, int, int, list[int]]]]:
     """What each rank saw: (phase, epoch, step, samples), the samples told by their points."""
-    feeders = start_feeders(config, name)
+    _, feeders = start_feeders(config, name)
 
     def rank_sees(rank: int) -> list[tuple[str, int, int, list[int]]]:
         stream = RankStream(feeder_of(rank, WORLD, len(feeders), name), config, rank)

@@ -165,6 +165,7 @@ def map_numbers(
 
     With `at_once` that many tasks, which reserve no CPU.
     """
+    ray.data.DataContext.get_current().enable_progress_bars = False
     numbers = ray.data.range(count, override_num_blocks=count)
     with warnings.catch_warnings():  # no named parameter says how often; the way that remains is announced to go
         warnings.simplefilter("ignore", RayDeprecationWarning)
@@ -192,16 +193,31 @@ def _fetch(ref: Any) -> Any:
 
 
 class _Feeder:
-    """The actor behind `feeder_for`: streams the blocks of its ranks and hands out their references in order."""
+    """The actor behind `feeder_of`: streams the blocks of its ranks and hands out their references in order."""
 
-    def __init__(self, config: FeedConfig, ranks: list[int]):
+    def __init__(self) -> None:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
+        self.began, self.ready = False, asyncio.Event()
+
+    async def prepare(self, slots: int) -> None:
+        """Have `slots` processes for decoding import what they need, before it is known what is decoded."""
+        threading.Thread(target=_prepare_decoding, args=(slots,), daemon=True, name="prepare").start()
+
+    async def begin(self, config: FeedConfig, ranks: list[int]) -> bool:
+        """Begin streaming in a background thread; False if this feeder did so before, for ranks that are gone."""
+        if self.began:
+            return False
+        self.began = True
         self.config, self.ranks = config, ranks
         self.plan = blocks(config.phases, config.world, ranks, config.max_rows)  # lazily: an epoch may have millions
         self.queues: dict[int, asyncio.Queue] = {rank: asyncio.Queue() for rank in ranks}
         ahead = max(8, STEPS_AHEAD * self._blocks_per_step() * len(ranks))
         self.room = threading.Semaphore(ahead)
         self.failure: RunFailed | None = None
+        self.loop = asyncio.get_running_loop()
+        threading.Thread(target=self._stream, daemon=True, name="feeder").start()
+        self.ready.set()
+        return True
 
     def _blocks_per_step(self) -> int:
         largest = max((phase.batch for phase in self.config.phases), default=1)
@@ -209,13 +225,9 @@ class _Feeder:
             return ceil_div(largest, self.config.world)
         return ceil_div(ceil_div(largest, self.config.world), self.config.max_rows)
 
-    async def start(self) -> None:
-        """Begin streaming in a background thread."""
-        self.loop = asyncio.get_running_loop()
-        threading.Thread(target=self._stream, daemon=True, name="feeder").start()
-
     async def take(self, rank: int) -> tuple[list[Any], int]:
         """The next block of `rank`: ([reference], rows). Raises what ended the pipeline: RunFailed, StorageError."""
+        await self.ready.wait()  # a rank may ask before the call that begins is here
         ref, num_rows = await self.queues[rank].get()
         if ref is None:
             self.queues[rank].put_nowait((None, 0))
@@ -265,7 +277,6 @@ class _Feeder:
     def _execute(self, cut: list[Block]) -> Iterator[Any]:
         """Start one Ray Data execution over `cut` and return its stream of bundles, the first one already there."""
         context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=self.config.decode_slots)
         context.raise_original_map_exception = True
@@ -298,26 +309,63 @@ def failure_of(error: BaseException) -> RunFailed:
     return RunFailed(f"the data pipeline failed: {type(cause).__name__}: {first}")
 
 
-def start_feeders(config: FeedConfig, name: str) -> list[Any]:
-    """Start the feeders of a worker group as actors `name-0`, `name-1`, ...; returns their handles.
+def start_feeders(config: FeedConfig, name: str, spare: str = "") -> tuple[str, list[Any]]:
+    """Start the feeders of a worker group as actors `name-0`, `name-1`, ...; returns that name and their handles.
 
-    They live as long as the caller (rank 0) holds the handles; `feeder_of` finds them from the other ranks.
+    They live as long as the caller (rank 0) holds the handles; `feeder_of` finds them from the other ranks. Where one
+    feeder is enough it is the one that `spare_feeder` started under the name `spare`, if that serves nobody yet.
     """
     cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     num = num_feeders(config.world, min((count for count in cpus if count), default=0))
     config = replace(config, decode_slots=max(1, config.decode_slots // num))
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # out of Train's group
+    if spare and num == 1 and (feeder := _begin_spare(config, spare)) is not None:
+        return spare, [feeder]
     handles = []
     for group in range(num):
-        options = {"name": f"{name}-{group}", "num_cpus": 0, "scheduling_strategy": here, "max_concurrency": 1000}
-        feeder = ray.remote(_Feeder).options(**options).remote(config, list(feeder_ranks(config.world, num, group)))
+        feeder = _make_feeder(f"{name}-{group}")
         handles.append(feeder)
-        feeder.start.remote()
-    return handles
+        feeder.begin.remote(config, list(feeder_ranks(config.world, num, group)))
+    return name, handles
+
+
+def spare_feeder(name: str, slots: int, environment: dict[str, Any]) -> Any:
+    """Start a feeder under `name` before its ranks live, and `slots` processes for decoding; returns its handle.
+
+    `environment` is the runtime environment of the ranks, which a feeder that they start has by itself.
+    """
+    feeder = _make_feeder(f"{name}-0", runtime_env=environment)
+    feeder.prepare.remote(slots)
+    return feeder
+
+
+def _make_feeder(name: str, **more: Any) -> Any:
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # out of Train's group
+    options = {"name": name, "num_cpus": 0, "scheduling_strategy": here, "max_concurrency": 1000, **more}
+    return ray.remote(_Feeder).options(**options).remote()
+
+
+def _begin_spare(config: FeedConfig, name: str) -> Any:
+    """The spare feeder of that name, which now serves all ranks; None if it served others before, or is gone."""
+    try:
+        feeder = ray.get_actor(f"{name}-0")
+    except ValueError:
+        return None
+    try:
+        if ray.get(feeder.begin.remote(config, list(range(config.world))), timeout=config.wait_timeout_s):
+            return feeder
+    except exceptions.RayError:  # another one is started
+        pass
+    ray.kill(feeder)
+    return None
+
+
+def _prepare_decoding(slots: int) -> None:
+    for _ in map_numbers(slots, lambda numbers: numbers).iter_internal_ref_bundles():
+        pass
 
 
 def feeder_of(rank: int, world: int, num: int, name: str) -> Any:
-    """The handle of the feeder actor that serves `rank`; the feeders were started by rank 0 under `name`."""
+    """The handle of the feeder actor that serves `rank`; the feeders were started under `name`."""
     group = next(g for g in range(num) if rank in feeder_ranks(world, num, g))
     return ray.get_actor(f"{name}-{group}")
 

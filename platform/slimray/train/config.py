@@ -17,8 +17,9 @@ class FitConfig:
     """All that the workers of one training run need; plain values, specs and object references.
 
     `task` is a name in TASKS, `method` says what a step computes, `dataset` is the fingerprint of the indexes,
-    `recipes` maps split to the plain form of its per-sample recipe, `job` is the resolved job as written to the run.
-    Batches by tokens have the `bags` of each split; `batch_total` and `per_worker` then count tokens.
+    `recipes` maps split to the plain form of its per-sample recipe, `job` is the resolved job as written to the run,
+    `feeder` names a feeder that was started ahead. Batches by tokens have the `bags` of each split; `batch_total` and
+    `per_worker` then count tokens.
     """
 
     run_uri: str
@@ -50,6 +51,7 @@ class FitConfig:
     method: Method
     drop_last: bool = False
     limits: LimitsSpec | None = None
+    feeder: str = ""
     bags: Mapping[str, Bags] = field(default_factory=dict)
 
     @property

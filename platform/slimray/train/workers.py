@@ -6,7 +6,6 @@ checkpoint bookkeeping is not used: a restarted worker finds its place in the ru
 """
 
 import contextlib
-import logging
 import math
 import os
 import platform
@@ -17,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,22 @@ import ray.data
 import ray.train
 import torch
 from ray import exceptions
+from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+from ray.data._internal.stats import get_or_create_stats_actor
 from ray.train.collective import barrier, broadcast_from_rank_zero
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import slimray
 from slimray import runs, storage
-from slimray.data.pipeline import FeedConfig, RankStream, failure_of, feeder_of, start_feeders
+from slimray.data.pipeline import FeedConfig, RankStream, failure_of, feeder_of, spare_feeder, start_feeders
 from slimray.spec import RunFailed, UserError
-from slimray.storage import PATIENCE, StorageError
+from slimray.storage import StorageError
+from slimray.train import connection
 from slimray.train.board import Board
+from slimray.train.connection import connect as connect
+from slimray.train.controller import Trainer
 from slimray.train.retries import Budget, note_progress, usable, waits_for
 from slimray.train.spec import ScaleSpec
 
@@ -54,25 +59,25 @@ def make_board() -> Any:
     return ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
 
 
-def connect(cpus: int) -> None:
-    """Join the cluster of RAY_ADDRESS, or have a local one with at least `cpus` logical CPUs."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
-    for name in ("ray.data", "ray.train", "ray.tune", "ray._private.authentication.authentication_token_setup"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters becomes a sentence, the rest is in logs/
-    address = os.environ.get("RAY_ADDRESS")
-    if ray.is_initialized():
-        if address or ray.cluster_resources().get("CPU", 0) >= cpus:
-            return
-        ray.shutdown()
-    if address:
-        package = Path(slimray.__file__).resolve().parent
-        shipped = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a Ray job: its workers have the code that it came with
-        ray.init(address, runtime_env=None if shipped else {"py_modules": [str(package)]}, **quiet)
-    else:
-        ray.init("local", num_cpus=cpus, include_dashboard=False, **quiet)
-    ray.data.DataContext.get_current().enable_progress_bars = False
+@dataclass(frozen=True)
+class Ahead:
+    """What was started before a launch: the name of its feeder, and the handles by which that lives."""
+
+    feeder: str = ""
+    handles: tuple[Any, ...] = ()
+
+
+def start_ahead(scale: ScaleSpec) -> Ahead:
+    """Start on a local cluster what a launch needs beside its workers, while the caller still reads the dataset.
+
+    A feeder and its decoding processes, and the two actors that Ray Data keeps, import while the workers do. On a
+    cluster of several machines nothing is started: who feeds is known there when the ranks are.
+    """
+    if not connection.is_local():
+        return Ahead()
+    name = f"slimray-feeder-{uuid.uuid4().hex}"
+    held = (get_or_create_autoscaling_coordinator(), get_or_create_stats_actor())
+    return Ahead(name, (*held, spare_feeder(name, decode_slots(scale), connection.environment(scale))))
 
 
 def capacity() -> dict[str, float]:
@@ -88,7 +93,7 @@ def decode_slots(scale: ScaleSpec) -> int:
     """Return how many blocks are decoded at once: as set, else one per core here, or what a cluster has left."""
     if scale.decode_slots:
         return scale.decode_slots
-    if not os.environ.get("RAY_ADDRESS"):
+    if connection.is_local():
         return os.cpu_count() or 1
     return max(1, int(capacity().get("CPU", 1) - scale.most * scale.cpus_per_worker))
 
@@ -302,8 +307,11 @@ def _launch(
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_s)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(scale.data_timeout_s + 60)
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    os.environ["RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING"] = "0"  # it would log into the driver's terminal
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(
+        int(not connection.is_local())
+    )  # a machine of one's own gives no notice
     os.environ["RAY_TRAIN_CALLBACKS"] = f"{WideBarrier.__module__}.{WideBarrier.__name__}"
-    threads = str(max(1, int(scale.cpus_per_worker)))
 
     def entry(config: Any) -> Any:
         sentence = board_state(board).get("failed")
@@ -319,14 +327,14 @@ def _launch(
             _tell(board, failed=str(error).splitlines()[0])
             raise
 
-    several, wanted = board is not None and bool(os.environ.get("RAY_ADDRESS")), _versions()
+    several, wanted = board is not None and not connection.is_local(), _versions()
     in_main = threading.current_thread() is threading.main_thread()
     watch = _Watch(board, scale, left_out, in_main)
     if board is not None:
         watch.start()
     excluded = {NODE_LABEL: f"!in({','.join(left_out)})"} if left_out else None
     with tempfile.TemporaryDirectory(prefix="slimray-") as scratch:
-        trainer = TorchTrainer(
+        trainer = Trainer(
             entry,
             train_loop_config=config,
             torch_config=TorchConfig(timeout_s=int(scale.data_timeout_s) + 40),
@@ -342,23 +350,20 @@ def _launch(
                 name=f"{name}-{uuid.uuid4().hex[:8]}",
                 storage_path=scratch,
                 failure_config=ray.train.FailureConfig(max_failures=retries, controller_failure_limit=starts),
-                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, PATIENCE: f"{scale.storage_s:g}"}},
+                worker_runtime_env=connection.environment(scale),
             ),
         )
-        before = signal.getsignal(signal.SIGINT)
         try:
             result: Any = trainer.fit().return_value
-        except SystemExit:  # Ray Train's answer to Ctrl-C
+        except KeyboardInterrupt:
             if watch.sentence:
                 raise RunFailed(watch.sentence) from None
-            raise KeyboardInterrupt from None
+            raise
         except ray.train.TrainingFailedError as error:
             stuck = board_state(board).get("stuck") or []
             raise RunFailed(stuck[-1] if stuck else _cause(error), code=3) from error
         finally:
             watch.done.set()
-            if in_main:
-                signal.signal(signal.SIGINT, before)  # fit() leaves a handler of its own behind
     return result
 
 
@@ -409,17 +414,16 @@ def _cause(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def open_stream(feed: FeedConfig) -> Iterator[RankStream]:
+def open_stream(feed: FeedConfig, spare: str = "") -> Iterator[RankStream]:
     """This rank's data for as long as the block lasts; rank 0 starts the feeders and tells the others.
 
-    A collective, at its beginning and at its end.
+    `spare` is the name of a feeder that was started ahead. A collective, at its beginning and at its end.
     """
     context = ray.train.get_context()
     rank, feeders = context.get_world_rank(), []
     told: Any = None
     if rank == 0:
-        name = f"slimray-feeder-{uuid.uuid4().hex}"
-        feeders = start_feeders(feed, name)
+        name, feeders = start_feeders(feed, f"slimray-feeder-{uuid.uuid4().hex}", spare)
         told = {"name": name, "num": len(feeders)}
     told = broadcast_from_rank_zero(told)
     assert told is not None

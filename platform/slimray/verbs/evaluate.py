@@ -183,6 +183,10 @@ def _require_classes(where: str, name: str, classes: tuple[str, ...], splits: Sp
 
 def run(job: EvaluateJob, ctx: Context) -> None:
     """Score every run of `job` and write the comparison to the run folder `ctx.run`."""
+    from slimray.train import connection
+
+    connection.connect(ctx.cpus, ("slimray.verbs.scoring", "slimray.report.pages"))
+
     import ray
 
     from slimray import compress
@@ -196,6 +200,9 @@ def run(job: EvaluateJob, ctx: Context) -> None:
     from slimray.train.progress import follow
     from slimray.verbs import scoring
 
+    slots = workers.decode_slots(job.scale)
+    workers.require(job.scale, slots)
+    ahead = workers.start_ahead(job.scale)
     found = _find(job, ctx.where, ctx.storage, ())
     trained = [scoring.load(one.run.uri, one.format) for one in found]
     data, split, splits = _open_data(job, ctx.where, ctx.storage, found)
@@ -205,9 +212,6 @@ def run(job: EvaluateJob, ctx: Context) -> None:
         _require_classes(ctx.where, one.name, network.classes, splits)
         _require_options(job, ctx.where, one.name, task, network.recipe)
     table = splits.tables[split]
-    workers.connect(ctx.cpus)
-    slots = workers.decode_slots(job.scale)
-    workers.require(job.scale, slots)
     cases, phases = [], []
     for one, network in zip(found, trained, strict=True):
         for order in job.frame_orders:
@@ -232,6 +236,7 @@ def run(job: EvaluateJob, ctx: Context) -> None:
         decode_slots=slots,
         decode_timeout_s=data.decode_timeout_s,
         board=board,
+        feeder=ahead.feeder,
     )
     with follow(board, job.name, ctx.console):
         result = workers.launch(scoring.score_cases, config, job.scale, job.name, board)

@@ -6,7 +6,7 @@ whose network is trained by another method. A stage that has finished is not tra
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -95,7 +95,8 @@ def train_stage(
         return stage
     if not runs.exists(stage, "status.json"):
         runs.begin(stage, job.model_dump(mode="json"), ctx.attempt)
-    config = change(config_of(job, ctx, stage, data)[0])
+    ahead = workers.Ahead() if work is not None else workers.start_ahead(job.scale)
+    config = replace(change(config_of(job, ctx, stage, data)[0]), feeder=ahead.feeder)
     if work is not None:
         work(config)
     else:

@@ -5,6 +5,7 @@ model and a report. TSM: arXiv 1811.08383; linear scaling with warm-up: arXiv 17
 """
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from slimray import runs
@@ -45,6 +46,10 @@ def makes(job: TrainJob) -> dict[str, Made]:
 
 def run(job: TrainJob, ctx: Context) -> None:
     """Train `job` in the run folder `ctx.run`; RunFailed with one sentence if it cannot be finished."""
+    from slimray.train import connection
+
+    connection.connect(ctx.cpus, ("slimray.verbs.stages", "slimray.report.pages", "slimray.train.calibrate"))
+
     from slimray.report import pages
     from slimray.tasks import TASKS
     from slimray.train import calibrate, loop, workers
@@ -52,11 +57,12 @@ def run(job: TrainJob, ctx: Context) -> None:
     from slimray.train.progress import follow
     from slimray.verbs import networks, stages
 
+    stages.connect(job.scale, ctx.cpus)
+    ahead = workers.start_ahead(job.scale)
     job = networks.with_network(job, ctx.storage, ctx.run)
     splits = inputs.open_splits(job.data, ctx.where, ctx.storage, checks.split_names(job.data))
-    networks.facts(job, splits.card, splits.tables[job.data.train].num_rows)  # raises before Ray is started
-    stages.connect(job.scale, ctx.cpus)
     config, known = stages.config_of(job, ctx, ctx.run, stages.Data.of(splits))
+    config = replace(config, feeder=ahead.feeder)
     bad = workers.preflight(job.scale, ctx.run.uri)
     for node, reason in bad.items():
         ctx.console.print(f"{job.name}: node {node[:8]} is left out, it {reason}", highlight=False, markup=False)

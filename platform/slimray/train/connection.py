@@ -1,0 +1,95 @@
+"""The Ray cluster of a job: joined, or started on this machine while the driver imports. Imports Ray, no torch."""
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.experimental import internal_kv
+
+import slimray
+from slimray.storage import PATIENCE
+from slimray.train.spec import ScaleSpec
+
+THREADS = "OMP_NUM_THREADS"
+GIVEN = b"slimray environment"  # where a local cluster keeps what its processes find in theirs
+IDLE_S = 60  # how long a local cluster keeps processes that do nothing: they are those of the next job of a chain
+QUIET = ("ray.data", "ray.train", "ray.tune", "ray._private.authentication.authentication_token_setup")
+
+
+def is_local() -> bool:
+    """Return whether the cluster is one that `connect` started on this machine."""
+    return not os.environ.get("RAY_ADDRESS")
+
+
+def connect(cpus: int, imported: Sequence[str] = ()) -> None:
+    """Join the cluster of RAY_ADDRESS, or have a local one with at least `cpus` logical CPUs.
+
+    The modules `imported`, which the caller needs next, are imported while Ray's own processes start.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters becomes a sentence, the rest is in logs/
+    if ray.is_initialized():
+        if not is_local() or ray.cluster_resources().get("CPU", 0) >= cpus:
+            return
+        ray.shutdown()
+    importing = threading.Thread(target=_import_or_not, args=(*imported,), daemon=True)
+    importing.start()
+    if is_local():
+        _start(cpus)
+    else:
+        _join(os.environ["RAY_ADDRESS"])
+    importing.join()
+
+
+def _join(address: str) -> None:
+    package = Path(slimray.__file__).resolve().parent
+    shipped = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a Ray job: its workers have the code that it came with
+    ray.init(
+        address,
+        runtime_env=None if shipped else {"py_modules": [str(package)]},
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+    )
+
+
+def _start(cpus: int) -> None:
+    """Start Ray on this machine. What is set here, its processes find in their environment."""
+    own = {"RAY_idle_worker_killing_time_threshold_ms": str(1000 * IDLE_S), THREADS: "1"}
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    try:
+        ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    given = json.dumps({THREADS: "1", PATIENCE: os.environ.get(PATIENCE)})
+    internal_kv._internal_kv_put(GIVEN, given.encode(), overwrite=True)
+
+
+def environment(scale: ScaleSpec) -> dict[str, Any]:
+    """Return the runtime environment of processes that compute for `scale`.
+
+    Empty where it is what a local cluster gives all of its processes: then those that it started before are used.
+    """
+    wanted = {THREADS: str(max(1, int(scale.cpus_per_worker))), PATIENCE: f"{scale.storage_s:g}"}
+    given = internal_kv._internal_kv_get(GIVEN) if is_local() else None
+    return {} if given is not None and json.loads(given) == wanted else {"env_vars": wanted}
+
+
+def _import_or_not(*modules: str) -> None:
+    with contextlib.suppress(Exception):  # the caller's own import says what is wrong
+        _import(*modules)
+
+
+def _import(*modules: str) -> None:
+    for module in modules:
+        importlib.import_module(module)

@@ -1,0 +1,77 @@
+"""Ray Train's controller in the process that launches the training, in place of an actor.
+
+As an actor it is a process that imports torch and everything the training pickles before the first worker is asked for,
+and it needs a second, detached one that removes its placement group if it dies. Here both are the launching process's:
+what it created Ray removes when it ends. Nor is there an actor for datasets, which slimray feeds itself
+(data/pipeline.py). The control loop is Ray Train's own, retries and elasticity included. Reaches
+into `ray.train.v2._internal` (Ray is pinned to a minor version); tests/train/test_controller.py holds what it uses.
+"""
+
+import asyncio
+import os
+from typing import Any
+
+import ray
+from ray.train import Result
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+
+
+class _Group(WorkerGroup):
+    """A worker group whose controller is no actor."""
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
+        """What workers get beside the environment of their node, which on a local cluster is the driver's."""
+        if os.environ.get("RAY_ADDRESS"):
+            return WorkerGroup._get_worker_runtime_env(custom_runtime_env)
+        return dict(custom_runtime_env)
+
+    def _init_train_context_on_workers(self, workers: Any, sync_actor: Any, train_context_args: Any) -> None:
+        """As Ray Train does it, without the handle of a controller: only `get_all_reported_checkpoints` needs one."""
+        pending = [
+            worker.actor.init_train_context.remote(
+                train_run_context=self._train_run_context,
+                distributed_context=worker.distributed_context,
+                synchronization_actor=sync_actor,
+                storage_context=self._storage_context,
+                worker_callbacks=self._worker_callbacks_to_propagate,
+                controller_actor=None,
+                **{name: values[number] for name, values in train_context_args.items()},
+            )
+            for number, worker in enumerate(workers)
+        ]
+        ray.get(pending)
+        self._decorate_worker_log_file_paths(workers)
+
+
+class _Controller(TrainController):
+    worker_group_cls = _Group
+
+
+class Trainer(TorchTrainer):
+    """A TorchTrainer whose `fit` runs the controller in the calling thread. Ctrl-C ends the workers and is raised."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        found = super()._create_default_callbacks()
+        return [one for one in found if not isinstance(one, PlacementGroupCleanerCallback | DatasetsCallback)]
+
+    def _initialize_and_run_controller(self, **controller_init_kwargs: Any) -> Result:
+        controller = _Controller(**controller_init_kwargs)
+        loop = asyncio.new_event_loop()
+        try:
+            loop.run_until_complete(controller.run())
+        except BaseException:
+            group = controller.get_worker_group()
+            if group is not None and group.has_started():
+                group.abort()
+            for task in asyncio.all_tasks(loop):
+                task.cancel()
+                loop.run_until_complete(asyncio.wait([task]))
+            raise
+        finally:
+            loop.close()
+        return controller.get_result()
