@@ -251,7 +251,6 @@ SIGNS = {"per_point", "num_shapes", "num_segments", "kind"}  # attributes by whi
 EXCEPTIONS = {  # (file, what it does): why that asks neither for a task nor for a modality
     ("data/video/decoder.py", "compares with 'clip'"): "what a request to the decoding process is for",
     ("data/video/decoder.py", "compares with 'image'"): "what a request to the decoding process is for",
-    ("edge/profiler.py", "looks for num_shapes"): "an option of a network",
     ("runs/examples.py", "compares ndim"): "a scene checks its own arrays",
 }
 

@@ -137,6 +137,22 @@ def test_what_is_missing_for_a_runtime_is_said(net, tmp_path, monkeypatch):
             profiler.profile(net, MODEL, tmp_path / "t.json", hardware="cuda")
 
 
+def test_a_table_of_a_supernet_of_transformers_holds_layers_by_length_and_beam(tmp_path):
+    model = {"name": "hat_small", "vocab_size": 40, "preset": "tiny", "length": 4, "beam": 3}
+    net = models.build(**model).eval()
+    table = profiler.profile(net, model, tmp_path / "text.json", rounds=2, calibrate=4)
+    assert table.calibration is not None
+    kinds = {key.partition("-")[0] for key in table.units}
+    assert kinds == {"encoder", "decoder", "cross", "words"}
+    assert all(key.endswith("-length:4-beam:3") for key in table.units)
+    arch = net.space.smallest()
+    told = Prices(net, None, hardware.meter(str(tmp_path / "text.json"))).metered(arch)["latency_ms"]
+    assert told > 0
+    other = models.build(**model | {"beam": 2})
+    with pytest.raises(UserError, match=r"has no time of encoder-.*: it is of another model, profile this supernet"):
+        Prices(other, None, hardware.meter(str(tmp_path / "text.json"))).metered(arch)
+
+
 def profile(monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["slimray", "profile", *arguments])
     try:
@@ -159,7 +175,7 @@ def test_the_command_writes_a_table_and_tells_its_error(finished, tmp_path, monk
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["resnet18"], "must be an ofa_ model"),
+        (["resnet18"], "profile resnet18: must be one of ofa_mobilenetv3, "),
         (["nothing"], "nothing"),
         (["ofa_mobilenetv3", "--preset", "huge"], "preset: must be"),
         (["ofa_mobilenetv3", "--resolutions", "20,x"], "must be whole numbers with commas"),

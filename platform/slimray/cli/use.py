@@ -149,7 +149,7 @@ def _files_in(paths: list[Path], modality: Modality) -> tuple[list[Path], dict[P
 @app.command()
 def profile(
     what: Annotated[
-        str, typer.Argument(help="A finished shrink run, an ofa_ model, or an export.", metavar="RUN_OR_MODEL")
+        str, typer.Argument(help="A finished shrink run, a supernet of MODELS, or an export.", metavar="RUN_OR_MODEL")
     ],
     hardware: Annotated[str, typer.Option(help="cpu-eager, cpu-compiled, cpu-onnx or cuda.")] = "cpu-eager",
     threads: Annotated[int, typer.Option(help="Threads of the network on a CPU.", min=1)] = 1,
@@ -181,7 +181,6 @@ def profile(
     In a job: `targets: [{name: here, hardware: TABLE.json, limits: {latency_ms: 12}}]`.
     """
     from slimray import models
-    from slimray.data.modalities import MODALITIES
     from slimray.edge import latency_table, profiler
     from slimray.verbs import inputs
 
@@ -194,10 +193,13 @@ def profile(
         if what not in models.MODELS and (where := _export_of(what, storage_of(storage))):
             _time_export(remote, where, rounds, as_json)
             return
-    num_points, options = None, dict[str, Any](name=what, num_classes=1000)
+    num_points, options = None, dict[str, Any](name=what)
     if what in models.MODELS:
-        if not models.MODELS[what].supernet or MODALITIES[models.MODELS[what].input].in_channels is None:
-            raise UserError(f"profile {what}: must be an ofa_ model of images or clips, or a run of kind shrink")
+        usual = models.MODELS[what].profiled
+        if usual is None:
+            known = ", ".join(name for name, row in models.MODELS.items() if row.profiled is not None)
+            raise UserError(f"profile {what}: must be one of {known}, or a run of kind shrink")
+        options |= usual
         for assignment in [*([f"preset={preset}"] if preset else []), *(set_ or [])]:
             set_value(options, assignment)
     else:

@@ -80,9 +80,9 @@ def _chains(runtime: Runtime, archs: Sequence[Sequence[Any]], threads: int, know
 
 def _whole(runtime: Runtime, net: Any, arch: Arch, first: Any, threads: int) -> Chain:
     """A subnet as it is shipped: one network, one step. `first`: its first unit."""
-    channels = getattr(net, "in_channels", 0) + getattr(net, "num_shapes", 0)  # of clouds of points
-    x = torch.randn(1, channels, first.input[-1]) if channels else torch.randn(1, *first.input)
-    return Chain(("whole",), (runtime.prepare(net.extract(arch).eval(), x, threads),), (runtime.feed(x),))
+    module, shape = net.measured(arch, first.input)
+    x = torch.randn(1, *shape)
+    return Chain(("whole",), (runtime.prepare(module.eval(), x, threads),), (runtime.feed(x),))
 
 
 def _reference(runtime: Runtime) -> Chain:
@@ -272,9 +272,9 @@ def _resolutions(net: Any, wanted: Sequence[int] | None, runtime: Runtime) -> tu
 
 def _cover(net: Any, sides: Sequence[int] | None, num_points: int | None) -> list[list[Arch]]:
     """Archs that together have every unit of the space: lists of archs that differ in resolution alone."""
-    if sides is not None and hasattr(net, "layout") and hasattr(net.layout, "cover"):
+    if hasattr(net, "layout") and hasattr(net.layout, "cover"):
         name = net.space.input_name("side")
-        return [[arch.replace(**{name: side}) for side in sides] for arch in net.layout.cover()]
+        return [[arch.replace(**{name: side}) for side in sides or ()] or [arch] for arch in net.layout.cover()]
     rng, seen, chosen, since = random.Random("cover"), set(), [], 0
     prices = Prices(net, num_points)
     while since < NEW_ARCHS:

@@ -48,6 +48,8 @@ class Model:
     input: str = "clip"
     defaults: dict[str, Any] = field(default_factory=dict)
     supernet: bool = False
+    profiled: Mapping[str, Any] | None = None
+    """Options with which the operators of a supernet are measured; None where only a dataset says what it takes."""
 
 
 def _video_net(
@@ -87,6 +89,8 @@ def _resnet(depth: int, *arguments: Any, shift: bool) -> Callable[..., nn.Module
     return partial(_video_net, partial(ResNet, depth), shift, *arguments)
 
 
+_OFA: dict[str, Any] = {"supernet": True, "profiled": {"num_classes": 1000}}
+_HAT: dict[str, Any] = {"supernet": True, "profiled": {"vocab_size": 8000}}
 _T8, _T32 = {"num_segments": 8}, {"num_segments": 32, "inflation": "3x1x1"}
 
 MODELS: dict[str, Model] = {
@@ -120,13 +124,11 @@ MODELS |= {
     "proxyless_mobile_14": Model(partial(proxyless_net, "mobile_14"), "proxyless_mobile, widened 1.4 times", "image"),
     "proxyless_supernet": Model(proxyless_supernet, "every block a choice: what ProxylessNAS searches", "image"),
     "proxyless_found": Model(proxyless_found, "what a search found: one choice per block (`blocks`)", "image"),
-    "ofa_mobilenetv3": Model(ofa_mobilenetv3, "Once-for-All supernet of MobileNetV3 blocks", "image", supernet=True),
-    "ofa_proxyless": Model(ofa_proxyless, "Once-for-All supernet of ProxylessNAS blocks", "image", supernet=True),
-    "ofa_resnet50": Model(ofa_resnet50, "Once-for-All supernet of ResNet-50D", "image", supernet=True),
-    "ofa_tsm_mobilenetv3": Model(
-        ofa_tsm_mobilenetv3, "Once-for-All over TSM: MobileNetV3 blocks", "clip", supernet=True
-    ),
-    "ofa_tsm_resnet50": Model(ofa_tsm_resnet50, "Once-for-All over TSM: ResNet-50D", "clip", supernet=True),
+    "ofa_mobilenetv3": Model(ofa_mobilenetv3, "Once-for-All supernet of MobileNetV3 blocks", "image", **_OFA),
+    "ofa_proxyless": Model(ofa_proxyless, "Once-for-All supernet of ProxylessNAS blocks", "image", **_OFA),
+    "ofa_resnet50": Model(ofa_resnet50, "Once-for-All supernet of ResNet-50D", "image", **_OFA),
+    "ofa_tsm_mobilenetv3": Model(ofa_tsm_mobilenetv3, "Once-for-All over TSM: MobileNetV3 blocks", "clip", **_OFA),
+    "ofa_tsm_resnet50": Model(ofa_tsm_resnet50, "Once-for-All over TSM: ResNet-50D", "clip", **_OFA),
 }
 MODELS |= {
     "ofa_pvcnn": Model(
@@ -142,9 +144,9 @@ MODELS |= {
 }
 MODELS |= {
     "transformer": Model(transformer, "Transformer: translates sentences", "text"),
-    "hat_wmt": Model(hat, "HAT supernet of transformers, WMT's space", "text", {"preset": "wmt"}, supernet=True),
-    "hat_iwslt": Model(hat, "HAT supernet of transformers, IWSLT's space", "text", {"preset": "iwslt"}, supernet=True),
-    "hat_small": Model(hat, "HAT supernet of small transformers, our own space", "text", supernet=True),
+    "hat_wmt": Model(hat, "HAT supernet of transformers, WMT's space", "text", {"preset": "wmt"}, **_HAT),
+    "hat_iwslt": Model(hat, "HAT supernet of transformers, IWSLT's space", "text", {"preset": "iwslt"}, **_HAT),
+    "hat_small": Model(hat, "HAT supernet of small transformers, our own space", "text", **_HAT),
     "micronet_lm": Model(micronet_lm, "MicroNet's language model: short window, memory and cache", "text"),
 }
 MODELS |= {name: Model(make, text, takes) for name, (make, text, takes) in POINT_MODELS.items()}

@@ -175,6 +175,25 @@ def test_units_run_and_their_keys_tell_them_apart():
     assert len(units) > 10
 
 
+@pytest.mark.parametrize("preset", hat.PRESETS)
+def test_few_archs_show_every_unit(preset):
+    net = build_on_meta(lambda: hat.hat(vocab_size=19, preset=preset))
+    cover = list(net.layout.cover())
+    shown = {unit.key for arch in cover for unit in net.units(arch)}
+    assert shown == {unit.key for seed in range(400) for unit in net.units(net.space.sample(random.Random(seed)))}
+    assert len(cover) <= 18
+
+
+def test_what_is_measured_of_a_subnet_decodes_all_steps_of_all_hypotheses():
+    net = hat.hat(vocab_size=19, preset="tiny", length=5, beam=3).eval()
+    module, shape = net.measured(net.space.smallest(), net.units(net.space.smallest())[0].input)
+    calls = []
+    module.net.decoder_layers[0].ffn.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        assert module.eval()(torch.randn(1, *shape)).shape == (3, 1, 19)
+    assert len(calls) == net.layout.length == 5
+
+
 def test_an_unknown_preset_and_an_arch_of_another_space_are_one_sentence():
     with pytest.raises(UserError, match="preset"):
         models.build("hat_small", vocab_size=19, preset="smal")

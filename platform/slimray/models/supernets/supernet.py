@@ -292,6 +292,10 @@ class Supernet(nn.Module):
             take(modules[placed.name], self.get_submodule(placed.source))
         return Subnet(modules, self.layout.first_conv_name, int(arch.get("frames", 0))).train(self.training)
 
+    def measured(self, arch: Arch, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
+        """What is timed of the subnet `arch` whose first unit takes `shape`, and the shape that it takes."""
+        return self.extract(arch), shape
+
     def units(self, arch: Arch, resolution: int | None = None) -> list[Unit]:
         """The pieces of the subnet `arch` on an input of `resolution` (None: that of the arch), in order.
 

@@ -8,17 +8,18 @@ Units, whose latencies add up to that of a subnet, are one sentence of `length` 
 of the encoder once, one of the decoder token by token with its cache.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimray.arch import Arch, Dimension, Gene, Space, Stage
 from slimray.models.supernets.elastic import ChannelGroup, Unit, take
 from slimray.models.text.transformer import DecoderSize, Design, EncoderSize, Sizes, Transformer, require_divisible
-from slimray.models.text.units import Spoken, cross_unit, decoder_unit, encoder_unit, words_unit
+from slimray.models.text.units import Spoken, Translation, cross_unit, decoder_unit, encoder_unit, words_unit
 from slimray.spec import lookup
 
 SPANS = {-1: 1, 1: 2, 2: 3}  # as published configs write it -> outputs attended to
@@ -70,6 +71,31 @@ class HatLayout:
             places += [f"decoder_layers.{i}", f"decoder_layers.{i}.encoder_attn"]
         return [Placed(place) for place in [*places, "embed"]]
 
+    def cover(self) -> Iterator[Arch]:
+        """Few archs that together have every unit which any arch has."""
+        space = self.space()
+        layers = list(product(self.heads, self.ffns))
+        crosses = list(product(self.heads, self.attends))
+        places = (self.encoder_layers, self.decoder_layers)
+        count = max(-(-len(choices) // most) for choices in (layers, crosses) for most in places)
+        for encoder, decoder in product(self.embeds, self.embeds):
+            for number in range(count):
+                rows = [[row[(number * most + i) % len(row)] for i in range(most)]
+                        for row, most in ((layers, places[0]), (layers, places[1]), (crosses, places[1]))]  # fmt: skip
+                (heads, ffns), (own, inside), (across, attends) = (tuple(zip(*row, strict=True)) for row in rows)
+                yield space.arch(
+                    {
+                        "encoder_embed": encoder,
+                        "decoder_embed": decoder,
+                        "encoder_ffn": ffns,
+                        "encoder_heads": heads,
+                        "decoder_ffn": inside,
+                        "decoder_heads": own,
+                        "cross_heads": across,
+                        "attends": attends,
+                    }
+                )
+
 
 def sizes_of(arch: Arch) -> Sizes:
     """What of a supernet runs for `arch`."""
@@ -103,11 +129,20 @@ class HatSupernet(Transformer):
         take(plain, self)
         return plain.train(self.training)
 
+    def measured(self, arch: Arch, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
+        """What is timed of the subnet `arch`: it translates a sentence as its units do, whatever it is given."""
+        return Translation(self.extract(arch), self.spoken), shape
+
+    @property
+    def spoken(self) -> Spoken:
+        """The sentence that units and measurements are about."""
+        return Spoken(self.layout.length, self.layout.beam)
+
     def units(self, arch: Arch) -> list[Unit]:
         """The pieces of the subnet `arch`: layers of the encoder, of the decoder and their attention to the source, and
         what is done with words: embeddings and the output."""
         sizes, design = sizes_of(self.space.arch(arch)), self.design
-        spoken = Spoken(self.layout.length, self.layout.beam)
+        spoken = self.spoken
         out = [encoder_unit(design, sizes.encoder, one.heads, one.ffn, spoken) for one in sizes.encoder_layers]
         for one in sizes.decoder_layers:
             out.append(decoder_unit(design, sizes.decoder, one.heads, one.ffn, spoken))
@@ -195,9 +230,15 @@ def hat(
     dropout: float = 0.1,
     attention_dropout: float = 0.0,
     released_dropout: bool = False,
+    length: int = 0,
+    beam: int = 0,
 ) -> HatSupernet:
-    """Build a supernet of the space `preset` (PRESETS); UserError for an unknown one."""
+    """Build a supernet of the space `preset` (PRESETS); UserError for an unknown one.
+
+    `length` and `beam` (0: the preset's) are those of the sentence whose latency counts.
+    """
     layout = lookup(PRESETS, preset, "preset")
+    layout = replace(layout, length=length or layout.length, beam=beam or layout.beam)
     require_divisible(layout.qkv, layout.heads, "heads")
     widest = max(layout.embeds)
     design = Design(vocab_size, layout.qkv, widest, layout.tied, pre_norm, dropout, attention_dropout, released_dropout)

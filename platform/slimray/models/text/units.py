@@ -25,7 +25,7 @@ from slimray.models.text.layers import (
     positions_of,
     sinusoids,
 )
-from slimray.models.text.transformer import Design
+from slimray.models.text.transformer import Design, Transformer
 
 NO_DROPS = Drops()
 
@@ -68,6 +68,23 @@ def words_unit(design: Design, source: int, width: int, spoken: Spoken) -> Unit:
     sizes = {"source": source, "width": width, "widest": design.widest, "words": design.vocab_size}
     sizes |= {"tied": int(design.tied), "pre_norm": int(design.pre_norm)}
     return _unit("words", sizes, spoken, width, _WordsUnit)
+
+
+class Translation(nn.Module):
+    """A transformer that translates a sentence as `spoken` says, the likeliest words or not: `[1, L, C]` in, not looked
+    at, logits `[beam, 1, V]` of the last step out."""
+
+    def __init__(self, net: Transformer, spoken: Spoken):
+        super().__init__()
+        self.net, self.spoken = net, spoken
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = torch.full((1, self.spoken.length), EOS + 5, device=x.device)
+        encoded = self.net.encode(words).rows(words.new_zeros(self.spoken.beam))
+        state, token = self.net.start(encoded), words.new_full((self.spoken.beam, 1), EOS)
+        for _ in range(self.spoken.length):
+            logits, state = self.net.decode(token, state)
+        return logits
 
 
 class _EncoderUnit(nn.Module):
