@@ -1,4 +1,7 @@
-"""Runs that hold networks, without training: seeded weights, statistics as after training, a dataset made by code."""
+"""Runs that hold networks, without training: seeded weights, statistics as after training, a dataset made by code.
+
+And how far an export may be from a network: see `bound`.
+"""
 
 import shutil
 from pathlib import Path
@@ -16,6 +19,23 @@ from slimray.data.spec import DataSpec
 from slimray.verbs import inputs
 
 CLASSES = ("left", "right", "up")
+RELATIVE = 1e-4  # of the L2 norm
+ROUNDINGS = 3
+
+
+def gap(found: Any, exact: torch.Tensor) -> float:
+    """The distance of `found` from `exact`, relative to its L2 norm."""
+    return float((torch.as_tensor(found).double() - exact).norm() / exact.norm())
+
+
+def bound(rounded: torch.Tensor, exact: torch.Tensor) -> float:
+    """How far from `exact`, in float64, what a runtime computes in float32 may be.
+
+    RELATIVE, or where torch's own float32 (`rounded`) is further away than that allows: ROUNDINGS times as far. Deep
+    networks amplify rounding: torch on random weights is up to 1.5e-4 away, a runtime that adds in another order may be
+    nearer or further.
+    """
+    return max(RELATIVE, ROUNDINGS * gap(rounded, exact))
 
 
 def pictures(root: Path, per_class: int = 6, size: int = 40) -> Path:
