@@ -12,8 +12,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module")
 def trained(shell: Shell) -> str:
-    shell.ok("run", shell.write("small.yaml", train_yaml("small", epochs=1)))
-    return "small"
+    shell.ok("run", shell.write("scored.yaml", train_yaml("scored", epochs=1)))
+    return "scored"
 
 
 def test_a_run_is_scored_in_both_frame_orders_with_a_report(shell, trained):
@@ -21,10 +21,10 @@ def test_a_run_is_scored_in_both_frame_orders_with_a_report(shell, trained):
     done = shell.run("evaluate", trained, "--set", orders, "--set", "scale.workers=2", "--json")
     rows = json.loads(done.stdout)["rows"]
     assert [(row["run"], row["variant"], row["num_samples"]) for row in rows] == [
-        ("small", "natural", 12),
-        ("small", "shuffled", 12),
+        ("scored", "natural", 12),
+        ("scored", "shuffled", 12),
     ]
-    page = runs.read_file(runs.open_run(str(shell.storage), "small-eval"), "report.html").decode()
+    page = runs.read_file(runs.open_run(str(shell.storage), "scored-eval"), "report.html").decode()
     assert "data:image/jpeg;base64," in page
     assert "Confusion" in page
 
@@ -38,9 +38,9 @@ def test_views_change_what_is_scored_not_how_many(shell, trained):
 
 
 def test_a_run_that_has_not_finished_cannot_be_scored(shell, trained):
-    refused = shell.run("evaluate", "smal")
+    refused = shell.run("evaluate", "score")
     assert refused.returncode == 2
-    assert "no run 'smal', did you mean 'small'?" in refused.stderr
+    assert "no run 'score', did you mean 'scored'?" in refused.stderr
 
 
 def test_files_are_classified_and_bad_ones_are_named(shell, trained, shared):
@@ -58,6 +58,6 @@ def test_files_are_classified_and_bad_ones_are_named(shell, trained, shared):
 def test_runs_are_listed_with_kind_state_and_result(shell, trained):
     rows = {row["name"]: row for row in json.loads(shell.ok("runs", "--json"))}
     assert rows["data"]["kind"] == "prepare"
-    assert rows["small"]["state"] == "finished"
-    assert rows["small"]["result"].startswith("top1 ")
-    assert "small" in shell.ok("runs")
+    assert rows["scored"]["state"] == "finished"
+    assert rows["scored"]["result"].startswith("top1 ")
+    assert "scored" in shell.ok("runs")
