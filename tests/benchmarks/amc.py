@@ -30,7 +30,7 @@ from slimray.compress.criteria import importance, strongest
 from slimray.compress.groups import Groups, trace
 from slimray.compress.policies import Budget, Counts, by_sensitivity, group_features, ranked, sensitivity, uniform
 from slimray.models import published
-from slimray.search import amc
+from slimray.search import amc, episodes
 from slimray.search.ddpg import AMC
 
 SEEDS = (0, 1, 2)
@@ -121,11 +121,11 @@ def policies(
         steps = [amc.GroupStep(**one) for one in group_features(groups, ROUND_TO)]
         walk = amc.GroupWalk(steps, groups.costs_of, {"macs": limit})
         agent = replace(AMC, warmup=WARMUP, decay=DECAY, dummy=True)
-        trials = amc.search(walk, amc.AmcSettings(EPISODES, 1, agent), lambda c: judge(c) / 100, seed)
+        trials = episodes.search(walk, episodes.SearchSettings(EPISODES, 1, agent), lambda c: judge(c) / 100, seed)
         found = [trial.reward for trial in trials]
         told = f"warm-up {mean(found[:WARMUP]):.3f}, last ten {mean(found[-10:]):.3f}, best {max(found):.3f}"
         print(f"  amc seed {seed}: {told}", flush=True)
-        return amc.best(trials).counts
+        return episodes.best(trials).policy
 
     return {
         "uniform": lambda: budget.largest(lambda share: uniform(groups, share, ROUND_TO)),

@@ -2,14 +2,12 @@
 
 import json
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from slimray.search import amc
-from slimray.search.amc import AmcSettings, AmcTrial, ChainLayer, GroupStep, GroupWalk, LayerWalk, best, propose, search
-from slimray.search.ddpg import AMC
+from slimray.search.amc import ChainLayer, GroupStep, GroupWalk, LayerWalk
 from slimray.spec import UserError
 
 WIDTHS = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)  # MobileNetV1
@@ -125,44 +123,3 @@ def test_a_walk_that_wants_all_takes_all_that_the_limit_leaves():
 def test_limits_out_of_reach_are_one_sentence():
     with pytest.raises(UserError, match=r"amc: the limits are out of reach: .* macs 360"):
         GroupWalk(steps(), costs, {"macs": 100.0})
-
-
-def reward(counts) -> float:
-    """Channels of the third group pay three times as much."""
-    return sum(c * (3 if name == "g2" else 1) for name, c in counts.items()) / 224
-
-
-SETTINGS = AmcSettings(40, 4, replace(AMC, warmup=12, decay=0.85, batch=16, hidden=(32, 32), dummy=True))
-
-
-def test_a_search_is_what_its_history_proposes_whatever_the_order_it_finished_in():
-    walk = GroupWalk(steps(), costs, {"macs": 2000.0})
-    done = search(walk, SETTINGS, reward, seed=3)
-    history = [AmcTrial.from_dict(json.loads(json.dumps(trial.to_dict()))) for trial in done]
-    random.Random(0).shuffle(history)
-    for number in (0, 3, 7, 9):
-        again = propose(walk, SETTINGS, history, 3, number)
-        assert again is not None
-        assert [trial.index for trial in again] == list(range(4 * number, 4 * number + 4))
-        for trial in again:
-            assert trial.counts == done[trial.index].counts
-            assert (trial.actions == done[trial.index].actions).all()
-    assert propose(walk, SETTINGS, history[:20], 3, 9) is None
-    assert len({tuple(trial.counts.values()) for trial in done}) > 10
-
-
-def test_the_search_finds_more_than_its_warm_up_did():
-    walk = GroupWalk(steps(), costs, {"macs": 2000.0})
-    settings = replace(SETTINGS, episodes=120, population=1, agent=replace(SETTINGS.agent, actor_lr=1e-3))
-    done = search(walk, settings, reward, seed=1)
-    random_best, found = best(done[: settings.agent.warmup]).reward, [trial.reward for trial in done]
-    assert np.mean(found[-20:]) > np.mean(found[: settings.agent.warmup])
-    assert best(done).reward >= random_best
-
-
-def test_failed_trials_are_no_reward_and_the_search_goes_on():
-    walk = GroupWalk(steps(), costs, {"macs": 2000.0})
-    done = search(walk, replace(SETTINGS, episodes=20), lambda c: float("nan") if c["g0"] > 16 else reward(c), seed=0)
-    assert np.isfinite(best(done).reward)
-    with pytest.raises(ValueError, match="no trial has a reward"):
-        best([replace(done[0], reward=float("nan"))])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from slimray.search.ddpg import AMC, HAQ, Ddpg, Episode, Replay, trained, truncated_normal
+from slimray.search.ddpg import AMC, HAQ, Ddpg, DdpgSettings, Episode, Replay, truncated_normal
 from slimray.spec import UserError
 
 
@@ -96,12 +96,19 @@ def test_an_agent_learns_which_action_pays_in_which_state(settings):
     assert np.abs(found - wanted)[learned].max() < 0.2
 
 
+def trained(settings: DdpgSettings, episodes: list[Episode]) -> Ddpg:
+    agent = Ddpg(settings, 2, 3, seed=5)
+    for episode in episodes:
+        agent.take(episode)
+    return agent
+
+
 def test_the_same_episodes_make_the_same_agent_and_failed_ones_are_left_out():
     settings, rng = replace(AMC, warmup=2, batch=4, hidden=(16, 16)), np.random.default_rng(0)
     episodes = [Episode(rng.random((3, 2)), rng.random(3), float(rng.random())) for _ in range(8)]
-    one, two = (trained(settings, 2, 3, 5, episodes) for _ in range(2))
-    failed = trained(settings, 2, 3, 5, [*episodes, Episode(np.zeros((3, 2)), np.zeros(3), float("nan"))])
-    other = trained(settings, 2, 3, 5, episodes[::-1])
+    one, two = (trained(settings, episodes) for _ in range(2))
+    failed = trained(settings, [*episodes, Episode(np.zeros((3, 2)), np.zeros(3), float("nan"))])
+    other = trained(settings, episodes[::-1])
     state = np.array([0.3, 0.6])
     assert one.mean_action(state) == two.mean_action(state) == failed.mean_action(state) != other.mean_action(state)
     assert failed.episodes == one.episodes + 1

@@ -12,7 +12,6 @@ from slimray.compress.quantization import layers_of
 from slimray.edge.bit_costs import bit_table, relative_work
 from slimray.edge.hardware import HARDWARE
 from slimray.search import haq
-from slimray.search.ddpg import HAQ
 from slimray.spec import UserError
 
 
@@ -124,22 +123,3 @@ def test_a_table_of_a_wide_layer_by_hand(layers):
     assert bit_table(None, [layer], "size_mb")[0, 3].tolist() == [0.0005] * 8
     with pytest.raises(UserError, match="latency_ms is no cost of bits here"):
         bit_table(None, [layer], "latency_ms")
-
-
-# ------------------------------------------------------------------------------------------------------- the search
-
-
-def test_a_search_is_the_same_in_any_order_of_answers(layers):
-    few = layers[:3]
-    cost = haq.table_cost(bit_table(None, few, "size_mb"))
-    walk = haq.BitsWalk(few, cost, 0.6 * cost([[8, 8]] * 3), ends={})
-    settings = haq.HaqSettings(24, 2, replace(HAQ, warmup=12, batch=16))
-    trials = haq.search(walk, settings, lambda bits: float(bits[1][1]), seed=3)
-    assert [trial.index for trial in trials] == list(range(24))
-    assert all(cost(trial.bits) <= walk.budget for trial in trials)
-    kept = [haq.HaqTrial.from_dict(json.loads(json.dumps(t.to_dict()))) for t in reversed(trials)]
-    again = haq.propose(walk, settings, kept, 3, 11)
-    assert again is not None
-    assert [t.bits for t in again] == [t.bits for t in trials[22:]]
-    assert [t.actions.tolist() for t in again] == [t.actions.tolist() for t in trials[22:]]
-    assert haq.propose(walk, settings, kept[10:], 3, 11) is None

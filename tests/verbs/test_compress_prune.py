@@ -11,11 +11,12 @@ from tests.verbs.test_compress import DATA, TRAIN
 from slimray import runs
 from slimray.search import amc
 from slimray.search.ddpg import Ddpg, DdpgSettings
+from slimray.search.episodes import Learner, SearchSettings, search
 from slimray.spec import UserError, parse
 from slimray.train.spec import ScaleSpec
 from slimray.verbs import trials
 from slimray.verbs.compress_specs import CompressJob
-from slimray.verbs.episodes import Agent, Progress
+from slimray.verbs.episodes import Progress
 
 PRUNE = """
 kind: compress
@@ -52,28 +53,20 @@ def finish(progress: Progress, order: list[int]) -> None:
             progress.end(name, {} if counts["g0"] == 24 else {"top1": float(sum(counts.values()))})
 
 
-def searched(settings: amc.AmcSettings) -> Agent:
-    learner = amc.Learner(walk(), settings, 5)
-    return Agent(
-        settings.episodes,
-        settings.population,
-        lambda history, number: learner.propose({trial.index: trial for trial in history}, number),
-        amc.AmcTrial.from_dict,
-        lambda trial: trial.counts,
-        lambda metrics: amc.reward_of(metrics["top1"]),
-    )
+def progress_of(run: runs.Run, settings: SearchSettings) -> Progress:
+    return Progress(run, Learner(walk(), settings, 5), lambda metrics: amc.reward_of(metrics["top1"]))
 
 
 def test_trials_on_storage_are_the_search_in_whatever_order_they_end(tmp_path):
-    settings = amc.AmcSettings(9, 3, DdpgSettings(warmup=3, decay=0.9, replay=100, batch=4, hidden=(8, 8), dummy=True))
+    settings = SearchSettings(9, 3, DdpgSettings(warmup=3, decay=0.9, replay=100, batch=4, hidden=(8, 8), dummy=True))
     found = []
     for number, order in enumerate(([0, 1, 2], [2, 0, 1])):
         run = runs.open_run(str(tmp_path), f"stage-{number}")
-        progress = Progress(run, searched(settings))
+        progress = progress_of(run, settings)
         finish(progress, order)
-        again = Progress(run, searched(settings))
+        again = progress_of(run, settings)
         assert again.is_done
-        found.append([(t.counts, t.actions.tolist(), t.reward) for t in map(again.history.get, range(9)) if t])
+        found.append([(t.policy, t.actions.tolist(), t.reward) for t in map(again.history.get, range(9)) if t])
     assert len(found[0]) == 9
     for one, other in zip(*found, strict=True):
         assert one[:2] == other[:2]
@@ -83,20 +76,20 @@ def test_trials_on_storage_are_the_search_in_whatever_order_they_end(tmp_path):
 
 def test_trials_on_storage_are_those_of_a_search_in_this_process_and_nothing_is_done_twice(tmp_path, monkeypatch):
     agent = DdpgSettings(warmup=4, decay=0.9, replay=100, batch=4, hidden=(8, 8), dummy=True)
-    settings = amc.AmcSettings(30, 2, agent)
-    wanted = amc.search(walk(), settings, lambda counts: amc.reward_of(float(sum(counts.values()))), 5)
+    settings = SearchSettings(30, 2, agent)
+    wanted = search(walk(), settings, lambda counts: amc.reward_of(float(sum(counts.values()))), 5)
     taken, tried = [], []
     take = Ddpg.take
     monkeypatch.setattr(Ddpg, "take", lambda self, episode: (taken.append(episode), take(self, episode)))
     run = runs.open_run(str(tmp_path), "stage")
-    progress = Progress(run, searched(settings))
+    progress = progress_of(run, settings)
     while (chosen := progress.start("trial")) is not None:
         tried.append(tuple(chosen["policy"].values()))
         progress.end("trial", {"top1": float(sum(chosen["policy"].values()))})
-    again = Progress(run, searched(settings))
+    again = progress_of(run, settings)
     for index, trial in enumerate(wanted):
         for found in (progress.history[index], again.history[index]):
-            assert (found.counts, found.reward) == (trial.counts, trial.reward)
+            assert (found.policy, found.reward) == (trial.policy, trial.reward)
             assert (found.actions == trial.actions).all()
     assert len(taken) == 28  # all but the last generation
     assert len(tried) == len(set(tried)) < 30

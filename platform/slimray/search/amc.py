@@ -4,19 +4,15 @@
 channels. `GroupWalk` is ours: an action per dependency group, so that residual sums, concatenations and shared layers
 are decided once, under limits on any cost that is a function of the numbers kept (MACs, params, measured latency).
 Both have the same three parts: a state of ten numbers per step, a clip that keeps the budget in reach, and a rounding
-to channels. `Amc` is the search strategy: generations of trials that the agent proposes; the agent of a generation is
-trained from the seed and the history (states, raw actions, rewards), so that the result does not depend on how many
-trials run at a time. A population of 1 is the sequential search as published.
+to channels. The search over a `GroupWalk` is that of episodes.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slimray.search.ddpg import AMC, Ddpg, DdpgSettings, Episode
 from slimray.spec import UserError
 
 Floats = NDArray[np.float64]
@@ -194,6 +190,8 @@ class GroupWalk:
     bound `least`: policies keep their limits, whatever is shared. UserError where not even those at the bound do.
     """
 
+    stream = 2
+
     def __init__(
         self,
         steps: Sequence[GroupStep],
@@ -220,6 +218,11 @@ class GroupWalk:
         self.judged = next(iter(limits), "macs")
         self.total = float(costs(self.full[None])[self.judged][0])
         self.reset()
+
+    @property
+    def num_steps(self) -> int:
+        """Actions of an episode."""
+        return len(self.steps)
 
     @staticmethod
     def _number(step: GroupStep, ratio: float) -> int:
@@ -255,119 +258,6 @@ class GroupWalk:
         self.place += 1
         return None if self.place == len(self.steps) else self._state(share)
 
-    def counts(self) -> dict[str, int]:
+    def policy(self) -> dict[str, int]:
         """The channels that stay, by group, after the last step."""
         return {step.name: int(count) for step, count in zip(self.steps, self.row, strict=True)}
-
-
-# ------------------------------------------------------------------------------------------------ search
-
-
-@dataclass(frozen=True)
-class AmcSettings:
-    """A search: `episodes` in all, `population` of them proposed at a time (1: in sequence), the agent."""
-
-    episodes: int
-    population: int = 1
-    agent: DdpgSettings = AMC
-
-    def __post_init__(self) -> None:
-        if self.population < 1 or self.episodes < 1:
-            raise UserError("amc: episodes and population must be >= 1")
-
-
-@dataclass(frozen=True, eq=False)
-class AmcTrial:
-    """An episode: its number, the policy, states `[T, 10]` and raw actions `[T]`, and the reward (nan: failed)."""
-
-    index: int
-    counts: dict[str, int]
-    states: Floats
-    actions: Floats
-    reward: float = float("nan")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; numbers keep all their digits."""
-        values = {"states": self.states.tolist(), "actions": self.actions.tolist()}
-        return {"index": self.index, "counts": self.counts, "reward": self.reward, **values}
-
-    @staticmethod
-    def from_dict(plain: Mapping[str, Any]) -> "AmcTrial":
-        """Read what `to_dict` wrote."""
-        states, actions = (np.array(plain[name], float) for name in ("states", "actions"))
-        return AmcTrial(int(plain["index"]), dict(plain["counts"]), states, actions, float(plain["reward"]))
-
-
-def rollout(walk: GroupWalk, agent: Ddpg, index: int, seed: int) -> AmcTrial:
-    """The episode `index` that an agent walks: a function of the agent, the seed and the number."""
-    rng, state = np.random.default_rng([seed, 2, index]), walk.reset()
-    states, actions = [], []
-    after: Floats | None = state
-    while after is not None:
-        states.append(after)
-        actions.append(agent.act(after, index, rng))
-        after = walk.step(actions[-1])
-    return AmcTrial(index, walk.counts(), np.array(states), np.array(actions))
-
-
-class Learner:
-    """The agent of a search as it learns: it takes every episode once, in order, whatever order they come in."""
-
-    def __init__(self, walk: GroupWalk, settings: AmcSettings, seed: int):
-        self.walk, self.settings, self.seed, self.taken = walk, settings, seed, 0
-        self.agent = Ddpg(settings.agent, len(COLUMNS), len(walk.steps), seed)
-
-    def propose(self, history: Mapping[int, AmcTrial], number: int) -> list[AmcTrial] | None:
-        """The trials of generation `number`, without rewards; None while one of an earlier generation is missing.
-
-        A function of the seed and, of `history` (trials by number), of the generations before. ValueError for a
-        generation before one that was proposed.
-        """
-        first = number * self.settings.population
-        if first < self.taken:
-            raise ValueError(f"amc: generation {number} comes before one that was proposed")
-        if any(index not in history for index in range(self.taken, first)):
-            return None
-        for trial in (history[index] for index in range(self.taken, first)):
-            self.agent.take(Episode(trial.states, trial.actions, trial.reward))
-        self.taken = first
-        last = min(first + self.settings.population, self.settings.episodes)
-        return [rollout(self.walk, self.agent, index, self.seed) for index in range(first, last)]
-
-
-def propose(
-    walk: GroupWalk, settings: AmcSettings, history: Sequence[AmcTrial], seed: int, number: int
-) -> list[AmcTrial] | None:
-    """The trials of generation `number`, without rewards; None while one of an earlier generation is missing.
-
-    A function of its arguments, and of `history` only of the generations before: neither its order nor trials of later
-    generations matter, so that a search on any number of workers, resumed or not, is the same search. Trains an agent
-    from the beginning: who asks for one generation after the other keeps a `Learner`.
-    """
-    return Learner(walk, settings, seed).propose({trial.index: trial for trial in history}, number)
-
-
-def search(
-    walk: GroupWalk, settings: AmcSettings, reward: Callable[[dict[str, int]], float], seed: int = 0
-) -> list[AmcTrial]:
-    """Search in this process: the trials that `propose` names, with their rewards, in order.
-
-    A policy that was tried before keeps its reward.
-    """
-    learner, done = Learner(walk, settings, seed), dict[int, AmcTrial]()
-    known: dict[tuple[int, ...], float] = {}
-    while len(done) < settings.episodes:
-        for trial in learner.propose(done, len(done) // settings.population) or []:
-            key = tuple(trial.counts.values())
-            if key not in known:
-                known[key] = reward(trial.counts)
-            done[trial.index] = AmcTrial(trial.index, trial.counts, trial.states, trial.actions, known[key])
-    return list(done.values())
-
-
-def best(trials: Sequence[AmcTrial]) -> AmcTrial:
-    """The trial of the highest reward, of equal ones the first; ValueError where none has one."""
-    scored = [trial for trial in trials if np.isfinite(trial.reward)]
-    if not scored:
-        raise ValueError("amc: no trial has a reward")
-    return max(scored, key=lambda trial: (trial.reward, -trial.index))

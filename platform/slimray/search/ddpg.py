@@ -3,12 +3,11 @@
 Deep Deterministic Policy Gradient (1509.02971) with what those two papers' code does otherwise: every transition of an
 episode has the episode's final reward, rewards are taken relative to a moving average, noise is a normal distribution
 cut to [0, 1], and updates happen at the end of an episode, one per transition. `AMC` and `HAQ` are their recorded
-settings. Surprising: an agent is a function of its seed and of the episodes it learned from, in their order, so a
-search keeps the episodes, not the networks, and an agent is trained again from them (`trained`) with the same result.
+settings. Surprising: an agent is a function of its seed and of the episodes it took, in their order, so a search stores
+the episodes, not the networks: a resumed one takes them again, with the same result.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -126,7 +125,7 @@ class Replay:
 
 
 class Ddpg:
-    """An agent for episodes of `num_steps` states of `num_states` numbers. Learns in place; see `trained`."""
+    """An agent for episodes of `num_steps` states of `num_states` numbers. Learns in place."""
 
     def __init__(self, settings: DdpgSettings, num_states: int, num_steps: int, seed: int):
         self.settings, self.episodes = settings, 0
@@ -200,14 +199,6 @@ class Ddpg:
         for target_net, net in ((self.actor_target, self.actor), (self.critic_target, self.critic)):
             for slow, fast in zip(target_net.parameters(), net.parameters(), strict=True):
                 slow.data.lerp_(fast.data, self.settings.tau)
-
-
-def trained(settings: DdpgSettings, num_states: int, num_steps: int, seed: int, episodes: Iterable[Episode]) -> Ddpg:
-    """The agent that has learned from `episodes` in their order; those without a finite reward are left out."""
-    agent = Ddpg(settings, num_states, num_steps, seed)
-    for episode in episodes:
-        agent.take(episode)
-    return agent
 
 
 def truncated_normal(mean: float, sigma: float, rng: np.random.Generator) -> float:

@@ -10,14 +10,11 @@ refused in place of a loop without end. `project` itself gives the recorded poli
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slimray.compress.quantization import LayerInfo
-from slimray.search.ddpg import HAQ, Ddpg, DdpgSettings, Episode, trained
 from slimray.spec import UserError
 
 Floats = NDArray[np.float64]
@@ -85,6 +82,8 @@ class BitsWalk:
     default the first and the last, to 8 bits; none for k-means). UserError where the cheapest policy breaks the budget.
     """
 
+    stream = 3
+
     def __init__(
         self,
         layers: Sequence[LayerInfo],
@@ -150,83 +149,3 @@ class BitsWalk:
         for place, pair in self.ends.items():
             bits[place] = list(pair)
         return project(bits, self.cost, self.budget, self.low, self.ends)
-
-
-@dataclass(frozen=True)
-class HaqSettings:
-    """A search: `episodes` in all, `population` of them proposed at a time (1: one by one, as published), the agent."""
-
-    episodes: int
-    population: int = 1
-    agent: DdpgSettings = HAQ
-
-    def __post_init__(self) -> None:
-        if self.population < 1 or self.episodes < 1:
-            raise UserError("haq: episodes and population must be >= 1")
-
-
-@dataclass(frozen=True, eq=False)
-class HaqTrial:
-    """An episode: its number, the policy, states `[T, S]` and raw actions `[T]`, and the reward (nan: failed)."""
-
-    index: int
-    bits: Policy
-    states: Floats
-    actions: Floats
-    reward: float = float("nan")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; numbers keep all their digits."""
-        values = {"states": self.states.tolist(), "actions": self.actions.tolist()}
-        return {"index": self.index, "bits": self.bits, "reward": self.reward, **values}
-
-    @staticmethod
-    def from_dict(plain: Mapping[str, Any]) -> "HaqTrial":
-        """Read what `to_dict` wrote."""
-        states, actions = (np.array(plain[name], float) for name in ("states", "actions"))
-        return HaqTrial(int(plain["index"]), [list(r) for r in plain["bits"]], states, actions, float(plain["reward"]))
-
-
-def rollout(walk: BitsWalk, agent: Ddpg, index: int, seed: int) -> HaqTrial:
-    """The episode `index` that an agent walks: a function of the agent, the seed and the number."""
-    rng, states, actions = np.random.default_rng([seed, 3, index]), [], []
-    after: Floats | None = walk.reset()
-    while after is not None:
-        states.append(after)
-        actions.append(agent.act(after, index, rng))
-        after = walk.step(actions[-1])
-    return HaqTrial(index, walk.policy(), np.array(states), np.array(actions))
-
-
-def propose(
-    walk: BitsWalk, settings: HaqSettings, history: Sequence[HaqTrial], seed: int, number: int
-) -> list[HaqTrial] | None:
-    """The trials of generation `number`, without rewards; None while one of an earlier generation is missing.
-
-    A function of its arguments, and of `history` only of the generations before: a search is the same on any number of
-    workers, resumed or not.
-    """
-    first = number * settings.population
-    past = {trial.index: trial for trial in history if trial.index < first}
-    if len(past) < first:
-        return None
-    episodes = [Episode(past[i].states, past[i].actions, past[i].reward) for i in range(first)]
-    agent = trained(settings.agent, len(walk.reset()), walk.num_steps, seed, episodes)
-    return [rollout(walk, agent, i, seed) for i in range(first, min(first + settings.population, settings.episodes))]
-
-
-def search(walk: BitsWalk, settings: HaqSettings, reward: Callable[[Policy], float], seed: int = 0) -> list[HaqTrial]:
-    """Search in this process: all trials with their rewards, in order. A policy that was tried keeps its reward."""
-    agent = trained(settings.agent, len(walk.reset()), walk.num_steps, seed, [])
-    done: list[HaqTrial] = []
-    known: dict[str, float] = {}
-    while len(done) < settings.episodes:
-        first = len(done)
-        for index in range(first, min(first + settings.population, settings.episodes)):
-            trial = rollout(walk, agent, index, seed)
-            key = str(trial.bits)
-            known[key] = reward(trial.bits) if key not in known else known[key]
-            done.append(HaqTrial(index, trial.bits, trial.states, trial.actions, known[key]))
-        for trial in done[first:]:
-            agent.take(Episode(trial.states, trial.actions, trial.reward))
-    return done

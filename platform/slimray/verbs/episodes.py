@@ -1,49 +1,24 @@
 """Searches by an agent, episode by episode (AMC, HAQ): its trials on storage, and how Ray Tune runs them.
 
-`Agent` says what its trials are: a generation is proposed from the seed and the finished trials before it, so that the
-result is the same on any number of workers and after a resume.
+What is tried is what `search.episodes` proposes from the seed and the finished trials before it, so that the result is
+the same on any number of workers and after a resume.
 """
 
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ray import tune
 
 from slimray import runs
+from slimray.search.episodes import Learner, Trial
 from slimray.spec import RunFailed
 from slimray.verbs import trials
 from slimray.verbs.compressing import Work
 
 Score = Callable[[Any], dict[str, float]]  # a policy -> metrics
-
-
-class Trial(Protocol):
-    """An episode: its number, and the reward (nan: failed)."""
-
-    @property
-    def index(self) -> int: ...
-    @property
-    def reward(self) -> float: ...
-    def to_dict(self) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class Agent:
-    """An agent's search: `propose(history, number)` gives the trials of a generation, None while one is missing.
-
-    Generations are proposed in order, each once, so that the agent may keep what it has learned.
-    `read` makes a trial of what `to_dict` wrote, `policy` is what a trial tries, `reward` what metrics are worth.
-    """
-
-    episodes: int
-    population: int
-    propose: Callable[[list[Any], int], list[Any] | None]
-    read: Callable[[Mapping[str, Any]], Any]
-    policy: Callable[[Any], Any]
-    reward: Callable[[Mapping[str, float]], float]
+Reward = Callable[[Mapping[str, float]], float]  # what metrics are worth
 
 
 class PolicyTrial(tune.Trainable):
@@ -77,21 +52,21 @@ class Progress:
     A policy that has a reward is not tried again: its next episode gets what it got.
     """
 
-    def __init__(self, stage: runs.Run, agent: Agent):
-        self.stage, self.agent = stage, agent
-        self.history: dict[int, Any] = {}
-        self.proposed: dict[int, list[Any]] = {}
-        self.running: dict[str, Any] = {}
+    def __init__(self, stage: runs.Run, learner: Learner[Any], reward: Reward):
+        self.stage, self.learner, self.reward, self.settings = stage, learner, reward, learner.settings
+        self.history: dict[int, Trial[Any]] = {}
+        self.proposed: dict[int, list[Trial[Any]]] = {}
+        self.running: dict[str, Trial[Any]] = {}
         self.scored: dict[str, dict[str, float]] = {}  # policy, written out -> its metrics
-        for index in range(agent.episodes):
+        for index in range(self.settings.episodes):
             if runs.exists(stage, self._file(index)):
                 self._know(json.loads(runs.read_file(stage, self._file(index))))
 
     def _know(self, plain: dict[str, Any]) -> None:
         reward = math.nan if plain["reward"] is None else plain["reward"]
-        trial = self.history[plain["index"]] = self.agent.read(plain | {"reward": reward})
+        trial = self.history[plain["index"]] = Trial.from_dict(plain | {"reward": reward})
         if math.isfinite(reward):
-            self.scored[repr(self.agent.policy(trial))] = plain["metrics"]
+            self.scored[repr(trial.policy)] = plain["metrics"]
 
     @staticmethod
     def _file(index: int) -> str:
@@ -100,17 +75,17 @@ class Progress:
     @property
     def is_done(self) -> bool:
         """Whether no trial is left to run."""
-        return len(self.history) >= self.agent.episodes
+        return len(self.history) >= self.settings.episodes
 
-    def next(self) -> Any:
+    def next(self) -> Trial[Any] | None:
         """The first trial that is neither over nor running; None while its generation cannot be proposed."""
         busy = {trial.index for trial in self.running.values()} | self.history.keys()
-        index = next((i for i in range(self.agent.episodes) if i not in busy), None)
+        index = next((i for i in range(self.settings.episodes) if i not in busy), None)
         if index is None:
             return None
-        number, place = divmod(index, self.agent.population)
+        number, place = divmod(index, self.settings.population)
         if number not in self.proposed:
-            found = self.agent.propose(list(self.history.values()), number)
+            found = self.learner.propose(self.history, number)
             if found is None:
                 return None
             self.proposed[number] = found
@@ -119,11 +94,11 @@ class Progress:
     def start(self, trial: str) -> dict[str, Any] | None:
         """Return what Tune's `trial` is to do; None while nothing can be proposed."""
         while (chosen := self.next()) is not None:
-            policy = self.agent.policy(chosen)
-            if repr(policy) not in self.scored:
+            known = self.scored.get(repr(chosen.policy))
+            if known is None:
                 self.running[trial] = chosen
-                return {"policy": policy}
-            self._write(chosen, self.scored[repr(policy)])
+                return {"policy": chosen.policy}
+            self._write(chosen, known)
         return None
 
     def end(self, trial: str, metrics: dict[str, float]) -> None:
@@ -132,8 +107,8 @@ class Progress:
         if known is not None:
             self._write(known, metrics)
 
-    def _write(self, trial: Any, metrics: dict[str, float]) -> None:
-        reward = self.agent.reward(metrics) if metrics else math.nan
+    def _write(self, trial: Trial[Any], metrics: dict[str, float]) -> None:
+        reward = self.reward(metrics) if metrics else math.nan
         plain = trial.to_dict() | {"reward": number_of(reward), "metrics": metrics}
         self._know(plain)
         runs.write_file(self.stage, self._file(trial.index), json.dumps(plain).encode())
@@ -144,19 +119,21 @@ def number_of(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def run(work: Work, stage: runs.Run, step: str, agent: Agent, make: Callable[[], Score]) -> list[Any]:
+def run(
+    work: Work, stage: runs.Run, step: str, learner: Learner[Any], reward: Reward, make: Callable[[], Score]
+) -> list[Trial[Any]]:
     """Run an agent's search, or go on with the trials of `stage`; return all trials in order.
 
     `make` is called in the process of a trial. RunFailed where every trial failed.
     """
-    job, progress = work.job, Progress(stage, agent)
+    job, progress, settings = work.job, Progress(stage, learner, reward), learner.settings
     if not progress.is_done:
         done = f" ({len(progress.history)} done)" if progress.history else ""
-        work.ctx.console.print(f"{job.name}: {agent.episodes} policies to try{done}", highlight=False)
+        work.ctx.console.print(f"{job.name}: {settings.episodes} policies to try{done}", highlight=False)
         setup = tune.TuneConfig(
             search_alg=trials.ProposalSearch(progress),
-            num_samples=agent.episodes - len(progress.history),
-            max_concurrent_trials=min(job.scale.most, agent.population),
+            num_samples=settings.episodes - len(progress.history),
+            max_concurrent_trials=min(job.scale.most, settings.population),
             reuse_actors=True,
             metric="metric",
             mode="max",
@@ -164,14 +141,8 @@ def run(work: Work, stage: runs.Run, step: str, agent: Agent, make: Callable[[],
         trainable = tune.with_resources(tune.with_parameters(PolicyTrial, make=make), trials.resources_of(job.scale))
         trials.run_trials(job.name, trainable, setup, retries=job.scale.retries)
         if not progress.is_done:
-            raise RunFailed(f"{step}: Tune ended after {len(progress.history)} of {agent.episodes} trials")
-    tried = [progress.history[index] for index in range(agent.episodes)]
+            raise RunFailed(f"{step}: Tune ended after {len(progress.history)} of {settings.episodes} trials")
+    tried = [progress.history[index] for index in range(settings.episodes)]
     if not any(math.isfinite(trial.reward) for trial in tried):
-        raise RunFailed(f"{step}: every one of {agent.episodes} trials failed")
+        raise RunFailed(f"{step}: every one of {settings.episodes} trials failed")
     return tried
-
-
-def best(tried: list[Any]) -> Any:
-    """The trial of the highest reward, of equal ones the first; one of them has a finite reward."""
-    scored = [trial for trial in tried if math.isfinite(trial.reward)]
-    return max(scored, key=lambda trial: (trial.reward, -trial.index))

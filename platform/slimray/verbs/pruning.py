@@ -18,6 +18,7 @@ from slimray.compress.groups import Groups, trace
 from slimray.data.modalities import input_shape
 from slimray.search import amc
 from slimray.search.ddpg import DdpgSettings
+from slimray.search.episodes import Learner, SearchSettings, best
 from slimray.spec import UserError
 from slimray.tasks import TASKS
 from slimray.tasks.network import load_network, to_input
@@ -152,16 +153,8 @@ def _searched(
         raise UserError(f"{work.ctx.where}: prune: {error}") from None
     metric = TASKS[subnets.task_of(runs.read_model(before)[2])].best
     sign = -1.0 if metric.better == "lower" else 1.0
-    learner = amc.Learner(walk, amc.AmcSettings(spec.episodes, spec.population, agent), job.seed)
-    searched = episodes.Agent(
-        spec.episodes,
-        spec.population,
-        lambda history, number: learner.propose({trial.index: trial for trial in history}, number),
-        amc.AmcTrial.from_dict,
-        lambda trial: trial.counts,
-        lambda metrics: amc.reward_of(sign * metrics[metric.name]),
-    )
+    learner = Learner(walk, SearchSettings(spec.episodes, spec.population, agent), job.seed)
     make = functools.partial(_scorer, before.uri, exhibits, job.judge, step)
-    tried = episodes.run(work, stage, "prune", searched, make)
-    found, rewards = episodes.best(tried), [episodes.number_of(trial.reward) for trial in tried]
-    return {"counts": found.counts, "episode": found.index, "rewards": rewards}
+    tried = episodes.run(work, stage, "prune", learner, lambda told: amc.reward_of(sign * told[metric.name]), make)
+    found, rewards = best(tried), [episodes.number_of(trial.reward) for trial in tried]
+    return {"counts": found.policy, "episode": found.index, "rewards": rewards}

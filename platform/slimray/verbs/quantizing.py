@@ -19,10 +19,11 @@ from slimray.edge import hardware
 from slimray.edge.bit_costs import bit_table
 from slimray.search import haq
 from slimray.search.ddpg import DdpgSettings
+from slimray.search.episodes import Learner, SearchSettings, best
 from slimray.spec import UserError
 from slimray.tasks import TASKS
 from slimray.tasks.network import to_input
-from slimray.verbs import episodes, subnets
+from slimray.verbs import episodes, subnets, trials
 from slimray.verbs.compressing import Work, read_network, write_network
 
 
@@ -149,7 +150,7 @@ class Costs:
 
 
 def _scorer(uri: str, exhibits: Any, spec: Any, step: Any) -> episodes.Score:
-    return Rounder(uri, exhibits, spec, step).score
+    return Rounder(uri, exhibits, spec, step, trials.device()).score
 
 
 def _layers(device: str, uri: str, exhibits: Any, spec: Any, step: Any) -> list[LayerInfo]:
@@ -174,23 +175,16 @@ def _searched(step: Any, work: Work, stage: runs.Run, before: runs.Run, exhibits
     metric = TASKS[subnets.task_of(runs.read_model(before)[2])].best
     sign = -1.0 if metric.better == "lower" else 1.0
     agent = DdpgSettings(warmup=spec.warmup, decay=spec.decay, replay=128, last_init=3e-3, dummy=True)
-    settings = haq.HaqSettings(spec.episodes, spec.population, agent)
-    searched = episodes.Agent(
-        spec.episodes,
-        spec.population,
-        lambda history, number: haq.propose(walk, settings, history, job.seed, number),
-        haq.HaqTrial.from_dict,
-        lambda trial: trial.bits,
-        lambda told: haq.reward_of(sign * told[metric.name], sign * whole[metric.name]),
-    )
-    tried = episodes.run(work, stage, "quantize", searched, functools.partial(_scorer, *arguments))
-    found = episodes.best(tried)
+    learner = Learner(walk, SearchSettings(spec.episodes, spec.population, agent), job.seed)
+    reward = lambda told: haq.reward_of(sign * told[metric.name], sign * whole[metric.name])  # noqa: E731
+    tried = episodes.run(work, stage, "quantize", learner, reward, functools.partial(_scorer, *arguments))
+    found = best(tried)
     return {
-        "policy": named(layers, found.bits),
+        "policy": named(layers, found.policy),
         "episode": found.index,
         "rewards": [episodes.number_of(trial.reward) for trial in tried],
         "limits": costs.limits,
-        "costs": costs.all(found.bits),
+        "costs": costs.all(found.policy),
         "uniform": {"bits": named(layers, even), "costs": costs.all(even), metric.name: metrics[metric.name]},
     }
 
