@@ -109,15 +109,17 @@ class AmcSpec(Spec):
 
 
 Counted = Literal["macs", "params", "size_mb"]
+Limited = Literal["macs", "params", "size_mb", "latency_ms"]
 
 
 class PruneStep(Spec):
     """Structured pruning: whole channels go, the network becomes smaller and faster. `finetune` after it."""
 
     step: Literal["prune"]
-    shares: dict[Counted, Ratio] = {}
-    """The most that stays of `macs`, `params` or `size_mb`, as a share of what the network costs: {macs: 0.5}."""
-    limits: dict[Counted, Annotated[float, Field(gt=0)]] = {}
+    shares: dict[Limited, Ratio] = {}
+    """The most that stays of `macs`, `params`, `size_mb` or `latency_ms`, as a share of what the network costs:
+    {macs: 0.5}. Latency is measured here, policy by policy, as `timing` says."""
+    limits: dict[Limited, Annotated[float, Field(gt=0)]] = {}
     """The same in numbers; macs are per sample."""
     keep: Ratio | None = None
     """In place of limits: the share of channels that stays in every group (policy uniform)."""
@@ -127,8 +129,9 @@ class PruneStep(Spec):
     """How many stay where: the same share everywhere; by the criterion over all groups; by measured curves."""
     search: AmcSpec | None = None
     """Search the policy in place of giving one: `search: amc` or `search: {name: amc, episodes: 100}`."""
-    criterion: Literal["l1", "l2", "input_l1", "bn", "group"] = "group"
-    """Which channels stay: norms of the weights that make (l1, l2) or use (input_l1) them, BatchNorm scales, or all."""
+    criterion: Literal["l1", "l2", "input_l1", "bn", "taylor", "group"] = "group"
+    """Which channels stay: by norms of the weights that make (l1, l2) or use (input_l1) them, BatchNorm scales, what
+    their loss on `judge.calibrate` training samples would change by without them (taylor), or all weights (group)."""
     round_to: int = Field(8, ge=1)
     """Numbers of channels are multiples of this, or all of a group."""
     reconstruct: bool = False
@@ -147,6 +150,10 @@ class PruneStep(Spec):
             raise ValueError("shares: write one of shares (with or without limits), keep and channels")
         if self.search is not None and not limited:
             raise ValueError("search: needs shares or limits")
+        if self.search is not None and "latency_ms" in {*self.shares, *self.limits}:
+            raise ValueError(
+                "limits: latency_ms is measured, the agent asks for too many: give a policy, or limit macs"
+            )
         if self.search is not None and self.policy != "uniform":
             raise ValueError("policy: is what the search finds: leave one of the two out")
         if self.keep is not None and self.policy != "uniform":

@@ -6,7 +6,7 @@ itself with the policy that it ends in.
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from slimray import runs
 from slimray.compress import channels, criteria, policies, reconstruction
 from slimray.compress.groups import Groups, trace
 from slimray.data.modalities import input_shape
+from slimray.edge import comparing
 from slimray.search import amc
 from slimray.search.ddpg import DdpgSettings
 from slimray.search.episodes import Learner, SearchSettings, best
@@ -23,8 +24,12 @@ from slimray.spec import UserError
 from slimray.tasks import TASKS
 from slimray.tasks.network import load_network, to_input
 from slimray.train import batchnorm
+from slimray.train.spec import OptimSpec
 from slimray.verbs import episodes, subnets, trials
+from slimray.verbs.compress_specs import TimingSpec
 from slimray.verbs.compressing import Work, read_network, write_network
+
+PLAIN_LOSS = {"lr": 1.0, "reference_batch": 1, "epochs": 1}  # without smoothing, all classes alike
 
 
 class Cutter:
@@ -34,7 +39,7 @@ class Cutter:
         self.judge, self.step = subnets.Judge(uri, exhibits, spec, device), step
         self.net = load_network(runs.run_at(uri)).net
         self.groups = groups_of(self.net, self.judge.network.recipe)
-        self.scores = criteria.importance(self.net, self.groups, step.criterion)
+        self.scores = criteria.importance(self.net, self.groups, step.criterion, self._losses)
 
     def cut(self, counts: Mapping[str, int]) -> tuple[nn.Module, dict[str, Any]]:
         """The network of a policy, re-calibrated, in eval mode on the judge's device, and its record."""
@@ -49,6 +54,25 @@ class Cutter:
             batches = (to_input(part.numpy(), pixels, self.judge.device) for part in self.judge.inputs)
             small = batchnorm.recalibrate_norms(small, batches)
         return small.eval(), record
+
+    def _losses(self, net: nn.Module) -> Iterator[torch.Tensor]:
+        """The mean loss of `net`, on the CPU, on each batch of the samples to calibrate with."""
+        task, options = TASKS[self.judge.network.task], OptimSpec.model_validate(PLAIN_LOSS)
+        for data, labels in self.judge.labelled():
+            x = to_input(data, self.judge.network.pixels, torch.device("cpu"))
+            targets = torch.from_numpy(labels)
+            yield task.losses(net(x), targets, options).sum() / task.weights(targets, options).sum()
+
+    def latency_ms(self, counts: Mapping[str, int], timing: TimingSpec, whole_ms: float | None = None) -> float:
+        """The latency of a policy, measured in turn with the whole network; `whole_ms` is what that one has.
+
+        Told as a part of the latter, so that numbers of different policies compare though the machine is not even.
+        """
+        shape = input_shape(self.judge.network.recipe)
+        x = torch.rand(timing.batch, *shape, generator=torch.Generator().manual_seed(0))
+        small = channels.cut(self.net, self.groups, criteria.strongest(self.scores, counts))[0]
+        found = comparing.compare(self.net, small, x, timing.hardware, timing.threads, timing.pairs)
+        return (found["first_ms"] if whole_ms is None else whole_ms) / found["ratio"]
 
     def score(self, counts: Mapping[str, int]) -> dict[str, float]:
         """The metrics of a policy on the samples to score."""
@@ -67,7 +91,7 @@ def prune(step: Any, work: Work, folder: str, before: runs.Run) -> tuple[runs.Ru
     def make(stage: runs.Run) -> None:
         net, model, taken = read_network(before)
         groups = groups_of(net, taken["recipe"])
-        limits = limits_of(step, groups)
+        limits = limits_of(step, costs_of(groups, {}))
         recipe, job = taken["recipe"], work.job
         source = work.data.tables[work.spec.train]
         count = min(job.judge.calibrate, source.num_samples)
@@ -83,10 +107,11 @@ def prune(step: Any, work: Work, folder: str, before: runs.Run) -> tuple[runs.Ru
             chosen = {"counts": dict(step.channels)}
         else:
             exhibits = subnets.Exhibits(calibrate, work.judged if step.policy == "sensitivity" else ())
-            chosen = work.on_worker(_given, before.uri, exhibits, job.judge, step, limits)
+            chosen = work.on_worker(_given, before.uri, exhibits, job.judge, step, job.timing or TimingSpec())
         done = work.on_worker(_final, before.uri, subnets.Exhibits(calibrate, ()), job.judge, step, chosen["counts"])
         small, record = done
-        told = chosen | {"sizes": groups.sizes, "limits": limits, "costs": costs_of(groups, chosen["counts"])}
+        costs = costs_of(groups, chosen["counts"]) | chosen.pop("measured", {})
+        told = {"limits": limits} | chosen | {"sizes": groups.sizes, "costs": costs}
         runs.write_file(stage, "data/policy.json", json.dumps(told).encode())
         write_network(stage, small, model, taken, record)
 
@@ -99,10 +124,9 @@ def costs_of(groups: Groups, counts: Mapping[str, int]) -> dict[str, float]:
     return policies.Budget(groups, {}).costs(counts)
 
 
-def limits_of(step: Any, groups: Groups) -> dict[str, float]:
-    """The limits of a step as numbers: those given, and shares of what the network costs."""
-    whole = costs_of(groups, {})
-    return {**step.limits, **{name: share * whole[name] for name, share in step.shares.items()}}
+def limits_of(step: Any, whole: Mapping[str, float]) -> dict[str, float]:
+    """The limits of a step as numbers: those given, and shares of what the network costs, of `whole` that is known."""
+    return {**step.limits, **{name: share * whole[name] for name, share in step.shares.items() if name in whole}}
 
 
 def _final(device: str, uri: str, exhibits: Any, spec: Any, step: Any, counts: dict[str, int]) -> Any:
@@ -110,10 +134,16 @@ def _final(device: str, uri: str, exhibits: Any, spec: Any, step: Any, counts: d
     return small.cpu(), record
 
 
-def _given(device: str, uri: str, exhibits: Any, spec: Any, step: Any, limits: dict[str, float]) -> dict[str, Any]:
+def _given(device: str, uri: str, exhibits: Any, spec: Any, step: Any, timing: TimingSpec) -> dict[str, Any]:
     """The policy `uniform`, `ranked` or `sensitivity` of a step, within the limits or by the share `keep`."""
     cutter = Cutter(uri, exhibits, spec, step, device)
     groups, curves = cutter.groups, {}
+    whole, timed = costs_of(groups, {}), "latency_ms" in {**step.shares, **step.limits}
+    if timed:
+        whole["latency_ms"] = cutter.latency_ms({}, timing)
+    limits = limits_of(step, whole)
+    meter = lambda counts: {"latency_ms": cutter.latency_ms(counts, timing, whole["latency_ms"])}  # noqa: E731
+    budget = policies.Budget(groups, limits, meter)
     if step.policy == "uniform":
         of = lambda share: policies.uniform(groups, share, step.round_to)  # noqa: E731
     elif step.policy == "ranked":
@@ -123,9 +153,10 @@ def _given(device: str, uri: str, exhibits: Any, spec: Any, step: Any, limits: d
         sign = -1.0 if best.better == "lower" else 1.0
         curves = policies.sensitivity(groups, lambda c: sign * cutter.score(c)[best.name], step.round_to)
         of = lambda share: policies.by_sensitivity(groups, curves, share, step.round_to)  # noqa: E731
-    counts = of(step.keep) if step.keep is not None else policies.Budget(groups, limits).largest(of)
+    counts = of(step.keep) if step.keep is not None else budget.largest(of)
     plain = {name: {str(count): value for count, value in curve.items()} for name, curve in curves.items()}
-    return {"counts": counts, "sensitivity": plain} if plain else {"counts": counts}
+    found: dict[str, Any] = {"counts": counts, "limits": limits} | ({"sensitivity": plain} if plain else {})
+    return found | ({"measured": {"latency_ms": budget.costs(counts)["latency_ms"]}} if timed else {})
 
 
 # ------------------------------------------------------------------------------------------------ search

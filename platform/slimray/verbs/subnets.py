@@ -147,6 +147,15 @@ class Judge:
             if len(piece) > 1:
                 yield torch.from_numpy(np.ascontiguousarray(piece[:, :1]))
 
+    def labelled(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The samples to calibrate with and their targets, `[n, 1, ...]` and `[n, ...]`, batch by batch."""
+        for ref in self.exhibits.calibrate:
+            batch = _fetch(ref)
+            kept = np.flatnonzero(batch.valid)
+            for start in range(0, len(kept), self.spec.calibrate_batch):
+                rows = kept[start : start + self.spec.calibrate_batch]
+                yield batch.data[rows][:, :1], batch.label[rows]
+
     def subnet(self, arch: Arch) -> torch.nn.Module:
         """The subnet `arch` on its own, re-calibrated, in eval mode."""
         pixels = self.network.pixels
