@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from tests.verbs.conftest import Shell
 from tests.verbs.test_compress import DATA, TRAIN
 
@@ -36,8 +37,6 @@ TRAINED = "{step: quantize, bits: [4, 8], samples: 16, finetune: {epochs: 1, lr:
 
 
 def job(step: str) -> CompressJob:
-    import yaml
-
     return parse(CompressJob, yaml.safe_load(QUANTIZE.format(name="q", step=step)), "q.yaml")
 
 
@@ -69,6 +68,12 @@ def test_bits_that_there_are_not_are_refused(step, said):
 
 
 LAYERS = [LayerInfo(f"conv{i}", "Conv2d", False, 8, 16, 1, 3, 1152 * (i + 1), 10**6, 2048, 4096, 256) for i in range(4)]
+
+
+def test_a_batch_that_workers_cannot_share_is_one_sentence():
+    text = QUANTIZE.format(name="q", step=TRAINED).replace("workers: 1", "workers: 3")
+    with pytest.raises(UserError, match=r"batch\.total: 8 must be a multiple of scale\.workers"):
+        parse(CompressJob, yaml.safe_load(text), "q.yaml")
 
 
 @pytest.mark.parametrize("scheme", ["linear", "kmeans"])
@@ -103,6 +108,7 @@ def test_searched_bits_keep_their_share_on_any_number_of_workers(shell: Shell):
     found = []
     for workers in (1, 2):
         text = QUANTIZE.format(name=f"mixed-{workers}", step=SEARCHED).replace("workers: 1", f"workers: {workers}")
+        text = text.replace("per_worker: 8", "per_worker: 4")
         shell.ok("run", shell.write("mixed.yaml", text))
         run = runs.open_run(str(shell.storage), f"mixed-{workers}")
         found.append(json.loads(runs.read_file(run, "results.json"))["steps"][1]["details"])
@@ -137,7 +143,7 @@ def test_networks_of_few_bits_are_small_and_load_with_equal_answers(shell: Shell
             assert torch.equal(load_network(run).net(x), load_network(run).net(x))
         scored = json.loads(shell.run("evaluate", name, "--json").stdout)["rows"][0]
         assert scored["top1"] == pytest.approx(last["top1"])
-    stages = {name: runs.open_run(str(shell.storage), f"four/stages/{name}") for name in ("02-finetune", "03-quantize")}
+    stages = {name: runs.run_at(f"{shell.storage}/four/stages/{name}") for name in ("02-finetune", "03-quantize")}
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         trained, whole = (load_network(stage).net(x) for stage in stages.values())

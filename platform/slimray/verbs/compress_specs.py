@@ -10,7 +10,7 @@ from slimray.runs.notify import NotifySpec
 from slimray.runs.tracking import TrackingSpec
 from slimray.spec import Spec
 from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, ScaleSpec
-from slimray.verbs.specs import JudgeSpec, ModelSpec, SharedOptimSpec, WorkerJob
+from slimray.verbs.specs import JudgeSpec, ModelSpec, SharedOptimSpec, WorkerJob, require_shares
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Bits = Annotated[int, Field(ge=1, le=8)]
@@ -326,6 +326,8 @@ class CompressJob(WorkerJob):
             raise ValueError("init: goes with model.name, a run brings its weights: leave it out")
         if self.model.run is None and self.data is None:
             raise ValueError("data: is required with model.name")
+        if self.batch is not None:
+            require_shares(self.batch, self.scale)
         for number, step in enumerate(self.steps):
             if trains(step) and (self.batch is None or self.optim is None):
                 missing = "batch" if self.batch is None else "optim"

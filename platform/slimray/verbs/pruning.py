@@ -29,6 +29,7 @@ from slimray.verbs import episodes, subnets, trials
 from slimray.verbs.compress_specs import TimingSpec
 from slimray.verbs.compressing import Work, read_network, write_network
 
+ANY_TIMING = TimingSpec.model_validate({})
 PLAIN_LOSS = {"lr": 1.0, "reference_batch": 1, "epochs": 1}  # without smoothing, all classes alike
 
 
@@ -107,7 +108,7 @@ def prune(step: Any, work: Work, folder: str, before: runs.Run) -> tuple[runs.Ru
             chosen = {"counts": dict(step.channels)}
         else:
             exhibits = subnets.Exhibits(calibrate, work.judged if step.policy == "sensitivity" else ())
-            chosen = work.on_worker(_given, before.uri, exhibits, job.judge, step, job.timing or TimingSpec())
+            chosen = work.on_worker(_given, before.uri, exhibits, job.judge, step, job.timing or ANY_TIMING)
         done = work.on_worker(_final, before.uri, subnets.Exhibits(calibrate, ()), job.judge, step, chosen["counts"])
         small, record = done
         costs = costs_of(groups, chosen["counts"]) | chosen.pop("measured", {})

@@ -62,6 +62,23 @@ class ModelSpec(Spec):
         return {key: value for key, value in default(self).items() if value is not None or key not in ("name", "run")}
 
 
+def require_shares(batch: BatchSpec, scale: ScaleSpec) -> None:
+    """Raise ValueError, as validators do, for a batch that the workers cannot share."""
+    per_pass, elastic = scale.most * batch.per_worker, scale.most > scale.fewest
+    if batch.tokens and batch.num_parts < scale.most:
+        raise ValueError(
+            f"batch.tokens: {batch.tokens} leaves some of {scale.most} workers without work: lower "
+            "batch.per_worker_tokens"
+        )
+    if per_pass and batch.total % per_pass and not elastic:
+        raise ValueError(
+            f"batch.total: {batch.total} must be a multiple of scale.workers x batch.per_worker "
+            f"({scale.most} x {batch.per_worker} = {per_pass})"
+        )
+    if not batch.tokens and batch.total < scale.most:
+        raise ValueError(f"batch.total: {batch.total} leaves some of {scale.most} workers without work")
+
+
 class TrainJob(WorkerJob):
     """Train a network on a dataset."""
 
@@ -91,21 +108,9 @@ class TrainJob(WorkerJob):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "TrainJob":
-        per_pass, elastic = self.scale.most * self.batch.per_worker, self.scale.most > self.scale.fewest
-        if self.batch.tokens and self.batch.num_parts < self.scale.most:
-            raise ValueError(
-                f"batch.tokens: {self.batch.tokens} leaves some of {self.scale.most} workers without work: lower "
-                "batch.per_worker_tokens"
-            )
+        require_shares(self.batch, self.scale)
         if self.batch.tokens and self.optim.precise_norm:
             raise ValueError("optim.precise_norm: counts samples, it does not go with batch.tokens")
-        if per_pass and self.batch.total % per_pass and not elastic:
-            raise ValueError(
-                f"batch.total: {self.batch.total} must be a multiple of scale.workers x batch.per_worker "
-                f"({self.scale.most} x {self.batch.per_worker} = {per_pass})"
-            )
-        if not self.batch.tokens and self.batch.total < self.scale.most:
-            raise ValueError(f"batch.total: {self.batch.total} leaves some of {self.scale.most} workers without work")
         if self.optim.zero_gamma and self.init is not None:
             raise ValueError("optim.zero_gamma: would wipe out the weights of init, use one of the two")
         if self.optim.mutual and (self.init is not None or self.optim.groups == "tsm"):
