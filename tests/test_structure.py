@@ -244,9 +244,12 @@ KINDS = {
     "parts",
     "frustum_boxes",
     "super_resolve",
+    "translate",
+    "language",
 }
 OF_KINDS = {"ClipRecipe", "ImageRecipe", "PointRecipe", "PairRecipe", "ClassScore", "SegmentationScore", "ShapeScore",
-            "FrustumScore", "PictureScore", "FrustumNet", "TextRecipe"}  # fmt: skip
+            "FrustumScore", "PictureScore", "FrustumNet", "TextRecipe",
+            "TokenScore"}  # fmt: skip
 SIGNS = {"per_point", "num_shapes", "num_segments", "kind"}  # attributes by which a recipe or network would be told
 EXCEPTIONS = {  # (file, what it does): why that asks neither for a task nor for a modality
     ("data/video/decoder.py", "compares with 'clip'"): "what a request to the decoding process is for",

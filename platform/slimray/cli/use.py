@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from slimray.cli.jobs import fact
 from slimray.cli.look import DAMAGED
 from slimray.cli.terminal import AsJson, Storage, console, emit, say, storage_of
+from slimray.cli.texts import answer_lines
 from slimray.data.modalities import IMAGES, Modality, modality_of
 from slimray.spec import UserError, located, set_value
 
@@ -23,7 +25,10 @@ def predict(
         typer.Argument(help="A finished training run or an export, by name, URI or folder.", metavar="RUN_OR_EXPORT"),
     ],
     files: Annotated[
-        list[Path], typer.Argument(help="Videos, images, clouds of points, or folders of them.", metavar="FILE...")
+        list[Path],
+        typer.Argument(
+            help="Videos, images, clouds of points, or folders of them; texts, or - to type.", metavar="FILE..."
+        ),
     ],
     top: Annotated[int, typer.Option(help="Classes shown per file.", min=1)] = 5,
     columns: Annotated[
@@ -48,11 +53,17 @@ def predict(
 
     A network that labels points writes NAME.labels.npz and NAME.labels.ply; printed are the classes' shares of points.
     An online network is stepped through the frames of a video that it was trained to take, and its scores averaged.
+    A network of texts answers line by line, as lines come: it translates them, or goes on where they end.
     """
     from slimray.runtime.answers import Answer
 
-    answers_of, recipe = _answering(name, storage_of(storage), format_)
-    modality = modality_of(recipe)
+    answering = _answering(name, storage_of(storage), format_)
+    if answering.line is not None:
+        if columns or shape is not None or folder is not None:
+            raise UserError("--columns, --shape, --out: are not for texts, whose answers are printed")
+        answer_lines(answering.line, files, as_json)
+        return
+    answers_of, modality = answering.files, modality_of(answering.recipe)
     files, reasons = _files_in(files, modality)
     there = [path for path in files if path not in reasons]
     names = (columns or "").replace(",", " ").split()
@@ -76,7 +87,16 @@ def predict(
         raise UserError(f"{bad} of {len(rows)} files could not be read, the reasons are above")
 
 
-def _answering(name: str, where: str, format: str | None) -> tuple[Callable[..., Iterator[Any]], Mapping[str, Any]]:
+@dataclass(frozen=True)
+class _Answering:
+    """What answers for files, or for a line of text, and its recipe."""
+
+    files: Callable[..., Iterator[Any]]
+    recipe: Mapping[str, Any]
+    line: Callable[[str], str] | None = None
+
+
+def _answering(name: str, where: str, format: str | None) -> _Answering:
     """What answers for files, and its recipe: an export where `name` is one, `format` asks for one or a run has
     nothing else, else the network of the run."""
     from slimray import runs
@@ -84,17 +104,17 @@ def _answering(name: str, where: str, format: str | None) -> tuple[Callable[...,
 
     if format is not None or folder.is_export(name):
         export = loaded.load(name, storage=where, format=format)
-        return export.answers, export.recipe
+        return _Answering(export.answers, export.recipe)
     if name.endswith(".slim"):
         return _slim_answering(name)
     run = runs.find_run(name, where)
     if not runs.exists(run, "model/model.json") and folder.exports_of(run):
         export = loaded.load(run.uri, storage=where)
-        return export.answers, export.recipe
+        return _Answering(export.answers, export.recipe)
     from safetensors import SafetensorError
 
     from slimray.tasks.network import load_network
-    from slimray.tasks.predict import predict_files
+    from slimray.tasks.predict import answer_lines, predict_files
 
     try:
         network = load_network(run)
@@ -103,14 +123,14 @@ def _answering(name: str, where: str, format: str | None) -> tuple[Callable[...,
     except (RuntimeError, SafetensorError, FileNotFoundError, *DAMAGED) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{run.uri}/model: is damaged or of another version ({reason}): train it again") from None
-    return functools.partial(predict_files, network), network.recipe
+    return _Answering(functools.partial(predict_files, network), network.recipe, answer_lines(network))
 
 
-def _slim_answering(name: str) -> tuple[Callable[..., Iterator[Any]], Mapping[str, Any]]:
+def _slim_answering(name: str) -> _Answering:
     """What answers for files with the network of a `model.slim` at a path or URI, and its recipe."""
     from slimray import storage
     from slimray.tasks.network import load_slim
-    from slimray.tasks.predict import predict_files
+    from slimray.tasks.predict import answer_lines, predict_files
 
     fs, path = storage.open_uri(name)
     try:
@@ -120,7 +140,7 @@ def _slim_answering(name: str) -> tuple[Callable[..., Iterator[Any]], Mapping[st
     except (RuntimeError, *DAMAGED) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: is damaged or of another version ({reason}): compress it again") from None
-    return functools.partial(predict_files, network), network.recipe
+    return _Answering(functools.partial(predict_files, network), network.recipe, answer_lines(network))
 
 
 def _files_in(paths: list[Path], modality: Modality) -> tuple[list[Path], dict[Path, str]]:

@@ -44,7 +44,7 @@ from slimray.report.tables import (
     spreads,
     task_tables,
 )
-from slimray.runs.examples import BoxView, CloudView, Pair
+from slimray.runs.examples import BoxView, CloudView, Pair, Texts
 
 MAX_ROWS = 20_000  # of each phase; longer records are thinned
 MAX_SCENES = 12  # with boxes, of all runs together
@@ -252,6 +252,7 @@ def _page(
         confusions=confusions,
         clips=clips,
         pairs=[Pair.from_plain(plain) for plain in shown["pair"]],
+        texts=[Texts.from_plain(plain) for plain in shown["texts"]],
         clouds=clouds,
         boxes=[BoxView.from_plain(plain) for plain in shown["boxes"]],
         quarantine=runs.read_parts(run, "quarantine", MAX_ROWS),
@@ -263,7 +264,7 @@ def _page(
 def _examples(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Examples by type; results written before examples had types hold them under other names."""
     before = {"clip": "clips", "cloud": "clouds", "boxes": "boxes"}
-    found: dict[str, list[dict[str, Any]]] = {"pair": []}
+    found: dict[str, list[dict[str, Any]]] = {"pair": [], "texts": []}
     found |= {kind: list(results.get(name, [])) for kind, name in before.items()}
     for one in results.get("examples", []):
         found.setdefault(one["type"], []).append(one)
@@ -280,6 +281,7 @@ def render(
     confusions: Sequence[Confusion] = (),
     clips: Sequence[Clip] = (),
     pairs: Sequence[Pair] = (),
+    texts: Sequence[Texts] = (),
     clouds: Sequence[CloudView] = (),
     boxes: Sequence[BoxView] = (),
     quarantine: Sequence[Mapping[str, Any]] = (),
@@ -313,6 +315,7 @@ def render(
         confusions=[confusion_section(confusion) for confusion in confusions],
         clips=[clip_section(clip) for clip in clips],
         pairs=[pair for pair in pairs if pair.pictures],
+        texts=[one for one in texts if one.texts],
         clouds=[cloud_section(cloud) for cloud in clouds if len(cloud.coords)],
         scenes=[box_section(scene) for scene in _first_of_each(boxes)[:MAX_SCENES]],
         num_scenes=len(boxes),

@@ -1,9 +1,9 @@
 """Examples of what a network saw and answered, as results.json holds them: plain values, each with a `type`.
 
 Types: `clip` (frames in a row, or one image, with the likeliest classes), `cloud`, `boxes` (a scene from above), `pair`
-(pictures side by side). Tasks make them, the report draws them by type, and neither knows of the other. Surprising:
-points are thinned and lose their unit before they are stored, so that a page of a hundred clouds can be mailed; boxes
-keep their metres. numpy and Pillow only.
+(pictures side by side), `texts` (under each other). Tasks make them, the report draws them by type, and neither knows
+of the other. Surprising: points are thinned and lose their unit before they are stored, so that a page of a hundred
+clouds can be mailed; boxes keep their metres. numpy and Pillow only.
 """
 
 import base64
@@ -19,6 +19,7 @@ import numpy as np
 MAX_CLOUD_POINTS = 2048
 MAX_BLOCKS = 6  # PVConvs of a network whose responses are shown, from the first to the last of them
 MAX_BOX_POINTS = 4096
+MAX_TEXT = 2000  # characters of a text that is shown
 BASE64 = re.compile(r"[A-Za-z0-9+/]+=*")
 
 
@@ -68,6 +69,24 @@ class Pair:
         """Return the pair of `to_plain`; what is not base64 is left out."""
         pictures = [Picture(str(p["name"]), str(p["png"]), str(p.get("note", ""))) for p in plain["pictures"]]
         return cls(plain.get("run", ""), [picture for picture in pictures if BASE64.fullmatch(picture.png)])
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts under each other, each with its name: what went in, what came out, what it should be."""
+
+    run: str
+    texts: Sequence[tuple[str, str]]
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return an example for results.json; long texts are cut."""
+        cut = [(name, text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " ...") for name, text in self.texts]
+        return {"type": "texts", "run": self.run, "texts": cut}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "Texts":
+        """Return the texts of `to_plain`."""
+        return cls(plain.get("run", ""), [(str(name), str(text)) for name, text in plain["texts"]])
 
 
 def png_of(image: np.ndarray) -> str:

@@ -9,12 +9,16 @@ from typing import Any
 from slimray.spec import UserError, lookup, parse
 from slimray.tasks.classify import CLASSIFY
 from slimray.tasks.frustum_boxes import FRUSTUM_BOXES
+from slimray.tasks.language import LANGUAGE
 from slimray.tasks.parts import PARTS
 from slimray.tasks.segment import SEGMENT
 from slimray.tasks.super_resolve import SUPER_RESOLVE
 from slimray.tasks.task import Task, task_before
+from slimray.tasks.translate import TRANSLATE
 
-TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFY, SEGMENT, PARTS, FRUSTUM_BOXES, SUPER_RESOLVE)}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (CLASSIFY, SEGMENT, PARTS, FRUSTUM_BOXES, SUPER_RESOLVE, TRANSLATE, LANGUAGE)
+}
 
 
 def task_of_card(card: Any) -> Task:

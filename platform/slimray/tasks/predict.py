@@ -1,6 +1,6 @@
 """`predict` of a run's network: its task answers for files, one after the other. torch only, no Ray."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,21 @@ from slimray.tasks import TASKS
 from slimray.tasks.network import Network
 
 
-def predict_files(network: Network, paths: Sequence[Path], k: int, **options: Any) -> Iterator[Answer]:
-    """Return the answers of a network for files in turn; `options` are those of `answers_for`."""
+def answer_lines(network: Network) -> Callable[[str], str] | None:
+    """Return the function of a line of text to the network's answer; None where its task answers for files."""
+    lines = TASKS[network.task].lines
+    if lines is None:
+        return None
+    _require_no_supernet(network)
+    return lines(network)
+
+
+def _require_no_supernet(network: Network) -> None:
     if hasattr(network.net, "space"):
         raise UserError("this run holds a supernet: a search job chooses subnets, predict with one of those")
+
+
+def predict_files(network: Network, paths: Sequence[Path], k: int, **options: Any) -> Iterator[Answer]:
+    """Return the answers of a network for files in turn; `options` are those of `answers_for`."""
+    _require_no_supernet(network)
     return answers_for(network, TASKS[network.task], paths, k, **options)

@@ -131,6 +131,9 @@ class Task:
     answer: Callable[[Any, "AnswerOptions"], "Answerer"]
     """A network (`runtime.answers.Model`: arrays in and out, torch's or an export's) and options to the function that
     answers for a file; UserError for options that mean nothing here."""
+    lines: Callable[["Network"], Callable[[str], str]] | None = None
+    """A network to the function that answers for a line of text, BadSample for one that it cannot answer; None where
+    files are answered."""
     spec: type[Spec] = NoOptions
     """Options of the task's own, which a user writes as `data.task`."""
     finish: Callable[[dict[str, Any], list[Any], list[dict[str, Any]], str, str], list[dict[str, Any]]] | None = None

@@ -44,7 +44,11 @@ def format_of(name: str) -> str:
 def read_lines(name: str, data: bytes) -> Iterator[Line]:
     """Yield the lines of a file. RunFailed, with file and line, for one that is no text or is cut off."""
     stream = io.BytesIO(data)
-    unpacked: Any = gzip.GzipFile(fileobj=stream) if data[:2] == GZIP else stream
+    return lines_of(name, gzip.GzipFile(fileobj=stream) if data[:2] == GZIP else stream)
+
+
+def lines_of(name: str, unpacked: Any) -> Iterator[Line]:
+    """Yield the lines of a binary stream as they come; raises as `read_lines`."""
     for number in itertools.count(1):
         try:
             raw = _next_line(unpacked)

@@ -11,7 +11,7 @@ anywhere in it, as a function of (seed, epoch), so that an epoch has each token 
 import functools
 import json
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,9 @@ class TextRecipe:
     """How a sample is made: `sides` 2 is a pair, 1 a window of `length` tokens; a pair has `length` a side at most.
 
     `tokenizer` is the text of a vocabulary (vocabulary.py) of `vocab_size` tokens, `lower` says that it was trained on
-    lower-case text. Windows of mode "train" begin anywhere.
+    lower-case text. `limit` is the length of the longest sample of the dataset, 0 if that is not known. How an answer
+    is searched: `beam`, `length_penalty` and `max_length` of a translation, `words` of a continuation. Windows of mode
+    "train" begin anywhere.
     """
 
     sides: int = 2
@@ -50,6 +52,11 @@ class TextRecipe:
     vocab_size: int = 0
     tokenizer: str = ""
     lower: bool = False
+    limit: int = 0
+    beam: int = 4
+    length_penalty: float = 0.6
+    max_length: int = 200
+    words: int = 50
     mode: str = "train"
     kind: str = "text"
 
@@ -67,16 +74,22 @@ class TextRecipe:
         """The vocabulary; UserError for a recipe that holds none."""
         return vocabulary_of(self.tokenizer)
 
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a user's text, without eos."""
+        return self.vocabulary.encode(text.lower() if self.lower else text)
+
 
 def text_recipe(data: "DataSpec", card: "Card", _: int, mode: str) -> dict[str, Any]:
     """The fields of a recipe out of the `data` section of a job and a card."""
-    fields: dict[str, Any] = {"sides": card.sides, "mode": mode}
+    given = ("beam", "length_penalty", "max_length", "words")
+    fields = {"sides": card.sides, "mode": mode} | {name: data.task[name] for name in given if name in data.task}
     if card.text is None:  # not prepared yet
         return fields
     split = data.train if mode == "train" else data.val or data.train
     longest = card.text.lengths.get(split) or max(card.text.lengths.values())
     known = {"vocab_size": card.text.vocab_size, "tokenizer": card.text.tokenizer, "lower": card.text.lower}
-    return fields | known | {"length": longest}
+    limit = max(card.text.lengths.values()) if card.sides == 2 else 0
+    return fields | known | {"length": longest, "limit": limit}
 
 
 def text_shape(recipe: TextRecipe) -> tuple[int, ...]:
@@ -196,3 +209,14 @@ def raw_texts(root: str, rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, s
         except (FileNotFoundError, pa.ArrowException):
             raise RunFailed(f"{join(folder, shard)}: is missing or damaged: run prepare again") from None
     return [(held[s].column("text")[n].as_py(), held[s].column("translation")[n].as_py()) for s, n in wanted]
+
+
+def index_rows(root: str, split: str, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Return rows of the index of a split that `prepare` wrote at `root`; RunFailed where there is none."""
+    fs, folder = filesystem(root)
+    try:
+        data = storage.read_bytes(fs, join(folder, f"{split}.parquet"))
+        table = pq.read_table(pa.BufferReader(data), columns=["shard", "row"])
+    except (FileNotFoundError, pa.ArrowException):
+        raise RunFailed(f"{join(folder, split)}.parquet: is missing or damaged: run prepare again") from None
+    return table.take(list(numbers)).to_pylist()

@@ -21,6 +21,7 @@ from slimray.spec import RunFailed, UserError
 
 BOS, PAD, EOS, UNK = range(4)
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+SPACE = "\u2581"  # begins a piece that begins a word
 MAX_BYTES = 64 << 20  # of a vocabulary, unpacked
 THREADS = 4  # of a training; a SentencePiece model depends on it, so it is the same everywhere
 Kind = Literal["unigram", "bpe", "words"]
@@ -70,6 +71,10 @@ class Vocabulary:
         if any(not 0 <= token < self.size for token in kept):
             raise ValueError(f"tokens must be below {self.size}")
         return " ".join(self._words[token] for token in kept) if self.kind == WORDS else self._pieces.decode(kept)
+
+    def begins_word(self, token: int) -> bool:
+        """Return whether a token is the first one of a word."""
+        return token >= UNK and (self.kind == WORDS or token == UNK or self._pieces.id_to_piece(token)[:1] == SPACE)
 
     def to_text(self) -> str:
         """Return it for a plain recipe: the kind, and the data compressed in base64."""

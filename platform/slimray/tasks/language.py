@@ -1,0 +1,98 @@
+"""Language modelling: how likely is the next token.
+
+Networks take windows of a stream int `[B, 2, L]` (tokens, and those behind them) and return the log-probability of
+each of the latter `[B, L]`, so that nothing of the size of a large vocabulary is made, or logits `[B, L, V]`. What came
+before a window is not known in it: perplexity is of streams as long as `prepare` made them (`text.stream`), within
+which a network carries its memory and its cache; so it does not depend on the number of workers. Per word it compares
+tokenizers, per token it does not.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from slimray.data.modalities import read_recipe
+from slimray.data.text.samples import TextRecipe
+from slimray.data.text.vocabulary import EOS
+from slimray.models.text.decoding import continued
+from slimray.runs.examples import Texts
+from slimray.spec import Spec
+from slimray.tasks.evaluation import Pass, Samples
+from slimray.tasks.network import Network
+from slimray.tasks.task import LOSS, Metric, Outputs, Task
+from slimray.tasks.tokens import (
+    TokenScore,
+    arguments,
+    losses,
+    no_examples,
+    no_files,
+    target,
+    vocabulary_of_recipe,
+    weights,
+)
+
+GIVEN = 24  # tokens of a stream that is continued in a report
+
+
+class LanguageOptions(Spec):
+    """How a text is continued."""
+
+    words: int = Field(50, ge=1, le=10_000)
+    """Tokens that `predict` writes behind a line at most; it stops at the end of a line."""
+
+
+def continuation(network: Network, tokens: list[int]) -> str:
+    """Return what the network says behind tokens, at each place the likeliest one, up to the end of a line."""
+    recipe: TextRecipe = read_recipe(network.recipe)
+    stream = torch.tensor([[EOS, *tokens]], device=network.device)
+    found: list[int] = continued(network.net, stream, recipe.words)[0].tolist()
+    return recipe.vocabulary.decode(found[: found.index(EOS)] if EOS in found else found)
+
+
+class LanguagePass(Pass):
+    """A pass over streams, which shows how the network goes on with some."""
+
+    def show(self, samples: Samples, outputs: Outputs | None, before: Any, most: int) -> list[dict]:
+        """Return the first tokens of the samples just taken, what the network says behind them, and what follows."""
+        network, rows = self.setting.network, []
+        recipe: TextRecipe = read_recipe(network.recipe)
+        if not hasattr(network.net, "next_words"):
+            return []
+        for data in samples.data[: max(0, most - len(before))]:
+            tokens = [int(token) for token in data[0, 0] if token != EOS]
+            given, rest = tokens[:GIVEN], tokens[GIVEN : GIVEN + recipe.words]
+            texts = [("text", recipe.vocabulary.decode(given)), ("network", continuation(network, given))]
+            rows.append(Texts("", [*texts, ("truth", recipe.vocabulary.decode(rest))]).to_plain())
+        return rows
+
+
+def lines(network: Network) -> Callable[[str], str]:
+    """Return the function of a line to the line and what the network says behind it."""
+    recipe: TextRecipe = read_recipe(network.recipe)
+
+    def one(text: str) -> str:
+        return f"{text} {continuation(network, recipe.encode(text))}".strip()
+
+    return one
+
+
+LANGUAGE = Task(
+    name="language",
+    metrics=(
+        Metric("perplexity", "perplexity", unit="", better="lower"),
+        Metric("word_perplexity", "perplexity per word", unit="", better="lower"),
+        LOSS,
+    ),
+    target=target,
+    arguments=arguments,
+    losses=losses,
+    weights=weights,
+    score=lambda num_classes, recipe: TokenScore(vocabulary_of_recipe(recipe)),
+    start=lambda setting: LanguagePass(setting, TokenScore(vocabulary_of_recipe(setting.recipe))),
+    examples=no_examples,
+    answer=no_files,
+    lines=lines,
+    spec=LanguageOptions,
+)

@@ -1,0 +1,152 @@
+"""Translation: a sentence in another language.
+
+Networks take pairs int `[B, 2, L]` (the source, and what the decoder is given) and return logits `[B, L, V]`; targets
+are int64 `[B, L]`. Loss and perplexity are those of the tokens of the reference, each with those before it given. BLEU
+and chrF are of what the network says by itself, by beam search, as text against the references as they were written
+(never rebuilt from tokens); sacrebleu computes them for all sentences together, and its signature stands beside them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from slimray.data.modalities import read_recipe
+from slimray.data.samples import BadSample
+from slimray.data.text.samples import TextRecipe, index_rows, raw_texts
+from slimray.data.text.vocabulary import EOS, PAD
+from slimray.models.text.decoding import beam_search, greedy
+from slimray.runs.examples import Texts
+from slimray.spec import Spec
+from slimray.tasks.evaluation import Pass, Samples
+from slimray.tasks.network import Network
+from slimray.tasks.task import LOSS, Metric, Outputs, Table, Task
+from slimray.tasks.text_scores import CorpusMetric
+from slimray.tasks.tokens import (
+    TokenScore,
+    arguments,
+    losses,
+    no_examples,
+    no_files,
+    target,
+    vocabulary_of_recipe,
+    weights,
+)
+
+SCORES = {"bleu": CorpusMetric("bleu"), "chrf": CorpusMetric("chrf")}
+
+
+class TranslateOptions(Spec):
+    """How a translation is searched."""
+
+    beam: int = Field(4, ge=1, le=64)
+    """Hypotheses kept at once; 1 takes the likeliest token again and again."""
+    length_penalty: float = Field(0.6, ge=0, le=5)
+    """A hypothesis is scored by its log-probability over its length to this power: larger prefers longer ones."""
+    max_length: int = Field(200, ge=1, le=10_000)
+    """Tokens of a translation at most."""
+
+
+def translations(network: Network, sources: np.ndarray) -> list[str]:
+    """Return the translations of sentences int `[n, S]`, each with its eos and filled up with PAD, as text."""
+    recipe: TextRecipe = read_recipe(network.recipe)
+    tokens = torch.from_numpy(np.ascontiguousarray(sources)).long().to(network.device)
+    tokens = tokens[:, : int((tokens != PAD).sum(1).max())]
+    if recipe.beam == 1:
+        found: Sequence[Sequence[int]] = greedy(network.net, tokens, recipe.max_length)
+    else:
+        searched = beam_search(network.net, tokens, recipe.beam, recipe.length_penalty, recipe.max_length)
+        found = [best[0].tokens if best else () for best in searched]
+    return [recipe.vocabulary.decode(one) for one in found]
+
+
+class TranslationPass(Pass):
+    """A pass that translates beside what it counts; `found` are pairs of the row of a sample and its translation.
+
+    An export of one step of the whole network has no decoder to search with: it is counted by its tokens alone.
+    """
+
+    def take(self, samples: Samples) -> Outputs | None:
+        """Count samples and translate them."""
+        super().take(samples)
+        if hasattr(self.setting.network.net, "decode"):
+            said = translations(self.setting.network, samples.data[:, 0, 0])
+            self.found += list(zip(map(int, samples.numbers), said, strict=True))
+        return None
+
+    def show(self, samples: Samples, outputs: Outputs | None, before: Sequence[dict], most: int) -> list[dict]:
+        """Return the samples just taken as text."""
+        count = min(len(samples), most - len(before))
+        said = dict(self.found[-len(samples) :])
+        recipe: TextRecipe = read_recipe(self.setting.network.recipe)
+        rows = []
+        for number, data, wanted in zip(samples.numbers[: max(0, count)], samples.data, samples.targets):
+            source, reference = (recipe.vocabulary.decode(tokens) for tokens in (data[0, 0], wanted))
+            texts = [("source", source), ("network", said.get(int(number), "")), ("reference", reference)]
+            rows.append(Texts("", texts).to_plain())
+        return rows
+
+
+def finish(
+    row: dict[str, Any], found: list[Any], examples: list[dict[str, Any]], root: str, split: str
+) -> list[dict[str, Any]]:
+    """Add BLEU and chrF to a row, of the translations of all ranks against the texts of the split at `root`."""
+    if found:
+        said = dict(found)
+        rows = index_rows(root, split, sorted(said))
+        references = [translation for _, translation in raw_texts(root, rows)]
+        hypotheses = [said[number] for number in sorted(said)]
+        row["signatures"] = {}
+        for name, metric in SCORES.items():
+            score = metric.of(hypotheses, references)
+            row[name] = score.value
+            row["signatures"][name] = score.signature
+    return examples
+
+
+def lines(network: Network) -> Callable[[str], str]:
+    """Return the function of a line to its translation; BadSample for one that is longer than what was learned from."""
+    recipe: TextRecipe = read_recipe(network.recipe)
+
+    def one(text: str) -> str:
+        tokens = recipe.encode(text)
+        if recipe.limit and len(tokens) >= recipe.limit:
+            count = len(tokens) + 1
+            raise BadSample(f"has {count} tokens, the network learned from {recipe.limit} at most: cut it in two")
+        return translations(network, np.array([[*tokens, EOS]]))[0] if tokens else ""
+
+    return one
+
+
+def tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Table]:
+    """Return BLEU and chrF with the signatures by which they can be computed again."""
+    scored = [row for row in rows if "signatures" in row]
+    cells = [(row["run"], name, row[name], row["signatures"][name]) for row in scored for name in SCORES]
+    note = "Of all sentences together, by sacrebleu, against the references as they were written."
+    return [Table("Scores of translations", ("run", "score", "value", "signature"), cells, note)] if cells else []
+
+
+TRANSLATE = Task(
+    name="translate",
+    metrics=(
+        Metric("perplexity", "perplexity", unit="", better="lower"),
+        Metric("bleu", "BLEU", unit=""),
+        Metric("chrf", "chrF", unit=""),
+        LOSS,
+    ),
+    target=target,
+    arguments=arguments,
+    losses=losses,
+    weights=weights,
+    score=lambda num_classes, recipe: TokenScore(vocabulary_of_recipe(recipe)),
+    start=lambda setting: TranslationPass(setting, TokenScore(vocabulary_of_recipe(setting.recipe))),
+    examples=no_examples,
+    answer=no_files,
+    lines=lines,
+    spec=TranslateOptions,
+    finish=finish,
+    tables=tables,
+    in_tables=frozenset({"signatures"}),
+)
