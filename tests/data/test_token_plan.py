@@ -117,5 +117,7 @@ def test_arrays_of_unequal_length_are_filled_up_and_cut_down_again():
     labels = np.array([[5, 6, 7], [8, 1, 1], [9, 9, 1]])
     data, cut = tight(whole[1:], labels[1:], (1, 1))
     assert (data.tolist(), cut.tolist()) == (b.tolist(), [[8, 1], [9, 9]])
+    data, cut = tight(np.array([[[4, 5, 1, 1]]]), np.array([[5, 1, 1]]), (1, 1))  # a window and what follows it
+    assert (data.tolist(), cut.tolist()) == ([[[4, 5]]], [[5]])
     data, cut = tight(whole[:0], labels[:0], (1, 1))
     assert (len(data), cut.shape) == (0, (0, 1))

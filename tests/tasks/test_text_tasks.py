@@ -181,8 +181,7 @@ def test_a_language_model_goes_on_where_a_line_ends():
     task = TASKS["language"]
     current = task.start(Setting(task, net, net.recipe, batch=2, rows=2))
     stream = np.array([[EOS, *WORDS.encode("a b c d e"), EOS]], np.int32)
-    data = np.stack([stream[:, :-1], stream[:, 1:]], 1)[:, None]
-    samples = Samples(data, stream[:, 1:].astype(np.int64), ["t#0"], [0])
+    samples = Samples(stream[:, None], stream[:, 1:].astype(np.int64), ["t#0"], [0])
     outputs = current.take(samples)
     assert isinstance(outputs, Tensor)
     assert outputs.shape == (1, 6)

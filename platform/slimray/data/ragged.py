@@ -19,9 +19,12 @@ def joined(arrays: Sequence[np.ndarray], pad: float) -> np.ndarray:
 
 
 def tight(data: np.ndarray, labels: np.ndarray, pads: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Return samples `[n, ..., L]` and labels `[n, ..., L]` without the last places, which are filled up in all."""
-    used = 1
-    for array, pad in zip((data, labels), pads, strict=True):
+    """Return samples `[n, ..., L]` and labels `[n, ..., M]` without the last places, which are filled up in all.
+
+    Of both as many, so that L - M stays as it is; it is 0 or more.
+    """
+    more, used = data.shape[-1] - labels.shape[-1], 1
+    for array, pad, beyond in ((data, pads[0], more), (labels, pads[1], 0)):
         there = (array != pad).reshape(-1, array.shape[-1]).any(0)
-        used = max(used, int(np.flatnonzero(there)[-1]) + 1 if there.any() else 1)
-    return data[..., :used], labels[..., :used]
+        used = max(used, int(np.flatnonzero(there)[-1]) + 1 - beyond if there.any() else 1)
+    return data[..., : used + more], labels[..., :used]

@@ -1,10 +1,9 @@
 """Language modelling: how likely is the next token.
 
-Networks take windows of a stream int `[B, 2, L]` (tokens, and those behind them) and return the log-probability of
-each of the latter `[B, L]`, so that nothing of the size of a large vocabulary is made, or logits `[B, L, V]`. What came
-before a window is not known in it: perplexity is of streams as long as `prepare` made them (`text.stream`), within
-which a network carries its memory and its cache; so it does not depend on the number of workers. Per word it compares
-tokenizers, per token it does not.
+Networks take windows of a stream int `[B, L + 1]` and return the log-probabilities of their last L tokens `[B, L]`, so
+that nothing of the size of a large vocabulary is made, or logits `[B, L, V]`. What came before a window is not known in
+it: perplexity is of streams as long as `prepare` made them (`text.stream`), within which a network carries its memory
+and its cache; so it does not depend on the number of workers. Per word it compares tokenizers, per token it does not.
 """
 
 from collections.abc import Callable
@@ -61,7 +60,7 @@ class LanguagePass(Pass):
         if not hasattr(network.net, "next_words"):
             return []
         for data in samples.data[: max(0, most - len(before))]:
-            tokens = [int(token) for token in data[0, 0] if token != EOS]
+            tokens = [int(token) for token in data[0] if token != EOS]
             given, rest = tokens[:GIVEN], tokens[GIVEN : GIVEN + recipe.words]
             texts = [("text", recipe.vocabulary.decode(given)), ("network", continuation(network, given))]
             rows.append(Texts("", [*texts, ("truth", recipe.vocabulary.decode(rest))]).to_plain())

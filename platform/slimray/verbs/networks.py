@@ -24,6 +24,7 @@ from slimray.verbs.context import CheckContext
 from slimray.verbs.inputs import make_recipe
 from slimray.verbs.specs import OWNED, ModelSpec, TrainJob
 
+UNKNOWN = 8  # stands for numbers that only the dataset, which is not there, says: classes, tokens
 KEPT = "data/network.json"  # the network of `model.run` as the first attempt found it
 
 
@@ -85,11 +86,11 @@ def given_of(job: HasNetwork, card: Card | None) -> dict[str, Any] | None:
 
 
 def model_options(job: TrainJob, card: Card | None) -> dict[str, Any]:
-    """Return what `compress.build` takes for this job; 1 for what its task does not say yet."""
+    """Return what `compress.build` takes for this job; UNKNOWN for what its task does not say yet."""
     needs = models.required(str(job.model.name))
     given = given_of(job, card)
     if given is None:
-        given = dict.fromkeys(needs, 1)
+        given = dict.fromkeys(needs, UNKNOWN)
     for option in needs:
         if option not in given and card is not None:
             task = task_of_card(card).name
@@ -163,7 +164,7 @@ def _side(model: Mapping[str, Any]) -> int | None:
     """Return the resolution of a subnet, in pixels, where its arch says one; None for what cannot be built."""
     if not model.get("arch") or model["name"] not in models.MODELS:
         return None
-    supernet: dict[str, Any] = dict.fromkeys(models.required(model["name"]), 1)
+    supernet: dict[str, Any] = dict.fromkeys(models.required(model["name"]), UNKNOWN)
     supernet |= {key: value for key, value in model.items() if key not in ("arch", "compression")}
     try:
         space: Any = cost.build_on_meta(lambda: models.build(**supernet)).space

@@ -1,8 +1,8 @@
 """Samples of text as arrays of tokens, and the shards that `prepare` stores them in.
 
 A pair is int32 `[1, 2, L]`: the source with eos, and what the decoder is given (eos, then the target); its target,
-int64 `[L]`, is the target with eos. A window of plain text is int32 `[1, 2, L]`: tokens, and those behind them, which
-are its target. PAD fills up on the right; L is the length of the longest sample of a block, so that short ones are
+int64 `[L]`, is the target with eos. A window of plain text is int32 `[1, L + 1]`, of which the last L tokens are the
+target. PAD fills up on the right; L is the length of the longest sample of a block, so that short ones are
 cheap. Shards are Parquet files of some thousand samples, which a process keeps whole once it has read one: a sample
 alone would be a hundred bytes, and a request each. A window is stored with the one that follows it, because it begins
 anywhere in it, as a function of (seed, epoch), so that an epoch has each token once. No torch, no Ray.
@@ -94,12 +94,12 @@ def text_recipe(data: "DataSpec", card: "Card", _: int, mode: str) -> dict[str, 
 
 def text_shape(recipe: TextRecipe) -> tuple[int, ...]:
     """Return the shape of the longest sample, its one view first."""
-    return (1, 2, recipe.length)
+    return (1, 2, recipe.length) if recipe.sides == 2 else (1, recipe.length + 1)
 
 
 def text_input(recipe: TextRecipe) -> tuple[int, ...]:
     """Return the shape of a typical sample as a network takes it."""
-    return (2, min(TYPICAL, recipe.length) if recipe.sides == 2 else recipe.length)
+    return (2, min(TYPICAL, recipe.length)) if recipe.sides == 2 else (recipe.length + 1,)
 
 
 def pair_arrays(source: np.ndarray, target: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -117,11 +117,10 @@ def pair_arrays(source: np.ndarray, target: np.ndarray | None) -> tuple[np.ndarr
 
 
 def window_arrays(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return L + 1 tokens in a row as a sample int32 `[1, 2, L]` and its target int64 `[L]`; L is at least 1."""
-    sample = np.full((1, 2, max(1, len(tokens) - 1)), PAD, np.int32)
-    if len(tokens) > 1:
-        sample[0, 0], sample[0, 1] = tokens[:-1], tokens[1:]
-    return sample, sample[0, 1].astype(np.int64)
+    """Return L + 1 tokens in a row as a sample int32 `[1, L + 1]` and its target int64 `[L]`; L is at least 1."""
+    sample = np.full((1, max(2, len(tokens))), PAD, np.int32)
+    sample[0, : len(tokens)] = tokens
+    return sample, sample[0, 1:].astype(np.int64)
 
 
 def load_text(
