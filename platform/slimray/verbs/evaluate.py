@@ -98,11 +98,12 @@ def check(job: EvaluateJob, ctx: CheckContext) -> dict[str, Any]:
         for one in found:
             taken = inputs.read_input(one.run, f"{ctx.where}: runs", one.format)
             _require_options(job, ctx.where, one.name, lookup(TASKS, task_of(taken), "task"), taken["recipe"])
-            known[one.name] = tuple(taken["classes"])
+            known[one.name] = tuple(taken["classes"]), taken["recipe"]
         if not (job.data.run in ctx.ahead if job.data is not None else job.runs[0] in ahead):
             _, split, splits = _open_data(job, ctx.where, ctx.storage, found)
-            for name, classes in known.items():
+            for name, (classes, recipe) in known.items():
                 _require_classes(ctx.where, name, classes, splits)
+                _require_tokens(ctx.where, name, recipe, splits)
             out |= {"dataset": splits.card.name, "split": split, "samples": splits.tables[split].num_rows}
     return out
 
@@ -181,6 +182,15 @@ def _require_classes(where: str, name: str, classes: tuple[str, ...], splits: Sp
         raise UserError(f"{where}: runs: {name!r} knows other classes than {splits.card.name}: score it apart")
 
 
+def _require_tokens(where: str, name: str, recipe: Mapping[str, Any], splits: Splits) -> None:
+    """Raise UserError for texts whose tokens mean something else to a network."""
+    if splits.card.text is not None and splits.card.text.tokenizer != recipe.get("tokenizer"):
+        raise UserError(
+            f"{where}: runs: {name!r} has another tokenizer than {splits.card.name}: prepare it with `text.like`, the "
+            "dataset that it was trained on"
+        )
+
+
 def run(job: EvaluateJob, ctx: Context) -> None:
     """Score every run of `job` and write the comparison to the run folder `ctx.run`."""
     from slimray.train import connection
@@ -210,6 +220,7 @@ def run(job: EvaluateJob, ctx: Context) -> None:
     for one, network in zip(found, trained, strict=True):
         _require_task(ctx.where, one.name, network.task, task)
         _require_classes(ctx.where, one.name, network.classes, splits)
+        _require_tokens(ctx.where, one.name, network.recipe, splits)
         _require_options(job, ctx.where, one.name, task, network.recipe)
     table = splits.tables[split]
     cases, phases = [], []

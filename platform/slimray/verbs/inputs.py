@@ -24,7 +24,7 @@ from slimray.data.modalities import MODALITIES, read_recipe
 from slimray.data.samples import BadSample
 from slimray.data.spec import DataSpec
 from slimray.spec import UserError, did_you_mean, located, parse
-from slimray.storage import absolute, join, open_uri, read_bytes
+from slimray.storage import absolute, exists, join, open_uri, read_bytes
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,12 @@ def absent_samples(table: pa.Table, root: str, count: int = 3) -> list[str]:
     fs, folder = open_uri(root)
     absent = []
     for place in np.unique(np.linspace(0, table.num_rows - 1, count).round().astype(int)):
+        row = table.slice(int(place), 1).to_pylist()[0]
         try:
-            read_whole(fs, folder, table.slice(int(place), 1).to_pylist()[0])
+            if not row["shard"]:
+                read_whole(fs, folder, row)
+            elif not exists(fs, join(folder, row["shard"])):
+                absent.append(join(folder, row["shard"]))
         except FileNotFoundError as error:
             absent.append(str(error))
         except BadSample:

@@ -163,6 +163,8 @@ def check(job: PrepareJob, ctx: CheckContext) -> dict[str, Any]:
         elif not root:
             raise UserError(f"data.root: is required, the folder where {card.name} lies")
         _require_sections(job, card)
+        if job.text is not None and job.text.like is not None:
+            ctx.require(job.text.like, ("dataset",), "text.like")
         if generated:  # without a table: making one imports pandas
             return out | {"samples": {split: len(to_generate(job, split)) for split in out["splits"]}}
         tables = {split: _table(job, card, split, root) for split in out["splits"]}
@@ -225,8 +227,16 @@ def _learn(job: PrepareJob, ctx: Context, card: Card, root: str) -> str:
         return ""
     with contextlib.suppress(FileNotFoundError):
         return runs.read_file(ctx.run, f"data/{TOKENIZER}").decode()
-    ctx.console.print(f"{job.name}: training the tokenizer", highlight=False, markup=False)
-    vocabulary = learn(card, root, job.text or TextSpec.model_validate({}))
+    spec = job.text or TextSpec.model_validate({})
+    if spec.like is not None:
+        other = inputs.finished_run(spec.like, ctx.storage, ("dataset",), f"{ctx.where}: text.like")
+        try:
+            vocabulary = runs.read_file(other, f"data/{TOKENIZER}").decode()
+        except FileNotFoundError:
+            raise UserError(f"{ctx.where}: text.like: {spec.like!r} holds no texts: name another run") from None
+    else:
+        ctx.console.print(f"{job.name}: training the tokenizer", highlight=False, markup=False)
+        vocabulary = learn(card, root, spec)
     runs.write_file(ctx.run, f"data/{TOKENIZER}", vocabulary.encode())
     return vocabulary
 

@@ -14,6 +14,9 @@ class TextSpec(Spec):
     what stands between white space, for texts that are tokenised already, such as the Penn Treebank."""
     vocab_size: int = Field(8000, ge=len(SPECIAL) + 1, le=1_000_000)
     """Tokens, bos, pad, eos and unk included; fewer where the texts have no more."""
+    like: str | None = None
+    """A `prepare` run whose tokenizer is taken in place of one of its own, by name or URI: to score networks that were
+    trained on that dataset on this one, or to go on training them."""
     lower: bool = False
     """Make texts lower-case, as the published IWSLT'14 results do."""
     max_tokens: int = Field(250, ge=2, le=8192)

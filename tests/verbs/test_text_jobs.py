@@ -1,0 +1,173 @@
+"""Text on the same spine: damaged lines left out, trained by tokens, exactly; scored, asked line by line."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from tests.verbs.conftest import Shell, end_session, has_checkpoint, run_and_kill_a_worker, seen, weights
+from tests.waits import wait_for
+
+from slimray import runs
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+NAMES = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "acht"}
+DATA = """
+kind: prepare
+name: pairs
+data:
+  card: {name: numbers, layout: texts, sample: text, labels: none, sides: 2, task: translate,
+    splits: {train: [train.en, train.de], val: [val.en, val.de]}}
+  root: texts
+text: {tokenizer: words, vocab_size: 50}
+"""
+TRAIN = """
+kind: train
+name: {name}
+data: {{run: pairs, record_samples: true, task: {{beam: 2, max_length: 9}}}}
+model: {{name: transformer, embed: 32, qkv: 32, ffn: 64, heads: 2, encoder_layers: 1, decoder_layers: 1,
+  pre_norm: true}}
+batch: {{tokens: 80, per_worker_tokens: 40}}
+optim: {{optimizer: adam, lr: 0.01, reference_batch: 80, epochs: {epochs}, betas: [0.9, 0.98], warmup_steps: 10,
+  schedule: inverse_sqrt, groups: plain, weight_decay: 0, label_smoothing: 0.1}}
+scale: {{workers: 2}}
+checkpoint: {{every_steps: 2}}
+log_every: 1
+"""
+STREAM = """
+kind: prepare
+name: stream
+data: {card: {name: plain, layout: texts, sample: text, labels: none, task: language,
+  splits: {train: train.en, val: val.en}}, root: texts}
+text: {tokenizer: words, vocab_size: 50, length: 16, stream: 48}
+---
+kind: train
+name: speaker
+data: {run: stream, task: {words: 4}}
+model: {name: micronet_lm, preset: tiny, cache: 8}
+batch: {total: 8, per_worker: 4}
+optim: {optimizer: adam, lr: 0.01, reference_batch: 8, epochs: 1, warmup_steps: 2, schedule: cosine, cosine_from: start,
+  groups: plain, weight_decay: 0, clip_norm: 0.5}
+scale: {workers: 2}
+---
+kind: evaluate
+name: spoken
+runs: [speaker]
+batch: 2
+scale: {workers: 2}
+---
+kind: evaluate
+name: spoken-alone
+runs: [speaker]
+batch: 3
+"""
+
+
+def write_pairs(shell: Shell) -> None:
+    """Numbers in English, and as many in German, backwards; three of 100 lines to learn from are damaged."""
+    folder, rng = shell.folder / "texts", random.Random(0)
+    folder.mkdir()
+    for split, count in (("train", 97), ("val", 12)):
+        sentences = [rng.choices(list(NAMES), k=rng.randint(1, 5)) for _ in range(count)]
+        lines = [(" ".join(s).encode(), " ".join(NAMES[word] for word in reversed(s)).encode()) for s in sentences]
+        if split == "train":
+            lines[10:10] = [(b"", b"eins"), (b"one", b"caf\xe9"), (b"one\0", b"eins")]
+        for side, ending in enumerate(("en", "de")):
+            (folder / f"{split}.{ending}").write_bytes(b"\n".join(line[side] for line in lines) + b"\n")
+
+
+@pytest.fixture(scope="module")
+def calm(shell: Shell) -> str:
+    """The digest of an undisturbed training, `calm-text`."""
+    write_pairs(shell)
+    out = shell.ok("run", shell.write("pairs.yaml", DATA))
+    assert "train 97 texts (3 quarantined)" in out
+    shell.ok("run", shell.write("calm-text.yaml", TRAIN.format(name="calm-text", epochs=3)))
+    return weights(shell, "calm-text")
+
+
+def test_lines_that_are_no_text_are_quarantined_with_their_numbers(shell, calm):
+    bad = runs.read_parts(runs.open_run(str(shell.storage), "pairs"), "quarantine")
+    assert sorted((row["path"], row["reason"].rpartition(": ")[2]) for row in bad) == [
+        ("train.en#11", "is empty"), ("train.en#12", "is not UTF-8 (byte 3)"), ("train.en#13", "holds a zero byte"),
+    ]  # fmt: skip
+
+
+def test_every_pair_is_seen_once_per_epoch(shell, calm):
+    assert seen(shell, "calm-text") == {epoch: list(range(97)) for epoch in range(3)}
+    card = runs.read_card(runs.open_run(str(shell.storage), "calm-text"))
+    assert card is not None
+    rows = runs.read_parts(runs.open_run(str(shell.storage), "calm-text"), "metrics")
+    judged = [row["val/perplexity"] for row in rows if row["phase"] == "val"]
+    assert card["metrics"]["best"]["val/perplexity"] == min(judged)
+    losses = [row["train/loss"] for row in rows if row["phase"] == "train"]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_a_killed_worker_costs_no_bit(shell, calm):
+    name = "killed-text"
+    run_and_kill_a_worker(shell, shell.write("killed-text.yaml", TRAIN.format(name=name, epochs=3)), name)
+    assert weights(shell, name) == calm
+    assert seen(shell, name) == {epoch: list(range(97)) for epoch in range(3)}
+
+
+def test_a_killed_driver_resumes_on_another_number_of_workers_with_the_same_mathematics(shell, calm):
+    name = shell.write("elastic-text.yaml", TRAIN.format(name="elastic-text", epochs=3))
+    child = shell.start("run", name)
+    wait_for("a checkpoint in mid-epoch", lambda: has_checkpoint(shell, "elastic-text", 8))
+    end_session(child)
+    shell.ok("run", name, "--set", "scale.workers=1")
+    assert seen(shell, "elastic-text") == {epoch: list(range(97)) for epoch in range(3)}
+
+
+def test_two_workers_train_like_one(shell, calm):
+    """Without dropout the weights are the same but for rounding."""
+    for name, workers in (("two", 2), ("one", 1)):
+        text = TRAIN.format(name=name, epochs=1).replace("pre_norm: true", "pre_norm: true, dropout: 0.0")
+        shell.ok("run", shell.write(f"{name}.yaml", text.replace("workers: 2", f"workers: {workers}")))
+    two, one = (
+        safetensors.numpy.load((shell.storage / name / "model/weights.safetensors").read_bytes())
+        for name in ("two", "one")
+    )
+    for key in one:
+        np.testing.assert_allclose(two[key], one[key], rtol=0, atol=2e-4, err_msg=key)
+
+
+def test_an_evaluation_translates_and_says_how_it_was_scored(shell, calm):
+    done = shell.run("evaluate", "calm-text", "--json")
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)["rows"][0]
+    assert (row["num_samples"], row["num_quarantined"]) == (12, 0)
+    assert row["chrf"] >= 0
+    assert "tok:13a" in row["signatures"]["bleu"]
+    assert row["params"] > 1000
+    page = runs.read_file(runs.open_run(str(shell.storage), "calm-text-eval"), "report.html").decode()
+    for words in ("<h2>Texts</h2>", "Scores of translations", "nrefs:1", "reference"):
+        assert words in page
+
+
+def test_a_text_is_answered_line_by_line(shell, calm):
+    (shell.folder / "asked.txt").write_text("one two\n\nthree\n" + "four " * 40 + "\n")
+    done = shell.run("predict", "calm-text", "asked.txt")
+    assert done.returncode == 2
+    assert "asked.txt line 4: has 41 tokens, the network learned from 6 at most" in done.stderr
+    said = done.stdout.split("\n")
+    assert len(said) == 5
+    assert said[1] == said[3] == ""
+    assert set(said[0].split()) <= set(NAMES.values())
+
+
+def test_a_language_model_is_trained_scored_alike_by_any_number_of_workers_and_goes_on(shell, calm):
+    shell.ok("run", shell.write("stream.yaml", STREAM))
+    rows = [
+        json.loads(runs.read_file(runs.open_run(str(shell.storage), name), "results.json"))["rows"][0]
+        for name in ("spoken", "spoken-alone")
+    ]
+    assert rows[0]["num_tokens"] == rows[1]["num_tokens"] > 30
+    assert rows[0]["perplexity"] == pytest.approx(rows[1]["perplexity"], rel=1e-5)
+    assert rows[0]["perplexity"] == rows[0]["word_perplexity"]
+    (shell.folder / "begun.txt").write_text("one two\n")
+    said = shell.ok("predict", "speaker", "begun.txt").strip()
+    assert said.startswith("one two")
