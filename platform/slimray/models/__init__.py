@@ -32,6 +32,7 @@ from slimray.models.supernets.static_mobile import mobilenetv3_large, proxyless_
 from slimray.models.text.hat import hat
 from slimray.models.text.micronet import micronet_lm
 from slimray.models.text.transformer import transformer
+from slimray.models.text.transformer_lm import transformer_lm
 from slimray.models.tsm import VideoNet2D
 from slimray.spec import UserError, did_you_mean, lookup
 
@@ -147,6 +148,7 @@ MODELS |= {
     "hat_wmt": Model(hat, "HAT supernet of transformers, WMT's space", "text", {"preset": "wmt"}, **_HAT),
     "hat_iwslt": Model(hat, "HAT supernet of transformers, IWSLT's space", "text", {"preset": "iwslt"}, **_HAT),
     "hat_small": Model(hat, "HAT supernet of small transformers, our own space", "text", **_HAT),
+    "transformer_lm": Model(transformer_lm, "Transformer: goes on with a text", "text"),
     "micronet_lm": Model(micronet_lm, "MicroNet's language model: short window, memory and cache", "text"),
 }
 MODELS |= {name: Model(make, text, takes) for name, (make, text, takes) in POINT_MODELS.items()}

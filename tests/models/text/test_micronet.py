@@ -106,6 +106,18 @@ def test_a_layer_is_the_one_recorded_with_and_without_memory(recorded):
 
 
 @torch.no_grad()
+def test_distillation_counts_the_labels_that_were_counted(recorded):
+    case = recorded["distill"]
+    embed, softmax = words_of(case)
+    log_probs = softmax(case["hidden"], embed)
+    soft = adaptive.soft_losses(log_probs, case["target"], case["soft_labels"], case["soft_probs"], CUTOFFS)
+    assert near(soft, case["distill_term_only"])
+    for step, expected in case["loss_per_token_by_step"].items():
+        share = adaptive.hard_share(int(step), case["cfg"]["steps"])
+        assert near(share * case["nll"] + (1 - share) * soft, expected)
+
+
+@torch.no_grad()
 def test_the_hebbian_update_is_the_intended_one(recorded):
     case = recorded["hebbian"]
     weight, counts = adaptive.hebbian_update(
@@ -215,3 +227,26 @@ def test_macs_are_those_of_the_whole_vocabulary():
     found = count_macs(net, (1, 61))
     window = 2 * 2 * 12 * (4 + 4 + 4)  # blocks of 6 queries and 12 keys, 7 of which count
     assert 60 * (softmax + layers + embed) < found <= 60 * (softmax + layers + embed + window)
+
+
+# ------------------------------------------------------------------------------------------- what it is compared with
+
+
+@pytest.mark.parametrize("pre_norm", [True, False])
+@torch.no_grad()
+def test_a_plain_transformer_goes_on_with_what_is_cached_and_sees_all_that_came_before(pre_norm):
+    torch.manual_seed(0)
+    net = models.build("transformer_lm", vocab_size=WORDS, embed=16, ffn=24, heads=2, layers=2, pre_norm=pre_norm)
+    net, tokens, chunks = net.double().eval(), stream(), []
+    whole, past = net(tokens).log_softmax(-1), net.start()
+    for part in tokens[:, :-1].split([5, 1, 20, 13], 1):
+        found, past = net.next_words(part, past)
+        chunks.append(found)
+    assert torch.allclose(torch.cat(chunks, 1), whole, atol=1e-10)
+    other = tokens.clone()
+    other[0, 10] = 4 + (other[0, 10] - 3) % 30
+    change = (net(other).log_softmax(-1) - whole).abs().amax(-1)
+    assert change[0, :10].max() < 1e-12
+    assert change[0, 10:].min() > 1e-6
+    assert change[1].max() < 1e-12
+    assert continued(net, tokens, 3).shape == (2, 3)

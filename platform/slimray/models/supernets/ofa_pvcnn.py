@@ -223,6 +223,10 @@ class OfaPVCNN(nn.Module):
             take(_three(head[0])[0], _three(self.classifier[0])[0], self._spans(plan))  # parts, not first columns
         return plain.train(self.training)
 
+    def latency_features(self, arch: Arch) -> list[float]:
+        """Numbers from which the latency of `arch` can be learned."""
+        return self.space.encode(arch)
+
     def measured(self, arch: Arch, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
         """What is timed of the subnet `arch` whose first unit takes `shape`, and the shape that it takes."""
         return self.extract(arch), (self.in_channels + self.num_shapes, shape[-1])

@@ -292,6 +292,10 @@ class Supernet(nn.Module):
             take(modules[placed.name], self.get_submodule(placed.source))
         return Subnet(modules, self.layout.first_conv_name, int(arch.get("frames", 0))).train(self.training)
 
+    def latency_features(self, arch: Arch) -> list[float]:
+        """Numbers from which the latency of `arch` can be learned."""
+        return self.space.encode(arch)
+
     def measured(self, arch: Arch, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
         """What is timed of the subnet `arch` whose first unit takes `shape`, and the shape that it takes."""
         return self.extract(arch), shape

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from slimray.arch import Arch, Dimension, Gene, Space, Stage
 from slimray.models.supernets.elastic import ChannelGroup, Unit, take
-from slimray.models.text.transformer import DecoderSize, Design, EncoderSize, Sizes, Transformer, require_divisible
+from slimray.models.text.transformer import DecoderSize, Design, EncoderSize, Sizes, Transformer, require_heads
 from slimray.models.text.units import Spoken, Translation, cross_unit, decoder_unit, encoder_unit, words_unit
 from slimray.spec import lookup
 
@@ -128,6 +128,10 @@ class HatSupernet(Transformer):
             plain = Transformer(self.design, sizes_of(self.space.arch(arch)))
         take(plain, self)
         return plain.train(self.training)
+
+    def latency_features(self, arch: Arch) -> list[float]:
+        """Numbers from which the latency of `arch` can be learned: the published ten, FEATURES."""
+        return features(arch)
 
     def measured(self, arch: Arch, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
         """What is timed of the subnet `arch`: it translates a sentence as its units do, whatever it is given."""
@@ -239,7 +243,7 @@ def hat(
     """
     layout = lookup(PRESETS, preset, "preset")
     layout = replace(layout, length=length or layout.length, beam=beam or layout.beam)
-    require_divisible(layout.qkv, layout.heads, "heads")
+    require_heads(layout.qkv, layout.heads, "heads")
     widest = max(layout.embeds)
     design = Design(vocab_size, layout.qkv, widest, layout.tied, pre_norm, dropout, attention_dropout, released_dropout)
     return HatSupernet(design, layout)

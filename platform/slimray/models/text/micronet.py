@@ -88,10 +88,10 @@ class Layer(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, ffn), nn.Linear(ffn, width)
 
     def forward(self, x: Tensor, memory: Cached | None) -> tuple[Tensor, Cached]:
-        found, memory = self.attention(self.ln1(x), memory)
+        found, after = self.attention(self.ln1(x), memory)
         x = x + functional.dropout(found, self.dropout, self.training)
         hidden = functional.dropout(self.fc1(self.ln2(x)).relu(), self.dropout, self.training)
-        return x + functional.dropout(self.fc2(hidden), self.dropout, self.training), memory
+        return x + functional.dropout(self.fc2(hidden), self.dropout, self.training), after
 
 
 @dataclass(frozen=True)

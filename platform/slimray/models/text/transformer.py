@@ -122,9 +122,9 @@ class Transformer(nn.Module):
         if any(not 1 <= layer.attends <= outputs for layer in sizes.decoder_layers):
             raise UserError(f"attends: must be at least 1 and at most {outputs}, the layers of the encoder")
         if design.tied:
-            self.embed = _table(design.vocab_size, max(widths), design.widest)
+            self.embed = table_of(design.vocab_size, max(widths), design.widest)
         else:
-            self.source_embed, self.target_embed = (_table(design.vocab_size, w, design.widest) for w in widths)
+            self.source_embed, self.target_embed = (table_of(design.vocab_size, w, design.widest) for w in widths)
             self.output = nn.Linear(sizes.decoder, design.vocab_size, bias=False)
             nn.init.normal_(self.output.weight, 0, sizes.decoder**-0.5)
         norm = (design.pre_norm, design.attention_dropout)
@@ -199,7 +199,8 @@ class Transformer(nn.Module):
         return functional.dropout(x, self.design.drops(width).embeddings, self.training)
 
 
-def _table(vocab_size: int, width: int, widest: int) -> nn.Embedding:
+def table_of(vocab_size: int, width: int, widest: int) -> nn.Embedding:
+    """A table of words, zeros for PAD."""
     table = nn.Embedding(vocab_size, width, padding_idx=PAD)
     nn.init.normal_(table.weight, 0, widest**-0.5)
     with torch.no_grad():
@@ -207,11 +208,17 @@ def _table(vocab_size: int, width: int, widest: int) -> nn.Embedding:
     return table
 
 
-def require_divisible(qkv: int, heads: Sequence[int], where: str) -> None:
-    """Raise UserError unless `qkv` channels can be divided by all of `heads`."""
+def require_heads(width: int, heads: Sequence[int], where: str, of: str = "qkv") -> None:
+    """Raise UserError unless `width` channels can be divided by all of `heads`."""
     for count in heads:
-        if qkv % count:
-            raise UserError(f"{where}: must divide qkv ({qkv}), got {count}")
+        if width % count:
+            raise UserError(f"{where}: must divide {of} ({width}), got {count}")
+
+
+def require_even(embed: int) -> None:
+    """Raise UserError for an odd width."""
+    if embed % 2:
+        raise UserError(f"embed: must be even, as half of its channels hold sines (got {embed})")
 
 
 def transformer(
@@ -230,9 +237,8 @@ def transformer(
     attention_dropout: float = 0.0,
 ) -> Transformer:
     """Build a transformer for translation; UserError for heads that do not divide `qkv`, and an odd `embed`."""
-    require_divisible(qkv, [heads], "heads")
-    if embed % 2:
-        raise UserError(f"embed: must be even, as half of its channels hold sines (got {embed})")
+    require_heads(qkv, [heads], "heads")
+    require_even(embed)
     design = Design(vocab_size, qkv, embed, tied, pre_norm, dropout, attention_dropout)
     layers = (EncoderSize(heads, ffn),) * encoder_layers, (DecoderSize(heads, heads, ffn, attends),) * decoder_layers
     return Transformer(design, Sizes(embed, embed, *layers))

@@ -1,0 +1,96 @@
+"""A plain transformer that goes on with a text: the layers of translation without a source, all words alike.
+
+Takes streams int `[B, L + 1]`, gives logits `[B, L, V]` of all words but the first. It is what MicroNet's network
+(micronet.py) is compared with: sinusoidal positions, attention to all that came before within the window, one table of
+words for input and output. `next_words` goes on with what is cached.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from slimray.data.text.vocabulary import PAD
+from slimray.models.text.layers import Cached, Drops, EncoderLayer, layer_norm, sinusoids
+from slimray.models.text.transformer import require_even, require_heads, table_of
+
+
+@dataclass(frozen=True, eq=False)
+class Past:
+    """What was seen: keys and values of every layer, and how many words."""
+
+    cached: tuple[Cached | None, ...]
+    length: int = 0
+
+
+class CausalLayer(EncoderLayer):
+    """A layer in which a word sees itself and those before it."""
+
+    def go_on(self, x: Tensor, past: Cached | None, drops: Drops) -> tuple[Tensor, Cached]:
+        """`[B, T, C]` in and out, and the keys and values of all words so far."""
+        seen = self._before(self.self_attn_layer_norm, x)
+        new, mask = self.self_attn.project(seen), None
+        if past is not None:
+            known = past.keys.shape[2]
+            new = Cached(torch.cat([past.keys, new.keys], 2), torch.cat([past.values, new.values], 2))
+            mask = torch.ones(x.shape[1], known + x.shape[1], dtype=torch.bool, device=x.device).tril(known)
+        out = self.self_attn(seen, new, mask, causal=past is None)
+        x = self._after(self.self_attn_layer_norm, x + functional.dropout(out, drops.residual, self.training))
+        out = self.ffn(self._before(self.final_layer_norm, x), drops.inside)
+        return self._after(self.final_layer_norm, x + functional.dropout(out, drops.residual, self.training)), new
+
+
+class TransformerLM(nn.Module):
+    """The network."""
+
+    head_name = "embed"
+
+    def __init__(self, vocab_size: int, embed: int, ffn: int, heads: int, layers: int, pre_norm: bool, dropout: float):
+        super().__init__()
+        self.drops = Drops(dropout, dropout, dropout, dropout)
+        self.embed = table_of(vocab_size, embed, embed)
+        self.layers = nn.ModuleList(CausalLayer(embed, embed, heads, ffn, pre_norm, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(embed) if pre_norm else None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Streams int `[B, L + 1]` to logits `[B, L, V]` of their last L words."""
+        return self._logits(tokens[:, :-1], self.start())[0]
+
+    def start(self) -> Past:
+        """Nothing that came before."""
+        return Past((None,) * len(self.layers))
+
+    def next_words(self, tokens: Tensor, past: Past) -> tuple[Tensor, Past]:
+        """Log-probabilities `[B, L, V]` of the words behind `tokens` int `[B, L]`, the next of a stream."""
+        logits, past = self._logits(tokens, past)
+        return logits.log_softmax(-1), past
+
+    def _logits(self, tokens: Tensor, past: Past) -> tuple[Tensor, Past]:
+        tokens = tokens.long()
+        width, length = self.embed.embedding_dim, tokens.shape[1]
+        places = PAD + 1 + past.length + torch.arange(length, device=tokens.device).expand(tokens.shape)
+        x = self.embed(tokens) * width**0.5
+        x = functional.dropout(x + sinusoids(places, width, x.dtype), self.drops.embeddings, self.training)
+        cached = []
+        for layer, before in zip(self.layers, past.cached, strict=True):
+            x, new = layer.go_on(x, before, self.drops)  # type: ignore[operator]
+            cached.append(new)
+        x = x if self.norm is None else layer_norm(self.norm, x)
+        return functional.linear(x, self.embed.weight), Past(tuple(cached), past.length + length)
+
+
+def transformer_lm(
+    *,
+    vocab_size: int,
+    embed: int = 256,
+    ffn: int = 1024,
+    heads: int = 4,
+    layers: int = 4,
+    pre_norm: bool = True,
+    dropout: float = 0.1,
+) -> TransformerLM:
+    """Build a language model; UserError for heads that do not divide `embed`, and an odd `embed`."""
+    require_heads(embed, [heads], "heads", "embed")
+    require_even(embed)
+    return TransformerLM(vocab_size, embed, ffn, heads, layers, pre_norm, dropout)

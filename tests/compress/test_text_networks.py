@@ -1,0 +1,85 @@
+"""Networks of text in few bits: the recorded codebooks, layers of 8 and 4 bits, the same translations from a file."""
+
+import json
+import zlib
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from slimray import compress, models
+from slimray.compress import fake_quant as fq
+from slimray.compress.quantized import Quantized
+from slimray.compress.sharing import kmeans, nearest
+from slimray.data.text.vocabulary import EOS
+from slimray.models.text.decoding import beam_search, continued
+
+NETWORKS = {
+    "transformer": {"vocab_size": 40, "embed": 64, "qkv": 64, "ffn": 128, "encoder_layers": 2, "decoder_layers": 2},
+    "hat_small": {"vocab_size": 40, "preset": "tiny", "arch": {"depth": [1]}},
+    "transformer_lm": {"vocab_size": 40, "embed": 64, "ffn": 128, "layers": 2},
+    "micronet_lm": {"vocab_size": 40, "preset": "tiny", "cache": 8},
+}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_codebooks_are_the_recorded_ones(shared, bits):
+    recorded = json.loads((shared / "parity/language/kmeans_quant.json").read_text())["cases"][str(bits)]
+    weight = np.random.RandomState(zlib.crc32(b"km_w")).standard_normal((16, 24)).astype(np.float32) * np.float32(0.05)
+    book, codes = fq.codebook(torch.from_numpy(weight), bits, rounds=300)
+    assert book.tolist() == pytest.approx(recorded["centroids"], rel=1e-6, abs=1e-8)
+    assert codes.tolist() == recorded["codes"]
+    assert float(((book[codes].numpy().astype(float) - weight) ** 2).mean()) == pytest.approx(recorded["mse"], rel=1e-5)
+    centroids = kmeans(weight, 2**bits)
+    assert centroids.tolist() == pytest.approx(recorded["centroids"], rel=1e-6, abs=1e-8)
+    assert nearest(weight, centroids).tolist() == recorded["codes"]
+
+
+def network(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    net = models.build(name, **NETWORKS[name]).eval()
+    tokens = torch.randint(4, 40, (6, 2, 9), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    tokens[:, 1, 0] = tokens[:, 0, -1] = EOS
+    return net, tokens if hasattr(net, "encode") else tokens[:, 0]
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("scheme", ["kmeans", "int8"])
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_a_network_of_text_in_8_bits_answers_nearly_the_same_and_in_4_bits_less_so(name, scheme):
+    net, tokens = network(name)
+    off = {}
+    for bits in (8, 4):
+        made = compress.quantize(net, tokens, [tokens], (bits, 8), scheme)
+        off[bits] = relative(made.net(tokens), net(tokens))
+        layers = {at: layer for at, layer in made.net.named_modules() if isinstance(layer, Quantized)}
+        assert set(layers) == {at for at, layer in net.named_modules() if type(layer) is nn.Linear}
+        record = json.loads(json.dumps(made.record))
+        again = compress.rebuild(models.build(name, **NETWORKS[name]), [record]).eval()
+        again.load_state_dict(safetensors.torch.load(safetensors.torch.save(made.net.state_dict())))
+        assert torch.equal(again(tokens), made.net(tokens))
+        if scheme == "kmeans":
+            stored = sum(layer.codes.numel() for layer in layers.values())
+            assert stored * 8 == pytest.approx(sum(layer.num_weights for layer in layers.values()) * bits, rel=1e-3)
+    assert off[8] < 0.05
+    assert off[8] < off[4] < 0.8
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_what_is_quantized_is_decoded_by_the_same_code(name):
+    net, tokens = network(name)
+    made = compress.quantize(net, tokens, [tokens], 8, "kmeans").net
+    if hasattr(net, "encode"):
+        logits, _ = made.decode(tokens[:, 1].long(), made.start(made.encode(tokens[:, 0].long())))
+        assert torch.allclose(logits, made(tokens), atol=1e-5)
+        found = beam_search(made, tokens[:, 0].long(), beam=2, max_length=6)
+        assert all(1 <= len(one.tokens) <= 6 for best in found for one in best)
+    else:
+        assert continued(made, tokens.long(), 4).shape == (6, 4)
