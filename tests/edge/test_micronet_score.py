@@ -4,10 +4,18 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
-from slimray import models
+from slimray import compress, models
 from slimray.edge.cost import build_on_meta
-from slimray.edge.micronet_score import Counting, MicroNetScore, micronet_score
+from slimray.edge.micronet_score import (
+    SUBMITTED_CACHE,
+    Counting,
+    MicroNetScore,
+    counting_of,
+    micronet_score,
+    submitted,
+)
 from slimray.models.text.micronet import PRESETS
 
 VOCABULARY = 267_735
@@ -62,6 +70,39 @@ def test_the_score_is_the_recorded_one(recorded, case):
 def test_the_score_of_the_submission_is_reproduced_up_to_what_its_sparsities_are_off(recorded):
     found = count(recorded, "target_sparsity_0358_9bit_cache3000")
     assert found.score == pytest.approx(recorded["released"]["published_by_notebook"]["score"], rel=5e-5)
+
+
+def test_the_submission_is_counted_as_recorded(recorded):
+    expected = count(recorded, "target_sparsity_0358_9bit_cache3000").score
+    found = micronet_score(PRESETS["wikitext103"], VOCABULARY, SUBMITTED_CACHE, submitted())
+    assert found.score == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_network_is_counted_by_its_zeros_and_the_bits_of_its_layers():
+    torch.manual_seed(0)
+    net = models.build("micronet_lm", vocab_size=37, preset="tiny").eval()
+    shares = (0.3, 0.2)
+    with torch.no_grad():
+        for name, value in net.named_parameters():
+            if "bias" in name:  # some start as zeros
+                value.fill_(1.0)
+        plain = micronet_score(net.shape, 37, 0, counting_of(net, shares))
+        net.layers[0].fc1.weight[:12] = 0
+    assert plain.total("nonzero") == plain.total("stored")
+    assert not plain.counting.masked
+    sparse = micronet_score(net.shape, 37, 0, counting_of(net, shares))
+    assert sparse.total("nonzero") - plain.total("nonzero") == pytest.approx(-12 * 16)
+    assert sparse.operations < plain.operations
+    tokens = torch.randint(4, 37, (4, 20))
+    made = compress.quantize(net, tokens, [tokens], 8)
+    few = counting_of(made.net, shares)
+    assert few.bits_of["layers.0.fc1.weight"] == 8
+    assert few.density["layers.0.fc1.weight"] == pytest.approx(0.5, abs=0.05)  # some are rounded to zero
+    assert few.quantizers == len(few.bits_of)
+    found = micronet_score(net.shape, 37, 0, few)
+    term = {one.name: one for one in found.terms}["layers.0.fc1"]
+    assert (term.bits, term.nonzero) == (8, pytest.approx(12 * 16 + 24, abs=20))
+    assert found.score < sparse.score
 
 
 def test_counting_every_head_adds_what_the_published_score_leaves_out(recorded):

@@ -167,6 +167,57 @@ def _files_in(paths: list[Path], modality: Modality) -> tuple[list[Path], dict[P
 
 
 @app.command()
+def micronet(
+    what: Annotated[
+        str, typer.Argument(help="A finished run of micronet_lm, or `submitted`.", metavar="RUN")
+    ] = "submitted",
+    shares: Annotated[
+        str | None, typer.Option(help="Shares of words in the tails: 0.14,0.05. Default: all words pay for all tails.")
+    ] = None,
+    all_heads: Annotated[bool, typer.Option("--all-heads", help="Count every head, not one of each layer.")] = False,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the score of the MicroNet challenge: what is stored and computed for a word, part by part.
+
+    `submitted` is the best submission by the sparsities that its pruning aimed at. Of a run count its own zeros and
+    bits.
+    """
+    from dataclasses import replace
+
+    from slimray.edge import micronet_score as scores
+    from slimray.models.text.micronet import PRESETS, MicroNetLM
+
+    if what == "submitted":
+        counting = replace(scores.submitted(), all_heads=all_heads)
+        found = scores.micronet_score(PRESETS["wikitext103"], 267_735, scores.SUBMITTED_CACHE, counting)
+    else:
+        from slimray.tasks.network import load_network
+        from slimray.verbs import inputs
+
+        run = inputs.finished_run(what, storage_of(storage), ("network",), f"micronet {what}")
+        net = load_network(run).net
+        if not isinstance(net, MicroNetLM):
+            raise UserError(f"micronet {what}: must be a run of micronet_lm")
+        tails = len(net.shape.cutoffs)
+        try:
+            given = [float(word) for word in shares.split(",")] if shares else [1.0] * tails
+            counting = scores.counting_of(net, given, all_heads=all_heads)
+            found = scores.micronet_score(net.shape, net.vocab_size, net.cache, counting)
+        except ValueError:
+            raise UserError(f"--shares {shares}: must be {tails} numbers with commas, one for each tail") from None
+    rows = [vars(term) for term in found.terms]
+    totals = {"storage": found.storage, "operations": found.operations, "score": found.score}
+    if as_json:
+        emit({"terms": rows} | totals)
+        return
+    for row in rows:
+        say("  ".join([f"{row['name']:32}", *(f"{key} {row[key]:,.0f}" for key in list(row)[1:] if row[key])]))
+    say(f"storage {found.storage:,.2f} and operations {found.operations:,.2f}, in words of 32 bits")
+    say(f"score {found.score:.7f}")
+
+
+@app.command()
 def profile(
     what: Annotated[
         str, typer.Argument(help="A finished shrink run, a supernet of MODELS, or an export.", metavar="RUN_OR_MODEL")

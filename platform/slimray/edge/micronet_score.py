@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
 
+from torch import Tensor, nn
+
+from slimray.compress.quantized import Quantized
+
 STORAGE_UNIT, OPERATION_UNIT = 159e6, 318e6
 
 
@@ -38,9 +42,13 @@ class Sizes(Protocol):
 
 @dataclass(frozen=True)
 class Term:
-    """A part of a network: numbers stored and how many of them are not zero; operations for one word."""
+    """A part of a network: numbers stored and how many of them are not zero; operations for one word.
+
+    `bits` are those of its numbers and its products.
+    """
 
     name: str
+    bits: int
     stored: int = 0
     nonzero: float = 0.0
     products: float = 0.0
@@ -50,10 +58,12 @@ class Term:
 
 @dataclass(frozen=True)
 class Counting:
-    """How a network is counted: `bits` of weights and products, `density` of tensors by name (1 where none is given),
-    `shares` of words in the tails, `quantizers` of activations."""
+    """How a network is counted: `bits` of weights and products, those of tensors by name where they have others;
+    `density` of tensors by name (1 where none is given), `shares` of words in the tails, `quantizers` of activations,
+    each with a scale of what is left of 32 bits beside `bits`."""
 
     bits: int = 32
+    bits_of: Mapping[str, int] = field(default_factory=dict)
     density: Mapping[str, float] = field(default_factory=dict)
     masked: bool = False
     quantizers: int = 0
@@ -75,14 +85,16 @@ class MicroNetScore:
     @property
     def storage(self) -> float:
         """Words of 32 bits."""
-        bits, counting = self.counting.bits, self.counting
+        counting = self.counting
         mask = self.total("stored") / 32 if counting.masked else 0.0
-        return self.total("nonzero") * bits / 32 + mask + counting.quantizers * (1 + (32 - bits) / 32)
+        scales = counting.quantizers * (1 + (32 - counting.bits) / 32)
+        return sum(term.nonzero * term.bits for term in self.terms) / 32 + mask + scales
 
     @property
     def operations(self) -> float:
         """Per word."""
-        return self.total("products") * self.counting.bits / 32 + self.total("sums") + self.total("others")
+        products = sum(term.products * term.bits for term in self.terms) / 32
+        return products + self.total("sums") + self.total("others")
 
     @property
     def score(self) -> float:
@@ -103,13 +115,18 @@ def micronet_score(sizes: Sizes, vocab_size: int, cache: int, counting: Counting
     density = counting.density
     terms: list[Term] = []
 
+    def bits_of(name: str) -> int:
+        return counting.bits_of.get(f"{name}.weight", counting.bits)
+
     def matrix(name: str, inputs: int, outputs: int, bias: bool, often: float = 1.0) -> None:
         """A linear layer that is used `often` per word."""
         dense, products = density.get(f"{name}.weight", 1.0), inputs * outputs
         added = outputs * density.get(f"{name}.bias", 1.0) if bias else 0
         sums = (inputs - 1) * outputs * dense + added
         stored = products + (outputs if bias else 0)
-        terms.append(Term(name, stored, products * dense + added, often * products * dense, often * sums))
+        terms.append(
+            Term(name, bits_of(name), stored, products * dense + added, often * products * dense, often * sums)
+        )
 
     for number, share in enumerate(counting.shares):
         matrix(f"embed.projections.{number}", sizes.widths[number + 1], width, False, share)
@@ -120,20 +137,23 @@ def micronet_score(sizes: Sizes, vocab_size: int, cache: int, counting: Counting
             matrix(f"softmax.projections.{number - 1}", width, narrow, False)
         dense = density.get(f"embed.layers.{number}.weight", 1.0)
         added, products = words * density.get(f"softmax.biases.{number}", 1.0), words * narrow * dense
-        sums = (narrow - 1) * words * dense + added
-        outputs = words + (0 if number else len(sizes.cutoffs))
-        terms.append(Term(f"words.{number}", words * narrow + words, products + added, products, sums, 3 * outputs - 1))
+        sums, stored = (narrow - 1) * words * dense + added, words * narrow + words
+        others = 3 * (words + (0 if number else len(sizes.cutoffs))) - 1
+        bits = bits_of(f"embed.layers.{number}")
+        terms.append(Term(f"words.{number}", bits, stored, products + added, products, sums, others))
     if sizes.cutoffs:
         matrix("softmax.clusters", width, len(sizes.cutoffs), True)
     if cache:
-        terms.append(Term("cache", products=width * cache, sums=(width - 1) * cache, others=3 * cache - 1))
+        terms.append(
+            Term("cache", counting.bits, products=width * cache, sums=(width - 1) * cache, others=3 * cache - 1)
+        )
     return MicroNetScore(tuple(terms), counting)
 
 
 def _layer(sizes: Sizes, name: str, counting: Counting, matrix: Callable[..., None]) -> list[Term]:
     """The matrices of a layer by `matrix`; returned is what else it computes."""
     width, heads, window = sizes.widths[0], sizes.heads, sizes.context
-    counted = heads if counting.all_heads else 1
+    counted, bits = heads if counting.all_heads else 1, counting.bits
     matrix(f"{name}.attention.qkv", width, heads * (2 * sizes.key + sizes.value), True)
     matrix(f"{name}.attention.out", heads * sizes.value, width, False)
     matrix(f"{name}.fc1", width, sizes.ffn, True)
@@ -142,11 +162,56 @@ def _layer(sizes: Sizes, name: str, counting: Counting, matrix: Callable[..., No
     sums = heads * ((sizes.key - 1) * window + (window - 1) * sizes.value)
     positions = sizes.key * window
     return [
-        Term(f"{name}.attention", products=products, sums=sums, others=counted * (3 * window - 1)),
+        Term(f"{name}.attention", bits, products=products, sums=sums, others=counted * (3 * window - 1)),
         Term(
-            f"{name}.attention.positions", positions, positions, counted * positions,
+            f"{name}.attention.positions", bits, positions, positions, counted * positions,
             counted * ((sizes.key - 1) * window + window),
         ),
-        Term(f"{name}.norms", sums=2 * width, others=2 * 6 * width),  # and the two sums around the layer
-        Term(f"{name}.relu", others=sizes.ffn),
+        Term(f"{name}.norms", bits, sums=2 * width, others=2 * 6 * width),  # and the two sums around the layer
+        Term(f"{name}.relu", bits, others=sizes.ffn),
     ]  # fmt: skip
+
+
+def counting_of(net: nn.Module, shares: Sequence[float], bits: int = 32, all_heads: bool = False) -> Counting:
+    """How a network is counted by its own tensors: their zeros, the bits of quantized layers, their ranges of inputs.
+
+    `bits` are those of all else.
+    """
+    density, bits_of, quantizers = {}, {}, 0
+    for name, module in net.named_modules():
+        if isinstance(module, Quantized):
+            bits_of[f"{name}.weight"] = module.bits[0]
+            density[f"{name}.weight"] = _density(module.weight)
+            quantizers += module.bits[1] is not None
+    density |= {name: _density(value) for name, value in net.named_parameters()}
+    sparse = {name: share for name, share in density.items() if share < 1}
+    return Counting(bits, bits_of, sparse, bool(sparse), quantizers, tuple(shares), all_heads)
+
+
+def _density(value: Tensor) -> float:
+    return float((value != 0).sum()) / max(1, value.numel())
+
+
+# ------------------------------------------------------------------------------------------------ as it was submitted
+
+SUBMITTED_CACHE, SUBMITTED_SHARES = 3000, (35479 / 245569, 11858 / 245569)  # of the words of WikiText-103's test split
+_SPARSITY = {
+    "embed.layers.0.weight": 0.165, "embed.layers.1.weight": 0.3, "embed.layers.2.weight": 0.3375,
+    "embed.projections.0.weight": 0.4425, "softmax.projections.0.weight": 0.3375,
+    "softmax.biases.1": 0.75, "softmax.biases.2": 0.75,
+}  # fmt: skip
+_LAYERS = {
+    "attention.qkv": (0.3375, 0.4125, 0.3375, 0.4425, 0.4125, 0.4125, 0.4425, 0.3375),
+    "attention.out": (0.4425, 0.6, 0.5325, 0.5775, 0.555, 0.5325, 0.6, 0.4425),
+    "fc1": (0.3, 0.375, 0.4125, 0.4125, 0.4125, 0.4125, 0.375, 0.255),
+    "fc2": (0.255, 0.375, 0.4725, 0.5025, 0.4425, 0.4125, 0.375, 0.3),
+}
+
+
+def submitted() -> Counting:
+    """How the best submission was counted: 9 bits, 57 quantizers, the sparsities that its pruning aimed at."""
+    sparsity = _SPARSITY | {
+        f"layers.{number}.{name}.weight": share for name, row in _LAYERS.items() for number, share in enumerate(row)
+    }
+    density = {name: 1 - share for name, share in sparsity.items()}
+    return Counting(9, {}, density, True, 57, SUBMITTED_SHARES)
