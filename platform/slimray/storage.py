@@ -379,7 +379,7 @@ def _put_object(fs: pafs.FileSystem, path: str, data: bytes | Path) -> None:
 
     def put() -> None:
         try:
-            with fs.open_output_stream(path) as out:
+            with fs.open_output_stream(path, compression=None) as out:  # else by the ending of its name
                 out.write(whole)
         except BaseException as error:  # noqa: BLE001 raised again by the caller's thread
             failures.append(error)

@@ -463,3 +463,12 @@ def test_accuracy_by_batch_is_a_curve_for_each_rule_of_the_rate():
         "rate 0.1 whatever the batch": ([4.0, 6.0], [90.0, 60.0]),
     }
     assert charts.by_batch(rows[:1]) == []
+
+
+def test_texts_are_shown_under_their_names_and_never_run():
+    hostile = examples.Texts("net", [("source", "<script>alert(1)</script>"), ("network", "x" * 3000)])
+    page = Elements(render("t", texts=[examples.Texts.from_plain(hostile.to_plain()), examples.Texts("", [])]))
+    for part in ("Texts", "source", "<script>alert(1)</script>", "x" * 2000 + " ..."):
+        assert part in page.text
+    assert not any("alert" in script for script in page.scripts)
+    assert "Texts" not in Elements(render("t", texts=[examples.Texts("", [])])).text

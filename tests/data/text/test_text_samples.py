@@ -9,13 +9,16 @@ import numpy as np
 import pyarrow.fs as pafs
 import pytest
 
+from slimray import storage
 from slimray.data.cards import Card
+from slimray.data.conversion import Made, Raw
 from slimray.data.index import index_table
 from slimray.data.lists import read_split
 from slimray.data.modalities import MODALITIES
 from slimray.data.text import samples
-from slimray.data.text.conversion import learn_vocabulary
+from slimray.data.text.conversion import convert_text, learn_vocabulary
 from slimray.data.text.samples import TextRecipe, load_text, raw_texts
+from slimray.data.text.spec import TextSpec
 from slimray.data.text.vocabulary import EOS, PAD, vocabulary_of
 from slimray.spec import RunFailed, UserError, parse
 from slimray.verbs import prepare
@@ -162,3 +165,23 @@ def test_the_recipe_of_a_card_and_its_plain_form():
     assert TextRecipe.from_dict({**TextRecipe(1, 9).to_dict(), "beam": 4}) == TextRecipe(1, 9)
     with pytest.raises(UserError, match="the tokenizer is damaged"):
         _ = TextRecipe().vocabulary
+
+
+def test_texts_and_their_shards_may_lie_in_a_bucket(bucket):
+    where = bucket("corpus")
+    fs, folder = storage.open_uri(where)
+    storage.write_atomic(fs, f"{folder}/t.en", b"a b\nc\n")
+    storage.write_atomic(fs, f"{folder}/t.de.gz", gzip.compress(b"x\ny z\n"))
+    pairs = card(2, {"train": ["t.en", "t.de.gz"]})
+    assert read_split(pairs, "train", where).column("path").to_pylist() == ["t.en"]
+    spec = TextSpec.model_validate(WORDS)
+    vocabulary = learn_vocabulary(pairs, where, spec)
+    raw = Raw(where, pairs, None, 1, 0, text=spec, vocabulary=vocabulary)
+    made = [one for one in convert_text(raw, {"path": "t.en", "split": "train"}, None) if isinstance(one, Made)]
+    samples.write_text_shard(fs, f"{folder}/shards/0.parquet", [{"path": one.path, "data": one.data} for one in made])
+    rows = [{"path": one.path, "shard": "shards/0.parquet", "row": n} for n, one in enumerate(made)]
+    sample, _ = load_text(rows[1], where, TextRecipe(2, 8, 99, vocabulary), (0, 0, 0), 30)
+    assert vocabulary_of(vocabulary).decode(sample[0, 0]) == "c"
+    assert raw_texts(where, rows) == [("a b", "x"), ("c", "y z")]
+    with pytest.raises(FileNotFoundError, match=r"shards/1\.parquet"):
+        load_text({**rows[0], "shard": "shards/1.parquet"}, where, TextRecipe(2, 8, 99, vocabulary), (0, 0, 0), 30)
