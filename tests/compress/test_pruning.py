@@ -86,16 +86,6 @@ def test_criteria_that_do_not_fit_are_one_sentence(resnet):
 # ------------------------------------------------------------------------------------------------ policies
 
 
-def test_a_policy_is_an_arch_of_a_space(resnet):
-    _, _, groups = resnet
-    space = policies.space(groups, 8)
-    arch = space.sample(np.random.default_rng(0))
-    counts = policies.counts_of(groups, arch)
-    assert policies.arch_of(groups, counts) == arch
-    assert all(count % 8 == 0 or count == groups.sizes[name] for name, count in counts.items())
-    assert policies.counts_of(groups, space.largest()) == groups.sizes
-
-
 def test_numbers_of_channels_are_multiples_or_all():
     assert policies.choices(20, 8) == [8, 16, 20]
     assert policies.choices(5, 8) == [5]
@@ -283,6 +273,15 @@ def test_prune_by_share_by_rank_by_sensitivity_and_by_numbers(resnet):
     assert sum(curves.counts.values()) <= 0.7 * whole
     by_numbers = compress.prune(net, x, policy={"layer1.0.conv1": 2}, timed=False, data=[x])
     assert by_numbers.net.layer1[0].conv1.out_channels == 2  # type: ignore[index, union-attr]
+
+
+def test_channels_are_scored_once(resnet):
+    net, x, _ = resnet
+    asked = []
+    compress.prune(
+        net, x, keep=0.5, criterion="taylor", losses=lambda one: asked.append(one) or losses(x)(one), timed=False
+    )
+    assert asked == [net]
 
 
 @pytest.mark.parametrize(

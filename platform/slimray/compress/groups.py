@@ -112,11 +112,11 @@ class Groups:
         return np.array([kept.get(group.name, group.size) for group in self.groups], float)
 
     def costs(self, kept: Mapping[str, int]) -> dict[str, float]:
-        """`macs` (per sample) and `params` with so many channels kept per group."""
+        """`macs` (per sample), `params` and `size_mb` with so many channels kept per group."""
         return {name: float(values[0]) for name, values in self.costs_of(self.row(kept)[None]).items()}
 
     def costs_of(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """`macs` and `params` `[n]` of policies `[n, groups]`, numbers of channels that stay."""
+        """`macs`, `params`, `size_mb` (in float32) `[n]` of policies `[n, groups]`, numbers of channels that stay."""
         full = np.concatenate([np.ones((len(rows), 1)), rows], 1)
         sums = []
         for terms in (self._terms, self._weights):
@@ -127,7 +127,8 @@ class Groups:
                     product = product * (full @ lane)
                 total += product
             sums.append(total)
-        return {"macs": np.round(sums[0]), "params": np.round(sums[1]) + self.other_params}
+        params = np.round(sums[1]) + self.other_params
+        return {"macs": np.round(sums[0]), "params": params, "size_mb": params * 4e-6}
 
     def layer_macs(self, kept: Mapping[str, int]) -> dict[str, float]:
         """MACs per sample of every layer."""

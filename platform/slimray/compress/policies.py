@@ -1,8 +1,8 @@
 """How many channels stay in each group: uniform, by global rank, by measured sensitivity, under limits on costs.
 
-A policy is an `Arch` of `space(groups)`: a dimension "channels" with a gene per group, so that every search strategy
-can look for one. Numbers are multiples of `round_to` (at least one of them) or all channels of a group. Limits are
-on `macs`, `params`, `size_mb` (four bytes a parameter) and on what a `meter` measures (`latency_ms`).
+A policy says how many channels stay, by group: multiples of `round_to` (at least one of them) or all channels of a
+group. `choose` is the table of policies. Limits are on `macs`, `params`, `size_mb` (four bytes a parameter) and on what
+a `meter` measures (`latency_ms`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from slimray.arch import Arch, Dimension, Space
 from slimray.compress.criteria import Floats
 from slimray.compress.groups import Groups
 from slimray.spec import UserError, did_you_mean
 
 Counts = dict[str, int]  # group -> channels that stay
 Meter = Callable[[Counts], Mapping[str, float]]  # what a policy measures, beside what is counted
+Curves = dict[str, dict[int, float]]  # group -> channels that stay in it alone -> score
+POLICIES = ("uniform", "ranked", "sensitivity")
 RATIOS = (0.125, 0.25, 0.5, 0.75)
 STEPS = 24  # halvings of a search for the largest ratio that keeps the limits
 
@@ -25,25 +26,6 @@ STEPS = 24  # halvings of a search for the largest ratio that keeps the limits
 def choices(size: int, round_to: int) -> list[int]:
     """The numbers of channels that a group of `size` may keep, ascending."""
     return sorted({*range(round_to, size, round_to), size})
-
-
-def space(groups: Groups, round_to: int = 8) -> Space:
-    """All policies: a gene per group, in the order of the groups. UserError for a `round_to` below 1."""
-    if round_to < 1:
-        raise UserError(f"round_to: must be at least 1 (got {round_to})")
-    genes = [choices(group.size, round_to) for group in groups.groups]
-    return Space.of({"channels": Dimension.per_block(genes, skipped_by=None)})
-
-
-def counts_of(groups: Groups, arch: Arch) -> Counts:
-    """The policy that an arch of `space` is."""
-    return {group.name: int(gene) for group, gene in zip(groups.groups, arch["channels"], strict=True)}
-
-
-def arch_of(groups: Groups, counts: Mapping[str, int], round_to: int = 8) -> Arch:
-    """The arch that a policy is; UserError for numbers that the space does not have."""
-    genes = [counts.get(group.name, group.size) for group in groups.groups]
-    return space(groups, round_to).arch({"channels": genes})
 
 
 def rounded(size: int, ratio: float, round_to: int) -> int:
@@ -74,7 +56,6 @@ class Budget:
     def costs(self, counts: Mapping[str, int]) -> dict[str, float]:
         """What a policy costs, by name."""
         out = self.groups.costs(counts)
-        out["size_mb"] = out["params"] * 4e-6
         if self.meter is not None and set(self.limits) & {"latency_ms", "energy_mj"}:
             key = tuple(counts.get(group.name, group.size) for group in self.groups.groups)
             if key not in self._seen:
@@ -105,6 +86,48 @@ class Budget:
         return policy(low)
 
 
+def choose(
+    budget: Budget,
+    name: str,
+    scores: Mapping[str, Floats],
+    round_to: int,
+    keep: float | None = None,
+    score: Callable[[Counts], float] | None = None,
+) -> tuple[Counts, Curves]:
+    """The policy `name` within a budget, or of the share `keep` of channels, and the curves that it measured, if any.
+
+    "uniform" keeps the same share everywhere; "ranked" goes by `scores` of channels (criteria.py) over all groups;
+    "sensitivity" by curves measured with `score` (of a policy, higher is better). UserError for an unknown name, a
+    `keep` out of range, "sensitivity" without `score`, limits out of reach.
+    """
+    if name not in POLICIES:
+        raise UserError(f"policy: unknown policy {name!r}{did_you_mean(name, POLICIES)}")
+    if keep is not None and not 0 < keep <= 1:
+        raise UserError(f"keep: must be above 0 and at most 1 (got {keep!r})")
+    groups, curves = budget.groups, Curves()
+    if name == "uniform":
+        of = lambda share: uniform(groups, share, round_to)  # noqa: E731
+    elif name == "ranked":
+        of = lambda share: ranked(groups, scores, share, round_to)  # noqa: E731
+    else:
+        if score is None:
+            raise UserError("policy: sensitivity needs `score`: a function of a network, higher is better")
+        curves = sensitivity(groups, score, round_to)
+        of = lambda share: by_sensitivity(groups, curves, share, round_to)  # noqa: E731
+    if keep is None:
+        return budget.largest(of), curves
+    if name == "uniform":
+        return of(keep), curves
+    most, low, high = keep * sum(groups.sizes.values()), 0.0, 1.0
+    floors = {group.name: choices(group.size, round_to)[0] for group in groups.groups}
+    if most <= sum(floors.values()):
+        return floors, curves
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(of(middle).values()) <= most else (low, middle)
+    return of(low), curves
+
+
 def uniform(groups: Groups, ratio: float, round_to: int = 8) -> Counts:
     """The same share of channels in every group, rounded down."""
     return {group.name: rounded(group.size, ratio, round_to) for group in groups.groups}
@@ -124,7 +147,7 @@ def ranked(groups: Groups, scores: Mapping[str, Floats], share: float, round_to:
 
 def sensitivity(
     groups: Groups, score: Callable[[Counts], float], round_to: int = 8, ratios: Sequence[float] = RATIOS
-) -> dict[str, dict[int, float]]:
+) -> Curves:
     """Measured curves: per group, channels kept -> score of the network in which that group alone is pruned.
 
     `score` takes a policy (groups that are missing keep all); the whole network's score is part of every curve.

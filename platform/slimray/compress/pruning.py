@@ -17,14 +17,13 @@ from torch.utils._pytree import tree_leaves
 
 from slimray.compress.channels import cut, masked
 from slimray.compress.criteria import Losses, importance, strongest
-from slimray.compress.groups import Groups, trace
-from slimray.compress.policies import Budget, Counts, Meter, by_sensitivity, choices, ranked, sensitivity, uniform
+from slimray.compress.groups import trace
+from slimray.compress.policies import Budget, Counts, Meter, choose
 from slimray.compress.reconstruction import reconstruct
 from slimray.models.modes import evaluating
 from slimray.runtime.pairs import alternate
-from slimray.spec import UserError, did_you_mean
+from slimray.spec import UserError
 
-POLICIES = ("uniform", "ranked", "sensitivity")
 PAIRS = 9  # of timings
 EXACT = 1e-3  # largest relative difference of pruned and masked outputs that float32 explains
 
@@ -95,62 +94,25 @@ def prune(
     UserError for options that do not fit each other, limits out of reach, or a network that cannot be pruned.
     """
     groups = trace(module, example)
-    counts = _policy(module, groups, policy, limits, keep, criterion, round_to, score, losses, meter)
-    kept = strongest(importance(module, groups, criterion, losses), counts)
+    if isinstance(policy, str) and (limits is None) == (keep is None):
+        raise UserError("prune: pass either `limits` or `keep`, to say how much is to go")
+    if policy == "ranked" and criterion != "group":
+        raise UserError('policy: ranked needs the criterion "group", whose scores compare across groups')
+    if not isinstance(policy, str):
+        groups.row(policy)
+    scores = importance(module, groups, criterion, losses)
+    if isinstance(policy, str):
+        scored = None if score is None else lambda counts: score(cut(module, groups, strongest(scores, counts))[0])
+        counts, _ = choose(Budget(groups, limits or {}, meter), policy, scores, round_to, keep, scored)
+    else:
+        counts = dict(policy)
+    kept = strongest(scores, counts)
     small, record = cut(module, groups, kept)
     _verify(module, masked(module, groups, kept), small, example)
     if data is not None:
         reconstruct(module, small, groups, kept, data)
     before, after = (Budget(groups, {}).costs(one) for one in ({}, counts))
     return Pruned(small, record, counts, before, after, compare(module, small, example) if timed else None)
-
-
-def _policy(
-    module: nn.Module,
-    groups: Groups,
-    policy: str | Mapping[str, int],
-    limits: Mapping[str, float] | None,
-    keep: float | None,
-    criterion: str,
-    round_to: int,
-    score: Callable[[nn.Module], float] | None,
-    losses: Losses | None,
-    meter: Meter | None,
-) -> Counts:
-    if not isinstance(policy, str):
-        groups.row(policy)
-        return dict(policy)
-    if policy not in POLICIES:
-        raise UserError(f"policy: unknown policy {policy!r}{did_you_mean(policy, POLICIES)}")
-    if (limits is None) == (keep is None):
-        raise UserError("prune: pass either `limits` or `keep`, to say how much is to go")
-    if keep is not None and not 0 < keep <= 1:
-        raise UserError(f"keep: must be above 0 and at most 1 (got {keep!r})")
-    scores = importance(module, groups, criterion, losses)
-    if policy == "uniform":
-        of = lambda share: uniform(groups, share, round_to)  # noqa: E731
-    elif policy == "ranked":
-        if criterion != "group":
-            raise UserError('policy: ranked needs the criterion "group", whose scores compare across groups')
-        of = lambda share: ranked(groups, scores, share, round_to)  # noqa: E731
-    else:
-        if score is None:
-            raise UserError("policy: sensitivity needs `score`: a function of a network, higher is better")
-        curves = sensitivity(groups, lambda c: score(cut(module, groups, strongest(scores, c))[0]), round_to)
-        of = lambda share: by_sensitivity(groups, curves, share, round_to)  # noqa: E731
-    if limits is None:
-        assert keep is not None
-        total = sum(group.size for group in groups.groups)
-        floors = {group.name: choices(group.size, round_to)[0] for group in groups.groups}
-        least = sum(floors.values())
-        if policy == "uniform" or keep * total <= least:
-            return of(keep) if policy == "uniform" else floors
-        low, high = 0.0, 1.0
-        for _ in range(24):
-            middle = (low + high) / 2
-            low, high = (middle, high) if sum(of(middle).values()) <= keep * total else (low, middle)
-        return of(low)
-    return Budget(groups, limits, meter).largest(of)
 
 
 def _outputs(net: nn.Module, example: Any) -> Tensor:

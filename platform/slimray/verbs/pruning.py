@@ -92,7 +92,7 @@ def prune(step: Any, work: Work, folder: str, before: runs.Run) -> tuple[runs.Ru
     def make(stage: runs.Run) -> None:
         net, model, taken = read_network(before)
         groups = groups_of(net, taken["recipe"])
-        limits = limits_of(step, costs_of(groups, {}))
+        limits = limits_of(step, groups.costs({}))
         recipe, job = taken["recipe"], work.job
         source = work.data.tables[work.spec.train]
         count = min(job.judge.calibrate, source.num_samples)
@@ -111,18 +111,13 @@ def prune(step: Any, work: Work, folder: str, before: runs.Run) -> tuple[runs.Ru
             chosen = work.on_worker(_given, before.uri, exhibits, job.judge, step, job.timing or ANY_TIMING)
         done = work.on_worker(_final, before.uri, subnets.Exhibits(calibrate, ()), job.judge, step, chosen["counts"])
         small, record = done
-        costs = costs_of(groups, chosen["counts"]) | chosen.pop("measured", {})
+        costs = groups.costs(chosen["counts"]) | chosen.pop("measured", {})
         told = {"limits": limits} | chosen | {"sizes": groups.sizes, "costs": costs}
         runs.write_file(stage, "data/policy.json", json.dumps(told).encode())
         write_network(stage, small, model, taken, record)
 
     stage = work.write(folder, step.model_dump(mode="json"), make)
     return stage, json.loads(runs.read_file(stage, "data/policy.json"))
-
-
-def costs_of(groups: Groups, counts: Mapping[str, int]) -> dict[str, float]:
-    """MACs, parameters and megabytes of a policy."""
-    return policies.Budget(groups, {}).costs(counts)
 
 
 def limits_of(step: Any, whole: Mapping[str, float]) -> dict[str, float]:
@@ -138,23 +133,17 @@ def _final(device: str, uri: str, exhibits: Any, spec: Any, step: Any, counts: d
 def _given(device: str, uri: str, exhibits: Any, spec: Any, step: Any, timing: TimingSpec) -> dict[str, Any]:
     """The policy `uniform`, `ranked` or `sensitivity` of a step, within the limits or by the share `keep`."""
     cutter = Cutter(uri, exhibits, spec, step, device)
-    groups, curves = cutter.groups, {}
-    whole, timed = costs_of(groups, {}), "latency_ms" in {**step.shares, **step.limits}
+    groups, whole, timed = cutter.groups, cutter.groups.costs({}), "latency_ms" in {**step.shares, **step.limits}
     if timed:
         whole["latency_ms"] = cutter.latency_ms({}, timing)
-    limits = limits_of(step, whole)
-    meter = lambda counts: {"latency_ms": cutter.latency_ms(counts, timing, whole["latency_ms"])}  # noqa: E731
-    budget = policies.Budget(groups, limits, meter)
-    if step.policy == "uniform":
-        of = lambda share: policies.uniform(groups, share, step.round_to)  # noqa: E731
-    elif step.policy == "ranked":
-        of = lambda share: policies.ranked(groups, cutter.scores, share, step.round_to)  # noqa: E731
-    else:
-        best = TASKS[cutter.judge.network.task].best
-        sign = -1.0 if best.better == "lower" else 1.0
-        curves = policies.sensitivity(groups, lambda c: sign * cutter.score(c)[best.name], step.round_to)
-        of = lambda share: policies.by_sensitivity(groups, curves, share, step.round_to)  # noqa: E731
-    counts = of(step.keep) if step.keep is not None else budget.largest(of)
+    limits, best = limits_of(step, whole), TASKS[cutter.judge.network.task].best
+    sign = -1.0 if best.better == "lower" else 1.0
+    budget = policies.Budget(
+        groups, limits, lambda counts: {"latency_ms": cutter.latency_ms(counts, timing, whole["latency_ms"])}
+    )
+    counts, curves = policies.choose(
+        budget, step.policy, cutter.scores, step.round_to, step.keep, lambda c: sign * cutter.score(c)[best.name]
+    )
     plain = {name: {str(count): value for count, value in curve.items()} for name, curve in curves.items()}
     found: dict[str, Any] = {"counts": counts, "limits": limits} | ({"sensitivity": plain} if plain else {})
     return found | ({"measured": {"latency_ms": budget.costs(counts)["latency_ms"]}} if timed else {})
@@ -175,12 +164,8 @@ def _searched(
     agent = DdpgSettings(warmup=spec.warmup, decay=spec.decay, replay=100, dummy=True)
     steps = [amc.GroupStep(**one) for one in policies.group_features(groups, step.round_to)]
 
-    def costs(rows: Any) -> dict[str, Any]:
-        found = groups.costs_of(rows)
-        return found | {"size_mb": found["params"] * 4e-6}
-
     try:
-        walk = amc.GroupWalk(steps, costs, limits, spec.least)
+        walk = amc.GroupWalk(steps, groups.costs_of, limits, spec.least)
     except UserError as error:
         raise UserError(f"{work.ctx.where}: prune: {error}") from None
     metric = TASKS[subnets.task_of(runs.read_model(before)[2])].best
