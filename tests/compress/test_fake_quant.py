@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from slimray.compress import bitstreams, codebooks
 from slimray.compress import fake_quant as fq
 
 
@@ -80,6 +81,13 @@ def test_a_codebook_is_the_mean_of_what_it_stands_for():
     assert few[codes].tolist() == [1, 2, 1]
 
 
+def test_codebooks_of_layers_and_of_shared_weights_are_the_same():
+    weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)).double()
+    book, codes = fq.codebook(weight, 3)
+    assert (book.numpy() == codebooks.kmeans(weight.numpy(), 8)).all()
+    assert (codes.numpy() == codebooks.nearest(weight.numpy(), book.numpy())).all()
+
+
 def test_ranges_and_codebooks_are_where_the_weights_are():
     weight = torch.randn(40, 30)
     with torch.device("meta"):  # where a tensor is made that is told nothing
@@ -92,7 +100,8 @@ def test_ranges_and_codebooks_are_where_the_weights_are():
 def test_packed_numbers_come_back(bits):
     codes = torch.randint(0, 2**bits, (5, 7), generator=torch.Generator().manual_seed(bits))
     packed = fq.pack(codes, bits)
-    assert len(packed) == fq.packed_bytes(35, bits) == -(-35 * bits // 8)
+    assert len(packed) == bitstreams.packed_bytes(35, bits) == -(-35 * bits // 8)
+    assert packed.numpy().tobytes() == bitstreams.pack(codes.numpy().reshape(-1), bits)
     assert torch.equal(fq.unpack(packed, bits, 35), codes.flatten())
-    with pytest.raises(ValueError, match="numbers of"):
+    with pytest.raises(ValueError, match="fields of"):
         fq.unpack(packed, bits, 36 if bits == 8 else 44)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from slimray import models
-from slimray.compress import released, sharing, sparsity
+from slimray.compress import codebooks, released, sharing, sparsity
 from slimray.models.squeezenet import SqueezeNet
 from slimray.spec import UserError
 from slimray.tasks.network import Input
@@ -27,9 +27,9 @@ def recorded(shared) -> dict:
 @pytest.mark.parametrize("number", range(3))
 def test_centroids_assignments_and_summed_gradients_are_those_recorded(recorded, number):
     weights, case = np.array(recorded["kmeans"]["weights"]), recorded["kmeans"]["cases"][number]
-    centroids = sharing.kmeans(weights, case["k"])
+    centroids = codebooks.kmeans(weights, case["k"])
     np.testing.assert_allclose(centroids, case["centroids"], rtol=0, atol=1e-9)
-    codes = sharing.nearest(weights, centroids)
+    codes = codebooks.nearest(weights, centroids)
     assert codes.tolist() == case["assignment"]
     layer = nn.Linear(130, 1, bias=False).double()
     with torch.no_grad():

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from slimray import compress, models
 from slimray.compress import fake_quant as fq
 from slimray.compress.quantized import Quantized
-from slimray.compress.sharing import kmeans, nearest
 from slimray.data.text.vocabulary import EOS
 from slimray.models.text.decoding import beam_search, continued
 
@@ -28,13 +27,10 @@ NETWORKS = {
 def test_codebooks_are_the_recorded_ones(shared, bits):
     recorded = json.loads((shared / "parity/language/kmeans_quant.json").read_text())["cases"][str(bits)]
     weight = np.random.RandomState(zlib.crc32(b"km_w")).standard_normal((16, 24)).astype(np.float32) * np.float32(0.05)
-    book, codes = fq.codebook(torch.from_numpy(weight), bits, rounds=300)
+    book, codes = fq.codebook(torch.from_numpy(weight), bits)
     assert book.tolist() == pytest.approx(recorded["centroids"], rel=1e-6, abs=1e-8)
     assert codes.tolist() == recorded["codes"]
     assert float(((book[codes].numpy().astype(float) - weight) ** 2).mean()) == pytest.approx(recorded["mse"], rel=1e-5)
-    centroids = kmeans(weight, 2**bits)
-    assert centroids.tolist() == pytest.approx(recorded["centroids"], rel=1e-6, abs=1e-8)
-    assert nearest(weight, centroids).tolist() == recorded["codes"]
 
 
 def network(name: str) -> tuple[nn.Module, Tensor]:

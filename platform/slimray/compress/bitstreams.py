@@ -47,16 +47,25 @@ def to_positions(gaps: np.ndarray, size: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ packed fields
 
 
+def packed_bytes(count: int, bits: int) -> int:
+    """Return how many bytes `count` fields of `bits` bits take."""
+    return (count * bits + 7) // 8
+
+
 def pack(values: np.ndarray, bits: int) -> bytes:
-    """Return `values` as fields of `bits` bits, the first one in the lowest bits of the first byte."""
+    """Return `values` `[n]` as fields of `bits` bits, the first one in the lowest bits of the first byte."""
+    if bits == 8:
+        return values.astype(np.uint8).tobytes()
     spread = (values.astype(np.uint32)[:, None] >> np.arange(bits, dtype=np.uint32)) & 1
     return np.packbits(spread.astype(np.uint8).reshape(-1), bitorder="little").tobytes()
 
 
 def unpack(data: bytes, bits: int, count: int) -> np.ndarray:
     """Return the `count` fields of `pack` as uint32; ValueError for another number of bytes."""
-    if len(data) != (count * bits + 7) // 8:
+    if len(data) != packed_bytes(count, bits):
         raise ValueError(f"{len(data)} bytes for {count} fields of {bits} bits")
+    if bits == 8:
+        return np.frombuffer(data, np.uint8).astype(np.uint32)
     flat = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits, bitorder="little")
     return flat.reshape(count, bits).astype(np.uint32) @ (1 << np.arange(bits, dtype=np.uint32))
 

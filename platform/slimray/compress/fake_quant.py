@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slimray.compress import bitstreams, codebooks
+
 Scheme = Literal["int8", "linear", "kmeans"]
 MAX_ACTIVATION = 6.0  # largest range of an input in the scheme `linear`
 KL_BITS = 5  # below so many bits the range is cut
@@ -156,53 +158,27 @@ class _StraightThroughInputs(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------------- codebooks
 
 
-def codebook(weight: Tensor, bits: int, rounds: int = 50) -> tuple[Tensor, Tensor]:
+def codebook(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """The 2^bits values that stand for `weight` best, ascending `[k]`, and which one stands for each, int64.
 
-    Lloyd's k-means from values evenly spaced over the range (arXiv 1510.00149): large weights are few and matter. With
-    fewer different weights than values the codebook is as long all the same.
+    With fewer different weights than values the codebook is as long all the same.
     """
-    values = weight.detach().flatten().double()
-    ordered, sums = values.sort().values, values.sort().values.cumsum(0)
-    sums = torch.cat([sums.new_zeros(1), sums])
-    ends = float(ordered[0]), float(ordered[-1])
-    book = torch.linspace(*ends, 2**bits, dtype=torch.float64, device=values.device)
-    for _ in range(rounds):
-        edges = torch.searchsorted(ordered, (book[1:] + book[:-1]) / 2)
-        edges = torch.cat([edges.new_zeros(1), edges, edges.new_full((1,), len(ordered))])
-        counts = edges[1:] - edges[:-1]
-        means = (sums[edges[1:]] - sums[edges[:-1]]) / counts.clamp(min=1)
-        new = torch.where(counts > 0, means, book).sort().values
-        if torch.equal(new, book):
-            break
-        book = new
-    codes = torch.searchsorted((book[1:] + book[:-1]) / 2, values)
-    return book.to(weight.dtype), codes.view(weight.shape)
+    values = weight.numpy(force=True)
+    book = codebooks.kmeans(values, 2**bits)
+    codes = torch.from_numpy(codebooks.nearest(values, book))
+    return torch.from_numpy(book).to(weight), codes.to(weight.device)
 
 
 # ----------------------------------------------------------------------------------------------------- packing
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Whole numbers 0 to 2^bits - 1 in a row of bits, the lowest first: uint8 `[ceil(n * bits / 8)]`."""
-    flat = codes.flatten().to(torch.int64)
-    digits = (flat[:, None] >> torch.arange(bits, device=flat.device)) & 1
-    row = digits.flatten()
-    row = torch.nn.functional.pad(row, (0, -len(row) % 8)).view(-1, 8)
-    return (row << torch.arange(8, device=row.device)).sum(1).to(torch.uint8)
+    """Whole numbers 0 to 2^bits - 1 as `bitstreams.pack` has them: uint8 `[ceil(n * bits / 8)]`."""
+    data = bitstreams.pack(codes.flatten().numpy(force=True), bits)
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy()).to(codes.device)
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The `count` whole numbers of `pack`, int64. ValueError for another number of bytes."""
-    if len(packed) != packed_bytes(count, bits):
-        raise ValueError(f"{len(packed)} bytes for {count} numbers of {bits} bits")
-    if bits == 8:
-        return packed[:count].to(torch.int64)
-    row = (packed[:, None].to(torch.int64) >> torch.arange(8, device=packed.device)) & 1
-    digits = row.flatten()[: count * bits].view(count, bits)
-    return (digits << torch.arange(bits, device=packed.device)).sum(1)
-
-
-def packed_bytes(count: int, bits: int) -> int:
-    """The bytes of `count` numbers of `bits`."""
-    return -(-count * bits // 8)
+    values = bitstreams.unpack(packed.numpy(force=True).tobytes(), bits, count)
+    return torch.from_numpy(values.astype(np.int64)).to(packed.device)

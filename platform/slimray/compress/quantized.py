@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slimray.compress import bitstreams
 from slimray.compress import fake_quant as fq
 from slimray.compress.fold import LAYERS, fold, replace
 from slimray.spec import UserError
@@ -120,7 +121,7 @@ class Quantized(_Layer):
             self.bias.requires_grad_(False)
         self.num_weights = math.prod(geometry.shape)
         self.table = "book" if scheme == "kmeans" else "scale"
-        packed = torch.zeros(fq.packed_bytes(self.num_weights, bits[0]), dtype=torch.uint8, device=device)
+        packed = torch.zeros(bitstreams.packed_bytes(self.num_weights, bits[0]), dtype=torch.uint8, device=device)
         self.register_buffer("codes", packed)
         entries = 2 ** bits[0] if scheme == "kmeans" else self.rows
         self.register_buffer(self.table, torch.zeros(entries, device=device))
