@@ -9,7 +9,7 @@ from slimray import models
 
 SUPERNETS = [name for name, row in models.MODELS.items() if row.supernet]
 REFUSED = [*SUPERNETS, "proxyless_supernet"]  # what is pruned are their subnets
-TEXT = [name for name, row in models.MODELS.items() if row.input == "text"]  # attention keeps its channels
+TEXT = [name for name, row in models.MODELS.items() if row.input == "text"]  # in test_text_networks.py
 PRUNABLE = [name for name in models.MODELS if name not in REFUSED + TEXT]
 
 

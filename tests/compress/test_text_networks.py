@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from slimray import compress, models
 from slimray.compress import fake_quant as fq
+from slimray.compress.channels import cut, masked
+from slimray.compress.groups import trace
 from slimray.compress.quantized import Quantized
 from slimray.data.text.vocabulary import EOS
+from slimray.edge import cost
 from slimray.models.text.decoding import beam_search, continued
+from slimray.models.text.layers import Attention
 
 NETWORKS = {
     "transformer": {"vocab_size": 40, "embed": 64, "qkv": 64, "ffn": 128, "encoder_layers": 2, "decoder_layers": 2},
@@ -79,3 +83,40 @@ def test_what_is_quantized_is_decoded_by_the_same_code(name):
         assert all(1 <= len(one.tokens) <= 6 for best in found for one in best)
     else:
         assert continued(made, tokens.long(), 4).shape == (6, 4)
+
+
+def costs_of(net: nn.Module, tokens: Tensor) -> dict[str, float]:
+    return {"macs": cost.count_macs(net, tokens.shape) / len(tokens), "params": cost.count_params(net)}
+
+
+@pytest.mark.parametrize("name", ["transformer", "hat_small", "transformer_lm"])
+@torch.no_grad()
+def test_heads_and_feed_forward_channels_are_pruned_and_the_rest_computes_what_it_did(name):
+    net, tokens = network(name)
+    for at, value in net.named_parameters():
+        if "proj" in at:
+            value.mul_(2)
+    groups = trace(net.double(), tokens)
+    heads = {at for at in groups.sizes if at.endswith("k_proj")}
+    attentions = [at for at, module in net.named_modules() if isinstance(module, Attention)]
+    assert heads == {f"{at}.k_proj" for at in attentions}
+    assert {groups.sizes[f"{at}.k_proj"] for at in attentions} <= {2, 4}
+    assert groups.costs({}) == {
+        "macs": cost.count_macs(net, tokens.shape) / len(tokens),
+        "params": cost.count_params(net),
+    }
+    kept = {group.name: list(range(group.size))[:: 2 if group.name in heads else 3] for group in groups.groups}
+    small, record = cut(net, groups, kept)
+    assert torch.allclose(small(tokens), masked(net, groups, kept)(tokens), atol=1e-10)
+    assert relative(small(tokens), net(tokens)) > 0.01
+    counts = {at: len(places) for at, places in kept.items()}
+    costs = {"macs": cost.count_macs(small, tokens.shape) / len(tokens), "params": cost.count_params(small)}
+    assert groups.costs(counts) == costs
+    again = (
+        compress.build(compression=[json.loads(json.dumps(record))], **{"name": name, **NETWORKS[name]}).double().eval()
+    )
+    again.load_state_dict(small.state_dict())
+    assert torch.equal(again(tokens), small(tokens))
+    if hasattr(net, "encode"):
+        logits, _ = again.decode(tokens[:, 1].long(), again.start(again.encode(tokens[:, 0].long())))
+        assert torch.allclose(logits, small(tokens), atol=1e-10)

@@ -10,7 +10,7 @@ shifted parts are left.
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,13 +25,14 @@ from slimray.compress.labels import FIXED, ZEROS, Follow, Followed, Lane, Layer,
 from slimray.models.cifar_resnet import PadShortcut
 from slimray.models.modes import evaluating
 from slimray.models.supernets.mixed import MixedNet
+from slimray.models.text.layers import Heads
 from slimray.spec import UserError
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 MAKERS = (*CONVS, *TRANSPOSED, nn.Linear)
-LEAVES = (*CONVS, *TRANSPOSED, *NORMS, nn.Linear, nn.PReLU, PadShortcut)
+LEAVES = (*CONVS, *TRANSPOSED, *NORMS, nn.Linear, nn.PReLU, PadShortcut, Heads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,9 +143,9 @@ class Groups:
 # ------------------------------------------------------------------------------------------------ layers
 
 
-def _rule(mode: Follow, layer: Layer, x: Tensor, out: Tensor) -> None:
+def _rule(mode: Follow, layer: Layer, inputs: Sequence[Any], out: Tensor) -> None:
     """Number what came out of a layer with a rule of its own."""
-    module, union, found = layer.module, mode.found.union, mode.found
+    module, union, found, x = layer.module, mode.found.union, mode.found, inputs[0]
     if isinstance(module, nn.Linear):
         _takes(mode, layer, mode.lane(x, x.ndim - 1))
         _makes(mode, layer, out, out.ndim - 1)
@@ -177,6 +178,14 @@ def _rule(mode: Follow, layer: Layer, x: Tensor, out: Tensor) -> None:
                 union.join(lane, np.zeros_like(lane))  # type: ignore[arg-type]
         area = float(np.prod(module.kernel_size)) * (x.numel() // x.shape[1]) / module.groups
         found.work.append(Work(area, (layer.inputs, layer.outputs), layer.name))  # type: ignore[arg-type]
+    elif isinstance(module, Heads):  # the channels of a head, in queries, keys and values, are one
+        lanes = [mode.lane(one, one.ndim - 1).reshape(-1, module.width) for one in inputs[:3]]
+        for lane in lanes:
+            union.join(lane, np.broadcast_to(lanes[0][:, :1], lane.shape))
+        query, _, value = (lane.reshape(-1) for lane in lanes)
+        mode.set(out, _shaped(value, out, out.ndim - 1))
+        pairs = x.numel() // x.shape[-1] * inputs[1].shape[1]
+        found.work += [Work(pairs, (lane,), layer.name) for lane in (query, value)]
     elif isinstance(module, PadShortcut):
         lane = mode.lane(x, 1)
         if layer.outputs is None:
@@ -241,7 +250,7 @@ def _followed(net: nn.Module, mode: Follow) -> Iterator[None]:
 
         def hook(module: nn.Module, inputs: Any, out: Any) -> None:
             mode.found.layers.setdefault(name, layer)
-            _rule(mode, layer, inputs[0], out)
+            _rule(mode, layer, inputs, out)
             mode.paused -= 1
 
         return hook

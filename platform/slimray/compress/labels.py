@@ -51,6 +51,7 @@ POOL = _names(
     "upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d upsample_trilinear3d "
     "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d"
 )
+PRODUCTS = _names("mm bmm")
 CREATE = _names("zeros zeros_like new_zeros empty empty_like new_empty empty_strided new_empty_strided")
 
 
@@ -217,7 +218,7 @@ class Follow(TorchDispatchMode):
         if base in CREATE:
             if isinstance(out, Tensor) and out.is_floating_point():
                 self.set(out, torch.full(out.shape, ZEROS, dtype=torch.int32))
-        elif any(t in self.marks for t in tensors):
+        elif base in PRODUCTS or any(t in self.marks for t in tensors):  # products count where all stays, too
             result = out if target is None else torch.empty_like(target)
             self.rule(base, func, args, kwargs, result, tensors)
             if target is not None:
@@ -246,7 +247,7 @@ class Follow(TorchDispatchMode):
             result = out[0] if isinstance(out, tuple) else out
             lane = torch.from_numpy(self.merged(first.numbers, 1)).int()
             self.set(result, lane.view(1, -1, *[1] * (result.ndim - 2)), first.zero)
-        elif base in ("mm", "bmm"):
+        elif base in PRODUCTS:
             self.product(args[0], args[1], out)
         elif base in ("_embedding_bag", "_embedding_bag_forward_only") and first is not None:
             self.set(out[0], torch.from_numpy(self.lane(args[0], 1)).int()[None])

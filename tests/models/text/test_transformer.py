@@ -77,7 +77,7 @@ def test_self_attention_divides_the_same_weights_among_more_or_fewer_heads(recor
     attention.load_state_dict(released(case["state"]))
     x = batch_first(case["x"])
     with torch.no_grad():
-        cached = attention.project(x, heads)
+        cached = attention.project(x)
         padded = attention(x, cached, mask_of(case["key_padding_mask"]), heads=heads)
         causal = attention(x, cached, causal=True, heads=heads)
     assert near(batch_first(padded), case[f"heads{heads}_padmask"])
@@ -93,7 +93,7 @@ def test_cross_attention_sees_two_outputs_in_a_row(recorded):
     source = torch.cat([batch_first(case["enc_last"]), batch_first(case["enc_second_last"])], 1)
     mask = mask_of(case["key_padding_mask"]).repeat(1, 1, 1, 2)
     with torch.no_grad():
-        found = attention(batch_first(case["query"]), attention.project(source, 4), mask, heads=4)
+        found = attention(batch_first(case["query"]), attention.project(source), mask, heads=4)
     assert near(batch_first(found), case["y"])
 
 
@@ -132,7 +132,7 @@ def test_a_layer_of_the_decoder_and_its_gradients_are_those_recorded(recorded, n
 
     def run(names: tuple[str, ...]) -> Tensor:
         source = torch.cat([batch_first(case[name]) for name in names], 1)
-        cached = layer.encoder_attn.project(source, case["ende_heads"])
+        cached = layer.encoder_attn.project(source)
         mask = mask_of(case["kpm"]).repeat(1, 1, 1, len(names))
         return batch_first(layer.decode(batch_first(x), None, cached, mask, layers.Drops(), *sizes)[0])
 

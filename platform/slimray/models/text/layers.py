@@ -65,7 +65,7 @@ def sinusoids(positions: Tensor, width: int, dtype: torch.dtype = torch.float32)
 
 @dataclass(frozen=True, eq=False)
 class Cached:
-    """Keys and values `[B, heads, L, C]` that are there already."""
+    """Keys and values that are there already, `[B, L, C]` of all heads, or `[B, heads, L, C]`."""
 
     keys: Tensor
     values: Tensor
@@ -73,6 +73,30 @@ class Cached:
     def rows(self, index: Tensor) -> "Cached":
         """Those of other rows of the batch."""
         return Cached(self.keys[index], self.values[index])
+
+    def then(self, new: "Cached") -> "Cached":
+        """These, and behind them the keys and values `[B, L, C]` of further tokens."""
+        return Cached(torch.cat([self.keys, new.keys], 1), torch.cat([self.values, new.values], 1))
+
+
+class Heads(nn.Module):
+    """What heads of `width` channels each find: queries `[B, T, C]`, keys and values `[B, S, C]`, out `[B, T, C]`.
+
+    A module without weights, so that pruning sees where heads begin: how many there are, `C` says.
+    """
+
+    def __init__(self, width: int, dropout: float = 0.0):
+        super().__init__()
+        self.width, self.dropout = width, dropout
+
+    def forward(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool, heads: int | None
+    ) -> Tensor:
+        """`heads`: divided anew into so many."""
+        width = query.shape[-1] // heads if heads else self.width
+        parts = [one.unflatten(-1, (-1, width)).transpose(1, 2) for one in (query, keys, values)]
+        found = functional.scaled_dot_product_attention(*parts, mask, self.dropout if self.training else 0.0, causal)
+        return found.transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -83,7 +107,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, qkv: int, heads: int, source: int | None = None, dropout: float = 0.0):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads = Heads(qkv // heads, dropout)
         source = width if source is None else source
         self.q_proj, self.k_proj = nn.Linear(width, qkv), nn.Linear(source, qkv)
         self.v_proj, self.out_proj = nn.Linear(source, qkv), nn.Linear(qkv, width)
@@ -94,25 +118,17 @@ class Attention(nn.Module):
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             nn.init.zeros_(layer.bias)
 
-    def project(self, source: Tensor, heads: int | None = None) -> Cached:
+    def project(self, source: Tensor) -> Cached:
         """Keys and values of what may be attended to, `[B, S, C]`."""
-        heads = heads or self.heads
-        return Cached(_split(linear(self.k_proj, source), heads), _split(linear(self.v_proj, source), heads))
+        return Cached(linear(self.k_proj, source), linear(self.v_proj, source))
 
     def forward(
         self, x: Tensor, cached: Cached, mask: Tensor | None = None, causal: bool = False, heads: int | None = None
     ) -> Tensor:
         """What `x` `[B, T, C]` finds in `cached`, `[B, T, C]`; `mask` is bool and broadcast to `[B, heads, T, S]`."""
-        query = _split(linear(self.q_proj, x), heads or self.heads)
-        found = functional.scaled_dot_product_attention(
-            query, cached.keys, cached.values, mask, self.dropout if self.training else 0.0, causal
-        )
-        return linear(self.out_proj, found.transpose(1, 2).flatten(2), x.shape[-1])
-
-
-def _split(x: Tensor, heads: int) -> Tensor:
-    """`[B, L, qkv]` -> `[B, heads, L, qkv / heads]`."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+        query = linear(self.q_proj, x)
+        found = self.heads(query, cached.keys, cached.values, mask, causal, heads)
+        return linear(self.out_proj, found, x.shape[-1])
 
 
 def key_mask(tokens: Tensor) -> Tensor:
@@ -162,7 +178,7 @@ class EncoderLayer(nn.Module):
     ) -> Tensor:
         """`[B, S, C]` in and out; `heads` and `ffn`: of a subnet."""
         seen = self._before(self.self_attn_layer_norm, x)
-        out = self.self_attn(seen, self.self_attn.project(seen, heads), mask, heads=heads)
+        out = self.self_attn(seen, self.self_attn.project(seen), mask, heads=heads)
         x = self._after(self.self_attn_layer_norm, x + functional.dropout(out, drops.encoder, self.training))
         out = self.ffn(self._before(self.final_layer_norm, x), drops.inside, ffn)
         return self._after(self.final_layer_norm, x + functional.dropout(out, drops.residual, self.training))
@@ -201,9 +217,8 @@ class DecoderLayer(EncoderLayer):
         `source` are the keys and values of `encoder_attn`, `mask` says which of them count.
         """
         seen = self._before(self.self_attn_layer_norm, x)
-        new = self.self_attn.project(seen, heads)
-        if past is not None:
-            new = Cached(torch.cat([past.keys, new.keys], 2), torch.cat([past.values, new.values], 2))
+        new = self.self_attn.project(seen)
+        new = new if past is None else past.then(new)
         out = self.self_attn(seen, new, causal=past is None, heads=heads)
         x = self._after(self.self_attn_layer_norm, x + functional.dropout(out, drops.residual, self.training))
         out = self.encoder_attn(self._before(self.encoder_attn_layer_norm, x), source, mask, heads=cross_heads)

@@ -111,7 +111,8 @@ class State:
 
 
 class Transformer(nn.Module):
-    """The network; `sizes` are those of all of it, and what runs where a call names none."""
+    """The network; `sizes` are those of all of it as it was built. A call that names none runs the layers as they are,
+    which pruning may have made narrower."""
 
     head_name = "output"
 
@@ -140,19 +141,19 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, sizes: Sizes | None = None) -> Tensor:
         """Pairs int `[B, 2, L]` to logits `[B, L, V]`."""
-        sizes, tokens = sizes or self.sizes, tokens.long()
+        tokens = tokens.long()
         logits, _ = self.decode(tokens[:, 1], self.start(self.encode(tokens[:, 0], sizes), sizes), sizes)
         return logits
 
     def encode(self, source: Tensor, sizes: Sizes | None = None) -> Encoded:
         """Sentences int `[B, S]` with eos, PAD on either side, to what the decoder attends to."""
-        sizes = sizes or self.sizes
+        whole, sizes = sizes is None, sizes or self.sizes
         drops, mask = self.design.drops(sizes.encoder), key_mask(source)
         x = self._embed(source, positions_of(source), sizes.encoder, "source_embed")
         keep = max((layer.attends for layer in sizes.decoder_layers), default=1)
         outputs: list[Tensor] = []
         for layer, size in zip(self.encoder_layers, sizes.encoder_layers, strict=False):
-            x = layer(x, mask, drops, size.heads, size.ffn)
+            x = layer(x, mask, drops) if whole else layer(x, mask, drops, size.heads, size.ffn)
             outputs = [x, *outputs][:keep]
         if self.design.pre_norm:
             outputs[0] = layer_norm(self.encoder_norm, x)
@@ -165,22 +166,22 @@ class Transformer(nn.Module):
         for layer, size in zip(self.decoder_layers, layers, strict=False):
             seen = encoded.outputs[: size.attends]
             joined = seen[0] if len(seen) == 1 else torch.cat(seen, 1)
-            source.append(layer.encoder_attn.project(joined, size.cross_heads))  # type: ignore[union-attr, operator]
+            source.append(layer.encoder_attn.project(joined))  # type: ignore[union-attr, operator]
             masks.append(encoded.mask if len(seen) == 1 else torch.cat([encoded.mask] * len(seen), -1))
         return State((None,) * len(layers), tuple(source), tuple(masks))
 
     def decode(self, tokens: Tensor, state: State, sizes: Sizes | None = None) -> tuple[Tensor, State]:
         """The next tokens int `[B, T]`, T is 1 unless they are the first, to logits `[B, T, V]`."""
-        sizes = sizes or self.sizes
+        whole, sizes = sizes is None, sizes or self.sizes
         drops, length = self.design.drops(sizes.decoder), state.length
         places = positions_of(tokens) if not length else torch.full_like(tokens, PAD + 1 + length)
         x = self._embed(tokens, places, sizes.decoder, "target_embed")
         past = []
         for number, size in enumerate(sizes.decoder_layers):
+            cut = () if whole else (size.heads, size.cross_heads, size.ffn)
             x, seen = self.decoder_layers[number].decode(  # type: ignore[operator]
-                x, state.past[number], state.source[number], state.masks[number], drops, size.heads, size.cross_heads,
-                size.ffn,
-            )  # fmt: skip
+                x, state.past[number], state.source[number], state.masks[number], drops, *cut
+            )
             past.append(seen)
         if self.design.pre_norm:
             x = layer_norm(self.decoder_norm, x)

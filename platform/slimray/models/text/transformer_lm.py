@@ -32,8 +32,7 @@ class CausalLayer(EncoderLayer):
         seen = self._before(self.self_attn_layer_norm, x)
         new, mask = self.self_attn.project(seen), None
         if past is not None:
-            known = past.keys.shape[2]
-            new = Cached(torch.cat([past.keys, new.keys], 2), torch.cat([past.values, new.values], 2))
+            known, new = past.keys.shape[1], past.then(new)
             mask = torch.ones(x.shape[1], known + x.shape[1], dtype=torch.bool, device=x.device).tril(known)
         out = self.self_attn(seen, new, mask, causal=past is None)
         x = self._after(self.self_attn_layer_norm, x + functional.dropout(out, drops.residual, self.training))

@@ -116,8 +116,7 @@ class _DecoderUnit(nn.Module):
 
     def _layer(self, x: Tensor, past: Cached | None) -> tuple[Tensor, Cached]:
         new = self.attention.project(x)
-        if past is not None:
-            new = Cached(torch.cat([past.keys, new.keys], 2), torch.cat([past.values, new.values], 2))
+        new = new if past is None else past.then(new)
         x = self.norms[0](x + self.attention(x, new, causal=past is None))
         return self.norms[1](x + self.ffn(x, 0.0)), new
 
