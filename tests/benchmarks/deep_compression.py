@@ -1,9 +1,9 @@
 """Deep Compression of LeNet-300-100 and LeNet-5 on MNIST: what each step keeps and costs, five seeds, a real file.
 
 `python -m tests.benchmarks deep_compression` (SLIMRAY_NETS="lenet300" takes one, SLIMRAY_SEEDS=1 one seed); the data
-are the four idx files of $SLIMRAY_SHARED/data/mnist. One process, one thread, no Ray: replicas, teacher, masks,
-codebooks and file are those of `kind: compress`. Shares, bits and rates were chosen with SLIMRAY_CHOOSE=1, which trains
-on 50,000 images and scores on the other 10,000 of the training set; the test set is only scored, after each step.
+are the four idx files of $SLIMRAY_SHARED/data/mnist. One process, one thread, no Ray: replicas, masks, codebooks
+and file are those of `kind: compress`. Shares, bits and rates were chosen on the training set alone, by training on
+50,000 of its images and scoring on the other 10,000 (SLIMRAY_CHOOSE=1 does that); the test set is only scored.
 """
 
 import math
@@ -15,76 +15,67 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import nn
 
-from slimray import models, runs
+from slimray import models
 from slimray.compress import sharing, slim_file, sparsity
 from slimray.data.images import image_sets
-from slimray.data.images.pictures import ImageRecipe
 from slimray.tasks.network import Input, to_input
 from slimray.train import optimizers
 from slimray.train.methods.constrained import Constrained
-from slimray.train.methods.distilled import Distilled
 from slimray.train.methods.method import Method, Piece, Setup
 from slimray.train.methods.plain import Plain
 from slimray.train.spec import OptimSpec
 
 SHARED = Path(os.environ.get("SLIMRAY_SHARED", Path(__file__).resolve().parents[3] / "shared"))
-PIXELS = Input.of_channels(1)  # paper is 0: weights of pixels that are never inked get no gradient and go first
-BATCH, CPU = 256, torch.device("cpu")
+PIXELS = Input(mean=(0.1307,), std=(0.3081,))
+BATCH, CPU = 128, torch.device("cpu")
 T975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, 97.5 %, by the number of seeds
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The share of each layer that stays, the bits of its codes; epochs: dense, a round, the last round, centroids.
+    """The share of each layer that stays, the bits of its codes; epochs and rates: dense, round, last round, centroids.
 
-    Rounds and centroids learn from the dense network at `temperature`, and from the labels with weight `labels`.
+    `decay` is AdamW's, for the weights of the dense and the pruned network. What counted on the held-out images: errors
+    grew by 0.19 points with decay 1e-4 (two seeds), by 0.06 with 0.3 (one), by -0.07 with three times the rate for what
+    is pruned and most of its epochs in the last round (two); a teacher or other rules for pixels brought nothing clear.
     """
 
     keep: dict[str, float]
     bits: dict[str, int]
     epochs: tuple[int, int, int, int]
+    rates: tuple[float, float, float, float] = (1e-3, 3e-3, 3e-3, 1e-4)
     rounds: int = 3
-    temperature: float = 4.0
-    labels: float = 0.0
+    decay: float = 0.3
 
 
 RECIPES = {
-    "lenet300": Recipe({"ip1": 0.08, "ip2": 0.09, "ip3": 0.26}, {"ip1": 5, "ip2": 5, "ip3": 5}, (12, 3, 6, 2)),
+    "lenet300": Recipe({"ip1": 0.08, "ip2": 0.09, "ip3": 0.26}, {"ip1": 4, "ip2": 5, "ip3": 5}, (15, 2, 10, 1)),
     "lenet5": Recipe(
-        {"conv1": 0.66, "conv2": 0.12, "ip1": 0.06, "ip2": 0.19},
+        {"conv1": 0.66, "conv2": 0.12, "ip1": 0.07, "ip2": 0.19},
         {"conv1": 6, "conv2": 6, "ip1": 4, "ip2": 5},
-        (5, 1, 2, 1),
+        (5, 1, 3, 1),
     ),
 }
 
 
 def idx(name: str) -> np.ndarray:
     data = (SHARED / "data/mnist" / name).read_bytes()
-    return image_sets.read_idx(data, 3 if "images" in name else 1)
+    return image_sets.read_idx(data, 3 if "images" in name else 1).copy()
 
 
 def build(name: str) -> nn.Module:
     return models.build(name, num_classes=10)
 
 
-def teacher(net: nn.Module, name: str, folder: Path, seed: int) -> str:
-    """Write `net` as a run that can teach; return where it is."""
-    run = runs.run_at(str(folder / f"{name}-{seed}"))
-    weights = safetensors.torch.save(dict(net.state_dict()))
-    taken = {"recipe": ImageRecipe(28, 28, "val", channels=1).to_dict(), "pixels": vars(PIXELS)}
-    taken |= {"classes": [str(i) for i in range(10)], "task": "classify"}
-    runs.write_model(run, weights, {"name": name, "num_classes": 10}, taken)
-    return run.uri
-
-
-def train(net: nn.Module, method: Method, epochs: int, lr: float, seed: int, x: np.ndarray, y: np.ndarray) -> nn.Module:
+def train(
+    net: nn.Module, method: Method, epochs: int, lr: float, decay: float, seed: int, x: np.ndarray, y: np.ndarray
+) -> nn.Module:
     optim = OptimSpec.model_validate(
         {"optimizer": "adamw", "lr": lr, "reference_batch": BATCH, "epochs": epochs, "schedule": "cosine",
-         "groups": "no_norm_decay", "weight_decay": 1e-4}
+         "groups": "no_norm_decay", "weight_decay": decay}
     )  # fmt: skip
     replica = method.replica(net, lambda: net, Setup(optim, PIXELS, (1, 28, 28), CPU))
     rng, step = np.random.default_rng(seed), 0
@@ -118,18 +109,18 @@ def compress(name: str, seed: int, data: tuple[np.ndarray, ...], folder: Path, s
     recipe, (x, y, test_x, test_y), start = RECIPES[name], data, time.perf_counter()
     torch.manual_seed(seed)
     dense, each, last, centroids = recipe.epochs
-    net = train(build(name), Plain(), dense, 1e-3, seed, x, y)
+    rates, decay = recipe.rates, recipe.decay
+    net = train(build(name), Plain(), dense, rates[0], decay, seed, x, y)
     out = {"dense": error(net, test_x, test_y)}
-    taught = Distilled(teacher(net, name, folder, seed), 1.0, recipe.labels, recipe.temperature)
     whole = 4 * sum(p.numel() for p in net.parameters())
     for number in range(1, recipe.rounds + 1):
         sparsity.sparsify(net, {k: v ** (number / recipe.rounds) for k, v in recipe.keep.items()})
-        epochs = last if number == recipe.rounds else each
-        net = train(net, Constrained(taught), epochs, 1e-3, seed + 100 * number, x, y)
+        epochs, rate = (last, rates[2]) if number == recipe.rounds else (each, rates[1])
+        net = train(net, Constrained(Plain()), epochs, rate, decay, seed + 100 * number, x, y)
     out |= {"pruned": error(net, test_x, test_y), "pruned_bytes": size(net)}
     sharing.share(net, recipe.bits)
     out["shared_untrained"] = error(net, test_x, test_y)
-    net = train(net, Constrained(taught, shared=tuple(recipe.bits)), centroids, 1e-4, seed + 999, x, y)
+    net = train(net, Constrained(Plain(), shared=tuple(recipe.bits)), centroids, rates[3], 0.0, seed + 999, x, y)
     out["shared"] = error(net, test_x, test_y)
     path = folder / f"{name}-{seed}.slim"
     path.write_bytes(slim_file.encode(dict(net.state_dict()), {"name": name, "num_classes": 10}))
