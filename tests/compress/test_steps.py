@@ -12,7 +12,7 @@ from rich.console import Console
 from tests.compress.test_rebuild import saved
 
 from slimray import runs
-from slimray.compress import slim_file
+from slimray.compress import quantization, slim_file
 from slimray.data.spec import DataSpec
 from slimray.spec import UserError
 from slimray.tasks.network import load_network, load_slim
@@ -108,3 +108,17 @@ def test_a_file_without_a_network_or_with_another_one_is_refused(work):
     ):
         with pytest.raises(UserError, match=said):
             load_slim(slim_file.encode(tensors, model, given), "model.slim")
+
+
+@pytest.mark.parametrize("scheme", ["int8", "linear", "kmeans"])
+def test_a_network_of_few_bits_is_coded_and_comes_back(work, scheme):
+    before = compressing.write_original(work)
+    net, model, taken = compressing.read_network(before)
+    x = torch.randn(4, 3, 32, 32)
+    made, record = quantization.prepare(net, x, None, (4, 8), scheme, trained=False)
+    compressing.write_network(stage := work.stage("01-quantize"), made, model, taken, record)
+    coded, _ = step_code.run(atomic(work.job.steps)[6][1], work, "02-code", stage)
+    data = runs.read_file(coded, "model/model.slim")
+    assert len(data) < 0.25 * len(runs.read_model(before)[0])
+    with torch.no_grad():
+        assert torch.equal(load_slim(data, "model.slim").net(x), made(x))
