@@ -15,7 +15,11 @@ from slimray.runs.tracking import TrackingSpec
 from slimray.spec import Spec
 from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, LimitsSpec, OptimSpec, ScaleSpec, TeacherSpec
 
-OWNED = {"num_classes": "the dataset says how many", "zero_gamma": "write optim.zero_gamma"}  # no options of `model`
+OWNED = {  # no options of `model`
+    "num_classes": "the dataset says how many",
+    "vocab_size": "the dataset says how many",
+    "zero_gamma": "write optim.zero_gamma",
+}
 
 
 class WorkerJob(Spec):

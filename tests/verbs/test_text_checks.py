@@ -1,0 +1,125 @@
+"""Jobs on texts are held against what texts are before machines are asked for: one sentence for each mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from slimray import job, runs
+from slimray.data.cards import Card
+from slimray.spec import UserError
+from slimray.verbs import evaluate
+from slimray.verbs.inputs import Splits
+
+JOB = """
+kind: prepare
+name: tokens
+data:
+  card: {{name: mine, layout: texts, sample: text, labels: none, sides: 2, task: translate,
+    splits: {{train: [a.en, a.de], val: [a.en, a.de]}}}}
+  root: {root}
+text: {{vocab_size: 30}}
+---
+kind: train
+name: net
+data: {{run: tokens, task: {{beam: 2}}}}
+model: {{name: transformer, embed: 8, qkv: 8, ffn: 8, heads: 2, encoder_layers: 1, decoder_layers: 1}}
+batch: {{tokens: 400, per_worker_tokens: 200}}
+optim: {{optimizer: adam, lr: 0.001, reference_batch: 400, epochs: 1, groups: plain}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    for name in ("a.en", "a.de"):
+        (tmp_path / name).write_text("a b c\nb\n")
+    (tmp_path / "job.yaml").write_text(JOB.format(root=tmp_path))
+    return tmp_path / "job.yaml"
+
+
+def problems(file: Path, *sets: str) -> list[str]:
+    known = job.check(job.load([str(file)], list(sets)), str(file.parent / "runs"))
+    return [sentence for one in known for sentence in one.get("problems", [])]
+
+
+def test_a_job_on_texts_is_right(file):
+    known = job.check(job.load([str(file)]), str(file.parent / "runs"))
+    assert not problems(file)
+    assert (known[1]["batch"], known[1]["accumulation"]) == (400, 2)
+    assert "steps" not in known[1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("net:model={name: tsm_resnet18}", "model.name: tsm_resnet18 wants clips, the dataset gives texts"),
+        ("net:model.vocab_size=9", "model.vocab_size: is not an option here"),
+        ("net:optim.class_weights=[1,2]", "optim.class_weights: are for classes, not for translate"),
+        ("net:checkpoint.best_metric=val/top1", "checkpoint.best_metric: the task translate has no 'val/top1'"),
+        ("net:data.task.beams=2", "data.task.beams: unknown field, did you mean 'beam'?"),
+        ("tokens:pack={}", "pack: is for clips and images, mine has texts"),
+    ],
+)
+def test_what_texts_do_not_have_is_a_sentence(file, setting, sentence):
+    assert any(sentence in one for one in problems(file, setting)), problems(file, setting)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["net:scale.workers=3"], "batch.tokens: 400 leaves some of 3 workers without work"),
+        (["net:batch.per_worker_tokens=300"], "batch.tokens: 400 must be a multiple of per_worker_tokens"),
+        (["net:optim.precise_norm=100"], "optim.precise_norm: counts samples, it does not go with batch.tokens"),
+        (["tokens:text.tokenizer=letters"], "text.tokenizer"),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused_at_once(file, settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        job.load([str(file)], settings)
+
+
+def test_images_have_no_tokens(tmp_path):
+    text = """
+kind: prepare
+name: pictures
+data: {card: image_shapes, clips: 20, size: 32}
+text: {}
+---
+kind: train
+name: net
+data: {run: pictures, size: 32}
+model: {name: resnet18, width: 0.125}
+batch: {tokens: 400, per_worker_tokens: 200}
+optim: {lr: 0.001, reference_batch: 400, epochs: 1}
+"""
+    (tmp_path / "job.yaml").write_text(text)
+    said = problems(tmp_path / "job.yaml")
+    assert any("batch.tokens: is for texts, image_shapes has images: write total" in one for one in said), said
+
+
+def prepared(folder: Path, lengths: dict[str, int]) -> None:
+    run = runs.open_run(str(folder / "runs"), "tokens")
+    runs.begin(run, {"kind": "prepare", "name": "tokens"}, 1)
+    card = {"name": "mine", "layout": "index", "sample": "text", "labels": "none", "sides": 2, "task": "translate",
+            "splits": {"train": "train.parquet", "val": "val.parquet"},
+            "text": {"tokenizer": "tokenizer.txt", "vocab_size": 30, "lengths": lengths}}  # fmt: skip
+    runs.write_file(run, "data/card.yaml", yaml.safe_dump(card).encode())
+    runs.end(run, "finished")
+
+
+def test_a_dataset_without_its_tokenizer_is_damaged(file):
+    prepared(file.parent, {"train": 9})
+    (file.parent / "train.yaml").write_text(JOB.format(root="x").split("---\n")[1])
+    assert any(
+        "its tokenizer is missing or damaged: run prepare again" in s for s in problems(file.parent / "train.yaml")
+    )
+
+
+def test_a_network_is_scored_on_its_own_tokens_only():
+    text = {"tokenizer": "words:abc", "vocab_size": 9, "lengths": {"val": 5}}
+    card = Card.model_validate({"name": "mine", "layout": "index", "sample": "text", "labels": "none", "sides": 2,
+                                "splits": {"val": "val.parquet"}, "text": text})  # fmt: skip
+    splits = Splits("", card, {})
+    evaluate._require_tokens("x.yaml", "net", {"tokenizer": "words:abc"}, splits)
+    with pytest.raises(UserError, match=r"runs: 'net' has another tokenizer than mine: prepare it with `text\.like`"):
+        evaluate._require_tokens("x.yaml", "net", {"tokenizer": "words:abd"}, splits)
