@@ -41,7 +41,8 @@ class CorpusMetric:
     @cached_property
     def _metric(self) -> Any:
         try:
-            from sacrebleu.metrics import BLEU, CHRF
+            from sacrebleu.metrics.bleu import BLEU
+            from sacrebleu.metrics.chrf import CHRF
         except ImportError:
             raise UserError("sacrebleu is not installed: pip install 'slimray[text]'") from None
         if self.name == "chrf":

@@ -77,7 +77,7 @@ class TokenScore:
     """Sums over tokens, to be summed over ranks. A sample with an output that is not finite is counted apart."""
 
     def __init__(self, vocabulary: Vocabulary | None = None):
-        self.sums = torch.zeros(6, dtype=torch.float64)  # nll, tokens, right ones, samples, not finite, words
+        self.sums = torch.zeros(5, dtype=torch.float64)  # nll, tokens, words, samples, not finite
         self.words = None if vocabulary is None else word_ends(vocabulary)
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
@@ -89,11 +89,9 @@ class TokenScore:
         found = token_losses(outputs, targets)
         finite = found.isfinite().all(1)
         there = targets != PAD
-        right = (outputs.argmax(-1) == targets) & there if outputs.ndim == 3 else torch.zeros_like(there)
         words = there if self.words is None else self.words.to(targets.device)[targets] & there
-        counts = [found.double(), there, right, torch.ones_like(there[:, :1]), torch.zeros_like(there[:, :1]), words]
-        self.sums += torch.stack([one[finite].double().sum() for one in counts]).cpu()
-        self.sums[4] += float((~finite).sum())
+        counts = [one[finite].double().sum() for one in (found, there, words)]
+        self.sums += torch.stack([*counts, finite.double().sum(), (~finite).double().sum()]).cpu()
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What must be summed over ranks, in place."""
@@ -102,7 +100,7 @@ class TokenScore:
     def result(self) -> dict[str, Any]:
         """perplexity (per token) and word_perplexity, loss (nats per token), num_tokens, num_samples; num_not_finite if
         there is any, and then nothing is known of the rest."""
-        nll, tokens, _, samples, lost, words = self.sums.tolist()
+        nll, tokens, words, samples, lost = self.sums.tolist()
         nll = nll if not lost else float("nan")
         row = {
             "perplexity": perplexity(nll, tokens),
@@ -112,8 +110,3 @@ class TokenScore:
             "num_samples": int(samples + lost),
         }
         return row | ({"num_not_finite": int(lost)} if lost else {})
-
-    @property
-    def accuracy(self) -> float:
-        """Percent of tokens that are the likeliest one, where those before them are given."""
-        return 100 * float(self.sums[2]) / max(float(self.sums[1]), 1)
