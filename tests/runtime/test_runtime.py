@@ -15,6 +15,7 @@ from tests.runtime.exports import Step, export, read, seeded, write
 from tests.waits import patience
 
 from slimray import models, runs, runtime
+from slimray.cli import use
 from slimray.data.images.pictures import ImageRecipe
 from slimray.data.points import shapes
 from slimray.data.points.recipe import PointRecipe
@@ -231,6 +232,28 @@ def test_an_export_is_named_by_its_folder_by_its_run_or_by_a_format_of_it(images
         runtime.load("net", storage=where, format="onx")
     with pytest.raises(UserError, match="no run 'nett', did you mean 'net'"):
         runtime.load("nett", storage=where)
+
+
+def test_of_several_exports_of_a_run_one_that_an_engine_runs_is_taken(images, tmp_path):
+    run = runs.open_run(str(tmp_path / "runs"), "net")
+    runs.write_job(run, {"kind": "export", "name": "net"})
+
+    def add(name: str) -> None:
+        place = Path(run.path) / "export" / name
+        place.mkdir(parents=True)
+        (place / "model.onnx").write_bytes((images[1] / "model.onnx").read_bytes())
+        write(place, {key: read(images[1])[key] for key in ("inputs", "outputs", "input")} | {"format": name})
+
+    add("executorch")
+    add("openvino")
+    for find in (lambda: runtime.load(run.uri), lambda: use._export_of("net", str(tmp_path / "runs"))):
+        with pytest.raises(UserError, match=r"net: its exports are of formats that are not run here .*--format onnx`"):
+            find()
+    add("onnx_int8")
+    assert runtime.load(run.uri).facts.format == "onnx_int8"
+    assert use._export_of("net", str(tmp_path / "runs")) == runtime.load(run.uri).where
+    add("onnx")
+    assert runtime.load(run.uri).facts.format == "onnx"
 
 
 # ------------------------------------------------------------------------------------------------- what is refused

@@ -305,13 +305,13 @@ def profile(
 
 
 def _export_of(name: str, where: str) -> str | None:
-    """The export folder that `name` is or that a run has, None where there is none."""
+    """The export folder that `name` is or that of a run, None where there is none."""
     from slimray import runs
     from slimray.runtime import folder
 
     if folder.is_export(name):
         return name
-    return next(iter(folder.exports_of(runs.find_run(name, where)).values()), None)
+    return folder.preferred_export(runs.find_run(name, where))
 
 
 def _time_export(remote: Any, where: str, rounds: int, as_json: bool) -> None:

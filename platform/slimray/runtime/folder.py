@@ -12,13 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slimray import runs, storage
 from slimray.runs.folder import digest, is_plain_name
+from slimray.runtime.engines import ENGINES
 from slimray.spec import UserError, did_you_mean
 from slimray.storage import join
 
 VERSION = 1
 MAX_JSON_BYTES = 64 << 20
 MAX_MODEL_BYTES = (2 << 30) - 1
-PREFERRED = ("onnx", "openvino")  # which of the exports of a run is taken, in this order
+RUN_HERE = tuple(sorted({one for engine in ENGINES.values() for one in engine.formats}))  # ONNX is first
 
 
 class _Part(BaseModel):
@@ -72,18 +73,37 @@ def is_export(where: str) -> bool:
 
 
 def exports_of(run: runs.Run) -> dict[str, str]:
-    """Return the exports of a run by format, the preferred first: format -> URI of the folder."""
+    """Return the exports of a run by format, those that an engine runs first: format -> URI of the folder."""
     folder = join(run.path, "export")
     names = [name for name in storage.list_folders(run.fs, folder) if is_plain_name(name)]
     there = [name for name in names if storage.exists(run.fs, join(folder, name, "export.json"))]
-    order = [*[name for name in PREFERRED if name in there], *sorted(set(there) - set(PREFERRED))]
+    order = [*[name for name in RUN_HERE if name in there], *sorted(set(there) - set(RUN_HERE))]
     return {name: join(run.uri, "export", name) for name in order}
+
+
+def preferred_export(run: runs.Run) -> str | None:
+    """Return the folder of the export of a run that is taken when no format is asked for; None if it has no export.
+
+    UserError if it has some, and no engine runs any of them.
+    """
+    found = exports_of(run)
+    return _first_run_here(run, found) if found else None
+
+
+def _first_run_here(run: runs.Run, found: dict[str, str]) -> str:
+    name, where = next(iter(found.items()))
+    if name not in RUN_HERE:
+        raise UserError(
+            f"{run.name}: its exports are of formats that are not run here ({', '.join(found)}): make one that is with "
+            f"`slimray export RUN --format {RUN_HERE[0]}`"
+        )
+    return where
 
 
 def find_export(name: str, where: str, format: str | None = None) -> str:
     """Return the folder of an export: `name` is one, or a run in the storage `where` that has some; UserError if none.
 
-    Of several the one of `format`, else ONNX first.
+    Of several the one of `format`, else the first that an engine runs, ONNX before others.
     """
     if is_export(name):
         return name
@@ -92,7 +112,7 @@ def find_export(name: str, where: str, format: str | None = None) -> str:
     if not found:
         raise UserError(f"{name}: has no export: make one with `slimray export {name} --format onnx`")
     if format is None:
-        return next(iter(found.values()))
+        return _first_run_here(run, found)
     if format not in found:
         hint = did_you_mean(format, found)
         raise UserError(f"{name}: has no export of format {format!r}{hint} (it has: {', '.join(found)})")
