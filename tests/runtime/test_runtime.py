@@ -273,6 +273,12 @@ def test_of_several_exports_of_a_run_one_that_an_engine_runs_is_taken(images, tm
         ({"inputs": [{"name": "other", "shape": [None, 3, 64, 64]}]}, "other inputs or outputs"),
         ({"input": {}}, "does not say how files are read"),
         ({"states": [{"input": "input", "output": "logits", "shape": [2**40]}]}, "states: hold"),
+        ({"states": [{"input": "input", "output": "logits", "shape": [1], "dtype": "V9999999"}]}, "'float32'"),
+        (
+            {"verification": {"passed": False, "reason": "differs from torch by\n3.0e-01"}},
+            r"does not agree with torch \(differs from torch by 3.0e-01\): export the run again",
+        ),
+        ({"verification": {"passed": False}}, r"does not agree with torch \(no reason is given\)"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused_in_one_sentence(images, tmp_path, change, sentence):

@@ -5,7 +5,7 @@ that is written there, and nothing of it is opened before it is checked.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.fs as pafs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -42,13 +42,19 @@ class State(_Part):
     input: str
     output: str
     shape: tuple[int, ...] = Field(max_length=8)
-    dtype: str = "float32"
+    dtype: Literal["float32"] = "float32"
+
+
+class Verification(_Part):
+    """How the export compares with torch: whether it agrees, and if not why."""
+
+    passed: bool = True
+    reason: str = ""
 
 
 class Facts(_Part):
     """What export.json says, as far as running the network needs it."""
 
-    version: int
     format: str
     file: str
     bytes: int = Field(gt=0, le=MAX_MODEL_BYTES)
@@ -58,10 +64,7 @@ class Facts(_Part):
     states: tuple[State, ...] = ()
     input: dict[str, Any]
     """`model/input.json` of the run: recipe, pixels, classes, task."""
-    model: dict[str, Any] = {}
-    precision: str = "fp32"
-    verification: dict[str, Any] = {}
-    timing: dict[str, Any] = {}
+    verification: Verification = Verification()
 
 
 def is_export(where: str) -> bool:
@@ -120,7 +123,7 @@ def find_export(name: str, where: str, format: str | None = None) -> str:
 
 
 def read_facts(where: str) -> tuple[Facts, pafs.FileSystem, str]:
-    """Return export.json of the folder `where`, its filesystem and path; UserError for what is no export."""
+    """Return export.json of the folder `where`, its filesystem and path; UserError for no export or a wrong one."""
     fs, path = storage.open_uri(where)
     place = join(where, "export.json")
     try:
@@ -140,6 +143,9 @@ def read_facts(where: str) -> tuple[Facts, pafs.FileSystem, str]:
         raise UserError(f"{place}: {field}: {first['msg'].lower()}: export the run again") from None
     if not is_plain_name(facts.file):
         raise UserError(f"{place}: file: {facts.file!r} must be the name of a file beside it")
+    if not facts.verification.passed:
+        reason = " ".join(facts.verification.reason.split())[:200] or "no reason is given"
+        raise UserError(f"{place}: the export does not agree with torch ({reason}): export the run again")
     return facts, fs, path
 
 
