@@ -8,6 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from slimray.runtime import onnx_file
 from slimray.runtime.onnx_file import check_onnx
 from slimray.spec import UserError
 
@@ -100,6 +101,23 @@ def nested(depth: int) -> bytes:
     return wire(8, b"") + wire(7, graph)
 
 
+def sparse(*dims: int) -> bytes:
+    """A constant that is a sparse tensor, whose dims are fields of their own as ONNX writes them."""
+    value = helper.make_attribute("sparse_value", onnx.SparseTensorProto(dims=dims))
+    node = helper.make_node("Constant", [], ["v"])
+    node.attribute.append(value)
+    return model([node]).SerializeToString()
+
+
+def packed(where: str, numbers: bytes) -> bytes:
+    """A weight or a node with one packed field of integers: the values or the sides of a tensor, or an attribute."""
+    if where == "ints":
+        node = wire(1, b"x") + wire(2, b"y") + wire(4, b"Transpose") + wire(5, wire(1, b"perm") + wire(8, numbers))
+        return wire(8, b"") + wire(7, wire(1, node))
+    tensor = b"\x10\x06" + wire({"dims": 1, "int32_data": 5, "int64_data": 7, "uint64_data": 11}[where], numbers)
+    return wire(8, b"") + wire(7, wire(5, tensor + wire(8, b"w")))
+
+
 def blown_up(kind: str) -> bytes:
     size = numpy_helper.from_array(np.array([2**40, 4], np.int64), "size")
     node = helper.make_node(kind, ["size"] if kind == "ConstantOfShape" else ["x", "size"], ["y"])
@@ -121,6 +139,13 @@ def blown_up(kind: str) -> bytes:
         (with_weight(dims=[-1, 4]), "of an impossible shape"),
         (with_weight(dims=[1] * 100), "of an impossible shape"),
         (with_weight(data_type=99), "of an unknown type"),
+        (sparse(2**20, 2**20), "declares a sparse tensor of 1,099,511,627,776 values, more than"),
+        (sparse(*[1] * 17), "declares a sparse tensor of an impossible shape"),
+        (packed("dims", b"\x01" * 17), "declares a tensor of an impossible shape"),
+        (packed("int32_data", b"\x01\x81"), "a number is cut"),
+        (packed("int32_data", b"\x81" * 10 + b"\x01"), "a number is too long"),
+        (packed("int32_data", b"\x81" * 30 + b"\x01"), "a number is too long"),
+        (packed("int32_data", b"\x81\x01\x01"), "declares a tensor of 1 values and holds 2 values of it"),
         (nested(40), "nested too deeply"),
         (nested(2000), "nested too deeply"),
         (blown_up("ConstantOfShape"), "declares the output of ConstantOfShape"),
@@ -154,3 +179,27 @@ def test_no_damage_ends_in_anything_but_a_sentence():
             data[rng.randrange(len(data))] = rng.randrange(256)
         with suppress(UserError):
             check_onnx(bytes(data), "a.onnx")
+
+
+@pytest.mark.parametrize("where", ["dims", "int32_data", "int64_data", "uint64_data", "ints"])
+def test_a_long_packed_field_is_counted_and_not_decoded(monkeypatch, where):
+    numbers, decoded = b"\xff\x01" * (1 << 21), 0  # two million, across the borders of what is counted at once
+    data, one = packed(where, numbers), onnx_file._varint
+
+    def counted(value: memoryview, at: int) -> tuple[int, int]:
+        nonlocal decoded
+        decoded += 1
+        assert decoded < 200
+        return one(value, at)
+
+    monkeypatch.setattr(onnx_file, "_varint", counted)
+    if where == "ints":
+        assert check_onnx(data, "a.onnx").num_nodes == 1
+    else:
+        assert ("impossible shape" if where == "dims" else "holds 2,097,152 values of it") in refused(data)
+
+
+def test_a_number_across_the_border_of_what_is_counted_at_once_is_one(monkeypatch):
+    monkeypatch.setattr(onnx_file, "CHUNK_BYTES", 3)
+    assert onnx_file._few_ints(memoryview(b"\x81\x81\x81\x81\x01\x02\x83\x01")) == (3, [2113665 + (1 << 28), 2, 131])
+    assert "a number is too long" in refused(packed("int32_data", b"\x81" * 10 + b"\x01"))

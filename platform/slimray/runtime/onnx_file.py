@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from slimray.spec import UserError
 
 DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
@@ -20,6 +22,8 @@ MAX_VALUES = 1 << 29  # of a declared tensor: 2 GiB of float32
 MAX_DEPTH = 12  # of graphs in attributes
 MAX_NODES = 200_000
 MAX_RANK = 16
+MAX_VARINT_BYTES = 10
+CHUNK_BYTES = 1 << 20  # of a packed field that are counted at once
 BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16,
         17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4}  # fmt: skip
 DTYPES = {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool",
@@ -98,7 +102,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
     value = 0
-    for shift in range(0, 70, 7):
+    for shift in range(0, 7 * MAX_VARINT_BYTES, 7):
         if at >= len(data):
             raise _Bad("is not an ONNX file, or breaks off (a number is cut)")
         byte = data[at]
@@ -129,15 +133,33 @@ def _text(value: int | memoryview) -> str:
     return bytes(_bytes(value)[:300]).decode("utf-8", "replace")
 
 
-def _ints(value: int | memoryview) -> list[int]:
-    """A repeated integer, packed or one of many."""
+def _few_ints(value: int | memoryview) -> tuple[int, list[int]]:
+    """How many integers a repeated field holds, packed or one of many; and the integers if they are no more than
+    MAX_RANK. Packed ones are counted by their last bytes: decoded, a field takes many times its size."""
     if isinstance(value, int):
-        return [_signed(value)]
+        return 1, [_signed(value)]
+    count, begin = 0, 0
+    for start in range(0, len(value), CHUNK_BYTES):
+        ends = np.flatnonzero(np.frombuffer(value[start : start + CHUNK_BYTES], np.uint8) < 128) + start + 1
+        if (np.diff(ends, prepend=begin) > MAX_VARINT_BYTES).any():
+            raise _Bad("is not an ONNX file (a number is too long)")
+        count, begin = count + len(ends), int(ends[-1]) if len(ends) else begin
+    if begin != len(value):
+        raise _Bad("is not an ONNX file, or breaks off (a number is cut)")
+    if count > MAX_RANK:
+        return count, []
     found, at = [], 0
     while at < len(value):
         one, at = _varint(value, at)
         found.append(_signed(one))
-    return found
+    return count, found
+
+
+def _more_dims(dims: list[int], value: int | memoryview, what: str) -> list[int]:
+    count, found = _few_ints(value)
+    if len(dims) + count > MAX_RANK:
+        raise _Bad(f"declares {what} of an impossible shape")
+    return dims + found
 
 
 # ------------------------------------------------------------------------------------------------------ messages
@@ -232,7 +254,7 @@ def _node(data: memoryview, seen: _Seen, depth: int, small: dict[str, list[int]]
 
 def _attribute(data: memoryview, seen: _Seen, depth: int) -> list[int] | None:
     """Check what an attribute holds; the whole numbers of a small tensor in it, or of a list."""
-    found, numbers = None, list[int]()
+    found, numbers, count = None, list[int](), 0
     for number, value in _fields(data):
         if number == 5 or number == 10:
             found = _tensor(_bytes(value))[1]
@@ -241,16 +263,20 @@ def _attribute(data: memoryview, seen: _Seen, depth: int) -> list[int] | None:
         elif number in (22, 23):
             _sparse(_bytes(value))
         elif number == 8:
-            numbers += _ints(value)
-    return found or (numbers if 0 < len(numbers) <= MAX_RANK else None)
+            more, few = _few_ints(value)
+            count += more
+            numbers = [*numbers, *few] if count <= MAX_RANK else []
+    return found or numbers or None
 
 
 def _sparse(data: memoryview) -> None:
+    dims = list[int]()
     for number, value in _fields(data):
         if number in (1, 2):
             _tensor(_bytes(value))
         elif number == 3:
-            _require_size(_ints(value), "a sparse tensor")
+            dims = _more_dims(dims, value, "a sparse tensor")
+    _require_size(dims, "a sparse tensor")
 
 
 def _require_size(dims: list[int], what: str) -> int:
@@ -267,7 +293,7 @@ def _tensor(data: memoryview) -> tuple[str, list[int] | None]:
     held, numbers = 0, list[int]()
     for number, value in _fields(data):
         if number == 1:
-            dims += _ints(value)
+            dims = _more_dims(dims, value, "a tensor")
         elif number == 2:
             kind = _int(value)
         elif number == 8:
@@ -279,9 +305,9 @@ def _tensor(data: memoryview) -> tuple[str, list[int] | None]:
         elif number in (4, 10):  # float and double, packed, or one of them
             held += len(_bytes(value)) // (4 if number == 4 else 8)
         elif number in (5, 7, 11):
-            found = _ints(value)
-            held += len(found)
-            numbers = [*numbers, *found] if number == 7 and held <= MAX_RANK else []
+            more, few = _few_ints(value)
+            held += more
+            numbers = [*numbers, *few] if number == 7 and held <= MAX_RANK else []
         elif number == 6:
             held += 1
     count = _require_size(dims, "a tensor")
