@@ -257,6 +257,33 @@ def test_a_raspberry_pi_tells_its_name_temperature_and_throttling(tmp_path):
     assert conditions.conditions(tmp_path, watts=False)["throttled"] is False
 
 
+@pytest.mark.parametrize(
+    ("devices", "throttled"),
+    [
+        ({"Fan": 3}, None),
+        ({"intel_powerclamp": -1, "Fan": 1}, None),
+        ({"Processor": 0, "intel_powerclamp": -1, "Fan": 3, "TCC Offset": 3}, False),
+        ({"Processor": 0, "thermal-cpufreq-0": 2}, True),
+        ({"cpufreq-cpu0": 1}, True),
+        ({"Processor": -1}, False),
+    ],
+)
+def test_a_fan_that_turns_is_no_throttling(tmp_path, devices, throttled):
+    for number, (kind, state) in enumerate(devices.items()):
+        put(tmp_path, f"sys/class/thermal/cooling_device{number}/type", f"{kind}\n")
+        put(tmp_path, f"sys/class/thermal/cooling_device{number}/cur_state", f"{state}\n")
+    assert conditions.conditions(tmp_path, watts=False).get("throttled") is throttled
+
+
+@pytest.mark.parametrize(("says", "watts"), [("RAM 1/2MB VDD_IN 5012mW/5000mW", 5.012), ("", None)])
+def test_watts_of_a_jetson_are_waited_for_and_given_up(tmp_path, monkeypatch, says, watts):
+    put(tmp_path, "tegrastats", "#!/bin/sh\n" + (f"echo {says}\n" if says else "") + "exec /bin/sleep 600\n")
+    (tmp_path / "tegrastats").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(conditions, "TOOL_S", patience(30) if says else 0.2)
+    assert conditions.conditions(tmp_path).get("watts") == watts
+
+
 def test_watts_come_from_sensors_of_the_board(tmp_path):
     put(tmp_path, "sys/class/hwmon/hwmon1/curr1_input", "1200")
     put(tmp_path, "sys/class/hwmon/hwmon1/in1_input", "5000")

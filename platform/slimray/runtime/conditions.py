@@ -7,6 +7,7 @@ of boards), tegrastats (Jetson), nvidia-smi. None of them is no error: a device 
 import os
 import platform
 import re
+import select
 import shutil
 import subprocess
 import time
@@ -16,6 +17,8 @@ from typing import Any
 
 WATCHED_S = 0.2  # over which energy counters are read
 TOOL_S = 5.0  # after which tegrastats or nvidia-smi is given up
+# Cooling devices that slow a processor down; fans do not, and states of powerclamp and TCC Offset mean something else.
+SLOWING = re.compile(r"Processor|(thermal-)?(cpufreq|devfreq)-.*")
 
 
 def device(root: Path = Path("/")) -> dict[str, Any]:
@@ -56,8 +59,10 @@ def _throttled(root: Path) -> bool | None:
     flags = _text(root / "sys/devices/platform/soc/soc:firmware/get_throttled").strip()
     if re.fullmatch(r"(0x)?[0-9a-fA-F]+", flags):
         return bool(int(flags, 16) & 0b1111)
-    states = _numbers(root, "sys/class/thermal/cooling_device*/cur_state")
-    return None if not states else any(states)
+    places = sorted(root.glob("sys/class/thermal/cooling_device*"))
+    states = [_number(place / "cur_state") for place in places if SLOWING.fullmatch(_text(place / "type").strip())]
+    known = [state for state in states if state is not None]
+    return any(state > 0 for state in known) if known else None
 
 
 def _watts(root: Path) -> dict[str, Any]:
@@ -95,15 +100,16 @@ def _hwmon(root: Path) -> float | None:
 def _tegrastats(root: Path) -> float | None:
     if shutil.which("tegrastats") is None:
         return None
-    process = subprocess.Popen(["tegrastats", "--interval", "100"], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-    finally:
-        process.kill()
-        process.wait()
-    found = re.search(r"(?:VDD_IN|POM_5V_IN)\s+(\d+)", line)
-    return int(found[1]) / 1000 if found else None
+    with suppress(OSError), subprocess.Popen(["tegrastats", "--interval", "100"], stdout=subprocess.PIPE) as process:
+        try:  # it prints a line again and again, and ends by itself never
+            assert process.stdout is not None
+            said = bool(select.select([process.stdout], [], [], TOOL_S)[0])
+            line = os.read(process.stdout.fileno(), 4096).decode(errors="replace") if said else ""
+        finally:
+            process.kill()
+        found = re.search(r"(?:VDD_IN|POM_5V_IN)\s+(\d+)", line)
+        return int(found[1]) / 1000 if found else None
+    return None
 
 
 def _nvidia_smi(root: Path) -> float | None:
