@@ -11,15 +11,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from email.utils import format_datetime
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.exceptions import RpcError
 from tests.waits import patience, wait_for
 
 from slimray.cluster import preemption
-from slimray.spec import UserError
+from slimray.spec import RunFailed, UserError
 
 
 class Metadata(http.server.ThreadingHTTPServer):
@@ -29,7 +31,7 @@ class Metadata(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.cloud, self.asked, self.tokens, self.answers = preemption.CLOUDS[cloud], [], set(), {}
         self.answers[self.cloud.me] = "machine-1"
-        self.down = False
+        self.down, self.garbled = False, 0
 
     @property
     def url(self) -> str:
@@ -55,6 +57,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.asked.append(self.path)
         if self.server.down:
             return self._say(503)
+        if self.server.garbled:
+            self.server.garbled -= 1
+            self.wfile.write(b"what a proxy says that is no HTTP\r\n\r\n")
+            return None
         if self.server.cloud.token and self.headers.get("X-aws-ec2-metadata-token") not in self.server.tokens:
             return self._say(401)
         if any(self.headers.get(name) != value for name, value in self.server.cloud.headers.items()):
@@ -144,6 +150,35 @@ def test_a_session_of_aws_that_has_ended_is_renewed_and_an_answer_that_is_not_kn
         server.answers[SPOT] = '{"action": "terminate"}'
         with pytest.raises(ValueError, match="answers what is not known here"):
             service.notice(me)
+
+
+def test_an_answer_that_is_no_http_and_a_head_that_is_away_do_not_end_the_agent(monkeypatch):
+    """The head is asked for until the time has passed; each trouble is told once."""
+    monkeypatch.setattr(preemption, "POLL_S", 0.05)
+    told: list[str] = []
+    heads: list[int] = []
+
+    def head() -> str:
+        heads.append(len(heads))
+        raise RpcError("Timed out while waiting for GCS to become available.")
+
+    with metadata("gcp") as server:
+        service, me = preemption.find_service("gcp", server.url) or pytest.fail("no service")
+        server.garbled = 3
+        server.answers[f"{GCP}preempted"] = "TRUE"
+        left_s = patience(1)
+        looks = {f"{GCP}preempted": lambda answer, me: preemption.Notice(left_s, "GCP preempts this instance")}
+        service.cloud = replace(service.cloud, looks=looks)
+        with pytest.raises(RunFailed, match="the node could not be drained in time: Timed out while waiting for GCS"):
+            preemption.watch(service, me, head, "", told.append)
+        assert server.garbled == 0
+        assert len(heads) > 1
+        assert told == [
+            f"the metadata service at {server.url} does not answer (BadStatusLine: what a proxy says that is no HTTP"
+            "), asking again",
+            f"GCP preempts this instance in {left_s:.0f} s: draining its Ray node",
+            "Timed out while waiting for GCS to become available., trying again",
+        ]
 
 
 @pytest.mark.ray

@@ -8,6 +8,7 @@ describes them; none of it was tried on a real machine of theirs.
 
 import datetime
 import email.utils
+import http.client
 import json
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from ray.exceptions import RayError
 
 from slimray.spec import RunFailed, UserError
 
@@ -134,8 +137,11 @@ class Service:
         return self._token
 
     def _get(self, request: urllib.request.Request) -> str:
-        with _DIRECT.open(request, timeout=REQUEST_TIMEOUT_S) as answer:
-            return answer.read(1 << 20).decode("utf-8", "replace")
+        try:
+            with _DIRECT.open(request, timeout=REQUEST_TIMEOUT_S) as answer:
+                return answer.read(1 << 20).decode("utf-8", "replace")
+        except http.client.HTTPException as error:  # an answer that is cut off, or is not HTTP
+            raise ConnectionError(f"{type(error).__name__}: {str(error).strip()}") from None
 
     def notice(self, me: str) -> Notice | None:
         """Return what is announced for the machine `me`; OSError or ValueError if the answer cannot be had or read."""
@@ -235,7 +241,7 @@ def watch(service: Service, me: str, address: Callable[[], str], node_id: str, s
             drain(where, node_id or this_node(where), left)
             say("drained: what runs there saves, and goes on elsewhere")
             return notice
-        except (RunFailed, OSError, RuntimeError) as error:
+        except (RunFailed, OSError, RuntimeError, RayError) as error:
             said = _once(f"{error}, trying again", said, say)
             if time.monotonic() > end:
                 raise RunFailed(f"the node could not be drained in time: {error}") from None
