@@ -643,7 +643,9 @@ def test_jobs_on_kubernetes_are_listed_followed_and_stopped_by_kubectl(shell, he
 
     done = {"jobStatus": "SUCCEEDED", "startTime": "2026-11-30T01:00:00Z", "endTime": "2026-11-30T01:02:00Z"}
     waits = rayjob("tsm-3", jobDeploymentStatus="Suspended") | {"spec": {"suspend": True}}
+    late = {"jobStatus": "RUNNING", "jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded"}
     items = [rayjob("tsm-2", **done), waits, rayjob("other-1", jobStatus="RUNNING", jobDeploymentStatus="Running")]
+    items += [rayjob("late-1", **late, endTime="2026-11-30T01:02:00Z"), rayjob("bad-1", jobDeploymentStatus="Failed")]
     (here / "jobs.json").write_text(json.dumps({"items": items}))
     put_programs(here, monkeypatch, kubectl=f'case "$*" in *get*) cat {here}/jobs.json;; *logs*) echo epoch 1;; esac')
     code, out, _ = shell("status", "--cluster", "kuberay", "--json")
@@ -651,6 +653,8 @@ def test_jobs_on_kubernetes_are_listed_followed_and_stopped_by_kubectl(shell, he
     rows = {row["id"]: row for row in json.loads(out)}
     assert rows["tsm-2"] | {"status": "succeeded", "seconds": 120, "storage": "s3://team/runs"} == rows["tsm-2"]
     assert (rows["tsm-3"]["status"], rows["tsm-3"]["message"]) == ("pending", "suspended: waits in its queue")
+    assert (rows["late-1"]["status"], rows["late-1"]["message"]) == ("failed", "DeadlineExceeded"), "not running any more"
+    assert rows["bad-1"]["status"] == "failed"
     assert shell("logs", "other", "--cluster", "kuberay") == (0, "epoch 1\n", "")
     assert shell("stop", "tsm", "--cluster", "kuberay") == (0, "tsm: is being stopped\n", "")
     assert shell("stop", "tsm-2", "--cluster", "kuberay") == (0, "tsm-2: had ended already\n", "")

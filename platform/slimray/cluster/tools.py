@@ -67,7 +67,9 @@ def _rayjobs(target: Target) -> list[dict[str, Any]]:
 def _rayjob(item: dict[str, Any]) -> dict[str, Any]:
     told, meta = item.get("status") or {}, item["metadata"]
     deployed = str(told.get("jobDeploymentStatus") or "")
-    status = told.get("jobStatus") or ("FAILED" if "Failed" in deployed else "PENDING")
+    status = told.get("jobStatus") or "PENDING"
+    if "Failed" in deployed and status in ("PENDING", "RUNNING"):  # KubeRay gave up; the last that Ray said stays there
+        status = "FAILED"
     waits = "" if status != "PENDING" else f"{deployed.lower() or 'not admitted yet'}: waits for its pods"
     if (item.get("spec") or {}).get("suspend"):
         waits = "suspended: waits in its queue"
