@@ -653,7 +653,9 @@ def test_jobs_on_kubernetes_are_listed_followed_and_stopped_by_kubectl(shell, he
     rows = {row["id"]: row for row in json.loads(out)}
     assert rows["tsm-2"] | {"status": "succeeded", "seconds": 120, "storage": "s3://team/runs"} == rows["tsm-2"]
     assert (rows["tsm-3"]["status"], rows["tsm-3"]["message"]) == ("pending", "suspended: waits in its queue")
-    assert (rows["late-1"]["status"], rows["late-1"]["message"]) == ("failed", "DeadlineExceeded"), "not running any more"
+    assert (rows["late-1"]["status"], rows["late-1"]["message"]) == ("failed", "DeadlineExceeded"), (
+        "not running any more"
+    )
     assert rows["bad-1"]["status"] == "failed"
     assert shell("logs", "other", "--cluster", "kuberay") == (0, "epoch 1\n", "")
     assert shell("stop", "tsm", "--cluster", "kuberay") == (0, "tsm: is being stopped\n", "")
@@ -696,7 +698,9 @@ def test_jobs_on_slurm_are_listed_followed_and_stopped_by_its_tools(shell, here,
     lines = ["7|tsm-1|COMPLETED|2026-11-30T01:00:00|2026-11-30T01:05:00|None", "9|tsm-1|PENDING|N/A|N/A|Resources"]
     lines += ["12|interactive|RUNNING|2026-11-30T01:00:00|N/A|None"]
     listing, told = "cat <<'END'\n" + "\n".join(lines) + "\nEND", f"echo JobId=9 StdOut={here}/log Power="
-    put_programs(here, monkeypatch, scancel="", squeue=listing, scontrol=told)
+    squeue = f'case "$*" in *--jobs*) cat {here}/state;; *) {listing}\n;; esac'
+    (here / "state").write_text("PENDING\n")
+    put_programs(here, monkeypatch, scancel="", squeue=squeue, scontrol=told)
     code, out, _ = shell("status", "--cluster", "slurm", "--json")
     assert code == 0
     rows = {row["id"]: row for row in json.loads(out)}
@@ -706,29 +710,45 @@ def test_jobs_on_slurm_are_listed_followed_and_stopped_by_its_tools(shell, here,
     assert shell("logs", "tsm", "--cluster", "slurm") == (0, "epoch 1\n", "")
     assert shell("stop", "tsm", "--cluster", "slurm") == (0, "tsm: is being stopped\n", "")
     assert (here / "calls").read_text().splitlines()[-1] == "scancel 9"
+    (here / "state").write_text("RUNNING\n")
+    assert shell("stop", "tsm", "--cluster", "slurm") == (0, "tsm: is being stopped\n", "")
+    said = "its script alone: Ray is there until the run has saved"
+    assert (here / "calls").read_text().splitlines()[-1] == "scancel --batch --signal=TERM 9", said
 
 
-def test_under_slurm_the_run_ends_before_the_limit_of_time_and_is_queued_again(here, monkeypatch):
+@pytest.mark.parametrize(
+    ("signals", "again"),
+    [
+        ([signal.SIGUSR1], True),
+        ([signal.SIGTERM], False),
+        ([signal.SIGUSR1, signal.SIGTERM], False),
+    ],
+)
+def test_under_slurm_the_run_saves_and_is_queued_again_before_the_limit_of_time_only(here, monkeypatch, signals, again):
     """The whole script, with programs in place of Slurm's and Ray's, and a run that takes a moment to end."""
-    ends = f"trap 'sleep 1; echo released >> {here}/calls; exit 143' TERM"
+    ends = f"trap 'touch {here}/told; sleep 1; echo released >> {here}/calls; exit 143' TERM"
     python = f"{ends}; touch {here}/began; while true; do sleep 0.1; done"
     put_programs(here, monkeypatch, srun="", scontrol="", ray="", slimray="", python=python)
     cluster = parse_cluster("{kind: slurm, nodes: 2, cpus_per_node: 8, retries: 5, storage: /shared}")
     ready = script.Submission("tsm-1", "job.yaml", "kind: train\n", "/shared")
     text = slurm.slurm(ready, cluster, {})
     (here / "job.sh").write_text(text)
-    assert "#SBATCH --signal=B:TERM@120\n" in text
+    assert "#SBATCH --signal=B:USR1@120\n" in text
     assert text.count("--cpus-per-task=8") == 3, "srun does not take it over from sbatch"
     child = subprocess.Popen(
         ["bash", "job.sh"], env=os.environ | {"SLURM_JOB_ID": "4711"}, stderr=subprocess.PIPE, text=True
     )
     wait_for("the run to begin", lambda: (here / "began").exists())
-    child.send_signal(signal.SIGTERM)
+    child.send_signal(signals[0])
+    wait_for("the run to hear of it", lambda: (here / "told").exists())
+    for other in signals[1:]:
+        child.send_signal(other)
     _, err = child.communicate(timeout=patience(30))
     assert child.returncode == 143, err
-    assert "the job is queued again and goes on" in err
+    assert ("the job is queued again and goes on" in err) is again
     calls = (here / "calls").read_text().splitlines()
-    assert calls[-2:] == ["released", "scontrol requeue 4711"]
+    assert "released" in calls, "it saves in any case"
+    assert ("scontrol requeue 4711" in calls) is again
     assert sum(call.startswith("python ") for call in calls) == 1, "no retry after SIGTERM"
     assert any("ray start --head --port 7090 " in call for call in calls), "a port of its own"
 

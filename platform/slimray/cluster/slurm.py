@@ -7,14 +7,15 @@ from typing import Any
 from slimray.cluster.script import SCRIPT, Submission, env_vars, write_files
 from slimray.cluster.specs import SlurmCluster, capacity
 
-SIGNAL_S = 120  # before the limit of time the driver gets SIGTERM, releases its run, and the job is queued again
+SIGNAL_S = 120  # before the limit of time: the driver is told to end, and the job is queued again
 PORTS = 1000  # from `port` on, one for each job: jobs may share a machine
 
 
 def slurm(job: Submission, cluster: SlurmCluster, values: Mapping[str, str]) -> str:
     """The script for `sbatch`: Ray on every machine, the command on the first, all gone when it ends.
 
-    Before the limit of time, or when Slurm preempts the job, the command is ended and the job requeued: it resumes.
+    Before the limit of time Slurm sends SIGUSR1: the command saves and ends, and the job is queued again and resumes.
+    SIGTERM (`slimray stop`, scancel) has it save and end for good; a job that Slurm preempts is queued again by Slurm.
     """
     options: dict[str, Any] = {
         "job-name": job.id,
@@ -25,7 +26,7 @@ def slurm(job: Submission, cluster: SlurmCluster, values: Mapping[str, str]) -> 
         "output": f"{job.id}-%j.log",
         "open-mode": "append",
         "requeue": None,
-        "signal": f"B:TERM@{SIGNAL_S}",
+        "signal": f"B:USR1@{SIGNAL_S}",
     }
     options |= {"gpus-per-node": cluster.gpus_per_node} if cluster.gpus_per_node else {}
     options |= {"partition": cluster.partition} if cluster.partition else {}
@@ -61,11 +62,12 @@ def slurm(job: Submission, cluster: SlurmCluster, values: Mapping[str, str]) -> 
             f"srun --overlap --cpus-per-task=1 --nodes={cluster.nodes} --ntasks-per-node=1 \\",
             "  slimray watch-preemption &   # on machines of a cloud; elsewhere it ends at once",
             f'setsid sh "$work/{SCRIPT}" &   # a session of its own, to be ended with all its children',
-            "command=$!; ended=",
-            "trap 'ended=1; kill -TERM -- -$command' TERM",
+            "command=$!; again= stopped=",
+            "trap 'again=1; kill -TERM -- -$command' USR1",
+            "trap 'stopped=1; kill -TERM -- -$command' TERM",
             "code=0; wait $command || code=$?",
             "while kill -0 $command 2> /dev/null; do code=0; wait $command || code=$?; done   # a trap ends it",
-            'if [ -n "$ended" ] && [ "$code" -ne 0 ]; then',
+            'if [ -n "$again" ] && [ -z "$stopped" ] && [ "$code" -ne 0 ]; then',
             '  echo "slimray: the time is over, the job is queued again and goes on" >&2',
             '  scontrol requeue "$SLURM_JOB_ID"',
             "fi",

@@ -129,7 +129,10 @@ def _slurm_log(job_id: str, target: Target) -> str:
 
 
 def _cancel(job_id: str, target: Target) -> None:
-    command(["scancel", job_id.rpartition("-")[2]], target)
+    """End a job of Slurm: one that runs by a signal to its script alone, so that Ray is there until it has saved."""
+    number = job_id.rpartition("-")[2]
+    runs = "RUNNING" in command(["squeue", "--noheader", "--jobs", number, "--format=%T"], target).split()
+    command(["scancel", *(["--batch", "--signal=TERM"] if runs else []), number], target)
 
 
 def _milliseconds(text: Any) -> int | None:
