@@ -30,7 +30,7 @@ def kuberay(job: Submission, cluster: KubeRayCluster, values: Mapping[str, str])
         "ttlSecondsAfterFinished": cluster.keep_s,
         "preRunningDeadlineSeconds": cluster.start_deadline_s,
         **({"activeDeadlineSeconds": cluster.deadline_s} if cluster.deadline_s else {}),
-        "backoffLimit": cluster.head_retries,  # other retries are slimray's own, on the cluster that is there
+        "backoffLimit": cluster.head_retries,  # retries are slimray's own, on the cluster that is there
         "submitterConfig": {"backoffLimit": 2},
         "rayClusterSpec": {
             "rayVersion": cluster.ray_version,

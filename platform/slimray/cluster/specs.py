@@ -258,8 +258,9 @@ class KubeRayCluster(ClusterSpec):
     """Longest life of the job."""
     keep_s: int = Field(60, ge=0)
     """The cluster, with the GPUs that are paid for, stays so long after the job; what a run says is in its folder."""
-    head_retries: int = Field(1, ge=0)
-    """How often a job that ended badly, as it does when its head is lost, gets a new cluster, where it resumes."""
+    head_retries: int = Field(0, ge=0)
+    """How often a job that ended badly gets a new cluster, where it resumes with all its `retries`. KubeRay cannot tell
+    a head that is lost from a user's mistake or retries that are used up: more than 0 pays for those again, too."""
     pull_secrets: tuple[str, ...] = ()
     """Kubernetes secrets with which the image is pulled."""
     queue: str | None = None
