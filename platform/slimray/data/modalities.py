@@ -188,7 +188,7 @@ def _image_recipe(data: DataSpec, card: "Card", _: int, mode: str) -> dict[str, 
     varied = data.images
     return {
         "size": data.size,
-        "resize": data.resize or 0,
+        "resize": data.resize or (data.size if varied.padding else 0),
         "mode": mode,
         "scale": varied.area,
         "ratio": varied.ratio,

@@ -45,8 +45,8 @@ class ImagesSpec(Spec):
     ratio: tuple[float, float] = ImageRecipe.ratio
     """Range of the training crop's width over its height, before it is made square."""
     padding: int = Field(0, ge=0, le=256)
-    """Black pixels around a training picture, out of which a crop of `size` is drawn in place of `area` and `ratio`: 4
-    is the usual recipe for CIFAR."""
+    """Black pixels around a training picture of short side `resize`, out of which a crop of `size` is drawn in place of
+    `area` and `ratio`: 4 is the usual recipe for CIFAR. Pictures are then not enlarged unless `resize` says so."""
     brightness: float = Field(ImageRecipe.brightness, ge=0, le=1)
     """Largest relative change of brightness."""
     saturation: float = Field(ImageRecipe.saturation, ge=0, le=1)
@@ -77,7 +77,8 @@ class DataSpec(Spec):
     size: int = Field(224, ge=16, le=1024)
     """Side of the square input in pixels."""
     resize: int | None = Field(None, ge=16)
-    """Short side that frames and images get before a centre or test crop; default 8/7 of `size` (256 for 224)."""
+    """Short side that frames and images get before a centre or test crop; default 8/7 of `size` (256 for 224), with
+    `images.padding` `size` itself."""
     sampling: Literal["uniform", "dense"] = "uniform"
     """Frames: one per segment of the clip (TSN), or `num_segments` out of a window of 64 (I3D)."""
     short_clips: Literal["spread", "published"] | None = None

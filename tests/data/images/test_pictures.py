@@ -16,9 +16,11 @@ from tests.waits import patience
 from slimray import models
 from slimray.data import modalities
 from slimray.data.bytes import write_shard
+from slimray.data.cards import Card
 from slimray.data.images import image_shapes
 from slimray.data.images.pictures import ImageRecipe, draw_area_crop, make_image
 from slimray.data.samples import BadSample
+from slimray.data.spec import DataSpec
 from slimray.data.video.clips import generators
 from slimray.data.video.decoder import Decoder
 from slimray.edge import cost
@@ -80,6 +82,25 @@ def test_with_padding_a_training_crop_is_a_window_of_the_picture_in_black():
     mirrored = [make_image(picture, ImageRecipe(32, 32, padding=4, flip=True, **PLAIN), rng(e)) for e in range(40)]
     assert all(((view[0][:, ::-1] if back else view[0]).tobytes()) in windows for view, back in mirrored)
     assert {back for _, back in mirrored} == {True, False}
+
+
+@pytest.mark.parametrize(("resize", "side"), [(None, 32), (40, 40)])
+def test_padding_enlarges_no_picture_unless_a_short_side_is_asked_for(resize, side):
+    card = Card.model_validate({"name": "x", "layout": "folders", "sample": "image", "splits": {"train": "."}})
+    data = DataSpec.model_validate({"size": 32, "resize": resize, "flip": False, "images": {"padding": 4, **PLAIN}})
+    train, val = (
+        ImageRecipe.from_dict(modalities.MODALITIES["image"].make_recipe(data, card, 0, mode))
+        for mode in ("train", "val")
+    )
+    picture = ramp(32, 32)
+    scaled = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BILINEAR))
+    padded, places = np.pad(scaled, ((4, 4), (4, 4), (0, 0))), range(side - 32 + 9)
+    windows = {padded[y : y + 32, x : x + 32].tobytes() for y in places for x in places}
+    drawn = [make_image(picture, train, rng(epoch))[0] for epoch in range(40)]
+    assert all(view.shape == (1, 32, 32, 3) for view in drawn)
+    assert {view[0].tobytes() for view in drawn} <= windows
+    edge = (side - 32) // 2
+    assert np.array_equal(make_image(picture, val, rng(0))[0][0], scaled[edge : edge + 32, edge : edge + 32])
 
 
 def test_validation_takes_the_centre_of_the_picture_scaled_to_its_short_side():
