@@ -18,11 +18,13 @@ from slimray.train.config import FitConfig
 from slimray.train.health import slow_ranks
 from slimray.train.ranks import Ranks
 
-# What Prometheus may ask Ray for (with `ray_` before it), out of a row of training metrics.
+# What Prometheus may ask Ray for (with `ray_` before it), out of a row of training metrics, its step, and the time
+# at which this process began to train (Unix seconds): Ray gives each start of a run a series of its own.
 GAUGES: dict[str, Callable[[Mapping[str, float]], float]] = {
     "slimray_samples_per_s": lambda row: row["train/samples_per_s"],
     "slimray_loss": lambda row: row["train/loss"],
     "slimray_step": lambda row: row["step"],
+    "slimray_start_time_s": lambda row: row["start_time_s"],
     "slimray_step_s": lambda row: row["time/step_s"],
     "slimray_data_wait_fraction": lambda row: row["data/wait_s"] / max(row["time/step_s"], 1e-9),
     "slimray_communication_fraction": lambda row: row["time/communication_s"] / max(row["time/step_s"], 1e-9),
@@ -34,11 +36,13 @@ class Gauges:
 
     def __init__(self, run: str):
         self.run, self.gauges = run, {name: Gauge(name, f"{name} of a run", ("run",)) for name in GAUGES}
+        self.start_time_s = time.time()
 
     def show(self, step: int, row: Mapping[str, float]) -> None:
         """Set them to a row of training metrics."""
+        told = {**row, "step": step, "start_time_s": self.start_time_s}
         for name, gauge in self.gauges.items():
-            gauge.set(float(GAUGES[name]({**row, "step": step})), {"run": self.run})
+            gauge.set(float(GAUGES[name](told)), {"run": self.run})
 
 
 @dataclass
