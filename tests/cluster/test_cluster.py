@@ -329,6 +329,70 @@ def test_a_pod_that_is_told_to_go_drains_its_node_first(here):
     assert budget["spec"] == {"minAvailable": 1, "selector": {"matchLabels": labels}}
 
 
+NETWORK_POLICY = fields(  # NetworkPolicy.spec of networking.k8s.io/v1
+    ["podSelector"],
+    podSelector=fields([], matchLabels=TEXTS, matchExpressions={}),
+    policyTypes={"type": "array", "items": {"enum": ["Ingress", "Egress"]}},
+    egress={},
+    ingress={"type": "array", "items": fields(
+        [],
+        ports={"type": "array", "items": fields([], port={"type": "integer"}, protocol={"enum": ["TCP", "UDP", "SCTP"]},
+                                                endPort=COUNT)},
+        **{"from": {"type": "array", "items": fields(
+            [], ipBlock={}, podSelector=fields([], matchLabels=TEXTS), namespaceSelector=fields([], matchLabels=TEXTS),
+        )}},
+    )},
+)  # fmt: skip
+
+
+def lets_in(policy: dict[str, Any], namespace: str, labels: dict[str, str], port: int) -> bool:
+    """Whether Kubernetes lets a pod of `labels` in `namespace` reach `port` of a pod that `policy` is for."""
+
+    def fits(selector: dict[str, Any], there: dict[str, str]) -> bool:
+        return selector.get("matchLabels", {}).items() <= there.items()
+
+    def is_meant(peer: dict[str, Any]) -> bool:
+        own = {"kubernetes.io/metadata.name": namespace}
+        same = fits(peer["namespaceSelector"], own) if "namespaceSelector" in peer else namespace == "ml"
+        return same and fits(peer.get("podSelector", {}), labels)
+
+    return any(
+        any(map(is_meant, rule["from"])) and port in [one["port"] for one in rule.get("ports", [{"port": port}])]
+        for rule in policy["spec"]["ingress"]
+    )
+
+
+def test_a_network_policy_lets_the_job_its_submitter_the_operator_and_prometheus_in():
+    document = FILES["kuberay"][0] | {"network": {"operator": "kuberay-system", "monitoring": "monitoring"}}
+    cluster = specs.KubeRayCluster.model_validate(document)
+    ready = script.Submission("tsm-1", "job.yaml", "kind: train\n", "s3://team/runs")
+    objects = {one["kind"]: one for one in kuberay.kuberay(ready, cluster, {})}
+    policy, spec = objects["NetworkPolicy"], objects["RayJob"]["spec"]["rayClusterSpec"]
+    jsonschema.validate(policy["spec"], NETWORK_POLICY)
+    assert policy["apiVersion"] == "networking.k8s.io/v1"
+    assert (policy["metadata"]["name"], policy["metadata"]["namespace"]) == ("tsm-1", "ml")
+    assert policy["metadata"]["labels"]["slimray.io/job"] == "tsm-1", "`stop` finds it by this label"
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        labels = group["template"]["metadata"]["labels"]
+        assert policy["spec"]["podSelector"]["matchLabels"].items() <= labels.items(), "it holds for each pod"
+        assert all(lets_in(policy, "ml", labels, port) for port in (6379, 8265, 8080, 10_002))
+        assert not lets_in(policy, "other", labels, 6379), "the same labels in another namespace"
+    assert lets_in(policy, "ml", {"batch.kubernetes.io/job-name": "tsm-1"}, 8265)
+    assert lets_in(policy, "kuberay-system", {}, 8265)
+    assert lets_in(policy, "monitoring", {}, 8080)
+    for namespace, labels, port in [("ml", {}, 8265), ("ml", {"slimray.io/job": "tsm-2"}, 8265), ("default", {}, 6379),
+                                    ("monitoring", {}, 8265), ("kuberay-system", {}, 6379)]:  # fmt: skip
+        assert not lets_in(policy, namespace, labels, port)
+
+
+def test_without_a_network_section_there_is_no_policy_and_a_name_that_is_none_is_refused():
+    ready = script.Submission("tsm-1", "job.yaml", "kind: train\n", "s3://team/runs")
+    plain = specs.KubeRayCluster.model_validate(FILES["kuberay"][0])
+    assert "NetworkPolicy" not in [one["kind"] for one in kuberay.kuberay(ready, plain, {})]
+    with pytest.raises(UserError, match=r"x\.yaml: network\.operator"):
+        parse(specs.KubeRayCluster, FILES["kuberay"][0] | {"network": {"operator": "Kube Ray"}}, "x.yaml")
+
+
 def test_a_queue_fixes_the_size_of_the_cluster(here):
     (ray_job,) = objects_of("kueue", "RayJob")
     assert ray_job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"

@@ -1,19 +1,20 @@
-"""A job as Kubernetes objects: a ConfigMap, the RayJob, budgets. Fields of `ray.io/v1` are of KubeRay 1.7."""
+"""A job as Kubernetes objects: ConfigMap, RayJob, budgets, NetworkPolicy. Fields of `ray.io/v1` are of KubeRay 1.7."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from slimray.cluster.script import SCRIPT, Submission, env_vars, files
-from slimray.cluster.specs import GroupSpec, KubeRayCluster, PodSpec, capacity
+from slimray.cluster.specs import GroupSpec, KubeRayCluster, NetworkSpec, PodSpec, capacity
 from slimray.cluster.tools import STORAGE
 from slimray.spec import dump_yaml
 
 JOBS_DIR = "/etc/slimray"  # where pods find the job
+GCS, DASHBOARD, METRICS = 6379, 8265, 8080  # ports of Ray's pods
 
 
 def kuberay(job: Submission, cluster: KubeRayCluster, values: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The job as Kubernetes objects: a ConfigMap with the job, the RayJob, and disruption budgets for its pods."""
+    """A ConfigMap with the job, the RayJob, disruption budgets for its pods and, on request, a network policy."""
     labels = {"app.kubernetes.io/managed-by": "slimray", "slimray.io/job": job.id}
     meta = {"name": job.id, "namespace": cluster.namespace, "labels": labels}
     queue = {"kueue.x-k8s.io/queue-name": cluster.queue, "kueue.x-k8s.io/priority-class": cluster.priority}
@@ -51,7 +52,32 @@ def kuberay(job: Submission, cluster: KubeRayCluster, values: Mapping[str, str])
     ]
     # Pods of a RayCluster belong to no built-in controller: a budget may then count `minAvailable` only.
     sizes = {name: group.min if cluster.autoscale else group.max for name, group in cluster.workers.items()}
-    return objects + [_budget(name, size, job, meta) for name, size in sizes.items() if size]
+    objects += [_budget(name, size, job, meta) for name, size in sizes.items() if size]
+    return objects + ([] if cluster.network is None else [_network(cluster.network, job, meta)])
+
+
+def _network(network: NetworkSpec, job: Submission, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Let in the pods of the job itself, the one that submits it, KubeRay's operator and Prometheus, nobody else.
+
+    The pod that submits is one of a Kubernetes Job of the RayJob's name, which Kubernetes notes in a label of the pod.
+    """
+
+    def of(place: str) -> dict[str, Any]:
+        return {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": place}}}
+
+    def ports(number: int) -> list[dict[str, Any]]:
+        return [{"protocol": "TCP", "port": number}]
+
+    own = {"matchLabels": {"slimray.io/job": job.id}}
+    submitter = {"podSelector": {"matchLabels": {"batch.kubernetes.io/job-name": job.id}}}
+    rules = [{"from": [{"podSelector": own}]}, {"from": [submitter, of(network.operator)], "ports": ports(DASHBOARD)}]
+    rules += [{"from": [of(network.monitoring)], "ports": ports(METRICS)}] if network.monitoring else []
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": meta,
+        "spec": {"podSelector": own, "policyTypes": ["Ingress"], "ingress": rules},
+    }
 
 
 def _budget(role: str, available: int, job: Submission, meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +138,7 @@ def _template(role: str, pod: PodSpec, job: Submission, cluster: KubeRayCluster)
         mounts.append({"name": "job", "mountPath": JOBS_DIR, "readOnly": True})
         container["ports"] = [
             {"name": name, "containerPort": port}
-            for name, port in (("gcs-server", 6379), ("dashboard", 8265), ("metrics", 8080))
+            for name, port in (("gcs-server", GCS), ("dashboard", DASHBOARD), ("metrics", METRICS))
         ]
     else:  # `ray start` is a child of the container's shell, which would not pass SIGTERM on
         # The agent asks the cloud of the node (AWS: with a hop limit of 2); where none answers it ends.

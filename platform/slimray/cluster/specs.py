@@ -32,6 +32,7 @@ def _is_one_line(value: str) -> str:
 
 Address = Annotated[str, AfterValidator(_is_http)]
 OneLine = Annotated[str, AfterValidator(_is_one_line)]
+NamespaceName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
 
 
@@ -226,6 +227,15 @@ class GroupSpec(PodSpec):
         return self
 
 
+class NetworkSpec(Spec):
+    """Who reaches the pods of a job beside themselves, where the network of Kubernetes obeys policies."""
+
+    operator: NamespaceName
+    """Namespace of KubeRay's operator, which asks the head how the job is."""
+    monitoring: NamespaceName | None = None
+    """Namespace of Prometheus, which reads the pods' metrics."""
+
+
 class KubeRayCluster(ClusterSpec):
     """A RayJob: KubeRay starts a cluster for the job and takes it away afterwards."""
 
@@ -246,6 +256,8 @@ class KubeRayCluster(ClusterSpec):
     """Groups of worker pods, by name."""
     volumes: tuple[VolumeSpec, ...] = ()
     """Shared storage."""
+    network: NetworkSpec | None = None
+    """Write a NetworkPolicy that shuts all others out, as whoever reaches Ray's ports runs code there; null: none."""
     autoscale: bool = True
     """Have Ray's autoscaler (v2) size the groups between `min` and `max`; needs `queue: null`."""
     idle_timeout_s: int = Field(300, gt=0)

@@ -88,7 +88,9 @@ def _rayjob_log(job_id: str, target: Target) -> str:
 
 
 def _delete_rayjob(job_id: str, target: Target) -> None:
-    _kubectl(target, "delete", "rayjob,configmap,poddisruptionbudget", "-l", f"slimray.io/job={job_id}")
+    assert isinstance(target.cluster, KubeRayCluster)
+    kinds = "rayjob,configmap,poddisruptionbudget" + (",networkpolicy" if target.cluster.network else "")
+    _kubectl(target, "delete", kinds, "-l", f"slimray.io/job={job_id}")
 
 
 def _slurm_jobs(target: Target) -> list[dict[str, Any]]:
