@@ -145,6 +145,8 @@ def _around(values: Sequence[float]) -> list[float]:
 def confusion_figure(title: str, classes: Sequence[str], counts: np.ndarray) -> Any:
     if counts.shape != (len(classes), len(classes)):
         raise ValueError(f"confusion of shape {counts.shape} for {len(classes)} classes")
+    if not (np.abs(counts) < 2**53).all():
+        raise ValueError("confusion holds what is no count")
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     many = len(classes) > 40
     labels = [plain(name) for name in classes]

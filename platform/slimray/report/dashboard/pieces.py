@@ -3,6 +3,7 @@
 import html as text_of
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -62,7 +63,8 @@ def once(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def number_text(name: str, value: Any) -> str:
@@ -71,7 +73,7 @@ def number_text(name: str, value: Any) -> str:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return cut(value)
-    if not math.isfinite(value):
+    if not finite(value):
         return "not finite"
     if name.rsplit("/", 1)[-1] in ("params", "macs") and value >= 1000:
         power = min(int(math.log10(value) // 3), 4)

@@ -35,7 +35,8 @@ KEPT_LOOKS = 32
 MAX_ROWS = 5_000  # of each phase of a record, which is thinned to them
 READ = ("job.yaml", "status.json", "card.json", "results.json", "front.json", "report.html")
 READ_FOLDERS = ("metrics", "quarantine", "stages", "trials")
-DAMAGED = (AttributeError, KeyError, TypeError, ValueError, OSError)  # what other content than we write ends in
+# What other content than we write ends in; files that are nested too deeply end in a RecursionError.
+DAMAGED = (AttributeError, KeyError, IndexError, TypeError, ValueError, ArithmeticError, RecursionError, OSError)
 
 
 @dataclass(frozen=True)
