@@ -6,6 +6,7 @@ dynamo exporter; surprising: the traces of code that it writes into every node a
 of a small file.
 """
 
+import inspect
 import io
 import logging
 import re
@@ -50,7 +51,7 @@ def to_program(module: nn.Module, inputs: Mapping[str, Tensor], varying: Varying
     example = {name: _twice(value, varying.get(name, {})) for name, value in inputs.items()}
     shapes = tuple(dict.fromkeys(varying.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in inputs)
     with _quiet(), torch.no_grad():
-        given = shapes if any(shapes) else None
+        given = _by_argument(module, shapes) if any(shapes) else None
         try:
             program = torch.export.export(module, tuple(example.values()), dynamic_shapes=given)
         except Exception:  # noqa: BLE001  loops (scan) are compiled, and may meet what an earlier export left behind
@@ -65,6 +66,13 @@ def to_program(module: nn.Module, inputs: Mapping[str, Tensor], varying: Varying
     }
     cut = any(len(free[name]) < len(varying.get(name, {})) for name in inputs)
     return to_program(module, inputs, free) if cut else program
+
+
+def _by_argument(module: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`shapes` of all inputs, those of `*arguments` together, as they are one argument."""
+    kinds = [one.kind for one in inspect.signature(module.forward).parameters.values()]
+    alone = sum(kind is not inspect.Parameter.VAR_POSITIONAL for kind in kinds)
+    return shapes if alone == len(kinds) else (*shapes[:alone], shapes[alone:])
 
 
 def _is_free(program: Any, place: int, axis: int) -> bool:

@@ -174,7 +174,7 @@ class Transformer(nn.Module):
         """The next tokens int `[B, T]`, T is 1 unless they are the first, to logits `[B, T, V]`."""
         whole, sizes = sizes is None, sizes or self.sizes
         drops, length = self.design.drops(sizes.decoder), state.length
-        places = positions_of(tokens) if not length else torch.full_like(tokens, PAD + 1 + length)
+        places = positions_of(tokens) if None in state.past else torch.full_like(tokens, PAD + 1 + length)
         x = self._embed(tokens, places, sizes.decoder, "target_embed")
         past = []
         for number, size in enumerate(sizes.decoder_layers):
