@@ -28,9 +28,9 @@ kind: train
 name: {name}
 data: {{run: pairs, record_samples: true, task: {{beam: 2, max_length: 9}}}}
 model: {{name: transformer, embed: 32, qkv: 32, ffn: 64, heads: 2, encoder_layers: 1, decoder_layers: 1,
-  pre_norm: true}}
+  pre_norm: true, dropout: 0.0}}
 batch: {{tokens: 80, per_worker_tokens: 40}}
-optim: {{optimizer: adam, lr: 0.01, reference_batch: 80, epochs: {epochs}, betas: [0.9, 0.98], warmup_steps: 10,
+optim: {{optimizer: adam, lr: 0.01, reference_batch: 80, epochs: 2, betas: [0.9, 0.98], warmup_steps: 10,
   schedule: inverse_sqrt, groups: plain, weight_decay: 0, label_smoothing: 0.1}}
 scale: {{workers: 2}}
 checkpoint: {{every_steps: 2}}
@@ -84,7 +84,7 @@ def calm(shell: Shell) -> str:
     write_pairs(shell)
     out = shell.ok("run", shell.write("pairs.yaml", DATA))
     assert "train 97 texts (3 quarantined)" in out
-    shell.ok("run", shell.write("calm-text.yaml", TRAIN.format(name="calm-text", epochs=3)))
+    shell.ok("run", shell.write("calm-text.yaml", TRAIN.format(name="calm-text")))
     return weights(shell, "calm-text")
 
 
@@ -96,7 +96,7 @@ def test_lines_that_are_no_text_are_quarantined_with_their_numbers(shell, calm):
 
 
 def test_every_pair_is_seen_once_per_epoch(shell, calm):
-    assert seen(shell, "calm-text") == {epoch: list(range(97)) for epoch in range(3)}
+    assert seen(shell, "calm-text") == {epoch: list(range(97)) for epoch in range(2)}
     card = runs.read_card(runs.open_run(str(shell.storage), "calm-text"))
     assert card is not None
     rows = runs.read_parts(runs.open_run(str(shell.storage), "calm-text"), "metrics")
@@ -108,31 +108,25 @@ def test_every_pair_is_seen_once_per_epoch(shell, calm):
 
 def test_a_killed_worker_costs_no_bit(shell, calm):
     name = "killed-text"
-    run_and_kill_a_worker(shell, shell.write("killed-text.yaml", TRAIN.format(name=name, epochs=3)), name)
+    run_and_kill_a_worker(shell, shell.write("killed-text.yaml", TRAIN.format(name=name)), name)
     assert weights(shell, name) == calm
-    assert seen(shell, name) == {epoch: list(range(97)) for epoch in range(3)}
+    assert seen(shell, name) == {epoch: list(range(97)) for epoch in range(2)}
 
 
-def test_a_killed_driver_resumes_on_another_number_of_workers_with_the_same_mathematics(shell, calm):
-    name = shell.write("elastic-text.yaml", TRAIN.format(name="elastic-text", epochs=3))
+def test_a_killed_driver_resumes_on_another_number_of_workers_and_ends_in_the_same_weights(shell, calm):
+    """Without dropout, which differs from rank to rank, they are the same but for rounding."""
+    name = shell.write("elastic-text.yaml", TRAIN.format(name="elastic-text"))
     child = shell.start("run", name)
     wait_for("a checkpoint in mid-epoch", lambda: has_checkpoint(shell, "elastic-text", 8))
     end_session(child)
     shell.ok("run", name, "--set", "scale.workers=1")
-    assert seen(shell, "elastic-text") == {epoch: list(range(97)) for epoch in range(3)}
-
-
-def test_two_workers_train_like_one(shell, calm):
-    """Without dropout the weights are the same but for rounding."""
-    for name, workers in (("two", 2), ("one", 1)):
-        text = TRAIN.format(name=name, epochs=1).replace("pre_norm: true", "pre_norm: true, dropout: 0.0")
-        shell.ok("run", shell.write(f"{name}.yaml", text.replace("workers: 2", f"workers: {workers}")))
+    assert seen(shell, "elastic-text") == {epoch: list(range(97)) for epoch in range(2)}
     two, one = (
-        safetensors.numpy.load((shell.storage / name / "model/weights.safetensors").read_bytes())
-        for name in ("two", "one")
+        safetensors.numpy.load((shell.storage / run / "model/weights.safetensors").read_bytes())
+        for run in ("calm-text", "elastic-text")
     )
     for key in one:
-        np.testing.assert_allclose(two[key], one[key], rtol=0, atol=2e-4, err_msg=key)
+        np.testing.assert_allclose(two[key], one[key], rtol=0, atol=1e-3, err_msg=key)
 
 
 def test_an_evaluation_translates_and_says_how_it_was_scored(shell, calm):
