@@ -18,6 +18,7 @@ from slimray.data.samples import BadSample
 from slimray.data.text.samples import TextRecipe, pair_arrays, write_text_shard
 from slimray.data.text.vocabulary import EOS, PAD, train_vocabulary
 from slimray.runtime.inputs import Input
+from slimray.spec import RunFailed
 from slimray.tasks import TASKS
 from slimray.tasks.evaluation import Samples, Setting
 from slimray.tasks.network import Network
@@ -81,6 +82,8 @@ def test_a_step_is_the_mean_over_its_tokens_however_they_are_cut():
     assert float(whole) == pytest.approx(float(plain), rel=1e-12)
     given = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     assert torch.allclose(token_losses(given, targets), token_losses(logits, targets))
+    with pytest.raises(RunFailed, match=r"optim\.label_smoothing: this network tells of the next token alone"):
+        losses(given, targets, optim(0.1))
 
 
 def test_scores_of_tokens_add_up_over_ranks_and_count_words():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slimray.data.modalities import Target
 from slimray.data.text.vocabulary import EOS, PAD, Vocabulary, vocabulary_of
-from slimray.spec import UserError
+from slimray.spec import RunFailed, UserError
 from slimray.tasks.task import LossOptions
 from slimray.tasks.text_scores import perplexity
 
@@ -41,10 +41,15 @@ def losses(outputs: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
 def token_losses(outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """Return the cross-entropy at each target `[n, L]` in nats, 0 at PAD.
 
-    Smoothing gives all classes, the target too, an equal share. Log-probabilities of the targets cannot be smoothed.
+    Smoothing gives all classes, the target too, an equal share. RunFailed for log-probabilities of the targets alone,
+    which cannot be smoothed.
     """
     outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
     if outputs.shape == targets.shape:
+        if smoothing:
+            raise RunFailed(
+                "optim.label_smoothing: this network tells of the next token alone, which cannot be smoothed: write 0"
+            )
         return torch.where(targets == PAD, 0.0, -outputs)
     flat = nn.functional.cross_entropy(
         outputs.flatten(0, 1), targets.flatten(), ignore_index=PAD, label_smoothing=smoothing, reduction="none"
