@@ -2,13 +2,15 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import yaml
+from tests.export import networks
 from tests.verbs.conftest import Shell
 from tests.verbs.test_compress import DATA, TRAIN
 
-from slimray import runs
+from slimray import job, runs
 from slimray.search import amc
 from slimray.search.ddpg import Ddpg, DdpgSettings
 from slimray.search.episodes import Learner, SearchSettings, search
@@ -126,6 +128,48 @@ def test_steps_that_say_too_much_or_too_little_are_one_sentence(step, reason):
     body = yaml.safe_load(f"{{step: prune, {step}}}")
     with pytest.raises(UserError, match=reason):
         parse(CompressJob, {"kind": "compress", "name": "x", "model": {"run": "y"}, "steps": [body]}, "job.yaml")
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    """What a check says of the steps of a job that compresses a ResNet of images of 32 pixels."""
+    folder = tmp_path_factory.mktemp("check")
+    root = networks.pictures(folder / "pictures", per_class=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        networks.hold("runs", "net", "my_images", root, {"name": "resnet18", "width": 0.25}, size=32)
+
+        def ask(*steps: str) -> list[str]:
+            body = [yaml.safe_load(f"{{{step}}}") for step in steps]
+            document = {"kind": "compress", "name": "small", "model": {"run": "net"}, "steps": body}
+            return job.check(job.resolve([(Path("x.yaml"), document)]), "runs")[0]["problems"]
+
+        yield ask
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ("channels: {layer1.0.convl: 8}", "no group 'layer1.0.convl' in this network, did you mean 'layer1.0.conv1'?"),
+        ("channels: {layer1.0.conv1: 17}", "layer1.0.conv1: must be a number from 1 to 16 (got 17)"),
+        ("limits: {macs: 1}", "the smallest policy has macs"),
+        ("shares: {params: 0.001}, policy: sensitivity", "the smallest policy has params"),
+        ("shares: {macs: 0.01}, search: amc", "the limits are out of reach"),
+        ("channels: {layer1.0.conv1: 8}", ""),
+        ("shares: {macs: 0.5, latency_ms: 0.01}", ""),
+        ("shares: {macs: 0.5}, search: amc", ""),
+    ],
+)
+def test_what_a_network_cannot_be_pruned_to_is_told_before_it_runs(problems, step, said):
+    found = problems(f"step: prune, {step}")
+    assert len(found) == bool(said), found
+    assert all(line.startswith("x.yaml (small): steps.0: ") and said in line for line in found), found
+
+
+def test_a_step_behind_another_one_that_prunes_is_not_judged_by_what_the_network_was(problems):
+    shrunk = "step: prune, channels: {layer1.0.conv1: 8}"
+    assert problems(shrunk, "step: prune, limits: {macs: 1}") == []
+    assert len(problems("step: sparsify, keep: {layer9: 0.5}", "step: prune, limits: {macs: 1}")) == 2
 
 
 @pytest.mark.ray

@@ -26,7 +26,7 @@ from slimray.models.cifar_resnet import PadShortcut
 from slimray.models.modes import evaluating
 from slimray.models.supernets.mixed import MixedNet
 from slimray.models.text.layers import Heads
-from slimray.spec import UserError
+from slimray.spec import UserError, did_you_mean
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -107,7 +107,7 @@ class Groups:
         """The numbers kept as a row `[groups]`; groups that are not named keep all. UserError for one out of range."""
         for name, count in kept.items():
             if name not in self.sizes:
-                raise UserError(f"channels: there is no group {name!r} in this network")
+                raise UserError(f"channels: there is no group {name!r} in this network{did_you_mean(name, self.sizes)}")
             if isinstance(count, bool) or not isinstance(count, int | np.integer) or not 1 <= count <= self.sizes[name]:
                 raise UserError(f"channels: {name}: must be a number from 1 to {self.sizes[name]} (got {count!r})")
         return np.array([kept.get(group.name, group.size) for group in self.groups], float)

@@ -7,7 +7,7 @@ from slimray import runs
 FASTER = False  # a file is decoded once, then the network computes as before
 
 
-def check(step: Any, net: Any) -> None:
+def check(step: Any, net: Any, sample: Any) -> None:
     """Nothing depends on the network."""
 
 

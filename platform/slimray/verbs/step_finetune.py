@@ -9,7 +9,7 @@ from slimray.spec import Spec
 FASTER = False  # whether the step may make a network faster
 
 
-def check(step: Spec, net: Any) -> None:
+def check(step: Spec, net: Any, sample: Any) -> None:
     """Nothing depends on the network."""
 
 

@@ -7,8 +7,32 @@ from slimray import runs
 FASTER = True
 
 
-def check(step: Any, net: Any) -> None:
-    """Nothing: the groups of a network are found when it runs."""
+def check(step: Any, net: Any, sample: tuple[int, ...] | None) -> None:
+    """Raise UserError for groups and numbers that `net`, on the meta device, does not have, and limits out of reach.
+
+    `sample` is the shape of an input. Without one, and for a network that looks points up by their values, nothing is
+    known before it runs.
+    """
+    import torch
+
+    from slimray.compress import groups, policies
+    from slimray.search import amc
+
+    if sample is None:
+        return
+    try:
+        found = groups.trace(net, torch.empty(2, *sample, device="meta"))
+    except (RuntimeError, IndexError):
+        return
+    if step.channels is not None:
+        found.row(step.channels)
+    whole, given = found.costs({}), step.limits | step.shares
+    limits = {name: given[name] * (whole[name] if name in step.shares else 1) for name in given if name in whole}
+    if step.search is not None:
+        features = policies.group_features(found, step.round_to)
+        amc.GroupWalk([amc.GroupStep(**one) for one in features], found.costs_of, limits, step.search.least)
+    elif limits:
+        policies.Budget(found, limits).largest(lambda share: policies.uniform(found, share, step.round_to))
 
 
 def run(step: Any, work: Any, folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:

@@ -11,7 +11,7 @@ from slimray.spec import UserError, did_you_mean, located
 FASTER = False  # torch computes rounded numbers as floats; a runtime with int8 kernels may be faster
 
 
-def check(step: Any, net: Any) -> None:
+def check(step: Any, net: Any, sample: Any) -> None:
     """Raise UserError for a layer that `net`, on the meta device, does not have, and for hardware that is not known."""
     from slimray.compress.fold import LAYERS
     from slimray.edge import hardware

@@ -7,7 +7,7 @@ from slimray import runs
 FASTER = False  # kernels here compute with the values, not with their codes
 
 
-def check(step: Any, net: Any) -> None:
+def check(step: Any, net: Any, sample: Any) -> None:
     """Raise UserError for a layer that `net`, on the meta device, does not have."""
     from slimray.compress import sparsity
 

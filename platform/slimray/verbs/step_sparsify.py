@@ -9,7 +9,7 @@ from slimray import runs
 FASTER = False  # dense kernels compute with zeros as with other numbers
 
 
-def check(step: Any, net: Any) -> None:
+def check(step: Any, net: Any, sample: Any) -> None:
     """Raise UserError for a layer that `net`, on the meta device, does not have."""
     from slimray.compress import sparsity
 
