@@ -302,6 +302,14 @@ def test_options_that_do_not_fit_are_one_sentence(resnet, options, reason):
         compress.prune(net, x, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_of_half_precision_is_refused(dtype):
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1).to(dtype))
+    said = str(dtype).removeprefix("torch.")
+    with pytest.raises(UserError, match=rf"prune: the layer 1 is {said}, not float32: call \.float\(\)"):
+        compress.prune(net, torch.randn(2, 3, 4, 4), keep=0.5)
+
+
 class Fixed(nn.Module):
     """Its forward counts on 8 channels."""
 

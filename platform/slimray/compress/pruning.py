@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from slimray.compress import precision
 from slimray.compress.channels import cut, masked
 from slimray.compress.criteria import Losses, importance, strongest
 from slimray.compress.groups import trace
@@ -91,8 +92,11 @@ def prune(
     "uniform"; "ranked", by the criterion over all groups; "sensitivity", by curves measured with `score` (of a network,
     higher is better); or channels per group. `criterion` says which channels (criteria.py), "taylor" takes `losses`.
     With `data`, batches of inputs, the layers that lost inputs are fitted by least squares (reconstruction.py).
-    UserError for options that do not fit each other, limits out of reach, or a network that cannot be pruned.
+    UserError for options that do not fit each other, limits out of reach, or a network that cannot be pruned or has
+    half precision, whose rounding would hide a wrong cut.
     """
+    floats = ((name.rpartition(".")[0], one) for name, one in module.named_parameters() if one.is_floating_point())
+    precision.require("prune", floats, torch.float32, torch.float64)
     groups = trace(module, example)
     if isinstance(policy, str) and (limits is None) == (keep is None):
         raise UserError("prune: pass either `limits` or `keep`, to say how much is to go")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from slimray.compress import fake_quant as fq
+from slimray.compress import precision
 from slimray.compress.fold import LAYERS, fold, norm_pairs, replace
 from slimray.compress.quantized import Bits, Quantized, check_bits, make_layer, to_whole
 from slimray.models.modes import evaluating
@@ -201,11 +202,8 @@ def policy(
 
 
 def _check_floats(net: nn.Module, names: Iterable[str]) -> None:
-    for name in names:
-        kind = net.get_submodule(name).weight.dtype  # type: ignore[union-attr]
-        if kind != torch.float32:
-            shown = str(kind).removeprefix("torch.")
-            raise UserError(f"quantize: the layer {name} is {shown}, not float32: call .float() on the network first")
+    weights: list[tuple[str, Any]] = [(name, net.get_submodule(name).weight) for name in names]
+    precision.require("quantize", weights, torch.float32)
 
 
 # -------------------------------------------------------------------------------------------------- calibration
