@@ -148,9 +148,10 @@ def test_every_network_is_quantized_rebuilt_and_loaded_with_equal_bits(name):
 
 
 def require_near(made: q.QuantizedNetwork, net: nn.Module, x: Tensor) -> None:
-    """Each layer alone, on what it gets in the float network: most are 1 % away, those of few distinct inputs 4 %.
+    """Each layer alone, on what it gets in the float network: half of them are 1 to 2 % away, a wrong grid is 100 %.
 
-    The answers of deep random networks are so rough that they would show nothing.
+    Layers of few distinct inputs or small sums are further away, of a U-Net of voxels up to 11 %. The answers of deep
+    random networks are so rough that they would show nothing.
     """
     folded = fold(copy.deepcopy(net), made.record["folded"])
     errors = {}
@@ -162,7 +163,8 @@ def require_near(made: q.QuantizedNetwork, net: nn.Module, x: Tensor) -> None:
         folded.get_submodule(name).register_forward_hook(compare(name))
     folded(x)
     assert len(errors) == len(made.record["layers"]) >= 3
-    assert max(errors.values()) < 0.1, errors
+    assert sorted(errors.values())[len(errors) // 2] < 0.04, errors
+    assert max(errors.values()) < 0.25, errors
 
 
 def whole_state(net: nn.Module) -> dict[str, Tensor]:
