@@ -53,6 +53,10 @@ def test_a_job_on_texts_is_right(file):
     ("setting", "sentence"),
     [
         ("net:model={name: tsm_resnet18}", "model.name: tsm_resnet18 wants clips, the dataset gives texts"),
+        (
+            "net:model={name: micronet_lm}",
+            "micronet_lm wants plain texts (sides: 1), the dataset gives texts with translations (sides: 2)",
+        ),
         ("net:model.vocab_size=9", "model.vocab_size: is not an option here"),
         ("net:optim.class_weights=[1,2]", "optim.class_weights: are for classes, not for translate"),
         ("net:checkpoint.best_metric=val/top1", "checkpoint.best_metric: the task translate has no 'val/top1'"),

@@ -441,6 +441,6 @@ MODALITIES: dict[str, Modality] = {
         rows_per_shard=text.ROWS_PER_SHARD,
         learn=learn_vocabulary,
         pad=PAD,
-        varying={2: "tokens"},
+        varying={-1: "tokens"},
     ),
 }

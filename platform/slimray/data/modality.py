@@ -95,7 +95,8 @@ class Modality:
     in_channels: int | None = None
     """Channels of an input where all samples have the same, 3 for pixels."""
     varying: Mapping[int, str] = field(default_factory=dict)
-    """Axes of what a network takes `[B, ...]` that may have any size, beside the batch, and what varies along them."""
+    """Axes of what a network takes `[B, ...]` that may have any size, beside the batch, and what varies along them;
+    negative ones count from the end."""
     early_input: Callable[[DataSpec, int], tuple[int, ...]] | None = None
     """The `data` section and the number of segments to the shape of an input, before the dataset is known; None where
     that depends on it."""

@@ -55,8 +55,9 @@ def ready(net: nn.Module) -> nn.Module:
 def whole(net: nn.Module, example: Tensor, varying: dict[int, str]) -> Graph:
     """Return the graph of a network that `ready` made: `example` `[B, ...]` in, what it gives out.
 
-    Batch and the axes of `varying` are free.
+    Batch and the axes of `varying` are free; negative ones count from the end.
     """
+    varying = {axis % example.ndim: called for axis, called in varying.items()}
     with torch.no_grad():
         outputs = net(example)
     return Graph(net, {"input": example}, tuple(output_names(outputs)), {"input": {0: "batch", **varying}})

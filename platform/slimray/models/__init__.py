@@ -49,6 +49,8 @@ class Model:
     input: str = "clip"
     defaults: dict[str, Any] = field(default_factory=dict)
     supernet: bool = False
+    sides: int = 0
+    """Texts of a sample: 1 of a stream, 2 of a pair; 0 where samples are no texts."""
     profiled: Mapping[str, Any] | None = None
     """Options with which the operators of a supernet are measured; None where only a dataset says what it takes."""
 
@@ -91,7 +93,7 @@ def _resnet(depth: int, *arguments: Any, shift: bool) -> Callable[..., nn.Module
 
 
 _OFA: dict[str, Any] = {"supernet": True, "profiled": {"num_classes": 1000}}
-_HAT: dict[str, Any] = {"supernet": True, "profiled": {"vocab_size": 8000}}
+_HAT: dict[str, Any] = {"sides": 2, "supernet": True, "profiled": {"vocab_size": 8000}}
 _T8, _T32 = {"num_segments": 8}, {"num_segments": 32, "inflation": "3x1x1"}
 
 MODELS: dict[str, Model] = {
@@ -144,12 +146,12 @@ MODELS |= {
     "carn_m": Model(carn, "CARN-M: grouped and shared, for devices", "image_pair", {"groups": 4, "shared": True}),
 }
 MODELS |= {
-    "transformer": Model(transformer, "Transformer: translates sentences", "text"),
+    "transformer": Model(transformer, "Transformer: translates sentences", "text", sides=2),
     "hat_wmt": Model(hat, "HAT supernet of transformers, WMT's space", "text", {"preset": "wmt"}, **_HAT),
     "hat_iwslt": Model(hat, "HAT supernet of transformers, IWSLT's space", "text", {"preset": "iwslt"}, **_HAT),
     "hat_small": Model(hat, "HAT supernet of small transformers, our own space", "text", **_HAT),
-    "transformer_lm": Model(transformer_lm, "Transformer: goes on with a text", "text"),
-    "micronet_lm": Model(micronet_lm, "MicroNet's language model: short window, memory and cache", "text"),
+    "transformer_lm": Model(transformer_lm, "Transformer: goes on with a text", "text", sides=1),
+    "micronet_lm": Model(micronet_lm, "MicroNet's language model: short window, memory and cache", "text", sides=1),
 }
 MODELS |= {name: Model(make, text, takes) for name, (make, text, takes) in POINT_MODELS.items()}
 

@@ -188,6 +188,9 @@ def _measure(job: TrainJob, card: Card | None) -> tuple[Any, int]:
         raise UserError(f"optim.mutual: is for classes of samples or points, not for {task.name}: leave it out")
     if row.input != sample:
         raise UserError(f"model.name: {name} wants {MODALITIES[row.input].plural}, the dataset gives {modality.plural}")
+    if card is not None and row.sides not in (0, card.sides):
+        gives = ("plain texts (sides: 1)", "texts with translations (sides: 2)")
+        raise UserError(f"model.name: {name} wants {gives[row.sides - 1]}, the dataset gives {gives[card.sides - 1]}")
     known = models.options_of(name)
     for option in options:
         if option in OWNED:

@@ -140,6 +140,8 @@ class MicroNetLM(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Streams int `[B, L + 1]` to log-probabilities `[B, L]` of their last L words, chunk by chunk if long."""
+        if torch.compiler.is_exporting():  # of any length, which a loop over chunks is not
+            return self.score(tokens[:, :-1], tokens[:, 1:], self.start())[0]
         past, found = self.start(), []
         for first in range(0, tokens.shape[1] - 1, CHUNK):
             part = tokens[:, first : first + CHUNK + 1]
