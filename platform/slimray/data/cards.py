@@ -81,7 +81,7 @@ class Card(Spec):
     sample: str = Field("clip", json_schema_extra={"enum": list(MODALITIES)})
     """What a sample is: a clip of a video, an image, a cloud of points, the points behind a 2D box, or text."""
     channels: Literal[1, 3] = 3
-    """Channels of the pixels that networks take of images: red, green and blue, or 1 for shades of gray from 0 to 1."""
+    """Channels of the pixels that networks take of images: red, green and blue, or 1 for shades of gray."""
     labels: Literal["sample", "point", "none"] = "sample"
     """Whether a label belongs to a sample, or to each of its points (the label of a list is then its shape, from 0)."""
     task: str | None = None

@@ -23,8 +23,8 @@ class Input:
 
     @classmethod
     def of_channels(cls, channels: int, average: Literal["logits", "prob"] = "logits") -> "Input":
-        """The one of pictures with so many channels: those of ImageNet, or of shades of gray from 0 to 1."""
-        return cls(average=average) if channels != 1 else cls((0.0,), (1.0,), average)
+        """The one of pictures with so many channels: ImageNet's, of colours or of shades of gray."""
+        return cls(average=average) if channels != 1 else cls((0.449,), (0.226,), average)
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> "Input":
