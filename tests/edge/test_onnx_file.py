@@ -19,7 +19,7 @@ QUICK = ("carn", "pvcnn_cls")  # the others: make soak
 NO_ONNX = {"proxyless_supernet": "torch.export: Could not extract specialized integer"}
 """Networks that do not leave torch this way: its paths follow weights as it runs (`proxyless_found` leaves)."""
 SMALL = {"width": 0.125, "voxel": 0.5, "blocks": 2, "units": 2, "scale": 2, "num_segments": 4}
-NEEDED = {"num_classes": 3, "scale": 2}
+NEEDED = {"num_classes": 3, "scale": 2, "vocab_size": 50}
 POINT_CHANNELS = {"s3dis": 9, "shapenet": 22, "cls": 3}
 
 
