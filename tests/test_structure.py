@@ -53,6 +53,11 @@ def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+def test_no_file_is_longer_than_five_hundred_lines():
+    long = {str(path.relative_to(PACKAGE)): path.read_text().count("\n") for path in FILES}
+    assert not {name: lines for name, lines in long.items() if lines > 500}
+
+
 def test_every_folder_is_a_floor():
     assert {room(path) for path in FILES} <= {name for names in FLOORS for name in names.split()}
 

@@ -195,8 +195,8 @@ def check(job: ProxylessJob, ctx: CheckContext) -> dict[str, Any]:
     """Return what is known of the warm-up, what paths cost, and the steps of all stages."""
 
     def known(card: Any, num_train: int | None) -> dict[str, Any]:
-        for number in range(len(job.weights)):
-            inputs.require_free(ctx.storage, _derived_name(job, number), job.name, "name")
+        for name in _derived_names(job):
+            inputs.require_free(ctx.storage, name, job.name, "name")
         return facts(job, card, num_train)
 
     return checks.check_training(job, ctx, known)
@@ -204,13 +204,12 @@ def check(job: ProxylessJob, ctx: CheckContext) -> dict[str, Any]:
 
 def makes(job: ProxylessJob) -> dict[str, Made]:
     """Return the tables of the search, and the network that each weight of the cost leads to."""
-    derived = [_derived_name(job, number) for number in range(len(job.weights))]
-    return {job.name: Made("table")} | {name: trained_on(job.data) for name in derived}
+    return {job.name: Made("table")} | {name: trained_on(job.data) for name in _derived_names(job)}
 
 
-def _derived_name(job: ProxylessJob, number: int) -> str:
-    """Name of the run that search `number` makes."""
-    return f"{job.name}-derived" + (f"-{number + 1}" if job.sweep is not None else "")
+def _derived_names(job: ProxylessJob) -> list[str]:
+    """Names of the runs that the searches make, in order."""
+    return [f"{job.name}-derived" + (f"-{n + 1}" if job.sweep else "") for n in range(len(job.weights))]
 
 
 def facts(job: ProxylessJob, card: Any, num_train: int | None) -> dict[str, Any]:
@@ -392,7 +391,7 @@ def _search(plan: _Plan, ctx: Context, number: int) -> dict[str, Any]:
     known = networks.facts(retraining, plan.whole.splits.card, None)
     metric = _metric(plan.whole.splits.card)
     row = {
-        "run": _derived_name(job, number),
+        "run": _derived_names(job)[number],
         "weight": weight,
         metric: numbers[f"val/{metric}"],
         "cost": goal.of(path),
@@ -440,8 +439,7 @@ def run(job: ProxylessJob, ctx: Context) -> None:
         costs = make_goal(job, _on_meta(job, splits.card), job.weights[0])
     except UserError as error:
         raise UserError(located(str(error), ctx.where)) from None
-    name = job.data.train
-    kept, out = subnets.hold_out(splits.tables[name], job.hold_out, job.seed)
+    kept, out = subnets.hold_out(splits.tables[name := job.data.train], job.hold_out, job.seed)
     stages.connect(job.scale, ctx.cpus, 0 if job.sweep is None else job.sweep.concurrent)
     learning = stages.Data.of(splits, {name: kept})
 
@@ -452,12 +450,12 @@ def run(job: ProxylessJob, ctx: Context) -> None:
     stage = stages.train_stage(ctx, "00-warmup", warmup, learning, title, uniform, keep_metrics=True)
     searched = stages.Data.of(splits, {name: pa.concat_tables([kept, cast(pa.Table, out)])})
     plan = _Plan(job, searched, stages.Data.of(splits), stage.uri, costs)
-    for number in range(len(job.weights)):
-        inputs.require_free(ctx.storage, _derived_name(job, number), job.name, f"{ctx.where}: name")
+    for derived in _derived_names(job):
+        inputs.require_free(ctx.storage, derived, job.name, f"{ctx.where}: name")
     rows = [_search(plan, ctx, 0)] if job.sweep is None else _sweep(plan, ctx)
-    metric = _metric(splits.card)
+    shown = ("run", "weight", metric := _metric(splits.card), "cost", "macs")
     results = {"metric": metric, "cost": job.latency.cost, "ref": job.latency.ref, "rows": rows}
-    metrics = {"rows": [{key: row[key] for key in ("run", "weight", metric, "cost", "macs")} for row in rows]}
+    metrics = {"rows": [{key: row[key] for key in shown} for row in rows]}
     ctx.finish({"metrics": metrics, "dataset": plan.whole.description}, results)
     runs.write_report(ctx.run, pages.proxyless_report(ctx.run))
 

@@ -94,8 +94,9 @@ class Heads(nn.Module):
     ) -> Tensor:
         """`heads`: divided anew into so many."""
         width = query.shape[-1] // heads if heads else self.width
-        parts = [one.unflatten(-1, (-1, width)).transpose(1, 2) for one in (query, keys, values)]
-        found = functional.scaled_dot_product_attention(*parts, mask, self.dropout if self.training else 0.0, causal)
+        query, keys, values = (one.unflatten(-1, (-1, width)).transpose(1, 2) for one in (query, keys, values))
+        dropped = self.dropout if self.training else 0.0
+        found = functional.scaled_dot_product_attention(query, keys, values, mask, dropped, causal)
         return found.transpose(1, 2).flatten(2)
 
 
