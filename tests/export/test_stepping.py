@@ -23,7 +23,7 @@ NETWORKS = {
     "tsm_resnet18": {"width": 0.25},
     "tsm_resnet50": {"width": 0.5},
 }
-QUICK = "tsm_mobilenetv2"  # the others: make soak
+QUICK = [("tsm_mobilenetv2", "onnx"), ("tsm_mobilenetv2", "openvino")]  # the others: make soak
 STEPPED = [name for name, row in FORMATS.items() if row.precision == "fp32"]
 
 
@@ -56,9 +56,13 @@ def offline(name: str, path: Path) -> tuple[graph.Graph, Tensor, Tensor, Tensor]
     return graph.step(net, clip, "online"), clip[0], of_each_frame(net, clip), exact
 
 
-@pytest.mark.parametrize("form", STEPPED)
 @pytest.mark.parametrize(
-    "name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.benchmark) for name in NETWORKS]
+    ("name", "form"),
+    [
+        pytest.param(name, form, marks=() if (name, form) in QUICK else pytest.mark.benchmark)
+        for name in NETWORKS
+        for form in STEPPED
+    ],
 )
 def test_each_of_64_frames_gets_the_logits_that_the_offline_network_gives_it(name, form, shared, tmp_path):
     one, frames, rounded, exact = offline(name, shared / "data/video/mmaction2_samples/demo/demo.mp4")
