@@ -17,12 +17,13 @@ from torch import Tensor
 
 from slimray.data.modalities import Target, read_recipe
 from slimray.data.points.point_sets import KITTI_CLASSES
-from slimray.models.points.frustum import SIZE_TEMPLATES, frustum_losses, frustum_targets
+from slimray.models.points.frustum import SIZE_TEMPLATES
 from slimray.runtime.answers import Answerer, AnswerOptions, Model
 from slimray.spec import UserError
 from slimray.tasks import found_boxes
 from slimray.tasks.boxes import box_ious, turned
 from slimray.tasks.evaluation import Pass, Samples, Setting
+from slimray.tasks.frustum_loss import frustum_losses, frustum_targets
 from slimray.tasks.segment import mean_known, percent
 from slimray.tasks.task import LossOptions, Metric, Outputs, Table, Task, class_arguments
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from slimray.models.points import ops as point_ops
-from slimray.models.points.frustum import huber
+from slimray.tasks.frustum_loss import huber
 from slimray.train.learn import divergences
 
 PLACES = ["cpu"] + ["cuda, kernels", "cuda, torch"] * torch.cuda.is_available()
