@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from tests.waits import patience
@@ -234,9 +235,9 @@ def test_a_ratio_and_a_wait_that_scales_are_no_absolute_times(source: str):
 
 # ------------------------------------------------------------------------------------- tasks and modalities are tables
 
-BRANCH_FREE = [
-    path for path in FILES if room(path) != "tasks" and path.relative_to(PACKAGE).as_posix() != "data/modalities.py"
-]
+TABLES = {"data/modalities.py", "data/labels.py"}
+BRANCH_FREE = [path for path in FILES if room(path) != "tasks" and path.relative_to(PACKAGE).as_posix() not in TABLES]
+LABELLED = {"sample", "point", "none"}  # rows of LABELS: too common to be looked for but beside `labels`
 KINDS = {
     "clip",
     "image",
@@ -275,12 +276,13 @@ def branches_in(code: str, path: Path) -> set[str]:
         if isinstance(node, ast.Compare | ast.MatchValue):
             inside = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
             found |= {f"compares with {name!r}" for name in inside & KINDS}
+            if any(isinstance(n, ast.Attribute) and n.attr == "labels" for n in ast.walk(node)):
+                found |= {f"compares labels with {name!r}" for name in inside & LABELLED}
             if shapes and any(isinstance(n, ast.Attribute) and n.attr == "ndim" for n in ast.walk(node)):
                 found.add("compares ndim")
         elif isinstance(node, ast.Dict):
             keys = {key.value for key in node.keys if isinstance(key, ast.Constant)}
-            if len(keys & KINDS) > 1:
-                found.add(f"a table by {', '.join(sorted(keys & KINDS))}")
+            found |= {f"a table by {', '.join(sorted(keys & own))}" for own in (KINDS, LABELLED) if len(keys & own) > 1}
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
             said = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
@@ -303,16 +305,22 @@ def test_every_exception_is_still_needed():
 
 
 def test_the_names_of_tasks_and_modalities_are_those_of_the_tables():
+    from slimray.data.cards import Card
+    from slimray.data.labels import LABELS
     from slimray.data.modalities import MODALITIES
     from slimray.tasks import TASKS
 
     assert {*TASKS, *MODALITIES} == KINDS
+    assert set(get_args(Card.model_fields["labels"].annotation)) == set(LABELS) == LABELLED
 
 
 def test_a_branch_is_seen_in_every_form():
     forms = {
         'x = card.sample == "clip"': "compares with 'clip'",
         'x = kind in ("image", "other")': "compares with 'image'",
+        'x = card.labels != "point"': "compares labels with 'point'",
+        'x = "none" == self.labels or y': "compares labels with 'none'",
+        'x = {"sample": 1, "point": 2}[card.labels]': "a table by point, sample",
         'match kind:\n    case "segment":\n        pass': "compares with 'segment'",
         'x = {"clip": 1, "points": 2}[kind]': "a table by clip, points",
         "x = isinstance(recipe, PointRecipe | int)": "asks for PointRecipe",
@@ -321,4 +329,5 @@ def test_a_branch_is_seen_in_every_form():
     for code, what in forms.items():
         assert branches_in(code, PACKAGE / "verbs/nowhere.py") == {what}
     assert branches_in("x = batch.data.ndim == 6", PACKAGE / "verbs/nowhere.py") == {"compares ndim"}
-    assert branches_in('x = {"clip": 1}', PACKAGE / "verbs/nowhere.py") == set()
+    for code in ('x = {"clip": 1}', 'x = normalize == "none"', "x = labels == predicted"):
+        assert branches_in(code, PACKAGE / "verbs/nowhere.py") == set()

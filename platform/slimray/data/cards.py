@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from slimray import storage
+from slimray.data.labels import LABELS, Labelling
 from slimray.data.modalities import MODALITIES
 from slimray.data.paths import CLASS, COLUMN, LABELS_OF
 from slimray.data.text.spec import PreparedText
@@ -156,16 +157,16 @@ class Card(Spec):
         for split in self.detections:
             if self.layout != "kitti" or split not in self.splits:
                 raise ValueError(f"detections: {split!r} is not a split of a card of layout kitti")
-        if self.parts and (self.labels != "point" or sum(self.parts.values()) != self.num_classes):
+        if self.parts and (not self.labelling.per_point or sum(self.parts.values()) != self.num_classes):
             raise ValueError(f"parts: {sum(self.parts.values())} parts in all, the card has {self.num_classes} classes")
         if self.layout == "visual_wake_words" and not (isinstance(self.classes, tuple) and len(self.classes) == 2):
             raise ValueError("classes: must be two: a name for images without the object, and its category in COCO")
-        if self.layout in ("s3dis", "shapenet_part") and self.labels != "point":
+        if self.layout in ("s3dis", "shapenet_part") and not self.labelling.per_point:
             raise ValueError(f"labels: must be point for layout {self.layout}")
         for name in COLUMN.findall(self.point_labels or ""):
             if name[0] not in LABELS_OF:
                 raise ValueError(f"point_labels: {name[0]!r} is not known{did_you_mean(name[0], LABELS_OF)}")
-        if self.labels == "point" and not (self.classes or self.num_classes):
+        if self.labelling.per_point and not (self.classes or self.num_classes):
             raise ValueError("classes: must be named, or num_classes given, where labels belong to points")
         mirrored = [one for pair in self.flip_pairs for one in pair]
         if len(set(mirrored)) != len(mirrored):
@@ -177,11 +178,16 @@ class Card(Spec):
         names = place if isinstance(place, tuple) else ()
         return len(names) == 2 and all(isinstance(one, str) and one.endswith(("ubyte", "ubyte.gz")) for one in names)
 
+    @property
+    def labelling(self) -> Labelling:
+        """Which things have labels, as a row of LABELS."""
+        return LABELS[self.labels]
+
     def _require_class(self, split: str) -> None:
         for pattern in self.places(split):
-            if (CLASS in pattern.split("/")) != (self.labels == "sample"):
+            if (CLASS in pattern.split("/")) != self.labelling.per_sample:
                 reason = f"{CLASS} must be a part of it, it names the class of a file"
-                if self.labels != "sample":
+                if not self.labelling.per_sample:
                     reason = f"{CLASS} has no place in it, files have no class (labels: {self.labels})"
                 raise ValueError(f"splits.{split}: {pattern!r}: {reason}")
 

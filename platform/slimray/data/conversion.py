@@ -108,9 +108,9 @@ def convert_cloud(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]
     if card.point_labels:
         path = labels_path(card, row["path"])
         labels = (path, read_whole(source, root, {**row, "path": path}))
-    needs = ("label",) if card.labels == "point" else ()
+    needs = ("label",) if card.labelling.per_point else ()
     cloud = cloud_reader(raw.timeout_s).cloud(row["path"], data, card.point_columns, labels, needs)
-    if card.labels == "point":
+    if card.labelling.per_point:
         cloud = _with_classes(cloud, card)
     for name, reason in cloud.unclear.items():
         if name != "label":  # features are stored, whoever takes them later

@@ -31,7 +31,7 @@ def complete(card: Card, root: str | None) -> Card:
     """
     if root is None or isinstance(card.classes, tuple) or card.layout in ("generated", "index"):
         return card
-    if card.classes is None and card.labels != "sample":
+    if card.classes is None and not card.labelling.per_sample:
         return card
     fs, folder = storage.open_uri(root)
     if card.classes is not None:
@@ -71,7 +71,7 @@ def read_split(card: Card, split: str, root: str) -> pa.Table:
         if path in seen:
             raise UserError(f"{entry.where}: {path} is listed twice, before in {seen[path]}")
         seen[path] = entry.where
-        label = _label_of(entry, names, card.name) if card.labels == "sample" else _shape_of(entry)
+        label = _label_of(entry, names, card.name) if card.labelling.per_sample else _shape_of(entry)
         rows.append({"path": path, "label": label, "frames": frames} | entry.place)
     if not rows:
         raise UserError(f"{join(folder, place_of(card, split))}: lists no sample for split {split!r} of {card.name}")
@@ -100,7 +100,7 @@ def read_index(card: Card, split: str, fs: pafs.FileSystem, root: str) -> pa.Tab
     paths, labels = table.column("path").to_pylist(), table.column("label").to_numpy()
     if len(set(paths)) < len(paths):
         raise UserError(f"{where}: lists a path twice: run prepare again")
-    if card.labels == "sample" and (labels.min() < 0 or labels.max() >= card.num_classes):
+    if card.labelling.per_sample and (labels.min() < 0 or labels.max() >= card.num_classes):
         raise UserError(
             f"{where}: labels from {labels.min()} to {labels.max()}, {card.name} has {card.num_classes} classes"
         )
@@ -137,7 +137,7 @@ def unused_labels(card: Card, tables: Iterable[pa.Table]) -> str:
 
     Labels may leave numbers out because they are something else: counts of frames, or counted from 1.
     """
-    if card.labels == "point" or not card.num_classes:
+    if card.labelling.per_point or not card.num_classes:
         return ""
     used = {label for table in tables for label in table.column("label").unique().to_pylist()}
     gaps = [name for number, name in enumerate(card.class_names()) if number not in used]

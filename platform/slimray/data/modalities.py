@@ -17,6 +17,7 @@ from slimray.data import conversion, synthetic
 from slimray.data.bytes import read_sample, read_whole
 from slimray.data.images.pairs import PairRecipe, load_pair, open_pair, pair_recipe, require_pair
 from slimray.data.images.pictures import ImageRecipe, make_image
+from slimray.data.labels import Labelling
 from slimray.data.modality import Key, Modality, Target, Top
 from slimray.data.open import decoder, filesystem
 from slimray.data.own_files import open_clip, open_image, open_points
@@ -202,7 +203,7 @@ def _image_recipe(data: DataSpec, card: "Card", _: int, mode: str) -> dict[str, 
 
 def _points_recipe(data: DataSpec, card: "Card", _: int, mode: str) -> dict[str, Any]:
     given = data.points.model_dump(exclude={"one_hot"})
-    return given | {"num_shapes": data.points.one_hot, "per_point": card.labels == "point", "mode": mode}
+    return given | {"num_shapes": data.points.one_hot, "per_point": card.labelling.per_point, "mode": mode}
 
 
 def _frustum_recipe(data: DataSpec, card: "Card", _: int, mode: str) -> dict[str, Any]:
@@ -259,7 +260,7 @@ def _points_target(recipe: PointRecipe) -> Target:
 
 
 def _require_pixels(card: "Card") -> None:
-    if card.labels == "point" or card.point_columns or card.point_labels or card.tile:
+    if card.labelling.per_point or card.point_columns or card.point_labels or card.tile:
         raise ValueError("labels: point_columns, point_labels, tile and labels per point need sample: points")
     if card.channels != 3 and card.sample != "image":
         raise ValueError("channels: 1 is for sample: image")
@@ -281,7 +282,7 @@ def _require_points(card: "Card") -> None:
 def _require_text(card: "Card") -> None:
     if card.layout not in ("texts", "index"):
         raise ValueError("layout: must be texts for sample: text")
-    if card.labels != "none":
+    if card.labelling != Labelling():
         raise ValueError("labels: must be none for sample: text, texts have no classes")
     if card.text_columns and len(card.text_columns) != card.sides:
         raise ValueError(f"text_columns: must be {card.sides}, as many as sides")

@@ -23,7 +23,7 @@ TASKS: dict[str, Task] = {
 
 def task_of_card(card: Any) -> Task:
     """Return the task of a dataset card; UserError for one that is not known."""
-    return lookup(TASKS, card.task or task_before(card.sample, card.labels == "point", bool(card.parts)), "task")
+    return lookup(TASKS, card.task or task_before(card.sample, card.labelling.per_point, bool(card.parts)), "task")
 
 
 def task_options(card: Any, given: Mapping[str, Any]) -> dict[str, Any]:

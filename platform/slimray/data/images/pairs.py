@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slimray.data.bytes import read_whole
+from slimray.data.labels import Labelling
 from slimray.data.open import decoder, filesystem
 from slimray.data.own_files import FileOptions, FileReader, Readers
 from slimray.data.samples import BadSample
@@ -116,7 +117,7 @@ def _cubic(x: np.ndarray) -> np.ndarray:
 
 def require_pair(card: "Card") -> None:
     """Raise ValueError for a card with labels: the target is the picture itself."""
-    if card.labels != "none":
+    if card.labelling != Labelling():
         raise ValueError("labels: must be none for sample: image_pair, the target is the picture itself")
 
 
