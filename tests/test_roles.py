@@ -9,7 +9,7 @@ import sys
 import pytest
 from tests.waits import patience
 
-from slimray.train.board import Board
+from slimray.train.progress_actor import ProgressActor
 
 PICTURES = {"matplotlib", "jinja2", "rich", "slimray.report"}
 SEARCHES = {"optuna", "ray.tune", "scipy", "sklearn", "slimray.search"}
@@ -17,7 +17,7 @@ DECODERS = {"av", "decord", "open3d", "slimray.data.video.movies"}
 ELSEWHERE = {"typer", "wandb", "dash", "onnx", "slimray.cli", "slimray.job", "slimray.verbs"}
 NEVER = PICTURES | SEARCHES | DECODERS | ELSEWHERE
 ROLES = {  # what it is -> the module it is given, and what that must not import
-    "progress actor": ("slimray.train.board", NEVER | {"ray", "torch", "numpy", "pydantic", "pyarrow"}),
+    "progress actor": ("slimray.train.progress_actor", NEVER | {"ray", "torch", "numpy", "pydantic", "pyarrow"}),
     "who joins a cluster": (
         "slimray.train.connection",
         NEVER | {"torch", "pandas", "ray.data", "ray.train"},
@@ -49,4 +49,4 @@ def test_a_process_imports_what_its_role_needs(role):
 
 
 def test_the_progress_actor_is_given_a_class_of_its_own_file():
-    assert Board.__module__ == ROLES["progress actor"][0]
+    assert ProgressActor.__module__ == ROLES["progress actor"][0]

@@ -25,7 +25,7 @@ class Config:
     """What the workers of these tests are handed."""
 
     folder: str
-    board: object
+    progress_actor: object
     fault: str
     run_uri: str = ""
 
@@ -36,7 +36,7 @@ def work(config: Config) -> dict[str, int]:
     starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
     count = len(starts.read_text())
     if config.fault != "killed before progress":
-        ray.get(config.board.saved.remote(count))  # type: ignore[attr-defined]
+        ray.get(config.progress_actor.saved.remote(count))  # type: ignore[attr-defined]
     if count < 5:
         if config.fault == "raises":
             raise ValueError("a mistake in the model")
@@ -61,9 +61,9 @@ def test_a_lost_machine_after_a_checkpoint_gives_the_retries_back_and_a_users_er
     def ends(fault: str) -> tuple[object, int]:
         folder = tmp_path / fault
         folder.mkdir()
-        config = Config(str(folder), workers.make_board(), fault)
+        config = Config(str(folder), workers.make_progress_actor(), fault)
         try:
-            found = workers.launch(work, config, ScaleSpec(workers=1, retries=1), "retries", config.board)
+            found = workers.launch(work, config, ScaleSpec(workers=1, retries=1), "retries", config.progress_actor)
         except RunFailed as error:
             found = error
         return found, len((folder / "starts").read_text())
@@ -95,22 +95,22 @@ def test_a_node_that_joins_sick_gets_no_rank_and_what_is_waited_for_is_told(monk
             runs.begin(run, {"kind": "train", "name": "a"}, 1)
             sick = cluster.add_node(num_cpus=1, env_vars={"AWS_ACCESS_KEY_ID": "sick"})
             workers.connect(1)
-            board = workers.make_board()
-            config, found = Config(str(tmp_path), board, "", run.uri), []
+            actor = workers.make_progress_actor()
+            config, found = Config(str(tmp_path), actor, "", run.uri), []
             scale = ScaleSpec(workers=1, retries=0, start_timeout_s=patience(20))
             launching = threading.Thread(
-                target=lambda: found.append(workers.launch(node_of, config, scale, "sick", board)), daemon=True
+                target=lambda: found.append(workers.launch(node_of, config, scale, "sick", actor)), daemon=True
             )
             launching.start()
-            wait_for("the sick node to be found", lambda: workers.board_state(board)["sick"])
-            wait_for("the wait to be told", lambda: workers.board_state(board).get("waits_for"))
-            told = workers.board_state(board)["waits_for"]
+            wait_for("the sick node to be found", lambda: workers.progress_state(actor)["sick"])
+            wait_for("the wait to be told", lambda: workers.progress_state(actor).get("waits_for"))
+            told = workers.progress_state(actor)["waits_for"]
             assert "there is room for 0 of 1 workers (1 CPUs each) on 0 nodes, 1 left out; the run ends in" in told
             good = cluster.add_node(num_cpus=1)
             launching.join(patience(120))
             assert found == [good.node_id]
-            assert list(workers.board_state(board)["sick"]) == [sick.node_id]
-            (reason,) = workers.board_state(board)["sick"].values()
+            assert list(workers.progress_state(actor)["sick"]) == [sick.node_id]
+            (reason,) = workers.progress_state(actor)["sick"].values()
             assert "access denied, the credentials found are refused" in reason
     finally:
         ray.shutdown()

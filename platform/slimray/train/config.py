@@ -47,7 +47,7 @@ class FitConfig:
     macs: int
     record_samples: bool
     job: dict[str, Any]
-    board: Any
+    progress_actor: Any
     method: Method
     drop_last: bool = False
     limits: LimitsSpec | None = None

@@ -76,7 +76,7 @@ class _Rank:
         self.best_metric = config.checkpoint.best_metric or f"val/{self.task.best.name}"
         keep = config.checkpoint.keep_last
         best = (self.best_metric, self.task.metric(self.best_metric).better)
-        saved = partial(config.board.saved.remote)
+        saved = partial(config.progress_actor.saved.remote)
         self.saver = Saver(self.run, keep, best, self.records.flush, saved) if self.rank == 0 else None
 
     def _stuck(self, doing: str, seconds: float, stacks: str) -> None:
@@ -98,7 +98,7 @@ class _Rank:
             runs.drop_after(self.run, found.step)
         step = broadcast_from_rank_zero(None if found is None else found.step)
         if self.rank == 0:
-            self.config.board.begin.remote(step or 0, self.world)
+            self.config.progress_actor.begin.remote(step or 0, self.world)
         if step is None:
             return
         checkpoint = found or runs.checkpoint_at(self.run, step)
@@ -382,7 +382,7 @@ class _Rank:
         self.result = score
         self.records.write_row(self.progress.total_steps, {"phase": "val", "epoch": progress.epoch, **numbers})
         if self.rank == 0:
-            self.config.board.update.remote(last=progress.last, best=progress.best)
+            self.config.progress_actor.update.remote(last=progress.last, best=progress.best)
 
     def _take_best(self) -> None:
         """Go back to the state of the best validation, which ships. A collective."""
@@ -435,7 +435,7 @@ class _Rank:
         self.records.show(self.progress.total_steps, row)
         self.records.write_row(self.progress.total_steps, row)
         if self.rank == 0 and step + 1 == phase.num_steps:
-            self.config.board.update.remote(loss=(phase.epoch + 1, row["train/loss"]))
+            self.config.progress_actor.update.remote(loss=(phase.epoch + 1, row["train/loss"]))
         self.clock = Clock()
 
 

@@ -133,7 +133,7 @@ class News:
         state |= {"step": step + 1, "steps": phase.num_steps, "total_steps": total_steps}
         if clock.total:
             state |= {"samples_per_s": clock.samples / clock.total, "wait": clock.wait / clock.total}
-        self.config.board.update.remote(**state)
+        self.config.progress_actor.update.remote(**state)
 
 
 class BadSamples:

@@ -65,7 +65,7 @@ class Notices:
             where = f"ranks {', '.join(map(str, info.preempted_ranks))}"
             notice = "" if info.deadline_ms is None else f", in {max(0.0, info.deadline_ms / 1000 - time.time()):.0f} s"
             note = f"node preemption announced ({where}{notice}): saved step {progress.total_steps}, starting again"
-            self.config.board.update.remote(note=note, preempted=True, total_steps=progress.total_steps)
+            self.config.progress_actor.update.remote(note=note, preempted=True, total_steps=progress.total_steps)
         return {"leaving": dict.fromkeys(info.preempted_node_ids, "is about to be taken")}
 
 
@@ -77,8 +77,8 @@ def tell_stuck(config: FitConfig, run: runs.Run, rank: int, doing: str, seconds:
         runs.write_file(run, file, f"{where}, {doing}\n\n{stacks}".encode())
     node = ray.get_runtime_context().get_node_id()
     if doing == OTHERS:
-        config.board.waits.remote(rank)
+        config.progress_actor.waits.remote(rank)
     else:
         sentence = f"{where} did not move for {seconds:.0f} s while {doing}: its stacks are in {file}"
         with contextlib.suppress(exceptions.RayError, TimeoutError):
-            ray.get([config.board.stuck.remote(sentence), config.board.hung.remote(node)], timeout=30)
+            ray.get([config.progress_actor.stuck.remote(sentence), config.progress_actor.hung.remote(node)], timeout=30)

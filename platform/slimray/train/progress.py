@@ -31,10 +31,10 @@ def make_bar(console: Console) -> Progress:
 
 
 @contextlib.contextmanager
-def follow(board: Any, title: str, console: Console, tell: Tell = lambda event: None) -> Iterator[None]:
-    """Show the progress that the actor `board` knows until the block ends; `tell` hears of notices and waits."""
+def follow(actor: Any, title: str, console: Console, tell: Tell = lambda event: None) -> Iterator[None]:
+    """Show the progress that the `actor` knows until the block ends; `tell` hears of notices and waits."""
     done = threading.Event()
-    thread = threading.Thread(target=_poll, args=(board, title, console, done, tell), daemon=True)
+    thread = threading.Thread(target=_poll, args=(actor, title, console, done, tell), daemon=True)
     thread.start()
     try:
         yield
@@ -43,7 +43,7 @@ def follow(board: Any, title: str, console: Console, tell: Tell = lambda event: 
         thread.join(timeout=5)
 
 
-def _poll(board: Any, title: str, console: Console, done: threading.Event, tell: Tell) -> None:
+def _poll(actor: Any, title: str, console: Console, done: threading.Event, tell: Tell) -> None:
     shown: dict[str, Any] = {}
     note, preempted, waits = "", False, ""
     started: tuple[float, float] | None = None
@@ -51,7 +51,7 @@ def _poll(board: Any, title: str, console: Console, done: threading.Event, tell:
         task = bar.add_task(f"{title}: starting workers", total=1, note="")
         while not done.wait(0.5):
             try:
-                state: Any = ray.get(board.read.remote(), timeout=5)
+                state: Any = ray.get(actor.read.remote(), timeout=5)
             except (exceptions.RayError, TimeoutError):
                 continue
             if state.get("note", "") != note:

@@ -18,7 +18,7 @@ from ray import exceptions
 from ray.train.v2._internal.exceptions import RayTrainError, UserExceptionWithTraceback
 
 from slimray.storage import StorageError
-from slimray.train.board import HUNG
+from slimray.train.progress_actor import HUNG
 from slimray.train.spec import ScaleSpec
 
 PROGRESS = "SLIMRAY_PROGRESS"  # of the environment: a file of the script that starts `slimray run` again

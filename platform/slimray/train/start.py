@@ -20,7 +20,7 @@ def make_replica(config: FitConfig, device: torch.device, rank: int, world: int)
     if config.init:
         report = load_start(net, config.init)
         if rank == 0:
-            config.board.update.remote(note=f"starts from {config.init['from']}: {report}")
+            config.progress_actor.update.remote(note=f"starts from {config.init['from']}: {report}")
     setup = Setup(
         optim=config.optim,
         pixels=config.pixels,

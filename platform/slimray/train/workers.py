@@ -39,9 +39,9 @@ from slimray.data.pipeline import FeedConfig, RankStream, failure_of, feeder_of,
 from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError
 from slimray.train import connection
-from slimray.train.board import Board
 from slimray.train.connection import connect as connect
 from slimray.train.controller import Trainer
+from slimray.train.progress_actor import ProgressActor
 from slimray.train.retries import Budget, note_progress, usable, waits_for
 from slimray.train.spec import ScaleSpec
 
@@ -53,10 +53,10 @@ WAITING_S, REMIND_S = 15.0, 60.0  # without progress until a launch says what it
 MAX_IN_VAIN = 10  # starts without a node, one after the other, with no checkpoint between
 
 
-def make_board() -> Any:
+def make_progress_actor() -> Any:
     """Start the progress actor of a run; it belongs to the driver and dies with it."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+    return ray.remote(ProgressActor).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
 
 
 @dataclass(frozen=True)
@@ -215,10 +215,10 @@ class _Watch(threading.Thread):
     Ctrl-C would: Ray itself may wait forever.
     """
 
-    def __init__(self, board: Any, scale: ScaleSpec, left_out: Mapping[str, str], ends: bool):
+    def __init__(self, actor: Any, scale: ScaleSpec, left_out: Mapping[str, str], ends: bool):
         super().__init__(daemon=True, name="watch")
         self.ends = ends
-        self.board, self.scale, self.left_out, self.sentence = board, scale, left_out, ""
+        self.actor, self.scale, self.left_out, self.sentence = actor, scale, left_out, ""
         self.limit_s = scale.capacity_timeout_s + scale.data_timeout_s + 120
         self.done = threading.Event()
 
@@ -226,7 +226,7 @@ class _Watch(threading.Thread):
         """Ask the progress actor every few seconds."""
         began, said = time.monotonic(), 0.0
         while not self.done.wait(min(5.0, self.limit_s / 4)):
-            state = board_state(self.board)
+            state = progress_state(self.actor)
             note_progress(state.get("saved"))
             told, now = state.get("told"), time.monotonic()
             if told is None:
@@ -234,7 +234,7 @@ class _Watch(threading.Thread):
             is_due = time.time() - told > WAITING_S and now - said > REMIND_S
             if is_due and (sentence := waits_for(self.scale, self.left_out, began)):
                 said = now
-                self.board.waits_for.remote(sentence)
+                self.actor.waits_for.remote(sentence)
             if self.ends and time.time() - told > self.limit_s:
                 self.sentence = (
                     f"no worker reported progress for {self.limit_s:.0f} s: there are fewer nodes than scale.workers "
@@ -249,33 +249,33 @@ def launch(
     config: Any,
     scale: ScaleSpec,
     name: str,
-    board: Any = None,
+    actor: Any = None,
     left_out: Mapping[str, str] | None = None,
 ) -> Any:
     """Run `worker(config)` on `scale.workers` Ray Train workers and return rank 0's return value.
 
     Lost workers restart the group up to `scale.retries` times, and as often again once a checkpoint is on storage
     (retries.py); then RunFailed with the first line of the cause. What a worker itself calls a RunFailed is not tried
-    again where there is a `board`, unless the storage was at fault. A worker may also return {"failed": sentence}: that
-    ends the run at once; or {"leaving": {node id: reason}}: it is started again without those nodes, which is charged
-    to nobody. Nodes `left_out` (by `preflight`) get no worker, nor those that turn out to be sick, or to have a rank
-    that hung, as long as others can hold the workers.
+    again where there is an `actor`, unless the storage was at fault. A worker may also return {"failed": sentence},
+    which ends the run at once, or {"leaving": {node id: reason}}: it is started again without those nodes, which is
+    charged to nobody. Nodes `left_out` (by `preflight`) get no worker, nor those that turn out to be sick, or to have
+    a rank that hung, as long as others can hold the workers.
     """
     budget, out, known, vain, saved = Budget(scale), dict(left_out or {}), set(left_out or {}), 0, None
     while True:
         try:
-            result = _launch(worker, config, scale, name, board, out, known, budget.left)
+            result = _launch(worker, config, scale, name, actor, out, known, budget.left)
         except RunFailed as error:
-            step = board_state(board).get("saved")
+            step = progress_state(actor).get("saved")
             if not budget.renewed(error.__cause__, step):
                 raise
-            _tell(board, note=f"{error}: step {step} is on storage, so there are {scale.retries} retries again")
+            _tell(actor, note=f"{error}: step {step} is on storage, so there are {scale.retries} retries again")
             continue
         if not isinstance(result, dict) or "leaving" not in result:
             if isinstance(result, dict) and "failed" in result:
                 raise RunFailed(result["failed"])
             return result
-        step = board_state(board).get("saved")
+        step = progress_state(actor).get("saved")
         vain, saved = (0 if step != saved else vain + 1), step
         nodes = {node[:8]: why for node, why in result["leaving"].items()}
         said = "; ".join(f"node {node} {why}" for node, why in nodes.items())
@@ -283,7 +283,7 @@ def launch(
             raise RunFailed(f"the workers were started {vain} times without a step between, the last time as {said}")
         known |= set(result["leaving"])
         out = usable(scale, out, result["leaving"], capacity().get("CPU", 0) > ray.cluster_resources().get("CPU", 0))
-        _tell(board, note=f"{said}: starting again {'without it' if set(result['leaving']) <= set(out) else 'with it'}")
+        _tell(actor, note=f"{said}: starting again {'without it' if set(result['leaving']) <= set(out) else 'with it'}")
 
 
 def _launch(
@@ -291,7 +291,7 @@ def _launch(
     config: Any,
     scale: ScaleSpec,
     name: str,
-    board: Any,
+    actor: Any,
     left_out: Mapping[str, str],
     known: Set[str],
     retries: int,
@@ -314,23 +314,23 @@ def _launch(
     os.environ["RAY_TRAIN_CALLBACKS"] = f"{WideBarrier.__module__}.{WideBarrier.__name__}"
 
     def entry(config: Any) -> Any:
-        sentence = board_state(board).get("failed")
+        sentence = progress_state(actor).get("failed")
         if sentence:
             return {"failed": sentence}
-        if several and (leaving := _unfit(board, wanted, getattr(config, "run_uri", ""), scale, known)):
+        if several and (leaving := _unfit(actor, wanted, getattr(config, "run_uri", ""), scale, known)):
             return {"leaving": leaving}
         try:
             return worker(config)
         except StorageError:
             raise
         except (RunFailed, UserError) as error:
-            _tell(board, failed=str(error).splitlines()[0])
+            _tell(actor, failed=str(error).splitlines()[0])
             raise
 
-    several, wanted = board is not None and not connection.is_local(), _versions()
+    several, wanted = actor is not None and not connection.is_local(), _versions()
     in_main = threading.current_thread() is threading.main_thread()
-    watch = _Watch(board, scale, left_out, in_main)
-    if board is not None:
+    watch = _Watch(actor, scale, left_out, in_main)
+    if actor is not None:
         watch.start()
     excluded = {NODE_LABEL: f"!in({','.join(left_out)})"} if left_out else None
     with tempfile.TemporaryDirectory(prefix="slimray-") as scratch:
@@ -360,44 +360,44 @@ def _launch(
                 raise RunFailed(watch.sentence) from None
             raise
         except ray.train.TrainingFailedError as error:
-            stuck = board_state(board).get("stuck") or []
+            stuck = progress_state(actor).get("stuck") or []
             raise RunFailed(stuck[-1] if stuck else _cause(error), code=3) from error
         finally:
             watch.done.set()
     return result
 
 
-def _unfit(board: Any, wanted: dict[str, str], run_uri: str, scale: ScaleSpec, known: Set[str]) -> dict[str, str]:
+def _unfit(actor: Any, wanted: dict[str, str], run_uri: str, scale: ScaleSpec, known: Set[str]) -> dict[str, str]:
     """On every rank before it works: the nodes of this group that are sick or hung before, with reasons, but `known`.
 
     Nodes that joined after `preflight` are looked at here. A collective.
     """
     context, node = ray.train.get_context(), ray.get_runtime_context().get_node_id()
     rank = context.get_world_rank()
-    ray.get(board.joined.remote(rank, node), timeout=60)
+    ray.get(actor.joined.remote(rank, node), timeout=60)
     if wrong := _look(run_uri, "", wanted, scale.gpus_per_worker, scale.storage_s):
-        ray.get(board.sick.remote(node, wrong), timeout=60)
+        ray.get(actor.sick.remote(node, wrong), timeout=60)
     barrier()
     told: Any = None
     if rank == 0:
-        state = board_state(board)
+        state = progress_state(actor)
         bad = {**state.get("hung", {}), **state.get("sick", {})}
         told = {one: why for one, why in bad.items() if one in state.get("nodes", ()) and one not in known}
     return broadcast_from_rank_zero(told) or {}
 
 
-def board_state(board: Any) -> dict[str, Any]:
+def progress_state(actor: Any) -> dict[str, Any]:
     """Return what the progress actor knows; {} if there is none, or it died: no run needs it."""
     try:
-        return {} if board is None else ray.get(board.read.remote(), timeout=60)
+        return {} if actor is None else ray.get(actor.read.remote(), timeout=60)
     except (exceptions.RayError, TimeoutError):
         return {}
 
 
-def _tell(board: Any, **state: Any) -> None:
+def _tell(actor: Any, **state: Any) -> None:
     with contextlib.suppress(exceptions.RayError, TimeoutError):
-        if board is not None:
-            ray.get(board.update.remote(**state), timeout=60)
+        if actor is not None:
+            ray.get(actor.update.remote(**state), timeout=60)
 
 
 def _cause(error: BaseException) -> str:

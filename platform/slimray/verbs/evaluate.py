@@ -230,7 +230,7 @@ def run(job: EvaluateJob, ctx: Context) -> None:
             for repeat in range(job.repeats):
                 cases.append(scoring.Case(one.run.uri, one.name, order, repeat, one.format))
                 phases.append(Phase("eval", "eval", repeat, table.num_rows, total, False, recipe))
-    board = workers.make_board()
+    actor = workers.make_progress_actor()
     config = scoring.ScoreConfig(
         run_uri=ctx.run.uri,
         attempt=ctx.attempt,
@@ -246,11 +246,11 @@ def run(job: EvaluateJob, ctx: Context) -> None:
         scale=job.scale,
         decode_slots=slots,
         decode_timeout_s=data.decode_timeout_s,
-        board=board,
+        progress_actor=actor,
         feeder=ahead.feeder,
     )
-    with follow(board, job.name, ctx.console):
-        result = workers.launch(scoring.score_cases, config, job.scale, job.name, board)
+    with follow(actor, job.name, ctx.console):
+        result = workers.launch(scoring.score_cases, config, job.scale, job.name, actor)
     by_run = {one.name: one for one in found}
     by_name = {one.name: network for one, network in zip(found, trained, strict=True)}
     examples: list[dict[str, Any]] = []

@@ -58,7 +58,7 @@ class ScoreConfig:
     scale: ScaleSpec
     decode_slots: int
     decode_timeout_s: float
-    board: Any
+    progress_actor: Any
     feeder: str = ""
 
 
@@ -138,7 +138,7 @@ def score_cases(config: ScoreConfig) -> dict[str, Any]:
             current.settle(step, world)
             if rank == 0:
                 state = {"phase": case.run_name, "epoch": number, "epochs": len(config.cases)}
-                config.board.update.remote(**state, step=step + 1, steps=phase.num_steps)
+                config.progress_actor.update.remote(**state, step=step + 1, steps=phase.num_steps)
             if step + 1 == phase.num_steps:
                 row, confusion, found = _end(current, case, world, device)
                 out["rows"].append(row)

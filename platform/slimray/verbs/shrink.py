@@ -358,9 +358,12 @@ def _trial(
         runs.begin(run, as_training.model_dump(mode="json"), attempt)
         method = replace(base.method, count=stage.subnets, distill_weight=stage.distill_weight)
         optim = as_training.optim.model_copy(update={"class_weights": base.optim.class_weights})
-        plain, board = as_training.model_dump(mode="json"), workers.make_board()
-        config = replace(base, run_uri=uri, attempt=attempt, optim=optim, method=method, job=plain, board=board)
-        trials.watch_losses(board, tell, lambda: workers.launch(loop.fit, config, job.scale, run.name, board))
+        actor = workers.make_progress_actor()
+        plain = as_training.model_dump(mode="json")
+        config = replace(
+            base, run_uri=uri, attempt=attempt, optim=optim, method=method, job=plain, progress_actor=actor
+        )
+        trials.watch_losses(actor, tell, lambda: workers.launch(loop.fit, config, job.scale, run.name, actor))
         runs.end(run, "finished")
     _, _, taken = runs.read_model(run)
     metric, judge = subnets.metric_of(taken), subnets.Judge(uri, exhibits, job.judge)

@@ -100,8 +100,8 @@ def train_stage(
     if work is not None:
         work(config)
     else:
-        with follow(config.board, title, ctx.console, ctx.tell):
-            result = workers.launch(loop.fit, config, job.scale, job.name, config.board)
+        with follow(config.progress_actor, title, ctx.console, ctx.tell):
+            result = workers.launch(loop.fit, config, job.scale, job.name, config.progress_actor)
         if keep_metrics:
             metrics = {"best": result["best"], "last": result["last"]}
             runs.write_file(stage, "results.json", json.dumps(metrics).encode())
@@ -148,7 +148,7 @@ def fit_config(job: TrainJob, ctx: Context, run_uri: str, data: Data, known: Map
         macs=known["macs"],
         record_samples=job.data.record_samples,
         job=job.model_dump(mode="json"),
-        board=workers.make_board(),
+        progress_actor=workers.make_progress_actor(),
         method=_method(job, ctx),
         drop_last=job.batch.drop_last,
         limits=job.limits,

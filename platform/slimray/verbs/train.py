@@ -66,10 +66,10 @@ def run(job: TrainJob, ctx: Context) -> None:
     bad = workers.preflight(job.scale, ctx.run.uri)
     for node, reason in bad.items():
         ctx.console.print(f"{job.name}: node {node[:8]} is left out, it {reason}", highlight=False, markup=False)
-    with follow(config.board, job.name, ctx.console, ctx.tell):
-        result = workers.launch(loop.fit, config, job.scale, job.name, config.board, bad)
+    with follow(config.progress_actor, job.name, ctx.console, ctx.tell):
+        result = workers.launch(loop.fit, config, job.scale, job.name, config.progress_actor, bad)
     rows, restarts = runs.read_parts(ctx.run, "metrics"), runs.count_writers(ctx.run, "metrics") - 1
-    repeated = workers.board_state(config.board).get("repeated", 0)
+    repeated = workers.progress_state(config.progress_actor).get("repeated", 0)
     good = goodput(rows, ctx.started, time.time(), restarts, repeated)
     task = TASKS[config.task]
     card = {

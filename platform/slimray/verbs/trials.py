@@ -235,13 +235,13 @@ def _tune(
             runs.write_file(run, "data/trial.json", json.dumps(record).encode())
 
 
-def watch_losses(board: Any, tell: Tell, work: Callable[[], Any]) -> None:
-    """Do `work`, a training that reports to `board`, and tell its loss epoch by epoch; raises what `work` raises."""
+def watch_losses(actor: Any, tell: Tell, work: Callable[[], Any]) -> None:
+    """Do `work`, a training that reports to `actor`, and tell its loss epoch by epoch; raises what `work` raises."""
     with ThreadPoolExecutor(1) as pool:
         running, told = pool.submit(work), 0
         while True:
             finished, _ = wait([running], timeout=1.0)
-            epoch, loss = workers.board_state(board).get("loss", (0, 0.0))
+            epoch, loss = workers.progress_state(actor).get("loss", (0, 0.0))
             if epoch > told:
                 tell(epoch, loss)
                 told = epoch

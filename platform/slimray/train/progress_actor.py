@@ -6,7 +6,7 @@ from typing import Any
 HUNG = "had a rank that hung"
 
 
-class Board:
+class ProgressActor:
     """Progress actor: the ranks report to it how far they are, and the driver reads it; nobody waits for it."""
 
     def __init__(self) -> None:
