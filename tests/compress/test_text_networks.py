@@ -86,7 +86,8 @@ def test_what_is_quantized_is_decoded_by_the_same_code(name):
 
 
 def costs_of(net: nn.Module, tokens: Tensor) -> dict[str, float]:
-    return {"macs": cost.count_macs(net, tokens.shape) / len(tokens), "params": cost.count_params(net)}
+    params = cost.count_params(net)
+    return {"macs": cost.count_macs(net, tokens.shape) / len(tokens), "params": params, "size_mb": params * 4 / 1e6}
 
 
 @pytest.mark.parametrize("name", ["transformer", "hat_small", "transformer_lm"])
@@ -101,17 +102,13 @@ def test_heads_and_feed_forward_channels_are_pruned_and_the_rest_computes_what_i
     attentions = [at for at, module in net.named_modules() if isinstance(module, Attention)]
     assert heads == {f"{at}.k_proj" for at in attentions}
     assert {groups.sizes[f"{at}.k_proj"] for at in attentions} <= {2, 4}
-    assert groups.costs({}) == {
-        "macs": cost.count_macs(net, tokens.shape) / len(tokens),
-        "params": cost.count_params(net),
-    }
+    assert groups.costs({}) == pytest.approx(costs_of(net, tokens))
     kept = {group.name: list(range(group.size))[:: 2 if group.name in heads else 3] for group in groups.groups}
     small, record = cut(net, groups, kept)
     assert torch.allclose(small(tokens), masked(net, groups, kept)(tokens), atol=1e-10)
     assert relative(small(tokens), net(tokens)) > 0.01
     counts = {at: len(places) for at, places in kept.items()}
-    costs = {"macs": cost.count_macs(small, tokens.shape) / len(tokens), "params": cost.count_params(small)}
-    assert groups.costs(counts) == costs
+    assert groups.costs(counts) == pytest.approx(costs_of(small, tokens))
     again = (
         compress.build(compression=[json.loads(json.dumps(record))], **{"name": name, **NETWORKS[name]}).double().eval()
     )
