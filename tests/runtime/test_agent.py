@@ -18,7 +18,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from tests.runtime.exports import export, seeded
-from tests.waits import patience
+from tests.waits import as_in_a_terminal, patience
 
 from slimray import models
 from slimray.data.images.pictures import ImageRecipe
@@ -48,6 +48,7 @@ class Device:
             stdout=subprocess.PIPE,
             text=True,
             env=env,
+            preexec_fn=as_in_a_terminal,
         )
         assert self.process.stdout is not None
         self.said = self.process.stdout.readline()
