@@ -173,6 +173,7 @@ def test_a_step_behind_another_one_that_prunes_is_not_judged_by_what_the_network
 
 
 @pytest.mark.ray
+@pytest.mark.benchmark
 @pytest.mark.timeout(900)
 def test_a_network_is_pruned_by_curves_and_by_amc_on_any_number_of_workers(shell: Shell):
     shell.ok("run", shell.write("pictures.yaml", DATA))

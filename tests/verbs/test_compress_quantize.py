@@ -101,6 +101,7 @@ def test_bits_keep_shares_of_what_eight_cost_and_limits_in_numbers(scheme):
 
 
 @pytest.mark.ray
+@pytest.mark.benchmark
 @pytest.mark.timeout(400)
 def test_searched_bits_keep_their_share_on_any_number_of_workers(shell: Shell):
     shell.ok("run", shell.write("pictures.yaml", DATA))
@@ -123,6 +124,7 @@ def test_searched_bits_keep_their_share_on_any_number_of_workers(shell: Shell):
 
 
 @pytest.mark.ray
+@pytest.mark.benchmark
 @pytest.mark.timeout(400)
 def test_networks_of_few_bits_are_small_and_load_with_equal_answers(shell: Shell):
     shell.ok("run", shell.write("pictures.yaml", DATA))
