@@ -97,7 +97,7 @@ def write_shard(fs: pafs.FileSystem, path: str, packed_rows: Iterable[dict[str, 
 
 
 @dataclass(frozen=True)
-class _At:
+class Place:
     """A place on a filesystem as the key of a cache."""
 
     path: str
@@ -148,7 +148,7 @@ def _read_idx(fs: pafs.FileSystem, path: str, row: dict[str, Any]) -> bytes:
         return _read_part(fs, path, image_sets.IDX_START + start, size)
 
     def read() -> bytes:
-        data = _unpacked_idx(_At(path, fs))[start : start + size] if start >= 0 else b""
+        data = _unpacked_idx(Place(path, fs))[start : start + size] if start >= 0 else b""
         if len(data) < size:
             raise OSError(f"it ends before byte {start + size}, where the index has a picture")
         return data
@@ -157,7 +157,7 @@ def _read_idx(fs: pafs.FileSystem, path: str, row: dict[str, Any]) -> bytes:
 
 
 @functools.lru_cache(maxsize=2)
-def _unpacked_idx(at: _At) -> bytes:
+def _unpacked_idx(at: Place) -> bytes:
     """The array of a packed idx file of pictures."""
     try:
         return image_sets.read_idx(_read_file(at.fs, at.path), 3).tobytes()
@@ -167,7 +167,7 @@ def _unpacked_idx(at: _At) -> bytes:
 
 def _read_packed(fs: pafs.FileSystem, path: str, row: int) -> bytes:
     """The data of one row group; its checksum is verified, and a footer that no longer fits is read again."""
-    at = _At(path, fs)
+    at = Place(path, fs)
 
     def read() -> bytes:
         try:
@@ -187,7 +187,7 @@ def _read_packed(fs: pafs.FileSystem, path: str, row: int) -> bytes:
 
 
 @functools.lru_cache(maxsize=NUM_FOOTERS)
-def _footer(at: _At) -> bytes:
+def _footer(at: Place) -> bytes:
     """The footer of a parquet file, as a file of its own."""
     with at.fs.open_input_file(at.path) as file:
         footer = pq.read_metadata(file)
@@ -203,14 +203,14 @@ def _pictures_of(fs: pafs.FileSystem, root: str, row: dict[str, Any]) -> _Pictur
     if match is None:
         return None
     first = int(match[1])
-    count = int(match[2]) - first + 1 if match[2] else row["frames"] or _count_pictures(_At(path, fs))
+    count = int(match[2]) - first + 1 if match[2] else row["frames"] or _count_pictures(Place(path, fs))
     if count < 1:
         raise BadSample("the folder holds no pictures")
     return _Pictures(path[: match.start()], path[match.end() :], len(match[1]), first, count)
 
 
 @functools.lru_cache(maxsize=1 << 17)
-def _count_pictures(at: _At) -> int:
+def _count_pictures(at: Place) -> int:
     """Pictures from the first to the one with the highest number, for a path that leaves the last one open."""
     folder, _, name = at.path.rpartition("/")
     match = NUMBERED.search(name)

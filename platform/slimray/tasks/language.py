@@ -20,17 +20,8 @@ from slimray.runs.examples import Texts
 from slimray.spec import Spec
 from slimray.tasks.evaluation import Pass, Samples
 from slimray.tasks.network import Network
-from slimray.tasks.task import LOSS, Metric, Outputs, Task
-from slimray.tasks.tokens import (
-    TokenScore,
-    arguments,
-    losses,
-    no_examples,
-    no_files,
-    target,
-    vocabulary_of_recipe,
-    weights,
-)
+from slimray.tasks.task import LOSS, Metric, Outputs
+from slimray.tasks.tokens import text_task
 
 GIVEN = 24  # tokens of a stream that is continued in a report
 
@@ -77,21 +68,14 @@ def lines(network: Network) -> Callable[[str], str]:
     return one
 
 
-LANGUAGE = Task(
-    name="language",
+LANGUAGE = text_task(
+    "language",
+    LanguagePass,
     metrics=(
         Metric("perplexity", "perplexity", unit="", better="lower"),
         Metric("word_perplexity", "perplexity per word", unit="", better="lower"),
         LOSS,
     ),
-    target=target,
-    arguments=arguments,
-    losses=losses,
-    weights=weights,
-    score=lambda num_classes, recipe: TokenScore(vocabulary_of_recipe(recipe)),
-    start=lambda setting: LanguagePass(setting, TokenScore(vocabulary_of_recipe(setting.recipe))),
-    examples=no_examples,
-    answer=no_files,
     lines=lines,
     spec=LanguageOptions,
 )

@@ -5,7 +5,7 @@ in their place, so that nothing of the size of a large vocabulary is made.
 """
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from slimray.data.modalities import Target
 from slimray.data.text.vocabulary import EOS, PAD, Vocabulary, vocabulary_of
 from slimray.spec import RunFailed, UserError
-from slimray.tasks.task import LossOptions
+from slimray.tasks.evaluation import Pass, Setting
+from slimray.tasks.task import LossOptions, Task
 from slimray.tasks.text_scores import perplexity
 
 
@@ -115,3 +116,20 @@ class TokenScore:
             "num_samples": int(samples + lost),
         }
         return row | ({"num_not_finite": int(lost)} if lost else {})
+
+
+def text_task(name: str, passes: Callable[[Setting, TokenScore], Pass], **fields: Any) -> Task:
+    """Return a task of text: losses and counts are those of its tokens, `passes` makes what an evaluation counts and
+    shows, and the other fields of `Task` are given."""
+    return Task(
+        name=name,
+        target=target,
+        arguments=arguments,
+        losses=losses,
+        weights=weights,
+        score=lambda num_classes, recipe: TokenScore(vocabulary_of_recipe(recipe)),
+        start=lambda setting: passes(setting, TokenScore(vocabulary_of_recipe(setting.recipe))),
+        examples=no_examples,
+        answer=no_files,
+        **fields,
+    )

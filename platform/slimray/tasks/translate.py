@@ -22,18 +22,9 @@ from slimray.runs.examples import Texts
 from slimray.spec import Spec
 from slimray.tasks.evaluation import Pass, Samples
 from slimray.tasks.network import Network
-from slimray.tasks.task import LOSS, Metric, Outputs, Table, Task
+from slimray.tasks.task import LOSS, Metric, Outputs, Table
 from slimray.tasks.text_scores import CorpusMetric
-from slimray.tasks.tokens import (
-    TokenScore,
-    arguments,
-    losses,
-    no_examples,
-    no_files,
-    target,
-    vocabulary_of_recipe,
-    weights,
-)
+from slimray.tasks.tokens import text_task
 
 SCORES = {"bleu": CorpusMetric("bleu"), "chrf": CorpusMetric("chrf")}
 
@@ -128,22 +119,15 @@ def tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Ta
     return [Table("Scores of translations", ("run", "score", "value", "signature"), cells, note)] if cells else []
 
 
-TRANSLATE = Task(
-    name="translate",
+TRANSLATE = text_task(
+    "translate",
+    TranslationPass,
     metrics=(
         Metric("perplexity", "perplexity", unit="", better="lower"),
         Metric("bleu", "BLEU", unit=""),
         Metric("chrf", "chrF", unit=""),
         LOSS,
     ),
-    target=target,
-    arguments=arguments,
-    losses=losses,
-    weights=weights,
-    score=lambda num_classes, recipe: TokenScore(vocabulary_of_recipe(recipe)),
-    start=lambda setting: TranslationPass(setting, TokenScore(vocabulary_of_recipe(setting.recipe))),
-    examples=no_examples,
-    answer=no_files,
     lines=lines,
     spec=TranslateOptions,
     finish=finish,

@@ -12,7 +12,7 @@ import functools
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from slimray import storage
+from slimray.data.bytes import Place
 from slimray.data.open import filesystem
 from slimray.data.text.vocabulary import EOS, PAD, Vocabulary, vocabulary_of
 from slimray.spec import RunFailed
@@ -128,7 +129,7 @@ def load_text(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A pair or a window of an index row, and its target."""
     fs, path = filesystem(root)
-    shard = _shard(_At(join(path, row["shard"]), fs))
+    shard = _shard(Place(join(path, row["shard"]), fs))
     if recipe.sides == 2:
         return pair_arrays(shard.tokens(row["row"]), shard.targets(row["row"]))
     start = 0
@@ -138,14 +139,6 @@ def load_text(
 
 
 # ---------------------------------------------------------------------------------------------------------- shards
-
-
-@dataclass(frozen=True)
-class _At:
-    """A place on a filesystem as the key of a cache."""
-
-    path: str
-    fs: pafs.FileSystem = field(hash=False)  # compares, but cannot be hashed
 
 
 @dataclass(frozen=True)
@@ -167,7 +160,7 @@ class _Shard:
 
 
 @functools.lru_cache(maxsize=NUM_SHARDS)
-def _shard(at: _At) -> _Shard:
+def _shard(at: Place) -> _Shard:
     def read() -> pa.Table:
         try:
             with at.fs.open_input_file(at.path) as file:
