@@ -32,7 +32,7 @@ from slimray.data.text import samples as text
 from slimray.data.text.conversion import convert_text, learn_vocabulary
 from slimray.data.text.vocabulary import PAD
 from slimray.data.video.clips import ClipRecipe, flip_label, make_clip
-from slimray.data.views import clip_views, clip_views_fit, image_views, point_views
+from slimray.data.views import clip_views, clip_views_fit, image_views, point_views, text_views
 from slimray.runs import examples
 from slimray.spec import lookup
 
@@ -441,6 +441,7 @@ MODALITIES: dict[str, Modality] = {
         write=text.write_text_shard,
         rows_per_shard=text.ROWS_PER_SHARD,
         learn=learn_vocabulary,
+        view_recipe=text_views,
         pad=PAD,
         varying={-1: "tokens"},
     ),

@@ -56,6 +56,11 @@ def point_views(recipe: dict[str, Any], options: Mapping[str, Any]) -> dict[str,
     return recipe | own
 
 
+def text_views(recipe: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Every text once, windows as they were cut."""
+    return recipe | {"mode": "test"}
+
+
 def same_views(recipe: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """The views of a validation."""
     return recipe

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 import pytest
 
 from slimray import storage
@@ -15,10 +16,11 @@ from slimray.data.conversion import Made, Raw
 from slimray.data.index import index_table
 from slimray.data.lists import read_split
 from slimray.data.modalities import MODALITIES
+from slimray.data.spec import DataSpec
 from slimray.data.text import samples
 from slimray.data.text.conversion import convert_text, learn_vocabulary
 from slimray.data.text.samples import TextRecipe, load_text, raw_texts
-from slimray.data.text.spec import TextSpec
+from slimray.data.text.spec import PreparedText, TextSpec
 from slimray.data.text.vocabulary import EOS, PAD, vocabulary_of
 from slimray.spec import RunFailed, UserError, parse
 from slimray.verbs import prepare
@@ -121,6 +123,40 @@ def test_windows_predict_every_token_of_a_stream_once(tmp_path):
     assert [row["frames"] for row in other.rows] == [20, 20, 6]
     made = other
     assert text(other.rows, TextRecipe(1, 20, 100, other.vocabulary, mode="val"), 0) == stream
+
+
+@pytest.mark.parametrize("stored", [256, 4096])
+@pytest.mark.parametrize(
+    "trained", [{"length": 256}, {"length": 4096}, {"length": 999}, {"length": 4096, "mode": "train"}]
+)
+def test_an_evaluation_counts_every_token_once_whatever_the_network_was_trained_on(tmp_path, stored, trained):
+    stream = list(range(9001))
+    (tmp_path / "t.txt").write_text(" ".join(f"w{number}" for number in stream))
+    made = Prepared(card(1, {"train": "t.txt", "val": "t.txt"}), "val", tmp_path, vocab_size=9999, stream=stored)
+    recipe = TextRecipe(1, vocab_size=9005, tokenizer=made.vocabulary, **{"mode": "val", **trained})
+    plain = MODALITIES["text"].view_recipe(recipe.to_dict(), {})
+    judged = TextRecipe.from_dict(plain)
+    samples = [load_text(row, made.root, judged, (0, 0, n), 30) for n, row in enumerate(made.rows)]
+    wanted = made.words(token for _, targets in samples for token in targets)
+    assert wanted == (tmp_path / "t.txt").read_text()
+    assert [len(targets) for _, targets in samples] == [row["frames"] for row in made.rows]
+    assert (samples[0][0][0, 0], samples[-1][1][-1]) == (EOS, EOS)
+
+
+def test_a_window_is_stored_with_the_next_one_for_training_only(tmp_path):
+    (tmp_path / "t.txt").write_text("a b c d e f g h i j " * 4)
+    plain = card(1, {"train": "t.txt", "val": "t.txt"})
+    held = {}
+    for split in ("train", "val"):
+        made = Prepared(plain, split, tmp_path, length=8)
+        table = pq.read_table(f"{made.root}/{made.rows[0]['shard']}")
+        held[split] = [len(tokens) for tokens in table.column("tokens").to_pylist()]
+    assert held == {"train": [17, 17, 17, 17, 10, 2], "val": [9, 9, 9, 9, 9, 2]}
+    text = {"tokenizer": "words:", "vocab_size": 9, "lengths": {"train": 8, "val": 8}}
+    prepared = plain.model_copy(update={"text": PreparedText.model_validate(text)})
+    for split, mode in (("train", "train"), ("val", "val")):  # who learns from another split reads it as it was cut
+        data = DataSpec.model_validate({"run": "x", "train": split, "val": None})
+        assert MODALITIES["text"].make_recipe(data, prepared, 0, "train")["mode"] == mode
 
 
 def test_a_long_file_becomes_several_shards(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from slimray import storage
 from slimray.data.conversion import Bad, Made, Raw
 from slimray.data.paths import inside
 from slimray.data.text.lines import EMPTY, Line, format_of, read_texts
-from slimray.data.text.spec import TextSpec
+from slimray.data.text.spec import TRAIN, TextSpec
 from slimray.data.text.vocabulary import EOS, Vocabulary, train_vocabulary, vocabulary_of
 from slimray.spec import RunFailed, UserError
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from slimray.data.cards import Card
     from slimray.data.video.decoder import Decoder
 
-TRAIN = "train"  # the split that a vocabulary is trained on, and whose samples are bounded in length
 COLUMNS = {1: ("1",), 2: ("1", "2")}  # of a .tsv whose card names none
 PARQUET_COLUMNS = {1: ("text",), 2: ("source", "target")}
 AT_ONCE = 1000  # lines encoded in one call
@@ -87,9 +86,9 @@ def convert_text(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made |
     if raw.card.sides == 2:
         yield from _pairs(names, lines, vocabulary, raw.text, row["split"] == TRAIN)
     else:
-        spec = raw.text
-        length = spec.length if row["split"] == TRAIN else spec.stream or spec.length
-        yield from _windows(names[0], lines, vocabulary, length)
+        spec, training = raw.text, row["split"] == TRAIN
+        length = spec.length if training else spec.stream or spec.length
+        yield from _windows(names[0], lines, vocabulary, length, 2 * length if training else length)
 
 
 def _pairs(
@@ -116,20 +115,23 @@ def _pairs(
                 yield Made(path, data, {"frames": min(length, spec.max_tokens)}, sum(map(len, line.texts)))
 
 
-def _windows(name: str, lines: Iterator[Line], vocabulary: Vocabulary, length: int) -> Iterator[Made | Bad]:
-    """Windows of a stream that begins with eos, so that every token of the lines, and their ends, is predicted once."""
+def _windows(name: str, lines: Iterator[Line], vocabulary: Vocabulary, length: int, reach: int) -> Iterator[Made | Bad]:
+    """Windows of a stream that begins with eos, so that every token of the lines, and their ends, is predicted once.
+
+    Each is stored with the tokens that follow it, `reach` in all.
+    """
     stream, first = [EOS], 0
 
     def window() -> Made:
         shown = min(length, len(stream) - 1)
-        stored = {"tokens": stream[: 2 * length + 1], "target": [], "text": "", "translation": ""}
+        stored = {"tokens": stream[: reach + 1], "target": [], "text": "", "translation": ""}
         return Made(f"{name}#{first}", json.dumps(stored).encode(), {"frames": shown}, 4 * shown)
 
     for some in _in_groups(line for line in lines if line.reason != EMPTY):
         yield from (Bad(f"{name}#line {line.number}", line.reason) for line in some if line.reason)
         for tokens in vocabulary.encode_all([line.texts[0] for line in some if not line.reason]):
             stream += [*tokens, EOS]
-            while len(stream) > 2 * length:
+            while len(stream) > reach:
                 yield window()
                 stream, first = stream[length:], first + length
     while len(stream) > 1:

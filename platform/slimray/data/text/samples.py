@@ -4,8 +4,9 @@ A pair is int32 `[1, 2, L]`: the source with eos, and what the decoder is given 
 int64 `[L]`, is the target with eos. A window of plain text is int32 `[1, L + 1]`, of which the last L tokens are the
 target. PAD fills up on the right; L is the length of the longest sample of a block, so that short ones are
 cheap. Shards are Parquet files of some thousand samples, which a process keeps whole once it has read one: a sample
-alone would be a hundred bytes, and a request each. A window is stored with the one that follows it, because it begins
-anywhere in it, as a function of (seed, epoch), so that an epoch has each token once. No torch, no Ray.
+alone would be a hundred bytes, and a request each. A window of split `train` is stored with the one that follows it,
+because it begins anywhere in it, as a function of (seed, epoch), so that an epoch has each token once; those of other
+splits are read as they were cut, whatever a network was trained on. No torch, no Ray.
 """
 
 import functools
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 from slimray import storage
 from slimray.data.bytes import Place
 from slimray.data.open import filesystem
+from slimray.data.text.spec import TRAIN
 from slimray.data.text.vocabulary import EOS, PAD, Vocabulary, vocabulary_of
 from slimray.spec import RunFailed
 from slimray.storage import join
@@ -45,7 +47,7 @@ class TextRecipe:
     `tokenizer` is the text of a vocabulary (vocabulary.py) of `vocab_size` tokens, `lower` says that it was trained on
     lower-case text. `limit` is the length of the longest sample of the dataset, 0 if that is not known. How an answer
     is searched: `beam`, `length_penalty` and `max_length` of a translation, `words` of a continuation. Windows of mode
-    "train" begin anywhere.
+    "train" begin anywhere and have `length` tokens, others are those of the index.
     """
 
     sides: int = 2
@@ -83,10 +85,11 @@ class TextRecipe:
 def text_recipe(data: "DataSpec", card: "Card", _: int, mode: str) -> dict[str, Any]:
     """The fields of a recipe out of the `data` section of a job and a card."""
     given = ("beam", "length_penalty", "max_length", "words")
+    split = data.train if mode == "train" else data.val or data.train
+    mode = mode if split == TRAIN else "val"  # windows of other splits are not stored with the next one
     fields = {"sides": card.sides, "mode": mode} | {name: data.task[name] for name in given if name in data.task}
     if card.text is None:  # not prepared yet
         return fields
-    split = data.train if mode == "train" else data.val or data.train
     longest = card.text.lengths.get(split) or max(card.text.lengths.values())
     known = {"vocab_size": card.text.vocab_size, "tokenizer": card.text.tokenizer, "lower": card.text.lower}
     limit = max(card.text.lengths.values()) if card.sides == 2 else 0
@@ -132,10 +135,10 @@ def load_text(
     shard = _shard(Place(join(path, row["shard"]), fs))
     if recipe.sides == 2:
         return pair_arrays(shard.tokens(row["row"]), shard.targets(row["row"]))
-    start = 0
+    start, length = 0, int(row["frames"])
     if recipe.mode == "train":
-        start = random.Random(f"{key[0]}-{key[1]}-window").randrange(recipe.length)
-    return window_arrays(shard.tokens(row["row"])[start : start + recipe.length + 1])
+        start, length = random.Random(f"{key[0]}-{key[1]}-window").randrange(recipe.length), recipe.length
+    return window_arrays(shard.tokens(row["row"])[start : start + length + 1])
 
 
 # ---------------------------------------------------------------------------------------------------------- shards

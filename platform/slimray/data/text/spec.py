@@ -5,6 +5,8 @@ from pydantic import Field
 from slimray.data.text.vocabulary import SPECIAL, Kind
 from slimray.spec import Spec
 
+TRAIN = "train"  # the split that a vocabulary is trained on, and whose samples are bounded in length
+
 
 class TextSpec(Spec):
     """How texts become tokens."""
