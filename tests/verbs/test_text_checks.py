@@ -1,15 +1,20 @@
 """Jobs on texts are held against what texts are before machines are asked for: one sentence for each mistake."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from slimray import job, runs
 from slimray.data.cards import Card
-from slimray.spec import UserError
-from slimray.verbs import evaluate
+from slimray.data.text.vocabulary import train_vocabulary
+from slimray.spec import UserError, parse
+from slimray.verbs import evaluate, prepare
+from slimray.verbs.context import Context
 from slimray.verbs.inputs import Splits
+from slimray.verbs.prepare import PrepareJob
 
 JOB = """
 kind: prepare
@@ -101,12 +106,12 @@ optim: {lr: 0.001, reference_batch: 400, epochs: 1}
     assert any("batch.tokens: is for texts, image_shapes has images: write total" in one for one in said), said
 
 
-def prepared(folder: Path, lengths: dict[str, int]) -> None:
+def prepared(folder: Path, lengths: dict[str, int], **text: object) -> None:
     run = runs.open_run(str(folder / "runs"), "tokens")
     runs.begin(run, {"kind": "prepare", "name": "tokens"}, 1)
     card = {"name": "mine", "layout": "index", "sample": "text", "labels": "none", "sides": 2, "task": "translate",
             "splits": {"train": "train.parquet", "val": "val.parquet"},
-            "text": {"tokenizer": "tokenizer.txt", "vocab_size": 30, "lengths": lengths}}  # fmt: skip
+            "text": {"tokenizer": "tokenizer.txt", "vocab_size": 30, "lengths": lengths, **text}}  # fmt: skip
     runs.write_file(run, "data/card.yaml", yaml.safe_dump(card).encode())
     runs.end(run, "finished")
 
@@ -127,3 +132,50 @@ def test_a_network_is_scored_on_its_own_tokens_only():
     evaluate._require_tokens("x.yaml", "net", {"tokenizer": "words:abc"}, splits)
     with pytest.raises(UserError, match=r"runs: 'net' has another tokenizer than mine: prepare it with `text\.like`"):
         evaluate._require_tokens("x.yaml", "net", {"tokenizer": "words:abd"}, splits)
+    with pytest.raises(UserError, match="another tokenizer"):
+        evaluate._require_tokens("x.yaml", "net", {"tokenizer": "words:abc", "lower": True}, splits)
+
+
+LIKE = {"kind": "prepare", "name": "like", "text": {"like": "tokens"}}
+
+
+def like(folder: Path, **text: object) -> PrepareJob:
+    card = yaml.safe_load(JOB.format(root=folder).split("---")[0])["data"]
+    return parse(PrepareJob, LIKE | {"data": card, "text": {**LIKE["text"], **text}}, "x.yaml")
+
+
+def test_a_tokenizer_of_another_run_comes_with_its_lower_case(file):
+    prepared(file.parent, {"train": 9}, lower=True)
+    vocabulary = train_vocabulary(["a b c"], "words", 30).to_text()
+    runs.write_file(runs.open_run(str(file.parent / "runs"), "tokens"), "data/tokenizer.txt", vocabulary.encode())
+    made = like(file.parent)
+    ctx = Context(runs.open_run(str(file.parent / "runs"), "like"), str(file.parent / "runs"), 1, "x", Console(), 1)
+    card = Card.model_validate(made.data.card)
+    made = prepare._with_text(made, ctx, card)
+    assert prepare._learn(made, ctx, card, str(file.parent)) == vocabulary
+    part = {"rows": [{"path": "a.en#1", "label": 0, "frames": 4, "shard": "shards/x.parquet", "row": 0}]}
+    part |= {"bad": [], "left_out": [], "bytes_in": 1, "bytes_out": 1, "psnr": []}
+    chunk = prepare._Chunk("val", 0, 0, 1)
+    runs.write_file(ctx.run, f"data/parts/{prepare._part_name(chunk)}", json.dumps(part).encode())
+    prepare._write_indexes(made, ctx, card, [chunk], str(file.parent), vocabulary)
+    written = yaml.safe_load(runs.read_file(ctx.run, "data/card.yaml"))["text"]
+    assert (written["lower"], written["vocab_size"]) == (True, 7)
+
+
+@pytest.mark.parametrize("field", [{"tokenizer": "unigram"}, {"vocab_size": 8000}, {"lower": False}])
+def test_what_the_other_run_says_of_its_tokenizer_is_not_said_again(file, field):
+    with pytest.raises(UserError, match=rf"x\.yaml: text\.{next(iter(field))}: is that of the run that `like` names"):
+        like(file.parent, **field)
+    made = like(file.parent)
+    assert parse(PrepareJob, made.model_dump(mode="json"), "x.yaml") == made  # a resolved job is a job again
+
+
+def test_a_tokenizer_is_taken_from_a_run_that_is_there_and_holds_texts(file):
+    (file.parent / "like.yaml").write_text(yaml.safe_dump(like(file.parent).model_dump(mode="json")))
+    assert any("text.like: " in one for one in problems(file.parent / "like.yaml"))
+    run = runs.open_run(str(file.parent / "runs"), "tokens")
+    runs.begin(run, {"kind": "prepare", "name": "tokens"}, 1)
+    shapes = {"name": "shapes", "layout": "index", "labels": "none", "splits": {"val": "val.parquet"}}
+    runs.write_file(run, "data/card.yaml", yaml.safe_dump(shapes).encode())
+    runs.end(run, "finished")
+    assert any("text.like: 'tokens' holds no texts" in one for one in problems(file.parent / "like.yaml"))

@@ -184,7 +184,8 @@ def _require_classes(where: str, name: str, classes: tuple[str, ...], splits: Sp
 
 def _require_tokens(where: str, name: str, recipe: Mapping[str, Any], splits: Splits) -> None:
     """Raise UserError for texts whose tokens mean something else to a network."""
-    if splits.card.text is not None and splits.card.text.tokenizer != recipe.get("tokenizer"):
+    text = splits.card.text
+    if text is not None and (text.tokenizer, text.lower) != (recipe.get("tokenizer"), recipe.get("lower", False)):
         raise UserError(
             f"{where}: runs: {name!r} has another tokenizer than {splits.card.name}: prepare it with `text.like`, the "
             "dataset that it was trained on"

@@ -23,6 +23,7 @@ from slimray.data.lists import complete, read_split, unused_labels
 from slimray.data.modalities import MODALITIES, read_recipe
 from slimray.data.samples import BadSample
 from slimray.data.spec import DataSpec
+from slimray.data.text.spec import PreparedText
 from slimray.spec import UserError, did_you_mean, located, parse
 from slimray.storage import absolute, exists, join, open_uri, read_bytes
 
@@ -108,6 +109,18 @@ def _with_vocabulary(card: Card, folder: str) -> Card:
     except (FileNotFoundError, UnicodeDecodeError):
         raise UserError(f"{folder}: its tokenizer is missing or damaged: run prepare again") from None
     return card.model_copy(update={"text": card.text.model_copy(update={"tokenizer": text})})
+
+
+def texts_of(name: str, storage: str, field: str) -> PreparedText:
+    """Return what the dataset of the run `name` says of its texts, the vocabulary in place of the file that holds it.
+
+    UserError, with `field`, where there is none.
+    """
+    folder = join(finished_run(name, storage, ("dataset",), field).uri, "data")
+    card = _with_vocabulary(load_card(join(folder, "card.yaml"), []), folder)
+    if card.text is None:
+        raise UserError(f"{field}: {name!r} holds no texts: name another run")
+    return card.text
 
 
 def require_splits(dataset: str, known: Sequence[str], names: Sequence[str]) -> None:

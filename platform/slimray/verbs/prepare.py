@@ -163,8 +163,9 @@ def check(job: PrepareJob, ctx: CheckContext) -> dict[str, Any]:
         elif not root:
             raise UserError(f"data.root: is required, the folder where {card.name} lies")
         _require_sections(job, card)
-        if job.text is not None and job.text.like is not None:
-            ctx.require(job.text.like, ("dataset",), "text.like")
+        like = None if job.text is None else job.text.like
+        if like is not None and ctx.require(like, ("dataset",), "text.like") is None:
+            inputs.texts_of(like, ctx.storage, "text.like")
         if generated:  # without a table: making one imports pandas
             return out | {"samples": {split: len(to_generate(job, split)) for split in out["splits"]}}
         tables = {split: _table(job, card, split, root) for split in out["splits"]}
@@ -212,6 +213,7 @@ def run(job: PrepareJob, ctx: Context) -> None:
         for note in _notes(card, tables):
             ctx.console.print(f"{job.name}: {note}", highlight=False, markup=False)
     _require_sections(job, card)
+    job = _with_text(job, ctx, card)
     vocabulary = _learn(job, ctx, card, root)
     done = set(runs.list_names(ctx.run, "data/parts"))
     todo = tuple(chunk for chunk in chunks if _part_name(chunk) not in done)
@@ -220,23 +222,29 @@ def run(job: PrepareJob, ctx: Context) -> None:
     _write_indexes(job, ctx, card, chunks, root, vocabulary)
 
 
+def _with_text(job: PrepareJob, ctx: Context, card: Card) -> PrepareJob:
+    """Return the job with a section `text` if its dataset is of texts, lower-case or not as those of `like`."""
+    if MODALITIES[card.sample].learn is None:
+        return job
+    text = job.text or TextSpec.model_validate({})
+    if text.like is not None:
+        lower = inputs.texts_of(text.like, ctx.storage, f"{ctx.where}: text.like").lower
+        text = text.model_copy(update={"lower": lower})
+    return job.model_copy(update={"text": text})
+
+
 def _learn(job: PrepareJob, ctx: Context, card: Card, root: str) -> str:
     """Return the vocabulary of a dataset of texts, learned at the first attempt; "" for anything else."""
     learn = MODALITIES[card.sample].learn
-    if learn is None:
+    if learn is None or job.text is None:
         return ""
     with contextlib.suppress(FileNotFoundError):
         return runs.read_file(ctx.run, f"data/{TOKENIZER}").decode()
-    spec = job.text or TextSpec.model_validate({})
-    if spec.like is not None:
-        other = inputs.finished_run(spec.like, ctx.storage, ("dataset",), f"{ctx.where}: text.like")
-        try:
-            vocabulary = runs.read_file(other, f"data/{TOKENIZER}").decode()
-        except FileNotFoundError:
-            raise UserError(f"{ctx.where}: text.like: {spec.like!r} holds no texts: name another run") from None
+    if job.text.like is not None:
+        vocabulary = inputs.texts_of(job.text.like, ctx.storage, f"{ctx.where}: text.like").tokenizer
     else:
         ctx.console.print(f"{job.name}: training the tokenizer", highlight=False, markup=False)
-        vocabulary = learn(card, root, spec)
+        vocabulary = learn(card, root, job.text)
     runs.write_file(ctx.run, f"data/{TOKENIZER}", vocabulary.encode())
     return vocabulary
 
@@ -308,8 +316,7 @@ def _process(
     workers.connect(ctx.cpus)
     slots = min(slots, max(1, int(workers.capacity().get("CPU", 1))))
     refs = {split: ray.put(table) for split, table in tables.items()}
-    text = (job.text or TextSpec.model_validate({})) if vocabulary else None
-    work = _Work(ctx.run.uri, root, todo, refs, card, job.data, job.pack, job.decode_timeout_s, text, vocabulary)
+    work = _Work(ctx.run.uri, root, todo, refs, card, job.data, job.pack, job.decode_timeout_s, job.text, vocabulary)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
@@ -366,11 +373,10 @@ def _write_indexes(job: PrepareJob, ctx: Context, card: Card, chunks: list[_Chun
         metrics[split] = {"clips": len(items), "quarantined": len(bad[split])}
     here = job.pack is not None or card.layout == "generated" or MODALITIES[card.sample].stored
     prepared = card.prepared(list(rows), None if here else root)
-    if vocabulary:
+    if job.text is not None:
         lengths = {split: max(item["frames"] for item in items) for split, items in rows.items()}
         known = {"tokenizer": TOKENIZER, "vocab_size": vocabulary_of(vocabulary).size, "lengths": lengths}
-        lower = job.text is not None and job.text.lower
-        prepared = prepared.model_copy(update={"text": PreparedText.model_validate(known | {"lower": lower})})
+        prepared = prepared.model_copy(update={"text": PreparedText.model_validate(known | {"lower": job.text.lower})})
     text = yaml.safe_dump(prepared.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
     runs.write_file(ctx.run, "data/card.yaml", text.encode())
     packed: dict[str, Any] = {key: totals[key] for key in ("bytes_in", "bytes_out")} if job.pack else {}

@@ -1,11 +1,14 @@
 """What a user writes about text: how `prepare` makes tokens of it, and what a prepared card says of them."""
 
-from pydantic import Field
+from typing import Any
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from slimray.data.text.vocabulary import SPECIAL, Kind
 from slimray.spec import Spec
 
 TRAIN = "train"  # the split that a vocabulary is trained on, and whose samples are bounded in length
+LIKE = ("tokenizer", "vocab_size", "lower")  # fields of a tokenizer, which are those of the run that `like` names
 
 
 class TextSpec(Spec):
@@ -17,8 +20,8 @@ class TextSpec(Spec):
     vocab_size: int = Field(8000, ge=len(SPECIAL) + 1, le=1_000_000)
     """Tokens, bos, pad, eos and unk included; fewer where the texts have no more."""
     like: str | None = None
-    """A `prepare` run whose tokenizer is taken in place of one of its own, by name or URI: to score networks that were
-    trained on that dataset on this one, or to go on training them."""
+    """A `prepare` run whose tokenizer is taken in place of one of its own, by name or URI, with its `lower`: to score
+    networks that were trained on that dataset on this one, or to go on training them."""
     lower: bool = False
     """Make texts lower-case, as the published IWSLT'14 results do."""
     max_tokens: int = Field(250, ge=2, le=8192)
@@ -30,6 +33,17 @@ class TextSpec(Spec):
     begin changes from epoch to epoch."""
     stream: int | None = Field(None, ge=8, le=1_000_000)
     """Tokens of a sample of the other splits: a stream over which a network carries its memory. Default `length`."""
+
+    @model_validator(mode="after")
+    def _like_says_it_all(self) -> "TextSpec":
+        given = [name for name in LIKE if name in self.model_fields_set]
+        if self.like is not None and given:
+            raise ValueError(f"{given[0]}: is that of the run that `like` names: leave it out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_like_says(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in default(self).items() if self.like is None or name not in LIKE}
 
 
 class PreparedText(Spec):
