@@ -218,8 +218,12 @@ def observe(
     """
     inputs = {name: pair[1] for name, pair in chosen.items() if pair[1] is not None}
     wanted = {id(net.get_submodule(name)): name for name in inputs}
-    cuts = scheme == "linear" and any(bits < fq.KL_BITS for bits in inputs.values())
-    return spans_of(gather(net, wanted, batches, KEPT_VALUES if cuts else 0), chosen, scheme)
+    return spans_of(gather(net, wanted, batches, kept_values(scheme, inputs.values())), chosen, scheme)
+
+
+def kept_values(scheme: fq.Scheme, bits: Iterable[int]) -> int:
+    """Return how many values of a layer's input its range is found on, 0 if its ends are enough."""
+    return KEPT_VALUES if scheme == "linear" and any(one < fq.KL_BITS for one in bits) else 0
 
 
 class _Sample:
@@ -237,6 +241,10 @@ class _Sample:
         self.ends = torch.stack(torch.cat([self.ends, *(end.cpu()[None] for end in values.aminmax())]).aminmax())
         if not self.most:
             return
+        for part in values.split(self.most):  # a large batch is not keyed as a whole
+            self._take(part)
+
+    def _take(self, values: Tensor) -> None:
         limit = float(self.keys.max()) if len(self.keys) == self.most else 1.0
         count = int(self.rng.binomial(len(values), limit))
         places = torch.from_numpy(self.rng.choice(len(values), count, replace=False))

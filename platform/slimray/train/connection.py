@@ -75,12 +75,17 @@ def _start(cpus: int) -> None:
     internal_kv._internal_kv_put(GIVEN, given.encode(), overwrite=True)
 
 
+def threads(scale: ScaleSpec) -> int:
+    """Return how many threads torch has in a process that computes for `scale`."""
+    return max(1, int(scale.cpus_per_worker))
+
+
 def environment(scale: ScaleSpec) -> dict[str, Any]:
     """Return the runtime environment of processes that compute for `scale`.
 
     Empty where it is what a local cluster gives all of its processes: then those that it started before are used.
     """
-    wanted = {THREADS: str(max(1, int(scale.cpus_per_worker))), PATIENCE: f"{scale.storage_s:g}"}
+    wanted = {THREADS: str(threads(scale)), PATIENCE: f"{scale.storage_s:g}"}
     given = internal_kv._internal_kv_get(GIVEN) if is_local() else None
     return {} if given is not None and json.loads(given) == wanted else {"env_vars": wanted}
 

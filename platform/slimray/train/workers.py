@@ -308,9 +308,8 @@ def _launch(
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(scale.data_timeout_s + 60)
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     os.environ["RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING"] = "0"  # it would log into the driver's terminal
-    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(
-        int(not connection.is_local())
-    )  # a machine of one's own gives no notice
+    # a machine of one's own gives no notice
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(not connection.is_local()))
     os.environ["RAY_TRAIN_CALLBACKS"] = f"{WideBarrier.__module__}.{WideBarrier.__name__}"
 
     def entry(config: Any) -> Any:

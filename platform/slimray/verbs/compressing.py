@@ -27,6 +27,7 @@ from slimray.models import published
 from slimray.spec import UserError, located
 from slimray.tasks import task_of_card
 from slimray.tasks.network import Input, load_network
+from slimray.train import connection
 from slimray.train.spec import InitSpec, OptimSpec, TeacherSpec
 from slimray.verbs import inputs, networks, stages, subnets
 from slimray.verbs.compress_specs import CompressJob, TrainedSpec
@@ -107,9 +108,8 @@ class Work:
         RunFailed with the sentence of what failed there.
         """
         scale = self.job.scale
-        threads = {"OMP_NUM_THREADS": str(max(1, int(scale.cpus_per_worker)))}
         resources = {"num_cpus": scale.cpus_per_worker, "num_gpus": scale.gpus_per_worker}
-        task: Any = ray.remote(_called).options(**resources, runtime_env={"env_vars": threads})
+        task: Any = ray.remote(_called).options(**resources, runtime_env=connection.environment(scale))
         try:
             return ray.get(task.remote(function, "cuda" if scale.gpus_per_worker else "cpu", arguments))
         except exceptions.RayTaskError as error:
@@ -122,7 +122,7 @@ class Work:
 
 
 def _called(function: Callable[..., Any], device: str, arguments: tuple[Any, ...]) -> Any:
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.set_num_threads(int(os.environ[connection.THREADS]))
     return function(device, *arguments)
 
 

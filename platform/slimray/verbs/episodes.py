@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from ray import tune
 
 from slimray import runs
 from slimray.search.episodes import Learner, Trial
 from slimray.spec import RunFailed
+from slimray.train import connection
 from slimray.verbs import trials
 from slimray.verbs.compressing import Work
 
@@ -24,8 +26,9 @@ Reward = Callable[[Mapping[str, float]], float]  # what metrics are worth
 class PolicyTrial(tune.Trainable):
     """A trial as Tune runs it; its process keeps what scores policies for the next one."""
 
-    def setup(self, config: dict[str, Any], make: Any = None) -> None:
-        """Make what scores."""
+    def setup(self, config: dict[str, Any], make: Any = None, threads: int = 1) -> None:
+        """Make what scores; torch has `threads` here."""
+        torch.set_num_threads(threads)
         self.score: Score = make()
         self.policy = config["policy"]
 
@@ -138,7 +141,10 @@ def run(
             metric="metric",
             mode="max",
         )
-        trainable = tune.with_resources(tune.with_parameters(PolicyTrial, make=make), trials.resources_of(job.scale))
+        trainable = tune.with_resources(
+            tune.with_parameters(PolicyTrial, make=make, threads=connection.threads(job.scale)),
+            trials.resources_of(job.scale),
+        )
         trials.run_trials(job.name, trainable, setup, retries=job.scale.retries)
         if not progress.is_done:
             raise RunFailed(f"{step}: Tune ended after {len(progress.history)} of {settings.episodes} trials")

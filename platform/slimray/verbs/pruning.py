@@ -7,6 +7,7 @@ itself with the policy that it ends in.
 import functools
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +18,7 @@ from slimray.compress import channels, criteria, policies, reconstruction
 from slimray.compress.groups import Groups, trace
 from slimray.data.modalities import input_shape
 from slimray.edge import comparing
-from slimray.search import amc
-from slimray.search.ddpg import DdpgSettings
+from slimray.search import amc, ddpg
 from slimray.search.episodes import Learner, SearchSettings, best
 from slimray.spec import UserError
 from slimray.tasks import TASKS
@@ -161,7 +161,7 @@ def _searched(
 ) -> dict[str, Any]:
     """Search a policy by trials of Ray Tune, or go on with those that are there."""
     spec, job = step.search, work.job
-    agent = DdpgSettings(warmup=spec.warmup, decay=spec.decay, replay=100, dummy=True)
+    agent = replace(ddpg.AMC, warmup=spec.warmup, decay=spec.decay, dummy=True)
     steps = [amc.GroupStep(**one) for one in policies.group_features(groups, step.round_to)]
 
     try:

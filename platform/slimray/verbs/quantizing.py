@@ -7,6 +7,7 @@ and the inputs of all layers are observed once per process, whatever is tried.
 import copy
 import functools
 import json
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -17,8 +18,7 @@ from slimray.compress.fold import fold, norm_pairs
 from slimray.compress.quantization import LayerInfo
 from slimray.edge import hardware
 from slimray.edge.bit_costs import bit_table
-from slimray.search import haq
-from slimray.search.ddpg import DdpgSettings
+from slimray.search import ddpg, haq
 from slimray.search.episodes import Learner, SearchSettings, best
 from slimray.spec import UserError
 from slimray.tasks import TASKS
@@ -54,7 +54,10 @@ class Rounder:
         pairs = norm_pairs(self.net, self.example)
         net = fold(copy.deepcopy(self.net).eval(), pairs)
         wanted = {id(net.get_submodule(layer.name)): layer.name for layer in self.layers}
-        values = {} if self.step.scheme == "kmeans" else quantization.gather(net, wanted, self.batches)
+        if self.step.scheme == "kmeans":
+            return net, pairs, {}
+        kept = quantization.kept_values(self.step.scheme, (self.step.search.low,))
+        values = quantization.gather(net, wanted, self.batches, kept)
         return net, pairs, values
 
     def score(self, bits: haq.Policy) -> dict[str, float]:
@@ -174,7 +177,7 @@ def _searched(step: Any, work: Work, stage: runs.Run, before: runs.Run, exhibits
     whole, metrics = work.on_worker(_scores, *arguments, even)
     metric = TASKS[subnets.task_of(runs.read_model(before)[2])].best
     sign = -1.0 if metric.better == "lower" else 1.0
-    agent = DdpgSettings(warmup=spec.warmup, decay=spec.decay, replay=128, last_init=3e-3, dummy=True)
+    agent = replace(ddpg.HAQ, warmup=spec.warmup, decay=spec.decay)
     learner = Learner(walk, SearchSettings(spec.episodes, spec.population, agent), job.seed)
     reward = lambda told: haq.reward_of(sign * told[metric.name], sign * whole[metric.name])  # noqa: E731
     tried = episodes.run(work, stage, "quantize", learner, reward, functools.partial(_scorer, *arguments))

@@ -337,9 +337,12 @@ def _tune(job: SearchJob, found: runs.Run, progress: _Progress, exhibits: Any) -
     """Run the trials of a target that are left."""
     from ray import tune
 
+    from slimray.train import connection
     from slimray.verbs import subnets, trials
 
-    trainable = tune.with_parameters(subnets.JudgeTrial, run_uri=found.uri, exhibits=exhibits, spec=job.judge)
+    trainable = tune.with_parameters(
+        subnets.JudgeTrial, run_uri=found.uri, exhibits=exhibits, spec=job.judge, threads=connection.threads(job.scale)
+    )
     setup = tune.TuneConfig(
         search_alg=trials.ProposalSearch(progress),
         num_samples=progress.total - len(progress.history),

@@ -30,7 +30,7 @@ from slimray.spec import RunFailed
 from slimray.tasks import TASKS
 from slimray.tasks.network import load_network, predict_outputs, task_of, to_input
 from slimray.tasks.task import Outputs
-from slimray.train import batchnorm, learn
+from slimray.train import batchnorm, connection, learn
 from slimray.train.spec import ScaleSpec
 from slimray.verbs import trials
 from slimray.verbs.context import Context
@@ -202,9 +202,8 @@ def recalibrate(
 
     The work is done by one worker of `scale`.
     """
-    threads = {"OMP_NUM_THREADS": str(max(1, int(scale.cpus_per_worker)))}
     resources = {"num_cpus": scale.cpus_per_worker, "num_gpus": scale.gpus_per_worker}
-    task: Any = ray.remote(_recalibrate).options(**resources, runtime_env={"env_vars": threads})
+    task: Any = ray.remote(_recalibrate).options(**resources, runtime_env=connection.environment(scale))
     try:
         return ray.get(task.remote(run_uri, exhibits, spec, "cuda" if scale.gpus_per_worker else "cpu"))
     except exceptions.RayTaskError as error:
@@ -212,7 +211,7 @@ def recalibrate(
 
 
 def _recalibrate(run_uri: str, exhibits: Exhibits, spec: JudgeSpec, device: str) -> tuple[bytes, Any, Any]:
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.set_num_threads(int(os.environ[connection.THREADS]))
     net, before, after = Judge(run_uri, exhibits, spec, device).try_whole()
     tensors = {name: value.cpu().contiguous() for name, value in net.state_dict().items()}
     return safetensors.torch.save(tensors), before, after
@@ -221,8 +220,11 @@ def _recalibrate(run_uri: str, exhibits: Exhibits, spec: JudgeSpec, device: str)
 class JudgeTrial(tune.Trainable):
     """A trial of a search as Tune runs it; its process keeps the judge for the next one."""
 
-    def setup(self, config: dict[str, Any], run_uri: str = "", exhibits: Any = None, spec: Any = None) -> None:
-        """Load the supernet."""
+    def setup(
+        self, config: dict[str, Any], run_uri: str = "", exhibits: Any = None, spec: Any = None, threads: int = 1
+    ) -> None:
+        """Load the supernet; torch has `threads` here."""
+        torch.set_num_threads(threads)
         self.judge = Judge(run_uri, exhibits, spec, trials.device())
         self.arch = config["arch"]
 
@@ -261,9 +263,8 @@ def judge_all(
     With `weights` it is (metrics, weights of the re-calibrated subnet as safetensors bytes). RunFailed for a judge that
     fails, or says nothing for `scale.data_timeout_s`.
     """
-    threads = {"OMP_NUM_THREADS": str(max(1, int(scale.cpus_per_worker)))}
     resources = {"num_cpus": scale.cpus_per_worker, "num_gpus": scale.gpus_per_worker}
-    make: Any = ray.remote(_Numbered).options(**resources, runtime_env={"env_vars": threads}).remote
+    make: Any = ray.remote(_Numbered).options(**resources, runtime_env=connection.environment(scale)).remote
     device = "cuda" if scale.gpus_per_worker else "cpu"
     actors = [make(run_uri, exhibits, spec, device) for _ in range(min(scale.most, len(archs)))]
     pool: Any = ActorPool(actors)
@@ -290,7 +291,7 @@ class _Numbered:
     """A judge as an actor."""
 
     def __init__(self, *arguments: Any):
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        torch.set_num_threads(int(os.environ[connection.THREADS]))
         self.of = Judge(*arguments)
 
     def judge(self, number: int, arch: dict[str, Any], weights: bool) -> tuple[int, Any]:
