@@ -817,6 +817,21 @@ def test_under_slurm_the_run_saves_and_is_queued_again_before_the_limit_of_time_
     assert any("ray start --head --port 7090 " in call for call in calls), "a port of its own"
 
 
+def test_under_slurm_a_run_that_hangs_while_it_saves_is_ended_by_a_second_signal(here, monkeypatch):
+    python = f"trap 'touch {here}/told' TERM; touch {here}/began; while true; do sleep 0.1; done"
+    put_programs(here, monkeypatch, srun="", scontrol="", ray="", slimray="", python=python)
+    cluster = parse_cluster("{kind: slurm, nodes: 2, cpus_per_node: 8, retries: 5, storage: /shared}")
+    ready = script.Submission("tsm-1", "job.yaml", "kind: train\n", "/shared")
+    (here / "job.sh").write_text(slurm.slurm(ready, cluster, {}))
+    child = subprocess.Popen(["bash", "job.sh"], env=os.environ | {"SLURM_JOB_ID": "4711"})
+    wait_for("the run to begin", lambda: (here / "began").exists())
+    child.send_signal(signal.SIGTERM)
+    wait_for("the run to hear of it", lambda: (here / "told").exists())
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=patience(30)) > 128
+    assert "requeue" not in (here / "calls").read_text()
+
+
 def test_a_token_never_travels_over_plain_http(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "hunter2")

@@ -393,3 +393,11 @@ def test_torchaos_graph_quantization_is_as_far_from_the_float_network():
         theirs, expected = convert_pt2e(graph)(x), net(x)
     assert 0 < relative(ours, expected) < 2 * relative(theirs, expected)
     assert relative(theirs, expected) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits", "kept"),
+    [("int8", [3], False), ("kmeans", [3], False), ("linear", [8, 5], False), ("linear", [8, 4], True)],
+)
+def test_ranges_are_found_on_values_only_where_their_ends_do_not_say_them(scheme, bits, kept):
+    assert q.kept_values(scheme, bits) == (q.KEPT_VALUES if kept else 0)

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tests.export import networks
 from tests.verbs.conftest import Shell
@@ -16,7 +17,7 @@ from slimray.search.ddpg import Ddpg, DdpgSettings
 from slimray.search.episodes import Learner, SearchSettings, search
 from slimray.spec import UserError, parse
 from slimray.train.spec import ScaleSpec
-from slimray.verbs import trials
+from slimray.verbs import episodes, trials
 from slimray.verbs.compress_specs import CompressJob
 from slimray.verbs.episodes import Progress
 
@@ -194,3 +195,13 @@ def test_a_network_is_pruned_by_curves_and_by_amc_on_any_number_of_workers(shell
     assert found[0] == found[1]
     done = json.loads(shell.run("evaluate", "pruned-1", "--json").stdout)
     assert done["rows"][0]["macs"] == rows[2]["macs"]
+
+
+def test_a_trial_computes_with_the_threads_of_a_worker_of_the_job():
+    before = torch.get_num_threads()
+    try:
+        trial = episodes.PolicyTrial.__new__(episodes.PolicyTrial)
+        trial.setup({"policy": ()}, make=lambda: lambda policy: {"threads": float(torch.get_num_threads())}, threads=3)
+        assert trial.step()["metrics"] == {"threads": 3.0}
+    finally:
+        torch.set_num_threads(before)

@@ -167,7 +167,7 @@ def _follow(job_id: str, target: Any, quiet: bool = False) -> None:
 
 @app.command()
 def stop(job_id: JobId, name: ClusterName) -> None:
-    """End a job; submitted again, it resumes."""
+    """End a job; submitted again, it resumes. It saves first: on Slurm a second `stop` ends it at once."""
     from slimray.cluster import jobs_api, submit
 
     target = submit.load_cluster(name)

@@ -64,7 +64,7 @@ def slurm(job: Submission, cluster: SlurmCluster, values: Mapping[str, str]) -> 
             f'setsid sh "$work/{SCRIPT}" &   # a session of its own, to be ended with all its children',
             "command=$!; again= stopped=",
             "trap 'again=1; kill -TERM -- -$command' USR1",
-            "trap 'stopped=1; kill -TERM -- -$command' TERM",
+            "trap 'kill -${stopped:-TERM} -- -$command; stopped=KILL' TERM   # a second one does not wait",
             "code=0; wait $command || code=$?",
             "while kill -0 $command 2> /dev/null; do code=0; wait $command || code=$?; done   # a trap ends it",
             'if [ -n "$again" ] && [ -z "$stopped" ] && [ "$code" -ne 0 ]; then',
