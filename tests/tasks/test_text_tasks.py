@@ -145,12 +145,19 @@ def test_translations_are_scored_against_the_texts_as_they_were_written(tmp_path
     assert sorted(said) == [0, 1, 2]
     row: dict[str, Any] = {"run": "r"}
     assert task.finish is not None
-    task.finish(row, [(0, "B  c! d, e f"), (2, "c"), (1, "e, e")], shown, str(tmp_path), "val")
+    task.finish(row, [(0, "B  c! d, e f"), (2, "c"), (1, "e, e")], shown, str(tmp_path), "val", net.recipe)
     assert (row["bleu"], row["chrf"]) == (pytest.approx(100), pytest.approx(100))
     assert "tok:13a" in row["signatures"]["bleu"]
     worse = dict(row)
-    task.finish(worse, [(0, "B c"), (2, "c"), (1, "e e")], shown, str(tmp_path), "val")
+    task.finish(worse, [(0, "B c"), (2, "c"), (1, "e e")], shown, str(tmp_path), "val", net.recipe)
     assert 0 < worse["chrf"] < 100
+    said = [(0, "b  c! d, e f"), (2, "c"), (1, "e, e")]
+    for lower, case in ((False, "case:mixed"), (True, "case:lc")):
+        cased: dict[str, Any] = {}
+        task.finish(cased, said, shown, str(tmp_path), "val", net.recipe | {"lower": lower})
+        assert case in cased["signatures"]["bleu"]
+        assert (cased["bleu"] == pytest.approx(100)) == lower
+        assert (cased["chrf"] == pytest.approx(100)) == lower
     (table,) = task.tables([row], ())
     assert [cells[1] for cells in table.rows] == ["bleu", "chrf"]
     assert task.tables([{"run": "export"}], ()) == []

@@ -186,7 +186,12 @@ def start(setting: Setting) -> Pass:
 
 
 def finish(
-    row: dict[str, Any], found: list[Any], examples: list[dict[str, Any]], root: str, split: str
+    row: dict[str, Any],
+    found: list[Any],
+    examples: list[dict[str, Any]],
+    root: str,
+    split: str,
+    recipe: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Add KITTI's AP, `ap`, to a row; returns scenes seen from above."""
     objects = found_boxes.read_objects(root, split)

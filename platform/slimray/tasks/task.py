@@ -136,9 +136,12 @@ class Task:
     files are answered."""
     spec: type[Spec] = NoOptions
     """Options of the task's own, which a user writes as `data.task`."""
-    finish: Callable[[dict[str, Any], list[Any], list[dict[str, Any]], str, str], list[dict[str, Any]]] | None = None
-    """Called with a row of results, what all ranks found, the examples, the root and the split: it adds to the row what
-    only all ranks together know, and returns the examples."""
+    finish: (
+        Callable[[dict[str, Any], list[Any], list[dict[str, Any]], str, str, Mapping[str, Any]], list[dict[str, Any]]]
+        | None
+    ) = None
+    """Called with a row of results, what all ranks found, the examples, the root, the split and the plain recipe of the
+    samples: it adds to the row what only all ranks together know, and returns the examples."""
     options: frozenset[str] = frozenset()
     """Fields of an evaluation that only some tasks know; those about views belong to the modality."""
     tables: Callable[[Sequence[Mapping[str, Any]], Sequence[str]], list[Table]] = _no_tables

@@ -3,11 +3,12 @@
 Networks take pairs int `[B, 2, L]` (the source, and what the decoder is given) and return logits `[B, L, V]`; targets
 are int64 `[B, L]`. Loss and perplexity are those of the tokens of the reference, each with those before it given. BLEU
 and chrF are of what the network says by itself, by beam search, as text against the references as they were written
-(never rebuilt from tokens); sacrebleu computes them for all sentences together, and its signature stands beside them.
+(never rebuilt from tokens); sacrebleu computes them for all sentences together, without case where the network was
+trained on lower-case text, and its signature, which says so, stands beside them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from slimray.tasks.task import LOSS, Metric, Outputs, Table
 from slimray.tasks.text_scores import CorpusMetric
 from slimray.tasks.tokens import text_task
 
-SCORES = {"bleu": CorpusMetric("bleu"), "chrf": CorpusMetric("chrf")}
+SCORES: tuple[Literal["bleu", "chrf"], ...] = ("bleu", "chrf")
 
 
 class TranslateOptions(Spec):
@@ -81,7 +82,12 @@ class TranslationPass(Pass):
 
 
 def finish(
-    row: dict[str, Any], found: list[Any], examples: list[dict[str, Any]], root: str, split: str
+    row: dict[str, Any],
+    found: list[Any],
+    examples: list[dict[str, Any]],
+    root: str,
+    split: str,
+    recipe: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Add BLEU and chrF to a row, of the translations of all ranks against the texts of the split at `root`."""
     if found:
@@ -90,8 +96,8 @@ def finish(
         references = [translation for _, translation in raw_texts(root, rows)]
         hypotheses = [said[number] for number in sorted(said)]
         row["signatures"] = {}
-        for name, metric in SCORES.items():
-            score = metric.of(hypotheses, references)
+        for name in SCORES:
+            score = CorpusMetric(name, lower=bool(recipe.get("lower"))).of(hypotheses, references)
             row[name] = score.value
             row["signatures"][name] = score.signature
     return examples

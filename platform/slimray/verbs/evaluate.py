@@ -257,7 +257,7 @@ def run(job: EvaluateJob, ctx: Context) -> None:
     examples: list[dict[str, Any]] = []
     for row, of_ranks, shown in zip(result["rows"], result["found"], result["examples"], strict=True):
         if task.finish is not None:
-            shown = task.finish(row, of_ranks, shown, splits.root, split)
+            shown = task.finish(row, of_ranks, shown, splits.root, split, by_name[row["run"]].recipe)
         examples += [{**one, "run": row["run"]} for one in shown] if row["repeat"] == 0 else []
     rows = scoring.join_repeats(result["rows"])
     for row in rows:

@@ -82,7 +82,7 @@ def test_pairs_are_stored_with_the_numbers_of_their_lines_and_what_is_no_pair_is
     assert (made.words(sample[0, 0]), made.words(wanted)) == ("b c", "z y")
     assert (sample[0, 0, -1], sample[0, 1, 0], wanted[-1]) == (EOS, EOS, EOS)
     assert sample[0, 1, 1:].tolist() == wanted[:-1].tolist()
-    assert raw_texts(made.root, made.rows) == [("a b c", "x y"), ("b c", "z y")]
+    assert raw_texts(made.root, made.rows) == [("a b c", "x y"), ("B c", "z Y")]  # as they were written
     judged = Prepared(pairs, "val", tmp_path, max_tokens=4)
     assert [row["frames"] for row in judged.rows] == [4, 4, 4, 4, 3]
     sample, wanted = load_text(judged.rows[2], judged.root, recipe, (0, 0, 0), 30)

@@ -43,7 +43,7 @@ def files_of(card: "Card", split: str) -> list[tuple[str, ...]]:
     return alone
 
 
-def read_files(card: "Card", root: str, names: Sequence[str], lower: bool) -> Iterator[Line]:
+def read_files(card: "Card", root: str, names: Sequence[str]) -> Iterator[Line]:
     """Yield the lines of a file or a pair of files under `root`; FileNotFoundError for one that is not there."""
     fs, folder = storage.open_uri(root)
     paths = [storage.join(folder, name) for name in names]
@@ -54,8 +54,7 @@ def read_files(card: "Card", root: str, names: Sequence[str], lower: bool) -> It
         except FileNotFoundError:
             raise FileNotFoundError(path) from None
     default = PARQUET_COLUMNS if format_of(names[0]) == "parquet" else COLUMNS
-    for line in read_texts(paths, data, card.text_columns or default[card.sides]):
-        yield Line(line.number, tuple(text.lower() for text in line.texts), line.reason) if lower else line
+    yield from read_texts(paths, data, card.text_columns or default[card.sides])
 
 
 def learn_vocabulary(card: "Card", root: str, spec: TextSpec) -> str:
@@ -67,9 +66,9 @@ def learn_vocabulary(card: "Card", root: str, spec: TextSpec) -> str:
 
     def texts() -> Iterator[str]:
         for names in files_of(card, TRAIN):
-            for line in read_files(card, root, names, spec.lower):
+            for line in read_files(card, root, names):
                 if not line.reason:
-                    yield from line.texts
+                    yield from (_cased(text, spec) for text in line.texts)
 
     try:
         return train_vocabulary(texts(), spec.tokenizer, spec.vocab_size).to_text()
@@ -77,18 +76,23 @@ def learn_vocabulary(card: "Card", root: str, spec: TextSpec) -> str:
         raise RunFailed(f"{error}: there is no such file: fix data.root or the card") from None
 
 
+def _cased(text: str, spec: TextSpec) -> str:
+    """Return a text as it becomes tokens; it is stored as it was written."""
+    return text.lower() if spec.lower else text
+
+
 def convert_text(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made | Bad]:
     """The pairs or the windows of a file, or of a pair of files, and the lines that are left out."""
     assert raw.text is not None
     names = next(names for names in files_of(raw.card, row["split"]) if names[0] == row["path"])
-    lines = read_files(raw.card, raw.root, names, raw.text.lower)
+    lines = read_files(raw.card, raw.root, names)
     vocabulary = vocabulary_of(raw.vocabulary)
     if raw.card.sides == 2:
         yield from _pairs(names, lines, vocabulary, raw.text, row["split"] == TRAIN)
     else:
         spec, training = raw.text, row["split"] == TRAIN
         length = spec.length if training else spec.stream or spec.length
-        yield from _windows(names[0], lines, vocabulary, length, 2 * length if training else length)
+        yield from _windows(names[0], lines, vocabulary, spec, length, 2 * length if training else length)
 
 
 def _pairs(
@@ -97,7 +101,7 @@ def _pairs(
     for some in _in_groups(lines):
         good = [line for line in some if not line.reason]
         yield from (Bad(f"{names[0]}#{line.number}", line.reason) for line in some if line.reason)
-        sources, targets = (vocabulary.encode_all([line.texts[side] for line in good]) for side in (0, 1))
+        sources, targets = (vocabulary.encode_all([_cased(line.texts[side], spec) for line in good]) for side in (0, 1))
         for line, source, target in zip(good, sources, targets, strict=True):
             length = max(len(source), len(target)) + 1
             path = f"{names[0]}#{line.number}"
@@ -115,7 +119,9 @@ def _pairs(
                 yield Made(path, data, {"frames": min(length, spec.max_tokens)}, sum(map(len, line.texts)))
 
 
-def _windows(name: str, lines: Iterator[Line], vocabulary: Vocabulary, length: int, reach: int) -> Iterator[Made | Bad]:
+def _windows(
+    name: str, lines: Iterator[Line], vocabulary: Vocabulary, spec: TextSpec, length: int, reach: int
+) -> Iterator[Made | Bad]:
     """Windows of a stream that begins with eos, so that every token of the lines, and their ends, is predicted once.
 
     Each is stored with the tokens that follow it, `reach` in all.
@@ -129,7 +135,7 @@ def _windows(name: str, lines: Iterator[Line], vocabulary: Vocabulary, length: i
 
     for some in _in_groups(line for line in lines if line.reason != EMPTY):
         yield from (Bad(f"{name}#line {line.number}", line.reason) for line in some if line.reason)
-        for tokens in vocabulary.encode_all([line.texts[0] for line in some if not line.reason]):
+        for tokens in vocabulary.encode_all([_cased(line.texts[0], spec) for line in some if not line.reason]):
             stream += [*tokens, EOS]
             while len(stream) > reach:
                 yield window()

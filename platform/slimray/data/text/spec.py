@@ -23,7 +23,7 @@ class TextSpec(Spec):
     """A `prepare` run whose tokenizer is taken in place of one of its own, by name or URI, with its `lower`: to score
     networks that were trained on that dataset on this one, or to go on training them."""
     lower: bool = False
-    """Make texts lower-case, as the published IWSLT'14 results do."""
+    """Learn lower-case text, and score translations without case, as the published IWSLT'14 results do."""
     max_tokens: int = Field(250, ge=2, le=8192)
     """Tokens of the longer side of a pair, its end included; longer pairs of split `train` are left out, others cut."""
     max_ratio: float | None = Field(None, ge=1)
@@ -56,4 +56,4 @@ class PreparedText(Spec):
     lengths: dict[str, int]
     """Tokens of the longest sample of each split."""
     lower: bool = False
-    """Whether texts were made lower-case."""
+    """Whether tokens are those of lower-case text; the texts themselves are stored as they were written."""
