@@ -5,6 +5,7 @@ import zlib
 
 import pytest
 
+from slimray.data.text import vocabulary as vocabularies
 from slimray.data.text.vocabulary import BOS, EOS, PAD, SPECIAL, UNK, Vocabulary, train_vocabulary, vocabulary_of
 from slimray.spec import RunFailed, UserError
 
@@ -32,6 +33,19 @@ def test_words_are_numbered_by_how_often_they_occur():
     assert vocabulary.decode([4, EOS, 5, UNK]) == "b a <unk>"
     assert vocabulary_of(vocabulary.to_text()).encode("a b") == [5, 4]
     assert SPECIAL[PAD] == "<pad>"
+
+
+def test_pieces_are_learned_from_all_of_the_texts_however_many_there_are(monkeypatch):
+    monkeypatch.setattr(vocabularies, "SENTENCES", 200)
+    many = ["a man walks"] * 2000 + ["ein Hund"] * 2000
+    vocabulary = train_vocabulary(iter(many), "bpe", 40)
+    for text in (many[0], many[-1]):
+        assert UNK not in vocabulary.encode(text)
+    assert train_vocabulary(many, "bpe", 40).data == vocabulary.data
+    drawn = vocabularies._drawn((str(number) for number in range(4000)), 400)
+    assert len(set(drawn)) == 400
+    assert all(20 < sum(int(text) // 400 == tenth for text in drawn) < 65 for tenth in range(10))
+    assert vocabularies._drawn(["b", "a"], 2) == ["b", "a"]
 
 
 def test_a_vocabulary_that_cannot_be_trained_is_a_sentence():

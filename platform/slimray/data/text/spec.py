@@ -15,8 +15,9 @@ class TextSpec(Spec):
     """How texts become tokens."""
 
     tokenizer: Kind = "unigram"
-    """`unigram` or `bpe`: pieces of words, learned by SentencePiece from both sides of the training split; `words`:
-    what stands between white space, for texts that are tokenised already, such as the Penn Treebank."""
+    """`unigram` or `bpe`: pieces of words, learned by SentencePiece from both sides of the training split (of more than
+    2,000,000 sentences, from so many drawn evenly); `words`: what stands between white space, for texts that are
+    tokenised already, such as the Penn Treebank."""
     vocab_size: int = Field(8000, ge=len(SPECIAL) + 1, le=1_000_000)
     """Tokens, bos, pad, eos and unk included; fewer where the texts have no more."""
     like: str | None = None

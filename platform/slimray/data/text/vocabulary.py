@@ -11,6 +11,7 @@ import base64
 import binascii
 import functools
 import io
+import random
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ from slimray.spec import RunFailed, UserError
 BOS, PAD, EOS, UNK = range(4)
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 SPACE = "\u2581"  # begins a piece that begins a word
+SENTENCES = 2_000_000  # that SentencePiece learns from at most
 MAX_BYTES = 64 << 20  # of a vocabulary, unpacked
 THREADS = 4  # of a training; a SentencePiece model depends on it, so it is the same everywhere
 Kind = Literal["unigram", "bpe", "words"]
@@ -100,6 +102,8 @@ def vocabulary_of(text: str) -> Vocabulary:
 def train_vocabulary(texts: Iterable[str], kind: Kind, size: int) -> Vocabulary:
     """Return a vocabulary of `size` tokens at most, trained on `texts`; the same for the same texts.
 
+    Words are counted in all of them; SentencePiece learns from SENTENCES of them at most, drawn evenly from all.
+
     RunFailed, in a sentence, where the texts do not give one of that size.
     """
     if kind == "words":
@@ -111,15 +115,29 @@ def train_vocabulary(texts: Iterable[str], kind: Kind, size: int) -> Vocabulary:
     model = io.BytesIO()
     try:
         _sentencepiece().SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=model, vocab_size=size, model_type=kind, num_threads=THREADS,
-            bos_id=BOS, pad_id=PAD, eos_id=EOS, unk_id=UNK, unk_surface=" \u2047 ", minloglevel=2,
-            normalization_rule_name="identity", hard_vocab_limit=False, input_sentence_size=2_000_000,
+            sentence_iterator=iter(_drawn(texts, SENTENCES)), model_writer=model, vocab_size=size, model_type=kind,
+            num_threads=THREADS, bos_id=BOS, pad_id=PAD, eos_id=EOS, unk_id=UNK, unk_surface=" \u2047 ", minloglevel=2,
+            normalization_rule_name="identity", hard_vocab_limit=False, input_sentence_size=SENTENCES,
             shuffle_input_sentence=False,
         )  # fmt: skip
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1][-160:]
         raise RunFailed(f"text.vocab_size: no tokenizer of {size} tokens can be trained ({reason}): lower it") from None
     return Vocabulary(PIECES, model.getvalue())
+
+
+def _drawn(texts: Iterable[str], most: int) -> list[str]:
+    """Return `most` of the texts, each as likely as any other (reservoir sampling); all if there are fewer.
+
+    The same texts give the same ones.
+    """
+    rng, kept = random.Random(0), list[str]()
+    for number, text in enumerate(texts):
+        if number < most:
+            kept.append(text)
+        elif (place := rng.randrange(number + 1)) < most:
+            kept[place] = text
+    return kept
 
 
 def _sentencepiece() -> Any:
