@@ -30,5 +30,5 @@ def test_a_resolved_batch_is_a_batch_again():
         ({"tokens": 4096, "per_worker_tokens": 1024}, (4096, 1024, 4)),
     ):
         batch = parse(BatchSpec, fields, "x")
-        assert (batch.whole, batch.part, batch.num_parts) == sizes
+        assert (batch.size, batch.microbatch, batch.num_microbatches) == sizes
         assert parse(BatchSpec, batch.model_dump(mode="json"), "x") == batch

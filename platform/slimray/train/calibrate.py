@@ -216,8 +216,8 @@ def work(
         gradient_mb=4 * params / 1e6,
         samples=samples,
         epochs=job.optim.epochs,
-        batch_total=job.batch.whole,
-        per_worker=job.batch.part,
+        batch_total=job.batch.size,
+        per_worker=job.batch.microbatch,
         compute_s=planner.compute_s(int(known["macs"]), peak, cluster.utilisation),
         decode_s=decode_s,
         sample_mb=sample_mb,
@@ -246,18 +246,19 @@ def calibrated(planned: planner.Work, found: Calibration) -> planner.Work:
 def compared(job: Any, known: Mapping[str, Any], config: Any, ctx: Any) -> dict[str, Any] | None:
     """Plan and measurement of a run that has finished on this machine, for its card.
 
-    None without a calibration of this job's network (`plan --measure` writes one), and for a run on another machine
-    than this. `config` is what its workers got, `ctx` has its run and storage.
+    None without a calibration of this job's network (`plan --measure` writes one), for a run on another machine than
+    this, and for batches by tokens, which are not planned. `config` is what its workers got, `ctx` has its run and
+    storage.
     """
     on_gpu = bool(job.scale.gpus_per_worker)
-    key = key_of(config.model, config.recipes["train"], job.batch.part, device_name(on_gpu))
-    found = None if os.environ.get("RAY_ADDRESS") else find(ctx.storage, key)
+    key = key_of(config.model, config.recipes["train"], job.batch.microbatch, device_name(on_gpu))
+    found = None if os.environ.get("RAY_ADDRESS") or job.batch.tokens else find(ctx.storage, key)
     if found is None:
         return None
     cluster = this_machine(on_gpu)
     planned = calibrated(work(job, known, known["train_samples"], 0, config.recipes["train"]["kind"], cluster), found)
     rows = [row for row in runs.read_parts(ctx.run, "metrics") if row.get("phase") == "train"]
-    return planner.compare(job.batch.whole / planner.split_step(planned, cluster, job.scale.most).step_s, rows)
+    return planner.compare(job.batch.size / planner.split_step(planned, cluster, job.scale.most).step_s, rows)
 
 
 def find_cluster(name: str | None, search: Sequence[Path], on_gpu: bool) -> machines.Cluster:

@@ -145,19 +145,19 @@ class BatchSpec(Spec):
         return self
 
     @property
-    def whole(self) -> int:
+    def size(self) -> int:
         """What the learning rate depends on: samples or tokens of a step."""
         return self.tokens or self.total
 
     @property
-    def part(self) -> int:
+    def microbatch(self) -> int:
         """Samples or tokens that a worker handles at once."""
         return self.per_worker_tokens or self.per_worker
 
     @property
-    def num_parts(self) -> int:
+    def num_microbatches(self) -> int:
         """Microbatches of a step over all workers."""
-        return -(-self.whole // self.part)
+        return -(-self.size // self.microbatch)
 
 
 class InitSpec(Spec):

@@ -137,9 +137,9 @@ def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, 
 def schedule(job: TrainJob, num_train: int | None) -> dict[str, Any]:
     """Return what is known without the network: batch, accumulation, learning rate, epochs, steps."""
     out: dict[str, Any] = {
-        "batch": job.batch.whole,
-        "accumulation": ceil_div(job.batch.num_parts, job.scale.most),
-        "peak_lr": optimizers.peak_rate(job.optim, job.batch.whole),
+        "batch": job.batch.size,
+        "accumulation": ceil_div(job.batch.num_microbatches, job.scale.most),
+        "peak_lr": optimizers.peak_rate(job.optim, job.batch.size),
         "epochs": job.optim.epochs,
     }
     if num_train is not None and job.batch.tokens:
@@ -216,7 +216,7 @@ def _measure(job: TrainJob, card: Card | None) -> tuple[Any, int]:
     if modality.segmented and job.data.sampling == "dense" and shape[0] > DENSE_WINDOW:
         raise UserError(f"model.num_segments: at most {DENSE_WINDOW} frames with data.sampling: dense (got {shape[0]})")
     with without_compiler():
-        optimizers.make_optimizer(net, job.optim, job.batch.whole)  # its parameter groups must be there
+        optimizers.make_optimizer(net, job.optim, job.batch.size)  # its parameter groups must be there
     try:
         return net, cost.count_macs(net, (1, *shape))
     except (RuntimeError, ValueError) as error:

@@ -69,7 +69,7 @@ class ModelSpec(Spec):
 def require_shares(batch: BatchSpec, scale: ScaleSpec) -> None:
     """Raise ValueError, as validators do, for a batch that the workers cannot share."""
     per_pass, elastic = scale.most * batch.per_worker, scale.most > scale.fewest
-    if batch.tokens and batch.num_parts < scale.most:
+    if batch.tokens and batch.num_microbatches < scale.most:
         raise ValueError(
             f"batch.tokens: {batch.tokens} leaves some of {scale.most} workers without work: lower "
             "batch.per_worker_tokens"
