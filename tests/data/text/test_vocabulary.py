@@ -27,6 +27,15 @@ def test_pieces_give_a_text_back_as_it_was_written(kind):
     assert train_vocabulary(TEXTS, kind, 60).data == vocabulary.data
 
 
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "words"])
+def test_there_are_as_many_beginnings_as_words(kind):
+    vocabulary = train_vocabulary(TEXTS, kind, 60)
+    for text in (*TEXTS[:4], "Hund 漢字 läuft 漢字", "漢字", "ein漢 Hund漢字Hund"):
+        tokens = vocabulary.encode(text)
+        assert sum(map(vocabulary.begins_word, [BOS, *tokens, EOS, PAD])) == len(text.split()), text
+    assert UNK in vocabulary.encode("漢字")
+
+
 def test_words_are_numbered_by_how_often_they_occur():
     vocabulary = train_vocabulary(["b a b <unk>", "c b a"], "words", 6)
     assert (vocabulary.size, vocabulary.encode("b a c <unk> x")) == (6, [4, 5, UNK, UNK, UNK])

@@ -75,8 +75,10 @@ class Vocabulary:
         return " ".join(self._words[token] for token in kept) if self.kind == WORDS else self._pieces.decode(kept)
 
     def begins_word(self, token: int) -> bool:
-        """Return whether a token is the first one of a word."""
-        return token >= UNK and (self.kind == WORDS or token == UNK or self._pieces.id_to_piece(token)[:1] == SPACE)
+        """Return whether a token is the first one of a word; the space before an unknown one is a piece of its own."""
+        if self.kind == WORDS:
+            return token >= UNK
+        return token > UNK and self._pieces.id_to_piece(token)[:1] == SPACE
 
     def to_text(self) -> str:
         """Return it for a plain recipe: the kind, and the data compressed in base64."""
