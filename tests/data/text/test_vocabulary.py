@@ -44,6 +44,16 @@ def test_words_are_numbered_by_how_often_they_occur():
     assert SPECIAL[PAD] == "<pad>"
 
 
+@pytest.mark.parametrize("kind", ["words", "bpe"])
+def test_what_a_user_writes_is_no_control_token(kind):
+    vocabulary = train_vocabulary([*TEXTS, "<s> </s> <pad> <unk>"], kind, 60)
+    for word in ("<s>", "<pad>", "</s>"):
+        assert not {BOS, PAD, EOS} & set(vocabulary.encode(f"the {word} dog"))
+        assert vocabulary.encode_all([word]) == [vocabulary.encode(word)]
+    if kind == "words":
+        assert vocabulary.encode("<s> <pad> </s> <unk>") == [UNK] * 4
+
+
 def test_pieces_are_learned_from_all_of_the_texts_however_many_there_are(monkeypatch):
     monkeypatch.setattr(vocabularies, "SENTENCES", 200)
     many = ["a man walks"] * 2000 + ["ein Hund"] * 2000

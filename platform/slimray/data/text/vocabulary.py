@@ -43,7 +43,7 @@ class Vocabulary:
 
     @functools.cached_property
     def _numbers(self) -> dict[str, int]:
-        return {word: number for number, word in enumerate(self._words)}
+        return {word: number for number, word in enumerate(self._words) if number >= UNK}  # the others are no text
 
     @functools.cached_property
     def _pieces(self) -> Any:
