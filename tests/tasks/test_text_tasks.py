@@ -17,6 +17,7 @@ from slimray.data.index import index_table
 from slimray.data.samples import BadSample
 from slimray.data.text.samples import TextRecipe, pair_arrays, write_text_shard
 from slimray.data.text.vocabulary import EOS, PAD, train_vocabulary
+from slimray.models.text.decoding import continued
 from slimray.runtime.inputs import Input
 from slimray.spec import RunFailed
 from slimray.tasks import TASKS
@@ -36,7 +37,7 @@ def optim(smoothing: float = 0.0) -> OptimSpec:
 
 def network(task: str, name: str, sides: int, **options: Any) -> Network:
     torch.manual_seed(0)
-    recipe = TextRecipe(sides, 6, WORDS.size, WORDS.to_text(), limit=6, max_length=8, words=5, mode="val")
+    recipe = TextRecipe(sides, 6, WORDS.size, WORDS.to_text(), limit=6, max_length=8, max_tokens=5, mode="val")
     model = {"name": name, "vocab_size": WORDS.size, **options}
     return Network(models.build(**model).eval(), Input(), recipe.to_dict(), (), model, task)
 
@@ -200,6 +201,24 @@ def test_a_language_model_goes_on_where_a_line_ends():
     assert 1 < row["perplexity"] < 10 * WORDS.size
     (shown,) = current.show(samples, outputs, [], 3)
     assert shown["texts"][0] == ("text", "a b c d e")
+
+
+def test_a_report_goes_on_with_a_stream_as_it_is_up_to_the_end_of_a_line():
+    net = network("language", "micronet_lm", 1, preset="tiny")
+    long, short, stream = "a b c d e a b c d e", "b c a e", [EOS]
+    for line in (long, short, long, long):  # 24 tokens reach the seventh word of the second long line
+        stream += [*WORDS.encode(line), EOS]
+    data = np.full((2, 1, len(stream)), PAD, np.int32)
+    data[0, 0], data[1, 0, :9] = stream, stream[4:13]
+    task = TASKS["language"]
+    current = task.start(Setting(task, net, net.recipe, batch=2, rows=2))
+    samples = Samples(data, data[:, 0, 1:].astype(np.int64), ["t#0", "t#1"], [0, 1])
+    for given, rest, shown in zip(
+        (stream[:24], stream[4:13]), ("c d e", ""), current.show(samples, None, [], 2), strict=True
+    ):
+        said = continued(net.net, torch.tensor([given]), 5)[0].tolist()
+        said = said[: said.index(EOS)] if EOS in said else said
+        assert shown["texts"] == [("text", WORDS.decode(given)), ("network", WORDS.decode(said)), ("truth", rest)]
 
 
 def test_the_arguments_of_a_network_are_known_once_the_dataset_is_prepared():

@@ -45,7 +45,7 @@ text: {tokenizer: words, vocab_size: 50, length: 16, stream: 48}
 ---
 kind: train
 name: speaker
-data: {run: stream, task: {words: 4}}
+data: {run: stream, task: {max_tokens: 4}}
 model: {name: micronet_lm, preset: tiny, cache: 8}
 batch: {total: 8, per_worker: 4}
 optim: {optimizer: adam, lr: 0.01, reference_batch: 8, epochs: 1, warmup_steps: 2, schedule: cosine, cosine_from: start,

@@ -6,7 +6,7 @@ it: perplexity is of streams as long as `prepare` made them (`text.stream`), wit
 and its cache; so it does not depend on the number of workers. Per word it compares tokenizers, per token it does not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from pydantic import Field
 
 from slimray.data.modalities import read_recipe
 from slimray.data.text.samples import TextRecipe
-from slimray.data.text.vocabulary import EOS
+from slimray.data.text.vocabulary import EOS, PAD
 from slimray.models.text.decoding import continued
 from slimray.runs.examples import Texts
 from slimray.spec import Spec
@@ -29,30 +29,35 @@ GIVEN = 24  # tokens of a stream that is continued in a report
 class LanguageOptions(Spec):
     """How a text is continued."""
 
-    words: int = Field(50, ge=1, le=10_000)
+    max_tokens: int = Field(50, ge=1, le=10_000)
     """Tokens that `predict` writes behind a line at most; it stops at the end of a line."""
 
 
-def continuation(network: Network, tokens: list[int]) -> str:
-    """Return what the network says behind tokens, at each place the likeliest one, up to the end of a line."""
+def continuation(network: Network, stream: Sequence[int]) -> str:
+    """Return what the network says behind a stream, at each place the likeliest token, up to the end of a line."""
     recipe: TextRecipe = read_recipe(network.recipe)
-    stream = torch.tensor([[EOS, *tokens]], device=network.device)
-    found: list[int] = continued(network.net, stream, recipe.words)[0].tolist()
-    return recipe.vocabulary.decode(found[: found.index(EOS)] if EOS in found else found)
+    tokens = torch.tensor([stream], device=network.device)
+    return recipe.vocabulary.decode(_line(continued(network.net, tokens, recipe.max_tokens)[0].tolist()))
+
+
+def _line(tokens: list[int]) -> list[int]:
+    """Return tokens up to the end of a line."""
+    return tokens[: tokens.index(EOS)] if EOS in tokens else tokens
 
 
 class LanguagePass(Pass):
     """A pass over streams, which shows how the network goes on with some."""
 
     def show(self, samples: Samples, outputs: Outputs | None, before: Any, most: int) -> list[dict]:
-        """Return the first tokens of the samples just taken, what the network says behind them, and what follows."""
+        """Return the first tokens of the samples just taken, what the network says behind them up to the end of a line,
+        and what follows up to there."""
         network, rows = self.setting.network, []
         recipe: TextRecipe = read_recipe(network.recipe)
         if not hasattr(network.net, "next_words"):
             return []
         for data in samples.data[: max(0, most - len(before))]:
-            tokens = [int(token) for token in data[0] if token != EOS]
-            given, rest = tokens[:GIVEN], tokens[GIVEN : GIVEN + recipe.words]
+            tokens = [int(token) for token in data[0] if token != PAD]
+            given, rest = tokens[:GIVEN], _line(tokens[GIVEN : GIVEN + recipe.max_tokens])
             texts = [("text", recipe.vocabulary.decode(given)), ("network", continuation(network, given))]
             rows.append(Texts("", [*texts, ("truth", recipe.vocabulary.decode(rest))]).to_plain())
         return rows
@@ -63,7 +68,7 @@ def lines(network: Network) -> Callable[[str], str]:
     recipe: TextRecipe = read_recipe(network.recipe)
 
     def one(text: str) -> str:
-        return f"{text} {continuation(network, recipe.encode(text))}".strip()
+        return f"{text} {continuation(network, [EOS, *recipe.encode(text)])}".strip()
 
     return one
 

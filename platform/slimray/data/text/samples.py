@@ -46,8 +46,8 @@ class TextRecipe:
 
     `tokenizer` is the text of a vocabulary (vocabulary.py) of `vocab_size` tokens, `lower` says that it was trained on
     lower-case text. `limit` is the length of the longest sample of the dataset, 0 if that is not known. How an answer
-    is searched: `beam`, `length_penalty` and `max_length` of a translation, `words` of a continuation. Windows of mode
-    "train" begin anywhere and have `length` tokens, others are those of the index.
+    is searched: `beam`, `length_penalty` and `max_length` of a translation, `max_tokens` of a continuation. Windows of
+    mode "train" begin anywhere and have `length` tokens, others are those of the index.
     """
 
     sides: int = 2
@@ -59,7 +59,7 @@ class TextRecipe:
     beam: int = 4
     length_penalty: float = 0.6
     max_length: int = 200
-    words: int = 50
+    max_tokens: int = 50
     mode: str = "train"
     kind: str = "text"
 
@@ -84,7 +84,7 @@ class TextRecipe:
 
 def text_recipe(data: "DataSpec", card: "Card", _: int, mode: str) -> dict[str, Any]:
     """The fields of a recipe out of the `data` section of a job and a card."""
-    given = ("beam", "length_penalty", "max_length", "words")
+    given = ("beam", "length_penalty", "max_length", "max_tokens")
     split = data.train if mode == "train" else data.val or data.train
     mode = mode if split == TRAIN else "val"  # windows of other splits are not stored with the next one
     fields = {"sides": card.sides, "mode": mode} | {name: data.task[name] for name in given if name in data.task}
