@@ -1,6 +1,7 @@
 """Jobs on texts are held against what texts are before machines are asked for: one sentence for each mistake."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from slimray import job, runs
 from slimray.data.cards import Card
 from slimray.data.text.vocabulary import train_vocabulary
 from slimray.spec import UserError, parse
+from slimray.tasks import TASKS
 from slimray.verbs import evaluate, prepare
 from slimray.verbs.context import Context
 from slimray.verbs.inputs import Splits
@@ -85,6 +87,27 @@ def test_what_texts_do_not_have_is_a_sentence(file, setting, sentence):
 def test_batches_that_do_not_fit_are_refused_at_once(file, settings, sentence):
     with pytest.raises(UserError, match=sentence):
         job.load([str(file)], settings)
+
+
+def test_a_tokenizer_is_trained_on_split_train(file):
+    name = "tokens:data.card.splits={test: [a.en, a.de]}"
+    assert any("data.card: mine has no split 'train' to train a tokenizer on: write text.like" in one
+               for one in problems(file, name))  # fmt: skip
+    prepared(file.parent, {"train": 9})
+    runs.write_file(runs.open_run(str(file.parent / "runs"), "tokens"), "data/tokenizer.txt", b"words:abc")
+    (file.parent / "like.yaml").write_text(yaml.safe_dump(like(file.parent).model_dump(mode="json")))
+    assert not problems(file.parent / "like.yaml", "data.card.splits={test: [a.en, a.de]}")
+
+
+def test_what_translations_are_scored_with_is_missed_before_they_are_made(file, monkeypatch):
+    file.write_text(file.read_text() + "---\nkind: evaluate\nname: scored\nruns: [net]\n")
+    assert not problems(file)
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)  # as if it were not installed
+    said = problems(file)
+    assert any("the task translate needs sacrebleu, not installed here: pip install 'slimray[text]'" in s for s in said)
+    with pytest.raises(UserError, match=r"x\.yaml: the task translate needs sacrebleu"):
+        evaluate._require_modules("x.yaml", TASKS["translate"])
+    evaluate._require_modules("x.yaml", TASKS["language"])
 
 
 def test_images_have_no_tokens(tmp_path):

@@ -142,6 +142,9 @@ class Task:
     ) = None
     """Called with a row of results, what all ranks found, the examples, the root, the split and the plain recipe of the
     samples: it adds to the row what only all ranks together know, and returns the examples."""
+    extra: str = ""
+    modules: tuple[str, ...] = ()
+    """Modules that an evaluation needs, of the extra of that name."""
     options: frozenset[str] = frozenset()
     """Fields of an evaluation that only some tasks know; those about views belong to the modality."""
     tables: Callable[[Sequence[Mapping[str, Any]], Sequence[str]], list[Table]] = _no_tables

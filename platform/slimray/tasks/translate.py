@@ -137,6 +137,8 @@ TRANSLATE = text_task(
     lines=lines,
     spec=TranslateOptions,
     finish=finish,
+    extra="text",
+    modules=("sacrebleu",),
     tables=tables,
     in_tables=frozenset({"signatures"}),
 )

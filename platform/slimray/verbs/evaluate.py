@@ -17,7 +17,7 @@ from slimray.data.cards import Card
 from slimray.data.modalities import MODALITIES, input_shape, modality_of
 from slimray.data.spec import DataSpec
 from slimray.runs.notify import NotifySpec
-from slimray.spec import RunFailed, UserError, lookup, parse
+from slimray.spec import RunFailed, UserError, lookup, parse, require_extra
 from slimray.train.spec import ScaleSpec
 from slimray.verbs import inputs
 from slimray.verbs.context import CheckContext, Context, Made
@@ -92,12 +92,15 @@ def check(job: EvaluateJob, ctx: CheckContext) -> dict[str, Any]:
             if made.data is not None and made.card is not None:  # else known when the run it reads is opened
                 card = parse(Card, made.card, f"{ctx.where}: data.card")
                 samples = {"kind": card.sample, "sampling": made.data.sampling}
+                _require_modules(ctx.where, task_of_card(card))
                 _require_options(job, ctx.where, name, task_of_card(card), samples)
         found = _find(job, ctx.where, ctx.storage, ahead)
         known = {}
         for one in found:
             taken = inputs.read_input(one.run, f"{ctx.where}: runs", one.format)
-            _require_options(job, ctx.where, one.name, lookup(TASKS, task_of(taken), "task"), taken["recipe"])
+            task = lookup(TASKS, task_of(taken), "task")
+            _require_modules(ctx.where, task)
+            _require_options(job, ctx.where, one.name, task, taken["recipe"])
             known[one.name] = tuple(taken["classes"]), taken["recipe"]
         if not (job.data.run in ctx.ahead if job.data is not None else job.runs[0] in ahead):
             _, split, splits = _open_data(job, ctx.where, ctx.storage, found)
@@ -177,6 +180,12 @@ def _require_options(job: EvaluateJob, where: str, name: str, task: Any, recipe:
         raise UserError(f"{where}: {reason}")
 
 
+def _require_modules(where: str, task: Any) -> None:
+    """Raise UserError if what a task is scored with is not installed."""
+    if task.modules:
+        require_extra(task.extra, f"{where}: the task {task.name}", *task.modules)
+
+
 def _require_classes(where: str, name: str, classes: tuple[str, ...], splits: Splits) -> None:
     if classes != tuple(splits.card.class_names()):
         raise UserError(f"{where}: runs: {name!r} knows other classes than {splits.card.name}: score it apart")
@@ -218,6 +227,7 @@ def run(job: EvaluateJob, ctx: Context) -> None:
     trained = [scoring.load(one.run.uri, one.format) for one in found]
     data, split, splits = _open_data(job, ctx.where, ctx.storage, found)
     names, task = tuple(splits.card.class_names()), task_of_card(splits.card)
+    _require_modules(ctx.where, task)
     for one, network in zip(found, trained, strict=True):
         _require_task(ctx.where, one.name, network.task, task)
         _require_classes(ctx.where, one.name, network.classes, splits)

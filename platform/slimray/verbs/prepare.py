@@ -33,7 +33,7 @@ from slimray.data.lists import read_split, unused_labels
 from slimray.data.modalities import MODALITIES
 from slimray.data.samples import BadSample
 from slimray.data.synthetic import Sizes
-from slimray.data.text.spec import PreparedText, TextSpec
+from slimray.data.text.spec import TRAIN, PreparedText, TextSpec
 from slimray.data.text.vocabulary import vocabulary_of
 from slimray.data.video.decoder import Decoder
 from slimray.data.video.repack import Pack
@@ -180,12 +180,14 @@ def check(job: PrepareJob, ctx: CheckContext) -> dict[str, Any]:
 
 
 def _require_sections(job: PrepareJob, card: Card) -> None:
-    """Raise UserError for a section that means nothing for the samples of a card."""
+    """Raise UserError for a section that means nothing for the samples of a card, or is needed for them."""
     modality = MODALITIES[card.sample]
     if job.text is not None and modality.learn is None:
         raise UserError(f"text: is for texts, {card.name} has {modality.plural}: leave it out")
     if job.pack is not None and modality.learn is not None:
         raise UserError(f"pack: is for clips and images, {card.name} has {modality.plural}: leave it out")
+    if modality.learn is not None and (job.text is None or job.text.like is None) and TRAIN not in card.splits:
+        raise UserError(f"data.card: {card.name} has no split {TRAIN!r} to train a tokenizer on: write text.like")
 
 
 def makes(job: PrepareJob) -> dict[str, Made]:
