@@ -73,6 +73,18 @@ def test_an_export_agrees_with_torch_and_says_so(shell, net, tmp_path, monkeypat
     assert not list(scratch.iterdir())
 
 
+def test_a_network_for_pictures_runs_in_executorch(shell, tmp_path):  # noqa: F811
+    root = networks.pictures(tmp_path / "pictures")
+    networks.hold("runs", "little", "my_images", root, {"name": "resnet20", "width": 0.5}, size=32)
+    done = shell("export", "little", "--format", "executorch,executorch_int8", *SMALL)
+    assert done.code == 0, done.err
+    run = runs.find_run("little-export", "runs")
+    plain, small = (exported.read_export(run, name) for name in ("executorch", "executorch_int8"))
+    assert plain["verification"]["passed"]
+    assert 1e-4 < small["verification"]["relative"] < 1
+    assert small["bytes"] < 0.5 * plain["bytes"]
+
+
 def test_a_network_of_few_bits_is_exported_in_float_and_in_int8(shell, net):  # noqa: F811
     network = load_network(net)
     weights, model, taken = runs.read_model(net)

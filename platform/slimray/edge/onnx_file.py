@@ -87,10 +87,10 @@ def _is_free(program: Any, place: int, axis: int) -> bool:
 
 
 def _twice(value: Tensor, axes: Mapping[int, str]) -> Tensor:
-    """`value` with at least two along each of `axes`: of one, the exporter takes it that it is always one."""
+    """`value` in C order, at least two along each of `axes`: of one, the exporter takes it that it is always one."""
     for axis in axes:
         value = torch.cat([value, value], axis) if value.shape[axis] == 1 else value
-    return value
+    return value.contiguous()  # some runtimes (ExecuTorch) take no arrays of other strides than the example had
 
 
 def to_onnx(

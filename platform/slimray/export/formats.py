@@ -166,13 +166,14 @@ def _to_executorch_int8(graph: Graph, folder: Path, calibration: Sequence[Arrays
     )
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    module = onnx_file.to_program(graph.module, graph.inputs).module()
+    program = onnx_file.to_program(graph.module, graph.inputs)
+    module, example = program.module(), program.example_inputs[0]
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
     observed = prepare_pt2e(module, quantizer)
     with torch.no_grad():
         for arrays in calibration:
             observed(*(torch.from_numpy(array) for array in arrays))
-    _lower(torch.export.export(convert_pt2e(observed), tuple(graph.inputs.values())), folder)
+    _lower(torch.export.export(convert_pt2e(observed), example), folder)
 
 
 def _load_executorch(path: Path, threads: int, _: bool) -> Runner:
