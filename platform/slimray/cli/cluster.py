@@ -118,14 +118,22 @@ def _run_of(row: dict[str, Any], target: Any) -> dict[str, Any]:
     """What the run of a job says: which it is, what it waits for, and what it has taken so far."""
     from slimray import runs
     from slimray.cli.look import spent
+    from slimray.cluster.jobs_api import submission_id
     from slimray.cluster.submit import worker_hour
     from slimray.spec import RunFailed, UserError
 
     where, message = row["storage"] or target.cluster.storage, row["message"]
     if where is None:
         return {}
+    slug = row["id"].rpartition("-")[0]
     try:
-        run = runs.find_run(row["id"].rpartition("-")[0], where)
+        try:
+            run = runs.find_run(slug, where)
+        except UserError:  # a name that is no id: which run's is it?
+            known = {submission_id(one.name, 0).rpartition("-")[0]: one for one in runs.list_runs(where)}
+            if slug not in known:
+                raise
+            run = known[slug]
         status = runs.read_status(run)
     except (UserError, RunFailed) as error:
         return {"run": f"not to be seen from here ({error})"}

@@ -81,11 +81,13 @@ T = TypeVar("T")
 def submission_id(name: str, attempt: int) -> str:
     """The id of an attempt at the job `name`, which Kubernetes and Slurm take as a name, too; no two names share one.
 
-    A name that is not one of Kubernetes (lower case, digits, hyphens, at most 40) is shortened and gets a digest.
+    A name that is not one of Kubernetes (lower case, digits, hyphens, a letter first, at most 40) is shortened and gets
+    a digest. KubeRay takes 47 characters, attempts included.
     """
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    if slug != name or len(slug) > 40:
-        slug = f"{slug[:31].strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".strip("-")
+    if slug != name or len(slug) > 40 or not slug[0].isalpha():
+        slug = slug if slug[:1].isalpha() else f"job-{slug}"
+        slug = f"{slug[:31].strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return f"{slug}-{attempt}"
 
 

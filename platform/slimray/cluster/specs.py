@@ -32,7 +32,11 @@ def _is_one_line(value: str) -> str:
 
 Address = Annotated[str, AfterValidator(_is_http)]
 OneLine = Annotated[str, AfterValidator(_is_one_line)]
+# As Kubernetes takes them; its schemas say `string`, and the rest is told by `kubectl apply`.
 NamespaceName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
+SecretKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,253}$")]
+LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$")]
 Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
 
 
@@ -164,16 +168,16 @@ class RayUpCluster(ClusterSpec, NodeSecrets):
 class SecretRef(Spec):
     """A key of a Kubernetes secret."""
 
-    secret: str
+    secret: ObjectName
     """Name of the secret."""
-    key: str
+    key: SecretKey
     """The key in it."""
 
 
 class VolumeSpec(Spec):
     """A persistent volume claim that all pods mount."""
 
-    claim: str
+    claim: ObjectName
     """Name of the claim; many nodes write it (ReadWriteMany)."""
     mount: str = Field(pattern=r"^/.+")
     """Folder in the pods."""
@@ -190,7 +194,7 @@ class PodSpec(Spec):
     """Shared memory, where Ray keeps its objects."""
     spill: Quantity | None = None
     """Size of the emptyDir for objects that do not fit into shared memory, on the node's NVMe."""
-    node_selector: dict[str, str] = {}
+    node_selector: dict[str, LabelValue] = {}
     """Labels of the nodes it may run on."""
     tolerations: tuple[dict[str, Any], ...] = ()
     """Tolerated taints, as Kubernetes writes them."""
@@ -202,7 +206,7 @@ class PodSpec(Spec):
     """Node and pod affinity, as Kubernetes writes it: pods of one training close together."""
     annotations: dict[str, str] = {}
     """Annotations of the pods."""
-    priority_class: str | None = None
+    priority_class: ObjectName | None = None
     """Kubernetes' priority class of the pods."""
 
 
@@ -217,7 +221,7 @@ class GroupSpec(PodSpec):
     """Most pods."""
     resources: dict[str, float] = {}
     """Custom Ray resources of each pod."""
-    labels: dict[str, str] = {}
+    labels: dict[str, LabelValue] = {}
     """Ray labels of each pod."""
 
     @model_validator(mode="after")
@@ -242,18 +246,18 @@ class KubeRayCluster(ClusterSpec):
     kind: Literal["kuberay"]
     image: str
     """Image with slimray, from cluster/Dockerfile."""
-    namespace: str = "default"
+    namespace: NamespaceName = "default"
     """Kubernetes namespace."""
     ray_version: str = "2.60.0"
     """Version of Ray in the image."""
     secrets: dict[EnvName, SecretRef] = {}
     """Environment variables of all pods out of Kubernetes secrets."""
-    service_account: str | None = None
+    service_account: ObjectName | None = None
     """Of the pods, for access to storage."""
     head: PodSpec = PodSpec.model_validate({})
     """The head, which holds no work; put it on a node that is not spot."""
-    workers: dict[str, GroupSpec] = Field(min_length=1)
-    """Groups of worker pods, by name."""
+    workers: dict[NamespaceName, GroupSpec] = Field(min_length=1)
+    """Groups of worker pods, by name, which is part of the pods' own."""
     volumes: tuple[VolumeSpec, ...] = ()
     """Shared storage."""
     network: NetworkSpec | None = None
@@ -273,11 +277,11 @@ class KubeRayCluster(ClusterSpec):
     head_retries: int = Field(0, ge=0)
     """How often a job that ended badly gets a new cluster, where it resumes with all its `retries`. KubeRay cannot tell
     a head that is lost from a user's mistake or retries that are used up: more than 0 pays for those again, too."""
-    pull_secrets: tuple[str, ...] = ()
+    pull_secrets: tuple[ObjectName, ...] = ()
     """Kubernetes secrets with which the image is pulled."""
-    queue: str | None = None
+    queue: NamespaceName | None = None
     """Kueue's LocalQueue: the job waits until all its pods fit. The cluster then has a fixed size, `max`."""
-    priority: str | None = None
+    priority: LabelValue | None = None
     """Kueue's priority class."""
 
     @model_validator(mode="after")
@@ -287,6 +291,13 @@ class KubeRayCluster(ClusterSpec):
         if self.priority is not None and self.queue is None:
             raise ValueError("priority: is Kueue's, it needs a queue")
         return self
+
+    @field_validator("workers")
+    @classmethod
+    def _no_second_head(cls, value: dict[str, GroupSpec]) -> dict[str, GroupSpec]:
+        if "head" in value:
+            raise ValueError("head is the name of the head's group, take another")
+        return value
 
 
 class SlurmCluster(ClusterSpec, NodeSecrets):
