@@ -46,8 +46,8 @@ class Card(Spec):
     """`list`: text or CSV; `folders`: a folder per class; `files`: patterns of paths; `something_v2`: JSON lists;
     `hmdb51`: a list per class; `s3dis`: rooms, a file per object; `shapenet_part`: JSON lists of shapes; `kitti`: lists
     of scans of the object benchmark; `cifar10`, `cifar100`: the binary releases; `idx`: MNIST's files, packed by gzip
-    or not; `visual_wake_words`: instance annotations of COCO; `texts`: text files, a sample a line; `generated`: made
-    by a `prepare` job; `index`: what a `prepare` job wrote."""
+    or not; `visual_wake_words`: instance annotations of COCO; `texts`: text files, a sample a line, packed by gzip
+    or not; `generated`: made by a `prepare` job; `index`: what a `prepare` job wrote."""
     root: str | None = None
     """Folder of the dataset, if it is always the same; `data.root` of a job goes before it."""
     splits: dict[str, str | tuple[str | int, ...]] = Field(min_length=1)

@@ -20,7 +20,7 @@ from slimray.data.modalities import MODALITIES
 from slimray.data.paths import ALL_FILES, CLASS, NUMBERED, inside, is_plain, matching
 from slimray.data.points import point_sets
 from slimray.data.samples import BadSample
-from slimray.data.text.conversion import files_of
+from slimray.data.text.conversion import found_files
 from slimray.spec import UserError
 from slimray.storage import join
 
@@ -255,10 +255,13 @@ def _read_cifar(num_labels: int, card: Card, split: str, fs: pafs.FileSystem, ro
 
 def _read_texts(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
     """Text files, each alone or with the file of its translations; all of their lines become samples."""
-    for names in files_of(card, split):
-        for name in names:
-            if not storage.exists(fs, join(root, name)):
-                raise NotThere(f"{join(root, name)}: there is no such file ({split_of(card, split)}): fix data.root")
+    try:
+        there = found_files(card, split, fs, root)
+    except FileNotFoundError as error:
+        raise NotThere(
+            f"{error}: there is no such file ({split_of(card, split)}), packed by gzip or not: fix data.root"
+        ) from None
+    for names in there:
         yield Entry(join(root, names[0]), {"path": names[0]}, 0)
 
 

@@ -183,6 +183,20 @@ def test_files_that_do_not_fit_are_a_sentence(tmp_path):
         Prepared(card(2, {"val": ["a.en", "a.en"]}), "val", tmp_path)
 
 
+@pytest.mark.parametrize(("named", "stored"), [(".gz", ""), ("", ".gz")])
+def test_a_file_is_found_packed_by_gzip_or_not_whatever_the_card_says(tmp_path, named, stored):
+    for name, text in (("t.en", "a b\nc\n"), ("t.de", "x\ny z\n")):
+        data = text.encode()
+        (tmp_path / f"{name}{stored}").write_bytes(gzip.compress(data) if stored else data)
+    pairs = card(2, {"train": [f"t.en{named}", f"t.de{named}"]})
+    made = Prepared(pairs, "train", tmp_path)
+    assert [row["path"] for row in made.rows] == [f"t.en{stored}#{number}" for number in (1, 2)]
+    assert raw_texts(made.root, made.rows) == [("a b", "x"), ("c", "y z")]
+    (tmp_path / f"t.de{named}").write_bytes(b"")
+    with pytest.raises(UserError, match=r"splits\.train: t\.de and t\.de\.gz are both there, which one is it"):
+        read_split(pairs, "train", str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [

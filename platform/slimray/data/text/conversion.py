@@ -43,6 +43,26 @@ def files_of(card: "Card", split: str) -> list[tuple[str, ...]]:
     return alone
 
 
+def found_files(card: "Card", split: str, fs: Any, folder: str) -> list[tuple[str, ...]]:
+    """Return the files of a split as they are found in a folder of a filesystem: packed by gzip (NAME.gz) or not.
+
+    FileNotFoundError for one that is there in neither form; UserError for one that is there in both.
+    """
+
+    def found(name: str) -> str:
+        plain = name.removesuffix(".gz")
+        there = [one for one in (plain, f"{plain}.gz") if storage.exists(fs, storage.join(folder, one))]
+        if len(there) > 1:
+            raise UserError(
+                f"{card.name}: splits.{split}: {' and '.join(there)} are both there, which one is it? Move one away"
+            )
+        if not there:
+            raise FileNotFoundError(storage.join(folder, name))
+        return there[0]
+
+    return [tuple(map(found, names)) for names in files_of(card, split)]
+
+
 def read_files(card: "Card", root: str, names: Sequence[str]) -> Iterator[Line]:
     """Yield the lines of a file or a pair of files under `root`; FileNotFoundError for one that is not there."""
     fs, folder = storage.open_uri(root)
@@ -65,7 +85,7 @@ def learn_vocabulary(card: "Card", root: str, spec: TextSpec) -> str:
         )
 
     def texts() -> Iterator[str]:
-        for names in files_of(card, TRAIN):
+        for names in found_files(card, TRAIN, *storage.open_uri(root)):
             for line in read_files(card, root, names):
                 if not line.reason:
                     yield from (_cased(text, spec) for text in line.texts)
@@ -84,7 +104,8 @@ def _cased(text: str, spec: TextSpec) -> str:
 def convert_text(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made | Bad]:
     """The pairs or the windows of a file, or of a pair of files, and the lines that are left out."""
     assert raw.text is not None
-    names = next(names for names in files_of(raw.card, row["split"]) if names[0] == row["path"])
+    there = found_files(raw.card, row["split"], *storage.open_uri(raw.root))
+    names = next(names for names in there if names[0] == row["path"])
     lines = read_files(raw.card, raw.root, names)
     vocabulary = vocabulary_of(raw.vocabulary)
     if raw.card.sides == 2:
