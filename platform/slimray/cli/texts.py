@@ -10,8 +10,9 @@ from typing import Any
 import typer
 
 from slimray.cli.terminal import emit
+from slimray.data.paths import GZIP
 from slimray.data.samples import BadSample
-from slimray.data.text.lines import EMPTY, GZIP, Line, lines_of
+from slimray.data.text.lines import EMPTY, Line, lines_of
 from slimray.spec import RunFailed, UserError, shown
 
 STDIN = "-"

@@ -23,13 +23,12 @@ import pyarrow.parquet as pq
 from slimray import storage
 from slimray.data.images import image_sets
 from slimray.data.images.files import zip_frames
-from slimray.data.paths import ALL_FILES, NUMBERED, matching
+from slimray.data.paths import ALL_FILES, GZIP_ENDING, NUMBERED, matching
 from slimray.data.samples import BadSample
 from slimray.data.video.clips import ClipRecipe, frame_indices, generators
 from slimray.storage import join
 
 NUM_FOOTERS = 4096  # kept per process as written, some 11 kB for 64 clips; parsed they would take 170 kB
-IDX_NAMES = ("ubyte", "ubyte.gz")  # ends of the names of idx files of bytes
 SHARD = pa.schema([("path", pa.string()), ("label", pa.int64()), ("data", pa.binary())])
 
 
@@ -41,7 +40,7 @@ def read_whole(fs: pafs.FileSystem, root: str, row: dict[str, Any]) -> bytes:
     """
     if row["shard"].endswith(".bin"):
         return image_sets.cifar_picture(_read_part(fs, join(root, row["shard"]), row["row"], image_sets.CIFAR_PIXELS))
-    if row["shard"].endswith(IDX_NAMES):
+    if row["shard"].endswith(image_sets.IDX_ENDINGS):
         return image_sets.gray_picture(_read_idx(fs, join(root, row["shard"]), row), row["width"], row["height"])
     if row["shard"]:
         return _read_packed(fs, join(root, row["shard"]), row["row"])
@@ -144,7 +143,7 @@ def _read_part(fs: pafs.FileSystem, path: str, start: int, size: int) -> bytes:
 def _read_idx(fs: pafs.FileSystem, path: str, row: dict[str, Any]) -> bytes:
     """The pixels of a picture of an idx file, from byte `row` of its array on; a packed one is unpacked once."""
     start, size = row["row"], row["width"] * row["height"]
-    if not path.endswith(".gz"):
+    if not path.endswith(GZIP_ENDING):
         return _read_part(fs, path, image_sets.IDX_START + start, size)
 
     def read() -> bytes:

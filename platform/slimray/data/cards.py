@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from slimray import storage
+from slimray.data.images.image_sets import IDX_ENDINGS
 from slimray.data.labels import LABELS, Labelling
 from slimray.data.modalities import MODALITIES
 from slimray.data.paths import CLASS, COLUMN, LABELS_OF
@@ -18,14 +19,8 @@ from slimray.data.text.spec import PreparedText
 from slimray.spec import Spec, UserError, did_you_mean, parse, parse_yaml, read_yaml
 
 MAX_CLASSES = 100_000
-_PATTERNS = (
-    "files",
-    "s3dis",
-    "shapenet_part",
-    "cifar10",
-    "cifar100",
-    "texts",
-)  # a split may be found in several places
+# layouts of which a split may be found in several places
+_PATTERNS = ("files", "s3dis", "shapenet_part", "cifar10", "cifar100", "texts")
 
 
 class Card(Spec):
@@ -176,7 +171,7 @@ class Card(Spec):
     @staticmethod
     def _is_idx(place: str | tuple[str | int, ...]) -> bool:
         names = place if isinstance(place, tuple) else ()
-        return len(names) == 2 and all(isinstance(one, str) and one.endswith(("ubyte", "ubyte.gz")) for one in names)
+        return len(names) == 2 and all(isinstance(one, str) and one.endswith(IDX_ENDINGS) for one in names)
 
     @property
     def labelling(self) -> Labelling:

@@ -17,7 +17,7 @@ from slimray.data.cards import Card
 from slimray.data.entries import Entry, NotThere, Skipped, lines, parse_json, place_of, read_text, rows, split_of
 from slimray.data.images import image_sets
 from slimray.data.modalities import MODALITIES
-from slimray.data.paths import ALL_FILES, CLASS, NUMBERED, inside, is_plain, matching
+from slimray.data.paths import ALL_FILES, CLASS, GZIP_ENDING, NUMBERED, inside, is_plain, matching, without_gzip
 from slimray.data.points import point_sets
 from slimray.data.samples import BadSample
 from slimray.data.text.conversion import found_files
@@ -258,9 +258,7 @@ def _read_texts(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Itera
     try:
         there = found_files(card, split, fs, root)
     except FileNotFoundError as error:
-        raise NotThere(
-            f"{error}: there is no such file ({split_of(card, split)}), packed by gzip or not: fix data.root"
-        ) from None
+        raise _neither(str(error), card, split) from None
     for names in there:
         yield Entry(join(root, names[0]), {"path": names[0]}, 0)
 
@@ -284,7 +282,7 @@ def _idx_file(
 ) -> tuple[str, str, np.ndarray]:
     """Name, path and array of the idx file at a place of a card, which may be packed: `place.gz`."""
     place = inside(place, split_of(card, split))
-    for name in dict.fromkeys((place, f"{place.removesuffix('.gz')}.gz")):
+    for name in dict.fromkeys((place, f"{without_gzip(place)}{GZIP_ENDING}")):
         where = join(root, name)
         try:
             return name, where, image_sets.read_idx(storage.read_bytes(fs, where), num_axes)
@@ -292,9 +290,11 @@ def _idx_file(
             continue
         except ValueError as error:
             raise UserError(f"{where}: is not an intact idx file: {error}") from None
-    raise NotThere(
-        f"{join(root, place)}: there is no such file ({split_of(card, split)}), nor {place}.gz: fix data.root"
-    )
+    raise _neither(join(root, place), card, split)
+
+
+def _neither(path: str, card: Card, split: str) -> NotThere:
+    return NotThere(f"{path}: there is no such file ({split_of(card, split)}), packed by gzip or not: fix data.root")
 
 
 def _read_visual_wake_words(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:

@@ -12,6 +12,8 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 NUMBERED = re.compile(r"\{(\d{1,9})\.\.(\d{0,9})\}(?=[^/]*$)")
 ALL_FILES = "{*}"  # in the last part of a path
 LABELS_OF = ("name", "folder", "stem")  # what `point_labels` of a card may say of a cloud's path
+GZIP = b"\x1f\x8b"  # the first bytes of a file packed by gzip
+GZIP_ENDING = ".gz"
 CLASS = "{class}"  # a part of a pattern of layout `files`
 
 
@@ -20,6 +22,11 @@ def inside(path: str, where: str) -> str:
     if not path or path.startswith("/") or "://" in path or ".." in path.split("/") or CONTROL.search(path):
         raise UserError(f"{where}: {path!r} must be a path relative to the root, without '..'")
     return posixpath.normpath(path)
+
+
+def without_gzip(name: str) -> str:
+    """Return the name of a file as it is when unpacked."""
+    return name.removesuffix(GZIP_ENDING)
 
 
 def is_plain(part: str) -> bool:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slimray.data.paths import GZIP, GZIP_ENDING
+
 CIFAR_SIDE = 32
 CIFAR_PIXELS = 3 * CIFAR_SIDE**2  # bytes: all red values, then green, then blue, row by row
 MIN_OBJECT_SHARE = 0.005  # of the picture's area; a box must take more
@@ -40,7 +42,7 @@ def cifar_picture(pixels: bytes) -> bytes:
 
 IDX_BYTES = b"\0\0\x08"  # of the first four, before the number of axes: whole numbers of 8 bits
 IDX_START = 16  # bytes before the first picture of an idx file
-GZIP = b"\x1f\x8b"
+IDX_ENDINGS = ("ubyte", f"ubyte{GZIP_ENDING}")
 MAX_EXPANSION = 1032  # bytes that a byte of gzip may stand for
 
 

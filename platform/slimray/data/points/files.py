@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
+from slimray.data.paths import GZIP, without_gzip
 from slimray.data.points.arrays import npy_array, read_bin, read_npy, read_npz
 from slimray.data.points.clouds import Cloud, Table, first_line, to_cloud, whole_numbers
 from slimray.data.points.columns import Columns, parse_columns
@@ -60,8 +61,8 @@ def read_cloud(
         asked = parse_columns(columns)
     except ValueError as error:
         raise BadSample(f"its columns cannot be read: {error}") from None
-    if data[:2] == b"\x1f\x8b":
-        path, data = path.removesuffix(".gz"), _unzipped(data)
+    if data[:2] == GZIP:
+        path, data = without_gzip(path), _unzipped(data)
     kind = _kind(path, data)
     rows = origin = None
     try:
@@ -108,7 +109,7 @@ def _unzipped(data: bytes) -> bytes:
     """The bytes of a gzip file, all its members. Raises BadSample if it is cut, or unpacks to more than MAX_BYTES."""
     whole = bytearray()
     try:
-        while data[:2] == b"\x1f\x8b":
+        while data[:2] == GZIP:
             stream = zlib.decompressobj(31)
             whole += stream.decompress(data, MAX_BYTES + 1 - len(whole))
             if len(whole) > MAX_BYTES:

@@ -8,9 +8,11 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.fs as pafs
+
 from slimray import storage
 from slimray.data.conversion import Bad, Made, Raw
-from slimray.data.paths import inside
+from slimray.data.paths import GZIP_ENDING, inside, without_gzip
 from slimray.data.text.lines import EMPTY, Line, format_of, read_texts
 from slimray.data.text.spec import TRAIN, TextSpec
 from slimray.data.text.vocabulary import EOS, Vocabulary, train_vocabulary, vocabulary_of
@@ -43,24 +45,25 @@ def files_of(card: "Card", split: str) -> list[tuple[str, ...]]:
     return alone
 
 
-def found_files(card: "Card", split: str, fs: Any, folder: str) -> list[tuple[str, ...]]:
+def found_files(card: "Card", split: str, fs: pafs.FileSystem, folder: str) -> list[tuple[str, ...]]:
     """Return the files of a split as they are found in a folder of a filesystem: packed by gzip (NAME.gz) or not.
 
     FileNotFoundError for one that is there in neither form; UserError for one that is there in both.
     """
+    return [tuple(_found(card, split, name, fs, folder) for name in names) for names in files_of(card, split)]
 
-    def found(name: str) -> str:
-        plain = name.removesuffix(".gz")
-        there = [one for one in (plain, f"{plain}.gz") if storage.exists(fs, storage.join(folder, one))]
-        if len(there) > 1:
-            raise UserError(
-                f"{card.name}: splits.{split}: {' and '.join(there)} are both there, which one is it? Move one away"
-            )
-        if not there:
-            raise FileNotFoundError(storage.join(folder, name))
-        return there[0]
 
-    return [tuple(map(found, names)) for names in files_of(card, split)]
+def _found(card: "Card", split: str, name: str, fs: pafs.FileSystem, folder: str) -> str:
+    """Return the name under which one file of a split is there; errors as in `found_files`."""
+    plain = without_gzip(name)
+    there = [one for one in (plain, f"{plain}{GZIP_ENDING}") if storage.exists(fs, storage.join(folder, one))]
+    if len(there) > 1:
+        raise UserError(
+            f"{card.name}: splits.{split}: {' and '.join(there)} are both there, which one is it? Move one away"
+        )
+    if not there:
+        raise FileNotFoundError(storage.join(folder, name))
+    return there[0]
 
 
 def read_files(card: "Card", root: str, names: Sequence[str]) -> Iterator[Line]:
@@ -104,14 +107,15 @@ def _cased(text: str, spec: TextSpec) -> str:
 def convert_text(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made | Bad]:
     """The pairs or the windows of a file, or of a pair of files, and the lines that are left out."""
     assert raw.text is not None
-    there = found_files(raw.card, row["split"], *storage.open_uri(raw.root))
-    names = next(names for names in there if names[0] == row["path"])
+    split, found = row["split"], row["path"]
+    listed = next(names for names in files_of(raw.card, split) if without_gzip(names[0]) == without_gzip(found))
+    names = (found, *(_found(raw.card, split, name, *storage.open_uri(raw.root)) for name in listed[1:]))
     lines = read_files(raw.card, raw.root, names)
     vocabulary = vocabulary_of(raw.vocabulary)
     if raw.card.sides == 2:
-        yield from _pairs(names, lines, vocabulary, raw.text, row["split"] == TRAIN)
+        yield from _pairs(names, lines, vocabulary, raw.text, split == TRAIN)
     else:
-        spec, training = raw.text, row["split"] == TRAIN
+        spec, training = raw.text, split == TRAIN
         length = spec.length if training else spec.stream or spec.length
         yield from _windows(names[0], lines, vocabulary, spec, length, 2 * length if training else length)
 

@@ -16,12 +16,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from slimray.data.paths import GZIP, without_gzip
 from slimray.spec import RunFailed
 
 MAX_LINE_BYTES = 100_000
 EMPTY, NOT_UTF8, ZERO = "is empty", "is not UTF-8", "holds a zero byte"
 TOO_LONG = f"is longer than {MAX_LINE_BYTES:,} bytes"
-GZIP = b"\x1f\x8b"
 WIDE = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 FORMATS = {".tsv": "tsv", ".parquet": "parquet"}
 
@@ -37,7 +37,7 @@ class Line:
 
 def format_of(name: str) -> str:
     """Return how the file `name` holds its texts: "tsv", "parquet", or "lines"."""
-    plain = name.lower().removesuffix(".gz")
+    plain = without_gzip(name.lower())
     return next((form for ending, form in FORMATS.items() if plain.endswith(ending)), "lines")
 
 
