@@ -127,20 +127,20 @@ def test_one_worker_is_measured_and_later_plans_and_runs_know(shell, where):  # 
     one = job.load(["tiny.yaml"])[0].job
     recipe = inputs.make_recipe(one.data, plan._card(one, "x"), 2, "train")
     config = SimpleNamespace(model=networks.model_options(one, plan._card(one, "x")), recipes={"train": recipe})
-    known = networks.facts(one, plan._card(one, "x"), 8)
+    summary = networks.summary(one, plan._card(one, "x"), 8)
     run = runs.open_run("runs", "tiny")
     rows = [{"phase": "train", "step": step, "train/samples_per_s": 2.0} for step in (1, 2)]
     runs.write_file(run, "metrics/0001-00000-1-0001.jsonl", "\n".join(map(json.dumps, rows)).encode())
     ctx = SimpleNamespace(storage="runs", run=run)
-    compared = calibrate.compared(one, known, config, ctx)
+    compared = calibrate.compared(one, summary, config, ctx)
     assert compared is not None
     assert compared["measured_samples_per_s"] == 2.0
     assert compared["ratio"] == pytest.approx(compared["predicted_samples_per_s"] / 2, rel=1e-3)
     other = SimpleNamespace(model=config.model | {"width": 0.25}, recipes=config.recipes)
-    assert calibrate.compared(one, known, other, ctx) is None, "another network was never measured"
+    assert calibrate.compared(one, summary, other, ctx) is None, "another network was never measured"
     os.environ["RAY_ADDRESS"] = "10.0.0.1:6379"
     try:
-        assert calibrate.compared(one, known, config, ctx) is None, "a cluster is not this machine"
+        assert calibrate.compared(one, summary, config, ctx) is None, "a cluster is not this machine"
     finally:
         del os.environ["RAY_ADDRESS"]
 

@@ -181,9 +181,9 @@ def test_the_weight_of_the_cost_is_the_published_one_unless_told():
 
 def test_another_network_is_no_supernet_of_choices():
     with pytest.raises(UserError, match=r"model\.name: must be proxyless_supernet"):
-        proxyless.facts(make_job(model={"name": "resnet18"}), None, 100)
+        proxyless.overview(make_job(model={"name": "resnet18"}), None, 100)
     with pytest.raises(UserError, match="hold_out: 16 of 16 training samples leave none"):
-        proxyless.facts(make_job(), None, 16)
+        proxyless.overview(make_job(), None, 16)
 
 
 @pytest.mark.ray

@@ -195,19 +195,19 @@ def _read(storage: str) -> dict[str, Any]:
 
 def work(
     job: Any,
-    known: Mapping[str, Any],
+    summary: planner.Summary,
     samples: int,
     val_samples: int,
     sample: str,
     cluster: machines.Cluster,
     pack: str = "",
 ) -> planner.Work:
-    """What a training `job` asks of `cluster`, its times from MACs and data sheets; `known` are its facts.
+    """What a training `job` asks of `cluster`, its times from MACs and data sheets.
 
     `sample` (a name in MODALITIES) and the format in which clips are packed decide what decoding and reading are
     assumed to cost.
     """
-    params, threads = int(known["params"]), max(1, int(job.scale.cpus_per_worker))
+    (params, macs), threads = summary.counted, max(1, int(job.scale.cpus_per_worker))
     modality = MODALITIES[sample]
     decode_s, sample_mb = modality.packed.get(pack, (modality.decode_s, modality.sample_mb))
     peak = cluster.tmacs * (threads if cluster.shares_cores else 1)
@@ -218,7 +218,7 @@ def work(
         epochs=job.optim.epochs,
         batch_total=job.batch.size,
         per_worker=job.batch.microbatch,
-        compute_s=planner.compute_s(int(known["macs"]), peak, cluster.utilisation),
+        compute_s=planner.compute_s(macs, peak, cluster.utilisation),
         decode_s=decode_s,
         sample_mb=sample_mb,
         val_passes=-(-job.optim.epochs // job.val_every) if val_samples else 0,
@@ -243,7 +243,7 @@ def calibrated(planned: planner.Work, found: Calibration) -> planner.Work:
     )
 
 
-def compared(job: Any, known: Mapping[str, Any], config: Any, ctx: Any) -> dict[str, Any] | None:
+def compared(job: Any, summary: planner.Summary, config: Any, ctx: Any) -> dict[str, Any] | None:
     """Plan and measurement of a run that has finished on this machine, for its card.
 
     None without a calibration of this job's network (`plan --measure` writes one), for a run on another machine than
@@ -256,7 +256,9 @@ def compared(job: Any, known: Mapping[str, Any], config: Any, ctx: Any) -> dict[
     if found is None:
         return None
     cluster = this_machine(on_gpu)
-    planned = calibrated(work(job, known, known["train_samples"], 0, config.recipes["train"]["kind"], cluster), found)
+    planned = calibrated(
+        work(job, summary, summary.train_samples or 0, 0, config.recipes["train"]["kind"], cluster), found
+    )
     rows = [row for row in runs.read_parts(ctx.run, "metrics") if row.get("phase") == "train"]
     return planner.compare(job.batch.size / planner.split_step(planned, cluster, job.scale.most).step_s, rows)
 

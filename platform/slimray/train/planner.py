@@ -10,7 +10,7 @@ that share cores (a laptop) are charged each other's work and the decoders'. num
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,45 @@ LOW, LIKELY, HIGH = 0, 1, 2
 BACKWARD = 2 / 3  # part of forward + backward in which gradients come to be: backward costs twice the forward pass
 LAST_BUCKET_MB = 25.0  # DDP's default bucket: the last one is reduced when no gradient is left to hide it
 RESTART_S = 60.0  # what a lost node costs beside the work since the last checkpoint: a new group of workers
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is known of a training before machines are asked for; None for what its dataset or network does not tell.
+
+    `input` is one sample as the network takes it, without the batch.
+    """
+
+    model: str
+    classes: int | None = None
+    params: int | None = None
+    macs: int | None = None
+    input: tuple[int, ...] | None = None
+    batch: int | None = None
+    accumulation: int | None = None
+    peak_lr: float | None = None
+    epochs: int | None = None
+    train_samples: int | None = None
+    steps_per_epoch: int | None = None
+    steps: int | None = None
+
+    @property
+    def counted(self) -> tuple[int, int]:
+        """Parameters and MACs, which are known where the dataset is."""
+        assert self.params is not None
+        assert self.macs is not None
+        return self.params, self.macs
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The shape of an input, which is known where the dataset is."""
+        assert self.input is not None
+        return self.input
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return what is known by name, in the order in which it is shown."""
+        plain = {name: value for name, value in asdict(self).items() if value is not None}
+        return plain if self.input is None else plain | {"input": list(self.input)}
 
 
 @dataclass(frozen=True)

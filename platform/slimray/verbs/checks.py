@@ -33,10 +33,10 @@ class Training(Protocol):
 def check_training(
     job: Training,
     ctx: CheckContext,
-    facts: Callable[[Card | None, int | None], dict[str, Any]],
+    known: Callable[[Card | None, int | None], dict[str, Any]],
     network: Callable[[Card | None], Any] | None = None,
 ) -> dict[str, Any]:
-    """Return what is known of a training: its dataset, `facts` of the card and the number of training samples.
+    """Return what is known of a training: its dataset, `known` of the card and the number of training samples.
 
     `network` builds the network on the meta device, so that `check` can compare it with the weights it starts from.
     Problems with dataset, network and starting weights are all noted, one does not hide the other.
@@ -59,7 +59,7 @@ def check_training(
                     raise UserError(f"data.root: a file of split {split!r} is missing ({absent[0]})")
     out |= {"dataset": card.name} if card is not None else {}
     with ctx.noting():
-        out |= facts(card, counts.get(job.data.train))
+        out |= known(card, counts.get(job.data.train))
         if splits is not None and (taken := out.get("input")):
             notes = inputs.notes_of_splits(job.data, splits, taken[0])
             out |= {"notes": notes} if notes else {}

@@ -61,14 +61,14 @@ def _known(job: CompressJob, ctx: CheckContext) -> dict[str, Any]:
         card, counts = splits.card, {name: table.num_rows for name, table in splits.tables.items()}
     job = job.model_copy(update={"data": data})
     as_training = compressing.training(job, data, None, None, None, ctx.storage)
-    known = networks.facts(as_training, card, None)
+    summary = networks.summary(as_training, card, None)
     net = networks.on_meta(as_training, card)
-    sample = tuple(known["input"]) if "input" in known else None
+    sample = summary.input
     for number, step in enumerate(job.steps):
         with noting(ctx.problems, f"{ctx.where}: steps.{number}"):
             STEPS[step.step].check(step, net, sample)
         sample = None if STEPS[step.step].FASTER else sample  # nobody knows yet how many channels it leaves
-    out = {"params": cost.count_params(net), "macs": known["macs"]} if "macs" in known else {}
+    out = {"params": cost.count_params(net), "macs": summary.macs} if summary.macs is not None else {}
     if counts:
         rows = counts[data.train] - job.hold_out
         if rows < 1:

@@ -169,8 +169,8 @@ def write_original(work: Work) -> runs.Run:
         except UserError as error:
             raise UserError(located(str(error), f"{where}: init.from")) from None
         work.ctx.console.print(f"{job.name}: {report}", highlight=False, markup=False, soft_wrap=True)
-        known = networks.facts(as_training, card, None)
-        segments = known["input"][0] if MODALITIES[card.sample].segmented else 0
+        sides = networks.summary(as_training, card, None).sides
+        segments = sides[0] if MODALITIES[card.sample].segmented else 0
         taken = {
             "recipe": inputs.make_recipe(work.spec, card, segments, "val"),
             "pixels": vars(Input.of_channels(card.channels)),

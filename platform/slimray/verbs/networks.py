@@ -4,6 +4,7 @@ In: a training, the card of its dataset and, where it is known, the number of it
 workers are told: parameters, MACs, input, batch, learning rate, steps. torch, no Ray.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
@@ -19,6 +20,7 @@ from slimray.edge.compiler import without_compiler
 from slimray.spec import UserError, did_you_mean, lookup, parse
 from slimray.tasks import task_of_card, task_options
 from slimray.train import optimizers
+from slimray.train.planner import Summary
 from slimray.verbs import inputs
 from slimray.verbs.context import CheckContext
 from slimray.verbs.inputs import make_recipe
@@ -113,7 +115,7 @@ def _pixel_channels(card: Card) -> int | None:
     return card.channels if MODALITIES[card.sample].in_channels is not None else None
 
 
-def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, Any]:
+def summary(job: TrainJob, card: Card | None, num_train: int | None) -> Summary:
     """Return what is known before machines are asked for: parameters, MACs, batch, learning rate, steps.
 
     Without the number of classes (the dataset is not there) no parameters and MACs, without `num_train` no steps.
@@ -125,25 +127,27 @@ def facts(job: TrainJob, card: Card | None, num_train: int | None) -> dict[str, 
     _require_metrics(job, card)
     row = models.MODELS.get(str(job.model.name))
     if card is None and row is not None and MODALITIES[row.input].early_input is None:
-        return {"model": job.model.name}  # what its samples are, only the dataset says
+        return Summary(str(job.model.name))  # what its samples are, only the dataset says
     net, macs = _measure(job, card)
-    out: dict[str, Any] = {"model": job.model.name}
-    if given is not None:
-        out |= {"classes": card.num_classes} if card is not None and card.num_classes else {}
-        out |= {"params": cost.count_params(net), "macs": macs}
-    return out | {"input": list(_input_shape(job, card, net))} | schedule(job, num_train)
+    out = dataclasses.replace(schedule(job, num_train), input=_input_shape(job, card, net))
+    if given is None:
+        return out
+    classes = card.num_classes or None if card is not None else None
+    return dataclasses.replace(out, classes=classes, params=cost.count_params(net), macs=macs)
 
 
-def schedule(job: TrainJob, num_train: int | None) -> dict[str, Any]:
+def schedule(job: TrainJob, num_train: int | None) -> Summary:
     """Return what is known without the network: batch, accumulation, learning rate, epochs, steps."""
-    out: dict[str, Any] = {
-        "batch": job.batch.size,
-        "accumulation": ceil_div(job.batch.num_microbatches, job.scale.most),
-        "peak_lr": optimizers.peak_rate(job.optim, job.batch.size),
-        "epochs": job.optim.epochs,
-    }
+    run = job.model.run
+    out = Summary(
+        str(job.model.name) if run is None else f"that of {run}",
+        batch=job.batch.size,
+        accumulation=ceil_div(job.batch.num_microbatches, job.scale.most),
+        peak_lr=optimizers.peak_rate(job.optim, job.batch.size),
+        epochs=job.optim.epochs,
+    )
     if num_train is not None and job.batch.tokens:
-        out |= {"train_samples": num_train}
+        out = dataclasses.replace(out, train_samples=num_train)
     elif num_train is not None:
         steps = num_train // job.batch.total if job.batch.drop_last else ceil_div(num_train, job.batch.total)
         if not steps:
@@ -151,7 +155,8 @@ def schedule(job: TrainJob, num_train: int | None) -> dict[str, Any]:
                 f"batch.drop_last: {num_train} training samples do not fill a batch of {job.batch.total}: lower "
                 "batch.total, or leave it out"
             )
-        out |= {"train_samples": num_train, "steps_per_epoch": steps, "steps": steps * job.optim.epochs}
+        total = steps * job.optim.epochs
+        out = dataclasses.replace(out, train_samples=num_train, steps_per_epoch=steps, steps=total)
     return out
 
 
@@ -232,7 +237,7 @@ def _input_shape(job: TrainJob, card: Card | None, net: Any) -> tuple[int, ...]:
     segments = net.num_segments if modality.segmented else 0
     if modality.early_input is not None:
         return modality.early_input(job.data, segments)
-    assert card is not None  # `facts` asks for no network before there is a dataset
+    assert card is not None  # `summary` asks for no network before there is a dataset
     return input_shape(make_recipe(job.data, card, segments, "train"))
 
 

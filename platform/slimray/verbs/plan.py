@@ -43,17 +43,17 @@ def plan_job(
     val_samples = 0
     splits = _splits(job, where, storage, required=samples is None)
     card = splits.card if splits is not None else _card(job, where)
-    known = networks.facts(job, card, None)
-    if "params" not in known:
+    summary = networks.summary(job, card, None)
+    if summary.params is None:
         raise UserError(f"{where}: data: the number of classes is not known without the dataset: prepare it first")
     if splits is not None:
         counts = {name: table.num_rows for name, table in splits.tables.items()}
         samples, val_samples = samples or counts[job.data.train], counts.get(job.data.val or "", 0)
     on_gpu = bool(job.scale.gpus_per_worker)
     cluster = calibrate.find_cluster(cluster_name, _folders(where), on_gpu)
-    work = calibrate.work(job, known, samples or 0, val_samples, card.sample, cluster, pack)
+    work = calibrate.work(job, summary, samples or 0, val_samples, card.sample, cluster, pack)
     model = networks.model_options(job, card)
-    recipe = make_recipe(job.data, card, known["input"][0] if MODALITIES[card.sample].segmented else 0, "train")
+    recipe = make_recipe(job.data, card, summary.sides[0] if MODALITIES[card.sample].segmented else 0, "train")
     key, written = calibrate.key_of(model, recipe, job.batch.per_worker, calibrate.device_name(on_gpu)), None
     if measuring:
         table, root = (splits.tables[job.data.train], splits.root) if splits is not None else (None, "")

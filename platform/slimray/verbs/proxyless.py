@@ -197,7 +197,7 @@ def check(job: ProxylessJob, ctx: CheckContext) -> dict[str, Any]:
     def known(card: Any, num_train: int | None) -> dict[str, Any]:
         for name in _derived_names(job):
             inputs.require_free(ctx.storage, name, job.name, "name")
-        return facts(job, card, num_train)
+        return overview(job, card, num_train)
 
     return checks.check_training(job, ctx, known)
 
@@ -212,7 +212,7 @@ def _derived_names(job: ProxylessJob) -> list[str]:
     return [f"{job.name}-derived" + (f"-{n + 1}" if job.sweep else "") for n in range(len(job.weights))]
 
 
-def facts(job: ProxylessJob, card: Any, num_train: int | None) -> dict[str, Any]:
+def overview(job: ProxylessJob, card: Any, num_train: int | None) -> dict[str, Any]:
     """Return what is known before machines are asked for; UserError for what does not fit."""
     from slimray.verbs import networks
 
@@ -221,7 +221,7 @@ def facts(job: ProxylessJob, card: Any, num_train: int | None) -> dict[str, Any]
     if num_train is not None and job.hold_out >= num_train:
         raise UserError(f"hold_out: {job.hold_out} of {num_train} training samples leave none to train on")
     learned = None if num_train is None else num_train - job.hold_out
-    out = networks.facts(stage_job(job, "warmup", job.init), card, learned)
+    out = networks.summary(stage_job(job, "warmup", job.init), card, learned).to_plain()
     for name in ("macs", "peak_lr", "epochs"):  # of the first candidates, of the warm-up: they would mislead
         out.pop(name, None)
     if card is None:
@@ -238,7 +238,7 @@ def facts(job: ProxylessJob, card: Any, num_train: int | None) -> dict[str, Any]
     if learned is not None:
         per_epoch, searches = out["steps_per_epoch"], len(job.weights)
         moves = (job.search.epochs - 1) * (learned // (job.search.every * job.batch.total))
-        retrain = networks.facts(stage_job(job, "retrain"), card, num_train)["steps"]
+        retrain = networks.summary(stage_job(job, "retrain"), card, num_train).steps or 0
         out["steps"] = per_epoch * job.warmup.epochs
         out["steps"] += searches * (per_epoch * job.search.epochs + moves + retrain)
         if not moves:
@@ -388,7 +388,7 @@ def _search(plan: _Plan, ctx: Context, number: int) -> dict[str, Any]:
     folder = plan.folder("02-retrain", number)
     retrained = stages.train_stage(ctx, folder, retraining, plan.whole, title, keep_metrics=True)
     numbers = json.loads(runs.read_file(retrained, "results.json"))["last"]
-    known = networks.facts(retraining, plan.whole.splits.card, None)
+    params, macs = networks.summary(retraining, plan.whole.splits.card, None).counted
     metric = _metric(plan.whole.splits.card)
     row = {
         "run": _derived_names(job)[number],
@@ -397,8 +397,8 @@ def _search(plan: _Plan, ctx: Context, number: int) -> dict[str, Any]:
         "cost": goal.of(path),
         "expected_cost": float(goal.expected(alphas)),
         "entropy": entropy(chances),
-        "params": known["params"],
-        "macs": known["macs"],
+        "params": params,
+        "macs": macs,
         "blocks": blocks,
         "choices": [dict(zip(block.codes, one, strict=True)) for block, one in zip(net.mixed, chances, strict=True)],
     }
@@ -435,7 +435,7 @@ def run(job: ProxylessJob, ctx: Context) -> None:
 
     splits = inputs.open_splits(job.data, ctx.where, ctx.storage, checks.split_names(job.data))
     try:
-        facts(job, splits.card, splits.tables[job.data.train].num_rows)
+        overview(job, splits.card, splits.tables[job.data.train].num_rows)
         costs = make_goal(job, _on_meta(job, splits.card), job.weights[0])
     except UserError as error:
         raise UserError(located(str(error), ctx.where)) from None

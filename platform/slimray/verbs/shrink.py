@@ -172,7 +172,7 @@ def check(job: ShrinkJob, ctx: CheckContext) -> dict[str, Any]:
         there = networks.with_network_if_there(job, ctx, card)
         if there is None:
             return {"model": f"that of {job.model.run}"}
-        return facts(there, card, num_train)
+        return overview(there, card, num_train)
 
     return checks.check_training(job, ctx, known)
 
@@ -182,20 +182,19 @@ def makes(job: ShrinkJob) -> dict[str, Made]:
     return {job.name: trained_on(job.data, "supernet", job.hold_out)}
 
 
-def facts(job: ShrinkJob, card: Any, num_train: int | None) -> dict[str, Any]:
+def overview(job: ShrinkJob, card: Any, num_train: int | None) -> dict[str, Any]:
     """Return what is known before machines are asked for; UserError for what does not fit."""
     from slimray.edge import cost
     from slimray.verbs import networks
 
-    out = networks.facts(stage_job(job, 0, job.init), card, num_train)
+    out = networks.summary(stage_job(job, 0, job.init), card, num_train).to_plain()
     net = _on_meta(job, card)
     side = net.space.input_of(net.space.largest(), "side")
     if side is not None and job.data.size != side:
         raise UserError(f"data.size: must be {side:g}, the largest resolution of the space (got {job.data.size})")
     steps = 0
     for number, space in enumerate(spaces(job, net.space)):
-        known = networks.facts(stage_job(job, number, None), card, num_train)
-        steps += known.get("steps", 0)
+        steps += networks.summary(stage_job(job, number, None), card, num_train).steps or 0
         out[f"archs of {job.stages[number].name}"] = space.num_archs()
     if num_train is not None:
         if job.hold_out >= num_train:

@@ -23,6 +23,7 @@ from slimray.train.methods.distilled import Distilled
 from slimray.train.methods.method import Method
 from slimray.train.methods.mutual import Mutual
 from slimray.train.methods.plain import Plain
+from slimray.train.planner import Summary
 from slimray.train.progress import follow
 from slimray.train.spec import InitSpec, OptimSpec, ScaleSpec, TeacherSpec
 from slimray.verbs import networks
@@ -66,13 +67,13 @@ def is_finished(run: runs.Run) -> bool:
     return status is not None and status.state == "finished"
 
 
-def config_of(job: TrainJob, ctx: Context, stage: runs.Run, data: Data) -> tuple[loop.FitConfig, dict[str, Any]]:
+def config_of(job: TrainJob, ctx: Context, stage: runs.Run, data: Data) -> tuple[loop.FitConfig, Summary]:
     """Return what the workers of `job` need to train in the folder `stage`, and what is known of the training.
 
     UserError if the network does not fit the data.
     """
-    known = networks.facts(job, data.splits.card, data.splits.tables[job.data.train].num_rows)
-    return fit_config(job, ctx, stage.uri, data, known), known
+    summary = networks.summary(job, data.splits.card, data.splits.tables[job.data.train].num_rows)
+    return fit_config(job, ctx, stage.uri, data, summary), summary
 
 
 def train_stage(
@@ -117,10 +118,10 @@ def resolve_weights(optim: OptimSpec, table: Any, num_classes: int) -> OptimSpec
     return optim.model_copy(update={"class_weights": weights})
 
 
-def fit_config(job: TrainJob, ctx: Context, run_uri: str, data: Data, known: Mapping[str, Any]) -> loop.FitConfig:
-    """Return what the workers of `job` need to train in the run at `run_uri`; `known` are its `networks.facts`."""
+def fit_config(job: TrainJob, ctx: Context, run_uri: str, data: Data, summary: Summary) -> loop.FitConfig:
+    """Return what the workers of `job` need to train in the run at `run_uri`; `summary` is that of `networks`."""
     splits = data.splits
-    segments = known["input"][0] if MODALITIES[splits.card.sample].segmented else 0
+    segments = summary.sides[0] if MODALITIES[splits.card.sample].segmented else 0
     names = {"train": job.data.train} | ({"val": job.data.val} if job.data.val else {})
     return loop.FitConfig(
         run_uri=run_uri,
@@ -145,7 +146,7 @@ def fit_config(job: TrainJob, ctx: Context, run_uri: str, data: Data, known: Map
         seed=job.seed,
         log_every=job.log_every,
         val_every=job.val_every,
-        macs=known["macs"],
+        macs=summary.counted[1],
         record_samples=job.data.record_samples,
         job=job.model_dump(mode="json"),
         progress_actor=workers.make_progress_actor(),

@@ -22,18 +22,18 @@ def check(job: TrainJob, ctx: CheckContext) -> dict[str, Any]:
 
     cards: list[Any] = []
 
-    def facts(card: Any, num_train: int | None) -> dict[str, Any]:
+    def known(card: Any, num_train: int | None) -> dict[str, Any]:
         cards.append(card)
         there = networks.with_network_if_there(job, ctx, card)
         if there is None:
-            return {"model": f"that of {job.model.run}", **networks.schedule(job, num_train)}
-        return networks.facts(there, card, num_train)
+            return networks.schedule(job, num_train).to_plain()
+        return networks.summary(there, card, num_train).to_plain()
 
     def network(card: Any) -> Any:
         there = networks.with_network_if_there(job, ctx, card)
         return networks.on_meta(there or job, card)
 
-    out = checks.check_training(job, ctx, facts, network)
+    out = checks.check_training(job, ctx, known, network)
     with ctx.noting():
         checks.check_teacher(job.teacher, ctx, cards[-1] if cards else None)
     return out
@@ -61,7 +61,7 @@ def run(job: TrainJob, ctx: Context) -> None:
     ahead = workers.start_ahead(job.scale)
     job = networks.with_network(job, ctx.storage, ctx.run)
     splits = inputs.open_splits(job.data, ctx.where, ctx.storage, checks.split_names(job.data))
-    config, known = stages.config_of(job, ctx, ctx.run, stages.Data.of(splits))
+    config, summary = stages.config_of(job, ctx, ctx.run, stages.Data.of(splits))
     config = replace(config, feeder=ahead.feeder)
     bad = workers.preflight(job.scale, ctx.run.uri)
     for node, reason in bad.items():
@@ -78,9 +78,9 @@ def run(job: TrainJob, ctx: Context) -> None:
         "metric": task.best.to_plain(),
         "steps": result["steps"],
         "dataset": {"name": splits.card.name, "fingerprint": splits.fingerprint},
-        **{key: known[key] for key in ("params", "macs", "batch", "peak_lr", "train_samples")},
+        **{name: getattr(summary, name) for name in ("params", "macs", "batch", "peak_lr", "train_samples")},
         "init": None if job.init is None else job.init.source,
-        "plan": calibrate.compared(job, known, config, ctx),
+        "plan": calibrate.compared(job, summary, config, ctx),
     }
     results = {"task": task.name, "metrics": [metric.to_plain() for metric in task.metrics]}
     ctx.finish(card, results | {"classes": list(config.classes), "confusion": {job.name: result["confusion"]}})

@@ -409,10 +409,10 @@ def test_networks_get_as_many_channels_as_the_dataset_has():
         job = parse(TrainJob, document | {"model": {"name": model}}, "x.yaml")
         card = custom(classes=["a", "b"], channels=channels)
         assert networks.model_options(job, card)["in_channels"] == channels
-        assert networks.facts(job, card, 80)["input"] == [channels, 28, 28]
+        assert networks.summary(job, card, 80).input == (channels, 28, 28)
     wrong = parse(TrainJob, document | {"model": {"name": "resnet20", "in_channels": 3}}, "x.yaml")
     with pytest.raises(UserError, match=r"model\.in_channels: the images have 1 channel "):
-        networks.facts(wrong, custom(classes=["a", "b"], channels=1), 80)
+        networks.summary(wrong, custom(classes=["a", "b"], channels=1), 80)
 
 
 # ------------------------------------------------------------------------------------------------- from a job
