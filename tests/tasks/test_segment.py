@@ -8,17 +8,12 @@ from slimray.data.points.point_sets import SHAPENET_PARTS
 from slimray.tasks import votes
 from slimray.tasks.parts import ShapeScore, part_ranges
 from slimray.tasks.segment import SegmentationScore
-from slimray.tasks.votes import Votes
+from slimray.tasks.votes import Scene
 
 
 @pytest.fixture(scope="module")
 def recorded(shared):
     return np.load(shared / "parity/pvcnn_conventions.npz", allow_pickle=False)
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
 
 
 def summed(a, b):
@@ -149,24 +144,27 @@ def test_a_part_of_another_category_is_refused():
 # ------------------------------------------------------------------------------------------------ votes
 
 
-def scene(recorded, windows=(0, 1, 2)):
-    votes = Votes(len(recorded["vote_gt"]))
-    for w in windows:
-        index = recorded["vote_map"][w][recorded["vote_shuffled"][w]]
-        votes.add(index, recorded["vote_conf"][w], recorded["vote_pred"][w])
-    return votes
-
-
-def test_votes_are_merged_as_recorded(recorded):
-    votes = scene(recorded)
-    assert np.array_equal(votes.confidence, recorded["vote_scene_conf"])
-    assert np.array_equal(votes.predicted, recorded["vote_scene_pred"])
-    assert (votes.predicted == -1).sum() == 232
+def test_votes_are_merged_as_recorded_but_where_two_answers_are_equally_sure(recorded):
+    truth, scene = recorded["vote_gt"], Scene()
+    at = np.take_along_axis(recorded["vote_map"], recorded["vote_shuffled"], 1).ravel()
+    sure, chosen = recorded["vote_conf"].ravel(), recorded["vote_pred"].ravel()
+    scene.grow(len(truth))
+    scene.add(at, sure, chosen, truth[at])
+    found, labels = scene.result()
+    highest = recorded["vote_scene_conf"]
+    lowest = np.full(len(truth), 13)
+    np.minimum.at(lowest, at, np.where(sure == highest[at], chosen, 13))
+    assert np.array_equal((scene.best >> 16).astype(np.int32).view(np.float32), highest)
+    assert np.array_equal(found, np.where(lowest < 13, lowest, -1))
+    tied = found != recorded["vote_scene_pred"]  # there the first answer was recorded, which depends on their order
+    assert np.flatnonzero(tied).tolist() == [0, 19, 493]
+    assert np.array_equal(labels[found >= 0], truth[found >= 0])
+    assert (found == -1).sum() == 232
 
 
 def test_points_without_votes_count_as_the_last_class_on_request(recorded):
     score = SegmentationScore(13)
-    score.add_predictions(scene(recorded).predicted, recorded["vote_gt"])
+    score.add_predictions(recorded["vote_scene_pred"], recorded["vote_gt"])
     truth, positive, own = recorded["vote_stats"][..., 0]
     published = score.result(missed_as_last=True)
     assert published["class_iou"] == pytest.approx((100 * own / (truth + positive - own)).tolist())
@@ -176,25 +174,12 @@ def test_points_without_votes_count_as_the_last_class_on_request(recorded):
     assert plain["class_iou"][12] == pytest.approx(100 * own[12] / (truth[12] + positive[12] - 232 - own[12]))
 
 
-def test_votes_of_two_workers_add_up_to_those_of_one(recorded):
-    votes, other = scene(recorded, (0,)), scene(recorded, (1, 2))
-    votes.add(np.arange(500), other.confidence, other.predicted)
-    assert np.array_equal(votes.predicted, recorded["vote_scene_pred"])
-
-
-def test_of_equally_sure_votes_the_first_stays():
-    votes = Votes(2)
-    votes.add(np.array([0, 0, 0]), np.float32([0.5, 0.7, 0.7]), np.array([1, 2, 3]))
-    votes.add(np.array([0, 1]), np.float32([0.7, 0.0]), np.array([4, 5]))
-    assert votes.predicted.tolist() == [2, -1]  # and one without any confidence does not count
-
-
-def test_every_point_is_drawn_as_often_as_votes_are_asked_for(rng):
-    draws = votes.vote_draws(300, 128, 10, rng)
-    assert draws.shape == (30, 128)
-    assert np.bincount(draws.ravel()).min() >= 10
-    assert votes.vote_draws(5000, 4096, 1, rng, capacity=8192).shape == (2, 4096)
-    assert votes.vote_draws(100, 4096, 1, rng, capacity=8192).shape == (2, 4096)
+def test_of_equally_sure_votes_the_lower_class_stays_whatever_their_order():
+    rows, sure, chosen = np.array([0, 0, 0, 1]), np.float32([0.5, 0.7, 0.7, np.nan]), np.array([1, 3, 2, 4])
+    for order in (slice(None), slice(None, None, -1)):
+        found = Scene()
+        found.add(rows[order], sure[order], chosen[order], np.array([6, 6, 6, 7])[order])
+        assert [one.tolist() for one in found.result()] == [[2, -1], [6, 7]]
 
 
 def test_confidence_is_that_among_all_classes():

@@ -4,10 +4,9 @@ As published for PVCNN (arXiv 1907.03739) and PointNet: S3DIS takes the windows 
 shape whose answer is one of its own parts. The rows of an index lie scene by scene, so a scene is settled as soon as
 the step of its last row is over and only the few scenes under way are in memory, 16 bytes a point. Its rows may be
 spread over ranks, which then settle it together; what comes out does not depend on their number: where two answers are
-equally sure, the lower class wins.
+equally sure, the lower class wins (as published it is the first one, which depends on the order of the windows).
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -33,7 +32,7 @@ class SceneVotes:
         self.last = {scene: row // batch for row, scene in enumerate(self.scenes)}  # step of its last row
         self.alone = {scene for scene, count in Counter(self.scenes).items() if count == 1}
         self.parts, self.batch, self.count = tuple(parts), batch, count
-        self.open: dict[str, _Scene] = {}
+        self.open: dict[str, Scene] = {}
 
     def add(self, sample: int, scores: Tensor, labels: np.ndarray) -> None:
         """Take over the views of row `sample`: scores `[v, C, N]`, labels and rows int64 `[2, v, N]`.
@@ -43,7 +42,7 @@ class SceneVotes:
         truth, rows = labels
         shape = self._shape_of(truth)
         sure, chosen = confident(scores, self.parts[shape] if self.parts else None)
-        scene = self.open.setdefault(self.scenes[sample], _Scene(shape))
+        scene = self.open.setdefault(self.scenes[sample], Scene(shape))
         scene.add(rows.reshape(-1), sure.reshape(-1), chosen.reshape(-1), truth.reshape(-1))
 
     def _shape_of(self, truth: np.ndarray) -> int:
@@ -66,8 +65,11 @@ class SceneVotes:
             self.count(*scene.result(), scene.shape)
 
 
-class _Scene:
-    """For each point of a scene the surest answer so far, as one number that is larger the surer: see `_packed`."""
+class Scene:
+    """For each point of a scene the surest answer so far, as one number that is larger the surer: see `_packed`.
+
+    `best` int64 `[N]` is that number, 0 where none was voted on; `truth` the labels, -1 unknown.
+    """
 
     def __init__(self, shape: int = 0):
         self.shape = shape
@@ -75,11 +77,14 @@ class _Scene:
         self.truth = np.full(0, UNKNOWN, np.int64)
 
     def add(self, rows: np.ndarray, sure: np.ndarray, chosen: np.ndarray, truth: np.ndarray) -> None:
+        """Take over answers for the points `rows`: probability, class, label, all `[n]`; of equally sure ones the lower
+        class stays, and one that is not finite does not count."""
         self.grow(int(rows.max()) + 1)
         np.maximum.at(self.best, rows, np.where(np.isfinite(sure), _packed(sure, chosen), 0))
         self.truth[rows] = truth
 
     def grow(self, size: int) -> None:
+        """Make room for points up to `size`, on which nothing was voted yet."""
         more = max(0, size - len(self.best))
         self.best = np.pad(self.best, (0, more))
         self.truth = np.pad(self.truth, (0, more), constant_values=UNKNOWN)
@@ -95,9 +100,9 @@ def _packed(sure: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     return (bits << 16) | (0xFFFF - chosen.astype(np.int64))
 
 
-def _merged(scene: _Scene | None, device: torch.device) -> _Scene | None:
+def _merged(scene: Scene | None, device: torch.device) -> Scene | None:
     """The scene with the votes of all ranks. A collective."""
-    scene = scene or _Scene()
+    scene = scene or Scene()
     facts = torch.tensor([len(scene.best), scene.shape], device=device)
     dist.all_reduce(facts, dist.ReduceOp.MAX)
     size, scene.shape = facts.tolist()
@@ -108,39 +113,6 @@ def _merged(scene: _Scene | None, device: torch.device) -> _Scene | None:
     dist.all_reduce(both, dist.ReduceOp.MAX)
     scene.best, scene.truth = both.cpu().numpy()
     return scene
-
-
-class Votes:
-    """For each point of a scene the most confident prediction so far: `confidence` float32 and `predicted`, -1 if none.
-
-    Eight bytes a point; a scene belongs to one worker, or several vote on windows of it and one adds their votes up:
-    `votes.add(np.arange(num_points), other.confidence, other.predicted)`.
-    """
-
-    def __init__(self, num_points: int):
-        self.confidence = np.zeros(num_points, np.float32)
-        self.predicted = np.full(num_points, -1, np.int32)
-
-    def add(self, index: np.ndarray, confidence: np.ndarray, predicted: np.ndarray) -> None:
-        """Take over the predictions that are surer than those before; of equal ones the first stays. All `[n]`."""
-        before = self.confidence[index]
-        np.maximum.at(self.confidence, index, confidence)
-        better = np.flatnonzero((confidence > before) & (confidence == self.confidence[index]))
-        self.predicted[index[better][::-1]] = predicted[better][::-1]  # numpy keeps the last: here the first
-
-
-def vote_draws(
-    num_valid: int, num_points: int, num_votes: int, rng: np.random.Generator, capacity: int | None = None
-) -> np.ndarray:
-    """The points of a window or shape in random chunks `[K, num_points]`, each of them `num_votes` times or more.
-
-    K = num_votes * ceil(capacity / num_points). `capacity` is what a full window holds (S3DIS: 8192), default
-    `num_valid`, which is the protocol of ShapeNet (with 2048 points and 10 votes).
-    """
-    total = num_votes * math.ceil(max(capacity or 0, num_valid) / num_points) * num_points
-    order = np.resize(np.arange(num_valid), total)
-    rng.shuffle(order)
-    return order.reshape(-1, num_points)
 
 
 def confident(scores: Tensor, parts: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
