@@ -26,8 +26,10 @@ run: $(RUN)
 check: $(DEV) browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m 'not ray and not benchmark'
+	@echo "Checking types beside the tests"
+	@$(BIN)/pyright > $(VENV)/pyright.log 2>&1 & types=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m 'not ray and not benchmark'; tests=$$?; \
+	wait $$types; types=$$?; cat $(VENV)/pyright.log; (( tests == 0 && types == 0 ))
 
 test: check
 	$(BIN)/pytest -q -m 'ray and not benchmark'

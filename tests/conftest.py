@@ -1,6 +1,7 @@
 """Fixtures for all tests: where the reference values are, and Ray kept local, quiet and short of patience."""
 
 import os
+import signal
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -12,6 +13,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("WANDB_MODE", "offline")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a script starts in the background ignores it
 if not Path("/dev/nvidia0").exists():  # before anything imports Triton: its kernels are interpreted then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -25,7 +25,7 @@ class FaultyS3:
 
     def __init__(self, port: int, behind: int, seed: int):
         self.port, self.behind, self.rate, self.done, self.parts = port, behind, 0.0, Counter(), 0
-        self.kinds = list(FAULTS)
+        self.kinds, self.slow_s = list(FAULTS), 1.0
         self.refused = ""  # the access key of a machine without rights
         self._random, self._lock = random.Random(seed), threading.Lock()
 
@@ -100,7 +100,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
             return
         if what == "slow":
-            time.sleep(1.0)
+            time.sleep(faults.slow_s)
         upstream = http.client.HTTPConnection("127.0.0.1", faults.behind, timeout=patience(30))
         headers = {k: v for k, v in self.headers.items() if k.lower() not in ("transfer-encoding", "content-length")}
         upstream.request(self.command, self.path, body=body, headers=headers)

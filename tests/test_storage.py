@@ -94,7 +94,8 @@ def test_a_reader_sees_the_old_file_or_the_new_one_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_failures_that_pass_are_retried_and_others_are_one_sentence(tmp_path):
+def test_failures_that_pass_are_retried_and_others_are_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.02)
     (tmp_path / "x").write_bytes(b"there")
     path = str(tmp_path / "x")
     assert storage.read_bytes(Failing(1, OSError("AWS Error SLOW_DOWN: reduce your rate")), path) == b"there"
@@ -222,11 +223,12 @@ def test_refused_credentials_are_one_sentence(monkeypatch):
 
 
 def test_a_store_that_throttles_breaks_and_delays_loses_nothing(monkeypatch):
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.02)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     with faulty_s3(seed=1) as faults:
         fs, path = storage.open_uri(faults.uri("runs"))
-        faults.rate = 0.3
+        faults.rate, faults.slow_s = 0.3, 0.2
         wanted = {f"{number:02d}": bytes([number]) * (20_000 * number) for number in range(24)}
         for name, data in wanted.items():
             storage.write_atomic(fs, f"{path}/{name}", data)
@@ -243,7 +245,8 @@ def test_an_outage_is_waited_for_by_all_callers_alike(monkeypatch, kind):
     """Opening, looking up, listing, reading, writing and deleting while the bucket is down, and after it is back."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setattr(storage, "LONGEST_WAIT_S", 2.0)
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.05)
+    monkeypatch.setattr(storage, "LONGEST_WAIT_S", 0.5)
     with faulty_s3() as faults, storage.patient(patience(60)):
         fs, path = storage.open_uri(faults.uri("runs"))
         for name in ("read", "gone"):

@@ -1,6 +1,7 @@
 """The house rules: imports go down only, Ray and the big libraries stay in their files, no Ray where none is needed."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,8 @@ NEVER_IN = {
 }  # fmt: skip
 
 
-def imports(path: Path) -> set[str]:
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """The full names of what a file imports, wherever in the file."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -39,7 +41,7 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= names if node.module == "slimray" or node.module.startswith("slimray.") else {node.module}
-    return found
+    return frozenset(found)
 
 
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
@@ -264,8 +266,9 @@ EXCEPTIONS = {  # (file, what it does): why that asks neither for a task nor for
 }
 
 
-def branches(path: Path) -> set[str]:
-    return branches_in(path.read_text(), path)
+@functools.cache
+def branches(path: Path) -> frozenset[str]:
+    return frozenset(branches_in(path.read_text(), path))
 
 
 def branches_in(code: str, path: Path) -> set[str]:
