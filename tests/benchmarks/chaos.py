@@ -1,7 +1,7 @@
 """Chaos: thirty trainings, each under one or two injected faults, against the one that nothing disturbed.
 
-`python -m tests.benchmarks.chaos`. SEEDS of the environment sets how many, 30 if not given, or which (12:20).
-EVENTS=cloud draws from the faults of a spot cloud alone.
+`python -m tests.benchmarks.chaos`. SEEDS of the environment sets how many, 30 if not given, or which
+(`5,12:20`). EVENTS=cloud draws from the faults of a spot cloud alone.
 """
 
 import os
@@ -25,10 +25,18 @@ QUIET = {
 }
 
 
+def seeds_of(text: str) -> list[int]:
+    """Return the seeds that `text` means: `30` is 0 to 29, `5,12:20` is 5 and 12 to 19."""
+    if text.isdigit():
+        return list(range(int(text)))
+    ends = [[int(end) for end in part.split(":")] for part in text.split(",")]
+    return [seed for one in ends for seed in (range(*one) if len(one) == 2 else one)]
+
+
 def main() -> None:
     """Print a line per seed and how many ended as they must."""
     os.environ.update(QUIET)
-    seeds, good, kinds = range(*map(int, os.environ.get("SEEDS", "30").split(":"))), 0, Counter()
+    seeds, good, kinds = seeds_of(os.environ.get("SEEDS", "0:30")), 0, Counter()
     drawn = CLOUD_EVENTS if os.environ.get("EVENTS") == "cloud" else EVENTS + CLOUD_EVENTS
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     os.environ["RAY_ADDRESS"] = cluster.address

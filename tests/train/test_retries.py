@@ -13,6 +13,7 @@ from tests.faulty_s3 import faulty_s3
 from tests.waits import patience, wait_for
 
 from slimray import runs
+from slimray.data.pipeline import FeedConfig
 from slimray.spec import RunFailed
 from slimray.train import workers
 from slimray.train.spec import ScaleSpec
@@ -81,8 +82,21 @@ def node_of(config: Config) -> str:
     return ray.get_runtime_context().get_node_id()
 
 
-def test_a_node_that_joins_sick_gets_no_rank_and_what_is_waited_for_is_told(monkeypatch, tmp_path):
-    """It has no right to read the storage: its nodes' role is missing. A node that joins later does the work."""
+def lacks_a_file(config: Config) -> None:
+    """Fail for want of a file, once it is known that another node is sick: at once, and then with a stream of data."""
+    actor, notes = config.progress_actor, Path(config.folder, "notes")
+    wait_for("the sick node to be found", lambda: workers.progress_state(actor)["sick"])
+    before = notes.read_text() if notes.exists() else ""
+    notes.write_text(before + "start\n")
+    if before:
+        with workers.open_stream(FeedConfig((), {}, 0, 1, 1, 1), "", actor) as stream:
+            notes.write_text(before + f"decodes without {','.join(stream.config.left_out)}\n")
+    raise RunFailed("a file of the index is missing")
+
+
+@pytest.fixture
+def site(monkeypatch, tmp_path):
+    """A cluster of a head without work, and a storage on which the credentials of a sick node are refused."""
     for name, value in {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(workers, "WAITING_S", 1.0)
@@ -91,27 +105,57 @@ def test_a_node_that_joins_sick_gets_no_rank_and_what_is_waited_for_is_told(monk
     try:
         with faulty_s3() as faults:
             faults.refused = "sick"
-            run = runs.open_run(faults.uri("runs"), "a")
-            runs.begin(run, {"kind": "train", "name": "a"}, 1)
-            sick = cluster.add_node(num_cpus=1, env_vars={"AWS_ACCESS_KEY_ID": "sick"})
-            workers.connect(1)
-            actor = workers.make_progress_actor()
-            config, found = Config(str(tmp_path), actor, "", run.uri), []
-            scale = ScaleSpec(workers=1, retries=0, start_timeout_s=patience(20))
-            launching = threading.Thread(
-                target=lambda: found.append(workers.launch(node_of, config, scale, "sick", actor)), daemon=True
-            )
-            launching.start()
-            wait_for("the sick node to be found", lambda: workers.progress_state(actor)["sick"])
-            wait_for("the wait to be told", lambda: workers.progress_state(actor).get("waits_for"))
-            told = workers.progress_state(actor)["waits_for"]
-            assert "there is room for 0 of 1 workers (1 CPUs each) on 0 nodes, 1 left out; the run ends in" in told
-            good = cluster.add_node(num_cpus=1)
-            launching.join(patience(120))
-            assert found == [good.node_id]
-            assert list(workers.progress_state(actor)["sick"]) == [sick.node_id]
-            (reason,) = workers.progress_state(actor)["sick"].values()
-            assert "access denied, the credentials found are refused" in reason
+            run = runs.open_run(faults.uri("runs"), tmp_path.name)  # the server keeps what other tests have left
+            runs.begin(run, {"kind": "train", "name": run.name}, 1)
+            yield cluster, run
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def test_a_node_that_joins_sick_and_holds_no_rank_decodes_nothing_after_the_first_failure(site, tmp_path):
+    """Decoding goes wherever there is room: it is tried again without the sick node, and then it is the user's."""
+    cluster, run = site
+    cluster.add_node(num_cpus=1)
+    workers.connect(1)
+    actor = workers.make_progress_actor()
+    config, found = Config(str(tmp_path), actor, "", run.uri), []
+    scale = ScaleSpec(workers=1, retries=2, start_timeout_s=patience(20))
+
+    def launch() -> None:
+        try:
+            workers.launch(lacks_a_file, config, scale, "lacks", actor, {})
+        except RunFailed as error:
+            found.append(str(error))
+
+    launching = threading.Thread(target=launch, daemon=True)
+    launching.start()
+    wait_for("the rank to be there", lambda: workers.progress_state(actor)["nodes"])
+    sick = cluster.add_node(num_cpus=1, env_vars={"AWS_ACCESS_KEY_ID": "sick"})
+    launching.join(patience(150))
+    assert found == ["a file of the index is missing"]
+    assert (tmp_path / "notes").read_text().splitlines() == ["start", f"decodes without {sick.node_id}"]
+
+
+def test_a_node_that_joins_sick_gets_no_rank_and_what_is_waited_for_is_told(site, tmp_path):
+    """It has no right to read the storage: its nodes' role is missing. A node that joins later does the work."""
+    cluster, run = site
+    sick = cluster.add_node(num_cpus=1, env_vars={"AWS_ACCESS_KEY_ID": "sick"})
+    workers.connect(1)
+    actor = workers.make_progress_actor()
+    config, found = Config(str(tmp_path), actor, "", run.uri), []
+    scale = ScaleSpec(workers=1, retries=0, start_timeout_s=patience(20))
+    launching = threading.Thread(
+        target=lambda: found.append(workers.launch(node_of, config, scale, "sick", actor)), daemon=True
+    )
+    launching.start()
+    wait_for("the sick node to be found", lambda: workers.progress_state(actor)["sick"])
+    wait_for("the wait to be told", lambda: workers.progress_state(actor).get("waits_for"))
+    told = workers.progress_state(actor)["waits_for"]
+    assert "there is room for 0 of 1 workers (1 CPUs each) on 0 nodes, 1 left out; the run ends in" in told
+    good = cluster.add_node(num_cpus=1)
+    launching.join(patience(120))
+    assert found == [good.node_id]
+    assert list(workers.progress_state(actor)["sick"]) == [sick.node_id]
+    (reason,) = workers.progress_state(actor)["sick"].values()
+    assert "access denied, the credentials found are refused" in reason

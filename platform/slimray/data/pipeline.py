@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,7 +56,7 @@ class FeedConfig:
     """Settings that all feeders of a run share. `max_rows` is the microbatch of one rank; times are seconds.
 
     `decode_cpus` is what a decoding task reserves: 1, or 0 where the workers of an elastic run hold every CPU there is
-    (they then share the cores, as on a laptop; a reservation would wait for ever).
+    (they then share the cores, as on a laptop; a reservation would wait for ever). Nodes `left_out` decode nothing.
     """
 
     phases: tuple[Phase, ...]
@@ -68,6 +68,7 @@ class FeedConfig:
     decode_timeout_s: float = 30.0
     wait_timeout_s: float = 600.0
     decode_cpus: int = 1
+    left_out: tuple[str, ...] = ()
     blocks_per_execution: int = 2000  # planning 2,000 read tasks takes about 1.5 s, while the execution before runs on
 
 
@@ -156,6 +157,11 @@ def decode_block(numbers: dict[str, np.ndarray], plan: "ray.ObjectRef[np.ndarray
         "reason": np.array(reasons, object),
         "data": data,
     }
+
+
+def all_nodes_but(left_out: Iterable[str]) -> dict[str, str]:
+    """Return the label selector of every node but those, by their ids."""
+    return {"ray.io/node-id": f"!in({','.join(left_out)})"}
 
 
 def map_numbers(
@@ -279,6 +285,8 @@ class _Feeder:
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=self.config.decode_slots)
+        if self.config.left_out:
+            context.execution_options.label_selector = all_nodes_but(self.config.left_out)
         context.raise_original_map_exception = True
         context.execution_no_progress_timeout_s = -1  # training may pause longer; a rank's wait has its own bound
         plan = ray.put(np.array([[b.phase, b.step, b.rank, b.lo, b.hi] for b in cut], np.int64))

@@ -238,7 +238,7 @@ class _Rank:
             decode_timeout_s=config.decode_timeout_s,
             wait_timeout_s=config.scale.data_timeout_s,
         )
-        with open_stream(feed, config.feeder) as stream:
+        with open_stream(feed, config.feeder, config.progress_actor) as stream:
             score, net, started = None, None, time.perf_counter()
             self.ranks.watchdog.beat("waiting for data")
             for phase, step, batch in stream:

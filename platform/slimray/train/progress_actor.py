@@ -1,6 +1,7 @@
 """The progress actor's class. Its process imports this file and nothing else of slimray: no torch, no Ray Train."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 HUNG = "had a rank that hung"
@@ -39,8 +40,17 @@ class ProgressActor:
         self.nodes[rank] = node
 
     def sick(self, node: str, reason: str) -> None:
-        """Note that no rank can run on a node."""
+        """Note that a node cannot work."""
         self.state["sick"][node] = reason
+        self.state["note"] = f"node {node[:8]} is left out, it {reason}"
+
+    def unknown(self, nodes: Sequence[str]) -> None:
+        """Note which nodes have joined and are being looked at."""
+        self.state["unknown"] = nodes
+
+    def fed_without(self, nodes: Sequence[str]) -> None:
+        """Note which nodes decode nothing from now on."""
+        self.state["fed_without"] = nodes
 
     def hung(self, node: str) -> None:
         """Note that a rank hung on a node."""

@@ -8,7 +8,6 @@ checkpoint bookkeeping is not used: a restarted worker finds its place in the ru
 import contextlib
 import math
 import os
-import platform
 import re
 import signal
 import tempfile
@@ -16,15 +15,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 import ray.actor
 import ray.data
 import ray.train
-import torch
 from ray import exceptions
 from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 from ray.data._internal.stats import get_or_create_stats_actor
@@ -33,12 +30,11 @@ from ray.train.torch import TorchConfig
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-import slimray
-from slimray import runs, storage
-from slimray.data.pipeline import FeedConfig, RankStream, failure_of, feeder_of, spare_feeder, start_feeders
+from slimray import runs
+from slimray.data.pipeline import FeedConfig, RankStream, all_nodes_but, feeder_of, spare_feeder, start_feeders
 from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError
-from slimray.train import connection
+from slimray.train import connection, nodes
 from slimray.train.connection import connect as connect
 from slimray.train.controller import Trainer
 from slimray.train.progress_actor import ProgressActor
@@ -48,7 +44,6 @@ from slimray.train.spec import ScaleSpec
 BARRIER_CALLS = 4096  # concurrent calls of Ray Train's barrier; its own number, 1,000, dead-locks a larger world
 MAX_WORKERS = 4000
 ELASTIC_START_S = 20.0  # an elastic group that cannot be placed asks again after this, for as many workers as fit then
-NODE_LABEL = "ray.io/node-id"
 WAITING_S, REMIND_S = 15.0, 60.0  # without progress until a launch says what it waits for, and then says so again
 MAX_IN_VAIN = 10  # starts without a node, one after the other, with no checkpoint between
 
@@ -125,33 +120,19 @@ def preflight(scale: ScaleSpec, run_uri: str) -> dict[str, str]:
     the run's folder what the driver wrote there. Waits for `scale.start_timeout_s` at most; a node that has not
     answered then is left out as well.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    if len(nodes) < 2:
+    there = nodes.working()
+    if len(there) < 2:
         return {}
     run, token = runs.run_at(run_uri), uuid.uuid4().hex
     runs.write_file(run, "logs/preflight.txt", token.encode())
-    wanted = _versions()
-    look = ray.remote(num_cpus=0, max_retries=1)(_look)
-    asked = {}
-    for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        gpus = int(node["Resources"].get("GPU", 0)) if scale.gpus_per_worker else 0
-        asked[look.options(scheduling_strategy=there).remote(run_uri, token, wanted, gpus, scale.storage_s)] = node
+    asked = nodes.ask(there, run_uri, token, scale)
     limit_s = scale.start_timeout_s + scale.storage_s
     done, late = ray.wait(list(asked), num_returns=len(asked), timeout=limit_s)
-    bad = {asked[ref]["NodeID"]: f"did not answer within {limit_s:g} s" for ref in late}
-    for ref in done:
-        try:
-            wrong = ray.get(ref)
-        except exceptions.RayError as error:
-            if isinstance(error, exceptions.RayTaskError) and isinstance(cause := failure_of(error), StorageError):
-                raise cause from None  # the storage was waited for: no node's fault
-            wrong = f"cannot run a task ({(str(error).strip().splitlines() or [type(error).__name__])[-1]})"
-        if wrong:
-            bad[asked[ref]["NodeID"]] = wrong
+    bad = {asked[ref]: f"did not answer within {limit_s:g} s" for ref in late}
+    bad |= {asked[ref]: wrong for ref in done if (wrong := nodes.answer(ref))}
     for ref in late:
         ray.cancel(ref, force=True)
-    good = [node["Resources"] for node in nodes if node["NodeID"] not in bad]
+    good = [node["Resources"] for node in there if node["NodeID"] not in bad]
     per_node = [
         min(
             int(have.get("CPU", 0) // scale.cpus_per_worker),
@@ -161,42 +142,12 @@ def preflight(scale: ScaleSpec, run_uri: str) -> dict[str, str]:
     ]
     if bad and sum(per_node) < scale.fewest:
         first = next(iter(bad))
-        host = next(node["NodeManagerHostname"] for node in nodes if node["NodeID"] == first)
+        host = next(node["NodeManagerHostname"] for node in there if node["NodeID"] == first)
         raise UserError(
-            f"scale: {len(bad)} of {len(nodes)} nodes cannot be used and the others hold {sum(per_node)} of "
+            f"scale: {len(bad)} of {len(there)} nodes cannot be used and the others hold {sum(per_node)} of "
             f"{scale.fewest} workers; {host} {bad[first]}"
         )
     return bad
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": ".".join(platform.python_version_tuple()[:2]),
-        "ray": ray.__version__,
-        "torch": torch.__version__,
-        "slimray": slimray.__version__,
-    }
-
-
-def _look(run_uri: str, token: str, wanted: dict[str, str], gpus: int, patience_s: float) -> str:
-    """On a node: what is wrong with it, "" if nothing. StorageError where the storage does not answer."""
-    for name, version in _versions().items():
-        if version != wanted[name]:
-            return f"has {name} {version}, the driver has {wanted[name]}"
-    found = len([one for one in Path("/dev").glob("nvidia*") if one.name.removeprefix("nvidia").isdigit()])
-    if found < gpus:
-        return f"says it has {gpus} GPUs, {found} are there"
-    elsewhere = f"sees another {run_uri} than the driver: use a shared folder, s3:// or gs://"
-    try:
-        with storage.patient(patience_s):
-            run = runs.run_at(run_uri)
-            if token:
-                return "" if runs.read_file(run, "logs/preflight.txt").decode() == token else elsewhere
-            return "" if not run_uri or runs.exists(run, "status.json") else elsewhere
-    except FileNotFoundError:
-        return elsewhere
-    except UserError as error:
-        return f"cannot read {run_uri} ({(str(error).splitlines() or [''])[0]})"
 
 
 class WideBarrier(ControllerCallback):
@@ -209,15 +160,17 @@ class WideBarrier(ControllerCallback):
 
 
 class _Watch(threading.Thread):
-    """Looks after a launch from the driver: tells what it waits for, and that a checkpoint is on storage.
+    """Looks after a launch from the driver: tells what it waits for, that a checkpoint is on storage, who joins sick.
 
     Where it `ends` the launch, which must be in the main thread, it does so when nothing was reported for `limit_s`, as
     Ctrl-C would: Ray itself may wait forever.
     """
 
-    def __init__(self, actor: Any, scale: ScaleSpec, left_out: Mapping[str, str], ends: bool):
+    def __init__(
+        self, actor: Any, scale: ScaleSpec, left_out: Mapping[str, str], newcomers: nodes.Newcomers | None, ends: bool
+    ):
         super().__init__(daemon=True, name="watch")
-        self.ends = ends
+        self.newcomers, self.ends = newcomers, ends
         self.actor, self.scale, self.left_out, self.sentence = actor, scale, left_out, ""
         self.limit_s = scale.capacity_timeout_s + scale.data_timeout_s + 120
         self.done = threading.Event()
@@ -228,6 +181,8 @@ class _Watch(threading.Thread):
         while not self.done.wait(min(5.0, self.limit_s / 4)):
             state = progress_state(self.actor)
             note_progress(state.get("saved"))
+            if self.newcomers is not None:
+                self._look_at_newcomers(self.newcomers)
             told, now = state.get("told"), time.monotonic()
             if told is None:
                 continue
@@ -242,6 +197,13 @@ class _Watch(threading.Thread):
                 )
                 os.kill(os.getpid(), signal.SIGINT)
                 return
+
+    def _look_at_newcomers(self, newcomers: nodes.Newcomers) -> None:
+        with contextlib.suppress(exceptions.RayError, KeyError):
+            sick = newcomers.look()
+            for node, wrong in sick.items():
+                self.actor.sick.remote(node, wrong)
+            self.actor.unknown.remote(sorted(newcomers.asked.values()))
 
 
 def launch(
@@ -258,13 +220,18 @@ def launch(
     (retries.py); then RunFailed with the first line of the cause. What a worker itself calls a RunFailed is not tried
     again where there is an `actor`, unless the storage was at fault. A worker may also return {"failed": sentence},
     which ends the run at once, or {"leaving": {node id: reason}}: it is started again without those nodes, which is
-    charged to nobody. Nodes `left_out` (by `preflight`) get no worker, nor those that turn out to be sick, or to have
-    a rank that hung, as long as others can hold the workers.
+    charged to nobody. Nodes `left_out` (by `preflight`) get no worker and no decoding, nor those that turn out to be
+    sick, or to have a rank that hung, as long as others can hold the workers.
     """
     budget, out, known, vain, saved = Budget(scale), dict(left_out or {}), set(left_out or {}), 0, None
+    newcomers = None
+    if actor is not None and not connection.is_local():
+        seen = [] if left_out is None else [node["NodeID"] for node in nodes.working()]
+        newcomers = nodes.Newcomers(getattr(config, "run_uri", ""), scale, seen)
     while True:
+        _tell(actor, left_out=sorted(out))
         try:
-            result = _launch(worker, config, scale, name, actor, out, known, budget.left)
+            result = _launch(worker, config, scale, name, actor, out, known, budget.left, newcomers)
         except RunFailed as error:
             step = progress_state(actor).get("saved")
             if not budget.renewed(error.__cause__, step):
@@ -277,8 +244,7 @@ def launch(
             return result
         step = progress_state(actor).get("saved")
         vain, saved = (0 if step != saved else vain + 1), step
-        nodes = {node[:8]: why for node, why in result["leaving"].items()}
-        said = "; ".join(f"node {node} {why}" for node, why in nodes.items())
+        said = "; ".join(f"node {node[:8]} {why}" for node, why in result["leaving"].items())
         if vain > MAX_IN_VAIN:
             raise RunFailed(f"the workers were started {vain} times without a step between, the last time as {said}")
         known |= set(result["leaving"])
@@ -295,6 +261,7 @@ def _launch(
     left_out: Mapping[str, str],
     known: Set[str],
     retries: int,
+    newcomers: nodes.Newcomers | None,
 ) -> Any:
     """One start of the workers, and again after `retries` failures at most; returns what rank 0 returned.
 
@@ -323,15 +290,18 @@ def _launch(
         except StorageError:
             raise
         except (RunFailed, UserError) as error:
-            _tell(actor, failed=str(error).splitlines()[0])
+            first = str(error).splitlines()[0]
+            if several and (why := _doubtful(actor)):  # tried again, which is charged to the retries
+                raise StorageError(f"{first} ({why})") from error
+            _tell(actor, failed=first)
             raise
 
-    several, wanted = actor is not None and not connection.is_local(), _versions()
+    several, wanted = newcomers is not None, nodes.versions()
     in_main = threading.current_thread() is threading.main_thread()
-    watch = _Watch(actor, scale, left_out, in_main)
+    watch = _Watch(actor, scale, left_out, newcomers, in_main)
     if actor is not None:
         watch.start()
-    excluded = {NODE_LABEL: f"!in({','.join(left_out)})"} if left_out else None
+    excluded = all_nodes_but(left_out) if left_out else None
     with tempfile.TemporaryDirectory(prefix="slimray-") as scratch:
         trainer = Trainer(
             entry,
@@ -369,12 +339,12 @@ def _launch(
 def _unfit(actor: Any, wanted: dict[str, str], run_uri: str, scale: ScaleSpec, known: Set[str]) -> dict[str, str]:
     """On every rank before it works: the nodes of this group that are sick or hung before, with reasons, but `known`.
 
-    Nodes that joined after `preflight` are looked at here. A collective.
+    Each rank looks at its own node, which may have joined after `preflight`. A collective.
     """
     context, node = ray.train.get_context(), ray.get_runtime_context().get_node_id()
     rank = context.get_world_rank()
     ray.get(actor.joined.remote(rank, node), timeout=60)
-    if wrong := _look(run_uri, "", wanted, scale.gpus_per_worker, scale.storage_s):
+    if wrong := nodes.look(run_uri, "", wanted, scale.gpus_per_worker, scale.storage_s):
         ray.get(actor.sick.remote(node, wrong), timeout=60)
     barrier()
     told: Any = None
@@ -383,6 +353,14 @@ def _unfit(actor: Any, wanted: dict[str, str], run_uri: str, scale: ScaleSpec, k
         bad = {**state.get("hung", {}), **state.get("sick", {})}
         told = {one: why for one, why in bad.items() if one in state.get("nodes", ()) and one not in known}
     return broadcast_from_rank_zero(told) or {}
+
+
+def _doubtful(actor: Any) -> str:
+    """Why a decoding task may have failed for its node's sake: one that is sick, or unknown, takes part. "" if none."""
+    state = progress_state(actor)
+    sick = {node: why for node, why in state.get("sick", {}).items() if node not in state.get("fed_without", ())}
+    found = [f"node {node[:8]} {why}" for node, why in sick.items()]
+    return "; ".join(found or [f"node {node[:8]} has just joined" for node in state.get("unknown", ())])
 
 
 def progress_state(actor: Any) -> dict[str, Any]:
@@ -413,15 +391,20 @@ def _cause(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def open_stream(feed: FeedConfig, spare: str = "") -> Iterator[RankStream]:
+def open_stream(feed: FeedConfig, spare: str = "", actor: Any = None) -> Iterator[RankStream]:
     """This rank's data for as long as the block lasts; rank 0 starts the feeders and tells the others.
 
-    `spare` is the name of a feeder that was started ahead. A collective, at its beginning and at its end.
+    `spare` is the name of a feeder that was started ahead; nodes of which the progress `actor` knows that they are left
+    out, or sick, decode nothing. A collective, at its beginning and at its end.
     """
     context = ray.train.get_context()
     rank, feeders = context.get_world_rank(), []
     told: Any = None
     if rank == 0:
+        state = progress_state(actor)
+        feed = replace(feed, left_out=tuple(sorted({*state.get("left_out", ()), *state.get("sick", ())})))
+        if feed.left_out:
+            actor.fed_without.remote(feed.left_out)
         name, feeders = start_feeders(feed, f"slimray-feeder-{uuid.uuid4().hex}", spare)
         told = {"name": name, "num": len(feeders)}
     told = broadcast_from_rank_zero(told)

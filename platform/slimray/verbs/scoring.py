@@ -116,7 +116,7 @@ def score_cases(config: ScoreConfig) -> dict[str, Any]:
     current, number = None, -1
     bad: dict[int, dict[str, Any]] = {}  # sample -> its row of the quarantine
     quarantine = runs.PartWriter(runs.run_at(config.run_uri), "quarantine", config.attempt, rank)
-    with workers.open_stream(feed, config.feeder) as stream, contextlib.closing(quarantine):
+    with workers.open_stream(feed, config.feeder, config.progress_actor) as stream, contextlib.closing(quarantine):
         for phase, step, batch in stream:
             if current is None:
                 number += 1
