@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from slimray.arch import Arch
-from slimray.edge import COUNTED
+from slimray.edge import COUNTED, COUNTED_INT8, peak_memory
 from slimray.edge.cost import build_on_meta, count_macs, count_params
 from slimray.encoding import Codes, Costs, GeneTable, Part, cost_tables, costs_by_arch
 from slimray.spec import UserError
@@ -61,6 +61,10 @@ class Prices:
         return {}
 
     @cached_property
+    def _traced(self) -> dict[str, list[peak_memory.Operator]]:
+        return {}
+
+    @cached_property
     def table(self) -> GeneTable:
         """The archs as rows."""
         return GeneTable(self.net.space)
@@ -68,7 +72,7 @@ class Prices:
     def on(self, meter: Meter | None) -> "Prices":
         """The same supernet on another device; what was found out about its layout and its units is shared."""
         other = Prices(self.net, self.num_points, meter)
-        other.__dict__.update(_counted=self._counted, _places=self._places, table=self.table)
+        other.__dict__.update(_counted=self._counted, _traced=self._traced, _places=self._places, table=self.table)
         return other
 
     def units(self, arch: Arch) -> list[Any]:
@@ -96,6 +100,20 @@ class Prices:
         peak = max(a + b for a, b in itertools.pairwise(_sizes(units)))
         out = {"params": float(params), "macs": float(macs), "memory_mb": 4e-6 * (params + peak)}
         return out | (self.metered(arch) if self.meter else {})
+
+    def in_int8(self, arch: Arch) -> dict[str, float]:
+        """What a microcontroller needs for an arch in int8: `peak_kb` and `int8_kb`, in 1,000 bytes (peak_memory.py).
+
+        UserError for a network that TinyEngine does not run.
+        """
+        units = self.units(arch)
+        for unit in units:
+            if unit.key not in self._traced:
+                module = build_on_meta(unit.make).eval()
+                self._traced[unit.key] = peak_memory.operators(module, unit.input)
+        operators = peak_memory.joined([self._traced[unit.key] for unit in units])
+        peak = peak_memory.memory(operators, int(np.prod(units[0].input))).peak
+        return {"peak_kb": peak / peak_memory.KB, "int8_kb": peak_memory.size(operators) / peak_memory.KB}
 
     def metered(self, arch: Arch) -> dict[str, float]:
         """What the meter says of an arch."""
@@ -125,8 +143,18 @@ class Prices:
     def matrix(self, names: Sequence[str]) -> Costs:
         """The costs `names` of rows of codes, `[n]` each; what `arch_costs` says, but for the last bits of a sum.
 
-        Building it takes a second or two for a published space. UserError for what the meter does not know.
+        Building it takes a second or two for a published space; `peak_kb` and `int8_kb` are counted row by row.
+        UserError for what the meter does not know.
         """
+        int8, rest = ([name for name in names if (name in COUNTED_INT8) == asked] for asked in (True, False))
+        if int8:
+            others, by_arch = self.matrix(rest) if rest else None, costs_by_arch(self.table, self.in_int8)
+
+            def both(codes: Codes) -> dict[str, Any]:
+                found = by_arch(codes)
+                return {**(others(codes) if others else {}), **{name: found[name] for name in int8}}
+
+            return both
         wanted = [name for name in names if name in COUNTED or (self.meter and name in self.meter.names)]
         places = self._places
         if places is None:

@@ -114,7 +114,8 @@ def search_report(run: runs.Run) -> str:
     """Return the page of a search run: what was found for each target, all that was tried, the fronts."""
     card, results = runs.read_card(run) or {}, _results(run)
     metric, rows = str(results.get("metric", "top1")), results.get("targets", [])
-    names = [name for name in ("target", "run", metric, "searched", "params", "macs", "memory_mb") if rows]
+    asked = [name for name in ("peak_kb", "int8_kb") if any(name in row for row in rows)]
+    names = ["target", "run", metric, "searched", "params", "macs", "memory_mb", *asked] if rows else []
     found = Table(
         "Found", names, [[row.get(name) for name in names] for row in rows], _SEARCHED, frozenset({metric, "searched"})
     )
@@ -206,13 +207,14 @@ def export_report(run: runs.Run) -> str:
     card, results = runs.read_card(run) or {}, _results(run)
     rows, best = results.get("rows", []), str(results.get("best", ""))
     names = ["format", best, "relative", "worst_sample", "max_abs", "agreement", "unoptimised_agreement", "mb", "ms"]
-    names += ["eager_ms", "ratio", "ratio_low", "ratio_high", "reason"]
+    names += ["eager_ms", "ratio", "ratio_low", "ratio_high", "energy_mj", "energy", "reason"]
     names = [name for name in names if any(name in row for row in rows)]
     note = (
         f"On {results.get('samples')} samples of the validation split; relative difference from torch (L2), percent of "
         "answers with the same class (unoptimised: without graph optimisations). Milliseconds of one "
         f"{'frame' if results.get('online') else 'sample'}, and the ratio to eager torch: median and 95 % interval of "
-        f"pairs in turn. On {results.get('cpu')}."
+        "pairs in turn. Energy of one, measured while the device tells its watts, or modelled (45 nm, for comparing). "
+        f"On {results.get('cpu')}."
     )
     table = Table("Exports", names, [[_small(name, row.get(name)) for name in names] for row in rows], note)
     states = [[one["input"], one["output"], " x ".join(map(str, one["shape"]))] for one in results.get("states", [])]

@@ -21,7 +21,7 @@ from slimray import runs
 from slimray.arch import Arch
 from slimray.data.spec import DataSpec
 from slimray.data.views import at_size
-from slimray.edge import COUNTED, MEASURED
+from slimray.edge import COUNTED, COUNTED_INT8, MEASURED
 from slimray.search import pareto, strategies
 from slimray.search.problem import Problem, Trial
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean, located, parse
@@ -30,7 +30,7 @@ from slimray.verbs import inputs
 from slimray.verbs.context import CheckContext, Context, Made
 from slimray.verbs.specs import JudgeSpec, WorkerJob
 
-COSTS = (*COUNTED, *MEASURED)
+COSTS = (*COUNTED, *COUNTED_INT8, *MEASURED)
 HELD_OUT = "held_out"  # in place of a split: training samples that the run of the supernet kept out
 
 
@@ -40,8 +40,10 @@ class TargetSpec(Spec):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$")
     """Name of the target; its subnet becomes the run NAME-TARGET."""
     limits: dict[str, float] = {}
-    """Cost -> upper bound: `params`, `macs` (per sample), `memory_mb` (weights and the largest layer, float32); with
-    `hardware` also `latency_ms` and, of a described device, `energy_mj`, batch 1."""
+    """Cost -> upper bound: `params`, `macs` (per sample), `memory_mb` (weights and the largest layer, float32); of
+    networks for pictures in int8 on a microcontroller `peak_kb` (memory, as TinyEngine's scheduler counts it) and
+    `int8_kb` (weights, biases and scales), in 1,000 bytes; with `hardware` also `latency_ms` and, of a described
+    device, `energy_mj`, batch 1."""
     hardware: str | None = None
     """What tells latency: a `.json` table of `slimray profile`, a device of `slimray.edge.hardware.HARDWARE` (a model
     from its data sheet), or a `.yaml` file that describes a device."""

@@ -3,7 +3,8 @@
 Supernets: kernel, expansion and depth are elastic (Once-for-All, arXiv 1908.09791; layouts of MobileNetV3, 1905.02244,
 and ProxylessNAS, 1812.00332), parameter names as released. With `num_segments` the same over clips, with a temporal
 shift (TSM, 1811.08383) at the input of every block that has a residual connection, the first block excepted, as in
-TSM's MobileNetV2. `preset: tiny` is our own: three short stages for pictures of 32 pixels and clips of 64.
+TSM's MobileNetV2. `preset: tiny` is our own: three short stages for pictures of 32 pixels and clips of 64; so is
+`micro` (of ProxylessNAS), for microcontrollers and pictures of 96.
 
 Shortcuts, as released: a block of a stage has one where its stride is 1 and it keeps its channels. The first block of
 MobileNetV3 has one, that of ProxylessNAS has none, also where a small width makes its channels equal. Before
@@ -365,6 +366,21 @@ PROXYLESS_TINY = replace(
     resolution=32,
 )
 
+PROXYLESS_MICRO = replace(
+    PROXYLESS,
+    stem=16,
+    first=8,
+    stages=(
+        MobileStage(16, 2, "relu6", depths=(1, 2)),
+        MobileStage(24, 2, "relu6", depths=(1, 2, 3)),
+        MobileStage(40, 2, "relu6", depths=(1, 2, 3)),
+        MobileStage(48, 1, "relu6", depths=(1, 2)),
+        MobileStage(80, 2, "relu6", depths=(1, 2)),
+    ),
+    last=192,
+    resolution=96,
+)
+
 
 def at_twice_the_resolution(layout: MobileLayout) -> MobileLayout:
     """`layout` for inputs of twice the size: its first stage halves them once more."""
@@ -382,7 +398,7 @@ def ofa_mobilenetv3(
 
 def proxyless_layout(preset: str, shortcuts: str) -> MobileLayout:
     """The layout of ProxylessNAS of that name; UserError for an unknown one. `shortcuts`: see the module."""
-    layout = of_preset({"imagenet": PROXYLESS, "tiny": PROXYLESS_TINY}, preset)
+    layout = of_preset({"imagenet": PROXYLESS, "tiny": PROXYLESS_TINY, "micro": PROXYLESS_MICRO}, preset)
     return replace(layout, first_shortcut=layout.first_shortcut or by_channels(shortcuts))
 
 
