@@ -1,6 +1,9 @@
 """Described devices: the roofline and the energy by hand, where rows come from, what a user may name."""
 
+import time
+
 import pytest
+import torch
 from torch import nn
 
 from slimray import models
@@ -34,6 +37,21 @@ def test_starting_layers_and_standing_by_cost_too():
     plain, told = (hardware.unit_costs(device, unit(64, 64, 10)) for device in (DEVICE, slow))
     assert told["latency_ms"] == pytest.approx(plain["latency_ms"] + 0.005)
     assert told["energy_mj"] == pytest.approx(plain["energy_mj"] + 3 * told["latency_ms"])
+
+
+def test_the_energy_of_an_inference_is_measured_or_modelled_and_says_which(tmp_path):
+    net, x = nn.Conv2d(4, 8, 1, bias=False), torch.randn(1, 4, 10, 10)
+    told = hardware.inference_energy(net, (x,), 32, lambda: net(x), tmp_path)
+    macs, values = 4 * 8 * 100, 4 * 100 + 4 * 8 + 8 * 100
+    assert told["how"] == "model"
+    assert told["energy_mj"] == pytest.approx(1e-9 * (4.6 * macs + 162.5 * 4 * values))
+    less = hardware.inference_energy(net, (x,), 8, lambda: net(x), tmp_path)
+    assert less["energy_mj"] == pytest.approx(1e-9 * (0.3 * macs + 162.5 * values))
+    (tmp_path / "sys/class/hwmon/hwmon0").mkdir(parents=True)
+    (tmp_path / "sys/class/hwmon/hwmon0/power1_input").write_text("2000000")
+    told = hardware.inference_energy(net, (x,), 32, lambda: time.sleep(0.01), tmp_path)
+    assert (told["how"], told["source"]) == ("measured", "hwmon")
+    assert told["energy_mj"] >= 20
 
 
 def test_all_macs_of_a_network_are_in_its_layers():

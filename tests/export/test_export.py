@@ -49,6 +49,8 @@ def test_an_export_agrees_with_torch_and_says_so(shell, net, tmp_path, monkeypat
     assert facts["verification"]["metrics"] == pytest.approx(facts["verification"]["torch"], rel=1e-3)
     assert facts["inputs"] == [{"name": "input", "shape": [None, 3, 32, 32], "dtype": "float32"}]
     assert facts["timing"]["interval"][0] <= facts["timing"]["ratio"] <= facts["timing"]["interval"][1]
+    assert facts["energy"]["how"] in ("measured", "model")
+    assert facts["energy"]["energy_mj"] > 0
     assert facts["sha256"] == digest(runs.read_file(run, "export/onnx/model.onnx"))[1]
     small = exported.read_export(run, "onnx_int8")
     assert small["bytes"] < 0.5 * facts["bytes"]

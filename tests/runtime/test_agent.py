@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -295,6 +296,16 @@ def test_watts_come_from_sensors_of_the_board(tmp_path):
     assert conditions.conditions(tmp_path) == {"watts": 0.0, "source": "rapl"}, "a counter that stands still"
     put(tmp_path, "sys/class/powercap/intel-rapl:0/energy_uj", "damaged")
     assert conditions.conditions(tmp_path)["source"] == "hwmon"
+
+
+def test_watts_are_read_while_the_processor_is_busy(tmp_path):
+    calls = list[int]()
+    assert conditions.watts_while(lambda: calls.append(1), tmp_path) is None
+    assert calls
+    put(tmp_path, "sys/class/hwmon/hwmon2/power1_input", "7500000")
+    watts, source, seconds = conditions.watts_while(lambda: time.sleep(0.01), tmp_path) or (0, "", 0)
+    assert (watts, source) == (7.5, "hwmon")
+    assert seconds >= 0.01
 
 
 def test_onnx_files_of_the_profiler_pass_the_check_of_the_agent(net):

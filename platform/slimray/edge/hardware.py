@@ -7,7 +7,7 @@ comparing subnets and for limits that cannot be kept, and every figure says `how
 measured is taken in the same place and says `how: table`; a YAML file with the fields of `Device` describes your own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import nn
 from slimray.edge import latency_table
 from slimray.edge.arch_costs import Meter
 from slimray.edge.cost import build_on_meta
+from slimray.runtime import conditions
 from slimray.spec import Spec, UserError, did_you_mean, located, parse, read_yaml
 
 
@@ -58,6 +59,7 @@ class Device(Spec):
 # since are thriftier in arithmetic more than in memory: these are for comparing subnets.
 _ENERGY = "; energy per operation from Horowitz, ISSCC 2014 (45 nm), not from the vendor"
 _DRAM_PJ_PER_BYTE = 162.5
+_PJ_PER_MAC = {8: 0.3, 32: 4.6}
 
 HARDWARE: dict[str, Device] = {
     "edge_gpu": Device(
@@ -136,20 +138,27 @@ def layers_of(unit: Any) -> list[tuple[int, int]]:
     BatchNorm, activations and additions are taken as part of the layer before them; a unit without layers moves its
     input and its output. Gathers of point networks are not counted.
     """
+    x = torch.zeros(1, *unit.input, device="meta")
+    found, out = layers_in(build_on_meta(unit.make).eval(), x)
+    return found or [(0, x.numel() + out.numel())]
+
+
+def layers_in(module: nn.Module, *inputs: torch.Tensor) -> tuple[list[tuple[int, int]], Any]:
+    """(MACs, values moved) of every convolution and linear layer of a module as it runs on `inputs`; what it gives."""
     found: list[tuple[int, int]] = []
 
     def note(layer: Any, taken: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         weights = sum(parameter.numel() for parameter in layer.parameters())
         found.append((out.numel() * layer.weight[0].numel(), taken[0].numel() + weights + out.numel()))
 
-    module = build_on_meta(unit.make).eval()
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            layer.register_forward_hook(note)
-    with torch.no_grad():
-        x = torch.zeros(1, *unit.input, device="meta")
-        out = module(x)
-    return found or [(0, x.numel() + out.numel())]
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    hooks = [one.register_forward_hook(note) for one in module.modules() if isinstance(one, kinds)]
+    try:
+        with torch.no_grad():
+            return found, module(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def unit_costs(device: Device, unit: Any) -> dict[str, float]:
@@ -166,6 +175,24 @@ def unit_costs(device: Device, unit: Any) -> dict[str, float]:
     if device.pj_per_mac is not None and device.pj_per_byte is not None:
         out["energy_mj"] = 1e3 * (joules + device.static_w * seconds)
     return out
+
+
+def inference_energy(
+    module: nn.Module, inputs: Sequence[torch.Tensor], bits: int, run: Callable[[], Any], root: Path = Path("/")
+) -> dict[str, Any]:
+    """Energy of one inference as plain values: `energy_mj`, `how` ("measured" or "model") and the `source`.
+
+    Measured where this device tells its watts while `run` is called again and again on its processor (those of the
+    whole device, idle ones included). Modelled from the layers of `module` on `inputs` else, to compare networks with.
+    """
+    told = conditions.watts_while(run, root)
+    if told is not None:
+        watts, source, seconds = told
+        return {"energy_mj": 1e3 * watts * seconds, "how": "measured", "source": source}
+    layers, _ = layers_in(module, *inputs)
+    macs, values = (sum(column) for column in zip(*layers, strict=True)) if layers else (0, 0)
+    joules = 1e-12 * (macs * _PJ_PER_MAC[bits] + values * bits / 8 * _DRAM_PJ_PER_BYTE)
+    return {"energy_mj": 1e3 * joules, "how": "model", "source": f"MACs in {bits} bits and bytes of DRAM{_ENERGY}"}
 
 
 # ------------------------------------------------------------------------------------------------ what a user names

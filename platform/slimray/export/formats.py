@@ -3,7 +3,8 @@
 `convert(graph, folder, calibration)` writes the file into a local folder, `load(path, inputs, outputs, threads,
 optimised)` gives a function of arrays in the order of the inputs. int8 is made by the format's own quantizer. Not rows:
 ncnn (has no batch: of our networks the online ones only) and LiteRT (needs an environment of its own): both convert
-the ONNX file.
+the ONNX file. So does TensorRT, on the device itself, which was not run here: `trtexec --onnx=model.onnx --fp16
+--saveEngine=model.plan`, with `--minShapes=input:1x3x224x224` (and optShapes, maxShapes) where axes are free.
 """
 
 import importlib.metadata

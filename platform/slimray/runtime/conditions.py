@@ -10,7 +10,9 @@ import re
 import select
 import shutil
 import subprocess
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,22 @@ def conditions(root: Path = Path("/"), watts: bool = True) -> dict[str, Any]:
     return found | (_watts(root) if watts else {})
 
 
+def watts_while(work: Callable[[], Any], root: Path = Path("/")) -> tuple[float, str, float] | None:
+    """Watts of the device while `work` keeps its processor busy, their source, and the seconds of a call of `work`.
+
+    None where the device cannot tell; the watts of a GPU alone are not its.
+    """
+    found: dict[str, Any] = {}
+    reader = threading.Thread(target=lambda: found.update(_watts(root, gpu=False)), daemon=True)
+    calls, start = 0, time.perf_counter()
+    reader.start()
+    while reader.is_alive() or not calls:
+        work()
+        calls += 1
+    seconds = (time.perf_counter() - start) / calls
+    return (found["watts"], found["source"], seconds) if found else None
+
+
 def throttle_count(root: Path = Path("/")) -> int | None:
     """How often the cores were slowed down for heat since the start; None where nothing counts it."""
     counts = _numbers(root, "sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")
@@ -65,8 +83,8 @@ def _throttled(root: Path) -> bool | None:
     return any(state > 0 for state in known) if known else None
 
 
-def _watts(root: Path) -> dict[str, Any]:
-    for read in (_rapl, _hwmon, _tegrastats, _nvidia_smi):
+def _watts(root: Path, gpu: bool = True) -> dict[str, Any]:
+    for read in (_rapl, _hwmon, _tegrastats, *([_nvidia_smi] if gpu else [])):
         watts = read(root)
         if watts is not None:
             return {"watts": round(watts, 3), "source": read.__name__.strip("_").replace("_", "-")}

@@ -201,6 +201,7 @@ def _one(
     import torch
 
     from slimray.compress.quantized import with_float_inputs
+    from slimray.edge.hardware import inference_energy
     from slimray.edge.runtimes import settings
     from slimray.export import exported, verify
     from slimray.export.formats import FORMATS
@@ -245,6 +246,9 @@ def _one(
             inputs_ = [value.numpy() for value in example]
             pairs = verify.timed_pairs(lambda: runner(inputs_), lambda: like(inputs_), job.pairs)
         timing["against_fp32"] = pairs.to_plain("int8", "fp32")
+    with settings(job.threads):
+        bits, given = (8 if row.calibrated else 32), [value.numpy() for value in example]
+        energy = inference_energy(graph.module, example, bits, lambda: runner(given))
     files = {}
     for file in (row.file, *row.files):
         size, sha256 = digest(folder / file)
@@ -261,6 +265,7 @@ def _one(
         "precision": row.precision,
         "verification": verification,
         "timing": timing,
+        "energy": energy,
         "versions": row.versions(),
         "cpu": _cpu(),
     }
@@ -311,6 +316,8 @@ def _row(facts: Mapping[str, Any], best: str) -> dict[str, Any]:
         "ratio": timing["ratio"],
         "ratio_low": timing["interval"][0],
         "ratio_high": timing["interval"][1],
+        "energy_mj": facts["energy"]["energy_mj"],
+        "energy": facts["energy"]["how"],
         "reason": verification["reason"],
     }
     return {key: value for key, value in row.items() if value is not None and value != ""}
