@@ -8,8 +8,8 @@ import pytest
 import ray
 
 from slimray.data.index import index_table
-from slimray.data.pipeline import FeedConfig, RankStream, Source, decode_block, feeder_of, start_feeders
-from slimray.data.plan import Phase, epoch_order, rank_slice
+from slimray.data.pipeline import FeedConfig, RankStream, Source, decode_block, feeder_of, rows_of, start_feeders
+from slimray.data.plan import Block, Phase, epoch_order, rank_slice
 from slimray.data.points.clouds import Cloud, write_cloud
 from slimray.data.points.recipe import PointRecipe
 from slimray.spec import RunFailed
@@ -100,14 +100,14 @@ def test_a_training_file_that_does_not_decode_is_not_decoded_again(cluster, tmp_
     index = clouds(tmp_path)
     good = (tmp_path / "1.npz").read_bytes()
     source = Source(str(tmp_path), ray.put(index), NUM)
-    plan = ray.put(np.array([[0, 0, 0, 0, NUM], [1, 0, 0, 0, NUM]], np.int64))
     phases = tuple(Phase(name, name, 0, NUM, NUM, False, RECIPE) for name in ("train", "val"))
     config = FeedConfig(phases, {"train": source, "val": source}, 0, 1, NUM, 1)
+    rows = rows_of([Block(phase, 0, 0, 0, NUM) for phase in (0, 1)], config)
     (tmp_path / "1.npz").write_bytes(b"damaged")
     for number in (0, 1):
-        assert decode_block({"id": np.array([number])}, plan, config)["valid"].tolist() == [1, 0] + [1] * (NUM - 2)
+        assert decode_block(rows[number], config)["valid"].tolist() == [1, 0] + [1] * (NUM - 2)
     (tmp_path / "1.npz").write_bytes(good)
-    again = decode_block({"id": np.array([0])}, plan, config)
+    again = decode_block(rows[0], config)
     assert again["valid"].tolist() == [1, 0] + [1] * (NUM - 2), "it keeps its slot with weight 0"
     assert again["reason"][1]
-    assert decode_block({"id": np.array([1])}, plan, config)["valid"].all()
+    assert decode_block(rows[1], config)["valid"].all()

@@ -1,8 +1,9 @@
 """Ray Data feeds the ranks: plan positions in, decoded uint8 batches out, in the plan's order.
 
 A feeder actor serves a group of ranks. It turns a list of phases (data/plan.py) into numbered blocks and streams them
-through Ray Data: one CPU task reads and decodes one block, `preserve_order` keeps the sequence, and the feeder hands
-the *reference* of each finished block to its rank, so that pixels never pass through the feeder. Several epochs and the
+through Ray Data: one CPU task reads and decodes one block, whose rows of the index come with it, `preserve_order` keeps
+the sequence, and the feeder hands the *reference* of each finished block to its rank, so that pixels never pass through
+the feeder. Several epochs and the
 validations between them share one execution, and the next execution starts before the last has drained: a restart
 costs seconds, an epoch of a large batch may last eight. `RankStream` is the rank's end; it collects a step's rows,
 checks that they are its own, and never waits without bound.
@@ -27,13 +28,15 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray import exceptions
-from ray.data.block import BlockAccessor
+from ray.data.block import BlockAccessor, BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
 from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from slimray.data.modalities import empty_sample, modality_of, pads_of, read_recipe, target_of
 from slimray.data.plan import Block, Phase, blocks, ceil_div, feeder_ranks, num_feeders, rank_slice
 from slimray.data.ragged import joined, tight
+from slimray.data.rows import PLACE, Rows, rows_of_blocks
 from slimray.data.samples import BadSample
 from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError
@@ -110,22 +113,27 @@ class Batch:
 _BAD: dict[tuple[str, int], str] = {}  # what this process found: (index, sample) -> why it does not decode
 
 
-def decode_block(numbers: dict[str, np.ndarray], plan: "ray.ObjectRef[np.ndarray]", config: FeedConfig) -> dict:
-    """Decode one block: `numbers["id"][0]` is its row in `plan` (int64 columns phase, step, rank, lo, hi)."""
-    phase_number, _, _, lo, hi = (int(v) for v in _fetch(plan)[int(numbers["id"][0])])
-    phase = config.phases[phase_number]
+def rows_of(cut: Sequence[Block], config: FeedConfig) -> list[pa.Table]:
+    """Return what the decoding task of each block of `cut` is given: its rows of the index, and where they belong."""
+    index = {split: source.index for split, source in config.sources.items()}
+    return rows_of_blocks(
+        cut, config.phases, config.seed, lambda split: _rows(index[split]), lambda split: _by_length(index[split])
+    )
+
+
+def decode_block(rows: pa.Table, config: FeedConfig) -> dict[str, np.ndarray]:
+    """Decode one block: `rows` are those that `rows_of` gives."""
+    phase_number, positions, samples = (rows.column(name).to_numpy() for name in PLACE)
+    phase = config.phases[int(phase_number[0])]
     source = config.sources[phase.split]
-    index = _fetch(source.index)
-    samples = phase.plan.samples(lo, hi, config.seed, lambda: _by_length(source.index))
     modality, recipe = modality_of(phase.recipe), read_recipe(phase.recipe)
     fixed = modality.pad is None  # else samples are as long as they are, and the block as its longest
     data = np.zeros((len(samples), *modality.shape(recipe)) if fixed else 0, modality.dtype)
     labels = target_of(phase.recipe).empty(len(samples) if fixed else 0)
     own: list[tuple[np.ndarray, np.ndarray]] = []
     paths, reasons = [], []
-    for i, sample in enumerate(samples):
-        row, reason = index.slice(int(sample), 1).to_pylist()[0], ""
-        key = (config.seed, phase.epoch, int(sample))
+    for i, (sample, row) in enumerate(zip(samples, rows.drop_columns(list(PLACE)).to_pylist(), strict=True)):
+        reason, key = "", (config.seed, phase.epoch, int(sample))
         known = (source.index.hex(), int(sample))
         try:
             if phase.split == "train" and known in _BAD:  # its weight is 0 for good, and it may take long to fail
@@ -149,8 +157,8 @@ def decode_block(numbers: dict[str, np.ndarray], plan: "ray.ObjectRef[np.ndarray
         pads = pads_of(phase.recipe)
         data, labels = (joined([values[None] for values in column], pad) for column, pad in zip(zip(*own), pads))
     return {
-        "position": np.arange(lo, hi),
-        "sample": samples.copy(),
+        "position": positions,
+        "sample": samples,
         "label": labels,
         "valid": np.array([not reason for reason in reasons], np.uint8),
         "path": np.array(paths, object),
@@ -171,18 +179,70 @@ def map_numbers(
 
     With `at_once` that many tasks, which reserve no CPU.
     """
+    return _mapped(ray.data.range(count, override_num_blocks=count), task, "numpy", at_once)
+
+
+def map_rows(
+    blocks: Sequence[pa.Table], task: Callable[[pa.Table], dict[str, np.ndarray]], at_once: int | None = None
+) -> ray.data.Dataset:
+    """The dataset of `task(rows)` for each of `blocks`, as `map_numbers`; the rows travel with the task."""
+    return _mapped(ray.data.read_datasource(_Rows(blocks), override_num_blocks=len(blocks)), task, "pyarrow", at_once)
+
+
+def _mapped(source: ray.data.Dataset, task: Any, batch_format: Any, at_once: int | None) -> ray.data.Dataset:
     ray.data.DataContext.get_current().enable_progress_bars = False
-    numbers = ray.data.range(count, override_num_blocks=count)
     with warnings.catch_warnings():  # no named parameter says how often; the way that remains is announced to go
         warnings.simplefilter("ignore", RayDeprecationWarning)
         options: dict[str, Any] = {"num_cpus": 1} if at_once is None else {"num_cpus": 0, "concurrency": at_once}
-        return numbers.map_batches(
-            task,  # type: ignore[arg-type]
+        return source.map_batches(
+            task,
             batch_size=None,
-            batch_format="numpy",
+            batch_format=batch_format,
             max_retries=TASK_RETRIES,
             **options,
         )
+
+
+class _Rows(Datasource):
+    """Tables of a few rows, each in the read task that gives it."""
+
+    def __init__(self, tables: Sequence[pa.Table]):
+        self.tables = [(table.num_rows, _packed(table)) for table in tables]
+
+    def estimate_inmemory_data_size(self) -> int:
+        """The bytes of all tables."""
+        return sum(len(data) for _, data in self.tables)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """A task for each table."""
+        return [
+            ReadTask(
+                functools.partial(_unpacked, data),
+                BlockMetadata(num_rows=count, size_bytes=len(data), input_files=None, exec_stats=None),
+                per_task_row_limit=per_task_row_limit,
+            )
+            for count, data in self.tables
+        ]
+
+
+def _packed(table: pa.Table) -> bytes:
+    """A table as bytes: pickled, a slice would take the whole of which it is one along."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _unpacked(data: bytes) -> list[pa.Table]:
+    with pa.ipc.open_stream(data) as reader:
+        return [reader.read_all()]
+
+
+@functools.lru_cache(maxsize=4)
+def _rows(index: "ray.ObjectRef[pa.Table]") -> Rows:
+    return Rows(_fetch(index))
 
 
 @functools.lru_cache(maxsize=4)
@@ -289,10 +349,9 @@ class _Feeder:
             context.execution_options.label_selector = all_nodes_but(self.config.left_out)
         context.raise_original_map_exception = True
         context.execution_no_progress_timeout_s = -1  # training may pause longer; a rank's wait has its own bound
-        plan = ray.put(np.array([[b.phase, b.step, b.rank, b.lo, b.hi] for b in cut], np.int64))
         config = self.config
         at_once = None if config.decode_cpus else config.decode_slots
-        dataset = map_numbers(len(cut), lambda numbers: decode_block(numbers, plan, config), at_once)
+        dataset = map_rows(rows_of(cut, config), lambda rows: decode_block(rows, config), at_once)
         bundles = iter(dataset.iter_internal_ref_bundles())
         first = next(bundles, None)
         return _chain(first, bundles)

@@ -1,12 +1,12 @@
 """The epoch plan: which sample is consumed at which step by which rank, as pure functions.
 
 A `Plan` puts the samples of a pass at positions, in windows, one for each step; there are two. By count, an epoch is a
-permutation of the split's index that depends on (seed, epoch) only. Step s consumes the window
-`order[s*B : (s+1)*B]`, B the global batch; of a window of n positions rank r of w takes floor(r*n/w) to
-floor((r+1)*n/w). By tokens (token_plan.py), samples of similar length lie in bags of at most so many tokens, and a step
-consumes so many bags. Progress is therefore (epoch, step), and a resume on another number of workers repeats and skips
-nothing. A `Phase` is one pass over one split (a training epoch, a validation, an evaluation); the data pipeline
-streams a list of phases as numbered blocks, and this file alone knows the numbering. numpy only.
+permutation of the split's index that depends on (seed, epoch) only, computed for the positions that are asked for
+(permutation.py). Step s consumes the positions s*B to (s+1)*B, B the global batch; of a window of n positions rank r of
+w takes floor(r*n/w) to floor((r+1)*n/w). By tokens (token_plan.py), samples of similar length lie in bags of at most so
+many tokens, and a step consumes so many bags. Progress is therefore (epoch, step), and a resume on another number of
+workers repeats and skips nothing. A `Phase` is one pass over one split (a training epoch, a validation, an evaluation);
+the data pipeline streams a list of phases as numbered blocks, and this file alone knows the numbering. numpy only.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from slimray.data.permutation import permuted
 from slimray.data.token_plan import Bags, TokenPlan, ceil_div
+
+SHUFFLE = 2  # how new runs shuffle: by position; a run that began with 1, an array (before 2026-11-30), ends with it
 
 
 class Plan(Protocol):
@@ -62,6 +65,8 @@ class Phase:
     `drop_last` leaves out a last window that is not full; `limit` ends the pass after so many positions (0: none).
 
     With `bags` a window is `batch` of them, none is held out and there is no limit.
+
+    `version` is that of the shuffling by count: 1, or SHUFFLE.
     """
 
     name: str
@@ -77,6 +82,7 @@ class Phase:
     drop_last: bool = False
     limit: int = 0
     bags: Bags | None = None
+    version: int = 1
 
     @property
     def plan(self) -> Plan:
@@ -148,30 +154,8 @@ def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool = True) -
 
 
 def pass_order(phase: Phase, seed: int) -> np.ndarray:
-    """Return the sample ids of a pass by position, int64 `[num_positions]`, read-only, a function of its arguments."""
-    if not phase.held:
-        return epoch_order(phase.num_samples, seed, phase.epoch, phase.shuffle)
-    numbers = (phase.num_samples, phase.held, phase.num_held_windows, phase.every, phase.batch)
-    return _order_with_held(*numbers, seed, phase.epoch, phase.shuffle)
-
-
-@lru_cache(maxsize=4)
-def _order_with_held(
-    num_samples: int, held: int, windows: int, every: int, batch: int, seed: int, epoch: int, shuffle: bool
-) -> np.ndarray:
-    trained = epoch_order(num_samples - held, seed, epoch, shuffle)
-    if not windows:
-        return trained
-    positions = np.arange(windows * batch) + epoch * windows * batch  # in a row of permutations without an end
-    drawn = np.empty(len(positions), np.int64)
-    for turn in np.unique(positions // held):
-        here = positions // held == turn
-        drawn[here] = num_samples - held + epoch_order(held, seed + 1, int(turn))[positions[here] % held]
-    full = windows * every * batch
-    mixed = np.concatenate([trained[:full].reshape(windows, -1), drawn.reshape(windows, batch)], 1).ravel()
-    order = np.concatenate([mixed, trained[full:]])
-    order.setflags(write=False)
-    return order
+    """Return the sample ids of a pass by position, int64 `[num_positions]`, a function of its arguments."""
+    return CountPlan(phase).samples(0, phase.num_positions, seed)
 
 
 @dataclass(frozen=True)
@@ -207,9 +191,34 @@ class CountPlan:
         lo, hi = self.rank_slice(step, rank, world)
         return [(min(hi, lo + i * per_worker), min(hi, lo + (i + 1) * per_worker)) for i in range(pieces)]
 
-    def samples(self, lo: int, hi: int, seed: int, by_length: Callable[[], np.ndarray]) -> np.ndarray:
+    def samples(self, lo: int, hi: int, seed: int, by_length: Callable[[], np.ndarray] | None = None) -> np.ndarray:
         """Return the sample ids at positions [lo, hi); their lengths play no part."""
-        return pass_order(self.phase, seed)[lo:hi]
+        phase, positions = self.phase, np.arange(lo, hi)
+        num_trained, key = phase.num_samples - phase.held, (seed, phase.epoch)
+        if not phase.num_held_windows:
+            return self._shuffled(positions, num_trained, *key)
+        mixed = (phase.every + 1) * phase.batch  # positions from one held-out window to the next
+        turn, place = np.divmod(positions, mixed)
+        place -= phase.every * phase.batch
+        is_held = (turn < phase.num_held_windows) & (place >= 0)
+        trained = positions - np.minimum(turn, phase.num_held_windows) * phase.batch
+        ids = np.empty(len(positions), np.int64)
+        ids[~is_held] = self._shuffled(trained[~is_held], num_trained, *key)
+        row = (phase.epoch * phase.num_held_windows + turn) * phase.batch + place  # of permutations without an end
+        for number in np.unique(row[is_held] // phase.held):
+            here = is_held & (row // phase.held == number)
+            ids[here] = num_trained + self._shuffled(row[here] % phase.held, phase.held, seed + 1, int(number), True)
+        return ids
+
+    def _shuffled(
+        self, places: np.ndarray, count: int, seed: int, epoch: int, shuffle: bool | None = None
+    ) -> np.ndarray:
+        """Return what lies at `places` of the `count` numbers from 0, shuffled where the pass is."""
+        if not (self.phase.shuffle if shuffle is None else shuffle):
+            return places
+        if self.phase.version == 1:
+            return epoch_order(count, seed, epoch)[places]
+        return permuted(places, count, (seed, epoch))
 
 
 def rank_slice(phase: Phase, step: int, rank: int, world: int) -> tuple[int, int]:

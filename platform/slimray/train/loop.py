@@ -24,7 +24,7 @@ from torch import Tensor
 from slimray import runs
 from slimray.data.modalities import pads_of
 from slimray.data.pipeline import Batch, FeedConfig
-from slimray.data.plan import Phase, microbatches
+from slimray.data.plan import SHUFFLE, Phase, microbatches
 from slimray.data.ragged import tight
 from slimray.edge.compiler import without_compiler
 from slimray.spec import RunFailed
@@ -60,7 +60,7 @@ class _Rank:
         self.run = runs.run_at(config.run_uri)
         self.num_train = config.sources["train"].num_samples
         self.progress, self.clock = Progress(), Clock()
-        self.bad_steps, self.looks, self.arithmetic = 0, False, ARITHMETIC
+        self.bad_steps, self.looks, self.arithmetic, self.shuffle = 0, False, ARITHMETIC, SHUFFLE
         self.saved_at, self.news = time.monotonic(), News(config, self.rank)
         self.ranks = Ranks(self.rank, self.world, self.device, config.scale.data_timeout_s + 20, self._stuck)
         self.ranks.require_all_reduce()
@@ -107,7 +107,7 @@ class _Rank:
             raise RunFailed("the dataset is not the one the run began with: restore it, or start again with --restart")
         self.replica.load(part(tensors, "replica."))
         self.shown.load(tensors)
-        self.arithmetic = checkpoint.meta.get("arithmetic", 1)
+        self.arithmetic, self.shuffle = checkpoint.meta.get("arithmetic", 1), checkpoint.meta.get("shuffle", 1)
         for name, count in self._counts().items():
             if name in tensors:
                 count.copy_(tensors[name])
@@ -138,6 +138,7 @@ class _Rank:
                 "world": self.world,
                 "dataset": self.config.dataset,
                 "arithmetic": self.arithmetic,
+                "shuffle": self.shuffle,
             }
             self.ranks.watchdog.beat("saving a checkpoint")
             self.saver.save(tensors, meta)
@@ -194,13 +195,14 @@ class _Rank:
         """The pass over the training samples from which BatchNorm statistics are recomputed."""
         config, rows = self.config, max(2, self.config.per_worker)
         name, recipe, limit = "precise", config.recipes["train"], config.optim.precise_norm
-        return Phase(name, "train", epoch, self.num_train, rows * self.world, True, recipe, limit=limit)
+        numbers = (epoch, self.num_train, rows * self.world)
+        return Phase(name, "train", *numbers, True, recipe, limit=limit, version=self.shuffle)
 
     def _training(self, epoch: int, first: int = 0) -> Phase:
         config, recipe = self.config, self.config.recipes["train"]
-        held, bags = config.method.held(epoch), config.bags.get("train")
-        numbers = (epoch, self.num_train, config.window)
-        phase = Phase("train", "train", *numbers, True, recipe, first, *held, config.drop_last, bags=bags)
+        bags, numbers = config.bags.get("train"), (epoch, self.num_train, config.window)
+        held = config.method.held(epoch)
+        phase = Phase("train", "train", *numbers, True, recipe, first, *held, config.drop_last, 0, bags, self.shuffle)
         if not phase.num_steps:
             raise RunFailed(
                 f"batch.drop_last: {self.num_train} training samples do not fill a batch of {config.batch_total}: "

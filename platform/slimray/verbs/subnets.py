@@ -9,7 +9,7 @@ import functools
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from ray.util import ActorPool
 from slimray import runs
 from slimray.arch import Arch, Space
 from slimray.data.index import INDEX
-from slimray.data.pipeline import Batch, FeedConfig, Source, decode_block, failure_of, map_numbers
+from slimray.data.pipeline import Batch, FeedConfig, Source, decode_block, failure_of, map_rows, rows_of
 from slimray.data.plan import Phase, blocks
 from slimray.report import pages
 from slimray.spec import RunFailed
@@ -52,13 +52,13 @@ def decode(source: Source, recipe: dict[str, Any], count: int, seed: int, shuffl
     phase = Phase("judge", "split", 0, source.num_samples, ROWS, shuffle, recipe)
     plan = [block for block in blocks([phase], 1, [0], ROWS) if block.lo < count]
     config = FeedConfig((phase,), {"split": source}, seed, 1, ROWS, 1, timeout_s)
-    rows = ray.put(np.array([[b.phase, b.step, b.rank, b.lo, min(b.hi, count)] for b in plan], np.int64))
+    rows = rows_of([replace(block, hi=min(block.hi, count)) for block in plan], config)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.raise_original_map_exception = True
     try:
-        dataset = map_numbers(len(plan), lambda numbers: decode_block(numbers, rows, config))
+        dataset = map_rows(rows, lambda block: decode_block(block, config))
         return tuple(entry.ref for bundle in dataset.iter_internal_ref_bundles() for entry in bundle.blocks)
     except exceptions.RayTaskError as error:
         raise failure_of(error) from error
