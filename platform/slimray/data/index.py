@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 INDEX = pa.schema(
     [
@@ -19,6 +21,7 @@ INDEX = pa.schema(
         ("row", pa.int32()),  # row group in the shard, in a .bin or idx file the byte where the pixels begin; else -1
     ]
 )
+PIECE = 1 << 20  # rows looked at at a time, where there may be a hundred million
 NOTES = b"notes"  # in the metadata of its schema
 UNKNOWN = {"frames": 0, "fps": 0.0, "width": 0, "height": 0, "shard": "", "row": -1}
 
@@ -38,16 +41,28 @@ def notes_of(table: pa.Table) -> list[str]:
     return json.loads((table.schema.metadata or {}).get(NOTES, b"[]"))
 
 
+def pieces_of(column: pa.ChunkedArray) -> Iterator[pa.Array]:
+    """Yield a column in arrays of at most PIECE values."""
+    for chunk in column.chunks:
+        for start in range(0, len(chunk), PIECE):
+            yield chunk.slice(start, PIECE)
+
+
 def fingerprint(table: pa.Table) -> str:
     """A digest of an index, 64 hexadecimal digits: equal content in equal order, equal digest."""
     digest = hashlib.sha256()
     for column in INDEX:
-        values = table.column(column.name)
+        values, between = table.column(column.name), b""
         if pa.types.is_string(column.type):
-            content = "\n".join(values.to_pylist()).encode()
+            size = (pc.sum(pc.binary_length(values)).as_py() or 0) + max(0, len(values) - 1)  # with the line breaks
         else:
             kind = np.dtype(column.type.to_pandas_dtype()).newbyteorder("<")
-            content = values.to_numpy().astype(kind).tobytes()
-        digest.update(f"{column.name} {len(content)}\n".encode())
-        digest.update(content)
+            size = len(values) * kind.itemsize
+        digest.update(f"{column.name} {size}\n".encode())
+        for piece in pieces_of(values):
+            if pa.types.is_string(column.type):
+                digest.update(between + "\n".join(piece.to_pylist()).encode())
+                between = b"\n"
+            else:
+                digest.update(piece.to_numpy(zero_copy_only=False).astype(kind).tobytes())
     return digest.hexdigest()

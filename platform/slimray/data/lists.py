@@ -8,19 +8,20 @@ from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from slimray import storage
+from slimray.data import index_file
 from slimray.data.cards import MAX_CLASSES, Card, closest
 from slimray.data.entries import Entry, NotThere, Skipped, parse_json, place_of, read_text, split_of
-from slimray.data.index import INDEX, index_table, with_notes
+from slimray.data.index import index_table, with_notes
 from slimray.data.layouts import READERS
 from slimray.data.modalities import MODALITIES
 from slimray.data.paths import COLUMN, NUMBERED, inside
 from slimray.data.samples import MAX_FRAMES
 from slimray.spec import UserError, did_you_mean, parse
-from slimray.storage import join
+from slimray.storage import StorageError, join
 
 
 def complete(card: Card, root: str | None) -> Card:
@@ -89,23 +90,17 @@ def read_index(card: Card, split: str, fs: pafs.FileSystem, root: str) -> pa.Tab
     """An index that `prepare` wrote, checked like a list."""
     where = join(root, place_of(card, split))
     try:
-        data = storage.read_bytes(fs, join(root, inside(place_of(card, split), card.name)))
-        table = pq.read_table(pa.BufferReader(data)).select(INDEX.names).cast(INDEX).combine_chunks()
+        table = index_file.read_parquet(fs, join(root, inside(place_of(card, split), card.name)))
     except FileNotFoundError:
         raise UserError(f"{where}: there is no such index ({split_of(card, split)}): run prepare again") from None
+    except StorageError:
+        raise
     except (pa.ArrowException, KeyError, OSError) as error:
         raise UserError(f"{where}: is not an index ({str(error).splitlines()[0][:100]}): run prepare again") from None
-    if table.num_rows == 0 or any(column.null_count for column in table.columns):
-        raise UserError(f"{where}: is empty or has gaps: run prepare again")
-    paths, labels = table.column("path").to_pylist(), table.column("label").to_numpy()
-    if len(set(paths)) < len(paths):
-        raise UserError(f"{where}: lists a path twice: run prepare again")
-    if card.labelling.per_sample and (labels.min() < 0 or labels.max() >= card.num_classes):
-        raise UserError(
-            f"{where}: labels from {labels.min()} to {labels.max()}, {card.name} has {card.num_classes} classes"
-        )
-    for path in {*paths, *table.column("shard").to_pylist()} - {""}:
-        inside(path, where)
+    index_file.require_sound(table, where)
+    lowest, highest = pc.min_max(table.column("label")).as_py().values()
+    if card.labelling.per_sample and (lowest < 0 or highest >= card.num_classes):
+        raise UserError(f"{where}: labels from {lowest} to {highest}, {card.name} has {card.num_classes} classes")
     return table
 
 

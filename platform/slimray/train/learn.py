@@ -5,6 +5,7 @@ Plain functions on torch tensors, used by every verb that trains or evaluates; n
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +47,7 @@ def divergences(target: Tensor, logits: Tensor) -> Tensor:
     return (given.exp() * (given - own)).sum(1).view(len(logits), -1).mean(1)
 
 
-def balanced_weights(labels: Sequence[int], num_classes: int) -> tuple[float, ...]:
+def balanced_weights(labels: Sequence[int] | np.ndarray, num_classes: int) -> tuple[float, ...]:
     """A weight per class inverse to its count in `labels`, mean 1 over the classes that occur; 0 for the others."""
     counts = torch.bincount(torch.as_tensor(labels, dtype=torch.int64), minlength=num_classes).double()
     inverse = torch.where(counts > 0, 1 / counts.clamp(min=1), 0.0)

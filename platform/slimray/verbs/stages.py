@@ -114,7 +114,7 @@ def resolve_weights(optim: OptimSpec, table: Any, num_classes: int) -> OptimSpec
     """Return `optim` with class weights as numbers: `balanced` is counted in the labels of the training index."""
     if optim.class_weights != "balanced":
         return optim
-    weights = learn.balanced_weights(table.column("label").to_pylist(), num_classes)
+    weights = learn.balanced_weights(table.column("label").to_numpy().copy(), num_classes)
     return optim.model_copy(update={"class_weights": weights})
 
 

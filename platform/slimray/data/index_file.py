@@ -1,0 +1,112 @@
+"""The index of a split as `prepare` wrote it: a Parquet file, read and checked column by column.
+
+A large one is not held in memory: it is copied, a piece at a time, into a local Arrow file that is mapped and has no
+name any more, so that it is gone with the last table that needs it. Checks look at a piece at a time too; the one that
+looks at all rows at once, whether a path is listed twice, holds 8 bytes a row.
+"""
+
+import errno
+import functools
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from slimray import storage
+from slimray.data.index import INDEX, PIECE, pieces_of
+from slimray.data.paths import inside
+from slimray.spec import UserError
+
+MAPPED = 2_000_000  # rows from which on an index is mapped from a file in the folder for temporary ones ($TMPDIR)
+PART_BYTES = 64 << 20  # read at a time of a file in a bucket
+OUTSIDE = r"^$|^/|://|(^|/)\.\.(/|$)|[\x00-\x1f\x7f]"  # what `inside` refuses
+
+
+def read_parquet(fs: pafs.FileSystem, path: str) -> pa.Table:
+    """Return the rows of a Parquet file as a table with the columns of INDEX.
+
+    FileNotFoundError if it is not there, pa.ArrowException or KeyError if it is no index, StorageError, UserError where
+    the folder for temporary files has no room.
+    """
+    with tempfile.TemporaryDirectory(prefix="slimray-index-") as scratch:
+        try:
+            with pq.ParquetFile(_file(fs, path, Path(scratch) / "index.parquet")) as source:
+                pieces = (
+                    pa.Table.from_batches([batch]).select(INDEX.names).cast(INDEX)
+                    for batch in source.iter_batches(PIECE, columns=INDEX.names)
+                )
+                if source.metadata.num_rows < MAPPED:
+                    return pa.concat_tables([INDEX.empty_table(), *pieces]).combine_chunks()
+                local = str(Path(scratch) / "index.arrow")
+                with pa.OSFile(local, "wb") as sink, pa.ipc.new_file(sink, INDEX) as writer:
+                    for piece in pieces:
+                        writer.write_table(piece.combine_chunks())
+            return pa.ipc.open_file(pa.memory_map(local)).read_all()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise UserError(f"{scratch}: has no room for the index {path}: let TMPDIR name a larger folder") from None
+
+
+def _file(fs: pafs.FileSystem, path: str, to: Path) -> pa.BufferReader | str:
+    """Return the file in memory if it is small, else its local path, for which one of a bucket is copied to `to`."""
+    part = storage.read_bytes(fs, path, PART_BYTES)
+    if len(part) < PART_BYTES:
+        return pa.BufferReader(part)
+    if isinstance(fs, pafs.LocalFileSystem):
+        return path
+
+    def read(start: int) -> bytes:
+        with fs.open_input_file(path) as source:
+            return source.read_at(PART_BYTES, start)
+
+    with open(to, "wb") as file:
+        while part:
+            file.write(part)
+            part = storage.retry(functools.partial(read, file.tell()), "read", path)
+    return str(to)
+
+
+def require_sound(table: pa.Table, where: str) -> None:
+    """Raise UserError for an index without rows, with gaps, with a path twice or one that leads out of the root."""
+    if table.num_rows == 0 or any(column.null_count for column in table.columns):
+        raise UserError(f"{where}: is empty or has gaps: run prepare again")
+    if repeated(table.column("path")) is not None:
+        raise UserError(f"{where}: lists a path twice: run prepare again")
+    for piece in table.column("path").chunks:
+        _require_inside(piece, where)
+    for shard in pieces_of(table.column("shard")):
+        names = shard.unique()
+        _require_inside(names.filter(pc.not_equal(names, "")), where)
+
+
+def _require_inside(paths: pa.Array, where: str) -> None:
+    outside = pc.match_substring_regex(paths, OUTSIDE)
+    if pc.any(outside).as_py():
+        inside(paths[pc.index(outside, True).as_py()].as_py(), where)
+
+
+def repeated(column: pa.ChunkedArray) -> str | None:
+    """Return a string that a column holds twice, None if there is none."""
+    hashes = _hashes(column)
+    hashes.sort()
+    twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+    if not len(twice):
+        return None
+    rows = np.flatnonzero(np.isin(_hashes(column), twice))
+    found = Counter(column.take(pa.array(rows)).to_pylist())
+    return next((value for value, count in found.items() if count > 1), None)
+
+
+def _hashes(column: pa.ChunkedArray) -> np.ndarray:
+    """Python's hash of each string, int64 `[n]`: others in each process, which is no matter here."""
+    out, start = np.empty(len(column), np.int64), 0
+    for piece in pieces_of(column):
+        out[start : start + len(piece)] = np.fromiter(map(hash, piece.to_pylist()), np.int64, len(piece))
+        start += len(piece)
+    return out
