@@ -1,4 +1,4 @@
-"""A prepared index is read and checked a piece at a time, with the same result however large it is and where it lies."""
+"""A prepared index is read and checked in pieces, with the same result however large it is and where it lies."""
 
 import gc
 import os
@@ -11,7 +11,7 @@ import pytest
 
 from slimray.data import index, index_file
 from slimray.data.index import INDEX, fingerprint, index_table
-from slimray.data.index_file import read_parquet, repeated, require_sound
+from slimray.data.index_file import IndexWriter, read_parquet, repeated, require_sound
 from slimray.data.paths import inside
 from slimray.spec import UserError
 from slimray.storage import open_uri
@@ -77,7 +77,7 @@ def test_a_path_that_is_listed_twice_is_found_wherever_it_stands(in_small_pieces
     assert repeated(table().column("path")) is None
     assert repeated(table(path={650: "é3.mp4"}).column("path")) == "é3.mp4"
     require_sound(table(), "x.parquet")
-    with pytest.raises(UserError, match="x.parquet: lists a path twice"):
+    with pytest.raises(UserError, match=r"x\.parquet: lists a path twice"):
         require_sound(table(path={650: "é649.mp4"}), "x.parquet")
 
 
@@ -103,3 +103,15 @@ def test_the_columnar_check_of_paths_refuses_what_the_other_one_refuses(path, in
     with pytest.raises(UserError) as told:
         require_sound(changed, "x.parquet")
     assert str(told.value) == refused
+
+
+@pytest.mark.parametrize("sizes", [[NUM], [30] * 23 + [10], [64, 0, 636]])
+def test_an_index_is_written_as_its_rows_come(tmp_path, in_small_pieces, sizes):
+    writer, start = IndexWriter(tmp_path / "train.parquet"), 0
+    for size in sizes:
+        writer.add(table().slice(start, size))
+        start += size
+    assert writer.num_rows == NUM
+    assert writer.close() == tmp_path / "train.parquet"
+    assert read_parquet(pafs.LocalFileSystem(), str(tmp_path / "train.parquet")).equals(table())
+    assert len(writer.waiting) == 0

@@ -18,6 +18,7 @@ import numpy as np
 
 from slimray import storage
 from slimray.data.bytes import read_files, read_whole
+from slimray.data.open import filesystem
 from slimray.data.paths import COLUMN, inside
 from slimray.data.points import clouds, point_sets
 from slimray.data.points.arrays import KITTI_SCAN
@@ -82,7 +83,7 @@ class Bad:
 
 def convert_clip(raw: Raw, row: dict[str, Any], decoder: "Decoder") -> Iterator[Made]:
     """A video probed, and re-encoded if it is to be packed."""
-    source, root = storage.open_uri(raw.root)
+    source, root = filesystem(raw.root)
     data = read_whole(source, root, row)
     if raw.pack is None:
         found, encoded, psnr = decoder.probe(row["path"], data), b"", None
@@ -94,7 +95,7 @@ def convert_clip(raw: Raw, row: dict[str, Any], decoder: "Decoder") -> Iterator[
 
 def convert_image(raw: Raw, row: dict[str, Any], decoder: "Decoder") -> Iterator[Made]:
     """An image decoded, and made smaller if it is to be packed and its short side is too long."""
-    source, root = storage.open_uri(raw.root)
+    source, root = filesystem(raw.root)
     data = read_whole(source, root, row)
     short_side, quality = (None, 90) if raw.pack is None else (raw.pack.short_side, raw.pack.quality)
     encoded, found, psnr = decoder.shrink(row["path"], data, short_side, quality)
@@ -103,7 +104,7 @@ def convert_image(raw: Raw, row: dict[str, Any], decoder: "Decoder") -> Iterator
 
 def convert_cloud(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
     """A cloud read from any point file, with the labels of its points as classes; whole, or in tiles."""
-    card, (source, root) = raw.card, storage.open_uri(raw.root)
+    card, (source, root) = raw.card, filesystem(raw.root)
     data, labels = read_whole(source, root, row), None
     if card.point_labels:
         path = labels_path(card, row["path"])
@@ -128,7 +129,7 @@ def convert_cloud(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]
 
 def convert_room(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
     """The windows of an S3DIS room, first those of offset "zero", then those of "half"."""
-    source, root = storage.open_uri(raw.root)
+    source, root = filesystem(raw.root)
     objects = read_files(source, root, row["path"])
     folder, room = row["path"].rpartition("/")[0], row["path"].partition("/Annotations/")[0]
     xyzrgb, labels, skipped = cloud_reader(raw.timeout_s).room(row["path"], objects)
@@ -146,7 +147,7 @@ def convert_room(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
 
 def convert_shape(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
     """A shape of ShapeNet part, whose parts must be those of its class."""
-    source, root = storage.open_uri(raw.root)
+    source, root = filesystem(raw.root)
     data = read_whole(source, root, row)
     cloud = cloud_reader(raw.timeout_s).cloud(row["path"], data, point_sets.SHAPENET_COLUMNS)
     point_sets.check_shapenet_parts(cloud, row["label"])
@@ -155,7 +156,7 @@ def convert_shape(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]
 
 def convert_scan(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
     """The frustums of a KITTI scan: behind the 2D boxes of its labels, or of a detector where the card names one."""
-    path, split, (source, root) = row["path"], row["split"], storage.open_uri(raw.root)
+    path, split, (source, root) = row["path"], row["split"], filesystem(raw.root)
     data, number = read_whole(source, root, row), path.rpartition("/")[2].removesuffix(".bin")
     cloud = cloud_reader(raw.timeout_s).cloud(path, data, KITTI_SCAN)
     scan = np.concatenate([cloud.coords + cloud.origin, cloud.features["intensity"]], 1)
@@ -183,7 +184,7 @@ def scan_objects(raw: Raw, path: str) -> list[point_sets.KittiObject]:
 
 def _beside(raw: Raw, path: str, folder: str, suffix: str, num_bytes: int | None = None) -> bytes:
     """The file that belongs to a scan, `training/velodyne/000123.bin`, in another folder; its first bytes, or all."""
-    source, root = storage.open_uri(raw.root)
+    source, root = filesystem(raw.root)
     name = path.replace("/velodyne/", f"/{folder}/").removesuffix(".bin") + suffix
     try:
         return storage.read_bytes(source, storage.join(root, name), num_bytes)
@@ -194,7 +195,7 @@ def _beside(raw: Raw, path: str, folder: str, suffix: str, num_bytes: int | None
 @functools.lru_cache(maxsize=2)
 def _detections(root: str, name: str) -> dict[str, list[point_sets.KittiObject]]:
     """The 2D boxes of a detector by the number of their image; read once in a process."""
-    fs, folder = storage.open_uri(root)
+    fs, folder = filesystem(root)
     try:
         return point_sets.rgb_detections(storage.read_bytes(fs, storage.join(folder, name)))
     except FileNotFoundError:

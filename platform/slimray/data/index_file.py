@@ -23,6 +23,7 @@ from slimray.data.paths import inside
 from slimray.spec import UserError
 
 MAPPED = 2_000_000  # rows from which on an index is mapped from a file in the folder for temporary ones ($TMPDIR)
+MANY = 8192  # small tables that wait to be written together
 PART_BYTES = 64 << 20  # read at a time of a file in a bucket
 OUTSIDE = r"^$|^/|://|(^|/)\.\.(/|$)|[\x00-\x1f\x7f]"  # what `inside` refuses
 
@@ -70,6 +71,33 @@ def _file(fs: pafs.FileSystem, path: str, to: Path) -> pa.BufferReader | str:
             file.write(part)
             part = storage.retry(functools.partial(read, file.tell()), "read", path)
     return str(to)
+
+
+class IndexWriter:
+    """Writes the rows of an index into a Parquet file, PIECE of them at a time."""
+
+    def __init__(self, path: Path):
+        self.path, self.num_rows, self.num_waiting = path, 0, 0
+        self.waiting: list[pa.Table] = []
+        self.writer = pq.ParquetWriter(path, INDEX)
+
+    def add(self, table: pa.Table) -> None:
+        """Add rows with the columns of INDEX."""
+        self.waiting.append(table)
+        self.num_rows += table.num_rows
+        self.num_waiting += table.num_rows
+        if self.num_waiting >= PIECE or len(self.waiting) >= MANY:
+            self._write()
+
+    def _write(self) -> None:
+        self.writer.write_table(pa.concat_tables([INDEX.empty_table(), *self.waiting]).combine_chunks())
+        self.waiting, self.num_waiting = [], 0
+
+    def close(self) -> Path:
+        """Return the file, which is whole now."""
+        self._write()
+        self.writer.close()
+        return self.path
 
 
 def require_sound(table: pa.Table, where: str) -> None:

@@ -299,10 +299,11 @@ class _Rank:
         short last window moves the weights by less, and class weights do not change the rate.
         """
         config, clock, progress = self.config, self.clock, self.progress
-        keep = np.zeros(0, bool) if batch is None else batch.valid & ~self.bad.mask[batch.sample]
+        keep, new_bad = np.zeros(0, bool), 0.0
         if batch is not None:
+            known = self.bad.is_known(batch.sample)
+            keep, new_bad = batch.valid & ~known, float((~batch.valid & ~known).sum())
             self.bad.note(batch, phase, self.records.bad)
-        new_bad = 0.0 if batch is None else float((~batch.valid & ~self.bad.mask[batch.sample]).sum())
         pieces = self._pieces(phase, step, batch, keep)
         empty = [float(not len(piece.data)) for piece in pieces] if config.optim.norm == "sync" else []
         start = time.perf_counter()

@@ -137,32 +137,46 @@ class News:
 
 
 class BadSamples:
-    """The training samples that do not decode. `mask` holds those known when the epoch began: their weight is 0."""
+    """The training samples that do not decode, by number. Those `known` when the epoch began have weight 0.
+
+    `seen` are those that this rank found or heard of; ranks tell each other the numbers of what is new.
+    """
 
     def __init__(self, num_train: int, ranks: Ranks):
-        self.ranks = ranks
-        self.mask = np.zeros(num_train, bool)
-        self.seen = torch.zeros(num_train, dtype=torch.uint8)
+        self.num_train, self.ranks = num_train, ranks
+        self.known = np.zeros(0, np.int64)
+        self.seen: set[int] = set()
+        self.untold: list[int] = []
+
+    def is_known(self, samples: np.ndarray) -> np.ndarray:
+        """Return which of `samples` have weight 0, bool."""
+        return np.isin(samples, self.known)
 
     def note(self, batch: Batch, phase: Phase, quarantine: runs.PartWriter) -> None:
         """Write each sample that does not decode to the run's quarantine, once per attempt and rank."""
         for i in np.flatnonzero(~batch.valid):
             sample = int(batch.sample[i])
-            if phase.split == "train" and self.seen[sample]:
-                continue
             if phase.split == "train":
-                self.seen[sample] = 1
+                if sample in self.seen:
+                    continue
+                self.seen.add(sample)
+                self.untold.append(sample)
             row = {"path": batch.path[i], "split": phase.split, "sample": sample, "reason": batch.reason[i]}
             quarantine.write(row)
 
     def end_epoch(self) -> None:
         """From now on the samples that any rank has found bad have weight 0. A collective."""
-        self.seen = self.ranks.largest(self.seen)
-        self.mask = self.seen.numpy().astype(bool)
+        self._tell()
+        self.known = np.array(sorted(self.seen), np.int64)
+
+    def _tell(self) -> None:
+        self.seen.update(self.ranks.union(self.untold))
+        self.untold = []
 
     def too_many(self, bound: float) -> str | None:
         """Return the sentence that ends a run with more bad samples than `bound` (a share). A collective."""
-        num_bad, num_train = int(self.ranks.largest(self.seen).sum()), len(self.mask)
+        self._tell()
+        num_bad, num_train = len(self.seen), self.num_train
         if num_bad <= bound * num_train:
             return None
         return (
@@ -172,8 +186,16 @@ class BadSamples:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds of them, as all ranks know it. A collective."""
-        return {"mask": torch.from_numpy(self.mask.astype(np.uint8)), "bad_seen": self.ranks.largest(self.seen)}
+        self._tell()
+        return {
+            "bad.known": torch.from_numpy(self.known),
+            "bad.seen": torch.tensor(sorted(self.seen), dtype=torch.int64),
+        }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` gave."""
-        self.mask, self.seen = tensors["mask"].numpy().astype(bool), tensors["bad_seen"].clone()
+        """Take over what `tensors` gave, or what it gave before 2026-11-30: a mask over all samples for each."""
+        if "mask" in tensors:
+            known, seen = tensors["mask"].nonzero().flatten(), tensors["bad_seen"].nonzero().flatten()
+        else:
+            known, seen = tensors["bad.known"], tensors["bad.seen"]
+        self.known, self.seen, self.untold = known.numpy().copy(), set(seen.tolist()), []

@@ -1,11 +1,11 @@
-"""The ranks of a run among themselves: sums, gathers and maxima over all of them, watched for ranks that hang.
+"""The ranks of a run among themselves: sums, gathers and unions over all of them, watched for ranks that hang.
 
 Every method named a collective must be called by all ranks alike. A rank that does not move inside one waits for the
 others and is not stuck itself: `Watchdog` (health.py) is told so.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -64,13 +64,20 @@ class Ranks:
             dist.all_gather(everyone, mine)
             return torch.stack(everyone, 1).cpu()
 
-    def largest(self, values: Tensor) -> Tensor:
-        """Return the largest of each of `values` over all ranks, on the CPU. A collective."""
-        merged = values.to(self.device, copy=True)
+    def union(self, numbers: Sequence[int]) -> list[int]:
+        """Return what is among the `numbers` (not negative) of any rank, sorted. A collective."""
+        if self.world == 1:
+            return sorted(set(numbers))
+        most = int(self.gather(len(numbers)).max())
+        if not most:
+            return []
+        mine = torch.full((most,), -1, dtype=torch.int64)
+        mine[: len(numbers)] = torch.tensor(list(numbers), dtype=torch.int64)
+        everyone = [torch.empty_like(mine, device=self.device) for _ in range(self.world)]
         with self.waiting():
-            if self.world > 1:
-                dist.all_reduce(merged, op=dist.ReduceOp.MAX)
-            return merged.cpu()
+            dist.all_gather(everyone, mine.to(self.device))
+            found = torch.cat(everyone).unique().tolist()
+        return [number for number in found if number >= 0]
 
     def agree(self, decided: bool) -> bool:
         """Return what rank 0 decided. A collective."""

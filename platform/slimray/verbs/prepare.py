@@ -10,17 +10,17 @@ shards; a shard whose part file exists is done, so a killed job goes on where it
 """
 
 import contextlib
-import io
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 from pydantic import Field, model_validator
 
@@ -28,9 +28,10 @@ from slimray import runs, storage
 from slimray.data.bytes import write_shard
 from slimray.data.cards import Card
 from slimray.data.conversion import BY_LAYOUT, Bad, Raw, scan_objects
-from slimray.data.index import fingerprint, index_table, notes_of
+from slimray.data.index import fingerprint, notes_of
 from slimray.data.lists import read_split, unused_labels
 from slimray.data.modalities import MODALITIES
+from slimray.data.open import filesystem
 from slimray.data.samples import BadSample
 from slimray.data.synthetic import Sizes
 from slimray.data.text.spec import TRAIN, PreparedText, TextSpec
@@ -40,6 +41,7 @@ from slimray.data.video.repack import Pack
 from slimray.spec import RunFailed, Spec, UserError, parse
 from slimray.verbs import inputs
 from slimray.verbs.context import CheckContext, Context, Made
+from slimray.verbs.prepare_parts import Split, read_parts
 
 TOKENIZER = "tokenizer.txt"  # beside the card: the vocabulary of texts
 MAX_NOTES = 10  # printed, of files with points that are left out
@@ -336,47 +338,39 @@ def _process(
 
 def _write_indexes(job: PrepareJob, ctx: Context, card: Card, chunks: list[_Chunk], root: str, vocabulary: str) -> None:
     """Join the parts to one index per split, the quarantine, the card of the prepared dataset."""
-    rows: dict[str, list] = {chunk.split: [] for chunk in chunks}
-    bad: dict[str, list] = {chunk.split: [] for chunk in chunks}
-    objects: dict[str, list] = {chunk.split: [] for chunk in chunks}
-    files, failed = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0)
     totals: dict[str, Any] = {"bytes_in": 0, "bytes_out": 0, "psnr": []}
     notes: list[str] = []
-    for chunk in chunks:
-        part = json.loads(runs.read_file(ctx.run, f"data/parts/{_part_name(chunk)}"))
-        rows[chunk.split] += part["rows"]
-        bad[chunk.split] += part["bad"] + part["left_out"]
-        objects[chunk.split] += part.get("objects", [])
-        notes += part.get("notes", [])
-        files[chunk.split] += part.get("tried", chunk.hi - chunk.lo)
-        failed[chunk.split] += len(part["bad"])
-        totals["bytes_in"] += part["bytes_in"]
-        totals["bytes_out"] += part["bytes_out"]
-        totals["psnr"] += part["psnr"]
-    with contextlib.closing(runs.PartWriter(ctx.run, "quarantine", ctx.attempt, 0)) as writer:
-        for split, items in bad.items():
-            for item in items:
-                writer.write({"split": split, **item})
     metrics: dict[str, Any] = {}
-    for split, items in rows.items():
-        total = files[split]
-        if not items:
-            raise RunFailed(f"split {split!r}: none of {total} files decodes, see quarantine/ in the run folder")
-        if failed[split] > job.max_bad_fraction * total:
-            raise RunFailed(
-                f"split {split!r}: {failed[split]} of {total} files do not decode, more than max_bad_fraction "
-                f"({job.max_bad_fraction:g}): see quarantine/ in the run folder, or raise the bound"
-            )
-        buffer = io.BytesIO()
-        pq.write_table(index_table(items), buffer)
-        runs.write_file(ctx.run, f"data/{split}.parquet", buffer.getvalue())
-        if objects[split]:  # what is to be found, also in images without a frustum
-            runs.write_file(ctx.run, f"data/{split}.objects.json", json.dumps(objects[split]).encode())
-        metrics[split] = {"clips": len(items), "quarantined": len(bad[split])}
+    with tempfile.TemporaryDirectory(prefix="slimray-") as scratch:
+        names = dict.fromkeys(chunk.split for chunk in chunks)
+        splits = {name: Split.at(Path(scratch) / f"{number}.parquet") for number, name in enumerate(names)}
+        for chunk, part in zip(chunks, read_parts(ctx.run, list(map(_part_name, chunks))), strict=True):
+            splits[chunk.split].add(part, chunk.hi - chunk.lo)
+            notes += part.get("notes", [])
+            for key in totals:
+                totals[key] += part[key]
+        with contextlib.closing(runs.PartWriter(ctx.run, "quarantine", ctx.attempt, 0)) as writer:
+            for name, split in splits.items():
+                for item in split.bad:
+                    writer.write({"split": name, **item})
+        for name, split in splits.items():
+            if not split.index.num_rows:
+                raise RunFailed(
+                    f"split {name!r}: none of {split.files} files decodes, see quarantine/ in the run folder"
+                )
+            if split.failed > job.max_bad_fraction * split.files:
+                raise RunFailed(
+                    f"split {name!r}: {split.failed} of {split.files} files do not decode, more than max_bad_fraction "
+                    f"({job.max_bad_fraction:g}): see quarantine/ in the run folder, or raise the bound"
+                )
+            runs.write_file(ctx.run, f"data/{name}.parquet", split.index.close())
+            if split.objects:  # what is to be found, also in images without a frustum
+                runs.write_file(ctx.run, f"data/{name}.objects.json", json.dumps(split.objects).encode())
+            metrics[name] = {"clips": split.index.num_rows, "quarantined": len(split.bad)}
     here = job.pack is not None or card.layout == "generated" or MODALITIES[card.sample].stored
-    prepared = card.prepared(list(rows), None if here else root)
+    prepared = card.prepared(list(splits), None if here else root)
     if job.text is not None:
-        lengths = {split: max(item["frames"] for item in items) for split, items in rows.items()}
+        lengths = {name: int(split.lengths.max()) for name, split in splits.items()}
         known = {"tokenizer": TOKENIZER, "vocab_size": vocabulary_of(vocabulary).size, "lengths": lengths}
         prepared = prepared.model_copy(update={"text": PreparedText.model_validate(known | {"lower": job.text.lower})})
     text = yaml.safe_dump(prepared.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
@@ -395,9 +389,9 @@ def _write_indexes(job: PrepareJob, ctx: Context, card: Card, chunks: list[_Chun
     if len(notes) > MAX_NOTES:
         ctx.console.print(f"  and so with {len(notes) - MAX_NOTES} more files: see data/parts in the run folder")
     short = MODALITIES[card.sample].notes
-    for split, items in rows.items():
-        if short and (note := short(np.array([item.get("frames", 0) for item in items]), None)):
-            ctx.console.print(f"{job.name}: {split}: {note}", highlight=False, markup=False)
+    for name, split in splits.items():
+        if short and (note := short(split.lengths, None)):
+            ctx.console.print(f"{job.name}: {name}: {note}", highlight=False, markup=False)
 
 
 # ------------------------------------------------------------------------------------------------ in the tasks
@@ -407,7 +401,7 @@ def _do_chunk(work: _Work, chunk: _Chunk) -> dict[str, np.ndarray]:
     """Make one shard and its part file; the part is written last and says that the shard is whole."""
     import ray
 
-    fs, folder = storage.open_uri(work.run_uri)
+    fs, folder = filesystem(work.run_uri)
     table: Any = ray.get(work.tables[chunk.split], timeout=300)
     table = table.slice(chunk.lo, chunk.hi - chunk.lo)
     part: dict[str, Any] = {
