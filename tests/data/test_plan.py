@@ -57,10 +57,26 @@ def test_the_order_depends_on_seed_and_epoch_only():
 
 def test_feeder_groups_cover_all_ranks_once():
     for world in (1, 63, 64, 65, 1536):
-        num = num_feeders(world, 96)
+        num = num_feeders(world, [96] * 192)
         assert [r for g in range(num) for r in feeder_ranks(world, num, g)] == list(range(world))
-    assert num_feeders(1536, 96) == 24
-    assert num_feeders(1536, 2) == 1
+    assert num_feeders(1536, [96] * 192) == 24
+
+
+@pytest.mark.parametrize(
+    ("world", "free_cpus", "num"),
+    [
+        (1536, [64] * 192, 16),
+        (1536, [64] * 192 + [2.0, 0.5], 16),  # a small node beside them, and one that is full
+        (1536, [12] * 192, 6),
+        (1536, [5] * 192, 2),
+        (1536, [2], 1),
+        (1536, [], 1),
+        (64, [96] * 8, 1),
+        (65, [8] * 9, 2),
+    ],
+)
+def test_feeders_are_as_many_as_the_free_cpus_of_the_nodes_can_be_shared_out_to(world, free_cpus, num):
+    assert num_feeders(world, free_cpus) == num
 
 
 def test_held_out_windows_come_between_and_training_goes_over_the_others_once():

@@ -28,6 +28,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray import exceptions
+from ray._private.state import available_resources_per_node
 from ray.data.block import BlockAccessor, BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.util.annotations import RayDeprecationWarning
@@ -382,8 +383,7 @@ def start_feeders(config: FeedConfig, name: str, spare: str = "") -> tuple[str, 
     They live as long as the caller (rank 0) holds the handles; `feeder_of` finds them from the other ranks. Where one
     feeder is enough it is the one that `spare_feeder` started under the name `spare`, if that serves nobody yet.
     """
-    cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    num = num_feeders(config.world, min((count for count in cpus if count), default=0))
+    num = num_feeders(config.world, free_cpus())
     config = replace(config, decode_slots=max(1, config.decode_slots // num))
     if spare and num == 1 and (feeder := _begin_spare(config, spare)) is not None:
         return spare, [feeder]
@@ -393,6 +393,11 @@ def start_feeders(config: FeedConfig, name: str, spare: str = "") -> tuple[str, 
         handles.append(feeder)
         feeder.begin.remote(config, list(feeder_ranks(config.world, num, group)))
     return name, handles
+
+
+def free_cpus() -> list[float]:
+    """Return the CPUs of each node that nothing holds now."""
+    return [have.get("CPU", 0.0) for have in available_resources_per_node().values()]
 
 
 def spare_feeder(name: str, slots: int, environment: dict[str, Any]) -> Any:

@@ -19,6 +19,8 @@ import numpy as np
 from slimray.data.permutation import permuted
 from slimray.data.token_plan import Bags, TokenPlan, ceil_div
 
+RANKS_OF_FEEDER = 64
+MIN_USED = 0.8  # of the free CPUs that executions are to get
 SHUFFLE = 2  # how new runs shuffle: by position; a run that began with 1, an array (before 2026-11-30), ends with it
 
 
@@ -247,9 +249,17 @@ def blocks(phases: Sequence[Phase], world: int, ranks: Sequence[int], max_rows: 
                         yield Block(number, step, rank, lo, hi)
 
 
-def num_feeders(world: int, free_cpus_of_smallest_node: float) -> int:
-    """How many feeder actors serve `world` ranks: one per 64, as far as a node's free CPUs (four for each) go."""
-    return max(1, min(ceil_div(world, 64), int(free_cpus_of_smallest_node) // 4))
+def num_feeders(world: int, free_cpus: Sequence[float]) -> int:
+    """How many feeder actors serve `world` ranks: one per 64, as far as that leaves few CPUs idle.
+
+    `free_cpus` are those of each node that no worker holds. Ray shares a node's CPUs out among all executions in whole
+    numbers, and each feeder has two where one follows the other: from a node with fewer CPUs they get none.
+    """
+    free = [int(count) for count in free_cpus if count >= 1]
+    for num in range(ceil_div(world, RANKS_OF_FEEDER), 1, -1):
+        if 2 * num * sum(count // (2 * num) for count in free) >= MIN_USED * sum(free) > 0:
+            return num
+    return 1
 
 
 def feeder_ranks(world: int, num: int, group: int) -> range:

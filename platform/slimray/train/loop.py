@@ -67,7 +67,7 @@ class _Rank:
         self.bad = BadSamples(self.num_train, self.ranks)
         self.replica = make_replica(config, self.device, self.rank, self.world)
         self.shown = Shown(self.replica, self.ranks, config.pixels)
-        self.notices = Notices(config, self.ranks, self._save_now)
+        self.notices = Notices(config.limits, self.ranks, self._save_now, config.progress_actor.update.remote)
         self.result: Score | None = None
         if "val" in config.recipes:
             self.result = self.task.score(len(config.classes), config.recipes["val"])
@@ -279,7 +279,7 @@ class _Rank:
                         for one in self._parts(phase, step, batch):
                             score_batch(net, one, config.pixels, self.device, config.per_worker, score, seed, precision)
                     self.news.tell(phase, step, self.progress.total_steps, self.clock)
-                    self.looks = bool(self.ranks.sum(self.notices.due())[0])
+                    self.looks = bool(self.ranks.sum(self.notices.due(self.progress))[0])
                     if last:
                         self._end_validation(phase, score)
                         score = net = None
@@ -310,7 +310,7 @@ class _Rank:
         own = (
             0.0 if batch is None else float(self.task.weights(torch.from_numpy(batch.label[keep]), config.optim).sum())
         )
-        looks, counted = self.notices.due(), float(keep.sum())
+        looks, counted = self.notices.due(progress), float(keep.sum())
         num_valid, weight, num_bad, looks, *num_empty = self.ranks.sum(counted, own, new_bad, looks, *empty)
         self.looks = bool(looks)
         clock.communication += time.perf_counter() - start

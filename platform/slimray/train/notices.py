@@ -1,4 +1,9 @@
-"""What may end a training: a node whose preemption is announced, the limits of the job, a rank that is stuck."""
+"""What may end a training: a node whose preemption is announced, the limits of the job, a rank that is stuck.
+
+Ray Train's watcher of a group asks the cluster's state and, when a node of the group is to be taken, tells every rank's
+process. A rank looks at what its own process was told: nobody is asked and nobody waits. That one of them was told the
+others hear of in the sum that each step begins with, and only then do all ranks meet.
+"""
 
 import contextlib
 import socket
@@ -7,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-import ray.train
 from ray import exceptions
+from ray.train.v2._internal.execution.context import get_train_context
 
 from slimray import runs
 from slimray.spec import RunFailed
@@ -16,39 +21,60 @@ from slimray.train.checkpoints import Progress
 from slimray.train.config import FitConfig
 from slimray.train.health import OTHERS
 from slimray.train.ranks import Ranks
+from slimray.train.spec import LimitsSpec
 
-LOOK_S = 2.0  # how often the ranks ask whether the preemption of one of their nodes is announced
+LOOK_S = 2.0  # how often rank 0 looks whether a limit of the job is reached
+
+
+def told_here() -> Any:
+    """Return Ray's PreemptionInfo if this rank's process was told that a node of the group is to be taken, else None.
+
+    `ray.train.get_preemption_info` gives the same, but through a barrier of all ranks in one actor.
+    """
+    return get_train_context().preemption_context.preemption_info
 
 
 class Notices:
-    """Looks for notices every LOOK_S. `save` returns once a checkpoint of all ranks is on storage (a collective)."""
+    """Looks for notices at every step. `save` returns once a checkpoint of all ranks is on storage (a collective).
 
-    def __init__(self, config: FitConfig, ranks: Ranks, save: Callable[[], None]):
-        self.config, self.ranks, self.save = config, ranks, save
+    `tell` reports a note and more to the driver, `told` returns what this rank's process was told.
+    """
+
+    def __init__(
+        self,
+        limits: LimitsSpec | None,
+        ranks: Ranks,
+        save: Callable[[], None],
+        tell: Callable[..., Any],
+        told: Callable[[], Any] = told_here,
+    ):
+        self.limits, self.ranks, self.save, self.tell, self.told = limits, ranks, save, tell, told
         self.looked_at = self.counted_at = time.monotonic()
 
-    def due(self) -> float:
-        """Return 1 on rank 0 every LOOK_S, else 0: all ranks hear of it in the sum that each step begins with."""
-        now = time.monotonic()
-        if self.ranks.rank or now - self.looked_at < LOOK_S:
-            return 0.0
-        self.looked_at = now
-        return 1.0
-
-    def look(self, progress: Progress) -> dict[str, Any] | None:
-        """Return what ends the workers, after a step that rank 0 chose; None to go on. A collective.
-
-        {"failed": sentence} where a limit of the job is reached. With notice of a preemption the ranks save now, take
-        no more steps, and return {"leaving": {node id: reason}}: they are started again without those nodes, at once,
-        however long the notice is, and no step is done twice.
+    def due(self, progress: Progress) -> float:
+        """Count the time in `progress`, and return 1 where this rank was told something, on rank 0 also where a limit
+        is reached, else 0: all ranks hear of it in the sum that each step begins with.
         """
         now = time.monotonic()
         progress.seconds += now - self.counted_at
         progress.worker_seconds += (now - self.counted_at) * self.ranks.world
         self.counted_at = now
-        info = ray.train.get_preemption_info()
-        if info is not None and info.preempted_node_ids:
-            return self._save_and_leave(info, progress)
+        over = False
+        if self.ranks.rank == 0 and now - self.looked_at >= LOOK_S:
+            self.looked_at, over = now, bool(self._over(progress))
+        return float(over or self.told() is not None)
+
+    def look(self, progress: Progress) -> dict[str, Any] | None:
+        """Return what ends the workers, after a step at which somebody had something to say; None to go on. A
+        collective.
+
+        {"failed": sentence} where a limit of the job is reached. With notice of a preemption the ranks save now, take
+        no more steps, and return {"leaving": {node id: reason}}: they are started again without those nodes, at once,
+        however long the notice is, and no step is done twice.
+        """
+        told = [info for info in self.ranks.everyone(self.told()) if info is not None and info.preempted_node_ids]
+        if told:
+            return self._save_and_leave(told, progress)
         (over,) = self.ranks.sum(float(self.ranks.rank == 0 and bool(self._over(progress))))
         if over:
             self.save()
@@ -56,17 +82,18 @@ class Notices:
         return None
 
     def _over(self, progress: Progress) -> str:
-        limits = self.config.limits
-        return limits.reached(progress.worker_seconds, progress.seconds) if limits is not None else ""
+        return "" if self.limits is None else self.limits.reached(progress.worker_seconds, progress.seconds)
 
-    def _save_and_leave(self, info: Any, progress: Progress) -> dict[str, Any]:
+    def _save_and_leave(self, told: list[Any], progress: Progress) -> dict[str, Any]:
         self.save()
         if self.ranks.rank == 0:
-            where = f"ranks {', '.join(map(str, info.preempted_ranks))}"
-            notice = "" if info.deadline_ms is None else f", in {max(0.0, info.deadline_ms / 1000 - time.time()):.0f} s"
+            where = f"ranks {', '.join(map(str, sorted({rank for info in told for rank in info.preempted_ranks})))}"
+            deadline = min((info.deadline_ms for info in told if info.deadline_ms is not None), default=None)
+            notice = "" if deadline is None else f", in {max(0.0, deadline / 1000 - time.time()):.0f} s"
             note = f"node preemption announced ({where}{notice}): saved step {progress.total_steps}, starting again"
-            self.config.progress_actor.update.remote(note=note, preempted=True, total_steps=progress.total_steps)
-        return {"leaving": dict.fromkeys(info.preempted_node_ids, "is about to be taken")}
+            self.tell(note=note, preempted=True, total_steps=progress.total_steps)
+        nodes = sorted({node for info in told for node in info.preempted_node_ids})
+        return {"leaving": dict.fromkeys(nodes, "is about to be taken")}
 
 
 def tell_stuck(config: FitConfig, run: runs.Run, rank: int, doing: str, seconds: float, stacks: str) -> None:

@@ -6,6 +6,7 @@ others and is not stuck itself: `Watchdog` (health.py) is told so.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,6 +79,14 @@ class Ranks:
             dist.all_gather(everyone, mine.to(self.device))
             found = torch.cat(everyone).unique().tolist()
         return [number for number in found if number >= 0]
+
+    def everyone(self, value: Any) -> list[Any]:
+        """Return the `value` of every rank, which is pickled: not for what is done at each step. A collective."""
+        found: list[Any] = [value] * self.world
+        with self.waiting():
+            if self.world > 1:
+                dist.all_gather_object(found, value)
+        return found
 
     def agree(self, decided: bool) -> bool:
         """Return what rank 0 decided. A collective."""

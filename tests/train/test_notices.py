@@ -1,0 +1,72 @@
+"""One rank that was told of a preemption is enough; who was told nothing asks nobody and waits for nobody."""
+
+import torch
+from ray.train import PreemptionInfo
+from tests.ranks import run_ranks
+
+from slimray.train import notices
+from slimray.train.checkpoints import Progress
+from slimray.train.notices import Notices
+from slimray.train.ranks import Ranks
+from slimray.train.spec import LimitsSpec
+
+WORLD = 3
+SOON = PreemptionInfo(deadline_ms=1, preempted_node_to_ranks={"b": [1], "c": [2]})
+LATER = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [0], "c": [2]})
+
+
+def ranks(rank: int, world: int = 1) -> Ranks:
+    return Ranks(rank, world, torch.device("cpu"), 600, lambda *told: None)
+
+
+def _step(found: Notices, progress: Progress) -> dict | None:
+    """What the loop does: a sum at each step, a look where somebody had something to say."""
+    (looks,) = found.ranks.sum(found.due(progress))
+    return found.look(progress) if looks else None
+
+
+def _on_a_rank(rank: int) -> None:
+    saved: list[int] = []
+    said: list[dict] = []
+    told: list[PreemptionInfo] = []
+    found = Notices(
+        None,
+        ranks(rank, WORLD),
+        lambda: saved.append(rank),
+        lambda **what: said.append(what),
+        lambda: told[-1] if told else None,
+    )
+    progress = Progress(total_steps=7)
+    assert _step(found, progress) is None
+    assert saved == []
+    if rank == 1:
+        told.append(SOON)
+    assert _step(found, progress) == {"leaving": {"b": "is about to be taken", "c": "is about to be taken"}}
+    assert saved == [rank]
+    if rank == 0:
+        assert [(one["preempted"], one["total_steps"]) for one in said] == [(True, 7)]
+        assert said[0]["note"] == "node preemption announced (ranks 1, 2, in 0 s): saved step 7, starting again"
+    else:
+        assert said == []
+    if rank == 2:
+        told.append(LATER)
+    end = _step(found, progress)
+    assert end is not None
+    assert list(end["leaving"]) == ["a", "b", "c"]
+
+
+def test_what_one_rank_was_told_all_ranks_leave_for():
+    run_ranks(_on_a_rank, world=WORLD)
+
+
+def test_a_limit_ends_the_run_when_its_time_has_come(monkeypatch):
+    saved: list[int] = []
+    limits = LimitsSpec.model_validate({"cost": 1.0, "worker_hour": 3600})
+    found = Notices(limits, ranks(0), lambda: saved.append(1), print, lambda: None)
+    progress = Progress(worker_seconds=0.5)
+    monkeypatch.setattr(notices, "LOOK_S", 0.0)
+    assert _step(found, progress) is None
+    assert 0 < progress.seconds == progress.worker_seconds - 0.5
+    progress.worker_seconds = 1.5
+    assert _step(found, progress) == {"failed": "limits.cost: 1 are spent: raise it, and the same command resumes"}
+    assert saved == [1]
