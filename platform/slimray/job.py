@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "data.max_bad_fraction",
     "data.decode_timeout_s",
     "data.record_samples",
+    "data.cache",
     "data.card.description",
     "data.card.source",
     "data.card.licence",

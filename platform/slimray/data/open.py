@@ -3,6 +3,7 @@
 import functools
 from typing import TYPE_CHECKING, Any
 
+from slimray.data.cache import cache_of
 from slimray.storage import open_uri
 
 if TYPE_CHECKING:
@@ -19,5 +20,7 @@ def decoder(timeout_s: float) -> "Decoder":
 
 @functools.lru_cache(maxsize=8)
 def filesystem(root: str) -> tuple[Any, str]:
-    """Return the filesystem of a dataset's root, and its path there."""
-    return open_uri(root)
+    """Return the filesystem of a dataset's root, through the cache that the root names, and its path there."""
+    plain, cache = cache_of(root)
+    fs, path = open_uri(plain)
+    return (fs if cache is None else cache.open(fs)), path

@@ -61,6 +61,15 @@ class ImagesSpec(Spec):
         return self
 
 
+class CacheSpec(Spec):
+    """Where files of a bucket are kept on each machine."""
+
+    dir: str = Field(min_length=1)
+    """Folder on a disk of each machine, such as local NVMe; several datasets and jobs may share it."""
+    max_gb: float = Field(gt=0)
+    """Largest size of the folder in GB; what was used longest ago goes."""
+
+
 class DataSpec(Spec):
     """Which dataset, and how a sample is prepared. Give `card` (with `root`) or `run` (a finished `prepare`)."""
 
@@ -70,6 +79,9 @@ class DataSpec(Spec):
     """A `prepare` run to read, by name or URI, in place of `card`."""
     root: str | None = None
     """Folder of the dataset: a path, s3:// or gs://."""
+    cache: CacheSpec | None = None
+    """Keep the files of a dataset in a bucket on the machines that read them, whole shards, where `max_gb` holds them
+    from the second epoch on nothing is read from the bucket; null reads it always. May change when a run resumes."""
     train: str = "train"
     """Split to train on."""
     val: str | None = "val"

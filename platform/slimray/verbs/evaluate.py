@@ -21,7 +21,7 @@ from slimray.spec import RunFailed, UserError, lookup, parse, require_extra
 from slimray.train.spec import ScaleSpec
 from slimray.verbs import inputs
 from slimray.verbs.context import CheckContext, Context, Made
-from slimray.verbs.inputs import Splits, open_splits
+from slimray.verbs.inputs import Splits, open_splits, root_of
 from slimray.verbs.specs import WorkerJob
 
 
@@ -247,7 +247,7 @@ def run(job: EvaluateJob, ctx: Context) -> None:
         attempt=ctx.attempt,
         cases=tuple(cases),
         phases=tuple(phases),
-        source=Source(splits.root, ray.put(table), table.num_rows),
+        source=Source(root_of(splits, data), ray.put(table), table.num_rows),
         average=job.average,
         task=task.name,
         options=job.model_dump(include={"votes", "missed"}),

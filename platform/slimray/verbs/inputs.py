@@ -5,6 +5,8 @@ workers read no folder; `open_splits` reads the indexes; `make_recipe` says how 
 where the examples are that came with slimray. No Ray here.
 """
 
+import functools
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import pyarrow as pa
 
 import slimray
 from slimray import runs
+from slimray.data import cache
 from slimray.data.bytes import read_whole
 from slimray.data.cards import Card, load_card
 from slimray.data.index import fingerprint, notes_of
@@ -25,7 +28,7 @@ from slimray.data.samples import BadSample
 from slimray.data.spec import DataSpec
 from slimray.data.text.spec import PreparedText
 from slimray.spec import UserError, did_you_mean, located, parse
-from slimray.storage import absolute, exists, join, open_uri, read_bytes
+from slimray.storage import absolute, exists, join, open_uri, read_bytes, retry
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Splits:
     card: Card
     tables: dict[str, pa.Table]
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A digest of all indexes, in the order of the split names."""
         return "-".join(fingerprint(self.tables[name])[:16] for name in sorted(self.tables))
@@ -139,6 +142,20 @@ def notes_of_splits(data: DataSpec, splits: Splits, num_segments: int) -> list[s
         found += [f"{split}: {note}" for note in [*notes_of(table), *filter(None, [short])]]
     unused = unused_labels(splits.card, splits.tables.values())
     return found + ([unused] if unused else [])
+
+
+def root_of(splits: Splits, data: DataSpec) -> str:
+    """Return the root of a dataset as samples are read from it: through the cache of the job if it has one.
+
+    A cache keeps files of the dataset as it is now: of these indexes, and with lists that were written then.
+    """
+    if data.cache is None:
+        return splits.root
+    fs, folder = open_uri(splits.root)
+    lists = [join(folder, place) for name in splits.tables for place in splits.card.places(name)]
+    written = [info.mtime_ns for info in retry(lambda: fs.get_file_info(lists), "look at the lists of", folder)]
+    version = hashlib.sha256(f"{splits.fingerprint} {written}".encode()).hexdigest()[:16]
+    return cache.root(splits.root, data.cache.dir, data.cache.max_gb, version)
 
 
 def absent_samples(table: pa.Table, root: str, count: int = 3) -> list[str]:

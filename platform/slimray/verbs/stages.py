@@ -28,7 +28,7 @@ from slimray.train.progress import follow
 from slimray.train.spec import InitSpec, OptimSpec, ScaleSpec, TeacherSpec
 from slimray.verbs import networks
 from slimray.verbs.context import Context
-from slimray.verbs.inputs import Splits, make_recipe
+from slimray.verbs.inputs import Splits, make_recipe, root_of
 from slimray.verbs.specs import TrainJob
 
 
@@ -123,6 +123,7 @@ def fit_config(job: TrainJob, ctx: Context, run_uri: str, data: Data, summary: S
     splits = data.splits
     segments = summary.sides[0] if MODALITIES[splits.card.sample].segmented else 0
     names = {"train": job.data.train} | ({"val": job.data.val} if job.data.val else {})
+    root = root_of(splits, job.data)
     return loop.FitConfig(
         run_uri=run_uri,
         attempt=ctx.attempt,
@@ -138,7 +139,7 @@ def fit_config(job: TrainJob, ctx: Context, run_uri: str, data: Data, summary: S
         pixels=Input.of_channels(splits.card.channels, job.average),
         classes=tuple(splits.card.class_names()),
         dataset=splits.fingerprint,
-        sources={role: data.tables[name] for role, name in names.items()},
+        sources={role: replace(data.tables[name], root=root) for role, name in names.items()},
         recipes={role: make_recipe(job.data, splits.card, segments, role) for role in names},
         decode_slots=workers.decode_slots(job.scale),
         decode_timeout_s=job.data.decode_timeout_s,
