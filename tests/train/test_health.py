@@ -37,6 +37,36 @@ def test_a_rank_that_goes_on_is_left_alone():
     assert not told
 
 
+@pytest.mark.parametrize(("doing", "waits", "told"), [("computing", 0, 1), ("computing", 1, 0), ("saving", 0, 0)])
+def test_own_work_that_takes_far_longer_than_before_is_reported_before_the_limit(monkeypatch, doing, waits, told):
+    monkeypatch.setattr(health, "QUICK_S", 0.3)
+    monkeypatch.setattr(health, "QUICK_RATIO", 2.0)
+    found, event = [], threading.Event()
+    dog = health.Watchdog(patience(600), lambda *what: (found.append(what), event.set()), lambda: bool(waits))
+    for _ in range(health.QUICK_FROM):
+        dog.beat(health.COMPUTING)
+        time.sleep(0.005)
+        dog.beat(health.OTHERS)
+    dog.beat(doing)
+    if told:
+        assert event.wait(patience(30))
+        assert found[0][1] < patience(600)
+    else:
+        time.sleep(1.5)
+        assert not found
+    dog.close()
+
+
+def test_the_first_steps_may_take_as_long_as_anything(monkeypatch):
+    monkeypatch.setattr(health, "QUICK_S", 0.2)
+    found: list = []
+    dog = health.Watchdog(patience(600), lambda *what: found.append(what))
+    dog.beat(health.COMPUTING)
+    time.sleep(1.5)
+    dog.close()
+    assert not found
+
+
 @pytest.mark.parametrize(
     ("seconds", "slow"),
     [

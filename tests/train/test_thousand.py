@@ -56,6 +56,14 @@ def test_an_execution_per_node_would_get_none():
     assert min(got) <= 1
 
 
+@pytest.mark.parametrize(
+    ("ranks", "asked", "seconds"),
+    [(1, None, 0.5), (2, "0.1", 0.1), (64, None, 0.5), (256, None, 1.28), (1536, "2", 7.68)],
+)
+def test_the_controller_looks_less_often_at_many_workers(ranks, asked, seconds):
+    assert workers.poll_s(ranks, asked) == pytest.approx(seconds)
+
+
 def _meet(config: dict) -> int:
     """In the one worker: so many callers at once at the barrier that the controller made."""
     from ray.train.v2._internal.execution.context import get_train_context

@@ -1,6 +1,7 @@
 """Append-only records of a run: rows as immutable numbered JSONL parts, because object stores cannot append.
 
-`PartWriter` writes them from one rank, named by attempt, rank and number; `read_parts` returns the rows of a folder and
+`PartWriter` writes them from one rank, named by attempt, rank and number, and joins small ones to one, named by the
+first and the last number: a day of metrics is some hundred objects. `read_parts` returns the rows of a folder and
 keeps, of the steps that were done twice, those of the newest attempt.
 """
 
@@ -26,6 +27,9 @@ from slimray.storage import StorageError
 FLUSH_S = 10.0
 FLUSH_ROWS = 1000
 MAX_WAITING_ROWS = 100_000
+JOINED = 64  # parts that become one
+MAX_JOINED_BYTES = 4 << 20  # more are left as they are
+RELISTS = 4  # looks at a folder whose parts are joined while it is read
 MAX_PART_BYTES = 256 << 20
 MAX_PHASES = 64  # of which rows are thinned each by itself
 READERS = 16
@@ -37,7 +41,8 @@ log = logging.getLogger(__name__)
 class PartWriter:
     """Appends rows to `<folder>/` of a run from one rank, as parts named `attempt-rank-opened-number.jsonl`.
 
-    A background thread writes a part every `flush_s` seconds or FLUSH_ROWS rows. Storage that is away is asked again
+    A background thread writes a part every `flush_s` seconds or FLUSH_ROWS rows, and of every JOINED of them one in
+    their place, `...-first-last.jsonl`: that is whole before they go. Storage that is away is asked again
     for `patience_s` (default: the storage's), rows wait meanwhile (`write` blocks at MAX_WAITING_ROWS); then `write` or
     `close` raises StorageError, once. `opened` (ms) orders the writers of an attempt that a crash restarted.
     """
@@ -95,7 +100,7 @@ class PartWriter:
 
     def _work(self) -> None:
         try:
-            number = 0
+            number, small = 0, []
             while True:
                 with self._changed:
                     self._changed.wait_for(
@@ -104,7 +109,11 @@ class PartWriter:
                     lines, closing, self._hurry = self._lines[: 10 * FLUSH_ROWS], self._closing, False
                 if lines:
                     self._put(f"{self._stem}-{number:06d}.jsonl", b"\n".join(lines) + b"\n")
+                    small.append((number, b"\n".join(lines) + b"\n"))
                     number += 1
+                    if len(small) == JOINED:
+                        self._join(small)
+                        small = []
                 elif closing:
                     return
                 with self._changed:
@@ -117,6 +126,18 @@ class PartWriter:
                 self._error = StorageError(f"{error}; {len(self._lines)} rows of {self._stem} are lost")
                 self._failed, self._lines = True, []
                 self._changed.notify_all()
+
+    def _join(self, parts: Sequence[tuple[int, bytes]]) -> None:
+        """Replace parts by one. A process that dies in between leaves both, of which readers take the one."""
+        data = b"".join(content for _, content in parts)
+        if len(data) > MAX_JOINED_BYTES:
+            return
+        self._put(f"{self._stem}-{parts[0][0]:06d}-{parts[-1][0]:06d}.jsonl", data)
+        for number, _ in parts:
+            try:
+                storage.delete(self._run.fs, inside(self._run, f"{self._stem}-{number:06d}.jsonl"))
+            except StorageError as error:
+                log.warning("a part that was joined to others stays: %s", error)
 
     def _put(self, name: str, data: bytes) -> None:
         began = time.monotonic()
@@ -143,6 +164,15 @@ def read_parts(run: Run, folder: str, max_rows: int | None = None) -> list[dict[
     stay, but for exact repetitions. With `max_rows`, about so many rows of each phase are kept, spread evenly, among
     them the last: one part is in memory at a time, however long the run. StorageError for a part that does not read.
     """
+    for _ in range(RELISTS):
+        try:
+            return _read_parts(run, folder, max_rows)
+        except FileNotFoundError:  # its writer has joined parts since they were listed
+            continue
+    return _read_parts(run, folder, max_rows)
+
+
+def _read_parts(run: Run, folder: str, max_rows: int | None) -> list[dict[str, Any]]:
     writers: dict[tuple[int, int, int], list[_Part]] = {}
     for part in _list_parts(run, folder):
         writers.setdefault((part.attempt, part.opened, part.rank), []).append(part)
@@ -217,16 +247,24 @@ class _Part:
     attempt: int
     rank: int
     opened: int
+    first: int
+    last: int
     size: int
 
 
 def _list_parts(run: Run, folder: str) -> list[_Part]:
-    """The parts under a folder by name; DamagedFile for a .jsonl of another name."""
-    found = []
+    """The parts under a folder by name, without those that a joined one holds; DamagedFile for a .jsonl of another
+    name."""
+    found: list[_Part] = []
+    ends: dict[tuple[int, int, int], int] = {}  # writer -> last number so far; a joined part comes before its own
     for info in storage.list_files(run.fs, inside(run, folder)):
-        match = re.fullmatch(r"(\d{1,9})-(\d{1,9})-(\d{1,15})-(\d{1,9})\.jsonl", info.base_name)
+        match = re.fullmatch(r"(\d{1,9})-(\d{1,9})-(\d{1,15})-(\d{1,9})(?:-(\d{1,9}))?\.jsonl", info.base_name)
         if match is not None:
-            found.append(_Part(info.path, int(match[1]), int(match[2]), int(match[3]), info.size or 0))
+            attempt, rank, opened, first = (int(match[group]) for group in (1, 2, 3, 4))
+            part = _Part(info.path, attempt, rank, opened, first, int(match[5] or first), info.size or 0)
+            if part.last > ends.get((attempt, rank, opened), -1):
+                ends[attempt, rank, opened] = part.last
+                found.append(part)
         elif info.base_name.endswith(".jsonl"):
             raise DamagedFile(f"{info.path}: is not a part of a run's records (its name is attempt-rank-time-number)")
     return found

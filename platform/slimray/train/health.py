@@ -1,8 +1,9 @@
 """The health of a run: stuck ranks, slow ranks, and how much of the time went into useful steps.
 
 `Watchdog` watches one rank from a thread: when nothing moved for a bound it says what the rank was doing and hands
-over the stacks of all its threads. `slow_ranks` finds stragglers in the step times of all ranks (MegaScale, arXiv
-2402.15627, does so with a heat map). `goodput` is useful step seconds over wall seconds. No Ray, no torch.
+over the stacks of all its threads. A rank's own work on a step has a bound that follows the steps before. `slow_ranks`
+finds stragglers in the step times of all ranks (MegaScale, arXiv 2402.15627, does so with a heat map). `goodput` is
+useful step seconds over wall seconds. No Ray, no torch.
 """
 
 import faulthandler
@@ -16,27 +17,42 @@ from typing import Any
 
 import numpy as np
 
+COMPUTING = "computing"  # a rank's own work on a step
 OTHERS = "waiting for the other ranks"  # what a rank does that is itself not stuck
+QUICK_S, QUICK_RATIO, QUICK_FROM = 120.0, 20.0, 20  # bound of own work: of the longest before; from so many on
 SLOW_RATIO, SLOW_Z = 1.3, 3.5  # of the median, and in robust standard deviations: both, else noise is blamed
 
 
 class Watchdog:
     """Calls `stuck(doing, seconds, stacks)` from its thread, once, when `beat` was not called for `limit_s` seconds.
 
-    `doing` is what the last beat said. The thread needs the interpreter: code that holds it for ever is not caught here
-    but by the other ranks, whose collectives time out.
+    `doing` is what the last beat said. COMPUTING has a shorter bound, QUICK_RATIO times the longest so far and at least
+    QUICK_S, unless `waits()` says that the rank waits for others in it. The thread needs the interpreter: code that
+    holds it for ever is not caught here but by the other ranks, whose collectives time out.
     """
 
-    def __init__(self, limit_s: float, stuck: Callable[[str, float, str], None]):
-        self.limit_s, self.stuck = limit_s, stuck
+    def __init__(
+        self, limit_s: float, stuck: Callable[[str, float, str], None], waits: Callable[[], bool] = lambda: False
+    ):
+        self.limit_s, self.stuck, self.waits = limit_s, stuck, waits
         self.doing, self._at = "starting", time.monotonic()
+        self._longest_s, self._num_computed = 0.0, 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
 
     def beat(self, doing: str) -> None:
         """Note that the rank makes progress, and what it is doing now."""
-        self.doing, self._at = doing, time.monotonic()
+        now = time.monotonic()
+        if self.doing == COMPUTING:
+            self._longest_s, self._num_computed = max(self._longest_s, now - self._at), self._num_computed + 1
+        self.doing, self._at = doing, now
+
+    def _quick_s(self) -> float:
+        """The bound of what the rank is doing, where it need not wait for anybody."""
+        if self.doing != COMPUTING or self._num_computed < QUICK_FROM:
+            return self.limit_s
+        return min(self.limit_s, max(QUICK_S, QUICK_RATIO * self._longest_s))
 
     def close(self) -> None:
         """Stop watching."""
@@ -45,7 +61,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.limit_s / 4)):
             seconds = time.monotonic() - self._at
-            if seconds > self.limit_s:
+            if seconds > self.limit_s or (seconds > self._quick_s() and not self.waits()):
                 self.stuck(self.doing, seconds, stacks())
                 return
 

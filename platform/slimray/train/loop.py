@@ -35,7 +35,7 @@ from slimray.tasks.task import Score, require_finite
 from slimray.train import learn, optimizers, speed
 from slimray.train.checkpoints import Progress, Saver
 from slimray.train.config import FitConfig
-from slimray.train.health import OTHERS, end_process
+from slimray.train.health import COMPUTING, OTHERS, end_process
 from slimray.train.methods.method import Piece, part
 from slimray.train.metrics import BadSamples, Clock, News, Records, training_row
 from slimray.train.notices import Notices, tell_stuck
@@ -62,7 +62,8 @@ class _Rank:
         self.progress, self.clock = Progress(), Clock()
         self.bad_steps, self.looks, self.arithmetic, self.shuffle = 0, False, ARITHMETIC, SHUFFLE
         self.saved_at, self.news = time.monotonic(), News(config, self.rank)
-        self.ranks = Ranks(self.rank, self.world, self.device, config.scale.data_timeout_s + 20, self._stuck)
+        limit_s = config.scale.data_timeout_s + 20
+        self.ranks = Ranks(self.rank, self.world, self.device, limit_s, self._stuck, self._reduces)
         self.ranks.require_all_reduce()
         self.bad = BadSamples(self.num_train, self.ranks)
         self.replica = make_replica(config, self.device, self.rank, self.world)
@@ -81,11 +82,15 @@ class _Rank:
 
     def _stuck(self, doing: str, seconds: float, stacks: str) -> None:
         """Called by the watchdog: report where the rank is, and end it unless it only waits for others."""
-        replica = getattr(self, "replica", None)  # none yet if the rank is stuck at the start
-        waits = doing == OTHERS or (replica is not None and replica.reduces_since() > 1)
+        waits = doing == OTHERS or self._reduces()
         tell_stuck(self.config, self.run, self.rank, OTHERS if waits else doing, seconds, stacks)
         if not waits:
             end_process()
+
+    def _reduces(self) -> bool:
+        """Whether the rank is where all ranks add up their gradients, for more than a second."""
+        replica = getattr(self, "replica", None)  # none yet at the start
+        return replica is not None and replica.reduces_since() > 1
 
     # ------------------------------------------------------------------------------------ resume and saving
 
@@ -244,7 +249,7 @@ class _Rank:
             score, net, started = None, None, time.perf_counter()
             self.ranks.watchdog.beat("waiting for data")
             for phase, step, batch in stream:
-                self.ranks.watchdog.beat("computing")
+                self.ranks.watchdog.beat(COMPUTING)
                 last = step + 1 == phase.num_steps
                 if phase.name == "train":
                     self.clock.wait += stream.waited_s

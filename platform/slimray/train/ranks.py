@@ -20,14 +20,20 @@ from slimray.train.health import OTHERS, Watchdog
 class Ranks:
     """This rank of `world`, the device it computes on, and the watchdog that looks after it.
 
-    `stuck(doing, seconds, stacks)` is called when the rank did not move for `limit_s` seconds.
+    `stuck(doing, seconds, stacks)` is called when the rank did not move for `limit_s` seconds; see `Watchdog`.
     """
 
     def __init__(
-        self, rank: int, world: int, device: torch.device, limit_s: float, stuck: Callable[[str, float, str], None]
+        self,
+        rank: int,
+        world: int,
+        device: torch.device,
+        limit_s: float,
+        stuck: Callable[[str, float, str], None],
+        waits: Callable[[], bool] = lambda: False,
     ):
         self.rank, self.world, self.device = rank, world, device
-        self.watchdog = Watchdog(limit_s, stuck)
+        self.watchdog = Watchdog(limit_s, stuck, waits)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

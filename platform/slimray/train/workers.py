@@ -43,6 +43,10 @@ from slimray.train.spec import ScaleSpec
 
 BARRIER_CALLS = 4096  # concurrent calls of Ray Train's barrier; its own number, 1,000, dead-locks a larger world
 MAX_WORKERS = 4000
+POLLS = (
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"  # of the environment: seconds between looks of the controller at all workers
+)
+POLLED_PER_S = 200  # workers: the controller spends about 0.3 ms on each
 ELASTIC_START_S = 20.0  # an elastic group that cannot be placed asks again after this, for as many workers as fit then
 WAITING_S, REMIND_S = 15.0, 60.0  # without progress until a launch says what it waits for, and then says so again
 MAX_IN_VAIN = 10  # starts without a node, one after the other, with no checkpoint between
@@ -273,6 +277,8 @@ def _launch(
     starts = math.ceil(scale.capacity_timeout_s / start_s)  # each is a failure of the controller's for Ray Train
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_s)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(scale.data_timeout_s + 60)
+    asked = os.environ.get(POLLS)
+    os.environ[POLLS] = f"{poll_s(scale.most, asked):g}"
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     os.environ["RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING"] = "0"  # it would log into the driver's terminal
     # a machine of one's own gives no notice
@@ -333,7 +339,13 @@ def _launch(
             raise RunFailed(stuck[-1] if stuck else _cause(error), code=3) from error
         finally:
             watch.done.set()
+            os.environ.pop(POLLS) if asked is None else os.environ.update({POLLS: asked})
     return result
+
+
+def poll_s(workers: int, asked: str | None) -> float:
+    """Return the seconds between the controller's looks at so many workers: as `asked` (0.5), longer for many."""
+    return max(float(asked or 0.5), workers / POLLED_PER_S)
 
 
 def _unfit(actor: Any, wanted: dict[str, str], run_uri: str, scale: ScaleSpec, known: Set[str]) -> dict[str, str]:
