@@ -57,6 +57,36 @@ def test_a_torus_of_one_row_is_a_ring_and_a_square_one_has_fewer_hops():
     assert planner.torus_s(32, 32, 1e6, LINK) < planner.ring_s(1024, 1e6, LINK)
 
 
+def test_each_step_waits_for_a_sum_of_a_few_numbers_over_all_ranks():
+    far = replace(GPUS, outer=Link(10.0, latency_us=5.0), inner=Link(100.0, latency_us=1.0))
+    assert planner.control_s(far, 1) == 0
+    assert planner.control_s(far, 8) == pytest.approx(2 * 3 * 1e-6, rel=0.01)
+    assert planner.control_s(far, 1024) == pytest.approx(2 * 10 * 5e-6, rel=0.01)
+    split, without = planner.split_step(WORK, far, 32), planner.split_step(WORK, GPUS, 32)
+    assert split.control_s == planner.control_s(far, 32)
+    parts = split.compute_s + split.data_s + split.comm_s + split.straggler_s
+    assert split.step_s == pytest.approx(parts + 2 * 5 * 5e-6, rel=1e-3)
+    assert without.control_s == pytest.approx(0, abs=1e-7)
+    (row,) = planner.make_plan(WORK, far, [32]).rows
+    assert row.control_ms == pytest.approx(0.05, rel=0.01)
+    (row,) = planner.make_plan(replace(WORK, compute_s=(1e-9,) * 3, gradient_mb=1e-9), far, [32]).rows
+    assert row.bottleneck == "control path"
+
+
+def test_a_storage_that_answers_few_requests_bounds_the_rate_unless_nodes_keep_the_files():
+    asked = replace(WORK, requests=2.0)
+    bucket = replace(GPUS, storage_requests_s=100.0)
+    split = planner.split_step(asked, bucket, 32)
+    assert split.data_cause == "requests"
+    assert split.compute_s + split.data_s == pytest.approx(128 * 2 / 100)
+    (row,) = planner.make_plan(asked, bucket, [32]).rows
+    assert row.bottleneck == "requests"
+    assert "data.cache" in row.advice
+    assert row.requests_s == pytest.approx(100, rel=0.05)
+    assert planner.split_step(replace(asked, requests=0.0), bucket, 32).data_s == 0
+    assert planner.split_step(asked, GPUS, 32).data_s == 0
+
+
 def test_nothing_is_reduced_by_one_worker_and_only_within_a_node_by_a_node():
     assert planner.allreduce_s(GPUS, 1, 1e8) == {"none": 0.0}
     assert planner.allreduce_s(GPUS, 8, 1e8)["ring"] == planner.ring_s(8, 1e8, GPUS.inner)

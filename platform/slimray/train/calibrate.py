@@ -39,6 +39,7 @@ from slimray.train.spec import OptimSpec
 FILE = "calibration.json"
 STEPS, WARM = 12, 3
 DECODED = 12  # samples
+REQUESTS = 2.0  # of a bucket for a file, or a clip of a shard: how large it is, and its bytes
 SPREAD = (0.9, 1.0, 1.15)  # of a measured time on another day of the same machine (an assumption)
 
 
@@ -221,6 +222,7 @@ def work(
         compute_s=planner.compute_s(macs, peak, cluster.utilisation),
         decode_s=decode_s,
         sample_mb=sample_mb,
+        requests=0.0 if job.data.cache else REQUESTS,
         val_passes=-(-job.optim.epochs // job.val_every) if val_samples else 0,
         val_samples=val_samples,
         checkpoint_mb=8 * params / 1e6,  # weights and momentum

@@ -49,6 +49,8 @@ class MachineSpec(Spec):
     """What a node reads from, and writes to, the storage of dataset and checkpoints, GB/s."""
     storage_gb_s: float | None = Field(None, gt=0)
     """What the shared storage gives to all nodes together, GB/s."""
+    storage_requests_s: float | None = Field(None, gt=0)
+    """Requests a second that the storage answers for the dataset (a prefix of a bucket); left out: no bound."""
     nodes: int | None = Field(None, ge=1)
     """Largest number of nodes."""
     mtbf_hours: float = Field(5000.0, gt=0)
@@ -116,6 +118,7 @@ class Cluster:
     gpu: str = ""
     disk_gb_s: float = 1.0
     storage_gb_s: float | None = None
+    storage_requests_s: float | None = None
     nodes: int | None = None
     bandwidth_share: Range = (0.5, 0.8, 1.0)
     jitter: Range = (0.01, 0.02, 0.04)
@@ -165,6 +168,7 @@ def make_cluster(name: str, machine: MachineSpec, prices: Mapping[str, PriceSpec
         gpu=machine.gpu or "" if machine.gpus_per_node else "",
         disk_gb_s=machine.disk_gb_s,
         storage_gb_s=machine.storage_gb_s,
+        storage_requests_s=machine.storage_requests_s,
         nodes=1 if single else machine.nodes,
         bandwidth_share=machine.bandwidth_share,
         jitter=machine.jitter,

@@ -4,8 +4,9 @@ In go a `Work` (what a job asks for) and a `Cluster` (what machines give, by dat
 out comes a `Row` per number of workers. Every uncertain figure is a range (low, likely, high), so is every answer: the
 high one takes the slow end of everything at once. Formulas: ring, double binary tree and two-level all-reduce; linear
 scaling with accumulation as in arXiv 1706.02677; checkpoints by Young and Daly; E[max of n] ~ sigma sqrt(2 ln n) for
-stragglers. Surprising: a step is as slow as its slowest rank, so jitter is charged by ranks, not by nodes; and workers
-that share cores (a laptop) are charged each other's work and the decoders'. numpy and a spec only: no torch, no Ray.
+stragglers. The control path is the sum of a few numbers over all ranks with which each step begins. Surprising: a step
+is as slow as its slowest rank, so jitter is charged by ranks, not by nodes; and workers that share cores (a laptop) are
+charged each other's work and the decoders'. numpy and a spec only: no torch, no Ray.
 """
 
 import math
@@ -21,6 +22,7 @@ from slimray.train.machines import Cluster, Link, Range
 LOW, LIKELY, HIGH = 0, 1, 2
 BACKWARD = 2 / 3  # part of forward + backward in which gradients come to be: backward costs twice the forward pass
 LAST_BUCKET_MB = 25.0  # DDP's default bucket: the last one is reduced when no gradient is left to hide it
+CONTROL_BYTES = 64  # of the sum with which a step begins
 RESTART_S = 60.0  # what a lost node costs beside the work since the last checkpoint: a new group of workers
 
 
@@ -68,8 +70,8 @@ class Work:
     """What a training asks of machines. Megabytes are 10^6 bytes; times are of one rank that nobody disturbs.
 
     `compute_s`: forward and backward pass of a sample; `step_s`: what every step costs beside (optimizer); `decode_s`:
-    core-seconds to make a sample of its `sample_mb` on storage; `restart_s`: idle time of an epoch's beginning.
-    `threads`: cores a rank uses where it has no GPU. `basis` says where the times are from.
+    core-seconds to make a sample of its `sample_mb` on storage, which takes `requests` to it; `restart_s`: idle time of
+    an epoch's beginning. `threads`: cores a rank uses where it has no GPU. `basis` says where the times are from.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Work:
     step_s: float = 0.0
     decode_s: float = 0.0
     sample_mb: float = 0.0
+    requests: float = 0.0
     val_passes: float = 0.0
     val_samples: int = 0
     checkpoint_mb: float = 0.0
@@ -102,7 +105,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Split:
-    """The seconds of a step: computing, waiting for data, exposed all-reduce, waiting for the slowest rank."""
+    """The seconds of a step: computing, waiting for data, exposed all-reduce, waiting for the slowest rank, and the sum
+    of a few numbers at its beginning."""
 
     compute_s: float
     data_s: float
@@ -110,10 +114,11 @@ class Split:
     straggler_s: float
     algorithm: str
     data_cause: str
+    control_s: float = 0.0
 
     @property
     def step_s(self) -> float:
-        return self.compute_s + self.data_s + self.comm_s + self.straggler_s
+        return self.compute_s + self.data_s + self.comm_s + self.straggler_s + self.control_s
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,8 @@ class Row:
     """A plan for one number of workers. Ranges are (low, likely, high), the milliseconds the likely ones.
 
     `efficiency` is the rate over `workers` times that of one worker of the same job (0-1). `goodput` is the useful part
-    of the time with failures and checkpoints every `checkpoint_every_s`. `decode_cores` are needed all over.
+    of the time with failures and checkpoints every `checkpoint_every_s`. `decode_cores` are needed all over, and so are
+    `requests_s` to the storage.
     """
 
     workers: int
@@ -132,6 +138,7 @@ class Row:
     data_ms: float
     comm_ms: float
     straggler_ms: float
+    control_ms: float
     algorithm: str
     samples_per_s: Range
     efficiency: Range
@@ -139,6 +146,7 @@ class Row:
     usd: Range | None
     decode_cores: float
     storage_mb_s: float
+    requests_s: float
     checkpoint_every_s: float
     goodput: float
     bottleneck: str
@@ -206,6 +214,12 @@ def allreduce_s(cluster: Cluster, workers: int, num_bytes: float, share: float =
     }
 
 
+def control_s(cluster: Cluster, workers: int) -> float:
+    """Seconds of the sum of a few numbers over all ranks, by a tree: each step waits for one, and nothing hides it."""
+    nodes, _ = cluster.place(workers)
+    return tree_s(workers, CONTROL_BYTES, cluster.outer if nodes > 1 else cluster.inner)
+
+
 def straggler_tax(ranks: int, jitter: float) -> float:
     """By what part the slowest of `ranks` is slower than the mean: jitter x sqrt(2 ln n); 0 for one rank."""
     return jitter * math.sqrt(2 * math.log(ranks))
@@ -237,6 +251,8 @@ def split_step(work: Work, cluster: Cluster, workers: int, case: int = LIKELY, b
         waits["network"] = here * read_gb / cluster.outer.gb_s - compute
     if cluster.storage_gb_s:
         waits["storage"] = workers * read_gb / cluster.storage_gb_s - compute
+    if cluster.storage_requests_s:
+        waits["requests"] = workers * rows * work.requests / cluster.storage_requests_s - compute
     cause = max(waits, key=lambda name: waits[name])
     data = max(0.0, waits[cause])
     share = cluster.bandwidth_share[2 - case]
@@ -249,7 +265,7 @@ def split_step(work: Work, cluster: Cluster, workers: int, case: int = LIKELY, b
         backward = BACKWARD * min(rows, work.per_worker) * work.compute_s[case]
         comm = max(comm * min(1.0, LAST_BUCKET_MB / work.gradient_mb), comm - backward)
     late = compute * straggler_tax(workers, cluster.jitter[case])
-    return Split(compute, data, comm, late, name, cause)
+    return Split(compute, data, comm, late, name, cause, control_s(cluster, workers))
 
 
 def train_s(work: Work, cluster: Cluster, workers: int, case: int = LIKELY) -> float:
@@ -345,6 +361,7 @@ def _row(work: Work, cluster: Cluster, workers: int) -> Row:
         data_ms=likely.data_s * 1e3,
         comm_ms=likely.comm_s * 1e3,
         straggler_ms=likely.straggler_s * 1e3,
+        control_ms=likely.control_s * 1e3,
         algorithm=likely.algorithm,
         samples_per_s=_range(reversed(rates)),
         efficiency=_range(sorted(a / split.step_s / workers for a, split in zip(alone, splits, strict=True))),
@@ -352,6 +369,7 @@ def _row(work: Work, cluster: Cluster, workers: int) -> Row:
         usd=usd,
         decode_cores=rates[LIKELY] * work.decode_s,
         storage_mb_s=rates[LIKELY] * work.sample_mb,
+        requests_s=rates[LIKELY] * work.requests,
         checkpoint_every_s=every_s,
         goodput=goodput(save_s, every_s, mtbf_s),
         bottleneck=bottleneck,
@@ -367,6 +385,7 @@ def _range(values: Any) -> Range:
 def _bottleneck(split: Split) -> str:
     """The largest part of a step beside computing, if it is a tenth of it or more; else computing itself."""
     parts = {split.data_cause: split.data_s, "all-reduce": split.comm_s, "stragglers": split.straggler_s}
+    parts["control path"] = split.control_s
     worst = max(parts, key=lambda name: parts[name])
     return worst if parts[worst] >= 0.1 * split.step_s else "compute"
 
@@ -386,6 +405,13 @@ def _advice(work: Work, cluster: Cluster, workers: int, split: Split, bottleneck
             f"the {bottleneck} must give {rate * work.sample_mb:.0f} MB/s: pack the dataset smaller (short_side), or "
             "bring it nearer to the nodes"
         )
+    if bottleneck == "requests":
+        return (
+            f"the storage must answer {rate * work.requests:,.0f} requests/s: keep the dataset on the nodes "
+            "(data.cache), or take nodes that mount it"
+        )
+    if bottleneck == "control path":
+        return "steps are too short for so many workers: raise batch.total, or take fewer workers"
     if crowded or bottleneck == "cores":
         return f"workers and decoders share {cluster.cores} cores: more workers do not help here"
     if bottleneck == "all-reduce":

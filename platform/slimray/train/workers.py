@@ -43,10 +43,8 @@ from slimray.train.spec import ScaleSpec
 
 BARRIER_CALLS = 4096  # concurrent calls of Ray Train's barrier; its own number, 1,000, dead-locks a larger world
 MAX_WORKERS = 4000
-POLLS = (
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"  # of the environment: seconds between looks of the controller at all workers
-)
-POLLED_PER_S = 200  # workers: the controller spends about 0.3 ms on each
+POLLS = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"  # in the environment: how often the controller looks at all workers, s
+POLLED_PER_S = 200  # workers that it looks at in a second
 ELASTIC_START_S = 20.0  # an elastic group that cannot be placed asks again after this, for as many workers as fit then
 WAITING_S, REMIND_S = 15.0, 60.0  # without progress until a launch says what it waits for, and then says so again
 MAX_IN_VAIN = 10  # starts without a node, one after the other, with no checkpoint between

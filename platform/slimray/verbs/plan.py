@@ -20,6 +20,7 @@ from slimray.verbs.specs import TrainJob
 INK, GRID = "#333333", "#dddddd"
 PARTS = (("compute_ms", "compute", "#4477aa"), ("data_ms", "data", "#228833"))
 PARTS += (("comm_ms", "all-reduce", "#ee6677"), ("straggler_ms", "stragglers", "#ccbb44"))
+PARTS += (("control_ms", "control path", "#aa3377"),)
 
 
 def plan_job(
