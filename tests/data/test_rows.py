@@ -1,12 +1,14 @@
 """A decoding task is given the rows of its own block, whatever the chunks of the index and the order of the plan."""
 
+import pickle
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from slimray.data.index import index_table, with_notes
 from slimray.data.plan import SHUFFLE, Phase, blocks
-from slimray.data.rows import PLACE, Rows, rows_of_blocks
+from slimray.data.rows import PLACE, Rows, Unpacked, packed, rows_of_blocks
 from slimray.data.token_plan import Bags
 
 NUM, BATCH = 103, 16
@@ -24,6 +26,14 @@ def test_rows_are_taken_by_number_in_the_order_asked_for(table: pa.Table):
     assert found.equals(TABLE.take(pa.array(numbers)))
     assert found.schema.metadata is None
     assert found.column("path").num_chunks == 1
+
+
+def test_a_few_rows_travel_without_the_table_that_they_are_of():
+    few = TABLE.slice(50, 4)
+    data = packed(few)
+    assert len(data) < len(packed(TABLE)) / 2
+    (back,) = pickle.loads(pickle.dumps(Unpacked(data)))()
+    assert back.equals(few)
 
 
 @pytest.mark.parametrize("world", [1, 3])

@@ -37,7 +37,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from slimray.data.modalities import empty_sample, modality_of, pads_of, read_recipe, target_of
 from slimray.data.plan import Block, Phase, blocks, ceil_div, feeder_ranks, num_feeders, rank_slice
 from slimray.data.ragged import joined, tight
-from slimray.data.rows import PLACE, Rows, rows_of_blocks
+from slimray.data.rows import PLACE, Rows, Unpacked, packed, rows_of_blocks
 from slimray.data.samples import BadSample
 from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError
@@ -208,7 +208,7 @@ class _Rows(Datasource):
     """Tables of a few rows, each in the read task that gives it."""
 
     def __init__(self, tables: Sequence[pa.Table]):
-        self.tables = [(table.num_rows, _packed(table)) for table in tables]
+        self.tables = [(table.num_rows, packed(table)) for table in tables]
 
     def estimate_inmemory_data_size(self) -> int:
         """The bytes of all tables."""
@@ -220,25 +220,12 @@ class _Rows(Datasource):
         """A task for each table."""
         return [
             ReadTask(
-                functools.partial(_unpacked, data),
+                Unpacked(data),
                 BlockMetadata(num_rows=count, size_bytes=len(data), input_files=None, exec_stats=None),
                 per_task_row_limit=per_task_row_limit,
             )
             for count, data in self.tables
         ]
-
-
-def _packed(table: pa.Table) -> bytes:
-    """A table as bytes: pickled, a slice would take the whole of which it is one along."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
-
-
-def _unpacked(data: bytes) -> list[pa.Table]:
-    with pa.ipc.open_stream(data) as reader:
-        return [reader.read_all()]
 
 
 @functools.lru_cache(maxsize=4)

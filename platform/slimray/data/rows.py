@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -66,3 +67,23 @@ def rows_of_blocks(
                 one = one.append_column(name, pa.array(values))
             out[i], first = one, first + count
     return out
+
+
+def packed(table: pa.Table) -> bytes:
+    """Return a table as bytes: pickled, a slice would take the whole of which it is one along."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """What a read task of Ray Data calls to have the table that was `packed`."""
+
+    data: bytes
+    __name__ = "rows of an index"  # by which Ray tells of large ones
+
+    def __call__(self) -> list[pa.Table]:
+        with pa.ipc.open_stream(self.data) as reader:
+            return [reader.read_all()]
