@@ -14,6 +14,7 @@ import ray
 import torch
 from ray.train.v2._internal.execution.checkpoint.sync_actor import SynchronizationActor
 from ray.train.v2._internal.execution.preemption import PreemptionContext, _get_draining_nodes
+from tests.waits import patience
 
 from slimray.train import workers
 from slimray.train.checkpoints import Progress
@@ -36,7 +37,7 @@ def barrier(world: int) -> tuple[float, float]:
     spent, began = 0.0, 0.0
     for turn in range(ROUNDS + 1):
         calls = [actor.broadcast_from_rank_zero.remote(rank, world, None, "measured") for rank in range(world)]
-        ray.get(calls, timeout=300)
+        ray.get(calls, timeout=patience(300))
         if turn == 0:  # the first one starts what there is to start
             spent, began = _processor_s(pid), time.monotonic()
     out = (_processor_s(pid) - spent) / ROUNDS, (time.monotonic() - began) / ROUNDS

@@ -1,7 +1,12 @@
 """One rank that was told of a preemption is enough; who was told nothing asks nobody and waits for nobody."""
 
+from types import SimpleNamespace
+
 import torch
 from ray.train import PreemptionInfo
+from ray.train.v2._internal.execution import context
+from ray.train.v2._internal.execution.preemption import PreemptionContext
+from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 from tests.ranks import run_ranks
 
 from slimray.train import notices
@@ -70,3 +75,11 @@ def test_a_limit_ends_the_run_when_its_time_has_come(monkeypatch):
     progress.worker_seconds = 1.5
     assert _step(found, progress) == {"failed": "limits.cost: 1 are spent: raise it, and the same command resumes"}
     assert saved == [1]
+
+
+def test_a_rank_hears_what_ray_tells_its_process(monkeypatch):
+    here = SimpleNamespace(preemption_context=PreemptionContext(), get_world_rank=lambda: 0)
+    monkeypatch.setattr(context, "_train_context", here)
+    assert notices.told_here() is None
+    RayTrainWorker.mark_preempt(None, SOON)
+    assert notices.told_here() is SOON

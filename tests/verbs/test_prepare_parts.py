@@ -5,6 +5,7 @@ import threading
 
 import pyarrow.parquet as pq
 import pytest
+from tests.waits import patience
 
 from slimray import runs
 from slimray.verbs import prepare_parts
@@ -21,7 +22,7 @@ def test_parts_come_in_order_and_are_read_at_the_same_time(tmp_path, monkeypatch
     run = runs.run_at(str(tmp_path))
     for number in range(20):
         runs.write_file(run, f"data/parts/{number}.json", json.dumps(part(number)).encode())
-    read, together = runs.read_file, threading.Barrier(2, timeout=30)
+    read, together = runs.read_file, threading.Barrier(2, timeout=patience(30))
 
     def read_in_pairs(run: runs.Run, name: str) -> bytes:
         together.wait()  # nobody passes alone
