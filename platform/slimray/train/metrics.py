@@ -150,7 +150,10 @@ class BadSamples:
 
     def is_known(self, samples: np.ndarray) -> np.ndarray:
         """Return which of `samples` have weight 0, bool."""
-        return np.isin(samples, self.known)
+        if not len(self.known):
+            return np.zeros(len(samples), bool)
+        place = np.searchsorted(self.known, samples)
+        return self.known[np.minimum(place, len(self.known) - 1)] == samples
 
     def note(self, batch: Batch, phase: Phase, quarantine: runs.PartWriter) -> None:
         """Write each sample that does not decode to the run's quarantine, once per attempt and rank."""
