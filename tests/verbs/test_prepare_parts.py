@@ -1,15 +1,21 @@
 """Parts of a prepare job are read side by side and joined in their order."""
 
 import json
+import shutil
 import threading
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 from tests.waits import patience
 
 from slimray import runs
-from slimray.verbs import prepare_parts
+from slimray.verbs import prepare, prepare_parts
+from slimray.verbs.context import Context
 from slimray.verbs.prepare_parts import Split, read_parts
+
+OLD = Path(__file__).resolve().parents[1] / "old_runs/storage/clips"
 
 
 def part(number: int) -> dict:
@@ -48,3 +54,19 @@ def test_parts_are_joined(tmp_path):
     paths = pq.read_table(split.index.close()).column("path").to_pylist()
     assert paths == ["1-0", "2-0", "2-1", "4-0", "5-0", "5-1", "1-0"]
     assert split.lengths.tolist() == [10, 20, 21, 40, 50, 51, 10]
+
+
+def test_a_job_whose_parts_are_all_there_joins_them_to_the_indexes_that_it_made_then(tmp_path):
+    shutil.copytree(OLD, tmp_path / "clips")
+    run, indexes = runs.open_run(str(tmp_path), "clips"), {}
+    for split in ("train", "val"):
+        path = tmp_path / f"clips/data/{split}.parquet"
+        indexes[split] = pq.read_table(path)
+        path.unlink()
+    job = prepare.PrepareJob.model_validate(runs.read_job(run))
+    prepare.run(job, Context(run, str(tmp_path), 2, "clips.yaml (clips)", Console(quiet=True), 1))
+    for split, index in indexes.items():
+        assert pq.read_table(tmp_path / f"clips/data/{split}.parquet").equals(index)
+    card = runs.read_card(run)
+    assert card is not None
+    assert card["metrics"] == {k: {"clips": t.num_rows, "quarantined": 0} for k, t in indexes.items()}
