@@ -370,7 +370,7 @@ def start_feeders(config: FeedConfig, name: str, spare: str = "") -> tuple[str, 
     They live as long as the caller (rank 0) holds the handles; `feeder_of` finds them from the other ranks. Where one
     feeder is enough it is the one that `spare_feeder` started under the name `spare`, if that serves nobody yet.
     """
-    num = num_feeders(config.world, free_cpus())
+    num = num_feeders(config.world, free_cpus(config.left_out))
     config = replace(config, decode_slots=max(1, config.decode_slots // num))
     if spare and num == 1 and (feeder := _begin_spare(config, spare)) is not None:
         return spare, [feeder]
@@ -382,9 +382,9 @@ def start_feeders(config: FeedConfig, name: str, spare: str = "") -> tuple[str, 
     return name, handles
 
 
-def free_cpus() -> list[float]:
-    """Return the CPUs of each node that nothing holds now."""
-    return [have.get("CPU", 0.0) for have in available_resources_per_node().values()]
+def free_cpus(left_out: Sequence[str] = ()) -> list[float]:
+    """Return the CPUs that nothing holds now of each node but those."""
+    return [have.get("CPU", 0.0) for node, have in available_resources_per_node().items() if node not in left_out]
 
 
 def spare_feeder(name: str, slots: int, environment: dict[str, Any]) -> Any:
