@@ -247,9 +247,12 @@ def test_a_gain_that_is_not_clear_is_told():
     from slimray.compress.pruning import Gain, Pruned
 
     costs = {"macs": 1.0, "params": 1.0, "size_mb": 1.0}
-    slow, fast = (Pruned(nn.Identity(), {}, {}, costs, costs, Gain(1.1, low, 1.2)) for low in (0.97, 1.03))
-    assert "latency will not gain" in str(slow)
-    assert "will not" not in str(fast)
+    gains = Gain(1.02, 0.97, 1.1), Gain(1.1, 0.97, 1.2), Gain(1.1, 1.03, 1.2)
+    none, open_, fast = (str(Pruned(nn.Identity(), {}, {}, costs, costs, gain)) for gain in gains)
+    assert "latency will not gain" in none
+    assert "is not clear" in open_
+    assert "will not" not in fast
+    assert "not clear" not in fast
 
 
 def test_prune_by_share_by_rank_by_sensitivity_and_by_numbers(resnet):
@@ -271,6 +274,8 @@ def test_prune_by_share_by_rank_by_sensitivity_and_by_numbers(resnet):
         timed=False,
     )
     assert sum(curves.counts.values()) <= 0.7 * whole
+    halved = compress.prune(net, x, shares={"macs": 0.5}, round_to=2, timed=False)
+    assert 0.2 < halved.after["macs"] / halved.before["macs"] <= 0.5
     by_numbers = compress.prune(net, x, policy={"layer1.0.conv1": 2}, timed=False, data=[x])
     assert by_numbers.net.layer1[0].conv1.out_channels == 2  # type: ignore[index, union-attr]
 
@@ -287,8 +292,11 @@ def test_channels_are_scored_once(resnet):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({}, "pass either `limits` or `keep`"),
-        ({"keep": 0.5, "limits": {"macs": 1.0}}, "pass either `limits` or `keep`"),
+        ({}, "pass `limits`, `shares` or `keep`"),
+        ({"keep": 0.5, "limits": {"macs": 1.0}}, "pass `limits`, `shares` or `keep`"),
+        ({"limits": {"macs": 0.5}}, r"the smallest policy has macs \S+ of \S+: raise the limits"),
+        ({"shares": {"macs": 50}}, "shares: macs: must be above 0 and at most 1"),
+        ({"shares": {"latency_ms": 0.5}}, "shares: latency_ms: is not counted"),
         ({"keep": 1.5}, "keep: must be above 0"),
         ({"keep": 0.5, "policy": "unifrom"}, "unknown policy 'unifrom', did you mean 'uniform'"),
         ({"keep": 0.5, "policy": "ranked"}, 'ranked needs the criterion "group"'),

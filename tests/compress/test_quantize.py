@@ -272,6 +272,24 @@ def test_the_input_is_left_as_it_is_and_the_gain_is_told():
     assert "give calibration samples" in said
 
 
+def test_a_network_of_several_inputs_takes_tuples_and_one_batch_is_enough():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.rnn = nn.Conv1d(3, 4, 3), nn.Linear(5, 4), nn.GRU(4, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.rnn(self.a(x).mean(-1) + self.b(y))[0]
+
+    net, example = Two(), (torch.randn(4, 3, 8), torch.randn(4, 5))
+    one, other = (compress.quantize(net, example, given) for given in (example, [example]))
+    assert torch.equal(one.net(*example), other.net(*example))
+    assert one.macs == 3 * 4 * 3 * 6 + 5 * 4
+    assert "still float: rnn (GRU, 96 weights)" in str(one)
+    x = torch.randn(8, 3, 16, 16)
+    assert q.sensitivity(plain(), x, x, lambda _: 0.0)[0].loss == 0.0
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

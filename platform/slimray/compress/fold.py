@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from slimray.models.modes import evaluating
+from slimray.models.modes import called, evaluating
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -38,10 +38,11 @@ class _Uses(TorchFunctionMode):
         return out
 
 
-def norm_pairs(net: nn.Module, example: Tensor) -> list[tuple[str, str]]:
+def norm_pairs(net: nn.Module, example: Any) -> list[tuple[str, str]]:
     """Return the pairs (layer, BatchNorm) of `net`, by name, that can be folded, in the order in which they run.
 
-    `example` is an input of `net`, its batch first. The network is run once in eval mode and left as it was.
+    `example` is an input of `net`, its batch first, or a tuple of arguments. The network is run once in eval mode and
+    left as it was.
     """
     names = {id(module): name for name, module in net.named_modules()}
     made: dict[int, int] = {}  # output of a layer -> that layer
@@ -68,7 +69,7 @@ def norm_pairs(net: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     uses = _Uses()
     try:
         with evaluating(net), torch.no_grad(), uses:
-            answer = net(example)
+            answer = called(net, example)
     finally:
         for hook in hooks:
             hook.remove()

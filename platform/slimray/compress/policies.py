@@ -78,7 +78,9 @@ class Budget:
         low, high = 0.0, 1.0
         if not self.keeps(policy(low)):
             costs = self.costs(policy(low))
-            found = ", ".join(f"{name} {costs[name]:.6g}" for name in self.limits)
+            whole = self.groups.costs({})
+            of = {name: f" of {whole[name]:.6g}" for name in whole}
+            found = ", ".join(f"{name} {costs[name]:.6g}{of.get(name, '')}" for name in self.limits)
             raise UserError(f"limits: the smallest policy has {found}: raise the limits or lower round_to")
         for _ in range(STEPS):
             middle = (low + high) / 2

@@ -21,11 +21,12 @@ from slimray.compress.criteria import Losses, importance, strongest
 from slimray.compress.groups import trace
 from slimray.compress.policies import Budget, Counts, Meter, choose
 from slimray.compress.reconstruction import reconstruct
-from slimray.models.modes import evaluating
+from slimray.models.modes import called, evaluating
 from slimray.runtime.pairs import alternate
 from slimray.spec import UserError
 
 PAIRS = 9  # of timings
+SLIGHT = 1.05  # a ratio of latencies that is no gain
 EXACT = 1e-3  # largest relative difference of pruned and masked outputs that float32 explains
 
 
@@ -65,8 +66,10 @@ class Pruned:
         gain = self.gain
         if gain is not None:
             lines.append(f"latency here, eager: {gain.ratio:.2f} times as fast ({gain.low:.2f} to {gain.high:.2f})")
-            if not gain.clear:
+            if gain.ratio < SLIGHT:
                 lines.append("latency will not gain from this: fewer channels do not make these layers faster here")
+            elif not gain.clear:
+                lines.append("whether latency gains from this is not clear: measure it with nothing else running")
         return "\n".join(lines)
 
 
@@ -76,6 +79,7 @@ def prune(
     *,
     policy: str | Mapping[str, int] = "uniform",
     limits: Mapping[str, float] | None = None,
+    shares: Mapping[str, float] | None = None,
     keep: float | None = None,
     criterion: str = "l1",
     round_to: int = 8,
@@ -88,9 +92,10 @@ def prune(
     """Return a smaller copy of `module`; `module` stays as it is, and nothing is trained.
 
     `example` is an input (a tensor with a batch, or a tuple of arguments). How much goes: `limits` (`macs` per sample,
-    `params`, `size_mb`, at most; `latency_ms` with a `meter`), or `keep`, the share of channels. `policy` says where:
-    "uniform"; "ranked", by the criterion over all groups; "sensitivity", by curves measured with `score` (of a network,
-    higher is better); or channels per group. `criterion` says which channels (criteria.py), "taylor" takes `losses`.
+    `params`, `size_mb`, at most; `latency_ms` with a `meter`), `shares` of what the network costs ({"macs": 0.5}), or
+    `keep`, the share of channels. `policy` says where: "uniform"; "ranked", by the criterion over all groups;
+    "sensitivity", by curves measured with `score` (of a network, higher is better); or channels per group. `criterion`
+    says which channels (criteria.py), "taylor" takes `losses`.
     With `data`, batches of inputs, the layers that lost inputs are fitted by least squares (reconstruction.py).
     UserError for options that do not fit each other, limits out of reach, or a network that cannot be pruned or has
     half precision, whose rounding would hide a wrong cut.
@@ -98,8 +103,9 @@ def prune(
     floats = ((name.rpartition(".")[0], one) for name, one in module.named_parameters() if one.is_floating_point())
     precision.require("prune", floats, torch.float32, torch.float64)
     groups = trace(module, example)
-    if isinstance(policy, str) and (limits is None) == (keep is None):
-        raise UserError("prune: pass either `limits` or `keep`, to say how much is to go")
+    if isinstance(policy, str) and (limits is None and shares is None) == (keep is None):
+        raise UserError("prune: pass `limits`, `shares` or `keep`, to say how much is to go: shares={'macs': 0.5}")
+    limits = {**(limits or {}), **_numbers(shares or {}, groups.costs({}))}
     if policy == "ranked" and criterion != "group":
         raise UserError('policy: ranked needs the criterion "group", whose scores compare across groups')
     if not isinstance(policy, str):
@@ -107,7 +113,7 @@ def prune(
     scores = importance(module, groups, criterion, losses)
     if isinstance(policy, str):
         scored = None if score is None else lambda counts: score(cut(module, groups, strongest(scores, counts))[0])
-        counts, _ = choose(Budget(groups, limits or {}, meter), policy, scores, round_to, keep, scored)
+        counts, _ = choose(Budget(groups, limits, meter), policy, scores, round_to, keep, scored)
     else:
         counts = dict(policy)
     kept = strongest(scores, counts)
@@ -119,11 +125,21 @@ def prune(
     return Pruned(small, record, counts, before, after, compare(module, small, example) if timed else None)
 
 
+def _numbers(shares: Mapping[str, float], whole: Mapping[str, float]) -> dict[str, float]:
+    """Shares as limits. UserError for costs that are measured, and shares that are none."""
+    for name, share in shares.items():
+        if name not in whole:
+            raise UserError(f"shares: {name}: is not counted, one of {', '.join(whole)}: pass `limits` and `meter`")
+        if not 0 < share <= 1:
+            raise UserError(f"shares: {name}: must be above 0 and at most 1 (got {share!r})")
+    return {name: share * whole[name] for name, share in shares.items()}
+
+
 def _outputs(net: nn.Module, example: Any) -> Tensor:
     """All floating outputs of a network in eval mode as one row; the same random numbers every time."""
     with evaluating(net), torch.no_grad(), torch.random.fork_rng([]):
         torch.manual_seed(0)
-        out = net(*(example if isinstance(example, tuple) else (example,)))
+        out = called(net, example)
     return torch.cat([leaf.detach().double().flatten() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)])
 
 

@@ -21,7 +21,7 @@ from slimray.compress import fake_quant as fq
 from slimray.compress import precision
 from slimray.compress.fold import LAYERS, fold, norm_pairs, replace
 from slimray.compress.quantized import Bits, Quantized, check_bits, make_layer, to_whole
-from slimray.models.modes import evaluating
+from slimray.models.modes import called, evaluating, samples_in
 from slimray.spec import UserError, did_you_mean
 
 KEPT_VALUES = 1 << 17  # of a layer's input, for the histograms of ranges below 5 bits
@@ -68,17 +68,18 @@ class QuantizedNetwork:
 
 def quantize(
     module: nn.Module,
-    example: Tensor,
-    calibration: Iterable[Tensor] | None = None,
+    example: Any,
+    calibration: Iterable[Any] | None = None,
     bits: int | Bits | Mapping[str, Bits] = EIGHT,
     scheme: fq.Scheme = "int8",
     keep: Sequence[str] = (),
 ) -> QuantizedNetwork:
     """Quantize `module` after training; it is left as it is.
 
-    `example` is an input `[n, ...]`, `calibration` batches of inputs that ranges are found on (the example alone where
-    there are none: for a try only). `bits` are those of all layers, or by layer; layers in `keep`, and with a mapping
-    those that are not in it, stay float. First and last layer have 8 bits at least unless a mapping says otherwise.
+    `example` is an input `[n, ...]` or a tuple of arguments, `calibration` batches of such inputs, or one, that ranges
+    are found on (the example alone where there are none: for a try only). `bits` are those of all layers, or by layer;
+    layers in `keep`, and with a mapping those that are not in it, stay float. First and last layer have 8 bits at least
+    unless a mapping says otherwise.
     UserError: no layer to quantize, an unknown name, bits out of range, layers not in float32, inputs that are not
     finite.
     """
@@ -86,13 +87,15 @@ def quantize(
     before = size_mb(module)
     net, record = prepare(module, example, calibration, bits, scheme, keep, trained=False)
     macs = sum(layer.macs for layer in layers_of(module, example))
+    if floats := _float_weights(net):
+        notes.append(f"still float: {', '.join(floats)}")
     return QuantizedNetwork(net, record, size_mb(net), before, macs, notes)
 
 
 def prepare(
     module: nn.Module,
-    example: Tensor,
-    calibration: Iterable[Tensor] | None = None,
+    example: Any,
+    calibration: Iterable[Any] | None = None,
     bits: int | Bits | Mapping[str, Bits] = EIGHT,
     scheme: fq.Scheme = "int8",
     keep: Sequence[str] = (),
@@ -107,7 +110,7 @@ def prepare(
         raise UserError("quantize: the scheme kmeans has no trained form: train, then quantize")
     folded = norm_pairs(net, example)
     fold(net, folded)
-    spans = observe(net, chosen, [example] if calibration is None else calibration, scheme)
+    spans = observe(net, chosen, [example] if calibration is None else _batches(calibration), scheme)
     return assemble(net, folded, chosen, spans, scheme, "trained" if trained else "whole")
 
 
@@ -142,10 +145,15 @@ def finish(net: nn.Module, record: Mapping[str, Any]) -> tuple[nn.Module, dict[s
     return to_whole(copy.deepcopy(net)), {**record, "form": "whole"}
 
 
+def _batches(calibration: Iterable[Any]) -> Iterable[Any]:
+    """Batches of inputs; a tensor, or a tuple of arguments, is one batch."""
+    return [calibration] if isinstance(calibration, Tensor | tuple) else calibration
+
+
 # ------------------------------------------------------------------------------------------------------- layers
 
 
-def layers_of(net: nn.Module, example: Tensor) -> list[LayerInfo]:
+def layers_of(net: nn.Module, example: Any) -> list[LayerInfo]:
     """The convolutions and linear layers of `net` that a pass runs, in the order of their first calls.
 
     UserError where there are none.
@@ -159,7 +167,7 @@ def layers_of(net: nn.Module, example: Tensor) -> list[LayerInfo]:
     _watch(net, note, [example])
     if not calls:
         raise UserError(f"quantize: {type(net).__name__} has no convolution or linear layer that could be quantized")
-    return [_info(name, net.get_submodule(name), shapes, len(example)) for name, shapes in calls.items()]
+    return [_info(name, net.get_submodule(name), shapes, samples_in(example)) for name, shapes in calls.items()]
 
 
 def _info(name: str, layer: nn.Module, calls: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], n: int) -> LayerInfo:
@@ -201,6 +209,16 @@ def policy(
     return {name: pair for name, pair in chosen.items() if name not in keep}
 
 
+def _float_weights(net: nn.Module) -> list[str]:
+    """The modules whose own matrices stay float, by name, with their class, and how many weights they have."""
+    out = []
+    for name, module in net.named_modules():
+        own = sum(one.numel() for one in module.parameters(recurse=False) if one.ndim > 1)
+        if own and not isinstance(module, Quantized):
+            out.append(f"{name or 'the module itself'} ({type(module).__name__}, {own:,} weights)")
+    return out
+
+
 def _check_floats(net: nn.Module, names: Iterable[str]) -> None:
     weights: list[tuple[str, Any]] = [(name, net.get_submodule(name).weight) for name in names]
     precision.require("quantize", weights, torch.float32)
@@ -209,9 +227,7 @@ def _check_floats(net: nn.Module, names: Iterable[str]) -> None:
 # -------------------------------------------------------------------------------------------------- calibration
 
 
-def observe(
-    net: nn.Module, chosen: Mapping[str, Bits], batches: Iterable[Tensor], scheme: fq.Scheme
-) -> dict[str, Tensor]:
+def observe(net: nn.Module, chosen: Mapping[str, Bits], batches: Iterable[Any], scheme: fq.Scheme) -> dict[str, Tensor]:
     """The range `[2]` of the input of every layer of `chosen` over all `batches`, by `fq.input_range`.
 
     UserError without batches, and for inputs that are not finite.
@@ -256,7 +272,7 @@ class _Sample:
 
 
 def gather(
-    net: nn.Module, wanted: Mapping[int, str], batches: Iterable[Tensor], kept: int = KEPT_VALUES, seed: int = 0
+    net: nn.Module, wanted: Mapping[int, str], batches: Iterable[Any], kept: int = KEPT_VALUES, seed: int = 0
 ) -> dict[str, Tensor]:
     """Values of the inputs of the layers `wanted` (by id) over `batches`: the smallest, the largest, and others.
 
@@ -287,14 +303,14 @@ def spans_of(values: Mapping[str, Tensor], chosen: Mapping[str, Bits], scheme: f
 
 
 @torch.no_grad()
-def _watch(net: nn.Module, note: Callable[[Any, Any, Any], None], batches: Iterable[Tensor]) -> int:
+def _watch(net: nn.Module, note: Callable[[Any, Any, Any], None], batches: Iterable[Any]) -> int:
     """Run `net` in eval mode with `note` behind every layer; the number of batches. It is left as it was."""
     hooks = [module.register_forward_hook(note) for module in net.modules() if type(module) in LAYERS]
     count = 0
     try:
         with evaluating(net):
             for batch in batches:
-                net(batch)
+                called(net, batch)
                 count += 1
     finally:
         for hook in hooks:
@@ -332,8 +348,8 @@ class Sensitivity:
 
 def sensitivity(
     module: nn.Module,
-    example: Tensor,
-    calibration: Sequence[Tensor],
+    example: Any,
+    calibration: Iterable[Any],
     score: Callable[[nn.Module], float],
     bits: int | Bits = EIGHT,
     scheme: fq.Scheme = "int8",
@@ -346,7 +362,7 @@ def sensitivity(
     names = [layer.name for layer in layers_of(base, example)]
     chosen = policy(names, bits, scheme)
     _check_floats(base, chosen)
-    spans = observe(base, chosen, calibration, scheme)
+    spans = observe(base, chosen, _batches(calibration), scheme)
     whole, rows = score(base), []
     for name in names:
         net, _ = assemble(copy.deepcopy(base), pairs, {name: chosen[name]}, spans, scheme, "whole")
