@@ -3,6 +3,7 @@
 import gc
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -90,7 +91,8 @@ def test_a_network_for_pictures_runs_in_executorch(shell, tmp_path):  # noqa: F8
 def test_a_network_of_few_bits_is_exported_in_float_and_in_int8(shell, net):  # noqa: F811
     network = load_network(net)
     weights, model, taken = runs.read_model(net)
-    whole, record = quantization.prepare(network.net, torch.randn(8, 3, 32, 32), None, (8, 8), trained=False)
+    x, kept = torch.randn(8, 3, 32, 32), "layer1.0.conv1"
+    whole, record = quantization.prepare(network.net, x, None, (8, 8), keep=[kept], trained=False)
     run = runs.open_run("runs", "eight")
     runs.begin(run, yaml.safe_load(runs.read_file(net, "job.yaml")) | {"name": "eight"}, 1)
     stored = safetensors.torch.save({key: one.contiguous() for key, one in whole.state_dict().items()})
@@ -105,6 +107,10 @@ def test_a_network_of_few_bits_is_exported_in_float_and_in_int8(shell, net):  # 
     again = onnx.load_from_string(runs.read_file(found, "export/onnx_int8/model.onnx"))
     assert not [node for node in again.graph.node if node.op_type == "Round"], "inputs are rounded once"
     assert len(stored) < 0.5 * len(weights)
+    rounded = {name for node in again.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    layers = {node.name.rpartition("/")[0]: node.input[1] for node in again.graph.node if node.op_type == "Conv"}
+    assert {name for name, weight in layers.items() if weight not in rounded} == {kept}, "a layer kept float stays it"
+    assert len(layers) == 20
 
 
 def test_an_export_that_disagrees_is_a_failed_run(shell, net):  # noqa: F811
@@ -189,3 +195,19 @@ def test_differences_are_of_the_worst_output():
     assert found["relative"] == pytest.approx(1 / np.sqrt(6))
     assert found["worst_sample"] == pytest.approx(1 / np.sqrt(3))
     assert json.dumps(found)
+
+
+@pytest.mark.benchmark
+def test_layers_that_stay_float_are_left_out_by_the_quantizer_of_executorch(tmp_path):
+    pytest.importorskip("executorch")
+    torch.manual_seed(0)
+    net = networks.ready(models.build("lenet5", num_classes=3), torch.randn(8, 1, 28, 28))
+    x = torch.randn(4, 1, 28, 28)
+    one, sizes = graph.whole(graph.ready(net), x[:1], {}), []
+    names = [name for name, module in net.named_modules() if hasattr(module, "weight")]
+    for number, floats in enumerate(((), tuple(names))):
+        (folder := tmp_path / str(number)).mkdir()
+        FORMATS["executorch_int8"].convert(replace(one, varying={}, floats=floats), folder, verify.calibration(one, x))
+        sizes.append((folder / "model.pte").stat().st_size)
+    weights = sum(4 * one.numel() for one in net.parameters())
+    assert sizes[0] < 0.5 * weights < weights < sizes[1]

@@ -219,6 +219,13 @@ def with_float_inputs(net: nn.Module) -> nn.Module:
     return net
 
 
+def float_layers(net: nn.Module) -> list[str]:
+    """The layers that a policy left float, by name; none of a network in which no layer is `Quantized`."""
+    if not any(isinstance(module, Quantized) for module in net.modules()):
+        return []
+    return [name for name, module in net.named_modules() if type(module) in LAYERS]
+
+
 def rounds_inputs(net: nn.Module) -> bool:
     """Whether a layer of `net` rounds its input, so that a last bit may decide which way."""
     return any(isinstance(layer, Quantized) and layer.bits[1] is not None for layer in net.modules())

@@ -6,6 +6,7 @@ dynamo exporter; surprising: the traces of code that it writes into every node a
 of a small file.
 """
 
+import ast
 import inspect
 import io
 import logging
@@ -123,7 +124,9 @@ def to_onnx(
     if foreign := sorted({one.domain for one in model.graph.node} - {"", "ai.onnx"}):
         raise RunFailed(f"onnx: the network needs operators that are not ONNX's own ({', '.join(foreign)})")
     _name_axes(model, varying or {})
-    for node in _nodes(model.graph):
+    for number, node in enumerate(_nodes(model.graph)):
+        if scope := _scope(node):
+            node.name = f"{scope}/{node.op_type}_{number}"
         del node.metadata_props[:]
         node.ClearField("doc_string")
     for graph in _graphs(model.graph):
@@ -136,6 +139,27 @@ def to_onnx(
     if model.ByteSize() > MAX_BYTES:
         raise RunFailed(f"onnx: the network has {model.ByteSize():,} bytes, one file holds {MAX_BYTES:,}")
     return model.SerializeToString()
+
+
+def nodes_of(data: bytes, modules: Sequence[str]) -> list[str]:
+    """The names of the nodes in which `modules` compute, by name, of a file of `to_onnx`."""
+    import onnx
+
+    nodes = _nodes(onnx.load_from_string(data).graph) if modules else ()
+    return [one.name for one in nodes if one.name.rpartition("/")[0] in modules]
+
+
+def _scope(node: Any) -> str:
+    """The module that a node of the exporter comes from: that of its weight, else what is noted; "" if nothing is.
+
+    What is noted of fused nodes is the last module that went in.
+    """
+    weights = [name for name in node.input if name.endswith(".weight")]
+    if weights:
+        return weights[0].removesuffix(".weight")
+    given = next((one.value for one in node.metadata_props if one.key == "pkg.torch.onnx.name_scopes"), "[]")
+    names = [name for name in ast.literal_eval(given) if name]
+    return names[-2] if len(names) > 1 else ""  # the last one is the node itself
 
 
 def _graphs(graph: Any) -> Iterator[Any]:

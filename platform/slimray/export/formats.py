@@ -96,9 +96,9 @@ def _to_onnx_int8(graph: Graph, folder: Path, calibration: Sequence[Arrays]) -> 
             arrays = next(self.left, None)
             return None if arrays is None else dict(zip(graph.inputs, arrays, strict=True))
 
-    _to_onnx(graph, folder, ())
+    data = onnx_file.to_onnx(graph.module, graph.inputs, graph.outputs, graph.varying)
     plain = folder / "fp32.onnx"
-    (folder / "model.onnx").rename(plain)
+    plain.write_bytes(data)
     logging.disable(logging.WARNING)  # it recommends a step that the exporter has done
     try:
         quantization.quantize_static(
@@ -107,6 +107,7 @@ def _to_onnx_int8(graph: Graph, folder: Path, calibration: Sequence[Arrays]) -> 
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=MATRIX_OPERATORS,
+            nodes_to_exclude=onnx_file.nodes_of(data, graph.floats),
             per_channel=True,
             reduce_range=needs_reduced_range(),
             activation_type=quantization.QuantType.QUInt8,
@@ -166,10 +167,13 @@ def _to_executorch_int8(graph: Graph, folder: Path, calibration: Sequence[Arrays
         get_symmetric_quantization_config,
     )
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer.utils import get_module_name_filter
 
     program = onnx_file.to_program(graph.module, graph.inputs)
     module, example = program.module(), program.example_inputs[0]
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    floats = [get_module_name_filter(name) for name in graph.floats]
+    quantizer.set_filter_function(lambda node: not any(is_in(node) for is_in in floats))
     observed = prepare_pt2e(module, quantizer)
     with torch.no_grad():
         for arrays in calibration:

@@ -33,7 +33,8 @@ class State:
 class Graph:
     """A module in eval mode with example `inputs` in the order of its arguments, the names of its flat `outputs`.
 
-    `varying` are axes that may have any size; `states` of a step.
+    `varying` are axes that may have any size; `states` of a step. Layers of the module named in `floats` stay float in
+    formats in int8.
     """
 
     module: nn.Module
@@ -41,6 +42,7 @@ class Graph:
     outputs: tuple[str, ...]
     varying: Varying = field(default_factory=dict)
     states: tuple[State, ...] = ()
+    floats: tuple[str, ...] = ()
 
 
 def ready(net: nn.Module) -> nn.Module:

@@ -200,7 +200,7 @@ def _one(
     """Convert to one format in `folder`, run it, compare and time it: what export.json says."""
     import torch
 
-    from slimray.compress.quantized import with_float_inputs
+    from slimray.compress.quantized import float_layers, with_float_inputs
     from slimray.edge.hardware import inference_energy
     from slimray.edge.runtimes import settings
     from slimray.export import exported, verify
@@ -210,7 +210,8 @@ def _one(
     if not row.varies or graph.states:
         graph = replace(graph, inputs={key: value[:1] for key, value in graph.inputs.items()}, varying={})
     if row.calibrated:  # its quantizer finds the ranges of inputs, whether they have some already or not
-        graph = replace(graph, module=with_float_inputs(copy.deepcopy(graph.module)))
+        floats = tuple(float_layers(graph.module))
+        graph = replace(graph, module=with_float_inputs(copy.deepcopy(graph.module)), floats=floats)
     arrays = verify.calibration(graph, verify.inputs_of(network, seen)) if row.calibrated else []
     row.convert(graph, folder, arrays)
     runner = runners[name] = row.load(folder / row.file, job.threads, True)
