@@ -117,7 +117,7 @@ def test_a_trial_takes_what_a_worker_of_the_job_does_and_runs_on_the_gpu_that_it
         ("shares: {macs: 0.5}, search: haq", "amc"),
         ("shares: {macs: 1.5}", "shares.macs"),
         ("shares: {mac: 0.5}", "macs"),
-        ("shares: {latency_ms: 0.5}, search: amc", "latency_ms is measured"),
+        ("shares: {latency_ms: 0.5}, search: {name: amc, timed: 5}", "timed"),
         ("keep: 0.5, criterion: tailor", "criterion"),
         ("shares: {macs: 0.5}, limits: {macs: 1}", "written as a share too"),
         ("shares: {macs: 0.5}, policy: ranked, criterion: l1", "ranked needs criterion: group"),

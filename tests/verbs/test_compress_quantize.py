@@ -8,13 +8,14 @@ import torch
 import yaml
 from tests.verbs.conftest import Shell
 from tests.verbs.test_compress import DATA, TRAIN
+from tests.verbs.test_compress_prune import problems  # noqa: F401 a fixture
 
 from slimray import runs
 from slimray.compress.quantization import LayerInfo
 from slimray.spec import UserError, parse
 from slimray.tasks.network import load_network
-from slimray.verbs.compress_specs import CompressJob, atomic
-from slimray.verbs.quantizing import Costs, uniform, walk_of
+from slimray.verbs.bit_policies import Costs, uniform, walk_of
+from slimray.verbs.compress_specs import CompressJob, FinetuneStep, RoundedStep, atomic
 
 QUANTIZE = """
 kind: compress
@@ -33,7 +34,7 @@ SEARCHED = (
     "{step: quantize, samples: 16, scheme: linear, shares: {size_mb: 0.5}, "
     "search: {name: haq, episodes: 4, population: 2, warmup: 2}}"
 )
-TRAINED = "{step: quantize, bits: [4, 8], samples: 16, finetune: {epochs: 1, lr: 0.01, teacher: {}}}"
+TRAINED = "{step: quantize, bits: [4, 8], samples: 16, finetune: {epochs: 1, lr: 0.01, teacher: {}, ranges: frozen}}"
 
 
 def job(step: str) -> CompressJob:
@@ -43,6 +44,10 @@ def job(step: str) -> CompressJob:
 def test_a_trained_step_is_rounded_then_trained_then_whole():
     assert [name for name, _ in atomic(job(TRAINED).steps)] == ["01-quantize", "02-finetune", "03-quantize"]
     assert [name for name, _ in atomic(job(PLAIN).steps)] == ["01-quantize"]
+    trained = atomic(job(TRAINED).steps)[1][1]
+    assert isinstance(trained, RoundedStep)
+    assert isinstance(trained, FinetuneStep), "its epochs count"
+    assert trained.ranges == "frozen"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +87,7 @@ def test_bits_keep_shares_of_what_eight_cost_and_limits_in_numbers(scheme):
     text = f"{{step: quantize, search: haq, scheme: {scheme}, {limits}"
     step = job(text + (", hardware: bit_serial}" if scheme == "linear" else "}")).steps[0]
     costs = Costs(step, LAYERS)
-    walk = walk_of(step, LAYERS, costs, "q.yaml")
+    walk = walk_of(step, LAYERS, costs)
     whole, rng = costs.all([[8, 8]] * 4), np.random.default_rng(0)
     assert whole["size_mb"] == pytest.approx(sum(one.weights for one in LAYERS) / 1e6)
     for _ in range(20):
@@ -97,7 +102,22 @@ def test_bits_keep_shares_of_what_eight_cost_and_limits_in_numbers(scheme):
     assert len({tuple(pair) for pair in even[1:-1]}) == 1
     tight = job("{step: quantize, search: haq, limits: {size_mb: 0.001}}").steps[0]
     with pytest.raises(UserError, match=r"2 bits everywhere .* the limit is 0.001"):
-        walk_of(tight, LAYERS, Costs(tight, LAYERS), "q.yaml")
+        walk_of(tight, LAYERS, Costs(tight, LAYERS))
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ("limits: {size_mb: 0.001}", "steps.0: limits: 2 bits everywhere (8 at both ends) break the limits"),
+        ("shares: {energy_mj: 0.01}, hardware: bit_serial", "energy_mj"),
+        ("shares: {size_mb: 0.5}", ""),
+        ("shares: {size_mb: 0.5, latency_ms: 0.6}, hardware: bit_serial", ""),
+    ],
+)
+def test_limits_that_no_bits_keep_are_told_before_anything_runs(problems, limits, said):  # noqa: F811
+    found = problems(f"step: quantize, scheme: linear, search: haq, {limits}")
+    assert len(found) == bool(said), found
+    assert all(said in line for line in found), found
 
 
 @pytest.mark.ray

@@ -139,6 +139,16 @@ class Groups:
                 out[one.layer] += factor * float(np.prod([full @ lane for lane in lanes]))
         return {name: value for name, value in out.items() if value}
 
+    def layer_shares(self, rows: np.ndarray) -> np.ndarray:
+        """The share of its MACs that each layer of `layer_macs` keeps, `[n, layers]`, of policies `[n, groups]`."""
+        full, sums = np.concatenate([np.ones((len(rows) + 1, 1)), np.concatenate([self.row({})[None], rows])], 1), {}
+        for one, (factor, lanes) in zip(self.work, self._terms, strict=True):
+            if one.layer:
+                product = factor * np.prod([full @ lane for lane in lanes], 0)
+                sums[one.layer] = sums.get(one.layer, 0.0) + product
+        table = np.stack([values for name, values in sums.items() if values[0]], 1)
+        return table[1:] / table[0]
+
 
 # ------------------------------------------------------------------------------------------------ layers
 

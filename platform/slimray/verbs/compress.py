@@ -28,6 +28,7 @@ STEPS: dict[str, ModuleType] = {
 }
 
 Job = CompressJob
+INT8 = "; torch computes rounded numbers as floats: `slimray export {} --format onnx,onnx_int8` times int8 kernels"
 
 
 def check(job: CompressJob, ctx: CheckContext) -> dict[str, Any]:
@@ -119,12 +120,16 @@ def run(job: CompressJob, ctx: Context) -> None:
         before, details = STEPS[step.step].run(step, work, folder, before)
         done.append(_finished(work, before, step.step, details, started))
         _say(work, done[0]["row"], done[-1]["row"])
+        if STEPS[step.step].FASTER and (said := compressing.verdict(done[-1]["row"])):  # before training is spent on it
+            ctx.console.print(f"{job.name}: {done[-1]['row']['run']}: {said}", highlight=False, markup=False)
     weights, model, taken = runs.read_model(before)
     runs.write_model(ctx.run, weights, model, taken)
     if runs.exists(before, "model/model.slim"):
         runs.write_file(ctx.run, "model/model.slim", runs.read_file(before, "model/model.slim"))
     if said := compressing.verdict(done[-1]["row"]):
-        ctx.console.print(f"{job.name}: {said}", highlight=False, markup=False)
+        rounded = any(record["step"] == "quantize" for record in model.get("compression", []))
+        said += INT8.format(job.name) if rounded else ""
+        ctx.console.print(f"{job.name}: {said}", highlight=False, markup=False, soft_wrap=True)
     rows, task = [one["row"] for one in done], TASKS[subnets.task_of(taken)]
     card = {"metrics": {"rows": rows, "last": rows[-1]}, "metric": task.best.to_plain()}
     results = {"steps": done, "task": task.name, "metrics": [metric.to_plain() for metric in task.metrics]}

@@ -50,6 +50,17 @@ class FinetuneStep(TrainedSpec):
     step: Literal["finetune"]
 
 
+class RoundedSpec(TrainedSpec):
+    """Quantization-aware training."""
+
+    ranges: Literal["learned", "frozen"] = "learned"
+    """Ranges of inputs: learned with the weights, or as they were found on `samples`."""
+
+
+class RoundedStep(RoundedSpec, FinetuneStep):
+    """The training of a step `quantize`, as a step of its own."""
+
+
 class SensitivitySpec(Spec):
     """Keep as few weights of each layer as cost at most `drop` while all other layers stay as they are."""
 
@@ -106,6 +117,9 @@ class AmcSpec(Spec):
     """Factor by which the noise shrinks from episode to episode after that."""
     least: float = Field(0.2, gt=0, le=1)
     """Lower bound of the share of channels that stays."""
+    timed: int = Field(40, ge=10)
+    """With a limit on latency_ms: policies that are timed beforehand, to tell that of all others; the one that is found
+    is timed again, and passed over for the next best if it breaks the limit."""
 
 
 Counted = Literal["macs", "params", "size_mb"]
@@ -150,10 +164,6 @@ class PruneStep(Spec):
             raise ValueError("shares: write one of shares (with or without limits), keep and channels")
         if self.search is not None and not limited:
             raise ValueError("search: needs shares or limits")
-        if self.search is not None and "latency_ms" in {*self.shares, *self.limits}:
-            raise ValueError(
-                "limits: latency_ms is measured, the agent asks for too many: give a policy, or limit macs"
-            )
         if self.search is not None and self.policy != "uniform":
             raise ValueError("policy: is what the search finds: leave one of the two out")
         if self.keep is not None and self.policy != "uniform":
@@ -220,8 +230,8 @@ class QuantizeStep(Spec):
     """Measure each layer alone; those that cost more than so many points of the first metric stay float."""
     samples: int = Field(256, ge=2)
     """Training samples, prepared as in validation, on which the ranges of inputs are found."""
-    finetune: TrainedSpec | None = None
-    """Quantization-aware training: round in every step, gradients straight through, ranges learned."""
+    finetune: RoundedSpec | None = None
+    """Quantization-aware training: round in every step, gradients go straight through the rounding."""
 
     @field_validator("search", mode="before")
     @classmethod
@@ -348,7 +358,7 @@ def atomic(steps: tuple[Step, ...]) -> list[tuple[str, Step]]:
     out: list[Step] = []
     for step in steps:
         if isinstance(step, QuantizeStep) and step.finetune is not None:  # rounded, trained, made whole
-            trained = FinetuneStep.model_validate(step.finetune.model_dump() | {"step": "finetune"})
+            trained = RoundedStep.model_validate(step.finetune.model_dump() | {"step": "finetune"})
             out += [step, trained, step.model_copy(update={"finetune": None})]
             continue
         if isinstance(step, ShareStep) and step.finetune is not None:

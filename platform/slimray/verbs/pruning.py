@@ -6,6 +6,7 @@ itself with the policy that it ends in.
 
 import functools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,12 +15,12 @@ import torch
 from torch import nn
 
 from slimray import runs
-from slimray.compress import channels, criteria, policies, reconstruction
+from slimray.compress import channels, criteria, latency, policies, reconstruction
 from slimray.compress.groups import Groups, trace
 from slimray.data.modalities import input_shape
 from slimray.edge import comparing
 from slimray.search import amc, ddpg
-from slimray.search.episodes import Learner, SearchSettings, best
+from slimray.search.episodes import Learner, SearchSettings, Trial, best
 from slimray.spec import UserError
 from slimray.tasks import TASKS
 from slimray.tasks.network import load_network, to_input
@@ -29,6 +30,7 @@ from slimray.verbs import episodes, subnets, trials
 from slimray.verbs.compress_specs import TimingSpec
 from slimray.verbs.compressing import Work, read_network, write_network
 
+RETIMED = 10  # policies of a search that are timed until one keeps its limit
 ANY_TIMING = TimingSpec.model_validate({})
 PLAIN_LOSS = {"lr": 1.0, "reference_batch": 1, "epochs": 1}  # without smoothing, all classes alike
 
@@ -163,9 +165,9 @@ def _searched(
     spec, job = step.search, work.job
     agent = replace(ddpg.AMC, warmup=spec.warmup, decay=spec.decay, dummy=True)
     steps = [amc.GroupStep(**one) for one in policies.group_features(groups, step.round_to)]
-
     try:
-        walk = amc.GroupWalk(steps, groups.costs_of, limits, spec.least)
+        timed, limits, costs = _timed_costs(step, work, stage, before, groups, limits)
+        walk = amc.GroupWalk(steps, costs, limits, spec.least)
     except UserError as error:
         raise UserError(f"{work.ctx.where}: prune: {error}") from None
     metric = TASKS[subnets.task_of(runs.read_model(before)[2])].best
@@ -173,5 +175,82 @@ def _searched(
     learner = Learner(walk, SearchSettings(spec.episodes, spec.population, agent), job.seed)
     make = functools.partial(_scorer, before.uri, exhibits, job.judge, step)
     tried = episodes.run(work, stage, "prune", learner, lambda told: amc.reward_of(sign * told[metric.name]), make)
-    found, rewards = best(tried), [episodes.number_of(trial.reward) for trial in tried]
-    return {"counts": found.policy, "episode": found.index, "rewards": rewards}
+    rewards = [episodes.number_of(trial.reward) for trial in tried]
+    if timed is None:
+        found, told = best(tried), {}
+    else:
+        found, told = _kept_when_timed(work, step, before, tried, limits["latency_ms"], timed)
+    return {"counts": found.policy, "episode": found.index, "rewards": rewards, "limits": limits} | told
+
+
+# ------------------------------------------------------------------------------------- latency as a limit of a search
+
+
+def _latencies(
+    device: str,
+    uri: str,
+    spec: Any,
+    step: Any,
+    timing: TimingSpec,
+    counts: list[dict[str, int]],
+    whole_ms: float | None,
+) -> list[float]:
+    """The latency of policies in turn with the whole network, in ms; the whole one's first where it is not given."""
+    cutter = Cutter(uri, subnets.Exhibits((), ()), spec, _by_norms(step), device)
+    first = cutter.latency_ms({}, timing) if whole_ms is None else whole_ms
+    found = [cutter.latency_ms(one, timing, first) for one in counts]
+    return found if whole_ms is not None else [first, *found]
+
+
+def _by_norms(step: Any) -> Any:
+    """A step that needs no samples: which channels stay does not change how long they take."""
+    return step.model_copy(update={"criterion": "l1", "reconstruct": False})
+
+
+def _timed_costs(
+    step: Any, work: Work, stage: runs.Run, before: runs.Run, groups: Groups, limits: dict[str, float]
+) -> tuple[dict[str, Any] | None, dict[str, float], Any]:
+    """What was timed for a limit on latency_ms (None without one), all limits in numbers, and what policies cost.
+
+    Timed once, kept in `data/latency.json` of the stage: a resumed search asks the same model.
+    """
+    if "latency_ms" not in {**step.shares, **step.limits}:
+        return None, limits, groups.costs_of
+    timing, spec = work.job.timing or ANY_TIMING, step.search
+    if not runs.exists(stage, "data/latency.json"):
+        drawn = latency.draw(groups, spec.timed, spec.least, step.round_to, work.job.seed)
+        whole_ms, *found = work.on_worker(_latencies, before.uri, work.job.judge, step, timing, drawn, None)
+        rows = [[counts, ms] for counts, ms in zip(drawn, found, strict=True)]
+        runs.write_file(stage, "data/latency.json", json.dumps({"whole_ms": whole_ms, "policies": rows}).encode())
+    told = json.loads(runs.read_file(stage, "data/latency.json"))
+    whole_ms = told["whole_ms"]
+    model = latency.fit(groups, [(counts, ms / whole_ms) for counts, ms in told["policies"]])
+    work.ctx.console.print(
+        f"{work.job.name}: latency of {len(told['policies'])} policies timed, mean error of others {model.error:.1f} %",
+        highlight=False, markup=False,
+    )  # fmt: skip
+    limits = limits_of(step, groups.costs({}) | {"latency_ms": whole_ms})
+    return told | {"error": model.error}, limits, lambda rows: {
+        **groups.costs_of(rows), "latency_ms": whole_ms * model(rows)
+    }  # fmt: skip
+
+
+def _kept_when_timed(
+    work: Work, step: Any, before: runs.Run, tried: list[Trial[Any]], limit: float, timed: dict[str, Any]
+) -> tuple[Trial[Any], dict[str, Any]]:
+    """The best trial whose latency, measured, keeps the limit, and what is told of that. UserError if none of the best
+    RETIMED does."""
+    order = sorted((one for one in tried if math.isfinite(one.reward)), key=lambda one: (-one.reward, one.index))
+    different: dict[str, Trial[Any]] = {}
+    for trial in order:
+        different.setdefault(repr(trial.policy), trial)
+    timing, found = work.job.timing or ANY_TIMING, []
+    for trial in list(different.values())[:RETIMED]:
+        arguments = (before.uri, work.job.judge, step, timing, [trial.policy], timed["whole_ms"])
+        found.append(work.on_worker(_latencies, *arguments)[0])
+        if found[-1] <= limit:
+            return trial, {"measured": {"latency_ms": found[-1]}, "latency_error": timed["error"]}
+    raise UserError(
+        f"{work.ctx.where}: prune: none of the {len(found)} best policies keeps latency_ms {limit:.3g} when timed "
+        f"(the fastest takes {min(found):.3g}): raise the limit, search.timed or search.episodes"
+    )

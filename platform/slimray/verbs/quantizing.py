@@ -16,14 +16,13 @@ from slimray import runs
 from slimray.compress import quantization
 from slimray.compress.fold import fold, norm_pairs
 from slimray.compress.quantization import LayerInfo
-from slimray.edge import hardware
-from slimray.edge.bit_costs import bit_table
 from slimray.search import ddpg, haq
 from slimray.search.episodes import Learner, SearchSettings, best
 from slimray.spec import UserError
 from slimray.tasks import TASKS
 from slimray.tasks.network import to_input
 from slimray.verbs import episodes, subnets, trials
+from slimray.verbs.bit_policies import Costs, named, uniform, walk_of
 from slimray.verbs.compressing import Work, read_network, write_network
 
 
@@ -67,11 +66,6 @@ class Rounder:
         spans = quantization.spans_of(values, chosen, self.step.scheme)
         made, _ = quantization.assemble(copy.deepcopy(net), pairs, chosen, spans, self.step.scheme, "whole")
         return self.judge.metrics_of(made)
-
-
-def named(layers: list[LayerInfo], bits: haq.Policy) -> dict[str, quantization.Bits]:
-    """A policy as bits by layer; without numbers for inputs they stay float."""
-    return {one.name: (row[0], row[1] if len(row) > 1 else None) for one, row in zip(layers, bits, strict=True)}
 
 
 def quantize(step: Any, work: Work, folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
@@ -126,32 +120,6 @@ def _final(device: str, uri: str, exhibits: Any, spec: Any, step: Any, bits: Any
 # ---------------------------------------------------------------------------------------------------------- search
 
 
-class Costs:
-    """What policies cost of `size_mb` and, on a device, `latency_ms` and `energy_mj`, and which limits hold."""
-
-    def __init__(self, step: Any, layers: list[LayerInfo]):
-        device = None if step.hardware is None else hardware.device(step.hardware)
-        self.columns = 1 if step.scheme == "kmeans" else 2
-        names = dict.fromkeys(["size_mb", *step.shares, *step.limits])
-        self.of = {name: haq.table_cost(bit_table(device, layers, name)) for name in names}
-        whole = self.all(self.uniform(len(layers), haq.HIGHEST))
-        self.limits = {**step.limits, **{name: share * whole[name] for name, share in step.shares.items()}}
-
-    def uniform(self, count: int, bits: int) -> haq.Policy:
-        """The policy of so many bits everywhere."""
-        return [[bits] * self.columns for _ in range(count)]
-
-    def all(self, bits: haq.Policy) -> dict[str, float]:
-        """What a policy costs, by name; inputs without bits count 8."""
-        whole = [[row[0], row[1] if len(row) > 1 else haq.HIGHEST] for row in bits]
-        return {name: cost(whole) for name, cost in self.of.items()}
-
-    def worst(self, bits: haq.Policy) -> float:
-        """The largest share of a limit that a policy takes; at most 1 keeps them all."""
-        costs = self.all(bits)
-        return max(costs[name] / limit for name, limit in self.limits.items())
-
-
 def _scorer(uri: str, exhibits: Any, spec: Any, step: Any) -> episodes.Score:
     return Rounder(uri, exhibits, spec, step, trials.device()).score
 
@@ -172,7 +140,10 @@ def _searched(step: Any, work: Work, stage: runs.Run, before: runs.Run, exhibits
     arguments = (before.uri, exhibits, job.judge, step)
     layers = work.on_worker(_layers, *arguments)
     costs = Costs(step, layers)
-    walk = walk_of(step, layers, costs, work.ctx.where)
+    try:
+        walk = walk_of(step, layers, costs)
+    except UserError as error:
+        raise UserError(f"{work.ctx.where}: quantize: {error}") from None
     even = uniform(walk)
     whole, metrics = work.on_worker(_scores, *arguments, even)
     metric = TASKS[subnets.task_of(runs.read_model(before)[2])].best
@@ -190,30 +161,3 @@ def _searched(step: Any, work: Work, stage: runs.Run, before: runs.Run, exhibits
         "costs": costs.all(found.policy),
         "uniform": {"bits": named(layers, even), "costs": costs.all(even), metric.name: metrics[metric.name]},
     }
-
-
-def walk_of(step: Any, layers: list[LayerInfo], costs: Costs, where: str) -> haq.BitsWalk:
-    """The agent's environment; UserError, with what the fewest bits cost, where they break the limits."""
-    spec = step.search
-    if not layers:
-        raise UserError(f"{where}: quantize: keep leaves no layer to quantize")
-    try:
-        return haq.BitsWalk(layers, costs.worst, 1.0, spec.low, spec.high, costs.columns == 2)
-    except UserError:
-        least = costs.all(costs.uniform(len(layers), spec.low))
-        told = ", ".join(f"{name} {least[name]:.6g}, the limit is {limit:.6g}" for name, limit in costs.limits.items())
-        raise UserError(
-            f"{where}: quantize: {spec.low} bits everywhere (8 at both ends) break the limits; without the ends they "
-            f"cost {told}: raise the limits"
-        ) from None
-
-
-def uniform(walk: haq.BitsWalk) -> haq.Policy:
-    """The policy of most bits, the same everywhere but at the ends, that keeps the budget of a walk."""
-    for bits in range(walk.high, walk.low, -1):
-        policy = [[bits] * walk.columns for _ in walk.layers]
-        for place, pair in walk.ends.items():
-            policy[place] = list(pair)
-        if walk.cost(policy) <= walk.budget:
-            return policy
-    return haq.project([[walk.low] * walk.columns for _ in walk.layers], walk.cost, walk.budget, walk.low, walk.ends)

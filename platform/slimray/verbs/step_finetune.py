@@ -5,6 +5,7 @@ from typing import Any
 
 from slimray import runs
 from slimray.spec import Spec
+from slimray.verbs.compress_specs import RoundedStep
 
 FASTER = False  # whether the step may make a network faster
 
@@ -16,11 +17,14 @@ def check(step: Spec, net: Any, sample: Any) -> None:
 def run(step: Any, work: Any, folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
     """Train the network of `before` in the stage FOLDER; return the stage and what there is to tell."""
     from slimray.train.methods.constrained import Constrained
+    from slimray.train.methods.quantized import QuantizationAware
 
     records = runs.read_model(before)[1].get("compression", [])
+    rounded = isinstance(step, RoundedStep)  # the training of a step `quantize`
     shared = {name: None for record in records if record["step"] == "share" for name in record["bits"]}
 
     def change(config: Any) -> Any:
-        return replace(config, method=Constrained(config.method, step.scale_dropout, tuple(shared)))
+        method = Constrained(config.method, step.scale_dropout, tuple(shared))
+        return replace(config, method=QuantizationAware(method, step.ranges) if rounded else method)
 
     return work.train(folder, step, before, change), {"epochs": step.epochs, "lr": step.lr}

@@ -11,10 +11,19 @@ from slimray.spec import UserError, did_you_mean, located
 FASTER = False  # torch computes rounded numbers as floats; a runtime with int8 kernels may be faster
 
 
-def check(step: Any, net: Any, sample: Any) -> None:
-    """Raise UserError for a layer that `net`, on the meta device, does not have, and for hardware that is not known."""
+def check(step: Any, net: Any, sample: tuple[int, ...] | None) -> None:
+    """Raise UserError for a layer that `net`, on the meta device, does not have, for hardware that is not known, and
+    for limits that the fewest bits break.
+
+    `sample` is the shape of an input. Without one, and for a network that looks points up by their values, limits are
+    not known before it runs.
+    """
+    import torch
+
+    from slimray.compress import quantization
     from slimray.compress.fold import LAYERS
     from slimray.edge import hardware
+    from slimray.verbs import bit_policies
 
     names = [name for name, module in net.named_modules() if type(module) in LAYERS]
     for name in (*step.keep, *(step.bits if isinstance(step.bits, dict) else ())):
@@ -26,6 +35,14 @@ def check(step: Any, net: Any, sample: Any) -> None:
             hardware.device(step.hardware)
         except UserError as error:
             raise UserError(located(str(error), "hardware")) from None
+    if step.search is None or sample is None:
+        return
+    try:
+        layers = quantization.layers_of(net, torch.empty(2, *sample, device="meta"))
+    except (RuntimeError, IndexError):
+        return
+    layers = [layer for layer in layers if layer.name not in step.keep]
+    bit_policies.walk_of(step, layers, bit_policies.Costs(step, layers))
 
 
 def run(step: Any, work: Any, folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
