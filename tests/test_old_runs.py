@@ -18,7 +18,7 @@ import pytest
 import safetensors.numpy
 import yaml
 from tests.golden.record import machine
-from tests.verbs.conftest import Shell, seen
+from tests.verbs.conftest import Here, seen
 
 # ------------------------------------------------------------------ imports that follow the package when files move
 from slimray import job, runs
@@ -189,7 +189,7 @@ EVALUATED = ("clips-eval", "images-eval", "clouds-eval", "frustums-eval")
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_the_unfinished_run_resumes_to_the_recorded_bits_and_old_models_are_scored_as_then(old):
-    shell = Shell(old)
+    shell = Here(old)
     jobs = [runs.read_job(runs.open_run("runs", name)) for name in EVALUATED]
     again = [yaml.safe_dump(job | {"name": f"{job['name']}-again"}) for job in jobs]
     shell.ok("run", "clips-unfinished.yaml", shell.write("again.yaml", "---\n".join(again)))

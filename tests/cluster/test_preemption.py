@@ -183,6 +183,7 @@ def test_an_answer_that_is_no_http_and_a_head_that_is_away_do_not_end_the_agent(
 
 @pytest.mark.ray
 @pytest.mark.timeout(200)
+@pytest.mark.usefixtures("no_ray")
 def test_on_notice_the_agent_drains_the_node_of_its_machine(monkeypatch):
     """A real cluster of a head and a node, the command as the cluster files start it, and a service that is down."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})

@@ -14,6 +14,7 @@ from slimray.train.metrics import GAUGES, Gauges
 
 @pytest.mark.ray
 @pytest.mark.timeout(120)
+@pytest.mark.usefixtures("no_ray")
 def test_dashboards_and_alerts_ask_for_numbers_that_the_exporter_has(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with socket.socket() as probe:

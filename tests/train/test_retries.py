@@ -18,7 +18,7 @@ from slimray.spec import RunFailed
 from slimray.train import workers
 from slimray.train.spec import ScaleSpec
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.usefixtures("no_ray")]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,15 @@
 """Real runs for the tests of the verbs: one local Ray cluster, one small generated dataset, the command line."""
 
+import contextlib
 import hashlib
+import io
 import os
 import signal
 import subprocess
 import sys
+import threading
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +17,7 @@ import safetensors.numpy
 from tests.waits import as_in_a_terminal, patience, wait_for
 
 from slimray import runs
+from slimray.cli import main as cli
 
 DATA = "{kind: prepare, name: data, data: {card: moving_shapes, clips: 60, size: 32, frames: 12}}"
 TRAIN = """
@@ -62,6 +68,26 @@ class Shell:
         done = self.run(*arguments)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
+
+
+class Here(Shell):
+    """The same, but what is not killed runs in this process: on one cluster, with the processes that it kept."""
+
+    def run(self, *arguments: str, seconds: float = 0) -> subprocess.CompletedProcess:
+        """Run a command until it ends; how long it may take is for the `timeout` of the test to say."""
+        code, out, err, before = 0, io.StringIO(), io.StringIO(), sys.argv
+        sys.argv = ["slimray", *arguments]
+        try:
+            with contextlib.chdir(self.folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        except Exception:  # noqa: BLE001 as the interpreter shows what nobody caught
+            code = 1
+            traceback.print_exc(file=err)
+        finally:
+            sys.argv = before
+        return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def end_session(child: subprocess.Popen) -> None:
@@ -137,17 +163,29 @@ def has_checkpoint(shell: Shell, name: str, step: int) -> bool:
 
 def run_and_kill_a_worker(shell: Shell, file: str, name: str) -> None:
     """Start the training `name` of `file`, SIGKILL a worker after step 8, in mid-epoch, and see the run end well."""
-    child = shell.start("run", file)
-    wait_for("a checkpoint in mid-epoch", lambda: has_checkpoint(shell, name, 8))
-    os.kill(find_process(child.pid, "ray::RayTrainWorker"), signal.SIGKILL)
-    out, err = child.communicate(timeout=patience(240))
-    assert child.returncode == 0, out + err
+    killed: list[int] = []
+
+    def kill() -> None:
+        wait_for("a checkpoint in mid-epoch", lambda: has_checkpoint(shell, name, 8))
+        killed.append(find_process(os.getpid(), "ray::RayTrainWorker"))
+        os.kill(killed[0], signal.SIGKILL)
+
+    killing = threading.Thread(target=kill, daemon=True)
+    killing.start()
+    shell.ok("run", file)
+    killing.join()
+    assert killed
 
 
 @pytest.fixture(scope="session")
-def shell(tmp_path_factory) -> Shell:
+def shell(tmp_path_factory) -> Iterator[Here]:
     """A folder with the prepared dataset `data` in its storage."""
-    folder = tmp_path_factory.mktemp("shell")
-    shell = Shell(folder)
+    import ray
+
+    from slimray.train import connection
+
+    connection.connect(2 + (os.cpu_count() or 1))  # what a training on two workers asks for
+    shell = Here(tmp_path_factory.mktemp("shell"))
     shell.ok("run", shell.write("data.yaml", DATA))
-    return shell
+    yield shell
+    ray.shutdown()

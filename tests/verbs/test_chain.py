@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.verbs.conftest import Shell
+from tests.verbs.conftest import Here
 from tests.waits import patience
 
 from slimray import job, runs
@@ -132,9 +132,8 @@ def test_a_network_found_in_clips_is_not_trained_on_images(tmp_path):
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_what_a_search_finds_is_evaluated_trained_on_and_predicted_with(tmp_path):
-    shell = Shell(tmp_path)
-    done = shell.run("run", shell.write("chain.yaml", "---".join(chain(name) for name in KINDS)), seconds=400)
-    assert done.returncode == 0, done.stdout + done.stderr
+    shell = Here(tmp_path)
+    shell.ok("run", shell.write("chain.yaml", "---".join(chain(name) for name in KINDS)))
     for name in KINDS:
         found, tuned = (runs.open_run(str(shell.storage), f"{name}-{which}") for which in ("search-any", "tuned"))
         scores = json.loads(runs.read_file(runs.open_run(str(shell.storage), f"{name}-scores"), "results.json"))

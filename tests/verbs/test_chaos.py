@@ -14,6 +14,7 @@ SEED = 8
 
 @pytest.mark.ray
 @pytest.mark.timeout(500)
+@pytest.mark.usefixtures("no_ray")
 def test_a_drained_node_and_a_killed_driver_change_no_bit(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")

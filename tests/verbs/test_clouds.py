@@ -28,8 +28,7 @@ log_every: 1
 @pytest.fixture(scope="module")
 def parts(shell: Shell) -> str:
     """The digest of an undisturbed training on labelled parts, `parts`."""
-    shell.ok("run", shell.write("shapes.yaml", DATA))
-    shell.ok("run", shell.write("parts.yaml", TRAIN.format(name="parts")))
+    shell.ok("run", shell.write("shapes.yaml", DATA), shell.write("parts.yaml", TRAIN.format(name="parts")))
     return weights(shell, "parts")
 
 

@@ -48,8 +48,7 @@ scale: {{workers: 1}}
 @pytest.fixture(scope="module")
 def small(shell: Shell) -> runs.Run:
     """An undisturbed compress run, `small`, of the training `whole`."""
-    shell.ok("run", shell.write("pictures.yaml", DATA))
-    shell.ok("run", shell.write("whole.yaml", TRAIN))
+    shell.ok("run", shell.write("pictures.yaml", DATA), shell.write("whole.yaml", TRAIN))
     text = COMPRESS.format(name="small")
     told = shell.ok("check", shell.write("small.yaml", text))
     assert "no step of this job makes the network faster" in told

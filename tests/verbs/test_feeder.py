@@ -22,10 +22,8 @@ RECIPE = PointRecipe(num_points=4, mode="val").to_dict()
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster() -> None:
     workers.connect(2)
-    yield
-    ray.shutdown()
 
 
 def clouds(folder) -> pa.Table:

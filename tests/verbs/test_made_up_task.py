@@ -18,7 +18,7 @@ from slimray.tasks import TASKS
 from slimray.tasks.network import load_network
 from slimray.tasks.predict import predict_files
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(patience(300))]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(patience(300)), pytest.mark.usefixtures("no_ray")]
 JOBS = """
 kind: train
 name: counting
@@ -66,13 +66,9 @@ def test_a_task_of_the_tests_runs_through_every_verb(tmp_path, monkeypatch):
     root = str(Path(__file__).resolve().parents[2])  # the workers import the task from here
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
     hook = {"worker_process_setup_hook": made_up.register}
-    ray.shutdown()
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=hook)
-    try:
-        for one in loaded:
-            assert job.run(one, storage, Console(quiet=True), False, 4) == "finished"
-    finally:
-        ray.shutdown()
+    for one in loaded:
+        assert job.run(one, storage, Console(quiet=True), False, 4) == "finished"
     run, scored = runs.open_run(storage, "counting"), runs.open_run(storage, "counted")
     card = runs.read_card(run)
     judged = [row["val/miss"] for row in runs.read_parts(run, "metrics") if "val/miss" in row]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from tests.verbs.conftest import Shell, end_session, weights
+from tests.verbs.test_compress import DATA
 from tests.waits import wait_for
 
 from slimray import runs
@@ -11,11 +12,10 @@ from slimray.arch import Arch
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
-DATA = "{kind: prepare, name: images, data: {card: image_shapes, clips: 60, size: 32}}"
 SHRINK = """
 kind: shrink
 name: {name}
-data: {{run: images, size: 32, images: {{area: [0.5, 1], brightness: 0, saturation: 0}}}}
+data: {{run: pictures, size: 32, images: {{area: [0.5, 1], brightness: 0, saturation: 0}}}}
 model: {{name: ofa_mobilenetv3, preset: tiny, width: 0.5}}
 batch: {{total: 8, per_worker: 8}}
 optim: {{reference_batch: 8, schedule: cosine, groups: no_norm_decay}}
@@ -48,8 +48,7 @@ scale: {{workers: 1}}
 @pytest.fixture(scope="module")
 def ofa(shell: Shell) -> str:
     """The digest of an undisturbed shrink run, `ofa`."""
-    shell.ok("run", shell.write("images.yaml", DATA))
-    shell.ok("run", shell.write("ofa.yaml", SHRINK.format(name="ofa")))
+    shell.ok("run", shell.write("pictures.yaml", DATA), shell.write("ofa.yaml", SHRINK.format(name="ofa")))
     return weights(shell, "ofa")
 
 

@@ -34,6 +34,7 @@ log_every: 1
 @pytest.fixture(scope="module")
 def cluster():
     """A head that holds no work, where drivers run."""
+    ray.shutdown()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", cluster.address)

@@ -2,12 +2,14 @@
 
 import json
 import os
+from collections.abc import Iterator
 
 import pytest
 import ray
 from pydantic import ValidationError
 
 from slimray import runs
+from slimray.train import workers
 from slimray.verbs.shrink import StageSpec
 from slimray.verbs.specs import SweepSpec
 from slimray.verbs.trials import folder_of, proposals, sweep
@@ -55,9 +57,18 @@ def test_a_stage_tunes_only_fields_that_it_has():
     assert (changed.subnets, changed.tune, changed.lr) == (2, None, 0.1)
 
 
+@pytest.fixture(scope="module")
+def two_cpus() -> Iterator[None]:
+    """A cluster on which two trials run at a time."""
+    ray.shutdown()
+    workers.connect(2)
+    yield
+    ray.shutdown()
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("search", ["grid", pytest.param("optuna", marks=pytest.mark.benchmark)])
-def test_finished_trials_are_not_done_again_and_the_best_comes_first(tmp_path, search):
+def test_finished_trials_are_not_done_again_and_the_best_comes_first(two_cpus, tmp_path, search):
     """The work is a made-up score: how often it was asked for is seen in files."""
     stage = runs.run_at(str(tmp_path / "stage"))
     counts = tmp_path / "counts"
@@ -74,23 +85,19 @@ def test_finished_trials_are_not_done_again_and_the_best_comes_first(tmp_path, s
     if search == "optuna":
         over = {"lr": {"low": 0.01, "high": 1.0}, "distill_weight": [0, 1]}
     wanted = spec(over=over, search=search, trials=4)
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        first = sweep(wanted, stage, work, 2, 0)
-        assert len(first) == len(list(counts.iterdir())) == 4
-        assert [one["score"] for one in first] == sorted((one["score"] for one in first), reverse=True)
-        assert first[0]["uri"] == folder_of(stage, first[0]["settings"])
-        gone = runs.run_at(first[-1]["uri"])
-        (tmp_path / "stage/trials" / gone.name / "data/trial.json").unlink()  # as if it had been cut off
-        again = sweep(wanted, stage, work, 2, 0)
-    finally:
-        ray.shutdown()
+    first = sweep(wanted, stage, work, 2, 0)
+    assert len(first) == len(list(counts.iterdir())) == 4
+    assert [one["score"] for one in first] == sorted((one["score"] for one in first), reverse=True)
+    assert first[0]["uri"] == folder_of(stage, first[0]["settings"])
+    gone = runs.run_at(first[-1]["uri"])
+    (tmp_path / "stage/trials" / gone.name / "data/trial.json").unlink()  # as if it had been cut off
+    again = sweep(wanted, stage, work, 2, 0)
     assert len(list(counts.iterdir())) == 5
     assert again == first
 
 
 @pytest.mark.ray
-def test_a_trial_that_lags_is_stopped_and_one_that_fails_is_told(tmp_path):
+def test_a_trial_that_lags_is_stopped_and_one_that_fails_is_told(two_cpus, tmp_path):
     stage = runs.run_at(str(tmp_path / "stage"))
 
     def work(settings, uri, tell):
@@ -101,11 +108,7 @@ def test_a_trial_that_lags_is_stopped_and_one_that_fails_is_told(tmp_path):
         return {"score": -settings["lr"]}
 
     wanted = spec(over={"lr": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]}, early_stop=True)
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        records = sweep(wanted, stage, work, 8, 0)
-    finally:
-        ray.shutdown()
+    records = sweep(wanted, stage, work, 8, 0)
     assert records[0]["settings"] == {"lr": 0.1}
     notes = {one["settings"]["lr"]: one.get("note", "") for one in records}
     assert "no such rate" in notes[0.3]
