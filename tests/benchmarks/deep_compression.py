@@ -1,11 +1,13 @@
 """Deep Compression of LeNet-300-100 and LeNet-5 on MNIST: what each step keeps and costs, five seeds, a real file.
 
-`python -m tests.benchmarks deep_compression` (SLIMRAY_NETS="lenet300" takes one, SLIMRAY_SEEDS=1 one seed); the data
-are the four idx files of $SLIMRAY_SHARED/data/mnist. One process, one thread, no Ray: replicas, masks, codebooks
+`python -m tests.benchmarks deep_compression` (SLIMRAY_NETS="lenet300" takes one, SLIMRAY_SEEDS="2 3" these seeds); the
+data are the four idx files of $SLIMRAY_SHARED/data/mnist. One process, one thread, no Ray: replicas, masks, codebooks
 and file are those of `kind: compress`. Shares, bits and rates were chosen on the training set alone, by training on
-50,000 of its images and scoring on the other 10,000 (SLIMRAY_CHOOSE=1 does that); the test set is only scored.
+50,000 of its images and scoring on the other 10,000 (SLIMRAY_CHOOSE=1 does that); the test set is only scored. Results
+are lines of JSON in `SLIMRAY_BENCH_DIR`: what is there is not done again, and is told together.
 """
 
+import json
 import math
 import os
 import tempfile
@@ -172,14 +174,19 @@ def main() -> None:
     )  # fmt: skip
     if os.environ.get("SLIMRAY_CHOOSE"):
         data = (data[0][:50_000], data[1][:50_000], data[0][50_000:], data[1][50_000:])
-    seeds = range(int(os.environ.get("SLIMRAY_SEEDS", "5")))
+    folder = Path(os.environ.get("SLIMRAY_BENCH_DIR", tempfile.gettempdir()))
+    seeds = [int(seed) for seed in os.environ.get("SLIMRAY_SEEDS", "0 1 2 3 4").split()]
     for name in os.environ.get("SLIMRAY_NETS", "lenet300 lenet5").split():
-        with tempfile.TemporaryDirectory() as folder:
-            rows = []
-            for seed in seeds:
-                rows.append(compress(name, seed, data, Path(folder), seed == 0))
-                print(f"{name} seed {seed}: { ({k: round(v, 3) for k, v in rows[-1].items()}) }", flush=True)
-            speed((Path(folder) / f"{name}-0.slim").read_bytes())
+        file = folder / f"deep-compression-{name}{'-chosen' if os.environ.get('SLIMRAY_CHOOSE') else ''}.jsonl"
+        rows = {row["seed"]: row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
+        for seed in seeds:
+            if seed not in rows:
+                rows[seed] = {"seed": seed} | compress(name, seed, data, folder, seed == 0)
+                with file.open("a") as out:
+                    out.write(json.dumps(rows[seed]) + "\n")
+                speed((folder / f"{name}-{seed}.slim").read_bytes())
+            print(f"{name}: { ({k: round(v, 3) for k, v in rows[seed].items()}) }", flush=True)
+        rows = [rows[seed] for seed in sorted(rows)]
         for key in ("dense", "pruned", "shared", "file", "bytes", "times", "minutes"):
             values = [row[key] for row in rows]
             told = f" (standard error {stdev(values) / math.sqrt(len(values)):.3f})" if len(values) > 1 else ""
