@@ -29,10 +29,13 @@ def relative_work(device: Device, weights: int, inputs: int) -> float:
     return weights * inputs / device.bits**2
 
 
-def bit_table(device: Device | None, layers: Sequence[LayerInfo], cost: str) -> NDArray[np.float64]:
+def bit_table(
+    device: Device | None, layers: Sequence[LayerInfo], cost: str, books: bool = False
+) -> NDArray[np.float64]:
     """What each layer costs for one sample at every pair of bits: `[layers, weight bits - 1, input bits - 1]`.
 
-    `size_mb` needs no device: megabytes of weights. UserError for another cost, or energy of a device without numbers.
+    `size_mb` needs no device: megabytes of weights, with `books` also of a codebook of 2^bits values per layer, which
+    is most of a small layer of 8 bits. UserError for another cost, or energy of a device without numbers.
     """
     if cost not in COSTS or (device is None and cost != "size_mb"):
         raise UserError(
@@ -45,6 +48,8 @@ def bit_table(device: Device | None, layers: Sequence[LayerInfo], cost: str) -> 
         for w in range(1, HIGHEST + 1):
             for a in range(1, HIGHEST + 1):
                 row[w - 1, a - 1] = _cost(device, layer, w, a, cost)
+    if books and cost == "size_mb":
+        table += 4e-6 * 2.0 ** np.arange(1, HIGHEST + 1)[None, :, None]
     return table
 
 

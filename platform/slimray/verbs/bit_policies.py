@@ -19,7 +19,8 @@ class Costs:
         device = None if step.hardware is None else hardware.device(step.hardware)
         self.columns = 1 if step.scheme == "kmeans" else 2
         names = dict.fromkeys(["size_mb", *step.shares, *step.limits])
-        self.of = {name: haq.table_cost(bit_table(device, layers, name)) for name in names}
+        books = step.scheme == "kmeans"
+        self.of = {name: haq.table_cost(bit_table(device, layers, name, books)) for name in names}
         whole = self.all(self.uniform(len(layers), haq.HIGHEST))
         self.limits = {**step.limits, **{name: share * whole[name] for name, share in step.shares.items()}}
 

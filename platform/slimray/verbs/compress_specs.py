@@ -221,7 +221,7 @@ class QuantizeStep(Spec):
     shares: dict[BitCost, Ratio] = {}
     """With `search`: the most that its policy costs, as a share of 8 bits everywhere: {size_mb: 0.5}."""
     limits: dict[BitCost, Annotated[float, Field(gt=0)]] = {}
-    """The same in numbers; megabytes are those of the weights."""
+    """The same in numbers; megabytes are those of the weights, with their codebooks (`kmeans`)."""
     hardware: str | None = None
     """Device on which bits have a latency and an energy: a row of HARDWARE such as bit_serial, or a YAML file."""
     keep: tuple[str, ...] = ()
