@@ -32,7 +32,7 @@ from slimray.edge.bit_costs import bit_table
 from slimray.search import ddpg, episodes, haq
 
 SEEDS, EVEN = (0, 1, 2), (4, 3)
-EPISODES, WARMUP, DECAY = 80, 21, 0.95
+EPISODES, WARMUP, DECAY = 60, 21, 0.95
 HELD, TESTED, LOW, HIGH = 512, 4000, 2, 8  # images; bits
 
 
@@ -150,7 +150,7 @@ def tell(rows: list[dict[str, Any]]) -> None:
                 continue
             more = [one["top1"] - plain["top1"] for one in mine]
             half = T975[len(more)] * stdev(more) / math.sqrt(len(more)) if len(more) > 1 else math.nan
-            curve = np.maximum.accumulate([one["rewards"] for one in mine], axis=1).mean(0)[[20, 40, 60, -1]]
+            curve = np.maximum.accumulate([one["rewards"] for one in mine], axis=1).mean(0)[[20, 30, 40, 50, -1]]
             print(
                 f"{even} bits, {by}: {mean(one['top1'] for one in mine):.2f} % against {plain['top1']:.2f}, "
                 f"{mean(more):+.2f} points, 95 % interval [{mean(more) - half:+.2f}, {mean(more) + half:+.2f}], "

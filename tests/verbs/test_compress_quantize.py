@@ -89,7 +89,7 @@ def test_bits_keep_shares_of_what_eight_cost_and_limits_in_numbers(scheme):
     costs = Costs(step, LAYERS)
     walk = walk_of(step, LAYERS, costs)
     whole, rng = costs.all([[8, 8]] * 4), np.random.default_rng(0)
-    books = 4 * 1024 * len(LAYERS) if scheme == "kmeans" else 0  # 256 floats per layer
+    books = 1024 * len(LAYERS) if scheme == "kmeans" else 0  # 256 floats per layer
     assert whole["size_mb"] == pytest.approx((sum(one.weights for one in LAYERS) + books) / 1e6)
     for _ in range(20):
         walk.reset()
