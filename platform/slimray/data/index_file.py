@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from pyarrow.compute import MatchSubstringOptions, call_function
 
 from slimray import storage
 from slimray.data.index import INDEX, PIECE, pieces_of
@@ -110,13 +110,13 @@ def require_sound(table: pa.Table, where: str) -> None:
         _require_inside(piece, where)
     for shard in pieces_of(table.column("shard")):
         names = shard.unique()
-        _require_inside(names.filter(pc.not_equal(names, "")), where)
+        _require_inside(names.filter(call_function("not_equal", [names, ""])), where)
 
 
 def _require_inside(paths: pa.Array, where: str) -> None:
-    outside = pc.match_substring_regex(paths, OUTSIDE)
-    if pc.any(outside).as_py():
-        inside(paths[pc.index(outside, True).as_py()].as_py(), where)
+    outside = call_function("match_substring_regex", [paths], MatchSubstringOptions(OUTSIDE))
+    if (found := np.flatnonzero(outside.to_numpy(zero_copy_only=False))).size:
+        inside(paths[int(found[0])].as_py(), where)
 
 
 def repeated(column: pa.ChunkedArray) -> str | None:

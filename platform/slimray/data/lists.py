@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs as pafs
+from pyarrow.compute import call_function
 
 from slimray import storage
 from slimray.data import index_file
@@ -98,7 +98,7 @@ def read_index(card: Card, split: str, fs: pafs.FileSystem, root: str) -> pa.Tab
     except (pa.ArrowException, KeyError, OSError) as error:
         raise UserError(f"{where}: is not an index ({str(error).splitlines()[0][:100]}): run prepare again") from None
     index_file.require_sound(table, where)
-    lowest, highest = pc.min_max(table.column("label")).as_py().values()
+    lowest, highest = call_function("min_max", [table.column("label")]).as_py().values()
     if card.labelling.per_sample and (lowest < 0 or highest >= card.num_classes):
         raise UserError(f"{where}: labels from {lowest} to {highest}, {card.name} has {card.num_classes} classes")
     return table
