@@ -161,6 +161,16 @@ def test_translations_are_scored_against_the_texts_as_they_were_written(tmp_path
         assert (cased["chrf"] == pytest.approx(100)) == lower
     (table,) = task.tables([row], ())
     assert [cells[1] for cells in table.rows] == ["bleu", "chrf"]
+    assert task.compare is not None
+    rows = [row, worse | {"run": "worse"}, cased | {"run": "lower"}, {"run": "export"}]
+    task.compare(rows)
+    assert ["bleu_gain" in one for one in rows] == [False, True, False, False], "without case is another metric"
+    gain = rows[1]["bleu_gain"]
+    assert gain["difference"] == pytest.approx(worse["bleu"] - row["bleu"])
+    assert (gain["over"], gain["low"] < gain["difference"] < gain["high"]) == ("r", True)
+    assert not any("counted" in one for one in rows), "what is stored are plain values"
+    _, differences = task.tables(rows, ())
+    assert [cells[:3] for cells in differences.rows] == [("worse", "r", gain["difference"])]
     assert task.tables([{"run": "export"}], ()) == []
 
 

@@ -142,6 +142,8 @@ class Task:
     ) = None
     """Called with a row of results, what all ranks found, the examples, the root, the split and the plain recipe of the
     samples: it adds to the row what only all ranks together know, and returns the examples."""
+    compare: Callable[[Sequence[dict[str, Any]]], None] | None = None
+    """Called with the rows of an evaluation once they are finished: it adds to them what only several together tell."""
     extra: str = ""
     modules: tuple[str, ...] = ()
     """Modules that an evaluation needs, of the extra of that name."""

@@ -8,6 +8,7 @@ trained on lower-case text, and its signature, which says so, stands beside them
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from slimray.spec import Spec
 from slimray.tasks.evaluation import Pass, Samples
 from slimray.tasks.network import Network
 from slimray.tasks.task import LOSS, Metric, Outputs, Table
-from slimray.tasks.text_scores import CorpusMetric
+from slimray.tasks.text_scores import DRAWS, CorpusMetric, Counts, paired_bootstrap
 from slimray.tasks.tokens import text_task
 
 SCORES: tuple[Literal["bleu", "chrf"], ...] = ("bleu", "chrf")
@@ -52,6 +53,15 @@ def translations(network: Network, sources: np.ndarray) -> list[str]:
         searched = beam_search(network.net, tokens, recipe.beam, recipe.length_penalty, recipe.max_length)
         found = [best[0].tokens if best else () for best in searched]
     return [recipe.vocabulary.decode(one) for one in found]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What BLEU counts in each sentence that a network translated: the rows of the sentences, counts `[n, k]`."""
+
+    numbers: tuple[int, ...]
+    metric: CorpusMetric
+    counts: Counts
 
 
 class TranslationPass(Pass):
@@ -97,10 +107,27 @@ def finish(
         hypotheses = [said[number] for number in sorted(said)]
         row["signatures"] = {}
         for name in SCORES:
-            score = CorpusMetric(name, lower=bool(recipe.get("lower"))).of(hypotheses, references)
+            metric = CorpusMetric(name, lower=bool(recipe.get("lower")))
+            counts = metric.counts(hypotheses, references)
+            score = metric.score(counts.sum(0))
             row[name] = score.value
             row["signatures"][name] = score.signature
+            if name == "bleu":
+                row["counted"] = Counted(tuple(sorted(said)), metric, counts)
     return examples
+
+
+def compare(rows: Sequence[dict[str, Any]]) -> None:
+    """Add to rows `bleu_gain`: by how much they are better than the first one, over sentences that are drawn again.
+
+    Rows of other sentences or of another metric (without case) are not compared.
+    """
+    counted = [(row, row.pop("counted")) for row in rows if "counted" in row]
+    for row, one in counted[1:]:
+        baseline, first = counted[0]
+        if row["run"] != baseline["run"] and (one.numbers, one.metric) == (first.numbers, first.metric):
+            gain = paired_bootstrap(one.metric, one.counts, first.counts)
+            row["bleu_gain"] = {"over": baseline["run"], **vars(gain)}
 
 
 def lines(network: Network) -> Callable[[str], str]:
@@ -118,11 +145,21 @@ def lines(network: Network) -> Callable[[str], str]:
 
 
 def tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Table]:
-    """Return BLEU and chrF with the signatures by which they can be computed again."""
+    """Return BLEU and chrF with the signatures by which they can be computed again, and how sure their order is."""
     scored = [row for row in rows if "signatures" in row]
     cells = [(row["run"], name, row[name], row["signatures"][name]) for row in scored for name in SCORES]
     note = "Of all sentences together, by sacrebleu, against the references as they were written."
-    return [Table("Scores of translations", ("run", "score", "value", "signature"), cells, note)] if cells else []
+    made = [Table("Scores of translations", ("run", "score", "value", "signature"), cells, note)] if cells else []
+    gains = [
+        (row["run"], gain["over"], gain["difference"], f"{gain['low']:+.2f} to {gain['high']:+.2f}")
+        for row in rows
+        if (gain := row.get("bleu_gain"))
+    ]
+    if gains:
+        note = f"A paired bootstrap (Koehn 2004): the sentences of both are drawn again, {DRAWS:,} times."
+        header = ("run", "compared with", "difference of BLEU", "95 % interval")
+        made.append(Table("Differences of BLEU", header, gains, note))
+    return made
 
 
 TRANSLATE = text_task(
@@ -137,8 +174,9 @@ TRANSLATE = text_task(
     lines=lines,
     spec=TranslateOptions,
     finish=finish,
+    compare=compare,
     extra="text",
     modules=("sacrebleu",),
     tables=tables,
-    in_tables=frozenset({"signatures"}),
+    in_tables=frozenset({"signatures", "bleu_gain"}),
 )

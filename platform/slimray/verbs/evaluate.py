@@ -269,6 +269,8 @@ def run(job: EvaluateJob, ctx: Context) -> None:
         if task.finish is not None:
             shown = task.finish(row, of_ranks, shown, splits.root, split, by_name[row["run"]].recipe)
         examples += [{**one, "run": row["run"]} for one in shown] if row["repeat"] == 0 else []
+    if task.compare is not None:
+        task.compare(result["rows"])
     rows = scoring.join_repeats(result["rows"])
     for row in rows:
         network = by_name[row["run"]]
