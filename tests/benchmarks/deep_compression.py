@@ -139,7 +139,10 @@ def table(data: bytes, where: str) -> None:
     """Print what each tensor keeps and costs: the rows of the paper's tables, and the parts of the file."""
     header, tensors = slim_file.read_header(data, where), slim_file.decode(data, where)
     for plain in header.tensors:
-        tensor, part = tensors[plain["name"]], dict(zip(slim_file.streams_of(plain), plain["bytes"], strict=True))
+        tensor, part = (
+            tensors[plain["name"]],
+            dict(zip(slim_file.CODINGS[plain["coding"]], plain["bytes"], strict=True)),
+        )
         kept = int(torch.count_nonzero(tensor))
         share = 100 * kept / tensor.numel()
         text = f"{plain['name']}: {kept:,} of {tensor.numel():,} kept ({share:.1f} %), {plain['coding']}"

@@ -25,11 +25,10 @@ def test_a_layer_takes_the_longer_of_arithmetic_and_memory():
     macs, values = 64 * 64 * 100, 64 * 100 + 64 * 64 + 64 * 100
     assert hardware.layers_of(unit(64, 64, 10)) == [(macs, values)]
     told = hardware.unit_costs(DEVICE, unit(64, 64, 10))
-    assert told["latency_ms"] == pytest.approx(macs / 1e6)  # 12 MACs a byte, above the balance of 1
+    assert told["latency_ms"] == pytest.approx(macs / 1e6)  # 12 MACs a byte: more than it computes meanwhile
     assert told["energy_mj"] == pytest.approx(1e-9 * (2 * macs + 10 * 2 * values))
     thin = hardware.unit_costs(DEVICE, unit(1, 1, 10))
     assert thin["latency_ms"] == pytest.approx(2 * (100 + 1 + 100) / 1e6)
-    assert DEVICE.balance == 1
 
 
 def test_starting_layers_and_standing_by_cost_too():

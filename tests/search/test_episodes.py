@@ -32,7 +32,10 @@ def groups() -> GroupWalk:
 def bits() -> haq.BitsWalk:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 1))
     layers = layers_of(net, torch.zeros(1, 3, 8, 8))
-    cost = haq.size_cost([layer.weights for layer in layers])
+
+    def cost(policy: haq.Policy) -> float:
+        return float(sum(layer.weights * row[0] for layer, row in zip(layers, policy, strict=True)))
+
     return haq.BitsWalk(layers, cost, 0.6 * cost([[8, 8]] * 3), ends={})
 
 

@@ -17,6 +17,10 @@ def network() -> FrustumNet:
     return POINT_MODELS["frustum_pointnet"][0](num_classes=3, width=0.125)
 
 
+def mean_loss(*given, **options) -> torch.Tensor:
+    return frustum_loss.frustum_losses(*given, **options).mean()
+
+
 def test_corners_turn_about_the_vertical():
     center, size = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[4.0, 2.0, 1.0]])
     corners = frustum_loss.box_corners(center, torch.tensor([0.0]), size)
@@ -53,18 +57,18 @@ def perfect(templates: torch.Tensor):
 def test_a_perfect_box_costs_nothing_and_each_error_what_the_paper_says():
     templates = network().size_templates
     out, targets = perfect(templates)
-    assert frustum_loss.frustum_loss(out, targets, templates).item() == pytest.approx(0, abs=1e-4)
+    assert mean_loss(out, targets, templates).item() == pytest.approx(0, abs=1e-4)
     moved = out | {"center": out["center"] + torch.tensor([0.6, 0.0, 0.8])}  # by 1 m: huber 0.5, corners 10 * 0.5
-    assert frustum_loss.frustum_loss(moved, targets, templates).item() == pytest.approx(0.5 + 10 * 0.5, abs=1e-3)
-    assert frustum_loss.frustum_loss(moved, targets, templates, box_weight=0).item() == pytest.approx(0, abs=1e-4)
+    assert mean_loss(moved, targets, templates).item() == pytest.approx(0.5 + 10 * 0.5, abs=1e-3)
+    assert mean_loss(moved, targets, templates, box_weight=0).item() == pytest.approx(0, abs=1e-4)
     wrong = out | {"heading_residuals_normalized": out["heading_residuals_normalized"] + 0.5}
-    assert frustum_loss.frustum_loss(wrong, targets, templates).item() == pytest.approx(20 * 0.125, abs=1e-3)
+    assert mean_loss(wrong, targets, templates).item() == pytest.approx(20 * 0.125, abs=1e-3)
     guess = out | {"center_reg": out["center_reg"] + torch.tensor([3.0, 0.0, 0.0])}  # linear: 0.5 + 2
-    assert frustum_loss.frustum_loss(guess, targets, templates).item() == pytest.approx(2.5, abs=1e-3)
+    assert mean_loss(guess, targets, templates).item() == pytest.approx(2.5, abs=1e-3)
     turned = out | {
         "heading_residuals": out["heading_residuals"] + math.pi
     }  # corners of a box turned round count as its own
-    assert frustum_loss.frustum_loss(turned, targets, templates).item() == pytest.approx(0, abs=1e-3)
+    assert mean_loss(turned, targets, templates).item() == pytest.approx(0, abs=1e-3)
 
 
 def test_headings_fall_into_the_published_bins(shared):

@@ -52,11 +52,6 @@ def test_two_levels_move_a_share_of_the_bytes_between_nodes_at_a_share_of_the_ba
     assert planner.hierarchical_s(1, 8, 8e8, Link(100.0), Link(10.0)) == planner.ring_s(8, 8e8, Link(100.0))
 
 
-def test_a_torus_of_one_row_is_a_ring_and_a_square_one_has_fewer_hops():
-    assert planner.torus_s(16, 1, 1e8, LINK) == planner.ring_s(16, 1e8, LINK)
-    assert planner.torus_s(32, 32, 1e6, LINK) < planner.ring_s(1024, 1e6, LINK)
-
-
 def test_each_step_waits_for_a_sum_of_a_few_numbers_over_all_ranks():
     far = replace(GPUS, outer=Link(10.0, latency_us=5.0), inner=Link(100.0, latency_us=1.0))
     assert planner.control_s(far, 1) == 0

@@ -138,11 +138,6 @@ def canonical(lengths: np.ndarray) -> np.ndarray:
     return codes
 
 
-def num_bits(values: np.ndarray, lengths: np.ndarray) -> int:
-    """Return how many bits the codes of `values` take."""
-    return int(lengths[values].astype(np.int64).sum())
-
-
 def huffman(values: np.ndarray, lengths: np.ndarray) -> bytes:
     """Return the codes of `values` one after the other, MSB first, with zero bits up to a whole byte."""
     codes = canonical(lengths)

@@ -30,9 +30,7 @@ MAX_HEADER_BYTES = 64 << 20  # unpacked
 MAX_EXPANSION = 4096  # values that a byte of the file may stand for: one filler in two bits bridges 256 zeros
 MAX_CODES = 256
 GAP_BITS = (2, 3, 4, 5, 6, 7, 8)
-CODINGS = ("dense", "codes", "sparse", "shared")
-PARTS = ("codebook", "table", "symbols", "gap_table", "gaps", "values")  # streams of a tensor, in this order
-_OF_CODING = {
+CODINGS = {  # how a tensor is stored -> its streams
     "dense": ("values",),
     "codes": ("codebook", "table", "symbols"),
     "sparse": ("gap_table", "gaps", "values"),
@@ -177,7 +175,7 @@ def _check_entry(plain: Any) -> int:
     shape, sizes, coding = plain["shape"], plain["bytes"], plain["coding"]
     if not isinstance(plain["name"], str) or not isinstance(plain["sha256"], str):
         raise ValueError("a tensor has no name or no SHA-256")
-    parts = _OF_CODING[coding]
+    parts = CODINGS[coding]
     whole = [*shape, *sizes, *(plain[key] for key in ("codes", "gap_bits", "entries") if key in plain)]
     if not all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 1 << 48 for one in whole):
         raise ValueError("a size is not a whole number")
@@ -227,7 +225,7 @@ def decode(data: bytes, where: str, shapes: Mapping[str, Sequence[int]] | None =
     at = slim.start
     for plain in slim.tensors:
         parts = {}
-        for name, size in zip(_OF_CODING[plain["coding"]], plain["bytes"], strict=True):
+        for name, size in zip(CODINGS[plain["coding"]], plain["bytes"], strict=True):
             parts[name] = data[at : at + size]
             at += size
         try:
@@ -274,17 +272,12 @@ def _reason(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------------- counting
 
 
-def streams_of(plain: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the streams of a tensor of the header, in the order of its `bytes`."""
-    return _OF_CODING[plain["coding"]]
-
-
 def parts_of(slim: Slim, total: int) -> dict[str, int]:
     """Return how the `total` bytes of a file are made up: header, codebooks, tables, symbols, gaps, values."""
     out = {"header": slim.start, "codebooks": 0, "tables": 0, "symbols": 0, "gaps": 0, "values": 0}
     names: dict[str, str] = {"codebook": "codebooks", "table": "tables", "gap_table": "tables"}
     for plain in slim.tensors:
-        for name, size in zip(_OF_CODING[plain["coding"]], plain["bytes"], strict=True):
+        for name, size in zip(CODINGS[plain["coding"]], plain["bytes"], strict=True):
             out[str(names.get(name, name))] += size
     assert sum(out.values()) == total
     return out

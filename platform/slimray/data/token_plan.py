@@ -51,14 +51,6 @@ class Bags:
         """How many samples there are."""
         return sum(count for _, count in self.counts)
 
-    def padded(self) -> float:
-        """Return the part of all tokens of the bags that is padding."""
-        edges, ends = _edges(self), np.cumsum([count for _, count in self.counts])
-        values = np.array([length for length, _ in self.counts])
-        longest = values[np.searchsorted(ends, edges[1:], "left")]
-        total = int((np.diff(edges) * longest).sum())
-        return 1 - sum(length * count for length, count in self.counts) / max(total, 1)
-
 
 @lru_cache(maxsize=8)
 def _edges(bags: Bags) -> np.ndarray:

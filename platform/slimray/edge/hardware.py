@@ -48,11 +48,6 @@ class Device(Spec):
     static_w: float = Field(default=0.0, ge=0)
     """Watts that flow while nothing is computed."""
 
-    @property
-    def balance(self) -> float:
-        """MACs per byte (arithmetic intensity) from which a layer is bound by arithmetic and no longer by memory."""
-        return self.gmacs_per_s / self.gb_per_s
-
 
 # Energy per operation: M. Horowitz, "Computing's energy problem", ISSCC 2014, 45 nm at 0.9 V: multiply and add of
 # float16 1.1 + 0.4 pJ, float32 3.7 + 0.9 pJ, int8 0.2 and an int32 add 0.1 pJ; DRAM from 1.3 nJ for 64 bits. Processes

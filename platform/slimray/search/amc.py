@@ -34,6 +34,15 @@ def rounded(channels: int, ratio: float, multiple: int = 8) -> int:
     return count if count <= channels else channels // multiple * multiple
 
 
+def _scaled(rows: Sequence[Sequence[float]]) -> Floats:
+    """The columns of the steps `[steps, 10]`, each brought to [0, 1] over them where it varies."""
+    table = np.array(rows, float)
+    low, high = table.min(0), table.max(0)
+    varied = high > low
+    table[:, varied] = (table[:, varied] - low[varied]) / (high - low)[varied]
+    return table
+
+
 def reward_of(accuracy: float, macs: float | None = None) -> float:
     """The reward of an accuracy in percent: a hundredth of it, or with `macs` minus the error times their logarithm."""
     return accuracy * 0.01 if macs is None else -(100 - accuracy) * 0.01 * float(np.log(macs))
@@ -113,11 +122,7 @@ class LayerWalk:
             [i, float(one.type == "fc"), one.cin, one.cout, one.stride, one.k, one.weights, 0.0, 0.0, 1.0]
             for i, one in enumerate(self.layers)
         ]
-        table = np.array(rows, float)
-        low, high = table.min(0), table.max(0)
-        varied = high > low
-        table[:, varied] = (table[:, varied] - low[varied]) / (high - low)[varied]
-        return table
+        return _scaled(rows)
 
     def reset(self) -> Floats:
         """Begin an episode and return the state of the first layer."""
@@ -221,11 +226,7 @@ class GroupWalk:
             [i, float(s.linear), s.inputs, s.outputs, s.stride, s.kernel, s.weights, 0.0, 0.0, 1.0]
             for i, s in enumerate(self.steps)
         ]
-        table = np.array(rows, float)
-        low, high = table.min(0), table.max(0)
-        varied = high > low
-        table[:, varied] = (table[:, varied] - low[varied]) / (high - low)[varied]
-        self.static = table
+        self.static = _scaled(rows)
         self.judged = next(iter(limits), "macs")
         self.total = float(costs(self.full[None])[self.judged][0])
         self.reset()

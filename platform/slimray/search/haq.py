@@ -44,11 +44,6 @@ def table_cost(table: Floats) -> Callable[[Policy], float]:
     return cost
 
 
-def size_cost(weights: Sequence[int]) -> Callable[[Policy], float]:
-    """The cost of a policy in bits of its weights, `weights` numbers in each layer."""
-    return lambda bits: float(sum(count * row[0] for count, row in zip(weights, bits, strict=True)))
-
-
 def project(
     bits: Policy, cost: Callable[[Policy], float], budget: float, low: int, ends: Mapping[int, Sequence[int]]
 ) -> Policy:

@@ -205,12 +205,6 @@ class Nsga2(Spec):
 Strategy = Random | Evolution | PredictorGuided | Nsga2
 StrategySpec = Annotated[Strategy, Field(discriminator="name")]
 """What a job YAML may say under `strategy`: `{name: evolution, population: 100}`."""
-STRATEGIES: dict[str, type[Strategy]] = {
-    "random": Random,
-    "evolution": Evolution,
-    "predictor_guided": PredictorGuided,
-    "nsga2": Nsga2,
-}
 
 
 def generation(

@@ -28,11 +28,7 @@ def box_corners(center: Tensor, heading: Tensor, size: Tensor) -> Tensor:
 
 
 def huber(error: Tensor, delta: float) -> Tensor:
-    """The mean Huber loss of `error`: quadratic up to `delta`, linear beyond."""
-    return _huber(error, delta).mean()
-
-
-def _huber(error: Tensor, delta: float) -> Tensor:
+    """The Huber loss of each `error`: quadratic up to `delta`, linear beyond."""
     size = error.abs()
     quadratic = size.clamp_max(delta)
     return 0.5 * quadratic.square() + delta * (size - quadratic)
@@ -68,13 +64,6 @@ def frustum_targets(truth: Tensor, class_sizes: Tensor, size_templates: Tensor) 
     }
 
 
-def frustum_loss(
-    outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], size_templates: Tensor, box_weight: float = 1.0
-) -> Tensor:
-    """The mean of `frustum_losses`."""
-    return frustum_losses(outputs, targets, size_templates, box_weight).mean()
-
-
 def frustum_losses(
     outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], size_templates: Tensor, box_weight: float = 1.0
 ) -> Tensor:
@@ -101,13 +90,13 @@ def frustum_losses(
     corners = [box_corners(targets["center"], true_heading + turn, true_size) for turn in (0.0, math.pi)]
     distance = torch.minimum(*((predicted - true).norm(dim=2) for true in corners))
     box = (
-        _huber((outputs["center"] - targets["center"]).norm(dim=1), 2.0)
-        + _huber((outputs["center_reg"] - targets["center"]).norm(dim=1), 1.0)
+        huber((outputs["center"] - targets["center"]).norm(dim=1), 2.0)
+        + huber((outputs["center_reg"] - targets["center"]).norm(dim=1), 1.0)
         + F.cross_entropy(outputs["heading_scores"], heading_id, reduction="none")
         + F.cross_entropy(outputs["size_scores"], size_id, reduction="none")
-        + 20 * _huber(heading_error, 1.0)
-        + 20 * _huber(size_error.norm(dim=1), 1.0)
-        + 10 * _huber(distance, 1.0).mean(1)
+        + 20 * huber(heading_error, 1.0)
+        + 20 * huber(size_error.norm(dim=1), 1.0)
+        + 10 * huber(distance, 1.0).mean(1)
     )
     mask = F.cross_entropy(outputs["mask_logits"].float(), targets["mask"], reduction="none").mean(1)
     return mask + box_weight * box

@@ -171,11 +171,6 @@ def joined(parts: Sequence[Outputs]) -> Outputs:
     return torch.cat(parts)  # type: ignore[arg-type]
 
 
-def first_rows(outputs: Outputs, count: int) -> Outputs:
-    """Return the first `count` samples of what a network gives."""
-    return chosen_rows(outputs, slice(0, count))
-
-
 def chosen_rows(outputs: Outputs, which: Any) -> Outputs:
     """Return the samples `which` (a slice, a mask, numbers) of what a network gives."""
     if isinstance(outputs, Mapping):

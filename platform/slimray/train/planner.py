@@ -188,12 +188,6 @@ def hierarchical_s(nodes: int, per_node: int, num_bytes: float, inner: Link, out
     return within + (between if nodes > 1 else 0.0)
 
 
-def torus_s(x: int, y: int, num_bytes: float, link: Link) -> float:
-    """Seconds of an all-reduce on a 2D torus of `x` times `y` ranks."""
-    across = 2 * (x - 1) * link.latency_s + 2 * (x - 1) / x * link.seconds(num_bytes)
-    return across + 2 * (y - 1) * link.latency_s + 2 * (y - 1) / y * link.seconds(num_bytes / x)
-
-
 def allreduce_s(cluster: Cluster, workers: int, num_bytes: float, share: float = 1.0) -> dict[str, float]:
     """Seconds of each way to all-reduce `num_bytes` over `workers`, at a `share` of the data sheets' bandwidth.
 

@@ -122,7 +122,6 @@ class AmcSpec(Spec):
     is timed again, and passed over for the next best if it breaks the limit."""
 
 
-Counted = Literal["macs", "params", "size_mb"]
 Limited = Literal["macs", "params", "size_mb", "latency_ms"]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.fs as pafs
 import pytest
+from tests import semantic_kitti
 
 from slimray.data import modalities
 from slimray.data.bytes import read_files, read_whole
@@ -79,11 +80,11 @@ class Prepared:
 
 def test_cards_count_as_the_releases_do():
     assert shipped("s3dis").classes == point_sets.S3DIS_CLASSES
-    assert shipped("semantic_kitti").classes == point_sets.SEMANTIC_KITTI_CLASSES
-    counted = {raw: label for raw, label in point_sets.SEMANTIC_KITTI_IDS.items() if label != point_sets.IGNORED}
+    assert shipped("semantic_kitti").classes == semantic_kitti.CLASSES
+    counted = {raw: label for raw, label in semantic_kitti.IDS.items() if label != semantic_kitti.IGNORED}
     for name in ("semantic_kitti", "semantickitti_scan"):
         assert shipped(name).label_map == counted
-        assert shipped(name).classes == point_sets.SEMANTIC_KITTI_CLASSES
+        assert shipped(name).classes == semantic_kitti.CLASSES
     assert shipped("shapenet_part").num_classes == sum(point_sets.SHAPENET_PARTS.values())
     assert shipped("shapenet_part").parts == point_sets.SHAPENET_PARTS
 
@@ -313,7 +314,7 @@ def test_semantic_kitti_scans_find_their_labels_and_classes(shared, tmp_path):
     cloud = made.clouds["sequences/08/velodyne/000004.bin"]
     assert np.array_equal(cloud.coords, raw[:, :3])
     assert np.array_equal(cloud.features["intensity"], raw[:, 3:])
-    assert np.array_equal(cloud.labels, point_sets.semantic_kitti_labels(np.frombuffer(label, "<u4")))
+    assert np.array_equal(cloud.labels, semantic_kitti.labels_of(np.frombuffer(label, "<u4")))
     assert made.bytes_in == len(scan) + len(label)
     some = Prepared(card, "train", tmp_path, tmp_path / "some", lo=3)
     assert (len(some.rows), some.bad) == (1, {"sequences/09/velodyne/000004.bin": "no such file"})
@@ -331,7 +332,7 @@ def test_one_scan_is_cut_into_tiles_that_lead_back_into_it(shared, tmp_path):
     assert len(np.unique(rows)) == len(rows) > 0.97 * len(whole)
     for cloud in made.clouds.values():
         assert np.array_equal(cloud.coords, whole.coords[cloud.rows])
-        assert np.array_equal(cloud.labels, point_sets.semantic_kitti_labels(raw[cloud.rows]))
+        assert np.array_equal(cloud.labels, semantic_kitti.labels_of(raw[cloud.rows]))
         assert np.ptp(cloud.coords[:, :2], 0).max() <= 20
         assert len(cloud) >= MIN_TILE_POINTS
         assert cloud.labels.max() >= 0

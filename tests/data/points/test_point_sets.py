@@ -4,12 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from tests import semantic_kitti
 
 from slimray.data.modalities import modality_of, sample_shape, target_of
 from slimray.data.points import point_sets as sets
 from slimray.data.points.files import read_cloud, read_labels
 from slimray.data.points.recipe import PointRecipe, make_points
 from slimray.data.samples import BadSample
+from slimray.tasks.frustum_loss import box_corners
 
 # ------------------------------------------------------------------------------------------------------ S3DIS
 
@@ -187,9 +190,15 @@ def test_frustums_of_detections_on_the_sample_scan(scan, calibration):
     assert sample.points.shape == (1, 7, 1024)
 
 
+def corners_of(box) -> np.ndarray:
+    """The eight corners of a box (x y z, l w h, heading), `[8, 3]`: those of the loss, in float64."""
+    numbers = torch.tensor([list(map(float, box))], dtype=torch.float64)
+    return box_corners(numbers[:, :3], numbers[:, 6], numbers[:, 3:6])[0].numpy()
+
+
 def labelled(scan, calibration, box) -> bytes:
     """The label line of a 3D box (x y z of the centre, l w h, heading) with the 2D box around it."""
-    pixels = sets.projected(sets.box_corners(box), calibration)
+    pixels = sets.projected(corners_of(box), calibration)
     low, high = np.clip(pixels.min(0), 0, IMAGE), np.clip(pixels.max(0), 0, np.array(IMAGE) - 1)
     x, y, z, length, w, h, heading = box
     numbers = [0.0, 1, -1.5, *low, *high, h, w, length, x, y + h / 2, z, heading]
@@ -209,18 +218,18 @@ def test_frustums_of_labels_know_object_and_box(scan, calibration):
     assert 600 < on_object.sum() < 720
     assert np.array_equal(sets.inside_box(frustum.cloud.coords.astype(np.float64), frustum.box), on_object)
     assert abs(frustum.box[0]) < 0.5
-    corners = sets.box_corners(frustum.box)
+    corners = corners_of(frustum.box)
     assert np.allclose((corners[0] + corners[6]) / 2, frustum.box[:3])
     back = sets.turned(corners, -frustum.rotation)
-    assert np.allclose(back, sets.box_corners(BOX), atol=1e-4)
+    assert np.allclose(back, corners_of(BOX), atol=1e-4)
 
 
 def test_corners_are_in_the_published_order():
-    corners = sets.box_corners((0, 0, 0, 2, 4, 6, 0))
+    corners = corners_of((0, 0, 0, 2, 4, 6, 0))
     assert corners[:, 0].tolist() == [1, 1, -1, -1, 1, 1, -1, -1]
     assert corners[:, 1].tolist() == [3, 3, 3, 3, -3, -3, -3, -3]
     assert corners[:, 2].tolist() == [2, -2, -2, 2, 2, -2, -2, 2]
-    turned = sets.box_corners((0, 0, 0, 2, 0, 0, np.pi / 2))
+    turned = corners_of((0, 0, 0, 2, 0, 0, np.pi / 2))
     assert np.allclose(turned[0], [0, 0, -1])
 
 
@@ -272,19 +281,12 @@ def test_a_semantic_kitti_scan_reads_with_its_classes(shared):
     labels = scan.with_suffix(".label")
     cloud = read_cloud(scan.name, scan.read_bytes(), labels=(labels.name, labels.read_bytes()))
     assert len(cloud) == 80835
-    classes = sets.semantic_kitti_labels(cloud.labels)
-    names = {sets.SEMANTIC_KITTI_CLASSES[i] for i in np.unique(classes) if i != sets.IGNORED}
+    classes = semantic_kitti.labels_of(cloud.labels)
+    names = {semantic_kitti.CLASSES[i] for i in np.unique(classes) if i != semantic_kitti.IGNORED}
     assert {"car", "road", "sidewalk", "vegetation", "pole", "traffic-sign"} <= names
     assert "truck" not in names
-    road = cloud.coords[classes == sets.SEMANTIC_KITTI_CLASSES.index("road")]
+    road = cloud.coords[classes == semantic_kitti.CLASSES.index("road")]
     assert np.median(road[:, 2]) < -1.5  # the scanner is 1.73 m above it
-
-
-def test_moving_things_join_standing_ones_and_unknown_ids_are_refused():
-    assert sets.semantic_kitti_labels(np.array([10, 252, 0, 259 | 7 << 16])).tolist() == [0, 0, sets.IGNORED, 4]
-    assert sorted(set(sets.SEMANTIC_KITTI_IDS.values())) == list(range(-1, 19))
-    with pytest.raises(BadSample, match="label 12 is none"):
-        sets.semantic_kitti_labels(np.array([10, 12]))
 
 
 def test_small_samples_of_other_formats_read(shared):

@@ -106,18 +106,6 @@ def test_a_layer_is_the_one_recorded_with_and_without_memory(recorded):
 
 
 @torch.no_grad()
-def test_distillation_counts_the_labels_that_were_counted(recorded):
-    case = recorded["distill"]
-    embed, softmax = words_of(case)
-    log_probs = softmax(case["hidden"], embed)
-    soft = adaptive.soft_losses(log_probs, case["target"], case["soft_labels"], case["soft_probs"], CUTOFFS)
-    assert near(soft, case["distill_term_only"])
-    for step, expected in case["loss_per_token_by_step"].items():
-        share = adaptive.hard_share(int(step), case["cfg"]["steps"])
-        assert near(share * case["nll"] + (1 - share) * soft, expected)
-
-
-@torch.no_grad()
 def test_the_hebbian_update_is_the_intended_one(recorded):
     case = recorded["hebbian"]
     weight, counts = adaptive.hebbian_update(

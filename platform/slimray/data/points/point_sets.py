@@ -350,16 +350,6 @@ def frustum_angle(box_2d: Sequence[float], calibration: Calibration) -> float:
     return float(-np.arctan2(depth, x))
 
 
-def box_corners(box: Sequence[float]) -> np.ndarray:
-    """The eight corners of (x y z, l w h, heading), float64 `[8, 3]`: the lower four (y down) first, around."""
-    x, y, z, length, w, h, heading = box
-    signs = np.array([[1, 1, 1], [1, 1, -1], [-1, 1, -1], [-1, 1, 1]])
-    signs = np.concatenate([signs, signs * [1, -1, 1]])
-    corners = signs * np.array([length, h, w]) / 2
-    cos, sin = np.cos(heading), np.sin(heading)
-    return corners @ np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]]).T + [x, y, z]
-
-
 def inside_box(coords: np.ndarray, box: Sequence[float]) -> np.ndarray:
     """Which of `[N, 3]` lie in (x y z, l w h, heading): bool `[N]`."""
     x, y, z, length, w, h, heading = box
@@ -425,33 +415,6 @@ def _shaken(box: tuple[float, float, float, float], share: float, rng: np.random
     x, y = (box[0] + box[2]) / 2 + dx * width, (box[1] + box[3]) / 2 + dy * height
     w, h = width * (1 + dw), height * (1 + dh)
     return (float(x - w / 2), float(y - h / 2), float(x + w / 2), float(y + h / 2))
-
-
-# ----------------------------------------------------------------------------------------------- SemanticKITTI
-
-SEMANTIC_KITTI_CLASSES = (
-    "car", "bicycle", "motorcycle", "truck", "other-vehicle", "person", "bicyclist", "motorcyclist", "road", "parking",
-    "sidewalk", "other-ground", "building", "fence", "vegetation", "trunk", "terrain", "pole", "traffic-sign",
-)  # fmt: skip
-IGNORED = -1
-SEMANTIC_KITTI_IDS = {  # raw id -> class, as in the dataset's semantic-kitti.yaml; moving things with standing ones
-    0: IGNORED, 1: IGNORED, 10: 0, 11: 1, 13: 4, 15: 2, 16: 4, 18: 3, 20: 4, 30: 5, 31: 6, 32: 7, 40: 8, 44: 9, 48: 10,
-    49: 11, 50: 12, 51: 13, 52: IGNORED, 60: 8, 70: 14, 71: 15, 72: 16, 80: 17, 81: 18, 99: IGNORED, 252: 0, 253: 6,
-    254: 5, 255: 7, 256: 4, 257: 4, 258: 3, 259: 4,
-}  # fmt: skip
-
-
-def semantic_kitti_labels(raw: np.ndarray) -> np.ndarray:
-    """Raw ids (the lower 16 bits of a .label file) as classes 0..18, IGNORED for what is not scored, int64 `[N]`.
-
-    Raises BadSample for an id that the dataset has not.
-    """
-    table = np.full(1 << 16, -2, np.int64)
-    table[list(SEMANTIC_KITTI_IDS)] = list(SEMANTIC_KITTI_IDS.values())
-    labels = table[np.asarray(raw, np.int64) & 0xFFFF]
-    if (labels == -2).any():
-        raise BadSample(f"label {int(raw[labels == -2][0]) & 0xFFFF} is none of SemanticKITTI's")
-    return labels
 
 
 def _numbers(data: bytes, columns: int) -> np.ndarray:

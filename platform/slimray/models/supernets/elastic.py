@@ -21,7 +21,6 @@ from torch.nn import functional
 from slimray.arch import Gene
 from slimray.spec import UserError
 
-Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Spans = Sequence[tuple[int, int]]  # (first channel, number of channels) of each part of an input
 _CONVS: dict[int, Callable[..., Tensor]] = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
 SE_REDUCTION = 4

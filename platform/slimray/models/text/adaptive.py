@@ -95,25 +95,6 @@ class AdaptiveSoftmax(nn.Module):
         return out
 
 
-def soft_losses(log_probs: Tensor, words: Tensor, labels: Tensor, shares: Tensor, cutoffs: Sequence[int]) -> Tensor:
-    """Cross-entropy `[n]` of `log_probs` `[n, V]` to a teacher's likeliest words `labels` `[n, k]` and their `shares`.
-
-    As published for MicroNet: only labels of the first bin and of the bin of the target `words` `[n]` count; their
-    shares are brought to a sum of 1 where the target is in a tail, and left as they are where it is in the first bin.
-    """
-    edges = torch.tensor(list(cutoffs), device=words.device)
-    bins, own = torch.bucketize(labels, edges, right=True), torch.bucketize(words, edges, right=True)
-    counted = shares * ((bins == 0) | (bins == own[:, None]))
-    total = counted.sum(1, keepdim=True)
-    counted = torch.where((own > 0)[:, None], counted / total.clamp(min=1e-12), counted)
-    return -(counted * log_probs.gather(1, labels)).sum(1)
-
-
-def hard_share(step: int, steps: int, low: float = 0.5, high: float = 0.95) -> float:
-    """The part of the labels in a distillation after `step` of `steps`, beside that of the teacher: it grows evenly."""
-    return low + (high - low) * min(1.0, step / steps)
-
-
 @torch.no_grad()
 def hebbian_update(
     weight: Tensor, hidden: Tensor, words: Tensor, counts: Tensor, most: int = 500, least: float = 0.01

@@ -8,10 +8,9 @@ Units, whose latencies add up to that of a subnet, are one sentence of `length` 
 of the encoder once, one of the decoder token by token with its cache.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,6 @@ from slimray.models.supernets.elastic import ChannelGroup, Unit, take
 from slimray.models.text.transformer import DecoderSize, Design, EncoderSize, Sizes, Transformer, require_heads
 from slimray.models.text.units import Spoken, Translation, cross_unit, decoder_unit, encoder_unit, words_unit
 from slimray.spec import lookup
-
-SPANS = {-1: 1, 1: 2, 2: 3}  # as published configs write it -> outputs attended to
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ class HatSupernet(Transformer):
         return plain.train(self.training)
 
     def latency_features(self, arch: Arch) -> list[float]:
-        """Numbers from which the latency of `arch` can be learned: the published ten, FEATURES."""
+        """Numbers from which the latency of `arch` can be learned: the published ten."""
         return features(arch)
 
     def measured(self, arch: Arch, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
@@ -158,43 +155,8 @@ class HatSupernet(Transformer):
         return []
 
 
-# ------------------------------------------------------------------------------------------ as the releases write it
-
-
-def arch_of_config(space: Space, config: Mapping[str, Any]) -> Arch:
-    """The arch of a released config: `encoder` and `decoder` with `encoder_embed_dim`, ...; missing layers: largest."""
-    encoder, decoder = config["encoder"], config["decoder"]
-    depth = decoder["decoder_layer_num"]
-    spans = [SPANS[span] for span in decoder["decoder_arbitrary_ende_attn"]]
-    lists = {
-        "decoder_ffn": decoder["decoder_ffn_embed_dim"],
-        "decoder_heads": decoder["decoder_self_attention_heads"],
-        "cross_heads": decoder["decoder_ende_attention_heads"],
-        "attends": spans,
-    }
-    largest = space.largest()
-    full = {name: [*genes[:depth], *largest[name][depth:]] for name, genes in lists.items()}
-    return space.arch(
-        {
-            "encoder_embed": encoder["encoder_embed_dim"],
-            "decoder_embed": decoder["decoder_embed_dim"],
-            "encoder_ffn": encoder["encoder_ffn_embed_dim"],
-            "encoder_heads": encoder["encoder_self_attention_heads"],
-            "depth": [depth],
-            **full,
-        }
-    )
-
-
-FEATURES = (
-    "encoder_embed", "encoder_layers", "encoder_ffn", "encoder_heads", "decoder_embed", "decoder_layers", "decoder_ffn",
-    "decoder_heads", "cross_heads", "attends",
-)  # fmt: skip
-FEATURE_SCALES = (640, 6, 2048, 6, 640, 6, 2048, 6, 6, 2)  # the same for all tasks, so values above 1 occur
-
-
 def features(arch: Arch) -> list[float]:
-    """The ten numbers of FEATURES from which latency is predicted: means over the layers that run."""
+    """The published ten numbers from which latency is predicted: widths, layers, and means over the layers that run."""
     sizes = sizes_of(arch)
 
     def mean(values: Sequence[Gene]) -> float:
