@@ -30,7 +30,7 @@ from slimray.compress.criteria import importance, strongest
 from slimray.compress.groups import Groups, trace
 from slimray.compress.policies import Budget, Counts, by_sensitivity, group_features, ranked, sensitivity, uniform
 from slimray.models import published
-from slimray.search import amc, episodes
+from slimray.search import agents, amc
 from slimray.search.ddpg import GROUPS
 
 SEEDS = (0, 1, 2)
@@ -122,12 +122,12 @@ def policies(
         walk = amc.GroupWalk(steps, groups.costs_of, {"macs": limit})
         agent = replace(GROUPS, warmup=WARMUP, decay=DECAY)
         reward = lambda counts: amc.group_reward(judge(counts))  # noqa: E731
-        trials = episodes.search(walk, episodes.SearchSettings(EPISODES, 1, agent), reward, seed)
+        trials = agents.search(walk, agents.SearchSettings(EPISODES, 1, agent), reward, seed)
         found = [10 * trial.reward for trial in trials]
         told = f"warm-up {mean(found[:WARMUP]):.1f} %, its best {max(found[:WARMUP]):.1f}, "
         told += f"last ten {mean(found[-10:]):.1f}, best {max(found):.1f}"
         print(f"  amc seed {seed}: {told}", flush=True)
-        return episodes.best(trials).policy
+        return agents.best(trials).policy
 
     return {
         "uniform": lambda: budget.largest(lambda share: uniform(groups, share, ROUND_TO)),

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from slimray import compress
 from slimray.compress import fold, quantization
 from slimray.edge.bit_costs import bit_table
-from slimray.search import ddpg, episodes, haq
+from slimray.search import agents, ddpg, haq
 
 SEEDS, EVEN = (0, 1, 2), (4, 3)
 EPISODES, WARMUP, DECAY = 60, 21, 0.95
@@ -96,8 +96,8 @@ def search(rounder: Rounder, even: int, seed: int, agent: bool, file: Path) -> t
         return haq.reward_of(judge(str(policy), lambda: rounder.made(policy)), base)
 
     settings = replace(ddpg.HAQ, warmup=WARMUP if agent else EPISODES, decay=DECAY)
-    tried = episodes.search(walk, episodes.SearchSettings(EPISODES, 1, settings), reward, seed)
-    return episodes.best(tried).policy, [trial.reward for trial in tried]
+    tried = agents.search(walk, agents.SearchSettings(EPISODES, 1, settings), reward, seed)
+    return agents.best(tried).policy, [trial.reward for trial in tried]
 
 
 def row(rounder: Rounder, policy: haq.Policy, base: Tensor) -> dict[str, Any]:

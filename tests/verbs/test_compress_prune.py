@@ -13,13 +13,13 @@ from tests.verbs.test_compress import DATA, TRAIN
 
 from slimray import job, runs
 from slimray.search import amc
+from slimray.search.agents import Learner, SearchSettings, search
 from slimray.search.ddpg import Ddpg, DdpgSettings
-from slimray.search.episodes import Learner, SearchSettings, search
 from slimray.spec import UserError, parse
 from slimray.train.spec import ScaleSpec
-from slimray.verbs import episodes, trials
+from slimray.verbs import agent_trials, trials
+from slimray.verbs.agent_trials import Progress
 from slimray.verbs.compress_specs import CompressJob
-from slimray.verbs.episodes import Progress
 
 PRUNE = """
 kind: compress
@@ -200,7 +200,7 @@ def test_a_network_is_pruned_by_curves_and_by_amc_on_any_number_of_workers(shell
 def test_a_trial_computes_with_the_threads_of_a_worker_of_the_job():
     before = torch.get_num_threads()
     try:
-        trial = episodes.PolicyTrial.__new__(episodes.PolicyTrial)
+        trial = agent_trials.PolicyTrial.__new__(agent_trials.PolicyTrial)
         trial.setup({"policy": ()}, make=lambda: lambda policy: {"threads": float(torch.get_num_threads())}, threads=3)
         assert trial.step()["metrics"] == {"threads": 3.0}
     finally:

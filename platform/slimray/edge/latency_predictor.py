@@ -26,7 +26,7 @@ Floats = NDArray[np.float64]
 FOLDS, FEWEST = 5, 20
 HIDDEN, LAYERS, STEPS, BATCH = 400, 4, 400, 128
 RIDGE = 1e-6  # of least squares, which only decides where features do not
-Fit = Callable[[Floats, Floats], Callable[[Floats], Floats]]
+Fit = Callable[[Floats, Floats], Callable[[Floats], Floats]]  # features and ms -> features -> ms
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +40,13 @@ class LatencyPredictor:
 
     @torch.inference_mode()
     def __call__(self, features: Floats) -> Floats:
-        """The expected latency in ms, float64."""
+        """Return the expected latencies in ms, float64 `[n]`."""
         x = torch.from_numpy((features - self.centre) / self.spread).float()
         return self.scale * self.net(x)[:, 0].double().numpy()
 
 
 def fit_network(features: Floats, ms: Floats, seed: int = 0, steps: int = STEPS) -> LatencyPredictor:
-    """Train a predictor; a function of its arguments."""
+    """Train a predictor on features `[n, features]` and measured ms `[n]`; a function of its arguments."""
     centre, spread = features.mean(0), features.std(0)
     spread = np.where(spread > 0, spread, 1.0)
     scale = float(ms.mean())
@@ -70,7 +70,7 @@ def fit_network(features: Floats, ms: Floats, seed: int = 0, steps: int = STEPS)
 
 
 def fit_least_squares(features: Floats, ms: Floats) -> Callable[[Floats], Floats]:
-    """The plain linear model of the features."""
+    """Fit the linear model of ms `[n]` over features `[n, features]`; return the function of others to their ms."""
     centre, spread = features.mean(0), features.std(0)
     spread = np.where(spread > 0, spread, 1.0)
 
@@ -83,7 +83,7 @@ def fit_least_squares(features: Floats, ms: Floats) -> Callable[[Floats], Floats
 
 
 def held_out(fit: Fit, features: Floats, ms: Floats, seed: int = 0) -> Floats:
-    """What models fitted to four fifths say of the others, ms `[n]`."""
+    """Return what models fitted to four fifths say of the others: features `[n, features]`, ms `[n]` -> ms `[n]`."""
     order, said = np.random.default_rng(seed).permutation(len(ms)), np.zeros(len(ms))
     for fold in np.array_split(order, FOLDS):
         learned = np.setdiff1d(order, fold)
@@ -92,7 +92,7 @@ def held_out(fit: Fit, features: Floats, ms: Floats, seed: int = 0) -> Floats:
 
 
 def mape(said: Floats, ms: Floats) -> float:
-    """The mean absolute error in percent of what was measured."""
+    """Return the mean absolute error of predictions `[n]`, in percent of what was measured `[n]`."""
     return float(100 * np.mean(np.abs(said / ms - 1)))
 
 
@@ -120,5 +120,5 @@ def errors(net: Any, table: LatencyTable, seed: int = 0, steps: int = STEPS) -> 
 
 
 def features_of(net: Any, archs: Sequence[Arch]) -> Floats:
-    """The features `[n, features]` of archs."""
+    """Return the features of archs, `[n, features]`."""
     return np.array([net.latency_features(arch) for arch in archs], float)

@@ -4,7 +4,7 @@
 channels. `GroupWalk` is ours: an action per dependency group, so that residual sums, concatenations and shared layers
 are decided once, under limits on any cost that is a function of the numbers kept (MACs, params, measured latency).
 Both have a state of ten numbers per step, something that keeps the budget, and a rounding to channels. The search over
-a `GroupWalk` is that of episodes.py.
+a `GroupWalk` is that of agents.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence

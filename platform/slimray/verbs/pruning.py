@@ -1,6 +1,6 @@
 """What the step `prune` does: a policy given or searched by AMC's agent, the network cut, fitted, re-calibrated.
 
-A trial of a search (episodes.py) cuts the policy, re-calibrates BatchNorm and scores what is left; so does the step
+A trial of a search (agent_trials.py) cuts the policy, re-calibrates BatchNorm and scores what is left; so does the step
 itself with the policy that it ends in.
 """
 
@@ -20,13 +20,13 @@ from slimray.compress.groups import Groups, trace
 from slimray.data.modalities import input_shape
 from slimray.edge import comparing
 from slimray.search import amc, ddpg
-from slimray.search.episodes import Learner, SearchSettings, Trial, best
+from slimray.search.agents import Learner, SearchSettings, Trial, best
 from slimray.spec import UserError
 from slimray.tasks import TASKS
 from slimray.tasks.network import load_network, to_input
 from slimray.train import batchnorm
 from slimray.train.spec import OptimSpec
-from slimray.verbs import episodes, subnets, trials
+from slimray.verbs import agent_trials, subnets, trials
 from slimray.verbs.compress_specs import TimingSpec
 from slimray.verbs.compressing import Work, read_network, write_network
 
@@ -154,7 +154,7 @@ def _given(device: str, uri: str, exhibits: Any, spec: Any, step: Any, timing: T
 # ------------------------------------------------------------------------------------------------ search
 
 
-def _scorer(uri: str, exhibits: Any, spec: Any, step: Any) -> episodes.Score:
+def _scorer(uri: str, exhibits: Any, spec: Any, step: Any) -> agent_trials.Score:
     return Cutter(uri, exhibits, spec, step, trials.device()).score
 
 
@@ -174,8 +174,10 @@ def _searched(
     sign = -1.0 if metric.better == "lower" else 1.0
     learner = Learner(walk, SearchSettings(spec.episodes, spec.population, agent), job.seed)
     make = functools.partial(_scorer, before.uri, exhibits, job.judge, step)
-    tried = episodes.run(work, stage, "prune", learner, lambda told: amc.group_reward(sign * told[metric.name]), make)
-    rewards = [episodes.number_of(trial.reward) for trial in tried]
+    tried = agent_trials.run(
+        work, stage, "prune", learner, lambda told: amc.group_reward(sign * told[metric.name]), make
+    )
+    rewards = [agent_trials.number_of(trial.reward) for trial in tried]
     if timed is None:
         found, told = best(tried), {}
     else:

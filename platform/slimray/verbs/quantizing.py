@@ -1,7 +1,7 @@
 """What the step `quantize` does: bits given or searched by HAQ's agent, ranges found on samples, layers rounded.
 
-A trial of a search (episodes.py) rounds the network by its policy, after training, and scores that; BatchNorm is folded
-and the inputs of all layers are observed once per process, whatever is tried.
+A trial of a search (agent_trials.py) rounds the network by its policy, after training, and scores that; BatchNorm is
+folded and the inputs of all layers are observed once per process, whatever is tried.
 """
 
 import copy
@@ -17,11 +17,11 @@ from slimray.compress import quantization
 from slimray.compress.fold import fold, norm_pairs
 from slimray.compress.quantization import LayerInfo
 from slimray.search import ddpg, haq
-from slimray.search.episodes import Learner, SearchSettings, best
+from slimray.search.agents import Learner, SearchSettings, best
 from slimray.spec import UserError
 from slimray.tasks import TASKS
 from slimray.tasks.network import to_input
-from slimray.verbs import episodes, subnets, trials
+from slimray.verbs import agent_trials, subnets, trials
 from slimray.verbs.bit_policies import Costs, named, uniform, walk_of
 from slimray.verbs.compressing import Work, read_network, write_network
 
@@ -120,7 +120,7 @@ def _final(device: str, uri: str, exhibits: Any, spec: Any, step: Any, bits: Any
 # ---------------------------------------------------------------------------------------------------------- search
 
 
-def _scorer(uri: str, exhibits: Any, spec: Any, step: Any) -> episodes.Score:
+def _scorer(uri: str, exhibits: Any, spec: Any, step: Any) -> agent_trials.Score:
     return Rounder(uri, exhibits, spec, step, trials.device()).score
 
 
@@ -151,12 +151,12 @@ def _searched(step: Any, work: Work, stage: runs.Run, before: runs.Run, exhibits
     agent = replace(ddpg.HAQ, warmup=spec.warmup, decay=spec.decay)
     learner = Learner(walk, SearchSettings(spec.episodes, spec.population, agent), job.seed)
     reward = lambda told: haq.reward_of(sign * told[metric.name], sign * whole[metric.name])  # noqa: E731
-    tried = episodes.run(work, stage, "quantize", learner, reward, functools.partial(_scorer, *arguments))
+    tried = agent_trials.run(work, stage, "quantize", learner, reward, functools.partial(_scorer, *arguments))
     found = best(tried)
     return {
         "policy": named(layers, found.policy),
         "episode": found.index,
-        "rewards": [episodes.number_of(trial.reward) for trial in tried],
+        "rewards": [agent_trials.number_of(trial.reward) for trial in tried],
         "limits": costs.limits,
         "costs": costs.all(found.policy),
         "uniform": {"bits": named(layers, even), "costs": costs.all(even), metric.name: metrics[metric.name]},

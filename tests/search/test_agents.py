@@ -12,9 +12,9 @@ from torch import nn
 
 from slimray.compress.quantization import layers_of
 from slimray.search import haq
+from slimray.search.agents import Learner, SearchSettings, Trial, best, search
 from slimray.search.amc import GroupStep, GroupWalk
 from slimray.search.ddpg import AMC, GROUPS, HAQ, Ddpg
-from slimray.search.episodes import Learner, SearchSettings, Trial, best, search
 from slimray.spec import UserError
 
 

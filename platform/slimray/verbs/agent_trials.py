@@ -1,6 +1,6 @@
 """Searches by an agent, episode by episode (AMC, HAQ): its trials on storage, and how Ray Tune runs them.
 
-What is tried is what `search.episodes` proposes from the seed and the finished trials before it, so that the result is
+What is tried is what `search.agents` proposes from the seed and the finished trials before it, so that the result is
 the same on any number of workers and after a resume.
 """
 
@@ -13,7 +13,7 @@ import torch
 from ray import tune
 
 from slimray import runs
-from slimray.search.episodes import Learner, Trial
+from slimray.search.agents import Learner, Trial
 from slimray.spec import RunFailed
 from slimray.train import connection
 from slimray.verbs import trials
