@@ -23,6 +23,7 @@ from slimray.export.formats import FORMATS
 from slimray.models.tsm import OnlineTSM
 from slimray.runs.folder import digest
 from slimray.spec import UserError
+from slimray.tasks.evaluation import Samples
 from slimray.tasks.network import load_network
 from slimray.verbs import export
 
@@ -114,10 +115,20 @@ def test_a_network_of_few_bits_is_exported_in_float_and_in_int8(shell, net):  # 
 
 
 def test_an_export_that_disagrees_is_a_failed_run(shell, net):  # noqa: F811
-    done = shell("export", "net", *SMALL, "--set", "max_difference=1e-12")
+    """Logits beyond what float32 holds: no runtime gives those of torch."""
+    weights, model, taken = runs.read_model(net)
+    run = runs.open_run("runs", "huge")
+    runs.begin(run, yaml.safe_load(runs.read_file(net, "job.yaml")) | {"name": "huge"}, 1)
+    state = safetensors.torch.load(weights)
+    head = load_network(net).net.head_name
+    state[f"{head}.weight"] *= 1e38
+    state[f"{head}.bias"].fill_(3.4e38)
+    runs.write_model(run, safetensors.torch.save(state), model, taken)
+    runs.end(run, "finished")
+    done = shell("export", "huge", *SMALL)
     assert done.code == 1
-    assert "differs from torch by" in done.err
-    run = runs.find_run("net-export", "runs")
+    assert "its outputs are not finite" in done.err
+    run = runs.find_run("huge-export", "runs")
     assert runs.read_status(run).state == "failed"
     assert not exported.read_export(run, "onnx")["verification"]["passed"]
 
@@ -185,6 +196,39 @@ def test_evaluations_name_exports_and_check_finds_what_is_missing(shell, net):  
     document["runs"] = ["net", "net-export"]
     loaded = job.resolve([(Path("x.yaml"), document)])
     assert "holds an export, not a network" in job.check(loaded, "runs")[0]["problems"][0]
+
+
+def test_rounding_alone_is_no_disagreement_and_float64_tells_what_that_is():
+    torch.manual_seed(0)
+    exact = torch.randn(4, 10, dtype=torch.float64)
+    noise = torch.randn_like(exact)
+    noise *= exact.norm() / noise.norm()
+
+    def said(export: float, torchs: float) -> str:
+        found, expected = exact + export * noise, exact - torchs * noise
+        gaps = {"export": verify.differences(found, exact), "torch": verify.differences(expected, exact)}
+        told = verify.differences(found, expected) | {"float64": {name: one["relative"] for name, one in gaps.items()}}
+        return verify.disagreement(told, 1e-4)
+
+    assert said(5e-5, 4e-5) == ""
+    assert said(2.9e-4, 1e-4) == "", "torch is off by 1e-4 itself"
+    assert "differs from torch by 4.1e-04 (relative), more than max_difference 0.0001" in said(3.1e-4, 1e-4)
+    assert "from float64 by 2.0e-04, torch by 1.0e-07" in said(2e-4, 1e-7)
+    assert verify.disagreement({"relative": 2e-4}, 1e-4) == (
+        "differs from torch by 2.0e-04 (relative), more than max_difference 0.0001"
+    )
+
+
+def test_torch_is_as_far_from_float64_as_its_rounding(net):
+    network = load_network(net)
+    generator = np.random.default_rng(0)
+    data = generator.integers(0, 256, (6, 1, 32, 32, 3), dtype=np.uint8)
+    samples = Samples(data, np.zeros(6, np.int64), [""] * 6, list(range(6)))
+    expected = verify.outputs_of(network, samples)
+    gaps = verify.from_float64(network, samples, expected * 1.001, expected)
+    assert 1e-9 < gaps["torch"] < 1e-5
+    assert gaps["export"] == pytest.approx(1e-3, rel=0.02)
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_differences_are_of_the_worst_output():

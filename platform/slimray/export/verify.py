@@ -6,8 +6,9 @@ in turn with torch. Surprising: relative differences are of the L2 norm over all
 beside, because networks that sort points into voxels may put a point on an edge into the neighbour's.
 """
 
+import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from slimray.tasks.network import Network, predict_outputs, to_input
 from slimray.tasks.task import Outputs
 
 ROWS = 8  # samples that a network sees at once
+ROUNDINGS = 3  # an export adds in another order than torch: it may be so many times as far from the exact values
 WARM_UP = 3
 
 
@@ -81,6 +83,32 @@ def differences(found: Outputs, expected: Outputs) -> dict[str, float]:
         }
         out = {name: max(out[name], value) if value == value else float("nan") for name, value in values.items()}
     return out
+
+
+def from_float64(network: Network, samples: Samples, found: Outputs, expected: Outputs) -> dict[str, float]:
+    """Return how far an export and torch are (relative, L2) from what the network gives when it computes in float64."""
+    exact, before = copy.deepcopy(network.net).double(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # of inputs, and of what networks make of their own
+    try:
+        judge = outputs_of(replace(network, net=exact), samples)
+    finally:
+        torch.set_default_dtype(before)
+    return {name: differences(one, judge)["relative"] for name, one in (("export", found), ("torch", expected))}
+
+
+def disagreement(verification: Mapping[str, Any], most: float) -> str:
+    """Return in a sentence that an export is further from torch (`relative`) than `most`, and than rounding; or "".
+
+    Deep networks amplify the rounding of float32: beyond `most` the distances from `float64`, if they were taken, are
+    the judge. How far torch is from it by rounding alone, an export may be ROUNDINGS times.
+    """
+    gap, exact = verification["relative"], verification.get("float64")
+    if gap <= most or (exact is not None and exact["export"] <= max(most, ROUNDINGS * exact["torch"])):
+        return ""
+    sentence = f"differs from torch by {gap:.1e} (relative), more than max_difference {most:g}"
+    if exact is None:
+        return sentence
+    return f"{sentence}, and from float64 by {exact['export']:.1e}, torch by {exact['torch']:.1e}"
 
 
 def agreement(found: Outputs, expected: Outputs) -> float:
