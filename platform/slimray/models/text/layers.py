@@ -165,7 +165,10 @@ class Drops:
 
 
 class EncoderLayer(nn.Module):
-    """Attention of a sentence to itself and a feed-forward network, each normalised after (`pre_norm`: before) it."""
+    """Attention of a sentence to itself, or of its tokens to the past, and a feed-forward network.
+
+    Each is normalised after (`pre_norm`: before) it.
+    """
 
     def __init__(self, width: int, qkv: int, heads: int, ffn: int, pre_norm: bool, attention_dropout: float):
         super().__init__()
@@ -181,7 +184,24 @@ class EncoderLayer(nn.Module):
         seen = self._before(self.self_attn_layer_norm, x)
         out = self.self_attn(seen, self.self_attn.project(seen), mask, heads=heads)
         x = self._after(self.self_attn_layer_norm, x + functional.dropout(out, drops.encoder, self.training))
-        out = self.ffn(self._before(self.final_layer_norm, x), drops.inside, ffn)
+        return self.feed_forward(x, drops, ffn)
+
+    def attend_past(
+        self, x: Tensor, past: Cached | None, dropout: float, heads: int | None = None
+    ) -> tuple[Tensor, Cached]:
+        """`[B, T, C]` after attention of tokens to themselves and the past, and keys and values of all so far."""
+        seen = self._before(self.self_attn_layer_norm, x)
+        new, mask = self.self_attn.project(seen), None
+        if past is not None:
+            known, new, length = past.keys.shape[1], past.then(new), x.shape[1]
+            if length > 1:  # a single one may see all
+                mask = torch.ones(length, known + length, dtype=torch.bool, device=x.device).tril(known)
+        out = self.self_attn(seen, new, mask, causal=past is None, heads=heads)
+        return self._after(self.self_attn_layer_norm, x + functional.dropout(out, dropout, self.training)), new
+
+    def feed_forward(self, x: Tensor, drops: Drops, middle: int | None = None) -> Tensor:
+        """`[B, S, C]` after the feed-forward network."""
+        out = self.ffn(self._before(self.final_layer_norm, x), drops.inside, middle)
         return self._after(self.final_layer_norm, x + functional.dropout(out, drops.residual, self.training))
 
     def _before(self, norm: nn.Module, x: Tensor) -> Tensor:
@@ -213,17 +233,11 @@ class DecoderLayer(EncoderLayer):
         cross_heads: int | None = None,
         ffn: int | None = None,
     ) -> tuple[Tensor, Cached]:
-        """`[B, T, C]` in and out, and the keys and values of all tokens so far; with a `past` T is 1.
+        """`[B, T, C]` in and out, and the keys and values of all tokens so far.
 
         `source` are the keys and values of `encoder_attn`, `mask` says which of them count.
         """
-        seen = self._before(self.self_attn_layer_norm, x)
-        new = self.self_attn.project(seen)
-        new = new if past is None else past.then(new)
-        out = self.self_attn(seen, new, causal=past is None, heads=heads)
-        x = self._after(self.self_attn_layer_norm, x + functional.dropout(out, drops.residual, self.training))
+        x, new = self.attend_past(x, past, drops.residual, heads)
         out = self.encoder_attn(self._before(self.encoder_attn_layer_norm, x), source, mask, heads=cross_heads)
         x = self._after(self.encoder_attn_layer_norm, x + functional.dropout(out, drops.residual, self.training))
-        out = self.ffn(self._before(self.final_layer_norm, x), drops.inside, ffn)
-        x = self._after(self.final_layer_norm, x + functional.dropout(out, drops.residual, self.training))
-        return x, new
+        return self.feed_forward(x, drops, ffn), new

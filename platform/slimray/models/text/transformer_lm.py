@@ -24,22 +24,6 @@ class Past:
     length: int = 0
 
 
-class CausalLayer(EncoderLayer):
-    """A layer in which a word sees itself and those before it."""
-
-    def go_on(self, x: Tensor, past: Cached | None, drops: Drops) -> tuple[Tensor, Cached]:
-        """`[B, T, C]` in and out, and the keys and values of all words so far."""
-        seen = self._before(self.self_attn_layer_norm, x)
-        new, mask = self.self_attn.project(seen), None
-        if past is not None:
-            known, new = past.keys.shape[1], past.then(new)
-            mask = torch.ones(x.shape[1], known + x.shape[1], dtype=torch.bool, device=x.device).tril(known)
-        out = self.self_attn(seen, new, mask, causal=past is None)
-        x = self._after(self.self_attn_layer_norm, x + functional.dropout(out, drops.residual, self.training))
-        out = self.ffn(self._before(self.final_layer_norm, x), drops.inside)
-        return self._after(self.final_layer_norm, x + functional.dropout(out, drops.residual, self.training)), new
-
-
 class TransformerLM(nn.Module):
     """The network."""
 
@@ -49,7 +33,7 @@ class TransformerLM(nn.Module):
         super().__init__()
         self.drops = Drops(dropout, dropout, dropout, dropout)
         self.embed = table_of(vocab_size, embed, embed)
-        self.layers = nn.ModuleList(CausalLayer(embed, embed, heads, ffn, pre_norm, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(EncoderLayer(embed, embed, heads, ffn, pre_norm, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(embed) if pre_norm else None
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -73,7 +57,8 @@ class TransformerLM(nn.Module):
         x = functional.dropout(x + sinusoids(places, width, x.dtype), self.drops.embeddings, self.training)
         cached = []
         for layer, before in zip(self.layers, past.cached, strict=True):
-            x, new = layer.go_on(x, before, self.drops)  # type: ignore[operator]
+            x, new = layer.attend_past(x, before, self.drops.residual)  # type: ignore[operator]
+            x = layer.feed_forward(x, self.drops)  # type: ignore[operator]
             cached.append(new)
         x = x if self.norm is None else layer_norm(self.norm, x)
         return functional.linear(x, self.embed.weight), Past(tuple(cached), past.length + length)
