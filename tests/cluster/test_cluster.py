@@ -599,7 +599,8 @@ def test_kubectl_and_sbatch_are_given_the_manifest_where_they_are(shell, here, m
         "tsm-5-head",
     }
     code, out, _ = shell("submit", "jobs/chain.yaml", "--cluster", "slurm", *options)
-    assert (code, out) == (0, "tsm-1 (Submitted batch job 7): submitted to slurm, runs lie in /shared/runs\n")
+    follow = "next: slimray logs -f tsm-7 --cluster slurm\n"
+    assert (code, out) == (0, f"tsm-7: submitted to slurm, runs lie in /shared/runs\n{follow}")
     assert "#SBATCH --nodes=4\n" in Path("batch").read_text()
     monkeypatch.setenv("PATH", str(here))
     with contextlib.suppress(FileNotFoundError):

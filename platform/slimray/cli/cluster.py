@@ -75,7 +75,7 @@ def submit(
         _say(f"{job_id}: submitted to {target.name}, runs lie in {ready.storage}")
     if follow:
         _follow(job_id, target, quiet=as_json)
-    elif not as_json and target.cluster.kind != "slurm":  # whose id is the number that sbatch has told
+    elif not as_json:
         _say(f"next: slimray logs -f {job_id} --cluster {name}")
 
 

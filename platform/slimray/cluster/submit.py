@@ -47,7 +47,7 @@ from slimray.cluster.specs import (
     capacity,
 )
 from slimray.cluster.tools import command
-from slimray.spec import UserError, dump_yaml, lookup, parse, read_yaml
+from slimray.spec import RunFailed, UserError, dump_yaml, lookup, parse, read_yaml
 from slimray.storage import absolute
 from slimray.verbs import inputs
 
@@ -257,7 +257,12 @@ def _apply(ready: Submission, target: Target) -> str:
     if tool == "kubectl":
         ready = replace(ready, id=_next_id(ready.id, target))
     said = command([tool, *options], target, render(ready, target))
-    return ready.id if tool == "kubectl" else f"{ready.id} ({said.strip().splitlines()[-1]})"
+    if tool == "kubectl":
+        return ready.id
+    number = re.search(r"\d+", said)
+    if number is None:
+        raise RunFailed(f"{target.where}: sbatch does not tell the number of the job ({said.strip()})")
+    return f"{ready.id.rpartition('-')[0]}-{number[0]}"  # as its tools list it
 
 
 def _next_id(job_id: str, target: Target) -> str:
