@@ -7,7 +7,7 @@ network uses motion: without order, only what single frames tell is left.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -23,6 +23,14 @@ from slimray.verbs import inputs
 from slimray.verbs.context import CheckContext, Context, Made
 from slimray.verbs.inputs import Splits, open_splits, root_of
 from slimray.verbs.specs import WorkerJob
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from slimray.data.plan import Phase
+    from slimray.tasks.network import Network
+    from slimray.tasks.task import Task
+    from slimray.verbs.scoring import Case
 
 
 class EvaluateJob(WorkerJob):
@@ -159,7 +167,7 @@ def _open_data(job: EvaluateJob, where: str, storage: str, found: list[Scored]) 
     return data, split, open_splits(data, where, storage, [split])
 
 
-def _require_options(job: EvaluateJob, where: str, name: str, task: Any, recipe: Mapping[str, Any]) -> None:
+def _require_options(job: EvaluateJob, where: str, name: str, task: "Task", recipe: Mapping[str, Any]) -> None:
     """Raise UserError for a field of `job` that means nothing for samples of a recipe, or for a task."""
     from slimray.tasks import TASKS
 
@@ -180,7 +188,7 @@ def _require_options(job: EvaluateJob, where: str, name: str, task: Any, recipe:
         raise UserError(f"{where}: {reason}")
 
 
-def _require_modules(where: str, task: Any) -> None:
+def _require_modules(where: str, task: "Task") -> None:
     """Raise UserError if what a task is scored with is not installed."""
     if task.modules:
         require_extra(task.extra, f"{where}: the task {task.name}", *task.modules)
@@ -209,10 +217,7 @@ def run(job: EvaluateJob, ctx: Context) -> None:
 
     import ray
 
-    from slimray import compress
     from slimray.data.pipeline import Source
-    from slimray.data.plan import Phase
-    from slimray.edge import cost
     from slimray.report import pages
     from slimray.tasks import task_of_card
     from slimray.tasks.parts import part_ranges
@@ -224,29 +229,22 @@ def run(job: EvaluateJob, ctx: Context) -> None:
     workers.require(job.scale, slots)
     ahead = workers.start_ahead(job.scale)
     found = _find(job, ctx.where, ctx.storage, ())
-    trained = [scoring.load(one.run.uri, one.format) for one in found]
+    networks = [scoring.load(one.run.uri, one.format) for one in found]
     data, split, splits = _open_data(job, ctx.where, ctx.storage, found)
-    names, task = tuple(splits.card.class_names()), task_of_card(splits.card)
+    task, table = task_of_card(splits.card), splits.tables[split]
     _require_modules(ctx.where, task)
-    for one, network in zip(found, trained, strict=True):
+    for one, network in zip(found, networks, strict=True):
         _require_task(ctx.where, one.name, network.task, task)
         _require_classes(ctx.where, one.name, network.classes, splits)
         _require_tokens(ctx.where, one.name, network.recipe, splits)
         _require_options(job, ctx.where, one.name, task, network.recipe)
-    table = splits.tables[split]
-    cases, phases = [], []
-    for one, network in zip(found, trained, strict=True):
-        for order in job.frame_orders:
-            recipe, total = _recipe(job, network, order, splits, split), job.batch * job.scale.most
-            for repeat in range(job.repeats):
-                cases.append(scoring.Case(one.run.uri, one.name, order, repeat, one.format))
-                phases.append(Phase("eval", "eval", repeat, table.num_rows, total, False, recipe))
     actor = workers.make_progress_actor()
+    cases, phases = zip(*_passes(job, found, networks, splits.card, table), strict=True)
     config = scoring.ScoreConfig(
         run_uri=ctx.run.uri,
         attempt=ctx.attempt,
-        cases=tuple(cases),
-        phases=tuple(phases),
+        cases=cases,
+        phases=phases,
         source=Source(root_of(splits, data), ray.put(table), table.num_rows),
         average=job.average,
         task=task.name,
@@ -262,33 +260,19 @@ def run(job: EvaluateJob, ctx: Context) -> None:
     )
     with follow(actor, job.name, ctx.console):
         result = workers.launch(scoring.score_cases, config, job.scale, job.name, actor)
-    by_run = {one.name: one for one in found}
-    by_name = {one.name: network for one, network in zip(found, trained, strict=True)}
-    examples: list[dict[str, Any]] = []
-    for row, of_ranks, shown in zip(result["rows"], result["found"], result["examples"], strict=True):
-        if task.finish is not None:
-            shown = task.finish(row, of_ranks, shown, splits.root, split, by_name[row["run"]].recipe)
-        examples += [{**one, "run": row["run"]} for one in shown] if row["repeat"] == 0 else []
-    if task.compare is not None:
-        task.compare(result["rows"])
+    by_name = {one.name: (one, network) for one, network in zip(found, networks, strict=True)}
+    recipes = {name: network.recipe for name, (_, network) in by_name.items()}
+    examples = _finish(task, result, recipes, splits.root, split)
     rows = scoring.join_repeats(result["rows"])
-    for row in rows:
-        network = by_name[row["run"]]
-        shape = input_shape(_recipe(job, network, row["variant"], splits, split))
-        counted = compress.build(**network.model) if by_run[row["run"]].format else network.net
-        row |= {"params": cost.count_params(counted), "macs": cost.count_macs(counted, (1, *shape))}
-        row |= {"chance": task.chance(len(names))} if task.chance else {}
-        row |= {"views": job.clips * job.crops, "split": split}
-        row |= {"num_quarantined": table.num_rows - row["num_samples"]}
-        trained_with = runs.read_card(by_run[row["run"]].run) or {}
-        row |= {key: trained_with[key] for key in ("batch", "peak_lr") if key in trained_with}
     if not all(row["num_samples"] for row in rows):
         raise RunFailed(f"no file of split {split!r} decodes: see quarantine/ in the run folder")
+    for row in rows:
+        row |= _facts(job, *by_name[row["run"]], row, splits, split)
     results = {
         "task": task.name,
         "metrics": [metric.to_plain() for metric in task.metrics],
         "rows": rows,
-        "classes": list(names),
+        "classes": list(splits.card.class_names()),
         "confusion": result["confusion"],
         "examples": examples,
     }
@@ -299,7 +283,57 @@ def run(job: EvaluateJob, ctx: Context) -> None:
     runs.write_report(ctx.run, pages.evaluate_report(ctx.run))
 
 
-def _require_task(where: str, run: str, named: str, task: Any) -> None:
+def _passes(
+    job: EvaluateJob, found: Sequence[Scored], networks: Sequence["Network"], card: Card, table: "pa.Table"
+) -> "list[tuple[Case, Phase]]":
+    """Return the passes over the split: for each network, order of frames and repeat."""
+    from slimray.data.plan import Phase
+    from slimray.verbs.scoring import Case
+
+    out, total = [], job.batch * job.scale.most
+    for one, network in zip(found, networks, strict=True):
+        for order in job.frame_orders:
+            recipe = _recipe(job, network, order, card, table)
+            for repeat in range(job.repeats):
+                case = Case(one.run.uri, one.name, order, repeat, one.format)
+                out.append((case, Phase("eval", "eval", repeat, table.num_rows, total, False, recipe)))
+    return out
+
+
+def _finish(
+    task: "Task", result: dict[str, Any], recipes: Mapping[str, Mapping[str, Any]], root: str, split: str
+) -> list[dict[str, Any]]:
+    """Add to the rows what only all ranks, or all rows, together tell; return the examples of each network."""
+    examples: list[dict[str, Any]] = []
+    for row, of_ranks, shown in zip(result["rows"], result["found"], result["examples"], strict=True):
+        if task.finish is not None:
+            shown = task.finish(row, of_ranks, shown, root, split, recipes[row["run"]])
+        examples += [{**one, "run": row["run"]} for one in shown] if row["repeat"] == 0 else []
+    if task.compare is not None:
+        task.compare(result["rows"])
+    return examples
+
+
+def _facts(
+    job: EvaluateJob, one: Scored, network: "Network", row: Mapping[str, Any], splits: Splits, split: str
+) -> dict[str, Any]:
+    """Return what a row tells beside its scores: the size of the network, the split, how it was trained."""
+    from slimray import compress
+    from slimray.edge import cost
+    from slimray.tasks import task_of_card
+
+    task, table = task_of_card(splits.card), splits.tables[split]
+    shape = input_shape(_recipe(job, network, row["variant"], splits.card, table))
+    counted = compress.build(**network.model) if one.format else network.net
+    facts = {"params": cost.count_params(counted), "macs": cost.count_macs(counted, (1, *shape))}
+    facts |= {"chance": task.chance(len(splits.card.class_names()))} if task.chance else {}
+    facts |= {"views": job.clips * job.crops, "split": split}
+    facts |= {"num_quarantined": table.num_rows - row["num_samples"]}
+    trained_with = runs.read_card(one.run) or {}
+    return facts | {key: trained_with[key] for key in ("batch", "peak_lr") if key in trained_with}
+
+
+def _require_task(where: str, run: str, named: str, task: "Task") -> None:
     """Raise UserError for a network that was trained for another task: what has the same target may be compared."""
     from slimray.tasks import TASKS
 
@@ -307,13 +341,12 @@ def _require_task(where: str, run: str, named: str, task: Any) -> None:
         raise UserError(f"{where}: runs: {run!r} is for the task {named}, the data for {task.name}: score it apart")
 
 
-def _recipe(job: EvaluateJob, network: Any, order: str, splits: Splits, split: str) -> dict[str, Any]:
-    """The run's own recipe, with the views and the frame order of this evaluation, and the target it then has."""
+def _recipe(job: EvaluateJob, network: "Network", order: str, card: Card, table: "pa.Table") -> dict[str, Any]:
+    """Return the run's own recipe with the views and the frame order of this evaluation, and the target it then has."""
     from slimray.tasks import TASKS, with_target
 
     options = job.model_dump(include={"clips", "crops", "size", "resize", "votes"}) | {"frame_order": order}
     if job.votes:  # windows are drawn equally often, shapes by how many points they have
-        most = int(np.max(splits.tables[split].column("frames").to_numpy()))
-        options |= {"num_points": most, "fill": not splits.card.parts}
+        options |= {"num_points": int(np.max(table.column("frames").to_numpy())), "fill": not card.parts}
     recipe = modality_of(network.recipe).view_recipe(network.recipe, options)
     return with_target(lookup(TASKS, network.task, "task"), recipe)
