@@ -17,7 +17,7 @@ from slimray.search.agents import Learner, SearchSettings, search
 from slimray.search.ddpg import Ddpg, DdpgSettings
 from slimray.spec import UserError, parse
 from slimray.train.spec import ScaleSpec
-from slimray.verbs import agent_trials, trials
+from slimray.verbs import trials
 from slimray.verbs.agent_trials import Progress
 from slimray.verbs.compress_specs import CompressJob
 
@@ -49,7 +49,7 @@ def finish(progress: Progress, order: list[int]) -> None:
     while not progress.is_done:
         begun = []
         while (chosen := progress.start(f"trial-{number}")) is not None:
-            begun.append((f"trial-{number}", chosen["policy"]))
+            begun.append((f"trial-{number}", chosen["tried"]))
             number += 1
         for place in [i for i in order if i < len(begun)]:
             name, counts = begun[place]
@@ -87,8 +87,8 @@ def test_trials_on_storage_are_those_of_a_search_in_this_process_and_nothing_is_
     run = runs.open_run(str(tmp_path), "stage")
     progress = progress_of(run, settings)
     while (chosen := progress.start("trial")) is not None:
-        tried.append(tuple(chosen["policy"].values()))
-        progress.end("trial", {"top1": float(sum(chosen["policy"].values()))})
+        tried.append(tuple(chosen["tried"].values()))
+        progress.end("trial", {"top1": float(sum(chosen["tried"].values()))})
     again = progress_of(run, settings)
     for index, trial in enumerate(wanted):
         for found in (progress.history[index], again.history[index]):
@@ -200,8 +200,8 @@ def test_a_network_is_pruned_by_curves_and_by_amc_on_any_number_of_workers(shell
 def test_a_trial_computes_with_the_threads_of_a_worker_of_the_job():
     before = torch.get_num_threads()
     try:
-        trial = agent_trials.PolicyTrial.__new__(agent_trials.PolicyTrial)
-        trial.setup({"policy": ()}, make=lambda: lambda policy: {"threads": float(torch.get_num_threads())}, threads=3)
+        trial = trials.ScoreTrial.__new__(trials.ScoreTrial)
+        trial.setup({"tried": ()}, make=lambda: lambda tried: {"threads": float(torch.get_num_threads())}, threads=3)
         assert trial.step()["metrics"] == {"threads": 3.0}
     finally:
         torch.set_num_threads(before)

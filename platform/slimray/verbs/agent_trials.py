@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from ray import tune
 
 from slimray import runs
@@ -19,34 +18,7 @@ from slimray.train import connection
 from slimray.verbs import trials
 from slimray.verbs.compressing import Work
 
-Score = Callable[[Any], dict[str, float]]  # a policy -> metrics
 Reward = Callable[[Mapping[str, float]], float]  # what metrics are worth
-
-
-class PolicyTrial(tune.Trainable):
-    """A trial as Tune runs it; its process keeps what scores policies for the next one."""
-
-    def setup(self, config: dict[str, Any], make: Any = None, threads: int = 1) -> None:
-        """Make what scores; torch has `threads` here."""
-        torch.set_num_threads(threads)
-        self.score: Score = make()
-        self.policy = config["policy"]
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the policy of the next trial."""
-        self.policy = new_config["policy"]
-        return True
-
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Keep nothing: a trial that was cut off is done again."""
-        return {}
-
-    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Do nothing, see `save_checkpoint`."""
-
-    def step(self) -> dict[str, Any]:
-        """Score the policy."""
-        return {"metrics": self.score(self.policy), "metric": 0.0, "done": True}
 
 
 class Progress:
@@ -100,7 +72,7 @@ class Progress:
             known = self.scored.get(repr(chosen.policy))
             if known is None:
                 self.running[trial] = chosen
-                return {"policy": chosen.policy}
+                return {"tried": chosen.policy}
             self._write(chosen, known)
         return None
 
@@ -123,7 +95,7 @@ def number_of(value: float) -> float | None:
 
 
 def run(
-    work: Work, stage: runs.Run, step: str, learner: Learner[Any], reward: Reward, make: Callable[[], Score]
+    work: Work, stage: runs.Run, step: str, learner: Learner[Any], reward: Reward, make: Callable[[], trials.Score]
 ) -> list[Trial[Any]]:
     """Run an agent's search, or go on with the trials of `stage`; return all trials in order.
 
@@ -142,7 +114,7 @@ def run(
             mode="max",
         )
         trainable = tune.with_resources(
-            tune.with_parameters(PolicyTrial, make=make, threads=connection.threads(job.scale)),
+            tune.with_parameters(trials.ScoreTrial, make=make, threads=connection.threads(job.scale)),
             trials.resources_of(job.scale),
         )
         trials.run_trials(job.name, trainable, setup, retries=job.scale.retries)

@@ -154,7 +154,7 @@ def _given(device: str, uri: str, exhibits: Any, spec: Any, step: Any, timing: T
 # ------------------------------------------------------------------------------------------------ search
 
 
-def _scorer(uri: str, exhibits: Any, spec: Any, step: Any) -> agent_trials.Score:
+def _scorer(uri: str, exhibits: Any, spec: Any, step: Any) -> trials.Score:
     return Cutter(uri, exhibits, spec, step, trials.device()).score
 
 

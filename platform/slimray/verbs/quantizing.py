@@ -120,7 +120,7 @@ def _final(device: str, uri: str, exhibits: Any, spec: Any, step: Any, bits: Any
 # ---------------------------------------------------------------------------------------------------------- search
 
 
-def _scorer(uri: str, exhibits: Any, spec: Any, step: Any) -> agent_trials.Score:
+def _scorer(uri: str, exhibits: Any, spec: Any, step: Any) -> trials.Score:
     return Rounder(uri, exhibits, spec, step, trials.device()).score
 
 

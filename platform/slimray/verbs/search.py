@@ -7,6 +7,7 @@ each target the best subnet within its limits is scored once on the split for th
 a network like any other: evaluated, predicted with, trained on (`model: {run: NAME-TARGET}`).
 """
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -276,7 +277,7 @@ class _Progress:
         if chosen is None:
             return None
         self.running[trial] = chosen
-        return {"index": chosen[0], "arch": chosen[1].to_dict()}
+        return {"index": chosen[0], "tried": chosen[1].to_dict()}
 
     def end(self, trial: str, metrics: dict[str, float]) -> None:
         """Write a trial that is over, once: Tune says so twice where it stops one that says itself that it is done."""
@@ -342,9 +343,8 @@ def _tune(job: SearchJob, found: runs.Run, progress: _Progress, exhibits: Any) -
     from slimray.train import connection
     from slimray.verbs import subnets, trials
 
-    trainable = tune.with_parameters(
-        subnets.JudgeTrial, run_uri=found.uri, exhibits=exhibits, spec=job.judge, threads=connection.threads(job.scale)
-    )
+    make = functools.partial(subnets.scorer, found.uri, exhibits, job.judge)
+    trainable = tune.with_parameters(trials.ScoreTrial, make=make, threads=connection.threads(job.scale))
     setup = tune.TuneConfig(
         search_alg=trials.ProposalSearch(progress),
         num_samples=progress.total - len(progress.history),

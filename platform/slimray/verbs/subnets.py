@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray
 import safetensors.torch
 import torch
-from ray import exceptions, tune
+from ray import exceptions
 from ray.util import ActorPool
 
 from slimray import runs
@@ -217,32 +217,9 @@ def _recalibrate(run_uri: str, exhibits: Exhibits, spec: JudgeSpec, device: str)
     return safetensors.torch.save(tensors), before, after
 
 
-class JudgeTrial(tune.Trainable):
-    """A trial of a search as Tune runs it; its process keeps the judge for the next one."""
-
-    def setup(
-        self, config: dict[str, Any], run_uri: str = "", exhibits: Any = None, spec: Any = None, threads: int = 1
-    ) -> None:
-        """Load the supernet; torch has `threads` here."""
-        torch.set_num_threads(threads)
-        self.judge = Judge(run_uri, exhibits, spec, trials.device())
-        self.arch = config["arch"]
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the arch of the next trial."""
-        self.arch = new_config["arch"]
-        return True
-
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Keep nothing: a trial that was cut off is done again."""
-        return {}
-
-    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Do nothing, see `save_checkpoint`."""
-
-    def step(self) -> dict[str, Any]:
-        """Score the arch."""
-        return {"metrics": self.judge.score(self.arch), "metric": 0.0, "done": True}
+def scorer(run_uri: str, exhibits: Exhibits, spec: JudgeSpec) -> trials.Score:
+    """Return what scores archs in a trial: a judge of the supernet at `run_uri`, on the device of the trial."""
+    return Judge(run_uri, exhibits, spec, trials.device()).score
 
 
 def metric_of(taken: Mapping[str, Any]) -> str:

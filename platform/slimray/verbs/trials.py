@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import ray
+import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
@@ -32,6 +33,7 @@ from slimray.verbs.specs import RangeSpec, SweepSpec
 
 OWN_CPU = 0.01  # of a trial's own process, which waits; its workers ask for themselves. Tune does not take 0
 
+Score = Callable[[Any], dict[str, float]]  # what is tried (an arch, a policy) -> metrics
 Settings = dict[str, float]
 Tell = Callable[[int, float], None]  # (epoch, loss): how a trial stands
 TrialWork = Callable[[Settings, str, Tell], dict[str, Any]]  # (settings, run URI, tell) -> {"score": ..., ...}
@@ -48,6 +50,32 @@ def resources_of(scale: ScaleSpec) -> dict[str, float]:
 def device() -> str:
     """The device of the trial that asks: a GPU if it was given one."""
     return "cuda" if ray.get_gpu_ids() else "cpu"
+
+
+class ScoreTrial(tune.Trainable):
+    """A trial as Tune runs it: it scores what its config calls `tried`; its process keeps what scores for the next."""
+
+    def setup(self, config: dict[str, Any], make: Any = None, threads: int = 1) -> None:
+        """Make what scores; torch has `threads` here."""
+        torch.set_num_threads(threads)
+        self.score: Score = make()
+        self.tried = config["tried"]
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take what the next trial scores."""
+        self.tried = new_config["tried"]
+        return True
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Keep nothing: a trial that was cut off is done again."""
+        return {}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Do nothing, see `save_checkpoint`."""
+
+    def step(self) -> dict[str, Any]:
+        """Score what is tried."""
+        return {"metrics": self.score(self.tried), "metric": 0.0, "done": True}
 
 
 def run_trials(
