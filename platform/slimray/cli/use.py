@@ -255,7 +255,6 @@ def profile(
     """
     from slimray import models
     from slimray.edge import latency_predictor, latency_table, profiler
-    from slimray.verbs import inputs
 
     remote = None
     if device is not None:
@@ -266,22 +265,7 @@ def profile(
         if what not in models.MODELS and (where := _export_of(what, storage_of(storage))):
             _time_export(remote, where, rounds, as_json)
             return
-    num_points, options = None, dict[str, Any](name=what)
-    if what in models.MODELS:
-        usual = models.MODELS[what].profiled
-        if usual is None:
-            known = ", ".join(name for name, row in models.MODELS.items() if row.profiled is not None)
-            raise UserError(f"profile {what}: must be one of {known}, or a run of kind shrink")
-        options |= usual
-        for assignment in [*([f"preset={preset}"] if preset else []), *(set_ or [])]:
-            set_value(options, assignment)
-    else:
-        if preset or set_:
-            raise UserError(f"profile {what}: --preset and --set are for models, a run says what it holds")
-        where = f"profile {what}"
-        run = inputs.finished_run(what, storage_of(storage), ("supernet",), where)
-        options, recipe = inputs.read_model(run, where), inputs.read_input(run, where)["recipe"]
-        num_points = recipe.get("num_points")
+    options, num_points = _supernet_of(what, [f"preset={preset}", *(set_ or [])] if preset else set_ or [], storage)
     words = [word.strip() for word in (resolutions or "").split(",") if word.strip()]
     if not all(word.isdecimal() for word in words):
         raise UserError(f"--resolutions {resolutions}: must be whole numbers with commas, such as 128,176,224")
@@ -302,6 +286,27 @@ def profile(
     for key, value in facts.items():
         say(f"{key.replace('_', ' ')}: {fact(key, value)}")
     say(f"table: {path}")
+
+
+def _supernet_of(what: str, sets: list[str], storage: str | None) -> tuple[dict[str, Any], int | None]:
+    """The model options of a supernet of MODELS with `sets`, or of a run, and how many points its samples have."""
+    from slimray import models
+    from slimray.verbs import inputs
+
+    where = f"profile {what}"
+    if what not in models.MODELS:
+        if sets:
+            raise UserError(f"{where}: --preset and --set are for models, a run says what it holds")
+        run = inputs.finished_run(what, storage_of(storage), ("supernet",), where)
+        return inputs.read_model(run, where), inputs.read_input(run, where)["recipe"].get("num_points")
+    usual = models.MODELS[what].profiled
+    if usual is None:
+        known = ", ".join(name for name, row in models.MODELS.items() if row.profiled is not None)
+        raise UserError(f"{where}: must be one of {known}, or a run of kind shrink")
+    options: dict[str, Any] = {"name": what} | dict(usual)
+    for assignment in sets:
+        set_value(options, assignment)
+    return options, None
 
 
 def _export_of(name: str, where: str) -> str | None:

@@ -202,26 +202,7 @@ def profile(
     if rounds < 2 or calibrate < 4 or threads < 1:
         raise UserError("profile: rounds must be >= 2, calibrate >= 4 and threads >= 1")
     sides = _resolutions(net, resolutions, runtime)
-    table = LatencyTable(
-        format=FORMAT,
-        model=dict(model),
-        num_points=num_points,
-        hardware=hardware,
-        device=runtime.device(),
-        threads=threads,
-        versions=versions(hardware) | (runtime.versions() if runtime.versions else {}),
-        date=datetime.now(UTC).date().isoformat(),
-        resolutions=sides,
-        rounds=rounds,
-        seconds=0.0,
-        done=0,
-        reference_ms=(),
-        waited_percent=0.0,
-        units={},
-        subnets=(),
-        calibration=None,
-    )
-    table = take_up(table, path)
+    table = take_up(_empty_table(model, hardware, runtime, threads, num_points, sides, rounds), path)
     if table.calibration is not None:
         return table
     start, before = time.perf_counter(), table.seconds
@@ -249,6 +230,37 @@ def profile(
     table = table.model_copy(update={"calibration": _calibrate(net, table)})
     write_table(table, path)
     return table
+
+
+def _empty_table(
+    model: Mapping[str, Any],
+    hardware: str,
+    runtime: Runtime,
+    threads: int,
+    num_points: int | None,
+    resolutions: tuple[int, ...] | None,
+    rounds: int,
+) -> LatencyTable:
+    """Return a table of this device in which nothing is measured yet."""
+    return LatencyTable(
+        format=FORMAT,
+        model=dict(model),
+        num_points=num_points,
+        hardware=hardware,
+        device=runtime.device(),
+        threads=threads,
+        versions=versions(hardware) | (runtime.versions() if runtime.versions else {}),
+        date=datetime.now(UTC).date().isoformat(),
+        resolutions=resolutions,
+        rounds=rounds,
+        seconds=0.0,
+        done=0,
+        reference_ms=(),
+        waited_percent=0.0,
+        units={},
+        subnets=(),
+        calibration=None,
+    )
 
 
 def _resolutions(net: Any, wanted: Sequence[int] | None, runtime: Runtime) -> tuple[int, ...] | None:

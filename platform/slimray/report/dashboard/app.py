@@ -75,7 +75,16 @@ def build(watch: Watch, token: str) -> dash.Dash:
         index_string=PAGE.replace("CSS", CSS.read_text(encoding="utf-8")),
         meta_tags=[{"name": "viewport", "content": "width=device-width, initial-scale=1"}],
     )
-    app.layout = html.Div(
+    app.layout = _layout(watch.where)
+    _answer(app, watch)
+    _serve_reports(server, watch)
+    _guard(server, token, ["script-src 'self'", *app.csp_hashes()])
+    return app
+
+
+def _layout(where: str) -> html.Div:
+    """Return what stays whatever is shown: the header with the filter, and the place of the page."""
+    return html.Div(
         [
             html.A("to the content", href="#page", className="skip"),
             dcc.Location(id="url", refresh=False),
@@ -84,7 +93,7 @@ def build(watch: Watch, token: str) -> dash.Dash:
             html.Header(
                 [
                     dcc.Link("slimray", href="/", className="brand"),
-                    html.Span(watch.where, className="where"),
+                    html.Span(where, className="where"),
                     html.Label(
                         [html.Span("filter"), dcc.Input(id="words", type="search", debounce=0.25)],
                         id="filter",
@@ -97,6 +106,9 @@ def build(watch: Watch, token: str) -> dash.Dash:
         ]
     )
 
+
+def _answer(app: dash.Dash, watch: Watch) -> None:
+    """Add the one callback: an address, or the next tick, to what has changed on the page."""
     drawn: OrderedDict[str, tuple[str, list[Any]]] = OrderedDict()  # what a browser shows, by what it calls `seen`
     lock = threading.Lock()
 
@@ -135,6 +147,10 @@ def build(watch: Watch, token: str) -> dash.Dash:
             dash.set_props(name, properties)
         return dash.no_update, now, hidden, ""
 
+
+def _serve_reports(server: flask.Flask, watch: Watch) -> None:
+    """Add the route of reports."""
+
     @server.route("/report/<name>")
     def report_page(name: str) -> flask.Response:
         try:
@@ -146,6 +162,13 @@ def build(watch: Watch, token: str) -> dash.Dash:
         response = flask.Response(found, mimetype="text/html")
         response.headers["Content-Security-Policy"] = OF_REPORTS
         return response
+
+
+def _guard(server: flask.Flask, token: str, scripts: list[str]) -> None:
+    """Let only those in who know the token, from this machine, and say in every answer what a page may load.
+
+    `scripts` is that part of the policy for scripts, word by word.
+    """
 
     @server.before_request
     def only_from_here() -> Any:
@@ -166,7 +189,7 @@ def build(watch: Watch, token: str) -> dash.Dash:
     policy = "; ".join(
         [
             "default-src 'none'",
-            " ".join(["script-src 'self'", *app.csp_hashes()]),
+            " ".join(scripts),
             "style-src 'self' 'unsafe-inline'",
             "img-src 'self' data:",
             "font-src 'self' data:",
@@ -185,8 +208,6 @@ def build(watch: Watch, token: str) -> dash.Dash:
         if "Cache-Control" not in response.headers:
             response.headers["Cache-Control"] = "no-store"
         return response
-
-    return app
 
 
 def _page(watch: Watch, path: str, query: dict[str, str], words: str) -> tuple[Any, Callable[[], list[Any]]]:
