@@ -246,7 +246,7 @@ def profile(
     """Measure how long every operator of a supernet takes on this machine, as a table for the targets of a search.
 
     Minutes with cpu-eager; cpu-compiled and cpu-onnx take seconds for every operator and so few resolutions by default.
-    The same command goes on with a table that was cut off. One thread is timed by the processor time that it got.
+    The same command resumes a table that was cut off. One thread is timed by the processor time that it got.
     With --device the operators go as ONNX files to an agent, whose token is in SLIMRAY_AGENT_TOKEN; an export, or a run
     that has one, is timed whole there. Needs no Ray.
     With --calibrate 20 or more it tells how far the table, a network and least squares on features of the subnets, and

@@ -146,7 +146,7 @@ def finished_meter(path: str | Path) -> Meter:
     if table.calibration is None:
         raise UserError(
             f"{path}: its measurement is not finished ({table.done} of {table.rounds} rounds): the same "
-            "`slimray profile` goes on with it"
+            "`slimray profile` resumes it"
         )
     return meter(table, str(path))
 

@@ -190,8 +190,8 @@ def profile(
 ) -> LatencyTable:
     """Measure the table of supernet `net` (with weights) on this device and keep it in the file `path`.
 
-    A table that is there is gone on with from the last whole round, or returned when it is finished; UserError if it
-    is of something else. `model` (build name and options) is only noted. `rounds`: readings of every unit;
+    A table that is there is resumed after its last whole round, or returned if it is finished; UserError if it is of
+    something else. `model` (build name and options) is only noted. `rounds`: readings of every unit;
     `calibrate`: subnets measured whole, between the units; `runtime`: a device that is in no table, which the file then
     calls `hardware`. Leaves torch's number of threads as it was.
     """

@@ -150,7 +150,7 @@ MODELS |= {
     "hat_wmt": Model(hat, "HAT supernet of transformers, WMT's space", "text", {"preset": "wmt"}, **_HAT),
     "hat_iwslt": Model(hat, "HAT supernet of transformers, IWSLT's space", "text", {"preset": "iwslt"}, **_HAT),
     "hat_small": Model(hat, "HAT supernet of small transformers, our own space", "text", **_HAT),
-    "transformer_lm": Model(transformer_lm, "Transformer: goes on with a text", "text", sides=1),
+    "transformer_lm": Model(transformer_lm, "Transformer: continues a text", "text", sides=1),
     "micronet_lm": Model(micronet_lm, "MicroNet's language model: short window, memory and cache", "text", sides=1),
 }
 MODELS |= {name: Model(make, text, takes) for name, (make, text, takes) in POINT_MODELS.items()}

@@ -171,7 +171,7 @@ def claim(
 ) -> Claim:
     """Say what is to be done for the job `document` in the folder of its name, and clear the folder on `restart`.
 
-    A `submission` clears it once: a scheduler that starts it again, after a preemption, goes on with what it has done.
+    A `submission` clears it once: a scheduler that starts it again, after a preemption, resumes it.
 
     Nothing there: attempt 1. The same job, where sections in `may_change` may differ: skip if finished, else the next
     attempt. `completed` adds to the stored job the fields that the version that wrote it did not have.

@@ -46,7 +46,7 @@ def _line(tokens: list[int]) -> list[int]:
 
 
 class LanguagePass(Pass):
-    """A pass over streams, which shows how the network goes on with some."""
+    """A pass over streams, which shows how the network continues some."""
 
     def show(self, samples: Samples, outputs: Outputs | None, before: Any, most: int) -> list[dict]:
         """Return the first tokens of the samples just taken, what the network says behind them up to the end of a line,

@@ -323,10 +323,10 @@ class _Rank:
             return failure
         if weight:
             lr = self._rate(phase)
-            still = frozenset(i for i, count in enumerate(num_empty) if count)
+            frozen = frozenset(i for i, count in enumerate(num_empty) if count)
             seed = (config.seed, progress.total_steps)
             total = weight / phase.share(step) if self.arithmetic > 1 else num_valid
-            report = self.replica.step(pieces, total, lr, seed, still, phase.is_held(step))
+            report = self.replica.step(pieces, total, lr, seed, frozen, phase.is_held(step))
             clock.loss += report.loss_sum
             clock.transfer += report.transfer_s
             clock.compute += report.compute_s

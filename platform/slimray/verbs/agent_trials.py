@@ -97,7 +97,7 @@ def number_of(value: float) -> float | None:
 def run(
     work: Work, stage: runs.Run, step: str, learner: Learner[Any], reward: Reward, make: Callable[[], trials.Score]
 ) -> list[Trial[Any]]:
-    """Run an agent's search, or go on with the trials of `stage`; return all trials in order.
+    """Run an agent's search, or resume the one in `stage`; return all trials in order.
 
     `make` is called in the process of a trial. RunFailed where every trial failed.
     """

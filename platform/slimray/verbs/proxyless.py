@@ -480,7 +480,7 @@ def _sweep(plan: _Plan, ctx: Context) -> list[dict[str, Any]]:
     told = {one["number"]: one for one in metrics if "number" in one}
     for number, weight in enumerate(sweep.weights):
         if number not in told:
-            raise RunFailed(f"weight {weight:g}: Tune ended before its search did; the same command goes on with it")
+            raise RunFailed(f"weight {weight:g}: Tune ended before its search did; the same command resumes it")
         if told[number]["failed"]:
             raise RunFailed(f"weight {weight:g}: {told[number]['failed']}")
     return [json.loads(told[number]["row"]) for number in range(len(sweep.weights))]

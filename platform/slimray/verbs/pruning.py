@@ -161,7 +161,7 @@ def _scorer(uri: str, exhibits: Any, spec: Any, step: Any) -> trials.Score:
 def _searched(
     step: Any, work: Work, stage: runs.Run, before: runs.Run, groups: Groups, limits: dict[str, float], exhibits: Any
 ) -> dict[str, Any]:
-    """Search a policy by trials of Ray Tune, or go on with those that are there."""
+    """Search a policy by trials of Ray Tune; those that are there count."""
     spec, job = step.search, work.job
     agent = replace(ddpg.GROUPS, warmup=spec.warmup, decay=spec.decay)
     steps = [amc.GroupStep(**one) for one in policies.group_features(groups, step.round_to)]

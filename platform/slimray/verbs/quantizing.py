@@ -135,7 +135,7 @@ def _scores(device: str, uri: str, exhibits: Any, spec: Any, step: Any, bits: ha
 
 
 def _searched(step: Any, work: Work, stage: runs.Run, before: runs.Run, exhibits: Any) -> dict[str, Any]:
-    """Search bits by trials of Ray Tune, or go on with those that are there; beside the best uniform policy."""
+    """Search bits by trials of Ray Tune, beside the best uniform policy; trials that are there count."""
     spec, job = step.search, work.job
     arguments = (before.uri, exhibits, job.judge, step)
     layers = work.on_worker(_layers, *arguments)

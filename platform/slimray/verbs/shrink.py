@@ -282,7 +282,7 @@ def run(job: ShrinkJob, ctx: Context) -> None:
 
 
 def _train_stage(work: _Shrinking, number: int, space: Space, previous: runs.Run | None) -> runs.Run:
-    """Train one stage in its own folder, or go on with it; several times, with other settings, if it is tuned."""
+    """Train one stage in its own folder, or resume it; several times, with other settings, if it is tuned."""
     from slimray.train.methods.supernet import Supernet
     from slimray.verbs import stages
 
@@ -344,7 +344,7 @@ def _trial(
     uri: str,
     tell: Any,
 ) -> dict[str, Any]:
-    """Train stage `number` with `settings` in the run `uri`, or go on with it, and score it. In a trial's process."""
+    """Train stage `number` with `settings` in the run `uri`, or resume it, and score it. In a trial's process."""
     from slimray.train import loop, workers
     from slimray.verbs import stages, subnets, trials
 

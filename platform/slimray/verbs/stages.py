@@ -86,7 +86,7 @@ def train_stage(
     keep_metrics: bool = False,
     work: Callable[[loop.FitConfig], Any] | None = None,
 ) -> runs.Run:
-    """Train `job` in the folder `stages/FOLDER` of the run, go on with it, or find it finished; return the folder.
+    """Train `job` in the folder `stages/FOLDER` of the run, resume it, or find it finished; return the folder.
 
     `change` gives the method by which it is trained. `keep_metrics` writes `results.json` with the metrics, best and
     last. With `work`, that is called in place of one training.

@@ -1,8 +1,8 @@
-"""A plain transformer that goes on with a text: the layers of translation without a source, all words alike.
+"""A plain transformer that continues a text: the layers of translation without a source, all words alike.
 
 Takes streams int `[B, L + 1]`, gives logits `[B, L, V]` of all words but the first. It is what MicroNet's network
 (micronet.py) is compared with: sinusoidal positions, attention to all that came before within the window, one table of
-words for input and output. `next_words` goes on with what is cached.
+words for input and output. `next_words` continues from what is cached.
 """
 
 from dataclasses import dataclass

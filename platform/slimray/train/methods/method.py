@@ -142,21 +142,21 @@ class Replica(abc.ABC):
         total: float,
         lr: float,
         seed: tuple[int, int],
-        still: frozenset[int] = frozenset(),
+        frozen: frozenset[int] = frozenset(),
         held: bool = False,
     ) -> StepReport:
         """Take one optimizer step; a collective. The loss is the sum over the samples of all ranks over `total` > 0:
         the sum of their weights, more for a window that is smaller than the batch.
 
         `seed` is (run seed, number of the step): dropout is a function of it and the rank. All ranks must pass equally
-        many pieces. In the pieces `still` BatchNorm uses its running statistics: with `norm: sync` those in which some
+        many pieces. In the pieces `frozen` BatchNorm uses its running statistics: with `norm: sync` those in which some
         rank has no samples, which would else be missed where the others gather statistics. `held`: the samples are
         those that the method holds out; a method that holds none out never gets such a step.
         """
         optimizers.set_learning_rate(self.optimizer, lr)
 
         def update() -> tuple[bool, float, float, float]:
-            loss_sum, transfer_s, exposed_s = self._gradients(pieces, total, seed, still)
+            loss_sum, transfer_s, exposed_s = self._gradients(pieces, total, seed, frozen)
             return self._apply(), loss_sum, transfer_s, exposed_s
 
         return self._attempt(seed, update)
@@ -180,14 +180,14 @@ class Replica(abc.ABC):
         return StepReport(loss_sum, fits, transfer_s, compute_s, exposed_s)
 
     def _gradients(
-        self, pieces: Sequence[Piece], total: float, seed: tuple[int, int], still: frozenset[int]
+        self, pieces: Sequence[Piece], total: float, seed: tuple[int, int], frozen: frozenset[int]
     ) -> tuple[float, float, float]:
         """Leave the gradients of the global batch in the parameters: loss sum, seconds of transfer and all-reduce."""
         loss_sum, transfer_s, choice = 0.0, 0.0, self._draw(seed)
         for number, piece in enumerate(pieces):
             batch, seconds = self._on_device(piece)
             transfer_s += seconds
-            quiet = batch.labels is None or number in still
+            quiet = batch.labels is None or number in frozen
             found = []
             with (
                 self._accumulating(number + 1 < len(pieces)),

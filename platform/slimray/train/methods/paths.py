@@ -104,13 +104,13 @@ class PathReplica(Replica):
         total: float,
         lr: float,
         seed: tuple[int, int],
-        still: frozenset[int] = frozenset(),
+        frozen: frozenset[int] = frozenset(),
         held: bool = False,
     ) -> StepReport:
         """Train the weights of one path, or with `held` samples what paths are worth; arguments as `Replica.step`."""
         if held:
             return self.search_step(pieces, total, seed)
-        return super().step(pieces, total, lr, seed, still)
+        return super().step(pieces, total, lr, seed, frozen)
 
     def _draw(self, seed: tuple[int, int]) -> Path:
         return self._draw_path(random.Random(f"{seed[0]}-{seed[1]}-path"))
