@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,11 @@ from typing import get_args
 
 import pytest
 from tests.waits import patience
+
+from slimray.data.cards import Card
+from slimray.data.labels import LABELS
+from slimray.data.modalities import MODALITIES
+from slimray.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "platform/slimray"
@@ -239,22 +245,8 @@ def test_a_ratio_and_a_wait_that_scales_are_no_absolute_times(source: str):
 
 TABLES = {"data/modalities.py", "data/labels.py"}
 BRANCH_FREE = [path for path in FILES if room(path) != "tasks" and path.relative_to(PACKAGE).as_posix() not in TABLES]
-LABELLED = {"sample", "point", "none"}  # rows of LABELS: too common to be looked for but beside `labels`
-KINDS = {
-    "clip",
-    "image",
-    "points",
-    "frustum",
-    "image_pair",
-    "text",
-    "classify",
-    "segment",
-    "parts",
-    "frustum_boxes",
-    "super_resolve",
-    "translate",
-    "language",
-}
+LABELLED = set(LABELS)  # too common to be looked for but beside `labels`
+KINDS = {*TASKS, *MODALITIES}
 OF_KINDS = {"ClipRecipe", "ImageRecipe", "PointRecipe", "PairRecipe", "ClassScore", "SegmentationScore", "ShapeScore",
             "FrustumScore", "PictureScore", "FrustumNet", "TextRecipe",
             "TokenScore"}  # fmt: skip
@@ -307,14 +299,15 @@ def test_every_exception_is_still_needed():
     assert set(EXCEPTIONS) <= there
 
 
-def test_the_names_of_tasks_and_modalities_are_those_of_the_tables():
-    from slimray.data.cards import Card
-    from slimray.data.labels import LABELS
-    from slimray.data.modalities import MODALITIES
-    from slimray.tasks import TASKS
+def test_a_card_may_say_what_the_table_of_labels_has():
+    assert set(get_args(Card.model_fields["labels"].annotation)) == LABELLED
 
-    assert {*TASKS, *MODALITIES} == KINDS
-    assert set(get_args(Card.model_fields["labels"].annotation)) == set(LABELS) == LABELLED
+
+def test_the_tables_that_contributing_names_are_where_it_says():
+    rows = re.findall(r"`([A-Z]\w+)` in `([\w/]+\.py)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(rows) > 12
+    for name, path in rows:
+        assert re.search(rf"^(class )?{name}\b.*[=:]", (PACKAGE / path).read_text(), re.MULTILINE), f"{name} in {path}"
 
 
 def test_a_branch_is_seen_in_every_form():
