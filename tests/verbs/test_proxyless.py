@@ -13,7 +13,7 @@ from slimray.edge import cost, hardware
 from slimray.edge.arch_costs import Prices
 from slimray.edge.latency_table import LatencyTable, write_table
 from slimray.spec import UserError, parse
-from slimray.verbs import proxyless
+from slimray.verbs import path_costs, proxyless
 
 # both searches have the same weight: the first, which nothing disturbs, says how the second must end
 JOBS = """
@@ -87,7 +87,7 @@ def table(folder: Path, net: Any, ms: float, fixed_ms: float = 0.0, slope: float
 
 
 def test_macs_of_a_path_are_those_of_the_network_it_becomes(net):
-    goal = proxyless.make_goal(make_job(), net, 0.3)
+    goal = path_costs.make_goal(make_job(), net, 0.3)
     path = (0, 6, 2, 3, 6, 5, 1, 2, 6, 4)
     assert goal.of(path) == cost.count_macs(net.extract(path), (1, 3, 32, 32))
     assert (goal.weight, goal.ref, goal.edges[1][6]) == (0.3, 2e6, 0.0)
@@ -96,7 +96,7 @@ def test_macs_of_a_path_are_those_of_the_network_it_becomes(net):
 def test_latencies_are_slope_times_those_of_the_table_with_its_offset_once(net, tmp_path):
     file = table(tmp_path, net, 2.0, fixed_ms=0.5, slope=1.5)
     job = make_job(latency={"table": file, "ref_ms": 20, "regulariser": "mul_log"})
-    goal = proxyless.make_goal(job, net, job.weights[0])
+    goal = path_costs.make_goal(job, net, job.weights[0])
     assert goal.weight == 0.3
     assert goal.fixed == 0.5 + 5 * 1.5 * 2.0  # five units that all paths have
     assert goal.edges[1] == (3.0,) * 6 + (0.0,)
@@ -110,7 +110,7 @@ def test_a_path_costs_what_a_search_is_told_of_the_same_network(net, tmp_path):
     prices = Prices(supernet, None, hardware.meter(file))
     for side in (32, 24):
         job = make_job(data={"run": "pictures", "size": side}, latency={"table": file, "ref_ms": 20})
-        goal = proxyless.make_goal(job, net, 0.1)
+        goal = path_costs.make_goal(job, net, 0.1)
         arch = supernet.space.largest().replace(resolution=side)  # 7/6 everywhere
         path = tuple(block.codes.index("7/6") for block in net.mixed)
         assert goal.of(path) == pytest.approx(prices.metered(arch)["latency_ms"], rel=1e-9)
@@ -125,7 +125,7 @@ def test_a_table_that_does_not_fit_is_one_sentence(net, tmp_path):
             latency["table"] = str(tmp_path / "changed.json")
         job = make_job(**({"data": data} if data else {}), latency={"ref_ms": 20, "table": file} | latency)
         with pytest.raises(UserError) as caught:
-            proxyless.make_goal(job, net, 0.1)
+            path_costs.make_goal(job, net, 0.1)
         return str(caught.value)
 
     assert "no.json: no such table: measure one with `slimray profile`" in complaint(table=str(tmp_path / "no.json"))

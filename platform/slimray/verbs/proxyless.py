@@ -7,27 +7,32 @@ latencies of a measured table or MACs. With `sweep`: one warm-up, then a search 
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pyarrow as pa
 from pydantic import Field, model_validator
 from rich.console import Console
 
 from slimray import runs
+from slimray.data.cards import Card
 from slimray.data.spec import DataSpec
 from slimray.runs.notify import NotifySpec
 from slimray.runs.tracking import TrackingSpec
 from slimray.spec import RunFailed, Spec, UserError, located
 from slimray.storage import absolute
 from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, OptimSpec, ScaleSpec
-from slimray.verbs import checks, inputs
+from slimray.verbs import checks, inputs, path_costs
 from slimray.verbs.context import CheckContext, Context, Made, trained_on
 from slimray.verbs.specs import ModelSpec, SharedOptimSpec, TrainJob, WorkerJob
 
+if TYPE_CHECKING:
+    from slimray.models.supernets.mixed import MixedNet
+    from slimray.train.config import FitConfig
+    from slimray.train.methods.paths import Goal
+    from slimray.verbs.stages import Data
+
 SUPERNET, FOUND = "proxyless_supernet", "proxyless_found"  # rows of MODELS
-Edges = tuple[tuple[float, ...], ...]  # the cost of each candidate of each mixed block
 WEIGHTS = {"add_linear": 0.1, "mul_log": 0.3, "reinforce": 0.1}  # published weights of the cost
 
 
@@ -194,7 +199,7 @@ Job = ProxylessJob
 def check(job: ProxylessJob, ctx: CheckContext) -> dict[str, Any]:
     """Return what is known of the warm-up, what paths cost, and the steps of all stages."""
 
-    def known(card: Any, num_train: int | None) -> dict[str, Any]:
+    def known(card: Card | None, num_train: int | None) -> dict[str, Any]:
         for name in _derived_names(job):
             inputs.require_free(ctx.storage, name, job.name, "name")
         return overview(job, card, num_train)
@@ -212,7 +217,7 @@ def _derived_names(job: ProxylessJob) -> list[str]:
     return [f"{job.name}-derived" + (f"-{n + 1}" if job.sweep else "") for n in range(len(job.weights))]
 
 
-def overview(job: ProxylessJob, card: Any, num_train: int | None) -> dict[str, Any]:
+def overview(job: ProxylessJob, card: Card | None, num_train: int | None) -> dict[str, Any]:
     """Return what is known before machines are asked for; UserError for what does not fit."""
     from slimray.verbs import networks
 
@@ -232,9 +237,9 @@ def overview(job: ProxylessJob, card: Any, num_train: int | None) -> dict[str, A
         if task_of_card(card).hits is None:
             raise UserError("search.gradient: reinforce counts what is right, which this task does not: take two")
     net = _on_meta(job, card)
-    goal = make_goal(job, net, job.weights[0])
+    goal = path_costs.make_goal(job, net, job.weights[0])
     out |= {"mixed_blocks": len(net.mixed), "cost": job.latency.cost, "cost_aim": job.latency.ref}
-    out |= {"cost_lowest": goal.of(_cheapest(goal)), "cost_uniform": _uniform(goal)}
+    out |= {"cost_lowest": goal.of(path_costs.cheapest(goal)), "cost_uniform": path_costs.of_uniform(goal)}
     if learned is not None:
         per_epoch, searches = out["steps_per_epoch"], len(job.weights)
         moves = (job.search.epochs - 1) * (learned // (job.search.every * job.batch.total))
@@ -249,95 +254,13 @@ def overview(job: ProxylessJob, card: Any, num_train: int | None) -> dict[str, A
     return out
 
 
-# --------------------------------------------------------------------------------------------------------- costs
-
-
-def _on_meta(job: ProxylessJob, card: Any) -> Any:
+def _on_meta(job: ProxylessJob, card: Card | None) -> "MixedNet":
     from slimray import models
     from slimray.edge import cost
     from slimray.verbs import networks
 
     options = networks.model_options(stage_job(job, "warmup"), card)
     return cost.build_on_meta(lambda: models.build(**options))
-
-
-def make_goal(job: ProxylessJob, net: Any, weight: float) -> Any:
-    """Return the `Goal`: what paths of `net` cost on inputs of `data.size`, with the weight of that in the loss.
-
-    UserError `latency.table: ...` for a table that cannot be read, is not finished or lacks a unit, and where mul_log
-    cannot be.
-    """
-    from slimray.train.methods.paths import Goal
-
-    spec, side = job.latency, job.data.size
-    fixed, edges = _path_costs(net, side, _macs) if spec.cost == "macs" else _latencies(net, side, str(spec.table))
-    goal = Goal(spec.regulariser, weight, spec.ref, fixed, edges)
-    lowest = goal.of(_cheapest(goal))
-    if lowest <= 0:
-        raise UserError(f"latency.table: {spec.table} gives a path {lowest:g} ms: profile again, with more --rounds")
-    if spec.regulariser == "mul_log" and lowest <= 1 and job.search.gradient != "reinforce":
-        raise UserError(f"latency.regulariser: mul_log needs costs above 1, a path has {lowest:g} ms: take add_linear")
-    return goal
-
-
-def _path_costs(net: Any, side: int, of: Callable[[Any], float]) -> tuple[float, Edges]:
-    """What all paths have together, and each candidate of each mixed block, by what `of` says of a unit."""
-    fixed, edges = net.units(side)
-    known = {unit.key: of(unit) for unit in (*fixed, *(unit for edge in edges for unit in edge if unit is not None))}
-    costs = tuple(tuple(0.0 if unit is None else known[unit.key] for unit in edge) for edge in edges)
-    return sum(known[unit.key] for unit in fixed), costs
-
-
-def _macs(unit: Any) -> float:
-    from slimray.edge import cost
-
-    return float(cost.count_macs(cost.build_on_meta(unit.make).eval(), (1, *unit.input)))
-
-
-def _latencies(net: Any, side: int, table: str) -> tuple[float, Edges]:
-    """Costs in ms by the table in the file `table`, read as a search reads it: slope x ms, and the offset once.
-
-    Between two resolutions that were measured they are interpolated in the number of pixels.
-    """
-    from slimray.edge import latency_table
-    from slimray.edge.arch_costs import neighbours
-
-    try:
-        meter = latency_table.finished_meter(absolute(table))
-        sides = (side,)
-        if meter.resolutions is not None and side not in meter.resolutions:
-            sides = neighbours(side, meter)
-    except UserError as error:
-        raise UserError(f"latency.table: {error}") from None
-    lacking: list[str] = []
-
-    def of(unit: Any) -> float:
-        costs = meter.of(unit)
-        if costs is None:
-            lacking.append(unit.key)
-        return float("nan") if costs is None else costs["latency_ms"]
-
-    found = [_path_costs(net, one, of) for one in sides]
-    if lacking:
-        raise UserError(
-            f"latency.table: {table} lacks {len(lacking)} of the units of this supernet ({min(lacking)}): profile "
-            "ofa_proxyless of the same preset, width and classes, at this data.size"
-        )
-    (low, below), (high, above) = found[0], found[-1]
-    share = 0.0 if len(sides) == 1 else (side**2 - sides[0] ** 2) / (sides[1] ** 2 - sides[0] ** 2)
-    pairs = [zip(*two, strict=True) for two in zip(below, above, strict=True)]
-    edges = tuple(tuple((1 - share) * a + share * b for a, b in pair) for pair in pairs)
-    return meter.fixed["latency_ms"] + (1 - share) * low + share * high, edges
-
-
-def _cheapest(goal: Any) -> tuple[int, ...]:
-    return tuple(costs.index(min(costs)) for costs in goal.edges)
-
-
-def _uniform(goal: Any) -> float:
-    import torch
-
-    return float(goal.expected([torch.zeros(len(costs), dtype=torch.float64) for costs in goal.edges]))
 
 
 # -------------------------------------------------------------------------------------------------------- stages
@@ -348,10 +271,10 @@ class _Plan:
     """What the searches of a run share: the job, its data for searching and for retraining, the warm-up's folder."""
 
     job: ProxylessJob
-    searched: Any
-    whole: Any
+    searched: "Data"
+    whole: "Data"
     warmup_uri: str
-    costs: Any
+    costs: "Goal"
 
     def folder(self, place: str, number: int) -> str:
         """Return the name of a stage's folder."""
@@ -406,7 +329,7 @@ def _search(plan: _Plan, ctx: Context, number: int) -> dict[str, Any]:
     return row
 
 
-def _metric(card: Any) -> str:
+def _metric(card: Card) -> str:
     """Return the metric by which what is found is compared."""
     from slimray.tasks import task_of_card
 
@@ -436,14 +359,14 @@ def run(job: ProxylessJob, ctx: Context) -> None:
     splits = inputs.open_splits(job.data, ctx.where, ctx.storage, checks.split_names(job.data))
     try:
         overview(job, splits.card, splits.tables[job.data.train].num_rows)
-        costs = make_goal(job, _on_meta(job, splits.card), job.weights[0])
+        costs = path_costs.make_goal(job, _on_meta(job, splits.card), job.weights[0])
     except UserError as error:
         raise UserError(located(str(error), ctx.where)) from None
     kept, out = subnets.hold_out(splits.tables[name := job.data.train], job.hold_out, job.seed)
     stages.connect(job.scale, ctx.cpus, 0 if job.sweep is None else job.sweep.concurrent)
     learning = stages.Data.of(splits, {name: kept})
 
-    def uniform(config: Any) -> Any:  # the most likely path means nothing yet
+    def uniform(config: "FitConfig") -> "FitConfig":  # the most likely path means nothing yet
         return replace(config, sources={"train": config.sources["train"]}, method=PathSampling())
 
     warmup, title = stage_job(job, "warmup", job.init), f"{job.name}: warm-up"

@@ -12,7 +12,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 
 from slimray import runs
 from slimray.arch import Arch, Space
+from slimray.data.cards import Card
 from slimray.data.spec import DataSpec
 from slimray.runs.notify import NotifySpec
 from slimray.runs.tracking import TrackingSpec
@@ -28,6 +29,12 @@ from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, OptimSpec, S
 from slimray.verbs import checks, inputs
 from slimray.verbs.context import CheckContext, Context, Made, trained_on
 from slimray.verbs.specs import JudgeSpec, ModelSpec, SharedOptimSpec, SweepSpec, TrainJob, WorkerJob
+
+if TYPE_CHECKING:
+    from slimray.train.config import FitConfig
+    from slimray.verbs.stages import Data
+    from slimray.verbs.subnets import Exhibits
+    from slimray.verbs.trials import Tell
 
 TUNED = ("lr", "warmup_epochs", "distill_weight", "subnets")  # what a sweep over a stage may change
 
@@ -168,7 +175,7 @@ def check(job: ShrinkJob, ctx: CheckContext) -> dict[str, Any]:
     """Return what is known of the first stage, the number of archs of each stage, and the steps of all of them."""
     from slimray.verbs import networks
 
-    def known(card: Any, num_train: int | None) -> dict[str, Any]:
+    def known(card: Card | None, num_train: int | None) -> dict[str, Any]:
         there = networks.with_network_if_there(job, ctx, card)
         if there is None:
             return {"model": f"that of {job.model.run}"}
@@ -182,7 +189,7 @@ def makes(job: ShrinkJob) -> dict[str, Made]:
     return {job.name: trained_on(job.data, "supernet", job.hold_out)}
 
 
-def overview(job: ShrinkJob, card: Any, num_train: int | None) -> dict[str, Any]:
+def overview(job: ShrinkJob, card: Card | None, num_train: int | None) -> dict[str, Any]:
     """Return what is known before machines are asked for; UserError for what does not fit."""
     from slimray.edge import cost
     from slimray.verbs import networks
@@ -205,7 +212,7 @@ def overview(job: ShrinkJob, card: Any, num_train: int | None) -> dict[str, Any]
     return out
 
 
-def _on_meta(job: ShrinkJob, card: Any) -> Any:
+def _on_meta(job: ShrinkJob, card: Card | None) -> Any:
     from slimray import models
     from slimray.edge import cost
     from slimray.verbs import networks
@@ -234,7 +241,7 @@ class _Shrinking:
 
     job: ShrinkJob
     ctx: Context
-    data: Any
+    data: "Data"
     out: pa.Table | None
     net: Any
     archs: tuple[Arch, ...]
@@ -253,7 +260,7 @@ def run(job: ShrinkJob, ctx: Context) -> None:
     stages.connect(job.scale, ctx.cpus, at_once)
     data = stages.Data.of(splits, {job.data.train: kept})
     work = _Shrinking(job, ctx, data, out, net, tuple(sample_archs(net.space, job.judged, job.seed)))
-    exhibits: Any = None
+    exhibits: Exhibits | None = None
     done: list[dict[str, Any]] = []
     previous: runs.Run | None = None
     for number, space in enumerate(spaces(job, net.space)):
@@ -301,7 +308,7 @@ def _train_stage(work: _Shrinking, number: int, space: Space, previous: runs.Run
     teacher = f"{ctx.run.uri}/stages/00-{job.stages[0].name}" if number else None
     method = Supernet(space, spec.subnets, spec.sandwich, spec.distill_weight, teacher)
 
-    def change(config: Any) -> Any:
+    def change(config: "FitConfig") -> "FitConfig":
         # once others than the largest are trained, scores mean nothing before re-calibration: the judge has that
         sources = {"train": config.sources["train"]} if number else config.sources
         return replace(config, method=method, sources=sources)
@@ -311,7 +318,7 @@ def _train_stage(work: _Shrinking, number: int, space: Space, previous: runs.Run
     return stages.train_stage(ctx, folder, stage_job(job, number, init), work.data, title, change, work=sweep)
 
 
-def _sweep(work: _Shrinking, number: int, stage: runs.Run, title: str, config: Any) -> None:
+def _sweep(work: _Shrinking, number: int, stage: runs.Run, title: str, config: "FitConfig") -> None:
     """Train a stage with the settings of its sweep; the model of the best trial becomes that of the stage."""
     from slimray.verbs import subnets, trials
 
@@ -337,12 +344,12 @@ def _sweep(work: _Shrinking, number: int, stage: runs.Run, title: str, config: A
 def _trial(
     job: ShrinkJob,
     number: int,
-    base: Any,
-    exhibits: Any,
+    base: "FitConfig",
+    exhibits: "Exhibits",
     archs: Sequence[Arch],
     settings: dict[str, float],
     uri: str,
-    tell: Any,
+    tell: "Tell",
 ) -> dict[str, Any]:
     """Train stage `number` with `settings` in the run `uri`, or resume it, and score it. In a trial's process."""
     from slimray.train import loop, workers
@@ -388,7 +395,7 @@ def _start_weights(previous: runs.Run, freed: Mapping[str, Sequence[float]] | No
     return safetensors.torch.save({name: value.contiguous() for name, value in net.state_dict().items()})
 
 
-def _exhibits(work: _Shrinking, stage: runs.Run) -> Any:
+def _exhibits(work: _Shrinking, stage: runs.Run) -> "Exhibits":
     """Return training samples to calibrate with and validation samples to score, decoded once."""
     from slimray.verbs import subnets
 
@@ -399,7 +406,7 @@ def _exhibits(work: _Shrinking, stage: runs.Run) -> Any:
     return subnets.make_exhibits(job.judge, train, score, job.seed, job.data.decode_timeout_s)
 
 
-def _judge_stage(work: _Shrinking, stage: runs.Run, exhibits: Any) -> None:
+def _judge_stage(work: _Shrinking, stage: runs.Run, exhibits: "Exhibits") -> None:
     """Judge the sample of subnets with the weights of a stage and write `results.json`."""
     from slimray.edge import cost
     from slimray.verbs import subnets

@@ -1,17 +1,23 @@
 """The step `code`: the network as one file, `model/model.slim`: codebooks, relative indices, Huffman codes."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimray import runs
+from slimray.verbs.compress_specs import CodeStep
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slimray.verbs.compressing import Work
 
 FASTER = False  # a file is decoded once, then the network computes as before
 
 
-def check(step: Any, net: Any, sample: Any) -> None:
+def check(step: CodeStep, net: "nn.Module", sample: tuple[int, ...] | None) -> None:
     """Nothing depends on the network."""
 
 
-def run(step: Any, work: Any, folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
+def run(step: CodeStep, work: "Work", folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
     """Write the file beside the weights, which it holds bit for bit; return the stage and the parts of the file."""
     import safetensors.torch
 

@@ -1,13 +1,19 @@
 """The step `prune`: structured pruning, whole channels go, by a given policy or one that AMC's agent searches."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimray import runs
+from slimray.verbs.compress_specs import PruneStep
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slimray.verbs.compressing import Work
 
 FASTER = True
 
 
-def check(step: Any, net: Any, sample: tuple[int, ...] | None) -> None:
+def check(step: PruneStep, net: "nn.Module", sample: tuple[int, ...] | None) -> None:
     """Raise UserError for groups and numbers that `net`, on the meta device, does not have, and limits out of reach.
 
     `sample` is the shape of an input. Without one, and for a network that looks points up by their values, nothing is
@@ -35,7 +41,7 @@ def check(step: Any, net: Any, sample: tuple[int, ...] | None) -> None:
         policies.Budget(found, limits).largest(lambda share: policies.uniform(found, share, step.round_to))
 
 
-def run(step: Any, work: Any, folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
+def run(step: PruneStep, work: "Work", folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
     """Prune the network of `before`; return the stage and the policy with what it was chosen by."""
     from slimray.verbs import pruning
 

@@ -1,20 +1,26 @@
 """The step `share`: the weights of a layer take one of a few values, by k-means (arXiv 1510.00149)."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimray import runs
+from slimray.verbs.compress_specs import ShareStep
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slimray.verbs.compressing import Work
 
 FASTER = False  # kernels here compute with the values, not with their codes
 
 
-def check(step: Any, net: Any, sample: Any) -> None:
+def check(step: ShareStep, net: "nn.Module", sample: tuple[int, ...] | None) -> None:
     """Raise UserError for a layer that `net`, on the meta device, does not have."""
     from slimray.compress import sparsity
 
     sparsity.by_layer(net, step.bits, "bits")
 
 
-def run(step: Any, work: Any, folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
+def run(step: ShareStep, work: "Work", folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
     """Share the weights of the network of `before`; return the stage and the values in use by layer."""
     from slimray.compress import sharing, sparsity
     from slimray.verbs.compressing import read_network, write_network

@@ -2,14 +2,21 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slimray import runs
+from slimray.verbs.compress_specs import SparsifyStep
+from slimray.verbs.specs import JudgeSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slimray.verbs.compressing import Work
 
 FASTER = False  # dense kernels compute with zeros as with other numbers
 
 
-def check(step: Any, net: Any, sample: Any) -> None:
+def check(step: SparsifyStep, net: "nn.Module", sample: tuple[int, ...] | None) -> None:
     """Raise UserError for a layer that `net`, on the meta device, does not have."""
     from slimray.compress import sparsity
 
@@ -18,7 +25,7 @@ def check(step: Any, net: Any, sample: Any) -> None:
             sparsity.by_layer(net, getattr(step, field), field)
 
 
-def run(step: Any, work: Any, folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
+def run(step: SparsifyStep, work: "Work", folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
     """Prune the network of `before`; return the stage and what was measured to choose the shares."""
     from slimray.compress import sparsity
     from slimray.verbs.compressing import read_network, write_network
@@ -31,6 +38,7 @@ def run(step: Any, work: Any, folder: str, before: runs.Run) -> tuple[runs.Run, 
         elif step.keep is not None:
             record = sparsity.sparsify(net, sparsity.by_layer(net, step.keep, "keep"))
         else:
+            assert step.sensitivity is not None  # one of the three is there
             table = work.on_worker(
                 measure, before.uri, work.judged, work.job.judge, step.sensitivity.ratios, work.metric
             )
@@ -44,7 +52,7 @@ def run(step: Any, work: Any, folder: str, before: runs.Run) -> tuple[runs.Run, 
 
 
 def measure(
-    device: str, uri: str, samples: tuple[Any, ...], spec: Any, ratios: tuple[float, ...], metric: str
+    device: str, uri: str, samples: tuple[Any, ...], spec: JudgeSpec, ratios: tuple[float, ...], metric: str
 ) -> dict[str, dict[str, float]]:
     """Return the metric by layer and kept share (as text), that layer alone pruned; under "" that of the network."""
     import torch
