@@ -22,7 +22,7 @@ Choices = tuple[tuple[Gene, ...], ...]  # for each gene of a dimension the value
 
 
 class Rng(Protocol):
-    """What draws need of a generator of random numbers."""
+    """The part of a generator of random numbers that draws need."""
 
     def random(self) -> float:
         """A float in [0, 1)."""
@@ -37,7 +37,7 @@ class Stage:
     always: int = 0
 
     def active(self, depth: Gene) -> int:
-        """How many blocks run."""
+        """Return how many blocks run."""
         return min(self.blocks, self.always + int(depth))
 
 
@@ -213,7 +213,7 @@ def _genes(name: str, value: Any) -> tuple[Gene, ...] | Gene:
 
 
 def _unsaid_depths(genes: Mapping[str, Any], stages: Any) -> tuple[Depth, ...]:
-    """What `depth` skips where nothing says so: the lists that are as long as its stages have blocks.
+    """Return what `depth` skips where nothing says so: the lists that are as long as its stages have blocks.
 
     `stages` are pairs [blocks, always]; None: equally many in every stage, those of the longest list over the genes of
     `depth`. Archs of networks in which that is not so say it (`skips`).
@@ -386,7 +386,7 @@ class Space:
         return Space(tuple(cut.items()))
 
     def num_archs(self) -> int:
-        """How many different archs there are."""
+        """Return how many different archs there are."""
         total = 1
         for _, one in self.named:
             if not one.skipped_by and not one.stages:

@@ -42,7 +42,7 @@ class GeneTable:
 
     @cached_property
     def sizes(self) -> Codes:
-        """How many choices every column has."""
+        """Return how many choices every column has."""
         return np.array([len(values) for values in self.values], np.intp)
 
     @cached_property
@@ -52,7 +52,7 @@ class GeneTable:
 
     @cached_property
     def num_archs(self) -> int:
-        """How many different archs there are."""
+        """Return how many different archs there are."""
         return self.space.num_archs()
 
     @cached_property
@@ -109,7 +109,7 @@ class GeneTable:
         return rows
 
     def runs(self, codes: Codes) -> NDArray[np.bool_]:
-        """Whether each gene is one of a part that runs, `[n, genes]`: False for the genes of skipped blocks."""
+        """Return whether each gene is one of a part that runs, `[n, genes]`: False for the genes of skipped blocks."""
         layout = self._blocks
         out = np.ones(codes.shape, bool)
         if layout is not None:
@@ -133,7 +133,7 @@ class GeneTable:
         return rows.view(f"V{rows.shape[1] * rows.itemsize}")[:, 0].tolist()  # bytes, far faster than row by row
 
     def features(self, codes: Codes) -> NDArray[np.float32]:
-        """What `space.encode` says of every row, float32 `[n, features]`."""
+        """Return what `space.encode` says of every row, float32 `[n, features]`."""
         columns, starts, width = self._one_hot
         codes = self.canonical(codes)
         out = np.zeros((len(codes), width), np.float32)
@@ -154,7 +154,7 @@ class GeneTable:
 
     @cached_property
     def _blocks(self) -> "_Blocks | None":
-        """Where the genes of blocks are; None if no block can be skipped."""
+        """Return where the genes of blocks are; None if no block can be skipped."""
         space = self.space
         if not space.depths:
             return None
@@ -209,7 +209,7 @@ class _Blocks:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What a part of the network costs, by the genes it depends on: `values[code of columns[0], columns[1], ...]`."""
+    """Costs of a part of the network, by the genes it depends on: `values[code of columns[0], columns[1], ...]`."""
 
     columns: tuple[int, ...]
     values: Floats

@@ -115,7 +115,7 @@ def _row(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run_of(row: dict[str, Any], target: Any) -> dict[str, Any]:
-    """What the run of a job says: which it is, what it waits for, and what it has taken so far."""
+    """Return what the run of a job says: which it is, what it waits for, and what it has taken so far."""
     from slimray import runs
     from slimray.cli.look import spent
     from slimray.cluster.jobs_api import submission_id

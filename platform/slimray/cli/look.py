@@ -132,7 +132,8 @@ def show(
 
 
 def spent(run: Any, worker_hour: float | None = None) -> dict[str, Any]:
-    """What a training has taken up to its newest checkpoint: worker_hours, and cost where its job or we have a price.
+    """Return what a training has taken up to its newest checkpoint: worker_hours, and cost where its job or we have a
+    price.
 
     `worker_hour` is the price of a worker and hour where the job itself has none.
     """

@@ -1,4 +1,4 @@
-"""What all commands share: options, the two consoles, JSON for programs."""
+"""Shared by all commands: options, the two consoles, JSON for programs."""
 
 import json
 import os

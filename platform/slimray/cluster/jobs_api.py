@@ -307,7 +307,7 @@ def require_answer(target: Target) -> None:
 
 
 def present(target: Target) -> Capacity:
-    """What the nodes of a cluster have now."""
+    """Return what the nodes of a cluster have now."""
     nodes = get(target, "/api/v0/nodes?detail=true&limit=10000")["data"]["result"]["result"]
     have = [one.get("resources_total") or {} for one in nodes if one.get("state") == "ALIVE"]
     cpus, gpus = ([float(one.get(name, 0)) for one in have] or [0.0] for name in ("CPU", "GPU"))

@@ -153,7 +153,7 @@ def _state_file(name: str) -> Path:
 
 
 def _running(name: str) -> dict[str, Any] | None:
-    """What was noted about the head of that name, if that very process still lives."""
+    """Return what was noted about the head of that name, if that very process still lives."""
     try:
         state = json.loads(_state_file(name).read_text())
         return state if _born(int(state["pid"])) == state["born"] else None

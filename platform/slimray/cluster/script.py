@@ -65,7 +65,7 @@ def run_script(job: Submission, cluster: Cluster) -> str:
 
 
 def files(job: Submission, cluster: Cluster) -> dict[str, str]:
-    """What the job needs on the cluster beside slimray itself: the resolved documents, and the script."""
+    """Return what the job needs on the cluster beside slimray itself: the resolved documents, and the script."""
     return {job.file: job.documents, SCRIPT: run_script(job, cluster)}
 
 

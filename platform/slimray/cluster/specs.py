@@ -1,4 +1,4 @@
-"""What a cluster file may say: the YAML of `cluster/NAME.yaml`, a union by `kind`, and what such a cluster can hold.
+"""Fields of a cluster file: the YAML of `cluster/NAME.yaml`, a union by `kind`, and what such a cluster can hold.
 
 Secrets are named, never held: their values are in the environment of the cluster's nodes, or in a Kubernetes secret. A
 value that is forwarded by Ray would stand in its logs and dashboard, so `pass_env` refuses names that look like one.
@@ -54,7 +54,7 @@ class CapacitySpec(Spec):
 
 
 class DriverSpec(Spec):
-    """Where the command itself runs: by default on the head, else on a node with these resources and labels."""
+    """Place of the command itself: by default on the head, else on a node with these resources and labels."""
 
     cpus: float = Field(0, ge=0)
     """Logical CPUs reserved for the command."""
@@ -65,7 +65,7 @@ class DriverSpec(Spec):
 
 
 class ClusterSpec(Spec):
-    """What all kinds of clusters have in common."""
+    """Fields that all kinds of clusters have."""
 
     storage: str | None = None
     """Where runs lie when --storage does not say it: s3://, gs://, or a folder that all nodes share."""
@@ -137,7 +137,7 @@ class LocalCluster(ClusterSpec, NodeSecrets):
 
     @property
     def address(self) -> str:
-        """Where its Jobs API answers."""
+        """Return where its Jobs API answers."""
         return f"http://127.0.0.1:{self.dashboard_port}"
 
 
@@ -184,7 +184,7 @@ class VolumeSpec(Spec):
 
 
 class PodSpec(Spec):
-    """What a pod of the cluster asks for."""
+    """Resources that a pod of the cluster asks for."""
 
     cpus: float = Field(4, gt=0)
     """CPUs."""
@@ -232,7 +232,7 @@ class GroupSpec(PodSpec):
 
 
 class NetworkSpec(Spec):
-    """Who reaches the pods of a job beside themselves, where the network of Kubernetes obeys policies."""
+    """Peers that reach the pods of a job, beside themselves, where the network of Kubernetes obeys policies."""
 
     operator: NamespaceName
     """Namespace of KubeRay's operator, which asks the head how the job is."""

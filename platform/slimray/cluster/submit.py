@@ -183,7 +183,7 @@ def _at_home(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _storage(target: Target, given: str | None) -> str:
-    """Where the runs lie, the same from here and from there."""
+    """Return where the runs lie, the same from here and from there."""
     told = given or target.cluster.storage or os.environ.get("SLIMRAY_STORAGE")
     if isinstance(target.cluster, LocalCluster):
         return absolute(told or "runs")

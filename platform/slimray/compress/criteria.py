@@ -1,4 +1,4 @@
-"""Which channels matter: a score for every channel of every group, and the choice of those that stay.
+"""Importance of channels: a score for every channel of every group, and the choice of those that stay.
 
 `CRITERIA` are "l1" and "l2" (norms of the weights that make a channel, arXiv 1608.08710), "input_l1" (of the weights
 that use it, as AMC ranks, 1802.03494), "bn" (the scale of its BatchNorms, 1708.06519), "taylor" (the square of weight

@@ -52,7 +52,8 @@ def kl_threshold(values: Tensor, levels: int) -> float:
 
 
 def weight_range(weight: Tensor, bits: int, scheme: Scheme) -> Tensor:
-    """What `bits` have to span: `[out]` largest absolute values (`int8`), or one for the tensor, `[1]` (`linear`)."""
+    """Return what `bits` have to span: `[out]` largest absolute values (`int8`), or one for the tensor, `[1]`
+    (`linear`)."""
     if scheme == "int8":
         return weight.detach().abs().flatten(1).amax(1).clamp(min=SMALLEST)
     largest = weight.detach().abs().max()
@@ -62,7 +63,7 @@ def weight_range(weight: Tensor, bits: int, scheme: Scheme) -> Tensor:
 
 
 def input_range(values: Tensor, bits: int, scheme: Scheme, half: bool | None = None) -> Tensor:
-    """What the inputs of a layer span, `[2]`: from `low` <= 0 to `high` >= 0.
+    """Return what the inputs of a layer span, `[2]`: from `low` <= 0 to `high` >= 0.
 
     `linear`: a half wave (low = 0) of `bits` where nothing is negative (or `half` says so), else a full one (-r, r).
     """

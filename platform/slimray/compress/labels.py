@@ -139,7 +139,7 @@ def thin(*tensors: Tensor) -> list[Tensor]:
 
 
 def varies(numbers: Tensor, dim: int) -> bool:
-    """Whether numbers differ along `dim`, zeros apart."""
+    """Return whether numbers differ along `dim`, zeros apart."""
     (few,) = thin(numbers)
     if few.shape[dim] == 1:
         return False
@@ -283,7 +283,7 @@ class Follow(TorchDispatchMode):
             self.set(one, its, mark.zero)
 
     def cuts(self, base: str, numbers: Tensor, rest: Any, kwargs: Any, out: Any) -> bool:
-        """Whether an operator takes a dimension of channels apart by numbers that pruning does not change."""
+        """Return whether an operator takes a dimension of channels apart by numbers that pruning does not change."""
         channels = [dim for dim in range(numbers.ndim) if varies(numbers, dim)]
         if not channels:
             return False
@@ -435,13 +435,13 @@ class Follow(TorchDispatchMode):
 
 
 def same_places(before: Tensor, after: Tensor) -> bool:
-    """Whether a strided view shows what it was made of: pooling to 1x1 of channels-last images ends with one."""
+    """Return whether a strided view shows what it was made of: pooling to 1x1 of channels-last images ends with one."""
     steps = [[s for s, n in zip(t.stride(), t.shape) if n > 1] for t in (before, after)]
     return before.shape == after.shape and steps[0] == steps[1] and before.storage_offset() == after.storage_offset()
 
 
 def keeps_zero(base: str, args: Any, kwargs: Any) -> bool:
-    """Whether 0 stays 0 under the bounds or exponent that an operator was given."""
+    """Return whether 0 stays 0 under the bounds or exponent that an operator was given."""
     limits: Iterable[Any] = [*args[1:3], *(kwargs.get(k) for k in ("min", "max", "min_val", "max_val"))]
     numbers = [x for x in limits if isinstance(x, int | float)]
     if base in ("clamp", "hardtanh"):
@@ -460,7 +460,7 @@ def keeps_zero(base: str, args: Any, kwargs: Any) -> bool:
 
 
 def splits(before: Sequence[int], after: Sequence[int], channels: Sequence[int]) -> bool:
-    """Whether a view from one shape to another cuts one of the dimensions `channels` into several."""
+    """Return whether a view from one shape to another cuts one of the dimensions `channels` into several."""
     i = j = 0
     while i < len(before) and j < len(after):
         first_in, first_out, size_in, size_out = i, j, before[i], after[j]

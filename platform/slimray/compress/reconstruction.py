@@ -34,7 +34,7 @@ def solve(inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
 
 
 def patches(module: nn.Module, x: Tensor, places: list[tuple[int, ...]]) -> Tensor:
-    """What lies under the kernel of a convolution at `places` of its output: `[B * places, C * kernel]`."""
+    """Return what lies under the kernel of a convolution at `places` of its output: `[B * places, C * kernel]`."""
     pad = [amount for amount in reversed(module.padding) for _ in range(2)]  # type: ignore[arg-type]
     padded, rows = functional.pad(x, pad), []
     for place in places:
@@ -115,7 +115,7 @@ def _stay(lane: Lane | None, gone: Lane) -> Tensor:
 
 
 def _fits(module: nn.Module, inputs: Lane | None, gone: Lane) -> bool:
-    """Whether a layer lost inputs and its kernel is one that can be fitted."""
+    """Return whether a layer lost inputs and its kernel is one that can be fitted."""
     if inputs is None or not np.isin(inputs, gone).any():
         return False
     plain = isinstance(module, CONVS) and module.groups == 1 and module.padding_mode == "zeros"

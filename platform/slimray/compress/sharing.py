@@ -40,7 +40,7 @@ def share(net: nn.Module, bits: Mapping[str, int]) -> dict[str, Any]:
 
 
 class Tied(Masks):
-    """What training keeps of a network with shared weights: zeros, and that equal weights of a layer stay equal."""
+    """Constraint of training on shared weights: zeros stay, and that equal weights of a layer stay equal."""
 
     def __init__(self, net: nn.Module, layers: tuple[str, ...]):
         super().__init__(net)

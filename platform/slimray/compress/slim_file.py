@@ -171,7 +171,7 @@ def _header(data: bytes) -> Slim:
 
 
 def _check_entry(plain: Any) -> int:
-    """How many values a tensor has; ValueError, KeyError or TypeError for an entry that fits no tensor."""
+    """Return how many values a tensor has; ValueError, KeyError or TypeError for an entry that fits no tensor."""
     shape, sizes, coding = plain["shape"], plain["bytes"], plain["coding"]
     if not isinstance(plain["name"], str) or not isinstance(plain["sha256"], str):
         raise ValueError("a tensor has no name or no SHA-256")

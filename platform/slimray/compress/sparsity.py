@@ -106,7 +106,7 @@ def scale_dropout(net: nn.Module) -> None:
 
 
 class Masks:
-    """What training keeps of a sparse network: its zeros. Layers without zeros are free."""
+    """Constraint of training on a sparse network: its zeros stay. Layers without zeros are free."""
 
     def __init__(self, net: nn.Module):
         self.layers = {name: weight for name, weight in layers_of(net).items() if bool((weight == 0).any())}

@@ -175,7 +175,7 @@ class Card(Spec):
 
     @property
     def labelling(self) -> Labelling:
-        """Which things have labels, as a row of LABELS."""
+        """Return which things have labels, as a row of LABELS."""
         return LABELS[self.labels]
 
     def _require_class(self, split: str) -> None:

@@ -1,4 +1,4 @@
-"""Which things of a dataset have labels: the rows of LABELS say what follows for its lists and its files.
+"""Things of a dataset that have labels: the rows of LABELS say what follows for its lists and its files.
 
 A card names a row (`labels`). Nothing else asks for the name of one, as nothing asks for the name of a task.
 """

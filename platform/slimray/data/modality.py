@@ -1,4 +1,4 @@
-"""What a kind of sample is: `Modality`, the form of a row of MODALITIES, and `Target`, what is predicted from one."""
+"""Kinds of samples: `Modality`, the form of a row of MODALITIES, and `Target`, what is predicted from one."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

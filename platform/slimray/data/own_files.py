@@ -26,7 +26,7 @@ KEY = (0, 0, 0)  # seed, epoch, sample
 
 @dataclass(frozen=True)
 class FileOptions:
-    """What a user says of files that are not part of a dataset: `columns` of clouds as text, and the number of the
+    """Options of files that are not part of a dataset: `columns` of clouds as text, and the number of the
     `shape` they all are, for networks that take it."""
 
     columns: tuple[str, ...] = ()

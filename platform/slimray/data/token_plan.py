@@ -23,7 +23,7 @@ def ceil_div(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class Bags:
-    """How the samples of a split are cut into bags.
+    """The bags into which the samples of a split are cut.
 
     `counts` are (length in tokens, samples of that length), shortest first; a bag holds at most `tokens`, padding
     included. `seed` is that of the order.
@@ -43,18 +43,18 @@ class Bags:
 
     @property
     def count(self) -> int:
-        """How many bags there are."""
+        """Return how many bags there are."""
         return len(_edges(self)) - 1
 
     @property
     def num_samples(self) -> int:
-        """How many samples there are."""
+        """Return how many samples there are."""
         return sum(count for _, count in self.counts)
 
 
 @lru_cache(maxsize=8)
 def _edges(bags: Bags) -> np.ndarray:
-    """Where bags begin among the samples sorted by length, int64 `[bags + 1]`."""
+    """Return where bags begin among the samples sorted by length, int64 `[bags + 1]`."""
     edges, start, end = [0], 0, 0
     for length, count in bags.counts:
         shorter, end, room = end, end + count, bags.tokens // length

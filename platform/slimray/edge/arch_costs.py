@@ -1,4 +1,4 @@
-"""What the archs of a supernet cost, many at a time: the sums over their units, looked up by gene.
+"""Costs of the archs of a supernet, many at a time: the sums over their units, looked up by gene.
 
 An arch costs what its units (`net.units`) cost together. `Prices.arch_costs` adds them up for one arch, `matrix` for
 rows of genes: it finds out which genes the unit at each place depends on and tabulates the place over those, so that a
@@ -26,7 +26,7 @@ MOST_ENTRIES = 100_000  # of the table of one place; beyond it archs are priced 
 
 @dataclass(frozen=True, eq=False)
 class Meter:
-    """What tells the costs of units on a device: `of(unit)`, None for a unit it does not know.
+    """Source of the costs of units on a device: `of(unit)`, None for a unit it does not know.
 
     `how` is "table" (measured) or "model"; `fixed` is added once for every arch. `resolutions`: those it knows the
     units of; between two of them costs are interpolated in the number of pixels. None: it knows all.
@@ -41,7 +41,7 @@ class Meter:
     resolutions: tuple[int, ...] | None = None
 
     def unknown(self, unit: Any) -> UserError:
-        """What to say about a unit that it does not know."""
+        """Return what to say about a unit that it does not know."""
         return UserError(f"{self.name}: has no time of {unit.key}: it is of another model, profile this supernet")
 
 
@@ -102,7 +102,8 @@ class Prices:
         return out | (self.metered(arch) if self.meter else {})
 
     def in_int8(self, arch: Arch) -> dict[str, float]:
-        """What a microcontroller needs for an arch in int8: `peak_kb` and `int8_kb`, in 1,000 bytes (peak_memory.py).
+        """Return what a microcontroller needs for an arch in int8: `peak_kb` and `int8_kb`, in 1,000 bytes
+        (peak_memory.py).
 
         UserError for a network that TinyEngine does not run.
         """
@@ -116,7 +117,7 @@ class Prices:
         return {"peak_kb": peak / peak_memory.KB, "int8_kb": peak_memory.size(operators) / peak_memory.KB}
 
     def metered(self, arch: Arch) -> dict[str, float]:
-        """What the meter says of an arch."""
+        """Return what the meter says of an arch."""
         assert self.meter is not None
         name = self.net.space.input_name("side")
         if self.meter.resolutions is None or name is None or arch[name] in self.meter.resolutions:
@@ -260,7 +261,7 @@ class Prices:
                     look(row)
 
     def _holds(self, places: "dict[str, _Place]", rows: Codes) -> bool:
-        """Whether the places say of `rows` what the network says."""
+        """Return whether the places say of `rows` what the network says."""
         for row in rows:
             here = self._entries(row)
             for name, place in places.items():
@@ -269,7 +270,7 @@ class Prices:
         return True
 
     def _entries(self, row: Codes) -> "dict[str, _Entry]":
-        """What is at each place of the network of one row."""
+        """Return what is at each place of the network of one row."""
         (arch,) = self.table.archs(row[None])
         units = self.units(arch)
         sizes = _sizes(units)
@@ -290,7 +291,7 @@ class _Entry:
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """What is at a place by the codes of the genes `columns`; None where nothing runs."""
+    """Units at a place by the codes of the genes `columns`; None where nothing runs."""
 
     columns: tuple[int, ...]
     shape: tuple[int, ...]

@@ -38,7 +38,7 @@ def without_compiler() -> Iterator[None]:
 
 
 class _StandIn(types.ModuleType):
-    """What torch asks of `torch._dynamo` where nothing is compiled."""
+    """Stand-in for what torch asks of `torch._dynamo` where nothing is compiled."""
 
     def __init__(self) -> None:
         super().__init__(NAME)
@@ -54,7 +54,7 @@ class _StandIn(types.ModuleType):
         return function
 
     def graph_break(self, *_: Any) -> None:
-        """Where an optimizer would end a graph."""
+        """Do nothing, where an optimizer would end a graph."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name != "__path__":

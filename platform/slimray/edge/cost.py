@@ -1,4 +1,4 @@
-"""What a network costs: parameters and multiply-accumulates, counted without computing.
+"""Costs of a network: parameters and multiply-accumulates, counted without computing.
 
 MACs are those of convolutions, linear layers and matrix products for one sample ("FLOPs" in the papers of this field
 are MACs). Counting runs on the meta device: shapes flow, numbers do not.

@@ -157,7 +157,8 @@ def layers_in(module: nn.Module, *inputs: torch.Tensor) -> tuple[list[tuple[int,
 
 
 def unit_costs(device: Device, unit: Any) -> dict[str, float]:
-    """What a unit takes on `device` by the roofline: `latency_ms`, and `energy_mj` where the device has numbers for it.
+    """Return what a unit takes on `device` by the roofline: `latency_ms`, and `energy_mj` where the device has numbers
+    for it.
 
     For one sample; see `layers_of` for what is counted.
     """
@@ -194,7 +195,7 @@ def inference_energy(
 
 
 def meter(name: str) -> Meter:
-    """What tells the latency (and energy) of archs on `name`: a row of HARDWARE, a described device, a table.
+    """Return what tells the latency (and energy) of archs on `name`: a row of HARDWARE, a described device, a table.
 
     A row by its name, a device by a `.yaml` file with the fields of `Device`, a table by the `.json` file that
     `slimray profile` wrote. UserError for anything else.

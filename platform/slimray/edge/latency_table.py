@@ -20,7 +20,7 @@ MAX_TABLE_BYTES = 200_000_000
 
 
 class UnitTime(Spec):
-    """What a unit takes, in milliseconds; `ms` is the lower quartile of its readings (see `typical`)."""
+    """Time of a unit, in milliseconds; `ms` is the lower quartile of its readings (see `typical`)."""
 
     ms: float = Field(gt=0)
     mean_ms: float = Field(gt=0)
@@ -58,7 +58,7 @@ class Calibration(Spec):
 
 
 class Conditions(Spec):
-    """What the device told of itself at the end of a round, as far as it can tell."""
+    """State of the device at the end of a round, as far as it can tell."""
 
     temperature_c: float | None = None
     clock_mhz: float | None = None
@@ -96,7 +96,7 @@ class LatencyTable(Spec):
 
 
 def summary(table: LatencyTable) -> dict[str, Any]:
-    """What to tell of a finished table: where it is from and how far it can be trusted."""
+    """Return what to tell of a finished table: where it is from and how far it can be trusted."""
     calibration, reference = table.calibration, table.reference_ms
     out: dict[str, Any] = {"hardware": table.hardware, "device": table.device, "threads": table.threads}
     spread = [unit.std_ms / unit.mean_ms for unit in table.units.values()]

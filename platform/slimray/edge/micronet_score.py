@@ -58,9 +58,9 @@ class Term:
 
 @dataclass(frozen=True)
 class Counting:
-    """How a network is counted: `bits` of weights and products, those of tensors by name where they have others;
-    `density` of tensors by name (1 where none is given), `shares` of words in the tails, `quantizers` of activations,
-    each with a scale of what is left of 32 bits beside `bits`."""
+    """Rules by which a network is counted: `bits` of weights and products, those of tensors by name where they have
+    others; `density` of tensors by name (1 where none is given), `shares` of words in the tails, `quantizers` of
+    activations, each with a scale of what is left of 32 bits beside `bits`."""
 
     bits: int = 32
     bits_of: Mapping[str, int] = field(default_factory=dict)
@@ -173,7 +173,8 @@ def _layer(sizes: Sizes, name: str, counting: Counting, matrix: Callable[..., No
 
 
 def counting_of(net: nn.Module, shares: Sequence[float], bits: int = 32, all_heads: bool = False) -> Counting:
-    """How a network is counted by its own tensors: their zeros, the bits of quantized layers, their ranges of inputs.
+    """Return how a network is counted by its own tensors: their zeros, the bits of quantized layers, their ranges of
+    inputs.
 
     `bits` are those of all else.
     """
@@ -209,7 +210,7 @@ _LAYERS = {
 
 
 def submitted() -> Counting:
-    """How the best submission was counted: 9 bits, 57 quantizers, the sparsities that its pruning aimed at."""
+    """Return how the best submission was counted: 9 bits, 57 quantizers, the sparsities that its pruning aimed at."""
     sparsity = _SPARSITY | {
         f"layers.{number}.{name}.weight": share for name, row in _LAYERS.items() for number, share in enumerate(row)
     }

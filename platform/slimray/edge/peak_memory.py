@@ -45,7 +45,7 @@ class Operator:
 
     @property
     def weights(self) -> int:
-        """How many weights it has, bias not counted."""
+        """Return how many weights it has, bias not counted."""
         return self.kernel**2 * self.given * self.channels
 
 

@@ -165,7 +165,8 @@ def measure_whole(
 
 
 def halves(readings: Any) -> tuple[float, float]:
-    """What a subnet typically took by its even and by its odd readings alone: a test and a retest, half as long."""
+    """Return what a subnet typically took by its even and by its odd readings alone: a test and a retest, half as
+    long."""
     return typical(readings[::2]), typical(readings[1::2])
 
 

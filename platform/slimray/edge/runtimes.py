@@ -1,4 +1,4 @@
-"""What runs a network on this device and how it is timed: torch, torch.compile, ONNX Runtime, a GPU."""
+"""Runtimes of networks on this device, and how they are timed: torch, torch.compile, ONNX Runtime, a GPU."""
 
 import contextlib
 import importlib.metadata
@@ -47,7 +47,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Runtime:
-    """How networks run on a device: `prepare(module, x)` makes a step, `feed` brings an input to it.
+    """Way to run networks on a device: `prepare(module, x)` makes a step, `feed` brings an input to it.
 
     `timed(steps, inputs, clock)` runs a chain and gives the ms of each step; `inputs[i]` None: what the
     step before gave. `check` raises UserError where it cannot run here. `per_shape`: a step is for one shape of input,
@@ -154,7 +154,8 @@ INSTRUCTIONS = (
 
 
 def cpu_flags() -> list[str]:
-    """Which of INSTRUCTIONS this machine's processor has; those of int8 products change what int8 networks give."""
+    """Return which of INSTRUCTIONS this machine's processor has; those of int8 products change what int8 networks
+    give."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -199,7 +199,7 @@ def _shift_mobilenetv2(net: MobileNetV2, num_segments: int, shift_div: int, caus
 
 
 class _Stream:
-    """What flows through one step of an online network: buffers in, buffers out, in the order of the places."""
+    """Buffers of one step of an online network: buffers in, buffers out, in the order of the places."""
 
     def __init__(self) -> None:
         self.incoming: list[Tensor] | None = None

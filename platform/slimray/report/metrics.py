@@ -1,4 +1,4 @@
-"""Which numbers of a run are its metrics, how they are called and shown, and which way is better.
+"""Metrics among the numbers of a run: how they are called and shown, and which way is better.
 
 A run says so itself: its results.json holds the metrics of its task as plain values (`Metric.to_plain`). Of runs that
 were written before they did, and of those still under way, the task is told by the names of their numbers.

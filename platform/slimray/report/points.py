@@ -220,7 +220,7 @@ def box_section(view: BoxView) -> dict[str, Any]:
 
 
 def _text(scene: BoxView, place: int) -> str:
-    """What is written beside a prediction: its class and how sure it is, as far as they are known."""
+    """Return what is written beside a prediction: its class and how sure it is, as far as they are known."""
     score = f"{scene.scores[place]:.2f}" if len(scene.scores) else ""
     return " ".join(filter(None, [scene.names[place] if len(scene.names) else "", score]))
 
@@ -270,7 +270,7 @@ def _outline_path(outline: np.ndarray) -> str:
 
 
 def _text_spots(outlines: np.ndarray, texts: Sequence[str], height: int) -> list[tuple[float, float]]:
-    """Where the middle of each text's baseline goes: above its box or below, as near as no other text is."""
+    """Return where the middle of each text's baseline goes: above its box or below, as near as no other text is."""
     taken: list[tuple[float, float, float]] = []
     for outline, text in zip(outlines, texts, strict=True):
         half = 3.1 * len(text) + 2  # of its width, about

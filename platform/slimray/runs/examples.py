@@ -105,7 +105,7 @@ def png_bytes(image: np.ndarray) -> bytes:
 
 @dataclass(frozen=True, eq=False)
 class ResponseView:
-    """What one PVConv of a network responds to: `voxel` and `point` `[n]`, the strength of each branch at each point.
+    """Responses of one PVConv of a network: `voxel` and `point` `[n]`, the strength of each branch at each point.
 
     `coords` `[n, 3]` are the points it sees, z up; None: those of the cloud that the response belongs to.
     """
@@ -132,7 +132,8 @@ class ResponseView:
         return 100 * float(self.voxel.sum()) / total if total > 0 else None
 
     def correlation(self) -> float | None:
-        """How far both branches respond at the same points, from -1 to 1; None where one responds everywhere alike."""
+        """Return how far both branches respond at the same points, from -1 to 1; None where one responds everywhere
+        alike."""
         voxel, point = self.voxel - self.voxel.mean(), self.point - self.point.mean()
         size = float(np.linalg.norm(voxel) * np.linalg.norm(point))
         return float(voxel @ point) / size if size > 1e-9 * float(self.voxel.sum() * self.point.sum()) else None

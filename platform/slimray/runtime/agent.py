@@ -50,7 +50,7 @@ SHA256 = re.compile(r"/networks/([0-9a-f]{64})")
 
 @dataclass(frozen=True)
 class Limits:
-    """What an agent accepts: MB of a network and of all together, seconds of a measurement."""
+    """Limits of what an agent accepts: MB of a network and of all together, seconds of a measurement."""
 
     max_mb: int = 512
     total_mb: int = 4096
@@ -83,7 +83,7 @@ class Agent:
         return conditions.device() | {"protocol": PROTOCOL, "versions": own, "limits": vars(self.limits)}
 
     def path(self, name: str) -> Path:
-        """Where a network lies."""
+        """Return where a network lies."""
         return self.folder / f"{name}.onnx"
 
     def keep(self, name: str, data: bytes) -> None:

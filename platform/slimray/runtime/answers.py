@@ -1,4 +1,4 @@
-"""What `predict` says of a file, what a task must know to say it, and what it asks of a network: `Model`.
+"""Answers of `predict` for a file, what a task must know to give them, and what it asks of a network: `Model`.
 
 numpy alone: a run's network (`slimray.tasks.network`, torch) and an export (`slimray.runtime.load`) are both a `Model`,
 so that a file is answered by the same code whichever of them computes.
@@ -48,7 +48,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """What a user asked for: the `paths` of all files, how many classes (`top`), where to write (`out`: default beside
+    """Options of a user: the `paths` of all files, how many classes (`top`), where to write (`out`: default beside
     each file); `rows` views are given to the network at once."""
 
     paths: Sequence[Path]
@@ -60,7 +60,7 @@ class AnswerOptions:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found in a file: its `top` classes, best first, or the `reason` why it could not be read.
+    """Findings in a file: its `top` classes, best first, or the `reason` why it could not be read.
 
     The number of a class is its probability, or its share of the points where those have labels. `written` are the
     files that hold `what`, `notes` says which points of a cloud were left out.
@@ -79,7 +79,8 @@ Answerer = Callable[[Path, Readers], Answer]
 
 @dataclass(frozen=True)
 class Answers:
-    """How a task answers for files: `answer` makes the function of a file; `writes` says whether it writes files."""
+    """The way in which a task answers for files: `answer` makes the function of a file; `writes` says whether it writes
+    files."""
 
     name: str
     answer: Callable[[Model, AnswerOptions], Answerer]

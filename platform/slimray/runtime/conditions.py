@@ -1,4 +1,4 @@
-"""What a device tells of itself while it computes: temperature, clock, throttling, watts. Linux; it only reads.
+"""Conditions of a device while it computes: temperature, clock, throttling, watts. Linux; it only reads.
 
 Watts come from the first source there is: RAPL (energy counters of Intel and AMD, which need root), hwmon (INA sensors
 of boards), tegrastats (Jetson), nvidia-smi. None of them is no error: a device that cannot tell says nothing.
@@ -67,13 +67,14 @@ def watts_while(work: Callable[[], Any], root: Path = Path("/")) -> tuple[float,
 
 
 def throttle_count(root: Path = Path("/")) -> int | None:
-    """How often the cores were slowed down for heat since the start; None where nothing counts it."""
+    """Return how often the cores were slowed down for heat since the start; None where nothing counts it."""
     counts = _numbers(root, "sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")
     return int(sum(counts)) if counts else None
 
 
 def _throttled(root: Path) -> bool | None:
-    """Whether it is slowed down now: a Raspberry Pi's flags (bits 0 to 3: voltage, cap, throttling, temperature)."""
+    """Return whether it is slowed down now: a Raspberry Pi's flags (bits 0 to 3: voltage, cap, throttling,
+    temperature)."""
     flags = _text(root / "sys/devices/platform/soc/soc:firmware/get_throttled").strip()
     if re.fullmatch(r"(0x)?[0-9a-fA-F]+", flags):
         return bool(int(flags, 16) & 0b1111)

@@ -1,4 +1,4 @@
-"""What computes an export: ONNX Runtime, or OpenVINO where it is installed. `ENGINES` is the table."""
+"""Engines that compute exports: ONNX Runtime, or OpenVINO where it is installed. `ENGINES` is the table."""
 
 import importlib.metadata
 import importlib.util

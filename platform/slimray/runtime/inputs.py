@@ -1,4 +1,4 @@
-"""How arrays of samples become what a network takes, and how the outputs of views become one: numpy's half.
+"""From arrays of samples to what a network takes, and from the outputs of views to one: numpy's half.
 
 The same numbers as `slimray.tasks.network.to_input` and `merge_views`, which do it on a training device (a test holds
 the two against each other on real files).
@@ -15,7 +15,7 @@ from slimray.runtime.answers import softmax
 
 @dataclass(frozen=True)
 class Input:
-    """What a network takes: normalisation of uint8 pixels, and how the views of a sample are averaged."""
+    """Input of a network: normalisation of uint8 pixels, and how the views of a sample are averaged."""
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)

@@ -27,7 +27,7 @@ RATE_S = 2.0  # over which frames per second are counted
 
 @dataclass(frozen=True)
 class View:
-    """What there is to see: the newest picture that was labelled, its label, the smoothed one, and how it goes."""
+    """Page of a live network: the newest picture that was labelled, its label, the smoothed one, and how it goes."""
 
     number: int = 0
     picture: np.ndarray | None = None

@@ -42,7 +42,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Declared:
-    """What a checked file says of itself."""
+    """Declarations of a checked file."""
 
     inputs: tuple[Place, ...]
     outputs: tuple[Place, ...]
@@ -50,12 +50,12 @@ class Declared:
 
 
 class _Bad(Exception):
-    """Why a file is refused, to go behind its name."""
+    """Reason to refuse a file, to go behind its name."""
 
 
 @dataclass
 class _Seen:
-    """What was met so far."""
+    """Totals of what was met so far."""
 
     functions: set[tuple[str, str]] = field(default_factory=set)
     num_nodes: int = 0
@@ -134,7 +134,7 @@ def _text(value: int | memoryview) -> str:
 
 
 def _few_ints(value: int | memoryview) -> tuple[int, list[int]]:
-    """How many integers a repeated field holds, packed or one of many; and the integers if they are no more than
+    """Return how many integers a repeated field holds, packed or one of many; and the integers if they are no more than
     MAX_RANK. Packed ones are counted by their last bytes: decoded, a field takes many times its size."""
     if isinstance(value, int):
         return 1, [_signed(value)]

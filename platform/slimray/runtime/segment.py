@@ -47,7 +47,8 @@ def answer(model: Model, options: AnswerOptions) -> Answerer:
 
 
 def label_files(path: Path, out: Path | None = None) -> tuple[Path, Path]:
-    """Where the labels of the points of `path` go: NAME.labels.npz and NAME.labels.ply, beside it or in `out`."""
+    """Return where the labels of the points of `path` go: NAME.labels.npz and NAME.labels.ply, beside it or in
+    `out`."""
     stem = (path.parent if out is None else out) / path.stem
     return Path(f"{stem}.labels.npz"), Path(f"{stem}.labels.ply")
 

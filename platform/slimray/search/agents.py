@@ -22,7 +22,7 @@ Given = TypeVar("Given", covariant=True)
 
 
 class Walk(Protocol[Given]):
-    """What an agent walks: an action in [0, 1] for each of `num_steps` states, and the policy after the last."""
+    """Walk of an agent: an action in [0, 1] for each of `num_steps` states, and the policy after the last."""
 
     stream: int
     """Which random numbers of a seed its episodes take."""

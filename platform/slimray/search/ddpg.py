@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class DdpgSettings:
-    """What the two searches differ in, and what they share.
+    """Settings of an agent, in which the two searches differ.
 
     `warmup` is the number of episodes whose actions are uniform; afterwards sigma is `sigma * decay ** (episodes after
     the warm-up)`. `replay` is the number of transitions kept per step of an episode. `last_init`: the last layers start
@@ -108,7 +108,8 @@ class Replay:
         del self.rows[: -self.size]
 
     def usable(self, place: int) -> bool:
-        """Whether a transition may be drawn: not the newest, whose next state is unknown, nor one after a last one."""
+        """Return whether a transition may be drawn: not the newest, whose next state is unknown, nor one after a last
+        one."""
         return place < len(self.rows) - 1 and not (place and self.rows[place - 1][3])
 
     def draw(self, count: int, rng: np.random.Generator) -> tuple[Tensor, ...] | None:
@@ -154,7 +155,7 @@ class Ddpg:
 
     @torch.no_grad()
     def mean_action(self, state: Floats) -> float:
-        """What the actor says without noise, for a state `[S]`."""
+        """Return what the actor says without noise, for a state `[S]`."""
         return float(self.actor(torch.tensor(np.asarray(state)[None], dtype=torch.float32)))
 
     def act(self, state: Floats, episode: int, rng: np.random.Generator) -> float:

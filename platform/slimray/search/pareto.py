@@ -44,7 +44,7 @@ def spearman(a: Sequence[float] | Floats, b: Sequence[float] | Floats) -> float:
 
 
 def objectives(pool: Pool, costs: Sequence[str]) -> Floats:
-    """What is to be lowered, `[n, 1 + costs]`."""
+    """Return what is to be lowered, `[n, 1 + costs]`."""
     return np.stack([-pool.metric, *(pool.costs[name] for name in costs)], axis=1)
 
 
@@ -71,7 +71,7 @@ def ranks(values: Floats) -> Codes:
 
 
 def crowding(values: Floats, rank: Codes) -> Floats:
-    """How far apart a row's neighbours in its front are, summed over objectives, `[n]`; infinite at the ends."""
+    """Return how far apart a row's neighbours in its front are, summed over objectives, `[n]`; infinite at the ends."""
     out = np.zeros(len(values))
     for number in range(int(rank.max(initial=-1)) + 1):
         rows = np.flatnonzero(rank == number)

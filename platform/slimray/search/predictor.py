@@ -1,4 +1,4 @@
-"""What a subnet will score, learned from the few that were measured: archs in, metric out.
+"""Predicted scores of subnets, learned from the few that were measured: archs in, metric out.
 
 The network is Once-for-All's (arXiv 1908.09791): three hidden layers of 400, Adam at 1e-3 with weight decay 1e-4, on
 the one-hot codes of `Space.encode`, added to a frozen base, the mean of what was measured. Surprising: it learns in

@@ -1,4 +1,4 @@
-"""What a search looks for: a space with costs and limits, the trials so far, and pools of archs as matrices.
+"""Problem of a search: a space with costs and limits, the trials so far, and pools of archs as matrices.
 
 `Problem` knows which archs keep the limits and how to draw those that do; a `Trial` is an arch that was scored; a
 `Pool` is many of them as rows. numpy only.
@@ -34,7 +34,7 @@ class Fitted(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What is searched: the archs of `table` whose `costs` are at most `limits`.
+    """Archs that are searched: those of `table` whose `costs` are at most `limits`.
 
     `fit(codes, metrics, seed)` makes a predictor, which only the strategy `predictor_guided` asks for.
     """
@@ -45,7 +45,7 @@ class Problem:
     fit: Callable[[Codes, Floats, int], Fitted] | None = None
 
     def keeps(self, codes: Codes) -> NDArray[np.bool_]:
-        """Whether each row keeps all limits, `[n]`."""
+        """Return whether each row keeps all limits, `[n]`."""
         kept = np.ones(len(codes), bool)
         if self.limits:
             costs = self.costs(codes)

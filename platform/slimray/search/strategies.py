@@ -1,4 +1,4 @@
-"""How a search looks for archs: random, evolution, predictor-guided evolution, NSGA-II; fronts and limits.
+"""Strategies of a search for archs: random, evolution, predictor-guided evolution, NSGA-II; fronts and limits.
 
 A strategy is a function of the past: what generation g proposes depends on the seed, on g and on what the generations
 before it scored, sorted by index, never on the order in which trials finished. So `generation` is pure, a resumed
@@ -255,7 +255,7 @@ def search(problem: Problem, strategy: Strategy, score: Score, seed: int, max_ev
 def predictor_reports(
     strategy: PredictorGuided, problem: Problem, history: Sequence[Trial], seed: int
 ) -> list[dict[str, float]]:
-    """How good the predictor was before each generation, a dict per generation after the first.
+    """Return how good the predictor was before each generation, a dict per generation after the first.
 
     `held_out_mae`, `spearman`, `num_train` are the predictor's own report; `next_mae` and `next_spearman` compare what
     it said with what the generation it proposed then scored, where that is finished.
@@ -306,7 +306,7 @@ def _past(
 
 
 def _new(table: GeneTable, codes: Codes, seen: set[bytes]) -> NDArray[np.bool_]:
-    """Which rows are not in `seen`, `[n]`; they are added to it."""
+    """Return which rows are not in `seen`, `[n]`; they are added to it."""
     new = np.zeros(len(codes), bool)
     for row, key in enumerate(table.keys(codes)):
         new[row] = key not in seen

@@ -86,7 +86,7 @@ class ClassScore:
         self.sums[1] += nn.functional.cross_entropy(scores, labels, reduction="sum")
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What must be summed over ranks, in place."""
+        """Return what must be summed over ranks, in place."""
         return self.confusion, self.sums, self.missed
 
     def result(self) -> dict[str, float | int]:

@@ -17,7 +17,7 @@ from slimray.tasks.task import Outputs, Score, Task
 
 @dataclass(frozen=True)
 class Setting:
-    """What a pass is made of.
+    """Settings of a pass.
 
     `recipe` is the plain one of its samples, `paths` are those of the whole index, `batch` is the samples of a step
     over all ranks, `rows` the samples that a network sees at once. `options` are those of the evaluation (`votes`,

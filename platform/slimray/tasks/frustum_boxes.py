@@ -87,7 +87,7 @@ def _numpy(values: Any) -> np.ndarray:
 
 
 class FrustumScore:
-    """How well frustum networks find boxes, for the validation while they train; summed over ranks.
+    """Score of the boxes that frustum networks find, for the validation while they train; summed over ranks.
 
     Not KITTI's AP: one box is compared with the one truth of its frustum. `min_ious` are the IoU in space above which a
     box of each class is found (KITTI: 0.7, 0.5, 0.5).
@@ -136,7 +136,7 @@ class FrustumScore:
         self.sums[1] += mask.numel()
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What must be summed over ranks, in place."""
+        """Return what must be summed over ranks, in place."""
         return self.boxes, self.sums
 
     def result(self) -> dict[str, Any]:

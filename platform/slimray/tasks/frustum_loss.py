@@ -35,14 +35,16 @@ def huber(error: Tensor, delta: float) -> Tensor:
 
 
 def heading_bins(heading: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the 12 bins headings in radians fall into, int64, and how far they are from its middle (bin 0: 0)."""
+    """Return which of the 12 bins headings in radians fall into, int64, and how far they are from its middle (bin 0:
+    0)."""
     shifted = (heading % (2 * math.pi) + HEADING_BIN / 2) % (2 * math.pi)
     number = (shifted / HEADING_BIN).floor().clamp_max(NUM_HEADING_BINS - 1)
     return number.long(), shifted - (number + 0.5) * HEADING_BIN
 
 
 def frustum_targets(truth: Tensor, class_sizes: Tensor, size_templates: Tensor) -> dict[str, Tensor]:
-    """What `frustum_losses` takes, of truths `[B, N + 11]`: mask `[N]`, box (centre, l w h, heading), class, 3 more.
+    """Return what `frustum_losses` takes, of truths `[B, N + 11]`: mask `[N]`, box (centre, l w h, heading), class, 3
+    more.
 
     `class_sizes` int64 says which size template belongs to each class; class and `known` (bool: there is a truth) are
     among what is returned.

@@ -20,7 +20,7 @@ KITTI_NEUTRAL = {"Car": "Van", "Pedestrian": "Person_sitting"}  # finding one is
 
 @dataclass(frozen=True)
 class Difficulty:
-    """What an object must be like to count: higher in the image (pixels), no more occluded (0-3), truncated (0-1)."""
+    """Conditions for an object to count: higher in the image (pixels), no more occluded (0-3), truncated (0-1)."""
 
     min_height: float
     max_occlusion: int
@@ -50,7 +50,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in an image: `boxes` `[n, 7]`, `heights` of their 2D boxes in pixels, `scores` (high is sure)."""
+    """Boxes found in an image: `boxes` `[n, 7]`, `heights` of their 2D boxes in pixels, `scores` (high is sure)."""
 
     names: Sequence[str]
     boxes: np.ndarray
@@ -112,7 +112,7 @@ def precision_curve(
 
 
 def _states(frame: Frame, name: str, difficulty: Difficulty) -> tuple[np.ndarray, np.ndarray]:
-    """What each object and each detection is to `name`: 0 it counts, 1 it is neutral, -1 it plays no part."""
+    """Return what each object and each detection is to `name`: 0 it counts, 1 it is neutral, -1 it plays no part."""
     labels, found, neutral = frame.labels, frame.detections, KITTI_NEUTRAL.get(name, "").lower()
     classes = np.array([0 if n.lower() == name.lower() else 1 if n.lower() == neutral else -1 for n in labels.names])
     fits = (

@@ -27,7 +27,7 @@ GIVEN = 24  # tokens of a stream that is continued in a report
 
 
 class LanguageOptions(Spec):
-    """How a text is continued."""
+    """Options of the continuation of a text."""
 
     max_tokens: int = Field(50, ge=1, le=10_000)
     """Tokens that `predict` writes behind a line at most; it stops at the end of a line."""

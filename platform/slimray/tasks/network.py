@@ -47,7 +47,7 @@ class Network:
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """Return where its weights are."""
         return next(self.net.parameters()).device
 
     @property

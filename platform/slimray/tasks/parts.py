@@ -74,13 +74,13 @@ class ShapeScore:
         self.sums[:2] += torch.stack([right.sum(), truth.sum()])
 
     def _per_part(self, parts: Tensor, counted: Tensor) -> Tensor:
-        """How many of parts `[n, N]` are counted, per shape and part: `[n, P]` on the CPU."""
+        """Return how many of parts `[n, N]` are counted, per shape and part: `[n, P]` on the CPU."""
         size, shape = self.allowed.shape[1], torch.arange(len(parts), device=parts.device)[:, None]
         rows = (shape * size + parts)[counted].long()
         return torch.bincount(rows, minlength=len(parts) * size).cpu().view(-1, size)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What must be summed over ranks, in place."""
+        """Return what must be summed over ranks, in place."""
         return self.shapes, self.sums
 
     def result(self) -> dict[str, Any]:

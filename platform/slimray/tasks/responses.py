@@ -1,4 +1,4 @@
-"""What the branches of a network's PVConvs respond to, for the examples of a report."""
+"""Responses of the branches of a network's PVConvs, for the examples of a report."""
 
 import numpy as np
 import torch

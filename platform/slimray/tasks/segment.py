@@ -78,7 +78,7 @@ class SegmentationScore:
         return labels >= 0 if self.ignore_label is None else (labels >= 0) & (labels != self.ignore_label)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What must be summed over ranks, in place."""
+        """Return what must be summed over ranks, in place."""
         return self.confusion, self.missed, self.sums
 
     def result(self, absent: Literal["skip", "one"] = "skip", missed_as_last: bool = False) -> dict[str, Any]:

@@ -29,7 +29,7 @@ LEAST_ERROR = 1e-10  # mean square, so that equal pictures have a PSNR of 148 dB
 
 
 class SuperResolveOptions(Spec):
-    """How much larger pictures become."""
+    """Options of larger pictures."""
 
     scale: int = Field(2, ge=2, le=4)
     """Factor by which a picture is enlarged."""
@@ -116,7 +116,7 @@ class PictureScore:
         self.sums += torch.stack([*rows, error.double(), ones, (~finite).double()]).sum(1)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What must be summed over ranks, in place."""
+        """Return what must be summed over ranks, in place."""
         return (self.sums,)
 
     def result(self) -> dict[str, Any]:

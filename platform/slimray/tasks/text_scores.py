@@ -50,7 +50,8 @@ class CorpusMetric:
         return BLEU(lowercase=self.lower, tokenize=self.tokenize, smooth_method=self.smooth, force=True)
 
     def counts(self, hypotheses: Sequence[str], references: Sequence[str]) -> Counts:
-        """What is to be summed, int64 `[n, k]`; ValueError unless there is a reference for each of `hypotheses`."""
+        """Return what is to be summed, int64 `[n, k]`; ValueError unless there is a reference for each of
+        `hypotheses`."""
         if len(hypotheses) != len(references):
             raise ValueError(f"{len(hypotheses)} hypotheses, but {len(references)} references")
         if not hypotheses:

@@ -100,7 +100,7 @@ class TokenScore:
         self.sums += torch.stack([*counts, finite.double().sum(), (~finite).double().sum()]).cpu()
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What must be summed over ranks, in place."""
+        """Return what must be summed over ranks, in place."""
         return (self.sums,)
 
     def result(self) -> dict[str, Any]:

@@ -128,7 +128,8 @@ def recalibrate_norms(subnet: nn.Module, batches: Iterable[Tensor]) -> nn.Module
 
 @torch.no_grad()
 def norm_sums(net: nn.Module, batches: Iterable[Tensor], pooled: bool = False) -> Tensor:
-    """What `recalibrate_norms` learns from `batches`, float64 `[K]`: may be added up over workers (`load_norm_sums`).
+    """Return what `recalibrate_norms` learns from `batches`, float64 `[K]`: may be added up over workers
+    (`load_norm_sums`).
 
     For each BatchNorm in order: samples, the sum over batches of samples x mean, and of samples x variance; `pooled`
     sums mean squares in place of variances, from which that of all samples together follows (precise BatchNorm, arXiv

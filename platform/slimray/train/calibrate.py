@@ -203,7 +203,7 @@ def work(
     cluster: machines.Cluster,
     pack: str = "",
 ) -> planner.Work:
-    """What a training `job` asks of `cluster`, its times from MACs and data sheets.
+    """Return what a training `job` asks of `cluster`, its times from MACs and data sheets.
 
     `sample` (a name in MODALITIES) and the format in which clips are packed decide what decoding and reading are
     assumed to cost.

@@ -1,4 +1,4 @@
-"""Where a training stands, and how that is written in the background: `Progress`, `Saver`."""
+"""Progress of a training, written in the background: `Progress`, `Saver`."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +13,7 @@ from slimray import runs
 
 @dataclass
 class Progress:
-    """Where training stands. `step` counts within `epoch`, `total_steps` over all epochs; metrics of validations.
+    """Progress of a training. `step` counts within `epoch`, `total_steps` over all epochs; metrics of validations.
 
     `validated` is the epoch of the last validation; `seconds` and `worker_seconds` are those of training over all
     attempts, for the limits.

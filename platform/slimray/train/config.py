@@ -56,5 +56,5 @@ class FitConfig:
 
     @property
     def window(self) -> int:
-        """What a step consumes: samples, or bags where batches are counted in tokens."""
+        """Return what a step consumes: samples, or bags where batches are counted in tokens."""
         return self.batch_total // self.per_worker if self.bags else self.batch_total

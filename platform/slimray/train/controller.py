@@ -25,7 +25,7 @@ class _Group(WorkerGroup):
 
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
-        """What workers get beside the environment of their node, which on a local cluster is the driver's."""
+        """Return what workers get beside the environment of their node, which on a local cluster is the driver's."""
         if os.environ.get("RAY_ADDRESS"):
             return WorkerGroup._get_worker_runtime_env(custom_runtime_env)
         return dict(custom_runtime_env)

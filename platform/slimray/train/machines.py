@@ -1,4 +1,4 @@
-"""What machines give a training: the `machine:` section of a cluster file, prices, and `Cluster`, which plans read.
+"""Machines as a training sees them: the `machine:` section of a cluster file, prices, and `Cluster`, which plans read.
 
 Figures are those of data sheets (gpus.py), or of the machine that this runs on. Imports neither torch nor Ray.
 """
@@ -23,7 +23,7 @@ CORE_TMACS, CORE_UTILISATION = 0.08, (0.1, 0.3, 0.7)  # a core with wide vectors
 
 
 class MachineSpec(Spec):
-    """What a node of a cluster gives a training; the section `machine:` of a cluster file. Everything is optional."""
+    """Resources that a node gives a training; the section `machine:` of a cluster file. Everything is optional."""
 
     gpus_per_node: int = Field(0, ge=0)
     """GPUs of a node; 0 trains on its cores."""
@@ -66,7 +66,7 @@ class MachineSpec(Spec):
 
 
 class PriceSpec(Spec):
-    """What a node costs."""
+    """Price of a node."""
 
     usd_per_hour: float = Field(ge=0)
     """US dollars per node and hour."""

@@ -1,4 +1,5 @@
-"""How long a training takes on a cluster and why: compute, data, exposed all-reduce, stragglers; money, checkpoints.
+"""Duration of a training on a cluster, and its causes: compute, data, exposed all-reduce, stragglers; money,
+checkpoints.
 
 In go a `Work` (what a job asks for) and a `Cluster` (what machines give, by data sheets or by `plan --measure`), and
 out comes a `Row` per number of workers. Every uncertain figure is a range (low, likely, high), so is every answer: the
@@ -28,7 +29,7 @@ RESTART_S = 60.0  # what a lost node costs beside the work since the last checkp
 
 @dataclass(frozen=True)
 class Summary:
-    """What is known of a training before machines are asked for; None for what its dataset or network does not tell.
+    """Summary of a training before machines are asked for; None for what its dataset or network does not tell.
 
     `input` is one sample as the network takes it, without the batch.
     """
@@ -67,7 +68,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Work:
-    """What a training asks of machines. Megabytes are 10^6 bytes; times are of one rank that nobody disturbs.
+    """Work that a training asks of machines. Megabytes are 10^6 bytes; times are of one rank that nobody disturbs.
 
     `compute_s`: forward and backward pass of a sample; `step_s`: what every step costs beside (optimizer); `decode_s`:
     core-seconds to make a sample of its `sample_mb` on storage, which takes `requests` to it; `restart_s`: idle time of

@@ -1,4 +1,4 @@
-"""When workers that failed are started again: what a retry is charged to, which nodes are left out, what is waited for.
+"""Restarts of workers that failed: what a retry is charged to, which nodes are left out, what is waited for.
 
 A launch is a series of starts. Lost workers are charged to the budget of `scale.retries`, which is whole again once a
 checkpoint is on storage: at 5,000 hours between failures of a node, a run on 192 nodes loses one a day. What a worker

@@ -13,7 +13,7 @@ from slimray.spec import Spec
 
 
 class OptimSpec(Spec):
-    """How the weights are changed."""
+    """Optimizer of the weights, and its schedule."""
 
     optimizer: Literal["sgd", "adam", "adamw", "lars"] = "sgd"
     """Stochastic gradient descent with momentum, Adam (decay is part of the gradient, as PVCNN is published), AdamW,
@@ -146,7 +146,7 @@ class BatchSpec(Spec):
 
     @property
     def size(self) -> int:
-        """What the learning rate depends on: samples or tokens of a step."""
+        """Return what the learning rate depends on: samples or tokens of a step."""
         return self.tokens or self.total
 
     @property
@@ -161,7 +161,7 @@ class BatchSpec(Spec):
 
 
 class InitSpec(Spec):
-    """Where the weights start from. A head of another class count is left out, with a word."""
+    """Source of the starting weights. A head of another class count is left out, with a word."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -189,7 +189,7 @@ class TeacherSpec(Spec):
 
 
 class ScaleSpec(Spec):
-    """How many workers, on what, and how much patience."""
+    """Number of workers, their resources, and patience with them."""
 
     workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
     """Data-parallel workers, or [fewest, most] for an elastic run. Learning rate and warm-up depend on `batch.total`
@@ -234,7 +234,7 @@ class ScaleSpec(Spec):
 
     @property
     def storage_s(self) -> float:
-        """How long an outage of the storage is waited for, seconds."""
+        """Return how long an outage of the storage is waited for, seconds."""
         return self.storage_timeout_s or self.data_timeout_s / 2
 
     @property
@@ -257,7 +257,7 @@ class ScaleSpec(Spec):
 
 
 class CheckpointSpec(Spec):
-    """When training state is saved; saving runs in the background and changes nothing in the run."""
+    """Times at which training state is saved; saving runs in the background and changes nothing in the run."""
 
     every_s: float = Field(default=300, gt=0)
     """Seconds between checkpoints within an epoch; each epoch ends with one as well."""
@@ -273,7 +273,7 @@ class CheckpointSpec(Spec):
 
 
 class LimitsSpec(Spec):
-    """When a run ends by itself, whatever it has reached; it resumes with higher limits."""
+    """Limits at which a run ends by itself, whatever it has reached; it resumes with higher limits."""
 
     hours: float | None = Field(None, gt=0)
     """Hours of training over all attempts, from the first step on."""

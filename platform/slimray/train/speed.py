@@ -1,4 +1,4 @@
-"""How much of a device's peak a training reaches."""
+"""Share of a device's peak that a training reaches."""
 
 import functools
 import time

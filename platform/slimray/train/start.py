@@ -1,4 +1,4 @@
-"""How a rank starts: the network with its starting weights, wrapped by the training method."""
+"""Start of a rank: the network with its starting weights, wrapped by the training method."""
 
 from typing import Any
 

@@ -49,7 +49,7 @@ class Progress:
 
     @property
     def is_done(self) -> bool:
-        """Whether no trial is left to run."""
+        """Return whether no trial is left to run."""
         return len(self.history) >= self.settings.episodes
 
     def next(self) -> Trial[Any] | None:

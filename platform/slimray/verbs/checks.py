@@ -1,4 +1,4 @@
-"""What the checks of several verbs share: the dataset of a job, its starting weights, the network that it names.
+"""Checks that several verbs share: the dataset of a job, its starting weights, the network that it names.
 
 Each looks first among the jobs ahead in the file, then on the storage. No Ray, no torch.
 """

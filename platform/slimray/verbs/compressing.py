@@ -1,4 +1,4 @@
-"""What the steps of `compress` share: `Work`, the stage folders they write, scoring, timing, and the rows of the table.
+"""Shared by the steps of `compress`: `Work`, the stage folders they write, scoring, timing, and the rows of the table.
 
 A step takes the finished stage before it and leaves a stage that is a run: its model folder holds the network with all
 records up to here, so that every verb can read it. Imports Ray.

@@ -1,4 +1,4 @@
-"""What the functions of a verb are handed and hand back: `Context` to run, `CheckContext` to check, `Made` to promise.
+"""Arguments and results of the functions of a verb: `Context` to run, `CheckContext` to check, `Made` to promise.
 
 `makes(job)` of a verb names the runs that a job leaves behind, each with a `Made`: what later jobs can know of it
 before it exists. A consumer asks what a run holds, a dataset or a network, never which verb wrote it. No Ray, no torch.

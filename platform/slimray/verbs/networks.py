@@ -104,7 +104,7 @@ def model_options(job: TrainJob, card: Card | None) -> dict[str, Any]:
 
 
 def _channels_of(job: TrainJob, card: Card | None) -> dict[str, int]:
-    """What the dataset says of the option `in_channels` of a network of pixels."""
+    """Return what the dataset says of the option `in_channels` of a network of pixels."""
     channels = None if card is None else _pixel_channels(card)
     known = "in_channels" in models.options_of(str(job.model.name))
     return {"in_channels": channels} if channels is not None and known else {}

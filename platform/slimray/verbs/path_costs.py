@@ -35,7 +35,7 @@ def make_goal(job: "ProxylessJob", net: "MixedNet", weight: float) -> "Goal":
 
 
 def _path_costs(net: "MixedNet", side: int, of: "Callable[[Unit], float]") -> tuple[float, Edges]:
-    """What all paths have together, and each candidate of each mixed block, by what `of` says of a unit."""
+    """Return what all paths have together, and each candidate of each mixed block, by what `of` says of a unit."""
     fixed, edges = net.units(side)
     known = {unit.key: of(unit) for unit in (*fixed, *(unit for edge in edges for unit in edge if unit is not None))}
     costs = tuple(tuple(0.0 if unit is None else known[unit.key] for unit in edge) for edge in edges)

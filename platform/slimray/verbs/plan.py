@@ -72,7 +72,7 @@ def plan_job(
 
 
 def _folders(where: str) -> list[Path]:
-    """Where cluster files are looked for: beside the job, in ./cluster, among the packaged ones."""
+    """Return where cluster files are looked for: beside the job, in ./cluster, among the packaged ones."""
     beside = Path(where.partition(" (")[0]).resolve().parent
     return [beside, beside.parent / "cluster", Path("cluster"), inputs.packaged("cluster")]
 

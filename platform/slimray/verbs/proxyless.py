@@ -37,7 +37,7 @@ WEIGHTS = {"add_linear": 0.1, "mul_log": 0.3, "reinforce": 0.1}  # published wei
 
 
 class PhaseSpec(Spec):
-    """How long and how fast a stage learns."""
+    """Duration and rate of a stage."""
 
     epochs: int = Field(ge=1)
     """Passes over the training split."""
@@ -48,7 +48,7 @@ class PhaseSpec(Spec):
 
 
 class SearchSpec(PhaseSpec):
-    """How the search learns: the weights of sampled paths, and what the paths are worth."""
+    """Learning of the search: the weights of sampled paths, and what the paths are worth."""
 
     gradient: Literal["two", "full_v2", "reinforce"] = "two"
     """How architecture parameters learn: through the gates of two candidates of a block at a time, of all of them, or
@@ -68,7 +68,7 @@ class SearchSpec(PhaseSpec):
 
 
 class LatencySpec(Spec):
-    """What a path costs, and how much that counts."""
+    """Costs of paths, and how much they count."""
 
     cost: Literal["latency", "macs"] = "latency"
     """`latency`: milliseconds of `table`; `macs`: multiply-accumulates, which need no device."""
@@ -87,7 +87,7 @@ class LatencySpec(Spec):
 
     @property
     def ref(self) -> float:
-        """What is aimed at, in the unit of `cost`."""
+        """Return what is aimed at, in the unit of `cost`."""
         return cast(float, self.ref_ms if self.cost == "latency" else self.ref_macs)
 
     @model_validator(mode="after")
@@ -268,7 +268,8 @@ def _on_meta(job: ProxylessJob, card: Card | None) -> "MixedNet":
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the searches of a run share: the job, its data for searching and for retraining, the warm-up's folder."""
+    """Values that the searches of a run share: the job, its data for searching and for retraining, the warm-up's
+    folder."""
 
     job: ProxylessJob
     searched: "Data"

@@ -137,7 +137,7 @@ class TrainJob(WorkerJob):
 
 
 class SharedOptimSpec(OptimSpec):
-    """How the weights are changed in all stages; each stage has its own learning rate and epochs."""
+    """Optimizer of the weights in all stages; each stage has its own learning rate and epochs."""
 
     lr: float = Field(1.0, exclude=True)
     """Belongs to the stages."""
@@ -162,7 +162,7 @@ class SharedOptimSpec(OptimSpec):
 
 
 class JudgeSpec(Spec):
-    """How subnets are judged."""
+    """Judgement of subnets."""
 
     calibrate: int = Field(2000, ge=16)
     """Training samples whose batches give the subnet its BatchNorm statistics."""
@@ -192,7 +192,7 @@ class RangeSpec(Spec):
 
 
 class SweepSpec(Spec):
-    """What is tried, and how much of it."""
+    """Settings that are tried, and how many of them."""
 
     over: dict[str, tuple[float, ...] | RangeSpec] = Field(min_length=1)
     """Field -> the values to try, or their range `{low, high}`: `{lr: [0.001, 0.003]}`."""
@@ -218,7 +218,7 @@ class SweepSpec(Spec):
 
     @property
     def count(self) -> int:
-        """How many trials there are."""
+        """Return how many trials there are."""
         if self.search != "grid":
             return self.trials
         return math.prod(len(values) for values in self.over.values() if isinstance(values, tuple))

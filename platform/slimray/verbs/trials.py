@@ -43,7 +43,7 @@ TrialWork = Callable[[Settings, str, Tell], dict[str, Any]]  # (settings, run UR
 
 
 def resources_of(scale: ScaleSpec) -> dict[str, float]:
-    """What a trial takes of the cluster: what a worker of the job's scale does."""
+    """Return what a trial takes of the cluster: what a worker of the job's scale does."""
     return {"cpu": scale.cpus_per_worker} | ({"gpu": scale.gpus_per_worker} if scale.gpus_per_worker else {})
 
 
@@ -107,11 +107,11 @@ def run_trials(
 
 
 class Proposals(Protocol):
-    """What is tried next, a function of what was tried before."""
+    """Proposals of what is tried next, a function of what was tried before."""
 
     @property
     def is_done(self) -> bool:
-        """Whether no trial is left."""
+        """Return whether no trial is left."""
         ...
 
     def start(self, trial: str) -> dict[str, Any] | None:
@@ -152,7 +152,7 @@ class ProposalSearch(Searcher):
 
 
 def proposals(spec: SweepSpec, seed: int) -> list[Settings]:
-    """What a grid or a random search tries, in order; for Optuna, which looks at scores, nothing."""
+    """Return what a grid or a random search tries, in order; for Optuna, which looks at scores, nothing."""
     if spec.search == "grid":
         names = list(spec.over)
         values = [v for v in spec.over.values() if isinstance(v, tuple)]

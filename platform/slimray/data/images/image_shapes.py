@@ -61,7 +61,7 @@ def _turned(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, reach: float
 
 
 def _inside(outline: str, u: np.ndarray, v: np.ndarray, radius: float, size: int) -> np.ndarray:
-    """How much of each pixel lies inside an outline whose corners are `radius` from its middle: 0 to 1."""
+    """Return how much of each pixel lies inside an outline whose corners are `radius` from its middle: 0 to 1."""
     r, angle = np.hypot(u, v), np.arctan2(v, u)
     if outline == "disc":
         return _edge(0.8 * radius - r, size)  # about as large as the square

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PairRecipe:
-    """How a pair is made: the small picture has `size` pixels a side, the large one `scale` times as many.
+    """Recipe of a pair: the small picture has `size` pixels a side, the large one `scale` times as many.
 
     `mode` "train" crops, mirrors and turns (by quarters, with `flip`) at random; any other takes the centre.
     """

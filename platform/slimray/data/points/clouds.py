@@ -193,7 +193,7 @@ def _question(means: str, names: list[str]) -> str:
 
 
 def _finite(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
-    """Which points are finite numbers in all `arrays`, bool `[N]`; how many are not, by the first that fails."""
+    """Return which points are finite numbers in all `arrays`, bool `[N]`; how many are not, by the first that fails."""
     kept, removed = np.ones(len(next(iter(arrays.values()))), bool), {}
     for name, array in arrays.items():
         with np.errstate(all="ignore"):

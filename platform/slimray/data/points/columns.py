@@ -69,7 +69,7 @@ def plain(name: str) -> str:
 
 
 def meaning(name: str) -> str:
-    """What a column of this name holds: `classification` is a "label", CloudCompare's `scalar_Label` too."""
+    """Return what a column of this name holds: `classification` is a "label", CloudCompare's `scalar_Label` too."""
     short = plain(name)
     short = short.removeprefix("scalar_") or short
     return ALIASES.get(short, short)

@@ -1,4 +1,4 @@
-"""What is computed of a cloud's neighbours, by Open3D: normals, a spread-out subset; it also unpacks compressed PCD.
+"""Geometry of a cloud's neighbours, by Open3D: normals, a spread-out subset; it also unpacks compressed PCD.
 
 Open3D is imported here only, and late: it takes seconds.
 """

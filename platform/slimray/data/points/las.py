@@ -59,7 +59,8 @@ def _check_header(data: bytes) -> None:
 
 
 def _num_chunks(data: bytes, start: int) -> int:
-    """How many chunks the table of a LAZ file declares; more than its bytes where the table lies outside of it."""
+    """Return how many chunks the table of a LAZ file declares; more than its bytes where the table lies outside of
+    it."""
     table = struct.unpack_from("<q", data, start)[0] if len(data) >= start + 8 else len(data)
     table = struct.unpack_from("<q", data, len(data) - 8)[0] if table == -1 else table
     return struct.unpack_from("<I", data, table + 4)[0] if 0 <= table <= len(data) - 8 else len(data) + 1
@@ -77,7 +78,7 @@ def _chunk_bounds(data: bytes, header) -> tuple[int, int]:
 
 
 def _end_of_points(data: bytes, header, expected: int) -> int:
-    """Where the points of a LAS file end: before the records behind them, or at the end of the file."""
+    """Return where the points of a LAS file end: before the records behind them, or at the end of the file."""
     starts = [len(data)]
     if header.version.minor >= 4 and len(data) >= 375 and struct.unpack_from("<I", data, 243)[0]:
         starts.append(struct.unpack_from("<Q", data, 235)[0])

@@ -351,7 +351,7 @@ def frustum_angle(box_2d: Sequence[float], calibration: Calibration) -> float:
 
 
 def inside_box(coords: np.ndarray, box: Sequence[float]) -> np.ndarray:
-    """Which of `[N, 3]` lie in (x y z, l w h, heading): bool `[N]`."""
+    """Return which of `[N, 3]` lie in (x y z, l w h, heading): bool `[N]`."""
     x, y, z, length, w, h, heading = box
     cos, sin = np.cos(heading), np.sin(heading)
     local = (coords[:, :3] - [x, y, z]) @ np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])

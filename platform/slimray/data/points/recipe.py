@@ -17,7 +17,7 @@ from slimray.data.samples import BadSample
 
 @dataclass(frozen=True)
 class PointRecipe:
-    """How a sample is made of a cloud. The network's channels are x y z, then `channels`, then a one-hot of the shape.
+    """Recipe of a sample of a cloud. The network's channels are x y z, then `channels`, then a one-hot of the shape.
 
     `channels` are feature names ("colors", "normals" (estimated where the file has none), "intensity", ...);
     `num_shapes` > 0 adds the one-hot. `normalize` "sphere": mean to 0, largest radius to 1, over the whole cloud, as
@@ -130,7 +130,8 @@ def make_points(
 
 
 def draw_indices(recipe: PointRecipe, num_points: int, rng: np.random.Generator) -> np.ndarray:
-    """Which points each view takes, int64 `[V, recipe.num_points]`; in mode "test" every point at least `votes` times.
+    """Return which points each view takes, int64 `[V, recipe.num_points]`; in mode "test" every point at least `votes`
+    times.
 
     Raises BadSample for more points than `max_points`.
     """

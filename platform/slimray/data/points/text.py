@@ -31,7 +31,7 @@ NUMBERS = {  # decimal mark, mark of thousands
 
 @dataclass(frozen=True)
 class Dialect:
-    """How numbers stand in a line: `delimiter` " " is any white space, `thousands` "" is none."""
+    """The way in which numbers stand in a line: `delimiter` " " is any white space, `thousands` "" is none."""
 
     delimiter: str = " "
     decimal: str = "."
@@ -249,7 +249,7 @@ def _question(lines: Sequence[str], found: Sequence[Dialect]) -> str:
 
 
 def _reason(lines: Sequence[str], columns: Columns, header: Sequence[str]) -> str:
-    """Why no dialect fits, by the most likely one."""
+    """Return why no dialect fits, by the most likely one."""
     text = "".join(lines)
     delimiter = columns.delimiter or next((mark for mark in ";\t," if mark in text), " ")
     dialect = Dialect(delimiter, columns.decimal or ".")

@@ -42,7 +42,7 @@ SHARD = pa.schema([("path", pa.string()), ("tokens", pa.list_(pa.int32())), ("ta
 
 @dataclass(frozen=True)
 class TextRecipe:
-    """How a sample is made: `sides` 2 is a pair, 1 a window of `length` tokens; a pair has `length` a side at most.
+    """Recipe of a sample: `sides` 2 is a pair, 1 a window of `length` tokens; a pair has `length` a side at most.
 
     `tokenizer` is the text of a vocabulary (vocabulary.py) of `vocab_size` tokens, `lower` says that it was trained on
     lower-case text. `limit` is the length of the longest sample of the dataset, 0 if that is not known. How an answer

@@ -1,4 +1,4 @@
-"""What a user writes about text: how `prepare` makes tokens of it, and what a prepared card says of them."""
+"""Fields about text: how `prepare` makes tokens of it, and what a prepared card says of them."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ LIKE = ("tokenizer", "vocab_size", "lower")  # fields of a tokenizer, which are 
 
 
 class TextSpec(Spec):
-    """How texts become tokens."""
+    """Conversion of texts to tokens."""
 
     tokenizer: Kind = "unigram"
     """`unigram` or `bpe`: pieces of words, learned by SentencePiece from both sides of the training split (of more than
@@ -48,7 +48,7 @@ class TextSpec(Spec):
 
 
 class PreparedText(Spec):
-    """What `prepare` made of texts; part of the card that it writes."""
+    """Tokens that `prepare` made of texts; part of the card that it writes."""
 
     tokenizer: str
     """File of the vocabulary beside the card; the vocabulary itself once the card is opened."""

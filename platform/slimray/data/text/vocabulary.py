@@ -54,7 +54,7 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """How many tokens there are, the special ones included."""
+        """Return how many tokens there are, the special ones included."""
         return len(self._words) if self.kind == WORDS else self._pieces.vocab_size()
 
     def encode(self, text: str) -> list[int]:

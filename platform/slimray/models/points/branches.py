@@ -1,4 +1,4 @@
-"""What the two branches of a PVConv respond to: how strongly each answers at every point of a cloud.
+"""Responses of the two branches of a PVConv: how strongly each answers at every point of a cloud.
 
 In: a network and one cloud. Out: for each PVConv the length of the feature vectors that its voxel branch and its point
 branch add up, as pictures of Point-Voxel CNN (arXiv 1907.03739) are made. Coordinates come with it: a PVConv of

@@ -70,7 +70,7 @@ def _row_numbers(index: Tensor, size: int) -> Tensor:
 
 
 def _count(rows: Tensor, size: int) -> Tensor:
-    """How often each of `size` numbers is in `rows`, in the type of `rows`; slow on a CPU if they are sorted."""
+    """Return how often each of `size` numbers is in `rows`, in the type of `rows`; slow on a CPU if they are sorted."""
     return torch.zeros(size, dtype=rows.dtype, device=rows.device).index_add_(0, rows, torch.ones_like(rows))
 
 

@@ -80,7 +80,8 @@ class PVConv(nn.Module):
         return point + voxel, cloud[1]
 
     def branches(self, cloud: Cloud) -> tuple[Tensor, Tensor]:
-        """What the voxel branch and the point branch give, `[B, out_channels, N]` both; the output is their sum."""
+        """Return what the voxel branch and the point branch give, `[B, out_channels, N]` both; the output is their
+        sum."""
         features, coords = cloud
         places = normalize_coords(coords, self.resolution, self.normalize, self.eps)
         grid = voxelize(features, places, self.resolution)

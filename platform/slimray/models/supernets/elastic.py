@@ -1,4 +1,4 @@
-"""What every supernet is made of: layers that run on their first channels, plain copies of them, channel sorting.
+"""Parts that every supernet is made of: layers that run on their first channels, plain copies of them, channel sorting.
 
 A layer of a supernet holds the weights of its widest form. `sliced_conv`, `sliced_norm` and `sliced_linear` run an
 ordinary torch layer on the first channels only: as many as the input has, as many out as asked for. `take` copies the

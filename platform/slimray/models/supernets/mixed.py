@@ -25,7 +25,7 @@ Path = tuple[int, ...]  # the number of the candidate of each mixed block
 
 
 def candidates(widest: MBConv) -> dict[str, Part]:
-    """What a block may be, by code: `3/3`, `5/3`, ..., `7/6`, and `-` where a shortcut remains."""
+    """Return what a block may be, by code: `3/3`, `5/3`, ..., `7/6`, and `-` where a shortcut remains."""
     inputs = widest.inputs
     out: dict[str, Part] = {
         f"{kernel}/{expand}": replace(widest, kernel=kernel, middle=make_divisible(round(inputs * expand)))
@@ -96,11 +96,11 @@ class MixedBlock(nn.Module):
         return tuple(self.parts)
 
     def is_nothing(self, number: int) -> bool:
-        """Whether that candidate is only the shortcut."""
+        """Return whether that candidate is only the shortcut."""
         return self.codes[number] == NOTHING
 
     def _branch(self, number: int, x: Tensor) -> Tensor | None:
-        """What a candidate adds to the shortcut (all, without one); None for nothing."""
+        """Return what a candidate adds to the shortcut (all, without one); None for nothing."""
         return None if self.is_nothing(number) else cast(Any, self.choices[number]).conv(x)
 
     def forward(self, x: Tensor, active: int, gates: Gates | None = None) -> Tensor:
@@ -191,8 +191,9 @@ class MixedNet(nn.Module):
         return Subnet(modules, self.first_conv_name).train(self.training)
 
     def units(self, resolution: int | None = None) -> tuple[list[Unit], list[list[Unit | None]]]:
-        """Whose cost is asked for on inputs of `resolution`: the units of all paths, and for each mixed block those of
-        its candidates (None: nothing). Keys are those of the supernet `ofa_proxyless`, of which a table may be."""
+        """Return the units whose cost counts on inputs of `resolution`: those of all paths, and for each mixed block
+        those of its candidates (None: nothing). Keys are those of the supernet `ofa_proxyless`, of which a table may
+        be."""
         with torch.device("meta"):
             ruler = Supernet(self.layout)
         side = self.layout.resolution if resolution is None else resolution

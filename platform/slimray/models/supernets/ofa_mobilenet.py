@@ -77,7 +77,7 @@ class MBConv:
 
     @property
     def residual(self) -> bool:
-        """Whether what comes in is added to what comes out."""
+        """Return whether what comes in is added to what comes out."""
         return self.shortcut and self.stride == 1 and self.inputs == self.outputs
 
     def make(self) -> "MBConvBlock":

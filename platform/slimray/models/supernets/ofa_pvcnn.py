@@ -228,7 +228,7 @@ class OfaPVCNN(nn.Module):
         return self.space.encode(arch)
 
     def measured(self, arch: Arch, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
-        """What is timed of the subnet `arch` whose first unit takes `shape`, and the shape that it takes."""
+        """Return what is timed of the subnet `arch` whose first unit takes `shape`, and the shape that it takes."""
         return self.extract(arch), (self.in_channels + self.num_shapes, shape[-1])
 
     def units(self, arch: Arch, num_points: int) -> list[Unit]:
@@ -260,7 +260,8 @@ class OfaPVCNN(nn.Module):
         return out
 
     def channel_groups(self) -> list[ChannelGroup]:
-        """What `elastic.sort_channels` may reorder; the full-width subnets of every depth and grid compute as before.
+        """Return what `elastic.sort_channels` may reorder; the full-width subnets of every depth and grid compute as
+        before.
 
         All blocks that may be the last of their stage share an order, because the same weights take in any of them.
         """
@@ -318,11 +319,12 @@ class OfaPVCNN(nn.Module):
         return PointNet(self.in_channels, blocks, clouds, head, self.num_shapes, dense=True)
 
     def _starts(self) -> list[int]:
-        """Where in the input of the widest head each block's output begins, and at the end what sums up the cloud."""
+        """Return where in the input of the widest head each block's output begins, and at the end what sums up the
+        cloud."""
         return [self.num_shapes + sum(self.channels[:i]) for i in range(len(self.channels) + 1)]
 
     def _spans(self, plan: _Plan) -> Spans:
-        """Which input channels of the widest head a subnet's head has: of each part the first ones."""
+        """Return which input channels of the widest head a subnet's head has: of each part the first ones."""
         starts = self._starts()
         parts = [(starts[block.place], block.out_channels) for block in plan.blocks]
         return [(0, self.num_shapes), *parts, (starts[-1], plan.summary)]

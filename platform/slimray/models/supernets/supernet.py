@@ -165,7 +165,7 @@ class Subnet(nn.Sequential):
 
     @property
     def causal(self) -> bool:
-        """Whether no frame of a clip sees a later one."""
+        """Return whether no frame of a clip sees a later one."""
         shifts = [module for module in self.modules() if isinstance(module, TemporalShift)]
         return self.num_segments > 0 and all(shift.causal for shift in shifts)
 
@@ -222,7 +222,7 @@ def initialise(net: nn.Module) -> None:
 
 
 class Layout(Protocol):
-    """What a kind of supernet is: its space, the parts of an arch, and the modules that hold the widest ones."""
+    """A kind of supernet: its space, the parts of an arch, and the modules that hold the widest ones."""
 
     @property
     def first_conv_name(self) -> str:
@@ -297,7 +297,7 @@ class Supernet(nn.Module):
         return self.space.encode(arch)
 
     def measured(self, arch: Arch, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
-        """What is timed of the subnet `arch` whose first unit takes `shape`, and the shape that it takes."""
+        """Return what is timed of the subnet `arch` whose first unit takes `shape`, and the shape that it takes."""
         return self.extract(arch), shape
 
     def units(self, arch: Arch, resolution: int | None = None) -> list[Unit]:
@@ -324,7 +324,8 @@ class Supernet(nn.Module):
         return {unit.key: unit for side in sides for arch in archs for unit in self.units(arch, int(side))}
 
     def channel_groups(self) -> list[ChannelGroup]:
-        """Which channels `elastic.sort_channels` may put into another order; none on which a temporal shift acts."""
+        """Return which channels `elastic.sort_channels` may put into another order; none on which a temporal shift
+        acts."""
         return self.layout.channel_groups(self)
 
 

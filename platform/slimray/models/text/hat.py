@@ -24,7 +24,7 @@ from slimray.spec import lookup
 
 @dataclass(frozen=True)
 class Placed:
-    """Where in the supernet the unit of that number lies."""
+    """Place in the supernet of the unit of that number."""
 
     source: str
 
@@ -62,7 +62,7 @@ class HatLayout:
         )
 
     def plan(self, arch: Arch) -> list[Placed]:
-        """What the units of `arch` are, in their order."""
+        """Return what the units of `arch` are, in their order."""
         places = [f"encoder_layers.{i}" for i in range(self.encoder_layers)]
         for i in range(int(arch["depth"][0])):
             places += [f"decoder_layers.{i}", f"decoder_layers.{i}.encoder_attn"]
@@ -95,7 +95,7 @@ class HatLayout:
 
 
 def sizes_of(arch: Arch) -> Sizes:
-    """What of a supernet runs for `arch`."""
+    """Return what of a supernet runs for `arch`."""
     encoder = zip(arch["encoder_heads"], arch["encoder_ffn"], strict=True)
     names = ("decoder_heads", "cross_heads", "decoder_ffn", "attends")
     decoder = list(zip(*(arch[name] for name in names), strict=True))[: int(arch["depth"][0])]
@@ -131,7 +131,7 @@ class HatSupernet(Transformer):
         return features(arch)
 
     def measured(self, arch: Arch, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
-        """What is timed of the subnet `arch`: it translates a sentence as its units do, whatever it is given."""
+        """Return what is timed of the subnet `arch`: it translates a sentence as its units do, whatever it is given."""
         return Translation(self.extract(arch), self.spoken), shape
 
     @property

@@ -80,7 +80,7 @@ class Cached:
 
 
 class Heads(nn.Module):
-    """What heads of `width` channels each find: queries `[B, T, C]`, keys and values `[B, S, C]`, out `[B, T, C]`.
+    """Heads of `width` channels each: queries `[B, T, C]`, keys and values `[B, S, C]`, out `[B, T, C]`.
 
     A module without weights, so that pruning sees where heads begin: how many there are, `C` says.
     """
@@ -126,14 +126,15 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cached: Cached, mask: Tensor | None = None, causal: bool = False, heads: int | None = None
     ) -> Tensor:
-        """What `x` `[B, T, C]` finds in `cached`, `[B, T, C]`; `mask` is bool and broadcast to `[B, heads, T, S]`."""
+        """Return what `x` `[B, T, C]` finds in `cached`, `[B, T, C]`; bool `mask` goes for `[B, heads, T, S]`."""
         query = linear(self.q_proj, x)
         found = self.heads(query, cached.keys, cached.values, mask, causal, heads)
         return linear(self.out_proj, found, x.shape[-1])
 
 
 def key_mask(tokens: Tensor) -> Tensor:
-    """Which of `tokens` `[B, S]` may be seen, bool `[B, 1, 1, S]`; in a row of PAD alone all, so nothing is nan."""
+    """Return which of `tokens` `[B, S]` may be seen, bool `[B, 1, 1, S]`; in a row of PAD alone all, so nothing is
+    nan."""
     seen = tokens != PAD
     return (seen | ~seen.any(1, keepdim=True))[:, None, None]
 

@@ -38,7 +38,7 @@ class RelativeAttention(nn.Module):
         nn.init.normal_(self.positions, 0, 0.02)
 
     def forward(self, x: Tensor, memory: Cached | None) -> tuple[Tensor, Cached]:
-        """What comes out, and the memory for the words that follow."""
+        """Return what comes out, and the memory for the words that follow."""
         batch, length, _ = x.shape
         packed = self.qkv(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         query, keys, values = packed.split([self.key, self.key, self.value], -1)
@@ -61,7 +61,7 @@ class RelativeAttention(nn.Module):
         return self.out(found), after
 
     def _bias(self, query: Tensor, missing: int) -> Tensor:
-        """What the distance adds to the logits, -inf out of the window: `[B, heads, blocks, block, window + block]`.
+        """Return what the distance adds to logits `[B, heads, blocks, block, window + block]`, -inf out of the window.
 
         The first `missing` keys are not there.
         """
@@ -110,8 +110,8 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Past:
-    """What a stream leaves behind: the memory of each layer, and of the cache hidden vectors `[B, m, C]` and the words
-    `[B, m]` that followed them. `pending` `[B, 1, C]`: the last one, whose word is not known yet."""
+    """State that a stream leaves behind: the memory of each layer, and of the cache hidden vectors `[B, m, C]` and the
+    words `[B, m]` that followed them. `pending` `[B, 1, C]`: the last one, whose word is not known yet."""
 
     memories: tuple[Cached | None, ...]
     keys: Tensor | None = None
@@ -154,7 +154,7 @@ class MicroNetLM(nn.Module):
         return Past((None,) * len(self.layers))
 
     def hidden(self, tokens: Tensor, past: Past) -> tuple[Tensor, tuple[Cached, ...]]:
-        """What the last layer gives, `[B, L, C]`, and the memories behind the tokens."""
+        """Return what the last layer gives, `[B, L, C]`, and the memories behind the tokens."""
         x, memories = functional.dropout(self.embed(tokens.long()), self.dropout, self.training), []
         for layer, memory in zip(self.layers, past.memories, strict=True):
             x, after = layer(x, memory)
@@ -188,7 +188,8 @@ class MicroNetLM(nn.Module):
         return self._mixed(found, cached), replace(self._remember(past, hidden, targets), memories=memories)
 
     def _cached(self, past: Past, hidden: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """How much each position `[B, L, m + L]` counts for each of `hidden`, and the words `[B, m + L]` behind them.
+        """Return how much each position `[B, L, m + L]` counts for each of `hidden`, and the words `[B, m + L]` behind
+        them.
 
         Each sees the last `cache` positions before it; the first of a stream sees none, and all counts are 0.
         """

@@ -50,7 +50,7 @@ class DecoderSize:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of a network runs: channels of both sides, and their layers."""
+    """Part of a network that runs: channels of both sides, and their layers."""
 
     encoder: int
     decoder: int
@@ -60,7 +60,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Design:
-    """What all subnets of a transformer share.
+    """Properties that all subnets of a transformer share.
 
     `widest` is the width for which `dropout` is meant and positions are made: a side of e channels drops
     dropout * e / widest. `released_dropout`: but the encoder's attention drops `dropout`, as the released code does.
@@ -76,14 +76,14 @@ class Design:
     released_dropout: bool = False
 
     def drops(self, width: int) -> Drops:
-        """What a side of so many channels drops."""
+        """Return what a side of so many channels drops."""
         share = self.dropout * width / self.widest
         return Drops(share, share, share, self.dropout if self.released_dropout else share)
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """What the encoder gives: outputs `[B, S, C]` of its last layers, the last one first, and which places count."""
+    """Result of the encoder: outputs `[B, S, C]` of its last layers, the last one first, and which places count."""
 
     outputs: tuple[Tensor, ...]
     mask: Tensor

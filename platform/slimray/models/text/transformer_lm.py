@@ -18,7 +18,7 @@ from slimray.models.text.transformer import require_even, require_heads, table_o
 
 @dataclass(frozen=True, eq=False)
 class Past:
-    """What was seen: keys and values of every layer, and how many words."""
+    """The words that were seen: keys and values of every layer, and how many words."""
 
     cached: tuple[Cached | None, ...]
     length: int = 0

@@ -211,7 +211,7 @@ def _guard(server: flask.Flask, token: str, scripts: list[str]) -> None:
 
 
 def _page(watch: Watch, path: str, query: dict[str, str], words: str) -> tuple[Any, Callable[[], list[Any]]]:
-    """What the address shows: its version, and how to draw it if that is new."""
+    """Return what the address shows: its version, and how to draw it if that is new."""
     if path == "/":
         rows = watch.rows()
         return rows, lambda: views.runs_page(rows, query, words, watch.where)

@@ -1,4 +1,4 @@
-"""What a storage folder holds, for pages that ask every two seconds: `Watch`, which keeps what it has read.
+"""Contents of a storage folder, for pages that ask every two seconds: `Watch`, which keeps what it has read.
 
 In: a folder or URI, only read. Out: a row per run, as `slimray runs` has it, and a `Look` at one run: its records,
 results, stages, trials. A run's folder is listed once per look, and a file is read again only when its size or time
@@ -131,7 +131,8 @@ class _Seen:
 
 
 class Watch:
-    """What a storage folder holds, asked again and again by pages that are open; safe to ask from several threads."""
+    """Contents of a storage folder, asked for again and again by pages that are open; safe to ask from several
+    threads."""
 
     def __init__(self, where: str):
         self.where = where
@@ -236,7 +237,7 @@ class Watch:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _is_inside(self, path: str) -> bool:
-        """Whether a path lies in the storage once its links are followed; those that lead out are not."""
+        """Return whether a path lies in the storage once its links are followed; those that lead out are not."""
         if not self._on_disk:
             return True
         return os.path.realpath(path).startswith(os.path.join(os.path.realpath(self._path), ""))
@@ -252,7 +253,7 @@ class Watch:
             return _damaged(run, error)
 
     def _is_due(self, name: str) -> bool:
-        """Whether the folder has to be looked at: on a disk always, in a bucket a settled run less often."""
+        """Return whether the folder has to be looked at: on a disk always, in a bucket a settled run less often."""
         seen = self._seen.get(name)
         settled = seen is not None and seen.row is not None and seen.row["state"] in ("finished", "failed", "damaged")
         return seen is None or self._on_disk or not settled or time.monotonic() - seen.at > SETTLED_S
@@ -354,7 +355,7 @@ class Watch:
 
 
 def _is_shown(name: str) -> bool:
-    """Whether a file in READ_FOLDERS is read: of a stage its records, neither weights nor checkpoints."""
+    """Return whether a file in READ_FOLDERS is read: of a stage its records, neither weights nor checkpoints."""
     parts = name.split("/")
     return parts[0] != "stages" or (len(parts) > 2 and (parts[2] in READ[:4] or parts[2] == "metrics"))
 

@@ -1,1 +1,1 @@
-"""What a training step computes, one file per method."""
+"""Training methods: what a step computes, one file per method."""

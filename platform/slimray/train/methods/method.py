@@ -44,8 +44,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did: loss summed over this rank's samples, whether the gradient was finite (with fp16, or may be at
-    a smaller scale of the loss), seconds spent.
+    """Report of one step: loss summed over this rank's samples, whether the gradient was finite (with fp16, or may be
+    at a smaller scale of the loss), seconds spent.
 
     `communication_s` is the exposed part of the all-reduce: from the last gradient to the end of the backward pass. On
     GPUs, where work is queued, it is 0 and part of `compute_s`.
@@ -60,7 +60,7 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Setup:
-    """How and where a replica trains, whatever the method.
+    """Settings of a replica, whatever the method.
 
     `sample_shape` is one input, (T, C, H, W) or (C, N). Gradients are all-reduced `bucket_mb` at a time, as bfloat16
     with `compress` "bf16", else as they are. `batch_total` is the global batch, for optimizers that scale with it.
@@ -79,7 +79,7 @@ class Setup:
 
 
 class Method(Protocol):
-    """What the loop asks of a training method; every method is a frozen dataclass."""
+    """Interface of a training method to the loop; every method is a frozen dataclass."""
 
     def replica(self, net: nn.Module, build: Callable[[], nn.Module], setup: Setup) -> "Replica":
         """Build the replica of one rank around `net`; `build` makes further networks of the same model."""
@@ -100,7 +100,7 @@ class OnDevice:
 
 
 class Constraint(Protocol):
-    """What holds for the weights of a compressed network at every step."""
+    """Constraint on the weights of a compressed network, at every step."""
 
     def before_clipping(self) -> None:
         """Change the gradients of all ranks before they are judged and clipped."""
@@ -202,7 +202,7 @@ class Replica(abc.ABC):
         return loss_sum, transfer_s, self._reduce()
 
     def _draw(self, seed: tuple[int, int]) -> Any:
-        """What all pieces of a step share, a function of `seed`: the same on every rank."""
+        """Return what all pieces of a step share, a function of `seed`: the same on every rank."""
         return None
 
     @abc.abstractmethod
@@ -274,7 +274,7 @@ class Replica(abc.ABC):
         return time.perf_counter() - self.reducing_at if self.reducing_at > self.stepped_at else 0.0
 
     def numbers(self) -> dict[str, float]:
-        """What the method adds to the metrics of a step, by name."""
+        """Return what the method adds to the metrics of a step, by name."""
         return {"train/loss_scale": self.scale.value} if self.scale.used else {}
 
     # ------------------------------------------------------------------------------------------------ state

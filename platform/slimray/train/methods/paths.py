@@ -28,7 +28,7 @@ MUL_LOG_SCALE = 0.2  # alpha of the published mul#log
 
 @dataclass(frozen=True)
 class Goal:
-    """What a path costs, and how that joins the loss; latencies in ms or MACs, all in one unit.
+    """Costs of paths, and how they join the loss; latencies in ms or MACs, all in one unit.
 
     `fixed` is the cost of what all paths have, `edges[i][k]` that of candidate k of mixed block i, 0 for nothing.
     `add_linear`: loss + weight x (E - ref) / ref. `mul_log`: 0.2 x loss x (log E / log ref)^weight, for which costs
@@ -57,13 +57,13 @@ class Goal:
         return loss + self.weight * (expected - self.ref) / self.ref
 
     def reward(self, accuracy: float, cost: float) -> float:
-        """What REINFORCE wants much of: accuracy (0-1) x (ref / cost)^weight."""
+        """Return what REINFORCE wants much of: accuracy (0-1) x (ref / cost)^weight."""
         return accuracy * (self.ref / cost) ** self.weight
 
 
 @dataclass(frozen=True)
 class PathSampling:
-    """How paths are drawn and judged. Without a `goal` it is the warm-up: uniform paths, alphas as they are.
+    """Sampling of paths, and their judgement. Without a `goal` it is the warm-up: uniform paths, alphas as they are.
 
     The last `num_held` rows of the training index move the alphas: a batch of them after every `every` steps on the
     others, from epoch `first_epoch` on. `nets`: paths that REINFORCE tries per batch.
@@ -237,7 +237,8 @@ class PathReplica(Replica):
         return cast(MixedNet, self.net)
 
     def numbers(self) -> dict[str, float]:
-        """How the search stands: expected cost, the mean entropy of the choices (0-1 of its largest), for metrics."""
+        """Return how the search stands: expected cost, the mean entropy of the choices (0-1 of its largest), for
+        metrics."""
         if self.method.goal is None:
             return super().numbers()
         with torch.no_grad():

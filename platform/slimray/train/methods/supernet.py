@@ -24,7 +24,7 @@ from slimray.train.methods.method import OnDevice, Replica, Setup
 
 @dataclass(frozen=True)
 class Supernet:
-    """Which subnets a step trains: `count` archs of `space`, redrawn each step. With `sandwich` (1903.05134) the
+    """Subnets that a step trains: `count` archs of `space`, redrawn each step. With `sandwich` (1903.05134) the
     first is the largest and the last the smallest. `teacher` is the URI of a run, `distill_weight` that of its answers.
     """
 
@@ -80,7 +80,7 @@ class SupernetReplica(Replica):
 
     @torch.no_grad()
     def _teach(self, x: Tensor) -> Tensor | None:
-        """What the teacher, the largest subnet as it was, says of `x`, by the statistics of this batch."""
+        """Return what the teacher, the largest subnet as it was, says of `x`, by the statistics of this batch."""
         if self.teacher is None or not self.method.distill_weight:
             return None
         with self._autocast():
