@@ -24,6 +24,7 @@ from slimray.tasks import TASKS
 from slimray.tasks.evaluation import Samples, Setting
 from slimray.tasks.network import Network
 from slimray.tasks.predict import answer_lines
+from slimray.tasks.task import PassResult
 from slimray.tasks.tokens import TokenScore, losses, token_losses, weights
 from slimray.train.spec import OptimSpec
 
@@ -146,16 +147,20 @@ def test_translations_are_scored_against_the_texts_as_they_were_written(tmp_path
     assert sorted(said) == [0, 1, 2]
     row: dict[str, Any] = {"run": "r"}
     assert task.finish is not None
-    task.finish(row, [(0, "B  c! d, e f"), (2, "c"), (1, "e, e")], shown, str(tmp_path), "val", net.recipe)
+
+    def result(found: list[Any], **recipe: Any) -> PassResult:
+        return PassResult(found, shown, str(tmp_path), "val", net.recipe | recipe)
+
+    task.finish(row, result([(0, "B  c! d, e f"), (2, "c"), (1, "e, e")]))
     assert (row["bleu"], row["chrf"]) == (pytest.approx(100), pytest.approx(100))
     assert "tok:13a" in row["signatures"]["bleu"]
     worse = dict(row)
-    task.finish(worse, [(0, "B c"), (2, "c"), (1, "e e")], shown, str(tmp_path), "val", net.recipe)
+    task.finish(worse, result([(0, "B c"), (2, "c"), (1, "e e")]))
     assert 0 < worse["chrf"] < 100
     said = [(0, "b  c! d, e f"), (2, "c"), (1, "e, e")]
     for lower, case in ((False, "case:mixed"), (True, "case:lc")):
         cased: dict[str, Any] = {}
-        task.finish(cased, said, shown, str(tmp_path), "val", net.recipe | {"lower": lower})
+        task.finish(cased, result(said, lower=lower))
         assert case in cased["signatures"]["bleu"]
         assert (cased["bleu"] == pytest.approx(100)) == lower
         assert (cased["chrf"] == pytest.approx(100)) == lower
@@ -167,7 +172,7 @@ def test_translations_are_scored_against_the_texts_as_they_were_written(tmp_path
     assert ["bleu_gain" in one for one in rows] == [False, True, False, False], "without case is another metric"
     gain = rows[1]["bleu_gain"]
     assert gain["difference"] == pytest.approx(worse["bleu"] - row["bleu"])
-    assert (gain["over"], gain["low"] < gain["difference"] < gain["high"]) == ("r", True)
+    assert (gain["over"], gain["low"] <= gain["difference"] < gain["high"]) == ("r", True)
     assert not any("counted" in one for one in rows), "what is stored are plain values"
     _, differences = task.tables(rows, ())
     assert [cells[:3] for cells in differences.rows] == [("worse", "r", gain["difference"])]

@@ -25,7 +25,7 @@ from slimray.tasks.boxes import box_ious, turned
 from slimray.tasks.evaluation import Pass, Samples, Setting
 from slimray.tasks.frustum_loss import frustum_losses, frustum_targets
 from slimray.tasks.segment import mean_known, percent
-from slimray.tasks.task import LossOptions, Metric, Outputs, Table, Task, class_arguments
+from slimray.tasks.task import LossOptions, Metric, Outputs, PassResult, Table, Task, class_arguments
 
 AP = re.compile(r"ap(\d+)_(3d|bev)_(.+)_(easy|moderate|hard)")  # see kitti.kitti_ap
 
@@ -185,21 +185,14 @@ def start(setting: Setting) -> Pass:
     return BoxPass(setting, FrustumScore())
 
 
-def finish(
-    row: dict[str, Any],
-    found: list[Any],
-    examples: list[dict[str, Any]],
-    root: str,
-    split: str,
-    recipe: Mapping[str, Any],
-) -> list[dict[str, Any]]:
+def finish(row: dict[str, Any], result: PassResult) -> list[dict[str, Any]]:
     """Add KITTI's AP, `ap`, to a row; returns scenes seen from above."""
-    objects = found_boxes.read_objects(root, split)
-    row["ap"] = found_boxes.average_precisions(found, objects)
+    objects = found_boxes.read_objects(result.root, result.split)
+    row["ap"] = found_boxes.average_precisions(result.found, objects)
     points: dict[str, list[np.ndarray]] = {}
-    for one in examples:
+    for one in result.examples:
         points.setdefault(one["image"], []).append(one["points"])
-    return found_boxes.pictures(points, found, objects)
+    return found_boxes.pictures(points, result.found, objects)
 
 
 def tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Table]:

@@ -100,6 +100,20 @@ class Table:
     chart: bool = False
 
 
+@dataclass(frozen=True)
+class PassResult:
+    """A pass over a split on all ranks: what they `found`, the examples as plain values, and where the samples lie.
+
+    `recipe` is the plain recipe of the samples, `root` that of their dataset.
+    """
+
+    found: list[Any]
+    examples: list[dict[str, Any]]
+    root: str
+    split: str
+    recipe: Mapping[str, Any]
+
+
 def _no_tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Table]:
     return []
 
@@ -136,12 +150,8 @@ class Task:
     files are answered."""
     spec: type[Spec] = NoOptions
     """Options of the task's own, which a user writes as `data.task`."""
-    finish: (
-        Callable[[dict[str, Any], list[Any], list[dict[str, Any]], str, str, Mapping[str, Any]], list[dict[str, Any]]]
-        | None
-    ) = None
-    """Called with a row of results, what all ranks found, the examples, the root, the split and the plain recipe of the
-    samples: it adds to the row what only all ranks together know, and returns the examples."""
+    finish: Callable[[dict[str, Any], PassResult], list[dict[str, Any]]] | None = None
+    """Called with a row of results: it adds to the row what only all ranks together know, and returns the examples."""
     compare: Callable[[Sequence[dict[str, Any]]], None] | None = None
     """Called with the rows of an evaluation once they are finished: it adds to them what only several together tell."""
     extra: str = ""

@@ -24,7 +24,7 @@ from slimray.runs.examples import Texts
 from slimray.spec import Spec
 from slimray.tasks.evaluation import Pass, Samples
 from slimray.tasks.network import Network
-from slimray.tasks.task import LOSS, Metric, Outputs, Table
+from slimray.tasks.task import LOSS, Metric, Outputs, PassResult, Table
 from slimray.tasks.text_scores import DRAWS, CorpusMetric, Counts, paired_bootstrap
 from slimray.tasks.tokens import text_task
 
@@ -91,30 +91,23 @@ class TranslationPass(Pass):
         return rows
 
 
-def finish(
-    row: dict[str, Any],
-    found: list[Any],
-    examples: list[dict[str, Any]],
-    root: str,
-    split: str,
-    recipe: Mapping[str, Any],
-) -> list[dict[str, Any]]:
-    """Add BLEU and chrF to a row, of the translations of all ranks against the texts of the split at `root`."""
-    if found:
-        said = dict(found)
-        rows = index_rows(root, split, sorted(said))
-        references = [translation for _, translation in raw_texts(root, rows)]
+def finish(row: dict[str, Any], result: PassResult) -> list[dict[str, Any]]:
+    """Add BLEU and chrF to a row, of the translations of all ranks against the texts of the split."""
+    if result.found:
+        said = dict(result.found)
+        rows = index_rows(result.root, result.split, sorted(said))
+        references = [translation for _, translation in raw_texts(result.root, rows)]
         hypotheses = [said[number] for number in sorted(said)]
         row["signatures"] = {}
         for name in SCORES:
-            metric = CorpusMetric(name, lower=bool(recipe.get("lower")))
+            metric = CorpusMetric(name, lower=bool(result.recipe.get("lower")))
             counts = metric.counts(hypotheses, references)
             score = metric.score(counts.sum(0))
             row[name] = score.value
             row["signatures"][name] = score.signature
             if name == "bleu":
                 row["counted"] = Counted(tuple(sorted(said)), metric, counts)
-    return examples
+    return result.examples
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> None:

@@ -304,10 +304,12 @@ def _finish(
     task: "Task", result: dict[str, Any], recipes: Mapping[str, Mapping[str, Any]], root: str, split: str
 ) -> list[dict[str, Any]]:
     """Add to the rows what only all ranks, or all rows, together tell; return the examples of each network."""
+    from slimray.tasks.task import PassResult
+
     examples: list[dict[str, Any]] = []
-    for row, of_ranks, shown in zip(result["rows"], result["found"], result["examples"], strict=True):
+    for row, found, shown in zip(result["rows"], result["found"], result["examples"], strict=True):
         if task.finish is not None:
-            shown = task.finish(row, of_ranks, shown, root, split, recipes[row["run"]])
+            shown = task.finish(row, PassResult(found, shown, root, split, recipes[row["run"]]))
         examples += [{**one, "run": row["run"]} for one in shown] if row["repeat"] == 0 else []
     if task.compare is not None:
         task.compare(result["rows"])
