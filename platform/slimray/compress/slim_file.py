@@ -62,7 +62,7 @@ class Slim:
 
 
 def encode(
-    tensors: Mapping[str, Tensor], model: Mapping[str, Any] | None = None, taken: Mapping[str, Any] | None = None
+    tensors: Mapping[str, Tensor], model: Mapping[str, Any] | None = None, input_json: Mapping[str, Any] | None = None
 ) -> bytes:
     """Return `tensors` as a file, each coded in the way that takes the fewest bytes. Deterministic."""
     entries, streams = [], []
@@ -70,7 +70,7 @@ def encode(
         entry, parts = _encode_tensor(tensor)
         entries.append({"name": name, **entry, "bytes": [len(part) for part in parts]})
         streams += parts
-    header = {"model": dict(model or {}), "input": dict(taken or {}), "tensors": entries}
+    header = {"model": dict(model or {}), "input": dict(input_json or {}), "tensors": entries}
     packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     return b"".join([START.pack(MAGIC, VERSION, len(packed)), packed, *streams])
 

@@ -172,15 +172,15 @@ def write_report(run: Run, html: str) -> None:
     write_file(run, "report.html", html.encode())
 
 
-def write_model(run: Run, weights: bytes | Path, model: Mapping[str, Any], taken: Mapping[str, Any]) -> None:
-    """Write model/: `weights` (safetensors), `model` (build name, options), `taken` (the input the network takes).
+def write_model(run: Run, weights: bytes | Path, model: Mapping[str, Any], input_json: Mapping[str, Any]) -> None:
+    """Write model/: `weights` (safetensors), `model` (build name, options), `input_json` (the input the network takes).
 
     `model/weights.json` has size and SHA-256 of the weights, which readers compare.
     """
     size, sha256 = digest(weights)
     write_file(run, "model/weights.safetensors", weights)
     write_file(run, "model/weights.json", to_json({"bytes": size, "sha256": sha256}))
-    write_file(run, "model/input.json", to_json(taken))
+    write_file(run, "model/input.json", to_json(input_json))
     write_file(run, "model/model.json", to_json(model))
 
 
@@ -189,10 +189,10 @@ def read_model(run: Run) -> tuple[bytes, dict[str, Any], dict[str, Any]]:
 
     UserError if the run has no model (yet), DamagedFile if the weights are not those that were written.
     """
-    model, taken = read_json(run, "model/model.json"), read_json(run, "model/input.json")
-    if model is None or taken is None:
+    model, input_json = read_json(run, "model/model.json"), read_json(run, "model/input.json")
+    if model is None or input_json is None:
         raise UserError(f"{run.uri}: has no model: it is not a training run, or it has not finished (run it again)")
-    return read_weights(run), model, taken
+    return read_weights(run), model, input_json
 
 
 def read_weights(run: Run) -> bytes:

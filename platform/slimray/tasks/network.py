@@ -68,23 +68,23 @@ class Network:
         return outputs.cpu().numpy()
 
 
-def task_of(taken: Mapping[str, Any]) -> str:
+def task_of(input_json: Mapping[str, Any]) -> str:
     """Return the name of the task of a run, of its `model/input.json`."""
-    recipe = taken["recipe"]
-    return taken.get("task") or task_before(recipe.get("kind", "clip"), bool(recipe.get("per_point")))
+    recipe = input_json["recipe"]
+    return input_json.get("task") or task_before(recipe.get("kind", "clip"), bool(recipe.get("per_point")))
 
 
 def load_network(run: runs.Run, device: torch.device | str = "cpu") -> Network:
     """Load the network that `run` wrote; UserError if it wrote none, or one whose weights are NaN."""
     if runs.exists(run, SLIM) and not runs.exists(run, "model/weights.safetensors"):
         return load_slim(runs.read_file(run, SLIM), f"{run.uri}/{SLIM}", device)
-    weights, model, taken = runs.read_model(run)
-    read_recipe(taken["recipe"])  # a recipe of another version fails here, not at the first file
+    weights, model, input_json = runs.read_model(run)
+    read_recipe(input_json["recipe"])  # a recipe of another version fails here, not at the first file
     net = compress.build(**model)
     tensors = safetensors.torch.load(weights)
     published.require_finite(tensors, f"{run.uri}/model/weights.safetensors")
     net.load_state_dict(tensors)
-    return _ready(net, model, taken, device)
+    return _ready(net, model, input_json, device)
 
 
 def load_slim(data: bytes, where: str, device: torch.device | str = "cpu") -> Network:
@@ -105,10 +105,10 @@ def load_slim(data: bytes, where: str, device: torch.device | str = "cpu") -> Ne
     return _ready(net, header.model, header.input, device)
 
 
-def _ready(net: nn.Module, model: dict[str, Any], taken: Mapping[str, Any], device: torch.device | str) -> Network:
-    classes, pixels = tuple(taken["classes"]), Input.of(taken["pixels"])
-    precision = taken.get("precision", "auto")  # what earlier versions did
-    return Network(net.to(device).eval(), pixels, taken["recipe"], classes, model, task_of(taken), precision)
+def _ready(net: nn.Module, model: dict[str, Any], input_json: Mapping[str, Any], device: torch.device | str) -> Network:
+    classes, pixels = tuple(input_json["classes"]), Input.of(input_json["pixels"])
+    precision = input_json.get("precision", "auto")  # what earlier versions did
+    return Network(net.to(device).eval(), pixels, input_json["recipe"], classes, model, task_of(input_json), precision)
 
 
 def to_input(data: np.ndarray, pixels: Input, device: torch.device) -> Tensor:

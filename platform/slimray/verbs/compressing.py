@@ -136,17 +136,21 @@ def _score(device: str, uri: str, exhibits: subnets.Exhibits, spec: Any) -> dict
 
 def read_network(stage: runs.Run) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     """Return the network of a stage with its weights, in eval mode, and what its model.json and input.json say."""
-    _, model, taken = runs.read_model(stage)
-    return load_network(stage).net, model, taken
+    _, model, input_json = runs.read_model(stage)
+    return load_network(stage).net, model, input_json
 
 
 def write_network(
-    stage: runs.Run, net: nn.Module, model: Mapping[str, Any], taken: Mapping[str, Any], *records: Mapping[str, Any]
+    stage: runs.Run,
+    net: nn.Module,
+    model: Mapping[str, Any],
+    input_json: Mapping[str, Any],
+    *records: Mapping[str, Any],
 ) -> None:
     """Write `net` as the model of a stage, with further `records` of what was done to it."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
     whole = {**model, "compression": [*model.get("compression", []), *records]}
-    runs.write_model(stage, safetensors.torch.save(tensors), whole, taken)
+    runs.write_model(stage, safetensors.torch.save(tensors), whole, input_json)
 
 
 def write_original(work: Work) -> runs.Run:
@@ -171,13 +175,13 @@ def write_original(work: Work) -> runs.Run:
         work.ctx.console.print(f"{job.name}: {report}", highlight=False, markup=False, soft_wrap=True)
         sides = networks.summary(as_training, card, None).sides
         segments = sides[0] if MODALITIES[card.sample].segmented else 0
-        taken = {
+        input_json = {
             "recipe": inputs.make_recipe(work.spec, card, segments, "val"),
             "pixels": vars(Input.of_channels(card.channels)),
             "classes": card.class_names(),
             "task": task_of_card(card).name,
         }
-        write_network(stage, net, model, taken)
+        write_network(stage, net, model, input_json)
 
     return work.write(ORIGINAL, {"step": "original"}, make)
 
@@ -231,8 +235,8 @@ def training(
 
 def finish(work: Work, stage: runs.Run, step: str, details: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """Score, count and time the network of a stage, write that to its results.json and return it: its row."""
-    net, model, taken = read_network(stage)
-    shape = input_shape(taken["recipe"])
+    net, model, input_json = read_network(stage)
+    shape = input_shape(input_json["recipe"])
     counts = sparsity.density(net)
     row: dict[str, Any] = {"run": stage.uri.rpartition("/")[2], "step": step}
     row |= work.judge(stage, work.exhibits)

@@ -63,15 +63,15 @@ def run(job: RecalibrateJob, ctx: Context) -> None:
     found = _find(job, ctx.where, ctx.storage)
     data = inputs.data_of(found, ctx.storage, f"{ctx.where}: run")
     splits = inputs.open_splits(data, ctx.where, ctx.storage, split_names(data))
-    _, model, taken = runs.read_model(found)
-    recipe = shipped.corrected_recipe(runs.read_job(found), taken["recipe"])
+    _, model, input_json = runs.read_model(found)
+    recipe = shipped.corrected_recipe(runs.read_job(found), input_json["recipe"])
     workers.connect(ctx.cpus)
     workers.require(job.scale, 0)
     train = (subnets.put_table(splits.root, splits.tables[data.train]), recipe | {"mode": "train"})
     score = (subnets.put_table(splits.root, splits.tables[data.val or data.train]), recipe)
     exhibits = subnets.make_exhibits(job.judge, train, score, job.seed, data.decode_timeout_s)
     weights, before, after = subnets.recalibrate(found.uri, exhibits, job.judge, job.scale)
-    runs.write_model(ctx.run, weights, model, taken | {"recipe": recipe})
+    runs.write_model(ctx.run, weights, model, input_json | {"recipe": recipe})
     rows = [{"run": found.name, **before}, {"run": ctx.run.name, **after}]
     dataset = {"name": splits.card.name, "fingerprint": splits.fingerprint}
     ctx.finish({"metrics": {"rows": rows, "last": after}, "dataset": dataset, "run": found.uri})

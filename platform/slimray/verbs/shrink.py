@@ -273,13 +273,13 @@ def run(job: ShrinkJob, ctx: Context) -> None:
             done[-1]["trials"] = json.loads(runs.read_file(stage, "data/sweep.json"))
         previous = stage
     assert previous is not None
-    weights, model, taken = runs.read_model(previous)
-    runs.write_model(ctx.run, weights, model, taken)
+    weights, model, input_json = runs.read_model(previous)
+    runs.write_model(ctx.run, weights, model, input_json)
     if out is not None:
         sink = pa.BufferOutputStream()
         pq.write_table(out, sink)
         runs.write_file(ctx.run, "data/held_out.parquet", sink.getvalue().to_pybytes())
-    metric = subnets.metric_of(taken)
+    metric = subnets.metric_of(input_json)
     last = {
         f"{which}_{metric}": row[metric] for which, row in zip(("largest", "smallest"), done[-1]["rows"], strict=False)
     }
@@ -371,8 +371,8 @@ def _trial(
         )
         trials.watch_losses(actor, tell, lambda: workers.launch(loop.fit, config, job.scale, run.name, actor))
         runs.end(run, "finished")
-    _, _, taken = runs.read_model(run)
-    metric, judge = subnets.metric_of(taken), subnets.Judge(uri, exhibits, job.judge)
+    _, _, input_json = runs.read_model(run)
+    metric, judge = subnets.metric_of(input_json), subnets.Judge(uri, exhibits, job.judge)
     tune = job.stages[number].tune
     chosen = {"largest": archs[:1], "smallest": archs[min(1, len(archs) - 1) :][:1]}
     scores = [judge.score(arch.to_dict())[metric] for arch in chosen.get(tune.by if tune else "mean", archs)]
@@ -400,9 +400,9 @@ def _exhibits(work: _Shrinking, stage: runs.Run) -> "Exhibits":
     from slimray.verbs import subnets
 
     job, tables = work.job, work.data.tables
-    _, _, taken = runs.read_model(stage)
-    train = (tables[job.data.train], taken["recipe"] | {"mode": "train"})
-    score = (tables[job.data.val or job.data.train], taken["recipe"])
+    _, _, input_json = runs.read_model(stage)
+    train = (tables[job.data.train], input_json["recipe"] | {"mode": "train"})
+    score = (tables[job.data.val or job.data.train], input_json["recipe"])
     return subnets.make_exhibits(job.judge, train, score, job.seed, job.data.decode_timeout_s)
 
 

@@ -24,9 +24,9 @@ def run(step: CodeStep, work: "Work", folder: str, before: runs.Run) -> tuple[ru
     from slimray.compress import slim_file
 
     def make(stage: runs.Run) -> None:
-        weights, model, taken = runs.read_model(before)
-        runs.write_file(stage, "model/model.slim", slim_file.encode(safetensors.torch.load(weights), model, taken))
-        runs.write_model(stage, weights, model, taken)
+        weights, model, input_json = runs.read_model(before)
+        runs.write_file(stage, "model/model.slim", slim_file.encode(safetensors.torch.load(weights), model, input_json))
+        runs.write_model(stage, weights, model, input_json)
 
     stage = work.write(folder, step.model_dump(mode="json"), make)
     data = runs.read_file(stage, "model/model.slim")

@@ -26,9 +26,9 @@ def run(step: ShareStep, work: "Work", folder: str, before: runs.Run) -> tuple[r
     from slimray.verbs.compressing import read_network, write_network
 
     def make(stage: runs.Run) -> None:
-        net, model, taken = read_network(before)
+        net, model, input_json = read_network(before)
         bits = {name: int(value) for name, value in sparsity.by_layer(net, step.bits, "bits").items()}
-        write_network(stage, net, model, taken, sharing.share(net, bits))
+        write_network(stage, net, model, input_json, sharing.share(net, bits))
 
     stage = work.write(folder, step.model_dump(mode="json"), make)
     return stage, {"values": runs.read_model(stage)[1]["compression"][-1]["values"]}

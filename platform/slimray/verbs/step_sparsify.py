@@ -31,7 +31,7 @@ def run(step: SparsifyStep, work: "Work", folder: str, before: runs.Run) -> tupl
     from slimray.verbs.compressing import read_network, write_network
 
     def make(stage: runs.Run) -> None:
-        net, model, taken = read_network(before)
+        net, model, input_json = read_network(before)
         table: Mapping[str, Any] = {}
         if step.quality is not None:
             record = sparsity.sparsify_below(net, sparsity.by_layer(net, step.quality, "quality"))
@@ -44,7 +44,7 @@ def run(step: SparsifyStep, work: "Work", folder: str, before: runs.Run) -> tupl
             )
             record = sparsity.sparsify(net, choose(table, step.sensitivity.drop, step.sensitivity.ratios))
         runs.write_file(stage, "data/sensitivity.json", json.dumps(table).encode())
-        write_network(stage, net, model, taken, record)
+        write_network(stage, net, model, input_json, record)
 
     stage = work.write(folder, step.model_dump(mode="json"), make)
     table = json.loads(runs.read_file(stage, "data/sensitivity.json"))
