@@ -86,11 +86,9 @@ def test_a_road_whose_runs_do_not_exist_yet_passes_the_check(kind, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_images_clips_and_clouds_go_the_whole_road_in_one_file(tmp_path):
-    shell = Shell(tmp_path)
+def test_images_clips_and_clouds_go_the_whole_road_in_one_file(shell: Shell):
     text = "---".join(road(kind, f"road-{kind}") for kind in KINDS)
-    done = shell.run("run", shell.write("road.yaml", text), seconds=400)
-    assert done.returncode == 0, done.stdout + done.stderr
+    shell.ok("run", shell.write("road.yaml", text))
     for kind in KINDS:
         pruned, rounded = (results(shell, f"road-{kind}-{what}")["steps"] for what in ("pruned", "int8"))
         rows = [one["row"] for one in (*pruned, rounded[-1])]
