@@ -1,6 +1,7 @@
 """What a search leaves: a network at its own resolution with the zoom it was judged at, and fronts for every device."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +14,17 @@ from slimray.data.spec import DataSpec
 from slimray.data.video.clips import ClipRecipe
 from slimray.data.views import at_size
 from slimray.edge import cost
+from slimray.report import pages
 from slimray.search.problem import Trial
 from slimray.search.strategies import Random
 from slimray.spec import UserError, parse
+from slimray.tasks import TASKS
+from slimray.tasks.task import Metric
 from slimray.verbs import search
 from slimray.verbs.search import SearchJob, TargetSpec
 from slimray.verbs.shrink import ShrinkJob
+
+TOP1 = TASKS["classify"].best
 
 
 def test_a_video_subnet_is_made_at_its_resolution_with_the_zoom_it_was_judged_at():
@@ -48,7 +54,7 @@ def test_another_resolution_keeps_the_share_of_the_picture_that_is_seen(size):
 # ---------------------------------------------------------------------------------------------------------- fronts
 
 
-def searches(tmp_path, *targets: TargetSpec) -> list:
+def searches(tmp_path, *targets: TargetSpec, metric: Metric = TOP1) -> list:
     """A search of each target that has tried the same three archs."""
     net = cost.build_on_meta(lambda: models.build("ofa_mobilenetv3", num_classes=10, preset="tiny"))
     job = parse(
@@ -66,14 +72,14 @@ def searches(tmp_path, *targets: TargetSpec) -> list:
     for target in targets:
         prices = of_net.on(search._meter(target))
         problem = search._problem(prices, target, Random(name="random", evaluations=3))
-        progress = search._Progress(job, run, target, prices, problem, measured, "top1")
+        progress = search._Progress(job, run, target, prices, problem, measured, metric)
         for index, arch in enumerate(archs):
-            progress.note(index, arch, {"top1": 90.0 - 10 * index})
+            progress.note(index, arch, {metric.name: 90.0 - 10 * index})
         out.append(progress)
     return out
 
 
-def left(progresses: list, tmp_path) -> tuple[dict, dict]:
+def left(progresses: list, tmp_path, metric: Metric = TOP1) -> tuple[dict, dict]:
     """front.json and results.json of the search."""
     results: dict = {}
     run = runs.open_run(str(tmp_path), "s")
@@ -84,7 +90,7 @@ def left(progresses: list, tmp_path) -> tuple[dict, dict]:
         runs.write_file(run, "results.json", json.dumps(found).encode())
 
     runs.begin(run, {"kind": "search", "name": "s"}, 1)
-    search._finish(progresses[0].job, SimpleNamespace(run=run, finish=finish), progresses, [], "top1")  # type: ignore[arg-type]
+    search._finish(progresses[0].job, SimpleNamespace(run=run, finish=finish), progresses, [], metric)  # type: ignore[arg-type]
     return json.loads(runs.read_file(run, "front.json"))["fronts"], results
 
 
@@ -93,6 +99,24 @@ def test_fronts_are_written_of_what_a_device_costs_too(tmp_path):
     fronts, _ = left(searches(tmp_path, target), tmp_path)
     assert set(fronts) == {"params", "macs", "memory_mb", "latency_ms"}
     assert [row["metric"] for row in fronts["latency_ms"]] == [70.0, 80.0, 90.0]
+
+
+def test_a_metric_that_is_better_lower_is_searched_for_its_lowest_value_and_shown_as_it_is(tmp_path):
+    """Also by a search that goes on with what is on storage."""
+    metric, target = TASKS["translate"].best, TargetSpec(name="small", limits={"macs": 1e12})
+    (progress,) = searches(tmp_path, target, metric=metric)
+    smallest = progress.prices.net.space.smallest()
+    assert search._best(progress).arch == smallest
+    again = replace(progress, history={}, measured={})
+    again.read()
+    assert again.trials == progress.trials
+    assert search._best(again).arch == smallest
+    fronts, results = left([progress], tmp_path, metric)
+    assert [row["metric"] for row in fronts["macs"]] == [70.0], "the smallest is the best, no other is on the front"
+    assert [row["metric"] for row in results["trials"]] == [90.0, 80.0, 70.0]
+    page = pages.search_report(progress.run)
+    assert "perplexity by macs" in page
+    assert "perplexity [%]" not in page
 
 
 def test_an_arch_tried_for_two_devices_keeps_what_it_costs_on_each(tmp_path):

@@ -101,13 +101,21 @@ def shrink_report(run: runs.Run) -> str:
         for number, (name, (_, values)) in enumerate(series.items())
     ]
     columns = ["subnet", "params", *(f"{metric} after {stage['stage']}" for stage in stages)]
-    note = "Percent, 0-100, of subnets cut out of the supernet and re-calibrated, on the validation split."
-    table = Table("What shrinking did", columns, cells, note, frozenset(columns[2:]))
-    headline = {name: percent_text(values[-1]) for name, (_, values) in list(series.items())[:2]}
+    one = _metric(metric, results)
+    percent = one["unit"] == "%"
+    measure = "Percent, 0-100" if percent else one["label"].capitalize()
+    note = f"{measure}, of subnets cut out of the supernet and re-calibrated, on the validation split."
+    table = Table("What shrinking did", columns, cells, note, frozenset(columns[2:] if percent else ()))
+    headline = {name: text_of(one, values[-1]) for name, (_, values) in list(series.items())[:2]}
     headline["archs"] = show_number("", card.get("archs"))
     shown = dict(list(series.items())[:5])
-    curves = [Curves(f"{metric} of subnets, stage by stage", "%", shown)] if series else []
+    curves = [Curves(f"{metric} of subnets, stage by stage", one["unit"], shown)] if series else []
     return _page(run, card, {}, headline, [table] if series else [], curves)
+
+
+def _metric(name: str, results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The metric of that name, as a run says it or else as its task does; percent if neither knows it."""
+    return next(iter(metrics_of([name], results)), {"name": name, "label": name, "unit": "%"})
 
 
 def search_report(run: runs.Run) -> str:
@@ -116,9 +124,9 @@ def search_report(run: runs.Run) -> str:
     metric, rows = str(results.get("metric", "top1")), results.get("targets", [])
     asked = [name for name in ("peak_kb", "int8_kb") if any(name in row for row in rows)]
     names = ["target", "run", metric, "searched", "params", "macs", "memory_mb", *asked] if rows else []
-    found = Table(
-        "Found", names, [[row.get(name) for name in names] for row in rows], _SEARCHED, frozenset({metric, "searched"})
-    )
+    one = _metric(metric, results)
+    bars = frozenset({metric, "searched"} if one["unit"] == "%" else ())
+    found = Table("Found", names, [[row.get(name) for name in names] for row in rows], _SEARCHED, bars)
     trials, scatters = results.get("trials", []), []
     for name in ("macs", "params", "memory_mb") if trials else ():
         chosen = [(row[name], row["searched"], row["target"]) for row in rows]
@@ -126,7 +134,7 @@ def search_report(run: runs.Run) -> str:
     reports = [{"target": target, **one} for target, many in results.get("predictors", {}).items() for one in many]
     columns = list(dict.fromkeys(name for one in reports for name in one))
     told = Table("The predictor", columns, [[one.get(name) for name in columns] for one in reports], _PREDICTED)
-    headline = {row["target"]: percent_text(row.get(metric)) for row in rows} | {"tried": show_number("", len(trials))}
+    headline = {row["target"]: text_of(one, row.get(metric)) for row in rows} | {"tried": show_number("", len(trials))}
     return _page(run, card, {}, headline, [found] * bool(rows) + [told] * bool(reports), scatters)
 
 
@@ -211,7 +219,7 @@ def export_report(run: runs.Run) -> str:
     names = [name for name in names if any(name in row for row in rows)]
     note = (
         f"On {results.get('samples')} samples of the validation split; relative difference from torch (L2), percent of "
-        "answers with the same class (unoptimised: without graph optimisations). Milliseconds of one "
+        "answers with the same class or translation (unoptimised: without graph optimisations). Milliseconds of one "
         f"{'frame' if results.get('online') else 'sample'}, and the ratio to eager torch: median and 95 % interval of "
         "pairs in turn. Energy of one, measured while the device tells its watts, or modelled (45 nm, for comparing). "
         f"On {results.get('cpu')}."

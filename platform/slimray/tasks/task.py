@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from torch import Tensor
 
 from slimray.data.modalities import Target
-from slimray.spec import RunFailed, Spec
+from slimray.spec import RunFailed, Spec, UserError, parse
 
 if TYPE_CHECKING:
     from slimray.runtime.answers import Answerer, AnswerOptions
@@ -65,6 +65,11 @@ class Metric:
     better: Literal["higher", "lower"] = "higher"
     main: bool = True
     share: bool = False
+
+    @property
+    def sign(self) -> float:
+        """What values are multiplied by so that higher is better: 1 or -1."""
+        return 1.0 if self.better == "higher" else -1.0
 
     def improves(self, value: float, best: float | None) -> bool:
         """Return whether `value` is better than `best`, None if there is none yet; NaN never is."""
@@ -165,12 +170,19 @@ class Task:
     """What rows hold for `tables` only."""
     chance: Callable[[int], float] | None = None
     """Number of classes to what guessing would get in the first metric."""
+    taught: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    """Outputs of a teacher and of a network, and targets, to the cross-entropy of each sample `[n]` against the
+    teacher's answers, multiplied by its weight; None where classes are dimension 1 (`logits`), or nothing is taught."""
     hits: Callable[[Any, Tensor], Tensor] | None = None
     """Outputs and targets to how right each sample is, 0-1 `[n]`; None if that has no meaning."""
     logits: bool = False
     """Whether outputs are logits over dimension 1, which may be distilled, smoothed and weighted by class."""
     index_labels: bool = False
     """Whether the label in an index is the target, so that classes can be counted without reading a sample."""
+    searched: bool = False
+    """Whether `spec` says how an answer is searched, so that it may be changed after training."""
+    stepwise: bool = False
+    """Whether networks answer token by token, so that they leave torch as an encoder and a step."""
     writes: bool = False
     """Whether `predict` writes files: labels of points, pictures."""
 
@@ -183,6 +195,18 @@ class Task:
     def best(self) -> Metric:
         """The metric that says which network is the best."""
         return self.metrics[0]
+
+
+def search_options(task: Task, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return options of how an answer is searched, in place of those of the training.
+
+    UserError, with `where`, for what the task does not have.
+    """
+    if given and not task.searched:
+        raise UserError(
+            f"{where}: is for networks that search their answers, not for the task {task.name}: leave it out"
+        )
+    return parse(task.spec, given, where).model_dump(include=set(given))
 
 
 def chance_of_classes(num_classes: int) -> float:

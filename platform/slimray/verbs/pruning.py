@@ -139,7 +139,7 @@ def _given(device: str, uri: str, exhibits: Any, spec: Any, step: Any, timing: T
     if timed:
         whole["latency_ms"] = cutter.latency_ms({}, timing)
     limits, best = limits_of(step, whole), TASKS[cutter.judge.network.task].best
-    sign = -1.0 if best.better == "lower" else 1.0
+    sign = best.sign
     budget = policies.Budget(
         groups, limits, lambda counts: {"latency_ms": cutter.latency_ms(counts, timing, whole["latency_ms"])}
     )
@@ -171,7 +171,7 @@ def _searched(
     except UserError as error:
         raise UserError(f"{work.ctx.where}: prune: {error}") from None
     metric = TASKS[subnets.task_of(runs.read_model(before)[2])].best
-    sign = -1.0 if metric.better == "lower" else 1.0
+    sign = metric.sign
     learner = Learner(walk, SearchSettings(spec.episodes, spec.population, agent), job.seed)
     make = functools.partial(_scorer, before.uri, exhibits, job.judge, step)
     tried = agent_trials.run(

@@ -35,7 +35,7 @@ class Rounder:
         self.net: nn.Module = network.net
         self.batches = [to_input(part.numpy(), network.pixels, self.judge.device) for part in self.judge.inputs]
         self.best = TASKS[network.task].best
-        self.sign = -1.0 if self.best.better == "lower" else 1.0
+        self.sign = self.best.sign
 
     @property
     def example(self) -> Any:
@@ -147,7 +147,7 @@ def _searched(step: Any, work: Work, stage: runs.Run, before: runs.Run, exhibits
     even = uniform(walk)
     whole, metrics = work.on_worker(_scores, *arguments, even)
     metric = TASKS[subnets.task_of(runs.read_model(before)[2])].best
-    sign = -1.0 if metric.better == "lower" else 1.0
+    sign = metric.sign
     agent = replace(ddpg.HAQ, warmup=spec.warmup, decay=spec.decay)
     learner = Learner(walk, SearchSettings(spec.episodes, spec.population, agent), job.seed)
     reward = lambda told: haq.reward_of(sign * told[metric.name], sign * whole[metric.name])  # noqa: E731

@@ -11,7 +11,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,9 @@ from slimray.train.spec import ScaleSpec
 from slimray.verbs import inputs
 from slimray.verbs.context import CheckContext, Context, Made
 from slimray.verbs.specs import JudgeSpec, WorkerJob
+
+if TYPE_CHECKING:
+    from slimray.tasks.task import Metric
 
 COSTS = (*COUNTED, *COUNTED_INT8, *MEASURED)
 HELD_OUT = "held_out"  # in place of a split: training samples that the run of the supernet kept out
@@ -212,7 +215,7 @@ class _Progress:
     prices: Any
     problem: Problem
     measured: dict[Arch, dict[str, float]]
-    metric: str
+    metric: "Metric"
     history: dict[int, Trial] = field(default_factory=dict)
     running: dict[str, tuple[int, Arch]] = field(default_factory=dict)
     proposed: dict[int, list[Arch]] = field(default_factory=dict)
@@ -221,7 +224,8 @@ class _Progress:
         """Take over the trials that are on storage."""
         for name in runs.list_names(self.run, f"trials/{self.target.name}"):
             plain = json.loads(runs.read_file(self.run, f"trials/{self.target.name}/{name}"))
-            trial = Trial(plain["index"], Arch.from_dict(plain["arch"]), _number(plain["metric"]), plain["costs"])
+            metric = self.metric.sign * _number(plain["metric"])
+            trial = Trial(plain["index"], Arch.from_dict(plain["arch"]), metric, plain["costs"])
             self.history[trial.index] = trial
             if plain["metrics"]:
                 self.measured[trial.arch] = plain["metrics"]
@@ -263,11 +267,11 @@ class _Progress:
         """Write a trial that is over; without metrics it has failed."""
         values = self.problem.costs(self.problem.table.codes([arch]))  # to the last bit what the limits were held to
         costs = self.prices.arch_costs(arch) | {name: float(value[0]) for name, value in values.items()}
-        trial = Trial(index, arch, metrics.get(self.metric, float("nan")), costs)
+        metric = metrics.get(self.metric.name)
+        trial = Trial(index, arch, self.metric.sign * _number(metric), costs)
         self.history[index] = trial
         if metrics:
             self.measured[arch] = metrics
-        metric = trial.metric if metrics else None
         plain = {"index": index, "arch": arch.to_dict(), "metric": metric, "metrics": metrics, "costs": costs}
         runs.write_file(self.run, f"trials/{self.target.name}/{index:06d}.json", json.dumps(plain).encode())
 
@@ -302,7 +306,7 @@ def run(job: SearchJob, ctx: Context) -> None:
 
     found = _find(job, ctx.where, ctx.storage)
     net, recipe = _on_meta(found), _recipe(found)
-    metric, measured = subnets.metric_of(inputs.read_input(found, f"{ctx.where}: supernet")), {}
+    metric, measured = subnets.best_of(inputs.read_input(found, f"{ctx.where}: supernet")), {}
     _require_possible(job, ctx.where, net, recipe)
     searches, of_net = [], _prices(net, recipe)
     for target in job.targets:
@@ -328,8 +332,9 @@ def run(job: SearchJob, ctx: Context) -> None:
     for number, target in enumerate(job.targets):
         trial, (scored, weights) = chosen[target.name], judged[number]
         _write_subnet(job, ctx, found, target, trial, scored, weights)
-        rows.append({"target": target.name, "run": _name(job, target), "searched": trial.metric})
-        rows[-1] |= {metric: scored[metric], **trial.costs, "limits": target.limits, "arch": trial.arch.to_dict()}
+        rows.append({"target": target.name, "run": _name(job, target), "searched": metric.sign * trial.metric})
+        rows[-1] |= {metric.name: scored[metric.name], **trial.costs, "limits": target.limits}
+        rows[-1] |= {"arch": trial.arch.to_dict()}
         meter = searches[number].prices.meter
         if meter is not None:
             rows[-1] |= {"hardware": meter.name, "how": meter.how, "source": meter.source}
@@ -419,14 +424,14 @@ def subnet_recipe(space: Any, arch: Arch, recipe: Mapping[str, Any]) -> dict[str
     return out if frames is None else out | {"num_segments": frames}
 
 
-def _finish(job: SearchJob, ctx: Context, searches: Sequence[_Progress], rows: list[dict], metric: str) -> None:
+def _finish(job: SearchJob, ctx: Context, searches: Sequence[_Progress], rows: list[dict], metric: "Metric") -> None:
     from slimray.report import pages
 
     trials = [trial for progress in searches for trial in progress.trials if trial.metric == trial.metric]
     different = list(_priced_everywhere(searches, {trial.arch: trial for trial in trials}).values())
     fronts = {name: pareto.front(different, [name]) for name in dict.fromkeys(n for t in different for n in t.costs)}
-    plain = {name: [_plain(trial) for trial in front] for name, front in fronts.items()}
-    runs.write_file(ctx.run, "front.json", json.dumps({"metric": metric, "fronts": plain}).encode())
+    plain = {name: [_plain(trial, metric) for trial in front] for name, front in fronts.items()}
+    runs.write_file(ctx.run, "front.json", json.dumps({"metric": metric.name, "fronts": plain}).encode())
     predictors = {}
     if isinstance(job.strategy, strategies.PredictorGuided):
         predictors = {
@@ -435,7 +440,8 @@ def _finish(job: SearchJob, ctx: Context, searches: Sequence[_Progress], rows: l
             )
             for progress in searches
         }
-    results = {"targets": rows, "metric": metric, "trials": [_plain(t) for t in different]}
+    results = {"targets": rows, "metric": metric.name, "metrics": [metric.to_plain()]}
+    results |= {"trials": [_plain(trial, metric) for trial in different]}
     ctx.finish({"metrics": {"rows": rows}, "supernet": job.supernet}, results | {"predictors": predictors})
     runs.write_report(ctx.run, pages.search_report(ctx.run))
 
@@ -459,5 +465,5 @@ def _priced_everywhere(searches: Sequence[_Progress], trials: Mapping[Arch, Tria
     return out
 
 
-def _plain(trial: Trial) -> dict[str, Any]:
-    return {"arch": trial.arch.to_dict(), "metric": trial.metric, **trial.costs}
+def _plain(trial: Trial, metric: "Metric") -> dict[str, Any]:
+    return {"arch": trial.arch.to_dict(), "metric": metric.sign * trial.metric, **trial.costs}

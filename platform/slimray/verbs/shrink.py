@@ -284,7 +284,10 @@ def run(job: ShrinkJob, ctx: Context) -> None:
         f"{which}_{metric}": row[metric] for which, row in zip(("largest", "smallest"), done[-1]["rows"], strict=False)
     }
     card = {"metrics": {"last": last}, "dataset": data.description}
-    ctx.finish(card | {"archs": net.space.num_archs()}, {"stages": done, "metric": metric})
+    ctx.finish(
+        card | {"archs": net.space.num_archs()},
+        {"stages": done, "metric": metric, "metrics": [subnets.best_of(taken).to_plain()]},
+    )
     runs.write_report(ctx.run, pages.shrink_report(ctx.run))
 
 
@@ -338,7 +341,7 @@ def _sweep(work: _Shrinking, number: int, stage: runs.Run, title: str, config: "
     runs.write_model(stage, *runs.read_model(runs.run_at(records[0]["uri"])))
     runs.write_file(stage, "data/sweep.json", json.dumps(records).encode())
     settings = ", ".join(f"{name} {value:g}" for name, value in records[0]["settings"].items())
-    work.ctx.console.print(f"{title}: best with {settings}: {records[0]['score']:.1f}", highlight=False)
+    work.ctx.console.print(f"{title}: best with {settings}: {abs(records[0]['score']):.1f}", highlight=False)
 
 
 def _trial(
@@ -372,10 +375,13 @@ def _trial(
         trials.watch_losses(actor, tell, lambda: workers.launch(loop.fit, config, job.scale, run.name, actor))
         runs.end(run, "finished")
     _, _, input_json = runs.read_model(run)
-    metric, judge = subnets.metric_of(input_json), subnets.Judge(uri, exhibits, job.judge)
+    metric, judge = subnets.best_of(input_json), subnets.Judge(uri, exhibits, job.judge)
     tune = job.stages[number].tune
     chosen = {"largest": archs[:1], "smallest": archs[min(1, len(archs) - 1) :][:1]}
-    scores = [judge.score(arch.to_dict())[metric] for arch in chosen.get(tune.by if tune else "mean", archs)]
+    scores = [
+        metric.sign * judge.score(arch.to_dict())[metric.name]
+        for arch in chosen.get(tune.by if tune else "mean", archs)
+    ]
     return {"score": sum(scores) / len(scores), "scores": scores}
 
 

@@ -63,7 +63,7 @@ def measure(
 
     judge = subnets.Judge(uri, subnets.Exhibits((), samples), spec, device)
     net = judge.network.net
-    sign = -1.0 if TASKS[judge.network.task].best.better == "lower" else 1.0
+    sign = TASKS[judge.network.task].best.sign
     out = {"": {"1": sign * judge.metrics_of(net)[metric]}}
     for name, weight in sparsity.layers_of(net).items():
         whole, share = weight.detach().clone(), sparsity.density(net)[name]

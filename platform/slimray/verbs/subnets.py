@@ -23,13 +23,15 @@ from ray.util import ActorPool
 from slimray import runs
 from slimray.arch import Arch, Space
 from slimray.data.index import INDEX
+from slimray.data.modalities import pads_of
 from slimray.data.pipeline import Batch, FeedConfig, Source, decode_block, failure_of, map_rows, rows_of
 from slimray.data.plan import Phase, blocks
+from slimray.data.ragged import joined
 from slimray.report import pages
 from slimray.spec import RunFailed
 from slimray.tasks import TASKS
 from slimray.tasks.network import load_network, predict_outputs, task_of, to_input
-from slimray.tasks.task import Outputs
+from slimray.tasks.task import Metric, Outputs
 from slimray.train import batchnorm, connection, learn
 from slimray.train.spec import ScaleSpec
 from slimray.verbs import trials
@@ -139,7 +141,7 @@ class Judge:
 
     def _inputs(self) -> Iterator[torch.Tensor]:
         whole = [_fetch(ref) for ref in self.exhibits.calibrate]
-        data = np.concatenate([batch.data[batch.valid] for batch in whole])
+        data = joined([batch.data[batch.valid] for batch in whole], pads_of(self.network.recipe)[0])
         if len(data) < 2:
             raise RunFailed("no training sample to calibrate with decodes: see quarantine/ of the training run")
         for start in range(0, len(data), self.spec.calibrate_batch):
@@ -222,9 +224,14 @@ def scorer(run_uri: str, exhibits: Exhibits, spec: JudgeSpec) -> trials.Score:
     return Judge(run_uri, exhibits, spec, trials.device()).score
 
 
+def best_of(taken: Mapping[str, Any]) -> Metric:
+    """Return the metric by which subnets are compared, of a run's `model/input.json`."""
+    return TASKS[task_of(taken)].best
+
+
 def metric_of(taken: Mapping[str, Any]) -> str:
     """Return the name of the metric by which subnets are compared, of a run's `model/input.json`."""
-    return TASKS[task_of(taken)].best.name
+    return best_of(taken).name
 
 
 def judge_all(
