@@ -1,5 +1,6 @@
 """Jobs on texts are held against what texts are before machines are asked for: one sentence for each mistake."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -10,11 +11,12 @@ from rich.console import Console
 
 from slimray import job, runs
 from slimray.data.cards import Card
+from slimray.data.text.samples import TextRecipe
 from slimray.data.text.vocabulary import train_vocabulary
 from slimray.spec import UserError, parse
 from slimray.tasks import TASKS
-from slimray.verbs import evaluate, prepare
-from slimray.verbs.context import Context
+from slimray.verbs import checks, evaluate, prepare
+from slimray.verbs.context import CheckContext, Context
 from slimray.verbs.inputs import Splits
 from slimray.verbs.prepare import PrepareJob
 
@@ -202,3 +204,17 @@ def test_a_tokenizer_is_taken_from_a_run_that_is_there_and_holds_texts(file):
     runs.write_file(run, "data/card.yaml", yaml.safe_dump(shapes).encode())
     runs.end(run, "finished")
     assert any("text.like: 'tokens' holds no texts" in one for one in problems(file.parent / "like.yaml"))
+
+
+def test_a_teacher_has_the_tokenizer_of_the_dataset(tmp_path):
+    text = {"tokenizer": "words:abc", "vocab_size": 9, "lengths": {"val": 5}}
+    card = Card.model_validate({"name": "mine", "layout": "index", "sample": "text", "labels": "none", "sides": 2,
+                                "task": "translate", "splits": {"val": "val.parquet"}, "text": text})  # fmt: skip
+    run = runs.open_run(str(tmp_path), "wise")
+    runs.begin(run, {"kind": "train", "name": "wise"}, 1)
+    runs.end(run, "finished")
+    for tokenizer, fits in (("words:abc", True), ("words:abd", False)):
+        taken = {"recipe": TextRecipe(tokenizer=tokenizer).to_dict(), "pixels": {}, "classes": [], "task": "translate"}
+        runs.write_file(run, "model/input.json", json.dumps(taken).encode())
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="'wise' has another tokenizer"):
+            checks.check_teacher("wise", CheckContext("x.yaml", str(tmp_path)), card)

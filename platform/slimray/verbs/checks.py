@@ -106,37 +106,49 @@ def check_teacher(teacher: str | TeacherSpec | None, ctx: CheckContext, card: Ca
     from slimray.tasks import task_of_card
 
     task = None if card is None else task_of_card(card)
-    if task is not None and not task.logits:
-        raise UserError(f"teacher: is for classes of samples or points, not for the task {task.name}: leave it out")
+    if task is not None and not task.logits and task.taught is None:
+        raise UserError(
+            f"teacher: is for classes of samples, points or tokens, not for the task {task.name}: leave it out"
+        )
     made = ctx.require(name, ("network",), "teacher")
     taught = _taught(name, ctx) if made is None else _will_be_taught(made)
     if task is None or card is None or taught is None:
         return
-    its_task, takes, num_classes = taught
+    its_task, takes, num_classes, tokenizer = taught
     if its_task != task.name:
         raise UserError(f"teacher: {name!r} is for the task {its_task}, the dataset for {task.name}: name another run")
     if takes is not (gives := MODALITIES[card.sample]):
         raise UserError(f"teacher: {name!r} takes {takes.plural}, the dataset gives {gives.plural}: name another run")
     if num_classes and card.num_classes and num_classes != card.num_classes:
         raise UserError(f"teacher: {name!r} knows {num_classes} classes, the dataset has {card.num_classes}")
+    if tokenizer is not None and card.text is not None and card.text.tokenizer != tokenizer:
+        raise UserError(
+            f"teacher: {name!r} has another tokenizer than {card.name}: prepare the dataset with `text.like`, the one "
+            "that it was trained on"
+        )
 
 
-def _taught(name: str, ctx: CheckContext) -> tuple[str, Modality, int]:
-    """Return task, modality and number of classes of the network of a run; UserError if it holds none."""
+def _taught(name: str, ctx: CheckContext) -> tuple[str, Modality, int, str | None]:
+    """Return task, modality, number of classes and tokenizer (None: it has none) of the network of a run.
+
+    UserError if it holds none.
+    """
     from slimray.tasks.network import task_of
 
     try:
         taken = json.loads(runs.read_file(runs.find_run(name, ctx.storage), "model/input.json"))
-        return task_of(taken), modality_of(taken["recipe"]), len(taken["classes"])
+        recipe = taken["recipe"]
+        return task_of(taken), modality_of(recipe), len(taken["classes"]), recipe.get("tokenizer")
     except (FileNotFoundError, KeyError, ValueError, TypeError, AttributeError, UserError):
         raise UserError(f"teacher: {name!r} is not a run that holds a network: name a finished training") from None
 
 
-def _will_be_taught(made: Made) -> tuple[str, Modality, int] | None:
-    """Return the same of a network that a job ahead makes; None where only a run that it reads knows it."""
+def _will_be_taught(made: Made) -> tuple[str, Modality, int, str | None] | None:
+    """Return the same of a network that a job ahead makes, without a tokenizer; None where only a run that it reads
+    knows it."""
     from slimray.tasks import task_of_card
 
     if made.card is None:
         return None
     card = parse(Card, made.card, "teacher")
-    return task_of_card(card).name, MODALITIES[card.sample], card.num_classes or 0
+    return task_of_card(card).name, MODALITIES[card.sample], card.num_classes or 0, None

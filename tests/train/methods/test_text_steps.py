@@ -85,3 +85,19 @@ def test_padding_and_the_sentences_beside_it_change_no_loss():
     data, labels = (joined([value[None] for value in column], PAD) for column in zip(*PAIRS[:6]))
     together = TASK.losses(net(torch.from_numpy(data[:, 0])), torch.from_numpy(labels), OPTIM)
     assert torch.stack(alone).detach().numpy() == pytest.approx(together.detach().numpy(), rel=1e-5)
+
+
+def test_soft_labels_of_a_teacher_weigh_tokens_as_labels_do():
+    """Padding teaches nothing, a teacher that is sure teaches as a label does."""
+    torch.manual_seed(1)
+    own, targets = torch.randn(2, 4, 12, requires_grad=True), torch.tensor([[5, 6, 2, PAD], [7, 2, PAD, PAD]])
+    sure = torch.full((2, 4, 12), -50.0).scatter_(2, targets[..., None], 50.0)
+    plain = OPTIM.model_copy(update={"label_smoothing": 0.0})
+    assert TASK.taught is not None
+    taught = TASK.taught(sure, own, targets)
+    assert torch.allclose(taught, TASK.losses(own, targets, plain), atol=1e-5)
+    (gradient,) = torch.autograd.grad(taught.sum(), own)
+    assert not gradient[targets == PAD].any()
+    assert gradient[targets != PAD].abs().sum(-1).min() > 0
+    (gradient,) = torch.autograd.grad(TASK.taught(own.detach(), own, targets).sum(), own)
+    assert gradient.abs().max() < 1e-6, "its own answers teach a network nothing"

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from slimray import runs
 from slimray.spec import RunFailed
 from slimray.tasks.network import load_network
-from slimray.train import learn
 from slimray.train.methods.method import OnDevice, Outputs, Setup
 from slimray.train.methods.plain import PlainReplica
 
@@ -58,7 +57,7 @@ class DistilledReplica(PlainReplica):
         if own.shape != given.shape:
             raise RunFailed(f"teacher.run: answers {list(given.shape[1:])}, the network {list(own.shape[1:])}")
         heat = self.method.temperature
-        taught = heat**2 * learn.distill_losses(given / heat, own / heat) * self._weights(batch.labels)
+        taught = heat**2 * self._taught(given / heat, own / heat, batch.labels)
         yield self.method.labels * losses + self.method.weight * taught
 
     @torch.no_grad()

@@ -233,6 +233,13 @@ class Replica(abc.ABC):
         """The weight of each sample `[n]`, with which its losses are multiplied already."""
         return self.setup.task.weights(labels, self.optim)
 
+    def _taught(self, given: Tensor, own: Tensor, labels: Tensor) -> Tensor:
+        """The cross-entropy of each sample `[n]` against what a teacher has `given`, multiplied by its weight."""
+        task = self.setup.task
+        if task.taught is not None:
+            return task.taught(given, own, labels)
+        return learn.distill_losses(given, own) * self._weights(labels)
+
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         return computing(self.device, self.optim.precision)
 

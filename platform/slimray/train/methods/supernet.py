@@ -74,8 +74,7 @@ class SupernetReplica(Replica):
                 logits = self.net(x, arch)
             losses = self._losses(logits, batch)
             if given is not None and batch.labels is not None:
-                weights = self.method.distill_weight * self._weights(batch.labels)
-                losses = losses + weights * learn.distill_losses(given, logits)
+                losses = losses + self.method.distill_weight * self._taught(given, logits, batch.labels)
             yield losses
 
     @torch.no_grad()
