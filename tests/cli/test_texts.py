@@ -47,6 +47,18 @@ def test_each_line_has_an_answer_and_what_has_none_is_told(translator, tmp_path)
     ]
 
 
+def test_how_a_translation_is_searched_may_be_said(translator, tmp_path):
+    (tmp_path / "a.txt").write_text("a b\nc a\n")
+    short = translator("predict", "net", "a.txt", "--set", "beam=1", "--set", "max_length=2")
+    assert short.code == 0, short.err
+    assert all(len(line.split()) <= 2 for line in short.out.splitlines())
+    assert short.out != translator("predict", "net", "a.txt").out
+    for assignment, said in (("beam=0", "--set: beam: "), ("beams=2", "did you mean 'beam'")):
+        done = translator("predict", "net", "a.txt", "--set", assignment)
+        assert done.code == 2
+        assert said in done.err
+
+
 def test_gzip_the_standard_input_and_json(translator, tmp_path, monkeypatch):
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"a b\nc a\n"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a b\nc a\n")))

@@ -19,12 +19,12 @@ from slimray.data.text.samples import TextRecipe, pair_arrays, write_text_shard
 from slimray.data.text.vocabulary import EOS, PAD, train_vocabulary
 from slimray.models.text.decoding import continued
 from slimray.runtime.inputs import Input
-from slimray.spec import RunFailed
-from slimray.tasks import TASKS
+from slimray.spec import RunFailed, UserError
+from slimray.tasks import TASKS, language
 from slimray.tasks.evaluation import Samples, Setting
 from slimray.tasks.network import Network
 from slimray.tasks.predict import answer_lines
-from slimray.tasks.task import PassResult
+from slimray.tasks.task import PassResult, search_options
 from slimray.tasks.tokens import TokenScore, losses, token_losses, weights
 from slimray.train.spec import OptimSpec
 
@@ -244,3 +244,21 @@ def test_the_arguments_of_a_network_are_known_once_the_dataset_is_prepared():
     text = {"tokenizer": "tokenizer.txt", "vocab_size": 99, "lengths": {"train": 5}}
     prepared = Card.model_validate(plain | {"layout": "index", "text": text})
     assert TASKS["translate"].arguments(prepared, {}) == {"vocab_size": 99}
+
+
+def test_a_giant_line_is_not_gone_on_with(monkeypatch):
+    monkeypatch.setattr(language, "LONGEST", 4)
+    answer = answer_lines(network("language", "transformer_lm", 1, embed=8, ffn=8, heads=2, layers=1))
+    assert answer is not None
+    assert answer("a b c d").startswith("a b c d")
+    with pytest.raises(BadSample, match="has 5 tokens, at most 4 are gone on with"):
+        answer("a b c d e")
+
+
+def test_options_of_a_search_are_those_of_tasks_that_search():
+    assert search_options(TASKS["translate"], {"beam": 2}, "task") == {"beam": 2}
+    assert search_options(TASKS["classify"], {}, "task") == {}
+    with pytest.raises(UserError, match=r"task: is for networks that search their answers, not for the task classify"):
+        search_options(TASKS["classify"], {"beam": 2}, "task")
+    with pytest.raises(UserError, match="beam"):
+        search_options(TASKS["language"], {"beam": 2}, "task")

@@ -46,6 +46,9 @@ def predict(
     format_: Annotated[
         str | None, typer.Option("--format", help="Predict with the run's export of this format, such as onnx.")
     ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="How a text is answered: beam=8, max_length=100, max_tokens=30.")
+    ] = None,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
@@ -57,7 +60,10 @@ def predict(
     """
     from slimray.runtime.answers import Answer
 
-    answering = _answering(name, storage_of(storage), format_)
+    given: dict[str, Any] = {}
+    for assignment in set_ or []:
+        set_value(given, assignment)
+    answering = _answering(name, storage_of(storage), format_, given)
     if answering.line is not None:
         if columns or shape is not None or folder is not None:
             raise UserError("--columns, --shape, --out: are not for texts, whose answers are printed")
@@ -96,25 +102,24 @@ class _Answering:
     line: Callable[[str], str] | None = None
 
 
-def _answering(name: str, where: str, format: str | None) -> _Answering:
+def _answering(name: str, where: str, format: str | None, given: Mapping[str, Any]) -> _Answering:
     """What answers for files, and its recipe: an export where `name` is one, `format` asks for one or a run has
-    nothing else, else the network of the run."""
+    nothing else, else the network of the run. `given` are options of how an answer is searched."""
     from slimray import runs
     from slimray.runtime import folder, loaded
 
     if format is not None or folder.is_export(name):
-        export = loaded.load(name, storage=where, format=format)
-        return _Answering(export.answers, export.recipe)
+        export = loaded.load(name, storage=where, format=format).searching(given, "--set")
+        return _Answering(export.answers, export.recipe, export.line)
     if name.endswith(".slim"):
-        return _slim_answering(name)
+        return _slim_answering(name, given)
     run = runs.find_run(name, where)
     if not runs.exists(run, "model/model.json") and folder.exports_of(run):
-        export = loaded.load(run.uri, storage=where)
-        return _Answering(export.answers, export.recipe)
+        export = loaded.load(run.uri, storage=where).searching(given, "--set")
+        return _Answering(export.answers, export.recipe, export.line)
     from safetensors import SafetensorError
 
     from slimray.tasks.network import load_network
-    from slimray.tasks.predict import answer_lines, predict_files
 
     try:
         network = load_network(run)
@@ -123,14 +128,20 @@ def _answering(name: str, where: str, format: str | None) -> _Answering:
     except (RuntimeError, SafetensorError, FileNotFoundError, *DAMAGED) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{run.uri}/model: is damaged or of another version ({reason}): train it again") from None
+    return _network_answering(network, given)
+
+
+def _network_answering(network: Any, given: Mapping[str, Any]) -> _Answering:
+    from slimray.tasks.predict import answer_lines, predict_files, searching
+
+    network = searching(network, given, "--set")
     return _Answering(functools.partial(predict_files, network), network.recipe, answer_lines(network))
 
 
-def _slim_answering(name: str) -> _Answering:
+def _slim_answering(name: str, given: Mapping[str, Any]) -> _Answering:
     """What answers for files with the network of a `model.slim` at a path or URI, and its recipe."""
     from slimray import storage
     from slimray.tasks.network import load_slim
-    from slimray.tasks.predict import answer_lines, predict_files
 
     fs, path = storage.open_uri(name)
     try:
@@ -140,7 +151,7 @@ def _slim_answering(name: str) -> _Answering:
     except (RuntimeError, *DAMAGED) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: is damaged or of another version ({reason}): compress it again") from None
-    return _Answering(functools.partial(predict_files, network), network.recipe, answer_lines(network))
+    return _network_answering(network, given)
 
 
 def _files_in(paths: list[Path], modality: Modality) -> tuple[list[Path], dict[Path, str]]:
@@ -327,6 +338,8 @@ def _time_export(remote: Any, where: str, rounds: int, as_json: bool) -> None:
 
     facts, data = folder.read_export(where)
     loaded.check_facts(facts, where)
+    if facts.step is not None:
+        raise UserError(f"{where}: a device times networks of one graph, not an encoder with a step")
     onnx_file.check_onnx(data, f"{where}/{facts.file}")
     whole, states = input_shape(facts.input["recipe"]), {state.input: state for state in facts.states}
     feeds: dict[str, Any] = {}

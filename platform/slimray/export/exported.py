@@ -8,7 +8,7 @@ scores networks scores exports. Sizes and SHA-256 of the files are compared with
 import contextlib
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from slimray import runs
 from slimray.export.formats import FORMATS, Runner
 from slimray.export.graph import Graph
+from slimray.export.translation import ENCODER, STEP, ExportedTranslation, speaker
 from slimray.runs.folder import digest
 from slimray.runtime.inputs import Input
+from slimray.runtime.translate import PAST
 from slimray.spec import RunFailed, UserError, lookup
 from slimray.tasks.network import Network, task_of
 
@@ -86,7 +88,8 @@ def described(graph: Graph, any_batch: bool, outputs: Sequence[np.ndarray]) -> d
     free = any_batch and bool(graph.varying)
     return {
         "inputs": [
-            {"name": name, "shape": shape(name, value), "dtype": "float32"} for name, value in graph.inputs.items()
+            {"name": name, "shape": shape(name, value), "dtype": str(value.numpy().dtype)}
+            for name, value in graph.inputs.items()
         ],
         "outputs": [
             {"name": name, "shape": [None if free and not axis else int(n) for axis, n in enumerate(value.shape)],
@@ -117,9 +120,6 @@ def load_exported(run: runs.Run, name: str, threads: int) -> Network:
     """Return an export as a network on the CPU; UserError for what is not there, damaged or not installed."""
     found, row = read_export(run, name), FORMATS[name]
     row.require(f"{run.name}:{name}")
-    outputs = tuple(one["name"] for one in found["outputs"])
-    states = tuple(tuple(one["shape"]) for one in found["states"])
-    ports = Ports(outputs, states, found["inputs"][0]["shape"][0] is None)
     with contextlib.ExitStack() as kept:
         folder = Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="slimray-export-")))
         for file, facts in found["files"].items():
@@ -128,9 +128,25 @@ def load_exported(run: runs.Run, name: str, threads: int) -> Network:
                 sentence = "is not what was written: restore it, or export it again"
                 raise UserError(f"{run.uri}/export/{name}/{file}: {sentence}")
             (folder / file).write_bytes(data)
-        net = ExportedNet(row.load(folder / row.file, threads, True), ports)
+        net = _network(found, lambda file: row.load(folder / file, threads, True))
         weakref.finalize(net, kept.pop_all().close)  # a runtime may read its files as long as it runs
     return network_of(net, found["input"], found["model"])
+
+
+def _network(found: Mapping[str, Any], load: Callable[[str], Runner]) -> nn.Module:
+    """The module of export.json, whose files `load` opens."""
+    step = found.get("step")
+    if step is not None:
+        ports = {
+            part: ([one["name"] for one in facts["inputs"]], [one["name"] for one in facts["outputs"]])
+            for part, facts in ((ENCODER, found), (STEP, step))
+        }
+        widths = {one["name"]: int(one["shape"][-1]) for one in step["inputs"] if one["name"].startswith(PAST)}
+        return ExportedTranslation(speaker({ENCODER: load(found["file"]), STEP: load(step["file"])}, ports, widths))
+    outputs = tuple(one["name"] for one in found["outputs"])
+    states = tuple(tuple(one["shape"]) for one in found["states"])
+    ports = Ports(outputs, states, found["inputs"][0]["shape"][0] is None)
+    return ExportedNet(load(found["file"]), ports)
 
 
 def network_of(net: nn.Module, taken: Mapping[str, Any], model: Mapping[str, Any]) -> Network:

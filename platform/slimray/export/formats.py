@@ -47,6 +47,8 @@ class Format:
     calibrated: bool = False
     optimises: bool = False
     """Whether graph optimisations can be turned off, to see what they change."""
+    stepwise: bool = False
+    """Whether an encoder and a step with a cache that grows from nothing can leave torch in it."""
     files: tuple[str, ...] = ()
     """Files beside `file` that belong to it."""
 
@@ -225,7 +227,7 @@ ONNX = ("onnx", "onnxruntime", "onnxscript")
 FORMATS: dict[str, Format] = {
     "onnx": Format(
         "ONNX, run by ONNX Runtime", "model.onnx", "edge", ONNX, _to_onnx, _load_onnx, ("torch", *ONNX),
-        optimises=True,
+        optimises=True, stepwise=True,
     ),
     "onnx_int8": Format(
         "ONNX in int8 (QDQ, a scale per channel), run by ONNX Runtime",

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimray.data.modalities import modality_of, read_recipe
+from slimray.data.modalities import modality_of, pads_of, read_recipe
+from slimray.data.ragged import joined
 from slimray.data.samples import BadSample
 from slimray.edge import runtimes
 from slimray.export.graph import Graph
@@ -50,7 +51,9 @@ def read_samples(table: Any, root: str, recipe: dict[str, Any], count: int, seed
             values.append(value)
     if not data:
         raise RunFailed(f"none of {len(numbers)} samples decodes")
-    return Samples(np.stack(data), np.stack(targets), paths, kept)
+    fill, no_target = pads_of(recipe)
+    rows, wanted = ([np.asarray(one)[None] for one in values] for values in (data, targets))
+    return Samples(joined(rows, fill), joined(wanted, no_target), paths, kept)
 
 
 def score(network: Network, samples: Samples, recipe: dict[str, Any]) -> dict[str, float]:

@@ -7,7 +7,6 @@ that is written there, and nothing of it is opened before it is checked.
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.fs as pafs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slimray import runs, storage
@@ -52,15 +51,24 @@ class Verification(_Part):
     reason: str = ""
 
 
-class Facts(_Part):
-    """What export.json says, as far as running the network needs it."""
+class Step(_Part):
+    """A file beside export.json with a graph: its size and digest, what it takes and gives."""
 
-    format: str
     file: str
     bytes: int = Field(gt=0, le=MAX_MODEL_BYTES)
     sha256: str
     inputs: tuple[Tensor, ...] = Field(min_length=1)
     outputs: tuple[Tensor, ...] = Field(min_length=1)
+
+
+class Facts(Step):
+    """What export.json says, as far as running the network needs it.
+
+    A network that answers token by token is an encoder, and a `step` of its decoder in a file of its own.
+    """
+
+    format: str
+    step: Step | None = None
     states: tuple[State, ...] = ()
     input: dict[str, Any]
     """`model/input.json` of the run: recipe, pixels, classes, task."""
@@ -122,8 +130,8 @@ def find_export(name: str, where: str, format: str | None = None) -> str:
     return found[format]
 
 
-def read_facts(where: str) -> tuple[Facts, pafs.FileSystem, str]:
-    """Return export.json of the folder `where`, its filesystem and path; UserError for no export or a wrong one."""
+def read_facts(where: str) -> Facts:
+    """Return export.json of the folder `where`; UserError for no export or a wrong one."""
     fs, path = storage.open_uri(where)
     place = join(where, "export.json")
     try:
@@ -141,24 +149,31 @@ def read_facts(where: str) -> tuple[Facts, pafs.FileSystem, str]:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise UserError(f"{place}: {field}: {first['msg'].lower()}: export the run again") from None
-    if not is_plain_name(facts.file):
-        raise UserError(f"{place}: file: {facts.file!r} must be the name of a file beside it")
+    for field, part in (("file", facts), ("step.file", facts.step)):
+        if part is not None and not is_plain_name(part.file):
+            raise UserError(f"{place}: {field}: {part.file!r} must be the name of a file beside it")
     if not facts.verification.passed:
         reason = " ".join(facts.verification.reason.split())[:200] or "no reason is given"
         raise UserError(f"{place}: the export does not agree with torch ({reason}): export the run again")
-    return facts, fs, path
+    return facts
 
 
 def read_export(where: str) -> tuple[Facts, bytes]:
     """Return export.json and the bytes of the network, compared with it; UserError if they do not fit."""
-    facts, fs, path = read_facts(where)
-    place = join(where, facts.file)
+    facts = read_facts(where)
+    return facts, read_graph(where, facts)
+
+
+def read_graph(where: str, part: Step) -> bytes:
+    """Return the bytes of a file of the export folder `where`; UserError unless it is what was written."""
+    fs, path = storage.open_uri(where)
+    place = join(where, part.file)
     try:
-        data = storage.read_bytes(fs, join(path, facts.file), first=facts.bytes + 1)
+        data = storage.read_bytes(fs, join(path, part.file), first=part.bytes + 1)
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{place}: is missing: copy the whole export folder") from None
-    if digest(data) != (facts.bytes, facts.sha256.lower()):
+    if digest(data) != (part.bytes, part.sha256.lower()):
         raise UserError(
             f"{place}: is not what was exported (its size or SHA-256 differs from export.json): copy the folder again"
         )
-    return facts, data
+    return data

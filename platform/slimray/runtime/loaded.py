@@ -5,8 +5,8 @@ What it takes is prepared as in training, by the recipe that lies in the folder.
 frames and averages, which is what the network computed when it was trained.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import numpy as np
 from slimray.data.modalities import read_recipe
 from slimray.runtime.answers import Answer, Arrays
 from slimray.runtime.engines import ENGINES, Session, choose
-from slimray.runtime.folder import Facts, find_export, read_export
+from slimray.runtime.folder import Facts, Step, find_export, read_export, read_graph
 from slimray.runtime.inputs import Input, merge_views, to_input
 from slimray.runtime.onnx_file import check_onnx
 from slimray.runtime.predict import ANSWERS, answers_for
-from slimray.spec import UserError
+from slimray.runtime.translate import Speaker, TranslateOptions, beam_search, cached_of, translator
+from slimray.spec import UserError, parse
 
 MAX_STATE_VALUES = 1 << 26  # of all states of a step together
 
@@ -35,6 +36,8 @@ class Loaded:
     engine: str
     session: Session
     pixels: Input
+    speaker: Speaker | None = None
+    """The encoder and the step of a network that answers token by token."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -82,6 +85,28 @@ class Loaded:
             return found
         return self.outputs(given[:, None], max(1, len(given)))
 
+    @property
+    def line(self) -> Callable[[str], str] | None:
+        """How a line of text is answered: translated; None for what does not answer lines."""
+        speaker, recipe = self.speaker, read_recipe(self.recipe)
+        if speaker is None:
+            return None
+
+        def search(source: np.ndarray) -> Sequence[int]:
+            (found,) = beam_search(speaker, source, recipe.beam, recipe.length_penalty, recipe.max_length)
+            return found[0].tokens if found else ()
+
+        return translator(recipe, search)
+
+    def searching(self, options: Mapping[str, Any], where: str) -> "Loaded":
+        """Return it with other `options` of how an answer is searched; UserError, with `where`, for what it has not."""
+        if not options:
+            return self
+        if self.speaker is None:
+            raise UserError(f"{where}: is for networks that search their answers: leave it out")
+        recipe = {**self.recipe, **parse(TranslateOptions, options, where).model_dump(include=set(options))}
+        return replace(self, facts=self.facts.model_copy(update={"input": {**self.facts.input, "recipe": recipe}}))
+
     def answers(self, paths: Sequence[Path], top: int = 5, **options: Any) -> Iterator[Answer]:
         """Return the answers for files in turn; `options` are those of `answers_for`."""
         if self.task not in ANSWERS:
@@ -95,6 +120,8 @@ class Loaded:
         """Return float32 outputs `[n, ...]` of samples `[n, V, ...]`, views averaged, at most `rows` at once."""
         if not len(data):
             raise ValueError("no samples: there are no outputs")
+        if self.speaker is not None:
+            raise UserError(f"{self.where}: translates lines of text: call slimray.runtime.load(...).line(text)")
         views, found = to_input(data, self.pixels), list[dict[str, np.ndarray]]()
         size = self._input.shape[0]  # a batch that is fixed is filled up
         at_once = size if size is not None else max(1, rows) * data.shape[1]
@@ -138,10 +165,7 @@ class Loaded:
             if len(shape) != len(one.shape) or any(b not in (None, a) for a, b in zip(shape, one.shape)):
                 wanted = " x ".join("any" if side is None else str(side) for side in one.shape)
                 raise UserError(f"{self.where}: {one.name}: takes {wanted}, got {' x '.join(map(str, shape))}")
-        try:
-            found = self.session(feeds)
-        except Exception as error:  # noqa: BLE001  (those of ONNX Runtime have no other class in common)
-            raise UserError(f"{self.where}: {_said(self.engine, 'cannot compute it', error)}") from None
+        found = self.session(feeds)
         return {one.name: np.asarray(found[one.name], np.float32) for one in self.facts.outputs}
 
 
@@ -158,16 +182,32 @@ def load(
     facts, data = read_export(where)
     pixels = check_facts(facts, where)
     name = choose(facts.format, engine)
-    place = f"{where}/{facts.file}"
+    session, speaker = _open(where, facts, data, name, threads), None
+    if facts.step is not None:
+        widths = cached_of(facts, facts.step, where)
+        speaker = Speaker(session, _open(where, facts.step, read_graph(where, facts.step), name, threads), widths)
+    return Loaded(where, facts, name, session, pixels, speaker)
+
+
+def _open(where: str, part: Step, data: bytes, engine: str, threads: int | None) -> Session:
+    """What computes a graph of the export, whose file is checked before anything opens it."""
+    place = f"{where}/{part.file}"
     declared = check_onnx(data, place)
     there = {one.name for one in declared.inputs}, {one.name for one in declared.outputs}
-    if there != ({one.name for one in facts.inputs}, {one.name for one in facts.outputs}):
+    if there != ({one.name for one in part.inputs}, {one.name for one in part.outputs}):
         raise UserError(f"{place}: has other inputs or outputs than export.json says: export the run again")
     try:
-        session = ENGINES[name].open(data, threads)
+        session = ENGINES[engine].open(data, threads)
     except Exception as error:  # noqa: BLE001  (those of ONNX Runtime have no other class in common)
-        raise UserError(f"{place}: {_said(name, 'does not load it', error)}") from None
-    return Loaded(where, facts, name, session, pixels)
+        raise UserError(f"{place}: {_said(engine, 'does not load it', error)}") from None
+
+    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        try:
+            return session(feeds)
+        except Exception as error:  # noqa: BLE001
+            raise UserError(f"{where}: {_said(engine, 'cannot compute it', error)}") from None
+
+    return run
 
 
 def check_facts(facts: Facts, where: str) -> Input:

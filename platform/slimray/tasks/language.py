@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 
 from slimray.data.modalities import read_recipe
+from slimray.data.samples import BadSample
 from slimray.data.text.samples import TextRecipe
 from slimray.data.text.vocabulary import EOS, PAD
 from slimray.models.text.decoding import continued
@@ -24,6 +25,7 @@ from slimray.tasks.task import LOSS, Metric, Outputs
 from slimray.tasks.tokens import text_task
 
 GIVEN = 24  # tokens of a stream that is continued in a report
+LONGEST = 1 << 16  # tokens of a line that is gone on with
 
 
 class LanguageOptions(Spec):
@@ -64,11 +66,14 @@ class LanguagePass(Pass):
 
 
 def lines(network: Network) -> Callable[[str], str]:
-    """Return the function of a line to the line and what the network says behind it."""
+    """Return the function of a line to the line and what the network says behind it; BadSample for a giant one."""
     recipe: TextRecipe = read_recipe(network.recipe)
 
     def one(text: str) -> str:
-        return f"{text} {continuation(network, [EOS, *recipe.encode(text)])}".strip()
+        tokens = recipe.encode(text)
+        if len(tokens) > LONGEST:
+            raise BadSample(f"has {len(tokens)} tokens, at most {LONGEST} are gone on with: give the end of it")
+        return f"{text} {continuation(network, [EOS, *tokens])}".strip()
 
     return one
 
@@ -83,4 +88,5 @@ LANGUAGE = text_task(
     ),
     lines=lines,
     spec=LanguageOptions,
+    searched=True,
 )

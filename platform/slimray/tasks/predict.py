@@ -1,6 +1,7 @@
 """`predict` of a run's network: its task answers for files, one after the other. torch only, no Ray."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from slimray.runtime.predict import answers_for
 from slimray.spec import UserError
 from slimray.tasks import TASKS
 from slimray.tasks.network import Network
+from slimray.tasks.task import search_options
 
 
 def answer_lines(network: Network) -> Callable[[str], str] | None:
@@ -18,6 +20,11 @@ def answer_lines(network: Network) -> Callable[[str], str] | None:
         return None
     _require_no_supernet(network)
     return lines(network)
+
+
+def searching(network: Network, given: Mapping[str, Any], where: str) -> Network:
+    """Return a network with other options of how an answer is searched; UserError, with `where`, for wrong ones."""
+    return replace(network, recipe=network.recipe | search_options(TASKS[network.task], given, where))
 
 
 def _require_no_supernet(network: Network) -> None:

@@ -13,46 +13,37 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from slimray.data.modalities import read_recipe
-from slimray.data.samples import BadSample
 from slimray.data.text.samples import TextRecipe, index_rows, raw_texts
-from slimray.data.text.vocabulary import EOS, PAD
+from slimray.data.text.vocabulary import PAD
 from slimray.models.text.decoding import beam_search, greedy
 from slimray.runs.examples import Texts
-from slimray.spec import Spec
+from slimray.runtime.translate import TranslateOptions, translator
 from slimray.tasks.evaluation import Pass, Samples
 from slimray.tasks.network import Network
 from slimray.tasks.task import LOSS, Metric, Outputs, PassResult, Table
 from slimray.tasks.text_scores import DRAWS, CorpusMetric, Counts, paired_bootstrap
-from slimray.tasks.tokens import text_task
+from slimray.tasks.tokens import taught, text_task
 
 SCORES: tuple[Literal["bleu", "chrf"], ...] = ("bleu", "chrf")
-
-
-class TranslateOptions(Spec):
-    """How a translation is searched."""
-
-    beam: int = Field(4, ge=1, le=64)
-    """Hypotheses kept at once; 1 takes the likeliest token again and again."""
-    length_penalty: float = Field(0.6, ge=0, le=5)
-    """A hypothesis is scored by its log-probability over its length to this power: larger prefers longer ones."""
-    max_length: int = Field(200, ge=1, le=10_000)
-    """Tokens of a translation at most."""
 
 
 def translations(network: Network, sources: np.ndarray) -> list[str]:
     """Return the translations of sentences int `[n, S]`, each with its eos and filled up with PAD, as text."""
     recipe: TextRecipe = read_recipe(network.recipe)
+    return [recipe.vocabulary.decode(one) for one in searched(network, sources)]
+
+
+def searched(network: Network, sources: np.ndarray) -> Sequence[Sequence[int]]:
+    """Return the translations of sentences int `[n, S]` as tokens, by the search of the network's recipe."""
+    recipe: TextRecipe = read_recipe(network.recipe)
     tokens = torch.from_numpy(np.ascontiguousarray(sources)).long().to(network.device)
     tokens = tokens[:, : int((tokens != PAD).sum(1).max())]
     if recipe.beam == 1:
-        found: Sequence[Sequence[int]] = greedy(network.net, tokens, recipe.max_length)
-    else:
-        searched = beam_search(network.net, tokens, recipe.beam, recipe.length_penalty, recipe.max_length)
-        found = [best[0].tokens if best else () for best in searched]
-    return [recipe.vocabulary.decode(one) for one in found]
+        return greedy(network.net, tokens, recipe.max_length)
+    found = beam_search(network.net, tokens, recipe.beam, recipe.length_penalty, recipe.max_length)
+    return [best[0].tokens if best else () for best in found]
 
 
 @dataclass(frozen=True)
@@ -65,17 +56,13 @@ class Counted:
 
 
 class TranslationPass(Pass):
-    """A pass that translates beside what it counts; `found` are pairs of the row of a sample and its translation.
-
-    An export of one step of the whole network has no decoder to search with: it is counted by its tokens alone.
-    """
+    """A pass that translates beside what it counts; `found` are pairs of the row of a sample and its translation."""
 
     def take(self, samples: Samples) -> Outputs | None:
         """Count samples and translate them."""
         super().take(samples)
-        if hasattr(self.setting.network.net, "decode"):
-            said = translations(self.setting.network, samples.data[:, 0, 0])
-            self.found += list(zip(map(int, samples.numbers), said, strict=True))
+        said = translations(self.setting.network, samples.data[:, 0, 0])
+        self.found += list(zip(map(int, samples.numbers), said, strict=True))
         return None
 
     def show(self, samples: Samples, outputs: Outputs | None, before: Sequence[dict], most: int) -> list[dict]:
@@ -126,15 +113,7 @@ def compare(rows: Sequence[dict[str, Any]]) -> None:
 def lines(network: Network) -> Callable[[str], str]:
     """Return the function of a line to its translation; BadSample for one that is longer than what was learned from."""
     recipe: TextRecipe = read_recipe(network.recipe)
-
-    def one(text: str) -> str:
-        tokens = recipe.encode(text)
-        if recipe.limit and len(tokens) >= recipe.limit:
-            count = len(tokens) + 1
-            raise BadSample(f"has {count} tokens, the network learned from {recipe.limit} at most: cut it in two")
-        return translations(network, np.array([[*tokens, EOS]]))[0] if tokens else ""
-
-    return one
+    return translator(recipe, lambda source: searched(network, source)[0])
 
 
 def tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Table]:
@@ -165,6 +144,9 @@ TRANSLATE = text_task(
         LOSS,
     ),
     lines=lines,
+    stepwise=True,
+    searched=True,
+    taught=taught,
     spec=TranslateOptions,
     finish=finish,
     compare=compare,

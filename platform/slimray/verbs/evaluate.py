@@ -66,6 +66,8 @@ class EvaluateJob(WorkerJob):
     predicted to be of the last class."""
     repeats: int = Field(1, ge=1, le=100)
     """Runs over the split with other random draws; their mean, deviation and best are told (KITTI as published: 20)."""
+    task: dict[str, Any] = {}
+    """How answers are searched, in place of how the runs say: `{beam: 1}`; `slimray explain tasks` lists them."""
     batch: int = Field(16, ge=1)
     """Samples a worker handles at once."""
     pictures: int = Field(12, ge=0, le=100)
@@ -170,6 +172,7 @@ def _open_data(job: EvaluateJob, where: str, storage: str, found: list[Scored]) 
 def _require_options(job: EvaluateJob, where: str, name: str, task: "Task", recipe: Mapping[str, Any]) -> None:
     """Raise UserError for a field of `job` that means nothing for samples of a recipe, or for a task."""
     from slimray.tasks import TASKS
+    from slimray.tasks.task import search_options
 
     kind = modality_of(recipe)
     views = {field for row in MODALITIES.values() for field in row.views}
@@ -183,6 +186,7 @@ def _require_options(job: EvaluateJob, where: str, name: str, task: "Task", reci
             raise UserError(f"{where}: {field}: is for the task {words}, {name!r} is for {task.name}: leave it out")
     if job.average != "logits" and not task.logits:
         raise UserError(f"{where}: average: prob is for classes, {name!r} is for {task.name}: leave it out")
+    search_options(task, job.task, f"{where}: task")
     reason = kind.views_fit(recipe, job.model_dump(), name)
     if reason:
         raise UserError(f"{where}: {reason}")
@@ -221,6 +225,7 @@ def run(job: EvaluateJob, ctx: Context) -> None:
     from slimray.report import pages
     from slimray.tasks import task_of_card
     from slimray.tasks.parts import part_ranges
+    from slimray.tasks.task import search_options
     from slimray.train import workers
     from slimray.train.progress import follow
     from slimray.verbs import scoring
@@ -249,6 +254,7 @@ def run(job: EvaluateJob, ctx: Context) -> None:
         average=job.average,
         task=task.name,
         options=job.model_dump(include={"votes", "missed"}),
+        search=search_options(task, job.task, f"{ctx.where}: task"),
         parts=part_ranges(splits.card.parts),
         batch=job.batch,
         pictures=job.pictures,

@@ -9,8 +9,8 @@ samples of the validation split, how long it takes here. An export that does not
 import copy
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,7 +54,8 @@ class ExportJob(Spec):
     """Largest relative difference (L2, all samples) from torch of an export in fp32 (0.05 if it rounds inputs). Beyond
     that, what torch computes in float64 decides: an export may be three times as far from it as torch is."""
     min_agreement: float = Field(99.5, ge=0, le=100)
-    """Smallest percent of answers in which an export in fp32 names the same class as torch."""
+    """Smallest percent of answers in which an export in fp32 names the same class as torch, or of sentences that it
+    translates into the same tokens."""
     max_drop: float | None = Field(None, ge=0)
     """Most that an export in int8 may lose of the task's first number; null tells it and lets it pass."""
     threads: int = Field(1, ge=1)
@@ -81,20 +82,43 @@ Job = ExportJob
 def check(job: ExportJob, ctx: CheckContext) -> dict[str, Any]:
     """Return the run, the formats, and the dataset if it is there."""
     from slimray.export.formats import FORMATS
+    from slimray.tasks.network import task_of
 
     out: dict[str, Any] = {"run": job.run, "formats": list(job.formats)}
     for name in job.formats:
         with ctx.noting():
             FORMATS[name].require(f"formats: {name}")
     with ctx.noting():
-        if ctx.require(job.run, ("network",), "run") is None:
+        made = ctx.require(job.run, ("network",), "run")
+        if made is not None:
+            _require_fitting(job, (made.resolved(ctx.ahead).card or {}).get("task"))
+        else:
             found = _find(job, ctx.where, ctx.storage)
+            _require_fitting(job, task_of(inputs.read_input(found, f"{ctx.where}: run")))
             if job.online and not inputs.read_model(found, f"{ctx.where}: run").get("causal"):
                 raise UserError(f"online: {job.run!r} is not a causal TSM, which runs frame by frame")
             data = inputs.data_of(found, ctx.storage, f"{ctx.where}: run")
             splits = inputs.open_splits(data, ctx.where, ctx.storage, split_names(data))
             out |= {"dataset": splits.card.name, "samples": splits.tables[data.val or data.train].num_rows}
     return out
+
+
+def _require_fitting(job: ExportJob, task: str | None, where: str = "") -> None:
+    """Raise UserError, with `where`, for what a network of `task` (None: not known yet) is not exported as."""
+    from slimray.export.formats import FORMATS
+    from slimray.tasks import TASKS
+
+    if task is None or not TASKS[task].stepwise:
+        return
+    if job.online:
+        raise UserError(f"{where}online: a network of task {task!r} is exported as an encoder and a step: leave it out")
+    for name in job.formats:
+        if not FORMATS[name].stepwise:
+            fitting = " or ".join(one for one, found in FORMATS.items() if found.stepwise)
+            raise UserError(
+                f"{where}formats: {name} does not hold an encoder and a step, which a network of task {task!r} is: "
+                f"take {fitting}"
+            )
 
 
 def makes(job: ExportJob) -> dict[str, Made]:
@@ -113,9 +137,10 @@ def run(job: ExportJob, ctx: Context) -> None:
     from slimray.export.graph import ready
     from slimray.report import pages
     from slimray.tasks import TASKS
-    from slimray.tasks.network import load_network
+    from slimray.tasks.network import load_network, task_of
 
     found = _find(job, ctx.where, ctx.storage)
+    _require_fitting(job, task_of(inputs.read_input(found, f"{ctx.where}: run")), f"{ctx.where}: ")
     for name in job.formats:
         FORMATS[name].require(f"{ctx.where}: formats: {name}")
     data = inputs.data_of(found, ctx.storage, f"{ctx.where}: run")
@@ -131,18 +156,16 @@ def run(job: ExportJob, ctx: Context) -> None:
         seen = verify.read_samples(
             splits.tables[data.train], splits.root, network.recipe, job.calibrate, 1, data.decode_timeout_s
         )
-    graph = _graph(job, ctx.where, network, samples)
-    expected, numbers = verify.outputs_of(network, samples), verify.score(network, samples, network.recipe)
-    best = TASKS[network.task].best
-    rows: list[dict[str, Any]] = [{"run": found.name, "format": "torch, eager", best.name: numbers.get(best.name)}]
-    runners: dict[str, Any] = {}
+    best, exporter = TASKS[network.task].best, _exporter(job, ctx.where, network, samples, seen)
+    number = exporter.numbers.get(best.name)
+    rows: list[dict[str, Any]] = [{"run": found.name, "format": "torch, eager", best.name: number}]
     with tempfile.TemporaryDirectory(prefix="slimray-export-") as scratch:
         for name in job.formats:
             folder = Path(scratch, name)
             folder.mkdir()
             row: dict[str, Any] = {"run": f"{ctx.run.name}:{name}", "format": name}
             try:
-                facts = _one(job, network, graph, name, folder, seen, (samples, expected, numbers), runners)
+                facts = exporter.write(name, folder)
             except Exception as error:  # noqa: BLE001  a converter may raise anything: the others are written all the same
                 row |= {"reason": _sentence(error)}
             else:
@@ -162,7 +185,7 @@ def run(job: ExportJob, ctx: Context) -> None:
         "samples": len(samples),
         "online": job.online,
         "cpu": _cpu(),
-        "states": [{**vars(state), "shape": list(state.shape)} for state in graph.states],
+        "states": exporter.states,
     }
     ctx.finish(
         {
@@ -176,6 +199,85 @@ def run(job: ExportJob, ctx: Context) -> None:
     runs.write_report(ctx.run, pages.export_report(ctx.run))
     if bad := [f"{row['format']}: {row['reason']}" for row in rows if row.get("reason")]:
         raise RunFailed("; ".join(bad))
+
+
+@dataclass(frozen=True)
+class _Exporter:
+    """How a network leaves torch: its `numbers` in torch, the states of a step, and what converts to a format in a
+    folder, verifies and times it, and returns what export.json says."""
+
+    numbers: Mapping[str, float]
+    states: list[dict[str, Any]]
+    write: Callable[[str, Path], dict[str, Any]]
+
+
+def _exporter(job: ExportJob, where: str, network: "Network", samples: "Samples", seen: "Samples") -> _Exporter:
+    """One graph, or of what answers token by token an encoder and a step; `seen` is what int8 is calibrated on."""
+    from slimray.export import verify
+    from slimray.tasks import TASKS
+
+    if TASKS[network.task].stepwise:
+        return _spoken(job, where, network, samples)
+    graph, runners = _graph(job, where, network, samples), dict[str, Any]()
+    expected, numbers = verify.outputs_of(network, samples), verify.score(network, samples, network.recipe)
+    states = [{**vars(state), "shape": list(state.shape)} for state in graph.states]
+    reference = (samples, expected, numbers)
+    return _Exporter(
+        numbers, states, lambda name, folder: _one(job, network, graph, name, folder, seen, reference, runners)
+    )
+
+
+def _spoken(job: ExportJob, where: str, network: "Network", samples: "Samples") -> _Exporter:
+    import torch
+
+    from slimray.data.text.vocabulary import PAD
+    from slimray.edge.runtimes import settings
+    from slimray.export import exported, translation, verify
+    from slimray.export.formats import FORMATS
+    from slimray.models.text.decoding import greedy
+
+    source = verify.inputs_of(network, samples)[:2, 0].long()
+    graphs, numbers = translation.graphs_of(network.net, source, f"{where}: run"), translation.counted(network, samples)
+    ports, cached = translation.ports_of(graphs)
+
+    def write(name: str, folder: Path) -> dict[str, Any]:
+        row, runners, parts = FORMATS[name], {}, {}
+        for part, graph in graphs.items():
+            row.convert(graph, folder, [])
+            file = (folder / row.file).rename(folder / f"{part}{Path(row.file).suffix}")
+            runners[part] = row.load(file, job.threads, True)
+            size, sha256 = digest(file)
+            outputs = runners[part]([value.numpy() for value in graph.inputs.values()])
+            parts[part] = {"file": file.name, "bytes": size, "sha256": sha256}
+            parts[part] |= exported.described(graph, True, outputs)
+        net = translation.ExportedTranslation(translation.speaker(runners, ports, cached)).eval()
+        outside = replace(network, net=net)
+        verification = {"samples": len(samples), **translation.compare(network, outside, samples)}
+        verification |= {"metrics": translation.counted(outside, samples), "torch": dict(numbers)}
+        verification["reason"] = _disagrees(job, network, row.precision, verification)
+        verification["passed"] = not verification["reason"]
+        one = source[:1, : int((source[0] != PAD).sum())]
+        with settings(job.threads), torch.inference_mode():
+            most = network.recipe["max_length"]
+            pairs = verify.timed_pairs(
+                lambda: greedy(net, one, most), lambda: greedy(network.net, one, most), job.pairs
+            )
+        files = {part["file"]: {"bytes": part["bytes"], "sha256": part["sha256"]} for part in parts.values()}
+        return {
+            "version": exported.VERSION,
+            "format": name,
+            **parts[translation.ENCODER],
+            "step": parts[translation.STEP],
+            "files": files,
+            "precision": row.precision,
+            "verification": verification,
+            "timing": pairs.to_plain("export", "eager")
+            | {"threads": job.threads, "warm_up": verify.WARM_UP, "batch": 1},
+            "versions": row.versions(),
+            "cpu": _cpu(),
+        }
+
+    return _Exporter(numbers, [], write)
 
 
 def _graph(job: ExportJob, where: str, network: "Network", samples: "Samples") -> "Graph":
@@ -301,7 +403,7 @@ def _disagrees(job: ExportJob, network: "Network", precision: str, verification:
         if sentence := verify.disagreement(verification, _most(job, network)):
             return sentence
         if agreement is not None and agreement < job.min_agreement:
-            return f"names the class that torch does {agreement:.2f} % of the time, less than {job.min_agreement:g} %"
+            return f"answers as torch does {agreement:.2f} % of the time, less than {job.min_agreement:g} %"
     elif job.max_drop is not None:
         lost = verification["torch"][best.name] - verification["metrics"][best.name]
         lost = lost if best.better == "higher" else -lost
@@ -337,7 +439,7 @@ def _told(row: Mapping[str, Any]) -> str:
     """A line about an export."""
     if "ms" not in row:
         return f"failed: {row['reason']}"
-    agreed = f", the same class {row['agreement']:.2f} % of the time" if "agreement" in row else ""
+    agreed = f", the same answer {row['agreement']:.2f} % of the time" if "agreement" in row else ""
     speed = f"{row['ms']:.2f} ms, {row['ratio']:.2f} of eager torch [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
     verdict = f"FAILED: {row['reason']}: " if row.get("reason") else ""
     return f"{verdict}{row['mb']:.2f} MB, relative difference {row['relative']:.1e}{agreed}, {speed}"

@@ -52,6 +52,7 @@ class ScoreConfig:
     average: str
     task: str
     options: dict[str, Any]
+    search: dict[str, Any]
     parts: dict[str, range]
     batch: int
     pictures: int
@@ -75,6 +76,7 @@ def _start(config: ScoreConfig, number: int, device: torch.device, rows: int) ->
     case, phase, task = config.cases[number], config.phases[number], TASKS[config.task]
     network = load(case.run_uri, case.format, device)
     network = replace(network, pixels=replace(network.pixels, average=config.average))
+    network = replace(network, recipe=network.recipe | config.search)
     paths = ray.get(config.source.index, timeout=300).column("path").to_pylist()
     setting = Setting(task, network, phase.recipe, paths, phase.batch, rows, config.options, config.parts)
     return task.start(setting)

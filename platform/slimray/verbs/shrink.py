@@ -286,7 +286,7 @@ def run(job: ShrinkJob, ctx: Context) -> None:
     card = {"metrics": {"last": last}, "dataset": data.description}
     ctx.finish(
         card | {"archs": net.space.num_archs()},
-        {"stages": done, "metric": metric, "metrics": [subnets.best_of(taken).to_plain()]},
+        {"stages": done, "metric": metric, "metrics": [subnets.best_of(input_json).to_plain()]},
     )
     runs.write_report(ctx.run, pages.shrink_report(ctx.run))
 

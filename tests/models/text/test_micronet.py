@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from slimray import models
 from slimray.data.text.vocabulary import PAD
 from slimray.edge.cost import build_on_meta, count_macs, count_params
-from slimray.models.text import adaptive, micronet
+from slimray.models.text import adaptive, decoding, micronet
 from slimray.models.text.decoding import continued
 from slimray.models.text.layers import Cached
 
@@ -187,13 +187,15 @@ def test_gradients_reach_every_parameter_and_stop_at_the_memory():
 
 
 @torch.no_grad()
-def test_a_stream_goes_on_with_the_likeliest_words_or_drawn_ones():
+def test_a_stream_goes_on_with_the_likeliest_words_or_drawn_ones(monkeypatch):
     net, tokens = lm(5), stream(8)
     found = continued(net, tokens, 6)
     whole = torch.cat([tokens, found], 1)
     log_probs, _ = net.next_words(whole, net.start())
     log_probs[..., PAD] = -torch.inf
     assert torch.equal(log_probs[:, 7:-1].argmax(-1), found)
+    monkeypatch.setattr(decoding, "CHUNK", 3)
+    assert torch.equal(continued(net, tokens, 6), found), "however many words are read at once"
     draws = [continued(net, tokens, 6, 1.0, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])

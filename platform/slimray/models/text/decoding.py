@@ -1,30 +1,20 @@
 """Greedy and beam search over a network that translates, for many sentences at once; streams that go on.
 
 `net` is a Transformer, or anything with its `encode`, `start` and `decode`. Rules are those of the published results
-(HAT, arXiv 2005.14187): at every step the 2 x beam best continuations are looked at, an eos among the best `beam` ends
-a hypothesis, a sentence is done with `beam` ended ones, the score of one is the sum of its log-probabilities over
-length ** penalty, eos included. PAD is never chosen, eos is not the first token, and alone may
-follow `max_length` tokens. What becomes of a sentence
-does not depend on those beside it, but for rounding.
+(runtime/translate.py, which keeps the books of a beam). What becomes of a sentence does not depend on those beside it,
+but for rounding.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from slimray.data.text.vocabulary import EOS, PAD
+from slimray.runtime.translate import Beams, Hypothesis
 
 MAX_LENGTH = 200
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """A translation: its tokens without eos, and its score."""
-
-    tokens: tuple[int, ...]
-    score: float
+CHUNK = 256  # words of a stream that are read at once
 
 
 @torch.inference_mode()
@@ -49,49 +39,19 @@ def beam_search(
     net: Any, source: Tensor, beam: int = 4, penalty: float = 0.6, max_length: int = MAX_LENGTH
 ) -> list[list[Hypothesis]]:
     """For each of the sentences int `[B, S]` with eos up to `beam` translations, the best first."""
-    count = len(source)
-    state = net.start(net.encode(source).rows(torch.arange(count, device=source.device).repeat_interleave(beam)))
-    done: list[list[Hypothesis]] = [[] for _ in range(count)]
-    rows = list(range(count))  # the sentences that are looked at still, `beam` rows of the state each
-    tokens = source.new_full((count, beam, 1), EOS)
-    scores = torch.full((count, beam), -torch.inf, dtype=torch.float64, device=source.device)
-    scores[:, 0] = 0  # all beams are alike at first: one of them counts
-    for step in range(max_length + 1):
-        logits, state = net.decode(tokens[..., -1].reshape(-1, 1), state)
-        log_probs = _allowed(logits[:, -1].double().log_softmax(-1), step, max_length)
+    index = torch.arange(len(source), device=source.device).repeat_interleave(beam)
+    state, beams = net.start(net.encode(source).rows(index)), Beams(len(source), beam, penalty, max_length)
+    while True:
+        logits, state = net.decode(torch.from_numpy(beams.last).to(source.device), state)
+        log_probs = _allowed(logits[:, -1].double().log_softmax(-1), beams.length, max_length)
         vocab_size = log_probs.shape[-1]
-        totals = (scores.flatten()[:, None] + log_probs).view(len(rows), beam * vocab_size)
+        totals = torch.from_numpy(beams.scores).to(source.device).view(-1, 1) + log_probs
+        totals = totals.view(len(beams.rows), beam * vocab_size)
         best, place = totals.topk(min(2 * beam, totals.shape[1]), -1)
-        parent, token = place // vocab_size, place % vocab_size
-        _end(done, rows, tokens, best, parent, token, beam, penalty)
-        keep = torch.tensor([at for at, row in enumerate(rows) if len(done[row]) < beam], device=source.device)
-        if not len(keep) or step == max_length:
-            break
-        order = (token[keep] == EOS).to(torch.int8).sort(dim=-1, stable=True).indices[:, :beam]  # the best that go on
-        parent, token, scores = (one[keep].gather(1, order) for one in (parent, token, best))
-        state = state.rows((keep[:, None] * beam + parent).flatten())
-        tokens = torch.cat([tokens[keep].gather(1, parent[..., None].expand(-1, -1, step + 1)), token[..., None]], -1)
-        rows = [rows[at] for at in keep.tolist()]
-    return [sorted(found, key=lambda one: -one.score) for found in done]
-
-
-def _end(
-    done: list[list[Hypothesis]],
-    rows: list[int],
-    tokens: Tensor,
-    best: Tensor,
-    parent: Tensor,
-    token: Tensor,
-    beam: int,
-    penalty: float,
-) -> None:
-    """Put the hypotheses of `tokens` `[n, beam, T]` that end with an eos among the best `beam` into `done`."""
-    ends = (token[:, :beam] == EOS) & best[:, :beam].isfinite()
-    for at, place in ends.nonzero().tolist():
-        if len(done[rows[at]]) < beam:
-            words = tuple(tokens[at, int(parent[at, place]), 1:].tolist())
-            score = float(best[at, place]) / (len(words) + 1) ** penalty
-            done[rows[at]].append(Hypothesis(words, score))
+        rows = beams.go_on(best.cpu().numpy(), place.cpu().numpy(), vocab_size)
+        if rows is None:
+            return beams.found
+        state = state.rows(torch.from_numpy(rows).to(source.device))
 
 
 def _allowed(log_probs: Tensor, step: int, max_length: int) -> Tensor:
@@ -111,9 +71,13 @@ def continued(
 ) -> Tensor:
     """`count` words int `[B, count]` behind streams `[B, L]` of a language model (`start`, `next_words`).
 
-    The likeliest each time, or with a `temperature` drawn by `generator`. PAD is never chosen.
+    The likeliest each time, or with a `temperature` drawn by `generator`. PAD is never chosen. Long streams are read
+    CHUNK by CHUNK.
     """
     past, found = net.start(), []
+    *before, tokens = tokens.split(CHUNK, 1)
+    for part in before:
+        past = net.next_words(part, past)[1]
     for _ in range(count):
         log_probs, past = net.next_words(tokens, past)
         last = log_probs[:, -1].clone()
