@@ -18,7 +18,7 @@ from tests.pages import Elements, judged_cloud, response, street
 
 from slimray import runs
 from slimray.report import charts, pages, tables
-from slimray.report.charts import Clip, Curves
+from slimray.report.charts import Clip, Curves, Scatter
 from slimray.report.pages import CloudView, render
 from slimray.report.tables import Confusion, Table
 from slimray.runs import examples
@@ -472,3 +472,9 @@ def test_texts_are_shown_under_their_names_and_never_run():
         assert part in page.text
     assert not any("alert" in script for script in page.scripts)
     assert "Texts" not in Elements(render("t", texts=[examples.Texts("", [])])).text
+
+
+def test_a_front_goes_up_or_down_as_the_metric_is_better():
+    points = [(3, 8.5), (1, 9.0), (2, 7.0), (2, 8.0)]
+    assert Scatter("", "x", "y", points, better="lower").front() == [(1, 9.0), (2, 7.0)]
+    assert Scatter("", "x", "y", points).front() == [(1, 9.0)]

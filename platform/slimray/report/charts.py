@@ -35,19 +35,22 @@ class Curves:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Points (x, y), those that no other beats joined by a line (x low, y high), and some by name: (x, y, name)."""
+    """Points (x, y), those that no other beats joined by a line (x low, y as `better` says), and some by name: (x, y,
+    name)."""
 
     title: str
     x_name: str
     y_name: str
     points: Sequence[tuple[float, float]]
     named: Sequence[tuple[float, float, str]] = ()
+    better: str = "higher"
 
     def front(self) -> list[tuple[float, float]]:
         """The points that no other beats, x rising."""
         out: list[tuple[float, float]] = []
-        for x, y in sorted(self.points, key=lambda point: (point[0], -point[1])):
-            if not out or y > out[-1][1]:
+        sign = 1 if self.better == "higher" else -1
+        for x, y in sorted(self.points, key=lambda point: (point[0], -sign * point[1])):
+            if not out or sign * y > sign * out[-1][1]:
                 out.append((x, y))
         return out
 

@@ -130,7 +130,8 @@ def search_report(run: runs.Run) -> str:
     trials, scatters = results.get("trials", []), []
     for name in ("macs", "params", "memory_mb") if trials else ():
         chosen = [(row[name], row["searched"], row["target"]) for row in rows]
-        scatters.append(Scatter(f"{metric} by {name}", name, metric, [(t[name], t["metric"]) for t in trials], chosen))
+        points, better = [(t[name], t["metric"]) for t in trials], one.get("better", "higher")
+        scatters.append(Scatter(f"{metric} by {name}", name, metric, points, chosen, better))
     reports = [{"target": target, **one} for target, many in results.get("predictors", {}).items() for one in many]
     columns = list(dict.fromkeys(name for one in reports for name in one))
     told = Table("The predictor", columns, [[one.get(name) for name in columns] for one in reports], _PREDICTED)
@@ -200,7 +201,7 @@ def compress_report(run: runs.Run) -> str:
             points = [(row[name], row[metric]) for row in rows]
             named = [(row[name], row[metric], row["run"]) for row in (rows[-4:] if len(rows) > 5 else rows[1:])]
             named = [(first[name], first[metric], first["run"]), *named]
-            scatters.append(Scatter(f"{metric} by {name}", name, metric, points, named))
+            scatters.append(Scatter(f"{metric} by {name}", name, metric, points, named, metrics[0]["better"]))
     last = rows[-1]
     headline = {f"original {metric}": text_of(metrics[0], first.get(metric))}
     headline |= {f"compressed {metric}": text_of(metrics[0], last.get(metric))}

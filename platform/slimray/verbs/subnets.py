@@ -224,14 +224,14 @@ def scorer(run_uri: str, exhibits: Exhibits, spec: JudgeSpec) -> trials.Score:
     return Judge(run_uri, exhibits, spec, trials.device()).score
 
 
-def best_of(taken: Mapping[str, Any]) -> Metric:
+def best_of(input_json: Mapping[str, Any]) -> Metric:
     """Return the metric by which subnets are compared, of a run's `model/input.json`."""
-    return TASKS[task_of(taken)].best
+    return TASKS[task_of(input_json)].best
 
 
-def metric_of(taken: Mapping[str, Any]) -> str:
+def metric_of(input_json: Mapping[str, Any]) -> str:
     """Return the name of the metric by which subnets are compared, of a run's `model/input.json`."""
-    return best_of(taken).name
+    return best_of(input_json).name
 
 
 def judge_all(

@@ -75,3 +75,14 @@ def metric_of(look: Look) -> str:
     found = [one.get("metrics") for one in all_trials(look)[:20]] + judged
     names = {name for one in found if isinstance(one, Mapping) for name in one}
     return next((metric["name"] for metric in metrics_of(names, look.results)), "metric")
+
+
+def better_of(look: Look) -> str:
+    """Which way the metric of the trials is better: higher or lower."""
+    return next((metric["better"] for metric in metrics_of([metric_of(look)], look.results)), "higher")
+
+
+def best_of_trials(look: Look) -> float | None:
+    """The best score of all trials; None if none has one."""
+    choose = max if better_of(look) == "higher" else min
+    return choose(filter(finite, map(score_of, all_trials(look))), default=None)

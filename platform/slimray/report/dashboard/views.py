@@ -54,6 +54,8 @@ from slimray.report.dashboard.pieces import (
 from slimray.report.dashboard.trials import (
     all_trials,
     axes_of,
+    best_of_trials,
+    better_of,
     costs_of,
     dimensions,
     metric_of,
@@ -213,9 +215,7 @@ def _headline(look: Look, query: Query) -> list[Any]:
     num_trials = sum(len(trials) for trials in look.trials.values())
     if num_trials:
         tiles["trials"] = f"{num_trials:,}"
-        tiles[f"best {metric_of(look)}"] = number_text(
-            "", max(filter(finite, map(score_of, all_trials(look))), default=None)
-        )
+        tiles[f"best {metric_of(look)}"] = number_text("", best_of_trials(look))
     if finite(look.card.get("seconds")):
         tiles["seconds"] = f"{look.card['seconds']:,.0f}"
     if look.quarantine:
@@ -289,7 +289,7 @@ def _trials(look: Look, query: Query) -> list[Any]:
         return []
     at = f"/run/{quote(str(look.row['name']), safe='')}"
     metric = metric_of(look)
-    done.sort(key=lambda pair: -score_of(pair[1]))
+    done.sort(key=lambda pair: score_of(pair[1]), reverse=better_of(look) == "higher")
     share = query.get("trials") if query.get("trials") in SHARES else "all"
     shown = done[: max(1, math.ceil(SHARES[str(share)] * len(done)))]
     parts = [
@@ -331,7 +331,7 @@ def _fronts(look: Look, query: Query) -> list[Any]:
     for cost in costs:
         points = points_of(trials, cost)
         front = sorted(points_of(look.fronts.get(cost) or (), cost))
-        front = front or Scatter("", cost, metric, points).front()
+        front = front or Scatter("", cost, metric, points, better=better_of(look)).front()
         placed = [row for row in chosen if finite(row.get(cost)) and finite(row.get("searched"))]
         picked = [(row[cost], row["searched"], str(row.get("target"))) for row in placed]
         if points or front:
