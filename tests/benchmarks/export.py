@@ -2,15 +2,21 @@
 
 Networks have seeded weights and statistics of BatchNorm from the inputs themselves: this is about agreement and time,
 not about accuracy. Pictures and clips are real where `../shared` has them, clouds are drawn on spheres and boxes.
-`python -m tests.benchmarks.export online pvcnn_cls ...` takes some rows.
+`python -m tests.benchmarks.export frames online pvcnn_cls tsm_resnet50:onnx ...` takes some rows, or some formats of
+them; SLIMRAY_SAMPLES other than 200 samples (of the largest networks a quarter); SLIMRAY_BENCH_DIR a folder in which
+converted files stay for the next call of the same code.
 """
 
+import atexit
+import functools
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -20,12 +26,16 @@ from torch import Tensor, nn
 from slimray import models
 from slimray.edge import runtimes
 from slimray.export import exported, graph, verify
-from slimray.export.formats import FORMATS
+from slimray.export.formats import FORMATS, Arrays, Runner
 from slimray.models.tsm import OnlineTSM
+from slimray.runtime.pairs import enclosing
 
 SHARED = Path(os.environ.get("SLIMRAY_SHARED", Path(__file__).resolve().parents[3] / "shared"))
-SAMPLES, PAIRS, SIDE = 200, 9, 128
+SAMPLES, PAIRS, SIDE = int(os.environ.get("SLIMRAY_SAMPLES", "200")), 9, 128
+ONLINE_PAIRS, STREAM = 11, 32
 NAMES = ("onnx", "onnx_int8", "openvino", "executorch", "executorch_int8", "torch")
+EAGER = "eager"  # torch without export
+STEPPED = ("onnx", "openvino", "executorch", "torch", EAGER)
 CLIP = {"num_classes": 27, "num_segments": 8}
 
 
@@ -116,6 +126,28 @@ def outputs(net: nn.Module, x: Tensor):
     return torch.cat(found)
 
 
+@functools.cache
+def kept() -> Path:
+    """Where converted files lie."""
+    if folder := os.environ.get("SLIMRAY_BENCH_DIR"):
+        return Path(folder)
+    made = tempfile.mkdtemp(prefix="slimray-export-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return Path(made)
+
+
+def converted(one: graph.Graph, form: str, name: str, seen: Sequence[Arrays] = ()) -> Path:
+    """The folder with a graph in a format: made, or kept under that name from a call before."""
+    row, folder = FORMATS[form], kept() / f"export-{form}-{name.replace(' ', '-')}"
+    if not folder.exists():
+        part = kept() / f".{folder.name}"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        row.convert(one, part, seen)
+        part.rename(folder)
+    return folder
+
+
 def report(name: str, net: nn.Module, one: graph.Graph, x: Tensor, formats: tuple[str, ...] = NAMES) -> None:
     """Print a line per format."""
     expected = outputs(net, x)
@@ -124,39 +156,46 @@ def report(name: str, net: nn.Module, one: graph.Graph, x: Tensor, formats: tupl
         chosen = one
         if not row.varies or one.states:
             chosen = replace(one, inputs={key: value[:1] for key, value in one.inputs.items()}, varying={})
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            try:
-                seen = verify.calibration(chosen, x[: 4 if one.states else 16]) if row.calibrated else []
-                row.convert(chosen, folder, seen)
-                runner = row.load(folder / row.file, 1, True)
-                ports = exported.ports_of(chosen, row.varies and not one.states)
-                found = outputs(exported.ExportedNet(runner, ports), x)
-                gap = verify.differences(found, expected)
-                told = f"rel {gap['relative']:.1e}, worst sample {gap['worst_sample']:.1e}, max {gap['max_abs']:.1e}"
-                if isinstance(found, Tensor) and name != "carn x2":
-                    told += f", same class {verify.agreement(found, expected):.2f} % of {len(x)}"
-                if row.calibrated and row.optimises:
-                    plain = exported.ExportedNet(row.load(folder / row.file, 1, False), ports)
-                    told += f", unoptimised {verify.agreement(outputs(plain, x), found):.2f} % as optimised"
-                size = sum((folder / file).stat().st_size for file in (row.file, *row.files)) / 1e6
-                took = verify.time_against_eager(chosen, runner, chosen.module, 1, PAIRS)
-                low, high = took["interval"]
-                told += (
-                    f", {size:.2f} MB, {took['export_ms']:.2f} ms, {took['ratio']:.3f} [{low:.3f}, {high:.3f}] of eager"
-                )
-            except Exception as error:  # noqa: BLE001  the reason is the result
-                lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-                told = f"does not work: {type(error).__name__}: {(lines or [''])[0][:200]}"
+        try:
+            seen = verify.calibration(chosen, x[: 4 if one.states else 16]) if row.calibrated else []
+            folder = converted(chosen, form, name, seen)
+            runner = row.load(folder / row.file, 1, True)
+            ports = exported.ports_of(chosen, row.varies and not one.states)
+            found = outputs(exported.ExportedNet(runner, ports), x)
+            gap = verify.differences(found, expected)
+            told = f"rel {gap['relative']:.1e}, worst sample {gap['worst_sample']:.1e}, max {gap['max_abs']:.1e}"
+            if isinstance(found, Tensor) and name != "carn x2":
+                told += f", same class {verify.agreement(found, expected):.2f} % of {len(x)}"
+            if row.calibrated and row.optimises:
+                plain = exported.ExportedNet(row.load(folder / row.file, 1, False), ports)
+                told += f", unoptimised {verify.agreement(outputs(plain, x), found):.2f} % as optimised"
+            size = sum((folder / file).stat().st_size for file in (row.file, *row.files)) / 1e6
+            took = verify.time_against_eager(chosen, runner, chosen.module, 1, PAIRS)
+            low, high = took["interval"]
+            told += f", {size:.2f} MB, {took['export_ms']:.2f} ms, {took['ratio']:.3f} [{low:.3f}, {high:.3f}] of eager"
+        except Exception as error:  # noqa: BLE001  the reason is the result
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            told = f"does not work: {type(error).__name__}: {(lines or [''])[0][:200]}"
         print(f"{name} | {form} | {told}", flush=True)
 
 
-def online(side: int = 224) -> None:
+def in_torch(module: nn.Module) -> Runner:
+    """A module as it is, in eager mode."""
+
+    def run(arrays: Arrays) -> list[np.ndarray]:
+        with torch.inference_mode():
+            found = module(*map(torch.from_numpy, arrays))
+        return [one.numpy() for one in (found if isinstance(found, tuple) else (found,))]
+
+    return run
+
+
+def frames(forms: tuple[str, ...], side: int = 224) -> None:
     """A frame of an online TSM against eight frames again, and against MobileNetV2 without shift."""
     torch.manual_seed(0)
-    x = pixels(64, side).view(8, 8, 3, side, side)
-    net = settled(models.build("tsm_mobilenetv2", **CLIP, causal=True), x[:2])
-    stream = pixels(64, side)[None]
+    x = pixels(16, side).view(2, 8, 3, side, side)
+    net = settled(models.build("tsm_mobilenetv2", **CLIP, causal=True), x)
+    stream = pixels(STREAM, side)[None]
     stepped = OnlineTSM(net).eval()
     one = graph.step(net, x, "online")
     again = graph.whole(net, x[:2], {})
@@ -168,31 +207,31 @@ def online(side: int = 224) -> None:
         for frame in stream[0]:
             logits, states = stepped(frame[None], states)
             expected.append(logits)
-    for form in ("onnx", "executorch", "torch"):
-        row = FORMATS[form]
-        with tempfile.TemporaryDirectory() as scratch:
-            runners = {}
-            for key, this in (("step", one), ("clip", again), ("plain", plain)):
-                this = replace(this, inputs={name: value[:1] for name, value in this.inputs.items()}, varying={})
-                folder = Path(scratch, key)
-                folder.mkdir()
-                row.convert(this, folder, ())
-                run = row.load(folder / row.file, 1, True)
-                runners[key] = (run, [np.ascontiguousarray(value.numpy()) for value in this.inputs.values()])
-            step, given = runners["step"]
-            found, arrays = [], [np.zeros_like(state) for state in given[1:]]
-            for frame in stream[0].numpy():
-                logits, *arrays = step([frame[None], *arrays])
-                found.append(torch.from_numpy(logits))
-            gap = verify.differences(torch.cat(found), torch.cat(expected))
-            calls = {key: (lambda run=run, given=given: run(given)) for key, (run, given) in runners.items()}
-            with runtimes.settings(1):
-                clip = verify.timed_pairs(calls["clip"], calls["step"], PAIRS).to_plain("clip", "step")
-                base = verify.timed_pairs(calls["step"], calls["plain"], PAIRS).to_plain("step", "plain")
+    for form in forms:
+        runners = {}
+        for key, this in (("step", one), ("clip", again), ("plain", plain)):
+            this = replace(this, inputs={name: value[:1] for name, value in this.inputs.items()}, varying={})
+            if form == EAGER:
+                run = in_torch(this.module)
+            else:
+                run = FORMATS[form].load(converted(this, form, f"{key}-{side}") / FORMATS[form].file, 1, True)
+            runners[key] = (run, [np.ascontiguousarray(value.numpy()) for value in this.inputs.values()])
+        step, given = runners["step"]
+        found, arrays = [], [np.zeros_like(state) for state in given[1:]]
+        for frame in stream[0].numpy():
+            logits, *arrays = step([frame[None], *arrays])
+            found.append(torch.from_numpy(logits))
+        gap = verify.differences(torch.cat(found), torch.cat(expected))
+        calls = {key: (lambda run=run, given=given: run(given)) for key, (run, given) in runners.items()}
+        with runtimes.settings(1):
+            clip = verify.timed_pairs(calls["clip"], calls["step"], ONLINE_PAIRS, repeats=2)
+            base = verify.timed_pairs(calls["step"], calls["plain"], ONLINE_PAIRS, repeats=2)
+        skip, ms = enclosing(ONLINE_PAIRS), sorted(base.a)
         print(
-            f"online {form}: of 64 frames the worst {gap['worst_sample']:.1e}; {base['step_ms']:.2f} ms a frame; "
-            f"eight frames again {clip['ratio']:.2f} [{clip['interval'][0]:.2f}, {clip['interval'][1]:.2f}] times; "
-            f"against MobileNetV2 {base['ratio']:.3f} [{base['interval'][0]:.3f}, {base['interval'][1]:.3f}]",
+            f"online {form}: of {STREAM} frames the worst {gap['worst_sample']:.1e}; "
+            f"{median(ms):.2f} [{ms[skip]:.2f}, {ms[-1 - skip]:.2f}] ms a frame; "
+            f"eight frames again {clip.ratio:.2f} [{clip.interval[0]:.2f}, {clip.interval[1]:.2f}] times; "
+            f"against MobileNetV2 {base.ratio:.3f} [{base.interval[0]:.3f}, {base.interval[1]:.3f}]",
             flush=True,
         )
 
@@ -202,16 +241,21 @@ def main(names: tuple[str, ...] = ()) -> None:
         f"{runtimes.cpu_name()} ({' '.join(runtimes.cpu_flags())}), one thread, torch {torch.__version__}", flush=True
     )
     torch.set_num_threads(1)
-    if not names or "online" in names:
-        online()
-        x = clips(25)
+    asked: dict[str, tuple[str, ...]] = {}  # formats by the first word of a row
+    for row, _, form in (name.partition(":") for name in names):
+        every = STEPPED if row == "frames" else NAMES
+        asked[row] = (*asked.get(row, ()), *((form,) if form else every))
+    if not names or "frames" in asked:
+        frames(asked.get("frames", STEPPED))
+    if not names or "online" in asked:
+        x = clips(SAMPLES // 8)
         net = settled(models.build("tsm_mobilenetv2", **CLIP, causal=True), x[:8])
-        report("tsm_mobilenetv2 online", net, graph.step(net, x, "online"), x)
+        report("tsm_mobilenetv2 online", net, graph.step(net, x, "online"), x, asked.get("online", NAMES))
     for name, (make, inputs, varying) in ROWS.items():
-        if not names or name.split()[0] in names:
+        if not names or name.split()[0] in asked:
             x = inputs(SAMPLES)
             net = settled(make(), x[:8])
-            report(name, net, graph.whole(net, x[:2], varying), x)
+            report(name, net, graph.whole(net, x[:2], varying), x, asked.get(name.split()[0], NAMES))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A causal TSM stepped in a runtime gives what the offline network gives in torch, frame by frame of a real video."""
 
 import copy
+import random
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,8 @@ NETWORKS = {
     "tsm_mobilenetv2": {"width": 0.25},
     "tsm_resnet18": {"width": 0.25},
     "tsm_resnet50": {"width": 0.5},
+    "ofa_tsm_mobilenetv3": {"preset": "tiny"},
+    "ofa_tsm_resnet50": {"preset": "tiny"},
 }
 QUICK = [("tsm_mobilenetv2", "onnx"), ("tsm_mobilenetv2", "openvino")]  # the others: make soak
 STEPPED = [name for name, row in FORMATS.items() if row.precision == "fp32"]
@@ -51,6 +54,8 @@ def offline(name: str, path: Path) -> tuple[graph.Graph, Tensor, Tensor, Tensor]
     torch.manual_seed(0)
     clip = video(path)
     net = models.build(name, num_classes=CLASSES, num_segments=FRAMES, causal=True, **NETWORKS[name])
+    if models.MODELS[name].supernet:
+        net = net.extract(net.space.sample(random.Random(0)).replace(frames=FRAMES))
     net = networks.ready(net, clip)
     exact = of_each_frame(copy.deepcopy(net).double(), clip.double())
     return graph.step(net, clip, "online"), clip[0], of_each_frame(net, clip), exact

@@ -194,7 +194,8 @@ def _load_executorch(path: Path, threads: int, _: bool) -> Runner:
         raise RunFailed(f"{path.name}: holds no method `forward`")
 
     def run(arrays: Arrays, program: Any = program) -> list[np.ndarray]:  # a method does not keep its program alive
-        return [one.numpy().copy() for one in method.execute([torch.from_numpy(array) for array in arrays])]
+        given = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]  # strides are not looked at
+        return [one.numpy().copy() for one in method.execute(given)]
 
     return run
 

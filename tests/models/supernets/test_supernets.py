@@ -104,6 +104,7 @@ def corners(net: Supernet) -> list[Arch]:
 @pytest.mark.parametrize(
     ("name", "preset", "count"),
     [(n, p, c) for n, (p, c) in product(NETS, (("tiny", 40), ("imagenet", 10)))]
+    + [("ofa_proxyless", "micro", 10)]
     + [
         pytest.param(n, p, c, marks=pytest.mark.benchmark)
         for n, (p, c) in product(NETS, (("tiny", 200), ("imagenet", 20)))
