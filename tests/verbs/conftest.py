@@ -175,6 +175,7 @@ def run_and_kill_a_worker(shell: Shell, file: str, name: str) -> None:
     shell.ok("run", file)
     killing.join()
     assert killed
+    assert runs.count_writers(runs.open_run(str(shell.storage), name), "metrics") > 1, "its workers were started again"
 
 
 @pytest.fixture(scope="session")
