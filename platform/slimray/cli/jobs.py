@@ -141,7 +141,7 @@ def _run(loaded: list[Any], storage: str, restart: bool, show: bool, wait_s: flo
     with patient(max(job.storage_s(one) for one in loaded)):  # whoever starts runs may have left
         for one in loaded if wait_s else ():
             runs.wait_for_writer(runs.open_run(storage, one.job.name), wait_s, console.print)
-        job.require(job.check(loaded, storage, restart))
+        job.require(job.check(loaded, storage, restart, to_run=True))
     cpus, rows = job.local_cpus(loaded), []
     for one in loaded:
         with patient(job.storage_s(one)):
