@@ -39,7 +39,7 @@ def main() -> None:
     seeds, good, kinds = seeds_of(os.environ.get("SEEDS", "0:30")), 0, Counter()
     drawn = CLOUD_EVENTS if os.environ.get("EVENTS") == "cloud" else EVENTS + CLOUD_EVENTS
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    os.environ["RAY_ADDRESS"] = cluster.address
+    os.environ["RAY_ADDRESS"] = str(cluster.address)
     with faulty_s3() as faults, tempfile.TemporaryDirectory() as folder:
         faults.refused = SICK
         site = Site.build(cluster, faults, Path(folder))

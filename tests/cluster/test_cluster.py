@@ -683,6 +683,8 @@ def test_the_run_of_a_job_whose_name_is_no_id_is_found(shell, here, monkeypatch)
     (here / "jobs.json").write_text(json.dumps({"items": [{"metadata": meta, "status": {"jobStatus": "RUNNING"}}]}))
     put_programs(here, monkeypatch, kubectl=f"cat {here}/jobs.json")
     run = runs.open_run(str(here / "runs"), "3d_unet")
+    _, out, _ = shell("status", "3d_unet", "--cluster", "kuberay", "--json")
+    assert json.loads(out)[0]["run"] == f"none in {here}/runs yet, or that is another folder there"
     with runs.hold(run):
         runs.begin(run, {"kind": "train", "name": "3d_unet"}, 1)
     code, out, err = shell("status", "3d_unet", "--cluster", "kuberay", "--json")

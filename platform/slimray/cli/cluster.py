@@ -127,14 +127,13 @@ def _run_of(row: dict[str, Any], target: Any) -> dict[str, Any]:
         return {}
     slug = row["id"].rpartition("-")[0]
     try:
-        try:
-            run = runs.find_run(slug, where)
-        except UserError:  # a name that is no id: which run's is it?
-            known = {submission_id(one.name, 0).rpartition("-")[0]: one for one in runs.list_runs(where)}
-            if slug not in known:
-                raise
-            run = known[slug]
-        status = runs.read_status(run)
+        run = runs.open_run(where, slug)
+        if (status := runs.read_status(run)) is None:  # not begun, or of a name that is no id
+            mine = [one for one in runs.list_runs(where) if submission_id(one.name, 0).rpartition("-")[0] == slug]
+            if not mine:
+                elsewhere = "" if "://" in where else ", or that is another folder there"
+                return {"run": f"none in {where} yet{elsewhere}"}
+            run, status = mine[0], runs.read_status(mine[0])
     except (UserError, RunFailed) as error:
         return {"run": f"not to be seen from here ({error})"}
     waits = status.message if status is not None and status.state == "running" and status.message else message

@@ -74,7 +74,7 @@ def hold(run: Run, heartbeat_s: float = HEARTBEAT_S) -> Iterator[threading.Event
 
     thread = threading.Thread(target=beat, daemon=True, name=f"lock of {run.name}")
     thread.start()
-    before = signal.signal(signal.SIGTERM, _end) if in_main else None  # Ray, when it is imported, has the same answer
+    before = signal.signal(signal.SIGTERM, _end) if in_main else None
     try:
         yield lost
     except BaseException as error:
