@@ -260,7 +260,7 @@ def _on_meta(job: ProxylessJob, card: Card | None) -> "MixedNet":
     from slimray.verbs import networks
 
     options = networks.model_options(stage_job(job, "warmup"), card)
-    return cost.build_on_meta(lambda: models.build(**options))
+    return cast("MixedNet", cost.build_on_meta(lambda: models.build(**options)))
 
 
 # -------------------------------------------------------------------------------------------------------- stages

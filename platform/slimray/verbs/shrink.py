@@ -12,7 +12,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -365,7 +365,7 @@ def _trial(
         status = runs.read_status(run)
         attempt = 1 if status is None else status.attempt + 1
         runs.begin(run, as_training.model_dump(mode="json"), attempt)
-        method = replace(base.method, count=stage.subnets, distill_weight=stage.distill_weight)
+        method = replace(cast(Any, base.method), count=stage.subnets, distill_weight=stage.distill_weight)
         optim = as_training.optim.model_copy(update={"class_weights": base.optim.class_weights})
         actor = workers.make_progress_actor()
         plain = as_training.model_dump(mode="json")
