@@ -414,7 +414,7 @@ def _disagrees(job: ExportJob, network: "Network", precision: str, verification:
 
 def _row(facts: Mapping[str, Any], best: str) -> dict[str, Any]:
     """What tables tell of an export."""
-    verification, timing = facts["verification"], facts["timing"]
+    verification, timing, energy = facts["verification"], facts["timing"], facts.get("energy", {})
     row = {
         best: verification["metrics"].get(best),
         "relative": verification["relative"],
@@ -428,8 +428,8 @@ def _row(facts: Mapping[str, Any], best: str) -> dict[str, Any]:
         "ratio": timing["ratio"],
         "ratio_low": timing["interval"][0],
         "ratio_high": timing["interval"][1],
-        "energy_mj": facts["energy"]["energy_mj"],
-        "energy": facts["energy"]["how"],
+        "energy_mj": energy.get("energy_mj"),
+        "energy": energy.get("how"),
         "reason": verification["reason"],
     }
     return {key: value for key, value in row.items() if value is not None and value != ""}
