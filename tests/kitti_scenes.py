@@ -1,11 +1,10 @@
 """Street scenes in the files of the KITTI object benchmark, for tests: boxes on a plane, seen by a lidar."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-from slimray.data.points.point_sets import box_corners
 
 IMAGE = (1242, 375)
 FOCAL, MIDDLE = 720.0, (609.0, 172.0)
@@ -35,6 +34,16 @@ def write_kitti(root: Path, num_train: int, num_val: int, seed: int = 0) -> None
     (root / "ImageSets/val.txt").write_text("\n".join(names[num_train:]) + "\n")
 
 
+def corners_of(box: Sequence[float]) -> np.ndarray:
+    """The eight corners of a box (x y z, l w h, heading), float64 `[8, 3]`: the lower four (y down) first, around."""
+    x, y, z, length, width, height, heading = box
+    signs = np.array([[1, 1, 1], [1, 1, -1], [-1, 1, -1], [-1, 1, 1]])
+    signs = np.concatenate([signs, signs * [1, -1, 1]])
+    corners = signs * np.array([length, height, width]) / 2
+    cos, sin = np.cos(heading), np.sin(heading)
+    return corners @ np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]]).T + [x, y, z]
+
+
 def scene(rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
     """A scan float64 `[N, 4]` and the lines of its labels."""
     clouds, lines = [_ground(rng)], []
@@ -42,7 +51,7 @@ def scene(rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
         length, width, height = np.array(SIZES[kind]) * rng.uniform(0.95, 1.05, 3)
         z, heading = rng.uniform(8, 16), rng.uniform(-np.pi, np.pi)
         box = (z * (lane - 1) * 0.45, GROUND - height / 2, z, length, width, height, heading)
-        corners = box_corners(box)
+        corners = corners_of(box)
         u = FOCAL * corners[:, 0] / corners[:, 2] + MIDDLE[0]
         v = FOCAL * corners[:, 1] / corners[:, 2] + MIDDLE[1]
         edges = [max(0, u.min()), max(0, v.min()), min(IMAGE[0] - 1, u.max()), min(IMAGE[1] - 1, v.max())]

@@ -7,9 +7,9 @@ import re
 
 import numpy as np
 import pytest
+from tests.kitti_scenes import corners_of
 from tests.pages import Elements, judged_cloud, png, response, street
 
-from slimray.data.points.point_sets import box_corners
 from slimray.report import points
 from slimray.report.pages import render
 from slimray.report.points import BoxView, CloudView, ResponseView
@@ -231,7 +231,7 @@ def test_a_box_is_drawn_where_it_is_and_points_where_it_is_heading(heading: floa
     box = np.array([3.0, 1.6, 20.0, 4.0, 1.6, 1.5, heading])
     section = points.box_section(BoxView("r", np.zeros((0, 3)), box[None], np.zeros((0, 7))))
     (outline,) = paths(section, "truths")
-    corners = box_corners((box[0], box[1] - box[5] / 2, *box[2:]))[:, [0, 2]]
+    corners = corners_of((box[0], box[1] - box[5] / 2, *box[2:]))[:, [0, 2]]
     for corner in outline[:4]:
         assert np.linalg.norm(corners - corner, axis=1).min() < 0.02
     assert len({tuple(corner) for corner in outline[:4].round(1)}) == 4

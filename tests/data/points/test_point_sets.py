@@ -4,15 +4,14 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from tests import semantic_kitti
+from tests.kitti_scenes import corners_of
 
 from slimray.data.modalities import modality_of, sample_shape, target_of
 from slimray.data.points import point_sets as sets
 from slimray.data.points.files import read_cloud, read_labels
 from slimray.data.points.recipe import PointRecipe, make_points
 from slimray.data.samples import BadSample
-from slimray.tasks.frustum_loss import box_corners
 
 # ------------------------------------------------------------------------------------------------------ S3DIS
 
@@ -188,12 +187,6 @@ def test_frustums_of_detections_on_the_sample_scan(scan, calibration):
     assert np.median(near.cloud.coords[:, 2]) < np.median(far.cloud.coords[:, 2])
     sample = make_points(near.cloud, PointRecipe(1024, ("intensity",), 3, replace=True), (0, 0, 0), shape=0)
     assert sample.points.shape == (1, 7, 1024)
-
-
-def corners_of(box) -> np.ndarray:
-    """The eight corners of a box (x y z, l w h, heading), `[8, 3]`: those of the loss, in float64."""
-    numbers = torch.tensor([list(map(float, box))], dtype=torch.float64)
-    return box_corners(numbers[:, :3], numbers[:, 6], numbers[:, 3:6])[0].numpy()
 
 
 def labelled(scan, calibration, box) -> bytes:
