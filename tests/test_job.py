@@ -691,7 +691,8 @@ targets: [{name: small, limits: {macs: 2.0e+6}}]
         (
             "{macs: 2",
             "{flops: 2",
-            "targets.small.limits: unknown cost 'flops' (known: energy_mj, latency_ms, macs, memory_mb, params)",
+            "targets.small.limits: unknown cost 'flops' "
+            "(known: energy_mj, int8_kb, latency_ms, macs, memory_mb, params, peak_kb)",
         ),
         ("hold_out: 10", "hold_out: 48", "hold_out: 48 of 48 training samples leave none to train on"),
         (

@@ -135,7 +135,7 @@ def test_a_table_that_does_not_fit_is_one_sentence(net, tmp_path):
     assert complaint(cut_off).startswith(
         f"latency.table: {tmp_path}/changed.json: its measurement is not finished (1 of"
     )
-    assert "the same `slimray profile` goes on with it" in complaint(cut_off)
+    assert "the same `slimray profile` resumes it" in complaint(cut_off)
     size = complaint(data={"run": "pictures", "size": 48})
     assert "was measured at resolutions 32, which 48 is not between: profile with it in --resolutions" in size
     below = plain | {"calibration": plain["calibration"] | {"fixed_ms": -9}}

@@ -125,7 +125,7 @@ def test_a_task_without_classes_takes_no_teacher():
     text = IMAGES.replace("my_images, root: images", "super_resolution, root: images")
     text = text.replace("{name: resnet18, width: 0.125}", "{name: carn}") + "teacher: nobody\n"
     (facts,) = job.check(load(text), "runs")
-    assert any("teacher: is for classes of samples or points, not for" in one for one in facts["problems"])
+    assert any("teacher: is for classes of samples, points or tokens, not for" in one for one in facts["problems"])
 
 
 def test_steps_are_counted_without_the_batch_that_is_dropped():
