@@ -3,8 +3,8 @@
 `LayerWalk` is the environment as recorded: a chain of layers, the action of a layer keeps a share of its *input*
 channels. `GroupWalk` is ours: an action per dependency group, so that residual sums, concatenations and shared layers
 are decided once, under limits on any cost that is a function of the numbers kept (MACs, params, measured latency).
-Both have a state of ten numbers per step, something that keeps the budget, and a rounding to channels. The search over
-a `GroupWalk` is that of agents.py.
+Both have the same three parts: a state of ten numbers per step, a clip that keeps the budget in reach, and a rounding
+to channels. The search over a `GroupWalk` is that of agents.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,6 @@ from slimray.spec import UserError
 Floats = NDArray[np.float64]
 COLUMNS = ("index", "type", "c_in", "c_out", "stride", "kernel", "weights", "reduced", "rest", "last_action")
 LEAST = 0.2  # lower bound of every action
-STEPS = 24  # halvings of the search for the largest common factor that keeps the limits
 
 
 def rounded(channels: int, ratio: float, multiple: int = 8) -> int:
@@ -46,14 +45,6 @@ def _scaled(rows: Sequence[Sequence[float]]) -> Floats:
 def reward_of(accuracy: float, macs: float | None = None) -> float:
     """The reward of an accuracy in percent: a hundredth of it, or with `macs` minus the error times their logarithm."""
     return accuracy * 0.01 if macs is None else -(100 - accuracy) * 0.01 * float(np.log(macs))
-
-
-def group_reward(accuracy: float) -> float:
-    """The reward of an accuracy in percent over a `GroupWalk`: a tenth, as HAQ's, ten times the recorded one.
-
-    Differences of some points then outweigh what a critic says before it has learned.
-    """
-    return accuracy * 0.1
 
 
 # ------------------------------------------------------------------------------------------------ as recorded
@@ -199,11 +190,9 @@ class GroupStep:
 class GroupWalk:
     """An action per group: the share of its channels that stays, under `limits` on `costs`.
 
-    `costs` takes numbers of channels `[n, groups]` and returns cost -> `[n]`. The actions of an episode say how the
-    shares relate; a common factor then makes them as large as the limits allow, none below `least`, and what is left
-    goes to single groups. Other than the recorded walk, which cuts each action to what all later layers at `least`
-    leave: there the last groups get the rest, and random policies leave much of the budget unused. Policies keep their
-    limits, whatever is shared. UserError where not even all groups at `least` do.
+    `costs` takes numbers of channels `[n, groups]` and returns cost -> `[n]`. A number is the allowed one nearest below
+    the action, but never one with which the limits could not be kept any more when all later groups are at the lower
+    bound `least`: policies keep their limits, whatever is shared. UserError where not even those at the bound do.
     """
 
     stream = 2
@@ -217,7 +206,7 @@ class GroupWalk:
     ):
         self.steps, self.costs, self.limits, self.least = tuple(steps), costs, dict(limits), least
         self.full = np.array([step.choices[-1] for step in steps], float)
-        self.lowest = self._numbers(np.zeros(len(steps)))
+        self.lowest = np.array([self._number(step, least) for step in steps], float)
         if not self._keeps(self.lowest[None])[0]:
             found = costs(self.lowest[None])
             shown = ", ".join(f"{name} {float(found[name][0]):.6g}" for name in limits)
@@ -236,11 +225,9 @@ class GroupWalk:
         """Actions of an episode."""
         return len(self.steps)
 
-    def _numbers(self, ratios: Floats) -> Floats:
-        """The allowed numbers nearest below shares of the groups `[groups]`, which `least` and 1 bound."""
-        bounded = np.clip(ratios, self.least, 1) + 1e-9
-        pairs = zip(self.steps, bounded, strict=True)
-        return np.array([max((n for n in s.choices if n <= r * s.choices[-1]), default=s.choices[0]) for s, r in pairs])
+    @staticmethod
+    def _number(step: GroupStep, ratio: float) -> int:
+        return max((n for n in step.choices if n <= ratio * step.choices[-1] + 1e-9), default=step.choices[0])
 
     def _keeps(self, rows: Floats) -> NDArray[np.bool_]:
         costs = self.costs(rows)
@@ -248,42 +235,30 @@ class GroupWalk:
 
     def reset(self) -> Floats:
         """Begin an episode and return the state of the first group."""
-        self.shares = np.zeros(len(self.steps))
-        self.place = 0
+        self.row, self.place = self.lowest.copy(), 0
         return self._state(1.0)
 
     def _state(self, last: float) -> Floats:
         state = self.static[self.place].copy()
         later = sum(step.macs for step in self.steps[self.place + 1 :])
-        state[7] = 1 - float(self.costs(self._numbers(self.shares)[None])[self.judged][0]) / self.total
+        state[7] = 1 - float(self.costs(self.row[None])[self.judged][0]) / self.total
         state[8] = later / max(sum(step.macs for step in self.steps), 1.0)
         state[9] = last
         return state
 
     def step(self, action: float) -> Floats | None:
         """Take a raw action for the current group and return the state of the next one, None after the last."""
-        share = self.shares[self.place] = min(max(action, self.least), 1.0)
+        step = self.steps[self.place]
+        wanted = self._number(step, max(action, self.least))
+        allowed = [n for n in step.choices if n <= wanted]
+        rows = np.repeat(self.row[None], len(allowed), 0)
+        rows[:, self.place] = allowed
+        kept = np.flatnonzero(self._keeps(rows))
+        self.row[self.place] = allowed[kept[-1]] if len(kept) else self.lowest[self.place]
+        share = self.row[self.place] / self.full[self.place]
         self.place += 1
         return None if self.place == len(self.steps) else self._state(share)
 
     def policy(self) -> dict[str, int]:
         """The channels that stay, by group, after the last step."""
-        low, high = 0.0, 1 / self.least
-        for _ in range(STEPS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._keeps(self._numbers(middle * self.shares)[None])[0] else (low, middle)
-        counts = self._filled(self._numbers(low * self.shares))
-        return {step.name: int(count) for step, count in zip(self.steps, counts, strict=True)}
-
-    def _filled(self, counts: Floats) -> Floats:
-        """`counts` with the next number in one group after another as long as the limits allow one.
-
-        First in the group that has least of what its action asked for.
-        """
-        while True:
-            larger = [min((n for n in s.choices if n > c), default=c) for s, c in zip(self.steps, counts, strict=True)]
-            rows = np.where(np.eye(len(counts), dtype=bool), np.array(larger, float), counts)
-            fits = self._keeps(rows) & (rows.sum(1) > counts.sum())
-            if not fits.any():
-                return counts
-            counts = rows[np.where(fits, counts / (self.shares * self.full), np.inf).argmin()]
+        return {step.name: int(count) for step, count in zip(self.steps, self.row, strict=True)}

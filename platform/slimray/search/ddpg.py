@@ -3,10 +3,8 @@
 Deep Deterministic Policy Gradient (1509.02971) with what those two papers' code does otherwise: every transition of an
 episode has the episode's final reward, rewards are taken relative to a moving average, noise is a normal distribution
 cut to [0, 1], and updates happen at the end of an episode, one per transition. `AMC` and `HAQ` are their recorded
-settings, `GROUPS` is ours for AMC over dependency groups: with last layers that start near zero the actor does not
-follow, within a hundred episodes, the slopes that its critic happened to start with. Surprising: an agent is a function
-of its seed and of the episodes it took, in their order, so a search stores the episodes, not the networks: a resumed
-one takes them again, with the same result.
+settings. Surprising: an agent is a function of its seed and of the episodes it took, in their order, so a search stores
+the episodes, not the networks: a resumed one takes them again, with the same result.
 """
 
 import math
@@ -58,7 +56,6 @@ class DdpgSettings:
 
 AMC = DdpgSettings(warmup=101, decay=0.95, replay=100)
 HAQ = DdpgSettings(warmup=21, decay=0.99, replay=128, last_init=3e-3, dummy=True)
-GROUPS = DdpgSettings(warmup=101, decay=0.95, replay=100, last_init=3e-3, dummy=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -163,20 +163,18 @@ def _searched(
 ) -> dict[str, Any]:
     """Search a policy by trials of Ray Tune; those that are there count."""
     spec, job = step.search, work.job
-    agent = replace(ddpg.GROUPS, warmup=spec.warmup, decay=spec.decay)
+    agent = replace(ddpg.AMC, warmup=spec.warmup, decay=spec.decay, dummy=True)
     steps = [amc.GroupStep(**one) for one in policies.group_features(groups, step.round_to)]
     try:
         timed, limits, costs = _timed_costs(step, work, stage, before, groups, limits)
-        walk = amc.GroupWalk(steps, costs, _with_margin(limits, timed), spec.least)
+        walk = amc.GroupWalk(steps, costs, limits, spec.least)
     except UserError as error:
         raise UserError(f"{work.ctx.where}: prune: {error}") from None
     metric = TASKS[subnets.task_of(runs.read_model(before)[2])].best
     sign = metric.sign
     learner = Learner(walk, SearchSettings(spec.episodes, spec.population, agent), job.seed)
     make = functools.partial(_scorer, before.uri, exhibits, job.judge, step)
-    tried = agent_trials.run(
-        work, stage, "prune", learner, lambda told: amc.group_reward(sign * told[metric.name]), make
-    )
+    tried = agent_trials.run(work, stage, "prune", learner, lambda told: amc.reward_of(sign * told[metric.name]), make)
     rewards = [agent_trials.number_of(trial.reward) for trial in tried]
     if timed is None:
         found, told = best(tried), {}
@@ -235,12 +233,6 @@ def _timed_costs(
     return told | {"error": model.error}, limits, lambda rows: {
         **groups.costs_of(rows), "latency_ms": whole_ms * model(rows)
     }  # fmt: skip
-
-
-def _with_margin(limits: Mapping[str, float], timed: Mapping[str, Any] | None) -> dict[str, float]:
-    """The limits with the mean error of modelled latency, at most 10 %, kept free: policies spend all that there is."""
-    margin = {} if timed is None else {"latency_ms": limits["latency_ms"] * (1 - min(timed["error"], 10.0) / 100)}
-    return {**limits, **margin}
 
 
 def _kept_when_timed(
