@@ -132,6 +132,13 @@ def test_an_answer_that_breaks_off_leaves_nothing(s3, clips, tmp_path):
     assert not list(tmp_path.glob("files/*/*.part"))
 
 
+@pytest.fixture
+def spawn(monkeypatch):
+    """Processes that start anew and find the tests' modules, wherever pytest was started from."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
+    return multiprocessing.get_context("spawn")
+
+
 def _fetch(uri: str, folder: str, names: list[str], out) -> None:
     fs, path = open_uri(uri)
     for name in names:
@@ -140,13 +147,12 @@ def _fetch(uri: str, folder: str, names: list[str], out) -> None:
         out.put((name, place.stat().st_size))
 
 
-def test_processes_that_want_the_same_file_fetch_it_once(s3, clips, tmp_path):
+def test_processes_that_want_the_same_file_fetch_it_once(s3, clips, tmp_path, spawn):
     uri, _, _ = clips
-    context = multiprocessing.get_context("spawn")
-    out = context.Queue()
+    out = spawn.Queue()
     names = [f"s{shard}.parquet" for shard in range(SHARDS)]
     before = s3.done.total()
-    processes = [context.Process(target=_fetch, args=(uri, str(tmp_path), names, out)) for _ in range(3)]
+    processes = [spawn.Process(target=_fetch, args=(uri, str(tmp_path), names, out)) for _ in range(3)]
     for process in processes:
         process.start()
     found = [out.get(timeout=patience(60)) for _ in range(3 * SHARDS)]
@@ -174,11 +180,10 @@ def _write_half(folder: str, ready) -> None:
     cache._write(Source(), Cache(Path(folder), 10**9, "v").place("half"))  # type: ignore[arg-type]
 
 
-def test_a_process_that_is_killed_leaves_a_part_that_nobody_reads_and_a_sweep_removes(clips, tmp_path):
+def test_a_process_that_is_killed_leaves_a_part_that_nobody_reads_and_a_sweep_removes(clips, tmp_path, spawn):
     uri, rows, data = clips
-    context = multiprocessing.get_context("spawn")
-    ready = context.Event()
-    process = context.Process(target=_write_half, args=(str(tmp_path), ready))
+    ready = spawn.Event()
+    process = spawn.Process(target=_write_half, args=(str(tmp_path), ready))
     process.start()
     assert ready.wait(patience(30))
     end = time.monotonic() + patience(30)
