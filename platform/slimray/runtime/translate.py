@@ -144,8 +144,9 @@ def beam_search(
     cached: Arrays = speaker.begin(len(source) * beam)
     while True:
         logits, cached = speaker.next(beams.last, given, cached)
-        log_probs = _allowed(logits.astype(np.float64), beams.length, max_length)
+        log_probs = _log_softmax(logits.astype(np.float64))
         vocab_size = log_probs.shape[-1]
+        log_probs[:, forbidden(beams.length, max_length, vocab_size)] = -np.inf
         totals = (beams.scores.reshape(-1, 1) + log_probs).reshape(len(beams.rows), -1)
         count = min(2 * beam, totals.shape[1])
         place = np.argpartition(-totals, count - 1, -1)[:, :count]
@@ -157,17 +158,17 @@ def beam_search(
         given, cached = ({name: value[rows] for name, value in part.items()} for part in (given, cached))
 
 
-def _allowed(logits: NDArray[np.float64], length: int, max_length: int) -> NDArray[np.float64]:
-    """Log-probabilities `[n, V]` of logits, without what may not be chosen: PAD; eos as the first token; all else
-    behind the last."""
-    top = logits.max(-1, keepdims=True)
-    out = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
-    out[:, PAD] = -np.inf
-    if length == max_length:
-        out[:, :EOS] = out[:, EOS + 1 :] = -np.inf
-    elif length == 0:
-        out[:, EOS] = -np.inf
+def forbidden(length: int, max_length: int, vocab_size: int) -> NDArray[np.bool_]:
+    """Which tokens `[V]` may not follow `length` others: PAD; eos as the first; all but eos behind the last."""
+    out = np.full(vocab_size, length == max_length)
+    out[EOS] = length == 0 < max_length
+    out[PAD] = True
     return out
+
+
+def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    top = logits.max(-1, keepdims=True)
+    return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
 
 
 def cached_of(facts: Facts, step: Step, where: str) -> dict[str, int]:

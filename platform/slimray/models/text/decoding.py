@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slimray.data.text.vocabulary import EOS, PAD
-from slimray.runtime.translate import Beams, Hypothesis
+from slimray.runtime.translate import Beams, Hypothesis, forbidden
 
 MAX_LENGTH = 200
 CHUNK = 256  # words of a stream that are read at once
@@ -54,15 +54,10 @@ def beam_search(
         state = state.rows(torch.from_numpy(rows).to(source.device))
 
 
-def _allowed(log_probs: Tensor, step: int, max_length: int) -> Tensor:
-    """`log_probs` `[n, V]` without what may not be chosen: PAD; eos as the first token; all else behind the last."""
-    out = log_probs.clone()
-    out[:, PAD] = -torch.inf
-    if step == max_length:
-        out[:, :EOS] = out[:, EOS + 1 :] = -torch.inf
-    elif step == 0:
-        out[:, EOS] = -torch.inf
-    return out
+def _allowed(log_probs: Tensor, length: int, max_length: int) -> Tensor:
+    """Log-probabilities or logits `[n, V]` without the tokens that may not follow `length` others."""
+    out = torch.from_numpy(forbidden(length, max_length, log_probs.shape[-1])).to(log_probs.device)
+    return log_probs.masked_fill(out, -torch.inf)
 
 
 @torch.inference_mode()
