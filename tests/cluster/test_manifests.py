@@ -164,7 +164,7 @@ def promtool(*arguments: str) -> tuple[int, str]:
     """Exit code and words of promtool (Debian: prometheus); skips the test where it is not installed."""
     program = shutil.which("promtool")
     if program is None:
-        pytest.skip("needs promtool")
+        pytest.skip("no promtool: install the Debian package prometheus")
     done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=patience(60))
     return done.returncode, done.stdout + done.stderr
 
