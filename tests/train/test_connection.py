@@ -18,8 +18,8 @@ from slimray.train import connection
 run = runs.open_run(sys.argv[1], "a")
 with runs.hold(run):
     connection.connect(1)
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(3600)
     finally:
         time.sleep(5)  # longer than Ray's handler in C++ lets a process live
