@@ -29,6 +29,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.timeout(patience(seconds)), append=False)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes are named by their length: their content, as a time inside gzip, may differ between pytest's processes."""
+    return f"{argname}-{len(val)}-bytes" if isinstance(val, bytes) else None
+
+
 @pytest.fixture
 def no_ray() -> Iterator[None]:
     """Nothing of Ray in this process, before and after a test that has a cluster of its own."""
