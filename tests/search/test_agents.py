@@ -12,13 +12,13 @@ from torch import nn
 
 from slimray.compress.quantization import layers_of
 from slimray.search import haq
-from slimray.search.agents import Learner, SearchSettings, Trial, best, search
+from slimray.search.agents import Climb, Climber, Learner, SearchSettings, Trial, best, search
 from slimray.search.amc import GroupStep, GroupWalk
 from slimray.search.ddpg import AMC, HAQ, Ddpg
 from slimray.spec import UserError
 
 
-def groups() -> GroupWalk:
+def groups(spends: bool = False) -> GroupWalk:
     steps = [GroupStep(f"g{i}", (8, 16, 24, 32), False, 32, 32, 1, 3, 9216.0, 1e6) for i in range(5)]
     ends = np.array([[3.0], [10.0]])
 
@@ -26,7 +26,7 @@ def groups() -> GroupWalk:
         full = np.concatenate([np.repeat(ends[:1], len(rows), 0), rows, np.repeat(ends[1:], len(rows), 0)], 1)
         return {"macs": (full[:, :-1] * full[:, 1:]).sum(1)}
 
-    return GroupWalk(steps, costs, {"macs": 2000.0})
+    return GroupWalk(steps, costs, {"macs": 2000.0}, spends=spends)
 
 
 def bits() -> haq.BitsWalk:
@@ -44,9 +44,19 @@ def by_channels(policy: dict[str, int]) -> float:
     return sum(c * (3 if name == "g2" else 1) for name, c in policy.items()) / 224
 
 
+def hilly(policy: dict[str, int]) -> float:
+    """Every group but the third gains ever less from its channels."""
+    return sum(c / 32 * 2 if name == "g2" else (c / 32) ** 0.3 for name, c in policy.items())
+
+
 SMALL: dict[str, Any] = {"warmup": 12, "decay": 0.85, "batch": 16, "hidden": (32, 32), "dummy": True}
-CASES = {
+CASES: dict[str, Any] = {
     "amc": (groups, by_channels, SearchSettings(40, 4, replace(AMC, **SMALL))),
+    "climb": (
+        lambda: groups(spends=True),
+        hilly,
+        SearchSettings(40, 4, Climb((0.25, 0.5, 0.25, 1.0, 0.25), 0.2)),
+    ),
     "haq": (bits, lambda policy: float(policy[1][1]), SearchSettings(24, 2, replace(HAQ, **SMALL))),
 }
 
@@ -86,8 +96,9 @@ def test_a_search_is_what_its_history_proposes_whatever_the_order_it_finished_in
 
 def test_an_agent_learns_once_from_every_episode(case, monkeypatch):
     walk, reward, settings = case
-    done, taken, take = search(walk, settings, reward, seed=3), [], Ddpg.take
-    monkeypatch.setattr(Ddpg, "take", lambda agent, episode: (taken.append(episode), take(agent, episode)))
+    kind = Climber if isinstance(settings.agent, Climb) else Ddpg
+    done, taken, take = search(walk, settings, reward, seed=3), [], kind.take
+    monkeypatch.setattr(kind, "take", lambda agent, episode: (taken.append(episode), take(agent, episode)))
     learner, known = Learner(walk, settings, 3), {trial.index: trial for trial in done}
     for number in range(settings.episodes // settings.population):
         proposed = learner.propose(known, number)
@@ -112,6 +123,23 @@ def test_the_search_finds_more_than_its_warm_up_did():
     random_best, found = best(done[: settings.agent.warmup]).reward, [trial.reward for trial in done]
     assert np.mean(found[-20:]) > np.mean(found[: settings.agent.warmup])
     assert best(done).reward >= random_best
+
+
+def test_climbing_begins_at_its_start_and_goes_on_from_the_best_so_far():
+    walk, _, settings = CASES["climb"]
+    done = search(walk(), replace(settings, population=1), hilly, seed=1)
+    assert done[0].actions.tolist() == list(settings.agent.start)
+    for index in range(1, settings.episodes):
+        gone = np.abs(done[index].actions - best(done[:index]).actions)
+        assert 0 < gone.mean() < 0.3
+    assert best(done).reward > done[0].reward + 0.05
+
+
+def test_a_start_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="5 actions are needed, not 1"):
+        Learner(groups(), SearchSettings(4, 1, Climb((0.5,))), 0)
+    with pytest.raises(UserError, match="spread must be > 0"):
+        Climb((0.5,), 0.0)
 
 
 def test_failed_trials_are_no_reward_and_the_search_goes_on():

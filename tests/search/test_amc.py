@@ -98,26 +98,48 @@ def costs(rows):
     return {"macs": (full[:, :-1] * full[:, 1:]).sum(1), "latency_ms": rows.sum(1) / 10}
 
 
+def row(walk: GroupWalk, actions) -> np.ndarray:
+    """The channels of the policy that an episode of `actions` ends in."""
+    walk.reset()
+    for action in actions:
+        walk.step(action)
+    return np.array([walk.policy()[step.name] for step in walk.steps], float)
+
+
+def is_full(walk: GroupWalk, counts) -> bool:
+    """Whether no group may have its next number."""
+    more = np.repeat(counts[None], 5, 0) + 8 * np.eye(5)
+    found = costs(more)
+    broken = np.any([found[name] > limit for name, limit in walk.limits.items()], axis=0)
+    return bool((broken | (more > 32).any(1)).all())
+
+
+@pytest.mark.parametrize("spends", [False, True])
 @pytest.mark.parametrize("limits", [{"macs": 2000.0}, {"latency_ms": 8.0}, {"macs": 2500.0, "latency_ms": 9.0}])
-def test_every_walk_keeps_its_limits(limits):
-    walk, rng, seen = GroupWalk(steps(), costs, limits), random.Random(0), set()
+def test_every_walk_keeps_its_limits(limits, spends):
+    walk, rng, seen = GroupWalk(steps(), costs, limits, spends=spends), random.Random(0), set()
     for _ in range(200):
-        walk.reset()
-        while walk.step(rng.random()) is not None:
-            pass
-        found = costs(walk.row[None])
+        counts = row(walk, [rng.random() for _ in range(5)])
+        found = costs(counts[None])
         assert all(found[name][0] <= limit for name, limit in limits.items())
-        assert all(count in step.choices for step, count in zip(walk.steps, walk.row))
-        seen.add(tuple(walk.row))
+        assert all(count in step.choices for step, count in zip(walk.steps, counts))
+        assert is_full(walk, counts) or not spends
+        seen.add(tuple(counts))
     assert len(seen) > 30
 
 
-def test_a_walk_that_wants_all_takes_all_that_the_limit_leaves():
-    walk = GroupWalk(steps(), costs, {"macs": 2000.0})
-    while walk.step(1.0) is not None:
-        pass
-    more = np.repeat(walk.row[None], 5, 0) + 8 * np.eye(5)
-    assert (costs(more)["macs"][(more <= 32).all(1)] > 2000).all()
+@pytest.mark.parametrize("spends", [False, True])
+def test_a_walk_that_wants_all_takes_all_that_the_limit_leaves(spends):
+    walk = GroupWalk(steps(), costs, {"macs": 2000.0}, spends=spends)
+    assert is_full(walk, row(walk, [1.0] * 5))
+
+
+def test_with_a_common_factor_only_how_shares_relate_counts_whatever_comes_first():
+    walk = GroupWalk(steps(), costs, {"macs": 2000.0}, spends=True)
+    assert row(walk, [0.25] * 5).tolist() == row(walk, [1.0] * 5).tolist()
+    first, last = row(walk, [1, 1, 0.3, 0.3, 0.3]), row(walk, [0.3, 0.3, 0.3, 1, 1])
+    assert first[:2].min() > first[2:].max()
+    assert last[3:].min() > last[:3].max()
 
 
 def test_limits_out_of_reach_are_one_sentence():

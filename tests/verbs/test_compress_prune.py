@@ -26,7 +26,11 @@ kind: compress
 name: {name}
 model: {{run: whole}}
 steps:
-  - {{step: prune, shares: {{macs: 0.8}}, policy: sensitivity, criterion: taylor, round_to: 4}}
+  - step: prune
+    shares: {{macs: 0.8}}
+    search: {{name: climb, episodes: 3, population: 2}}
+    criterion: taylor
+    round_to: 4
   - step: prune
     shares: {{macs: 0.6}}
     search: {{name: amc, episodes: 4, population: 2, warmup: 2}}
@@ -115,13 +119,18 @@ def test_a_trial_takes_what_a_worker_of_the_job_does_and_runs_on_the_gpu_that_it
         ("keep: 0.5, shares: {macs: 0.5}", "write one of shares"),
         ("keep: 0.5, search: amc", "search: needs shares or limits"),
         ("shares: {macs: 0.5}, search: haq", "amc"),
+        ("shares: {macs: 0.5}, search: {name: climb, warmup: 5}", "warmup"),
         ("shares: {macs: 1.5}", "shares.macs"),
         ("shares: {mac: 0.5}", "macs"),
         ("shares: {latency_ms: 0.5}, search: {name: amc, timed: 5}", "timed"),
         ("keep: 0.5, criterion: tailor", "criterion"),
         ("shares: {macs: 0.5}, limits: {macs: 1}", "written as a share too"),
         ("shares: {macs: 0.5}, policy: ranked, criterion: l1", "ranked needs criterion: group"),
-        ("shares: {macs: 0.5}, policy: ranked, search: amc", "leave one of the two out"),
+        (
+            "shares: {macs: 0.5}, policy: ranked, search: amc",
+            "leave it out, or write search: {name: climb, start: ranked}",
+        ),
+        ("shares: {macs: 0.5}, criterion: l1, search: {name: climb, start: ranked}", "search.start: ranked needs"),
         ("keep: 0.5, policy: ranked", "keep: goes with policy uniform"),
     ],
 )
@@ -176,7 +185,7 @@ def test_a_step_behind_another_one_that_prunes_is_not_judged_by_what_the_network
 @pytest.mark.ray
 @pytest.mark.benchmark
 @pytest.mark.timeout(900)
-def test_a_network_is_pruned_by_curves_and_by_amc_on_any_number_of_workers(shell: Shell):
+def test_a_network_is_pruned_by_climbing_and_by_amc_on_any_number_of_workers(shell: Shell):
     shell.ok("run", shell.write("pictures.yaml", DATA))
     shell.ok("run", shell.write("whole.yaml", TRAIN))
     found = []
@@ -189,8 +198,8 @@ def test_a_network_is_pruned_by_curves_and_by_amc_on_any_number_of_workers(shell
         assert [row["step"] for row in rows] == ["original", "prune", "prune"]
         assert rows[1]["macs"] <= 0.8 * rows[0]["macs"]
         assert rows[2]["macs"] <= 0.6 * rows[1]["macs"]
-        assert len(results["steps"][2]["details"]["rewards"]) == 4
-        assert results["steps"][1]["details"]["sensitivity"]
+        assert [len(one["details"]["rewards"]) for one in results["steps"][1:]] == [3, 4]
+        assert results["steps"][1]["details"]["sensitivity"], "the curves that the climb began with"
         found.append([one["details"]["counts"] for one in results["steps"][1:]])
     assert found[0] == found[1]
     done = json.loads(shell.run("evaluate", "pruned-1", "--json").stdout)

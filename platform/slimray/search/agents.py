@@ -3,9 +3,11 @@
 A walk (`amc.GroupWalk`, `haq.BitsWalk`) gives states and takes actions; one walk is an episode, the policy that it ends
 in a trial, which gets a reward. A generation of trials is proposed by the agent (ddpg.py) that has learned from all
 generations before it, so that a search is a function of its seed and of the rewards: on any number of workers, resumed
-or not, it is the same. A population of 1 is the sequential search as published.
+or not, it is the same. A population of 1 is the sequential search as published. `Climb`, in place of an agent, climbs
+from a policy that is known to be good: where trials are few, it finds more.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
@@ -13,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from slimray.search.ddpg import Ddpg, DdpgSettings, Episode
+from slimray.search.ddpg import Ddpg, DdpgSettings, Episode, truncated_normal
 from slimray.spec import UserError
 
 Floats = NDArray[np.float64]
@@ -46,12 +48,27 @@ class Walk(Protocol[Given]):
 
 
 @dataclass(frozen=True)
+class Climb:
+    """Hill climbing in place of an agent: the actions of the best episode so far, with noise; first those of `start`.
+
+    The noise is normal, of deviation `spread`, cut to [0, 1].
+    """
+
+    start: tuple[float, ...]
+    spread: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.spread <= 0:
+            raise UserError("search: spread must be > 0")
+
+
+@dataclass(frozen=True)
 class SearchSettings:
-    """A search: `episodes` in all, `population` of them proposed at a time (1: in sequence), the agent."""
+    """A search: `episodes` in all, `population` of them proposed at a time (1: in sequence), who proposes."""
 
     episodes: int
     population: int
-    agent: DdpgSettings
+    agent: DdpgSettings | Climb
 
     def __post_init__(self) -> None:
         if self.population < 1 or self.episodes < 1:
@@ -81,13 +98,33 @@ class Trial(Generic[Policy]):
         return Trial(int(plain["index"]), policy, states, actions, float(plain["reward"]))
 
 
-def rollout(walk: Walk[Policy], agent: Ddpg, index: int, seed: int) -> Trial[Policy]:
+class Climber:
+    """Who proposes by `Climb`."""
+
+    def __init__(self, settings: Climb, num_steps: int):
+        if len(settings.start) != num_steps:
+            raise ValueError(f"search: start: {num_steps} actions are needed, not {len(settings.start)}")
+        self.settings, self.best = settings, Episode(np.zeros(0), np.array(settings.start), -math.inf)
+
+    def act(self, place: int, index: int, rng: np.random.Generator) -> float:
+        """The action number `place` of episode `index`."""
+        mean = float(self.best.actions[place])
+        return mean if index == 0 else truncated_normal(mean, self.settings.spread, rng)
+
+    def take(self, episode: Episode) -> None:
+        """Climb to an episode that is better than all before it; one without a finite reward is none."""
+        if math.isfinite(episode.reward) and episode.reward > self.best.reward:
+            self.best = episode
+
+
+def rollout(walk: Walk[Policy], agent: Ddpg | Climber, index: int, seed: int) -> Trial[Policy]:
     """The episode `index` that an agent walks: a function of the agent, the seed and the number."""
     rng, states, actions = np.random.default_rng([seed, walk.stream, index]), [], []
     after: Floats | None = walk.reset()
     while after is not None:
         states.append(after)
-        actions.append(agent.act(after, index, rng))
+        place = len(actions)
+        actions.append(agent.act(place, index, rng) if isinstance(agent, Climber) else agent.act(after, index, rng))
         after = walk.step(actions[-1])
     return Trial(index, walk.policy(), np.array(states), np.array(actions))
 
@@ -97,7 +134,9 @@ class Learner(Generic[Policy]):
 
     def __init__(self, walk: Walk[Policy], settings: SearchSettings, seed: int):
         self.walk, self.settings, self.seed, self.taken = walk, settings, seed, 0
-        self.agent = Ddpg(settings.agent, len(walk.reset()), walk.num_steps, seed)
+        one = settings.agent
+        climbs = isinstance(one, Climb)
+        self.agent = Climber(one, walk.num_steps) if climbs else Ddpg(one, len(walk.reset()), walk.num_steps, seed)
 
     def propose(self, history: Mapping[int, Trial[Policy]], number: int) -> list[Trial[Policy]] | None:
         """The trials of generation `number`, without rewards; None while one of an earlier generation is missing.

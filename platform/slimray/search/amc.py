@@ -18,6 +18,7 @@ from slimray.spec import UserError
 Floats = NDArray[np.float64]
 COLUMNS = ("index", "type", "c_in", "c_out", "stride", "kernel", "weights", "reduced", "rest", "last_action")
 LEAST = 0.2  # lower bound of every action
+HALVINGS = 24  # of the search for the largest common factor that keeps the limits
 
 
 def rounded(channels: int, ratio: float, multiple: int = 8) -> int:
@@ -193,6 +194,10 @@ class GroupWalk:
     `costs` takes numbers of channels `[n, groups]` and returns cost -> `[n]`. A number is the allowed one nearest below
     the action, but never one with which the limits could not be kept any more when all later groups are at the lower
     bound `least`: policies keep their limits, whatever is shared. UserError where not even those at the bound do.
+
+    With `spends`, the actions of an episode say how the shares relate, and a common factor makes them as large as the
+    limits allow, none below `least`; what is left goes to single groups. Policies near each other then cost the same,
+    whichever groups come first.
     """
 
     stream = 2
@@ -203,10 +208,12 @@ class GroupWalk:
         costs: Callable[[Floats], Mapping[str, Floats]],
         limits: Mapping[str, float],
         least: float = LEAST,
+        spends: bool = False,
     ):
-        self.steps, self.costs, self.limits, self.least = tuple(steps), costs, dict(limits), least
+        self.steps, self.costs, self.limits = tuple(steps), costs, dict(limits)
+        self.least, self.spends = least, spends
         self.full = np.array([step.choices[-1] for step in steps], float)
-        self.lowest = np.array([self._number(step, least) for step in steps], float)
+        self.lowest = self._numbers(np.zeros(len(steps)))
         if not self._keeps(self.lowest[None])[0]:
             found = costs(self.lowest[None])
             shown = ", ".join(f"{name} {float(found[name][0]):.6g}" for name in limits)
@@ -225,9 +232,13 @@ class GroupWalk:
         """Actions of an episode."""
         return len(self.steps)
 
-    @staticmethod
-    def _number(step: GroupStep, ratio: float) -> int:
-        return max((n for n in step.choices if n <= ratio * step.choices[-1] + 1e-9), default=step.choices[0])
+    def _number(self, step: GroupStep, ratio: float) -> int:
+        """The allowed number nearest below a share, which `least` and 1 bound."""
+        most = min(max(ratio, self.least), 1.0) * step.choices[-1] + 1e-9
+        return max((n for n in step.choices if n <= most), default=step.choices[0])
+
+    def _numbers(self, ratios: Floats) -> Floats:
+        return np.array([self._number(*pair) for pair in zip(self.steps, ratios, strict=True)], float)
 
     def _keeps(self, rows: Floats) -> NDArray[np.bool_]:
         costs = self.costs(rows)
@@ -236,6 +247,7 @@ class GroupWalk:
     def reset(self) -> Floats:
         """Begin an episode and return the state of the first group."""
         self.row, self.place = self.lowest.copy(), 0
+        self.shares = np.zeros(len(self.steps))
         return self._state(1.0)
 
     def _state(self, last: float) -> Floats:
@@ -249,16 +261,39 @@ class GroupWalk:
     def step(self, action: float) -> Floats | None:
         """Take a raw action for the current group and return the state of the next one, None after the last."""
         step = self.steps[self.place]
-        wanted = self._number(step, max(action, self.least))
-        allowed = [n for n in step.choices if n <= wanted]
-        rows = np.repeat(self.row[None], len(allowed), 0)
-        rows[:, self.place] = allowed
-        kept = np.flatnonzero(self._keeps(rows))
-        self.row[self.place] = allowed[kept[-1]] if len(kept) else self.lowest[self.place]
+        wanted = self._number(step, action)
+        self.shares[self.place] = min(max(action, self.least), 1.0)
+        if self.spends:
+            self.row[self.place] = wanted
+        else:
+            allowed = [n for n in step.choices if n <= wanted]
+            rows = np.repeat(self.row[None], len(allowed), 0)
+            rows[:, self.place] = allowed
+            kept = np.flatnonzero(self._keeps(rows))
+            self.row[self.place] = allowed[kept[-1]] if len(kept) else self.lowest[self.place]
         share = self.row[self.place] / self.full[self.place]
         self.place += 1
         return None if self.place == len(self.steps) else self._state(share)
 
     def policy(self) -> dict[str, int]:
         """The channels that stay, by group, after the last step."""
-        return {step.name: int(count) for step, count in zip(self.steps, self.row, strict=True)}
+        counts = self._spent() if self.spends else self.row
+        return {step.name: int(count) for step, count in zip(self.steps, counts, strict=True)}
+
+    def _spent(self) -> Floats:
+        """The numbers of the largest common factor that keeps the limits, and single ones more while they allow it.
+
+        First in the group that has least of what its action asked for.
+        """
+        low, high = 0.0, 1 / self.least
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._keeps(self._numbers(middle * self.shares)[None])[0] else (low, middle)
+        counts = self._numbers(low * self.shares)
+        while True:
+            larger = [min((n for n in s.choices if n > c), default=c) for s, c in zip(self.steps, counts, strict=True)]
+            rows = np.where(np.eye(len(counts), dtype=bool), np.array(larger, float), counts)
+            fits = self._keeps(rows) & (rows.sum(1) > counts.sum())
+            if not fits.any():
+                return counts
+            counts = rows[np.where(fits, counts / (self.shares * self.full), np.inf).argmin()]

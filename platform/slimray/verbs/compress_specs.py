@@ -102,24 +102,44 @@ class SparsifyStep(Spec):
         return self
 
 
-class AmcSpec(Spec):
-    """AMC (arXiv 1802.03494): an agent decides group by group, judged by the whole policy at the end."""
+class PolicySearchSpec(Spec):
+    """A search over how many channels stay: its budget, and the policies that are in reach."""
 
-    name: Literal["amc"] = "amc"
-    """Which search."""
     episodes: int = Field(400, ge=1)
     """Policies to try."""
     population: int = Field(1, ge=1)
-    """Policies tried at a time, 1 as published: the result depends on it, not on the workers."""
-    warmup: int = Field(100, ge=1)
-    """Episodes whose actions are random."""
-    decay: float = Field(0.95, gt=0, le=1)
-    """Factor by which the noise shrinks from episode to episode after that."""
+    """Policies tried at a time: the result depends on it, not on the workers."""
     least: float = Field(0.2, gt=0, le=1)
     """Lower bound of the share of channels that stays."""
     timed: int = Field(40, ge=10)
     """With a limit on latency_ms: policies that are timed beforehand, to tell that of all others; the one that is found
     is timed again, and passed over for the next best if it breaks the limit."""
+
+
+class AmcSpec(PolicySearchSpec):
+    """AMC (arXiv 1802.03494): an agent decides group by group, judged by the whole policy at the end."""
+
+    name: Literal["amc"] = "amc"
+    """Which search."""
+    warmup: int = Field(100, ge=1)
+    """Episodes whose actions are random."""
+    decay: float = Field(0.95, gt=0, le=1)
+    """Factor by which the noise shrinks from episode to episode after that."""
+
+
+class ClimbSpec(PolicySearchSpec):
+    """Hill climbing: policies near the best so far, each of which spends the whole limit. For some dozens of trials."""
+
+    name: Literal["climb"] = "climb"
+    """Which search."""
+    episodes: int = Field(50, ge=1)
+    """Policies to try."""
+    least: float = Field(0.1, gt=0, le=1)
+    """Lower bound of the share of channels that stays."""
+    start: Literal["uniform", "ranked", "sensitivity"] = "sensitivity"
+    """The policy that it begins with, found first (`sensitivity`: by its own scores, some four a group)."""
+    spread: float = Field(0.1, gt=0, le=1)
+    """Deviation of a group's share of channels from that of the best policy so far."""
 
 
 Limited = Literal["macs", "params", "size_mb", "latency_ms"]
@@ -140,8 +160,8 @@ class PruneStep(Spec):
     """In place of limits: how many channels stay, by group; groups that are not named stay whole."""
     policy: Literal["uniform", "ranked", "sensitivity"] = "uniform"
     """How many stay where: the same share everywhere; by the criterion over all groups; by measured curves."""
-    search: AmcSpec | None = None
-    """Search the policy in place of giving one: `search: amc` or `search: {name: amc, episodes: 100}`."""
+    search: Annotated[AmcSpec | ClimbSpec, Field(discriminator="name")] | None = None
+    """Search the policy in place of giving one: `search: amc`, `climb` or `{name: climb, episodes: 80}`."""
     criterion: Literal["l1", "l2", "input_l1", "bn", "taylor", "group"] = "group"
     """Which channels stay: by norms of the weights that make (l1, l2) or use (input_l1) them, BatchNorm scales, what
     their loss on `judge.calibrate` training samples would change by without them (taylor), or all weights (group)."""
@@ -153,7 +173,9 @@ class PruneStep(Spec):
     @field_validator("search", mode="before")
     @classmethod
     def _by_name(cls, value: object) -> object:
-        return {"name": value} if isinstance(value, str) else value
+        if isinstance(value, str):
+            return {"name": value}
+        return {"name": "amc"} | value if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _one_rule(self) -> "PruneStep":
@@ -164,11 +186,14 @@ class PruneStep(Spec):
         if self.search is not None and not limited:
             raise ValueError("search: needs shares or limits")
         if self.search is not None and self.policy != "uniform":
-            raise ValueError("policy: is what the search finds: leave one of the two out")
+            way = f"write search: {{name: climb, start: {self.policy}}}"
+            raise ValueError(f"policy: is what the search finds: leave it out, or {way} to begin with it")
         if self.keep is not None and self.policy != "uniform":
             raise ValueError(f"keep: goes with policy uniform; {self.policy} needs shares or limits")
-        if self.policy == "ranked" and self.criterion != "group":
-            raise ValueError("policy: ranked needs criterion: group, whose scores compare across groups")
+        start = self.search.start if isinstance(self.search, ClimbSpec) else None
+        if "ranked" in (self.policy, start) and self.criterion != "group":
+            where = "search.start" if start else "policy"
+            raise ValueError(f"{where}: ranked needs criterion: group, whose scores compare across groups")
         if both := sorted(self.shares.keys() & self.limits.keys()):
             raise ValueError(f"limits: {', '.join(both)}: written as a share too: leave one out")
         return self

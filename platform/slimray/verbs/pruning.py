@@ -20,14 +20,14 @@ from slimray.compress.groups import Groups, trace
 from slimray.data.modalities import input_shape
 from slimray.edge import comparing
 from slimray.search import amc, ddpg
-from slimray.search.agents import Learner, SearchSettings, Trial, best
+from slimray.search.agents import Climb, Learner, SearchSettings, Trial, best
 from slimray.spec import UserError
 from slimray.tasks import TASKS
 from slimray.tasks.network import load_network, to_input
 from slimray.train import batchnorm
 from slimray.train.spec import OptimSpec
 from slimray.verbs import agent_trials, subnets, trials
-from slimray.verbs.compress_specs import TimingSpec
+from slimray.verbs.compress_specs import ClimbSpec, TimingSpec
 from slimray.verbs.compressing import Work, read_network, write_network
 
 RETIMED = 10  # policies of a search that are timed until one keeps its limit
@@ -163,24 +163,43 @@ def _searched(
 ) -> dict[str, Any]:
     """Search a policy by trials of Ray Tune; those that are there count."""
     spec, job = step.search, work.job
-    agent = replace(ddpg.AMC, warmup=spec.warmup, decay=spec.decay, dummy=True)
+    climbs = isinstance(spec, ClimbSpec)
     steps = [amc.GroupStep(**one) for one in policies.group_features(groups, step.round_to)]
     try:
         timed, limits, costs = _timed_costs(step, work, stage, before, groups, limits)
-        walk = amc.GroupWalk(steps, costs, limits, spec.least)
+        walk = amc.GroupWalk(steps, costs, limits, spec.least, spends=climbs)
     except UserError as error:
         raise UserError(f"{work.ctx.where}: prune: {error}") from None
     metric = TASKS[subnets.task_of(runs.read_model(before)[2])].best
     sign = metric.sign
+    if climbs:
+        start, told = _start(walk, step, work, stage, before, exhibits)
+        agent = Climb(start, spec.spread)
+    else:
+        agent, told = replace(ddpg.AMC, warmup=spec.warmup, decay=spec.decay, dummy=True), {}
     learner = Learner(walk, SearchSettings(spec.episodes, spec.population, agent), job.seed)
     make = functools.partial(_scorer, before.uri, exhibits, job.judge, step)
     tried = agent_trials.run(work, stage, "prune", learner, lambda told: amc.reward_of(sign * told[metric.name]), make)
     rewards = [agent_trials.number_of(trial.reward) for trial in tried]
     if timed is None:
-        found, told = best(tried), {}
+        found, again = best(tried), {}
     else:
-        found, told = _kept_when_timed(work, step, before, tried, limits["latency_ms"], timed)
-    return {"counts": found.policy, "episode": found.index, "rewards": rewards, "limits": limits} | told
+        found, again = _kept_when_timed(work, step, before, tried, limits["latency_ms"], timed)
+    return {"counts": found.policy, "episode": found.index, "rewards": rewards, "limits": limits} | told | again
+
+
+def _start(
+    walk: amc.GroupWalk, step: Any, work: Work, stage: runs.Run, before: runs.Run, exhibits: Any
+) -> tuple[tuple[float, ...], dict[str, Any]]:
+    """The actions that a search begins with, kept in `data/start.json` of the stage, and the curves that found them."""
+    if not runs.exists(stage, "data/start.json"):
+        given = step.model_copy(update={"search": None, "policy": step.search.start})
+        timing = work.job.timing or ANY_TIMING
+        found = work.on_worker(_given, before.uri, exhibits, work.job.judge, given, timing)
+        runs.write_file(stage, "data/start.json", json.dumps(found).encode())
+    found = json.loads(runs.read_file(stage, "data/start.json"))
+    shares = tuple(found["counts"][one.name] / one.choices[-1] for one in walk.steps)
+    return shares, {name: found[name] for name in ("sensitivity",) if name in found}
 
 
 # ------------------------------------------------------------------------------------- latency as a limit of a search
