@@ -116,7 +116,7 @@ def is_finished(shell: Shell, name: str) -> bool:
 @pytest.mark.timeout(1800)
 def test_a_road_that_is_killed_in_every_step_ends_in_the_same_bits(tmp_path):
     """SIGKILL of the driver and everything below it, six times on one road."""
-    text = road("clips", "road", samples=60, episodes=4)
+    text = road("clips", "road", samples=60, episodes=3)
     straight, killed = Shell(tmp_path / "straight"), Shell(tmp_path / "killed")
     for shell in (straight, killed):
         shell.folder.mkdir()
