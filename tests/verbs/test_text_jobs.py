@@ -9,7 +9,9 @@ import safetensors.numpy
 from tests.verbs.conftest import Shell, end_session, has_checkpoint, run_and_kill_a_worker, seen, weights
 from tests.waits import wait_for
 
-from slimray import runs
+from slimray import models, runs
+from slimray.edge import hardware
+from slimray.edge.arch_costs import Prices
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -165,3 +167,74 @@ def test_a_language_model_is_trained_scored_alike_by_any_number_of_workers_and_g
     (shell.folder / "begun.txt").write_text("one two\n")
     said = shell.ok("predict", "speaker", "begun.txt").strip()
     assert said.startswith("one two")
+
+
+HAT = """
+kind: shrink
+name: hat
+data: {run: pairs, task: {beam: 2, max_length: 9}}
+model: {name: hat_small, preset: tiny, dropout: 0.0}
+batch: {tokens: 80, per_worker_tokens: 80}
+optim: {optimizer: adam, reference_batch: 80, betas: [0.9, 0.98], schedule: cosine, groups: plain, weight_decay: 0,
+  label_smoothing: 0.1}
+stages:
+  - {name: largest, epochs: 1, lr: 0.005}
+  - name: all
+    free: {encoder_embed: [16, 24], decoder_embed: [16, 24], encoder_ffn: [16, 32], encoder_heads: [2, 4],
+      depth: [1, 2], decoder_ffn: [16, 32], decoder_heads: [2, 4], cross_heads: [2, 4], attends: [1, 2]}
+    epochs: 1
+    lr: 0.005
+hold_out: 20
+judge: {calibrate: 16}
+judged: 2
+---
+kind: search
+name: quick
+supernet: hat
+strategy: {name: evolution, population: 4, iterations: 1}
+targets: [{name: here, hardware: hat_small.cpu-eager.json, limits: {latency_ms: LIMIT}}]
+judge: {calibrate: 16}
+---
+kind: train
+name: retrained
+data: {run: pairs, task: {beam: 2, max_length: 9}}
+model: {run: quick-here}
+batch: {tokens: 80, per_worker_tokens: 80}
+optim: {optimizer: adam, lr: 0.005, reference_batch: 80, epochs: 1, schedule: cosine, groups: plain, weight_decay: 0}
+teacher: {run: calm-text, weight: 0.5}
+---
+kind: export
+name: retrained-export
+run: retrained
+samples: 6
+pairs: 9
+---
+kind: evaluate
+name: both
+runs: [quick-here, "retrained-export:onnx"]
+task: {beam: 1}
+"""
+
+
+def test_a_supernet_of_transformers_is_searched_under_a_latency_and_its_subnet_retrained_and_exported(shell, calm):
+    """HAT from end to end, with the latency table of this machine and a teacher's soft labels."""
+    size = len(NAMES) * 2 + 4
+    shell.ok(
+        "profile", "hat_small", "--preset", "tiny", "--set", f"vocab_size={size}", "--rounds", "2", "--calibrate", "4"
+    )
+    net = models.build("hat_small", preset="tiny", vocab_size=size)
+    prices = Prices(net, None, hardware.meter(str(shell.folder / "hat_small.cpu-eager.json")))
+    ms = [prices.metered(arch)["latency_ms"] for arch in (net.space.smallest(), net.space.largest())]
+    assert ms[0] < ms[1]
+    shell.ok("run", shell.write("hat.yaml", HAT.replace("LIMIT", f"{sum(ms) / 2}")))
+    results = json.loads(runs.read_file(runs.open_run(str(shell.storage), "quick"), "results.json"))
+    (row,) = results["targets"]
+    assert row["latency_ms"] <= sum(ms) / 2
+    tried = [one["metric"] for one in results["trials"] if one["latency_ms"] <= sum(ms) / 2]
+    assert row["searched"] == min(tried) < max(tried), "the lowest perplexity is the best"
+    said = json.loads(runs.read_file(runs.open_run(str(shell.storage), "both"), "results.json"))["rows"]
+    assert [one["run"] for one in said] == ["quick-here", "retrained-export:onnx"]
+    assert all(one["num_tokens"] == said[0]["num_tokens"] and "bleu" in one["signatures"] for one in said)
+    assert said[0]["params"] == said[1]["params"]
+    (shell.folder / "words.txt").write_text("one two\nfive\n")
+    assert shell.ok("predict", "retrained-export", "words.txt") == shell.ok("predict", "retrained", "words.txt")
