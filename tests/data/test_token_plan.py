@@ -5,16 +5,17 @@ import itertools
 import numpy as np
 import pytest
 
-from slimray.data.plan import Phase, blocks, microbatches, rank_slice
+from slimray.data.plan import SHUFFLE, Phase, blocks, microbatches, rank_slice
 from slimray.data.ragged import joined, tight
-from slimray.data.token_plan import Bags, _edges, _members, _order
+from slimray.data.token_plan import Bags, _edges, _order
 
 LENGTHS = np.random.default_rng(0).integers(3, 40, 503)
 BY_LENGTH = np.argsort(LENGTHS, kind="stable")
 
 
 def phase(bags: Bags, batch: int = 4, epoch: int = 0, first: int = 0, **options) -> Phase:
-    return Phase("train", "train", epoch, bags.num_samples, batch, True, {}, first, bags=bags, **options)
+    fields = {"version": SHUFFLE} | options
+    return Phase("train", "train", epoch, bags.num_samples, batch, True, {}, first, bags=bags, **fields)
 
 
 def ids(p: Phase, lo: int, hi: int) -> list[int]:
@@ -41,10 +42,11 @@ def test_a_sample_that_fits_into_no_bag_is_refused():
         Bags.of(LENGTHS, 38)
 
 
+@pytest.mark.parametrize("version", [2, SHUFFLE])
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize(("tokens", "batch"), [(60, 5), (200, 3), (100_000, 4)])
-def test_every_sample_is_consumed_exactly_once(world: int, tokens: int, batch: int):
-    p = phase(Bags.of(LENGTHS, tokens, 1), batch, epoch=2)
+def test_every_sample_is_consumed_exactly_once(world: int, tokens: int, batch: int, version: int):
+    p = phase(Bags.of(LENGTHS, tokens, 1), batch, epoch=2, version=version)
     found = list(blocks([p], world, range(world), 1))
     seen = [i for b in found for i in ids(p, b.lo, b.hi)]
     assert sorted(seen) == list(range(503))
@@ -81,7 +83,7 @@ def test_a_step_holds_the_same_samples_whatever_the_number_of_workers():
 
 def test_the_order_depends_on_seed_and_epoch_only_and_changes_with_both():
     def order(seed: int, epoch: int) -> list[int]:
-        for cached in (_order, _members, _edges):
+        for cached in (_order, _edges):
             cached.cache_clear()
         p = phase(Bags.of(LENGTHS, 100, seed), epoch=epoch)
         return ids(p, 0, 503)
@@ -95,6 +97,20 @@ def test_the_order_depends_on_seed_and_epoch_only_and_changes_with_both():
     assert len({phase(Bags.of(LENGTHS, 100, s), epoch=e).num_steps for s in range(3) for e in range(3)}) == 1
     p = Phase("val", "val", 5, 503, 4, False, {}, bags=Bags.of(LENGTHS, 100))
     assert ids(p, 0, 503) == BY_LENGTH.tolist()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_run_that_began_with_arrays_keeps_its_order(version: int):
+    def permutation(*key: int, count: int) -> np.ndarray:
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence(list(key)))).permutation(count)
+
+    bags, wanted, members = Bags.of(LENGTHS, 100, 1), [], []
+    for length, count in bags.counts:
+        members += (BY_LENGTH[len(members) :][:count][permutation(1, 2, length, count=count)]).tolist()
+    for bag in permutation(1, 2, count=bags.count):
+        wanted += members[_edges(bags)[bag] : _edges(bags)[bag + 1]]
+    assert ids(phase(bags, epoch=2, version=version), 0, 503) == wanted
+    assert ids(phase(bags, epoch=2), 0, 503) != wanted
 
 
 def test_a_last_window_that_is_not_full_is_dropped_on_request():

@@ -11,11 +11,14 @@ from rich.console import Console
 from tests.waits import patience
 
 from slimray import runs
+from slimray.data.cards import load_card
+from slimray.data.rows import Unpacked, packed
 from slimray.verbs import prepare, prepare_parts
 from slimray.verbs.context import Context
 from slimray.verbs.prepare_parts import Split, read_parts
 
-OLD = Path(__file__).resolve().parents[1] / "old_runs/storage/clips"
+ROOT = Path(__file__).resolve().parents[2]
+OLD, DATASETS = ROOT / "tests/old_runs/storage/clips", ROOT / "datasets"
 
 
 def part(number: int) -> dict:
@@ -70,3 +73,18 @@ def test_a_job_whose_parts_are_all_there_joins_them_to_the_indexes_that_it_made_
     card = runs.read_card(run)
     assert card is not None
     assert card["metrics"] == {k: {"clips": t.num_rows, "quarantined": 0} for k, t in indexes.items()}
+
+
+def test_a_task_is_given_its_own_rows_alone_and_makes_its_shard_of_them(tmp_path):
+    known = load_card("image_shapes", [DATASETS])
+    data = {"card": known.model_dump(mode="json"), "clips": 1_000_000, "size": 32}
+    job = prepare.PrepareJob.model_validate({"kind": "prepare", "name": "given-rows", "data": data})
+    table = prepare._table(job, known, "train", "")
+    rows = packed(prepare._given(prepare._Chunk("train", 7, 1000, 1003), table))
+    assert len(rows) < 10_000
+    work = prepare._Work(str(tmp_path), "", known, job.data, None, 30)
+    (block,) = Unpacked(rows)()
+    assert prepare._do_chunk(work, block)["clips"].tolist() == [3]
+    made = json.loads((tmp_path / "data/parts/train-000007.json").read_bytes())
+    assert [row["path"] for row in made["rows"]] == [f"train/{number:06d}.png" for number in (1000, 1001, 1002)]
+    assert pq.read_table(tmp_path / "data/shards/train-000007.parquet").num_rows == 3

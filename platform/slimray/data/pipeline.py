@@ -235,8 +235,9 @@ def _rows(index: "ray.ObjectRef[pa.Table]") -> Rows:
 
 @functools.lru_cache(maxsize=4)
 def _by_length(index: "ray.ObjectRef[pa.Table]") -> np.ndarray:
-    """The rows of an index from short samples to long ones, int64; its column `frames` is their length."""
-    return np.argsort(_fetch(index).column("frames").to_numpy(), kind="stable")
+    """The rows of an index from short samples to long ones; its column `frames` is their length."""
+    order = np.argsort(_fetch(index).column("frames").to_numpy(), kind="stable")
+    return order.astype(np.int32) if len(order) < 2**31 else order  # half as much, for as long as the feeder lives
 
 
 def _fetch(ref: Any) -> Any:

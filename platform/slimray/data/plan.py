@@ -21,7 +21,7 @@ from slimray.data.token_plan import Bags, TokenPlan, ceil_div
 
 RANKS_OF_FEEDER = 64
 MIN_USED = 0.8  # of the free CPUs that executions are to get
-SHUFFLE = 2  # how new runs shuffle: by position; a run that began with 1, an array (before 2026-11-30), ends with it
+SHUFFLE = 3  # how new runs shuffle: by position; one that began with arrays (1; of samples in bags 2) ends with them
 
 
 class Plan(Protocol):
@@ -68,7 +68,7 @@ class Phase:
 
     With `bags` a window is `batch` of them, none is held out and there is no limit.
 
-    `version` is that of the shuffling by count: 1, or SHUFFLE.
+    `version` is that of the shuffling: 1, 2 or SHUFFLE.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Phase:
         """Where its samples lie."""
         if self.bags is None:
             return CountPlan(self)
-        return TokenPlan(self.bags, self.batch, self.epoch, self.shuffle, self.drop_last)
+        return TokenPlan(self.bags, self.batch, self.epoch, self.shuffle, self.drop_last, self.version)
 
     @property
     def num_steps(self) -> int:

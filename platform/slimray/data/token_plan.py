@@ -3,8 +3,8 @@
 Sorted by length, the samples of a split are cut into bags whose longest sample times their number stays within
 `tokens`; that needs only how many samples of each length there are, so that every process knows all windows without the
 index. What changes from epoch to epoch is the order of the bags, and which samples of the same length stand for each
-other (a permutation for each length). The number of steps is the same in every epoch. A bag is what a rank handles at
-once: a microbatch that is padded to its own longest sample. numpy only.
+other (a permutation for each length, computed by position: permutation.py). The number of steps is the same in every
+epoch. A bag is what a rank handles at once: a microbatch that is padded to its own longest sample. numpy only.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+
+from slimray.data.permutation import permuted
 
 MULTIPLE = 8  # samples of a bag, where it holds more: shapes that kernels like
 
@@ -82,7 +84,8 @@ def _order(bags: Bags, epoch: int, shuffle: bool) -> tuple[np.ndarray, np.ndarra
 
 @lru_cache(maxsize=1024)
 def _members(seed: int, epoch: int, length: int, count: int) -> np.ndarray:
-    """The order of the samples of one length in an epoch, int64 `[count]`."""
+    """The order of the samples of one length in an epoch of a run that began before it was computed by position, int64
+    `[count]`."""
     members = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, length]))).permutation(count)
     members.setflags(write=False)
     return members
@@ -90,13 +93,14 @@ def _members(seed: int, epoch: int, length: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """Windows of `batch` bags; see `slimray.data.plan.Plan`."""
+    """Windows of `batch` bags; see `slimray.data.plan.Plan`, for `version` `Phase`."""
 
     bags: Bags
     batch: int
     epoch: int
     shuffle: bool
     drop_last: bool = False
+    version: int = 1
 
     @property
     def num_steps(self) -> int:
@@ -149,6 +153,8 @@ class TokenPlan:
             which = np.searchsorted(ends, places, "right")
             for number in np.unique(which):
                 length, count = self.bags.counts[number]
-                here, first = which == number, ends[number] - count
-                places[here] = first + _members(self.bags.seed, self.epoch, length, count)[places[here] - first]
-        return by_length()[places]
+                here, first, key = which == number, ends[number] - count, (self.bags.seed, self.epoch, length)
+                inside = places[here] - first
+                moved = permuted(inside, count, key) if self.version > 2 else _members(*key, count)[inside]
+                places[here] = first + moved
+        return by_length()[places].astype(np.int64)

@@ -59,7 +59,7 @@ def read_samples(table: Any, root: str, recipe: dict[str, Any], count: int, seed
 def score(network: Network, samples: Samples, recipe: dict[str, Any]) -> dict[str, float]:
     """Return the numbers of the task for a network on samples."""
     task = TASKS[network.task]
-    current = task.start(Setting(task, network, recipe, samples.paths, len(samples), ROWS))
+    current = task.start(Setting(task, network, recipe, lambda: samples.paths, len(samples), ROWS))
     for start in range(0, len(samples), ROWS):
         part = slice(start, start + ROWS)
         current.take(replace(samples, **{name: getattr(samples, name)[part] for name in vars(samples)}))

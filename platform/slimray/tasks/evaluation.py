@@ -4,7 +4,7 @@ Samples come step by step, valid ones only. All ranks take every step and `settl
 ranks and `found` is gathered on the first one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,15 +19,15 @@ from slimray.tasks.task import Outputs, Score, Task
 class Setting:
     """Settings of a pass.
 
-    `recipe` is the plain one of its samples, `paths` are those of the whole index, `batch` is the samples of a step
-    over all ranks, `rows` the samples that a network sees at once. `options` are those of the evaluation (`votes`,
-    `missed`, ...), `parts` the labels of each shape's parts.
+    `recipe` is the plain one of its samples, `paths` gives those of the whole index to a pass that asks for them,
+    `batch` is the samples of a step over all ranks, `rows` the samples that a network sees at once. `options` are those
+    of the evaluation (`votes`, `missed`, ...), `parts` the labels of each shape's parts.
     """
 
     task: Task
     network: Network
     recipe: Mapping[str, Any]
-    paths: Sequence[str] = ()
+    paths: Callable[[], Sequence[str]] = tuple
     batch: int = 1
     rows: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)

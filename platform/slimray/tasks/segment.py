@@ -150,7 +150,7 @@ class VotePass(Pass):
     def __init__(self, setting: Setting, score: Any, count: Any):
         super().__init__(setting, score)
         parts = tuple(setting.parts.values())
-        self.votes = SceneVotes(setting.paths, setting.batch, count, parts)
+        self.votes = SceneVotes(setting.paths(), setting.batch, count, parts)
 
     def take(self, samples: Samples) -> Outputs | None:
         """Vote on the points of samples; returns the logits of the first view of each."""

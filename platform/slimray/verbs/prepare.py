@@ -137,8 +137,6 @@ class _Work:
 
     run_uri: str
     root: str
-    chunks: tuple[_Chunk, ...]
-    tables: dict[str, Any]
     card: Card
     data: PrepareData
     pack: PackSpec | None
@@ -148,6 +146,9 @@ class _Work:
 
 
 Job = PrepareJob
+CHUNK = "chunk of prepare"  # a column beside those of the list
+MIN_AT_ONCE = 2000  # chunks of one execution of Ray Data, for which it plans two seconds
+TURNS = 20  # as many for each slot, else most wait for the last ones
 SEVERAL = ("s3dis", "kitti")  # layouts of which one listed file becomes several samples, as it does where it is tiled
 
 
@@ -308,30 +309,30 @@ def _part_name(chunk: _Chunk) -> str:
 def _process(
     job: PrepareJob, ctx: Context, card: Card, root: str, tables: dict, todo: tuple[_Chunk, ...], vocabulary: str
 ) -> None:
-    """Run the chunks as Ray Data tasks and show how far they are."""
+    """Run the chunks as Ray Data tasks, each given its own rows, and show how far they are."""
     import ray
     from ray import exceptions
 
-    from slimray.data.pipeline import failure_of, map_numbers
+    from slimray.data.pipeline import failure_of, map_rows
     from slimray.train import workers
     from slimray.train.progress import make_bar
 
     slots = job.tasks or os.cpu_count() or 1
     workers.connect(ctx.cpus)
     slots = min(slots, max(1, int(workers.capacity().get("CPU", 1))))
-    refs = {split: ray.put(table) for split, table in tables.items()}
-    work = _Work(ctx.run.uri, root, todo, refs, card, job.data, job.pack, job.decode_timeout_s, job.text, vocabulary)
+    work = _Work(ctx.run.uri, root, card, job.data, job.pack, job.decode_timeout_s, job.text, vocabulary)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
     context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=slots)
-    dataset = map_numbers(len(todo), lambda numbers: _do_chunk(work, todo[int(numbers["id"][0])]))
-    total = sum(chunk.hi - chunk.lo for chunk in todo)
+    total, at_once = sum(chunk.hi - chunk.lo for chunk in todo), max(MIN_AT_ONCE, TURNS * slots)
     with make_bar(ctx.console) as bar:
         task = bar.add_task(f"{job.name}: clips", total=total, note="")
         try:
-            for row in dataset.iter_rows():
-                bar.update(task, advance=int(row["clips"]))
+            for first in range(0, len(todo), at_once):
+                given = [_given(chunk, tables[chunk.split]) for chunk in todo[first : first + at_once]]
+                for row in map_rows(given, lambda rows: _do_chunk(work, rows)).iter_rows():
+                    bar.update(task, advance=int(row["clips"]))
         except exceptions.RayTaskError as error:
             raise failure_of(error) from error
 
@@ -397,13 +398,16 @@ def _write_indexes(job: PrepareJob, ctx: Context, card: Card, chunks: list[_Chun
 # ------------------------------------------------------------------------------------------------ in the tasks
 
 
-def _do_chunk(work: _Work, chunk: _Chunk) -> dict[str, np.ndarray]:
-    """Make one shard and its part file; the part is written last and says that the shard is whole."""
-    import ray
+def _given(chunk: _Chunk, table: pa.Table) -> pa.Table:
+    """Return what the task of a chunk is given: its rows of the list of its split, and a column CHUNK of it."""
+    own = table.slice(chunk.lo, chunk.hi - chunk.lo)
+    return own.append_column(CHUNK, pa.array([vars(chunk)] * own.num_rows))
 
+
+def _do_chunk(work: _Work, rows: pa.Table) -> dict[str, np.ndarray]:
+    """Make a shard of the rows that are `_given`, and, last, its part file, which says that the shard is whole."""
     fs, folder = filesystem(work.run_uri)
-    table: Any = ray.get(work.tables[chunk.split], timeout=300)
-    table = table.slice(chunk.lo, chunk.hi - chunk.lo)
+    chunk, table = _Chunk(**rows.column(CHUNK)[0].as_py()), rows.drop_columns([CHUNK])
     part: dict[str, Any] = {
         "rows": [],
         "bad": [],

@@ -77,7 +77,10 @@ def _start(config: ScoreConfig, number: int, device: torch.device, rows: int) ->
     network = load(case.run_uri, case.format, device)
     network = replace(network, pixels=replace(network.pixels, average=config.average))
     network = replace(network, recipe=network.recipe | config.search)
-    paths = ray.get(config.source.index, timeout=300).column("path").to_pylist()
+
+    def paths() -> list[str]:
+        return ray.get(config.source.index, timeout=300).column("path").to_pylist()
+
     setting = Setting(task, network, phase.recipe, paths, phase.batch, rows, config.options, config.parts)
     return task.start(setting)
 

@@ -247,7 +247,7 @@ class Prepared:
         generated = card.layout == "generated"
         table = prepare._table(job, card, "train", root)
         chunk = prepare._Chunk("train", 0, 0, table.num_rows)
-        work = prepare._Work(str(out), root, (chunk,), {}, card, job.data, job.pack, 30)
+        work = prepare._Work(str(out), root, card, job.data, job.pack, 30)
         part: dict[str, Any] = {"rows": [], "bad": [], "left_out": [], "objects": []}
         part |= {"bytes_in": 0, "bytes_out": 0, "psnr": []}
         make = prepare._generate if generated else prepare._convert

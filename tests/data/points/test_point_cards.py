@@ -63,7 +63,7 @@ class Prepared:
             "x.yaml",
         )
         chunk = prepare._Chunk(split, 0, lo, hi)
-        work = prepare._Work(str(out), str(root), (chunk,), {}, card, job.data, None, 30)
+        work = prepare._Work(str(out), str(root), card, job.data, None, 30)
         part: dict[str, Any] = {"rows": [], "bad": [], "left_out": [], "bytes_in": 0, "bytes_out": 0, "psnr": []}
         prepare._convert(work, chunk, table.slice(lo, hi - lo).to_pylist(), part, DISK, str(out))
         self.root, self.bytes_in, self.bytes_out = f"{out}/data", part["bytes_in"], part["bytes_out"]

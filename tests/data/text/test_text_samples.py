@@ -46,9 +46,7 @@ class Prepared:
         table = read_split(card, split, str(root))
         chunk = prepare._Chunk(split, 0, 0, table.num_rows)
         out = root / "out"
-        work = prepare._Work(
-            str(out), str(root), (chunk,), {}, card, job.data, None, 30, job.text, self.vocabulary
-        )  # fmt: skip
+        work = prepare._Work(str(out), str(root), card, job.data, None, 30, job.text, self.vocabulary)
         part: dict[str, Any] = {"rows": [], "bad": [], "left_out": [], "bytes_in": 0, "bytes_out": 0, "psnr": []}
         prepare._convert(work, chunk, table.to_pylist(), part, DISK, str(out))
         self.root, self.rows, self.tried = f"{out}/data", index_table(part["rows"]).to_pylist(), part["tried"]
