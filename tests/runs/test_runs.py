@@ -591,13 +591,20 @@ def test_rows_without_a_step_stay_but_for_repetitions(local):
 # ------------------------------------------------------------------------------------------------- checkpoints
 
 
+def newest(run: runs.Run) -> runs.Checkpoint | None:
+    """The newest checkpoint that reads, whose files come with it."""
+    found = runs.read_newest(run)
+    assert found is None or found[1] == runs.read_checkpoint(run, found[0])
+    return None if found is None else found[0]
+
+
 def test_a_checkpoint_reads_back_and_the_newest_is_found(run, tmp_path):
-    assert runs.newest_checkpoint(run) is None
+    assert newest(run) is None
     big = tmp_path / "state"
     big.write_bytes(os.urandom(6 << 20))  # more than one part of a multipart upload
     runs.save_checkpoint(run, 5, {"state.safetensors": b"five"}, {"epoch": 0})
     runs.save_checkpoint(run, 10, {"state.safetensors": big, "more.json": b"{}"}, {"epoch": 1, "progress": {"step": 3}})
-    found = runs.newest_checkpoint(run)
+    found = newest(run)
     assert (found.step, found.meta) == (10, {"epoch": 1, "progress": {"step": 3}})
     assert runs.read_checkpoint(run, found) == {"state.safetensors": big.read_bytes(), "more.json": b"{}"}
     assert runs.read_checkpoint(run, runs.checkpoint_at(run, 5)) == {"state.safetensors": b"five"}
@@ -611,7 +618,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(run, damage, caplog):
     runs.save_checkpoint(run, 2, {"state": b"whole bytes!"}, {})
     path = join(run.path, "checkpoints/step_000000002/state")
     storage.delete(run.fs, path) if damage is None else storage.write_atomic(run.fs, path, damage)
-    assert runs.newest_checkpoint(run).step == 1
+    assert newest(run).step == 1
     assert "checkpoint of step 2 is damaged and passed over" in caplog.text
 
 
@@ -619,9 +626,9 @@ def test_a_checkpoint_of_the_same_step_replaces_the_old_one_only_when_it_is_whol
     runs.save_checkpoint(run, 3, {"state": b"old"}, {"metrics": {}})
     with pytest.raises(FileNotFoundError):
         runs.save_checkpoint(run, 3, {"state": b"new", "more": Path("/nonexistent/source")}, {})
-    assert runs.read_checkpoint(run, runs.newest_checkpoint(run)) == {"state": b"old"}
+    assert runs.read_checkpoint(run, newest(run)) == {"state": b"old"}
     runs.save_checkpoint(run, 3, {"state": b"new"}, {"metrics": {"val/top1": 1.0}})
-    found = runs.newest_checkpoint(run)
+    found = newest(run)
     assert runs.read_checkpoint(run, found) == {"state": b"new"}
     assert found.meta == {"metrics": {"val/top1": 1.0}}
 
@@ -645,7 +652,7 @@ def test_a_checkpoint_whose_writer_was_killed_is_never_taken_for_whole(run, tmp_
     wait_for("the first file", lambda: runs.exists(run, "checkpoints/step_000000002/a"), 20)
     writer.send_signal(signal.SIGKILL)
     writer.wait()
-    assert runs.newest_checkpoint(run).step == 1
+    assert newest(run).step == 1
     runs.begin(run, JOB, 1)  # sweeps
     assert storage.list_folders(run.fs, join(run.path, "checkpoints")) == ["step_000000001"]
 
@@ -654,7 +661,7 @@ def test_a_broken_marker_is_no_checkpoint(local, caplog):
     runs.save_checkpoint(local, 1, {"a": b"x"}, {})
     runs.save_checkpoint(local, 2, {"a": b"x"}, {})
     Path(local.path, "checkpoints/step_000000002/complete.json").write_bytes(b'{"step": 2, ')
-    assert runs.newest_checkpoint(local).step == 1
+    assert newest(local).step == 1
     assert "the marker does not read" in caplog.text
 
 
@@ -672,10 +679,10 @@ def test_a_planted_marker_neither_reads_nor_deletes_anything_outside(local, tmp_
     marker.write_text(json.dumps({"step": 2, "meta": {}, "files": {name: entry}}))
     if key == "name" and file in (5, None):
         return  # numbers are plain names
-    assert runs.newest_checkpoint(local).step == 1
+    assert newest(local).step == 1
     assert "the checkpoint is passed over" in caplog.text
     runs.save_checkpoint(local, 2, {"state": b"y"}, {})
-    assert runs.newest_checkpoint(local).step == 2
+    assert newest(local).step == 2
     marker.write_text(json.dumps({"step": 2, "meta": {}, "files": {name: entry}}))
     assert runs.sweep_orphans(local) == ["step_000000002"]
     runs.keep(local, last=1)
@@ -690,7 +697,7 @@ def test_a_marker_of_other_types_is_no_checkpoint(local, changes):
     runs.save_checkpoint(local, 2, {"state": b"x"}, {"metrics": {}})
     marker = Path(local.path, "checkpoints/step_000000002/complete.json")
     marker.write_text(json.dumps(json.loads(marker.read_bytes()) | changes))
-    assert runs.newest_checkpoint(local) is None
+    assert newest(local) is None
 
 
 def test_what_a_writer_said_is_no_score_unless_it_is_a_number(local):
@@ -710,7 +717,7 @@ def test_a_checkpoint_is_not_swept_because_the_storage_fails(local):
         runs.sweep_orphans(local)
     marker.rmdir()
     marker.write_bytes(content)
-    assert runs.newest_checkpoint(local).step == 1
+    assert newest(local).step == 1
 
 
 @pytest.mark.parametrize("name", ["../b/job.yaml", "model/../../b", "/etc/passwd", "model//x", "./job.yaml", "a\\b"])
@@ -729,4 +736,4 @@ def test_saving_while_another_thread_keeps_is_safe(local):
     thread.start()
     while thread.is_alive():
         runs.keep(local, last=2)
-    assert runs.newest_checkpoint(local).step == 19
+    assert newest(local).step == 19

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+from tests.ranks import run_ranks
+from torch import Tensor, nn
 
 from slimray.tasks.network import Input, to_input
 from slimray.train.averaging import Ema
-from slimray.train.batchnorm import norm_state
+from slimray.train.batchnorm import merge_norm_states, norm_state
+from slimray.train.methods import method
 from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.plain import PlainReplica
 from slimray.train.spec import OptimSpec
@@ -43,10 +46,11 @@ def samples(num: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return data, labels
 
 
-def replica(**optim) -> PlainReplica:
+def replica(rank: int = 0, world: int = 1, **optim) -> PlainReplica:
     torch.manual_seed(0)
     fields = {"lr": 0.1, "reference_batch": 32, "epochs": 1, "groups": "plain"} | optim
-    return PlainReplica(Classifier(), Setup(OptimSpec.model_validate(fields), Input(), SHAPE, torch.device("cpu")))
+    setup = Setup(OptimSpec.model_validate(fields), Input(), SHAPE, torch.device("cpu"), rank, world)
+    return PlainReplica(Classifier(), setup)
 
 
 def train(one: PlainReplica, steps: range) -> None:
@@ -108,3 +112,44 @@ def test_an_average_goes_on_where_it_stopped_and_one_of_an_old_checkpoint_withou
     third.load(old)
     assert third.ema.steps > 10**6
     assert torch.equal(third.ema.norms, norm_state(third.net))
+
+
+def of_all_ranks(mine: Tensor) -> Tensor:
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return torch.stack(everyone)
+
+
+def statistics_on_a_rank(rank: int, at_once: int, folder: str) -> None:
+    method.GATHERED = at_once
+    one = replica(rank, 3, ema=0.9)
+    for step in range(2):
+        one.step([Piece(*samples(8, 10 * step + rank))], 24, 0.1, (0, step))
+    own, averaged = of_all_ranks(norm_state(one.net)), of_all_ranks(one.ema.norms)
+    assert len(own.unique(dim=0)) == 3
+    assert torch.equal(norm_state(one.averaged()), merge_norm_states(averaged, one.net))
+    state = one.tensors()
+    found = {name: value for name, value in state.items() if "norms." in name}
+    wanted = {f"norms.{n}": row for n, row in enumerate(own)} | {
+        f"ema_norms.{n}": row for n, row in enumerate(averaged)
+    }
+    assert list(found) == ([] if rank else sorted(wanted))  # written by rank 0 alone
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    if rank == 0:
+        torch.save(state, f"{folder}/state.pt")
+    dist.barrier()
+    again = replica(rank, 3, ema=0.9)
+    again.load(torch.load(f"{folder}/state.pt", weights_only=True))
+    assert torch.equal(norm_state(again.net), own[rank])
+    assert torch.equal(again.ema.norms, averaged[rank])
+
+
+@pytest.mark.parametrize("at_once", [3, 99, 2**24], ids=["a number", "a layer", "all"])
+def test_every_rank_goes_on_with_its_own_statistics_and_shows_those_of_all(at_once: int, tmp_path):
+    run_ranks(statistics_on_a_rank, at_once, str(tmp_path), world=3)
+    alone = replica(ema=0.9)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    alone.load(state)
+    assert torch.equal(
+        norm_state(alone.net), merge_norm_states(torch.stack([state[f"norms.{n}"] for n in range(3)]), alone.net)
+    )

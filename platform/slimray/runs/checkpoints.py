@@ -81,21 +81,18 @@ def checkpoint_at(run: Run, step: int) -> Checkpoint:
     return found
 
 
-def newest_checkpoint(run: Run) -> Checkpoint | None:
-    """Return the newest checkpoint whose files are all there with the right bytes, None if there is none.
+def read_newest(run: Run) -> tuple[Checkpoint, dict[str, bytes]] | None:
+    """Return the newest checkpoint whose files are all there with the right bytes, and them; None if there is none.
 
-    Damaged ones are passed over with a warning. Reads each file once to compare its SHA-256.
+    Damaged ones are passed over with a warning. Reads each file once.
     """
     for checkpoint in reversed(list_checkpoints(run)):
         try:
-            for name in checkpoint.files:
-                _read_verified(run, checkpoint, name)
+            return checkpoint, read_checkpoint(run, checkpoint)
         except (StorageError, FileNotFoundError) as error:
             log.warning(
                 "run %r: checkpoint of step %d is damaged and passed over: %s", run.name, checkpoint.step, error
             )
-            continue
-        return checkpoint
     return None
 
 

@@ -6,7 +6,7 @@ Statistics are kept per rank while training; `norm_state` and `merge_norm_states
 
 import copy
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -103,6 +103,21 @@ def merge_norm_states(states: Tensor, net: nn.Module) -> Tensor:
         out[at + size : at + 2 * size] = variances.mean(0) + means.var(0, correction=0)
         at += 2 * size
     return out
+
+
+def layers_at_once(net: nn.Module, most: int) -> Iterator[nn.ModuleList]:
+    """Yield the BatchNorm layers of `net` in the order of `norm_state`, as many at a time as have `most` numbers in it;
+    at least one."""
+    group, size = nn.ModuleList(), 0
+    for module in _tracking(net):
+        numbers = 2 * module.running_mean.numel()
+        if len(group) and size + numbers > most:
+            yield group
+            group, size = nn.ModuleList(), 0
+        group.append(module)
+        size += numbers
+    if len(group):
+        yield group
 
 
 def _tracking(net: nn.Module) -> list[Any]:

@@ -66,7 +66,7 @@ class _Rank:
         self.ranks = Ranks(self.rank, self.world, self.device, limit_s, self._stuck, self._reduces)
         self.ranks.require_all_reduce()
         self.bad = BadSamples(self.num_train, self.ranks)
-        self.replica = make_replica(config, self.device, self.rank, self.world)
+        self.replica = make_replica(config, self.ranks)
         self.shown = Shown(self.replica, self.ranks, config.pixels)
         self.notices = Notices(config.limits, self.ranks, self._save_now, config.progress_actor.update.remote)
         self.result: Score | None = None
@@ -98,26 +98,29 @@ class _Rank:
         """Take over the newest complete checkpoint, the same one on every rank. A collective."""
         if not runs.exists(self.run, "status.json"):
             raise RunFailed(f"{self.run.uri}: is another folder on this machine: use a shared folder, s3:// or gs://")
-        found = runs.newest_checkpoint(self.run) if self.rank == 0 else None
+        found = runs.read_newest(self.run) if self.rank == 0 else None  # by one rank for all
         if found is not None:
-            runs.drop_after(self.run, found.step)
-        step = broadcast_from_rank_zero(None if found is None else found.step)
+            runs.drop_after(self.run, found[0].step)
+        meta = broadcast_from_rank_zero(None if found is None else found[0].meta)
         if self.rank == 0:
-            self.config.progress_actor.begin.remote(step or 0, self.world)
-        if step is None:
+            self.config.progress_actor.begin.remote(0 if found is None else found[0].step, self.world)
+        if meta is None:
             return
-        checkpoint = found or runs.checkpoint_at(self.run, step)
-        tensors = safetensors.torch.load(runs.read_checkpoint(self.run, checkpoint)["state.safetensors"])
-        if checkpoint.meta.get("dataset", self.config.dataset) != self.config.dataset:
+        tensors = self._shared(None if found is None else found[1])
+        if meta.get("dataset", self.config.dataset) != self.config.dataset:
             raise RunFailed("the dataset is not the one the run began with: restore it, or start again with --restart")
         self.replica.load(part(tensors, "replica."))
         self.shown.load(tensors)
-        self.arithmetic, self.shuffle = checkpoint.meta.get("arithmetic", 1), checkpoint.meta.get("shuffle", 1)
+        self.arithmetic, self.shuffle = meta.get("arithmetic", 1), meta.get("shuffle", 1)
         for name, count in self._counts().items():
             if name in tensors:
                 count.copy_(tensors[name])
         self.bad.load(tensors)
-        self.progress = Progress(**checkpoint.meta["progress"])
+        self.progress = Progress(**meta["progress"])
+
+    def _shared(self, files: dict[str, bytes] | None) -> dict[str, Tensor]:
+        """Return the tensors of a checkpoint of which rank 0 has read the `files`. A collective."""
+        return safetensors.torch.load(self.ranks.share(None if files is None else files["state.safetensors"]))
 
     def _counts(self) -> dict[str, Tensor]:
         """The counts of the last validation, by the names they have in a checkpoint."""
@@ -394,11 +397,12 @@ class _Rank:
 
     def _take_best(self) -> None:
         """Go back to the state of the best validation, which ships. A collective."""
+        files = None
         if self.saver is not None:
             self.saver.wait()
-        self.ranks.sum(0.0)  # the checkpoint is on storage
-        best = runs.checkpoint_at(self.run, int(self.progress.best["step"]))
-        tensors = safetensors.torch.load(runs.read_checkpoint(self.run, best)["state.safetensors"])
+            best = runs.checkpoint_at(self.run, int(self.progress.best["step"]))
+            files = runs.read_checkpoint(self.run, best)
+        tensors = self._shared(files)
         self.replica.load(part(tensors, "replica."))
         self.shown.load(tensors)
 

@@ -5,7 +5,7 @@ others and is not stuck itself: `Watchdog` (health.py) is told so.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from slimray.spec import RunFailed
 from slimray.tasks.task import Score
 from slimray.train.health import OTHERS, Watchdog
+
+SHARED = 2**26  # bytes that `share` sends at a time, through the memory of the device
 
 
 class Ranks:
@@ -93,6 +95,33 @@ class Ranks:
             if self.world > 1:
                 dist.all_gather_object(found, value)
         return found
+
+    def share(self, data: bytes | None) -> bytes:
+        """Return the `data` of rank 0, which alone has read it; the others pass None. A collective."""
+        if self.world == 1:
+            assert data is not None
+            return data
+        with self.waiting():
+            size = torch.tensor([len(data or b"")], device=self.device)
+            dist.broadcast(size, 0)
+            parts = []
+            for at in range(0, int(size), SHARED):
+                if data is None:
+                    piece = torch.empty(min(SHARED, int(size) - at), dtype=torch.uint8, device=self.device)
+                else:
+                    piece = torch.frombuffer(bytearray(data[at : at + SHARED]), dtype=torch.uint8).to(self.device)
+                dist.broadcast(piece, 0)
+                parts += [piece.cpu().numpy().tobytes()] if data is None else []
+        return b"".join(parts) if data is None else data
+
+    @torch.no_grad()
+    def give(self, tensors: Iterable[Tensor]) -> None:
+        """Give every rank in place the values that `tensors`, wherever they lie, have on rank 0. A collective."""
+        with self.waiting():
+            for tensor in tensors if self.world > 1 else ():
+                sent = tensor.to(self.device, copy=True)
+                dist.broadcast(sent, 0)
+                tensor.copy_(sent)
 
     def agree(self, decided: bool) -> bool:
         """Return what rank 0 decided. A collective."""

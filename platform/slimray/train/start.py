@@ -1,6 +1,6 @@
 """Start of a rank: the network with its starting weights, wrapped by the training method."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -11,23 +11,29 @@ from slimray.spec import UserError
 from slimray.tasks import TASKS
 from slimray.train.config import FitConfig
 from slimray.train.methods.method import Replica, Setup
+from slimray.train.ranks import Ranks
 
 
-def make_replica(config: FitConfig, device: torch.device, rank: int, world: int) -> Replica:
-    """Return the replica of a rank at the start of training; the same weights on every rank, a function of the seed."""
+def make_replica(config: FitConfig, ranks: Ranks) -> Replica:
+    """Return the replica of a rank at the start of training; the same weights on every rank, a function of the seed.
+
+    What it starts from is read by rank 0. A collective.
+    """
     torch.manual_seed(config.seed)
     net = compress.build(**config.model)
     if config.init:
-        report = load_start(net, config.init)
-        if rank == 0:
+        if ranks.rank == 0:
+            report = published.load(net, config.init["from"], exclude=tuple(config.init.get("exclude", ())))
             config.progress_actor.update.remote(note=f"starts from {config.init['from']}: {report}")
+        ranks.give(net.state_dict().values())
+        freeze(net, config.init.get("freeze", ()))
     setup = Setup(
         optim=config.optim,
         pixels=config.pixels,
         sample_shape=input_shape(config.recipes["train"]),
-        device=device,
-        rank=rank,
-        world=world,
+        device=ranks.device,
+        rank=ranks.rank,
+        world=ranks.world,
         bucket_mb=config.scale.bucket_mb,
         compress=config.scale.compress,
         batch_total=config.batch_total,
@@ -36,13 +42,11 @@ def make_replica(config: FitConfig, device: torch.device, rank: int, world: int)
     return config.method.replica(net, lambda: compress.build(**config.model), setup)
 
 
-def load_start(net: torch.nn.Module, init: dict[str, Any]) -> published.LoadReport:
-    """Load starting weights as `init` says: {"from": path, "exclude": [...], "freeze": [prefixes]}."""
-    report = published.load(net, init["from"], exclude=tuple(init.get("exclude", ())))
-    for prefix in init.get("freeze", ()):
+def freeze(net: torch.nn.Module, prefixes: Sequence[str]) -> None:
+    """Keep the weights whose names start with one of `prefixes` as they are; UserError for one that none has."""
+    for prefix in prefixes:
         frozen = [parameter for name, parameter in net.named_parameters() if name.startswith(prefix)]
         if not frozen:
             raise UserError(f"init.freeze: no weight of this network starts with {prefix!r}")
         for parameter in frozen:
             parameter.requires_grad_(False)
-    return report

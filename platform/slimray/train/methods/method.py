@@ -31,6 +31,7 @@ from slimray.train.precision import LossScale
 from slimray.train.spec import OptimSpec
 
 BUCKET = 2**22  # numbers all-reduced at a time
+GATHERED = 2**24  # numbers of all ranks that are on a device at a time, of vectors that each rank has its own of
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,13 @@ class Replica(abc.ABC):
         optimizers.set_learning_rate(self.optimizer, lr)
 
         def update() -> tuple[bool, float, float, float]:
-            loss_sum, transfer_s, exposed_s = self._gradients(pieces, total, seed, frozen)
-            return self._apply(), loss_sum, transfer_s, exposed_s
+            losses, transfer_s, exposed_s = self._gradients(pieces, total, seed, frozen)
+            finite = self._apply()  # only now a device is waited for
+            loss_sum = 0.0
+            for found in losses:
+                for loss in found:
+                    loss_sum += float(loss) / len(found)
+            return finite, loss_sum, transfer_s, exposed_s
 
         return self._attempt(seed, update)
 
@@ -181,9 +187,10 @@ class Replica(abc.ABC):
 
     def _gradients(
         self, pieces: Sequence[Piece], total: float, seed: tuple[int, int], frozen: frozenset[int]
-    ) -> tuple[float, float, float]:
-        """Leave the gradients of the global batch in the parameters: loss sum, seconds of transfer and all-reduce."""
-        loss_sum, transfer_s, choice = 0.0, 0.0, self._draw(seed)
+    ) -> tuple[list[list[Tensor]], float, float]:
+        """Leave the gradients of the global batch in the parameters: the losses of the passes of each piece, on the
+        device, seconds of transfer and all-reduce."""
+        all_found, transfer_s, choice = [], 0.0, self._draw(seed)
         for number, piece in enumerate(pieces):
             batch, seconds = self._on_device(piece)
             transfer_s += seconds
@@ -197,9 +204,8 @@ class Replica(abc.ABC):
                     loss = losses.sum()
                     (loss * (self.scale.value * self.world / total)).backward()
                     found.append(loss.detach())
-            for loss in found:
-                loss_sum += float(loss) / len(found)
-        return loss_sum, transfer_s, self._reduce()
+            all_found.append(found)
+        return all_found, transfer_s, self._reduce()
 
     def _draw(self, seed: tuple[int, int]) -> Any:
         """Return what all pieces of a step share, a function of `seed`: the same on every rank."""
@@ -287,16 +293,16 @@ class Replica(abc.ABC):
     # ------------------------------------------------------------------------------------------------ state
 
     def tensors(self) -> dict[str, Tensor]:
-        """The whole training state by name, the BatchNorm statistics of every rank included. A collective."""
+        """The whole training state by name, on rank 0 with the BatchNorm statistics of every rank. A collective."""
         out = {f"model.{k}": v for k, v in self.net.state_dict().items()}
         out |= {f"optim.{k}": v for k, v in optimizers.optimizer_tensors(self.optimizer).items()}
         if self.ema:
             out |= {f"ema.{k}": v for k, v in self.ema.tensors().items()}
-            out |= {f"ema_norms.{rank}": vector for rank, vector in enumerate(self._of_all_ranks(self.ema.norms))}
+            out |= {f"ema_norms.{rank}": vector for rank, vector in enumerate(self._kept(self.ema.norms))}
             out["ema_steps"] = torch.tensor(self.ema.steps)
         if self.scale.used:
             out["loss_scale"] = self.scale.state
-        norms = self._of_all_ranks(batchnorm.norm_state(self.net))
+        norms = self._kept(batchnorm.norm_state(self.net))
         return out | {f"norms.{rank}": vector for rank, vector in enumerate(norms)}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -330,20 +336,38 @@ class Replica(abc.ABC):
         net = copy.deepcopy(self.net).eval()
         if self.ema:
             self.ema.copy_to(net)
-        norms = self._of_all_ranks(self.ema.norms if self.ema else batchnorm.norm_state(net))
-        if len(norms):
-            batchnorm.load_norm_state(net, batchnorm.merge_norm_states(norms, net))
+        norms, at = self.ema.norms if self.ema else batchnorm.norm_state(net), 0
+        for layers in batchnorm.layers_at_once(net, GATHERED // self.world):
+            size = batchnorm.norm_state(layers).numel()
+            everyone = self._of_all_ranks(norms[at : at + size])
+            batchnorm.load_norm_state(layers, batchnorm.merge_norm_states(everyone, layers))
+            at += size
         return net
 
+    def _kept(self, mine: Tensor) -> Sequence[Tensor]:
+        """Return statistics `[K]` of every rank by rank: on the CPU of rank 0, which writes them; nothing on the
+        others, and for a network without BatchNorm. A collective."""
+        if self.world == 1 or not mine.numel():
+            return [mine] if mine.numel() else []
+        everyone = mine.new_empty((self.world, mine.numel()), device="cpu") if self.rank == 0 else None
+        width = max(1, GATHERED // self.world)
+        for at in range(0, mine.numel(), width):
+            found = self._of_all_ranks(mine[at : at + width])
+            if everyone is not None:
+                everyone[:, at : at + width] = found
+        return [] if everyone is None else everyone.unbind()
+
     def _of_all_ranks(self, mine: Tensor) -> Tensor:
-        """Return statistics `[K]` of every rank, `[world, K]`; `[0]` for a network without BatchNorm. A collective."""
-        if not mine.numel():
-            return mine
+        """Return `mine` `[k]` of every rank, `[world, k]`. A collective.
+
+        All ranks receive it, also where one wants it: as fast over a ring, whose links are open already, as if all sent
+        to that one.
+        """
         if self.world == 1:
             return mine[None]
-        everyone = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(everyone, mine)
-        return torch.stack(everyone)
+        everyone = mine.new_empty((self.world, mine.numel()))
+        dist.all_gather(list(everyone), mine.contiguous())
+        return everyone
 
 
 # ------------------------------------------------------------------------------------------------ helpers
