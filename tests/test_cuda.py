@@ -12,6 +12,7 @@ from slimray.compress import pruning
 from slimray.edge import latency_table, profiler
 from slimray.models.points.ops import normalize_coords, voxelize
 from slimray.tasks.network import Input, predict_outputs
+from slimray.train import pieces
 from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.plain import PlainReplica
 from slimray.train.spec import OptimSpec
@@ -153,3 +154,10 @@ def test_a_pruned_network_is_timed_until_the_gpu_has_finished():
     x = torch.randn(8192, 8192, device="cuda")
     wide, narrow = nn.Linear(8192, 8192).cuda(), nn.Linear(8192, 8).cuda()
     assert pruning.compare(wide, narrow, x).low > 3  # to launch them takes as long
+
+
+def test_samples_that_are_cut_lie_where_the_gpu_reads_them():
+    data = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    pinned = pieces._pinned(data[:, :2], torch.device("cuda"))
+    assert torch.from_numpy(pinned).is_pinned()
+    assert np.array_equal(pinned, data[:, :2])

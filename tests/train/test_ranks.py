@@ -29,6 +29,9 @@ def test_bytes_of_one_rank_reach_all(size: int):
 
 def values_on_a_rank(rank: int) -> None:
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+    net.register_buffer("mask", torch.zeros(3, 2, dtype=torch.bool))
+    net.register_buffer("coarse", torch.zeros(3, dtype=torch.bfloat16))
+    net.register_buffer("none", torch.zeros(0))
     wanted = {name: torch.full_like(value, 3) for name, value in net.state_dict().items()}
     if rank == 0:
         net.load_state_dict(wanted)

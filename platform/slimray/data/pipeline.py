@@ -433,18 +433,22 @@ def feeder_of(rank: int, world: int, num: int, name: str) -> Any:
 # ---------------------------------------------------------------------------------------------- the rank's end
 
 
+Ready = Callable[[Phase, int, Batch | None], Any]
+
+
 class RankStream:
     """Iterates over the steps of one rank: yields (phase, step, batch), batch None where the rank has no rows.
 
     The step after the one in use is fetched by a thread, so that waiting here is waiting for decoding;
-    `waited_s` is how long the last one took.
+    `waited_s` is how long the last one took. That thread calls `ready(phase, step, batch)` too: what it returns comes
+    in place of the batch.
     """
 
-    def __init__(self, feeder: Any, config: FeedConfig, rank: int):
-        self.feeder, self.config, self.rank = feeder, config, rank
+    def __init__(self, feeder: Any, config: FeedConfig, rank: int, ready: Ready | None = None):
+        self.feeder, self.config, self.rank, self.ready = feeder, config, rank, ready
         self.waited_s = 0.0
 
-    def __iter__(self) -> Iterator[tuple[Phase, int, Batch | None]]:
+    def __iter__(self) -> Iterator[tuple[Phase, int, Any]]:
         steps = [
             (n, step) for n, phase in enumerate(self.config.phases) for step in range(phase.first_step, phase.num_steps)
         ]
@@ -461,8 +465,8 @@ class RankStream:
         finally:
             fetcher.shutdown(wait=False, cancel_futures=True)
 
-    def _collect(self, number: int, step: int) -> Batch | None:
-        """The rank's rows of one step, checked to be its own."""
+    def _collect(self, number: int, step: int) -> Any:
+        """The rank's rows of one step, checked to be its own, and ready."""
         phase = self.config.phases[number]
         lo, hi = rank_slice(phase, step, self.rank, self.config.world)
         tables, have, deadline = [], 0, time.monotonic() + self.config.wait_timeout_s
@@ -476,7 +480,7 @@ class RankStream:
                 f"rank {self.rank} got positions {batch.position[0]} to {batch.position[-1]} at step {step} of "
                 f"{phase.name}, its own are {lo} to {hi - 1}: a fault of the pipeline"
             )
-        return batch
+        return batch if self.ready is None else self.ready(phase, step, batch)
 
     def _get(self, ref: Any, phase: Phase, step: int, deadline: float) -> Any:
         try:

@@ -22,23 +22,22 @@ from ray.train.torch import get_device
 from torch import Tensor
 
 from slimray import runs
-from slimray.data.modalities import pads_of
 from slimray.data.pipeline import Batch, FeedConfig
-from slimray.data.plan import SHUFFLE, Phase, microbatches
-from slimray.data.ragged import tight
+from slimray.data.plan import SHUFFLE, Phase
 from slimray.edge.compiler import without_compiler
 from slimray.spec import RunFailed
 from slimray.tasks import TASKS
 from slimray.tasks.network import Input, predict_outputs
 from slimray.tasks.precision import arithmetic_of, judged_in
 from slimray.tasks.task import Score, require_finite
-from slimray.train import learn, optimizers, speed
+from slimray.train import learn, optimizers, pieces, speed
 from slimray.train.checkpoints import Progress, Saver
 from slimray.train.config import FitConfig
 from slimray.train.health import COMPUTING, OTHERS, end_process
-from slimray.train.methods.method import Piece, part
+from slimray.train.methods.method import part
 from slimray.train.metrics import BadSamples, Clock, News, Records, training_row
 from slimray.train.notices import Notices, tell_stuck
+from slimray.train.pieces import Cut
 from slimray.train.ranks import Ranks, merge_scores
 from slimray.train.shown import Shown
 from slimray.train.start import make_replica
@@ -248,15 +247,16 @@ class _Rank:
             decode_timeout_s=config.decode_timeout_s,
             wait_timeout_s=config.scale.data_timeout_s,
         )
-        with open_stream(feed, config.feeder, config.progress_actor) as stream:
+        with open_stream(feed, config.feeder, config.progress_actor, self._cut) as stream:
             score, net, started = None, None, time.perf_counter()
             self.ranks.watchdog.beat("waiting for data")
-            for phase, step, batch in stream:
+            for phase, step, cut in stream:
+                batch = cut.batch
                 self.ranks.watchdog.beat(COMPUTING)
                 last = step + 1 == phase.num_steps
                 if phase.name == "train":
                     self.clock.wait += stream.waited_s
-                    failure = self._train(phase, step, batch)
+                    failure = self._train(phase, step, cut)
                     if failure:
                         return {"failed": failure}
                     self.clock.total += time.perf_counter() - started
@@ -284,7 +284,7 @@ class _Rank:
                     if batch is not None:
                         self.bad.note(batch, phase, self.records.bad)
                         seed, precision = (config.seed, step, self.rank), config.optim.precision
-                        for one in self._parts(phase, step, batch):
+                        for one in pieces.parts(batch, phase, step, config.per_worker, self.ranks):
                             score_batch(net, one, config.pixels, self.device, config.per_worker, score, seed, precision)
                     self.news.tell(phase, step, self.progress.total_steps, self.clock)
                     self.looks = bool(self.ranks.sum(self.notices.due(self.progress))[0])
@@ -300,20 +300,28 @@ class _Rank:
                 self.ranks.watchdog.beat("waiting for data")
         return None
 
-    def _train(self, phase: Phase, step: int, batch: Batch | None) -> str | None:
+    def _cut(self, phase: Phase, step: int, batch: Batch | None) -> Cut:
+        """Make a batch ready, in the thread that fetched it."""
+        keep = np.zeros(0, bool) if batch is None else batch.valid & ~self.bad.is_known(batch.sample)
+        if phase.name != "train":
+            return Cut(batch, keep, [])
+        return pieces.cut(batch, keep, phase, step, self.config.per_worker, self.ranks)
+
+    def _train(self, phase: Phase, step: int, cut: Cut) -> str | None:
         """Take one step over the global batch; return the sentence that ends the run, or None.
 
         Its loss is the sum of the samples' over the sum of their weights, times the window's share of a full batch: a
         short last window moves the weights by less, and class weights do not change the rate.
         """
-        config, clock, progress = self.config, self.clock, self.progress
+        config, clock, progress, batch = self.config, self.clock, self.progress, cut.batch
         keep, new_bad = np.zeros(0, bool), 0.0
         if batch is not None:
             known = self.bad.is_known(batch.sample)
             keep, new_bad = batch.valid & ~known, float((~batch.valid & ~known).sum())
             self.bad.note(batch, phase, self.records.bad)
-        pieces = self._pieces(phase, step, batch, keep)
-        empty = [float(not len(piece.data)) for piece in pieces] if config.optim.norm == "sync" else []
+        if not np.array_equal(keep, cut.keep):  # cut before the epoch ended, in which a sample became known as bad
+            cut = self._cut(phase, step, batch)
+        empty = [float(not len(piece.data)) for piece in cut.pieces] if config.optim.norm == "sync" else []
         start = time.perf_counter()
         own = (
             0.0 if batch is None else float(self.task.weights(torch.from_numpy(batch.label[keep]), config.optim).sum())
@@ -329,7 +337,7 @@ class _Rank:
             frozen = frozenset(i for i, count in enumerate(num_empty) if count)
             seed = (config.seed, progress.total_steps)
             total = weight / phase.share(step) if self.arithmetic > 1 else num_valid
-            report = self.replica.step(pieces, total, lr, seed, frozen, phase.is_held(step))
+            report = self.replica.step(cut.pieces, total, lr, seed, frozen, phase.is_held(step))
             clock.loss += report.loss_sum
             clock.transfer += report.transfer_s
             clock.compute += report.compute_s
@@ -354,24 +362,6 @@ class _Rank:
         if self.saver is not None:
             self.saver.wait()
         self.ranks.sum(0.0)
-
-    def _parts(self, phase: Phase, step: int, batch: Batch) -> list[Batch]:
-        """The rows of a step that are scored together: all, or those of each bag."""
-        if phase.bags is None:
-            return [batch]
-        cuts = microbatches(phase, step, self.rank, self.world, self.config.per_worker)
-        return [batch.cut(lo - cuts[0][0], hi - cuts[0][0], pads_of(phase.recipe)) for lo, hi in cuts if lo < hi]
-
-    def _pieces(self, phase: Phase, step: int, batch: Batch | None, keep: np.ndarray) -> list[Piece]:
-        cuts = microbatches(phase, step, self.rank, self.world, self.config.per_worker)
-        if batch is None:
-            return [Piece(np.zeros((0,), np.uint8), np.zeros(0, np.int64)) for _ in cuts]
-        pieces = []
-        for lo, hi in cuts:
-            rows = np.flatnonzero(keep[lo - cuts[0][0] : hi - cuts[0][0]]) + lo - cuts[0][0]
-            data, labels = batch.data[rows], batch.label[rows]
-            pieces.append(Piece(*(tight(data, labels, pads_of(phase.recipe)) if phase.bags else (data, labels))))
-        return pieces
 
     def _end_validation(self, phase: Phase, score: Score) -> None:
         with self.ranks.waiting():

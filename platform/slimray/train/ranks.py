@@ -118,9 +118,9 @@ class Ranks:
     def give(self, tensors: Iterable[Tensor]) -> None:
         """Give every rank in place the values that `tensors`, wherever they lie, have on rank 0. A collective."""
         with self.waiting():
-            for tensor in tensors if self.world > 1 else ():
-                sent = tensor.to(self.device, copy=True)
-                dist.broadcast(sent, 0)
+            for tensor in (one for one in tensors if self.world > 1 and one.numel()):
+                sent = tensor.to(self.device).contiguous()
+                dist.broadcast(sent.view(-1).view(torch.uint8), 0)  # gloo knows no bool
                 tensor.copy_(sent)
 
     def agree(self, decided: bool) -> bool:

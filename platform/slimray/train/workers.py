@@ -31,7 +31,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from slimray import runs
-from slimray.data.pipeline import FeedConfig, RankStream, all_nodes_but, feeder_of, spare_feeder, start_feeders
+from slimray.data.pipeline import FeedConfig, RankStream, Ready, all_nodes_but, feeder_of, spare_feeder, start_feeders
 from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError
 from slimray.train import connection, nodes
@@ -401,8 +401,10 @@ def _cause(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def open_stream(feed: FeedConfig, spare: str = "", actor: Any = None) -> Iterator[RankStream]:
-    """This rank's data for as long as the block lasts; rank 0 starts the feeders and tells the others.
+def open_stream(
+    feed: FeedConfig, spare: str = "", actor: Any = None, ready: Ready | None = None
+) -> Iterator[RankStream]:
+    """This rank's data, made `ready`, for as long as the block lasts; rank 0 starts the feeders and tells the others.
 
     `spare` is the name of a feeder that was started ahead; nodes of which the progress `actor` knows that they are left
     out, or sick, decode nothing. A collective, at its beginning and at its end.
@@ -420,7 +422,7 @@ def open_stream(feed: FeedConfig, spare: str = "", actor: Any = None) -> Iterato
     told = broadcast_from_rank_zero(told)
     assert told is not None
     try:
-        yield RankStream(feeder_of(rank, feed.world, told["num"], told["name"]), feed, rank)
+        yield RankStream(feeder_of(rank, feed.world, told["num"], told["name"]), feed, rank, ready)
         barrier()  # the others may still be taking their last blocks
     finally:
         for feeder in feeders:
