@@ -6,6 +6,7 @@ arch: extract, statistics of BatchNorm from whole batches of training samples (O
 """
 
 import functools
+import itertools
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +25,9 @@ from slimray import runs
 from slimray.arch import Arch, Space
 from slimray.data.index import INDEX
 from slimray.data.modalities import pads_of
+from slimray.data.permutation import permuted
 from slimray.data.pipeline import Batch, FeedConfig, Source, decode_block, failure_of, map_rows, rows_of
-from slimray.data.plan import Phase, blocks
+from slimray.data.plan import SHUFFLE, Phase, blocks
 from slimray.data.ragged import joined
 from slimray.report import pages
 from slimray.spec import RunFailed
@@ -39,6 +41,8 @@ from slimray.verbs.context import Context
 from slimray.verbs.specs import JudgeSpec
 
 ROWS = 64  # samples decoded by one task
+LARGE = 2_000_000  # samples from which on those that are drawn are computed by position; below it by arrays, as ever
+HELD_OUT = 0x4E1D  # beside a seed, the key by which samples are held out
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ class Exhibits:
 
 def decode(source: Source, recipe: dict[str, Any], count: int, seed: int, shuffle: bool, timeout_s: float) -> tuple:
     """References to `count` decoded samples of a split, the first of epoch 0 of `seed` (`shuffle`) or of the index."""
-    phase = Phase("judge", "split", 0, source.num_samples, ROWS, shuffle, recipe)
-    plan = [block for block in blocks([phase], 1, [0], ROWS) if block.lo < count]
+    phase = drawn(source.num_samples, shuffle, recipe)
+    plan = list(itertools.takewhile(lambda block: block.lo < count, blocks([phase], 1, [0], ROWS)))
     config = FeedConfig((phase,), {"split": source}, seed, 1, ROWS, 1, timeout_s)
     rows = rows_of([replace(block, hi=min(block.hi, count)) for block in plan], config)
     context = ray.data.DataContext.get_current()
@@ -64,6 +68,12 @@ def decode(source: Source, recipe: dict[str, Any], count: int, seed: int, shuffl
         return tuple(entry.ref for bundle in dataset.iter_internal_ref_bundles() for entry in bundle.blocks)
     except exceptions.RayTaskError as error:
         raise failure_of(error) from error
+
+
+def drawn(num_samples: int, shuffle: bool, recipe: dict[str, Any]) -> Phase:
+    """Return the pass over a split of which the first samples are decoded for judges."""
+    version = SHUFFLE if num_samples > LARGE else 1
+    return Phase("judge", "split", 0, num_samples, ROWS, shuffle, recipe, version=version)
 
 
 def make_exhibits(
@@ -95,6 +105,10 @@ def hold_out(table: pa.Table, count: int, seed: int) -> tuple[pa.Table, pa.Table
     """
     if not count:
         return table, None
+    if table.num_rows > LARGE:
+        is_out = np.zeros(table.num_rows, bool)
+        is_out[permuted(np.arange(count), table.num_rows, (seed, HELD_OUT))] = True
+        return table.filter(pa.array(~is_out)), table.filter(pa.array(is_out))
     order = list(range(table.num_rows))
     random.Random(f"hold-out-{seed}").shuffle(order)
     return table.take(sorted(order[count:])), table.take(sorted(order[:count]))
