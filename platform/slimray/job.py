@@ -25,6 +25,7 @@ from rich.console import Console
 from slimray import runs
 from slimray.data.cards import Card
 from slimray.runs import notify
+from slimray.runtime.energy import Meter
 from slimray.spec import RunFailed, Spec, UserError, did_you_mean, lookup, noting, parse, read_yaml, set_value
 from slimray.storage import SHORT_PATIENCE_S, StorageError, open_uri, patient
 from slimray.train.spec import ScaleSpec
@@ -332,10 +333,10 @@ def run(one: Loaded, storage: str, console: Console, restart: bool = False, cpus
     if claim.finished:
         console.print(f"{one.job.name}: already finished, skipped", highlight=False)
         return "skipped"
-    with runs.hold(folder):
+    with runs.hold(folder), Meter() as meter:
         runs.begin(folder, one.document, claim.attempt, os.environ.get(SUBMISSION, ""))
-        tell = partial(_tell, one, folder)
-        context = Context(folder, storage, claim.attempt, one.where, console, max(cpus, local_cpus([one])), tell)
+        tell, cpus = partial(_tell, one, folder), max(cpus, local_cpus([one]))
+        context = Context(folder, storage, claim.attempt, one.where, console, cpus, tell, energy=meter.told)
         started = time.time()
         try:
             VERBS[one.job.kind].run(one.job, context)

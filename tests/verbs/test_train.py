@@ -40,6 +40,8 @@ def test_a_run_leaves_numbers_a_model_and_a_report(shell, undisturbed):
     card = runs.read_card(run)
     assert card is not None
     assert card["steps"] == 18
+    assert card["energy"]["kwh"] > 0
+    assert card["energy"]["how"] in ("measured", "model", "GPUs measured, processor modelled")
     assert {"val/top1", "val/top5", "val/mean_class_accuracy", "val/loss"} <= set(card["metrics"]["last"])
     rows = runs.read_parts(run, "metrics")
     train = [row for row in rows if row["phase"] == "train"]

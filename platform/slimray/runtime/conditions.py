@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 WATCHED_S = 0.2  # over which energy counters are read
+GPU_SOURCE = "nvidia-smi"
 TOOL_S = 5.0  # after which tegrastats or nvidia-smi is given up
 # Cooling devices that slow a processor down; fans do not, and states of powerclamp and TCC Offset mean something else.
 SLOWING = re.compile(r"Processor|(thermal-)?(cpufreq|devfreq)-.*")
@@ -64,6 +65,34 @@ def watts_while(work: Callable[[], Any], root: Path = Path("/")) -> tuple[float,
         calls += 1
     seconds = (time.perf_counter() - start) / calls
     return (found["watts"], found["source"], seconds) if found else None
+
+
+def rapl_joules(root: Path = Path("/")) -> dict[str, tuple[float, float]]:
+    """Joules that each processor has counted, and the count at which it begins anew; empty where they do not read."""
+    found: dict[str, tuple[float, float]] = {}
+    for place in sorted((root / "sys/class/powercap").glob("intel-rapl:?")):
+        if _text(place / "name").strip() == "psys":  # the platform of a laptop, its processor included
+            continue
+        joules, most = _number(place / "energy_uj"), _number(place / "max_energy_range_uj")
+        if joules is None:
+            return {}
+        found[place.name] = (joules / 1e6, (most or 0.0) / 1e6)
+    return found
+
+
+def board_watts(root: Path = Path("/")) -> dict[str, float]:
+    """Watts that a board's own sensor tells now, by source; empty without one."""
+    for read in (_hwmon, _tegrastats):
+        watts = read(root)
+        if watts is not None:
+            return {read.__name__.strip("_"): watts}
+    return {}
+
+
+def gpu_watts() -> dict[str, float]:
+    """Watts of the GPUs now, by source; empty without any."""
+    watts = _nvidia_smi(Path("/"))
+    return {} if watts is None else {GPU_SOURCE: watts}
 
 
 def throttle_count(root: Path = Path("/")) -> int | None:

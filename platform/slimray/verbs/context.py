@@ -98,6 +98,7 @@ class Context:
     """A claimed run while its verb works on it. `where` names the job in messages (`jobs/x.yaml (name)`).
 
     `cpus` are the logical CPUs that a local cluster gets: enough for this job and those that follow in its file.
+    `energy` tells what this machine has used since (see slimray.runtime.energy), as far as it can be known.
     `tell` hands an event ({"state": "preempted", "message": ...}) to whoever the job notifies.
     """
 
@@ -109,13 +110,16 @@ class Context:
     cpus: int
     tell: Callable[[Mapping[str, Any]], None] = lambda event: None
     started: float = field(default_factory=time.time)
+    energy: Callable[[], Mapping[str, Any]] = dict
 
     def finish(self, card: dict[str, Any], results: dict[str, Any] | None = None) -> None:
-        """Write the run's card (with versions, machine and seconds added) and its results.json."""
+        """Write the run's card (with versions, machine, seconds and energy added) and its results.json."""
         if results is not None:
             runs.write_file(self.run, "results.json", json.dumps(results).encode())
         seconds = round(time.time() - self.started, 1)
-        runs.write_card(self.run, card | {"environment": environment(), "seconds": seconds, "attempt": self.attempt})
+        told = {"environment": environment(), "seconds": seconds, "attempt": self.attempt}
+        energy = self.energy()
+        runs.write_card(self.run, card | told | ({"energy": dict(energy)} if energy else {}))
 
 
 def environment() -> dict[str, Any]:
