@@ -33,6 +33,7 @@ from slimray.runtime.pairs import enclosing
 SHARED = Path(os.environ.get("SLIMRAY_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 SAMPLES, PAIRS, SIDE = int(os.environ.get("SLIMRAY_SAMPLES", "200")), 9, 128
 ONLINE_PAIRS, STREAM = 11, 32
+REASON = 400  # characters of an error
 NAMES = ("onnx", "onnx_int8", "openvino", "executorch", "executorch_int8", "torch")
 EAGER = "eager"  # torch without export
 STEPPED = ("onnx", "openvino", "executorch", "torch", EAGER)
@@ -175,7 +176,7 @@ def report(name: str, net: nn.Module, one: graph.Graph, x: Tensor, formats: tupl
             told += f", {size:.2f} MB, {took['export_ms']:.2f} ms, {took['ratio']:.3f} [{low:.3f}, {high:.3f}] of eager"
         except Exception as error:  # noqa: BLE001  the reason is the result
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            told = f"does not work: {type(error).__name__}: {(lines or [''])[0][:200]}"
+            told = f"does not work: {type(error).__name__}: {' '.join(lines)[:REASON]}"
         print(f"{name} | {form} | {told}", flush=True)
 
 

@@ -21,6 +21,7 @@ from slimray import job, models, runs
 from slimray.compress import quantization
 from slimray.export import exported, graph, verify
 from slimray.export.formats import FORMATS
+from slimray.models.points import ops
 from slimray.models.tsm import OnlineTSM
 from slimray.runs.folder import digest
 from slimray.spec import UserError
@@ -92,6 +93,31 @@ def test_executorch_takes_pictures_whatever_their_order_in_memory(form, most, tm
     for given in (channels_last[:1], channels_last[:1].contiguous()):
         found = torch.from_numpy(run([given.numpy()])[0])
         assert verify.differences(found, expected)["relative"] < most
+
+
+class Neighbours(nn.Module):
+    """Looks for neighbours, reckons with their indices, and goes on with what lies there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv1d(3, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = ops.knn(x, x[:, :, :16], 4).flatten(1)
+        found = found + torch.zeros_like(found)
+        y = self.first(x).transpose(1, 2)
+        return self.last(y.gather(1, found[..., None].expand(-1, -1, 8)).mean(1))
+
+
+@pytest.mark.parametrize(("form", "most"), [("executorch", 1e-4), ("executorch_int8", 0.2)])
+def test_executorch_looks_for_neighbours_and_leaves_indices_whole(form, most, tmp_path):
+    torch.manual_seed(0)
+    net, x = Neighbours().eval(), torch.randn(8, 3, 64)
+    one, row = replace(graph.whole(net, x[:1], {}), varying={}), FORMATS[form]
+    row.convert(one, tmp_path, [[cloud[None].numpy()] for cloud in x])
+    with torch.no_grad():
+        found = torch.from_numpy(row.load(tmp_path / row.file, 1, True)([x[:1].numpy()])[0])
+        assert verify.differences(found, net(x[:1]))["relative"] < most
 
 
 def test_a_network_of_few_bits_is_exported_in_float_and_in_int8(shell, net):  # noqa: F811

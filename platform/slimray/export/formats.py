@@ -155,11 +155,13 @@ def _to_executorch(graph: Graph, folder: Path, _: Sequence[Arrays]) -> None:
 
 def _lower(program: Any, folder: Path) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
+    config = EdgeCompileConfig(preserve_ops=[torch.ops.aten.topk.default])  # else it is a sort, which the runtime lacks
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config)
+        lowered = lowered.to_executorch()
     (folder / "model.pte").write_bytes(lowered.buffer)
 
 
@@ -175,12 +177,18 @@ def _to_executorch_int8(graph: Graph, folder: Path, calibration: Sequence[Arrays
     module, example = program.module(), program.example_inputs[0]
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
     floats = [get_module_name_filter(name) for name in graph.floats]
-    quantizer.set_filter_function(lambda node: not any(is_in(node) for is_in in floats))
+    quantizer.set_filter_function(lambda node: _is_float(node) and not any(is_in(node) for is_in in floats))
     observed = prepare_pt2e(module, quantizer)
     with torch.no_grad():
         for arrays in calibration:
             observed(*(torch.from_numpy(array) for array in arrays))
     _lower(torch.export.export(convert_pt2e(observed), example), folder)
+
+
+def _is_float(node: Any) -> bool:
+    """Whether a node of a graph takes and gives numbers that can be quantized, no indices."""
+    values = [one.meta.get("val") for one in (node, *node.all_input_nodes)]
+    return all(value.is_floating_point() for value in values if isinstance(value, torch.Tensor))
 
 
 def _load_executorch(path: Path, threads: int, _: bool) -> Runner:
