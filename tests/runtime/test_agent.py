@@ -39,13 +39,14 @@ main()
 
 
 class Device:
-    """An agent in a process of its own."""
+    """An agent in a process of its own; of another `python` with the package that is installed there."""
 
-    def __init__(self, *options: str, token: str | None = TOKEN):
-        env = {key: value for key, value in os.environ.items() if key != agent.TOKEN_VARIABLE}
+    def __init__(self, *options: str, token: str | None = TOKEN, python: str = sys.executable):
+        left_out = (agent.TOKEN_VARIABLE, *(("PYTHONPATH",) if python != sys.executable else ()))
+        env = {key: value for key, value in os.environ.items() if key not in left_out}
         env |= {} if token is None else {agent.TOKEN_VARIABLE: token}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", WITHOUT, "agent", "--port", "0", *options],
+            [python, "-c", WITHOUT, "agent", "--port", "0", *options],
             stdout=subprocess.PIPE,
             text=True,
             env=env,
