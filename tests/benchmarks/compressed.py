@@ -37,7 +37,7 @@ from slimray.tasks.segment import SegmentationScore
 from slimray.train.methods.distilled import Distilled, DistilledReplica
 from slimray.train.methods.method import Setup
 from slimray.train.methods.plain import PlainReplica
-from slimray.train.spec import OptimSpec
+from slimray.train.spec import BatchSpec, OptimSpec
 from slimray.verbs import compressing
 
 SHARE, PAIRS, CALIBRATED = 0.5, 11, 64
@@ -49,12 +49,13 @@ TIMED_ONLY = {"resnet20": (32, {"num_classes": 10}), "resnet50": (224, {"num_cla
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A network, the data it is trained on, epochs of training and of fine-tuning, the rates of both."""
+    """A network, its data, samples in a batch; epochs and rates of training and of fine-tuning."""
 
     data: Callable[[Any], shrinking.Data]
     setting: str
     task: str
     model: dict[str, Any]
+    batch: int
     epochs: tuple[int, int]
     rates: tuple[float, float]
 
@@ -65,6 +66,7 @@ CASES = {
         "clips",
         "classify",
         {"name": "tsm_resnet18", "width": 0.5, "num_segments": 8},
+        16,
         (8, 5),
         (0.004, 0.001),
     ),
@@ -73,7 +75,8 @@ CASES = {
         "points",
         "segment",
         {"name": "pvcnn_s3dis", "in_channels": 3, "width": 0.5, "voxel": 0.25},
-        (10, 4),
+        8,  # with 16 and ten epochs it is half trained: mIoU 47 %, 59 % so
+        (16, 5),
         (0.008, 0.002),
     ),
 }
@@ -98,9 +101,10 @@ class Seed:
 
     def __init__(self, name: str, seed: int):
         self.case, self.seed = CASES[name], seed
-        self.job = shrinking.SETTINGS[self.case.setting].of_seed(seed)
+        job, batch = shrinking.SETTINGS[self.case.setting].of_seed(seed), self.case.batch
+        self.job = job.model_copy(update={"batch": BatchSpec(total=batch, per_worker=batch)})
         self.data = self.case.data(self.job)
-        said = json.dumps([self.case.model, self.case.epochs, self.case.rates, SHARE, ROUND_TO])
+        said = json.dumps([self.case.model, batch, self.case.epochs, self.case.rates, SHARE, ROUND_TO])
         self.path = folder() / f"compressed-{name}-{hashlib.sha256(said.encode()).hexdigest()[:8]}-{seed}"
         self.task = TASKS[self.case.task]
         samples = [self.data.test(i) for i in range(self.data.num_test)]
