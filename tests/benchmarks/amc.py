@@ -8,7 +8,7 @@ BatchNorm re-calibrated, accuracy on 1,000 training images that fine-tuning does
 is fine-tuned alike, with the logits of the whole network as teacher, and scored on the test images. Seeds change the
 images judged by, the agent and the order of training.
 
-`LONG=climb EPOCHS=5 TRAINED=48000` fine-tunes that policy longer. Results are lines of JSON in
+`LONG=climb EPOCHS=5 TRAINED=48000 LR=0.05` fine-tunes that policy longer. Results are lines of JSON in
 `SLIMRAY_BENCH_DIR`: what is there is not done again. The sizes are for two cores; the published schedules are longer.
 """
 
@@ -41,7 +41,7 @@ SHARE, ROUND_TO, LEAST = 0.5, 1, 0.1
 POLICIES, WARMUP, DECAY = 100, 40, 0.9
 LONG = os.environ.get("LONG", "")
 JUDGED, RECALIBRATED, TRAINED = 1000, 256, int(os.environ.get("TRAINED", "9000"))  # images
-BATCH, EPOCHS, LR = 64, int(os.environ.get("EPOCHS", "1")), 0.01
+BATCH, EPOCHS, LR = 64, int(os.environ.get("EPOCHS", "1")), float(os.environ.get("LR", "0.01"))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
