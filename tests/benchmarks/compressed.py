@@ -37,7 +37,7 @@ from slimray.tasks.segment import SegmentationScore
 from slimray.train.methods.distilled import Distilled, DistilledReplica
 from slimray.train.methods.method import Setup
 from slimray.train.methods.plain import PlainReplica
-from slimray.train.spec import BatchSpec, OptimSpec
+from slimray.train.spec import OptimSpec
 from slimray.verbs import compressing
 
 SHARE, PAIRS, CALIBRATED = 0.5, 11, 64
@@ -102,7 +102,7 @@ class Seed:
     def __init__(self, name: str, seed: int):
         self.case, self.seed = CASES[name], seed
         job, batch = shrinking.SETTINGS[self.case.setting].of_seed(seed), self.case.batch
-        self.job = job.model_copy(update={"batch": BatchSpec(total=batch, per_worker=batch)})
+        self.job = job.model_copy(update={"batch": job.batch.model_copy(update={"total": batch, "per_worker": batch})})
         self.data = self.case.data(self.job)
         said = json.dumps([self.case.model, batch, self.case.epochs, self.case.rates, SHARE, ROUND_TO])
         self.path = folder() / f"compressed-{name}-{hashlib.sha256(said.encode()).hexdigest()[:8]}-{seed}"
