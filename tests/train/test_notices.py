@@ -12,6 +12,7 @@ from tests.ranks import run_ranks
 from slimray.train import notices
 from slimray.train.checkpoints import Progress
 from slimray.train.notices import Notices
+from slimray.train.progress_actor import ProgressActor
 from slimray.train.ranks import Ranks
 from slimray.train.spec import LimitsSpec
 
@@ -83,3 +84,17 @@ def test_a_rank_hears_what_ray_tells_its_process(monkeypatch):
     assert notices.told_here() is None
     RayTrainWorker.mark_preempt(None, SOON)
     assert notices.told_here() is SOON
+
+
+def test_every_sentence_is_kept_for_the_driver_however_fast_the_next_one_follows():
+    actor = ProgressActor()
+    actor.update(note="node preemption announced", preempted=True, total_steps=9)
+    actor.begin(9, 1)
+    actor.waits_for("waits for a node")
+    actor.waits_for("waits for a node")
+    actor.sick("abcdefghij", "has no disk")
+    wanted = [("node preemption announced", True), ("waits for a node", False)]
+    wanted.append(("node abcdefgh is left out, it has no disk", False))
+    state = actor.read()
+    assert [(one["note"], one["preempted"]) for one in state["news"]] == wanted
+    assert (state["total_steps"], state["waits_for"]) == (9, "waits for a node")

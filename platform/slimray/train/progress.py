@@ -45,25 +45,25 @@ def follow(actor: Any, title: str, console: Console, tell: Tell = lambda event: 
 
 def _poll(actor: Any, title: str, console: Console, done: threading.Event, tell: Tell) -> None:
     shown: dict[str, Any] = {}
-    note, preempted, waits = "", False, ""
+    heard, waits, over = 0, "", False
     started: tuple[float, float] | None = None
     with make_bar(console) as bar:
         task = bar.add_task(f"{title}: starting workers", total=1, note="")
-        while not done.wait(0.5):
+        while not over:
+            over = done.wait(0.5)  # what was told last is read once more
             try:
                 state: Any = ray.get(actor.read.remote(), timeout=5)
             except (exceptions.RayError, TimeoutError):
                 continue
-            if state.get("note", "") != note:
-                note = state["note"]
-                console.print(f"{title}: {note}", highlight=False, markup=False)
+            news = state.get("news", [])
+            for one in news[heard if heard <= len(news) else 0 :]:  # an actor that started again knows none
+                console.print(f"{title}: {one['note']}", highlight=False, markup=False)
+                if one["preempted"]:
+                    tell({"state": "preempted", "message": one["note"]})
+            heard = len(news)
             if state.get("waits_for", "") != waits:
                 waits = state["waits_for"]
                 tell({"state": "waiting", "message": waits})
-            if state.get("preempted", False) != preempted:
-                preempted = not preempted
-                if preempted:
-                    tell({"state": "preempted", "message": note})
             if not state.get("steps"):
                 continue
             last = state.get("last") or {}

@@ -11,24 +11,32 @@ class ProgressActor:
     """Progress actor: the ranks report to it how far they are, and the driver reads it; nobody waits for it."""
 
     def __init__(self) -> None:
-        self.state: dict[str, Any] = {"told": time.time(), "repeated": 0, "stuck": []}
+        self.state: dict[str, Any] = {"told": time.time(), "repeated": 0, "stuck": [], "news": []}
         self.state |= {"saved": None, "sick": {}, "hung": {}}
         self.nodes: dict[int, str] = {}
         self.waiting: set[int] = set()
 
     def update(self, **state: Any) -> None:
+        if "note" in state:
+            self._add(state.pop("note"), bool(state.pop("preempted", False)))
         self.state.update(state, told=time.time())
+
+    def _add(self, note: str, preempted: bool = False) -> None:
+        """Keep a sentence for the driver, which prints every one once, however fast they follow each other."""
+        if not self.state["news"] or self.state["news"][-1]["note"] != note:
+            self.state["news"].append({"note": note, "preempted": preempted})
 
     def begin(self, step: int, world: int) -> None:
         """Note that a group of workers starts after `step`; steps that were done before count as repeated."""
         if "world" in self.state:
             self.state["repeated"] += max(0, self.state.get("total_steps", step) - step)
         self.nodes = {rank: node for rank, node in self.nodes.items() if rank < world}
-        self.update(world=world, total_steps=step, preempted=False, waits_for="")
+        self.update(world=world, total_steps=step, waits_for="")
 
     def waits_for(self, sentence: str) -> None:
         """Note what the launch waits for, which is no progress."""
-        self.state |= {"waits_for": sentence, "note": sentence}
+        self.state["waits_for"] = sentence
+        self._add(sentence)
 
     def saved(self, step: int) -> None:
         """Note that a checkpoint of this launch is on storage."""
@@ -42,7 +50,7 @@ class ProgressActor:
     def sick(self, node: str, reason: str) -> None:
         """Note that a node cannot work."""
         self.state["sick"][node] = reason
-        self.state["note"] = f"node {node[:8]} is left out, it {reason}"
+        self._add(f"node {node[:8]} is left out, it {reason}")
 
     def unknown(self, nodes: Sequence[str]) -> None:
         """Note which nodes have joined and are being looked at."""
