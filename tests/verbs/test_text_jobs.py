@@ -216,6 +216,7 @@ task: {beam: 1}
 """
 
 
+@pytest.mark.benchmark
 def test_a_supernet_of_transformers_is_searched_under_a_latency_and_its_subnet_retrained_and_exported(shell, calm):
     """HAT from end to end, with the latency table of this machine and a teacher's soft labels."""
     size = len(NAMES) * 2 + 4
