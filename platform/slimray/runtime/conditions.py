@@ -82,17 +82,12 @@ def rapl_joules(root: Path = Path("/")) -> dict[str, tuple[float, float]]:
 
 def board_watts(root: Path = Path("/")) -> dict[str, float]:
     """Watts that a board's own sensor tells now, by source; empty without one."""
-    for read in (_hwmon, _tegrastats):
-        watts = read(root)
-        if watts is not None:
-            return {read.__name__.strip("_"): watts}
-    return {}
+    return _first(root, "hwmon", "tegrastats")
 
 
 def gpu_watts() -> dict[str, float]:
     """Watts of the GPUs now, by source; empty without any."""
-    watts = _nvidia_smi(Path("/"))
-    return {} if watts is None else {GPU_SOURCE: watts}
+    return _first(Path("/"), GPU_SOURCE)
 
 
 def throttle_count(root: Path = Path("/")) -> int | None:
@@ -114,10 +109,17 @@ def _throttled(root: Path) -> bool | None:
 
 
 def _watts(root: Path, gpu: bool = True) -> dict[str, Any]:
-    for read in (_rapl, _hwmon, _tegrastats, *([_nvidia_smi] if gpu else [])):
-        watts = read(root)
-        if watts is not None:
-            return {"watts": round(watts, 3), "source": read.__name__.strip("_").replace("_", "-")}
+    for source, watts in _first(root, "rapl", "hwmon", "tegrastats", *([GPU_SOURCE] if gpu else [])).items():
+        return {"watts": round(watts, 3), "source": source}
+    return {}
+
+
+def _first(root: Path, *sources: str) -> dict[str, float]:
+    """Watts of the first of `sources` that tells them, by its name; empty where none does."""
+    readers = {"rapl": _rapl, "hwmon": _hwmon, "tegrastats": _tegrastats, GPU_SOURCE: _nvidia_smi}
+    for source in sources:
+        if (watts := readers[source](root)) is not None:
+            return {source: watts}
     return {}
 
 

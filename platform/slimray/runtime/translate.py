@@ -161,7 +161,7 @@ def beam_search(
 def forbidden(length: int, max_length: int, vocab_size: int) -> NDArray[np.bool_]:
     """Which tokens `[V]` may not follow `length` others: PAD; eos as the first; all but eos behind the last."""
     out = np.full(vocab_size, length == max_length)
-    out[EOS] = length == 0 < max_length
+    out[EOS] = length == 0 and max_length > 0
     out[PAD] = True
     return out
 

@@ -3,8 +3,8 @@
 A walk (`amc.GroupWalk`, `haq.BitsWalk`) gives states and takes actions; one walk is an episode, the policy that it ends
 in a trial, which gets a reward. A generation of trials is proposed by the agent (ddpg.py) that has learned from all
 generations before it, so that a search is a function of its seed and of the rewards: on any number of workers, resumed
-or not, it is the same. A population of 1 is the sequential search as published. `Climb`, in place of an agent, climbs
-from a policy that is known to be good: where trials are few, it finds more.
+or not, it is the same. A population of 1 is the sequential search as published. `Climb` takes the
+place of an agent: noise around the best policy so far, from one that is known to be good.
 """
 
 import math
@@ -49,9 +49,10 @@ class Walk(Protocol[Given]):
 
 @dataclass(frozen=True)
 class Climb:
-    """Hill climbing in place of an agent: the actions of the best episode so far, with noise; first those of `start`.
+    """Hill climbing: an episode takes the actions of the best one so far, with noise; the first takes `start` `[T]`.
 
-    The noise is normal, of deviation `spread`, cut to [0, 1].
+    Actions are in [0, 1]; the noise is normal, of deviation `spread`, cut to that range. UserError for a `spread` that
+    is not positive.
     """
 
     start: tuple[float, ...]
@@ -99,7 +100,7 @@ class Trial(Generic[Policy]):
 
 
 class Climber:
-    """Who proposes by `Climb`."""
+    """Agent that climbs over episodes of `num_steps` actions; ValueError where the start has another number."""
 
     def __init__(self, settings: Climb, num_steps: int):
         if len(settings.start) != num_steps:
@@ -107,7 +108,7 @@ class Climber:
         self.settings, self.best = settings, Episode(np.zeros(0), np.array(settings.start), -math.inf)
 
     def act(self, place: int, index: int, rng: np.random.Generator) -> float:
-        """The action number `place` of episode `index`."""
+        """An action in [0, 1], that at `place` of episode `index`."""
         mean = float(self.best.actions[place])
         return mean if index == 0 else truncated_normal(mean, self.settings.spread, rng)
 

@@ -173,25 +173,28 @@ def _searched(
     metric = TASKS[subnets.task_of(runs.read_model(before)[2])].best
     sign = metric.sign
     if climbs:
-        start, told = _start(walk, step, work, stage, before, exhibits)
+        start, curves = _start(walk, step, work, stage, before, exhibits)
         agent = Climb(start, spec.spread)
     else:
-        agent, told = replace(ddpg.AMC, warmup=spec.warmup, decay=spec.decay, dummy=True), {}
+        agent, curves = replace(ddpg.AMC, warmup=spec.warmup, decay=spec.decay, dummy=True), {}
     learner = Learner(walk, SearchSettings(spec.episodes, spec.population, agent), job.seed)
     make = functools.partial(_scorer, before.uri, exhibits, job.judge, step)
     tried = agent_trials.run(work, stage, "prune", learner, lambda told: amc.reward_of(sign * told[metric.name]), make)
     rewards = [agent_trials.number_of(trial.reward) for trial in tried]
     if timed is None:
-        found, again = best(tried), {}
+        found, retimed = best(tried), {}
     else:
-        found, again = _kept_when_timed(work, step, before, tried, limits["latency_ms"], timed)
-    return {"counts": found.policy, "episode": found.index, "rewards": rewards, "limits": limits} | told | again
+        found, retimed = _kept_when_timed(work, step, before, tried, limits["latency_ms"], timed)
+    return {"counts": found.policy, "episode": found.index, "rewards": rewards, "limits": limits} | curves | retimed
 
 
 def _start(
     walk: amc.GroupWalk, step: Any, work: Work, stage: runs.Run, before: runs.Run, exhibits: Any
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
-    """The actions that a search begins with, kept in `data/start.json` of the stage, and the curves that found them."""
+    """The actions `[groups]` that a search begins with, and {"sensitivity": curves} where such were measured.
+
+    Found once, kept in `data/start.json` of the stage.
+    """
     if not runs.exists(stage, "data/start.json"):
         given = step.model_copy(update={"search": None, "policy": step.search.start})
         timing = work.job.timing or ANY_TIMING
@@ -199,7 +202,7 @@ def _start(
         runs.write_file(stage, "data/start.json", json.dumps(found).encode())
     found = json.loads(runs.read_file(stage, "data/start.json"))
     shares = tuple(found["counts"][one.name] / one.choices[-1] for one in walk.steps)
-    return shares, {name: found[name] for name in ("sensitivity",) if name in found}
+    return shares, {"sensitivity": found["sensitivity"]} if "sensitivity" in found else {}
 
 
 # ------------------------------------------------------------------------------------- latency as a limit of a search
