@@ -206,15 +206,16 @@ def test_a_tokenizer_is_taken_from_a_run_that_is_there_and_holds_texts(file):
     assert any("text.like: 'tokens' holds no texts" in one for one in problems(file.parent / "like.yaml"))
 
 
-def test_a_teacher_has_the_tokenizer_of_the_dataset(tmp_path):
+@pytest.mark.parametrize(("task", "sides"), [("translate", 2), ("language", 1)])
+def test_a_teacher_has_the_tokenizer_of_the_dataset(tmp_path, task, sides):
     text = {"tokenizer": "words:abc", "vocab_size": 9, "lengths": {"val": 5}}
-    card = Card.model_validate({"name": "mine", "layout": "index", "sample": "text", "labels": "none", "sides": 2,
-                                "task": "translate", "splits": {"val": "val.parquet"}, "text": text})  # fmt: skip
+    card = Card.model_validate({"name": "mine", "layout": "index", "sample": "text", "labels": "none", "sides": sides,
+                                "task": task, "splits": {"val": "val.parquet"}, "text": text})  # fmt: skip
     run = runs.open_run(str(tmp_path), "wise")
     runs.begin(run, {"kind": "train", "name": "wise"}, 1)
     runs.end(run, "finished")
     for tokenizer, fits in (("words:abc", True), ("words:abd", False)):
-        taken = {"recipe": TextRecipe(tokenizer=tokenizer).to_dict(), "pixels": {}, "classes": [], "task": "translate"}
+        taken = {"recipe": TextRecipe(tokenizer=tokenizer).to_dict(), "pixels": {}, "classes": [], "task": task}
         runs.write_file(run, "model/input.json", json.dumps(taken).encode())
         with contextlib.nullcontext() if fits else pytest.raises(UserError, match="'wise' has another tokenizer"):
             checks.check_teacher("wise", CheckContext("x.yaml", str(tmp_path)), card)

@@ -1,9 +1,10 @@
 """Language modelling: how likely is the next token.
 
 Networks take windows of a stream int `[B, L + 1]` and return the log-probabilities of their last L tokens `[B, L]`, so
-that nothing of the size of a large vocabulary is made, or logits `[B, L, V]`. What came before a window is not known in
-it: perplexity is of streams as long as `prepare` made them (`text.stream`), within which a network carries its memory
-and its cache; so it does not depend on the number of workers. Per word it compares tokenizers, per token it does not.
+that nothing of the size of a large vocabulary is made, or logits `[B, L, V]`; beside a teacher, which is compared over
+the whole vocabulary, all of them (`whole`). What came before a window is not known in it: perplexity is of streams as
+long as `prepare` made them (`text.stream`), within which a network carries its memory and its cache; so it does not
+depend on the number of workers. Per word it compares tokenizers, per token it does not.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from slimray.spec import Spec
 from slimray.tasks.evaluation import Pass, Samples
 from slimray.tasks.network import Network
 from slimray.tasks.task import LOSS, Metric, Outputs
-from slimray.tasks.tokens import text_task
+from slimray.tasks.tokens import taught, text_task
 
 GIVEN = 24  # tokens of a stream that is continued in a report
 LONGEST = 1 << 16  # tokens of a line that is gone on with
@@ -89,4 +90,6 @@ LANGUAGE = text_task(
     lines=lines,
     spec=LanguageOptions,
     searched=True,
+    taught=taught,
+    in_full={"whole": True},
 )

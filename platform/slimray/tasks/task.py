@@ -8,7 +8,7 @@ independent of each other.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
@@ -173,6 +173,8 @@ class Task:
     taught: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     """Outputs of a teacher and of a network, and targets, to the cross-entropy of each sample `[n]` against the
     teacher's answers, multiplied by its weight; None where classes are dimension 1 (`logits`), or nothing is taught."""
+    in_full: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments with which networks give the outputs that `taught` compares, where their loss needs less."""
     hits: Callable[[Any, Tensor], Tensor] | None = None
     """Outputs and targets to how right each sample is, 0-1 `[n]`; None if that has no meaning."""
     logits: bool = False

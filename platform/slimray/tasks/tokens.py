@@ -60,7 +60,8 @@ def token_losses(outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Te
 
 def taught(given: Tensor, own: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy of logits `own` against those of a teacher, both `[n, L, V]`, summed over the tokens of
-    each sample `[n]` (soft labels, arXiv 1503.02531). The gradient goes to `own` alone."""
+    each sample `[n]` (soft labels, arXiv 1503.02531). Log-probabilities are logits too; the gradient goes to `own`
+    alone."""
     soft, log_probs = given.detach().float().softmax(-1), own.float().log_softmax(-1)
     return torch.where(targets == PAD, 0.0, -(soft * log_probs).sum(-1)).sum(1)
 

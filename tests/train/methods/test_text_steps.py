@@ -1,5 +1,6 @@
 """A step over bags of unequal length is the mean over its tokens: two ranks (real gloo processes) take that of one."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from slimray.data.text.vocabulary import PAD
 from slimray.data.token_plan import Bags
 from slimray.runtime.inputs import Input
 from slimray.tasks import TASKS
+from slimray.train.methods.distilled import Distilled, DistilledReplica
 from slimray.train.methods.method import Piece, Setup
 from slimray.train.methods.plain import PlainReplica
 from slimray.train.spec import OptimSpec
@@ -101,3 +103,43 @@ def test_soft_labels_of_a_teacher_weigh_tokens_as_labels_do():
     assert gradient[targets != PAD].abs().sum(-1).min() > 0
     (gradient,) = torch.autograd.grad(TASK.taught(own.detach(), own, targets).sum(), own)
     assert gradient.abs().max() < 1e-6, "its own answers teach a network nothing"
+
+
+@pytest.mark.parametrize("cache", [0, 9])
+def test_a_language_model_is_taught_over_all_words_though_its_loss_needs_one(cache):
+    """Teacher and student may be of other sizes and forms; a step has the labels and what the teacher says."""
+    task = TASKS["language"]
+    torch.manual_seed(0)
+    teacher = models.build("transformer_lm", vocab_size=30, embed=8, ffn=8, heads=2, layers=1, dropout=0.0)
+    net = models.build("micronet_lm", vocab_size=30, preset="tiny", cache=cache)
+    before, optim = copy.deepcopy(net), OPTIM.model_copy(update={"label_smoothing": 0.0, "clip_norm": None})
+    tokens = torch.randint(4, 30, (3, 12))
+    tokens[0, 8:] = PAD
+    labels, there = tokens[:, 1:], tokens[:, 1:] != PAD
+    method = Distilled("", weight=0.5, labels=0.3)
+    replica = DistilledReplica(net, teacher, method, Setup(optim, Input(), (12,), CPU, task=task))
+    piece = Piece(tokens[:, None].int().numpy(), labels.numpy())
+    report = replica.step([piece], float(there.sum()), 0.1, (0, 0))
+    with torch.no_grad():
+        given, log_probs = teacher(tokens).softmax(-1), before(tokens, whole=True).log_softmax(-1)
+        told = 0.3 * log_probs.gather(-1, labels[..., None])[..., 0] + 0.5 * (given * log_probs).sum(-1)
+    assert report.loss_sum == pytest.approx(-float(told[there].sum()), rel=1e-5)
+    assert any(not torch.equal(a, b) for a, b in zip(net.parameters(), before.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("micronet_lm", {"preset": "tiny"}),
+        ("micronet_lm", {"preset": "tiny", "cache": 5}),
+        ("transformer_lm", {"embed": 8}),
+    ],
+)
+@torch.no_grad()
+def test_what_a_teacher_is_compared_with_holds_what_the_loss_needs(name, options):
+    torch.manual_seed(0)
+    net, tokens = models.build(name, vocab_size=30, **options).eval(), torch.randint(4, 30, (2, 15))
+    whole, own = net(tokens, **TASKS["language"].in_full), net(tokens)
+    assert whole.shape == (2, 14, 30)
+    own = own if own.ndim == 2 else own.gather(-1, tokens[:, 1:, None])[..., 0]
+    assert torch.allclose(whole.gather(-1, tokens[:, 1:, None])[..., 0], own, atol=1e-5)

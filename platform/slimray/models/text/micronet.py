@@ -1,12 +1,12 @@
 """The MicroNet language model: a small transformer with a short window, a memory and a cache of what was just written.
 
 MicroNet for Efficient Language Modeling (arXiv 2005.07877). Takes streams int `[B, L + 1]` and gives the
-log-probabilities `[B, L]` of all words but the first: no table over the vocabulary is made. `score` does so chunk by
-chunk, with memory and cache carried on, `next_words` gives those of all words that may follow. Layers are pre-norm; a
-query sees itself and the `context` - 1 words before it, with a learned embedding of the distance, and the keys and
-values of these are the memory. Surprising: attention runs in blocks as long as the window, so that time and memory grow
-with the length of a chunk and not with its square; there is no last norm. The cache (1612.04426) mixes in words of the
-last `cache` positions, by how alike what preceded them was.
+log-probabilities `[B, L]` of all words but the first: no table over the vocabulary is made, unless it is asked for
+(`whole`). `score` does so chunk by chunk, with memory and cache carried on, `next_words` gives those of all words that
+may follow. Layers are pre-norm; a query sees itself and the `context` - 1 words before it, with a learned embedding of
+the distance, and the keys and values of these are the memory. Surprising: attention runs in blocks as long as the
+window, so that time and memory grow with the length of a chunk and not with its square; there is no last norm. The
+cache (1612.04426) mixes in words of the last `cache` positions, by how alike what preceded them was.
 """
 
 from dataclasses import dataclass, replace
@@ -138,8 +138,13 @@ class MicroNetLM(nn.Module):
             self.cache_sharpness = nn.Parameter(sharpness.expm1().log())  # under a softplus
             self.cache_share = nn.Parameter(share.logit())
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Streams int `[B, L + 1]` to log-probabilities `[B, L]` of their last L words, chunk by chunk if long."""
+    def forward(self, tokens: Tensor, whole: bool = False) -> Tensor:
+        """Streams int `[B, L + 1]` to log-probabilities `[B, L]` of their last L words, chunk by chunk if long.
+
+        With `whole` those of all words in their places, `[B, L, V]`, at once.
+        """
+        if whole:
+            return self.next_words(tokens[:, :-1], self.start())[0]
         if torch.compiler.is_exporting():  # of any length, which a loop over chunks is not
             return self.score(tokens[:, :-1], tokens[:, 1:], self.start())[0]
         past, found = self.start(), []
@@ -227,6 +232,7 @@ PRESETS = {
     "wikitext103_15m": replace(WIKITEXT, widths=(384, 64, 16), key=36, value=36),
     "wikitext103_teacher": Shape((512, 256, 16), (3500, 25000), 16, 8, 64, 64, 1536, 97),
     "ptb": Shape((192, 64, 16), (1000, 4000), 4, 6, 24, 24, 576, 65),
+    "ptb_small": Shape((128, 48, 16), (1000, 4000), 4, 4, 32, 32, 384, 65),
     "tiny": Shape((16, 8, 4), (10, 20), 2, 2, 4, 4, 24, 7),
 }
 

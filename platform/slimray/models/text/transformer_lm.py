@@ -36,8 +36,8 @@ class TransformerLM(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(embed, embed, heads, ffn, pre_norm, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(embed) if pre_norm else None
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Streams int `[B, L + 1]` to logits `[B, L, V]` of their last L words."""
+    def forward(self, tokens: Tensor, whole: bool = True) -> Tensor:
+        """Streams int `[B, L + 1]` to logits `[B, L, V]` of their last L words: of all words, `whole` or not."""
         return self._logits(tokens[:, :-1], self.start())[0]
 
     def start(self) -> Past:

@@ -47,7 +47,7 @@ class DistilledReplica(PlainReplica):
 
     def _passes(self, batch: OnDevice, choice: Any) -> Iterator[Tensor]:
         with self._autocast():
-            outputs = self.forward(batch.x)
+            outputs = self.forward(batch.x, **self.setup.task.in_full)
         losses = self._losses(outputs, batch)
         if batch.labels is None:
             yield losses
@@ -63,7 +63,7 @@ class DistilledReplica(PlainReplica):
     @torch.no_grad()
     def _teach(self, x: Tensor) -> Tensor:
         with self._autocast():
-            return _single(self.teacher(x)).float()
+            return _single(self.teacher(x, **self.setup.task.in_full)).float()
 
 
 def _single(outputs: Outputs) -> Tensor:
