@@ -27,6 +27,8 @@ class FaultyS3:
         self.port, self.behind, self.rate, self.done, self.parts = port, behind, 0.0, Counter(), 0
         self.kinds, self.slow_s = list(FAULTS), 1.0
         self.refused = ""  # the access key of a machine without rights
+        self.per_second = 0.0  # requests that it answers for each folder of keys, as far as it is bounded
+        self._left: dict[str, tuple[float, float]] = {}  # of folders: when asked last, and requests they have left
         self._random, self._lock = random.Random(seed), threading.Lock()
 
     def uri(self, folder: str) -> str:
@@ -41,14 +43,24 @@ class FaultyS3:
         """Answer every request again."""
         self.rate = 0.0
 
-    def choose(self) -> str:
+    def choose(self, path: str) -> str:
         """What happens to the next request."""
         with self._lock:
             what = "ok"
-            if self._random.random() < self.rate:
+            if self.per_second and not self._has_left(path.partition("?")[0].rpartition("/")[0]):
+                what = "throttle"
+            elif self._random.random() < self.rate:
                 what = self._random.choice(self.kinds)
             self.done[what] += 1
             return what
+
+    def _has_left(self, folder: str) -> bool:
+        """Whether a folder may be asked once more: it saves the requests of a second."""
+        now = time.monotonic()
+        then, left = self._left.get(folder, (now, self.per_second))
+        left = min(self.per_second, left + (now - then) * self.per_second)
+        self._left[folder] = now, left - (left >= 1)
+        return left >= 1
 
 
 @contextlib.contextmanager
@@ -78,7 +90,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         faults: FaultyS3 = self.server.faults  # type: ignore[attr-defined]
-        what, size = faults.choose(), int(self.headers.get("Content-Length") or 0)
+        what, size = faults.choose(self.path), int(self.headers.get("Content-Length") or 0)
         if what == "refuse":  # nothing is read: as from a server that is not there
             self.close_connection = True
             self.connection.close()

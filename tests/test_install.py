@@ -30,6 +30,7 @@ FOLDERS_OF_EXTRAS = {
     "tasks/text_scores.py": ("text",),
 }
 LATE = {
+    "botocore",
     "decord",
     "open3d",
     "openvino",

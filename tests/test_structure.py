@@ -20,13 +20,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "platform/slimray"
 FLOORS = (  # the folders and files of the package from the top down: a floor imports from those below it
     "cli", "cluster", "job", "verbs", "report", "train", "export", "search", "edge", "tasks", "compress", "models",
-    "runtime", "data", "runs", "spec arch encoding storage credentials",
+    "runtime", "data", "runs", "spec arch encoding storage objects credentials",
 )  # fmt: skip
 ONLY_IN = {
     "ray": ("data/pipeline.py", "train/*.py", "verbs/*.py", "cluster/*.py"),
     "decord": ("data/video/movies.py",),
     "open3d": ("data/points/geometry.py",),
     "wandb": ("runs/tracking.py",),
+    "botocore": ("objects.py",),
     "sentencepiece": ("data/text/vocabulary.py",),
 }
 NEVER_IN = {

@@ -169,7 +169,7 @@ def test_fight_surv_is_read_by_the_card_for_own_clips(shared):
     assert (sum(labels(train)), sum(labels(val))) == (82, 26)
     assert train.slice(0, 1).to_pylist() == [
         {"path": "fight/fi001.mp4", "label": 1}
-        | {"frames": 0, "fps": 0, "width": 0, "height": 0, "shard": "", "row": -1}
+        | {"frames": 0, "fps": 0, "width": 0, "height": 0, "shard": "", "row": -1, "offset": -1, "length": 0}
     ]
     row = train.slice(0, 1).to_pylist()[0]
     assert read_whole(DISK, root, row) == Path(root, "fight/fi001.mp4").read_bytes()
@@ -636,6 +636,18 @@ def shard(tmp_path):
     return str(tmp_path), index_table(places).to_pylist(), clips
 
 
+@pytest.fixture(params=["footer", "place"])
+def known(request, shard):
+    """The same, with rows that do not know or know their places."""
+    root, rows, clips = shard
+    if request.param == "place":
+        footer = pq.read_metadata(f"{root}/{rows[0]['shard']}")
+        chunks = [footer.row_group(i).column(2) for i in range(12)]
+        places = [{"offset": c.data_page_offset, "length": c.total_compressed_size} for c in chunks]
+        rows = [row | place for row, place in zip(rows, places, strict=True)]
+    return root, rows, clips
+
+
 @pytest.fixture
 def impatient(monkeypatch):
     """No waiting between attempts."""
@@ -654,6 +666,25 @@ def test_a_clip_of_a_shard_is_one_range_read(shard):
     assert counting.opened == 7  # once for the footer
 
 
+def test_a_clip_whose_place_the_index_knows_is_read_without_the_footer(tmp_path):
+    rng = np.random.default_rng(0)
+    clips = [rng.bytes(size) for size in (100_000, 0, 1, 63, 64, 200, 3_000_000)]
+    packed = [{"path": f"{i}.mp4", "label": i, "data": data} for i, data in enumerate(clips)]
+    places = write_shard(DISK, f"{tmp_path}/s.parquet", packed)
+    rows = [
+        {"path": f"{i}.mp4", "label": i, "shard": "s.parquet", "row": i, "offset": offset, "length": length}
+        for i, (offset, length) in enumerate(places)
+    ]
+    counting = Counting()
+    fs = pafs.PyFileSystem(counting)
+    for row, clip in zip(index_table(rows).to_pylist(), clips, strict=True):
+        assert read_whole(fs, str(tmp_path), row) == clip
+    assert counting.opened == len(clips)
+    assert counting.bytes < sum(len(clip) + 100 for clip in clips)
+    for wrong in ({"offset": 0}, {"offset": rows[0]["offset"] + 1}, {"length": 50}, {"offset": 10**9}, {"length": 9}):
+        assert read_whole(DISK, str(tmp_path), {**rows[0], **wrong}) == clips[0], "the footer tells it"
+
+
 def test_a_shard_has_a_row_group_per_clip_and_a_small_footer(shard):
     root, rows, _ = shard
     footer = pq.read_metadata(f"{root}/{rows[0]['shard']}")
@@ -665,16 +696,16 @@ def test_a_shard_has_a_row_group_per_clip_and_a_small_footer(shard):
     assert [path.name for path in (Path(root) / "shards").iterdir()] == ["train-000000.parquet"]
 
 
-def test_a_rewritten_shard_is_read_anew(shard):
-    root, rows, clips = shard
+def test_a_rewritten_shard_is_read_anew(known):
+    root, rows, clips = known
     assert read_whole(DISK, root, rows[3]) == clips[3]
     packed = [{"path": f"{i}.mp4", "label": i, "data": bytes([i]) * (50 + 7 * i)} for i in range(12)]
     write_shard(DISK, f"{root}/{rows[0]['shard']}", packed)
     assert read_whole(DISK, root, rows[3]) == packed[3]["data"]
 
 
-def test_shard_reads_are_retried_and_then_fail_in_one_sentence(shard, monkeypatch):
-    root, rows, clips = shard
+def test_shard_reads_are_retried_and_then_fail_in_one_sentence(known, monkeypatch):
+    root, rows, clips = known
     monkeypatch.setenv(storage.PATIENCE, "2")
     counting = Counting()
     fs = pafs.PyFileSystem(counting)
@@ -687,10 +718,10 @@ def test_shard_reads_are_retried_and_then_fail_in_one_sentence(shard, monkeypatc
         read_whole(fs, root, rows[1])
 
 
-def test_a_damaged_shard_is_a_storage_error_and_a_missing_one_a_missing_file(shard, impatient):
-    root, rows, clips = shard
+def test_a_damaged_shard_is_a_storage_error_and_a_missing_one_a_missing_file(known, impatient):
+    root, rows, clips = known
     with pytest.raises(StorageError, match="it holds 12 clips, the index asks for number 12"):
-        read_whole(DISK, root, rows[0] | {"row": 12})
+        read_whole(DISK, root, rows[0] | {"row": 12, "offset": -1})
     with pytest.raises(FileNotFoundError, match=r"/shards/gone.parquet$"):
         read_whole(DISK, root, rows[0] | {"shard": "shards/gone.parquet"})
     file = Path(root) / rows[0]["shard"]

@@ -57,6 +57,16 @@ def test_a_large_index_is_mapped_and_its_file_is_gone_with_it(tmp_path, monkeypa
     assert not left
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_an_index_of_before_places_were_known_is_the_same_dataset(tmp_path, monkeypatch, mapped):
+    monkeypatch.setattr(index_file, "MAPPED", 500 if mapped else 10**6)
+    pq.write_table(table().drop_columns(["offset", "length"]), tmp_path / "old.parquet")
+    found = read_parquet(pafs.LocalFileSystem(), str(tmp_path / "old.parquet"))
+    assert found.equals(table())
+    assert set(found.column("offset").to_pylist()) == {-1}
+    assert fingerprint(table(offset={3: 77}, length={3: 5})) == fingerprint(found)
+
+
 def test_an_index_in_a_bucket_is_read_in_parts(tmp_path, bucket, in_small_pieces):
     fs, path = open_uri(bucket("large-index"))
     pq.write_table(table(), tmp_path / "train.parquet", row_group_size=90)

@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
 import signal
 
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from tests.verbs.conftest import Shell, end_session, write_list
 from tests.waits import wait_for
 
 from slimray import runs
+from slimray.data.bytes import read_whole
 from slimray.data.video.decoder import Decoder
 
+DISK = pafs.LocalFileSystem()
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 PACK = """
@@ -46,7 +50,11 @@ def test_packing_keeps_every_frame_and_quarantines_what_is_damaged(shell, files,
             original = decoder.probe(row["path"], (shell.folder / "mixed" / row["path"]).read_bytes())
             assert row["frames"] == original.frames
             assert min(row["width"], row["height"]) == 64
-            assert row["shard"].startswith("shards/train-")
+            assert re.fullmatch(r"shards/[0-9a-f]{2}/train-00000\d\.parquet", row["shard"])
+            by_place = read_whole(DISK, str(shell.storage / name / "data"), row)
+            assert by_place == read_whole(DISK, str(shell.storage / name / "data"), row | {"offset": -1})
+            shard = (shell.storage / name / "data" / row["shard"]).read_bytes()
+            assert by_place in shard[row["offset"] :][: row["length"]]
     packed = (runs.read_card(run) or {})["packed"]
     assert packed["psnr_db"] > 25
     assert packed["bytes_out"] > 0

@@ -2,15 +2,18 @@
 
 `read_whole` and `read_sample` fetch them: a video or point file, the numbered pictures of a folder
 (`clip/{00001..00300}.jpg`, one path for all of them) or all its files (`room/{*}.txt`) as a stored ZIP, or one clip of
-a packed shard. A shard holds one clip per row group, so that a clip is one range read.
+a packed shard. A shard holds one clip per row group, so that a clip is one range read, whose place the index tells (of
+older datasets the footer of the shard does).
 """
 
 import functools
 import io
 import posixpath
 import re
+import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +23,11 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from slimray import storage
+from slimray import objects, storage
 from slimray.data.images import image_sets
 from slimray.data.images.files import zip_frames
 from slimray.data.paths import ALL_FILES, GZIP_ENDING, NUMBERED, matching
-from slimray.data.samples import BadSample
+from slimray.data.samples import MAX_BYTES, BadSample
 from slimray.data.video.clips import ClipRecipe, frame_indices, generators
 from slimray.storage import join
 
@@ -43,7 +46,7 @@ def read_whole(fs: pafs.FileSystem, root: str, row: dict[str, Any]) -> bytes:
     if row["shard"].endswith(image_sets.IDX_ENDINGS):
         return image_sets.gray_picture(_read_idx(fs, join(root, row["shard"]), row), row["width"], row["height"])
     if row["shard"]:
-        return _read_packed(fs, join(root, row["shard"]), row["row"])
+        return _read_packed(fs, join(root, row["shard"]), row)
     pictures = _pictures_of(fs, root, row)
     if pictures is not None:
         return _read_pictures(fs, pictures, range(pictures.count))
@@ -79,11 +82,11 @@ def read_sample(
     return _read_pictures(fs, pictures, sorted(set(wanted.tolist())))
 
 
-def write_shard(fs: pafs.FileSystem, path: str, packed_rows: Iterable[dict[str, Any]]) -> None:
+def write_shard(fs: pafs.FileSystem, path: str, packed_rows: Iterable[dict[str, Any]]) -> list[tuple[int, int]]:
     """Write rows with path, label and data (bytes) as a parquet shard, a row group each, all at once or not at all.
 
-    One row at a time is in memory. No compression, dictionary or statistics: videos do not shrink, and statistics would
-    put them into the footer.
+    Return `offset` and `length` of each for the index. One row at a time is in memory. No compression, dictionary or
+    statistics: videos do not shrink, and statistics would put them into the footer.
     """
     options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     options |= {"store_schema": False, "write_page_checksum": True}
@@ -93,6 +96,9 @@ def write_shard(fs: pafs.FileSystem, path: str, packed_rows: Iterable[dict[str, 
             for row in packed_rows:
                 writer.write_table(pa.Table.from_pylist([row], schema=SHARD))
         storage.write_atomic(fs, path, local)
+        footer, number = pq.read_metadata(local), SHARD.get_field_index("data")
+    chunks = [footer.row_group(row).column(number) for row in range(footer.num_row_groups)]
+    return [(chunk.data_page_offset, chunk.total_compressed_size) for chunk in chunks]
 
 
 @dataclass(frozen=True)
@@ -118,8 +124,17 @@ class _Pictures:
 
 
 def _read_file(fs: pafs.FileSystem, path: str) -> bytes:
+    if isinstance(fs, pafs.LocalFileSystem):
+        try:
+            return storage.read_bytes(fs, path)
+        except FileNotFoundError:
+            raise FileNotFoundError(path) from None
+    return storage.retry(lambda: _range(fs, path), "read", path)
+
+
+def _range(fs: pafs.FileSystem, path: str, start: int = 0, size: int | None = None) -> bytes:
     try:
-        return storage.read_bytes(fs, path)
+        return objects.read_range(fs, path, start, size)
     except FileNotFoundError:
         raise FileNotFoundError(path) from None
 
@@ -128,11 +143,7 @@ def _read_part(fs: pafs.FileSystem, path: str, start: int, size: int) -> bytes:
     """`size` bytes of a file from `start` on."""
 
     def read() -> bytes:
-        try:
-            with fs.open_input_file(path) as file:
-                data = file.read_at(size, start) if start >= 0 else b""
-        except FileNotFoundError:
-            raise FileNotFoundError(path) from None
+        data = _range(fs, path, start, size) if start >= 0 else b""
         if len(data) < size:
             raise OSError(f"it ends before byte {start + size}, where the index has a picture")
         return data
@@ -164,7 +175,44 @@ def _unpacked_idx(at: Place) -> bytes:
         raise OSError(str(error)) from None
 
 
-def _read_packed(fs: pafs.FileSystem, path: str, row: int) -> bytes:
+def _read_packed(fs: pafs.FileSystem, path: str, row: dict[str, Any]) -> bytes:
+    """The data of one row group, by its place if the index has it, else by the footer; its checksum is verified."""
+    offset, length = row.get("offset", -1), row.get("length", 0)
+    if offset >= 0 and 0 < length <= MAX_BYTES:
+        chunk = storage.retry(lambda: _range(fs, path, offset, length), "read", path)
+        if (data := _only_value(chunk)) is not None:
+            return data
+    return _read_row_group(fs, path, row["row"])  # which says what is wrong, or the shard was written anew
+
+
+def _only_value(chunk: bytes) -> bytes | None:
+    """The value in a column chunk that `write_shard` wrote: the header of a page, in Thrift's compact protocol, and
+    the page, with levels and the one value. None for anything else, and where the checksum does not fit."""
+    try:
+        header, at = [], 0
+        for _ in range(4):  # kind of page, size, compressed size, checksum: whole numbers of 32 bits, in zigzag
+            if chunk[at] != 0x15:
+                return None
+            number, shift, at = 0, 0, at + 1
+            while True:
+                number |= (chunk[at] & 127) << shift
+                shift, at = shift + 7, at + 1
+                if chunk[at - 1] < 128:
+                    break
+            header.append((number >> 1) ^ -(number & 1))
+        _, _, size, checksum = header
+        page = memoryview(chunk)[max(at, len(chunk) - size) :]
+        (levels,) = struct.unpack_from("<I", page)
+        (length,) = struct.unpack_from("<I", page, 4 + levels)
+    except (IndexError, struct.error):
+        return None
+    data = page[8 + levels :]
+    if len(page) != size or len(data) != length or zlib.crc32(page) != checksum & 0xFFFFFFFF:
+        return None
+    return bytes(data)
+
+
+def _read_row_group(fs: pafs.FileSystem, path: str, row: int) -> bytes:
     """The data of one row group; its checksum is verified, and a footer that no longer fits is read again."""
     at = Place(path, fs)
 
@@ -227,7 +275,7 @@ def _read_pictures(fs: pafs.FileSystem, pictures: _Pictures, wanted: Sequence[in
     for index in wanted:
         path = pictures.path(index)
         try:
-            frames[index] = storage.read_bytes(fs, path)
+            frames[index] = _read_file(fs, path)
         except FileNotFoundError:
             folder, _, name = path.rpartition("/")
             if not storage.exists(fs, folder):

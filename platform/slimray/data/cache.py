@@ -1,8 +1,8 @@
 """Files of a bucket on a disk of this machine: whatever process reads one first leaves it there for all.
 
 `Cache.open` gives a filesystem that reads each file of another one once; `root` and `cache_of` carry the settings of a
-job to the processes that read samples, as options of the root's URI. Files are whole, so that a shard costs two
-requests, whoever needs a clip of it, and from the second epoch on none. They are of a `version` of the dataset, written
+job to the processes that read samples, as options of the root's URI. Files are whole, so that a shard costs one
+request, whoever needs a clip of it, and from the second epoch on none. They are of a `version` of the dataset, written
 beside and renamed, one process at a time; what was used longest ago goes when there are more than `max_gb`. A process
 that is killed leaves at most a part that the next sweep removes. A full disk reads the bucket.
 """
@@ -21,6 +21,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+
+from slimray.objects import Opened, open_range
 
 PART_BYTES = 32 << 20  # read at a time
 LOCKS = 4096  # lock files, for all files: few processes wait for one that fetches another file
@@ -78,8 +80,8 @@ class Cache:
             with self._alone(f"{int(place.name[:8], 16) % LOCKS:04d}"):
                 if _touched(place):  # by a process that was quicker
                     return place
-                with fs.open_input_file(path) as source:
-                    if source.size() > self.max_bytes:
+                with open_range(fs, path) as source:
+                    if source.size > self.max_bytes:
                         return None
                     size = _write(source, place)
             self._count(size)
@@ -135,10 +137,10 @@ def _touched(place: Path) -> bool:
     return True
 
 
-def _write(source: pa.NativeFile, place: Path) -> int:
+def _write(source: Opened, place: Path) -> int:
     """Copy a file to `place`, all of it or nothing, and return its size."""
     part = place.with_name(f"{place.name}.{os.getpid()}.part")
-    size, have = source.size(), 0
+    size, have = source.size, 0
     with _room():
         place.parent.mkdir(parents=True, exist_ok=True)
         file = open(part, "wb")  # noqa: SIM115

@@ -19,11 +19,14 @@ INDEX = pa.schema(
         ("height", pa.int32()),
         ("shard", pa.string()),  # "" = a file, or a folder of pictures, of its own
         ("row", pa.int32()),  # row group in the shard, in a .bin or idx file the byte where the pixels begin; else -1
+        ("offset", pa.int64()),  # of the column chunk with its data in the shard, whose bytes are one request; else -1
+        ("length", pa.int32()),  # of that chunk; 0 = unknown
     ]
 )
+FOUND_LATER = ("offset", "length")  # not in indexes of before 2026-11-30; they follow from shard and row
 PIECE = 1 << 20  # rows looked at at a time, where there may be a hundred million
 NOTES = b"notes"  # in the metadata of its schema
-UNKNOWN = {"frames": 0, "fps": 0.0, "width": 0, "height": 0, "shard": "", "row": -1}
+UNKNOWN = {"frames": 0, "fps": 0.0, "width": 0, "height": 0, "shard": "", "row": -1, "offset": -1, "length": 0}
 
 
 def index_table(rows: list[dict[str, Any]]) -> pa.Table:
@@ -49,9 +52,11 @@ def pieces_of(column: pa.ChunkedArray) -> Iterator[pa.Array]:
 
 
 def fingerprint(table: pa.Table) -> str:
-    """A digest of an index, 64 hexadecimal digits: equal content in equal order, equal digest."""
+    """A digest of an index, 64 hexadecimal digits: equal content in equal order, equal digest, FOUND_LATER left out."""
     digest = hashlib.sha256()
     for column in INDEX:
+        if column.name in FOUND_LATER:
+            continue
         values, between = table.column(column.name), b""
         if pa.types.is_string(column.type):
             length = call_function("sum", [call_function("binary_length", [values])]).as_py() or 0

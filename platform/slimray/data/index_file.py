@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pyarrow.compute import MatchSubstringOptions, call_function
 
 from slimray import storage
-from slimray.data.index import INDEX, PIECE, pieces_of
+from slimray.data.index import FOUND_LATER, INDEX, PIECE, UNKNOWN, pieces_of
 from slimray.data.paths import inside
 from slimray.spec import UserError
 
@@ -37,9 +37,10 @@ def read_parquet(fs: pafs.FileSystem, path: str) -> pa.Table:
     with tempfile.TemporaryDirectory(prefix="slimray-index-") as scratch:
         try:
             with pq.ParquetFile(_file(fs, path, Path(scratch) / "index.parquet")) as source:
+                there = [n for n in INDEX.names if n in source.schema_arrow.names or n not in FOUND_LATER]
                 pieces = (
-                    pa.Table.from_batches([batch]).select(INDEX.names).cast(INDEX)
-                    for batch in source.iter_batches(PIECE, columns=INDEX.names)
+                    _completed(pa.Table.from_batches([batch])).select(INDEX.names).cast(INDEX)
+                    for batch in source.iter_batches(PIECE, columns=there)
                 )
                 if source.metadata.num_rows < MAPPED:
                     return pa.concat_tables([INDEX.empty_table(), *pieces]).combine_chunks()
@@ -52,6 +53,14 @@ def read_parquet(fs: pafs.FileSystem, path: str) -> pa.Table:
             if error.errno != errno.ENOSPC:
                 raise
             raise UserError(f"{scratch}: has no room for the index {path}: let TMPDIR name a larger folder") from None
+
+
+def _completed(piece: pa.Table) -> pa.Table:
+    """Return rows of an index with the columns that older ones have not."""
+    for name in FOUND_LATER:
+        if name not in piece.column_names:
+            piece = piece.append_column(name, pa.repeat(UNKNOWN[name], piece.num_rows))
+    return piece
 
 
 def _file(fs: pafs.FileSystem, path: str, to: Path) -> pa.BufferReader | str:

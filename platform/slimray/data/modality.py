@@ -80,8 +80,9 @@ class Modality:
     """Layouts of cards that hold nothing else."""
     stored: bool = False
     """Whether samples are read from what `prepare` stored only, never from the files as they came."""
-    write: Callable[[Any, str, Iterable[dict[str, Any]]], None] = write_shard
-    """Filesystem, path and rows (`path`, `label`, `data`) to a shard on storage."""
+    write: Callable[[Any, str, Iterable[dict[str, Any]]], list[tuple[int, int]]] = write_shard
+    """Filesystem, path and rows (`path`, `label`, `data`) to a shard on storage, and the places in it (`offset` and
+    `length` of an index) of samples that are read alone."""
     rows_per_shard: int = 0
     """Samples of a shard; 0 puts all of the files that are prepared together into one."""
     learn: Callable[["Card", str, "TextSpec"], str] | None = None

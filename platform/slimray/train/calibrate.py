@@ -39,7 +39,7 @@ from slimray.train.spec import OptimSpec
 FILE = "calibration.json"
 STEPS, WARM = 12, 3
 DECODED = 12  # samples
-REQUESTS = 2.0  # of a bucket for a file, or a clip of a shard: how large it is, and its bytes
+REQUESTS = 1.0  # of a bucket for a file, or a clip of a shard
 SPREAD = (0.9, 1.0, 1.15)  # of a measured time on another day of the same machine (an assumption)
 
 

@@ -41,7 +41,7 @@ from slimray.data.video.repack import Pack
 from slimray.spec import RunFailed, Spec, UserError, parse
 from slimray.verbs import inputs
 from slimray.verbs.context import CheckContext, Context, Made
-from slimray.verbs.prepare_parts import Split, read_parts
+from slimray.verbs.prepare_parts import Split, note_places, read_parts, shard_of
 
 TOKENIZER = "tokenizer.txt"  # beside the card: the vocabulary of texts
 MAX_NOTES = 10  # printed, of files with points that are left out
@@ -428,7 +428,7 @@ def _generate(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any]
     sizes, packed = Sizes(work.data.size, work.data.frames, work.data.points), []
     generate = MODALITIES[work.card.sample].generate
     assert generate is not None  # a card of layout `generated` is of a modality that can be
-    shard = f"shards/{chunk.split}-{chunk.number:06d}.parquet"
+    shard = shard_of(chunk.split, chunk.number)
     for row in rows:
         made = generate(row["number"], work.data.seed, sizes)
         path, place = f"{chunk.split}/{row['number']:06d}{made.ending}", {}
@@ -441,17 +441,18 @@ def _generate(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any]
         part["rows"].append({"path": path, "label": made.label, **made.shape, **place})
         part["bytes_out"] += len(made.data)
     if packed:
-        write_shard(fs, f"{folder}/data/{shard}", packed)
+        note_places(part, shard, write_shard(fs, f"{folder}/data/{shard}", packed))
 
 
 def _convert(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any], fs: Any, folder: str) -> None:
     """Read every file whole, and pack the good ones into one parquet shard."""
     packed_here = work.pack or MODALITIES[work.card.sample].stored
-    shard = f"shards/{chunk.split}-{chunk.number:06d}.parquet" if packed_here else ""
+    shard = shard_of(chunk.split, chunk.number) if packed_here else ""
     rows = [{**row, "split": chunk.split} for row in rows]
     with Decoder(timeout_s=work.timeout_s) as decoder:
         for name, packed in itertools.groupby(_pack(work, rows, part, shard, decoder), lambda one: one[0]):
-            MODALITIES[work.card.sample].write(fs, f"{folder}/data/{name}", (row for _, row in packed))
+            places = MODALITIES[work.card.sample].write(fs, f"{folder}/data/{name}", (row for _, row in packed))
+            note_places(part, name, places)
 
 
 def _pack(

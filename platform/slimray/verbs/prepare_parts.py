@@ -4,6 +4,7 @@ The rows of a split go into its index as they come, so that memory does not grow
 """
 
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,6 +19,22 @@ from slimray.data.index_file import IndexWriter
 
 READERS = 16  # files read at once: they are small, and reading one is waiting for the storage
 AHEAD = 1024  # files asked for before the first of them is used up
+
+
+def shard_of(split: str, number: int) -> str:
+    """Return where shard `number` of a split lies under `data/`, behind a hash of its name.
+
+    A bucket bounds the requests of each prefix that it has split off: names in a row would be one.
+    """
+    name = f"{split}-{number:06d}.parquet"
+    return f"shards/{zlib.crc32(name.encode()) & 0xFF:02x}/{name}"
+
+
+def note_places(part: dict[str, Any], shard: str, places: Sequence[tuple[int, int]]) -> None:
+    """Note in the rows of a part that lie in `shard` where each does, if that is known."""
+    rows = (row for row in part["rows"] if row.get("shard") == shard)
+    for row, (offset, length) in zip(rows, places, strict=False):
+        row |= {"offset": offset, "length": length}
 
 
 def read_parts(run: runs.Run, names: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -181,12 +181,16 @@ def _shard(at: Place) -> _Shard:
     return _Shard(*arrays)
 
 
-def write_text_shard(fs: pafs.FileSystem, path: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows of `path` and `data` (JSON of the other columns) as a shard, all at once or not at all."""
+def write_text_shard(fs: pafs.FileSystem, path: str, rows: Iterable[dict[str, Any]]) -> list[tuple[int, int]]:
+    """Write rows of `path` and `data` (JSON of the other columns) as a shard, all at once or not at all.
+
+    It is read whole: no places of samples are returned.
+    """
     table = pa.Table.from_pylist([{"path": row["path"], **json.loads(row["data"])} for row in rows], schema=SHARD)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     storage.write_atomic(fs, path, sink.getvalue().to_pybytes())
+    return []
 
 
 def raw_texts(root: str, rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
