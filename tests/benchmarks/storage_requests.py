@@ -2,8 +2,8 @@
 
 An S3 server on loopback answers LIMIT requests a second for each folder of keys and refuses others (503), as S3 does
 for each prefix with 5,500. DEMAND samples a second are wanted, as many times more as 28,000 clips a second of 1,536
-GPUs are more than 5,500. A thread per reader makes samples as a decoding task does. Ways: an index that does not know the
-places of samples (of before 2026-11-30), one that does, shards under hashed prefixes, and `data.cache`, two epochs.
+GPUs are more than 5,500. A thread per reader makes samples as a decoding task does. Ways: an index that does not know
+the places of samples (of before 2026-11-30), one that does, shards under hashed prefixes, and `data.cache`, two epochs.
 """
 
 import io
