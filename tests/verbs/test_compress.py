@@ -82,7 +82,12 @@ def test_each_step_is_a_row_and_zeros_stay_zero_in_training(small):
     assert rows[-1]["bytes"] == sum(results["steps"][-1]["details"]["parts"].values()) < rows[0]["bytes"] / 5
     found = slim_file.decode(runs.read_file(small, "model/model.slim"), "model.slim")
     assert all(torch.equal(value, found[key]) for key, value in tensors(small).items())
-    assert "<svg" in runs.read_file(small, "report.html").decode()
+    books = results["steps"][-1]["codebooks"]
+    weight = found[name]
+    assert dict(books["layer1.0.conv1"]) == {
+        float(value): int((weight == value).sum()) for value in weight.unique() if value != 0
+    }
+    assert "Codebook of layer3.0.conv2" in runs.read_file(small, "report.html").decode()
 
 
 def test_a_compressed_network_is_scored_shown_predicted_with_and_trained_on(shell, small):

@@ -200,6 +200,14 @@ def test_a_network_is_pruned_by_climbing_and_by_amc_on_any_number_of_workers(she
         assert rows[2]["macs"] <= 0.6 * rows[1]["macs"]
         assert [len(one["details"]["rewards"]) for one in results["steps"][1:]] == [3, 4]
         assert results["steps"][1]["details"]["sensitivity"], "the curves that the climb began with"
+        for one in results["steps"][1:]:
+            details = one["details"]
+            tried, even = details["candidates"], details["uniform"]
+            assert details["searched"] == max(candidate["top1"] for candidate in tried)
+            assert 0 < even["costs"]["macs"] <= details["limits"]["macs"]
+            assert 0 <= even["top1"] <= 100
+            assert all(candidate["macs"] <= details["limits"]["macs"] for candidate in tried)
+        assert "Policies of 01-prune" in runs.read_file(run, "report.html").decode()
         found.append([one["details"]["counts"] for one in results["steps"][1:]])
     assert found[0] == found[1]
     done = json.loads(shell.run("evaluate", "pruned-1", "--json").stdout)

@@ -140,7 +140,10 @@ def test_searched_bits_keep_their_share_on_any_number_of_workers(shell: Shell):
     assert details["costs"]["size_mb"] <= details["limits"]["size_mb"]
     assert len({tuple(pair) for pair in details["bits"].values()}) > 2, "mixed"
     assert details["bits"]["conv1"] == details["bits"]["fc"] == [8, 8]
-    assert "Bits, by layer" in runs.read_file(run, "report.html").decode()
+    assert details["searched"] == max(candidate["top1"] for candidate in details["candidates"])
+    page = runs.read_file(run, "report.html").decode()
+    assert "Bits, by layer" in page
+    assert "Policies of 01-quantize" in page
     assert "01-quantize" in shell.ok("show", "mixed-1")
 
 

@@ -97,6 +97,7 @@ def test_images_clips_and_clouds_go_the_whole_road_in_one_file(shell: Shell):
         assert rows[3]["macs"] == rows[2]["macs"] == rows[1]["macs"]
         assert rows[3]["bytes"] < 0.5 * rows[2]["bytes"] < 0.5 * rows[0]["bytes"]
         assert len(pruned[1]["details"]["rewards"]) == 2
+        assert pruned[1]["details"]["uniform"]["costs"]["macs"] <= 0.6 * rows[0]["macs"]
         timed = pruned[1]["details"]["costs"].get("latency_ms")
         assert timed is None if kind != "pictures" else 0 < timed < pruned[1]["details"]["limits"]["latency_ms"]
         layers = rounded[1]["details"]["sensitivity"]

@@ -6,7 +6,7 @@ gradient of a centroid is the sum of those of its weights: `Tied` reads the code
 equal values are one centroid, so that a resumed run needs no further state.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,20 @@ def share(net: nn.Module, bits: Mapping[str, int]) -> dict[str, Any]:
         weight.copy_(torch.from_numpy(shared).view(weight.shape).to(weight))
         record["values"][name] = len(np.unique(shared[shared != 0]))
     return record
+
+
+@torch.no_grad()
+def codebooks(net: nn.Module, layers: Iterable[str]) -> dict[str, list[tuple[float, int]]]:
+    """The values of each layer, ascending and without zero, and how many of its weights have each.
+
+    Layers that `net` does not have any more, as once they are quantized, are left out.
+    """
+    out, found = {}, layers_of(net)
+    for name in layers:
+        if name in found:
+            values, counts = torch.unique(found[name].detach().float(), return_counts=True)
+            out[name] = [(float(v), int(n)) for v, n in zip(values, counts, strict=True) if v != 0]
+    return out
 
 
 class Tied(Masks):

@@ -5,7 +5,7 @@ import binascii
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,27 @@ class Curves:
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     stacked: bool = False
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to draw."""
+        return not any(len(steps) for steps, _ in self.series.values())
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Heights over positions that need not be even: (x, height); `legend`: a few names and ready text."""
+
+    title: str
+    x_name: str
+    y_name: str
+    bars: Sequence[tuple[float, float]]
+    legend: Sequence[tuple[str, str]] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to draw."""
+        return not self.bars
+
 
 @dataclass(frozen=True)
 class Scatter:
@@ -44,6 +65,11 @@ class Scatter:
     points: Sequence[tuple[float, float]]
     named: Sequence[tuple[float, float, str]] = ()
     better: str = "higher"
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to draw."""
+        return not self.points
 
     def front(self) -> list[tuple[float, float]]:
         """The points that no other beats, x rising."""
@@ -174,6 +200,32 @@ def chart_section(curves: Curves, prefix: str) -> dict[str, Any]:
 
 def scatter_section(scatter: Scatter, prefix: str) -> dict[str, Any]:
     """Points and their front as inline SVG; the named points are in the legend."""
+
+    def draw(axes: Any) -> None:
+        axes.scatter(*zip(*scatter.points), s=9, color=INK, alpha=0.35, linewidths=0)
+        axes.plot(*zip(*scatter.front()), drawstyle="steps-post", color=SERIES[0], linewidth=1.6)
+        for colour, marker, (x, y, _) in zip(SERIES, "osD^v", scatter.named[:5]):
+            axes.plot([x], [y], marker, color=colour, markersize=7)
+
+    legend = [(name, f"{show_number('', x)}, {show_number('', y)}") for x, y, name in scatter.named[:5]]
+    return _plain_section(scatter, prefix, draw, legend)
+
+
+def bars_section(bars: Bars, prefix: str) -> dict[str, Any]:
+    """Bars as inline SVG, each 0.8 of the least distance between two wide, and the legend."""
+
+    def draw(axes: Any) -> None:
+        places, heights = (np.array(one) for one in zip(*bars.bars))
+        gap = np.diff(np.sort(places)).min() if len(places) > 1 else 1.0
+        axes.bar(places, heights, width=0.8 * gap, color=SERIES[0])
+
+    return _plain_section(bars, prefix, draw, bars.legend)
+
+
+def _plain_section(
+    chart: Scatter | Bars, prefix: str, draw: Callable[[Any], None], legend: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """A chart with named axes and a grid, drawn by `draw`, as inline SVG."""
     import matplotlib
     from markupsafe import Markup
     from matplotlib.figure import Figure
@@ -182,12 +234,9 @@ def scatter_section(scatter: Scatter, prefix: str) -> dict[str, Any]:
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.8, 2.9), layout="constrained")
         axes = figure.add_subplot()
-        axes.scatter(*zip(*scatter.points), s=9, color=INK, alpha=0.35, linewidths=0)
-        axes.plot(*zip(*scatter.front()), drawstyle="steps-post", color=SERIES[0], linewidth=1.6)
-        for colour, marker, (x, y, _) in zip(SERIES, "osD^v", scatter.named[:5]):
-            axes.plot([x], [y], marker, color=colour, markersize=7)
-        axes.set_xlabel(scatter.x_name, color=INK)
-        axes.set_ylabel(scatter.y_name, color=INK)
+        draw(axes)
+        axes.set_xlabel(chart.x_name, color=INK)
+        axes.set_ylabel(chart.y_name, color=INK)
         axes.tick_params(colors=INK, length=0)
         axes.grid(color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
@@ -195,9 +244,15 @@ def scatter_section(scatter: Scatter, prefix: str) -> dict[str, Any]:
         axes.spines["bottom"].set_color(GRID)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    legend = [(name, f"{show_number('', x)}, {show_number('', y)}") for x, y, name in scatter.named[:5]]
-    svg = Markup(_inline(buffer.getvalue(), prefix, scatter.title))  # noqa: S704
-    return {"title": scatter.title, "svg": svg, "legend": legend, "stacked": False}
+    svg = Markup(_inline(buffer.getvalue(), prefix, chart.title))  # noqa: S704
+    return {"title": chart.title, "svg": svg, "legend": legend, "stacked": False}
+
+
+def section(chart: Curves | Scatter | Bars, prefix: str) -> dict[str, Any]:
+    """Any chart as a section of a page."""
+    if isinstance(chart, Curves):
+        return chart_section(chart, prefix)
+    return scatter_section(chart, prefix) if isinstance(chart, Scatter) else bars_section(chart, prefix)
 
 
 def _draw(axes: Any, curves: Curves, binned: Mapping[str, tuple[np.ndarray, ...]]) -> None:

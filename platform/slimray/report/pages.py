@@ -17,16 +17,16 @@ from typing import Any
 
 from slimray import runs
 from slimray.report.charts import (
+    Bars,
     Clip,
     Curves,
     Scatter,
     by_batch,
-    chart_section,
     clip_section,
     confusion_section,
     last_of,
     median_of,
-    scatter_section,
+    section,
     train_curves,
 )
 from slimray.report.metrics import main_ones, metrics_of, names_in, text_of
@@ -47,6 +47,7 @@ from slimray.report.tables import (
 from slimray.runs.examples import BoxView, CloudView, Pair, Texts
 
 MAX_ROWS = 20_000  # of each phase; longer records are thinned
+MAX_CODEBOOKS = 12  # drawn as bars
 MAX_SCENES = 12  # with boxes, of all runs together
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -183,7 +184,8 @@ def compress_report(run: runs.Run) -> str:
     ]  # fmt: skip
     columns = ["layer", *(row["run"] for row in rows)]
     kept = Table("Weights kept, by layer", columns, shares, "Percent of the layer's weights.", frozenset(columns[1:]))
-    tables, scatters = [table, kept], []
+    charts: list[Scatter | Bars] = []
+    tables = [table, kept]
     if bits := [one["details"]["bits"] for one in steps if one["details"].get("bits")][-1:]:
         bars = [[name, w, a, 100 * w / 8, 100 * (a or 0) / 8] for name, (w, a) in bits[0].items()]
         header = ["layer", "weights", "inputs", "weights, % of 8 bits", "inputs, % of 8 bits"]
@@ -201,14 +203,57 @@ def compress_report(run: runs.Run) -> str:
             points = [(row[name], row[metric]) for row in rows]
             named = [(row[name], row[metric], row["run"]) for row in (rows[-4:] if len(rows) > 5 else rows[1:])]
             named = [(first[name], first[metric], first["run"]), *named]
-            scatters.append(Scatter(f"{metric} by {name}", name, metric, points, named, metrics[0]["better"]))
+            charts.append(Scatter(f"{metric} by {name}", name, metric, points, named, metrics[0]["better"]))
+    for one in steps:
+        if one["details"].get("candidates"):
+            table, drawn = _policies(one, metrics[0])
+            tables.append(table)
+            charts.extend(drawn)
+    if "codebooks" in steps[-1]:
+        table, drawn = _codebooks(steps[-1])
+        tables.append(table)
+        charts.extend(drawn)
     last = rows[-1]
     headline = {f"original {metric}": text_of(metrics[0], first.get(metric))}
     headline |= {f"compressed {metric}": text_of(metrics[0], last.get(metric))}
     headline |= {"times smaller": f"{first['bytes'] / max(1, last['bytes']):.1f} x"}
     if "speedup" in last:
         headline["times as fast"] = f"{last['speedup']:.2f} [{last['speedup_low']:.2f}, {last['speedup_high']:.2f}]"
-    return _page(run, card, {}, headline, tables, scatters)
+    return _page(run, card, {}, headline, tables, charts)
+
+
+def _policies(step: Mapping[str, Any], metric: Mapping[str, Any]) -> tuple[Table, list[Scatter]]:
+    """What a search within a step found beside the uniform policy of the same limits, and all that it tried."""
+    details, name, run = step["details"], metric["name"], step["row"]["run"]
+    costs, even = details["costs"], details["uniform"]
+    limited = [cost for cost in details["candidates"][0] if cost in details["limits"]]
+    rows = [["found", details["searched"], *(costs.get(cost) for cost in limited)]]
+    rows += [["uniform", even[name], *(even["costs"].get(cost) for cost in limited)]]
+    rows += [["limit", None, *(details["limits"][cost] for cost in limited)]]
+    charts = []
+    for cost in limited:
+        points = [(one[cost], one[name]) for one in details["candidates"]]
+        named = [(costs[cost], details["searched"], "found"), (even["costs"][cost], even[name], "uniform")]
+        title = f"{run}: {name} of candidates by {cost}"
+        charts.append(Scatter(title, cost, name, points, named, metric["better"]))
+    return Table(f"Policies of {run}", ["policy", name, *limited], rows, _JUDGED), charts
+
+
+def _codebooks(step: Mapping[str, Any]) -> tuple[Table, list[Bars]]:
+    """The codebooks of the layers, as a table, and as bars where the most weights are."""
+    shared = next(one["bits"] for one in reversed(step["records"]) if one["step"] == "share")
+    books = {name: book for name, book in step["codebooks"].items() if book}
+    counts = {name: sum(count for _, count in book) for name, book in books.items()}
+    rows = [
+        [name, shared[name], 100 * shared[name] / 8, len(book), counts[name], book[0][0], book[-1][0]]
+        for name, book in books.items()
+    ]
+    header = ["layer", "bits", "bits, % of 8", "values", "weights", "least", "greatest"]
+    drawn = [
+        Bars(f"Codebook of {name}", "value", "weights", books[name], [("values", str(len(books[name])))])
+        for name in sorted(books, key=counts.__getitem__, reverse=True)[:MAX_CODEBOOKS]
+    ]
+    return Table("Codebooks", header, rows, _CODEBOOKS, frozenset(header[2:3]), fold=len(rows) > 20), drawn
 
 
 def export_report(run: runs.Run) -> str:
@@ -243,7 +288,7 @@ def _page(
     results: dict[str, Any],
     headline: Mapping[str, str],
     tables: Sequence[Table],
-    curves: Sequence[Curves | Scatter] = (),
+    curves: Sequence[Curves | Scatter | Bars] = (),
 ) -> str:
     status = None if card else runs.read_status(run)  # a page is written just before its run is called finished
     state = ["finished"] if card else [status.state, status.message] if status else []
@@ -287,7 +332,7 @@ def render(
     *,
     subtitle: str = "",
     headline: Mapping[str, str] | None = None,
-    curves: Sequence[Curves | Scatter] = (),
+    curves: Sequence[Curves | Scatter | Bars] = (),
     tables: Sequence[Table] = (),
     confusions: Sequence[Confusion] = (),
     clips: Sequence[Clip] = (),
@@ -317,11 +362,7 @@ def render(
         title=title,
         subtitle=subtitle,
         headline={name: text for name, text in (headline or {}).items() if text != "–"},
-        charts=[
-            scatter_section(chart, f"c{i}") if isinstance(chart, Scatter) else chart_section(chart, f"c{i}")
-            for i, chart in enumerate(curves)
-            if (chart.points if isinstance(chart, Scatter) else any(len(s) for s, _ in chart.series.values()))
-        ],
+        charts=[section(chart, f"c{i}") for i, chart in enumerate(curves) if not chart.is_empty],
         tables=[table for table in tables if table.rows],
         confusions=[confusion_section(confusion) for confusion in confusions],
         clips=[clip_section(clip) for clip in clips],
@@ -343,6 +384,11 @@ _STEPS = (
     "above 1 is faster. Zeros make a file smaller, not a dense kernel faster."
 )
 _SENSITIVITY = "The metric (a loss negated) with this layer alone pruned to the share in the heading."
+_JUDGED = (
+    "On the samples that judge policies, before any fine-tuning. Pruning under a latency: that of what was found is "
+    "measured, the others are predicted."
+)
+_CODEBOOKS = f"Zero left out. Drawn for the layers with the most weights, {MAX_CODEBOOKS} of them at most."
 _BITS = "Layers that are not named stay float, and so do inputs without a number."
 _ROUNDED = "With this layer alone quantized: points of the metric that it costs, the metric, megabytes that it saves."
 _PREDICTED = "Held-out error (in units of the metric) and rank correlation, and how it fared on what was measured next."

@@ -48,6 +48,16 @@ class Progress:
         return f"trials/{index:06d}.json"
 
     @property
+    def trials(self) -> list[Trial[Any]]:
+        """What is over, in order."""
+        return [self.history[index] for index in sorted(self.history)]
+
+    def candidates(self, metric: str, costs: Callable[[Any], Mapping[str, float]]) -> list[dict[str, float]]:
+        """Every policy that was scored, once: the metric and what it costs."""
+        policies = {repr(trial.policy): trial.policy for trial in self.trials}
+        return [{metric: told[metric], **costs(policies[one])} for one, told in self.scored.items()]
+
+    @property
     def is_done(self) -> bool:
         """Return whether no trial is left to run."""
         return len(self.history) >= self.settings.episodes
@@ -96,8 +106,8 @@ def number_of(value: float) -> float | None:
 
 def run(
     work: Work, stage: runs.Run, step: str, learner: Learner[Any], reward: Reward, make: Callable[[], trials.Score]
-) -> list[Trial[Any]]:
-    """Run an agent's search, or resume the one in `stage`; return all trials in order.
+) -> Progress:
+    """Run an agent's search, or resume the one in `stage`; return it with all its trials.
 
     `make` is called in the process of a trial. RunFailed where every trial failed.
     """
@@ -120,7 +130,6 @@ def run(
         trials.run_trials(job.name, trainable, setup, retries=job.scale.retries)
         if not progress.is_done:
             raise RunFailed(f"{step}: Tune ended after {len(progress.history)} of {settings.episodes} trials")
-    tried = [progress.history[index] for index in range(settings.episodes)]
-    if not any(math.isfinite(trial.reward) for trial in tried):
+    if not any(math.isfinite(trial.reward) for trial in progress.trials):
         raise RunFailed(f"{step}: every one of {settings.episodes} trials failed")
-    return tried
+    return progress

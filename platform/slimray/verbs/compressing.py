@@ -18,7 +18,7 @@ from ray import exceptions
 from torch import nn
 
 from slimray import compress, runs
-from slimray.compress import sparsity
+from slimray.compress import sharing, sparsity
 from slimray.data.modalities import MODALITIES, input_shape
 from slimray.data.pipeline import Source, failure_of
 from slimray.data.spec import DataSpec
@@ -250,7 +250,10 @@ def finish(work: Work, stage: runs.Run, step: str, details: Mapping[str, Any], s
     }
     row |= timed(work, net, shape)
     layers = {name: {"kept": kept, "weights": total} for name, (kept, total) in counts.items()}
-    whole = {"row": row, "layers": layers, "details": dict(details), "records": model.get("compression", [])}
+    records = model.get("compression", [])
+    whole = {"row": row, "layers": layers, "details": dict(details), "records": records}
+    if shared := [one["bits"] for one in records if one["step"] == "share"][-1:]:
+        whole["codebooks"] = sharing.codebooks(net, shared[0])
     runs.write_file(stage, "results.json", json.dumps(whole).encode())
     return whole
 

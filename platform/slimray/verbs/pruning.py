@@ -158,6 +158,11 @@ def _scorer(uri: str, exhibits: Any, spec: Any, step: Any) -> trials.Score:
     return Cutter(uri, exhibits, spec, step, trials.device()).score
 
 
+def _scored(device: str, uri: str, exhibits: Any, spec: Any, step: Any, counts: dict[str, int]) -> dict[str, float]:
+    """The metrics of a policy."""
+    return Cutter(uri, exhibits, spec, step, device).score(counts)
+
+
 def _searched(
     step: Any, work: Work, stage: runs.Run, before: runs.Run, groups: Groups, limits: dict[str, float], exhibits: Any
 ) -> dict[str, Any]:
@@ -179,13 +184,26 @@ def _searched(
         agent, curves = replace(ddpg.AMC, warmup=spec.warmup, decay=spec.decay, dummy=True), {}
     learner = Learner(walk, SearchSettings(spec.episodes, spec.population, agent), job.seed)
     make = functools.partial(_scorer, before.uri, exhibits, job.judge, step)
-    tried = agent_trials.run(work, stage, "prune", learner, lambda told: amc.reward_of(sign * told[metric.name]), make)
-    rewards = [agent_trials.number_of(trial.reward) for trial in tried]
+    done = agent_trials.run(work, stage, "prune", learner, lambda told: amc.reward_of(sign * told[metric.name]), make)
+    tried = done.trials
     if timed is None:
         found, retimed = best(tried), {}
     else:
         found, retimed = _kept_when_timed(work, step, before, tried, limits["latency_ms"], timed)
-    return {"counts": found.policy, "episode": found.index, "rewards": rewards, "limits": limits} | curves | retimed
+    costs_of = lambda counts: {name: float(one[0]) for name, one in costs(groups.row(counts)[None]).items()}  # noqa: E731
+    even = policies.Budget(groups, limits, costs_of).largest(
+        lambda share: policies.uniform(groups, share, step.round_to)
+    )
+    scored = work.on_worker(_scored, before.uri, exhibits, job.judge, step, even)
+    return {
+        "counts": found.policy,
+        "episode": found.index,
+        "rewards": [agent_trials.number_of(trial.reward) for trial in tried],
+        "limits": limits,
+        "candidates": done.candidates(metric.name, costs_of),
+        "uniform": {"counts": even, "costs": costs_of(even), metric.name: scored[metric.name]},
+        "searched": done.scored[repr(found.policy)][metric.name],
+    } | curves | retimed  # fmt: skip
 
 
 def _start(

@@ -151,13 +151,15 @@ def _searched(step: Any, work: Work, stage: runs.Run, before: runs.Run, exhibits
     agent = replace(ddpg.HAQ, warmup=spec.warmup, decay=spec.decay)
     learner = Learner(walk, SearchSettings(spec.episodes, spec.population, agent), job.seed)
     reward = lambda told: haq.reward_of(sign * told[metric.name], sign * whole[metric.name])  # noqa: E731
-    tried = agent_trials.run(work, stage, "quantize", learner, reward, functools.partial(_scorer, *arguments))
-    found = best(tried)
+    done = agent_trials.run(work, stage, "quantize", learner, reward, functools.partial(_scorer, *arguments))
+    found = best(done.trials)
     return {
         "policy": named(layers, found.policy),
         "episode": found.index,
-        "rewards": [agent_trials.number_of(trial.reward) for trial in tried],
+        "rewards": [agent_trials.number_of(trial.reward) for trial in done.trials],
         "limits": costs.limits,
         "costs": costs.all(found.policy),
+        "candidates": done.candidates(metric.name, costs.all),
+        "searched": done.scored[repr(found.policy)][metric.name],
         "uniform": {"bits": named(layers, even), "costs": costs.all(even), metric.name: metrics[metric.name]},
     }
