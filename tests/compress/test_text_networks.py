@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from slimray import compress, models
 from slimray.compress import fake_quant as fq
+from slimray.compress import quantization
 from slimray.compress.channels import cut, masked
 from slimray.compress.groups import trace
-from slimray.compress.quantized import Quantized
+from slimray.compress.quantized import Quantized, QuantizedTable
 from slimray.data.text.vocabulary import EOS
 from slimray.edge import cost
 from slimray.models.text.decoding import beam_search, continued
 from slimray.models.text.layers import Attention
+from slimray.spec import UserError
 
 NETWORKS = {
     "transformer": {"vocab_size": 40, "embed": 64, "qkv": 64, "ffn": 128, "encoder_layers": 2, "decoder_layers": 2},
@@ -71,11 +73,47 @@ def test_a_network_of_text_in_8_bits_answers_nearly_the_same_and_in_4_bits_less_
     assert off[8] < off[4] < 0.8
 
 
+@pytest.mark.parametrize("scheme", ["kmeans", "int8"])
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_tables_of_embeddings_are_quantized_if_asked_for_and_read_again(name, scheme):
+    net, tokens = network(name)
+    off = {}
+    for bits in (8, 4, None):
+        made = compress.quantize(net, tokens, [tokens], 8, scheme, embeddings=bits)
+        off[bits] = relative(made.net(tokens), net(tokens))
+        tables = {at: one for at, one in made.net.named_modules() if isinstance(one, QuantizedTable)}
+        assert set(tables) == {at for at, one in net.named_modules() if bits and type(one) is nn.Embedding}
+        assert cost.count_params(made.net) == cost.count_params(net)
+        again = compress.rebuild(models.build(name, **NETWORKS[name]), [json.loads(json.dumps(made.record))]).eval()
+        again.load_state_dict(safetensors.torch.load(safetensors.torch.save(made.net.state_dict())))
+        assert torch.equal(again(tokens), made.net(tokens))
+        for at, table in tables.items():
+            before, words = net.get_submodule(at).weight, torch.arange(5)
+            assert torch.equal(table(words), table.weight[:5]), "the rows are those that the output takes"
+            assert relative(table.weight, before) < (0.01 if bits == 8 else 0.2)
+            assert table.codes.numel() == -(-before.numel() * bits // 8)
+        assert bool([note for note in made.notes if "Embedding" in note]) == (bits is None)
+    assert off[None] < off[4]
+    assert off[8] < off[4] < 0.8
+
+
+@torch.no_grad()
+def test_tables_stay_float_where_they_are_kept_and_networks_without_any_are_refused():
+    net, tokens = network("transformer_lm")
+    made = compress.quantize(net, tokens, [tokens], 8, "int8", keep=["embed"], embeddings=8).net
+    assert torch.equal(made.embed.weight, net.embed.weight)
+    with pytest.raises(UserError, match="has no table of embeddings"):
+        compress.quantize(nn.Linear(4, 4), torch.zeros(1, 4), embeddings=8)
+    with pytest.raises(UserError, match="no trained form"):
+        quantization.prepare(net, tokens, [tokens], embeddings=8)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_what_is_quantized_is_decoded_by_the_same_code(name):
     net, tokens = network(name)
-    made = compress.quantize(net, tokens, [tokens], 8, "kmeans").net
+    made = compress.quantize(net, tokens, [tokens], 8, "kmeans", embeddings=8).net
     if hasattr(net, "encode"):
         logits, _ = made.decode(tokens[:, 1].long(), made.start(made.encode(tokens[:, 0].long())))
         assert torch.allclose(logits, made(tokens), atol=1e-5)

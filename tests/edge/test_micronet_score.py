@@ -103,6 +103,11 @@ def test_a_network_is_counted_by_its_zeros_and_the_bits_of_its_layers():
     term = {one.name: one for one in found.terms}["layers.0.fc1"]
     assert (term.bits, term.nonzero) == (8, pytest.approx(12 * 16 + 24, abs=20))
     assert found.score < sparse.score
+    rows = counting_of(compress.quantize(net, tokens, [tokens], 8, embeddings=8).net, shares)
+    assert rows.bits_of["embed.layers.0.weight"] == 8
+    assert rows.quantizers == few.quantizers
+    words = {one.name: one for one in micronet_score(net.shape, 37, 0, rows).terms}["words.0"]
+    assert (words.bits, words.nonzero) == (8, pytest.approx(10 * 16 + 10, abs=20))
 
 
 def test_counting_every_head_adds_what_the_published_score_leaves_out(recorded):

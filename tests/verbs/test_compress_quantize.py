@@ -56,6 +56,8 @@ def test_a_trained_step_is_rounded_then_trained_then_whole():
         ("{step: quantize, bits: 1}", "steps.0"),
         ("{step: quantize, bits: [4, 9]}", "steps.0"),
         ("{step: quantize, scheme: kmeans, finetune: {epochs: 1, lr: 0.1}}", "codebooks are not trained here"),
+        ("{step: quantize, embeddings: 8, finetune: {epochs: 1, lr: 0.1}}", "embeddings: tables are not trained"),
+        ("{step: quantize, embeddings: 1}", "embeddings: must be 2 to 8 with scheme: int8, got 1"),
         ("{step: quantize, shares: {size_mb: 0.5}}", "search: is required with shares"),
         ("{step: quantize, search: haq}", "search: needs shares or limits"),
         ("{step: quantize, search: amc, shares: {size_mb: 0.5}}", "haq"),

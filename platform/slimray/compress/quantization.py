@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from slimray.compress import fake_quant as fq
 from slimray.compress import precision
 from slimray.compress.fold import LAYERS, fold, norm_pairs, replace
-from slimray.compress.quantized import Bits, Quantized, check_bits, make_layer, to_whole
+from slimray.compress.quantized import TABLES, Bits, Quantized, check_bits, make_layer, to_whole
 from slimray.models.modes import called, evaluating, samples_in
 from slimray.spec import UserError, did_you_mean
 
@@ -73,19 +73,20 @@ def quantize(
     bits: int | Bits | Mapping[str, Bits] = EIGHT,
     scheme: fq.Scheme = "int8",
     keep: Sequence[str] = (),
+    embeddings: int | None = None,
 ) -> QuantizedNetwork:
     """Quantize `module` after training; it is left as it is.
 
     `example` is an input `[n, ...]` or a tuple of arguments, `calibration` batches of such inputs, or one, that ranges
     are found on (the example alone where there are none: for a try only). `bits` are those of all layers, or by layer;
     layers in `keep`, and with a mapping those that are not in it, stay float. First and last layer have 8 bits at least
-    unless a mapping says otherwise.
+    unless a mapping says otherwise. Tables of embeddings stay float unless `embeddings` gives their bits.
     UserError: no layer to quantize, an unknown name, bits out of range, layers not in float32, inputs that are not
     finite.
     """
     notes = [] if calibration is not None else ["ranges are those of the example alone: give calibration samples"]
     before = size_mb(module)
-    net, record = prepare(module, example, calibration, bits, scheme, keep, trained=False)
+    net, record = prepare(module, example, calibration, bits, scheme, keep, False, embeddings)
     macs = sum(layer.macs for layer in layers_of(module, example))
     if floats := _float_weights(net):
         notes.append(f"still float: {', '.join(floats)}")
@@ -100,14 +101,17 @@ def prepare(
     scheme: fq.Scheme = "int8",
     keep: Sequence[str] = (),
     trained: bool = True,
+    embeddings: int | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return a copy of `module` whose layers round (to be trained, or whole already), and its record; as `quantize`."""
     net = copy.deepcopy(module).eval()
-    found = layers_of(net, example)
-    chosen = policy([layer.name for layer in found], bits, scheme, keep)
+    found, tables = layers_of(net, example), tables_of(net, embeddings, scheme)
+    chosen = policy([layer.name for layer in found], bits, scheme, [name for name in keep if name not in tables])
+    chosen |= {name: pair for name, pair in tables.items() if name not in keep}
     _check_floats(net, chosen)
-    if trained and scheme == "kmeans":
-        raise UserError("quantize: the scheme kmeans has no trained form: train, then quantize")
+    if trained and (scheme == "kmeans" or tables):
+        what = "tables of embeddings have" if tables else "the scheme kmeans has"
+        raise UserError(f"quantize: {what} no trained form: train, then quantize")
     folded = norm_pairs(net, example)
     fold(net, folded)
     spans = observe(net, chosen, [example] if calibration is None else _batches(calibration), scheme)
@@ -207,6 +211,19 @@ def policy(
         ends = (8, inputs and 8) if scheme != "kmeans" else (weights, None)
         chosen = {name: ends if name in (names[0], names[-1]) else (weights, inputs) for name in names}
     return {name: pair for name, pair in chosen.items() if name not in keep}
+
+
+def tables_of(net: nn.Module, bits: int | None, scheme: fq.Scheme) -> dict[str, Bits]:
+    """Return the `bits` of each table of embeddings of `net` by name; none where `bits` is None.
+
+    UserError where there is no table, and for bits out of range.
+    """
+    if bits is None:
+        return {}
+    found = [name for name, module in net.named_modules() if type(module) in TABLES]
+    if not found:
+        raise UserError(f"quantize: {type(net).__name__} has no table of embeddings: leave `embeddings` out")
+    return {name: check_bits(name, (bits, None), scheme) for name in found}
 
 
 def _float_weights(net: nn.Module) -> list[str]:

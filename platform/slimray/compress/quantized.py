@@ -24,6 +24,7 @@ from slimray.spec import UserError
 
 Bits = tuple[int, int | None]  # of the weights, of the inputs (None: they stay floats)
 FORMS = ("whole", "trained")
+TABLES = (nn.Embedding,)  # whose rows may be whole numbers too
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,26 @@ class Quantized(_Layer):
         return self.geometry.compute(self.rounded(x), self.weight, self.bias)
 
 
+class QuantizedTable(Quantized):
+    """A table of embeddings whose rows are whole numbers: tokens int `[...]` to `[..., C]`.
+
+    Where it is the output as well, that takes its `weight`.
+    """
+
+    @property
+    def embedding_dim(self) -> int:
+        """Numbers in a row."""
+        return self.geometry.shape[1]
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows."""
+        return self.geometry.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.embedding(x, self.weight)
+
+
 def rebuild(net: nn.Module, record: Mapping[str, Any]) -> nn.Module:
     """Return `net` with the layers of a record of the step `quantize` in their form, without values, in place.
 
@@ -174,18 +195,19 @@ def rebuild(net: nn.Module, record: Mapping[str, Any]) -> nn.Module:
     fold(net, record["folded"])
     for name, bits in record["layers"].items():
         layer = net.get_submodule(name)
-        if type(layer) not in LAYERS:
-            raise TypeError(f"{name} is no convolution or linear layer")
+        if type(layer) not in (*LAYERS, *TABLES):
+            raise TypeError(f"{name} is no convolution, linear layer or table of embeddings")
         replace(net, layer, make_layer(layer, check_bits(name, bits, scheme), scheme, form))
     return net
 
 
 def make_layer(layer: nn.Module, bits: Bits, scheme: fq.Scheme, form: str) -> "FakeQuantized | Quantized":
     """The stand-in for `layer` in `form`, ranges and whole numbers not set."""
-    geometry, weight, bias = Geometry.of(layer), layer.weight, layer.bias
+    geometry, weight, bias = Geometry.of(layer), layer.weight, getattr(layer, "bias", None)
     made: FakeQuantized | Quantized
     if form == "whole":
-        made = Quantized(geometry, bias, bits, scheme, weight.device)  # type: ignore[arg-type, union-attr]
+        kind = QuantizedTable if isinstance(layer, TABLES) else Quantized
+        made = kind(geometry, bias, bits, scheme, weight.device)  # type: ignore[arg-type, union-attr]
     else:
         made = FakeQuantized(geometry, bias, bits, scheme, weight)  # type: ignore[arg-type]
     return made.train(layer.training)

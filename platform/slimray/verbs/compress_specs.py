@@ -248,6 +248,9 @@ class QuantizeStep(Spec):
     """The same in numbers; megabytes are those of the weights, with their codebooks (`kmeans`)."""
     hardware: str | None = None
     """Device on which bits have a latency and an energy: a row of HARDWARE such as bit_serial, or a YAML file."""
+    embeddings: Bits | None = None
+    """Bits of the weights of tables of embeddings (networks of text), which have a scale for each row, or codebooks;
+    null: they stay float."""
     keep: tuple[str, ...] = ()
     """Layers that stay float."""
     max_loss: float | None = Field(None, ge=0)
@@ -282,6 +285,10 @@ class QuantizeStep(Spec):
             raise ValueError("hardware: is for shares or limits on latency_ms and energy_mj: leave it out")
         if self.scheme == "kmeans" and self.finetune is not None:
             raise ValueError("finetune: codebooks are not trained here: train before, or take int8 or linear")
+        if self.embeddings is not None and self.finetune is not None:
+            raise ValueError("embeddings: tables are not trained in few bits: leave them, or finetune, out")
+        if self.embeddings == 1 and self.scheme != "kmeans":
+            raise ValueError(f"embeddings: must be 2 to 8 with scheme: {self.scheme}, got 1")
         return self
 
 

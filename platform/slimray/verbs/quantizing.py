@@ -16,6 +16,7 @@ from slimray import runs
 from slimray.compress import quantization
 from slimray.compress.fold import fold, norm_pairs
 from slimray.compress.quantization import LayerInfo
+from slimray.compress.quantized import Bits
 from slimray.search import ddpg, haq
 from slimray.search.agents import Learner, SearchSettings, best
 from slimray.spec import UserError
@@ -59,10 +60,16 @@ class Rounder:
         values = quantization.gather(net, wanted, self.batches, kept)
         return net, pairs, values
 
+    @property
+    def tables(self) -> dict[str, Bits]:
+        """The bits of the tables of embeddings that are not kept."""
+        tables = quantization.tables_of(self.net, self.step.embeddings, self.step.scheme)
+        return {name: pair for name, pair in tables.items() if name not in self.step.keep}
+
     def score(self, bits: haq.Policy) -> dict[str, float]:
         """The metrics of a policy on the samples to score."""
         net, pairs, values = self.observed
-        chosen = named(self.layers, bits)
+        chosen = named(self.layers, bits) | self.tables
         spans = quantization.spans_of(values, chosen, self.step.scheme)
         made, _ = quantization.assemble(copy.deepcopy(net), pairs, chosen, spans, self.step.scheme, "whole")
         return self.judge.metrics_of(made)
@@ -111,7 +118,7 @@ def _final(device: str, uri: str, exhibits: Any, spec: Any, step: Any, bits: Any
         keep += [row.layer for row in rows if row.loss > step.max_loss and row.layer not in keep]
     given = step.bits if bits is None else {name: tuple(pair) for name, pair in bits.items()}
     made, record = quantization.prepare(
-        net, rounder.example, rounder.batches, given, step.scheme, keep, trained=step.finetune is not None
+        net, rounder.example, rounder.batches, given, step.scheme, keep, step.finetune is not None, step.embeddings
     )
     table = {row.layer: {"loss": row.loss, "score": row.score, "saved_mb": row.saved_mb} for row in rows}
     return made.cpu(), record, {"sensitivity": table} if table else {}

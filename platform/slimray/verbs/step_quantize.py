@@ -26,9 +26,10 @@ def check(step: Any, net: Any, sample: tuple[int, ...] | None) -> None:
     from slimray.verbs import bit_policies
 
     names = [name for name, module in net.named_modules() if type(module) in LAYERS]
+    tables = quantization.tables_of(net, step.embeddings, step.scheme)
     for name in (*step.keep, *(step.bits if isinstance(step.bits, dict) else ())):
-        if name not in names:
-            field = "keep" if name in step.keep else "bits"
+        field = "keep" if name in step.keep else "bits"
+        if name not in names and not (field == "keep" and name in tables):
             raise UserError(f"{field}: there is no layer {name!r}{did_you_mean(name, names)}")
     if step.hardware is not None:
         try:
