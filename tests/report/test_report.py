@@ -10,14 +10,15 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from tests.pages import Elements, judged_cloud, response, street
 
-from slimray import runs
-from slimray.report import charts, pages, tables
+from slimray import models, runs
+from slimray.report import charts, pages, searches, tables
 from slimray.report.charts import Clip, Curves, Scatter
 from slimray.report.pages import CloudView, render
 from slimray.report.tables import Confusion, Table
@@ -478,3 +479,24 @@ def test_a_front_goes_up_or_down_as_the_metric_is_better():
     points = [(3, 8.5), (1, 9.0), (2, 7.0), (2, 8.0)]
     assert Scatter("", "x", "y", points, better="lower").front() == [(1, 9.0), (2, 7.0)]
     assert Scatter("", "x", "y", points).front() == [(1, 9.0)]
+
+
+def test_what_a_search_found_is_drawn_layer_by_layer_with_its_history():
+    net: Any = models.build("hat_small", preset="small", vocab_size=50)
+    space = net.space
+    arch = space.smallest().replace(depth=[2], decoder_ffn=[1024, 256, 512])
+    plain, largest = space.arch(arch).to_dict(), {name: max(map(max, genes)) for name, genes in space.choices}
+    table = searches.layers({"run": "s-fast", "arch": plain}, largest)
+    cells = {row[0]: row[1:] for row in table.rows}
+    assert cells["decoder_ffn"][:3] == ["1024 ██████", "256 ██", "–"]
+    assert cells["depth"][0] == "2 ████"
+    assert {len(row) for row in table.rows} == {len(table.header)}
+    values = {"fast": [9.0, None, 8.0, 8.5], "slow": [None, 7.0]}
+    drawn = searches.history({"history": values}, {"name": "perplexity", "unit": "", "better": "lower"})
+    assert drawn.series == {"fast": ([1, 3, 4], [9.0, 8.0, 8.0]), "slow": ([2], [7.0])}
+    trials = [{"arch": plain, "metric": 8.0, "macs": 5.0, "latency_ms": 2.0}]
+    row = {"arch": plain, "searched": 8.0, "target": "fast"}
+    charts = searches.fronts({"trials": trials, "targets": [row]}, {"name": "perplexity", "better": "lower"})
+    assert [(one.x_name, one.named) for one in charts] == [
+        ("macs", [(5.0, 8.0, "fast")]), ("latency_ms", [(2.0, 8.0, "fast")])
+    ]  # fmt: skip

@@ -116,6 +116,8 @@ def test_a_metric_that_is_better_lower_is_searched_for_its_lowest_value_and_show
     assert [row["metric"] for row in results["trials"]] == [90.0, 80.0, 70.0]
     page = pages.search_report(progress.run)
     assert "perplexity by macs" in page
+    assert results["history"] == {"small": [90.0, 80.0, 70.0]}
+    assert "best perplexity so far" in page
     assert "perplexity [%]" not in page
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from slimray import runs
+from slimray.report import searches
 from slimray.report.charts import (
     Bars,
     Clip,
@@ -123,21 +124,20 @@ def search_report(run: runs.Run) -> str:
     """Return the page of a search run: what was found for each target, all that was tried, the fronts."""
     card, results = runs.read_card(run) or {}, _results(run)
     metric, rows = str(results.get("metric", "top1")), results.get("targets", [])
-    asked = [name for name in ("peak_kb", "int8_kb") if any(name in row for row in rows)]
+    asked = [name for name in ("latency_ms", "energy_mj", "peak_kb", "int8_kb") if any(name in row for row in rows)]
     names = ["target", "run", metric, "searched", "params", "macs", "memory_mb", *asked] if rows else []
-    one = _metric(metric, results)
+    one = {"better": "higher", **_metric(metric, results)}
     bars = frozenset({metric, "searched"} if one["unit"] == "%" else ())
-    found = Table("Found", names, [[row.get(name) for name in names] for row in rows], _SEARCHED, bars)
-    trials, scatters = results.get("trials", []), []
-    for name in ("macs", "params", "memory_mb") if trials else ():
-        chosen = [(row[name], row["searched"], row["target"]) for row in rows]
-        points, better = [(t[name], t["metric"]) for t in trials], one.get("better", "higher")
-        scatters.append(Scatter(f"{metric} by {name}", name, metric, points, chosen, better))
+    note = _SEARCHED + (" Percent, 0-100." if bars else "")
+    found = Table("Found", names, [[row.get(name) for name in names] for row in rows], note, bars)
+    drawn = [searches.layers(row, results.get("largest", {})) for row in rows]
     reports = [{"target": target, **one} for target, many in results.get("predictors", {}).items() for one in many]
     columns = list(dict.fromkeys(name for one in reports for name in one))
     told = Table("The predictor", columns, [[one.get(name) for name in columns] for one in reports], _PREDICTED)
-    headline = {row["target"]: text_of(one, row.get(metric)) for row in rows} | {"tried": show_number("", len(trials))}
-    return _page(run, card, {}, headline, [found] * bool(rows) + [told] * bool(reports), scatters)
+    headline = {row["target"]: text_of(one, row.get(metric)) for row in rows}
+    headline |= {"tried": show_number("", len(results.get("trials", [])))}
+    charts = [searches.history(results, one), *searches.fronts(results, one)]
+    return _page(run, card, {}, headline, [found] * bool(rows) + drawn + [told] * bool(reports), charts)
 
 
 def proxyless_report(run: runs.Run) -> str:
@@ -378,7 +378,7 @@ def render(
     return page.encode("utf-8", "replace").decode("utf-8")  # a file name may hold bytes that are not text
 
 
-_SEARCHED = "Percent, 0-100: searched on samples held out of training, the other on the split for the end, scored once."
+_SEARCHED = "Searched: on samples held out of training; the other on the split for the end, scored once."
 _STEPS = (
     "Bytes: of the file that holds the weights. Speedup: median ratio to the original, timed in turn on this machine; "
     "above 1 is faster. Zeros make a file smaller, not a dense kernel faster."

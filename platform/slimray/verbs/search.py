@@ -442,6 +442,12 @@ def _finish(job: SearchJob, ctx: Context, searches: Sequence[_Progress], rows: l
         }
     results = {"targets": rows, "metric": metric.name, "metrics": [metric.to_plain()]}
     results |= {"trials": [_plain(trial, metric) for trial in different]}
+    results["history"] = {
+        one.target.name: [metric.sign * t.metric if t.metric == t.metric else None for t in one.trials]
+        for one in searches
+    }
+    choices = searches[0].prices.net.space.choices
+    results["largest"] = {name: max(map(max, genes)) for name, genes in choices}
     ctx.finish({"metrics": {"rows": rows}, "supernet": job.supernet}, results | {"predictors": predictors})
     runs.write_report(ctx.run, pages.search_report(ctx.run))
 
