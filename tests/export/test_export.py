@@ -5,7 +5,7 @@ import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -24,7 +24,7 @@ from slimray.export.formats import FORMATS
 from slimray.models.points import ops
 from slimray.models.tsm import OnlineTSM
 from slimray.runs.folder import digest
-from slimray.spec import UserError
+from slimray.spec import RunFailed, UserError
 from slimray.tasks.evaluation import Samples
 from slimray.tasks.network import load_network
 from slimray.verbs import export
@@ -93,6 +93,30 @@ def test_executorch_takes_pictures_whatever_their_order_in_memory(form, most, tm
     for given in (channels_last[:1], channels_last[:1].contiguous()):
         found = torch.from_numpy(run([given.numpy()])[0])
         assert verify.differences(found, expected)["relative"] < most
+
+
+def test_ncnn_runs_pictures_and_refuses_clips_and_what_it_lacks_in_one_sentence(tmp_path):
+    torch.manual_seed(0)
+    row = FORMATS["ncnn"]
+
+    def converted(name: str, x: torch.Tensor, **options: Any) -> graph.Graph:
+        net = networks.ready(models.build(name, num_classes=4, **options), x)
+        one = replace(graph.whole(net, x[:1], {}), varying={})
+        row.convert(one, tmp_path, ())
+        return one
+
+    x = torch.randn(2, 3, 32, 32)
+    one = converted("ofa_mobilenetv3", x, preset="tiny", width=0.5)
+    run = row.load(tmp_path / row.file, 1, True)
+    for picture in x.split(1):
+        with torch.no_grad():
+            assert (
+                verify.differences(torch.from_numpy(run([picture.numpy()])[0]), one.module(picture))["relative"] < 1e-4
+            )
+    with pytest.raises(RunFailed, match=r"ncnn has no batch: .* not input \[1, 4, 3, 32, 32\]"):
+        converted("tsm_resnet18", torch.randn(2, 4, 3, 32, 32), num_segments=4, width=0.125)
+    with pytest.raises(RunFailed, match=r"ncnn ended with status 1: layer .* not exists or registered"):
+        converted("resnet20", x, width=0.25)
 
 
 class Neighbours(nn.Module):

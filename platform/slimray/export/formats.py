@@ -2,13 +2,18 @@
 
 `convert(graph, folder, calibration)` writes the file into a local folder, `load(path, inputs, outputs, threads,
 optimised)` gives a function of arrays in the order of the inputs. int8 is made by the format's own quantizer. Not rows:
-ncnn (has no batch: of our networks the online ones only) and LiteRT (needs an environment of its own): both convert
-the ONNX file. So does TensorRT, on the device itself, which was not run here: `trtexec --onnx=model.onnx --fp16
---saveEngine=model.plan`, with `--minShapes=input:1x3x224x224` (and optShapes, maxShapes) where axes are free.
+LiteRT, which needs an environment of its own, and TensorRT, which converts the ONNX file on the device itself and was
+not run here: `trtexec --onnx=model.onnx --fp16 --saveEngine=model.plan`, with `--minShapes=input:1x3x224x224` (and
+optShapes, maxShapes) where axes are free.
 """
 
 import importlib.metadata
 import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +31,7 @@ from slimray.spec import RunFailed, require_extra
 Arrays = Sequence[np.ndarray]
 Runner = Callable[[Arrays], list[np.ndarray]]
 """Arrays in the order of the inputs to arrays in the order of the outputs."""
+CONVERT_S = 600
 MATRIX_OPERATORS = ["Conv", "Gemm", "MatMul"]  # what int8 is worth it for; indices and grids stay as they are
 
 
@@ -208,6 +214,87 @@ def _load_executorch(path: Path, threads: int, _: bool) -> Runner:
     return run
 
 
+# ------------------------------------------------------------------------------------------------------------ ncnn
+
+
+NCNN_TRIED = """
+import sys, numpy
+from pathlib import Path
+from slimray.export.formats import FORMATS
+from slimray.spec import RunFailed
+try:
+    with numpy.load(sys.argv[2]) as arrays:
+        FORMATS["ncnn"].load(Path(sys.argv[1]), 1, True)([arrays[name] for name in arrays])
+except RunFailed as error:
+    sys.exit(str(error))
+"""
+
+
+def _to_ncnn(graph: Graph, folder: Path, _: Sequence[Arrays]) -> None:
+    """By pnnx from a trace. What ncnn cannot run may kill its process, so another one runs the example first."""
+    import pnnx
+
+    if any(value.ndim != 4 for value in graph.inputs.values()):
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in graph.inputs.items())
+        raise RunFailed(f"ncnn has no batch: it takes pictures and the frames of online networks, not {shapes}")
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inputs = tuple(value[:1] for value in graph.inputs.values())
+        with torch.no_grad():
+            torch.jit.trace(graph.module, inputs, check_trace=False).save(f"{scratch}/model.pt")
+        shapes = ",".join(str(list(value.shape)).replace(" ", "") for value in inputs)
+        _call("pnnx", [pnnx.EXEC_PATH, "model.pt", f"inputshape={shapes}", "fp16=0"], scratch)
+        for name in ("model.ncnn.param", "model.ncnn.bin"):
+            if not Path(scratch, name).exists():
+                raise RunFailed("pnnx wrote no network for ncnn: it has an operator that ncnn lacks")
+            shutil.copyfile(Path(scratch, name), folder / name)
+        np.savez(f"{scratch}/example.npz", *(value.numpy() for value in inputs))
+        _call("ncnn", [sys.executable, "-c", NCNN_TRIED, str(folder / "model.ncnn.param"), "example.npz"], scratch)
+
+
+def _call(name: str, command: list[str], folder: str) -> None:
+    """Run a program quietly; RunFailed with the first and the last line that it said if it fails, dies or hangs."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace", timeout=CONVERT_S
+        )
+    except subprocess.TimeoutExpired:
+        raise RunFailed(f"{name} did not end within {CONVERT_S} s") from None
+    if done.returncode:
+        lines = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()
+        said = "; ".join(dict.fromkeys([lines[0], lines[-1]]))
+        raise RunFailed(f"{name} ended with status {done.returncode}: {said}")
+
+
+def _load_ncnn(path: Path, threads: int, _: bool) -> Runner:
+    import ncnn
+
+    net = ncnn.Net()
+    net.opt.num_threads = threads
+    net.opt.use_vulkan_compute = False
+    net.opt.use_winograd63_convolution = False  # loses more than 1e-4 in a ResNet-50
+    for name in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_storage"):
+        setattr(net.opt, f"use_{name}", False)
+    if net.load_param(str(path)) or net.load_model(str(path.with_suffix(".bin"))):
+        raise RunFailed(f"{path.name}: ncnn cannot read it")
+    inputs, outputs = (sorted(names(), key=lambda one: int(one.lstrip("inout"))) for names in
+                       (net.input_names, net.output_names))  # fmt: skip
+
+    def run(arrays: Arrays) -> list[np.ndarray]:
+        extractor, out = net.create_extractor(), []
+        for name, array in zip(inputs, arrays, strict=True):
+            extractor.input(name, ncnn.Mat(np.ascontiguousarray(array[0])).clone())
+        for name in outputs:
+            status, found = extractor.extract(name)
+            if status:
+                raise RunFailed(f"{path.name}: ncnn ended with status {status} at {name}")
+            out.append(np.array(found)[None])
+        return out
+
+    return run
+
+
 # ----------------------------------------------------------------------------------------------------------- torch
 
 
@@ -253,6 +340,10 @@ FORMATS: dict[str, Format] = {
     "executorch_int8": Format(
         "ExecuTorch with XNNPACK in int8 (PT2E)", "model.pte", "executorch", ("executorch", "torchao"),
         _to_executorch_int8, _load_executorch, ("torch", "executorch", "torchao"), varies=False, calibrated=True,
+    ),
+    "ncnn": Format(
+        "ncnn, for phones: pictures and frames of online networks", "model.ncnn.param", "ncnn", ("ncnn", "pnnx"),
+        _to_ncnn, _load_ncnn, ("torch", "ncnn", "pnnx"), varies=False, files=("model.ncnn.bin",),
     ),
     "torch": Format("torch.export's .pt2, for PyTorch", "model.pt2", None, (), _to_torch, _load_torch, ("torch",)),
 }  # fmt: skip
