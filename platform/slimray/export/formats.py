@@ -25,6 +25,7 @@ import torch
 
 from slimray.edge import onnx_file
 from slimray.edge.runtimes import cpu_flags
+from slimray.export import slices
 from slimray.export.graph import Graph
 from slimray.spec import RunFailed, require_extra
 
@@ -156,7 +157,12 @@ def _load_openvino(path: Path, threads: int, _: bool) -> Runner:
 
 
 def _to_executorch(graph: Graph, folder: Path, _: Sequence[Arrays]) -> None:
-    _lower(onnx_file.to_program(graph.module, graph.inputs), folder)
+    _lower(_to_program(graph), folder)
+
+
+def _to_program(graph: Graph) -> Any:
+    """The program of a graph without what XNNPACK lacks."""
+    return onnx_file.to_program(slices.sliced(graph.module, tuple(graph.inputs.values())), graph.inputs)
 
 
 def _lower(program: Any, folder: Path) -> None:
@@ -179,11 +185,31 @@ def _to_executorch_int8(graph: Graph, folder: Path, calibration: Sequence[Arrays
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer.utils import get_module_name_filter
 
-    program = onnx_file.to_program(graph.module, graph.inputs)
+    program = _to_program(graph)
     module, example = program.module(), program.example_inputs[0]
-    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+
+    class Quantizer(XNNPACKQuantizer):  # which takes indices for numbers to quantize
+        def transform_for_annotation(self, model: Any) -> Any:
+            before = {node: node.args for node in model.graph.nodes if _is_whole(node)}
+            model = super().transform_for_annotation(model)
+            for node, arguments in before.items():
+                node.args = arguments
+            model.recompile()
+            return model
+
+        def annotate(self, model: Any) -> Any:
+            model = super().annotate(model)
+            if any(map(_is_whole, model.graph.nodes)):  # grids and distances decide indices: products only
+                for node in model.graph.nodes:
+                    if getattr(node.target, "overloadpacket", None) not in kept:
+                        node.meta.pop("quantization_annotation", None)
+            return model
+
+    aten = torch.ops.aten
+    kept = {aten.conv1d, aten.conv2d, aten.linear, aten.relu, aten.relu_, aten.hardtanh, aten.hardtanh_}
+    quantizer = Quantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
     floats = [get_module_name_filter(name) for name in graph.floats]
-    quantizer.set_filter_function(lambda node: _is_float(node) and not any(is_in(node) for is_in in floats))
+    quantizer.set_filter_function(lambda node: not any(is_in(node) for is_in in floats))
     observed = prepare_pt2e(module, quantizer)
     with torch.no_grad():
         for arrays in calibration:
@@ -191,10 +217,10 @@ def _to_executorch_int8(graph: Graph, folder: Path, calibration: Sequence[Arrays
     _lower(torch.export.export(convert_pt2e(observed), example), folder)
 
 
-def _is_float(node: Any) -> bool:
-    """Whether a node of a graph takes and gives numbers that can be quantized, no indices."""
-    values = [one.meta.get("val") for one in (node, *node.all_input_nodes)]
-    return all(value.is_floating_point() for value in values if isinstance(value, torch.Tensor))
+def _is_whole(node: Any) -> bool:
+    """Whether a node of a graph gives whole numbers."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and not value.is_floating_point()
 
 
 def _load_executorch(path: Path, threads: int, _: bool) -> Runner:

@@ -74,7 +74,7 @@ def mask_points(
         keys = (torch.arange(mask.shape[1], device=coords.device) * GOLDEN_RATIO).frac().expand(mask.shape)
     else:
         keys = torch.rand(mask.shape, generator=generator, device=coords.device)
-    order = (keys + ~mask).argsort(1)  # the object's points first, in random order
+    order = ops.ascending(keys + ~mask)  # the object's points first, in random order
     places = torch.arange(num_points, device=coords.device) % count
     return ops.gather(kept, order.gather(1, places)) - mean[..., None], mean, mask
 

@@ -255,6 +255,13 @@ def _search(points: Tensor, queries: Tensor, find: Callable[[Tensor], Tensor]) -
     return torch.cat([find(squared_distances(points, some)) for some in queries.split(step, 2)], 1)
 
 
+def ascending(keys: Tensor) -> Tensor:
+    """Indices that put different `keys` `[..., N]` into ascending order; exported as topk, ExecuTorch has no sort."""
+    if torch.compiler.is_exporting():
+        return keys.topk(keys.shape[-1], largest=False).indices
+    return keys.argsort(-1)
+
+
 @torch.no_grad()
 def furthest_point_sample(coords: Tensor, num_centers: int) -> Tensor:
     """Indices `[B, num_centers]` of points, each the furthest from those before it, the first point first.
@@ -264,38 +271,44 @@ def furthest_point_sample(coords: Tensor, num_centers: int) -> Tensor:
     """
     batch, _, num_points = coords.shape
     number = torch.arange(num_points, device=coords.device)
-    order = (number % KERNEL_THREADS * num_points + number // KERNEL_THREADS).argsort()
+    order = ascending(number % KERNEL_THREADS * num_points + number // KERNEL_THREADS)
     points = coords.float()[:, :, order]
     if (kernels := _kernels(points)) and num_points <= kernels.MAX_SAMPLED:
         return kernels.furthest_point_sample(points, order, num_centers)
     nearest = torch.full((batch, num_points), 1e38, device=coords.device)
     last = torch.zeros(batch, 1, dtype=torch.int64, device=coords.device)
 
-    def further(nearest: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    def further(nearest: Tensor, last: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         center = points.gather(2, last[:, None].expand(-1, 3, -1))
         nearest = torch.minimum(nearest, (points - center).square().sum(1))
         return nearest, nearest.argmax(1, keepdim=True)
 
     if torch.compiler.is_exporting():  # one loop in the graph in place of a thousand copies of its body
-        return order[_looped(further, nearest, last, num_centers)]
+        return order[_looped(further, nearest, last, points, num_centers)]
     chosen = [last]
     for _ in range(num_centers - 1):
-        nearest, last = further(nearest, last)
+        nearest, last = further(nearest, last, points)
         chosen.append(last)
     return order[torch.cat(chosen, 1)]
 
 
-def _looped(step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], first: Tensor, last: Tensor, num: int) -> Tensor:
-    """`last` `[B, 1]` and what `num - 1` steps make of it, `[B, num]`, as one loop of an exported graph."""
+def _looped(
+    step: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], first: Tensor, last: Tensor, seen: Tensor, num: int
+) -> Tensor:
+    """`last` `[B, 1]` and what `num - 1` steps make of it, `[B, num]`, as one loop of an exported graph.
+
+    What each step sees goes round with it, and the zero of each step is used: OpenVINO's loops see nothing outside,
+    and go round once where they need no step's own input.
+    """
     from torch._higher_order_ops.scan import scan
 
-    def body(carry: tuple[Tensor, Tensor], _: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        carry = step(*carry)
-        return carry, carry[1].clone()
+    def body(carry: tuple[Tensor, Tensor, Tensor], zero: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        first, last = step(*carry)
+        return (first, last, carry[2].clone()), last + zero
 
     if num == 1:
         return last
-    _, later = scan(body, (first, last), torch.zeros(num - 1, 1, device=first.device))
+    _, later = scan(body, (first, last, seen), torch.zeros(num - 1, 1, dtype=last.dtype, device=first.device))
     return torch.cat([last, later[:, :, 0].T], 1)
 
 
