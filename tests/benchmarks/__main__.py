@@ -10,7 +10,8 @@ NAMES = ("models", "overhead", "cold_start", "ingest", "packed", "point_models",
 NAMES += ("subnets", "rooms", "shrinking", "searching", "judging", "plan")
 NAMES += ("latency", "specialise", "dashboard", "checkpoint", "amc", "export", "deep_compression", "int8", "compressed")
 NAMES += ("haq", "translation", "agent", "runtime")
-SOAK = ("chaos", "control_plane", "large_index", "control_path", "storage_requests")  # on request only: `make soak`
+# on request only: `make soak`
+SOAK = ("chaos", "control_plane", "large_index", "control_path", "storage_requests", "live")
 
 
 def main() -> None:
