@@ -1,4 +1,4 @@
-"""torch's compiler, imported where something is compiled and nowhere else.
+"""torch's compiler, imported where something is compiled and nowhere else; `compiled` compiles a network.
 
 Optimizers, DDP and the operators of the meta device are Python functions that torch keeps from being compiled: the
 first call of each imports `torch._dynamo` for that, with sympy and more, which takes as long as torch itself.
@@ -9,10 +9,13 @@ import importlib.abc
 import importlib.util
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
+
+from slimray.spec import RunFailed, UserError
 
 NAME = "torch._dynamo"
 
@@ -35,6 +38,40 @@ def without_compiler() -> Iterator[None]:
     finally:
         stand_in.leave()
         sys.meta_path.remove(stand_in.finder)
+
+
+def compiled(net: nn.Module | Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """Return `net` as torch.compile has it: the same function and parameters, compiled at the first call.
+
+    UserError where what compiles for `device` is not installed, RunFailed from a call that cannot be compiled.
+    """
+    _require_compiler(device)
+    from torch._dynamo.exc import TorchDynamoException
+
+    run = torch.compile(net)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return run(*arguments, **options)
+        except TorchDynamoException as error:
+            said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise RunFailed(f"scale.compile: torch cannot compile this network ({said[:200]}): leave it out") from error
+
+    return call
+
+
+def _require_compiler(device: torch.device) -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError("scale.compile: needs triton, not installed here: pip install triton, or leave it out")
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise UserError(
+            "scale.compile: needs a C++ compiler, and none was found: install g++ on every node, or leave it out"
+        ) from None
 
 
 class _StandIn(types.ModuleType):

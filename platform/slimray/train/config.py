@@ -53,6 +53,7 @@ class FitConfig:
     limits: LimitsSpec | None = None
     feeder: str = ""
     bags: Mapping[str, Bags] = field(default_factory=dict)
+    compile: bool = False
 
     @property
     def window(self) -> int:

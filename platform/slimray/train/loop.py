@@ -8,6 +8,7 @@ saving and validating never change training state. A bad sample keeps its slot w
 mask at an epoch's end.
 """
 
+import contextlib
 import time
 from functools import partial
 from typing import Any
@@ -443,7 +444,7 @@ class _Rank:
 
 def fit(config: FitConfig) -> dict[str, Any]:
     """The worker function of a training run: {"best", "last", "steps", "confusion"}, or what a launch does next."""
-    with without_compiler():
+    with contextlib.nullcontext() if config.compile else without_compiler():
         return _Rank(config).run_all()
 
 

@@ -256,6 +256,14 @@ class ScaleSpec(Spec):
         return math.ceil(self.most * self.cpus_per_worker) + (self.decode_slots or os.cpu_count() or 1)
 
 
+class TrainScaleSpec(ScaleSpec):
+    """Number of workers of a training, their resources, and patience with them."""
+
+    compile: bool = False
+    """Compile the network with torch.compile: fewer and larger kernels, after a first step that may take minutes. Needs
+    a C++ compiler on every node, and Triton on a GPU. What is saved and shipped is the network as it is."""
+
+
 class CheckpointSpec(Spec):
     """Times at which training state is saved; saving runs in the background and changes nothing in the run."""
 

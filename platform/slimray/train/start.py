@@ -38,6 +38,7 @@ def make_replica(config: FitConfig, ranks: Ranks) -> Replica:
         compress=config.scale.compress,
         batch_total=config.batch_total,
         task=TASKS[config.task],
+        compile=config.compile,
     )
     return config.method.replica(net, lambda: compress.build(**config.model), setup)
 

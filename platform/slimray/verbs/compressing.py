@@ -205,7 +205,7 @@ def training(
         "data": data,
         "model": job.model,
         "batch": job.batch or {"total": job.scale.most, "per_worker": 1},
-        "scale": job.scale,
+        "scale": job.scale.model_dump(),
         "checkpoint": job.checkpoint,
         "tracking": job.tracking,
         "seed": job.seed,

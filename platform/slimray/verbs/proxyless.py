@@ -183,7 +183,7 @@ def stage_job(job: ProxylessJob, stage: str, init: InitSpec | None = None, block
         "init": init,
         "batch": job.batch,
         "optim": OptimSpec.model_validate(job.optim.model_dump(exclude={"milestones"}) | own),
-        "scale": job.scale,
+        "scale": job.scale.model_dump(),
         "checkpoint": job.checkpoint,
         "tracking": job.tracking,
         "seed": job.seed + ("warmup", "search", "retrain").index(stage),

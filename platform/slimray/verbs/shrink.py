@@ -136,7 +136,7 @@ def stage_job(job: ShrinkJob, number: int, init: InitSpec | None) -> TrainJob:
         "init": init,
         "batch": job.batch,
         "optim": OptimSpec.model_validate(optim),
-        "scale": job.scale,
+        "scale": job.scale.model_dump(),
         "checkpoint": job.checkpoint,
         "tracking": job.tracking,
         "seed": job.seed + number,

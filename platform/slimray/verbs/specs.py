@@ -13,7 +13,16 @@ from slimray.data.spec import DataSpec
 from slimray.runs.notify import NotifySpec
 from slimray.runs.tracking import TrackingSpec
 from slimray.spec import Spec
-from slimray.train.spec import BatchSpec, CheckpointSpec, InitSpec, LimitsSpec, OptimSpec, ScaleSpec, TeacherSpec
+from slimray.train.spec import (
+    BatchSpec,
+    CheckpointSpec,
+    InitSpec,
+    LimitsSpec,
+    OptimSpec,
+    ScaleSpec,
+    TeacherSpec,
+    TrainScaleSpec,
+)
 
 OWNED = {  # no options of `model`
     "num_classes": "the dataset says how many",
@@ -96,7 +105,7 @@ class TrainJob(WorkerJob):
     """A run whose network teaches beside the labels (distillation): its name or URI, or a section with weights."""
     batch: BatchSpec
     optim: OptimSpec
-    scale: ScaleSpec = ScaleSpec()
+    scale: TrainScaleSpec = TrainScaleSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     tracking: TrackingSpec = TrackingSpec()
     notify: NotifySpec | None = None
@@ -120,6 +129,8 @@ class TrainJob(WorkerJob):
         if self.optim.mutual and (self.init is not None or self.optim.groups == "tsm"):
             taken = "init" if self.init is not None else "optim.groups: tsm"
             raise ValueError(f"optim.mutual: two networks are trained from scratch, it does not go with {taken}")
+        if self.optim.mutual and self.scale.compile:
+            raise ValueError("scale.compile: compiles one network, it does not go with optim.mutual")
         if self.optim.norm == "sync" and not self.scale.gpus_per_worker:
             raise ValueError("optim.norm: sync needs GPUs: set scale.gpus_per_worker, or take local")
         if self.optim.precision == "tf32" and not self.scale.gpus_per_worker:

@@ -154,6 +154,7 @@ def fit_config(job: TrainJob, ctx: Context, run_uri: str, data: Data, summary: S
         method=_method(job, ctx),
         drop_last=job.batch.drop_last,
         limits=job.limits,
+        compile=job.scale.compile,
         bags=_bags(job, {role: splits.tables[name] for role, name in names.items()}),
     )
 

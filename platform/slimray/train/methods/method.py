@@ -65,6 +65,7 @@ class Setup:
 
     `sample_shape` is one input, (T, C, H, W) or (C, N). Gradients are all-reduced `bucket_mb` at a time, as bfloat16
     with `compress` "bf16", else as they are. `batch_total` is the global batch, for optimizers that scale with it.
+    `compile` says whether the network is compiled, by methods that train one.
     """
 
     optim: OptimSpec
@@ -77,6 +78,7 @@ class Setup:
     compress: str = "none"
     batch_total: int | None = None
     task: Task = CLASSIFY
+    compile: bool = False
 
 
 class Method(Protocol):

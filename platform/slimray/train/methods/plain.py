@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from slimray.edge.compiler import compiled
 from slimray.train.methods.method import OnDevice, Replica, Setup
 
 
@@ -33,16 +34,19 @@ class PlainReplica(Replica):
 
     def __init__(self, net: nn.Module, setup: Setup):
         super().__init__(net, setup)
-        self.forward: nn.Module = self.net
+        self.forward: Callable[..., Any] = self.net
         if self.world > 1:
-            self.forward = DistributedDataParallel(
+            self.shared = DistributedDataParallel(
                 self.net,
                 device_ids=[self.device] if self.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 forward_sync_buffers=False,
                 bucket_cap_mb=setup.bucket_mb,  # type: ignore[arg-type]
             )
-            self.forward.register_comm_hook(self, _timed_allreduce)
+            self.shared.register_comm_hook(self, _timed_allreduce)
+            self.forward = self.shared
+        if setup.compile:  # DDP and all, which then still reduces a bucket while the next one is computed
+            self.forward = compiled(self.forward, self.device)
 
     def _passes(self, batch: OnDevice, choice: Any) -> Iterator[Tensor]:
         with self._autocast():
@@ -50,7 +54,7 @@ class PlainReplica(Replica):
         yield self._losses(outputs, batch)
 
     def _accumulating(self, more: bool) -> contextlib.AbstractContextManager[Any]:
-        return self.forward.no_sync() if more and self.world > 1 else contextlib.nullcontext()  # type: ignore[operator]
+        return self.shared.no_sync() if more and self.world > 1 else contextlib.nullcontext()
 
     def _reduce(self) -> float:
         """The seconds since the last bucket of gradients was ready: DDP has reduced them in the backward pass."""

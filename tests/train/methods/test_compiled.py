@@ -1,0 +1,70 @@
+"""A compiled network learns as the plain one does; where nothing compiles, a sentence says so."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from slimray.edge.compiler import compiled
+from slimray.spec import RunFailed, UserError
+from slimray.tasks.network import Input
+from slimray.train.methods.method import Piece, Setup
+from slimray.train.methods.plain import PlainReplica
+from slimray.train.spec import OptimSpec
+
+CPU = torch.device("cpu")
+
+
+class Tiny(nn.Module):
+    """Convolution, BatchNorm, and a branch that a compiler cannot follow: its graph breaks there."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.stem(x)).relu().mean((2, 3))
+        return self.head(x) if float(x.detach().sum()) >= 0 else self.head(-x)
+
+
+def replica(compile: bool) -> PlainReplica:
+    torch.manual_seed(0)
+    optim = OptimSpec.model_validate({"epochs": 1, "lr": 0.1, "reference_batch": 5})
+    return PlainReplica(Tiny(), Setup(optim, Input(), (3, 8, 8), CPU, compile=compile))
+
+
+def pieces(step: int) -> list[Piece]:
+    """Pieces of four samples, of one, and of none."""
+    draw = np.random.default_rng(step)
+    sizes = (4, 1, 0)
+    data = [draw.integers(0, 256, (n, 1, 8, 8, 3), dtype=np.uint8) for n in sizes]
+    return [Piece(some, draw.integers(0, 3, len(some))) for some in data]
+
+
+def test_a_compiled_network_takes_the_steps_of_the_plain_one_and_keeps_its_names():
+    plain, fast = replica(False), replica(True)
+    for step in range(2):
+        wanted, found = (one.step(pieces(step), 5, 0.1, (0, step)) for one in (plain, fast))
+        assert found.finite
+        assert found.loss_sum == pytest.approx(wanted.loss_sum, rel=1e-4)
+    ours, theirs = plain.tensors(), fast.tensors()
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-4)
+    other = replica(True)
+    other.load(theirs)
+    assert all(torch.equal(value, theirs[name]) for name, value in other.tensors().items())
+
+
+def test_what_compiles_must_be_there_and_work(tmp_path):
+    from torch._inductor import config
+
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(UserError, match=r"needs a C\+\+ comp"):
+        compiled(Tiny(), CPU)
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo 'c++ 99' && exit 0\nexit 1\n")
+    broken.chmod(0o755)
+    with config.patch({"cpp.cxx": (None, str(broken)), "force_disable_caches": True}):
+        call = compiled(nn.Sequential(nn.Linear(7, 11), nn.GELU(), nn.Linear(11, 13)), CPU)
+        with pytest.raises(RunFailed, match=r"scale\.compile: torch cannot compile this network"):
+            call(torch.randn(5, 7))
