@@ -13,7 +13,7 @@ from slimray.edge import latency_table, profiler
 from slimray.models.points.ops import normalize_coords, voxelize
 from slimray.tasks.network import Input, predict_outputs
 from slimray.train import pieces
-from slimray.train.methods.method import Piece, Setup
+from slimray.train.methods.method import Piece, Sent, Setup
 from slimray.train.methods.plain import PlainReplica
 from slimray.train.spec import OptimSpec
 
@@ -79,11 +79,11 @@ def batch(rng: np.random.Generator, num: int) -> Piece:
     return Piece(rng.integers(0, 256, (num, 1, 4, 64, 64, 3), dtype=np.uint8), rng.integers(0, 5, num))
 
 
-def replica() -> PlainReplica:
+def replica(compile: bool = False) -> PlainReplica:
     torch.manual_seed(0)
     net = models.build("tsm_resnet50", num_classes=5, num_segments=4)
     optim = OptimSpec(lr=0.002, reference_batch=8, epochs=1, groups="plain")
-    return PlainReplica(net, Setup(optim, Input(), (4, 3, 64, 64), torch.device("cuda")))
+    return PlainReplica(net, Setup(optim, Input(), (4, 3, 64, 64), torch.device("cuda"), compile=compile))
 
 
 def test_a_step_trains_in_bfloat16_and_repeats():
@@ -156,8 +156,33 @@ def test_a_pruned_network_is_timed_until_the_gpu_has_finished():
     assert pruning.compare(wide, narrow, x).low > 3  # to launch them takes as long
 
 
-def test_samples_that_are_cut_lie_where_the_gpu_reads_them():
-    data = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-    pinned = pieces._pinned(data[:, :2], torch.device("cuda"))
-    assert torch.from_numpy(pinned).is_pinned()
-    assert np.array_equal(pinned, data[:, :2])
+def test_samples_go_to_the_gpu_beside_what_it_computes_and_a_step_is_the_same():
+    device, rng = torch.device("cuda"), np.random.default_rng(0)
+    data = rng.integers(0, 256, (8, 1, 4, 64, 64, 3), dtype=np.uint8)
+    busy = torch.randn(8192, 8192, device=device)
+    for _ in range(20):
+        busy = busy @ busy / 90
+    queued = torch.cuda.current_stream().record_event()
+    found = pieces.sent(data[::2], device)
+    assert isinstance(found, Sent)
+    found.done.synchronize()
+    assert not queued.query(), "the copy waited for what is computed"
+    assert torch.equal(found.arrived().cpu(), torch.from_numpy(data[::2]))
+    labels, losses = rng.integers(0, 5, 8), []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for piece in (Piece(data, labels), Piece(pieces.sent(data, device), pieces.sent(labels, device))):
+            one = replica()
+            losses.append([one.step([piece], 8, 0.002, (0, i)).loss_sum for i in range(3)])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert losses[0] == losses[1]
+
+
+def test_a_compiled_network_learns_as_the_plain_one_does():
+    piece = batch(np.random.default_rng(0), 8)
+    plain, fast = replica(), replica(compile=True)
+    for i in range(3):
+        wanted, found = (one.step([piece], 8, 0.002, (0, i)).loss_sum for one in (plain, fast))
+        assert found == pytest.approx(wanted, rel=0.05), "bfloat16, other kernels"
+    assert plain.tensors().keys() == fast.tensors().keys()

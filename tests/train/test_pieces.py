@@ -8,6 +8,7 @@ from ray.data.block import BlockAccessor
 from slimray.data.pipeline import Batch
 from slimray.data.plan import Phase, rank_slice
 from slimray.data.token_plan import Bags
+from slimray.tasks.network import Input, to_input
 from slimray.train import pieces
 from slimray.train.ranks import Ranks
 
@@ -44,6 +45,17 @@ def cut(phase: Phase, step: int, rank: int, bad: int | None) -> pieces.Cut:
     assert found.batch is batch
     assert np.array_equal(found.keep, keep)
     return found
+
+
+def test_what_is_on_the_device_already_is_taken_as_an_array_is():
+    data = np.random.default_rng(0).integers(0, 256, (3, 2, 4, 4, 3), dtype=np.uint8)
+    cpu, pixels = torch.device("cpu"), Input()
+    wanted = to_input(data, pixels, cpu)
+    assert torch.equal(to_input(torch.from_numpy(data), pixels, cpu), wanted)
+    assert torch.equal(
+        to_input(torch.from_numpy(data).transpose(2, 3).contiguous().transpose(2, 3), pixels, cpu), wanted
+    )
+    assert pieces.sent(data, cpu) is data
 
 
 @pytest.mark.parametrize("bad", [None, 4])

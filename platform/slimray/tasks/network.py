@@ -111,18 +111,18 @@ def _ready(net: nn.Module, model: dict[str, Any], input_json: Mapping[str, Any],
     return Network(net.to(device).eval(), pixels, input_json["recipe"], classes, model, task_of(input_json), precision)
 
 
-def to_input(data: np.ndarray, pixels: Input, device: torch.device) -> Tensor:
-    """Samples `[n, V, ...]` as a network takes them, `[n*V, ...]` on `device`.
+def to_input(data: np.ndarray | Tensor, pixels: Input, device: torch.device) -> Tensor:
+    """Samples `[n, V, ...]` as a network takes them, `[n*V, ...]` on `device`, where a tensor may be already.
 
     The type of the array is that of its modality: uint8 frames `[n, V, T, H, W, 3]` become normalised
     `[n*V, T, 3, H, W]`, images `[n, V, H, W, 3]` `[n*V, 3, H, W]` (pixels travel as uint8); floats (points) become
     floats of torch's default type; other whole numbers (tokens) go as they are.
     """
-    tensor = torch.from_numpy(np.ascontiguousarray(data))
-    if device.type == "cuda":
+    tensor = data.contiguous() if isinstance(data, Tensor) else torch.from_numpy(np.ascontiguousarray(data))
+    if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     tensor = tensor.to(device, non_blocking=True).flatten(0, 1)
-    if data.dtype != np.uint8:
+    if tensor.dtype != torch.uint8:
         return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
     mean = torch.tensor(pixels.mean, device=device).view(-1, 1, 1) * 255
     std = torch.tensor(pixels.std, device=device).view(-1, 1, 1) * 255

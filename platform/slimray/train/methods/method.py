@@ -35,12 +35,30 @@ GATHERED = 2**24  # numbers of all ranks that are on a device at a time, of vect
 
 
 @dataclass(frozen=True)
+class Sent:
+    """An array on its way to a GPU, over a stream of its own; `done` is the event at its end."""
+
+    tensor: Tensor
+    done: Any
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def arrived(self) -> Tensor:
+        """Return it for work of the caller's stream, which waits for it; the caller does not."""
+        stream = torch.cuda.current_stream(self.tensor.device)
+        stream.wait_event(self.done)
+        self.tensor.record_stream(stream)  # its memory is not given away before that work is done
+        return self.tensor
+
+
+@dataclass(frozen=True)
 class Piece:
     """A microbatch of one rank, valid samples only: `[n, V, ...]` and labels `[n]`, `[n, N]` or as the kind of sample
     has them; n may be 0."""
 
-    data: np.ndarray
-    labels: np.ndarray
+    data: np.ndarray | Sent
+    labels: np.ndarray | Sent
 
 
 @dataclass(frozen=True)
@@ -222,8 +240,10 @@ class Replica(abc.ABC):
         if not len(piece.data):
             return OnDevice(torch.zeros(1, *self.setup.sample_shape, device=self.device), None), 0.0
         start = time.perf_counter()
-        x = to_input(piece.data, self.setup.pixels, self.device)
-        labels = torch.from_numpy(piece.labels).to(self.device)
+        data = piece.data.arrived() if isinstance(piece.data, Sent) else torch.from_numpy(piece.data)
+        x = to_input(data, self.setup.pixels, self.device)
+        own = piece.labels.arrived() if isinstance(piece.labels, Sent) else torch.from_numpy(piece.labels)
+        labels = own.to(self.device)
         seconds = time.perf_counter() - start
         return OnDevice(x, labels), seconds
 
