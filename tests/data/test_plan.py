@@ -7,6 +7,7 @@ from slimray.data.plan import (
     Phase,
     blocks,
     epoch_order,
+    feeder_nodes,
     feeder_ranks,
     microbatches,
     num_feeders,
@@ -77,6 +78,18 @@ def test_feeder_groups_cover_all_ranks_once():
 )
 def test_feeders_are_as_many_as_the_free_cpus_of_the_nodes_can_be_shared_out_to(world, free_cpus, num):
     assert num_feeders(world, free_cpus) == num
+
+
+@pytest.mark.parametrize("num_nodes", [2, 8, 32, 192])
+def test_no_node_feeds_more_ranks_the_more_nodes_there_are(num_nodes: int):
+    world, node_of = 8 * num_nodes, {rank: f"n{rank // 8}" for rank in range(8 * num_nodes)}
+    num = num_feeders(world, [96 - 8 * 4] * num_nodes)
+    nodes = feeder_nodes(world, num, node_of)
+    assert len(set(nodes)) == num, "each on a node of its own"
+    fed = {node: feeder_ranks(world, num, group) for group, node in enumerate(nodes)}
+    assert all(node in {node_of[rank] for rank in ranks} for node, ranks in fed.items())
+    assert max(map(len, fed.values())) <= 96
+    assert feeder_nodes(world, num, {}) == [""] * num
 
 
 def test_held_out_windows_come_between_and_training_goes_over_the_others_once():

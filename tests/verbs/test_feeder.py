@@ -6,6 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
+from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from tests.waits import patience, wait_for
 
 from slimray.data.index import index_table
 from slimray.data.pipeline import FeedConfig, RankStream, Source, decode_block, feeder_of, rows_of, start_feeders
@@ -109,3 +112,41 @@ def test_a_training_file_that_does_not_decode_is_not_decoded_again(cluster, tmp_
     assert again["valid"].tolist() == [1, 0] + [1] * (NUM - 2), "it keeps its slot with weight 0"
     assert again["reason"][1]
     assert decode_block(rows[1], config)["valid"].all()
+
+
+@ray.remote(num_cpus=0)
+def _node_asked_from(first: str, *others: str) -> str:
+    """The node of a task that asks for the last of these, started by one that asks for the first."""
+    if not others:
+        return ray.get_runtime_context().get_node_id()
+    there = NodeAffinitySchedulingStrategy(others[0], soft=True)
+    return ray.get(_node_asked_from.options(scheduling_strategy=there).remote(*others))
+
+
+def test_feeders_run_where_their_ranks_do(tmp_path):
+    """On a cluster of its own, of two nodes; the last test of this file, as the other cluster is gone then."""
+    ray.shutdown()
+    two = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False})
+    try:
+        two.add_node(num_cpus=8)
+        ray.init(two.address, log_to_driver=False)
+        here, there = sorted(node["NodeID"] for node in ray.nodes())
+        start = NodeAffinitySchedulingStrategy(there, soft=False)
+        asked = _node_asked_from.options(scheduling_strategy=start)
+        wait_for(
+            "the nodes to know each other",
+            lambda: (
+                ray.get(asked.remote(there, here)) == here and ray.get(_node_asked_from.remote(here, there)) == there
+            ),
+        )
+        config = FeedConfig((), {}, 0, 128, 1, 2)
+        node_of = dict.fromkeys(range(60), here) | dict.fromkeys(range(60, 128), there)
+        _, feeders = start_feeders(config, "feeder-places", node_of=node_of)
+        found = [feeder.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for feeder in feeders]
+        assert ray.get(found, timeout=patience(60)) == [here, there]
+        for rank, feeder in ((0, feeders[0]), (127, feeders[1])):
+            with pytest.raises(RunFailed, match="ended before the plan did"):
+                ray.get(feeder.take.remote(rank), timeout=patience(60))
+    finally:
+        ray.shutdown()
+        two.shutdown()

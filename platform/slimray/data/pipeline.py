@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,7 +35,7 @@ from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from slimray.data.modalities import empty_sample, modality_of, pads_of, read_recipe, target_of
-from slimray.data.plan import Block, Phase, blocks, ceil_div, feeder_ranks, num_feeders, rank_slice
+from slimray.data.plan import Block, Phase, blocks, ceil_div, feeder_nodes, feeder_ranks, num_feeders, rank_slice
 from slimray.data.ragged import joined, tight
 from slimray.data.rows import PLACE, Rows, Unpacked, packed, rows_of_blocks
 from slimray.data.samples import BadSample
@@ -365,8 +365,12 @@ def failure_of(error: BaseException) -> RunFailed:
     return RunFailed(f"the data pipeline failed: {type(cause).__name__}: {first}")
 
 
-def start_feeders(config: FeedConfig, name: str, spare: str = "") -> tuple[str, list[Any]]:
+def start_feeders(
+    config: FeedConfig, name: str, spare: str = "", node_of: Mapping[int, str] | None = None
+) -> tuple[str, list[Any]]:
     """Start the feeders of a worker group as actors `name-0`, `name-1`, ...; returns that name and their handles.
+
+    Each runs where most of its ranks do, as far as `node_of` (rank -> node) says, else here.
 
     They live as long as the caller (rank 0) holds the handles; `feeder_of` finds them from the other ranks. Where one
     feeder is enough it is the one that `spare_feeder` started under the name `spare`, if that serves nobody yet.
@@ -376,8 +380,8 @@ def start_feeders(config: FeedConfig, name: str, spare: str = "") -> tuple[str, 
     if spare and num == 1 and (feeder := _begin_spare(config, spare)) is not None:
         return spare, [feeder]
     handles = []
-    for group in range(num):
-        feeder = _make_feeder(f"{name}-{group}")
+    for group, node in enumerate(feeder_nodes(config.world, num, node_of or {})):
+        feeder = _make_feeder(f"{name}-{group}", node)
         handles.append(feeder)
         feeder.begin.remote(config, list(feeder_ranks(config.world, num, group)))
     return name, handles
@@ -398,9 +402,10 @@ def spare_feeder(name: str, slots: int, environment: dict[str, Any]) -> Any:
     return feeder
 
 
-def _make_feeder(name: str, **more: Any) -> Any:
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # out of Train's group
-    options = {"name": name, "num_cpus": 0, "scheduling_strategy": here, "max_concurrency": 1000, **more}
+def _make_feeder(name: str, node: str = "", **more: Any) -> Any:
+    """Start a feeder on a node, by default this one, and outside of the group of Train."""
+    there = NodeAffinitySchedulingStrategy(node or ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"name": name, "num_cpus": 0, "scheduling_strategy": there, "max_concurrency": 1000, **more}
     return ray.remote(_Feeder).options(**options).remote()
 
 

@@ -9,7 +9,7 @@ workers repeats and skips nothing. A `Phase` is one pass over one split (a train
 the data pipeline streams a list of phases as numbered blocks, and this file alone knows the numbering. numpy only.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -260,6 +260,15 @@ def num_feeders(world: int, free_cpus: Sequence[float]) -> int:
         if 2 * num * sum(count // (2 * num) for count in free) >= MIN_USED * sum(free) > 0:
             return num
     return 1
+
+
+def feeder_nodes(world: int, num: int, node_of: Mapping[int, str]) -> list[str]:
+    """Return the node on which each of `num` feeders is to run: that of most of its ranks, "" where that is not known.
+
+    `node_of` are the nodes of ranks. So what a node has to do for feeders does not grow with the ranks.
+    """
+    groups = ([node_of.get(rank, "") for rank in feeder_ranks(world, num, group)] for group in range(num))
+    return [max(dict.fromkeys(nodes), key=nodes.count) for nodes in groups]
 
 
 def feeder_ranks(world: int, num: int, group: int) -> range:

@@ -47,6 +47,10 @@ class ProgressActor:
         self.waiting.clear()
         self.nodes[rank] = node
 
+    def places(self) -> dict[int, str]:
+        """Return the node of each rank of the group, as far as they told."""
+        return dict(self.nodes)
+
     def sick(self, node: str, reason: str) -> None:
         """Note that a node cannot work."""
         self.state["sick"][node] = reason

@@ -381,6 +381,14 @@ def progress_state(actor: Any) -> dict[str, Any]:
         return {}
 
 
+def _places(actor: Any) -> dict[int, str]:
+    """Return the node of each rank, as far as the progress actor knows them."""
+    try:
+        return {} if actor is None else ray.get(actor.places.remote(), timeout=60)
+    except (exceptions.RayError, TimeoutError):
+        return {}
+
+
 def _tell(actor: Any, **state: Any) -> None:
     with contextlib.suppress(exceptions.RayError, TimeoutError):
         if actor is not None:
@@ -417,7 +425,7 @@ def open_stream(
         feed = replace(feed, left_out=tuple(sorted({*state.get("left_out", ()), *state.get("sick", ())})))
         if feed.left_out:
             actor.fed_without.remote(feed.left_out)
-        name, feeders = start_feeders(feed, f"slimray-feeder-{uuid.uuid4().hex}", spare)
+        name, feeders = start_feeders(feed, f"slimray-feeder-{uuid.uuid4().hex}", spare, _places(actor))
         told = {"name": name, "num": len(feeders)}
     told = broadcast_from_rank_zero(told)
     assert told is not None
