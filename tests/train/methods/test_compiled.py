@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tests.ranks import run_ranks
 from torch import nn
 
 from slimray.edge.compiler import compiled
@@ -54,6 +55,32 @@ def test_a_compiled_network_takes_the_steps_of_the_plain_one_and_keeps_its_names
     other = replica(True)
     other.load(theirs)
     assert all(torch.equal(value, theirs[name]) for name, value in other.tensors().items())
+
+
+def two_steps(rank: int, world: int, cuts: list[list[tuple[int, int]]], compile: bool) -> dict[str, torch.Tensor]:
+    """The weights after two steps on samples 0 to 4, of which this rank has the pieces `cuts[rank]`."""
+    torch.manual_seed(0)
+    optim = OptimSpec.model_validate({"epochs": 1, "lr": 0.1, "reference_batch": 5})
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    one = PlainReplica(net, Setup(optim, Input(), (3, 8, 8), CPU, rank, world, compile=compile))
+    draw = np.random.default_rng(0)
+    data, labels = draw.integers(0, 256, (5, 1, 8, 8, 3), dtype=np.uint8), draw.integers(0, 3, 5)
+    for step in range(2):
+        one.step([Piece(data[lo:hi], labels[lo:hi]) for lo, hi in cuts[rank]], 5, 0.1, (0, step))
+    return {name: value.clone() for name, value in one.net.state_dict().items()}
+
+
+def rank_of_two(rank: int, out: str) -> None:
+    torch.save(two_steps(rank, 2, [[(0, 2), (2, 3)], [(3, 5), (5, 5)]], True), f"{out}/{rank}.pt")
+
+
+def test_two_compiled_ranks_that_accumulate_learn_as_one_plain_rank(tmp_path):
+    run_ranks(rank_of_two, str(tmp_path))
+    wanted = two_steps(0, 1, [[(0, 5)]], False)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_what_compiles_must_be_there_and_work(tmp_path):
