@@ -16,6 +16,16 @@ from slimray.train.spec import OptimSpec
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def here_alone(monkeypatch):
+    """Compile in this process: a pool of others takes longer to start than these networks take."""
+    from torch._inductor import config
+
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    with config.patch(compile_threads=1):
+        yield
+
+
 class Tiny(nn.Module):
     """Convolution, BatchNorm, and a branch that a compiler cannot follow: its graph breaks there."""
 
