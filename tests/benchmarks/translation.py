@@ -13,9 +13,9 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import safetensors
 import safetensors.torch
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from slimray import compress, models
@@ -49,8 +49,8 @@ from slimray.tasks.network import Network, load_slim
 from slimray.tasks.text_scores import CorpusMetric, Counts, paired_bootstrap
 from slimray.tasks.translate import SCORES, translations
 from slimray.train import optimizers
-from slimray.train.methods.method import Piece, Setup
-from slimray.train.methods.plain import Plain, PlainReplica
+from slimray.train.methods.method import Method, Piece, Setup
+from slimray.train.methods.plain import Plain
 from slimray.train.spec import OptimSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,10 +113,10 @@ def read(card: Card, split: str, text: TextSpec, vocabulary: str) -> Split:
 
 
 class Bench:
-    """Data, recipe and the folder of results of one seed."""
+    """Data, recipe and the folder of results of one seed; its files are called `prefix`-SEED-NAME."""
 
-    def __init__(self, folder: Path, seed: int):
-        self.job, self.folder, self.seed = Recipe.of_job(), folder, seed
+    def __init__(self, folder: Path, seed: int, prefix: str = "translation"):
+        self.job, self.folder, self.seed, self.prefix = Recipe.of_job(), folder, seed, prefix
         card, kept = load_card("multi30k", [ROOT / "datasets"]), folder / "translation-tokenizer.txt"
         if not kept.exists():
             kept.write_text(learn_vocabulary(card, TEXTS, self.job.text))
@@ -133,9 +133,9 @@ class Bench:
 
     def file(self, name: str) -> Path:
         """The file of that name of this seed."""
-        return self.folder / f"translation-{self.seed}-{name}"
+        return self.folder / f"{self.prefix}-{self.seed}-{name}"
 
-    def network(self, net: torch.nn.Module, model: dict[str, Any] | None = None) -> Network:
+    def network(self, net: nn.Module, model: dict[str, Any] | None = None) -> Network:
         """A network as `evaluate` has it."""
         return Network(net.eval(), Input(), self.recipe.to_dict(), (), model or self.model, "translate")
 
@@ -149,14 +149,26 @@ class Bench:
     # ------------------------------------------------------------------------------------------------ training
 
     def fit(self) -> dict[str, Any]:
-        """Train, or go on; what the best checkpoint has reached on the validation split, and what that took."""
-        job, optim = self.job, self.job.optim
+        """Train the network of the job, or go on."""
         torch.manual_seed(self.seed)
-        net = models.build(**self.model)
-        setup = Setup(optim, Input(), (2, 32), CPU, batch_total=job.batch["tokens"], task=TASK)
-        replica: PlainReplica = Plain().replica(net, lambda: net, setup)
-        bags = Bags.of(self.train.lengths, job.batch["per_worker_tokens"], self.seed)
-        size = job.batch["tokens"] // job.batch["per_worker_tokens"]
+        return self.learned(Plain(), models.build(**self.model), self.job.optim, self.job.batch)
+
+    def learned(
+        self,
+        method: Method,
+        net: nn.Module,
+        optim: OptimSpec,
+        batch: Mapping[str, int],
+        judged: Callable[[Any], nn.Module] = lambda net: net,
+    ) -> dict[str, Any]:
+        """Train `net`, or go on; what the best checkpoint has reached on the validation split, and what that took.
+
+        `judged`: what of the network is validated after each epoch.
+        """
+        setup = Setup(optim, Input(), (2, 32), CPU, batch_total=batch["tokens"], task=TASK)
+        replica = method.replica(net, lambda: net, setup)
+        bags = Bags.of(self.train.lengths, batch["per_worker_tokens"], self.seed)
+        size = batch["tokens"] // batch["per_worker_tokens"]
         state, done, seconds, tokens = self.file("state.safetensors"), 0, 0.0, 0
         if state.exists():
             with safetensors.safe_open(state, "pt") as opened:
@@ -180,7 +192,7 @@ class Bench:
                     for lo, hi in microbatches(phase, step, 0, 1, 1)
                 ]
                 weight = float(sum((piece.labels != PAD).sum() for piece in pieces))
-                rate = optimizers.learning_rate(optim, job.batch["tokens"], 1, 0, done, phase.num_steps)
+                rate = optimizers.learning_rate(optim, batch["tokens"], 1, 0, done, phase.num_steps)
                 report = replica.step(pieces, weight / phase.share(step), rate, (self.seed, done))
                 assert report.finite
                 now = time.process_time()
@@ -196,7 +208,7 @@ class Bench:
             reached = self.validated()
             if done == first + phase.num_steps and done not in reached:
                 shown = replica.averaged()
-                reached[done] = self.perplexity(self.network(shown), self.val)
+                reached[done] = self.perplexity(self.network(judged(shown)), self.val)
                 if reached[done] == min(reached.values()):
                     safetensors.torch.save_file(shown.state_dict(), self.file("best.safetensors"))
                 with self.file("epochs.jsonl").open("a") as out:
@@ -204,7 +216,7 @@ class Bench:
                 print(f"epoch {epoch + 1}: validation perplexity {reached[done]:.3f}", flush=True)
                 keep()
                 last = time.process_time()
-        size = sum(one.numel() for one in net.parameters())
+        size = sum(one.numel() for one in judged(net).parameters())
         spent = {"steps": done, "tokens": tokens, "core_minutes": seconds / 60}
         return {"perplexity": min(self.validated().values()), **spent, "parameters": size}
 
@@ -224,9 +236,9 @@ class Bench:
             score.add(network.net(torch.from_numpy(piece.data[:, 0])), torch.from_numpy(piece.labels))
         return float(score.result()["perplexity"])
 
-    def score(self, network: Network, name: str) -> dict[str, Any]:
-        """BLEU and chrF of the test split with signatures; the translations are kept, and BLEU is compared with the
-        trained network's."""
+    def score(self, network: Network, name: str, beside: Path | None = None) -> dict[str, Any]:
+        """BLEU and chrF of the test split with signatures; the translations are kept, and BLEU is compared with that of
+        the translations in the file `beside` (None: the trained network's)."""
         start, said = time.perf_counter(), [""] * len(self.test.pairs)
         for first in range(0, len(said), AT_ONCE):
             rows = self.test.by_length[first : first + AT_ONCE]
@@ -238,8 +250,9 @@ class Bench:
         for kind in SCORES:
             found = CorpusMetric(kind).score(self.counts(kind, said).sum(0))
             out |= {kind: found.value, f"{kind}_signature": found.signature}
-        if name != "trained" and self.file("trained.txt").exists():
-            base = self.file("trained.txt").read_text().split("\n")
+        beside = beside or self.file("trained.txt")
+        if name != "trained" and beside.exists():
+            base = beside.read_text().split("\n")
             gain = paired_bootstrap(CorpusMetric("bleu"), self.counts("bleu", said), self.counts("bleu", base))
             out |= {
                 "over_trained": asdict(gain),
@@ -251,7 +264,7 @@ class Bench:
         """What BLEU or chrF counts in each sentence."""
         return CorpusMetric(kind).counts(said, [translation for _, translation in self.test.texts])
 
-    def written(self, net: torch.nn.Module, model: dict[str, Any], name: str) -> tuple[Network, int]:
+    def written(self, net: nn.Module, model: dict[str, Any], name: str) -> tuple[Network, int]:
         """The network read again from a `model.slim`, and the size of that file."""
         taken = {"recipe": self.recipe.to_dict(), "pixels": asdict(Input()), "classes": [], "task": "translate"}
         path = self.file(f"{name}.slim")
@@ -375,20 +388,29 @@ ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 }
 
 
+Row = dict[str, Any]
+
+
+def row_of(bench: Bench, name: str, make: Callable[[], Row]) -> Row:
+    """The row `name` of a bench: the one in its file, else made and added there."""
+    file = bench.file("rows.jsonl")
+    for one in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
+        if one["row"] == name:
+            return one
+    row = {"row": name, **make()}
+    with file.open("a") as out:
+        out.write(json.dumps(row) + "\n")
+    return row
+
+
 def main() -> None:
     """Print a line per row."""
     torch.set_num_threads(1)
     folder = Path(os.environ.get("SLIMRAY_BENCH_DIR", tempfile.gettempdir()))
     for seed in [int(one) for one in os.environ.get("SLIMRAY_SEEDS", "0").split()]:
         bench = Bench(folder, seed)
-        file = bench.file("rows.jsonl")
-        there = {one["row"]: one for one in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
         for name in os.environ.get("SLIMRAY_ROWS", " ".join(ROWS)).split():
-            if name not in there:
-                there[name] = {"row": name, **ROWS[name](bench)}
-                with file.open("a") as out:
-                    out.write(json.dumps(there[name]) + "\n")
-            print(f"seed {seed}: {there[name]}", flush=True)
+            print(f"seed {seed}: {row_of(bench, name, partial(ROWS[name], bench))}", flush=True)
 
 
 if __name__ == "__main__":
