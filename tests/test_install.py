@@ -24,7 +24,7 @@ CONSTRAINTS = (ROOT / "constraints.txt").read_text()
 FOLDERS_OF_EXTRAS = {
     "report/dashboard/": ("dashboard",),
     "edge/": ("edge",),
-    "export/": ("edge", "openvino", "executorch", "ncnn", "compress"),
+    "export/": ("edge", "openvino", "executorch", "litert", "ncnn", "compress"),
     "runtime/": ("openvino",),
     "data/text/": ("text",),
     "tasks/text_scores.py": ("text",),

@@ -3,11 +3,13 @@
 And how far an export may be from a network: see `bound`.
 """
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import safetensors.torch
 import torch
 from PIL import Image
@@ -16,6 +18,7 @@ from torch import nn
 from slimray import models, runs
 from slimray.data.modalities import input_shape
 from slimray.data.spec import DataSpec
+from slimray.export.formats import Format
 from slimray.verbs import inputs
 
 CLASSES = ("left", "right", "up")
@@ -60,6 +63,13 @@ def clips(root: Path, files: list[Path]) -> Path:
     for split in ("train", "val"):
         (root / f"{split}.txt").write_text(lines)
     return root
+
+
+def require_converter(row: Format) -> None:
+    """Skip a format whose converter has an environment of its own where none is named."""
+    library, variable = row.converter
+    if library and variable not in os.environ:
+        pytest.skip(f"{variable} names no Python with {library}")
 
 
 def ready(net: nn.Module, x: torch.Tensor) -> nn.Module:

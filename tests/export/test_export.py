@@ -119,6 +119,28 @@ def test_ncnn_runs_pictures_and_refuses_clips_and_what_it_lacks_in_one_sentence(
         converted("resnet20", x, width=0.25)
 
 
+def test_a_format_whose_converter_has_no_environment_says_how_to_make_one(monkeypatch):
+    monkeypatch.delenv("SLIMRAY_LITERT_PYTHON", raising=False)
+    with pytest.raises(UserError, match=r"pip install litert-torch; export SLIMRAY_LITERT_PYTHON="):
+        FORMATS["litert"].require("formats: litert")
+
+
+@pytest.mark.benchmark
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["ofa_mobilenetv3", "tsm_mobilenetv2"])
+def test_litert_says_what_torch_says(name, tmp_path):
+    row = FORMATS["litert"]
+    networks.require_converter(row)
+    x = torch.randn(2, 3, 32, 32) if name == "ofa_mobilenetv3" else torch.randn(2, 4, 3, 32, 32)
+    options: dict[str, Any] = {"preset": "tiny"} if name == "ofa_mobilenetv3" else {"num_segments": 4}
+    net = networks.ready(models.build(name, num_classes=4, width=0.5, **options), x)
+    one = replace(graph.whole(net, x[:1], {}), varying={})
+    row.convert(one, tmp_path, ())
+    found = row.load(tmp_path / row.file, 1, True)([x[:1].numpy()])[0]
+    with torch.no_grad():
+        assert verify.differences(torch.from_numpy(found), net(x[:1]))["relative"] < 1e-4
+
+
 class Neighbours(nn.Module):
     """Draws points, looks for their neighbours, reckons with indices, and goes on with what lies there."""
 

@@ -72,6 +72,7 @@ def offline(name: str, path: Path) -> tuple[graph.Graph, Tensor, Tensor, Tensor]
 def test_each_of_64_frames_gets_the_logits_that_the_offline_network_gives_it(name, form, shared, tmp_path):
     one, frames, rounded, exact = offline(name, shared / "data/video/mmaction2_samples/demo/demo.mp4")
     row = FORMATS[form]
+    networks.require_converter(row)
     row.require(form)
     row.convert(one, tmp_path, ())
     run = row.load(tmp_path / row.file, 1, True)

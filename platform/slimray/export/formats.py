@@ -1,10 +1,9 @@
 """The formats in which a network leaves torch: `FORMATS`, a row each: what it needs, how it is converted and run.
 
 `convert(graph, folder, calibration)` writes the file into a local folder, `load(path, inputs, outputs, threads,
-optimised)` gives a function of arrays in the order of the inputs. int8 is made by the format's own quantizer. Not rows:
-LiteRT, which needs an environment of its own, and TensorRT, which converts the ONNX file on the device itself and was
-not run here: `trtexec --onnx=model.onnx --fp16 --saveEngine=model.plan`, with `--minShapes=input:1x3x224x224` (and
-optShapes, maxShapes) where axes are free.
+optimised)` gives a function of arrays in the order of the inputs. int8 is made by the format's own quantizer. Not a
+row: TensorRT, which converts the ONNX file on the device itself and was not run here: `trtexec --onnx=model.onnx --fp16
+--saveEngine=model.plan`, with `--minShapes=input:1x3x224x224` (and optShapes, maxShapes) where axes are free.
 """
 
 import importlib.metadata
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from slimray.edge import onnx_file
 from slimray.edge.runtimes import cpu_flags
 from slimray.export import slices
 from slimray.export.graph import Graph
-from slimray.spec import RunFailed, require_extra
+from slimray.spec import RunFailed, UserError, require_extra
 
 Arrays = Sequence[np.ndarray]
 Runner = Callable[[Arrays], list[np.ndarray]]
@@ -58,6 +57,9 @@ class Format:
     """Whether an encoder and a step with a cache that grows from nothing can leave torch in it."""
     files: tuple[str, ...] = ()
     """Files beside `file` that belong to it."""
+    converter: tuple[str, str] = ("", "")
+    """Of a converter that cannot be installed beside slimray: the distribution, and the variable that names the Python
+    of an environment of its own, which holds it."""
 
     @property
     def precision(self) -> str:
@@ -68,6 +70,12 @@ class Format:
         """Raise UserError if what it needs is not installed."""
         if self.extra is not None:
             require_extra(self.extra, where, *self.modules)
+        library, variable = self.converter
+        if library and not Path(os.environ.get(variable, "")).is_file():
+            raise UserError(
+                f"{where}: is converted by {library}, which needs an environment of its own: "
+                f"python -m venv ~/litert; ~/litert/bin/pip install {library}; export {variable}=~/litert/bin/python"
+            )
 
     def versions(self) -> dict[str, str]:
         """Return the versions of the libraries that made the file."""
@@ -278,9 +286,9 @@ def _to_ncnn(graph: Graph, folder: Path, _: Sequence[Arrays]) -> None:
         _call("ncnn", [sys.executable, "-c", NCNN_TRIED, str(folder / "model.ncnn.param"), "example.npz"], scratch)
 
 
-def _call(name: str, command: list[str], folder: str) -> None:
+def _call(name: str, command: list[str], folder: str, **variables: str) -> None:
     """Run a program quietly; RunFailed with the first and the last line that it said if it fails, dies or hangs."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
     try:
         done = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace", timeout=CONVERT_S
@@ -317,6 +325,43 @@ def _load_ncnn(path: Path, threads: int, _: bool) -> Runner:
                 raise RunFailed(f"{path.name}: ncnn ended with status {status} at {name}")
             out.append(np.array(found)[None])
         return out
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------- LiteRT
+
+
+LITERT = ("litert-torch", "SLIMRAY_LITERT_PYTHON")
+LITERT_CONVERTS = """
+import litert_torch, torch
+program = torch.export.load("model.pt2")
+with torch.no_grad():
+    litert_torch.convert(program.module(), program.example_inputs[0]).export("model.tflite")
+"""
+
+
+def _to_litert(graph: Graph, folder: Path, _: Sequence[Arrays]) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        torch.export.save(onnx_file.to_program(graph.module, graph.inputs), f"{scratch}/model.pt2")
+        python = str(Path(os.environ[LITERT[1]]).absolute())
+        _call("litert-torch", [python, "-c", LITERT_CONVERTS], scratch, PYTHONPATH="")
+        shutil.copyfile(Path(scratch, "model.tflite"), folder / "model.tflite")
+
+
+def _load_litert(path: Path, threads: int, _: bool) -> Runner:
+    from ai_edge_litert.interpreter import Interpreter
+
+    signature = Interpreter(str(path), num_threads=threads).get_signature_runner()
+
+    def in_order(names: Iterable[str]) -> list[str]:  # args_10 comes after args_9
+        return sorted(names, key=lambda one: int(one.rpartition("_")[2]))
+
+    inputs = in_order(signature.get_input_details())
+
+    def run(arrays: Arrays) -> list[np.ndarray]:
+        found = signature(**dict(zip(inputs, arrays, strict=True)))
+        return [np.array(found[name]) for name in in_order(found)]
 
     return run
 
@@ -370,6 +415,10 @@ FORMATS: dict[str, Format] = {
     "ncnn": Format(
         "ncnn, for phones: pictures and frames of online networks", "model.ncnn.param", "ncnn", ("ncnn", "pnnx"),
         _to_ncnn, _load_ncnn, ("torch", "ncnn", "pnnx"), varies=False, files=("model.ncnn.bin",),
+    ),
+    "litert": Format(
+        "LiteRT (TFLite)", "model.tflite", "litert", ("ai_edge_litert",), _to_litert, _load_litert,
+        ("torch", "ai-edge-litert"), varies=False, converter=LITERT,
     ),
     "torch": Format("torch.export's .pt2, for PyTorch", "model.pt2", None, (), _to_torch, _load_torch, ("torch",)),
 }  # fmt: skip

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from slimray.tasks.network import Network
 
 ROUNDED = 0.05  # relative difference that a network with rounded inputs may have: borders are met on either side
-FormatName = Literal["onnx", "onnx_int8", "openvino", "executorch", "executorch_int8", "ncnn", "torch"]
+FormatName = Literal["onnx", "onnx_int8", "openvino", "executorch", "executorch_int8", "ncnn", "litert", "torch"]
 
 
 class ExportJob(Spec):
