@@ -27,6 +27,7 @@ class FaultyS3:
         self.port, self.behind, self.rate, self.done, self.parts = port, behind, 0.0, Counter(), 0
         self.kinds, self.slow_s = list(FAULTS), 1.0
         self.refused = ""  # the access key of a machine without rights
+        self.asked: Counter[str] = Counter()  # requests for each path
         self.per_second = 0.0  # requests that it answers for each folder of keys, as far as it is bounded
         self._left: dict[str, tuple[float, float]] = {}  # of folders: when asked last, and requests they have left
         self._random, self._lock = random.Random(seed), threading.Lock()
@@ -47,6 +48,7 @@ class FaultyS3:
         """What happens to the next request."""
         with self._lock:
             what = "ok"
+            self.asked[path.partition("?")[0]] += 1
             if self.per_second and not self._has_left(path.partition("?")[0].rpartition("/")[0]):
                 what = "throttle"
             elif self._random.random() < self.rate:

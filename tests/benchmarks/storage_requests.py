@@ -4,19 +4,43 @@ An S3 server on loopback answers LIMIT requests a second for each folder of keys
 for each prefix with 5,500. DEMAND samples a second are wanted, as many times more as 28,000 clips a second of 1,536
 GPUs are more than 5,500. A thread per reader makes samples as a decoding task does. Ways: an index that does not know
 the places of samples (of before 2026-11-30), one that does, shards under hashed prefixes, and `data.cache`, two epochs.
+Then trainings of two epochs on Ray, with and without a cache: requests for shards.
 """
 
 import io
 import logging
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+JOBS = """
+kind: prepare
+name: pictures
+data: {card: image_shapes, clips: 80, size: 32}
+clips_per_shard: 16
+---
+kind: train
+name: plain
+data: {run: pictures, size: 32, val: null}
+model: {name: resnet18, width: 0.125}
+batch: {total: 16, per_worker: 8}
+optim: {lr: 0.02, reference_batch: 16, epochs: 2}
+---
+kind: train
+name: cached
+data: {run: pictures, size: 32, val: null, cache: {dir: CACHE, max_gb: 1}}
+model: {name: resnet18, width: 0.125}
+batch: {total: 16, per_worker: 8}
+optim: {lr: 0.02, reference_batch: 16, epochs: 2}
+"""
 LIMIT = 10.0
 DEMAND = LIMIT * 28_000 / 5_500
 SHARDS, PER_SHARD, READERS = 16, 16, 8
@@ -48,6 +72,22 @@ def main() -> None:
                 f"{len(rows) / took:.1f} samples/s",
                 flush=True,
             )
+        s3.per_second = 0.0
+        _train(s3, Path(folder))
+
+
+def _train(s3: Any, folder: Path) -> None:
+    """Print the requests for shards of trainings on Ray, from the bucket and through a cache."""
+    documents, before = JOBS.replace("CACHE", str(folder / "cache")).split("---\n"), 0
+    for name, text in zip(("prepare", "two epochs", "two epochs, cache"), documents, strict=True):
+        (folder / "job.yaml").write_text(text)
+        code = "from slimray.cli.main import main; main()"
+        command = [sys.executable, "-c", code, "run", str(folder / "job.yaml"), "--storage", s3.uri("runs")]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        asked = sum(count for path, count in s3.asked.items() if "/data/shards/" in path and "/train-" in path)
+        print(f"  {name}, of 64 samples in 4 shards: {asked - before} requests for shards", flush=True)
+        before = asked
 
 
 def _write(uri: str, name: str) -> list[dict[str, Any]]:
