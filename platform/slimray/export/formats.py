@@ -6,6 +6,7 @@ row: TensorRT, which converts the ONNX file on the device itself and was not run
 --saveEngine=model.plan`, with `--minShapes=input:1x3x224x224` (and optShapes, maxShapes) where axes are free.
 """
 
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -275,7 +276,8 @@ def _to_ncnn(graph: Graph, folder: Path, _: Sequence[Arrays]) -> None:
         warnings.simplefilter("ignore")
         inputs = tuple(value[:1] for value in graph.inputs.values())
         with torch.no_grad():
-            torch.jit.trace(graph.module, inputs, check_trace=False).save(f"{scratch}/model.pt")
+            traced: Any = torch.jit.trace(graph.module, inputs, check_trace=False)
+        traced.save(f"{scratch}/model.pt")
         shapes = ",".join(str(list(value.shape)).replace(" ", "") for value in inputs)
         _call("pnnx", [pnnx.EXEC_PATH, "model.pt", f"inputshape={shapes}", "fp16=0"], scratch)
         for name in ("model.ncnn.param", "model.ncnn.bin"):
@@ -302,8 +304,7 @@ def _call(name: str, command: list[str], folder: str, **variables: str) -> None:
 
 
 def _load_ncnn(path: Path, threads: int, _: bool) -> Runner:
-    import ncnn
-
+    ncnn: Any = importlib.import_module("ncnn")  # whose stubs are empty
     net = ncnn.Net()
     net.opt.num_threads = threads
     net.opt.use_vulkan_compute = False
