@@ -9,7 +9,7 @@ from datetime import date
 NAMES = ("models", "overhead", "cold_start", "ingest", "packed", "point_models", "voxels", "knn", "folds")
 NAMES += ("subnets", "rooms", "shrinking", "searching", "judging", "plan")
 NAMES += ("latency", "specialise", "dashboard", "checkpoint", "amc", "export", "deep_compression", "int8", "compressed")
-NAMES += ("haq", "translation", "pruned_translation", "hat", "language_model", "agent", "runtime")
+NAMES += ("haq", "translation", "pruned_translation", "hat", "language_model", "agent", "runtime", "people")
 # on request only: `make soak`
 SOAK = ("chaos", "control_plane", "large_index", "control_path", "storage_requests", "live")
 
