@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from slimray import storage
+from slimray import objects, storage
 from slimray.data.bytes import Place
 from slimray.data.open import filesystem
 from slimray.data.text.spec import TRAIN
@@ -166,8 +166,8 @@ class _Shard:
 def _shard(at: Place) -> _Shard:
     def read() -> pa.Table:
         try:
-            with at.fs.open_input_file(at.path) as file:
-                return pq.read_table(file, columns=["tokens", "target"])
+            data = objects.read_range(at.fs, at.path)  # whole, with one request
+            return pq.read_table(pa.BufferReader(data), columns=["tokens", "target"])
         except FileNotFoundError:
             raise FileNotFoundError(at.path) from None
         except pa.ArrowException as error:
