@@ -58,7 +58,8 @@ def layers(data: bytes) -> Iterator[nn.Module]:
             sides = [int(tensors[number].numbers(0)[1]) for number in (given[0], operator.numbers(2)[0])]
             kernel, stride = weight.shape[-1], sides[0] // sides[1]
             rest = max((sides[1] - 1) * stride + kernel - sides[0], 0)  # "SAME": the odd one below and to the right
-            yield nn.ZeroPad2d((rest // 2, rest - rest // 2) * 2)
+            before, after = rest // 2, rest - rest // 2
+            yield nn.ZeroPad2d((before, after, before, after))
             layer = nn.Conv2d(weight.shape[1] * groups, len(bias), kernel, stride, groups=groups)
         else:
             continue
