@@ -4,8 +4,8 @@
 rows; the words lie in $SLIMRAY_SHARED/data/text/ptb). One process, one thread, no Ray: words, windows, steps, masks and
 bits are those of jobs/ptb_micronet.yaml and of `compress`. All networks are trained alike, for as many epochs and at
 the same rates, and the weights of the last step are scored: nothing is chosen but sharpness and share of the cache, on
-the first half of the validation split; rows with a cache tell of the second half. The state of a training and all
-results are kept in `SLIMRAY_BENCH_DIR`: what is there is not done again, so a command that was cut off goes on.
+the first 8,192 words of the validation split; rows with a cache tell of the second half. The state of a training and
+all results are kept in `SLIMRAY_BENCH_DIR`: what is there is not done again, so a command that was cut off goes on.
 """
 
 import copy
@@ -56,7 +56,7 @@ TEXTS = str(SHARED / "data/text/ptb")
 TASK, CPU = TASKS["language"], torch.device("cpu")
 KEEP_S, AT_ONCE, CACHE_STEP = 30, 16, 0.2
 KEPT, LONGER, CALIBRATED = 0.5, {"epochs": 1, "lr": 0.001, "warmup_steps": 20}, 8
-CACHES = (500, 2000)
+CACHES, TUNED = (500, 2000), 8192  # positions; words on which a cache is tuned
 PLAIN = {"name": "transformer_lm", "embed": 80, "ffn": 256, "heads": 4, "layers": 4, "dropout": 0.0}
 
 
@@ -248,7 +248,7 @@ class Bench:
         }
 
     def with_cache(self, net: nn.Module, positions: int) -> tuple[MicroNetLM, dict[str, float]]:
-        """The same network with a cache, and its sharpness and share, found on the first half of the split.
+        """The same network with a cache, and its sharpness and share, found on the first words of the split.
 
         From those that a training begins with, one after the other is multiplied as long as that helps; then by less.
         """
@@ -261,7 +261,7 @@ class Bench:
             with torch.no_grad():
                 net.cache_sharpness.copy_(torch.tensor(values["sharpness"]).expm1().log())
                 net.cache_share.copy_(torch.tensor(values["share"]).logit())
-            return self.perplexity(net, self.halves[:1])
+            return self.perplexity(net, [self.val[: TUNED + 1]])
 
         values: dict[str, float] = dict(zip(("sharpness", "share"), CACHE_START, strict=True))
         steps = [1.0, 1.0]
