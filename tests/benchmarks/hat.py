@@ -6,7 +6,7 @@ random subnet each step; the latency table of this machine is measured, and on i
 random search look for subnets that take at most LIMIT of the Transformer's latency, judged by the perplexity of
 validation sentences; the best is trained on from the supernet's weights, scored and timed in turn with the Transformer.
 One process, one thread, no Ray; times are of the processor, as in the table. What is in `SLIMRAY_BENCH_DIR` is not done
-again. Left out of the job: its first stage, from which nothing is taught, and its limit of 20 ms.
+again. Left out of the job: its first stage, from which nothing is taught, and its limit in ms.
 """
 
 import json
