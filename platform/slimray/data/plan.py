@@ -263,10 +263,13 @@ def num_feeders(world: int, free_cpus: Sequence[float]) -> int:
 
 
 def feeder_nodes(world: int, num: int, node_of: Mapping[int, str]) -> list[str]:
-    """Return the node on which each of `num` feeders is to run: that of most of its ranks, "" where that is not known.
+    """Return the node on which each of `num` feeders is to run: that of most of its ranks, "" where that is not known,
+    and for the only one, which runs where rank 0 does.
 
     `node_of` are the nodes of ranks. So what a node has to do for feeders does not grow with the ranks.
     """
+    if num == 1:
+        return [""]
     groups = ([node_of.get(rank, "") for rank in feeder_ranks(world, num, group)] for group in range(num))
     return [max(dict.fromkeys(nodes), key=nodes.count) for nodes in groups]
 
