@@ -79,6 +79,14 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Filled(Piece):
+    """A piece as arrays."""
+
+    data: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
 class Split:
     """Samples of a split as arrays, and the texts they were made of."""
 
@@ -95,10 +103,10 @@ class Split:
         """Rows from short to long."""
         return np.argsort(self.lengths, kind="stable")
 
-    def piece(self, rows: Sequence[int] | np.ndarray) -> Piece:
+    def piece(self, rows: Sequence[int] | np.ndarray) -> Filled:
         """Samples filled up to the longest of them: int32 `[n, 1, 2, L]` and int64 `[n, L]`."""
         columns = zip(*(self.pairs[row] for row in rows), strict=True)
-        return Piece(*(joined([value[None] for value in column], PAD) for column in columns))
+        return Filled(*(joined([value[None] for value in column], PAD) for column in columns))
 
 
 def read(card: Card, split: str, text: TextSpec, vocabulary: str) -> Split:
