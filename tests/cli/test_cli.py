@@ -205,7 +205,8 @@ def test_an_evaluation_is_checked_like_one_of_a_file(shell, options, sentence):
     assert done.err.startswith(sentence)
 
 
-def test_a_run_that_fails_says_where_its_log_is_and_how_it_is_resumed(shell):
+@pytest.mark.ray
+def test_a_run_that_fails_says_where_its_log_is_and_how_it_is_resumed(no_ray, shell):
     finish_chain(2)
     damaged = Path("runs/tsm/model/weights.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:-8])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 # ------------------------------------------------------------------ imports that follow the package when files move
 from slimray import models
-from slimray.data import cards, lists, modalities, plan
+from slimray.data import cards, index, lists, modalities, plan
 from slimray.models.points.frustum import FrustumNet
 from slimray.tasks import TASKS
 from slimray.tasks.network import Input, to_input
@@ -27,6 +27,7 @@ from slimray.train.spec import OptimSpec
 # -------------------------------------------------------------------------------------------------------------------
 
 CPU = torch.device("cpu")
+LATER = index.FOUND_LATER  # columns of an index
 
 
 def read_index(folder: Path, split: str) -> list[dict[str, Any]]:
