@@ -53,7 +53,8 @@ MAX_IN_VAIN = 10  # starts without a node, one after the other, with no checkpoi
 def make_progress_actor() -> Any:
     """Start the progress actor of a run; it belongs to the driver and dies with it."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return ray.remote(ProgressActor).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+    options = {"num_cpus": 0, "memory": 1, "max_restarts": -1}  # asking for nothing, it would be put on any node
+    return ray.remote(ProgressActor).options(**options, scheduling_strategy=here).remote()
 
 
 @dataclass(frozen=True)
