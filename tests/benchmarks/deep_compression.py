@@ -2,9 +2,10 @@
 
 `python -m tests.benchmarks deep_compression` (SLIMRAY_NETS="lenet300" takes one, "lenet300-far" goes farther,
 SLIMRAY_SEEDS="2 3" these seeds); the data are the four idx files of $SLIMRAY_SHARED/data/mnist. One process, one
-thread, no Ray: replicas, masks, codebooks and file are those of `kind: compress`. Shares, bits and rates were chosen on the training set alone, by training on
-50,000 of its images and scoring on the other 10,000 (SLIMRAY_CHOOSE=1 does that); the test set is only scored. Results
-are lines of JSON in `SLIMRAY_BENCH_DIR`: what is there is not done again, and is told together.
+thread, no Ray: replicas, masks, codebooks and file are those of `kind: compress`. Shares, bits and rates (but for what
+goes farther) were chosen on the training set alone, by training on 50,000 of its images and scoring on the other 10,000
+(SLIMRAY_CHOOSE=1 does that); the test set is only scored. Results are lines of JSON in `SLIMRAY_BENCH_DIR`: what is
+there is not done again, and is told together.
 """
 
 import json
