@@ -403,11 +403,9 @@ def spare_feeder(name: str, slots: int, environment: dict[str, Any]) -> Any:
 
 
 def _make_feeder(name: str, node: str = "", **more: Any) -> Any:
-    """Start a feeder on a node, by default this one, and outside of the group of Train.
-
-    It asks for a byte: Ray puts an actor that asks for nothing on any node, whatever its strategy prefers.
-    """
+    """Start a feeder on a node, by default this one, and outside of the group of Train."""
     there = NodeAffinitySchedulingStrategy(node or ray.get_runtime_context().get_node_id(), soft=True)
+    # a byte: Ray puts an actor that asks for nothing on any node, whatever its strategy prefers
     options = {"name": name, "num_cpus": 0, "memory": 1, "scheduling_strategy": there, "max_concurrency": 1000, **more}
     return ray.remote(_Feeder).options(**options).remote()
 
