@@ -27,11 +27,11 @@ def history(results: Mapping[str, Any], metric: Mapping[str, Any]) -> Curves:
 
 def fronts(results: Mapping[str, Any], metric: Mapping[str, Any]) -> list[Scatter]:
     """The metric of all trials by each cost, with what was found for each target."""
-    trials, rows, out = results.get("trials", []), results.get("targets", []), []
+    trials, out = results.get("trials", []), []
+    by_arch = {Arch.from_dict(trial["arch"]): trial for trial in trials}
+    chosen = [(by_arch.get(Arch.from_dict(row["arch"])), row) for row in results.get("targets", [])]
     for cost in (name for name in trials[0] if name not in NO_COSTS) if trials else ():
-        of = {Arch.from_dict(trial["arch"]): trial[cost] for trial in trials}
-        found = [(of.get(Arch.from_dict(row["arch"])), row["searched"], row["target"]) for row in rows]
-        named = [(x, y, name) for x, y, name in found if x is not None]
+        named = [(trial[cost], row["searched"], row["target"]) for trial, row in chosen if trial is not None]
         points = [(trial[cost], trial["metric"]) for trial in trials]
         out.append(Scatter(f"{metric['name']} by {cost}", cost, metric["name"], points, named, metric["better"]))
     return out
