@@ -24,7 +24,8 @@ import numpy as np
 import safetensors.torch
 import torch
 import yaml
-from tests.benchmarks.translation import ROOT, Bench, Row, Split, row_of
+from tests.benchmarks.kept import Row, row_of
+from tests.benchmarks.translation import ROOT, Bench, Split
 from tests.benchmarks.translation import ROWS as TRANSFORMER
 
 from slimray import compress, models

@@ -11,8 +11,6 @@ all results are kept in `SLIMRAY_BENCH_DIR`: what is there is not done again, so
 import copy
 import json
 import os
-import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -25,6 +23,7 @@ import safetensors
 import safetensors.torch
 import torch
 import yaml
+from tests.benchmarks.kept import Filled, Row, Training, print_rows
 from torch import Tensor, nn
 
 from slimray import compress, models, storage
@@ -46,7 +45,7 @@ from slimray.tasks.network import load_slim
 from slimray.train import optimizers
 from slimray.train.methods.constrained import Constrained
 from slimray.train.methods.distilled import Distilled, DistilledReplica
-from slimray.train.methods.method import Method, Piece, Setup
+from slimray.train.methods.method import Method, Setup
 from slimray.train.methods.plain import Plain, PlainReplica
 from slimray.train.spec import OptimSpec
 
@@ -54,7 +53,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("SLIMRAY_SHARED", ROOT.parent / "shared"))
 TEXTS = str(SHARED / "data/text/ptb")
 TASK, CPU = TASKS["language"], torch.device("cpu")
-KEEP_S, AT_ONCE, CACHE_STEP = 30, 16, 0.2
+AT_ONCE, CACHE_STEP = 16, 0.2
 KEPT, LONGER, CALIBRATED = 0.5, {"epochs": 1, "lr": 0.001, "warmup_steps": 20}, 8
 CACHES, TUNED = (500, 2000), 8192  # positions; words on which a cache is tuned
 PLAIN = {"name": "transformer_lm", "embed": 80, "ffn": 256, "heads": 4, "layers": 4, "dropout": 0.0}
@@ -129,53 +128,29 @@ class Bench:
             net.load_state_dict(begun)
         setup = Setup(optim, Input(), (self.job.text.length + 1,), CPU, batch_total=self.job.batch, task=TASK)
         replica: PlainReplica = method.replica(net, lambda: net, setup)  # type: ignore[assignment]
-        state, done, seconds, tokens = self.file(f"{name}-state.safetensors"), 0, 0.0, 0
-        if state.exists():
-            with safetensors.safe_open(state, "pt") as opened:
-                notes = json.loads(opened.metadata()["notes"])
-            replica.load(safetensors.torch.load_file(state))
-            done, seconds, tokens = notes["steps"], notes["seconds"], notes["tokens"]
-        last, kept, loss, count = time.process_time(), time.perf_counter(), 0.0, 0.0
-
-        def keep() -> None:
-            notes = json.dumps({"steps": done, "seconds": seconds, "tokens": tokens})
-            tensors = {name: value.contiguous() for name, value in replica.tensors().items()}
-            safetensors.torch.save_file(tensors, part := state.with_suffix(".part"), {"notes": notes})
-            part.rename(state)
-
+        training = Training(self.file(f"{name}-state.safetensors"), replica, name)
         for epoch in range(optim.epochs):
             phase = Phase("train", "train", epoch, len(self.rows), self.job.batch, True, {}, version=SHUFFLE)
             first = epoch * phase.num_steps
-            for step in range(max(0, done - first), phase.num_steps):
+            for step in range(max(0, training.steps - first), phase.num_steps):
                 piece = self.piece(phase, step)
                 weight = float((piece.labels != PAD).sum())
-                rate = optimizers.learning_rate(optim, self.job.batch, 1, 0, done, phase.num_steps)
-                report = replica.step([piece], weight / phase.share(step), rate, (self.seed, done))
+                rate = optimizers.learning_rate(optim, self.job.batch, 1, 0, training.steps, phase.num_steps)
+                report = replica.step([piece], weight / phase.share(step), rate, (self.seed, training.steps))
                 assert report.finite
-                now = time.process_time()
-                done, seconds, tokens, last = done + 1, seconds + now - last, tokens + int(weight), now
-                loss, count = loss + report.loss_sum, count + weight
-                if time.perf_counter() - kept > KEEP_S:
-                    keep()
-                    last, kept = time.process_time(), time.perf_counter()
-                if done % 100 == 0:
-                    told = f"perplexity {np.exp(loss / count):.2f}, {tokens / seconds:,.0f} tokens a second of the core"
-                    print(f"{name}, step {done}, epoch {done / phase.num_steps:.2f}: {told}", flush=True)
-                    loss, count = 0.0, 0.0
-        keep()
+                training.add(report.loss_sum, weight, phase.num_steps)
+        training.keep()
         safetensors.torch.save_file(replica.averaged().state_dict(), self.file(f"{name}.safetensors"))
-        self.file(f"{name}.json").write_text(
-            json.dumps({"steps": done, "tokens": tokens, "core_minutes": seconds / 60})
-        )
+        self.file(f"{name}.json").write_text(json.dumps(training.spent))
 
-    def piece(self, phase: Phase, step: int) -> Piece:
+    def piece(self, phase: Phase, step: int) -> Filled:
         """The windows of a step, filled up to the longest: int32 `[n, 1, L + 1]` and int64 `[n, L]`."""
         ((lo, hi),) = phase.plan.microbatches(step, 0, 1, self.job.batch)
         found = [
             load_text(self.rows[row], str(self.folder), self.recipe, (self.seed, phase.epoch, int(row)), 0.0)
             for row in phase.plan.samples(lo, hi, self.seed, lambda: np.arange(len(self.rows)))
         ]
-        return Piece(*(joined([one[None] for one in column], PAD) for column in zip(*found, strict=True)))
+        return Filled(*(joined([one[None] for one in column], PAD) for column in zip(*found, strict=True)))
 
     # ------------------------------------------------------------------------------------------------- scoring
 
@@ -359,7 +334,7 @@ class Taught:
         return 0, 0
 
 
-ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+ROWS: dict[str, Callable[[Bench], Row]] = {
     "plain": lambda bench: bench.trained("plain"),
     "micronet": lambda bench: bench.trained("micronet"),
     **{f"cache{n}": lambda bench, n=n: bench.cached(bench.network("micronet"), n) for n in CACHES},
@@ -374,18 +349,7 @@ ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 
 def main() -> None:
     """Print a line per row."""
-    torch.set_num_threads(1)
-    folder = Path(os.environ.get("SLIMRAY_BENCH_DIR", tempfile.gettempdir()))
-    for seed in [int(one) for one in os.environ.get("SLIMRAY_SEEDS", "0").split()]:
-        bench = Bench(folder, seed)
-        file = bench.file("rows.jsonl")
-        there = {one["row"]: one for one in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
-        for name in os.environ.get("SLIMRAY_ROWS", " ".join(ROWS)).split():
-            if name not in there:
-                there[name] = {"row": name, **ROWS[name](bench)}
-                with file.open("a") as out:
-                    out.write(json.dumps(there[name]) + "\n")
-            print(f"seed {seed}: {there[name]}", flush=True)
+    print_rows(Bench, ROWS)
 
 
 if __name__ == "__main__":

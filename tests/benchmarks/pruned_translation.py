@@ -7,17 +7,14 @@ tokens, the output matrix included; then the weights that are left learn from th
 Scores are those of `translation`: BLEU of test_2016_flickr, compared sentence by sentence with the whole network's.
 """
 
-import json
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from tests.benchmarks import translation
+from tests.benchmarks.kept import Row, print_rows
 from torch import nn
 
 from slimray import compress
@@ -94,23 +91,12 @@ class Bench(translation.Bench):
         }
 
 
-ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {"pruned75": lambda bench: bench.scored_pruned(75)}
+ROWS: dict[str, Callable[[Bench], Row]] = {"pruned75": lambda bench: bench.scored_pruned(75)}
 
 
 def main() -> None:
     """Print a line per row."""
-    torch.set_num_threads(1)
-    folder = Path(os.environ.get("SLIMRAY_BENCH_DIR", tempfile.gettempdir()))
-    for seed in [int(one) for one in os.environ.get("SLIMRAY_SEEDS", "0").split()]:
-        bench = Bench(folder, seed)
-        file = bench.file("pruned.jsonl")
-        there = {one["row"]: one for one in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
-        for name in os.environ.get("SLIMRAY_ROWS", " ".join(ROWS)).split():
-            if name not in there:
-                there[name] = {"row": name, **ROWS[name](bench)}
-                with file.open("a") as out:
-                    out.write(json.dumps(there[name]) + "\n")
-            print(f"seed {seed}: {there[name]}", flush=True)
+    print_rows(Bench, ROWS, "pruned.jsonl")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ cut off goes on. The checkpoint of the lowest validation perplexity is scored; t
 import itertools
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import safetensors
 import safetensors.torch
 import torch
 import yaml
+from tests.benchmarks.kept import Filled, Training, print_rows
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -49,7 +49,7 @@ from slimray.tasks.network import Network, load_slim
 from slimray.tasks.text_scores import CorpusMetric, Counts, paired_bootstrap
 from slimray.tasks.translate import SCORES, translations
 from slimray.train import optimizers
-from slimray.train.methods.method import Method, Piece, Setup
+from slimray.train.methods.method import Method, Setup
 from slimray.train.methods.plain import Plain
 from slimray.train.spec import OptimSpec
 
@@ -57,7 +57,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("SLIMRAY_SHARED", ROOT.parent / "shared"))
 TEXTS = str(SHARED / "data/text/multi30k_task1")
 TASK, CPU = TASKS["translate"], torch.device("cpu")
-KEEP_S, AT_ONCE, CALIBRATED, COMPARED, PAIRS = 30, 64, 256, 200, 15
+AT_ONCE, CALIBRATED, COMPARED, PAIRS = 64, 256, 200, 15
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,6 @@ class Recipe:
         optim = OptimSpec.model_validate(train["optim"])
         text = TextSpec.model_validate(prepare["text"])
         return cls(text, train["data"]["task"], train["model"], train["batch"], optim)
-
-
-@dataclass(frozen=True)
-class Filled(Piece):
-    """A piece as arrays."""
-
-    data: np.ndarray
-    labels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -177,42 +169,21 @@ class Bench:
         replica = method.replica(net, lambda: net, setup)
         bags = Bags.of(self.train.lengths, batch["per_worker_tokens"], self.seed)
         size = batch["tokens"] // batch["per_worker_tokens"]
-        state, done, seconds, tokens = self.file("state.safetensors"), 0, 0.0, 0
-        if state.exists():
-            with safetensors.safe_open(state, "pt") as opened:
-                notes = json.loads(opened.metadata()["notes"])
-            replica.load(safetensors.torch.load_file(state))
-            done, seconds, tokens = notes["steps"], notes["seconds"], notes["tokens"]
-        last, kept, loss, count = time.process_time(), time.perf_counter(), 0.0, 0.0
-
-        def keep() -> None:
-            notes = json.dumps({"steps": done, "seconds": seconds, "tokens": tokens})
-            tensors = {name: value.contiguous() for name, value in replica.tensors().items()}
-            safetensors.torch.save_file(tensors, part := state.with_suffix(".part"), {"notes": notes})
-            part.rename(state)
-
+        training = Training(self.file("state.safetensors"), replica)
         for epoch in range(optim.epochs):
             phase = Phase("train", "train", epoch, len(self.train.pairs), size, True, {}, bags=bags)
             first = epoch * phase.num_steps
-            for step in range(max(0, done - first), phase.num_steps):
+            for step in range(max(0, training.steps - first), phase.num_steps):
                 pieces = [
                     self.train.piece(phase.plan.samples(lo, hi, self.seed, lambda: self.train.by_length))
                     for lo, hi in microbatches(phase, step, 0, 1, 1)
                 ]
                 weight = float(sum((piece.labels != PAD).sum() for piece in pieces))
-                rate = optimizers.learning_rate(optim, batch["tokens"], 1, 0, done, phase.num_steps)
-                report = replica.step(pieces, weight / phase.share(step), rate, (self.seed, done))
+                rate = optimizers.learning_rate(optim, batch["tokens"], 1, 0, training.steps, phase.num_steps)
+                report = replica.step(pieces, weight / phase.share(step), rate, (self.seed, training.steps))
                 assert report.finite
-                now = time.process_time()
-                done, seconds, tokens, last = done + 1, seconds + now - last, tokens + int(weight), now
-                loss, count = loss + report.loss_sum, count + weight
-                if time.perf_counter() - kept > KEEP_S:
-                    keep()
-                    last, kept = time.process_time(), time.perf_counter()
-                if done % 100 == 0:
-                    told = f"loss {loss / count:.3f}, {tokens / seconds:,.0f} target tokens a second of the core"
-                    print(f"step {done}, epoch {done / phase.num_steps:.2f}: {told}", flush=True)
-                    loss, count = 0.0, 0.0
+                training.add(report.loss_sum, weight, phase.num_steps)
+            done = training.steps
             reached = self.validated()
             if done == first + phase.num_steps and done not in reached:
                 shown = replica.averaged()
@@ -222,11 +193,9 @@ class Bench:
                 with self.file("epochs.jsonl").open("a") as out:
                     out.write(json.dumps([done, reached[done]]) + "\n")
                 print(f"epoch {epoch + 1}: validation perplexity {reached[done]:.3f}", flush=True)
-                keep()
-                last = time.process_time()
+                training.keep()
         size = sum(one.numel() for one in judged(net).parameters())
-        spent = {"steps": done, "tokens": tokens, "core_minutes": seconds / 60}
-        return {"perplexity": min(self.validated().values()), **spent, "parameters": size}
+        return {"perplexity": min(self.validated().values()), **training.spent, "parameters": size}
 
     def validated(self) -> dict[int, float]:
         """Validation perplexity after each epoch, by the steps that were done."""
@@ -396,29 +365,9 @@ ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 }
 
 
-Row = dict[str, Any]
-
-
-def row_of(bench: Bench, name: str, make: Callable[[], Row]) -> Row:
-    """The row `name` of a bench: the one in its file, else made and added there."""
-    file = bench.file("rows.jsonl")
-    for one in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
-        if one["row"] == name:
-            return one
-    row = {"row": name, **make()}
-    with file.open("a") as out:
-        out.write(json.dumps(row) + "\n")
-    return row
-
-
 def main() -> None:
     """Print a line per row."""
-    torch.set_num_threads(1)
-    folder = Path(os.environ.get("SLIMRAY_BENCH_DIR", tempfile.gettempdir()))
-    for seed in [int(one) for one in os.environ.get("SLIMRAY_SEEDS", "0").split()]:
-        bench = Bench(folder, seed)
-        for name in os.environ.get("SLIMRAY_ROWS", " ".join(ROWS)).split():
-            print(f"seed {seed}: {row_of(bench, name, partial(ROWS[name], bench))}", flush=True)
+    print_rows(Bench, ROWS)
 
 
 if __name__ == "__main__":
