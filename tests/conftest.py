@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 from moto.server import ThreadedMotoServer
+from tests.faulty_s3 import FaultyS3, faulty_s3
 from tests.waits import patience
 
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
@@ -51,6 +52,16 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"reference values not found at {folder}: set SLIMRAY_SHARED")
     return folder
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[FaultyS3]:
+    """An S3 server on loopback whose requests are counted and may fail."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "id")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        with faulty_s3() as server:
+            yield server
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import sys
 
 import pyarrow.fs as pafs
 import pytest
-from tests.faulty_s3 import faulty_s3
 
 from slimray import objects, storage
 from slimray.objects import open_range, read_range
@@ -12,22 +11,12 @@ from slimray.objects import open_range, read_range
 DATA = bytes(range(256)) * 400
 
 
-@pytest.fixture(scope="module")
-def s3():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "id")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        with faulty_s3() as server:
-            fs, path = storage.open_uri(server.uri("folder"))
-            storage.write_atomic(fs, f"{path}/a b+ü.bin", DATA)
-            yield server
-
-
 @pytest.fixture
 def bucket(s3, monkeypatch):
     """(server, filesystem, path of an object)."""
     monkeypatch.setattr(storage.time, "sleep", lambda _: None)
     fs, path = storage.open_uri(s3.uri("folder"))
+    storage.write_atomic(fs, f"{path}/a b+ü.bin", DATA)
     yield s3, fs, f"{path}/a b+ü.bin"
     s3.heal()
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.faulty_s3 import faulty_s3
 from tests.waits import patience
 
 from slimray.data import cache
@@ -20,15 +19,6 @@ from slimray.objects import Opened
 from slimray.storage import open_uri
 
 SHARDS, CLIPS, BYTES = 4, 16, 30_000
-
-
-@pytest.fixture(scope="module")
-def s3():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "id")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        with faulty_s3() as server:
-            yield server
 
 
 @pytest.fixture(scope="module")

@@ -67,9 +67,8 @@ def clips(root: Path, files: list[Path]) -> Path:
 
 def require_converter(row: Format) -> None:
     """Skip a format whose converter has an environment of its own where none is named."""
-    library, variable = row.converter
-    if library and variable not in os.environ:
-        pytest.skip(f"{variable} names no Python with {library}")
+    if row.converter is not None and row.converter[1] not in os.environ:
+        pytest.skip(f"{row.converter[1]} names no Python with {row.converter[0]}")
 
 
 def ready(net: nn.Module, x: torch.Tensor) -> nn.Module:

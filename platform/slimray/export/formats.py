@@ -32,7 +32,7 @@ from slimray.spec import RunFailed, UserError, require_extra
 Arrays = Sequence[np.ndarray]
 Runner = Callable[[Arrays], list[np.ndarray]]
 """Arrays in the order of the inputs to arrays in the order of the outputs."""
-CONVERT_S = 600
+CONVERT_S = 600  # seconds that a converter of its own may take
 MATRIX_OPERATORS = ["Conv", "Gemm", "MatMul"]  # what int8 is worth it for; indices and grids stay as they are
 
 
@@ -58,9 +58,9 @@ class Format:
     """Whether an encoder and a step with a cache that grows from nothing can leave torch in it."""
     files: tuple[str, ...] = ()
     """Files beside `file` that belong to it."""
-    converter: tuple[str, str] = ("", "")
-    """Of a converter that cannot be installed beside slimray: the distribution, and the variable that names the Python
-    of an environment of its own, which holds it."""
+    converter: tuple[str, str] | None = None
+    """A converter that cannot be installed beside slimray: its distribution, and the environment variable that names
+    the Python of a virtual environment of its own."""
 
     @property
     def precision(self) -> str:
@@ -71,12 +71,13 @@ class Format:
         """Raise UserError if what it needs is not installed."""
         if self.extra is not None:
             require_extra(self.extra, where, *self.modules)
-        library, variable = self.converter
-        if library and not Path(os.environ.get(variable, "")).is_file():
-            raise UserError(
-                f"{where}: is converted by {library}, which needs an environment of its own: "
-                f"python -m venv ~/litert; ~/litert/bin/pip install {library}; export {variable}=~/litert/bin/python"
-            )
+        if self.converter is not None:
+            library, variable = self.converter
+            if not Path(os.environ.get(variable, "")).is_file():
+                raise UserError(
+                    f"{where}: is converted by {library}, which needs an environment of its own: python -m venv "
+                    f"~/{library}; ~/{library}/bin/pip install {library}; export {variable}=~/{library}/bin/python"
+                )
 
     def versions(self) -> dict[str, str]:
         """Return the versions of the libraries that made the file."""

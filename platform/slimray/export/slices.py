@@ -1,8 +1,8 @@
 """Convolutions in 3D as convolutions in 2D, for runtimes that have none: XNNPACK, and with it ExecuTorch.
 
 A slice of the output is a convolution in 2D of as many slices of the input as the kernel is deep, their channels beside
-each other: one convolution over all slices as a batch, with as many products. A BatchNorm behind it is folded in, as
-nobody would do that later.
+each other: one convolution over all slices as a batch, with as many products. A BatchNorm behind it is folded in here:
+later it does not follow a convolution any more, so that no exporter would.
 """
 
 import copy
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from slimray.compress import fold
 
@@ -33,7 +33,7 @@ class SlicedConv3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, D, H, W]` -> `[B, C', D', H', W']`."""
-        slices = F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, 0, self.padding, self.padding))
+        slices = functional.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, 0, self.padding, self.padding))
         count = (slices.shape[1] - self.deep) // self.stride + 1
         last = self.stride * (count - 1) + 1
         stacked = torch.cat([slices[:, k : k + last : self.stride] for k in range(self.deep)], 2)

@@ -376,16 +376,13 @@ def _doubtful(actor: Any) -> str:
 
 def progress_state(actor: Any) -> dict[str, Any]:
     """Return what the progress actor knows; {} if there is none, or it died: no run needs it."""
-    try:
-        return {} if actor is None else ray.get(actor.read.remote(), timeout=60)
-    except (exceptions.RayError, TimeoutError):
-        return {}
+    return _asked(actor, "read")
 
 
-def _places(actor: Any) -> dict[int, str]:
-    """Return the node of each rank, as far as the progress actor knows them."""
+def _asked(actor: Any, method: str) -> dict[Any, Any]:
+    """Return the answer of a method of the progress actor; {} if there is none, or it died."""
     try:
-        return {} if actor is None else ray.get(actor.places.remote(), timeout=60)
+        return {} if actor is None else ray.get(getattr(actor, method).remote(), timeout=60)
     except (exceptions.RayError, TimeoutError):
         return {}
 
@@ -426,7 +423,7 @@ def open_stream(
         feed = replace(feed, left_out=tuple(sorted({*state.get("left_out", ()), *state.get("sick", ())})))
         if feed.left_out:
             actor.fed_without.remote(feed.left_out)
-        name, feeders = start_feeders(feed, f"slimray-feeder-{uuid.uuid4().hex}", spare, _places(actor))
+        name, feeders = start_feeders(feed, f"slimray-feeder-{uuid.uuid4().hex}", spare, _asked(actor, "places"))
         told = {"name": name, "num": len(feeders)}
     told = broadcast_from_rank_zero(told)
     assert told is not None
