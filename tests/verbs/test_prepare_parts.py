@@ -98,3 +98,12 @@ def test_a_task_is_given_its_own_rows_alone_and_makes_its_shard_of_them(tmp_path
     shards = Counter(prepare.shard_of("train", number).split("/")[1] for number in range(4096))
     assert len(shards) == 256, "prefixes that a bucket can split off"
     assert max(shards.values()) < 3 * 16
+
+
+def test_the_place_of_a_sample_is_that_of_its_row_group_whatever_the_order():
+    rows = [{"path": "b", "shard": "s", "row": 1}, {"path": "bad"}, {"path": "a", "shard": "s", "row": 0}]
+    part = {"rows": [*rows, {"path": "c", "shard": "t", "row": 0}]}
+    prepare_parts.note_places(part, "s", [(4, 10), (14, 20)])
+    assert [(row["path"], row.get("offset"), row.get("length")) for row in part["rows"]] == [
+        ("b", 14, 20), ("bad", None, None), ("a", 4, 10), ("c", None, None)
+    ]  # fmt: skip

@@ -31,10 +31,10 @@ def shard_of(split: str, number: int) -> str:
 
 
 def note_places(part: dict[str, Any], shard: str, places: Sequence[tuple[int, int]]) -> None:
-    """Note in the rows of a part that lie in `shard` where each does, if that is known."""
-    rows = (row for row in part["rows"] if row.get("shard") == shard)
-    for row, (offset, length) in zip(rows, places, strict=False):
-        row |= {"offset": offset, "length": length}
+    """Note in the rows of a part that lie in `shard` where each does: `places` by row group, none if not known."""
+    for row in part["rows"] if places else ():
+        if row.get("shard") == shard:
+            row["offset"], row["length"] = places[row["row"]]
 
 
 def read_parts(run: runs.Run, names: Sequence[str]) -> Iterator[dict[str, Any]]:
