@@ -6,31 +6,23 @@ samples of the validation split, how long it takes here. An export that does not
 `online` exports a causal TSM as a step (arXiv 1811.08383): a frame and states in, logits and states out. Needs no Ray.
 """
 
-import copy
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from slimray import runs
-from slimray.data.modalities import modality_of
-from slimray.runs.folder import digest, to_json
+from slimray.runs.folder import to_json
 from slimray.runs.notify import NotifySpec
 from slimray.spec import RunFailed, Spec, UserError
 from slimray.verbs import inputs
 from slimray.verbs.checks import split_names
 from slimray.verbs.context import CheckContext, Context, Made
 
-if TYPE_CHECKING:
-    from slimray.export.graph import Graph
-    from slimray.export.verify import Outputs, Samples
-    from slimray.tasks.network import Network
-
-ROUNDED = 0.05  # relative difference that a network with rounded inputs may have: borders are met on either side
 FormatName = Literal["onnx", "onnx_int8", "openvino", "executorch", "executorch_int8", "ncnn", "litert", "torch"]
 
 
@@ -132,7 +124,7 @@ def _find(job: ExportJob, where: str, storage: str) -> runs.Run:
 
 def run(job: ExportJob, ctx: Context) -> None:
     """Convert, verify and time each format, and write them to the run folder `ctx.run`."""
-    from slimray.export import verify
+    from slimray.export import exporter, verify
     from slimray.export.formats import FORMATS
     from slimray.export.graph import ready
     from slimray.report import pages
@@ -156,21 +148,22 @@ def run(job: ExportJob, ctx: Context) -> None:
         seen = verify.read_samples(
             splits.tables[data.train], splits.root, network.recipe, job.calibrate, 1, data.decode_timeout_s
         )
-    best, exporter = TASKS[network.task].best, _exporter(job, ctx.where, network, samples, seen)
-    number = exporter.numbers.get(best.name)
-    rows: list[dict[str, Any]] = [{"run": found.name, "format": "torch, eager", best.name: number}]
+    best = TASKS[network.task].best
+    wanted = exporter.Wanted(job.max_difference, job.min_agreement, job.max_drop, job.threads, job.pairs)
+    made = exporter.exporter_of(network, samples, seen, wanted, job.online, ctx.where)
+    rows: list[dict[str, Any]] = [{"run": found.name, "format": "torch, eager", best.name: made.numbers.get(best.name)}]
     with tempfile.TemporaryDirectory(prefix="slimray-export-") as scratch:
         for name in job.formats:
             folder = Path(scratch, name)
             folder.mkdir()
             row: dict[str, Any] = {"run": f"{ctx.run.name}:{name}", "format": name}
             try:
-                facts = exporter.write(name, folder)
+                facts = made.write(name, folder)
             except Exception as error:  # noqa: BLE001  a converter may raise anything: the others are written all the same
                 row |= {"reason": _sentence(error)}
             else:
                 facts |= {"run": found.uri, "input": taken, "model": model}
-                for file, _ in facts["files"].items():
+                for file in facts["files"]:
                     runs.write_file(ctx.run, f"export/{name}/{file}", folder / file)
                 runs.write_file(ctx.run, f"export/{name}/export.json", to_json(facts))
                 row |= _row(facts, best.name)
@@ -184,8 +177,8 @@ def run(job: ExportJob, ctx: Context) -> None:
         "best": best.name,
         "samples": len(samples),
         "online": job.online,
-        "cpu": _cpu(),
-        "states": exporter.states,
+        "cpu": exporter.cpu(),
+        "states": made.states,
     }
     ctx.finish(
         {
@@ -199,217 +192,6 @@ def run(job: ExportJob, ctx: Context) -> None:
     runs.write_report(ctx.run, pages.export_report(ctx.run))
     if bad := [f"{row['format']}: {row['reason']}" for row in rows if row.get("reason")]:
         raise RunFailed("; ".join(bad))
-
-
-@dataclass(frozen=True)
-class _Exporter:
-    """How a network leaves torch: its `numbers` in torch, the states of a step, and what converts to a format in a
-    folder, verifies and times it, and returns what export.json says."""
-
-    numbers: Mapping[str, float]
-    states: list[dict[str, Any]]
-    write: Callable[[str, Path], dict[str, Any]]
-
-
-def _exporter(job: ExportJob, where: str, network: "Network", samples: "Samples", seen: "Samples") -> _Exporter:
-    """One graph, or of what answers token by token an encoder and a step; `seen` is what int8 is calibrated on."""
-    from slimray.export import verify
-    from slimray.tasks import TASKS
-
-    if TASKS[network.task].stepwise:
-        return _spoken(job, where, network, samples)
-    graph, runners = _graph(job, where, network, samples), dict[str, Any]()
-    expected, numbers = verify.outputs_of(network, samples), verify.score(network, samples, network.recipe)
-    states = [{**vars(state), "shape": list(state.shape)} for state in graph.states]
-    reference = (samples, expected, numbers)
-    return _Exporter(
-        numbers, states, lambda name, folder: _one(job, network, graph, name, folder, seen, reference, runners)
-    )
-
-
-def _spoken(job: ExportJob, where: str, network: "Network", samples: "Samples") -> _Exporter:
-    import torch
-
-    from slimray.data.text.vocabulary import PAD
-    from slimray.edge.runtimes import settings
-    from slimray.export import exported, translation, verify
-    from slimray.export.formats import FORMATS
-    from slimray.models.text.decoding import greedy
-
-    source = verify.inputs_of(network, samples)[:2, 0].long()
-    graphs, numbers = translation.graphs_of(network.net, source, f"{where}: run"), translation.counted(network, samples)
-    ports, cached = translation.ports_of(graphs)
-
-    def write(name: str, folder: Path) -> dict[str, Any]:
-        row, runners, parts = FORMATS[name], {}, {}
-        for part, graph in graphs.items():
-            row.convert(graph, folder, [])
-            file = (folder / row.file).rename(folder / f"{part}{Path(row.file).suffix}")
-            runners[part] = row.load(file, job.threads, True)
-            size, sha256 = digest(file)
-            outputs = runners[part]([value.numpy() for value in graph.inputs.values()])
-            parts[part] = {"file": file.name, "bytes": size, "sha256": sha256}
-            parts[part] |= exported.described(graph, True, outputs)
-        net = translation.ExportedTranslation(translation.speaker(runners, ports, cached)).eval()
-        outside = replace(network, net=net)
-        verification = {"samples": len(samples), **translation.compare(network, outside, samples)}
-        verification |= {"metrics": translation.counted(outside, samples), "torch": dict(numbers)}
-        verification["reason"] = _disagrees(job, network, row.precision, verification)
-        verification["passed"] = not verification["reason"]
-        one = source[:1, : int((source[0] != PAD).sum())]
-        with settings(job.threads), torch.inference_mode():
-            most = network.recipe["max_length"]
-            pairs = verify.timed_pairs(
-                lambda: greedy(net, one, most), lambda: greedy(network.net, one, most), job.pairs
-            )
-        files = {part["file"]: {"bytes": part["bytes"], "sha256": part["sha256"]} for part in parts.values()}
-        return {
-            "version": exported.VERSION,
-            "format": name,
-            **parts[translation.ENCODER],
-            "step": parts[translation.STEP],
-            "files": files,
-            "precision": row.precision,
-            "verification": verification,
-            "timing": pairs.to_plain("export", "eager")
-            | {"threads": job.threads, "warm_up": verify.WARM_UP, "batch": 1},
-            "versions": row.versions(),
-            "cpu": _cpu(),
-        }
-
-    return _Exporter(numbers, [], write)
-
-
-def _graph(job: ExportJob, where: str, network: "Network", samples: "Samples") -> "Graph":
-    """What is converted: the network as it is, or its step."""
-    from slimray.export import graph, verify
-
-    example = verify.inputs_of(network, samples)[:2]
-    if job.online:
-        return graph.step(network.net, example, f"{where}: online")
-    return graph.whole(network.net, example, dict(modality_of(network.recipe).varying))
-
-
-def _one(
-    job: ExportJob,
-    network: "Network",
-    graph: "Graph",
-    name: str,
-    folder: Path,
-    seen: "Samples",
-    reference: "tuple[Samples, Outputs, Mapping[str, float]]",
-    runners: dict[str, Any],
-) -> dict[str, Any]:
-    """Convert to one format in `folder`, run it, compare and time it: what export.json says."""
-    import torch
-
-    from slimray.compress.quantized import float_layers, with_float_inputs
-    from slimray.edge.hardware import inference_energy
-    from slimray.edge.runtimes import settings
-    from slimray.export import exported, verify
-    from slimray.export.formats import FORMATS
-
-    row, (samples, expected, numbers) = FORMATS[name], reference
-    if not row.varies or graph.states:
-        graph = replace(graph, inputs={key: value[:1] for key, value in graph.inputs.items()}, varying={})
-    if row.calibrated:  # its quantizer finds the ranges of inputs, whether they have some already or not
-        floats = tuple(float_layers(graph.module))
-        graph = replace(graph, module=with_float_inputs(copy.deepcopy(graph.module)), floats=floats)
-    arrays = verify.calibration(graph, verify.inputs_of(network, seen)) if row.calibrated else []
-    row.convert(graph, folder, arrays)
-    runner = runners[name] = row.load(folder / row.file, job.threads, True)
-    any_batch = row.varies and not graph.states
-    ports = exported.ports_of(graph, any_batch)
-    outside = replace(network, net=exported.ExportedNet(runner, ports).eval())
-    found = verify.outputs_of(outside, samples)
-    verification: dict[str, Any] = {
-        "samples": len(samples),
-        **verify.differences(found, expected),
-        "metrics": verify.score(outside, samples, network.recipe),
-        "torch": dict(numbers),
-    }
-    if _has_logits(network):
-        verification["agreement"] = verify.agreement(found, expected)
-    if row.calibrated and row.optimises:
-        plain = exported.ExportedNet(row.load(folder / row.file, job.threads, False), ports).eval()
-        as_written = verify.outputs_of(replace(network, net=plain), samples)
-        verification["unoptimised"] = verify.differences(as_written, expected)
-        if _has_logits(network):
-            verification["unoptimised"] |= {
-                "agreement": verify.agreement(as_written, expected),
-                "agreement_optimised": verify.agreement(as_written, found),
-            }
-    if row.precision == "fp32" and verification["relative"] > _most(job, network):
-        verification["float64"] = verify.from_float64(network, samples, found, expected)
-    verification["reason"] = _disagrees(job, network, row.precision, verification)
-    verification["passed"] = not verification["reason"]
-    with torch.no_grad():
-        example = tuple(value[:1] for value in graph.inputs.values())
-    timing = verify.time_against_eager(graph, runner, graph.module, job.threads, job.pairs)
-    like = runners.get(name.removesuffix("_int8"))
-    if row.calibrated and like is not None:
-        with settings(job.threads):
-            inputs_ = [value.numpy() for value in example]
-            pairs = verify.timed_pairs(lambda: runner(inputs_), lambda: like(inputs_), job.pairs)
-        timing["against_fp32"] = pairs.to_plain("int8", "fp32")
-    with settings(job.threads):
-        bits, given = (8 if row.calibrated else 32), [value.numpy() for value in example]
-        energy = inference_energy(graph.module, example, bits, lambda: runner(given))
-    files = {}
-    for file in (row.file, *row.files):
-        size, sha256 = digest(folder / file)
-        files[file] = {"bytes": size, "sha256": sha256}
-    outputs = runner([value.numpy() for value in graph.inputs.values()])
-    return {
-        "version": exported.VERSION,
-        "format": name,
-        "file": row.file,
-        "bytes": files[row.file]["bytes"],
-        "sha256": files[row.file]["sha256"],
-        "files": files,
-        **exported.described(graph, any_batch, outputs),
-        "precision": row.precision,
-        "verification": verification,
-        "timing": timing,
-        "energy": energy,
-        "versions": row.versions(),
-        "cpu": _cpu(),
-    }
-
-
-def _has_logits(network: "Network") -> bool:
-    from slimray.tasks import TASKS
-
-    return TASKS[network.task].logits
-
-
-def _most(job: ExportJob, network: "Network") -> float:
-    """The largest difference from torch that an export in fp32 may have without being compared with float64."""
-    from slimray.compress.quantized import rounds_inputs
-
-    return max(job.max_difference, ROUNDED) if rounds_inputs(network.net) else job.max_difference
-
-
-def _disagrees(job: ExportJob, network: "Network", precision: str, verification: Mapping[str, Any]) -> str:
-    """Why an export does not agree with torch, in a sentence; "" if it does."""
-    from slimray.export import verify
-    from slimray.tasks import TASKS
-
-    best = TASKS[network.task].best
-    gap, agreement = verification["relative"], verification.get("agreement")
-    if not gap < float("inf"):
-        return "its outputs are not finite"
-    if precision == "fp32":
-        if sentence := verify.disagreement(verification, _most(job, network)):
-            return sentence
-        if agreement is not None and agreement < job.min_agreement:
-            return f"answers as torch does {agreement:.2f} % of the time, less than {job.min_agreement:g} %"
-    elif job.max_drop is not None:
-        lost = verification["torch"][best.name] - verification["metrics"][best.name]
-        lost = lost if best.better == "higher" else -lost
-        if not lost <= job.max_drop:
-            return f"loses {lost:.2f} of {best.name}, more than max_drop {job.max_drop:g}"
-    return ""
 
 
 def _row(facts: Mapping[str, Any], best: str) -> dict[str, Any]:
@@ -443,12 +225,6 @@ def _told(row: Mapping[str, Any]) -> str:
     speed = f"{row['ms']:.2f} ms, {row['ratio']:.2f} of eager torch [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
     verdict = f"FAILED: {row['reason']}: " if row.get("reason") else ""
     return f"{verdict}{row['mb']:.2f} MB, relative difference {row['relative']:.1e}{agreed}, {speed}"
-
-
-def _cpu() -> str:
-    from slimray.edge import runtimes
-
-    return f"{runtimes.cpu_name()} ({' '.join(runtimes.cpu_flags())})"
 
 
 def _sentence(error: BaseException) -> str:
