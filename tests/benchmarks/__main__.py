@@ -10,6 +10,7 @@ NAMES = ("models", "overhead", "cold_start", "ingest", "packed", "point_models",
 NAMES += ("subnets", "rooms", "shrinking", "searching", "judging", "plan")
 NAMES += ("latency", "specialise", "dashboard", "checkpoint", "amc", "export", "deep_compression", "int8", "compressed")
 NAMES += ("haq", "translation", "pruned_translation", "hat", "language_model", "agent", "runtime", "people")
+NAMES += ("people_search",)
 # on request only: `make soak`
 SOAK = ("chaos", "control_plane", "large_index", "control_path", "storage_requests", "live")
 

@@ -3,12 +3,15 @@
 The agent runs in an environment of its own, a plain install without torch and Ray (see runtime.py, PLAIN_PYTHON). A
 third of the operators of `ofa_mobilenetv3` (tiny, one resolution) are timed by ONNX Runtime here and by the agent, in
 turn, PAIRS times; a figure is the sum over the operators. Beside the ratio: the same of one place against itself (odd
-readings over even ones), and the time of a request beyond the measurement in it.
+readings over even ones), and the time of a request beyond the measurement in it. `python -m tests.benchmarks.agent
+table` instead: a table of `ofa_mobilenetv3` of the agent against UNSEEN other subnets, exported and timed there whole
+(see latency.py); it is kept in SLIMRAY_BENCH_DIR and goes on there.
 """
 
 import os
 import random
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -17,6 +20,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from tests.benchmarks import latency
 from tests.benchmarks.pairs import Ratio
 from tests.benchmarks.runtime import CLEAN, installed
 from tests.runtime.test_agent import TOKEN, Device
@@ -29,10 +33,12 @@ from slimray.runtime import agent
 
 MODEL = {"name": "ofa_mobilenetv3", "num_classes": 10, "preset": "tiny"}
 PAIRS, SIDE = 15, 32
+UNSEEN, SIDES, ROUNDS = 20, (160,), 9
+PUBLISHED = {"name": "ofa_mobilenetv3", "num_classes": 1000}
 
 
-def main() -> None:
-    """Print the ratio, its noise and the overhead."""
+def main(names: tuple[str, ...] = ("operators",)) -> None:
+    """Print the ratio, its noise and the overhead; or how far the table is from subnets that it has not seen."""
     os.environ[agent.TOKEN_VARIABLE] = TOKEN
     with tempfile.TemporaryDirectory() as folder:
         python = installed(Path(folder, "plain"))
@@ -40,7 +46,11 @@ def main() -> None:
         subprocess.run([python, "-c", absent], check=True, env=CLEAN)
         device = Device(python=python)
         try:
-            measure(device)
+            if "operators" in names:
+                measure(device)
+            if "table" in names:
+                there = remote.runtime(remote.connect(device.url))
+                latency.report(models.build(**PUBLISHED).eval(), PUBLISHED, there, SIDES, UNSEEN, rounds=ROUNDS)
         finally:
             device.end()
 
@@ -82,4 +92,4 @@ def measure(device: Device) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tuple(sys.argv[1:]) or ("operators",))

@@ -8,16 +8,20 @@ More subnets lie between the resolutions that were measured. A clock of processo
 not what neighbours do to caches: a quiet machine gives better figures. Goal: median error at most 5 %.
 """
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from slimray import models
 from slimray.arch import Arch
-from slimray.edge import latency_table, profiler
+from slimray.edge import latency_table, profiler, remote
 from slimray.edge.arch_costs import Prices, draw_archs
+from slimray.edge.runtimes import Runtime
 
 RESOLUTIONS = (128, 160, 192, 224)
 TESTED, BETWEEN = 50, 20
@@ -27,22 +31,40 @@ OPTIONS = {"name": "ofa_mobilenetv3", "num_classes": 1000}
 
 
 def main() -> None:
-    net = models.build(**OPTIONS).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "table.json")
-        table = profiler.profile(net, OPTIONS, path, hardware=HARDWARE, resolutions=RESOLUTIONS, rounds=ROUNDS)
+    report(models.build(**OPTIONS).eval(), OPTIONS, HARDWARE, RESOLUTIONS, TESTED, BETWEEN)
+
+
+def report(
+    net: Any,
+    options: dict[str, Any],
+    hardware: str | Runtime,
+    resolutions: Sequence[int],
+    num_tested: int,
+    num_between: int = 0,
+    rounds: int = ROUNDS,
+) -> None:
+    """Print the errors of a table that is measured first on `hardware`, a runtime here or a device."""
+    with contextlib.ExitStack() as kept:
+        folder = os.environ.get("SLIMRAY_BENCH_DIR") or kept.enter_context(tempfile.TemporaryDirectory())
+        given: dict[str, Any] = (
+            {"hardware": hardware} if isinstance(hardware, str) else {"hardware": remote.HARDWARE, "runtime": hardware}
+        )
+        name = hardware if isinstance(hardware, str) else remote.HARDWARE
+        path = Path(folder, f"table-{name}.json")
+        table = profiler.profile(net, options, path, resolutions=resolutions, rounds=rounds, **given)
     print(", ".join(f"{name} {_plain(value)}" for name, value in latency_table.summary(table).items()))
     assert table.calibration is not None
     prices = Prices(net, None, latency_table.meter(table, "table"))
     used = [Arch.from_dict(row.arch) for row in table.calibration.rows]
-    tested = draw_archs(prices, TESTED, seed=1, exclude=used)
-    between = [a.replace(resolution=a["resolution"] + (12 if a["resolution"] < 224 else -12)) for a in tested]
-    between = between[:: len(between) // BETWEEN][:BETWEEN]
+    tested = draw_archs(prices, num_tested, seed=1, exclude=used)
+    largest = max(resolutions)
+    between = [a.replace(resolution=a["resolution"] + (12 if a["resolution"] < largest else -12)) for a in tested]
+    between = between[:: max(1, len(between) // num_between)][:num_between] if num_between else []
     assert not set(used) & {*tested, *between}
-    measured = profiler.measure_whole(net, [*tested, *between], HARDWARE, 1, ROUNDS, seed=1)
+    measured = profiler.measure_whole(net, [*tested, *between], hardware, 1, rounds, seed=1)
     ms, others = np.array(measured.ms[: len(tested)]), np.array(measured.ms[len(tested) :])
     print(
-        f"{len(tested)} subnets, {ms.min():.1f} to {ms.max():.1f} ms ({ms.max() / ms.min():.1f} times), waited for a "
+        f"{len(tested)} subnets, {ms.min():.2f} to {ms.max():.2f} ms ({ms.max() / ms.min():.1f} times), waited for a "
         f"core {100 * measured.waited:.0f} % of the time, reference {measured.reference_ms:.3f} ms"
     )
     known = np.array([row.measured_ms for row in table.calibration.rows])
@@ -57,7 +79,8 @@ def main() -> None:
     _row("MACs alone", fixed + slope * macs[len(used) :] / 10, ms)
     pairs = [profiler.halves(rows) for rows in measured.readings_ms[: len(tested)]]
     _row("test and retest", *(np.array(half) for half in zip(*pairs, strict=True)))
-    _row(f"table, {len(between)} subnets between its resolutions", _says(prices, between), others)
+    if between:
+        _row(f"table, {len(between)} subnets between its resolutions", _says(prices, between), others)
 
 
 def _says(prices: Prices, archs: list[Arch]) -> np.ndarray:

@@ -36,6 +36,11 @@ def test_formats_are_those_that_a_job_may_name():
     assert set(FORMATS) == set(get_args(export.FormatName))
 
 
+def test_help_names_every_format_that_there_is(shell):  # noqa: F811
+    words = set(shell("export", "--help").out.replace("│", " ").replace(",", " ").replace(";", " ").split())
+    assert set(FORMATS) <= words
+
+
 @pytest.fixture
 def net(shell, tmp_path):  # noqa: F811
     root = networks.pictures(tmp_path / "pictures")
@@ -273,7 +278,11 @@ def test_evaluations_name_exports_and_check_finds_what_is_missing(shell, net):  
     assert "holds no export 'openvino'" in job.check(loaded, "runs")[0]["problems"][0]
     document["runs"] = ["net", "net-export"]
     loaded = job.resolve([(Path("x.yaml"), document)])
-    assert "holds an export, not a network" in job.check(loaded, "runs")[0]["problems"][0]
+    sentence = "runs: 'net-export' holds an export, not a network: name its format (net-export:onnx)"
+    assert job.check(loaded, "runs")[0]["problems"][0].endswith(sentence)
+    done = shell("evaluate", "net-export:onyx")
+    assert done.code == 2
+    assert "evaluate (net-export-eval): runs: 'net-export' holds no export 'onyx'" in done.err
 
 
 def test_rounding_alone_is_no_disagreement_and_float64_tells_what_that_is():

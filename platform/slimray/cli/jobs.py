@@ -64,18 +64,24 @@ def run(
 
 @app.command()
 def evaluate(
-    names: Annotated[list[str], typer.Argument(help="Finished training runs, by name or URI.", metavar="RUN...")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="Finished runs that hold a network, by name or URI, and exports as RUN:FORMAT.", metavar="RUN..."
+        ),
+    ],
     name: Annotated[str | None, typer.Option(help="Name of the evaluation; default RUN-eval.")] = None,
     set_: Sets = None,
     storage: Storage = None,
     restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score finished runs side by side, without writing a YAML; --set takes any field of an evaluate job."""
+    """Score finished runs and exports in one table, without a YAML; --set takes any field of an evaluate job."""
     from slimray import runs
+    from slimray.verbs import inputs
 
-    where = storage_of(storage)
-    document = {"kind": "evaluate", "name": name or f"{runs.find_run(names[0], where).name}-eval", "runs": names}
+    where, first = storage_of(storage), inputs.split_export(names[0])[0]
+    document = {"kind": "evaluate", "name": name or f"{runs.find_run(first, where).name}-eval", "runs": names}
     _run_document(document, set_, where, restart, as_json)
 
 
@@ -105,7 +111,10 @@ def export(
     run: Annotated[str, typer.Argument(help="A finished run that holds a network, by name or URI.", metavar="RUN")],
     format_: Annotated[
         str,
-        typer.Option("--format", help="onnx, onnx_int8, openvino, executorch, executorch_int8, torch; with commas."),
+        typer.Option(
+            "--format",
+            help="onnx, onnx_int8, openvino, executorch, executorch_int8, ncnn, litert, torch; with commas.",
+        ),
     ] = "onnx",
     online: Annotated[bool, typer.Option("--online", help="A causal TSM as a step, frame by frame.")] = False,
     name: Annotated[str | None, typer.Option(help="Name of the new run; default RUN-export.")] = None,

@@ -64,7 +64,7 @@ def choose(format: str, name: str | None) -> str:
     fitting = {key: engine for key, engine in ENGINES.items() if format in engine.formats}
     if not fitting:
         formats = sorted({one for engine in ENGINES.values() for one in engine.formats})
-        raise UserError(f"an export of format {format!r} is not run here (these are: {', '.join(formats)})")
+        raise UserError(f"an export of format {format!r} is not run here: export the run as {' or '.join(formats)}")
     if name is not None and name not in fitting:
         raise UserError(f"unknown engine {name!r}{did_you_mean(name, fitting)} (there are: {', '.join(fitting)})")
     there = [key for key, engine in fitting.items() if importlib.util.find_spec(engine.module) is not None]

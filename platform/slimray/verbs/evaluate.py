@@ -17,6 +17,7 @@ from slimray.data.cards import Card
 from slimray.data.modalities import MODALITIES, input_shape, modality_of
 from slimray.data.spec import DataSpec
 from slimray.runs.notify import NotifySpec
+from slimray.runtime.folder import exports_of
 from slimray.spec import RunFailed, UserError, lookup, parse, require_extra
 from slimray.train.spec import ScaleSpec
 from slimray.verbs import inputs
@@ -146,7 +147,11 @@ def _find(job: EvaluateJob, where: str, storage: str, ahead: Sequence[str]) -> l
     for name in job.runs:
         if name not in ahead:
             run, form = inputs.split_export(name)
-            one = inputs.finished_run(run, storage, ("network",) if form is None else ("export",), f"{where}: runs")
+            what = ("network", "export") if form is None else ("export",)
+            one = inputs.finished_run(run, storage, what, f"{where}: runs")
+            if form is None and inputs.held_by(one) == "export":
+                there = ", ".join(f"{name}:{known}" for known in exports_of(one))
+                raise UserError(f"{where}: runs: {name!r} holds an export, not a network: name its format ({there})")
             found.append(Scored(one.name if form is None else f"{one.name}:{form}", one, form))
     names = [*ahead, *(one.name for one in found)]
     for one in found:

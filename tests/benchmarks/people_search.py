@@ -1,0 +1,189 @@
+"""A network for a microcontroller that sees people: `jobs/visual_wake_words.yaml` on shared pictures, three seeds.
+
+The job's supernet is shrunk and searched with the job's settings (one process, no Ray; subnets judged on pictures held
+out of training). The subnet found is scored once, on the last quarter of each class's files, leaves torch in int8, and
+is scored and weighed again. Beside it MLPerf Tiny's MobileNetV1 0.25 for the same task, trained on COCO, on the same
+pictures. Weights and lines of JSON are kept in `SLIMRAY_BENCH_DIR`: what is there is not done again.
+`python -m tests.benchmarks.people_search 0` does one seed; `EPOCHS="10 5"` other epochs than the job's, of the teacher
+and of shrinking.
+"""
+
+import functools
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import yaml
+from PIL import Image
+from tests.benchmarks import shrinking
+from tests.benchmarks.tflite import layers
+from torch import Tensor, nn
+
+from slimray.arch import Arch
+from slimray.data.images.pictures import ImageRecipe, make_image
+from slimray.data.video.clips import generators
+from slimray.edge import cost
+from slimray.edge.arch_costs import Prices
+from slimray.export import graph
+from slimray.export.exported import ExportedNet, ports_of
+from slimray.export.formats import FORMATS
+from slimray.search.problem import Problem
+from slimray.search.strategies import search
+from slimray.train import batchnorm, learn
+from slimray.verbs.search import SearchJob
+from slimray.verbs.shrink import ShrinkJob
+
+JOB = Path(__file__).resolve().parents[2] / "jobs/visual_wake_words.yaml"
+SEEDS = (0, 1, 2)
+CLASSES = ("no_person", "person")
+Picture = tuple[np.ndarray, int]
+
+
+@functools.cache
+def pictures() -> tuple[list[Picture], list[Picture]]:
+    """Those to train with and the last quarter of each class, to test with: near duplicates have numbers nearby."""
+    train: list[Picture] = []
+    test: list[Picture] = []
+    for label, name in enumerate(CLASSES):
+        files = sorted((shrinking._shared() / "data/images/person" / name).iterdir())
+        found = [(np.asarray(Image.open(file).convert("RGB")), label) for file in files]
+        cut = len(found) * 3 // 4
+        train, test = train + found[:cut], test + found[cut:]
+    return train, test
+
+
+def data(job: ShrinkJob) -> shrinking.Data:
+    """The pictures as the job's recipe makes samples of them."""
+    train, test = pictures()
+    order = np.random.default_rng(job.seed).permutation(len(train))
+    held, kept = order[: job.hold_out], order[job.hold_out :]
+    size = int(job.data.size or 96)
+    low, high = job.data.images.area
+    varied = ImageRecipe(size=size, mode="train", scale=(low, high), flip=True)
+    plain = ImageRecipe(size=size, resize=size, mode="val")
+
+    def one(picture: Picture, recipe: ImageRecipe, key: shrinking.Key) -> shrinking.Sample:
+        return make_image(picture[0], recipe, generators(key)[1])[0], picture[1]
+
+    return shrinking.Data(
+        varied.to_dict(),
+        len(CLASSES),
+        len(kept),
+        len(held),
+        len(test),
+        lambda i, key: one(train[kept[i]], varied, key),
+        lambda i: one(train[held[i]], plain, (0, 0, 0)),
+        lambda i: one(test[i], plain, (0, 0, 0)),
+    )
+
+
+def jobs(seed: int) -> tuple[ShrinkJob, SearchJob]:
+    """The documents of the shipped job."""
+    shrink, found, _ = yaml.safe_load_all(JOB.read_text())
+    for stage, epochs in zip(shrink["stages"], os.environ.get("EPOCHS", "").split(), strict=False):
+        stage["epochs"] = int(epochs)
+    return ShrinkJob.model_validate({**shrink, "seed": seed}), SearchJob.model_validate({**found, "seed": seed})
+
+
+def keep(seed: int) -> shrinking.Keep:
+    """Keeps the weights of stages as files."""
+
+    def kept(stage: str, make: Any) -> dict[str, torch.Tensor]:
+        path = shrinking.folder() / f"people-{seed}-{stage}.safetensors"
+        if not path.exists():
+            tensors = {key: value.contiguous() for key, value in make().items()}
+            safetensors.torch.save_file(tensors, path.with_suffix(".part"))
+            path.with_suffix(".part").rename(path)
+        return safetensors.torch.load_file(path)
+
+    return kept
+
+
+def results() -> Path:
+    return shrinking.folder() / "people.jsonl"
+
+
+def one_seed(seed: int) -> None:
+    """Shrink, search, export and score with a seed."""
+    job, wanted = jobs(seed)
+    samples = data(job)
+    *_, (_, net) = shrinking.shrink(job, samples, keep(seed))
+    held, judge = shrinking.Judge(samples, job, held=True), shrinking.Judge(samples, job)
+    prices = Prices(cost.build_on_meta(lambda: shrinking.build(job, samples)))
+    limits = dict(wanted.targets[0].limits)
+    problem = Problem(prices.table, prices.matrix(list(limits)), limits)
+
+    def score(codes: np.ndarray) -> np.ndarray:
+        return np.array([held.score(net.extract(arch), arch) for arch in prices.table.archs(codes)])
+
+    found = search(problem, wanted.strategy, score, seed)
+    arch = found.top(1).trials(prices.table)[0].arch
+    row = {"seed": seed, "limits": limits, **prices.arch_costs(arch), **prices.in_int8(arch)}
+    row |= {"searched": float(found.metric.max()), "arch": arch.to_dict(), **shipped(net, arch, judge)}
+    with results().open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def shipped(net: Any, arch: Arch, judge: shrinking.Judge) -> dict[str, float]:
+    """Top-1 of the subnet on the test pictures, and top-1 and bytes of its int8 files."""
+    fit = functools.partial(learn.fit_input, space=net.space, arch=arch)
+    plain = batchnorm.recalibrate_norms(net.extract(arch), (fit(x) for x in judge.inputs)).eval()
+    x, seen = fit(judge.x).contiguous(), torch.cat([fit(x) for x in judge.inputs])
+    out = {"top1": accuracy(plain, x, judge.labels)}
+    for form in ("onnx_int8", "executorch_int8"):
+        row, one = FORMATS[form], graph.whole(graph.ready(plain), x[:2], {})
+        if not row.varies:
+            one = graph.Graph(one.module, {"input": x[:1]}, one.outputs)
+        with tempfile.TemporaryDirectory() as folder:
+            row.convert(one, Path(folder), [[picture[None].numpy()] for picture in seen])
+            size = sum(Path(folder, file).stat().st_size for file in (row.file, *row.files))
+            outside = ExportedNet(row.load(Path(folder, row.file), 1, True), ports_of(one, row.varies))
+            out |= {f"{form} top1": accuracy(outside, x, judge.labels), f"{form} bytes": float(size)}
+    return out
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Percent of the test pictures that get their class."""
+    found = torch.cat([net(part) for part in x.split(32)]).argmax(1)
+    return 100 * float((found == y).double().mean())
+
+
+def mlperf() -> float:
+    """The same of MLPerf Tiny's float network, whose inputs are pixels of 0 to 1."""
+    data = (shrinking._shared() / "data/models/mlperf_tiny/vww_96_float.tflite").read_bytes()
+    _, test = pictures()
+    x = torch.from_numpy(np.stack([pixels for pixels, _ in test])).permute(0, 3, 1, 2).float() / 255
+    return accuracy(nn.Sequential(*layers(data)).eval(), x, torch.tensor([y for _, y in test]))
+
+
+def main(seeds: tuple[int, ...] = SEEDS) -> None:
+    """Print what each seed found, and the means."""
+    torch.set_num_threads(1)
+    shrinking.folder().mkdir(parents=True, exist_ok=True)
+    labels = [label for _, label in pictures()[1]]
+    print(f"{len(labels)} pictures to test, {100 * mean(labels):.1f} % of them with people")
+    print(f"MLPerf Tiny's MobileNetV1 0.25 (trained on COCO): {mlperf():.1f} %", flush=True)
+    results().touch()
+    known = {json.loads(line)["seed"] for line in results().read_text().splitlines()}
+    for seed in seeds:
+        if seed not in known:
+            one_seed(seed)
+    rows = [json.loads(line) for line in results().read_text().splitlines()]
+    for name in ("top1", "onnx_int8 top1", "executorch_int8 top1", "onnx_int8 bytes", "executorch_int8 bytes",
+                 "int8_kb", "peak_kb", "macs"):  # fmt: skip
+        values = [row[name] for row in rows]
+        error = f" +- {stdev(values) / len(values) ** 0.5:,.1f}" if len(values) > 1 else ""
+        print(f"{name}: {mean(values):,.1f}{error}  ({', '.join(f'{value:,.1f}' for value in values)})")
+
+
+if __name__ == "__main__":
+    main(tuple(map(int, sys.argv[1:])) or SEEDS)
