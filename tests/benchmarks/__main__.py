@@ -9,8 +9,8 @@ from datetime import date
 NAMES = ("models", "overhead", "cold_start", "ingest", "packed", "point_models", "voxels", "knn", "folds")
 NAMES += ("subnets", "rooms", "shrinking", "searching", "judging", "plan")
 NAMES += ("latency", "specialise", "dashboard", "checkpoint", "amc", "export", "deep_compression", "int8", "compressed")
-NAMES += ("haq", "translation", "pruned_translation", "hat", "language_model", "agent", "runtime", "people")
-NAMES += ("people_search",)
+NAMES += ("haq", "translation", "pruned_translation", "translation_bits", "hat", "language_model")
+NAMES += ("agent", "runtime", "people", "people_search")
 # on request only: `make soak`
 SOAK = ("chaos", "control_plane", "large_index", "control_path", "storage_requests", "live")
 

@@ -37,10 +37,9 @@ HELD, TESTED, LOW, HIGH = 512, 4000, 2, 8  # images; bits
 
 
 class Rounder:
-    """The published network with every layer in every number of bits, put together by policies."""
+    """A network with every layer in every number of bits, put together by policies; `example` is an input."""
 
-    def __init__(self) -> None:
-        net, example = whole(), pictures("train")[0][:2]
+    def __init__(self, net: nn.Module, example: Tensor) -> None:
         self.pairs = fold.norm_pairs(net, example)
         self.net = fold.fold(copy.deepcopy(net), self.pairs)
         self.layers = quantization.layers_of(net, example)
@@ -120,7 +119,7 @@ def main() -> None:
     file = folder / "haq.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     known = {(one["even"], one["by"], one["seed"]) for one in rows}
-    rounder = Rounder()
+    rounder = Rounder(whole(), pictures("train")[0][:2])
     base: Tensor | None = None
     for seed in [int(os.environ["SEED"])] if "SEED" in os.environ else SEEDS:
         for even in [int(os.environ["EVEN"])] if "EVEN" in os.environ else EVEN:

@@ -1,4 +1,4 @@
-"""The trained translation network with fewer heads and feed-forward channels, fine-tuned for an epoch.
+"""The trained translation network with fewer heads and feed-forward channels, fine-tuned for one epoch or more.
 
 `SLIMRAY_BENCH_DIR=... python -m tests.benchmarks pruned_translation`, in the folder in which `translation` has trained
 its network (SLIMRAY_SEEDS, SLIMRAY_ROWS as there). `compress.prune` takes out what its criterion finds least important,
@@ -27,7 +27,7 @@ from slimray.train import optimizers
 from slimray.train.methods.distilled import Distilled, DistilledReplica
 from slimray.train.methods.method import Setup
 
-FINETUNE = {"epochs": 1, "lr": 0.001, "warmup_steps": 50, "schedule": "cosine", "ema": None}
+FINETUNE = {"lr": 0.001, "warmup_steps": 50, "schedule": "cosine", "ema": None}
 PAIRS = 21
 
 
@@ -47,35 +47,38 @@ class Bench(translation.Bench):
             timed=False,
         )
 
-    def fine_tuned(self, net: nn.Module) -> tuple[nn.Module, float]:
+    def fine_tuned(self, net: nn.Module, epochs: int) -> tuple[nn.Module, float]:
         """The network after its further training, and the minutes of processor time that took."""
         job, begun = self.job, time.process_time()
-        optim = job.optim.model_copy(update=FINETUNE)
+        optim = job.optim.model_copy(update={**FINETUNE, "epochs": epochs})
         setup = Setup(optim, Input(), (2, 32), translation.CPU, batch_total=job.batch["tokens"], task=translation.TASK)
         replica = DistilledReplica(net, self.trained.net, Distilled("", weight=0.5, labels=0.5), setup)
-        bags = Bags.of(self.train.lengths, job.batch["per_worker_tokens"], self.seed)
-        phase = Phase("train", "train", 0, len(self.train.pairs), 1, True, {}, bags=bags)
-        for step in range(phase.num_steps):
-            ((lo, hi),) = microbatches(phase, step, 0, 1, 1)
-            piece = self.train.piece(phase.plan.samples(lo, hi, self.seed, lambda: self.train.by_length))
-            rate = optimizers.learning_rate(optim, job.batch["tokens"], 1, 0, step, phase.num_steps)
-            report = replica.step([piece], float((piece.labels != PAD).sum()), rate, (self.seed, step))
-            assert report.finite
-            if step % 100 == 0:
-                print(f"step {step}: loss {report.loss_sum / (piece.labels != PAD).sum():.3f}", flush=True)
+        bags, done = Bags.of(self.train.lengths, job.batch["per_worker_tokens"], self.seed), 0
+        for epoch in range(epochs):
+            phase = Phase("train", "train", epoch, len(self.train.pairs), 1, True, {}, bags=bags)
+            for step in range(phase.num_steps):
+                ((lo, hi),) = microbatches(phase, step, 0, 1, 1)
+                piece = self.train.piece(phase.plan.samples(lo, hi, self.seed, lambda: self.train.by_length))
+                rate = optimizers.learning_rate(optim, job.batch["tokens"], 1, 0, done, phase.num_steps)
+                report = replica.step([piece], float((piece.labels != PAD).sum()), rate, (self.seed, done))
+                assert report.finite
+                if done % 100 == 0:
+                    print(f"step {done}: loss {report.loss_sum / (piece.labels != PAD).sum():.3f}", flush=True)
+                done += 1
         return replica.averaged(), (time.process_time() - begun) / 60
 
-    def scored_pruned(self, percent: int) -> dict[str, Any]:
+    def scored_pruned(self, percent: int, epochs: int = 1) -> dict[str, Any]:
         """A row: what is left, perplexities before and after, BLEU after, and the time of a pass against the whole."""
         made = self.pruned(percent / 100)
         model = {**self.model, "compression": [made.record]}
-        before, file = self.perplexity(self.network(made.net, model), self.test), self.file(f"pruned{percent}.pt")
+        name = f"pruned{percent}" + (f"-{epochs}" if epochs > 1 else "")
+        before, file = self.perplexity(self.network(made.net, model), self.test), self.file(f"{name}.pt")
         if not file.exists():
-            net, minutes = self.fine_tuned(made.net)
+            net, minutes = self.fine_tuned(made.net, epochs)
             torch.save({"net": net.state_dict(), "minutes": minutes}, file)
         kept = torch.load(file, weights_only=True)
         made.net.load_state_dict(kept["net"])
-        network, size = self.written(made.net, model, f"pruned{percent}")
+        network, size = self.written(made.net, model, name)
         example = torch.from_numpy(self.val.piece(self.val.by_length[500:532]).data[:, 0])
         gain = compare(self.trained.net, network.net, example, PAIRS)
         return {
@@ -87,11 +90,14 @@ class Bench(translation.Bench):
             "perplexity_before": before,
             "perplexity": self.perplexity(network, self.test),
             "times_as_fast": asdict(gain),
-            **self.score(network, f"pruned{percent}"),
+            **self.score(network, name),
         }
 
 
-ROWS: dict[str, Callable[[Bench], Row]] = {"pruned75": lambda bench: bench.scored_pruned(75)}
+ROWS: dict[str, Callable[[Bench], Row]] = {
+    "pruned75": lambda bench: bench.scored_pruned(75),
+    "pruned75-4": lambda bench: bench.scored_pruned(75, 4),
+}
 
 
 def main() -> None:

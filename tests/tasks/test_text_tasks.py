@@ -70,6 +70,14 @@ def test_the_smoothed_loss_is_the_published_one(shared):
     assert score.result()["perplexity"] == pytest.approx(known["ppl_2_pow_nll"], rel=1e-6)
 
 
+@pytest.mark.parametrize("task", ["translate", "language"])
+def test_to_a_search_a_percent_of_perplexity_is_a_point_however_large_it_is(task):
+    metric = TASKS[task].best
+    for perplexity in (2.0, 7.0, 9000.0):
+        assert metric.merit(perplexity) - metric.merit(1.01 * perplexity) == pytest.approx(1, rel=0.01)
+    assert TASKS["classify"].best.merit(71.5) == 71.5
+
+
 def test_a_step_is_the_mean_over_its_tokens_however_they_are_cut():
     logits, targets = (
         torch.randn(3, 4, 7, dtype=torch.float64),

@@ -10,10 +10,12 @@ from tests.verbs.conftest import Shell
 from tests.verbs.test_compress import DATA, TRAIN
 from tests.verbs.test_compress_prune import problems  # noqa: F401 a fixture
 
-from slimray import runs
+from slimray import models, runs
 from slimray.compress.quantization import LayerInfo
+from slimray.edge import cost
 from slimray.spec import UserError, parse
 from slimray.tasks.network import load_network
+from slimray.verbs import step_quantize
 from slimray.verbs.bit_policies import Costs, uniform, walk_of
 from slimray.verbs.compress_specs import CompressJob, FinetuneStep, RoundedStep, atomic
 
@@ -121,6 +123,17 @@ def test_limits_that_no_bits_keep_are_told_before_anything_runs(problems, limits
     found = problems(f"step: quantize, scheme: linear, search: haq, {limits}")
     assert len(found) == bool(said), found
     assert all(said in line for line in found), found
+
+
+@pytest.mark.parametrize(("name", "sides"), [("transformer", 2), ("hat_small", 2), ("transformer_lm", 1)])
+def test_limits_on_networks_of_text_are_told_before_anything_runs_too(name, sides):
+    options = {"preset": "tiny"} if name == "hat_small" else {"embed": 32, "ffn": 64}
+    net = cost.build_on_meta(lambda: models.build(name, vocab_size=30, **options)).eval()
+    text = "{{step: quantize, scheme: kmeans, search: haq, limits: {{size_mb: {}}}}}"
+    shape = (2, 9) if sides == 2 else (9,)
+    step_quantize.check(job(text.format(10)).steps[0], net, shape)
+    with pytest.raises(UserError, match=r"limits: 2 bits everywhere break the limits; they cost size_mb"):
+        step_quantize.check(job(text.format(1e-5)).steps[0], net, shape)
 
 
 @pytest.mark.ray

@@ -1,6 +1,7 @@
 """Text on the same spine: damaged lines left out, trained by tokens, exactly; scored, asked line by line."""
 
 import json
+import math
 import random
 
 import numpy as np
@@ -167,6 +168,36 @@ def test_a_language_model_is_trained_scored_alike_by_any_number_of_workers_and_g
     (shell.folder / "begun.txt").write_text("one two\n")
     said = shell.ok("predict", "speaker", "begun.txt").strip()
     assert said.startswith("one two")
+
+
+FEW_BITS = """
+kind: compress
+name: text-bits
+model: {run: calm-text}
+steps:
+  - {step: quantize, scheme: kmeans, limits: {size_mb: 0.006},
+    search: {name: haq, episodes: 5, population: 2, warmup: 3}}
+  - {step: code}
+hold_out: 20
+judge: {calibrate: 16}
+timing: null
+"""
+
+
+@pytest.mark.benchmark
+def test_bits_of_a_translation_network_are_searched_by_its_perplexity(shell, calm):
+    shell.ok("run", shell.write("few-bits.yaml", FEW_BITS))
+    run = runs.open_run(str(shell.storage), "text-bits")
+    found = json.loads(runs.read_file(run, "results.json"))["steps"][1]["details"]
+    assert found["costs"]["size_mb"] <= found["limits"]["size_mb"]
+    assert {pair[1] for pair in found["bits"].values()} == {None}, "inputs stay float"
+    assert len({pair[0] for pair in found["bits"].values()}) > 1, "mixed"
+    tried = [one["perplexity"] for one in found["candidates"]]
+    assert found["searched"] == min(tried) < max(tried), "the lowest perplexity is the best"
+    rewards = sorted({round(reward, 6) for reward in found["rewards"]})
+    assert rewards[-1] - rewards[0] == pytest.approx(10 * math.log(max(tried) / min(tried)), rel=1e-4)
+    (shell.folder / "few.txt").write_text("one two\n")
+    assert set(shell.ok("predict", "text-bits", "few.txt").split()) <= set(NAMES.values())
 
 
 HAT = """

@@ -83,8 +83,8 @@ LANGUAGE = text_task(
     "language",
     LanguagePass,
     metrics=(
-        Metric("perplexity", "perplexity", unit="", better="lower"),
-        Metric("word_perplexity", "perplexity per word", unit="", better="lower"),
+        Metric("perplexity", "perplexity", unit="", better="lower", ratio=True),
+        Metric("word_perplexity", "perplexity per word", unit="", better="lower", ratio=True),
         LOSS,
     ),
     lines=lines,

@@ -56,7 +56,7 @@ class Metric:
     """A number of a score: its name in `result()`, how people call it, its unit, and which way is better.
 
     Numbers in "%" are 0-100. `main` ones are in the headline of a report and in its charts. A `share` is that of
-    samples that are right, which has an interval.
+    samples that are right, which has an interval. A `ratio` (perplexity) has no upper end: searches compare logarithms.
     """
 
     name: str
@@ -65,11 +65,16 @@ class Metric:
     better: Literal["higher", "lower"] = "higher"
     main: bool = True
     share: bool = False
+    ratio: bool = False
 
     @property
     def sign(self) -> float:
         """What values are multiplied by so that higher is better: 1 or -1."""
         return 1.0 if self.better == "higher" else -1.0
+
+    def merit(self, value: float) -> float:
+        """Return what a value is worth in a search, in points of which more is better; of a ratio a percent is one."""
+        return self.sign * (100 * math.log(value) if self.ratio else value)
 
     def improves(self, value: float, best: float | None) -> bool:
         """Return whether `value` is better than `best`, None if there is none yet; NaN never is."""

@@ -138,7 +138,7 @@ TRANSLATE = text_task(
     "translate",
     TranslationPass,
     metrics=(
-        Metric("perplexity", "perplexity", unit="", better="lower"),
+        Metric("perplexity", "perplexity", unit="", better="lower", ratio=True),
         Metric("bleu", "BLEU", unit=""),
         Metric("chrf", "chrF", unit=""),
         LOSS,

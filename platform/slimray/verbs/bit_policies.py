@@ -54,9 +54,9 @@ def walk_of(step: Any, layers: list[LayerInfo], costs: Costs) -> haq.BitsWalk:
     except UserError:
         least = costs.all(costs.uniform(len(layers), spec.low))
         told = ", ".join(f"{name} {least[name]:.6g}, the limit is {limit:.6g}" for name, limit in costs.limits.items())
+        ends = (" (8 at both ends)", "without the ends they") if costs.columns == 2 else ("", "they")
         raise UserError(
-            f"limits: {spec.low} bits everywhere (8 at both ends) break the limits; without the ends they "
-            f"cost {told}: raise the limits"
+            f"limits: {spec.low} bits everywhere{ends[0]} break the limits; {ends[1]} cost {told}: raise the limits"
         ) from None
 
 

@@ -176,7 +176,6 @@ def _searched(
     except UserError as error:
         raise UserError(f"{work.ctx.where}: prune: {error}") from None
     metric = TASKS[subnets.task_of(runs.read_model(before)[2])].best
-    sign = metric.sign
     if climbs:
         start, curves = _start(walk, step, work, stage, before, exhibits)
         agent = Climb(start, spec.spread)
@@ -184,7 +183,8 @@ def _searched(
         agent, curves = replace(ddpg.AMC, warmup=spec.warmup, decay=spec.decay, dummy=True), {}
     learner = Learner(walk, SearchSettings(spec.episodes, spec.population, agent), job.seed)
     make = functools.partial(_scorer, before.uri, exhibits, job.judge, step)
-    done = agent_trials.run(work, stage, "prune", learner, lambda told: amc.reward_of(sign * told[metric.name]), make)
+    reward = lambda told: amc.reward_of(metric.merit(told[metric.name]))  # noqa: E731
+    done = agent_trials.run(work, stage, "prune", learner, reward, make)
     tried = done.trials
     if timed is None:
         found, retimed = best(tried), {}

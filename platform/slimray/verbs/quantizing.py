@@ -154,10 +154,9 @@ def _searched(step: Any, work: Work, stage: runs.Run, before: runs.Run, exhibits
     even = uniform(walk)
     whole, metrics = work.on_worker(_scores, *arguments, even)
     metric = TASKS[subnets.task_of(runs.read_model(before)[2])].best
-    sign = metric.sign
     agent = replace(ddpg.HAQ, warmup=spec.warmup, decay=spec.decay)
     learner = Learner(walk, SearchSettings(spec.episodes, spec.population, agent), job.seed)
-    reward = lambda told: haq.reward_of(sign * told[metric.name], sign * whole[metric.name])  # noqa: E731
+    reward = lambda told: haq.reward_of(metric.merit(told[metric.name]), metric.merit(whole[metric.name]))  # noqa: E731
     done = agent_trials.run(work, stage, "quantize", learner, reward, functools.partial(_scorer, *arguments))
     found = best(done.trials)
     return {
