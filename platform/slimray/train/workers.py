@@ -271,43 +271,12 @@ def _launch(
     Ranks that find themselves on a node that is sick, or that was said to hang, and that the driver does not know of,
     return it as {"leaving": ...}.
     """
-    elastic = scale.most > scale.fewest
-    start_s = min(scale.start_timeout_s, ELASTIC_START_S) if elastic else scale.start_timeout_s
-    starts = math.ceil(scale.capacity_timeout_s / start_s)  # each is a failure of the controller's for Ray Train
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_s)
-    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(scale.data_timeout_s + 60)
-    asked = os.environ.get(POLLS)
-    os.environ[POLLS] = f"{poll_s(scale.most, asked):g}"
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    os.environ["RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING"] = "0"  # it would log into the driver's terminal
-    # a machine of one's own gives no notice
-    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(not connection.is_local()))
-    os.environ["RAY_TRAIN_CALLBACKS"] = f"{WideBarrier.__module__}.{WideBarrier.__name__}"
-
-    def entry(config: Any) -> Any:
-        sentence = progress_state(actor).get("failed")
-        if sentence:
-            return {"failed": sentence}
-        if several and (leaving := _unfit(actor, wanted, getattr(config, "run_uri", ""), scale, known)):
-            return {"leaving": leaving}
-        try:
-            return worker(config)
-        except StorageError:
-            raise
-        except (RunFailed, UserError) as error:
-            first = str(error).splitlines()[0]
-            if several and (why := _doubtful(actor)):  # tried again, which is charged to the retries
-                raise StorageError(f"{first} ({why})") from error
-            _tell(actor, failed=first)
-            raise
-
-    several, wanted = newcomers is not None, nodes.versions()
-    in_main = threading.current_thread() is threading.main_thread()
+    several, in_main = newcomers is not None, threading.current_thread() is threading.main_thread()
     watch = _Watch(actor, scale, left_out, newcomers, in_main)
     if actor is not None:
         watch.start()
-    excluded = all_nodes_but(left_out) if left_out else None
-    with tempfile.TemporaryDirectory(prefix="slimray-") as scratch:
+    entry = _entry(worker, actor, scale, known if several else None)
+    with _environment(scale), tempfile.TemporaryDirectory(prefix="slimray-") as scratch:
         trainer = Trainer(
             entry,
             train_loop_config=config,
@@ -315,7 +284,7 @@ def _launch(
             scaling_config=ray.train.ScalingConfig(
                 num_workers=scale.workers,
                 elastic_resize_monitor_interval_s=scale.resize_s,
-                label_selector=excluded,
+                label_selector=all_nodes_but(left_out) if left_out else None,
                 use_gpu=scale.gpus_per_worker > 0,
                 resources_per_worker={"CPU": scale.cpus_per_worker}
                 | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {}),
@@ -323,12 +292,14 @@ def _launch(
             run_config=ray.train.RunConfig(
                 name=f"{name}-{uuid.uuid4().hex[:8]}",
                 storage_path=scratch,
-                failure_config=ray.train.FailureConfig(max_failures=retries, controller_failure_limit=starts),
+                failure_config=ray.train.FailureConfig(
+                    max_failures=retries, controller_failure_limit=math.ceil(scale.capacity_timeout_s / _start_s(scale))
+                ),
                 worker_runtime_env=connection.environment(scale),
             ),
         )
         try:
-            result: Any = trainer.fit().return_value
+            return trainer.fit().return_value
         except KeyboardInterrupt:
             if watch.sentence:
                 raise RunFailed(watch.sentence) from None
@@ -338,8 +309,58 @@ def _launch(
             raise RunFailed(stuck[-1] if stuck else _cause(error), code=3) from error
         finally:
             watch.done.set()
-            os.environ.pop(POLLS) if asked is None else os.environ.update({POLLS: asked})
-    return result
+
+
+def _entry(worker: Callable[[Any], Any], actor: Any, scale: ScaleSpec, known: Set[str] | None) -> Callable[[Any], Any]:
+    """What each rank runs: `worker`, unless the run has failed, or its node is unfit, of which the driver does not know
+    yet; `known` are the nodes it knows of, None on a machine of one's own. A failure of a user's kind is told once."""
+    wanted = nodes.versions()
+
+    def entry(config: Any) -> Any:
+        sentence = progress_state(actor).get("failed")
+        if sentence:
+            return {"failed": sentence}
+        run_uri = getattr(config, "run_uri", "")
+        if known is not None and (leaving := _unfit(actor, wanted, run_uri, scale, known)):
+            return {"leaving": leaving}
+        try:
+            return worker(config)
+        except StorageError:
+            raise
+        except (RunFailed, UserError) as error:
+            first = str(error).splitlines()[0]
+            if known is not None and (why := _doubtful(actor)):  # tried again, which is charged to the retries
+                raise StorageError(f"{first} ({why})") from error
+            _tell(actor, failed=first)
+            raise
+
+    return entry
+
+
+@contextlib.contextmanager
+def _environment(scale: ScaleSpec) -> Iterator[None]:
+    """Set what Ray Train's controller, which runs in this process, reads from the environment."""
+    asked = os.environ.get(POLLS)
+    os.environ |= {
+        POLLS: f"{poll_s(scale.most, asked):g}",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_start_s(scale)),
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(scale.data_timeout_s + 60),
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # it would log into the driver's terminal
+        # a machine of one's own gives no notice
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": str(int(not connection.is_local())),
+        "RAY_TRAIN_CALLBACKS": f"{WideBarrier.__module__}.{WideBarrier.__name__}",
+    }
+    try:
+        yield
+    finally:
+        os.environ.pop(POLLS) if asked is None else os.environ.update({POLLS: asked})
+
+
+def _start_s(scale: ScaleSpec) -> float:
+    """Return the seconds until a start of the workers is given up and counted as a failure of the controller's."""
+    elastic = scale.most > scale.fewest
+    return min(scale.start_timeout_s, ELASTIC_START_S) if elastic else scale.start_timeout_s
 
 
 def poll_s(workers: int, asked: str | None) -> float:
