@@ -131,10 +131,11 @@ def test_a_network_found_in_clips_is_not_trained_on_images(tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_what_a_search_finds_is_evaluated_trained_on_and_predicted_with(tmp_path):
+@pytest.mark.parametrize("names", [("images",), pytest.param(tuple(KINDS), marks=pytest.mark.benchmark)])
+def test_what_a_search_finds_is_evaluated_trained_on_and_predicted_with(names, tmp_path):
     shell = Here(tmp_path)
-    shell.ok("run", shell.write("chain.yaml", "---".join(chain(name) for name in KINDS)))
-    for name in KINDS:
+    shell.ok("run", shell.write("chain.yaml", "---".join(chain(name) for name in names)))
+    for name in names:
         found, tuned = (runs.open_run(str(shell.storage), f"{name}-{which}") for which in ("search-any", "tuned"))
         scores = json.loads(runs.read_file(runs.open_run(str(shell.storage), f"{name}-scores"), "results.json"))
         assert [row["run"] for row in scores["rows"]] == [found.name, tuned.name, f"{name}-again"]
