@@ -35,7 +35,8 @@ class ExportJob(Spec):
     run: str
     """The run with the network, by name or URI."""
     formats: tuple[FormatName, ...] = Field(("onnx",), min_length=1)
-    """Formats; those in int8 are calibrated on samples of the training split."""
+    """Formats; those in int8 are calibrated on samples of the training split. For TensorRT take `onnx`, which
+    `trtexec --onnx=model.onnx --fp16 --saveEngine=model.plan` converts on the device."""
     online: bool = False
     """A causal TSM as a step: one frame and states in, logits and states out."""
     samples: int = Field(200, ge=2)
