@@ -53,6 +53,7 @@ from slimray.train.methods.supernet import Supernet, SupernetReplica
 from slimray.train.spec import OptimSpec
 from slimray.verbs import networks
 from slimray.verbs.shrink import ShrinkJob, sample_archs, spaces, stage_job
+from slimray.verbs.specs import TrainJob
 from slimray.verbs.subnets import hold_out, metric_of
 
 SEEDS = (0, 1, 2)
@@ -246,7 +247,7 @@ SETTINGS = {
 # ------------------------------------------------------------------------------------------------------ training
 
 
-def fit(replica: Replica, data: Data, optim: OptimSpec, job: ShrinkJob, seed: int) -> None:
+def fit(replica: Replica, data: Data, optim: OptimSpec, job: ShrinkJob | TrainJob, seed: int) -> None:
     """Train as loop.py does with one worker: the plan's order, augmentation by (seed, epoch, sample)."""
     batch, per_worker, step_number = job.batch.total, job.batch.per_worker, 0
     for epoch in range(optim.epochs):
