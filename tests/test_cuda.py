@@ -130,6 +130,19 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace():
         assert torch.equal(value, before[name]) or name.endswith("num_batches_tracked"), name
 
 
+def test_a_step_does_not_wait_for_the_gpu():
+    device, rng = torch.device("cuda"), np.random.default_rng(0)
+    data, labels = rng.integers(0, 256, (8, 1, 4, 64, 64, 3), dtype=np.uint8), rng.integers(0, 5, 8)
+    one = replica()
+    one.step([Piece(pieces.sent(data, device), pieces.sent(labels, device))], 8, 0.002, (0, 0))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        report = one.step([Piece(pieces.sent(data, device), pieces.sent(labels, device))], 8, 0.002, (0, 1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert report.finite
+
+
 def test_determinism_on_request_leaves_the_kernels_that_add():
     places = normalize_coords(torch.rand(2, 3, 5000, device="cuda"), 4)
     features = torch.randn(2, 16, 5000, device="cuda")

@@ -92,7 +92,7 @@ def test_an_average_warms_up_and_then_follows_with_its_decay():
     nn.init.ones_(net.weight)
     ema.update(net)
     assert ema.average["weight"].item() == pytest.approx(1 - 2 / 11)
-    ema.steps = 10_000
+    ema.steps.fill_(10_000)
     nn.init.zeros_(net.weight)
     ema.update(net)
     assert ema.average["weight"].item() == pytest.approx(0.9 * (1 - 2 / 11))

@@ -3,6 +3,7 @@
 Outputs are logits `[n, C]`, targets int64 `[n]`, -1 unknown. Accuracies are percent, 0-100.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,14 @@ def class_weights(options: LossOptions, device: torch.device) -> Tensor | None:
     weights = options.class_weights
     if weights is None or isinstance(weights, str):  # "balanced" is counted before a training begins
         return None
-    return torch.tensor(weights, dtype=torch.float32, device=device)
+    return _weights_on(tuple(weights), device)
+
+
+@functools.cache
+def _weights_on(weights: tuple[float, ...], device: torch.device) -> Tensor:
+    """They are sent once, as whoever sends waits for a GPU; for a loss with a gradient too."""
+    with torch.inference_mode(False):
+        return torch.tensor(weights, dtype=torch.float32, device=device)
 
 
 def class_losses(logits: Tensor, labels: Tensor, options: LossOptions) -> Tensor:

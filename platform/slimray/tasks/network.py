@@ -5,6 +5,7 @@
 too.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,9 +125,14 @@ def to_input(data: np.ndarray | Tensor, pixels: Input, device: torch.device) -> 
     tensor = tensor.to(device, non_blocking=True).flatten(0, 1)
     if tensor.dtype != torch.uint8:
         return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
-    mean = torch.tensor(pixels.mean, device=device).view(-1, 1, 1) * 255
-    std = torch.tensor(pixels.std, device=device).view(-1, 1, 1) * 255
+    mean, std = _of_pixels(tuple(pixels.mean), tuple(pixels.std), torch.get_default_dtype(), device)
     return (tensor.movedim(-1, -3).to(torch.get_default_dtype()) - mean) / std
+
+
+@functools.cache
+def _of_pixels(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    """Mean and standard deviation of pixels 0-255, `[C, 1, 1]` each: sent once, as whoever sends waits for a GPU."""
+    return tuple(torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1) * 255 for values in (mean, std))
 
 
 def merge_views(logits: Tensor, num_views: int, average: str) -> Tensor:

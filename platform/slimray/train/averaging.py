@@ -22,18 +22,27 @@ class Ema:
     """
 
     def __init__(self, net: nn.Module, decay: float):
-        self.decay, self.steps = decay, 0
+        self.decay = decay
         self.average = {name: value.detach().clone() for name, value in net.named_parameters()}
         self.norms = norm_state(net).clone()
+        self.steps = torch.zeros((), dtype=torch.int64, device=next(net.parameters()).device)
 
     @torch.no_grad()
-    def update(self, net: nn.Module) -> None:
-        """Move the average towards the parameters and statistics of `net`."""
-        self.steps += 1
-        share = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
+    def update(self, net: nn.Module, finite: Tensor | None = None) -> None:
+        """Move the average towards the parameters and statistics of `net`; nothing moves where the flag `finite`, which
+        is not read, does not hold.
+        """
+        finite = torch.ones_like(self.steps, dtype=torch.bool) if finite is None else finite
+        self.steps += finite
+        share = 1 - ((1 + self.steps).double() / (10 + self.steps)).clamp(max=self.decay)
         for name, value in net.named_parameters():
-            self.average[name].lerp_(value, share)
-        self.norms.lerp_(norm_state(net), share)
+            self._move(self.average[name], value, share, finite)
+        if len(self.norms):
+            self._move(self.norms, norm_state(net), share, finite)
+
+    @staticmethod
+    def _move(average: Tensor, value: Tensor, share: Tensor, finite: Tensor) -> None:
+        average.copy_(torch.where(finite, average.lerp(value, share.to(value.dtype)), average))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the averages by parameter name."""
@@ -44,7 +53,7 @@ class Ema:
         for name, value in tensors.items():
             self.average[name].copy_(value)
         self.norms.copy_(norms)
-        self.steps = steps
+        self.steps.fill_(steps)
 
     @torch.no_grad()
     def copy_to(self, net: nn.Module) -> None:

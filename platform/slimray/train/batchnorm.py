@@ -62,15 +62,26 @@ def _resume_training(module: Any, args: Any, output: Any) -> None:
 
 
 def snapshot(net: nn.Module) -> list[Tensor]:
-    """Return copies of everything that BatchNorm layers remember, `num_batches_tracked` included."""
-    return [buffer.clone() for norm in _tracking(net) for buffer in norm.buffers(recurse=False)]
+    """Return copies of everything that BatchNorm layers remember, `num_batches_tracked` included: a vector of each
+    type."""
+    return [torch.cat([buffer.reshape(-1) for buffer in buffers]) for buffers in _memory(net)]
 
 
-def restore(net: nn.Module, taken: list[Tensor]) -> None:
-    """Write back what `snapshot` took."""
-    buffers = [buffer for norm in _tracking(net) for buffer in norm.buffers(recurse=False)]
-    for buffer, before in zip(buffers, taken, strict=True):
-        buffer.copy_(before)
+def restore(net: nn.Module, taken: list[Tensor], unless: Tensor) -> None:
+    """Write back what `snapshot` took, unless the flag `unless` holds; it is not read."""
+    for buffers, before in zip(_memory(net), taken, strict=True):
+        now = torch.cat([buffer.reshape(-1) for buffer in buffers])
+        parts = torch.where(unless, now, before).split([buffer.numel() for buffer in buffers])
+        torch._foreach_copy_(buffers, [one.view_as(buffer) for one, buffer in zip(parts, buffers, strict=True)])  # type: ignore
+
+
+def _memory(net: nn.Module) -> list[list[Tensor]]:
+    """The buffers of the BatchNorm layers, those of one type together."""
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for norm in _tracking(net):
+        for buffer in norm.buffers(recurse=False):
+            found.setdefault(buffer.dtype, []).append(buffer)
+    return list(found.values())
 
 
 def norm_state(net: nn.Module) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 TRUST = 0.001  # eta of the paper
 
@@ -22,8 +23,9 @@ class Lars(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; parameters without gradient stay."""
+        """Take one step; parameters without gradient stay, and all where the flag `found_inf` is there and not 0."""
         loss = None if closure is None else closure()
+        found: Tensor | None = getattr(self, "found_inf", None)  # as torch's own optimizers have it; it is not read
         for group in self.param_groups:
             decay = group["weight_decay"]
             for weight in group["params"]:
@@ -37,6 +39,11 @@ class Lars(torch.optim.Optimizer):
                     step = step * torch.where(known, share, torch.ones_like(share))
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
-                buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(step, alpha=group["lr"])
-                weight.sub_(buffer)
+                buffer = state["momentum_buffer"]
+                if found is None:
+                    weight.sub_(buffer.mul_(group["momentum"]).add_(step, alpha=group["lr"]))
+                else:
+                    moved = buffer.mul(group["momentum"]).add_(step, alpha=group["lr"])
+                    buffer.copy_(torch.where(found == 0, moved, buffer))
+                    weight.sub_(torch.where(found == 0, moved, 0.0))
         return loss

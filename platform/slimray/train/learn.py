@@ -30,7 +30,7 @@ def fit_input(x: Tensor, space: Space, arch: Arch) -> Tensor:
     """
     frames, side = space.input_of(arch, "frames"), space.input_of(arch, "side")
     if frames is not None and frames != x.shape[1]:
-        x = x[:, ((torch.arange(frames) + 0.5) * (x.shape[1] / frames)).long().to(x.device)]
+        x = x[:, ((torch.arange(frames, device=x.device) + 0.5) * (x.shape[1] / frames)).long()]
     if side is None or x.shape[-1] == side:
         return x
     flat = nn.functional.interpolate(x.flatten(0, -4), (side, side), mode="bilinear", antialias=True)

@@ -36,7 +36,7 @@ from slimray.train.checkpoints import Progress, Saver
 from slimray.train.config import FitConfig
 from slimray.train.health import COMPUTING, OTHERS, end_process
 from slimray.train.methods.method import part
-from slimray.train.metrics import BadSamples, Clock, News, Records, training_row
+from slimray.train.metrics import BadSamples, Clock, Dropped, News, Records, training_row
 from slimray.train.notices import Notices, tell_stuck
 from slimray.train.pieces import Cut
 from slimray.train.ranks import Ranks, merge_scores
@@ -44,7 +44,7 @@ from slimray.train.shown import Shown
 from slimray.train.start import make_replica
 from slimray.train.workers import open_stream
 
-MAX_BAD_STEPS = 10  # steps in a row with a non-finite gradient before the run ends
+MAX_BAD_STEPS = 10  # steps in a row with a non-finite gradient before the run ends, where it looks at them
 ARITHMETIC = 2  # what a step divides its loss by; a run that began with 1 (before 2026-11-29) ends with it
 
 
@@ -60,7 +60,7 @@ class _Rank:
         self.run = runs.run_at(config.run_uri)
         self.num_train = config.sources["train"].num_samples
         self.progress, self.clock = Progress(), Clock()
-        self.bad_steps, self.looks, self.arithmetic, self.shuffle = 0, False, ARITHMETIC, SHUFFLE
+        self.dropped, self.looks, self.arithmetic, self.shuffle = Dropped(self.device), False, ARITHMETIC, SHUFFLE
         self.saved_at, self.news = time.monotonic(), News(config, self.rank)
         limit_s = config.scale.data_timeout_s + 20
         self.ranks = Ranks(self.rank, self.world, self.device, limit_s, self._stuck, self._reduces)
@@ -327,25 +327,22 @@ class _Rank:
         own = (
             0.0 if batch is None else float(self.task.weights(torch.from_numpy(batch.label[keep]), config.optim).sum())
         )
-        looks, counted = self.notices.due(progress), float(keep.sum())
+        looks, counted, lr = self.notices.due(progress), float(keep.sum()), self._rate(phase)
         num_valid, weight, num_bad, looks, *num_empty = self.ranks.sum(counted, own, new_bad, looks, *empty)
         self.looks = bool(looks)
         clock.communication += time.perf_counter() - start
         if num_bad and (failure := self.bad.too_many(config.max_bad_fraction)):
             return failure
         if weight:
-            lr = self._rate(phase)
             frozen = frozenset(i for i, count in enumerate(num_empty) if count)
             seed = (config.seed, progress.total_steps)
             total = weight / phase.share(step) if self.arithmetic > 1 else num_valid
             report = self.replica.step(cut.pieces, total, lr, seed, frozen, phase.is_held(step))
-            clock.loss += report.loss_sum
+            clock.loss += report.loss
             clock.transfer += report.transfer_s
             clock.compute += report.compute_s
             clock.communication += report.communication_s
-            self.bad_steps = 0 if report.finite else self.bad_steps + 1
-            if self.bad_steps >= MAX_BAD_STEPS:
-                return f"the gradient was not finite for {MAX_BAD_STEPS} steps in a row (lr {lr:g}): lower optim.lr"
+            self.dropped.note(report.fits)
         if self.records.samples is not None and batch is not None:
             self.records.samples.write(
                 {"step": progress.total_steps, "epoch": phase.epoch, "ids": batch.sample.tolist()}
@@ -355,7 +352,16 @@ class _Rank:
         clock.samples += int(num_valid)
         clock.weight += weight
         self.shown.weights_changed()
+        if self._logs(phase, step) or not self.replica.queued:
+            most, dropped = self.dropped.look()
+            clock.dropped += dropped
+            if most >= MAX_BAD_STEPS:
+                return f"the gradient was not finite for {MAX_BAD_STEPS} steps in a row (lr {lr:g}): lower optim.lr"
         return None
+
+    def _logs(self, phase: Phase, step: int) -> bool:
+        """Whether `step`, which is done, is one after which metrics are written, and read off a GPU."""
+        return self.progress.total_steps % self.config.log_every == 0 or step + 1 == phase.num_steps
 
     def _save_now(self) -> None:
         """Save, and return once the checkpoint is on storage. A collective."""
@@ -424,7 +430,7 @@ class _Rank:
     def _log(self, phase: Phase, step: int) -> None:
         clock, config = self.clock, self.config
         self.news.tell(phase, step, self.progress.total_steps, self.clock)
-        if self.progress.total_steps % config.log_every and step + 1 != phase.num_steps:
+        if not self._logs(phase, step):
             return
         row = {
             "phase": "train",

@@ -57,7 +57,28 @@ class Clock:
     steps: int = 0
     samples: int = 0
     weight: float = 0.0
-    loss: float = 0.0
+    loss: Tensor | float = 0.0  # on the device, where it is not waited for
+    dropped: int = 0
+
+
+class Dropped:
+    """Counts the steps that were dropped for a gradient that was not finite, on the device, which drops them."""
+
+    def __init__(self, device: torch.device):
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # in a row; since `look`: most in a row, all
+
+    def note(self, fits: Tensor) -> None:
+        """Count a step, by its flag as `StepReport` has it, which is not read."""
+        in_row, most, dropped = self.counts
+        in_row = torch.where(fits, 0, in_row + 1)
+        self.counts = torch.stack([in_row, torch.maximum(most, in_row), dropped + ~fits])
+
+    def look(self) -> tuple[int, int]:
+        """Return how many in a row were dropped at most, and how many in all, since the last call; a device is waited
+        for."""
+        _, most, dropped = self.counts.tolist()
+        self.counts[1:] = 0
+        return most, dropped
 
 
 class Records:
@@ -100,7 +121,7 @@ class Records:
 
 def training_row(clock: Clock, ranks: Ranks) -> dict[str, Any]:
     """Return the metrics of the steps of `clock`, over all ranks. A collective."""
-    loss, own = ranks.gather(clock.loss, clock.compute + clock.transfer)
+    loss, own = ranks.gather(float(clock.loss), clock.compute + clock.transfer)
     slow = slow_ranks((own / clock.steps).tolist())
     row = {
         "train/loss": float(loss.sum()) / (clock.weight or 1.0),
@@ -111,6 +132,8 @@ def training_row(clock: Clock, ranks: Ranks) -> dict[str, Any]:
         "time/compute_s": clock.compute / clock.steps,
         "time/communication_s": clock.communication / clock.steps,
     }
+    if clock.dropped:
+        row["train/dropped_steps"] = clock.dropped
     if slow:
         worst = max(slow, key=slow.__getitem__)
         row |= {"straggler/rank": worst, "straggler/ratio": slow[worst]}

@@ -131,13 +131,15 @@ def _names_its_ends(net: nn.Module) -> bool:
     return hasattr(net, "head_name") and hasattr(net, "first_conv_name")
 
 
-def make_optimizer(net: nn.Module, optim: OptimSpec, batch_total: int | None = None) -> torch.optim.Optimizer:
+def make_optimizer(
+    net: nn.Module, optim: OptimSpec, batch_total: int | None = None, queued: bool = False
+) -> torch.optim.Optimizer:
     """Return the optimizer over the groups of `optim`; the rate is set before each step (`set_learning_rate`).
 
-    `batch_total` (default `optim.reference_batch`) scales betas and eps with `scaling: sqrt`. UserError
-    `optim.groups: ...` for groups that the network has not.
+    `batch_total` (default `optim.reference_batch`) scales betas and eps with `scaling: sqrt`. With `queued` its steps
+    can be dropped on the device (`skip_unless`). UserError `optim.groups: ...` for groups that the network has not.
     """
-    groups = parameter_groups(net, groups_of(net, optim))
+    groups, fused = parameter_groups(net, groups_of(net, optim)), queued or None  # None: torch chooses
     for group in groups:
         group["weight_decay"] = optim.weight_decay * group["decay_mult"]
     if optim.optimizer == "lars":
@@ -150,8 +152,27 @@ def make_optimizer(net: nn.Module, optim: OptimSpec, batch_total: int | None = N
         first, second = optim.betas or (optim.momentum, 0.999)
         if ratio != 1:
             first, second = (max(0.0, 1 - ratio * (1 - beta)) for beta in (first, second))
-        return adam(groups, lr=optim.lr, betas=(first, second), eps=optim.eps / math.sqrt(ratio))
-    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov)
+        return adam(groups, lr=optim.lr, betas=(first, second), eps=optim.eps / math.sqrt(ratio), fused=fused)
+    sgd = torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov, fused=fused)
+    if queued:
+        _begin_momentum(sgd)
+    return sgd
+
+
+def skip_unless(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """Let the next step of a `queued` optimizer change nothing unless the flag `finite` holds, which is not read.
+
+    `found_inf` is how torch's fused optimizers are told so by its GradScaler; `Lars` knows it too.
+    """
+    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give each weight of a fused SGD its momentum, 0: torch takes memory as it is, and may drop the first step."""
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+        for weight in group["params"] if group["momentum"] else ():
+            if optimizer.state[weight].get("momentum_buffer") is None:
+                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -165,10 +186,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Take over the state that `optimizer_tensors` gave."""
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], queued: bool = False
+) -> None:
+    """Take over the state that `optimizer_tensors` gave, of an optimizer that was `queued` or not."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         number, _, key = name.partition(".")
         state.setdefault(int(number), {})[key] = value.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if queued:
+        _begin_momentum(optimizer)

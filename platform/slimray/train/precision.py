@@ -19,19 +19,21 @@ class LossScale:
         self.state = torch.tensor([start, 0.0], dtype=torch.float64, device=device)  # scale, finite steps in a row
 
     @property
-    def value(self) -> float:
-        """The factor."""
-        return float(self.state[0]) if self.used else 1.0
+    def factor(self) -> Tensor | float:
+        """The factor, on the device, where it is used."""
+        return self.state[0].float() if self.used else 1.0
 
-    def update(self, finite: bool) -> None:
-        """Note whether a step was finite."""
+    @property
+    def value(self) -> float:
+        """The factor; a device is waited for."""
+        return float(self.factor)
+
+    def update(self, finite: Tensor | bool) -> None:
+        """Note whether a step was finite, as a flag on the device, which is not read."""
         if not self.used:
             return
-        scale, steps = self.state.tolist()
-        if not finite:
-            scale, steps = scale / 2, 0
-        elif steps + 1 >= GROWTH_STEPS:
-            scale, steps = scale * 2, 0
-        else:
-            steps += 1
-        self.state.copy_(Tensor([scale, steps]))
+        finite = torch.as_tensor(finite, device=self.state.device)
+        scale, steps = self.state
+        grows = steps + 1 >= GROWTH_STEPS
+        scale = torch.where(finite, torch.where(grows, scale * 2, scale), scale / 2)
+        self.state.copy_(torch.stack([scale, torch.where(finite & ~grows, steps + 1, 0.0)]))

@@ -1,5 +1,7 @@
 """The ranks of a run among themselves: sums, gathers and unions over all of them, watched for ranks that hang.
 
+Numbers go from processor to processor, also where ranks compute on GPUs: whoever sums a number at each step waits for
+the other ranks' processors then, which are steps ahead, and for no GPU. Tensors go from device to device.
 Every method named a collective must be called by all ranks alike. A rank that does not move inside one waits for the
 others and is not stuck itself: `Watchdog` (health.py) is told so.
 """
@@ -35,6 +37,7 @@ class Ranks:
         waits: Callable[[], bool] = lambda: False,
     ):
         self.rank, self.world, self.device = rank, world, device
+        self.numbers: Any = dist.new_group(backend="gloo") if world > 1 and device.type != "cpu" else None
         self.watchdog = Watchdog(limit_s, stuck, waits)
 
     @contextlib.contextmanager
@@ -57,21 +60,21 @@ class Ranks:
 
     def sum(self, *values: float) -> list[float]:
         """Return the sums of `values` over all ranks. A collective."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        total = torch.tensor(values, dtype=torch.float64)
         with self.waiting():
             if self.world > 1:
-                dist.all_reduce(total)
-            return total.tolist()  # where a GPU waits
+                dist.all_reduce(total, group=self.numbers)
+        return total.tolist()
 
     def gather(self, *values: float) -> Tensor:
         """Return `values` of every rank, float64 `[len(values), world]`. A collective."""
-        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        mine = torch.tensor(values, dtype=torch.float64)
         if self.world == 1:
-            return mine[:, None].cpu()
+            return mine[:, None]
         everyone = [torch.empty_like(mine) for _ in range(self.world)]
         with self.waiting():
-            dist.all_gather(everyone, mine)
-            return torch.stack(everyone, 1).cpu()
+            dist.all_gather(everyone, mine, group=self.numbers)
+        return torch.stack(everyone, 1)
 
     def union(self, numbers: Sequence[int]) -> list[int]:
         """Return what is among the `numbers` (not negative) of any rank, sorted. A collective."""
@@ -82,10 +85,10 @@ class Ranks:
             return []
         mine = torch.full((most,), -1, dtype=torch.int64)
         mine[: len(numbers)] = torch.tensor(list(numbers), dtype=torch.int64)
-        everyone = [torch.empty_like(mine, device=self.device) for _ in range(self.world)]
+        everyone = [torch.empty_like(mine) for _ in range(self.world)]
         with self.waiting():
-            dist.all_gather(everyone, mine.to(self.device))
-            found = torch.cat(everyone).unique().tolist()
+            dist.all_gather(everyone, mine, group=self.numbers)
+        found = torch.cat(everyone).unique().tolist()
         return [number for number in found if number >= 0]
 
     def everyone(self, value: Any) -> list[Any]:
@@ -93,7 +96,7 @@ class Ranks:
         found: list[Any] = [value] * self.world
         with self.waiting():
             if self.world > 1:
-                dist.all_gather_object(found, value)
+                dist.all_gather_object(found, value, group=self.numbers)
         return found
 
     def share(self, data: bytes | None) -> bytes:
@@ -125,11 +128,11 @@ class Ranks:
 
     def agree(self, decided: bool) -> bool:
         """Return what rank 0 decided. A collective."""
-        flag = torch.tensor([float(decided)], device=self.device)
+        flag = torch.tensor([float(decided)])
         with self.waiting():
             if self.world > 1:
-                dist.broadcast(flag, 0)
-            return bool(flag)
+                dist.broadcast(flag, 0, group=self.numbers)
+        return bool(flag)
 
 
 def merge_scores(score: Score, world: int, device: torch.device) -> None:

@@ -63,18 +63,28 @@ class Piece:
 
 @dataclass(frozen=True)
 class StepReport:
-    """Report of one step: loss summed over this rank's samples, whether the gradient was finite (with fp16, or may be
-    at a smaller scale of the loss), seconds spent.
+    """Report of one step, on the device: `loss` summed over this rank's samples, a float64 scalar, and whether the
+    gradient `fits`, a flag: it was finite (with fp16, or may be at a smaller scale of the loss). Seconds spent.
 
     `communication_s` is the exposed part of the all-reduce: from the last gradient to the end of the backward pass. On
     GPUs, where work is queued, it is 0 and part of `compute_s`.
     """
 
-    loss_sum: float
-    finite: bool
+    loss: Tensor
+    fits: Tensor
     transfer_s: float
     compute_s: float
     communication_s: float
+
+    @property
+    def loss_sum(self) -> float:
+        """Return the loss; a device is waited for."""
+        return float(self.loss)
+
+    @property
+    def finite(self) -> bool:
+        """Return whether the gradient fits; a device is waited for."""
+        return bool(self.fits)
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,8 @@ class Setup:
 
     `sample_shape` is one input, (T, C, H, W) or (C, N). Gradients are all-reduced `bucket_mb` at a time, as bfloat16
     with `compress` "bf16", else as they are. `batch_total` is the global batch, for optimizers that scale with it.
-    `compile` says whether the network is compiled, by methods that train one.
+    `compile` says whether the network is compiled, by methods that train one. `queued`: whether a step is judged on
+    the device, which drops it by itself, and nothing of it is read; left open, on GPUs.
     """
 
     optim: OptimSpec
@@ -97,6 +108,7 @@ class Setup:
     batch_total: int | None = None
     task: Task = CLASSIFY
     compile: bool = False
+    queued: bool | None = None
 
 
 class Method(Protocol):
@@ -132,7 +144,7 @@ class Constraint(Protocol):
         ...
 
     def after_step(self) -> None:
-        """Put the weights right after the optimizer's step."""
+        """Put the weights right after the optimizer's step; those that are right stay, as after a dropped step."""
         ...
 
 
@@ -144,13 +156,14 @@ class Replica(abc.ABC):
     def __init__(self, net: nn.Module, setup: Setup):
         self.setup, self.optim, self.device = setup, setup.optim, setup.device
         self.rank, self.world = setup.rank, setup.world
+        self.queued = self.device.type == "cuda" if setup.queued is None else setup.queued
         batchnorm.set_norm_policy(net, self.optim.norm)
         batchnorm.guard_lone_values(net, self.world)
         set_products(self.optim.precision)
         self.scale = LossScale(arithmetic_of(self.optim.precision, self.device), self.device)
         layout = torch.channels_last if self.device.type == "cuda" and not _has_3d(net) else torch.preserve_format
         self.net = net.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
-        self.optimizer = optimizers.make_optimizer(self.net, self.optim, setup.batch_total)
+        self.optimizer = optimizers.make_optimizer(self.net, self.optim, setup.batch_total, self.queued)
         self.ema = Ema(self.net, self.optim.ema) if self.optim.ema else None
         self.reducing_at = 0.0  # when the last all-reduce of gradients began
         self.stepped_at = 0.0  # when the last step was over
@@ -176,18 +189,18 @@ class Replica(abc.ABC):
         """
         optimizers.set_learning_rate(self.optimizer, lr)
 
-        def update() -> tuple[bool, float, float, float]:
+        def update() -> tuple[Tensor, Tensor, float, float]:
             losses, transfer_s, exposed_s = self._gradients(pieces, total, seed, frozen)
-            finite = self._apply()  # only now a device is waited for
-            loss_sum = 0.0
+            finite = self._apply()
+            loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
             for found in losses:
                 for loss in found:
-                    loss_sum += float(loss) / len(found)
+                    loss_sum += loss.double() / len(found)
             return finite, loss_sum, transfer_s, exposed_s
 
         return self._attempt(seed, update)
 
-    def _attempt(self, seed: tuple[int, int], update: Callable[[], tuple[bool, float, float, float]]) -> StepReport:
+    def _attempt(self, seed: tuple[int, int], update: Callable[[], tuple[Tensor, Tensor, float, float]]) -> StepReport:
         """Run `update` in training mode; what is not finite leaves no trace in the statistics either.
 
         `update` returns whether it was finite (and applied), the loss sum, and the seconds of transfer and all-reduce.
@@ -198,11 +211,11 @@ class Replica(abc.ABC):
         start = time.perf_counter()
         finite, loss_sum, transfer_s, exposed_s = update()
         self.stepped_at = time.perf_counter()
-        if not finite:
-            batchnorm.restore(self.net, norms)
+        if self.queued or not finite:
+            batchnorm.restore(self.net, norms, unless=finite)
         self.scale.update(finite)
         compute_s = time.perf_counter() - start - transfer_s - exposed_s
-        fits = finite or (self.scale.used and self.scale.value >= 1)  # the next step is tried at half the scale
+        fits = finite | (self.scale.factor >= 1) if self.scale.used else finite  # it is tried at half the scale
         return StepReport(loss_sum, fits, transfer_s, compute_s, exposed_s)
 
     def _gradients(
@@ -222,7 +235,7 @@ class Replica(abc.ABC):
             ):
                 for losses in self._passes(batch, choice):
                     loss = losses.sum()
-                    (loss * (self.scale.value * self.world / total)).backward()
+                    (loss * (self.scale.factor * (self.world / total))).backward()
                     found.append(loss.detach())
             all_found.append(found)
         return all_found, transfer_s, self._reduce()
@@ -284,23 +297,29 @@ class Replica(abc.ABC):
             mean_over_ranks(gradients, self.world, self.setup.compress)
         return time.perf_counter() - start
 
-    def _apply(self) -> bool:
+    def _apply(self) -> Tensor:
+        """Move the weights by the gradients if these are finite; whether they are, a flag on the device.
+
+        Where work is queued nobody looks at it here: the optimizer and the averages move by nothing, on the device.
+        """
         if self.scale.used:
             for parameter in self.net.parameters():
                 if parameter.grad is not None:
-                    parameter.grad.div_(self.scale.value)
+                    parameter.grad.div_(self.scale.factor)
         if self.constraint:
             self.constraint.before_clipping()
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optim.clip_norm or float("inf"))
-        finite = bool(torch.isfinite(norm))
-        if finite:
+        finite = torch.isfinite(norm)
+        if self.queued or finite:
             if self.constraint:
                 self.constraint.before_step()
+            if self.queued:
+                optimizers.skip_unless(self.optimizer, finite)
             self.optimizer.step()
             if self.constraint:
                 self.constraint.after_step()
             if self.ema:
-                self.ema.update(self.net)
+                self.ema.update(self.net, finite)
         self.optimizer.zero_grad(set_to_none=True)
         return finite
 
@@ -321,7 +340,7 @@ class Replica(abc.ABC):
         if self.ema:
             out |= {f"ema.{k}": v for k, v in self.ema.tensors().items()}
             out |= {f"ema_norms.{rank}": vector for rank, vector in enumerate(self._kept(self.ema.norms))}
-            out["ema_steps"] = torch.tensor(self.ema.steps)
+            out["ema_steps"] = self.ema.steps
         if self.scale.used:
             out["loss_scale"] = self.scale.state
         norms = self._kept(batchnorm.norm_state(self.net))
@@ -330,7 +349,7 @@ class Replica(abc.ABC):
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over a state from `tensors`; statistics are the rank's own if the world is the same, else merged."""
         self.net.load_state_dict(part(tensors, "model."))
-        optimizers.load_optimizer_tensors(self.optimizer, part(tensors, "optim."))
+        optimizers.load_optimizer_tensors(self.optimizer, part(tensors, "optim."), self.queued)
         if "loss_scale" in tensors and self.scale.used:
             self.scale.state.copy_(tensors["loss_scale"])
         norms = self._own(part(tensors, "norms."))

@@ -150,8 +150,11 @@ class PathReplica(Replica):
         """
         return self._attempt(seed, lambda: (*self._search(pieces, total, seed), 0.0, 0.0))
 
-    def _search(self, pieces: Sequence[Piece], total: float, seed: tuple[int, int]) -> tuple[bool, float]:
-        """Move the alphas if the gradient is finite; whether it was, and the loss on this rank."""
+    def _search(self, pieces: Sequence[Piece], total: float, seed: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Move the alphas if the gradient is finite; whether it was, and the loss on this rank.
+
+        A device is waited for: paths are drawn here, by what alphas are.
+        """
         rng = random.Random(f"{seed[0]}-{seed[1]}-search")
         pairs: list[tuple[int, ...]] = []
         if self.method.gradient == "reinforce":
@@ -169,7 +172,8 @@ class PathReplica(Replica):
         self.adam.zero_grad(set_to_none=True)
         for number, pair in enumerate(pairs) if finite else ():
             rescale(self.alphas[number], before[number], pair)
-        return finite, loss_sum
+        found = torch.tensor([float(finite), loss_sum], dtype=torch.float64, device=self.device)
+        return found[0] > 0, found[1]
 
     def _through_gates(
         self, pieces: Sequence[Piece], total: float, members: Sequence[tuple[int, ...]], rng: random.Random
