@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from slimray.data.plan import (
+    CountPlan,
     Phase,
     blocks,
     epoch_order,
@@ -157,3 +158,16 @@ def test_a_pass_may_end_early():
     assert (phase.num_steps, phase.num_positions) == (3, 10)
     assert [hi for _, hi in (rank_slice(phase, step, 0, 1) for step in range(3))] == [4, 8, 10]
     assert Phase("precise", "train", 0, 31, 4, True, {}, limit=100).num_positions == 31
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_pass_that_ends_with_its_steps_is_the_beginning_of_the_whole_one(world: int):
+    whole, cut = (Phase("train", "train", 2, 31, 4, True, {}, steps=steps) for steps in (0, 5))
+    assert (whole.num_steps, cut.num_steps) == (8, 5)
+    assert cut.num_trained(cut.num_steps) == 20
+    for step in range(5):
+        assert cut.share(step) == 1.0
+        for rank in range(world):
+            assert rank_slice(cut, step, rank, world) == rank_slice(whole, step, rank, world)
+    assert CountPlan(cut).samples(0, 20, 1).tolist() == pass_order(whole, 1)[:20].tolist()
+    assert Phase("train", "train", 2, 31, 4, True, {}, steps=100).share(7) == 0.75

@@ -123,6 +123,18 @@ def test_a_last_window_that_is_not_full_is_dropped_on_request():
     assert cut.num_trained(cut.num_steps) == cut.num_steps * 8
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_pass_that_ends_with_its_steps_is_the_beginning_of_the_whole_one_on_any_number_of_workers(batch: int):
+    bags = Bags.of(LENGTHS, 100)
+    whole = phase(bags, batch)
+    for world in (1, 3):
+        cut = phase(bags, batch, steps=5)
+        assert (cut.num_steps, phase(bags, batch, steps=1000).num_steps) == (5, whole.num_steps)
+        wanted = [block for block in blocks([whole], world, range(world), 1) if block.step < 5]
+        assert list(blocks([cut], world, range(world), 1)) == wanted
+        assert ids(cut, wanted[0].lo, wanted[-1].hi) == ids(whole, wanted[0].lo, wanted[-1].hi)
+
+
 def test_arrays_of_unequal_length_are_filled_up_and_cut_down_again():
     a, b = np.arange(6).reshape(1, 2, 3), np.arange(10, 18).reshape(2, 2, 2)
     whole = joined([a, b], 1)

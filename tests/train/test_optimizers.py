@@ -16,7 +16,8 @@ from slimray.train.spec import OptimSpec
 
 
 def spec(**fields) -> OptimSpec:
-    return parse(OptimSpec, {"lr": 0.1, "reference_batch": 256, "epochs": 10} | fields, "job.yaml: optim")
+    fields = {"lr": 0.1, "reference_batch": 256} | ({} if "steps" in fields else {"epochs": 10}) | fields
+    return parse(OptimSpec, fields, "job.yaml: optim")
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "lars"])
@@ -105,6 +106,26 @@ def test_schedules_in_steps_are_those_of_the_published_translation_networks(shar
     assert optimizers.learning_rate(optim, 2 * 4096, 1, 0, 20_000, last // 10) > 1.9 * recorded["20000"]
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_that_count_steps_have_the_same_rates_however_long_an_epoch_is(shared, name):
+    fields, last = RECIPES[name]
+    recorded = json.loads((shared / "parity/language/hat_recipe.json").read_text())["lr_schedule"][name]
+    optim = spec(optimizer="adamw", steps=last, reference_batch=4096, betas=[0.9, 0.98], **fields)
+    for step, rate in recorded.items():
+        if not (optim.schedule == "cosine" and int(step) == last):
+            for one in (optim, optim.model_copy(update={"epochs": 7})):
+                assert optimizers.learning_rate(one, 4096, 1, 0, int(step), 999) == pytest.approx(rate, rel=1e-9), step
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine", "constant"])
+def test_without_a_warm_up_schedules_of_steps_fall_as_those_of_as_many_epochs(schedule):
+    fields = {"lr": 0.4, "reference_batch": 8, "schedule": schedule}
+    ways = spec(steps=100, **fields), spec(epochs=10, **fields)
+    for step in (0, 1, 39, 40, 50, 79, 80, 99):
+        rates = [optimizers.learning_rate(one, 8, 80, 8 * step, step, 10) for one in ways]
+        assert rates[0] == pytest.approx(rates[1], rel=1e-12)
+
+
 def test_the_schedule_of_the_language_model_warms_up_in_the_place_of_its_cosine(shared):
     recorded = json.loads((shared / "parity/language/micronet_score.json").read_text())["lr_cosine_lm"]
     fields = {"lr": 1e-3, "warmup_steps": 1000, "schedule": "cosine", "cosine_from": "start"}
@@ -128,6 +149,12 @@ def test_steps_and_epochs_warm_up_to_the_same_peak_and_fall_alike():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
+        ({"epochs": 0}, r"epochs: must be >= 1 \(got 0\)"),
+        ({"steps": None}, "epochs: is required, or steps"),
+        ({"steps": 5, "epochs": 1}, "steps: goes without epochs: write one of the two"),
+        ({"steps": 5, "warmup_epochs": 1}, "steps: goes without warmup_epochs: write one of the two"),
+        ({"steps": 5, "warmup_steps": 5}, r"warmup_steps: must be below steps \(5\), got 5"),
+        ({"steps": 5, "milestones": [1]}, "milestones: count epochs: with steps leave them out"),
         ({"warmup_steps": 5, "warmup_epochs": 0.5}, "warmup_steps: goes without warmup_epochs"),
         ({"warmup_from": 1e-7}, "warmup_from: belongs to warmup_steps"),
         ({"schedule": "inverse_sqrt"}, "warmup_steps: is required by schedule: inverse_sqrt"),

@@ -104,6 +104,20 @@ def test_jobs_that_train_but_are_not_planned_are_named(shell, where):  # noqa: F
     assert "holds no job of kind train, only those are planned; small is of kind shrink" in done.err
 
 
+def test_a_training_of_so_many_steps_takes_its_share_of_epochs(shell, where):  # noqa: F811
+    hours = []
+    for text in (TINY.replace("epochs: 3", "epochs: 5"), TINY.replace("epochs: 3", "steps: 250")):
+        Path("tiny.yaml").write_text(text)
+        done = shell("plan", "tiny.yaml", "--cluster", "two", "--workers", "1", "--samples", "800", "--json")
+        assert done.code == 0, done.err
+        hours.append(done.json()[0]["rows"][0]["hours"][1])
+    assert hours[1] == pytest.approx(hours[0] / 2)
+    one = job.load(["tiny.yaml"])[0].job
+    known = networks.schedule(one, 800).to_plain()
+    assert (known["epochs"], known["steps_per_epoch"], known["steps"]) == (3, 100, 250)
+    assert networks.schedule(one, None).steps == 250
+
+
 @pytest.mark.parametrize("name", ["plan.png", "plan.svg"])
 def test_a_plan_is_drawn(shell, where, name):  # noqa: F811
     done = shell("plan", "tiny.yaml", "--samples", "800", "--workers", "1,2,4", "--picture", name)

@@ -56,6 +56,10 @@ def test_a_job_on_texts_is_right(file):
     assert not problems(file)
     assert (known[1]["batch"], known[1]["accumulation"]) == (400, 2)
     assert "steps" not in known[1]
+    counted = ["net:optim={optimizer: adam, lr: 0.001, reference_batch: 400, steps: 70, groups: plain}"]
+    known = job.check(job.load([str(file)], counted), str(file.parent / "runs"))
+    assert known[1]["steps"] == 70
+    assert "epochs" not in known[1]
 
 
 @pytest.mark.parametrize(

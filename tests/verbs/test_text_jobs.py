@@ -116,6 +116,24 @@ def test_a_killed_worker_costs_no_bit(shell, calm):
     assert seen(shell, name) == {epoch: list(range(97)) for epoch in range(2)}
 
 
+def test_a_training_of_so_many_steps_ends_with_them_also_after_a_kill(shell, calm):
+    name, steps = "counted-text", 11
+    text = TRAIN.format(name=name).replace("epochs: 2", f"steps: {steps}")
+    run_and_kill_a_worker(shell, shell.write("counted-text.yaml", text), name)
+    run, whole = (runs.open_run(str(shell.storage), one) for one in (name, "calm-text"))
+    card = runs.read_card(run)
+    assert card is not None
+    assert card["steps"] == steps
+    taken, wanted = {}, {}
+    for one, ids in ((run, taken), (whole, wanted)):
+        for row in runs.read_parts(one, "samples"):  # one of each rank
+            ids[row["step"]] = sorted(ids.get(row["step"], []) + row["ids"])
+    assert steps < len(wanted) < 2 * steps, "the last of its passes is cut"
+    assert taken == {step: wanted[step] for step in range(steps)}
+    rows = [row for row in runs.read_parts(run, "metrics") if row["phase"] == "val"]
+    assert rows[-1]["step"] == steps, "its last pass ends with a validation"
+
+
 def test_a_killed_driver_resumes_on_another_number_of_workers_and_ends_in_the_same_weights(shell, calm):
     """Without dropout, which differs from rank to rank, they are the same but for rounding."""
     name = shell.write("elastic-text.yaml", TRAIN.format(name="elastic-text"))

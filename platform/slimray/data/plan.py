@@ -66,7 +66,8 @@ class Phase:
 
     `drop_last` leaves out a last window that is not full; `limit` ends the pass after so many positions (0: none).
 
-    With `bags` a window is `batch` of them, none is held out and there is no limit.
+    With `bags` a window is `batch` of them, none is held out and there is no limit. `steps` ends the pass after so many
+    windows (0: none).
 
     `version` is that of the shuffling: 1, 2 or SHUFFLE.
     """
@@ -85,6 +86,7 @@ class Phase:
     limit: int = 0
     bags: Bags | None = None
     version: int = 1
+    steps: int = 0
 
     @property
     def plan(self) -> Plan:
@@ -96,9 +98,8 @@ class Phase:
     @property
     def num_steps(self) -> int:
         """Steps of the whole pass, a short last window included."""
-        if self.bags is not None:
-            return self.plan.num_steps
-        return ceil_div(self.num_positions, self.batch)
+        count = ceil_div(self.num_positions, self.batch) if self.bags is None else self.plan.num_steps
+        return min(count, self.steps) if self.steps else count
 
     @property
     def num_positions(self) -> int:

@@ -212,18 +212,19 @@ def work(
     modality = MODALITIES[sample]
     decode_s, sample_mb = modality.packed.get(pack, (modality.decode_s, modality.sample_mb))
     peak = cluster.tmacs * (threads if cluster.shares_cores else 1)
+    epochs = job.optim.epochs if job.optim.steps is None else job.optim.steps / max(1, -(-samples // job.batch.size))
     return planner.Work(
         name=job.name,
         gradient_mb=4 * params / 1e6,
         samples=samples,
-        epochs=job.optim.epochs,
+        epochs=epochs,
         batch_total=job.batch.size,
         per_worker=job.batch.microbatch,
         compute_s=planner.compute_s(macs, peak, cluster.utilisation),
         decode_s=decode_s,
         sample_mb=sample_mb,
         requests=0.0 if job.data.cache else REQUESTS,
-        val_passes=-(-job.optim.epochs // job.val_every) if val_samples else 0,
+        val_passes=-(-epochs // job.val_every) if val_samples else 0,
         val_samples=val_samples,
         checkpoint_mb=8 * params / 1e6,  # weights and momentum
         threads=threads,

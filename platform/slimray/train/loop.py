@@ -10,6 +10,7 @@ mask at an epoch's end.
 
 import contextlib
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -211,6 +212,8 @@ class _Rank:
         bags, numbers = config.bags.get("train"), (epoch, self.num_train, config.window)
         held = config.method.held(epoch)
         phase = Phase("train", "train", *numbers, True, recipe, first, *held, config.drop_last, 0, bags, self.shuffle)
+        if config.optim.steps is not None:  # the last pass ends with them
+            phase = replace(phase, steps=max(0, config.optim.steps - epoch * phase.num_steps))
         if not phase.num_steps:
             raise RunFailed(
                 f"batch.drop_last: {self.num_train} training samples do not fill a batch of {config.batch_total}: "

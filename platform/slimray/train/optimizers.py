@@ -34,8 +34,8 @@ def learning_rate(
     For schedules in steps: after `step` steps of epochs of `num_steps`.
     """
     peak, epoch = peak_rate(optim, batch_total), samples_seen / num_samples
-    if optim.warmup_steps:
-        return _rate_by_steps(optim, peak, step, num_steps * optim.epochs)
+    if optim.warmup_steps or optim.steps:
+        return _rate_by_steps(optim, peak, step, optim.steps or num_steps * optim.epochs)
     if epoch < optim.warmup_epochs:
         start = min(optim.lr, peak / 10)
         return start + (peak - start) * epoch / optim.warmup_epochs
@@ -57,7 +57,7 @@ def _cosine(optim: OptimSpec, peak: float, progress: float) -> float:
 def _rate_by_steps(optim: OptimSpec, peak: float, step: int, last: int) -> float:
     """The rate after `step` steps of `last`, with a warm-up in steps."""
     warmup = optim.warmup_steps
-    if step <= warmup:
+    if warmup and step <= warmup:
         if not optim.warmup_from:
             return peak * max(step, 1) / warmup
         return optim.warmup_from + step * (peak - optim.warmup_from) / warmup
@@ -67,8 +67,9 @@ def _rate_by_steps(optim: OptimSpec, peak: float, step: int, last: int) -> float
         begin = warmup if optim.cosine_from == "warmup" else 0
         return _cosine(optim, peak, (step - begin) / max(1, last - begin))
     if optim.schedule == "step":
-        milestones = optim.milestones or (0.4 * optim.epochs, 0.8 * optim.epochs)
-        return peak * optim.gamma ** sum(step * optim.epochs >= milestone * last for milestone in milestones)
+        epochs = optim.epochs or 1  # where steps are given and nobody knows yet how many epochs they take
+        milestones = optim.milestones or (0.4 * epochs, 0.8 * epochs)
+        return peak * optim.gamma ** sum(step * epochs >= milestone * last for milestone in milestones)
     return peak
 
 

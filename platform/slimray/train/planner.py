@@ -78,7 +78,7 @@ class Work:
     name: str
     gradient_mb: float
     samples: int
-    epochs: int
+    epochs: float
     batch_total: int
     per_worker: int
     compute_s: Range

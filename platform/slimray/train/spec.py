@@ -26,8 +26,11 @@ class OptimSpec(Spec):
     """How the rate follows the batch: `linear` (arXiv 1706.02677), lr x batch.total / reference_batch; `sqrt` for Adam
     and AdamW (arXiv 2205.10287): with k = batch.total / reference_batch lr x sqrt(k), eps / sqrt(k), and each beta
     becomes 1 - k (1 - beta), at least 0."""
-    epochs: int = Field(ge=1)
+    epochs: int = Field(0, ge=0)
     """Passes over the training split."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps in place of `epochs`, as the recipes of language networks count: the last pass ends with them and
+    schedules follow steps (`warmup_steps`)."""
     warmup_epochs: float = Field(0, ge=0)
     """Epochs over which the rate rises linearly to its peak, from `lr` or a tenth of the peak, whichever is lower."""
     warmup_steps: int = Field(0, ge=0)
@@ -86,7 +89,18 @@ class OptimSpec(Spec):
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "OptimSpec":
-        if self.warmup_epochs >= self.epochs:
+        if self.steps is not None:
+            for name, value in (("epochs", self.epochs), ("warmup_epochs", self.warmup_epochs)):
+                if value:
+                    raise ValueError(f"steps: goes without {name}: write one of the two")
+            if self.milestones:
+                raise ValueError("milestones: count epochs: with steps leave them out (40 % and 80 % of the steps)")
+            if self.warmup_steps >= self.steps:
+                raise ValueError(f"warmup_steps: must be below steps ({self.steps}), got {self.warmup_steps}")
+        elif not self.epochs:
+            written = "epochs" in self.model_fields_set
+            raise ValueError("epochs: must be >= 1 (got 0)" if written else "epochs: is required, or steps")
+        elif self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs: must be below epochs ({self.epochs}), got {self.warmup_epochs:g}")
         if self.warmup_steps and self.warmup_epochs:
             raise ValueError("warmup_steps: goes without warmup_epochs: write one of the two")

@@ -144,7 +144,8 @@ def schedule(job: TrainJob, num_train: int | None) -> Summary:
         batch=job.batch.size,
         accumulation=ceil_div(job.batch.num_microbatches, job.scale.most),
         peak_lr=optimizers.peak_rate(job.optim, job.batch.size),
-        epochs=job.optim.epochs,
+        epochs=job.optim.epochs or None,
+        steps=job.optim.steps,
     )
     if num_train is not None and job.batch.tokens:
         out = dataclasses.replace(out, train_samples=num_train)
@@ -155,8 +156,9 @@ def schedule(job: TrainJob, num_train: int | None) -> Summary:
                 f"batch.drop_last: {num_train} training samples do not fill a batch of {job.batch.total}: lower "
                 "batch.total, or leave it out"
             )
-        total = steps * job.optim.epochs
-        out = dataclasses.replace(out, train_samples=num_train, steps_per_epoch=steps, steps=total)
+        total = job.optim.steps or steps * job.optim.epochs
+        numbers = {"train_samples": num_train, "epochs": ceil_div(total, steps), "steps_per_epoch": steps}
+        out = dataclasses.replace(out, **numbers, steps=total)
     return out
 
 

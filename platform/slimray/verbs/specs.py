@@ -154,6 +154,8 @@ class SharedOptimSpec(OptimSpec):
     """Belongs to the stages."""
     epochs: int = Field(1, exclude=True)
     """Belongs to the stages."""
+    steps: None = Field(None, exclude=True)
+    """Stages count epochs."""
     warmup_epochs: float = Field(0, exclude=True)
     """Belongs to the stages."""
 

@@ -15,6 +15,7 @@ import ray
 from slimray import runs
 from slimray.data.modalities import MODALITIES
 from slimray.data.pipeline import Source
+from slimray.data.plan import Phase, ceil_div
 from slimray.data.token_plan import Bags
 from slimray.tasks import task_of_card
 from slimray.tasks.network import Input
@@ -124,7 +125,7 @@ def fit_config(job: TrainJob, ctx: Context, run_uri: str, data: Data, summary: S
     segments = summary.sides[0] if MODALITIES[splits.card.sample].segmented else 0
     names = {"train": job.data.train} | ({"val": job.data.val} if job.data.val else {})
     root = root_of(splits, job.data)
-    return loop.FitConfig(
+    config = loop.FitConfig(
         run_uri=run_uri,
         attempt=ctx.attempt,
         model=networks.model_options(job, splits.card),
@@ -157,6 +158,17 @@ def fit_config(job: TrainJob, ctx: Context, run_uri: str, data: Data, summary: S
         compile=job.scale.compile,
         bags=_bags(job, {role: splits.tables[name] for role, name in names.items()}),
     )
+    return replace(config, optim=with_epochs(config))
+
+
+def with_epochs(config: loop.FitConfig) -> OptimSpec:
+    """Return the optimizer's section with the number of epochs that its `steps` take, where those are given."""
+    optim = config.optim
+    if optim.steps is None:
+        return optim
+    numbers = (0, config.sources["train"].num_samples, config.window)
+    whole = Phase("train", "train", *numbers, True, {}, drop_last=config.drop_last, bags=config.bags.get("train"))
+    return optim.model_copy(update={"epochs": ceil_div(optim.steps, max(1, whole.num_steps))})
 
 
 def _bags(job: TrainJob, tables: Mapping[str, pa.Table]) -> dict[str, Bags]:
