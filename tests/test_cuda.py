@@ -1,6 +1,7 @@
 """What only a GPU can show: networks give there what they give on a CPU, a step trains, repeats and can be dropped."""
 
 import copy
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from slimray.train import pieces
 from slimray.train.methods.method import Piece, Sent, Setup
 from slimray.train.methods.plain import PlainReplica
 from slimray.train.spec import OptimSpec
+from slimray.train.timing import timer_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 S3DIS, CLIPS, IMAGES = (2, 9, 512), (2, 4, 3, 64, 64), (2, 3, 64, 64)
@@ -141,6 +143,22 @@ def test_a_step_does_not_wait_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert report.finite
+
+
+def test_moments_are_those_of_the_gpu_not_of_who_queues():
+    timer, busy = timer_of(torch.device("cuda")), torch.randn(8192, 8192, device="cuda")
+    busy = busy @ busy / 90
+    timer.finish()
+    start, began = timer.now(), time.perf_counter()
+    for _ in range(20):
+        busy = busy @ busy / 90
+    end, queued_s = timer.now(), time.perf_counter() - began
+    assert not timer.has_passed(end)
+    assert timer.seconds(start, end) > 5 * queued_s
+    assert timer.has_passed(end)
+    idle = timer.now()
+    time.sleep(0.2)
+    assert timer.seconds(idle, timer.now()) > 0.1  # waiting for data, where nothing is queued
 
 
 def test_determinism_on_request_leaves_the_kernels_that_add():

@@ -445,14 +445,12 @@ Ready = Callable[[Phase, int, Batch | None], Any]
 class RankStream:
     """Iterates over the steps of one rank: yields (phase, step, batch), batch None where the rank has no rows.
 
-    The step after the one in use is fetched by a thread, so that waiting here is waiting for decoding;
-    `waited_s` is how long the last one took. That thread calls `ready(phase, step, batch)` too: what it returns comes
-    in place of the batch.
+    The step after the one in use is fetched by a thread, so that waiting here is waiting for decoding. That thread
+    calls `ready(phase, step, batch)` too: what it returns comes in place of the batch.
     """
 
     def __init__(self, feeder: Any, config: FeedConfig, rank: int, ready: Ready | None = None):
         self.feeder, self.config, self.rank, self.ready = feeder, config, rank, ready
-        self.waited_s = 0.0
 
     def __iter__(self) -> Iterator[tuple[Phase, int, Any]]:
         steps = [
@@ -463,9 +461,7 @@ class RankStream:
             following = fetcher.submit(self._collect, *steps[0]) if steps else None
             for i, (number, step) in enumerate(steps):
                 assert following is not None
-                start = time.perf_counter()
                 batch = following.result()
-                self.waited_s = time.perf_counter() - start
                 following = fetcher.submit(self._collect, *steps[i + 1]) if i + 1 < len(steps) else None
                 yield self.config.phases[number], step, batch
         finally:

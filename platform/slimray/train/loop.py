@@ -60,11 +60,12 @@ class _Rank:
         torch.set_num_threads(max(1, int(config.scale.cpus_per_worker)))
         self.run = runs.run_at(config.run_uri)
         self.num_train = config.sources["train"].num_samples
-        self.progress, self.clock = Progress(), Clock()
+        self.progress = Progress()
         self.dropped, self.looks, self.arithmetic, self.shuffle = Dropped(self.device), False, ARITHMETIC, SHUFFLE
         self.saved_at, self.news = time.monotonic(), News(config, self.rank)
         limit_s = config.scale.data_timeout_s + 20
         self.ranks = Ranks(self.rank, self.world, self.device, limit_s, self._stuck, self._reduces)
+        self.timer, self.clock = self.ranks.timer, Clock(self.ranks.timer)
         self.ranks.require_all_reduce()
         self.bad = BadSamples(self.num_train, self.ranks)
         self.replica = make_replica(config, self.ranks)
@@ -89,9 +90,9 @@ class _Rank:
             end_process()
 
     def _reduces(self) -> bool:
-        """Whether the rank is where all ranks add up their gradients, for more than a second."""
+        """Whether the rank is where all ranks add up their gradients, and waits there."""
         replica = getattr(self, "replica", None)  # none yet at the start
-        return replica is not None and replica.reduces_since() > 1
+        return replica is not None and replica.reduces()
 
     # ------------------------------------------------------------------------------------ resume and saving
 
@@ -252,19 +253,19 @@ class _Rank:
             wait_timeout_s=config.scale.data_timeout_s,
         )
         with open_stream(feed, config.feeder, config.progress_actor, self._cut) as stream:
-            score, net, started = None, None, time.perf_counter()
+            score, net, started = None, None, self.timer.now()
+            asked = started  # for the data of a step
             self.ranks.watchdog.beat("waiting for data")
             for phase, step, cut in stream:
                 batch = cut.batch
                 self.ranks.watchdog.beat(COMPUTING)
                 last = step + 1 == phase.num_steps
                 if phase.name == "train":
-                    self.clock.wait += stream.waited_s
+                    self.clock.add(("wait", asked, self.timer.now()))
                     failure = self._train(phase, step, cut)
                     if failure:
                         return {"failed": failure}
-                    self.clock.total += time.perf_counter() - started
-                    started = time.perf_counter()  # what follows belongs to the next step
+                    started = self.clock.end_step(started)  # what follows belongs to the next step
                     self._log(phase, step)
                     if last:
                         self.bad.end_epoch()
@@ -299,8 +300,8 @@ class _Rank:
                         return end
                     if last:
                         self._save()
-                if phase.name != "train":
-                    started = time.perf_counter()
+                asked = self.timer.now()
+                started = started if phase.name == "train" else asked
                 self.ranks.watchdog.beat("waiting for data")
         return None
 
@@ -326,14 +327,14 @@ class _Rank:
         if not np.array_equal(keep, cut.keep):  # cut before the epoch ended, in which a sample became known as bad
             cut = self._cut(phase, step, batch)
         empty = [float(not len(piece.data)) for piece in cut.pieces] if config.optim.norm == "sync" else []
-        start = time.perf_counter()
+        start = self.timer.now()
         own = (
             0.0 if batch is None else float(self.task.weights(torch.from_numpy(batch.label[keep]), config.optim).sum())
         )
         looks, counted, lr = self.notices.due(progress), float(keep.sum()), self._rate(phase)
         num_valid, weight, num_bad, looks, *num_empty = self.ranks.sum(counted, own, new_bad, looks, *empty)
         self.looks = bool(looks)
-        clock.communication += time.perf_counter() - start
+        clock.add(("sum", start, self.timer.now()))
         if num_bad and (failure := self.bad.too_many(config.max_bad_fraction)):
             return failure
         if weight:
@@ -342,16 +343,13 @@ class _Rank:
             total = weight / phase.share(step) if self.arithmetic > 1 else num_valid
             report = self.replica.step(cut.pieces, total, lr, seed, frozen, phase.is_held(step))
             clock.loss += report.loss
-            clock.transfer += report.transfer_s
-            clock.compute += report.compute_s
-            clock.communication += report.communication_s
+            clock.add(*report.spans)
             self.dropped.note(report.fits)
         if self.records.samples is not None and batch is not None:
             self.records.samples.write(
                 {"step": progress.total_steps, "epoch": phase.epoch, "ids": batch.sample.tolist()}
             )
         progress.step, progress.total_steps = step + 1, progress.total_steps + 1
-        clock.steps += 1
         clock.samples += int(num_valid)
         clock.weight += weight
         self.shown.weights_changed()
@@ -448,7 +446,7 @@ class _Rank:
         self.records.write_row(self.progress.total_steps, row)
         if self.rank == 0 and step + 1 == phase.num_steps:
             self.config.progress_actor.update.remote(loss=(phase.epoch + 1, row["train/loss"]))
-        self.clock = Clock()
+        self.clock = Clock(self.timer)
 
 
 def fit(config: FitConfig) -> dict[str, Any]:

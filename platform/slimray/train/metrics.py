@@ -1,8 +1,8 @@
 """Records of a rank while it trains: metric rows, gauges, bad samples, and its reports to the driver."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,9 @@ from slimray.data.plan import Phase
 from slimray.runs import tracking
 from slimray.train.config import FitConfig
 from slimray.train.health import slow_ranks
+from slimray.train.methods.method import Span
 from slimray.train.ranks import Ranks
+from slimray.train.timing import Moment, Timer
 
 # What Prometheus may ask Ray for (with `ray_` before it), out of a row of training metrics, its step, and the time
 # at which this process began to train (Unix seconds): Ray gives each start of a run a series of its own.
@@ -45,20 +47,46 @@ class Gauges:
             gauge.set(float(GAUGES[name](told)), {"run": self.run})
 
 
-@dataclass
 class Clock:
-    """Seconds and sums over the steps since the last metric row."""
+    """Seconds and sums over the steps since the last metric row.
 
-    wait: float = 0.0
-    transfer: float = 0.0
-    compute: float = 0.0
-    communication: float = 0.0
-    total: float = 0.0
-    steps: int = 0
-    samples: int = 0
-    weight: float = 0.0
-    loss: Tensor | float = 0.0  # on the device, where it is not waited for
-    dropped: int = 0
+    The `seconds` of a step, by the names of its spans, are known when the device has done it: those of the last steps,
+    as many as are queued, after `settle`. `timed` are the samples of those of which they are known.
+    """
+
+    def __init__(self, timer: Timer):
+        self.timer, self.timed = timer, 0
+        self.seconds: dict[str, float] = dict.fromkeys(("total", "wait", "sum", "work", "transfer", "reduce"), 0.0)
+        self.spans: list[Span] = []
+        self.queued: deque[tuple[list[Span], int]] = deque()
+        self.steps = self.samples = self.dropped = 0
+        self.weight = 0.0
+        self.loss: Tensor | float = 0.0  # on the device, where it is not waited for
+
+    def add(self, *spans: Span) -> None:
+        """Add parts of the step that is being done."""
+        self.spans += spans
+
+    def end_step(self, start: Moment) -> Moment:
+        """Add the step that began at `start`; the moment at which it ends. Returns when the device has done all but the
+        last few, and so never lets more be queued."""
+        end = self.timer.now()
+        self.queued.append(([*self.spans, ("total", start, end)], self.samples))
+        self.spans, self.steps = [], self.steps + 1
+        self.settle(self.timer.ahead)
+        return end
+
+    def settle(self, queued: int = 0) -> None:
+        """Wait for all steps but the last `queued`."""
+        while len(self.queued) > queued:
+            spans, self.timed = self.queued.popleft()
+            for name, start, end in spans:
+                self.seconds[name] += self.timer.seconds(start, end)
+
+    @property
+    def compute_s(self) -> float:
+        """Return the seconds of a rank's own work on its steps, without transfers."""
+        return self.seconds["work"] - self.seconds["transfer"] - self.seconds["reduce"]
 
 
 class Dropped:
@@ -121,16 +149,18 @@ class Records:
 
 def training_row(clock: Clock, ranks: Ranks) -> dict[str, Any]:
     """Return the metrics of the steps of `clock`, over all ranks. A collective."""
-    loss, own = ranks.gather(float(clock.loss), clock.compute + clock.transfer)
+    clock.settle()
+    seconds = clock.seconds
+    loss, own = ranks.gather(float(clock.loss), clock.compute_s + seconds["transfer"])
     slow = slow_ranks((own / clock.steps).tolist())
     row = {
         "train/loss": float(loss.sum()) / (clock.weight or 1.0),
-        "train/samples_per_s": clock.samples / max(clock.total, 1e-9),
-        "time/step_s": clock.total / clock.steps,
-        "data/wait_s": clock.wait / clock.steps,
-        "time/transfer_s": clock.transfer / clock.steps,
-        "time/compute_s": clock.compute / clock.steps,
-        "time/communication_s": clock.communication / clock.steps,
+        "train/samples_per_s": clock.samples / max(seconds["total"], 1e-9),
+        "time/step_s": seconds["total"] / clock.steps,
+        "data/wait_s": seconds["wait"] / clock.steps,
+        "time/transfer_s": seconds["transfer"] / clock.steps,
+        "time/compute_s": clock.compute_s / clock.steps,
+        "time/communication_s": (seconds["sum"] + seconds["reduce"]) / clock.steps,
     }
     if clock.dropped:
         row["train/dropped_steps"] = clock.dropped
@@ -154,8 +184,8 @@ class News:
         self.told_at = now
         state = {"phase": phase.name, "epoch": phase.epoch, "epochs": self.config.optim.epochs}
         state |= {"step": step + 1, "steps": phase.num_steps, "total_steps": total_steps}
-        if clock.total:
-            state |= {"samples_per_s": clock.samples / clock.total, "wait": clock.wait / clock.total}
+        if total := clock.seconds["total"]:
+            state |= {"samples_per_s": clock.timed / total, "wait": clock.seconds["wait"] / total}
         self.config.progress_actor.update.remote(**state)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from slimray.spec import RunFailed
 from slimray.tasks.task import Score
 from slimray.train.health import OTHERS, Watchdog
+from slimray.train.timing import timer_of
 
 SHARED = 2**26  # bytes that `share` sends at a time, through the memory of the device
 
@@ -37,13 +38,19 @@ class Ranks:
         waits: Callable[[], bool] = lambda: False,
     ):
         self.rank, self.world, self.device = rank, world, device
+        self.timer = timer_of(device)
         self.numbers: Any = dist.new_group(backend="gloo") if world > 1 and device.type != "cpu" else None
         self.watchdog = Watchdog(limit_s, stuck, waits)
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """A rank that does not move within the block waits for the other ranks, and is not stuck itself."""
+    def waiting(self, settled: bool = False) -> Iterator[None]:
+        """A rank that does not move within the block waits for the other ranks, and is not stuck itself.
+
+        What its device has still to do is its own work and done first, unless the block does without (`settled`).
+        """
         doing = self.watchdog.doing
+        if not settled:
+            self.timer.finish()
         self.watchdog.beat(OTHERS if self.world > 1 else doing)
         yield
         self.watchdog.beat(doing)
@@ -61,7 +68,7 @@ class Ranks:
     def sum(self, *values: float) -> list[float]:
         """Return the sums of `values` over all ranks. A collective."""
         total = torch.tensor(values, dtype=torch.float64)
-        with self.waiting():
+        with self.waiting(settled=True):
             if self.world > 1:
                 dist.all_reduce(total, group=self.numbers)
         return total.tolist()
@@ -72,7 +79,7 @@ class Ranks:
         if self.world == 1:
             return mine[:, None]
         everyone = [torch.empty_like(mine) for _ in range(self.world)]
-        with self.waiting():
+        with self.waiting(settled=True):
             dist.all_gather(everyone, mine, group=self.numbers)
         return torch.stack(everyone, 1)
 
@@ -86,7 +93,7 @@ class Ranks:
         mine = torch.full((most,), -1, dtype=torch.int64)
         mine[: len(numbers)] = torch.tensor(list(numbers), dtype=torch.int64)
         everyone = [torch.empty_like(mine) for _ in range(self.world)]
-        with self.waiting():
+        with self.waiting(settled=True):
             dist.all_gather(everyone, mine, group=self.numbers)
         found = torch.cat(everyone).unique().tolist()
         return [number for number in found if number >= 0]
@@ -94,7 +101,7 @@ class Ranks:
     def everyone(self, value: Any) -> list[Any]:
         """Return the `value` of every rank, which is pickled: not for what is done at each step. A collective."""
         found: list[Any] = [value] * self.world
-        with self.waiting():
+        with self.waiting(settled=True):
             if self.world > 1:
                 dist.all_gather_object(found, value, group=self.numbers)
         return found
@@ -129,7 +136,7 @@ class Ranks:
     def agree(self, decided: bool) -> bool:
         """Return what rank 0 decided. A collective."""
         flag = torch.tensor([float(decided)])
-        with self.waiting():
+        with self.waiting(settled=True):
             if self.world > 1:
                 dist.broadcast(flag, 0, group=self.numbers)
         return bool(flag)

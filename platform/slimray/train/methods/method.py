@@ -12,6 +12,7 @@ import abc
 import contextlib
 import copy
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,8 +30,10 @@ from slimray.train import batchnorm, learn, optimizers
 from slimray.train.averaging import LONG_AGO, Ema
 from slimray.train.precision import LossScale
 from slimray.train.spec import OptimSpec
+from slimray.train.timing import Moment, timer_of
 
 BUCKET = 2**22  # numbers all-reduced at a time
+REDUCING_S = 1.0  # from when on a rank that is in an all-reduce counts as waiting for the others
 GATHERED = 2**24  # numbers of all ranks that are on a device at a time, of vectors that each rank has its own of
 
 
@@ -61,20 +64,22 @@ class Piece:
     labels: np.ndarray | Sent
 
 
+Span = tuple[str, Moment, Moment]
+"""A part of a step by name, with its first and its last moment."""
+
+
 @dataclass(frozen=True)
 class StepReport:
     """Report of one step, on the device: `loss` summed over this rank's samples, a float64 scalar, and whether the
-    gradient `fits`, a flag: it was finite (with fp16, or may be at a smaller scale of the loss). Seconds spent.
+    gradient `fits`, a flag: it was finite (with fp16, or may be at a smaller scale of the loss).
 
-    `communication_s` is the exposed part of the all-reduce: from the last gradient to the end of the backward pass. On
-    GPUs, where work is queued, it is 0 and part of `compute_s`.
+    `spans` are moments of the device's timer (timing.py): "work" from the first to the last, within it "transfer" of
+    each piece and "reduce", the exposed part of the all-reduce, from the last gradient to the end of the backward pass.
     """
 
     loss: Tensor
     fits: Tensor
-    transfer_s: float
-    compute_s: float
-    communication_s: float
+    spans: tuple[Span, ...]
 
     @property
     def loss_sum(self) -> float:
@@ -165,8 +170,9 @@ class Replica(abc.ABC):
         self.net = net.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
         self.optimizer = optimizers.make_optimizer(self.net, self.optim, setup.batch_total, self.queued)
         self.ema = Ema(self.net, self.optim.ema) if self.optim.ema else None
-        self.reducing_at = 0.0  # when the last all-reduce of gradients began
-        self.stepped_at = 0.0  # when the last step was over
+        self.timer = timer_of(self.device)
+        self.reducing: tuple[float, Moment] | None = None  # since when, by the clock and on the device, gradients are
+        self.reduced: deque[tuple[float, Moment, Moment]] = deque(maxlen=4)  # the same of steps that may be queued
 
     # --------------------------------------------------------------------------------------------- one step
 
@@ -189,44 +195,43 @@ class Replica(abc.ABC):
         """
         optimizers.set_learning_rate(self.optimizer, lr)
 
-        def update() -> tuple[Tensor, Tensor, float, float]:
-            losses, transfer_s, exposed_s = self._gradients(pieces, total, seed, frozen)
+        def update() -> tuple[Tensor, Tensor, list[Span]]:
+            losses, spans = self._gradients(pieces, total, seed, frozen)
             finite = self._apply()
             loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
             for found in losses:
                 for loss in found:
                     loss_sum += loss.double() / len(found)
-            return finite, loss_sum, transfer_s, exposed_s
+            return finite, loss_sum, spans
 
         return self._attempt(seed, update)
 
-    def _attempt(self, seed: tuple[int, int], update: Callable[[], tuple[Tensor, Tensor, float, float]]) -> StepReport:
+    def _attempt(self, seed: tuple[int, int], update: Callable[[], tuple[Tensor, Tensor, list[Span]]]) -> StepReport:
         """Run `update` in training mode; what is not finite leaves no trace in the statistics either.
 
-        `update` returns whether it was finite (and applied), the loss sum, and the seconds of transfer and all-reduce.
+        `update` returns whether it was finite (and applied), the loss sum, and the spans of transfer and all-reduce.
         """
         learn.seed_step(*seed, self.rank)
         batchnorm.train_mode(self.net, self.optim.norm)
         norms = batchnorm.snapshot(self.net)
-        start = time.perf_counter()
-        finite, loss_sum, transfer_s, exposed_s = update()
-        self.stepped_at = time.perf_counter()
+        start = self.timer.now()
+        finite, loss_sum, spans = update()
         if self.queued or not finite:
             batchnorm.restore(self.net, norms, unless=finite)
         self.scale.update(finite)
-        compute_s = time.perf_counter() - start - transfer_s - exposed_s
         fits = finite | (self.scale.factor >= 1) if self.scale.used else finite  # it is tried at half the scale
-        return StepReport(loss_sum, fits, transfer_s, compute_s, exposed_s)
+        return StepReport(loss_sum, fits, (("work", start, self.timer.now()), *spans))
 
     def _gradients(
         self, pieces: Sequence[Piece], total: float, seed: tuple[int, int], frozen: frozenset[int]
-    ) -> tuple[list[list[Tensor]], float, float]:
+    ) -> tuple[list[list[Tensor]], list[Span]]:
         """Leave the gradients of the global batch in the parameters: the losses of the passes of each piece, on the
-        device, seconds of transfer and all-reduce."""
-        all_found, transfer_s, choice = [], 0.0, self._draw(seed)
+        device, and the spans of transfer and all-reduce."""
+        all_found, spans, choice = [], [], self._draw(seed)
         for number, piece in enumerate(pieces):
-            batch, seconds = self._on_device(piece)
-            transfer_s += seconds
+            start = self.timer.now()
+            batch = self._on_device(piece)
+            spans.append(("transfer", start, self.timer.now()))
             quiet = batch.labels is None or number in frozen
             found = []
             with (
@@ -238,7 +243,12 @@ class Replica(abc.ABC):
                     (loss * (self.scale.factor * (self.world / total))).backward()
                     found.append(loss.detach())
             all_found.append(found)
-        return all_found, transfer_s, self._reduce()
+        self._reduce()
+        if self.reducing is not None:
+            self.reduced.append((*self.reducing, self.timer.now()))
+            self.reducing = None
+            spans.append(("reduce", *self.reduced[-1][1:]))
+        return all_found, spans
 
     def _draw(self, seed: tuple[int, int]) -> Any:
         """Return what all pieces of a step share, a function of `seed`: the same on every rank."""
@@ -248,17 +258,13 @@ class Replica(abc.ABC):
     def _passes(self, batch: OnDevice, choice: Any) -> Iterator[Tensor]:
         """Yield the losses `[n]` of each forward pass over `batch`; its backward pass follows before the next one."""
 
-    def _on_device(self, piece: Piece) -> tuple[OnDevice, float]:
-        """A microbatch on the device, and the seconds that took."""
+    def _on_device(self, piece: Piece) -> OnDevice:
         if not len(piece.data):
-            return OnDevice(torch.zeros(1, *self.setup.sample_shape, device=self.device), None), 0.0
-        start = time.perf_counter()
+            return OnDevice(torch.zeros(1, *self.setup.sample_shape, device=self.device), None)
         data = piece.data.arrived() if isinstance(piece.data, Sent) else torch.from_numpy(piece.data)
         x = to_input(data, self.setup.pixels, self.device)
         own = piece.labels.arrived() if isinstance(piece.labels, Sent) else torch.from_numpy(piece.labels)
-        labels = own.to(self.device)
-        seconds = time.perf_counter() - start
-        return OnDevice(x, labels), seconds
+        return OnDevice(x, own.to(self.device))
 
     def _losses(self, outputs: Outputs, batch: OnDevice) -> Tensor:
         """The loss of each sample of `batch`, `[n]`; a 0 that depends on all outputs where there are no samples."""
@@ -288,14 +294,16 @@ class Replica(abc.ABC):
         """Around a piece, told whether `more` follow."""
         return contextlib.nullcontext()
 
-    def _reduce(self) -> float:
-        """Average the gradients over ranks; the seconds that took. A collective: all ranks have the same ones."""
-        start = time.perf_counter()
+    def _reduce(self, early: bool = False) -> None:
+        """Average the gradients over ranks. A collective: all ranks have the same ones."""
         if self.world > 1:
-            self.reducing_at = start
+            self.reduce_begins()
             gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-            mean_over_ranks(gradients, self.world, self.setup.compress)
-        return time.perf_counter() - start
+            mean_over_ranks(gradients, self.world, self.setup.compress, early)
+
+    def reduce_begins(self) -> None:
+        """Note that the gradients, or a bucket of them, are ready to be reduced."""
+        self.reducing = time.perf_counter(), self.timer.now()
 
     def _apply(self) -> Tensor:
         """Move the weights by the gradients if these are finite; whether they are, a flag on the device.
@@ -323,9 +331,13 @@ class Replica(abc.ABC):
         self.optimizer.zero_grad(set_to_none=True)
         return finite
 
-    def reduces_since(self) -> float:
-        """For how many seconds the all-reduce of a step has been going on, 0 between steps and before it."""
-        return time.perf_counter() - self.reducing_at if self.reducing_at > self.stepped_at else 0.0
+    def reduces(self) -> bool:
+        """Whether the device is in the all-reduce of a step, where it waits for other ranks, and not only just."""
+        begun, before = self.reducing, time.perf_counter() - REDUCING_S
+        if begun is not None and begun[0] < before and self.timer.has_passed(begun[1]):
+            return True
+        inside = self.timer.has_passed
+        return any(at < before and inside(start) and not inside(end) for at, start, end in tuple(self.reduced))
 
     def numbers(self) -> dict[str, float]:
         """Return what the method adds to the metrics of a step, by name."""

@@ -9,7 +9,6 @@ published a block that runs nothing keeps its alphas, and BatchNorm goes by the 
 
 import math
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -132,14 +131,9 @@ class PathReplica(Replica):
         with self._autocast():
             return self.net(batch.x, path, gates)
 
-    def _reduce(self) -> float:
+    def _reduce(self, early: bool = True) -> None:
         """As `Replica._reduce`: the path is the same on all ranks, so are the parameters that have gradients."""
-        start = time.perf_counter()
-        if self.world > 1:
-            self.reducing_at = start
-            gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-            mean_over_ranks(gradients, self.world, self.setup.compress, early=True)
-        return time.perf_counter() - start
+        super()._reduce(early)
 
     # -------------------------------------------------------------------------------------------- alphas
 
@@ -148,7 +142,7 @@ class PathReplica(Replica):
 
         A gradient that is not finite is dropped by all ranks alike.
         """
-        return self._attempt(seed, lambda: (*self._search(pieces, total, seed), 0.0, 0.0))
+        return self._attempt(seed, lambda: (*self._search(pieces, total, seed), []))
 
     def _search(self, pieces: Sequence[Piece], total: float, seed: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Move the alphas if the gradient is finite; whether it was, and the loss on this rank.
@@ -189,7 +183,7 @@ class PathReplica(Replica):
         for piece in pieces:
             if not len(piece.data):
                 continue
-            batch, _ = self._on_device(piece)
+            batch = self._on_device(piece)
             loss = self._losses(self._logits(batch, path, gates), batch).sum()
             loss_sum += float(loss.detach())
             scale = self.scale.value
@@ -215,7 +209,7 @@ class PathReplica(Replica):
         assert how_right is not None  # else the job was refused
         for number, path in enumerate(paths):
             for piece in pieces:
-                batch, _ = self._on_device(piece)
+                batch = self._on_device(piece)
                 if batch.labels is not None:
                     logits = self._logits(batch, path)
                     loss_sum += float(self._losses(logits, batch).sum()) / len(paths)

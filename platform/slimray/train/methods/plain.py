@@ -1,7 +1,6 @@
 """Plain training: one network learns from the labels, its gradients averaged by DDP while the backward pass runs."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,13 +55,12 @@ class PlainReplica(Replica):
     def _accumulating(self, more: bool) -> contextlib.AbstractContextManager[Any]:
         return self.shared.no_sync() if more and self.world > 1 else contextlib.nullcontext()
 
-    def _reduce(self) -> float:
-        """The seconds since the last bucket of gradients was ready: DDP has reduced them in the backward pass."""
-        return time.perf_counter() - self.reducing_at if self.world > 1 and self.device.type == "cpu" else 0.0
+    def _reduce(self, early: bool = False) -> None:
+        """Do nothing: DDP has reduced the gradients in the backward pass."""
 
 
 def _timed_allreduce(replica: PlainReplica, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore
     """DDP's own all-reduce, of bfloat16 on request, and a note of when the bucket was ready."""
-    replica.reducing_at = time.perf_counter()
+    replica.reduce_begins()
     reduce = bf16_compress_hook if replica.setup.compress == "bf16" else allreduce_hook
     return reduce(dist.group.WORLD, bucket)  # type: ignore[arg-type]
