@@ -4,8 +4,9 @@
 its network (SLIMRAY_SEEDS, SLIMRAY_ROWS as there). Codebooks of the 48 linear layers, nothing is trained afterwards;
 tables of embeddings and inputs stay float. The budget is what EVEN bits everywhere take, codebooks included. A policy
 is judged as `compress` judges, by the perplexity of the first HELD validation pairs; EPISODES of them, WARMUP random.
-The row `random` has as many random policies under the same budget. Seeds change the network and the agent. Scores are
-those of `translation`: BLEU of test_2016_flickr, compared sentence by sentence with that of the same bits everywhere.
+The row `random` has as many random policies under the same budget, `measured` what each layer alone suggests. Seeds
+change the network and the agent. Scores are those of `translation`: BLEU of test_2016_flickr, compared sentence by
+sentence with that of the same bits everywhere.
 """
 
 import json
@@ -68,6 +69,31 @@ class Bench(translation.Bench):
         tried = agents.search(walk, agents.SearchSettings(EPISODES, 1, settings), reward, self.seed)
         return agents.best(tried).policy, [self.judged[str(trial.policy)] for trial in tried]
 
+    def measured(self) -> haq.Policy:
+        """The best policy, of as many bytes as EVEN bits everywhere, of those that single layers suggest: layers that
+        lose least by a bit less, for their size, pay for a bit more of those that gain most by it."""
+        rounder, size = self.rounder, [layer.weights for layer in self.rounder.layers]
+        limit = rounder.cost(rounder.even(EVEN))
+
+        def judged(bits: list[int]) -> float:
+            policy = [[one] for one in bits]
+            return self.judge(str(policy), lambda: rounder.made(policy))
+
+        def order(bits: int) -> list[int]:
+            alone = [judged([bits if at == place else EVEN for at in range(len(size))]) for place in range(len(size))]
+            return sorted(range(len(size)), key=lambda place: alone[place] / size[place] - even / size[place])
+
+        even = judged([EVEN] * len(size))
+        least, most, tried = order(EVEN - 1), order(EVEN + 1), [[EVEN] * len(size)]
+        for count in range(2, len(size) // 2, 2):
+            bits = [EVEN - 1 if place in least[:count] else EVEN for place in range(len(size))]
+            for place in most:
+                more = [EVEN + 1 if at == place else one for at, one in enumerate(bits)]
+                if bits[place] == EVEN and rounder.cost([[one] for one in more]) <= limit:
+                    bits = more
+            tried.append(bits)
+        return [[one] for one in min(tried, key=judged)]
+
     def scored_policy(self, name: str, policy: haq.Policy) -> Row:
         """Scores of what the file of a policy holds, and its bytes."""
         chosen = {layer.name: (bits, None) for layer, (bits,) in zip(self.rounder.layers, policy, strict=True)}
@@ -93,6 +119,7 @@ ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "even": Bench.scored_even,
     "haq": lambda bench: bench.scored_search("haq"),
     "random": lambda bench: bench.scored_search("random"),
+    "measured": lambda bench: bench.scored_policy("measured", bench.measured()),
 }
 
 

@@ -80,6 +80,9 @@ class OptimSpec(Spec):
     mutual: float = Field(0.0, ge=0)
     """Weight of deep mutual learning (arXiv 1706.00384; as published for PVCNN: 1): above 0 two networks are trained,
     each on the labels and on the other's answers, and the first is kept."""
+    hebbian: int = Field(0, ge=0)
+    """Hebbian update of an adaptive softmax (arXiv 1803.10049): after each step words seen fewer than so many times are
+    drawn to the hidden vectors that preceded them (published for MicroNet: 500, with no clear gain). 0: none."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights and BatchNorm statistics, which is then evaluated and
     shipped; null keeps none. It warms up: after n steps the decay is at most (1 + n) / (10 + n)."""
@@ -113,6 +116,11 @@ class OptimSpec(Spec):
                 raise ValueError(f"{name}: belongs to schedule: cosine, not {self.schedule}")
         if self.milestones and self.schedule != "step":
             raise ValueError(f"milestones: belong to schedule: step, not {self.schedule}")
+        for name in ("mutual", "ema"):
+            if self.hebbian and getattr(self, name):
+                raise ValueError(
+                    f"hebbian: is for plain training, it does not go with {name}: leave one of the two out"
+                )
         adam = self.optimizer in ("adam", "adamw")
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
             raise ValueError(f"nesterov: needs optimizer: sgd with a momentum, not {self.optimizer}")

@@ -20,6 +20,7 @@ from slimray.edge.compiler import without_compiler
 from slimray.spec import UserError, did_you_mean, lookup, parse
 from slimray.tasks import task_of_card, task_options
 from slimray.train import optimizers
+from slimray.train.methods import hebbian
 from slimray.train.planner import Summary
 from slimray.verbs import inputs
 from slimray.verbs.context import CheckContext
@@ -219,6 +220,8 @@ def _measure(job: TrainJob, card: Card | None) -> tuple[Any, int]:
         raise UserError(f"model.{str(error).removeprefix(f'model {name}: ')}") from None
     except (RuntimeError, ValueError) as error:
         raise UserError(f"model: {name} cannot be built with these options ({_first_line(error)})") from None
+    if job.optim.hebbian and not hebbian.applies(net):
+        raise UserError(f"optim.hebbian: is for an adaptive softmax (micronet_lm), which {name} has not: leave it out")
     shape = _input_shape(job, card, net)
     if modality.segmented and job.data.sampling == "dense" and shape[0] > DENSE_WINDOW:
         raise UserError(f"model.num_segments: at most {DENSE_WINDOW} frames with data.sampling: dense (got {shape[0]})")

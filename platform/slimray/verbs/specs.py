@@ -140,6 +140,9 @@ class TrainJob(WorkerJob):
                 f"optim.precise_norm: {self.optim.precise_norm} samples are too few for {self.scale.most} workers: at "
                 f"least {2 * self.scale.most}, some thousands are usual"
             )
+        for name, given in (("teacher", self.teacher is not None), ("scale.compile", self.scale.compile)):
+            if self.optim.hebbian and given:
+                raise ValueError(f"optim.hebbian: is for plain training, it does not go with {name}: leave one out")
         if self.teacher is not None and self.optim.mutual:
             raise ValueError("optim.mutual: does not go with teacher, use one of the two")
         if self.checkpoint.ship == "best" and self.data.val is None:
@@ -165,8 +168,9 @@ class SharedOptimSpec(OptimSpec):
         for name in ("lr", "epochs", "warmup_epochs", "milestones"):
             if name in written:
                 raise ValueError(f"{name}: belongs to each of the stages, write it there")
-        if self.mutual:
-            raise ValueError("mutual: is for plain networks, leave it out with a supernet")
+        for name in ("mutual", "hebbian"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: is for plain training, leave it out here")
         if self.precise_norm:
             raise ValueError("precise_norm: is for plain networks: subnets are re-calibrated, each on its own")
         if self.norm != "local":

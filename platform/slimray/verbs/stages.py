@@ -21,6 +21,7 @@ from slimray.tasks import task_of_card
 from slimray.tasks.network import Input
 from slimray.train import learn, loop, workers
 from slimray.train.methods.distilled import Distilled
+from slimray.train.methods.hebbian import Hebbian
 from slimray.train.methods.method import Method
 from slimray.train.methods.mutual import Mutual
 from slimray.train.methods.plain import Plain
@@ -185,6 +186,8 @@ def _method(job: TrainJob, ctx: Context) -> Method:
         spec = TeacherSpec.model_validate({"run": job.teacher}) if isinstance(job.teacher, str) else job.teacher
         teacher = runs.find_run(spec.run, ctx.storage)
         return Distilled(teacher.uri, spec.weight, spec.labels, spec.temperature)
+    if job.optim.hebbian:
+        return Hebbian(job.optim.hebbian)
     return Mutual(job.optim.mutual) if job.optim.mutual else Plain()
 
 

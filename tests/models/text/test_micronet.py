@@ -108,9 +108,8 @@ def test_a_layer_is_the_one_recorded_with_and_without_memory(recorded):
 @torch.no_grad()
 def test_the_hebbian_update_is_the_intended_one(recorded):
     case = recorded["hebbian"]
-    weight, counts = adaptive.hebbian_update(
-        case["weight"], case["hidden"], case["target"], case["counters_before"], case["T"], case["gamma"]
-    )
+    sums = adaptive.hebbian_sums(case["weight"], case["hidden"], case["target"])
+    weight, counts = adaptive.hebbian_update(case["weight"], *sums, case["counters_before"], case["T"], case["gamma"])
     assert near(weight, case["weight_after_intended"], 1e-6)
     assert torch.equal(counts, case["counters_after"])
     assert not torch.equal(weight, case["weight_after_upstream"])

@@ -96,18 +96,25 @@ class AdaptiveSoftmax(nn.Module):
 
 
 @torch.no_grad()
+def hebbian_sums(weight: Tensor, hidden: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums `[V, C]` of the vectors `hidden` `[n, C]` that preceded `words` `[n]`, each brought to the length of the
+    word's `weight` `[V, C]`, and how many there were of each word `[V]`. Those of parts of a batch may be added."""
+    scaled = hidden * (weight[words].norm(dim=1) / hidden.norm(dim=1))[:, None]
+    seen = weight.new_zeros(len(weight)).index_add(0, words, torch.ones_like(words, dtype=weight.dtype))
+    return torch.zeros_like(weight).index_add(0, words, scaled), seen
+
+
+@torch.no_grad()
 def hebbian_update(
-    weight: Tensor, hidden: Tensor, words: Tensor, counts: Tensor, most: int = 500, least: float = 0.01
+    weight: Tensor, sums: Tensor, seen: Tensor, counts: Tensor, most: int = 500, least: float = 0.01
 ) -> tuple[Tensor, Tensor]:
     """Weights `[V, C]` of words drawn to what preceded them (Fast Parametric Learning, arXiv 1803.10049), and counts.
 
-    `hidden` `[n, C]` preceded `words` `[n]`, `counts` `[V]` begin with 1. A word seen `c` times so far, fewer than
-    `most`, moves by the share max(1 / c, `least`) to the mean of its hidden vectors, each brought to the length of the
-    word's weights. This is the rule as intended: the released code computed it and lost the result.
+    `sums` and `seen` are those of `hebbian_sums`, `counts` `[V]` begin with 1. A word seen `c` times so far, fewer than
+    `most`, moves by the share max(1 / c, `least`) to the mean of its hidden vectors. This is the rule as intended: the
+    released code computed it and lost the result.
     """
     share = torch.where(counts < most, (1 / counts).clamp(min=least), 0.0)
-    seen = torch.zeros_like(counts).index_add(0, words, torch.ones_like(words))
-    scaled = hidden * (weight[words].norm(dim=1) / hidden.norm(dim=1))[:, None]
-    mean = torch.zeros_like(weight).index_add(0, words, scaled) / seen.clamp(min=1)[:, None]
+    mean = sums / seen.clamp(min=1)[:, None]
     moved = torch.where((seen > 0)[:, None], weight + share[:, None] * (mean - weight), weight)
     return moved, counts + seen
