@@ -34,11 +34,11 @@ from ray.data.datasource import Datasource, ReadTask
 from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from slimray.data.modalities import empty_sample, modality_of, pads_of, read_recipe, target_of
+from slimray.data.decode import decoded
+from slimray.data.modalities import pads_of
 from slimray.data.plan import Block, Phase, blocks, ceil_div, feeder_nodes, feeder_ranks, num_feeders, rank_slice
 from slimray.data.ragged import joined, tight
-from slimray.data.rows import PLACE, Rows, Unpacked, packed, rows_of_blocks
-from slimray.data.samples import BadSample
+from slimray.data.rows import Rows, Unpacked, packed, rows_of_blocks
 from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError
 
@@ -111,8 +111,6 @@ class Batch:
 
 # ---------------------------------------------------------------------------------------- in the decoding tasks
 
-_BAD: dict[tuple[str, int], str] = {}  # what this process found: (index, sample) -> why it does not decode
-
 
 def rows_of(cut: Sequence[Block], config: FeedConfig) -> list[pa.Table]:
     """Return what the decoding task of each block of `cut` is given: its rows of the index, and where they belong."""
@@ -124,48 +122,9 @@ def rows_of(cut: Sequence[Block], config: FeedConfig) -> list[pa.Table]:
 
 def decode_block(rows: pa.Table, config: FeedConfig) -> dict[str, np.ndarray]:
     """Decode one block: `rows` are those that `rows_of` gives."""
-    phase_number, positions, samples = (rows.column(name).to_numpy() for name in PLACE)
-    phase = config.phases[int(phase_number[0])]
+    phase = config.phases[rows.column("phase")[0].as_py()]
     source = config.sources[phase.split]
-    modality, recipe = modality_of(phase.recipe), read_recipe(phase.recipe)
-    fixed = modality.pad is None  # else samples are as long as they are, and the block as its longest
-    data = np.zeros((len(samples), *modality.shape(recipe)) if fixed else 0, modality.dtype)
-    labels = target_of(phase.recipe).empty(len(samples) if fixed else 0)
-    own: list[tuple[np.ndarray, np.ndarray]] = []
-    paths, reasons = [], []
-    for i, (sample, row) in enumerate(zip(samples, rows.drop_columns(list(PLACE)).to_pylist(), strict=True)):
-        reason, key = "", (config.seed, phase.epoch, int(sample))
-        known = (source.index.hex(), int(sample))
-        try:
-            if phase.split == "train" and known in _BAD:  # its weight is 0 for good, and it may take long to fail
-                raise BadSample(_BAD[known])
-            sample, label = modality.load(row, source.root, recipe, key, config.decode_timeout_s)
-            if fixed:
-                data[i], labels[i] = sample, label
-            else:
-                own.append((sample, label))
-        except BadSample as bad:
-            reason = str(bad) or "does not decode"
-            _BAD[known] = reason
-            own += [] if fixed else [empty_sample(phase.recipe)]
-        except FileNotFoundError as error:  # Ray would take an OSError for something that passes
-            raise RunFailed(
-                f"a file of the index is missing ({error}): fix the list, or run `prepare` again"
-            ) from error
-        paths.append(row["path"])
-        reasons.append(reason)
-    if not fixed:
-        pads = pads_of(phase.recipe)
-        data, labels = (joined([values[None] for values in column], pad) for column, pad in zip(zip(*own), pads))
-    return {
-        "position": positions,
-        "sample": samples,
-        "label": labels,
-        "valid": np.array([not reason for reason in reasons], np.uint8),
-        "path": np.array(paths, object),
-        "reason": np.array(reasons, object),
-        "data": data,
-    }
+    return decoded(rows, phase, source.root, source.index.hex(), config.seed, config.decode_timeout_s)
 
 
 def all_nodes_but(left_out: Iterable[str]) -> dict[str, str]:

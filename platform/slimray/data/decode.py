@@ -1,0 +1,64 @@
+"""The samples of a block, decoded: rows of an index in, arrays out. Runs in the decoding tasks; no Ray.
+
+A sample that does not decode keeps its place, with the reason; one of a training pass is not tried again by the same
+process, as its weight is 0 for good and it may take long to fail. A file that is missing ends the run.
+"""
+
+import numpy as np
+import pyarrow as pa
+
+from slimray.data.modalities import empty_sample, modality_of, pads_of, read_recipe, target_of
+from slimray.data.plan import Phase
+from slimray.data.ragged import joined
+from slimray.data.rows import PLACE
+from slimray.data.samples import BadSample
+from slimray.spec import RunFailed
+
+_BAD: dict[tuple[str, int], str] = {}  # what this process found: (index, sample) -> why it does not decode
+
+
+def decoded(rows: pa.Table, phase: Phase, root: str, index: str, seed: int, timeout_s: float) -> dict[str, np.ndarray]:
+    """Return the columns of a block of `phase`: `rows` have those of the index and PLACE.
+
+    `root` is where the files lie, `index` names the index; a file may take `timeout_s` seconds.
+    """
+    _, positions, samples = (rows.column(name).to_numpy() for name in PLACE)
+    modality, recipe = modality_of(phase.recipe), read_recipe(phase.recipe)
+    fixed = modality.pad is None  # else samples are as long as they are, and the block as its longest
+    data = np.zeros((len(samples), *modality.shape(recipe)) if fixed else 0, modality.dtype)
+    labels = target_of(phase.recipe).empty(len(samples) if fixed else 0)
+    own: list[tuple[np.ndarray, np.ndarray]] = []
+    paths, reasons = [], []
+    for i, (sample, row) in enumerate(zip(samples, rows.drop_columns(list(PLACE)).to_pylist(), strict=True)):
+        reason, key = "", (seed, phase.epoch, int(sample))
+        known = (index, int(sample))
+        try:
+            if phase.split == "train" and known in _BAD:
+                raise BadSample(_BAD[known])
+            array, label = modality.load(row, root, recipe, key, timeout_s)
+            if fixed:
+                data[i], labels[i] = array, label
+            else:
+                own.append((array, label))
+        except BadSample as bad:
+            reason = str(bad) or "does not decode"
+            _BAD[known] = reason
+            own += [] if fixed else [empty_sample(phase.recipe)]
+        except FileNotFoundError as error:  # Ray would take an OSError for something that passes
+            raise RunFailed(
+                f"a file of the index is missing ({error}): fix the list, or run `prepare` again"
+            ) from error
+        paths.append(row["path"])
+        reasons.append(reason)
+    if not fixed:
+        pads = pads_of(phase.recipe)
+        data, labels = (joined([values[None] for values in column], pad) for column, pad in zip(zip(*own), pads))
+    return {
+        "position": positions,
+        "sample": samples,
+        "label": labels,
+        "valid": np.array([not reason for reason in reasons], np.uint8),
+        "path": np.array(paths, object),
+        "reason": np.array(reasons, object),
+        "data": data,
+    }
