@@ -1,6 +1,7 @@
 """A feeder gives every rank its own positions of the plan in order, across phases and Ray Data executions."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tests.waits import patience, wait_for
 
 from slimray.data.index import index_table
-from slimray.data.pipeline import FeedConfig, RankStream, Source, decode_block, feeder_of, rows_of, start_feeders
-from slimray.data.plan import Block, Phase, epoch_order, rank_slice
+from slimray.data.pipeline import (
+    FeedConfig,
+    RankStream,
+    Source,
+    block_sizes,
+    decode_block,
+    feeder_of,
+    rows_of,
+    start_feeders,
+)
+from slimray.data.plan import RANKS_AT_ONCE, Block, Phase, epoch_order, rank_slice
 from slimray.data.points.clouds import Cloud, write_cloud
 from slimray.data.points.recipe import PointRecipe
 from slimray.spec import RunFailed
@@ -56,23 +66,25 @@ def feed(folder, table: pa.Table, blocks_per_execution: int) -> FeedConfig:
 
 
 def consume(config: FeedConfig, name: str) -> list[list[tuple[str, int, int, list[int]]]]:
-    """What each rank saw: (phase, epoch, step, samples), the samples told by their points."""
+    """What each rank saw: (phase, epoch, step, samples), the samples told by their points, -1 where they are bad."""
     _, feeders = start_feeders(config, name)
 
     def rank_sees(rank: int) -> list[tuple[str, int, int, list[int]]]:
-        stream = RankStream(feeder_of(rank, WORLD, len(feeders), name), config, rank)
+        stream = RankStream(feeder_of(rank, config.world, len(feeders), name), config, rank)
         return [
             (
                 phase.name,
                 phase.epoch,
                 step,
-                [] if batch is None else np.floor(batch.data[:, 0, 0].min(1)).astype(int).tolist(),
+                []
+                if batch is None
+                else np.where(batch.valid, np.floor(batch.data[:, 0, 0].min(1)), -1).astype(int).tolist(),
             )
             for phase, step, batch in stream
         ]
 
-    with ThreadPoolExecutor(WORLD) as pool:
-        return list(pool.map(rank_sees, range(WORLD)))
+    with ThreadPoolExecutor(config.world) as pool:
+        return list(pool.map(rank_sees, range(config.world)))
 
 
 @pytest.mark.parametrize("blocks_per_execution", [2000, 5])
@@ -86,6 +98,30 @@ def test_every_rank_sees_its_own_samples_in_order(cluster, tmp_path, blocks_per_
             for step in range(phase.first_step, phase.num_steps):
                 lo, hi = rank_slice(phase, step, rank, WORLD)
                 wanted.append((phase.name, phase.epoch, step, order[lo:hi].tolist()))
+        assert seen[rank] == wanted
+
+
+def test_ranks_of_which_blocks_hold_several_steps_see_their_own_samples_too(cluster, tmp_path):
+    """Begun amid an epoch; ranks that have nothing at some steps, a short last step, two executions, a bad file."""
+    world, num, batch = 2 * RANKS_AT_ONCE + 1, 20 * NUM, 90
+    clouds(tmp_path)
+    (tmp_path / "5.npz").write_bytes(b"damaged")
+    table = index_table([{"path": f"{i % NUM}.npz", "label": i % NUM} for i in range(num)])
+    phases = (
+        Phase("train", "all", 0, num, batch, True, RECIPE, first_step=1),
+        Phase("val", "all", 0, RANKS_AT_ONCE, batch, False, RECIPE),
+        Phase("train", "all", 1, num, batch, True, RECIPE),
+    )
+    config = FeedConfig(phases, {"all": Source(str(tmp_path), ray.put(table), num)}, 7, world, 4, 2)
+    assert block_sizes(config, world)[0] == [3, 3, 3]
+    seen = consume(replace(config, blocks_per_execution=60), "feeder-several")
+    for rank in range(world):
+        wanted = []
+        for phase in phases:
+            order = epoch_order(phase.num_samples, 7, phase.epoch, phase.shuffle) % NUM
+            for step in range(phase.first_step, phase.num_steps):
+                samples = order[slice(*rank_slice(phase, step, rank, world))]
+                wanted.append((phase.name, phase.epoch, step, np.where(samples == 5, -1, samples).tolist()))
         assert seen[rank] == wanted
 
 

@@ -6,6 +6,7 @@ key (seed, epoch, sample). What does not decode raises BadSample; storage that f
 predicted from a sample is a task (slimray.tasks); of its targets only `Target` is known here. No torch.
 """
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -94,6 +95,14 @@ def empty_sample(recipe: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 def sample_shape(recipe: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the shape of a sample of a plain recipe, its views first."""
     return modality_of(recipe).shape(read_recipe(recipe))
+
+
+def sample_bytes(recipe: Mapping[str, Any]) -> int:
+    """Return the bytes of a decoded sample of a plain recipe and of its target, where they differ of the longest."""
+    return (
+        math.prod(sample_shape(recipe)) * np.dtype(modality_of(recipe).dtype).itemsize
+        + target_of(recipe).empty(1).nbytes
+    )
 
 
 def input_shape(recipe: Mapping[str, Any]) -> tuple[int, ...]:

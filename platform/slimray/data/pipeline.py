@@ -35,10 +35,20 @@ from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from slimray.data.decode import decoded
-from slimray.data.modalities import pads_of
-from slimray.data.plan import Block, Phase, blocks, ceil_div, feeder_nodes, feeder_ranks, num_feeders, rank_slice
+from slimray.data.modalities import modality_of, pads_of, sample_bytes, sample_shape
+from slimray.data.plan import (
+    Block,
+    Phase,
+    block_size,
+    blocks,
+    ceil_div,
+    feeder_nodes,
+    feeder_ranks,
+    num_feeders,
+    rank_slice,
+)
 from slimray.data.ragged import joined, tight
-from slimray.data.rows import Rows, Unpacked, packed, rows_of_blocks
+from slimray.data.rows import Rows, Unpacked, divided, packed, rows_of_blocks
 from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError
 
@@ -109,6 +119,13 @@ class Batch:
         return one
 
 
+def batch_of(tables: Sequence[pa.Table], phase: Phase) -> Batch:
+    """Return rows of blocks as the batch of a step, as long as its own longest sample: a block may hold longer ones."""
+    pads = pads_of(phase.recipe)
+    batch = Batch(tables, pads)
+    return batch if modality_of(phase.recipe).pad is None else batch.cut(0, len(batch), pads)
+
+
 # ---------------------------------------------------------------------------------------- in the decoding tasks
 
 
@@ -125,6 +142,19 @@ def decode_block(rows: pa.Table, config: FeedConfig) -> dict[str, np.ndarray]:
     phase = config.phases[rows.column("phase")[0].as_py()]
     source = config.sources[phase.split]
     return decoded(rows, phase, source.root, source.index.hex(), config.seed, config.decode_timeout_s)
+
+
+def block_sizes(config: FeedConfig, num_ranks: int) -> tuple[list[int], int]:
+    """Return of how many microbatches a block of each phase is for a feeder of `num_ranks`, and the bytes of the
+    largest that is of several."""
+    sizes, largest = [], 0
+    for phase in config.phases:
+        bags, rows = phase.bags, config.max_rows
+        rows = rows if bags is None else ceil_div(bags.tokens, sample_shape(phase.recipe)[-1])
+        num_bytes = rows * sample_bytes(phase.recipe)
+        sizes.append(block_size(num_ranks, num_bytes))
+        largest = max(largest, sizes[-1] * num_bytes if sizes[-1] > 1 else 0)
+    return sizes, largest
 
 
 def all_nodes_but(left_out: Iterable[str]) -> dict[str, str]:
@@ -223,17 +253,18 @@ class _Feeder:
             return False
         self.began = True
         self.config, self.ranks = config, ranks
-        self.plan = blocks(config.phases, config.world, ranks, config.max_rows)  # lazily: an epoch may have millions
+        sizes, self.block_bytes = block_sizes(config, len(ranks))
+        self.plan = blocks(config.phases, config.world, ranks, config.max_rows, sizes)  # lazily: there may be millions
         self.queues: dict[int, asyncio.Queue] = {rank: asyncio.Queue() for rank in ranks}
-        ahead = max(8, STEPS_AHEAD * self._blocks_per_step() * len(ranks))
-        self.room = threading.Semaphore(ahead)
+        ahead = max(STEPS_AHEAD * self._pieces_per_step(), *sizes, 1) * len(ranks)  # a block of each rank, or more
+        self.room = threading.Semaphore(max(8, ahead))
         self.failure: RunFailed | None = None
         self.loop = asyncio.get_running_loop()
         threading.Thread(target=self._stream, daemon=True, name="feeder").start()
         self.ready.set()
         return True
 
-    def _blocks_per_step(self) -> int:
+    def _pieces_per_step(self) -> int:
         largest = max((phase.batch for phase in self.config.phases), default=1)
         if any(phase.bags is not None for phase in self.config.phases):
             return ceil_div(largest, self.config.world)
@@ -242,37 +273,41 @@ class _Feeder:
     async def take(self, rank: int) -> tuple[list[Any], int]:
         """The next block of `rank`: ([reference], rows). Raises what ended the pipeline: RunFailed, StorageError."""
         await self.ready.wait()  # a rank may ask before the call that begins is here
-        ref, num_rows = await self.queues[rank].get()
+        ref, num_rows, pieces = await self.queues[rank].get()
         if ref is None:
-            self.queues[rank].put_nowait((None, 0))
+            self.queues[rank].put_nowait((None, 0, 0))
             raise self.failure or RunFailed("the data pipeline ended before the plan did")
-        self.room.release()
+        if pieces:
+            self.room.release(pieces)
         return [ref], num_rows
 
     def _stream(self) -> None:
         try:
-            for block, ref, num_rows in self._blocks():
-                self.room.acquire()
-                self.loop.call_soon_threadsafe(self.queues[block.rank].put_nowait, (ref, num_rows))
+            for rank, ref, num_rows, pieces in self._blocks():
+                for _ in range(pieces):
+                    self.room.acquire()
+                self.loop.call_soon_threadsafe(self.queues[rank].put_nowait, (ref, num_rows, pieces))
         except BaseException as error:  # noqa: BLE001  (whatever it is, the ranks must hear of it instead of waiting)
             self.failure = failure_of(error)
         for queue in self.queues.values():
-            self.loop.call_soon_threadsafe(queue.put_nowait, (None, 0))
+            self.loop.call_soon_threadsafe(queue.put_nowait, (None, 0, 0))
 
-    def _blocks(self) -> Iterator[tuple[Block, Any, int]]:
-        """All blocks in order; the next execution is started when the current one has nothing left to begin."""
+    def _blocks(self) -> Iterator[tuple[int, Any, int, int]]:
+        """All blocks in order: rank, reference, rows and microbatches, the latter with the first part of one that Ray
+        Data has cut. The next execution is started when the current one has nothing left to begin."""
         with ThreadPoolExecutor(1) as starter:
             cut = self._next_cut()
             following: Future | None = starter.submit(self._execute, cut) if cut else None
             while cut:
                 assert following is not None
                 bundles, following, after = following.result(), None, self._next_cut()
-                rows = iter([(block, block.hi - block.lo) for block in cut])
+                rows = iter([(block, block.num_rows) for block in cut])
                 block, left = next(rows)
                 done = 0
                 for bundle in bundles:
                     for entry in bundle.blocks:
-                        yield block, entry.ref, entry.metadata.num_rows
+                        pieces = len(block.pieces) if left == block.num_rows else 0
+                        yield block.rank, entry.ref, entry.metadata.num_rows, pieces
                         left -= entry.metadata.num_rows
                         if left == 0:
                             done += 1
@@ -295,6 +330,7 @@ class _Feeder:
         context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=self.config.decode_slots)
         if self.config.left_out:
             context.execution_options.label_selector = all_nodes_but(self.config.left_out)
+        context.target_max_block_size = max(context.target_max_block_size or 0, self.block_bytes)  # it cuts larger ones
         context.raise_original_map_exception = True
         context.execution_no_progress_timeout_s = -1  # training may pause longer; a rank's wait has its own bound
         config = self.config
@@ -410,6 +446,7 @@ class RankStream:
 
     def __init__(self, feeder: Any, config: FeedConfig, rank: int, ready: Ready | None = None):
         self.feeder, self.config, self.rank, self.ready = feeder, config, rank, ready
+        self.rest: list[pa.Table] = []  # of a block that holds several steps
 
     def __iter__(self) -> Iterator[tuple[Phase, int, Any]]:
         steps = [
@@ -430,12 +467,14 @@ class RankStream:
         """The rank's rows of one step, checked to be its own, and ready."""
         phase = self.config.phases[number]
         lo, hi = rank_slice(phase, step, self.rank, self.config.world)
-        tables, have, deadline = [], 0, time.monotonic() + self.config.wait_timeout_s
+        tables, deadline = self.rest, time.monotonic() + self.config.wait_timeout_s
+        have = sum(table.num_rows for table in tables)
         while have < hi - lo:
             refs, num_rows = self._get(self.feeder.take.remote(self.rank), phase, step, deadline)
             tables.append(self._get(refs[0], phase, step, deadline))
             have += num_rows
-        batch = Batch(tables, pads_of(phase.recipe)) if tables else None
+        tables, self.rest = divided(tables, hi - lo)
+        batch = batch_of(tables, phase) if tables else None
         if batch is not None and not np.array_equal(batch.position, np.arange(lo, hi)):
             raise RunFailed(
                 f"rank {self.rank} got positions {batch.position[0]} to {batch.position[-1]} at step {step} of "

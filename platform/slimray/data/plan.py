@@ -9,6 +9,7 @@ workers repeats and skips nothing. A `Phase` is one pass over one split (a train
 the data pipeline streams a list of phases as numbered blocks, and this file alone knows the numbering. numpy only.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +21,8 @@ from slimray.data.permutation import permuted
 from slimray.data.token_plan import Bags, TokenPlan, ceil_div
 
 RANKS_OF_FEEDER = 64
+RANKS_AT_ONCE = 8  # of whose microbatches a block holds one: those of a node
+BLOCK_BYTES = 512 << 20  # a decoding process holds a block twice
 MIN_USED = 0.8  # of the free CPUs that executions are to get
 SHUFFLE = 3  # how new runs shuffle: by position; one that began with arrays (1; of samples in bags 2) ends with them
 
@@ -136,13 +139,25 @@ class Phase:
 
 @dataclass(frozen=True)
 class Block:
-    """Positions `lo` to `hi` of phase number `phase`, all for one rank within one step: one decoding task."""
+    """Positions `lo` to `hi` of phase number `phase`, all for one rank within one step, and what `later` steps have for
+    that rank, (step, lo, hi) each: one decoding task."""
 
     phase: int
     step: int
     rank: int
     lo: int
     hi: int
+    later: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def pieces(self) -> tuple[tuple[int, int, int], ...]:
+        """Its microbatches in order: step, and the positions [lo, hi)."""
+        return ((self.step, self.lo, self.hi), *self.later)
+
+    @property
+    def num_rows(self) -> int:
+        """Samples of all its microbatches."""
+        return sum(hi - lo for _, lo, hi in self.pieces)
 
 
 @lru_cache(maxsize=4)
@@ -238,16 +253,35 @@ def microbatches(phase: Phase, step: int, rank: int, world: int, per_worker: int
     return phase.plan.microbatches(step, rank, world, per_worker)
 
 
-def blocks(phases: Sequence[Phase], world: int, ranks: Sequence[int], max_rows: int) -> Iterator[Block]:
-    """Yield all blocks of `phases` for `ranks`, step by step, the first pieces of all ranks first."""
+def blocks(
+    phases: Sequence[Phase], world: int, ranks: Sequence[int], max_rows: int, sizes: Sequence[int] = ()
+) -> Iterator[Block]:
+    """Yield all blocks of `phases` for `ranks`, step by step, the first pieces of all ranks first.
+
+    A block of phase number i is of up to `sizes[i]` consecutive pieces of its rank, by default of one; it ends with the
+    phase.
+    """
     for number, phase in enumerate(phases):
-        for step in range(phase.first_step, phase.num_steps):
-            pieces = [(rank, microbatches(phase, step, rank, world, max_rows)) for rank in ranks]
-            for turn in range(len(pieces[0][1])):
-                for rank, cuts in pieces:
-                    lo, hi = cuts[turn]
-                    if lo < hi:
-                        yield Block(number, step, rank, lo, hi)
+        turns = (
+            (step, cuts)
+            for step in range(phase.first_step, phase.num_steps)
+            for cuts in zip(*(microbatches(phase, step, rank, world, max_rows) for rank in ranks), strict=True)
+        )
+        while some := list(itertools.islice(turns, sizes[number] if sizes else 1)):
+            for place, rank in enumerate(ranks):
+                pieces = [(step, *cuts[place]) for step, cuts in some if cuts[place][0] < cuts[place][1]]
+                if pieces:
+                    step, lo, hi = pieces[0]
+                    yield Block(number, step, rank, lo, hi, tuple(pieces[1:]))
+
+
+def block_size(num_ranks: int, num_bytes: int) -> int:
+    """Return how many consecutive microbatches of a rank, of `num_bytes` each, are a block of a feeder of `num_ranks`.
+
+    As many as it has times 8 ranks, so that what passes through its process at a step does not grow with them; but no
+    more than BLOCK_BYTES, unless it is one.
+    """
+    return max(1, min(ceil_div(num_ranks, RANKS_AT_ONCE), BLOCK_BYTES // max(1, num_bytes)))
 
 
 def num_feeders(world: int, free_cpus: Sequence[float]) -> int:

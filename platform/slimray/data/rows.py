@@ -46,27 +46,45 @@ def rows_of_blocks(
     `rows_of` gives the rows of a split, `by_length` their numbers from short samples to long ones. The ranks of a step
     lie side by side in the plan, so their samples are computed at once.
     """
-    samples: list[np.ndarray] = [np.zeros(0, np.int64)] * len(blocks)
-    by_step = sorted(range(len(blocks)), key=lambda i: (blocks[i].phase, blocks[i].step))
-    for (number, _), step in itertools.groupby(by_step, key=lambda i: (blocks[i].phase, blocks[i].step)):
-        members, phase = list(step), phases[number]
-        lo, hi = min(blocks[i].lo for i in members), max(blocks[i].hi for i in members)
-        found = phase.plan.samples(lo, hi, seed, lambda phase=phase: by_length(phase.split))
-        for i in members:
-            samples[i] = found[blocks[i].lo - lo : blocks[i].hi - lo]
+    steps: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for block in blocks:
+        for step, lo, hi in block.pieces:
+            steps.setdefault((block.phase, step), []).append((lo, hi))
+    found: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+    for (number, step), cuts in steps.items():
+        phase, lo, hi = phases[number], min(lo for lo, _ in cuts), max(hi for _, hi in cuts)
+        samples = phase.plan.samples(lo, hi, seed, lambda phase=phase: by_length(phase.split))
+        found[number, step] = lo, samples
     out: list[pa.Table] = [pa.table({})] * len(blocks)
     for split in dict.fromkeys(phases[block.phase].split for block in blocks):
         members = [i for i, block in enumerate(blocks) if phases[block.phase].split == split]
-        table = rows_of(split).take(np.concatenate([samples[i] for i in members]))
-        first = 0
+        place: list[list[np.ndarray]] = [[], [], []]
+        for block in (blocks[i] for i in members):
+            for step, lo, hi in block.pieces:
+                first, samples = found[block.phase, step]
+                piece = (np.full(hi - lo, block.phase, np.int32), np.arange(lo, hi), samples[lo - first : hi - first])
+                for column, values in zip(place, piece, strict=True):
+                    column.append(values)
+        columns = [np.concatenate(column) for column in place]
+        table = rows_of(split).take(columns[-1])
+        for name, values in zip(PLACE, columns, strict=True):
+            table = table.append_column(name, pa.array(values))
+        start = 0
         for i in members:
-            block, count = blocks[i], len(samples[i])
-            place = (np.full(count, block.phase, np.int32), np.arange(block.lo, block.hi), samples[i])
-            one = table.slice(first, count)
-            for name, values in zip(PLACE, place, strict=True):
-                one = one.append_column(name, pa.array(values))
-            out[i], first = one, first + count
+            out[i] = table.slice(start, blocks[i].num_rows)
+            start += blocks[i].num_rows
     return out
+
+
+def divided(tables: Sequence[pa.Table], count: int) -> tuple[list[pa.Table], list[pa.Table]]:
+    """Return the first `count` rows of `tables`, which are views of them, and the rest."""
+    first, rest = [], []
+    for table in tables:
+        here = min(count, table.num_rows)
+        count -= here
+        first += [table.slice(0, here)] if here else []
+        rest += [table.slice(here)] if here < table.num_rows else []
+    return first, rest
 
 
 def packed(table: pa.Table) -> bytes:
