@@ -12,7 +12,7 @@ NAMES += ("latency", "specialise", "dashboard", "checkpoint", "amc", "export", "
 NAMES += ("haq", "translation", "pruned_translation", "translation_bits", "hat", "language_model")
 NAMES += ("agent", "runtime", "people", "people_search")
 # on request only: `make soak`
-SOAK = ("chaos", "control_plane", "large_index", "control_path", "storage_requests", "live")
+SOAK = ("chaos", "control_plane", "large_index", "control_path", "storage_requests", "live", "feeder")
 
 
 def main() -> None:

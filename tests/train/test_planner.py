@@ -68,6 +68,22 @@ def test_each_step_waits_for_a_sum_of_a_few_numbers_over_all_ranks():
     assert row.bottleneck == "control path"
 
 
+def test_the_blocks_of_a_step_pass_through_one_process_however_many_ranks_there_are():
+    clip = 8 * 224 * 224 * 3 / 1e6
+    work = replace(WORK, batch_total=12_288, per_worker=8, decoded_mb=clip, samples=240_000)
+    for workers, blocks in ((8, 8), (16, 8), (64, 8), (1536, 8)):
+        one = replace(work, batch_total=8 * workers)
+        assert planner.feeder_blocks(one, GPUS, workers) == blocks
+        split = planner.split_step(one, GPUS, workers)
+        assert split.compute_s + split.data_s == pytest.approx(max(split.compute_s, 8 * planner.BLOCK_S))
+    assert planner.feeder_blocks(replace(work, batch_total=4 * 64 * 8), GPUS, 64) == 4 * 8, "microbatches count"
+    large = replace(work, per_worker=64, batch_total=64 * 64)
+    assert planner.feeder_blocks(large, GPUS, 64) > 8, "blocks of 64 ranks would be half a gigabyte and more"
+    (row,) = planner.make_plan(replace(work, compute_s=(1e-4,) * 3, gradient_mb=1e-9), GPUS, [1536]).rows
+    assert (row.bottleneck, "batch.per_worker" in row.advice) == ("feeder", True)
+    assert row.blocks_s == pytest.approx(1 / planner.BLOCK_S, rel=0.01)
+
+
 def test_a_storage_that_answers_few_requests_bounds_the_rate_unless_nodes_keep_the_files():
     asked = replace(WORK, requests=2.0)
     bucket = replace(GPUS, storage_requests_s=100.0)

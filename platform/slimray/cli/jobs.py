@@ -269,8 +269,8 @@ def _print_plan(found: Any) -> None:
         say(
             f"{row.workers:,} workers: {row.advice}; {row.decode_cores:.1f} cores to decode, "
             f"{row.storage_mb_s:.1f} MB/s of storage{asked}, {row.algorithm} all-reduce, {row.control_ms:.2f} ms of "
-            f"control path a step, a checkpoint every {row.checkpoint_every_s:.0f} s "
-            f"(goodput {100 * row.goodput:.1f} %)"
+            f"control path a step, {row.blocks_s:.1f} blocks/s through a feeder, a checkpoint every "
+            f"{row.checkpoint_every_s:.0f} s (goodput {100 * row.goodput:.1f} %)"
         )
     say(f"times: {found.basis}")
     for note in found.notes:

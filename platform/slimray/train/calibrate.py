@@ -9,6 +9,7 @@ are measured with as many torch threads as it reserves CPUs, so that the planner
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -223,6 +224,7 @@ def work(
         compute_s=planner.compute_s(macs, peak, cluster.utilisation),
         decode_s=decode_s,
         sample_mb=sample_mb,
+        decoded_mb=math.prod(summary.sides) * np.dtype(modality.dtype).itemsize / 1e6,
         requests=0.0 if job.data.cache else REQUESTS,
         val_passes=-(-epochs // job.val_every) if val_samples else 0,
         val_samples=val_samples,

@@ -5,9 +5,10 @@ In go a `Work` (what a job asks for) and a `Cluster` (what machines give, by dat
 out comes a `Row` per number of workers. Every uncertain figure is a range (low, likely, high), so is every answer: the
 high one takes the slow end of everything at once. Formulas: ring, double binary tree and two-level all-reduce; linear
 scaling with accumulation as in arXiv 1706.02677; checkpoints by Young and Daly; E[max of n] ~ sigma sqrt(2 ln n) for
-stragglers. The control path is the sum of a few numbers over all ranks with which each step begins. Surprising: a step
-is as slow as its slowest rank, so jitter is charged by ranks, not by nodes; and workers that share cores (a laptop) are
-charged each other's work and the decoders'. numpy and a spec only: no torch, no Ray.
+stragglers. The control path is the sum of a few numbers over all ranks with which each step begins; what the process of
+a feeder takes for a step's blocks is hidden as decoding is. Surprising: a step is as slow as its slowest rank, so
+jitter is charged by ranks, not by nodes; and workers that share cores (a laptop) are charged each other's work and the
+decoders'. numpy only: no torch, no Ray.
 """
 
 import math
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from slimray.data.plan import block_size, num_feeders
 from slimray.spec import UserError
 from slimray.train.machines import Cluster, Link, Range
 
@@ -24,6 +26,7 @@ LOW, LIKELY, HIGH = 0, 1, 2
 BACKWARD = 2 / 3  # part of forward + backward in which gradients come to be: backward costs twice the forward pass
 LAST_BUCKET_MB = 25.0  # DDP's default bucket: the last one is reduced when no gradient is left to hide it
 CONTROL_BYTES = 64  # of the sum with which a step begins
+BLOCK_S = 0.0094  # of the process of a feeder for a block that it hands on (tests/benchmarks/feeder.py)
 RESTART_S = 60.0  # what a lost node costs beside the work since the last checkpoint: a new group of workers
 
 
@@ -71,8 +74,9 @@ class Work:
     """Work that a training asks of machines. Megabytes are 10^6 bytes; times are of one rank that nobody disturbs.
 
     `compute_s`: forward and backward pass of a sample; `step_s`: what every step costs beside (optimizer); `decode_s`:
-    core-seconds to make a sample of its `sample_mb` on storage, which takes `requests` to it; `restart_s`: idle time of
-    an epoch's beginning. `threads`: cores a rank uses where it has no GPU. `basis` says where the times are from.
+    core-seconds to make a sample of `decoded_mb` of its `sample_mb` on storage, which takes `requests` to it;
+    `restart_s`: idle time of an epoch's beginning. `threads`: cores a rank uses where it has no GPU. `basis` says where
+    the times are from.
     """
 
     name: str
@@ -85,6 +89,7 @@ class Work:
     step_s: float = 0.0
     decode_s: float = 0.0
     sample_mb: float = 0.0
+    decoded_mb: float = 0.0
     requests: float = 0.0
     val_passes: float = 0.0
     val_samples: int = 0
@@ -128,7 +133,7 @@ class Row:
 
     `efficiency` is the rate over `workers` times that of one worker of the same job (0-1). `goodput` is the useful part
     of the time with failures and checkpoints every `checkpoint_every_s`. `decode_cores` are needed all over, and so are
-    `requests_s` to the storage.
+    `requests_s` to the storage; through the largest feeder go `blocks_s`.
     """
 
     workers: int
@@ -148,6 +153,7 @@ class Row:
     decode_cores: float
     storage_mb_s: float
     requests_s: float
+    blocks_s: float
     checkpoint_every_s: float
     goodput: float
     bottleneck: str
@@ -215,6 +221,17 @@ def control_s(cluster: Cluster, workers: int) -> float:
     return tree_s(workers, CONTROL_BYTES, cluster.outer if nodes > 1 else cluster.inner)
 
 
+def feeder_blocks(work: Work, cluster: Cluster, workers: int) -> float:
+    """Blocks that the largest feeder of `workers` hands on at a step; 0 where the size of a sample is not known."""
+    if not work.decoded_mb:
+        return 0.0
+    nodes, here = cluster.place(workers)
+    num = num_feeders(workers, [max(1.0, cluster.cores - here * work.threads)] * nodes)
+    ranks, rows = -(-workers // num), -(-work.batch_total // workers)
+    microbatch = min(rows, work.per_worker)
+    return ranks * -(-rows // microbatch) / block_size(ranks, int(microbatch * work.decoded_mb * 1e6))
+
+
 def straggler_tax(ranks: int, jitter: float) -> float:
     """By what part the slowest of `ranks` is slower than the mean: jitter x sqrt(2 ln n); 0 for one rank."""
     return jitter * math.sqrt(2 * math.log(ranks))
@@ -248,6 +265,8 @@ def split_step(work: Work, cluster: Cluster, workers: int, case: int = LIKELY, b
         waits["storage"] = workers * read_gb / cluster.storage_gb_s - compute
     if cluster.storage_requests_s:
         waits["requests"] = workers * rows * work.requests / cluster.storage_requests_s - compute
+    share = (batch or work.batch_total) / work.batch_total  # a short last step waits for none: they are there
+    waits["feeder"] = share * feeder_blocks(work, cluster, workers) * BLOCK_S - compute
     cause = max(waits, key=lambda name: waits[name])
     data = max(0.0, waits[cause])
     share = cluster.bandwidth_share[2 - case]
@@ -365,6 +384,7 @@ def _row(work: Work, cluster: Cluster, workers: int) -> Row:
         decode_cores=rates[LIKELY] * work.decode_s,
         storage_mb_s=rates[LIKELY] * work.sample_mb,
         requests_s=rates[LIKELY] * work.requests,
+        blocks_s=feeder_blocks(work, cluster, workers) / likely.step_s,
         checkpoint_every_s=every_s,
         goodput=goodput(save_s, every_s, mtbf_s),
         bottleneck=bottleneck,
@@ -404,6 +424,11 @@ def _advice(work: Work, cluster: Cluster, workers: int, split: Split, bottleneck
         return (
             f"the storage must answer {rate * work.requests:,.0f} requests/s: keep the dataset on the nodes "
             "(data.cache), or take nodes that mount it"
+        )
+    if bottleneck == "feeder":
+        return (
+            f"blocks pass through the process of a feeder, {1 / BLOCK_S:.0f} a second: raise batch.per_worker, so that "
+            "there are fewer"
         )
     if bottleneck == "control path":
         return "steps are too short for so many workers: raise batch.total, or take fewer workers"

@@ -1,0 +1,114 @@
+"""Blocks a second that one feeder carries: processor time of its process, and what the plan asks of it.
+
+Real feeders, executions of Ray Data and ranks (threads of this process), the cheapest samples there are (clouds of five
+points), in blocks of 8, 96 and 400. Processor time, as the decoders take what is left of the cores: of the feeder's
+process, of the node's raylet and of the cluster's head process, between the first batch and the last one. The share of
+a core is a line over the blocks a second: what the execution takes however little there is to do, and a cost a block.
+From these follow the shares of the largest feeder of 2, 8, 32 and 192 nodes of 8 ranks, for the clips of "Training
+Kinetics in 15 Minutes" (arXiv 1910.00932): 28,000 a second of 1,536 ranks, 8 in a microbatch, 64 CPUs of a node free.
+"""
+
+import os
+import tempfile
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import ray
+
+from slimray.data.index import index_table
+from slimray.data.pipeline import FeedConfig, RankStream, Source, feeder_of, start_feeders
+from slimray.data.plan import Phase, block_size, feeder_ranks, num_feeders
+from slimray.data.points.clouds import Cloud, write_cloud
+from slimray.data.points.recipe import PointRecipe
+from slimray.train import workers
+
+CLOUDS, RANKS, SLOTS = 64, 8, 8
+CASES = ((5, 400), (25, 96), (100, 8))  # steps, samples of a block
+RECIPE = PointRecipe(num_points=4, mode="val").to_dict()
+CLIPS, CLIP_BYTES, RATE = 8, 8 * 224 * 224 * 3 + 8, 28_000 / 1536
+
+
+def clouds(folder: Path, count: int) -> pa.Table:
+    """Write a few tiny clouds; return an index of `count` samples of them."""
+    for number in range(CLOUDS):
+        cloud = Cloud(np.full((5, 3), number, np.float32) + np.eye(5, 3, dtype=np.float32) / 9)
+        (folder / f"{number}.npz").write_bytes(write_cloud(cloud))
+    return index_table([{"path": f"{number % CLOUDS}.npz", "label": number % 4} for number in range(count)])
+
+
+def _processor_s(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
+def _pid(name: str) -> int:
+    return next(one.pid for one in psutil.process_iter(["name"]) if name in (one.info["name"] or ""))
+
+
+def measure(folder: Path, steps: int, rows: int) -> dict[str, float]:
+    """Blocks a second, and shares of a core, of `steps` steps of RANKS ranks, a block of `rows` samples each."""
+    batch = RANKS * rows
+    table = clouds(folder, batch * steps)
+    phases = (Phase("train", "train", 0, batch * steps, batch, True, RECIPE),)
+    source = Source(str(folder), ray.put(table), table.num_rows)
+    config = FeedConfig(phases, {"train": source}, 0, RANKS, rows, SLOTS)
+    name = f"feeder-{uuid.uuid4().hex}"
+    _, (feeder,) = start_feeders(config, name)
+    pids = [ray.get(feeder.__ray_call__.remote(lambda _: os.getpid())), _pid("raylet"), _pid("gcs_server")]
+    first = Event()
+    begin: list[float] = []
+
+    def consume(rank: int) -> int:
+        seen = 0
+        for _, _, one in RankStream(feeder_of(rank, RANKS, 1, name), config, rank):
+            if not first.is_set():
+                first.set()
+                begin.extend([time.monotonic(), *map(_processor_s, pids)])
+            seen += 0 if one is None else len(one)
+        return seen
+
+    with ThreadPoolExecutor(RANKS) as pool:
+        assert sum(pool.map(consume, range(RANKS))) == batch * steps
+    took = time.monotonic() - begin[0]
+    shares = [(_processor_s(pid) - before) / took for pid, before in zip(pids, begin[1:], strict=True)]
+    ray.kill(feeder)
+    return {"rate": RANKS * steps / took, **dict(zip(("feeder", "raylet", "head"), shares, strict=True))}
+
+
+def asked(num_nodes: int) -> tuple[int, float, float]:
+    """Ranks of the largest feeder, and blocks a second through it: of one microbatch each, and as they are."""
+    world = 8 * num_nodes
+    num = num_feeders(world, [64] * num_nodes)
+    ranks = max(len(feeder_ranks(world, num, group)) for group in range(num))
+    rate = ranks * RATE / CLIPS
+    return ranks, rate, rate / block_size(ranks, CLIPS * CLIP_BYTES)
+
+
+def main() -> None:
+    """Print a line for each size of block, and one for each number of nodes."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    found = []
+    for steps, rows in CASES:
+        workers.connect(SLOTS)  # anew, as Ray Data shares CPUs with executions that have just ended
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                found.append(one := measure(Path(folder), steps, rows))
+        finally:
+            ray.shutdown()
+        shares = ", ".join(f"{name} {one[name]:.1%}" for name in ("feeder", "raylet", "head"))
+        print(f"blocks of {rows}: {one['rate']:.1f} blocks/s; of a core: {shares}", flush=True)
+    each, idle = np.polyfit([one["rate"] for one in found], [one["feeder"] for one in found], 1)
+    print(f"a feeder takes {idle:.1%} of a core and {each * 1e3:.1f} ms a block: {(1 - idle) / each:.0f} blocks/s")
+    for num_nodes in (2, 8, 32, 192):
+        ranks, before, after = asked(num_nodes)
+        print(
+            f"{num_nodes} nodes: {ranks} ranks of the largest feeder; blocks of a microbatch: {before:.0f} blocks/s, "
+            f"{idle + each * before:.0%} of a core; now {after:.0f} blocks/s, {idle + each * after:.0%}",
+            flush=True,
+        )
