@@ -3,14 +3,20 @@
 What is left of a training without its network: Ray Train's worker group, the feeders and Ray Data, the run folder's
 records and checkpoints. Its ranks do not import torch. Printed: seconds to start, for 100 steps and to end, and the
 memory of all processes, for two numbers of workers: what a worker costs is the difference. WORKERS of the environment
-sets them ("16 64").
+sets them ("16 64"). With SLIMRAY_AGAINST, the folder of another checkout, each number is measured in as many
+alternating pairs as PAIRS says (3), by the same command there, with this environment's libraries: a line for each run,
+and the ratios after each pair. What is in SLIMRAY_BENCH_DIR is not done again.
 """
 
 import os
+import re
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +26,17 @@ import ray.data
 import ray.train
 from ray.cluster_utils import Cluster
 from ray.train.collective import barrier, broadcast_from_rank_zero
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from slimray import runs
 from slimray.data.index import INDEX, UNKNOWN
 from slimray.data.pipeline import FeedConfig, RankStream, Source, feeder_of, start_feeders
 from slimray.data.plan import Phase
+from slimray.runtime.pairs import Pairs
 
+ROOT = Path(__file__).resolve().parents[2]
 NODES, STEPS = 8, 100
+TOLD = re.compile(r"start and end ([\d.]+) s, first batch ([\d.]+) s, \d+ steps ([\d.]+) s; peak MB \(PSS\): (\d+)")
+WHAT = ("start, first batch and end", f"{STEPS} steps", "memory")
 RECIPE = {"kind": "image", "size": 32}
 
 
@@ -81,6 +90,10 @@ def _memory_mb(leader: int) -> dict[str, float]:
 
 def measure(world: int) -> None:
     """Print one line for `world` workers."""
+    from slimray.train import workers
+    from slimray.train.controller import InProcessTrainer  # not in the ranks, which import this file: it imports torch
+
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = f"{workers.poll_s(world, '0.5'):g}"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     for _ in range(NODES):
         cluster.add_node(num_cpus=-(-world // NODES) + 1, object_store_memory=150 << 20)
@@ -108,7 +121,7 @@ def measure(world: int) -> None:
         feed = FeedConfig(phases, {"train": source}, 0, world, 1, 2, 30.0, 600.0)
         run = runs.run_at(f"{folder}/run")
         began = time.monotonic()
-        trainer = DataParallelTrainer(
+        trainer = InProcessTrainer(
             dry_rank,
             train_loop_config={"feed": feed, "uri": run.uri},
             scaling_config=ray.train.ScalingConfig(num_workers=world, resources_per_worker={"CPU": 1}),
@@ -146,10 +159,55 @@ def _pictures(folder: Path, count: int) -> pa.Table:
     return pa.Table.from_pylist(filled, schema=INDEX)
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Where the figures of runs are kept."""
+
+    folder: Path
+    seed: int = 0
+
+    def file(self, name: str) -> Path:
+        """The file of that name."""
+        return self.folder / name
+
+
+def compare(world: int, against: Path, kept: _Kept) -> None:
+    """Print the figures of pairs of runs, of this checkout and of another."""
+    from tests.benchmarks.kept import row_of  # imports torch
+
+    found: list[list[list[float]]] = [[], []]
+    for turn in range(int(os.environ.get("PAIRS", "3"))):
+        for number in (0, 1) if turn % 2 == 0 else (1, 0):
+            root = (ROOT, against)[number]
+            name = f"control plane, {world} workers, run {turn} of {('this', 'the other')[number]} checkout"
+            row = row_of(kept, name, lambda root=root: {"told": _told(root, world)})
+            print(f"{name}: {row['told']}", flush=True)
+            start, first, steps, memory = map(float, TOLD.findall(row["told"])[0])
+            found[number].append([start + first, steps, memory])
+        for number, what in enumerate(WHAT):
+            ours, theirs = (tuple(one[number] for one in side) for side in found)
+            pairs = Pairs(ours, theirs)
+            low, high = pairs.interval
+            print(f"  {world} workers, {what}: ratio {pairs.ratio:.2f} [{low:.2f}, {high:.2f}]", flush=True)
+
+
+def _told(root: Path, world: int) -> str:
+    """The line that `root` prints for `world` workers."""
+    command = [sys.executable, "-m", "tests.benchmarks", "control_plane"]
+    environment = os.environ | {"PYTHONPATH": f"{root / 'platform'}:{root}", "WORKERS": str(world)}
+    environment.pop("SLIMRAY_AGAINST")
+    done = subprocess.run(command, cwd=root, env=environment, check=True, timeout=3600, capture_output=True, text=True)
+    return next(line for line in done.stdout.splitlines() if TOLD.search(line))
+
+
 def main() -> None:
     """Measure two sizes, each on a cluster of its own."""
+    against = os.environ.get("SLIMRAY_AGAINST")
     os.environ.update({"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"})
     os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300"})
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    for world in map(int, os.environ.get("WORKERS", "16 64").split()):
-        measure(world)
+    with tempfile.TemporaryDirectory() as folder:
+        kept = _Kept(Path(os.environ.get("SLIMRAY_BENCH_DIR", folder)))
+        kept.folder.mkdir(parents=True, exist_ok=True)
+        for world in map(int, os.environ.get("WORKERS", "16 64").split()):
+            compare(world, Path(against).resolve(), kept) if against else measure(world)

@@ -18,6 +18,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 
 class _Group(WorkerGroup):
@@ -52,8 +53,8 @@ class _Controller(TrainController):
     worker_group_cls = _Group
 
 
-class Trainer(TorchTrainer):
-    """A TorchTrainer whose `fit` runs the controller in the calling thread. Ctrl-C ends the workers and is raised."""
+class InProcessTrainer(DataParallelTrainer):
+    """A trainer whose `fit` runs the controller in the calling thread. Ctrl-C ends the workers and is raised."""
 
     def _create_default_callbacks(self) -> list[Any]:
         found = super()._create_default_callbacks()
@@ -75,3 +76,7 @@ class Trainer(TorchTrainer):
         finally:
             loop.close()
         return controller.get_result()
+
+
+class Trainer(InProcessTrainer, TorchTrainer):
+    """One whose workers are a process group of torch."""
