@@ -195,7 +195,7 @@ def report(name: str, net: nn.Module, one: graph.Graph, x: Tensor, formats: tupl
             told = f"rel {gap['relative']:.1e}, worst sample {gap['worst_sample']:.1e}, max {gap['max_abs']:.1e}"
             if isinstance(found, Tensor) and name != "carn x2":
                 told += f", same class {verify.agreement(found, expected):.2f} % of {len(x)}"
-            if row.calibrated and row.optimises:
+            if row.calibrated and row.optimises and isinstance(found, Tensor):
                 plain = exported.ExportedNet(row.load(folder / row.file, 1, False), ports)
                 told += f", unoptimised {verify.agreement(outputs(plain, x), found):.2f} % as optimised"
             size = sum((folder / file).stat().st_size for file in (row.file, *row.files)) / 1e6
