@@ -159,6 +159,10 @@ def _searched(step: Any, work: Work, stage: runs.Run, before: runs.Run, exhibits
     reward = lambda told: haq.reward_of(metric.merit(told[metric.name]), metric.merit(whole[metric.name]))  # noqa: E731
     done = agent_trials.run(work, stage, "quantize", learner, reward, functools.partial(_scorer, *arguments))
     found = best(done.trials)
+    searched, same = done.scored[repr(found.policy)][metric.name], metrics[metric.name]
+    if metric.improves(same, searched):
+        said = f"the same bits everywhere are better, {metric.label} {same:.2f} against {searched:.2f} of the search"
+        work.ctx.console.print(f"{job.name}: quantize: {said}: try more episodes, or write bits", highlight=False)
     return {
         "policy": named(layers, found.policy),
         "episode": found.index,
@@ -166,6 +170,6 @@ def _searched(step: Any, work: Work, stage: runs.Run, before: runs.Run, exhibits
         "limits": costs.limits,
         "costs": costs.all(found.policy),
         "candidates": done.candidates(metric.name, costs.all),
-        "searched": done.scored[repr(found.policy)][metric.name],
-        "uniform": {"bits": named(layers, even), "costs": costs.all(even), metric.name: metrics[metric.name]},
+        "searched": searched,
+        "uniform": {"bits": named(layers, even), "costs": costs.all(even), metric.name: same},
     }
