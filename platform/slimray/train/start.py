@@ -1,14 +1,17 @@
 """Start of a rank: the network with its starting weights, wrapped by the training method."""
 
+import json
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
-from slimray import compress
+from slimray import compress, runs
 from slimray.data.modalities import input_shape
 from slimray.models import published
 from slimray.spec import UserError
 from slimray.tasks import TASKS
+from slimray.tasks.network import load_network
 from slimray.train.config import FitConfig
 from slimray.train.methods.method import Replica, Setup
 from slimray.train.ranks import Ranks
@@ -39,8 +42,18 @@ def make_replica(config: FitConfig, ranks: Ranks) -> Replica:
         batch_total=config.batch_total,
         task=TASKS[config.task],
         compile=config.compile,
+        load=partial(network_of, ranks),
     )
     return config.method.replica(net, lambda: compress.build(**config.model), setup)
+
+
+def network_of(ranks: Ranks, uri: str) -> torch.nn.Module:
+    """Return the network of the run at `uri` in eval mode, which rank 0 reads for all. A collective."""
+    found = load_network(runs.run_at(uri)) if ranks.rank == 0 else None
+    told = ranks.share(None if found is None else json.dumps(found.model).encode())
+    net = compress.build(**json.loads(told)).eval() if found is None else found.net
+    ranks.give(net.state_dict().values())
+    return net
 
 
 def freeze(net: torch.nn.Module, prefixes: Sequence[str]) -> None:

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimray import runs
 from slimray.spec import RunFailed
-from slimray.tasks.network import load_network
 from slimray.train.methods.method import OnDevice, Outputs, Setup
 from slimray.train.methods.plain import PlainReplica
 
@@ -30,7 +28,7 @@ class Distilled:
 
     def replica(self, net: nn.Module, build: Callable[[], nn.Module], setup: Setup) -> "DistilledReplica":
         """Build the replica of one rank around `net`, with the teacher's network."""
-        return DistilledReplica(net, load_network(runs.run_at(self.teacher)).net, self, setup)
+        return DistilledReplica(net, setup.load(self.teacher), self, setup)
 
     def held(self, epoch: int) -> tuple[int, int]:
         """Hold nothing out."""

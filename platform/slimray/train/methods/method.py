@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from slimray import runs
 from slimray.tasks.classify import CLASSIFY
-from slimray.tasks.network import Input, to_input
+from slimray.tasks.network import Input, load_network, to_input
 from slimray.tasks.precision import arithmetic_of, computing, set_products
 from slimray.tasks.task import Outputs, Task
 from slimray.train import batchnorm, learn, optimizers
@@ -92,13 +93,19 @@ class StepReport:
         return bool(self.fits)
 
 
+def network_at(uri: str) -> nn.Module:
+    """Return the network of the run at `uri`, in eval mode."""
+    return load_network(runs.run_at(uri)).net
+
+
 @dataclass(frozen=True)
 class Setup:
     """Settings of a replica, whatever the method.
 
     `sample_shape` is one input, (T, C, H, W) or (C, N). Gradients are all-reduced `bucket_mb` at a time, as bfloat16
     with `compress` "bf16", else as they are. `batch_total` is the global batch, for optimizers that scale with it.
-    `compile` says whether the network is compiled, by methods that train one. `queued`: whether a step is judged on
+    `compile` says whether the network is compiled, by methods that train one. `load` gives the network of a run, by its
+    URI, in eval mode; in a training of several ranks it is a collective. `queued`: whether a step is judged on
     the device, which drops it by itself, and nothing of it is read; left open, on GPUs.
     """
 
@@ -114,6 +121,7 @@ class Setup:
     task: Task = CLASSIFY
     compile: bool = False
     queued: bool | None = None
+    load: Callable[[str], nn.Module] = network_at
 
 
 class Method(Protocol):

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from slimray import runs
 from slimray.arch import Arch, Space
-from slimray.tasks.network import load_network
 from slimray.train import learn
 from slimray.train.batchnorm import guard_lone_values
 from slimray.train.methods.method import OnDevice, Replica, Setup
@@ -36,7 +34,7 @@ class Supernet:
 
     def replica(self, net: nn.Module, build: Callable[[], nn.Module], setup: Setup) -> "SupernetReplica":
         """Build the replica of one rank around the supernet `net`, with the teacher's network if there is one."""
-        teacher = None if self.teacher is None else load_network(runs.run_at(self.teacher)).net
+        teacher = None if self.teacher is None else setup.load(self.teacher)
         return SupernetReplica(net, self, teacher, setup)
 
     def held(self, epoch: int) -> tuple[int, int]:
