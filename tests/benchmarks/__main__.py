@@ -6,13 +6,14 @@ import platform
 import sys
 from datetime import date
 
-NAMES = ("models", "overhead", "cold_start", "ingest", "packed", "point_models", "voxels", "knn", "folds")
+NAMES = ("models", "overhead", "cold_start", "ingest", "fed", "packed", "point_models", "voxels", "knn", "folds")
 NAMES += ("subnets", "rooms", "shrinking", "searching", "judging", "plan")
 NAMES += ("latency", "specialise", "dashboard", "checkpoint", "amc", "export", "deep_compression", "int8", "compressed")
 NAMES += ("haq", "translation", "pruned_translation", "translation_bits", "hat", "language_model")
 NAMES += ("agent", "runtime", "people", "people_search")
 # on request only: `make soak`
 SOAK = ("chaos", "control_plane", "large_index", "control_path", "storage_requests", "live", "feeder")
+SOAK += ("readers",)
 
 
 def main() -> None:
