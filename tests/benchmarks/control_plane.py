@@ -159,7 +159,7 @@ def _pictures(folder: Path, count: int) -> pa.Table:
     return pa.Table.from_pylist(filled, schema=INDEX)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Kept:
     """Where the figures of runs are kept."""
 
