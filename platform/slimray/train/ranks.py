@@ -7,6 +7,7 @@ others and is not stuck itself: `Watchdog` (health.py) is told so.
 """
 
 import contextlib
+import datetime
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -39,7 +40,10 @@ class Ranks:
     ):
         self.rank, self.world, self.device = rank, world, device
         self.timer = timer_of(device)
-        self.numbers: Any = dist.new_group(backend="gloo") if world > 1 and device.type != "cpu" else None
+        self.numbers: Any = None  # the group of what goes from processor to processor: that of all on a CPU
+        if world > 1 and device.type != "cpu":
+            timeout = datetime.timedelta(seconds=limit_s + 20)  # as that of all has it
+            self.numbers = dist.new_group(backend="gloo", timeout=timeout)
         self.watchdog = Watchdog(limit_s, stuck, waits)
 
     @contextlib.contextmanager
