@@ -146,7 +146,7 @@ def kept() -> Path:
 
 def converted(one: graph.Graph, form: str, name: str, seen: Sequence[Arrays] = ()) -> Path:
     """The folder with a graph in a format: made, or kept under that name from a call before."""
-    row, folder = FORMATS[form], kept() / f"export-{form}-{name.replace(' ', '-')}"
+    row, folder = FORMATS[form], kept() / f"export-{form}-{name.replace(' ', '-')}-{SAMPLES}"  # statistics are of them
     if not folder.exists():
         part = kept() / f".{folder.name}"
         shutil.rmtree(part, ignore_errors=True)
