@@ -13,6 +13,7 @@ from slimray.models import MODELS
 from slimray.spec import UserError, parse
 from slimray.train import optimizers
 from slimray.train.spec import OptimSpec
+from slimray.verbs.specs import SharedOptimSpec
 
 
 def spec(**fields) -> OptimSpec:
@@ -165,3 +166,8 @@ def test_steps_and_epochs_warm_up_to_the_same_peak_and_fall_alike():
 def test_schedules_that_do_not_fit_are_one_sentence(fields, sentence):
     with pytest.raises(UserError, match=sentence):
         spec(**fields)
+
+
+def test_stages_have_no_steps():
+    with pytest.raises(UserError, match="steps: is for a training of its own, stages count epochs"):
+        parse(SharedOptimSpec, {"reference_batch": 8, "steps": 5}, "job.yaml: optim")

@@ -204,7 +204,7 @@ timing: null
 
 @pytest.mark.benchmark
 def test_bits_of_a_translation_network_are_searched_by_its_perplexity(shell, calm):
-    shell.ok("run", shell.write("few-bits.yaml", FEW_BITS))
+    said = " ".join(shell.ok("run", shell.write("few-bits.yaml", FEW_BITS)).split())
     run = runs.open_run(str(shell.storage), "text-bits")
     found = json.loads(runs.read_file(run, "results.json"))["steps"][1]["details"]
     assert found["costs"]["size_mb"] <= found["limits"]["size_mb"]
@@ -214,6 +214,7 @@ def test_bits_of_a_translation_network_are_searched_by_its_perplexity(shell, cal
     assert found["searched"] == min(tried) < max(tried), "the lowest perplexity is the best"
     rewards = sorted({round(reward, 6) for reward in found["rewards"]})
     assert rewards[-1] - rewards[0] == pytest.approx(10 * math.log(max(tried) / min(tried)), rel=1e-4)
+    assert ("the same bits everywhere are better" in said) == (found["uniform"]["perplexity"] < found["searched"])
     (shell.folder / "few.txt").write_text("one two\n")
     assert set(shell.ok("predict", "text-bits", "few.txt").split()) <= set(NAMES.values())
 

@@ -7,7 +7,14 @@ their ranges and their help; this file imports neither Ray nor torch, so that ch
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from slimray.data.spec import DataSpec
 from slimray.runs.notify import NotifySpec
@@ -161,6 +168,13 @@ class SharedOptimSpec(OptimSpec):
     """Stages count epochs."""
     warmup_epochs: float = Field(0, exclude=True)
     """Belongs to the stages."""
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _no_steps(cls, value: object) -> object:
+        if value is not None:
+            raise ValueError("is for a training of its own, stages count epochs: leave it out")
+        return value
 
     @model_validator(mode="after")
     def _stages_decide(self) -> "SharedOptimSpec":
