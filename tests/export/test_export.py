@@ -20,6 +20,7 @@ from torch import nn
 from slimray import job, models, runs
 from slimray.compress import quantization
 from slimray.export import exported, graph, verify
+from slimray.export.exporter import Wanted
 from slimray.export.formats import FORMATS
 from slimray.models.points import ops
 from slimray.models.tsm import OnlineTSM
@@ -316,6 +317,19 @@ def test_torch_is_as_far_from_float64_as_its_rounding(net):
     assert 1e-9 < gaps["torch"] < 1e-5
     assert gaps["export"] == pytest.approx(1e-3, rel=0.02)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_one_sample_that_torch_cannot_decide_is_no_disagreement_where_no_class_is_named(net):
+    expected = {"mask": torch.randn(200, 16), "box": torch.randn(200, 3)}
+    found = {name: value * (1 + 1e-6) for name, value in expected.items()}
+    found["box"][7] *= 1.2
+    assert verify.close(found, expected, 1e-4) == 99.5
+    assert verify.close(found | {"box": found["box"] * torch.nan}, expected, 1e-4) == 0
+    network, told = load_network(net), verify.differences(found, expected)
+    wanted = Wanted(1e-4, 99.5, None, 1, 9)
+    assert "differs from torch by" in wanted.disagreement(network, "fp32", told)
+    assert wanted.disagreement(network, "fp32", told | {"close": 99.5}) == ""
+    assert "differs from torch by" in wanted.disagreement(network, "fp32", told | {"close": 99.0})
 
 
 def test_differences_are_of_the_worst_output():

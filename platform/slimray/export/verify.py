@@ -74,18 +74,38 @@ def outputs_of(network: Network, samples: Samples) -> Outputs:
 
 def differences(found: Outputs, expected: Outputs) -> dict[str, float]:
     """Return `max_abs`, `relative` (L2, of the output with the largest) and `worst_sample` (the same of one sample)."""
-    pairs = [(found, expected)] if isinstance(expected, Tensor) else [(found[k], expected[k]) for k in expected]  # type: ignore[index]
     out = {"max_abs": 0.0, "relative": 0.0, "worst_sample": 0.0}
-    for one, other in pairs:
-        a, b = one.double(), other.double()  # type: ignore[union-attr]
-        gaps, norms = (a - b).flatten(1).norm(dim=1), b.flatten(1).norm(dim=1).clamp_min(1e-12)
+    for one, other in _pairs(found, expected):
+        gaps, norms = _distances(one, other)
         values = {
-            "max_abs": float((a - b).abs().max()),
+            "max_abs": float((one - other).abs().max()),
             "relative": float(gaps.norm() / norms.norm()),
             "worst_sample": float((gaps / norms).max()),
         }
         out = {name: max(out[name], value) if value == value else float("nan") for name, value in values.items()}
     return out
+
+
+def close(found: Outputs, expected: Outputs, most: float) -> float:
+    """Return the percent of samples of which no output is further from torch than `most` (relative, L2).
+
+    A network that decides on its way (which points a box is made of) amplifies one rounding in a sample that it cannot
+    decide, and no other.
+    """
+    near = [gaps <= most * norms for gaps, norms in (_distances(*pair) for pair in _pairs(found, expected))]
+    return 100 * float(torch.stack(near).all(0).double().mean())
+
+
+def _pairs(found: Outputs, expected: Outputs) -> list[tuple[Tensor, Tensor]]:
+    """Outputs beside those expected, in float64."""
+    if isinstance(found, Tensor) or isinstance(expected, Tensor):
+        return [(found.double(), expected.double())]  # type: ignore[union-attr]
+    return [(found[name].double(), expected[name].double()) for name in expected]
+
+
+def _distances(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """The L2 distance of each sample, and the norm of `other`."""
+    return (one - other).flatten(1).norm(dim=1), other.flatten(1).norm(dim=1).clamp_min(1e-12)
 
 
 def from_float64(network: Network, samples: Samples, found: Outputs, expected: Outputs) -> dict[str, float]:
