@@ -290,7 +290,8 @@ def _to_ncnn(graph: Graph, folder: Path, _: Sequence[Arrays]) -> None:
 
 
 def _call(name: str, command: list[str], folder: str, **variables: str) -> None:
-    """Run a program quietly; RunFailed with the first and the last line that it said if it fails, dies or hangs."""
+    """Run a program quietly; RunFailed if it fails, dies or hangs, with its last line about an error, or the first and
+    the last that it said."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
     try:
         done = subprocess.run(
@@ -300,7 +301,8 @@ def _call(name: str, command: list[str], folder: str, **variables: str) -> None:
         raise RunFailed(f"{name} did not end within {CONVERT_S} s") from None
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()
-        said = "; ".join(dict.fromkeys([lines[0], lines[-1]]))
+        errors = [line.strip() for line in lines if "error:" in line.lower()]
+        said = "; ".join(dict.fromkeys(errors[-1:] or [lines[0], lines[-1]]))
         raise RunFailed(f"{name} ended with status {done.returncode}: {said}")
 
 
