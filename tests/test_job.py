@@ -585,7 +585,7 @@ def test_runs_that_cannot_be_scored_are_named():
     assert "runs/tsn/model/input.json is damaged ('classes'): train it again" in problems(file=alone)[0]
     Path("runs/tsn/model/weights.safetensors").unlink()
     assert problems(file=alone) == ["runs: 'tsn' has lost its model/weights.safetensors: train it again"]
-    assert problems("runs=[data]", file=alone) == ["runs: 'data' holds a dataset, not a network"]
+    assert problems("runs=[data]", file=alone) == ["runs: 'data' holds a dataset, not a network or an export"]
     assert problems("runs=[tsm, ./runs/tsm]", file=alone) == ["runs: two of them are named 'tsm': score them apart"]
     runs.clear(runs.open_run("runs", "tsn"))
     finish_train(loaded[2], ("a", "b", "c", "d"))

@@ -133,7 +133,6 @@ def test_a_search_takes_its_latencies_from_the_table_of_a_device(net, finished):
     smallest, largest = (prices.metered(arch)["latency_ms"] for arch in (net.space.smallest(), net.space.largest()))
     units = sum(table.units[unit.key].ms for unit in net.units(net.space.smallest()))
     assert smallest == pytest.approx(table.calibration.fixed_ms + table.calibration.slope * units)
-    assert smallest < largest
     asked = spec.model_copy(update={"limits": {"latency_ms": (smallest + largest) / 2}})
     problem = search._problem(prices, asked, Evolution(population=6, iterations=2))
     found = search_in_process(

@@ -89,7 +89,8 @@ class CheckContext:
         """
         made = self.ahead.get(name)
         if made is not None and made.what not in what:
-            raise UserError(f"{field}: {name!r} will hold {in_words(made.what)}, not a {' or a '.join(what)}")
+            wanted = " or ".join(map(in_words, what))
+            raise UserError(f"{field}: {name!r} will hold {in_words(made.what)}, not {wanted}")
         return made
 
 

@@ -189,7 +189,7 @@ def finished_run(name: str, storage: str, what: Sequence[str], field: str) -> ru
     if status is None or status.state != "finished":
         raise UserError(f"{field}: {name!r} has not finished: run it first")
     if held not in what:
-        raise UserError(f"{field}: {name!r} holds {in_words(held)}, not a {' or a '.join(what)}")
+        raise UserError(f"{field}: {name!r} holds {in_words(held)}, not {' or '.join(map(in_words, what))}")
     return run
 
 
