@@ -13,6 +13,7 @@ SEED = 8
 
 
 @pytest.mark.ray
+@pytest.mark.benchmark
 @pytest.mark.timeout(500)
 @pytest.mark.usefixtures("no_ray")
 def test_a_drained_node_and_a_killed_driver_change_no_bit(monkeypatch, tmp_path: Path):
