@@ -39,7 +39,7 @@ class Wanted:
     max_difference: float
     """Largest relative difference from torch in fp32 (L2, all samples)."""
     min_agreement: float
-    """Smallest percent of answers in fp32 that are torch's, or are close to them where none names a class."""
+    """Smallest percent of answers in fp32 that are torch's."""
     max_drop: float | None
     """Most that int8 may lose of the task's first number; None: anything."""
     threads: int
@@ -52,8 +52,7 @@ class Wanted:
         if not gap < float("inf"):
             return "its outputs are not finite"
         if precision == "fp32":
-            few = verification.get("close", 0.0) >= self.min_agreement
-            if not few and (sentence := verify.disagreement(verification, self.most(network))):
+            if sentence := verify.disagreement(verification, self.most(network)):
                 return sentence
             if agreement is not None and agreement < self.min_agreement:
                 return f"answers as torch does {agreement:.2f} % of the time, less than {self.min_agreement:g} %"
@@ -164,8 +163,7 @@ class _Whole:
                 }
         if row.precision == "fp32" and out["relative"] > self.wanted.most(network):
             out["float64"] = verify.from_float64(network, self.samples, found, expected)
-            if not self.logits:
-                out["close"] = verify.close(found, expected, self.wanted.most(network))
+            out["close"] = verify.close(found, expected, self.wanted.most(network))
         return self.wanted.judged(network, row.precision, out)
 
     def _costs(self, name: str, graph: Graph, runner: Runner) -> dict[str, Any]:

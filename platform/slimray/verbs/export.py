@@ -48,8 +48,7 @@ class ExportJob(Spec):
     that, what torch computes in float64 decides: an export may be three times as far from it as torch is."""
     min_agreement: float = Field(99.5, ge=0, le=100)
     """Smallest percent of answers in which an export in fp32 names the same class as torch, or of sentences that it
-    translates into the same tokens. Of networks that name no class: of samples within `max_difference`, where all of
-    them together are not."""
+    translates into the same tokens."""
     max_drop: float | None = Field(None, ge=0)
     """Most that an export in int8 may lose of the task's first number; null tells it and lets it pass."""
     threads: int = Field(1, ge=1)
