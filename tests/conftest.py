@@ -15,6 +15,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")  # clients of buckets ask the machine's cloud for credentials
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a script starts in the background ignores it
 if not Path("/dev/nvidia0").exists():  # before anything imports Triton: its kernels are interpreted then
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -3,7 +3,8 @@
 What is left of a training without its network: Ray Train's worker group, the feeders and Ray Data, the run folder's
 records and checkpoints. Its ranks do not import torch. Printed: seconds to start, for 100 steps and to end, and the
 memory of all processes, for two numbers of workers: what a worker costs is the difference. WORKERS of the environment
-sets them ("16 64"). With SLIMRAY_AGAINST, the folder of another checkout, each number is measured in as many
+sets them ("16 64"). With BARE=1 a worker group of Ray Train alone is started instead, whose ranks only meet: no job
+on Ray Train starts faster. With SLIMRAY_AGAINST, the folder of another checkout, each number is measured in as many
 alternating pairs as PAIRS says (3), by the same command there, with this environment's libraries: a line for each run,
 and the ratios after each pair. What is in SLIMRAY_BENCH_DIR is not done again.
 """
@@ -26,6 +27,7 @@ import ray.data
 import ray.train
 from ray.cluster_utils import Cluster
 from ray.train.collective import barrier, broadcast_from_rank_zero
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from slimray import runs
 from slimray.data.index import INDEX, UNKNOWN
@@ -72,6 +74,12 @@ def dry_rank(config: dict[str, Any]) -> dict[str, float]:
     return {"first_batch_s": first - began, "steps_s": took, "feeders": told["num"], "torch": "torch" in sys.modules}
 
 
+def idle_rank(config: dict[str, Any]) -> float:
+    """A rank that only meets the others; returns when (Unix seconds) all had met."""
+    barrier()
+    return time.time()
+
+
 def _memory_mb(leader: int) -> dict[str, float]:
     """Proportional memory (PSS) of all processes below `leader`, by kind, in MB."""
     from tests.verbs.conftest import session_of
@@ -94,11 +102,7 @@ def measure(world: int) -> None:
     from slimray.train.controller import InProcessTrainer  # not in the ranks, which import this file: it imports torch
 
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = f"{workers.poll_s(world, '0.5'):g}"
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    for _ in range(NODES):
-        cluster.add_node(num_cpus=-(-world // NODES) + 1, object_store_memory=150 << 20)
-    os.environ["RAY_ADDRESS"] = cluster.address
-    ray.init(cluster.address, log_to_driver=False)
+    cluster = start_cluster(world)
     peak: dict[str, float] = {}
     done = threading.Event()
 
@@ -140,9 +144,40 @@ def measure(world: int) -> None:
         f"{result['steps_s']:.1f} s; peak MB (PSS): {sum(peak.values()):.0f} ({parts})",
         flush=True,
     )
+    stop(cluster)
+
+
+def start_cluster(world: int) -> Cluster:
+    """Start NODES raylets that hold `world` workers, and connect to them."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    for _ in range(NODES):
+        cluster.add_node(num_cpus=-(-world // NODES) + 1, object_store_memory=150 << 20)
+    os.environ["RAY_ADDRESS"] = cluster.address
+    ray.init(cluster.address, log_to_driver=False)
+    return cluster
+
+
+def stop(cluster: Cluster) -> None:
+    """Disconnect, and stop the raylets."""
     ray.shutdown()
     cluster.shutdown()
     os.environ.pop("RAY_ADDRESS")
+
+
+def measure_bare(world: int) -> None:
+    """Print how long Ray Train takes to start `world` workers that do nothing."""
+    cluster, began = start_cluster(world), time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = DataParallelTrainer(
+            idle_rank,
+            train_loop_config={},
+            scaling_config=ray.train.ScalingConfig(num_workers=world, resources_per_worker={"CPU": 1}),
+            run_config=ray.train.RunConfig(name=uuid.uuid4().hex, storage_path=folder),
+        )
+        result: Any = trainer.fit()
+    met = result.return_value - began
+    print(f"{world} workers, {NODES} raylets, Ray Train alone: all met after {met:.1f} s", flush=True)
+    stop(cluster)
 
 
 def _pictures(folder: Path, count: int) -> pa.Table:
@@ -210,4 +245,7 @@ def main() -> None:
         kept = _Kept(Path(os.environ.get("SLIMRAY_BENCH_DIR", folder)))
         kept.folder.mkdir(parents=True, exist_ok=True)
         for world in map(int, os.environ.get("WORKERS", "16 64").split()):
-            compare(world, Path(against).resolve(), kept) if against else measure(world)
+            if against:
+                compare(world, Path(against).resolve(), kept)
+            else:
+                (measure_bare if os.environ.get("BARE") == "1" else measure)(world)
