@@ -131,7 +131,7 @@ def test_a_restricted_space_keeps_the_largest_where_nothing_is_allowed():
 
 
 def test_what_is_not_of_the_space_is_named():
-    with pytest.raises(UserError, match="kernel: 4 is none of 3, 5, 7"):
+    with pytest.raises(UserError, match="kernel: 4 is not one of 3, 5, 7"):
         MOBILE.arch({"kernel": 4})
     with pytest.raises(UserError, match="depth: must be 5 numbers"):
         MOBILE.arch({"depth": [2, 2]})

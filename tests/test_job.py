@@ -261,7 +261,7 @@ def test_set_does_not_give_a_section_to_documents_without_where_others_have_it(t
         ("tsmm:optim.lr=1", "--set tsmm:optim.lr=1: no document is named 'tsmm', did you mean 'tsm'?"),
         ("optim", "--set optim: must look like section.field=value"),
         ("tsm:optim", "--set optim: must look like section.field=value"),
-        ("optim.lr.x=1", "--set optim.lr.x=1: 'lr' is a value, it has no fields"),
+        ("optim.lr.x=1", "--set optim.lr.x=1: 'lr' is a value and has no fields"),
         ("scale.workers=0", "scale.workers: must be >= 1 or must be a list (got 0)"),
         (
             "scale.storage_timeout_s=900",
@@ -472,7 +472,7 @@ def test_check_tells_what_a_run_would_do():
     assert [one["state"] for one in check().values()] == ["finished", "resume", "new", "new"]
     said = problems("tsm:optim.lr=0.5")
     assert said == [
-        "run 'tsm' exists with other settings (optim.lr: 0.02 -> 0.5): choose another name, or --restart to clear it"
+        "run 'tsm' exists with other settings (optim.lr: 0.02 -> 0.5): choose another name, or clear it with --restart"
     ]
     changed = job.load(["chain.yaml"], ["tsm:optim.lr=0.5"])
     assert [one["state"] for one in job.check(changed, "runs", restart=True)] == ["new"] * 4
@@ -527,9 +527,9 @@ def test_a_damaged_run_folder_is_one_sentence():
     ("storage", "sentence"),
     [
         ("s4://bucket/x", "s4://bucket/x: unknown storage 's4://'"),
-        ("s3://key:secret@bucket/x", "credentials do not belong into a URI"),
+        ("s3://key:secret@bucket/x", "credentials do not belong in a URI"),
         ("s3://", "s3://: names no bucket"),
-        ("", "storage: an empty path names no folder"),
+        ("", "storage: the path is empty"),
     ],
 )
 def test_a_storage_that_cannot_be_is_one_sentence(storage, sentence):

@@ -80,7 +80,7 @@ def test_refused_credentials_are_final_and_an_outage_is_waited_for(bucket, monke
             s3.heal()
         return read_range(fs, path)
 
-    for kind, said in (("throttle", "SLOW_DOWN"), ("refuse", "NETWORK_CONNECTION"), ("break answer", "bytes came")):
+    for kind, said in (("throttle", "SLOW_DOWN"), ("refuse", "NETWORK_CONNECTION"), ("break answer", "received")):
         s3.fail(kind)
         with pytest.raises(OSError, match=said):
             read_range(fs, path)

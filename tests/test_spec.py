@@ -104,7 +104,7 @@ def test_all_wrong_fields_are_told_at_once():
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("kind: train\n\tname: x\n", "x.yaml: line 2: a tab, YAML takes blanks only"),
+        ("kind: train\n\tname: x\n", "x.yaml: line 2: a tab: indent YAML with spaces only"),
         ("a: [1, 2\nb: 3\n", "x.yaml: line 2: expected ',' or ']', but got ':'"),
         ("a: 1\na: 2\n", "x.yaml: line 2: 'a' is written twice"),
         ("b: {a: 1, a: 2}\n", "x.yaml: line 1: 'a' is written twice"),
@@ -114,9 +114,9 @@ def test_all_wrong_fields_are_told_at_once():
         ("a: b\0\n", "x.yaml: not valid YAML (unacceptable character #x0000: special characters are not allowed)"),
         ("a: " + "[" * 5000, "x.yaml: not valid YAML (maximum recursion depth exceeded"),
         ("a: !!python/name:os.system\n", "x.yaml: line 1: could not determine a constructor for the tag"),
-        ("a: " + "x" * 1_000_001, "x.yaml: larger than 1000000 bytes, which is not a job or card"),
+        ("a: " + "x" * 1_000_001, "x.yaml: larger than 1000000 bytes, too large for a job or card"),
         ("a: &a 1\nb: [" + "*a, " * 51 + "]\n", "x.yaml: line 2: more than 50 aliases"),
-        ("a: &a [*a]\n", "x.yaml: its aliases make it larger than 100000 values"),
+        ("a: &a [*a]\n", "x.yaml: its aliases expand to more than 100000 values"),
     ],
 )
 def test_yaml_that_is_none_is_one_sentence_with_the_line(text, sentence):
@@ -132,7 +132,7 @@ def test_bombs_of_aliases_and_of_merges_do_not_go_off():
         aliases += f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}, *a{i}, *a{i}]\n"
     for i in range(24):
         merges += f"a{i + 1}: &a{i + 1} {{<<: [*a{i}, *a{i}], k{i}: 1}}\n"
-    with pytest.raises(UserError, match="its aliases make it larger than 100000 values"):
+    with pytest.raises(UserError, match="its aliases expand to more than 100000 values"):
         parse_yaml(aliases, "x.yaml")
     with contextlib.suppress(UserError):  # PyYAML of 2026 merges a key once, older ones are stopped by us
         assert len(parse_yaml(merges, "x.yaml")[0]["a24"]) == 26
@@ -198,7 +198,7 @@ def test_set_without_field_or_value_says_how_it_looks(assignment):
 
 
 def test_set_into_a_value_is_refused():
-    with pytest.raises(UserError, match=r"--set optim\.lr\.x=3: 'lr' is a value, it has no fields"):
+    with pytest.raises(UserError, match=r"--set optim\.lr\.x=3: 'lr' is a value and has no fields"):
         set_value({"optim": {"lr": 0.1}}, "optim.lr.x=3")
 
 
@@ -230,8 +230,8 @@ def test_problems_are_collected_with_the_file_in_front_once():
         ("a: 2024-13-45", "x.yaml: line 1: '2024-13-45' is not a value of !!timestamp"),
         ("a: " + "9" * 400, "x.yaml: line 1: a number of more than 100 characters"),
         ("a: " + "1:" * 50_000 + "1", "x.yaml: line 1: a number of more than 100 characters"),
-        ('a: [{b: "\\ud800"}]', r"x.yaml: '\ud800' holds half a character"),
-        ('"\\udfff": 1', r"x.yaml: '\udfff' holds half a character"),
+        ('a: [{b: "\\ud800"}]', r"x.yaml: '\ud800' contains half a character"),
+        ('"\\udfff": 1', r"x.yaml: '\udfff' contains half a character"),
     ],
 )
 def test_values_that_yaml_cannot_make_are_one_sentence(text, sentence):
@@ -249,7 +249,7 @@ def test_a_pipe_is_read_and_one_that_nobody_writes_is_given_up(tmp_path, monkeyp
     os.close(reading)
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.setattr(spec, "PIPE_PATIENCE_S", 0.2)
-    with pytest.raises(UserError, match="it is a pipe, and nothing has come out of it"):
+    with pytest.raises(UserError, match="it is a pipe that has delivered nothing"):
         read_yaml(tmp_path / "pipe")
 
 

@@ -103,8 +103,8 @@ def test_failures_that_pass_are_retried_and_others_are_one_sentence(tmp_path, mo
         storage.read_bytes(Failing(9, OSError("AWS Error SLOW_DOWN")), path, patience=0.3)
     with pytest.raises(storage.StorageError, match=r"x: cannot read it after 1 attempt \(SLOW_DOWN\)"):
         storage.read_bytes(Failing(9, OSError("AWS Error SLOW_DOWN")), path, patience=0)
-    failing = Failing(99, OSError("2 of 5 bytes came"))
-    with pytest.raises(storage.StorageError, match=r"x: cannot read it after 4 attempts \(2 of 5 bytes came\)"):
+    failing = Failing(99, OSError("received 2 of 5 bytes"))
+    with pytest.raises(storage.StorageError, match=r"x: cannot read it after 4 attempts \(received 2 of 5 bytes\)"):
         storage.read_bytes(failing, path, patience=1000)
     assert failing.left == 95  # a file that is damaged is not an outage, which may take minutes
     failing = Failing(9, OSError(errno.EACCES, "no"))
@@ -142,11 +142,11 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_old_file(tmp_path):
         ("s4://team/x", "unknown storage 's4://' (known: file, gs, s3)"),
         ("s3:/team/x", "did you mean 's3'?"),
         ("https://host/x", "unknown storage 'https://'"),
-        ("s3://id:hunter2@team/x", "s3://***@team/x: credentials do not belong into a URI"),
+        ("s3://id:hunter2@team/x", "s3://***@team/x: credentials do not belong in a URI"),
         ("s3:///x", "names no bucket"),
         ("s3://team/x?endpont_override=a", "unknown option 'endpont_override', did you mean 'endpoint_override'?"),
         ("file://host/x", "three slashes"),
-        ("", "an empty path names no folder"),
+        ("", "the path is empty"),
     ],
 )
 def test_a_uri_that_cannot_be_meant_is_one_sentence(uri, sentence):
@@ -166,7 +166,7 @@ def test_local_paths_are_absolute_and_file_uris_are_decoded(tmp_path, monkeypatc
 
 
 def test_a_missing_bucket_is_the_users_mistake(bucket):
-    with pytest.raises(UserError, match="there is no bucket 'tame'"):
+    with pytest.raises(UserError, match="bucket 'tame' does not exist"):
         storage.open_uri(bucket("x").replace("team", "tame"))
 
 
@@ -213,7 +213,7 @@ def test_refused_credentials_are_one_sentence(monkeypatch):
     uri = f"s3://team/x?endpoint_override=127.0.0.1:{server.server_port}&scheme=http"
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    with pytest.raises(UserError, match="access denied, the credentials found are refused"):
+    with pytest.raises(UserError, match="access denied, the credentials found were refused"):
         storage.open_uri(uri)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("HOME", "/nonexistent")
@@ -321,7 +321,7 @@ def test_names_that_are_not_utf8_are_left_out_of_a_listing_with_a_word(tmp_path,
     fs, path = storage.open_uri(tmp_path)
     assert [info.base_name for info in storage.list_files(fs, path, recursive=True)] == ["café.mp4", "動画"]
     assert storage.list_folders(fs, path) == ["run"]
-    assert f"{tmp_path}: 3 names in it are not UTF-8 and are left out: rename them" in caplog.text
+    assert f"{tmp_path}: skipped 3 names in it that are not UTF-8: rename them" in caplog.text
     storage.delete(fs, path)
     assert not tmp_path.exists()
 
@@ -329,14 +329,14 @@ def test_names_that_are_not_utf8_are_left_out_of_a_listing_with_a_word(tmp_path,
 @pytest.mark.parametrize(
     ("uri", "sentence"),
     [
-        ("~nosuchuser/runs", "~nosuchuser/runs: there is no such user here"),
-        ("s3://[::1/x", "s3://[::1/x: is not a URI"),
-        ("gs://bu]cket[/x", "is not a URI"),
+        ("~nosuchuser/runs", "~nosuchuser/runs: this machine has no such user"),
+        ("s3://[::1/x", "s3://[::1/x: is not a valid URI"),
+        ("gs://bu]cket[/x", "is not a valid URI"),
         ("/data/\udcff/x", r"/data/\udcff/x: its name is not UTF-8"),
-        ("file:///data/%00", "a path cannot hold a zero byte"),
-        ("a\0b", "a path cannot hold a zero byte"),
-        ("x" * 300, "xxx...: is too long for the name of a file"),
-        ("x/" * 3000, "is too long for the name of a file"),
+        ("file:///data/%00", "a path cannot contain a zero byte"),
+        ("a\0b", "a path cannot contain a zero byte"),
+        ("x" * 300, "xxx...: is too long for a file name"),
+        ("x/" * 3000, "is too long for a file name"),
         ("/data/\x1b[31mred\x1b[0m\0", r"/data/\x1b[31mred\x1b[0m\x00: a path"),
     ],
 )

@@ -1,11 +1,11 @@
-"""An architecture is a value: `Arch` says which subnet of a supernet is meant, `Space` which ones there are.
+"""Architectures as values: an `Arch` identifies one subnet of a supernet, a `Space` defines all of them.
 
 An arch maps dimensions to genes: lists with a gene per block (`kernel`, `expand`) or per stage (`width`, `depth`), and
-single numbers (`resolution`, `frames`). A `Dimension` says itself what its genes belong to: nothing is guessed from the
-length of a list. Lists keep their full length; the genes of a depth say how many blocks of each stage run, and equality
-and hash ignore the genes of blocks that do not. Order and meaning are those of Once-for-All (arXiv 1908.09791).
-Surprising: a random generator needs no more than `random()`, which gives a float in [0, 1), so both `random.Random` and
-numpy's Generator do. Nothing but the standard library.
+single numbers (`resolution`, `frames`). A `Dimension` states what its genes belong to; nothing is guessed from the
+length of a list. Lists keep their full length; the genes of a depth set how many blocks of each stage run, and equality
+and hash ignore the genes of blocks that do not run. Order and meaning follow Once-for-All (arXiv 1908.09791).
+Surprising: a random generator only needs `random()`, which returns a float in [0, 1), so both `random.Random` and
+numpy's Generator can be used. Imports only the standard library.
 """
 
 import itertools
@@ -18,20 +18,20 @@ from typing import Any, Literal, Protocol
 from slimray.spec import UserError, did_you_mean
 
 Gene = int | float
-Choices = tuple[tuple[Gene, ...], ...]  # for each gene of a dimension the values it may take, ascending
+Choices = tuple[tuple[Gene, ...], ...]  # for each gene of a dimension, the values it may take, ascending
 
 
 class Rng(Protocol):
-    """The part of a generator of random numbers that draws need."""
+    """The one method of a random number generator that drawing genes requires."""
 
     def random(self) -> float:
-        """A float in [0, 1)."""
+        """Return a float in [0, 1)."""
         ...
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The blocks that a gene of a depth decides about: of `blocks`, the first `always` + gene run (at most all)."""
+    """The blocks that one gene of a depth controls: of `blocks`, the first `always` + gene run (at most all)."""
 
     blocks: int
     always: int = 0
@@ -43,9 +43,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Depth:
-    """A dimension that skips blocks: its gene i says how many blocks of `stages[i]` run.
+    """A dimension that skips blocks: its gene i sets how many blocks of `stages[i]` run.
 
-    `skips` names the dimensions with a gene for every block of these stages.
+    `skips` names the dimensions that have one gene for every block of these stages.
     """
 
     name: str
@@ -54,22 +54,23 @@ class Depth:
 
     @property
     def num_blocks(self) -> int:
-        """The blocks of all stages."""
+        """The number of blocks of all stages."""
         return sum(stage.blocks for stage in self.stages)
 
     def active(self, genes: Sequence[Gene]) -> tuple[bool, ...]:
-        """For each block of all stages in a row, whether it runs."""
+        """Return for each block, over all stages in order, whether it runs."""
         pairs = zip(self.stages, genes, strict=True)
         return tuple(i < stage.active(gene) for stage, gene in pairs for i in range(stage.blocks))
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """One kind of gene: the values of each of its genes, and what the genes belong to.
+    """One dimension of a space: the values each of its genes may take, and what the genes belong to.
 
-    `of` "net" is one number for the whole network, "stage" and "block" are lists. A dimension with `stages`, a `Stage`
-    per gene, is a depth; one that is `skipped_by` a depth has a gene for every block of it, without effect where the
-    block does not run. `input` says what of the input the number sets: the side in pixels, or the frames of a clip.
+    `of` "net" is one number for the whole network, "stage" and "block" are lists. A dimension with `stages`, one
+    `Stage` per gene, is a depth; one that is `skipped_by` a depth has a gene for every block of that depth, which has
+    no effect where the block does not run. `input` names the property of the input that the number sets: the side in
+    pixels, or the number of frames of a clip.
     """
 
     choices: Choices
@@ -80,22 +81,25 @@ class Dimension:
 
     @staticmethod
     def number(values: Sequence[Gene], input: Literal["side", "frames"] | None = None) -> "Dimension":
-        """One number for the whole network."""
+        """Return a dimension that is one number for the whole network."""
         return Dimension(_choices([values]), "net", input=input)
 
     @staticmethod
     def per_block(choices: Sequence[Sequence[Gene]], skipped_by: str | None = "depth") -> "Dimension":
-        """A gene per block; `skipped_by` names the depth whose blocks these are."""
+        """Return a dimension with a gene per block; `skipped_by` names the depth whose blocks these are."""
         return Dimension(_choices(choices), "block", skipped_by)
 
     @staticmethod
     def per_stage(choices: Sequence[Sequence[Gene]]) -> "Dimension":
-        """A gene per stage that skips nothing."""
+        """Return a dimension with a gene per stage that skips nothing."""
         return Dimension(_choices(choices), "stage")
 
     @staticmethod
     def depth(choices: Sequence[Sequence[Gene]], stages: Sequence[Stage]) -> "Dimension":
-        """A gene per stage that says how many of the stage's blocks run."""
+        """Return a dimension with a gene per stage that sets how many of the stage's blocks run.
+
+        Raises ValueError if there are not as many genes as stages.
+        """
         if len(choices) != len(stages):
             raise ValueError(f"{len(choices)} genes of depth, but {len(stages)} stages")
         return Dimension(_choices(choices), "stage", stages=tuple(stages))
@@ -103,7 +107,7 @@ class Dimension:
 
 @dataclass(frozen=True, eq=False)
 class Arch:
-    """A subnet: dimension -> its genes. `depths` says which dimensions skip the blocks of which others.
+    """A subnet: dimension -> its genes. `depths` lists the dimensions that skip blocks, and what each of them skips.
 
     `arch["kernel"]` is a tuple, `arch["resolution"]` a number.
     """
@@ -115,9 +119,9 @@ class Arch:
     def from_dict(plain: Mapping[str, Any]) -> "Arch":
         """Read what `to_dict` wrote, or `{"kernel": [...], "expand": [...], "depth": [...], "resolution": 224}`.
 
-        Without an entry `skips` the lists `depth` skips are those with a gene per block of its stages; without an entry
-        `stages` these have equally many blocks, which is right for MobileNets. A reader that knows the space takes
-        `Space.arch`. UserError, with the dimension, for genes that are not numbers.
+        Without an entry `skips`, `depth` skips the lists that have one gene per block of its stages; without an entry
+        `stages`, all stages have the same number of blocks, which is right for MobileNets. A caller that knows the
+        space should use `Space.arch`. Raises UserError, naming the dimension, for genes that are not numbers.
         """
         given = dict(plain)
         stages, skips = given.pop("stages", None), given.pop("skips", None)
@@ -138,7 +142,7 @@ class Arch:
         return Arch(tuple(genes.items()), depths)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, full lists; `stages` or `skips` say what the lists alone do not (see `from_dict`)."""
+        """Return plain values for JSON with full lists, and `stages` or `skips` where `from_dict` cannot infer them."""
         out: dict[str, Any] = {n: list(v) if isinstance(v, tuple) else v for n, v in self.dimensions}
         if self.depths == _unsaid_depths(self._by_name, None):
             return out
@@ -154,16 +158,16 @@ class Arch:
         return self._by_name[name]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The genes of a dimension, `default` if there is none of that name."""
+        """Return the genes of a dimension, or `default` if the arch has no dimension of that name."""
         return self._by_name.get(name, default)
 
     def replace(self, **genes: Any) -> "Arch":
-        """The same arch with other genes in some dimensions."""
+        """Return the same arch with other genes in some dimensions."""
         changed = {name: _genes(name, value) for name, value in genes.items()}
         return Arch(tuple((self._by_name | changed).items()), self.depths)
 
     def runs(self, name: str) -> tuple[bool, ...]:
-        """For each gene of a list, whether its block runs."""
+        """Return for each gene of a list whether its block runs."""
         for depth in self.depths:
             if name in depth.skips:
                 return depth.active(self[depth.name])
@@ -175,7 +179,7 @@ class Arch:
 
     @cached_property
     def _key(self) -> tuple[Any, ...]:
-        """The arch without what has no effect: genes of blocks that do not run, depth beyond the last block."""
+        """The arch without genes that have no effect: those of blocks that do not run, depth beyond the last block."""
         by_name, depths = dict(self._by_name), {depth.name: depth for depth in self.depths}
         for depth in self.depths:
             active = depth.active(self[depth.name])
@@ -213,10 +217,10 @@ def _genes(name: str, value: Any) -> tuple[Gene, ...] | Gene:
 
 
 def _unsaid_depths(genes: Mapping[str, Any], stages: Any) -> tuple[Depth, ...]:
-    """Return what `depth` skips where nothing says so: the lists that are as long as its stages have blocks.
+    """Infer what `depth` skips where no `skips` are stored: the lists with one gene per block of its stages.
 
-    `stages` are pairs [blocks, always]; None: equally many in every stage, those of the longest list over the genes of
-    `depth`. Archs of networks in which that is not so say it (`skips`).
+    `stages` are pairs [blocks, always]; None means that all stages have the same number of blocks: the length of the
+    longest list divided by the number of genes of `depth`. Archs of networks where this is wrong store `skips`.
     """
     depth = genes.get("depth")
     lists = {name: len(value) for name, value in genes.items() if isinstance(value, tuple) and name != "depth"}
@@ -244,9 +248,10 @@ class Space:
 
     @staticmethod
     def of(dimensions: Mapping[str, Dimension]) -> "Space":
-        """A space of dimensions by name.
+        """Return the space of these dimensions.
 
-        ValueError for a dimension that is skipped by none of the others, or has not a gene for each of their blocks.
+        Raises ValueError for a dimension whose `skipped_by` names no depth among them, or that does not have exactly
+        one gene for each block of that depth.
         """
         for name, one in dimensions.items():
             if one.skipped_by is None:
@@ -263,12 +268,12 @@ class Space:
 
     @cached_property
     def choices(self) -> tuple[tuple[str, Choices], ...]:
-        """Dimension -> for each of its genes the values it may take, in the order of the genes."""
+        """Pairs of a dimension and the values each of its genes may take, in the order of the genes."""
         return tuple((name, one.choices) for name, one in self.named)
 
     @cached_property
     def depths(self) -> tuple[Depth, ...]:
-        """The dimensions that skip blocks, with what they skip."""
+        """The dimensions that skip blocks, each with the dimensions it skips."""
         return tuple(
             Depth(name, one.stages, tuple(sorted(other for other, it in self.named if it.skipped_by == name)))
             for name, one in self.named
@@ -276,21 +281,24 @@ class Space:
         )
 
     def input_name(self, what: Literal["side", "frames"]) -> str | None:
-        """The dimension that sets the side of the input in pixels, or the frames of a clip; None if none does."""
+        """Return the dimension that sets the side of the input in pixels, or the frames of a clip; None without one."""
         return next((name for name, one in self.named if one.input == what), None)
 
     @cached_property
     def input_names(self) -> tuple[str, ...]:
-        """The dimensions that set something of the input."""
+        """The dimensions that set a property of the input."""
         return tuple(name for name, one in self.named if one.input is not None)
 
     def input_of(self, arch: Arch, what: Literal["side", "frames"]) -> int | None:
-        """The side of the input in pixels or the frames of a clip that `arch` takes; None where it does not say."""
+        """Return the side of the input in pixels, or the frames of a clip, that `arch` sets; None if it sets none."""
         name = self.input_name(what)
         return None if name is None else int(arch[name])
 
     def depth_told(self, depth: Depth) -> tuple[bool, ...]:
-        """For each stage, whether its blocks' genes tell its depth: every block that may be skipped has a choice."""
+        """Return for each stage whether its depth follows from its blocks' encoded genes.
+
+        It does where every block that may be skipped has a gene with a choice.
+        """
         out, start = [], 0
         for stage, depths in zip(depth.stages, self.dimensions[depth.name].choices, strict=True):
             skipped = range(start + min(map(stage.active, depths)), start + max(map(stage.active, depths)))
@@ -300,16 +308,17 @@ class Space:
         return tuple(out)
 
     def arch(self, plain: "Mapping[str, Any] | Arch") -> Arch:
-        """An arch of this space from plain values: a number for all genes of a dimension or a list; missing: largest.
+        """Return an arch of this space from plain values: per dimension a list, or one number for all of its genes.
 
-        UserError, with the dimension and what it may be, for one that is not of this space.
+        A missing dimension gets its largest values. Raises UserError, naming the dimension and the values allowed, for
+        an arch that is not in this space.
         """
         given = plain.to_dict() if isinstance(plain, Arch) else dict(plain)
         for word in ("stages", "skips"):
             given.pop(word, None)
         for name in given:
             if name not in self.dimensions:
-                raise UserError(f"arch: no dimension {name!r} here{did_you_mean(name, self.dimensions)}")
+                raise UserError(f"arch: this space has no dimension {name!r}{did_you_mean(name, self.dimensions)}")
         genes = {}
         for name, choices in self.choices:
             value = given.get(name, [max(values) for values in choices])
@@ -318,24 +327,24 @@ class Space:
                 raise UserError(f"arch: {name}: must be {len(choices)} numbers (got {len(values)})")
             for gene, allowed in zip(values, choices, strict=True):
                 if gene not in allowed:
-                    raise UserError(f"arch: {name}: {gene!r} is none of {', '.join(map(str, allowed))}")
+                    raise UserError(f"arch: {name}: {gene!r} is not one of {', '.join(map(str, allowed))}")
             genes[name] = values
         return self._arch(genes)
 
     def largest(self) -> Arch:
-        """The arch of the highest values: the whole supernet."""
+        """Return the arch with the largest value of every gene: the whole supernet."""
         return self._arch({name: [max(values) for values in genes] for name, genes in self.choices})
 
     def smallest(self) -> Arch:
-        """The arch of the lowest values."""
+        """Return the arch with the smallest value of every gene."""
         return self._arch({name: [min(values) for values in genes] for name, genes in self.choices})
 
     def sample(self, rng: Rng) -> Arch:
-        """Every gene drawn evenly and on its own."""
+        """Draw an arch: every gene uniformly and independently."""
         return self._arch({name: [_pick(values, rng) for values in genes] for name, genes in self.choices})
 
     def mutate(self, arch: Arch, rng: Rng, prob: float = 0.1, single_prob: float = 0.5) -> Arch:
-        """Draw again: all genes of a block together, each other gene, with `prob`; each single number with its own."""
+        """Redraw genes: all genes of a block together, or any other gene, with `prob`; single numbers `single_prob`."""
         genes = self._lists(arch)
         hit = {depth.name: [rng.random() < prob for _ in range(depth.num_blocks)] for depth in self.depths}
         for name, one in self.named:
@@ -346,15 +355,15 @@ class Space:
         return self._arch(genes)
 
     def cross(self, mother: Arch, father: Arch, rng: Rng) -> Arch:
-        """Each gene from one or the other with even chance."""
+        """Return an arch that takes each gene from either parent with equal probability."""
         first, second = self._lists(mother), self._lists(father)
         mixed = {n: [b if rng.random() < 0.5 else a for a, b in zip(first[n], second[n], strict=True)] for n in first}
         return self._arch(mixed)
 
     def encode(self, arch: Arch) -> list[float]:
-        """One-hot of every gene that has a choice, zeros for a block that does not run: what a predictor learns from.
+        """Return the input of a predictor: one-hot of every gene that has a choice, zeros for blocks that do not run.
 
-        Depth is told by those zeros, and has places of its own only where they do not tell it (`depth_told`).
+        Those zeros reveal the depth, which has columns of its own only where they do not (`depth_told`).
         """
         out: list[float] = []
         genes = self._lists(arch)
@@ -364,20 +373,20 @@ class Space:
             for i, values in enumerate(one.choices):
                 runs = active[one.skipped_by][i] if one.skipped_by else True
                 gene = genes[name][i]
-                if one.stages and one.stages[i].blocks:  # depths beyond the last block are one and the same
+                if one.stages and one.stages[i].blocks:  # all depths beyond the last block are equivalent
                     gene = next(v for v in values if one.stages[i].active(v) == one.stages[i].active(gene))
                 if len(values) > 1 and not (one.stages and told[name][i]):
                     out += [float(runs and value == gene) for value in values]
         return out
 
     def restrict(self, **allowed: Sequence[Gene]) -> "Space":
-        """The part of this space whose genes take only values of `allowed`: what a stage of shrinking has freed.
+        """Return the subspace whose genes take only values of `allowed`, such as one stage of progressive shrinking.
 
-        A gene none of whose values is allowed keeps its largest. UserError for a dimension that is not here.
+        A gene that has none of the allowed values keeps its largest. Raises UserError for an unknown dimension.
         """
         for name in allowed:
             if name not in self.dimensions:
-                raise UserError(f"no dimension {name!r} here{did_you_mean(name, self.dimensions)}")
+                raise UserError(f"this space has no dimension {name!r}{did_you_mean(name, self.dimensions)}")
         cut = {}
         for name, one in self.named:
             keep = set(allowed.get(name, ()))
@@ -407,7 +416,7 @@ class Space:
         return total
 
     def archs(self) -> Iterator[Arch]:
-        """All different archs, one by one; for small spaces only (see `num_archs`)."""
+        """Yield all different archs; for small spaces only (see `num_archs`)."""
         seen: set[Arch] = set()
         names = [(name, i) for name, genes in self.choices for i in range(len(genes))]
         for values in itertools.product(*(values for _, genes in self.choices for values in genes)):

@@ -1,8 +1,8 @@
-"""Credentials: found in what a user writes, and replaced by `***` in whatever leaves the process.
+"""Finds credentials in what a user writes, and replaces them by `***` in everything that leaves the process.
 
-In: names, texts and plain values. `find` says where a value holds a credential, so that every entrance (jobs, cards,
-cluster files, storage URIs) can refuse it in one way; `redact` is the one redactor of every exit (files of a run, logs,
-messages, trackers, webhooks, manifests). A credential is known by the name it stands under, by its place in a URL, or
+In: names, texts and plain values. `find` locates the credentials in a value, so that all inputs (jobs, cards, cluster
+files, storage URIs) refuse them in the same way; `redact` is the one redactor of all outputs (files of a run, logs,
+messages, trackers, webhooks, manifests). A credential is recognized by the name of its field, by its place in a URL, or
 by its form. Surprising: file paths and names of environment variables (`token_env`, `..._FILE`) are not credentials,
 and values of this process's own secret environment variables are replaced wherever they appear in a text.
 """
@@ -15,19 +15,19 @@ from typing import Any
 from urllib.parse import unquote
 
 HIDDEN = "***"
-MIN_ENV_VALUE = 12  # characters from which on the value of a secret environment variable is looked for in texts
+MIN_ENV_VALUE = 12  # characters; shorter values of secret environment variables are not searched for in texts
 
-# A name with one of these in it, its words written together, names a credential.
+# A name that contains one of these, its words joined, names a credential.
 STEMS = (
     "passw", "passphrase", "pgpass", "secret", "credential", "apikey", "accesskey", "privatekey", "accountkey",
     "sharedkey", "storagekey", "signingkey", "encryptionkey", "authkey", "sshkey", "webhook", "bearer",
     "connectionstring",
 )  # fmt: skip
-WORDS = ("pwd", "pass", "jwt", "sas", "authorization", "dsn", "cookie")  # the last word of such a name
-NOT_VALUES = ("file", "path", "env", "dir", "folder", "name")  # what such a name then says where to find
+WORDS = ("pwd", "pass", "jwt", "sas", "authorization", "dsn", "cookie")  # as the last word of a name
+NOT_VALUES = ("file", "path", "env", "dir", "folder", "name")  # last words of names that say where a credential is kept
 VOCABULARY = ("pad", "unk", "eos", "bos", "sep", "cls", "mask", "start", "end", "begin", "special", "image", "prompt",
               "num", "max", "min", "per", "class", "first", "last", "next")  # fmt: skip
-PARAMETERS = ("key", "sig", "signature", "auth", "keypairid", "googleaccessid")  # of a URL, beside secret names
+PARAMETERS = ("key", "sig", "signature", "auth", "keypairid", "googleaccessid")  # of a URL, besides secret names
 
 _EDGE = r"(?<![A-Za-z0-9_+/=-])"
 FORMS = re.compile(
@@ -67,7 +67,7 @@ ASSIGNED_VALUE = re.compile(r"[^\s\"'<>,;&\\]{4,}")
 SPOKEN = re.compile(
     r"(?i)(?P<head>\b(?:bearer|wandb login|authorization:\s*(?:basic|token|bearer))\s+)(?P<value>[\w.~+/=-]{16,})"
 )
-# Quick to search: a text without any of this holds no credential that is known by its form.
+# A quick first search: a text that does not match contains no credential.
 HINT = re.compile(
     r"[=@]|(?i:passw|passphrase|pgpass|secret|token|key|cred|bearer|pwd|webhook|login|authori|cookie|connection|dsn|jwt)"
     r"|AKIA|ASIA|ABIA|ACCA|_pat_|hf_|api_org_|wandb_v|gh[pousr]_|gl[a-z]{2,5}-|[sr]k[-_]|whsec_|xox|xapp-|AIza|ya29|GOCSPX"
@@ -78,7 +78,7 @@ AWS_SECRET = re.compile(r"(?<![A-Za-z0-9/+=])[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])
 
 
 def is_secret_name(name: str) -> bool:
-    """Return whether a field, variable or parameter of this name holds a credential (not: where one is kept)."""
+    """Return whether a field, variable or parameter of this name holds a credential (not the place of one)."""
     words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]
     words = [word for word in words if not word.isdigit()]
     if not words or words[-1] in NOT_VALUES or words in (["secrets"], ["pwd"]):  # $PWD is a folder
@@ -95,9 +95,9 @@ def is_secret_name(name: str) -> bool:
 
 
 def redact(value: Any, names: bool = True) -> Any:
-    """Return `value` with every credential replaced by `***`, in dicts, lists and texts of any depth.
+    """Return `value` with every credential replaced by `***`, in dicts, lists and texts at any depth.
 
-    `names=False` looks at texts only and not at the names of the fields they stand under.
+    With `names=False` only texts are examined, not the names of their fields.
     """
     if isinstance(value, Mapping):
         return {
@@ -125,9 +125,9 @@ def redact_text(text: str) -> str:
 
 
 def find(value: Any, names: bool = False, field: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (field, what it holds) for every credential in a plain value; the value itself is in neither.
+    """Yield (field, kind of credential) for every credential in a plain value; neither contains the credential itself.
 
-    `names` also takes a text for a credential because of the name it stands under, as among environment variables.
+    With `names`, a text also counts as a credential because of the name of its field, as for environment variables.
     """
     if isinstance(value, Mapping):
         for key, one in value.items():
@@ -144,7 +144,7 @@ def find(value: Any, names: bool = False, field: str = "") -> Iterator[tuple[str
 
 
 def held(text: str) -> str | None:
-    """Return which credential a text holds, in words without its value; None if it holds none."""
+    """Return the kind of credential a text contains, in words without its value; None if it contains none."""
     if not HINT.search(text):
         return None
     if FORMS.search(text):
@@ -161,7 +161,7 @@ def held(text: str) -> str | None:
 
 
 def _is_hidden(name: Any, value: Any) -> bool:
-    """Return whether a field is a credential by its name: a text that is not empty, a path or hidden already."""
+    """Return whether a field is a credential by its name; texts that are empty, a path or already hidden are not."""
     return isinstance(value, str) and value not in ("", HIDDEN) and is_secret_name(str(name)) and not _is_path(value)
 
 
@@ -176,7 +176,7 @@ def _is_secret_parameter(name: str) -> bool:
 
 
 def _is_port(match: re.Match[str]) -> bool:
-    """Return whether the text before an @ is not a user (`http://host:8080/path@x`), or is hidden already."""
+    """Return whether the text before an @ is not a user (`http://host:8080/path@x`), or is already hidden."""
     user = match["user"]
     is_port = match["head"].startswith(("http", "ws")) and re.match(r"[^/:@]+:\d+/", user)
     return bool(is_port) or user == f"{HIDDEN}@"
@@ -201,14 +201,14 @@ def _assigned(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _without(text: str, spans: list[tuple[int, int]]) -> str:
-    """`text` with `***` in place of each span."""
+    """Return `text` with each span replaced by `***`."""
     for begin, end in reversed(spans):
         text = text[:begin] + HIDDEN + text[end:]
     return text
 
 
 def _is_random(text: str) -> bool:
-    """Return whether 40 characters of base64 look random, as AWS's secrets do: not words of a path, not hex."""
+    """Return whether 40 characters of base64 look random, as AWS secrets do, unlike the words of a path or hex."""
     kinds = ["aA0/"[c.isupper() + 2 * c.isdigit() + 3 * (c in "/+")] for c in text]
     changes = sum(one != other for one, other in itertools.pairwise(kinds))
     in_words = sum(len(word) for word in re.findall(r"[a-z]{5,}", text))

@@ -1,9 +1,9 @@
-"""Archs as matrices of whole numbers, and costs that are looked up: what lets a search try 50,000 archs in a second.
+"""Archs as integer matrices, and costs looked up in tables, which let a search try 50,000 archs per second.
 
-`GeneTable` turns the archs of a `Space` into rows, a column per gene, and draws, mutates, crosses and encodes many at a
-time; it agrees with `Space` in all it does. `cost_tables` adds up what the parts of a network cost by the genes that
-they depend on, as the latency tables of ProxylessNAS (arXiv 1812.00332) and Once-for-All (arXiv 1908.09791) do.
-Surprising: rows keep the genes of skipped blocks, as archs do, because a child may let the block run again.
+`GeneTable` turns the archs of a `Space` into rows with a column per gene, and draws, mutates, crosses and encodes many
+at a time; its results agree with those of `Space`. `cost_tables` sums the costs of the parts of a network, looked up by
+the genes each part depends on, like the latency tables of ProxylessNAS (arXiv 1812.00332) and Once-for-All (arXiv
+1908.09791). Surprising: rows keep the genes of skipped blocks, as archs do, because the block may run again in a child.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,24 +15,24 @@ from numpy.typing import NDArray
 
 from slimray.arch import Arch, Gene, Space
 
-Codes = NDArray[np.intp]  # [n, genes]: for every gene the place of its value among the choices
+Codes = NDArray[np.intp]  # [n, genes]: for every gene, the index of its value among its choices
 Floats = NDArray[np.float64]
 Costs = Callable[[Codes], Mapping[str, Floats]]  # cost name -> [n]
 
 
 @dataclass(frozen=True)
 class GeneTable:
-    """The archs of `space` as rows of whole numbers `[n, genes]`, the genes in the order of `space.choices`.
+    """The archs of `space` as integer rows `[n, genes]`, with the genes in the order of `space.choices`.
 
-    Draws are those of `Space` (`sample`, `mutate`, `cross`), many at a time. Rows keep the genes of skipped blocks, as
-    archs do; `canonical` drops them.
+    `sample`, `mutate` and `cross` do what those of `Space` do, for many archs at a time. Rows keep the genes of skipped
+    blocks, as archs do; `canonical` drops them.
     """
 
     space: Space
 
     @cached_property
     def genes(self) -> tuple[tuple[str, int], ...]:
-        """Dimension and place in it of every column."""
+        """The dimension of every column, and its index within the dimension."""
         return tuple((name, i) for name, choices in self.space.choices for i in range(len(choices)))
 
     @cached_property
@@ -42,7 +42,7 @@ class GeneTable:
 
     @cached_property
     def sizes(self) -> Codes:
-        """Return how many choices every column has."""
+        """The number of choices of every column."""
         return np.array([len(values) for values in self.values], np.intp)
 
     @cached_property
@@ -52,16 +52,16 @@ class GeneTable:
 
     @cached_property
     def num_archs(self) -> int:
-        """Return how many different archs there are."""
+        """The number of different archs."""
         return self.space.num_archs()
 
     @cached_property
     def columns(self) -> dict[tuple[str, int], int]:
-        """(dimension, place in it) -> column."""
+        """(dimension, index within it) -> column."""
         return {gene: i for i, gene in enumerate(self.genes)}
 
     def codes(self, archs: Iterable[Arch]) -> Codes:
-        """The rows of `archs`; KeyError for a gene that is not of the space."""
+        """Return the rows of `archs`; raise KeyError for a gene that is not in the space."""
         places = [{value: i for i, value in enumerate(values)} for values in self.values]
         rows = []
         for arch in archs:
@@ -73,7 +73,7 @@ class GeneTable:
         return np.array(rows, np.intp).reshape(len(rows), len(self.genes))
 
     def archs(self, codes: Codes) -> list[Arch]:
-        """The archs that rows stand for."""
+        """Return the archs that the rows represent."""
         cuts, start = [], 0
         for name, choices in self.space.choices:
             cuts.append((name, start, start + len(choices), self.space.dimensions[name].of == "net"))
@@ -86,21 +86,21 @@ class GeneTable:
         return out
 
     def sample(self, count: int, rng: np.random.Generator) -> Codes:
-        """`count` rows, every gene drawn evenly and on its own."""
+        """Draw `count` rows: every gene uniformly and independently."""
         return (rng.random((count, len(self.genes))) * self.sizes).astype(np.intp)
 
     def mutate(self, codes: Codes, rng: np.random.Generator, prob: float, single_prob: float) -> Codes:
-        """Redraw genes: all of a block together and each other one with `prob`; single numbers with `single_prob`."""
+        """Redraw genes: all genes of a block together, or any other gene, with `prob`; single numbers `single_prob`."""
         together, single = self._together
         hit = rng.random((len(codes), len(single))) < np.where(single, single_prob, prob)
         return np.where(hit[:, together], self.sample(len(codes), rng), codes)
 
     def cross(self, mothers: Codes, fathers: Codes, rng: np.random.Generator) -> Codes:
-        """Each gene from one or the other with even chance."""
+        """Return rows that take each gene from either parent with equal probability."""
         return np.where(rng.random(mothers.shape) < 0.5, fathers, mothers)
 
     def neighbours(self, row: Codes) -> Codes:
-        """All rows that differ from `row` in one gene."""
+        """Return all rows that differ from `row` in one gene."""
         column = np.repeat(np.arange(len(self.sizes)), self.sizes)
         code = np.concatenate([np.arange(size) for size in self.sizes])
         differs = code != row[column]
@@ -109,7 +109,7 @@ class GeneTable:
         return rows
 
     def runs(self, codes: Codes) -> NDArray[np.bool_]:
-        """Return whether each gene is one of a part that runs, `[n, genes]`: False for the genes of skipped blocks."""
+        """Return a mask `[n, genes]` that is False for the genes of skipped blocks."""
         layout = self._blocks
         out = np.ones(codes.shape, bool)
         if layout is not None:
@@ -118,7 +118,7 @@ class GeneTable:
         return out
 
     def canonical(self, codes: Codes) -> Codes:
-        """Rows that are equal just where the archs are: genes without effect at their first choice."""
+        """Return rows that are equal exactly when the archs are: genes without effect are set to their first choice."""
         layout = self._blocks
         if layout is None:
             return codes
@@ -127,13 +127,13 @@ class GeneTable:
         return out
 
     def keys(self, codes: Codes) -> list[bytes]:
-        """A key per row, equal just where the archs are."""
+        """Return a key per row; keys are equal exactly when the archs are."""
         small = np.uint8 if self.sizes.max(initial=0) <= 256 else np.intp
         rows = np.ascontiguousarray(self.canonical(codes), small)
-        return rows.view(f"V{rows.shape[1] * rows.itemsize}")[:, 0].tolist()  # bytes, far faster than row by row
+        return rows.view(f"V{rows.shape[1] * rows.itemsize}")[:, 0].tolist()  # bytes; far faster than row by row
 
     def features(self, codes: Codes) -> NDArray[np.float32]:
-        """Return what `space.encode` says of every row, float32 `[n, features]`."""
+        """Return `space.encode` of every row, float32 `[n, features]`."""
         columns, starts, width = self._one_hot
         codes = self.canonical(codes)
         out = np.zeros((len(codes), width), np.float32)
@@ -142,7 +142,7 @@ class GeneTable:
 
     @cached_property
     def _together(self) -> tuple[Codes, NDArray[np.bool_]]:
-        """The group of every column (those of a block are mutated together) and whether a group is a single number."""
+        """The group of every column (a block's are mutated together), and for each group if it is a single number."""
         dimensions = self.space.dimensions
         groups: dict[tuple[str, int], tuple[str, str, int]] = {}
         for name, i in self.genes:
@@ -154,7 +154,7 @@ class GeneTable:
 
     @cached_property
     def _blocks(self) -> "_Blocks | None":
-        """Return where the genes of blocks are; None if no block can be skipped."""
+        """The positions of the genes of blocks; None if no block can be skipped."""
         space = self.space
         if not space.depths:
             return None
@@ -182,7 +182,7 @@ class GeneTable:
 
     @cached_property
     def _one_hot(self) -> tuple[Codes, Codes, int]:
-        """The columns that a predictor is told, where in the features each of them starts, how many there are."""
+        """The columns a predictor sees, the first feature of each of them, and the total number of features."""
         columns, starts, width = [], [], 0
         told = {depth.name: self.space.depth_told(depth) for depth in self.space.depths}
         for column, (name, i) in enumerate(self.genes):
@@ -195,8 +195,8 @@ class GeneTable:
 
 @dataclass(frozen=True, eq=False)
 class _Blocks:
-    """Per stage: its number, column of depth, blocks that run by choice, first choice with as many; and per gene of a
-    block its column, its stage and the place of the block in it."""
+    """Per stage: its number, the column of its depth, the blocks that run for each choice, and the first choice that
+    runs as many; per gene of a block: its column, its stage, and the index of the block within the stage."""
 
     stages: Codes
     depths: Codes
@@ -209,16 +209,17 @@ class _Blocks:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Costs of a part of the network, by the genes it depends on: `values[code of columns[0], columns[1], ...]`."""
+    """Cost of one part of the network by the genes it depends on: `values[code of columns[0], columns[1], ...]`."""
 
     columns: tuple[int, ...]
     values: Floats
 
 
 def part(table: GeneTable, genes: Sequence[tuple[str, int]], value: Callable[..., float]) -> Part:
-    """Tabulate `value(gene, gene, ...)` for all choices of `genes`, pairs of dimension and place (`("kernel", 3)`).
+    """Tabulate `value(gene, gene, ...)` for all choices of `genes`, pairs of dimension and index (`("kernel", 3)`).
 
-    Genes of a block that may be skipped bring the depth of its stage with them: the part costs 0 where it is.
+    If a gene belongs to a block that may be skipped, the table also depends on the depth of its stage: the part costs 0
+    where the block is skipped.
     """
     space = table.space
     gates: dict[tuple[str, int], int] = {}  # depth and stage -> how many of its blocks must run for this part to
@@ -242,7 +243,10 @@ def part(table: GeneTable, genes: Sequence[tuple[str, int]], value: Callable[...
 
 
 def cost_tables(table: GeneTable, parts: Mapping[str, Sequence[Part]], peaks: Sequence[str] = ()) -> Costs:
-    """Costs that are sums over parts of the network, of those in `peaks` (memory) the largest part; nothing is run."""
+    """Return a function that sums costs over the parts of the network, or takes the largest for names in `peaks`.
+
+    `peaks` are costs such as memory. Nothing is run: all costs are looked up.
+    """
     lookups = {}
     for name, of_name in parts.items():
         strides, starts, flat = np.zeros((len(table.genes), len(of_name))), [], []
@@ -256,7 +260,7 @@ def cost_tables(table: GeneTable, parts: Mapping[str, Sequence[Part]], peaks: Se
         lookups[name] = (strides, np.array(starts, float), np.concatenate(flat), name in peaks)
 
     def costs(codes: Codes) -> dict[str, Floats]:
-        rows = codes.astype(float)  # in floats the product is BLAS, and exact far beyond any table
+        rows = codes.astype(float)  # the float product uses BLAS, and is exact far beyond the size of any table
         out = {}
         for name, (strides, starts, flat, peak) in lookups.items():
             found = flat[(rows @ strides + starts).astype(np.intp)]
@@ -267,7 +271,7 @@ def cost_tables(table: GeneTable, parts: Mapping[str, Sequence[Part]], peaks: Se
 
 
 def costs_by_arch(table: GeneTable, costs: Callable[[Arch], Mapping[str, float]]) -> Costs:
-    """Costs out of a function of one arch, which is called once for every different arch; slower than tables."""
+    """Return costs from a function of one arch, which is called once per different arch; slower than tables."""
     known: dict[bytes, Mapping[str, float]] = {}
 
     def of_rows(codes: Codes) -> dict[str, Floats]:

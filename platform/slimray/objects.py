@@ -1,9 +1,9 @@
-"""Files of any storage, or ranges of them, with as few requests as there can be: of an object of S3 one.
+"""Reads files, or ranges of them, from any storage with as few requests as possible: one per S3 object.
 
-A bucket answers so many requests a second and prefix, and pyarrow asks for the size of an object before it reads any of
-it. So objects of S3 are asked for by botocore where that is installed (an extra 28 MB a process), with the options of
-pyarrow's filesystem; anything else is read by pyarrow. Nothing is tried again here: errors are those that
-`storage.retry` knows.
+A bucket limits the requests per second and prefix, and pyarrow requests the size of an object before it reads any of
+it. S3 objects are therefore read through botocore where it is installed (an extra 28 MB per process), with the options
+of pyarrow's filesystem; anything else is read by pyarrow. Nothing is retried here: errors are of the kinds that
+`storage.retry` recognizes.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-ATTEMPTS = 3  # of botocore at a request
+ATTEMPTS = 3  # made by botocore per request
 MISSING = ("404", "NoSuchKey")
-BEYOND = ("416", "InvalidRange")  # nothing of an object is in the range
+BEYOND = ("416", "InvalidRange")  # the range starts beyond the end of the object
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A file or a range of it, to be read from its beginning: `size` bytes, by `read(at most so many)`."""
+    """An open file or range of it: `size` bytes, read from the beginning by `read(max_bytes)`."""
 
     size: int
     read: Callable[[int], bytes]
@@ -31,9 +31,9 @@ class Opened:
 
 @contextlib.contextmanager
 def open_range(fs: pafs.FileSystem, path: str, start: int = 0, size: int | None = None) -> Iterator[Opened]:
-    """Open the bytes of a file from `start` on: `size` of them, or fewer where it ends before; None for all.
+    """Open `size` bytes of a file from byte `start` on (fewer if the file ends earlier, None for all of them).
 
-    FileNotFoundError if it is not there, OSError where it cannot be read.
+    Raises FileNotFoundError if the file is missing, OSError if it cannot be read.
     """
     client = _client_of(fs)
     if client is None:
@@ -52,11 +52,11 @@ def open_range(fs: pafs.FileSystem, path: str, start: int = 0, size: int | None 
 
 
 def read_range(fs: pafs.FileSystem, path: str, start: int = 0, size: int | None = None) -> bytes:
-    """Return the bytes that `open_range` opens, and raise as that does, also if fewer come."""
+    """Return the bytes that `open_range` opens; raises the same errors, and OSError if fewer bytes are received."""
     with open_range(fs, path, start, size) as opened:
         data = opened.read(opened.size)
     if len(data) != opened.size:
-        raise OSError(f"{len(data)} of {opened.size} bytes came")
+        raise OSError(f"received {len(data)} of {opened.size} bytes")
     return data
 
 
@@ -83,7 +83,7 @@ def _get(client: Any, path: str, start: int, size: int | None) -> Opened:
 
 @contextlib.contextmanager
 def _as_os_errors(path: str) -> Iterator[None]:
-    """Raise what botocore raises in the block as pyarrow would have raised it."""
+    """Translate the errors botocore raises in the block to those pyarrow would have raised."""
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
     try:
@@ -101,10 +101,10 @@ def _as_os_errors(path: str) -> Iterator[None]:
 
 
 def _client_of(fs: pafs.FileSystem) -> Any:
-    """A client of the S3 that `fs` is; None for another storage, or without botocore."""
+    """Return a botocore client for the S3 filesystem `fs`; None for other storages, or without botocore."""
     if not isinstance(fs, pafs.S3FileSystem):
         return None
-    (options,) = fs.__reduce__()[1]  # by which it is pickled: pyarrow tells them nowhere else
+    (options,) = fs.__reduce__()[1]  # pyarrow exposes its options only for pickling
     names = ("anonymous", "region", "scheme", "endpoint_override", "connect_timeout", "request_timeout")
     return _client(*(options[name] for name in names))
 
@@ -125,7 +125,7 @@ def _client(
         read_timeout=request_timeout,
         retries={"total_max_attempts": ATTEMPTS, "mode": "standard"},
         response_checksum_validation="when_required",
-        proxies={},  # as pyarrow, which takes none from the environment
+        proxies={},  # like pyarrow, which takes none from the environment
         s3={"addressing_style": "path" if endpoint else "auto"},
         **options,
     )

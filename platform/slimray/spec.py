@@ -1,10 +1,10 @@
-"""Reading of what a user writes: strict specs, safe YAML, errors of one sentence.
+"""Strict specs, safe YAML and one-sentence errors for everything a user writes.
 
-`Spec` is the base of every section of a job YAML: frozen, unknown fields refused, the string under a field is its
-help. `read_yaml` returns plain documents and refuses duplicate keys, alias bombs and oversized files. `parse` turns a
-document into a Spec and every pydantic complaint into `file: field: what is wrong (got ...)`, with a "did you mean" for
-unknown names. A user's mistake is always a `UserError`; the command line prints it and exits with 2, without a
-traceback. `1e-3` is a number here, although YAML 1.1 says it is text.
+`Spec` is the base class of every section of a job YAML: it is frozen, refuses unknown fields, and uses the string under
+a field as its help text. `read_yaml` returns plain documents and refuses duplicate keys, alias bombs and oversized
+files. `parse` turns a document into a Spec and every pydantic complaint into `file: field: what is wrong (got ...)`,
+with a "did you mean" for unknown names. A user's mistake is always a `UserError`; the command line prints it without a
+traceback and exits with code 2. `1e-3` is a number here, although it is text in YAML 1.1.
 """
 
 import contextlib
@@ -30,24 +30,24 @@ MAX_YAML_VALUES = 100_000
 MAX_YAML_NUMBER = 100  # characters
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 SURROGATE = re.compile(r"[\ud800-\udfff]")
-PIPE_PATIENCE_S = 10.0  # until something comes out of a pipe that is named as a file
+PIPE_PATIENCE_S = 10.0  # how long to wait for data when the file is a pipe
 NO_CREDENTIALS = (
-    "take it out, it would be stored and shown. Storage is opened with the credentials of the environment (AWS_*, "
-    "GOOGLE_APPLICATION_CREDENTIALS), a cluster's variables are named in `secrets`, and a file behind a signed link is "
-    "downloaded first"
+    "remove it, because it would be stored and shown. Storage uses the credentials of the environment (AWS_*, "
+    "GOOGLE_APPLICATION_CREDENTIALS), the variables a cluster needs are named in `secrets`, and a file behind a signed "
+    "link must be downloaded first"
 )
 
 
 def shown(text: Any) -> str:
-    """Return `text` without credentials, and with control characters and what is not Unicode spelled out."""
+    """Return `text` without credentials and with control characters and invalid Unicode escaped."""
     text = CONTROL.sub(lambda m: repr(m[0])[1:-1], redact_text(str(text)))
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 class UserError(Exception):
-    """Something the user can fix: one sentence that names file, field and next step. Exit code 2.
+    """A mistake the user can fix: one sentence that names the file, the field and the next step. Exit code 2.
 
-    The sentence is made fit for terminals, logs and run folders, see `shown`.
+    The sentence is made safe for terminals, logs and run folders by `shown`.
     """
 
     def __init__(self, sentence: str = ""):
@@ -55,7 +55,7 @@ class UserError(Exception):
 
 
 class RunFailed(Exception):
-    """A run that was right to start and did not finish: one sentence. Exit code 1, or 3 if its retries are used up."""
+    """A valid run that started but did not finish: one sentence. Exit code 1, or 3 if its retries are used up."""
 
     def __init__(self, sentence: str, code: int = 1):
         super().__init__(shown(sentence))
@@ -70,7 +70,7 @@ def require_extra(extra: str, what: str, *modules: str) -> None:
 
 
 class Spec(BaseModel):
-    """Base of all that a user may write: frozen, strict about names, documented by attribute docstrings."""
+    """Base class of everything a user may write: frozen, strict about names, documented by attribute docstrings."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
@@ -96,13 +96,13 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
 
 
 def located(message: str, where: str) -> str:
-    """Return `message` with the file (and job) it is about in front of each of its lines, once."""
+    """Return `message` with `where` (the file and job) in front of each line that does not start with it already."""
     return "\n".join(line if line.startswith(where) else f"{where}: {line}" for line in message.splitlines())
 
 
 @contextlib.contextmanager
 def noting(problems: list[str], where: str) -> Iterator[None]:
-    """Add what a UserError inside the block says to `problems`, so that the rest is looked at all the same."""
+    """Add the lines of a UserError raised inside the block to `problems`, so that the remaining checks still run."""
     try:
         yield
     except UserError as error:
@@ -110,7 +110,7 @@ def noting(problems: list[str], where: str) -> Iterator[None]:
 
 
 class _SafeLoader(yaml.SafeLoader):
-    """SafeLoader that caps aliases and merges (expansion bombs) and refuses a key written twice."""
+    """SafeLoader that limits aliases and merges (expansion bombs) and refuses duplicate keys."""
 
     num_aliases = 0
 
@@ -153,7 +153,7 @@ class _SafeLoader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that writes repeated values in full, in place of aliases."""
+    """SafeDumper that writes repeated values in full instead of as aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -166,21 +166,21 @@ for _reader_or_writer in (_SafeLoader, _Dumper):  # YAML 1.1 reads `1e-3` as tex
 
 
 def dump_yaml(document: Mapping[str, Any]) -> str:
-    """Return plain `document` as YAML that `parse_yaml` reads back equal, in the order of its fields."""
+    """Return plain `document` as YAML, in the order of its fields; `parse_yaml` reads it back unchanged."""
     return yaml.dump(dict(document), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def parse_yaml(text: str, where: str) -> list[dict[str, Any]]:
-    """Return the documents of YAML `text` (each a mapping, empty ones left out); UserError with the line otherwise."""
+    """Return the non-empty documents of YAML `text`, each a mapping; raise UserError with the line otherwise."""
     if len(text) > MAX_YAML_BYTES:
-        raise UserError(f"{where}: larger than {MAX_YAML_BYTES} bytes, which is not a job or card")
+        raise UserError(f"{where}: larger than {MAX_YAML_BYTES} bytes, too large for a job or card")
     try:
         documents = [d for d in yaml.load_all(text, Loader=_SafeLoader) if d is not None]
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         tab = "'\\t'" in (error.problem or "")
         raise UserError(
-            f"{where}:{line} {'a tab, YAML takes blanks only' if tab else error.problem or 'not valid YAML'}"
+            f"{where}:{line} {'a tab: indent YAML with spaces only' if tab else error.problem or 'not valid YAML'}"
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid YAML ({(str(error).splitlines() or [''])[0]})") from None
@@ -188,14 +188,14 @@ def parse_yaml(text: str, where: str) -> list[dict[str, Any]]:
         if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
             raise UserError(f"{where}: each document must be a mapping of names to values")
         if _is_larger(document, MAX_YAML_VALUES):
-            raise UserError(f"{where}: its aliases make it larger than {MAX_YAML_VALUES} values")
+            raise UserError(f"{where}: its aliases expand to more than {MAX_YAML_VALUES} values")
         if (half := _half_a_character(document)) is not None:
-            raise UserError(f"{where}: {half} holds half a character (a surrogate): write the character itself")
+            raise UserError(f"{where}: {half} contains half a character (a surrogate): write the character itself")
     return documents
 
 
 def _is_larger(value: Any, num_values: int) -> bool:
-    """Return whether `value` holds more than `num_values` values, a shared one counted wherever it appears."""
+    """Return whether `value` holds more than `num_values` values, counting a shared one wherever it appears."""
     stack, room = [value], num_values
     while stack and room >= 0:
         item = stack.pop()
@@ -205,7 +205,7 @@ def _is_larger(value: Any, num_values: int) -> bool:
 
 
 def _half_a_character(document: Mapping[str, Any]) -> str | None:
-    """The first text in a document that is not Unicode, escaped; None if there is none."""
+    """Return the first text of a document that contains a surrogate, escaped; None if there is none."""
     stack: list[Any] = [document]
     while stack:
         item = stack.pop()
@@ -216,7 +216,7 @@ def _half_a_character(document: Mapping[str, Any]) -> str | None:
 
 
 def read_yaml(path: str | Path) -> list[dict[str, Any]]:
-    """Return the documents of the YAML file at `path`; UserError if it is missing, unreadable or not YAML."""
+    """Return the documents of the YAML file at `path`; raise UserError if it is missing, unreadable or not YAML."""
     try:
         data = _read_some(path, MAX_YAML_BYTES + 1)
         text = data.decode("utf-8", "strict" if len(data) <= MAX_YAML_BYTES else "replace")
@@ -231,14 +231,14 @@ def read_yaml(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _read_some(path: str | Path, num_bytes: int) -> bytes:
-    """The first `num_bytes` of a file; of a pipe, such as `<(command)`, too, for which nobody waits without end."""
+    """Return the first `num_bytes` of a file or of a pipe such as `<(command)`, which must deliver within a limit."""
     with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return file.read(num_bytes)
         parts: list[bytes] = []
         while sum(map(len, parts)) < num_bytes:
             if not select.select([file], [], [], PIPE_PATIENCE_S)[0]:
-                raise OSError(f"it is a pipe, and nothing has come out of it for {PIPE_PATIENCE_S:g} s")
+                raise OSError(f"it is a pipe that has delivered nothing for {PIPE_PATIENCE_S:g} s")
             chunk = file.read(num_bytes)
             if chunk == b"":
                 break
@@ -247,9 +247,9 @@ def _read_some(path: str | Path, num_bytes: int) -> bytes:
 
 
 def parse(spec: type[S], document: Mapping[str, Any], where: str) -> S:
-    """Return `spec` filled from `document`; all complaints in one UserError, a line each, `where: field: reason`.
+    """Return `spec` filled from `document`; raise one UserError with a line `where: field: reason` per problem.
 
-    A credential in any of the texts is such a complaint: what a user writes is stored in run folders and shown.
+    A credential in any of the texts is such a problem, because what a user writes is stored in run folders and shown.
     """
     held = [
         f"{where}: {field}: holds what looks like a secret ({what}): {NO_CREDENTIALS}" for field, what in find(document)
@@ -263,7 +263,10 @@ def parse(spec: type[S], document: Mapping[str, Any], where: str) -> S:
 
 
 def set_value(document: dict[str, Any], assignment: str) -> None:
-    """Apply one `--set a.b=value` to a plain document in place; the value is YAML (`[1, 2]`, `true`, `1e-3`)."""
+    """Apply one `--set a.b=value` to a plain document in place; the value is YAML (`[1, 2]`, `true`, `1e-3`).
+
+    Raises UserError if the assignment has no `=`, or if a name on its path is a value without fields.
+    """
     path, equals, value = assignment.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -274,7 +277,7 @@ def set_value(document: dict[str, Any], assignment: str) -> None:
         if child is None:
             child = node[key] = {}
         if not isinstance(child, dict):
-            raise UserError(f"--set {assignment}: {key!r} is a value, it has no fields")
+            raise UserError(f"--set {assignment}: {key!r} is a value and has no fields")
         node = child
     try:
         parsed = yaml.load(value, Loader=_SafeLoader) if value.strip() else ""  # noqa: S506 a SafeLoader
@@ -284,7 +287,7 @@ def set_value(document: dict[str, Any], assignment: str) -> None:
 
 
 def _sentences(spec: type[BaseModel], error: ValidationError, where: str) -> list[str]:
-    """`where: field: reason` for each field complained about; the members of a union share a line."""
+    """Return `where: field: reason` for each invalid field; the members of a union share a line."""
     reasons: dict[str, list[str]] = {}
     shown: dict[str, str] = {}
     items = error.errors()
@@ -293,7 +296,7 @@ def _sentences(spec: type[BaseModel], error: ValidationError, where: str) -> lis
         if item["type"] == "too_short" and any(
             o["loc"][:above] == item["loc"] and len(o["loc"]) > above for o in items
         ):
-            continue  # pydantic counts items that fit: those that do not have sentences of their own
+            continue  # pydantic counts only valid items; each invalid one already has a sentence of its own
         loc = [part for part in item["loc"] if not str(part).startswith("function-")]
         names, owners = _walk(spec, loc)
         field, reason = _reason(item, names, owners)
@@ -308,7 +311,7 @@ def _sentences(spec: type[BaseModel], error: ValidationError, where: str) -> lis
 
 
 def _reason(item: Any, names: list[str], owners: list[Any]) -> tuple[str, str]:
-    """The field and what is wrong with it. A validator of a whole section may name the field: `lr: reason`."""
+    """Return the field and what is wrong with it; a validator of a whole section may name the field: `lr: reason`."""
     kind, field = item["type"], ".".join(names)
     if kind == "extra_forbidden":
         known = [
@@ -338,9 +341,9 @@ def _reason(item: Any, names: list[str], owners: list[Any]) -> tuple[str, str]:
 
 
 def _walk(spec: type[BaseModel], loc: list[Any]) -> tuple[list[str], list[Any]]:
-    """The names the user wrote on the way to `loc`, and the types that hold the last of them.
+    """Return the names the user wrote on the way to `loc`, and the types that contain the last of them.
 
-    In a `loc` pydantic puts a tag of its own (a type, a discriminator's value) after every field that is a union.
+    In a `loc`, pydantic inserts a tag of its own (a type, a discriminator's value) after every field that is a union.
     """
     names: list[str] = []
     kinds, owners = [spec], [spec]
@@ -362,13 +365,13 @@ def _walk(spec: type[BaseModel], loc: list[Any]) -> tuple[list[str], list[Any]]:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The types that an annotation allows, but for None and `...`."""
+    """Return the types that an annotation allows, without None and `...`."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _members(get_args(annotation)[0])
     if origin in (Union, types.UnionType):
         return [member for part in get_args(annotation) for member in _members(part)]
-    if origin is tuple:  # the parts of a tuple are told by its first type
+    if origin is tuple:  # only the first item type of a tuple is used
         return [tuple[get_args(annotation)[:1]]]
     return [] if annotation in (type(None), ...) else [annotation]
 

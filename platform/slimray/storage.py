@@ -1,10 +1,10 @@
 """Files on any storage a job may name: a local folder, `s3://bucket/...` or `gs://bucket/...`, by one code path.
 
 `open_uri` turns what the user wrote into a pyarrow filesystem and a path; the functions below it read, write, list and
-delete there. All ask again under one policy (`retry`): an outage is waited for as long as `patience_s` says, then
-raised as StorageError: one sentence, never taken for "the file is not there". Credentials come from the environment
-(AWS_*, GOOGLE_*), never from the URI, because URIs are written into run folders. A put to an object store is atomic; on
-a disk a rename is.
+delete there. All of them retry under one policy (`retry`): they wait up to `patience_s` for an outage to end, then
+raise a one-sentence StorageError, so that an outage is never mistaken for a missing file. Credentials come from the
+environment (AWS_*, GOOGLE_*), never from the URI, because URIs are written into run folders. A file appears atomically:
+by one put to an object store, by a rename on a disk.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ from slimray.spec import RunFailed, UserError, did_you_mean
 CONNECT_TIMEOUT_S = 5
 REQUEST_TIMEOUT_S = 10  # without a byte received
 SDK_ATTEMPTS = 3
-PATIENCE = "SLIMRAY_STORAGE_TIMEOUT_S"  # of the environment, which workers inherit: seconds, see `patience_s`
-SHORT_PATIENCE_S = 10.0  # of a command at which somebody sits
-ATTEMPTS = 4  # at what is not known to be an outage, such as a file that ends too early
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 15.0  # between attempts, on average; fourfold each time
+PATIENCE = "SLIMRAY_STORAGE_TIMEOUT_S"  # environment variable that workers inherit: seconds, see `patience_s`
+SHORT_PATIENCE_S = 10.0  # for interactive commands
+ATTEMPTS = 4  # for errors not known to be an outage, such as a file that ends too early
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 15.0  # average wait between attempts, growing fourfold
 SCHEMES = ("file", "gs", "s3")
 OPTIONS = ("anonymous", "endpoint_override", "region", "scheme")
 CHUNK_BYTES = 8 << 20
@@ -55,13 +55,14 @@ T = TypeVar("T")
 
 
 class StorageError(RunFailed):
-    """The storage did not do what was asked, also when asked again: one sentence. Nothing that the user did wrong."""
+    """A storage operation failed despite retries: one sentence. Not a mistake of the user."""
 
 
 def patience_s() -> float:
-    """Return how long an outage of the storage is waited for: SLIMRAY_STORAGE_TIMEOUT_S, else SHORT_PATIENCE_S.
+    """Return how many seconds to wait for a storage outage to end: SLIMRAY_STORAGE_TIMEOUT_S, else SHORT_PATIENCE_S.
 
-    A run sets it to its `scale.storage_timeout_s` for the driver (`patient`), its ranks and their decoding tasks.
+    A run sets the variable to its `scale.storage_timeout_s` for the driver (`patient`), its ranks and their decoding
+    tasks.
     """
     try:
         return max(0.0, float(os.environ[PATIENCE]))
@@ -71,7 +72,7 @@ def patience_s() -> float:
 
 @contextlib.contextmanager
 def patient(seconds: float) -> Iterator[None]:
-    """Wait `seconds` for an outage of the storage within the block, in this process and in those it starts."""
+    """Within the block, wait up to `seconds` for storage outages, in this process and in those it starts."""
     before = os.environ.get(PATIENCE)
     os.environ[PATIENCE] = f"{seconds:g}"
     try:
@@ -84,17 +85,17 @@ def patient(seconds: float) -> Iterator[None]:
 
 
 def open_uri(uri: str | Path) -> tuple[pafs.FileSystem, str]:
-    """Return (filesystem, path) of a local path, `file://`, `s3://` or `gs://` URI; a bucket must answer.
+    """Return (filesystem, path) of a local path, `file://`, `s3://` or `gs://` URI; a bucket must be reachable.
 
     Query options of a bucket: `endpoint_override`, `scheme`, `region`, `anonymous=true`; AWS_ENDPOINT_URL_S3 and
-    AWS_ENDPOINT_URL are honoured. The path itself need not exist. Raises UserError: unknown scheme or option,
-    credentials inside the URI, a bucket that is missing or closed to us; StorageError: one that does not answer.
+    AWS_ENDPOINT_URL are honoured. The path itself need not exist. Raises UserError for an unknown scheme or option,
+    credentials inside the URI, and a bucket that is missing or denies access; StorageError if it does not respond.
     """
     text = str(uri)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/{1,2}", text)
     if isinstance(uri, Path) or scheme is None:
         if not text:
-            raise UserError("storage: an empty path names no folder: write a local path, s3://... or gs://...")
+            raise UserError("storage: the path is empty: write a local path, s3://... or gs://...")
         return pafs.LocalFileSystem(), local_path(text)
     if scheme[1] not in SCHEMES or not scheme[0].endswith("//"):
         hint = did_you_mean(scheme[1], SCHEMES)
@@ -102,14 +103,14 @@ def open_uri(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     try:
         parts = urllib.parse.urlsplit(text)
     except ValueError as error:
-        raise UserError(f"{text}: is not a URI ({error}): write {scheme[1]}://bucket/folder") from None
+        raise UserError(f"{text}: is not a valid URI ({error}): write {scheme[1]}://bucket/folder") from None
     if scheme[1] == "file":
         if parts.netloc not in ("", "localhost"):
             raise UserError(f"{text}: a file URI has three slashes, file:///folder")
         return pafs.LocalFileSystem(), local_path(urllib.parse.unquote(parts.path))
     if what := held(text):
         raise UserError(
-            f"{text}: credentials do not belong into a URI ({what}), it is written to run folders: "
+            f"{text}: credentials do not belong in a URI ({what}), which is written to run folders: "
             "use the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS)"
         )
     if not parts.netloc:
@@ -137,48 +138,48 @@ def open_uri(uri: str | Path) -> tuple[pafs.FileSystem, str]:
 
 
 def local_path(text: str | Path) -> str:
-    """Return a local path from the root, `~` expanded; UserError if it cannot be a path, or not one in UTF-8."""
+    """Return a local path as an absolute path with `~` expanded; raise UserError if it is not a valid UTF-8 path."""
     try:
         path = str(Path(text).expanduser().absolute())
         path.encode()
     except RuntimeError:
-        raise UserError(f"{text}: there is no such user here: write the path in full") from None
+        raise UserError(f"{text}: this machine has no such user: write the path in full") from None
     except UnicodeEncodeError:
         raise UserError(f"{text}: its name is not UTF-8: rename it, or reach it through a link") from None
     if "\0" in path:
-        raise UserError(f"{text}: a path cannot hold a zero byte: fix its name")
+        raise UserError(f"{text}: a path cannot contain a zero byte: fix its name")
     if len(path) > 4000 or any(len(part.encode()) > 255 for part in path.split("/")):
-        raise UserError(f"{str(text)[:100]}...: is too long for the name of a file")
+        raise UserError(f"{str(text)[:100]}...: is too long for a file name: shorten it")
     return path
 
 
 def absolute(uri: str) -> str:
-    """Return a local path as it is from any folder; a URI stays as it is."""
+    """Return a local path as an absolute path, and a URI unchanged."""
     return uri if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", uri) else local_path(uri)
 
 
 def join(base: str, *names: str) -> str:
-    """Return `base/name/...`, for a path as well as for a URI, whose query stays at the end."""
+    """Return `base/name/...` for a path or a URI; the query of a URI stays at the end."""
     head, mark, query = base.partition("?") if "://" in base else (base, "", "")
     return "/".join([head.rstrip("/"), *names]) + mark + query
 
 
 def read_bytes(fs: pafs.FileSystem, path: str, first: int | None = None, patience: float | None = None) -> bytes:
-    """Return the whole file, or its `first` bytes if it has so many; `patience` as for `retry`.
+    """Return the whole file, or at most its `first` bytes; `patience` as for `retry`.
 
-    FileNotFoundError if it is missing, StorageError if it cannot be read completely or is not a file but, say, a pipe.
+    Raises FileNotFoundError if it is missing, StorageError if it cannot be read completely or is not a regular file.
     """
 
     def read() -> bytes:
         if isinstance(fs, pafs.LocalFileSystem):
             kind = os.stat(path).st_mode
-            if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # the reader of a pipe would wait without end
+            if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # reading from a pipe could block forever
                 raise OSError(errno.EINVAL, "not a file but a pipe, socket or device")
         with fs.open_input_file(path) as file:
             size = file.size() if first is None else min(first, file.size())
             data = file.read(size)
         if len(data) != size:
-            raise OSError(f"{len(data)} of {size} bytes came")
+            raise OSError(f"received {len(data)} of {size} bytes")
         return data
 
     return retry(read, "read", path, patience)
@@ -187,10 +188,10 @@ def read_bytes(fs: pafs.FileSystem, path: str, first: int | None = None, patienc
 def write_atomic(fs: pafs.FileSystem, path: str, data: bytes | Path, patience: float | None = None) -> None:
     """Write `data`, or the content of the local file it names, so that a reader sees the old file or the whole new one.
 
-    A local file is streamed. On a disk: temporary file in the same folder, fsync, rename; missing folders are made. In
-    a bucket: one put, or a multipart upload that is completed or never seen, whatever interrupts this process; an
-    interrupt is raised when the upload has ended. `patience` as for `retry`. Raises StorageError, for a full disk at
-    once.
+    A local file is streamed. On a disk: temporary file in the same folder, fsync, rename; missing folders are created.
+    In a bucket: one put, or a multipart upload that either completes or never becomes visible, whatever interrupts this
+    process; an interrupt is raised once the upload has ended. `patience` as for `retry`. Raises StorageError, at once
+    when the disk is full.
     """
     put = _put_local if isinstance(fs, pafs.LocalFileSystem) else _put_object
     retry(lambda: put(fs, path, data), "write", path, patience)
@@ -199,7 +200,7 @@ def write_atomic(fs: pafs.FileSystem, path: str, data: bytes | Path, patience: f
 def list_files(fs: pafs.FileSystem, path: str, recursive: bool = False) -> list[pafs.FileInfo]:
     """Return the files under folder `path` sorted by path (`.path`, `.base_name`, `.size`); none if it is missing.
 
-    Names that are not UTF-8 are left out with a warning, here and in `list_folders`.
+    Names that are not UTF-8 are skipped with a warning, here and in `list_folders`.
     """
     return [info for info in _list(fs, path, recursive) if info.type == pafs.FileType.File]
 
@@ -210,12 +211,12 @@ def list_folders(fs: pafs.FileSystem, path: str) -> list[str]:
 
 
 def exists(fs: pafs.FileSystem, path: str) -> bool:
-    """Return whether a file or folder is there; StorageError when the storage does not say."""
+    """Return whether a file or folder exists; raise StorageError if the storage does not respond."""
     return retry(lambda: fs.get_file_info(path), "look up", path).type != pafs.FileType.NotFound
 
 
 def delete(fs: pafs.FileSystem, path: str) -> None:
-    """Delete the file or the whole folder at `path`; nothing happens when it is missing."""
+    """Delete the file or the whole folder at `path`; do nothing if it is missing."""
 
     def remove() -> None:
         kind = fs.get_file_info(path).type
@@ -229,12 +230,12 @@ def delete(fs: pafs.FileSystem, path: str) -> None:
 
 
 def retry(action: Callable[[], T], verb: str, path: str, patience: float | None = None) -> T:
-    """Return `action()`, asked again while it raises an OSError that may pass; this is the policy of all callers.
+    """Return `action()`, retried while it raises an OSError that may be temporary; all callers share this policy.
 
-    Waits grow fourfold from FIRST_WAIT_S to LONGEST_WAIT_S, each times a random 0.5 to 1.5, so that a thousand ranks do
-    not come back together. An outage (no answer, throttling, a server's error) is waited for `patience` seconds,
-    default `patience_s()`; anything else gets ATTEMPTS attempts, as far as `patience` reaches. Then StorageError `path:
-    cannot verb it ...`; FileNotFoundError is an answer and passes at once.
+    Waits grow fourfold from FIRST_WAIT_S to LONGEST_WAIT_S, each multiplied by a random factor of 0.5 to 1.5, so that a
+    thousand ranks do not retry in unison. An outage (no response, throttling, a server error) is retried for `patience`
+    seconds, `patience_s()` by default; any other error for ATTEMPTS attempts within `patience`. After that StorageError
+    `path: cannot VERB it ...` is raised. FileNotFoundError is an answer and is raised at once.
     """
     limit_s, began, wait_s = patience_s() if patience is None else patience, time.monotonic(), FIRST_WAIT_S
     for attempt in itertools.count(1):
@@ -251,13 +252,13 @@ def retry(action: Callable[[], T], verb: str, path: str, patience: float | None 
                 tried = "" if final else f" after {attempt} attempt{'s' * (attempt > 1)}{spent}"
                 raise StorageError(f"{path}: cannot {verb} it{tried} ({_reason(error)})") from error
             if wait_s >= LONGEST_WAIT_S:
-                log.warning("%s: cannot %s it yet (%s), %.0f s are left", path, verb, _reason(error), left_s)
+                log.warning("%s: cannot %s it yet (%s), retrying for %.0f s", path, verb, _reason(error), left_s)
         time.sleep(min(wait_s * random.uniform(0.5, 1.5), left_s))
         wait_s = min(4 * wait_s, LONGEST_WAIT_S)
     raise AssertionError("counts without end")
 
 
-# ------------------------------------------------------------------------------------------------------ how
+# ------------------------------------------------------------------------------------------------ internals
 
 
 def _is_outage(error: OSError) -> bool:
@@ -285,13 +286,13 @@ def _s3(bucket: str, options: dict[str, str]) -> pafs.FileSystem:
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=REQUEST_TIMEOUT_S,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=SDK_ATTEMPTS),
-        allow_delayed_open=True,  # a small file is then one put in place of a multipart upload
+        allow_delayed_open=True,  # a small file is then one put instead of a multipart upload
     )
 
 
 def _gcs(options: dict[str, str]) -> pafs.FileSystem:
     if "region" in options:
-        raise UserError("storage: option 'region' is for s3:// only")
+        raise UserError("storage: option 'region' is for s3:// only, remove it")
     return pafs.GcsFileSystem(
         anonymous=options.get("anonymous", "").lower() == "true",
         endpoint_override=options.get("endpoint_override"),
@@ -309,11 +310,11 @@ def _require_bucket(fs: pafs.FileSystem, path: str, where: str) -> None:
 
 def _no_bucket(where: str) -> str:
     bucket = where.partition("://")[2].partition("/")[0]
-    return f"{where}: there is no bucket {bucket!r}: create it, or fix its name"
+    return f"{where}: bucket {bucket!r} does not exist: create it, or fix its name"
 
 
 def _denied(where: str) -> str:
-    found = "the credentials found are refused" if _credentials_in_sight() else "no credentials were found"
+    found = "the credentials found were refused" if _credentials_in_sight() else "no credentials were found"
     return (
         f"{where}: access denied, {found}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or for "
         "gs:// GOOGLE_APPLICATION_CREDENTIALS, to an identity that may list, read and write there"
@@ -332,11 +333,11 @@ def _list(fs: pafs.FileSystem, path: str, recursive: bool) -> list[pafs.FileInfo
         try:
             found = retry(lambda: fs.get_file_info(selector), "list", path)
             break
-        except FileNotFoundError:  # a folder came or went between two looks
+        except FileNotFoundError:  # a folder appeared or vanished while it was listed
             continue
     named = [info for info in found if _is_utf8(info)]
     if len(named) < len(found):
-        log.warning("%s: %d names in it are not UTF-8 and are left out: rename them", path, len(found) - len(named))
+        log.warning("%s: skipped %d names in it that are not UTF-8: rename them", path, len(found) - len(named))
     return sorted((info for info in named if not info.base_name.endswith(".tmp")), key=lambda info: info.path)
 
 
@@ -367,10 +368,10 @@ def _put_local(fs: pafs.FileSystem, path: str, data: bytes | Path) -> None:
 
 
 def _put_object(fs: pafs.FileSystem, path: str, data: bytes | Path) -> None:
-    """Put all of `data` or nothing: closing a stream publishes what it has got, and so does its end.
+    """Put all of `data` or nothing, although closing or dropping a stream publishes whatever was written to it.
 
-    So the stream gets everything in one call, of a local file by a memory map, and that in a thread of its own, where
-    no signal of Python's arrives. A process that is killed leaves parts that are never completed.
+    The stream therefore gets everything in one call (a local file through a memory map), in a thread of its own that
+    Python's signals do not interrupt. A killed process leaves an upload that is never completed.
     """
     whole: Any = data
     if isinstance(data, Path):  # an empty file cannot be mapped
@@ -379,9 +380,9 @@ def _put_object(fs: pafs.FileSystem, path: str, data: bytes | Path) -> None:
 
     def put() -> None:
         try:
-            with fs.open_output_stream(path, compression=None) as out:  # else by the ending of its name
+            with fs.open_output_stream(path, compression=None) as out:  # not chosen by the file's extension
                 out.write(whole)
-        except BaseException as error:  # noqa: BLE001 raised again by the caller's thread
+        except BaseException as error:  # noqa: BLE001 raised again in the calling thread
             failures.append(error)
 
     thread = threading.Thread(target=put, name=f"put {path}"[:100])
@@ -408,7 +409,7 @@ def _chunks(data: bytes | Path) -> Iterator[bytes]:
 
 
 def _reason(error: BaseException) -> str:
-    """The cause in few words: what the operating system or the storage's client says, without its request numbers."""
+    """Return the cause in a few words, as reported by the operating system or storage client, without request ids."""
     number = getattr(error, "errno", None)
     if number == errno.ENOSPC:
         return "the disk is full"

@@ -114,7 +114,7 @@ def test_a_webhook_that_refuses_leaves_one_warning_without_its_address(hook, mon
     assert len(hook.got) == num_tries
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert f"$MY_HOOK was not told of 'finished' (HTTP {code})" in record.getMessage()
+    assert f"could not send 'finished' to the webhook in $MY_HOOK (HTTP {code})" in record.getMessage()
     assert SECRET not in caplog.text
 
 
@@ -123,7 +123,7 @@ def test_a_webhook_that_does_not_answer_is_given_up(hook, monkeypatch, caplog):
     monkeypatch.setattr(notify, "PAUSE_S", 0.01)
     hook.wait_s = patience(1.0)
     send(spec(), EVENT)
-    assert "no answer in 0.2 s" in caplog.text
+    assert "no response within 0.2 s" in caplog.text
     assert SECRET not in caplog.text
 
 
@@ -131,7 +131,7 @@ def test_a_webhook_that_does_not_answer_is_given_up(hook, monkeypatch, caplog):
     ("value", "reason"),
     [
         ("", "is not set"),
-        ("file:///etc/passwd", "no http or https address"),
+        ("file:///etc/passwd", "does not hold an http or https address"),
         (f"http://[{SECRET}", "ValueError"),
         (f"http://127.0.0.1:port-{SECRET}/", "InvalidURL"),
         (f"http://127.0.0.1:PORT/{SECRET}", "ConnectionRefusedError"),

@@ -78,7 +78,7 @@ def test_a_run_is_found_by_name_and_by_uri(where):
     assert runs.list_runs(where) == [run]
     with pytest.raises(UserError, match="no run 'resnet-tms', did you mean 'resnet-tsm'"):
         runs.find_run("resnet-tms", where)
-    with pytest.raises(UserError, match="there is no run"):
+    with pytest.raises(UserError, match="is not a run"):
         runs.find_run(join(where, "nothing"), where)
 
 
@@ -106,7 +106,7 @@ def test_damaged_weights_are_told_and_those_of_before_there_was_a_digest_are_rea
     runs.write_model(run, b"weights", {}, {})
     storage.write_atomic(run.fs, join(run.path, "model/weights.safetensors"), b"weighst")
     for read in (runs.read_model, lambda _: runs.weights_source("a", where)):
-        with pytest.raises(StorageError, match=r"model/weights\.safetensors.*: is not what was written"):
+        with pytest.raises(StorageError, match=r"model/weights\.safetensors.*: has changed since it was written"):
             read(run)
     storage.delete(run.fs, join(run.path, "model/weights.json"))
     assert runs.read_model(run)[0] == b"weighst"
@@ -144,7 +144,7 @@ def test_weights_come_from_a_file_or_a_run_and_their_digest_is_checked(where, tm
     (tmp_path / "w.pth").write_bytes(b"weights")
     digest = "9fb8d3c6d8ae5ad4bdc1cea2f2ef6fd44f1fd2ff3ba2d5b6ef9ed1e5d2a3f0c1"
     assert runs.weights_source(str(tmp_path / "w.pth"), where) == str(tmp_path / "w.pth")
-    with pytest.raises(UserError, match="damaged or another file"):
+    with pytest.raises(UserError, match="damaged or a different file"):
         runs.weights_source(str(tmp_path / "w.pth"), where, digest)
 
 
@@ -239,7 +239,7 @@ def test_a_folder_of_something_else_is_not_touched(local, foreign, restart):
         Path(local.path, name).parent.mkdir(parents=True, exist_ok=True)
         Path(local.path, name).write_bytes(content)
     before = sorted((path, path.read_bytes()) for path in Path(local.path).rglob("*") if path.is_file())
-    with pytest.raises(UserError, match="of something else than a run of slimray, which is not touched"):
+    with pytest.raises(UserError, match="that does not belong to a run of slimray and is left alone"):
         runs.claim(local, JOB, restart=restart)
     assert sorted((path, path.read_bytes()) for path in Path(local.path).rglob("*") if path.is_file()) == before
 
@@ -262,7 +262,7 @@ def test_a_run_said_to_be_running_whose_writer_is_gone_is_stopped(local):
 
 def test_an_attempt_that_another_process_has_begun_is_not_begun_again(local):
     runs.begin(local, JOB, 1)
-    with pytest.raises(UserError, match="by another process meanwhile"):
+    with pytest.raises(UserError, match="by another process in the meantime"):
         runs.begin(local, JOB, 1)
 
 
@@ -419,7 +419,7 @@ def test_a_lock_that_slimray_did_not_write_is_told_and_restart_clears_it(local, 
     put_lock(local, **content) if isinstance(content, dict) else Path(local.path, "lock").write_bytes(content)
     assert runs.describe(local)["state"] == "damaged"
     for take in (lambda: runs.claim(local, JOB), runs.hold(local).__enter__):
-        with pytest.raises(UserError, match="lock: is not a lock of slimray: delete it if nothing writes there"):
+        with pytest.raises(UserError, match="lock: is not a lock of slimray: delete it if no process writes this run"):
             take()
     assert runs.claim(local, JOB, restart=True).attempt == 1
     assert not runs.exists(local, "lock")
@@ -619,7 +619,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(run, damage, caplog):
     path = join(run.path, "checkpoints/step_000000002/state")
     storage.delete(run.fs, path) if damage is None else storage.write_atomic(run.fs, path, damage)
     assert newest(run).step == 1
-    assert "checkpoint of step 2 is damaged and passed over" in caplog.text
+    assert "checkpoint of step 2 is damaged and was skipped" in caplog.text
 
 
 def test_a_checkpoint_of_the_same_step_replaces_the_old_one_only_when_it_is_whole(run):
@@ -662,7 +662,7 @@ def test_a_broken_marker_is_no_checkpoint(local, caplog):
     runs.save_checkpoint(local, 2, {"a": b"x"}, {})
     Path(local.path, "checkpoints/step_000000002/complete.json").write_bytes(b'{"step": 2, ')
     assert newest(local).step == 1
-    assert "the marker does not read" in caplog.text
+    assert "its marker cannot be read" in caplog.text
 
 
 @pytest.mark.parametrize("file", ["../../../victim", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "a\0b", 5, None])
@@ -680,7 +680,7 @@ def test_a_planted_marker_neither_reads_nor_deletes_anything_outside(local, tmp_
     if key == "name" and file in (5, None):
         return  # numbers are plain names
     assert newest(local).step == 1
-    assert "the checkpoint is passed over" in caplog.text
+    assert "the checkpoint was skipped" in caplog.text
     runs.save_checkpoint(local, 2, {"state": b"y"}, {})
     assert newest(local).step == 2
     marker.write_text(json.dumps({"step": 2, "meta": {}, "files": {name: entry}}))
@@ -723,7 +723,7 @@ def test_a_checkpoint_is_not_swept_because_the_storage_fails(local):
 @pytest.mark.parametrize("name", ["../b/job.yaml", "model/../../b", "/etc/passwd", "model//x", "./job.yaml", "a\\b"])
 def test_names_that_lead_out_of_a_run_are_not_read(local, name):
     for read in (runs.read_file, runs.list_names, runs.exists):
-        with pytest.raises(StorageError, match="is not the name of a file in it"):
+        with pytest.raises(StorageError, match="cannot be the name of a file in it"):
             read(local, name)
 
 

@@ -143,7 +143,7 @@ def test_a_run_that_was_deleted_online_begins_anew_and_stays_there(tmp_path, ser
     assert service.ids[1] == service.ids[0]
     assert service.ids[2] not in service.deleted
     assert service.ids[3] == service.ids[2]
-    assert "was deleted, a new one is begun" in caplog.text
+    assert "was deleted, starting a new one" in caplog.text
 
 
 def test_a_run_of_before_ids_were_kept_resumes_under_its_old_one(tmp_path, service):

@@ -76,7 +76,9 @@ def test_a_transfer_that_breaks_off_is_tried_again(server):
 
 def test_a_transfer_that_always_breaks_off_leaves_nothing(server, tmp_path):
     server.breaks = [5000] * 3
-    with pytest.raises(UserError, match=r"the transfer broke off: 5000 of 1048576 bytes came.*: download it by hand"):
+    with pytest.raises(
+        UserError, match=r"the transfer broke off after 5000 of 1048576 bytes.*: download it and give its path"
+    ):
         fetch(server)
     assert cached(tmp_path) == []
     assert fetch(server) == DATA
@@ -93,7 +95,7 @@ def test_a_cached_file_that_is_not_whole_is_fetched_again(server, tmp_path):
 
 
 def test_the_digest_is_compared_before_the_file_gets_its_name(server, tmp_path):
-    with pytest.raises(UserError, match="damaged or another file"):
+    with pytest.raises(UserError, match="damaged or a different file"):
         fetch(server, "0" * 64)
     assert cached(tmp_path) == []
     assert fetch(server, hashlib.sha256(DATA).hexdigest().upper()) == DATA
@@ -117,7 +119,7 @@ def test_an_answer_without_a_length_is_used_and_not_kept_unless_its_digest_is_kn
 
 def test_a_web_page_and_an_error_are_no_file(server, tmp_path):
     server.kind = "text/html; charset=utf-8"
-    with pytest.raises(UserError, match="answers with a web page in place of a file"):
+    with pytest.raises(UserError, match="returned a web page instead of a file"):
         fetch(server)
     server.kind, server.code = "text/plain", 404
     with pytest.raises(UserError, match=r"cannot be fetched \(HTTP 404 Not Found\)"):
@@ -130,7 +132,7 @@ def test_a_web_page_and_an_error_are_no_file(server, tmp_path):
     ["https://me:hunter2@host/w.pth", "https://host/w.pth?token=hunter2", "https://host/w?X-Amz-Signature=hunter2"],
 )
 def test_a_credential_in_the_address_is_refused_and_not_shown(url):
-    with pytest.raises(UserError, match="download the file and name its path") as caught:
+    with pytest.raises(UserError, match="download the file and give its path") as caught:
         runs.weights_source(url, "/nowhere")
     assert "hunter2" not in str(caught.value)
 

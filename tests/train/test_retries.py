@@ -158,4 +158,4 @@ def test_a_node_that_joins_sick_gets_no_rank_and_what_is_waited_for_is_told(site
     assert found == [good.node_id]
     assert list(workers.progress_state(actor)["sick"]) == [sick.node_id]
     (reason,) = workers.progress_state(actor)["sick"].values()
-    assert "access denied, the credentials found are refused" in reason
+    assert "access denied, the credentials found were refused" in reason

@@ -109,7 +109,7 @@ def test_a_wrong_job_is_one_sentence(sets, sentence):
 def test_a_dataset_that_is_not_there_is_the_only_complaint():
     said = problems("net:data={run: nowhere}")
     assert [one for one in said if "eval" not in one] == [
-        "data.run: runs: no run 'nowhere', nor any other: --storage says where runs lie"
+        "data.run: runs: no run 'nowhere', nor any other: set --storage to where the runs are"
     ]
 
 

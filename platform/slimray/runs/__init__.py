@@ -1,4 +1,4 @@
-"""The run folder, the only contract between verbs: this is all that other floors use of it."""
+"""The run folder, the only contract between verbs; exports everything that other packages use of it."""
 
 from slimray.runs.checkpoints import (
     Checkpoint,

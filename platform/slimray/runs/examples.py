@@ -1,9 +1,9 @@
-"""Examples of what a network saw and answered, as results.json holds them: plain values, each with a `type`.
+"""Examples of a network's inputs and outputs as stored in results.json: plain values, each with a `type`.
 
-Types: `clip` (frames in a row, or one image, with the likeliest classes), `cloud`, `boxes` (a scene from above), `pair`
-(pictures side by side), `texts` (under each other). Tasks make them, the report draws them by type, and neither knows
-of the other. Surprising: points are thinned and lose their unit before they are stored, so that a page of a hundred
-clouds can be mailed; boxes keep their metres. numpy and Pillow only.
+Types: `clip` (frames in a row, or one image, with the most likely classes), `cloud`, `boxes` (a scene from above),
+`pair` (pictures side by side), `texts` (one below the other). Tasks create them and the report draws them by type;
+neither knows the other. Surprising: points are thinned and lose their unit before they are stored, so that a page of a
+hundred clouds is small enough to mail; boxes stay in metres. Needs only numpy and Pillow.
 """
 
 import base64
@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 MAX_CLOUD_POINTS = 2048
-MAX_BLOCKS = 6  # PVConvs of a network whose responses are shown, from the first to the last of them
+MAX_BLOCKS = 6  # PVConvs whose responses are shown, evenly spaced from the first to the last of a network
 MAX_BOX_POINTS = 4096
-MAX_TEXT = 2000  # characters of a text that is shown
+MAX_TEXT = 2000  # characters shown of a text
 BASE64 = re.compile(r"[A-Za-z0-9+/]+=*")
 
 
 def filmstrip(frames: np.ndarray, height: int = 96) -> str:
-    """uint8 `[T, H, W, 3]` (or 1) side by side as one JPEG of `height` pixels, base64 text."""
+    """Return the frames uint8 `[T, H, W, 3]` (or 1 channel) side by side as one JPEG of `height` pixels, in base64."""
     from PIL import Image
 
     strip = Image.fromarray(np.concatenate(list(frames), axis=1).repeat(3 if frames.shape[-1] == 1 else 1, -1))
@@ -35,13 +35,16 @@ def filmstrip(frames: np.ndarray, height: int = 96) -> str:
 
 
 def clip(frames: np.ndarray, truth: str, top: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    """A clip uint8 `[T, H, W, 3]`, or an image with T = 1, with its class and the likeliest (class, probability)."""
+    """Return the example of a clip uint8 `[T, H, W, 3]`, or of an image with T = 1.
+
+    `truth` is its class, `top` the most likely (class, probability 0-1).
+    """
     return {"type": "clip", "frames_jpeg_base64": filmstrip(frames), "truth": truth, "top": list(top)}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of a pair: its name, base64 of a PNG, and what is to be said of it."""
+    """A picture of a pair: its name, a PNG in base64, and a note shown with it."""
 
     name: str
     png: str
@@ -50,14 +53,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pair:
-    """Pictures of the same thing side by side, each with its name: what went in, what came out, what it should be."""
+    """Named pictures of the same thing side by side, such as the input, the output and the target."""
 
     run: str
     pictures: Sequence[Picture]
 
     @classmethod
     def of(cls, pictures: Mapping[str, np.ndarray], notes: Mapping[str, str]) -> "Pair":
-        """Return the pair of pictures uint8 `[H, W, 3]` by name."""
+        """Return the pair of `pictures` uint8 `[H, W, 3]` by name, with `notes` by the same names."""
         return cls("", [Picture(name, png_of(image), notes.get(name, "")) for name, image in pictures.items()])
 
     def to_plain(self) -> dict[str, Any]:
@@ -66,36 +69,36 @@ class Pair:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "Pair":
-        """Return the pair of `to_plain`; what is not base64 is left out."""
+        """Return the pair that `to_plain` stored, without pictures that are not valid base64."""
         pictures = [Picture(str(p["name"]), str(p["png"]), str(p.get("note", ""))) for p in plain["pictures"]]
         return cls(plain.get("run", ""), [picture for picture in pictures if BASE64.fullmatch(picture.png)])
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts under each other, each with its name: what went in, what came out, what it should be."""
+    """Named texts one below the other, such as the input, the output and the reference."""
 
     run: str
     texts: Sequence[tuple[str, str]]
 
     def to_plain(self) -> dict[str, Any]:
-        """Return an example for results.json; long texts are cut."""
+        """Return an example for results.json; texts longer than MAX_TEXT are cut."""
         cut = [(name, text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " ...") for name, text in self.texts]
         return {"type": "texts", "run": self.run, "texts": cut}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "Texts":
-        """Return the texts of `to_plain`."""
+        """Return the texts that `to_plain` stored."""
         return cls(plain.get("run", ""), [(str(name), str(text)) for name, text in plain["texts"]])
 
 
 def png_of(image: np.ndarray) -> str:
-    """uint8 `[H, W, 3]` as PNG, base64 text."""
+    """Return uint8 `[H, W, 3]` as a PNG in base64."""
     return base64.b64encode(png_bytes(image)).decode()
 
 
 def png_bytes(image: np.ndarray) -> bytes:
-    """uint8 `[H, W, 3]` as PNG."""
+    """Return uint8 `[H, W, 3]` as a PNG."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -107,7 +110,7 @@ def png_bytes(image: np.ndarray) -> bytes:
 class ResponseView:
     """Responses of one PVConv of a network: `voxel` and `point` `[n]`, the strength of each branch at each point.
 
-    `coords` `[n, 3]` are the points it sees, z up; None: those of the cloud that the response belongs to.
+    `coords` `[n, 3]` are the points it sees, z up; None means the points of the cloud the response belongs to.
     """
 
     name: str
@@ -116,7 +119,7 @@ class ResponseView:
     coords: np.ndarray | None = None
 
     def thinned(self, cloud: np.ndarray) -> "ResponseView":
-        """Every k-th point, as of the whole `cloud` `[N, 3]`; ValueError if the arrays do not fit each other."""
+        """Keep the points that are kept of the whole `cloud` `[N, 3]`; raise ValueError if the shapes do not match."""
         own = None if self.coords is None or np.array_equal(self.coords, cloud) else np.asarray(self.coords)
         coords = cloud if own is None else own
         shapes = [np.shape(values) for values in (self.voxel, self.point)]
@@ -127,13 +130,12 @@ class ResponseView:
         return replace(self, voxel=voxel, point=point, coords=None if own is None else own[kept])
 
     def share(self) -> float | None:
-        """The part of the voxel branch in the response of all points together, percent."""
+        """Return the percentage of the total response due to the voxel branch; None if there is no response."""
         total = float(self.voxel.sum() + self.point.sum())
         return 100 * float(self.voxel.sum()) / total if total > 0 else None
 
     def correlation(self) -> float | None:
-        """Return how far both branches respond at the same points, from -1 to 1; None where one responds everywhere
-        alike."""
+        """Return the correlation of the two branches over the points, from -1 to 1; None if one of them is constant."""
         voxel, point = self.voxel - self.voxel.mean(), self.point - self.point.mean()
         size = float(np.linalg.norm(voxel) * np.linalg.norm(point))
         return float(voxel @ point) / size if size > 1e-9 * float(self.voxel.sum() * self.point.sum()) else None
@@ -141,11 +143,11 @@ class ResponseView:
 
 @dataclass(frozen=True, eq=False)
 class CloudView:
-    """One cloud as it was judged: `coords` `[N, 3]` in any unit, z up; at most MAX_CLOUD_POINTS of them are shown.
+    """One cloud with its predictions: `coords` `[N, 3]` in any unit, z up; at most MAX_CLOUD_POINTS of them are shown.
 
-    Judged per point, `truth` and `predicted` are places in `classes`, integers `[N]`, a negative truth is unknown.
-    Judged as a whole, `truth` is its class and `top` holds (class, probability 0-1), the likeliest first, of which
-    three are shown. `responses` are those of the network's PVConvs, of which MAX_BLOCKS are shown.
+    If points are labelled one by one, `truth` and `predicted` are indices into `classes`, integers `[N]`; a negative
+    truth is unknown. If the cloud has one label, `truth` is its class and `top` holds (class, probability 0-1), most
+    likely first, of which three are shown. `responses` are those of the network's PVConvs; MAX_BLOCKS are shown.
     """
 
     run: str
@@ -157,7 +159,7 @@ class CloudView:
     responses: Sequence[ResponseView] = ()
 
     def thinned(self) -> "CloudView":
-        """Every k-th point, MAX_CLOUD_POINTS of them at most; ValueError if the arrays do not fit each other."""
+        """Keep at most MAX_CLOUD_POINTS evenly spaced points; raise ValueError if the shapes do not match."""
         shapes = [np.shape(labels) for labels in (self.truth, self.predicted) if not isinstance(labels, str | None)]
         per_point = not isinstance(self.truth, str)
         if np.shape(self.coords) != (len(self.coords), 3) or shapes != [(len(self.coords),)] * 2 * per_point:
@@ -169,10 +171,10 @@ class CloudView:
         return replace(self, coords=coords[kept], responses=responses, **labels)
 
     def to_plain(self) -> dict[str, Any]:
-        """A row of "clouds" in results.json, without `classes`: thinned, numbers of points as base64.
+        """Return an example for results.json, without `classes`: thinned, with arrays as base64.
 
-        Coordinates (int16) lose their unit: the box's middle goes to 0, the farthest point from it to a distance of 1;
-        labels are int16. Responses (float16) lose theirs: the strongest of a PVConv is 1.
+        Coordinates (int16) lose their unit: the centre of their bounding box moves to 0, the farthest point from it to
+        a distance of 1. Labels are int16. Responses (float16) are scaled so that the strongest of a PVConv is 1.
         """
         cloud = self.thinned()
         plain: dict[str, Any] = {
@@ -189,7 +191,7 @@ class CloudView:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any], classes: Sequence[str]) -> "CloudView":
-        """The cloud of `to_plain`."""
+        """Return the cloud that `to_plain` stored."""
         coords, responses = _coords_of(plain), [_response_of(one) for one in plain.get("responses", [])]
         if "predicted" not in plain:
             top = [(name, share) for name, share in plain["top"]]
@@ -204,9 +206,9 @@ class CloudView:
 class BoxView:
     """One scene with its boxes: `truths` `[n, 7]`, `predictions` `[m, 7]`, `points` `[N, 3]` or more columns.
 
-    All in rect camera axes (x to the right, y down, z ahead) in metres; a box is x, y, z of the middle of its bottom,
-    length, width, height and heading about y, as in tasks/boxes.py. `truth_names` and `names` (of predictions) are
-    classes, `scores` how sure a prediction is; each of them may be left out. `title` says which scene it is.
+    All are in rectified camera axes (x right, y down, z forward) in metres; a box is x, y, z of the centre of its
+    bottom, length, width, height and heading about y, as in tasks/boxes.py. `truth_names` and `names` (of predictions)
+    are classes, `scores` the confidence of predictions; each of them may be empty. `title` identifies the scene.
     """
 
     run: str
@@ -219,7 +221,7 @@ class BoxView:
     title: str = ""
 
     def checked(self) -> "BoxView":
-        """With finite points only, as arrays; ValueError if anything does not fit."""
+        """Return the scene as arrays with finite points only; raise ValueError if shapes or lengths do not match."""
         points, truths, predictions = (np.asarray(a, np.float64) for a in (self.points, self.truths, self.predictions))
         wrong = points.ndim != 2 or points.shape[1] < 3 or {truths.shape[1:], predictions.shape[1:]} != {(7,)}
         lengths = (len(self.truth_names), len(self.names), len(self.scores))
@@ -232,7 +234,7 @@ class BoxView:
         return replace(self, points=points, truths=truths, predictions=predictions)
 
     def to_plain(self) -> dict[str, Any]:
-        """A row of "boxes" in results.json: MAX_BOX_POINTS points at most, x and z in centimetres (int16, base64)."""
+        """Return an example for results.json: at most MAX_BOX_POINTS points, x and z in centimetres (int16, base64)."""
         scene = self.checked()
         points = scene.points[_kept(len(scene.points), MAX_BOX_POINTS)][:, [0, 2]]
         return {
@@ -249,7 +251,7 @@ class BoxView:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "BoxView":
-        """The scene of `to_plain`, its points at height 0."""
+        """Return the scene that `to_plain` stored, with its points at height 0."""
         x, z = np.frombuffer(base64.b64decode(plain["points"]), "<i2").reshape(-1, 2).T / 100
         boxes = {name: np.array(plain[name], np.float64).reshape(-1, 7) for name in ("truths", "predictions")}
         rest = {name: plain[name] for name in ("run", "title", "truth_names", "names", "scores")}
@@ -278,12 +280,12 @@ def _coords_of(plain: Mapping[str, Any]) -> np.ndarray:
 
 
 def quantised(places: np.ndarray) -> np.ndarray:
-    """Coordinates within 1 as little-endian int16."""
+    """Return coordinates in [-1, 1] as little-endian int16."""
     return np.round(places * (2**15 - 1)).astype("<i2")
 
 
 def _kept(count: int, most: int) -> np.ndarray:
-    """Places of `most` of `count` things at most, evenly from the first to the last."""
+    """Return the indices of at most `most` of `count` items, evenly spaced from the first to the last."""
     return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
 
 
@@ -292,7 +294,10 @@ def as_base64(values: np.ndarray) -> str:
 
 
 def in_unit_ball(coords: np.ndarray) -> np.ndarray:
-    """The points moved and shrunk: the middle of their box at 0, the farthest from it at a distance of 1; float64."""
+    """Return the points, float64, moved and scaled: their bounding box is centred at 0, the farthest is at distance 1.
+
+    Coordinates that are not finite become 0 before that.
+    """
     points = np.nan_to_num(np.asarray(coords, np.float64), posinf=0.0, neginf=0.0)
     if not len(points):
         return points

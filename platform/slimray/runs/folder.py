@@ -1,9 +1,9 @@
-"""The run folder: all that one verb leaves for the next, on any storage (`<storage>/<name>/`, a disk or a bucket).
+"""The run folder: everything one verb leaves for the next, on any storage (`<storage>/<name>/`, a disk or a bucket).
 
-job.yaml (the resolved job), status.json, lock, card.json (final numbers, versions), results.json, report.html, model/,
-checkpoints/ and append-only records (metrics/, quarantine/, ...) as immutable numbered JSONL parts, because object
-stores cannot append. Everything is bytes, JSON or YAML; nothing is ever unpickled. This file says which folder a run
-is, and reads and writes its plain files.
+It holds job.yaml (the resolved job), status.json, lock, card.json (final numbers, versions), results.json, report.html,
+model/, checkpoints/ and append-only records (metrics/, quarantine/, ...) as immutable numbered JSONL parts, because
+object stores cannot append. Everything is bytes, JSON or YAML; nothing is ever unpickled. This file finds the folder of
+a run, and reads and writes its plain files.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from slimray.spec import MAX_YAML_BYTES, UserError, did_you_mean, dump_yaml, par
 from slimray.storage import StorageError, join
 
 FILES = ("job.yaml", "status.json", "card.json", "results.json", "front.json", "report.html", "tracking.json")
-MARKER = ".slimray"  # says that slimray made the folder, whatever became of its other files
+MARKER = ".slimray"  # marks the folder as slimray's, even if its other files are lost
 MAX_JSON_BYTES = 64 << 20
-MAX_STATE_BYTES = 1 << 20  # of status.json, lock and markers
+MAX_STATE_BYTES = 1 << 20  # for status.json, lock and markers
 TEXT_FILES = (".json", ".yaml", ".txt", ".log")
 FOLDERS = (
     "metrics",
@@ -45,7 +45,7 @@ FOLDERS = (
 
 
 class DamagedFile(StorageError):
-    """A file of a run was read, and holds something else than slimray writes: one sentence. Exit code 2."""
+    """A file of a run does not hold what slimray writes: one sentence. Exit code 2."""
 
     def __init__(self, sentence: str):
         super().__init__(sentence, code=2)
@@ -53,7 +53,7 @@ class DamagedFile(StorageError):
 
 @dataclass(frozen=True)
 class Run:
-    """Location of one run: a filesystem, the path of its folder there, its name, and the URI that names it anywhere."""
+    """Location of one run: a filesystem, the path of its folder there, its name, and a URI valid on any machine."""
 
     fs: pafs.FileSystem
     path: str
@@ -61,13 +61,16 @@ class Run:
     uri: str
 
 
-# ------------------------------------------------------------------------------------------------ which run
+# ------------------------------------------------------------------------------------------------ locations
 
 
 def open_run(where: str, name: str) -> Run:
-    """Return the run `name` in the storage folder or URI `where`; it need not exist yet. UserError for a bad name."""
+    """Return the run `name` in the storage folder or URI `where`; it need not exist. UserError for an invalid name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
-        raise UserError(f"run name {name!r}: letters, digits, '.', '_' and '-' only, as it becomes a folder")
+        raise UserError(
+            f"run name {name!r}: letters, digits, '.', '_' and '-' only, at most 128 of them and not '.', '_' or '-' "
+            "first, as it becomes a folder"
+        )
     return run_at(join(where, name))
 
 
@@ -78,16 +81,19 @@ def run_at(uri: str) -> Run:
 
 
 def find_run(name_or_uri: str, where: str) -> Run:
-    """Return an existing run by name in the storage `where`, or by URI or path; UserError with the closest name."""
+    """Return an existing run by name in the storage `where`, or by URI or path.
+
+    Raises UserError, with the closest name, if there is none.
+    """
     if "/" in name_or_uri:
         run = run_at(name_or_uri)
         if not _is_run(run):
-            raise UserError(f"{name_or_uri}: there is no run (it holds neither status.json nor job.yaml)")
+            raise UserError(f"{name_or_uri}: is not a run (it has neither status.json nor job.yaml)")
         return run
     run = open_run(where, name_or_uri)
     if not _is_run(run):
         names = [run.name for run in list_runs(where)]
-        hint = did_you_mean(name_or_uri, names) if names else ", nor any other: --storage says where runs lie"
+        hint = did_you_mean(name_or_uri, names) if names else ", nor any other: set --storage to where the runs are"
         raise UserError(f"{where}: no run {name_or_uri!r}{hint}")
     return run
 
@@ -95,7 +101,7 @@ def find_run(name_or_uri: str, where: str) -> Run:
 def list_runs(where: str) -> list[Run]:
     """Return all runs of a storage folder, sorted by name; none if the folder is missing.
 
-    A folder that cannot be looked into is among them: `describe` says what is wrong with it.
+    A folder that cannot be read is included: `describe` reports what is wrong with it.
     """
     fs, path = storage.open_uri(where)
     names = [name for name in storage.list_folders(fs, path) if not name.startswith(".")]
@@ -112,7 +118,7 @@ def list_runs(where: str) -> list[Run]:
         return [run for run, found in zip(runs, pool.map(may_be_run, runs), strict=True) if found]
 
 
-# ------------------------------------------------------------------------------------------------ its files
+# ---------------------------------------------------------------------------------------------------- files
 
 
 def exists(run: Run, name: str) -> bool:
@@ -121,14 +127,17 @@ def exists(run: Run, name: str) -> bool:
 
 
 def read_file(run: Run, name: str) -> bytes:
-    """Return the file `name` of the run; FileNotFoundError if it has none, StorageError for a name that leads out."""
+    """Return the content of the file `name` of the run.
+
+    Raises FileNotFoundError if it does not exist, StorageError if the name leads out of the run folder.
+    """
     return storage.read_bytes(run.fs, inside(run, name))
 
 
 def write_file(run: Run, name: str, data: bytes | Path) -> None:
     """Write the file `name` of the run atomically; credentials in a text file are replaced by `***`.
 
-    ValueError for a name that `--restart` would not know to clear.
+    Raises ValueError for a name that is not in FILES or FOLDERS, because `--restart` would not clear it.
     """
     if isinstance(data, bytes) and name.endswith(TEXT_FILES):
         text = data.decode("utf-8", "surrogateescape")
@@ -143,7 +152,7 @@ def list_names(run: Run, folder: str) -> list[str]:
 
 
 def read_job(run: Run) -> dict[str, Any]:
-    """Return the resolved job; UserError if the run has none or it is not a YAML mapping."""
+    """Return the resolved job; raise UserError if the run has none, or if it is not a YAML mapping."""
     try:
         data = storage.read_bytes(run.fs, join(run.path, "job.yaml"), first=MAX_YAML_BYTES + 1)
     except FileNotFoundError:
@@ -153,12 +162,12 @@ def read_job(run: Run) -> dict[str, Any]:
 
 
 def write_job(run: Run, document: Mapping[str, Any]) -> None:
-    """Write the resolved job, all defaults explicit and without credentials, as job.yaml."""
+    """Write the resolved job as job.yaml, with all defaults explicit and without credentials."""
     write_file(run, "job.yaml", dump_yaml(redact(plain(document))).encode())
 
 
 def read_card(run: Run) -> dict[str, Any] | None:
-    """Return card.json, None while the run has not finished; DamagedFile if it is not a JSON object."""
+    """Return card.json, or None while the run has not finished; raise DamagedFile if it is not a JSON object."""
     return read_json(run, "card.json")
 
 
@@ -175,7 +184,7 @@ def write_report(run: Run, html: str) -> None:
 def write_model(run: Run, weights: bytes | Path, model: Mapping[str, Any], input_json: Mapping[str, Any]) -> None:
     """Write model/: `weights` (safetensors), `model` (build name, options), `input_json` (the input the network takes).
 
-    `model/weights.json` has size and SHA-256 of the weights, which readers compare.
+    `model/weights.json` holds the size and SHA-256 of the weights, which readers verify.
     """
     size, sha256 = digest(weights)
     write_file(run, "model/weights.safetensors", weights)
@@ -185,9 +194,9 @@ def write_model(run: Run, weights: bytes | Path, model: Mapping[str, Any], input
 
 
 def read_model(run: Run) -> tuple[bytes, dict[str, Any], dict[str, Any]]:
-    """Return (weights, model, input) as `write_model` took them.
+    """Return (weights, model, input) as passed to `write_model`.
 
-    UserError if the run has no model (yet), DamagedFile if the weights are not those that were written.
+    Raises UserError if the run has no model (yet), DamagedFile if the weights have changed since they were written.
     """
     model, input_json = read_json(run, "model/model.json"), read_json(run, "model/input.json")
     if model is None or input_json is None:
@@ -196,9 +205,9 @@ def read_model(run: Run) -> tuple[bytes, dict[str, Any], dict[str, Any]]:
 
 
 def read_weights(run: Run) -> bytes:
-    """Return model/weights.safetensors, compared with its digest; runs of before there was one are taken as they are.
+    """Return model/weights.safetensors, verified against its digest; runs of older versions have none to verify.
 
-    UserError if there are no weights, DamagedFile if they are damaged.
+    Raises UserError if there are no weights, DamagedFile if they are damaged.
     """
     try:
         data, written = read_file(run, "model/weights.safetensors"), read_json(run, "model/weights.json")
@@ -206,14 +215,14 @@ def read_weights(run: Run) -> bytes:
         raise UserError(f"{run.uri}: has no model/weights.safetensors: run it again, or restore the file") from None
     if written is not None and digest(data) != (written.get("bytes"), written.get("sha256")):
         raise DamagedFile(
-            f"{join(run.uri, 'model/weights.safetensors')}: is not what was written (its size or SHA-256 differs from "
-            "model/weights.json): restore the file, or run the job again with --restart"
+            f"{join(run.uri, 'model/weights.safetensors')}: has changed since it was written (its size or SHA-256 "
+            "differs from model/weights.json): restore the file, or run the job again with --restart"
         )
     return data
 
 
 def digest(data: bytes | Path) -> tuple[int, str]:
-    """Return size in bytes and SHA-256 of `data` or of the local file it names."""
+    """Return the size in bytes and the SHA-256 of `data`, or of the local file it names."""
     if isinstance(data, bytes):
         return len(data), hashlib.sha256(data).hexdigest()
     with open(data, "rb") as file:
@@ -232,36 +241,38 @@ def _is_run(run: Run) -> bool:
 
 
 def known_name(name: str) -> str:
-    """Return `name` if it is a file of a run folder; ValueError otherwise, as `--restart` would not clear it."""
+    """Return `name` if it belongs to a run folder; raise ValueError otherwise, as `--restart` would not clear it."""
     if name not in (*FILES, MARKER) and name.partition("/")[0] not in FOLDERS:
         raise ValueError(f"{name!r} is not a file of a run folder: add it to FILES or FOLDERS in runs/folder.py")
     return name
 
 
 def inside(run: Run, name: str) -> str:
-    """Return the path of `name` in the run folder; StorageError for a name that leads out of it."""
+    """Return the path of `name` in the run folder; raise StorageError for a name that leads out of it."""
     parts = name.split("/")
     if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in parts):
-        raise StorageError(f"{run.uri}: {name!r} is not the name of a file in it: the folder is damaged or was changed")
+        raise StorageError(
+            f"{run.uri}: {name!r} cannot be the name of a file in it: the folder is damaged or was changed"
+        )
     return join(run.path, name)
 
 
 def is_plain_name(name: Any) -> bool:
-    """Return whether `name` names a file beside the one in which it was read, and nothing further away."""
+    """Return whether `name` is a plain file name, which cannot lead to another folder."""
     return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,250}", name) is not None
 
 
 def read_json(
     run: Run, name: str, max_bytes: int = MAX_JSON_BYTES, complaint: str = "is not a JSON object"
 ) -> dict[str, Any] | None:
-    """Return the JSON object in the file `name`, None if there is no such file; DamagedFile if it is not one."""
+    """Return the JSON object in the file `name`, None if the file is missing; raise DamagedFile for other content."""
     where = join(run.uri, name)
     try:
         data = storage.read_bytes(run.fs, inside(run, name), first=max_bytes + 1)
     except FileNotFoundError:
         return None
     if len(data) > max_bytes:
-        raise DamagedFile(f"{where}: is larger than {max_bytes} bytes, which slimray does not write")
+        raise DamagedFile(f"{where}: is larger than {max_bytes} bytes, so slimray did not write it")
     found = parse_json(data, where)
     if not isinstance(found, dict):
         raise DamagedFile(f"{where}: {complaint}")
@@ -269,9 +280,9 @@ def read_json(
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """Return the value that JSON `data` holds; DamagedFile, with `where`, if it is not JSON or nested too deeply.
+    """Return the value of JSON `data`; raise DamagedFile, with `where`, if it is not JSON or is nested too deeply.
 
-    Integers beyond 64 bits become floats, and halves of characters (surrogates) `?`, so that what is read can be shown.
+    Integers beyond 64 bits become floats, and surrogates (half characters) become `?`, so that the value can be shown.
     """
     try:
         found = _DECODER.decode(data.decode("utf-8-sig"))
@@ -301,10 +312,10 @@ def to_json(value: Mapping[str, Any]) -> bytes:
 
 
 def json_value(value: Any) -> Any:
-    """numpy scalars and arrays as plain numbers and lists, paths as text."""
+    """Return numpy scalars and arrays as plain numbers and lists, anything else (paths) as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def plain(document: Mapping[str, Any]) -> dict[str, Any]:
-    """`document` as JSON values only, as it reads back from job.yaml."""
+    """Return `document` as JSON values only, as it would be read back from job.yaml."""
     return json.loads(to_json(document))

@@ -1,7 +1,7 @@
-"""The lock of a run folder: one writer at a time, on a disk or in a bucket, known by a heartbeat.
+"""The lock of a run folder: one writer at a time, on a disk or in a bucket, kept alive by a heartbeat.
 
-A lock is a JSON file that says who holds it; its holder renews the heartbeat. Times are Unix seconds. Object stores
-have no exclusive create, so that a rival there waits SETTLE_S and sees whose token stands.
+A lock is a JSON file that names its holder, which renews the heartbeat. Times are Unix seconds. Object stores have no
+exclusive create, so there a process writes its token, waits SETTLE_S, and holds the lock if its token is still there.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError, join
 
 HEARTBEAT_S = 15.0
-STALE_S = 60.0  # a lock whose heartbeat is older belongs to nobody; clocks are assumed to agree within half of it
-SETTLE_S = 2.0  # object stores have no exclusive create: write, wait, and whose token then stands has the lock
+STALE_S = 60.0  # a lock with an older heartbeat is free; clocks are assumed to agree within half of this
+SETTLE_S = 2.0  # wait before a process that wrote its token to an object store checks if it is still there
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Holder of a lock. `host` tells machine, boot and PID namespace apart; `born` tells a reused PID apart."""
+    """Holder of a lock. `host` identifies machine, boot and PID namespace; `born` reveals a reused PID."""
 
     token: str
     host: str
@@ -47,12 +47,12 @@ class Owner:
 
 @contextlib.contextmanager
 def hold(run: Run, heartbeat_s: float = HEARTBEAT_S) -> Iterator[threading.Event]:
-    """Keep every other writer out of `run` for as long as the block lasts; yields an event that tells when it was lost.
+    """Keep every other writer out of `run` for the duration of the block; yields an event that is set if it is lost.
 
-    A background thread renews the heartbeat; storage that is away for a while does not end the block. A lock is free
-    when its heartbeat is older than STALE_S, or at once when its process on this machine is gone. UserError when
-    another holds it. If it is lost (this process slept, another took over), the main thread is interrupted and the
-    block ends with RunFailed. SIGTERM ends the block with SystemExit, so that the lock is released.
+    A background thread renews the heartbeat; a temporary storage outage does not end the block. A lock is free when its
+    heartbeat is older than STALE_S, or at once when its process on this machine is gone. Raises UserError if another
+    process holds it. If it is lost (this process was suspended, another took over), the main thread is interrupted and
+    the block ends with RunFailed. SIGTERM ends the block with SystemExit, so that the lock is released.
     """
     mine = _acquire(run)
     stop, lost = threading.Event(), threading.Event()
@@ -86,7 +86,7 @@ def hold(run: Run, heartbeat_s: float = HEARTBEAT_S) -> Iterator[threading.Event
         thread.join()
         if in_main:
             signal.signal(signal.SIGTERM, before)
-        with contextlib.suppress(StorageError, UserError), storage.patient(SETTLE_S):  # else it goes stale by itself
+        with contextlib.suppress(StorageError, UserError), storage.patient(SETTLE_S):  # on failure it goes stale
             _release(run, mine)
     if lost.is_set():
         raise RunFailed(taken_over(run, read_lock(run)))
@@ -114,17 +114,19 @@ def _acquire(run: Run) -> Owner:
             if owner is not None and owner.token == mine.token:
                 return mine
             raise occupied(run, owner)
-        _release(run, mine)  # another that looked before this slow write may trust its own by now: begin again
+        _release(run, mine)  # a rival that read the lock before this slow write may rely on its own token: start over
         time.sleep(random.uniform(0, SETTLE_S))
-    raise StorageError(f"{run.uri}: the lock could not be taken, the storage needs more than {SETTLE_S / 2:g} s for it")
+    raise StorageError(
+        f"{run.uri}: the lock could not be acquired because the storage takes more than {SETTLE_S / 2:g} s to write it"
+    )
 
 
 def _still_mine(run: Run, mine: Owner) -> bool:
-    """Return whether nobody else has the lock; a foreign token that disappears again is a slow rival stepping back."""
+    """Return whether nobody else has the lock; a foreign token that disappears again is a slow rival backing off."""
     for pause in (SETTLE_S, 0):
         try:
             owner = read_lock(run)
-        except UserError:  # somebody wrote something else over it
+        except UserError:  # the file was overwritten with something else
             return True
         if owner is None or owner.token == mine.token:
             return True
@@ -139,7 +141,7 @@ def _release(run: Run, mine: Owner) -> None:
 
 
 def _create_exclusively(run: Run, mine: Owner) -> bool:
-    """Create the lock on a disk, whole and only if there is none: a hard link does not replace its target."""
+    """Create the lock on a disk, complete and only if there is none: a hard link does not replace its target."""
     path = Path(run.path, "lock")
     part = path.with_name(f".lock.{mine.token}.tmp")
     try:
@@ -160,9 +162,9 @@ def _write_lock(run: Run, owner: Owner, patience: float | None = None) -> None:
 
 
 def read_lock(run: Run) -> Owner | None:
-    """Return who holds the lock, None if nobody does; UserError for a lock that slimray did not write."""
+    """Return the holder of the lock, None if there is none; raise UserError for a lock that slimray did not write."""
     damaged = UserError(
-        f"{join(run.uri, 'lock')}: is not a lock of slimray: delete it if nothing writes there, or --restart"
+        f"{join(run.uri, 'lock')}: is not a lock of slimray: delete it if no process writes this run, or use --restart"
     )
     try:
         found = read_json(run, "lock", MAX_STATE_BYTES)
@@ -186,9 +188,9 @@ def drop_damaged_lock(run: Run) -> None:
 
 
 def is_alive(owner: Owner | None) -> bool:
-    """Return whether a lock is held: its heartbeat is of this minute, and its process, if it ran here, still runs.
+    """Return whether a lock is held: its heartbeat is within STALE_S, and its process, if on this machine, still runs.
 
-    A heartbeat that is NaN, or further ahead than clocks may differ, does not count.
+    A heartbeat that is NaN, or more than STALE_S in the future, does not count.
     """
     if owner is None or not abs(time.time() - owner.heartbeat) <= STALE_S:
         return False
@@ -206,9 +208,9 @@ def is_alive(owner: Owner | None) -> bool:
 
 
 def wait_for_writer(run: Run, seconds: float, tell: Callable[[str], None]) -> None:
-    """Return when nobody writes `run`, or after `seconds`: the lock of a process that was killed elsewhere goes stale.
+    """Wait until nobody writes `run`, at most `seconds`; the lock of a process killed elsewhere goes stale meanwhile.
 
-    `tell` gets a sentence when there is something to wait for.
+    `tell` is called with one sentence if there is anything to wait for.
     """
     end, told = time.monotonic() + seconds, False
     while time.monotonic() < end:
@@ -219,7 +221,7 @@ def wait_for_writer(run: Run, seconds: float, tell: Callable[[str], None]) -> No
             age = max(0.0, time.time() - owner.heartbeat) if owner is not None else 0.0
             tell(
                 f"run {run.name!r}: {_named(owner)} wrote it {age:.0f} s ago: waiting up to {seconds:.0f} s for it to "
-                f"end (after {STALE_S:g} s without a word it counts as gone)"
+                f"end (after {STALE_S:g} s without a heartbeat it counts as gone)"
             )
             told = True
         time.sleep(min(2.0, max(0.0, end - time.monotonic())))
@@ -231,7 +233,7 @@ def is_me(owner: Owner) -> bool:
 
 
 def this_host() -> str:
-    """Return name, boot and PID namespace of this machine: containers may share a name, PIDs belong to a namespace."""
+    """Return host name, boot id and PID namespace, as containers may share a name and PIDs belong to a namespace."""
     boot, space = "", ""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -240,7 +242,7 @@ def this_host() -> str:
 
 
 def process_birth(pid: int) -> int:
-    """Return when process `pid` started: clock ticks since boot, or Unix seconds without /proc; 0 if there is none."""
+    """Return the start time of process `pid`: clock ticks since boot, or Unix seconds without /proc; 0 if unknown."""
     if Path("/proc/self/stat").exists():
         try:
             return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
@@ -254,15 +256,17 @@ def process_birth(pid: int) -> int:
 
 
 def occupied(run: Run, owner: Owner | None) -> UserError:
-    """Return the error of a run that another process writes."""
+    """Return the error for a run that another process is writing."""
     return UserError(
         f"run {run.name!r} is being written by {_named(owner)}: wait for it, stop it, or choose another name"
     )
 
 
 def taken_over(run: Run, owner: Owner | None) -> str:
-    """Return the sentence of a run whose lock another process took."""
-    return f"run {run.name!r} was taken over by {_named(owner)} because this one reported nothing for {STALE_S:g} s"
+    """Return the message for a run whose lock another process took over."""
+    return (
+        f"run {run.name!r} was taken over by {_named(owner)} because this process sent no heartbeat for {STALE_S:g} s"
+    )
 
 
 def _named(owner: Owner | None) -> str:

@@ -1,9 +1,9 @@
-"""Tells a webhook how a run ended: a plain JSON message, or one as Slack takes it.
+"""Notifies a webhook how a run ended, with a plain JSON message or one for Slack.
 
-In: a `NotifySpec`, part of a job, and an event: a mapping with `state` and what else is to be told, such as name, kind,
-message, uri. Out: one POST of JSON. The address is a secret (who has it may post), so that the job holds the name of an
-environment variable only, and no log or error here ever shows what it holds. Surprising: nothing is raised and nothing
-is waited for longer than two tries of TIMEOUT_S, as a run must not fail over a message about it.
+In: a `NotifySpec`, part of a job, and an event: a mapping with `state` and further fields such as name, kind, message
+and uri. Out: one POST of JSON. The address is a secret (anyone who has it can post), so the job only holds the name of
+an environment variable, and no log or error here ever shows its value. Surprising: nothing is raised, and a call takes
+no longer than two attempts of TIMEOUT_S, because a run must not fail over a message about it.
 """
 
 import json
@@ -25,7 +25,7 @@ from slimray.spec import Spec
 
 Event = Literal["finished", "failed", "preempted"]
 TIMEOUT_S = 10.0
-PAUSE_S = 0.5  # before the second try
+PAUSE_S = 0.5  # before the second attempt
 MAX_TEXT = 2000  # characters of one value
 ICONS = {"finished": ":white_check_mark:", "failed": ":x:", "preempted": ":warning:"}
 
@@ -40,20 +40,20 @@ class NotifySpec(Spec):
     on: tuple[Event, ...] = Field(("finished", "failed", "preempted"), min_length=1)
     """Events that are reported: `finished`, `failed`, `preempted`."""
     format: Literal["json", "slack"] = "json"
-    """`json`: the event as it is. `slack`: a message for an incoming webhook of Slack or what understands those."""
+    """`json`: the event itself. `slack`: a message for an incoming webhook of Slack or a compatible service."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """An address that leads elsewhere gets nothing: a POST would arrive there as a GET without its message."""
+    """Follows no redirects: a redirected POST would become a GET without its message."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
 
 
 def send(spec: NotifySpec, event: Mapping[str, Any]) -> None:
-    """POST `event` to the webhook if its `state` is among `spec.on`; tried twice, then one warning is logged.
+    """POST `event` to the webhook if its `state` is among `spec.on`; after two failed attempts, log one warning.
 
-    Raises nothing. Returns after 2 x TIMEOUT_S + PAUSE_S at the latest, but for a name server that does not answer.
+    Raises nothing. Returns after at most 2 x TIMEOUT_S + PAUSE_S, unless a name server does not respond.
     """
     if event.get("state") not in spec.on:
         return
@@ -61,7 +61,7 @@ def send(spec: NotifySpec, event: Mapping[str, Any]) -> None:
     try:
         url = os.environ.get(spec.url_env, "").strip()
         if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            reason = "the variable is not set" if not url else "the variable holds no http or https address"
+            reason = "the variable is not set" if not url else "the variable does not hold an http or https address"
         else:
             body = json.dumps(message(spec, event), allow_nan=False).encode()
             for attempt in range(2):
@@ -70,14 +70,14 @@ def send(spec: NotifySpec, event: Mapping[str, Any]) -> None:
                 if not reason:
                     return
                 if reason.startswith("HTTP 4"):
-                    break  # refused: the same message will be again
-    except Exception as error:  # noqa: BLE001 a message must not end a run, whatever is in it
+                    break  # the same message would be refused again
+    except Exception as error:  # noqa: BLE001 a message must never end a run
         reason = type(error).__name__
-    log.warning("notify: the webhook in $%s was not told of %r (%s)", spec.url_env, event.get("state"), reason)
+    log.warning("notify: could not send %r to the webhook in $%s (%s)", event.get("state"), spec.url_env, reason)
 
 
 def message(spec: NotifySpec, event: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is posted: the event as JSON values, credentials hidden; for Slack, a text without any markup."""
+    """Return the body to post: the event as JSON values with credentials hidden; for Slack, a text without markup."""
     plain = redact({str(key): _plain(value) for key, value in event.items()})
     if spec.format == "json":
         return plain
@@ -90,7 +90,7 @@ def message(spec: NotifySpec, event: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _post(url: str, body: bytes) -> str:
-    """Return why the message did not arrive, "" if it did; without the address, which errors of urllib may hold."""
+    """Return why the message was not delivered, "" if it was; never contains the address, as errors of urllib may."""
     headers = {"Content-Type": "application/json", "User-Agent": "slimray"}
     try:
         request = urllib.request.Request(url, body, headers, method="POST")  # noqa: S310 http and https only, see above
@@ -102,7 +102,7 @@ def _post(url: str, body: bytes) -> str:
     except (urllib.error.URLError, HTTPException, OSError, ValueError) as error:
         cause = getattr(error, "reason", error)
         timed_out = isinstance(cause, TimeoutError)
-        return f"no answer in {TIMEOUT_S:g} s" if timed_out else type(cause if cause != "" else error).__name__
+        return f"no response within {TIMEOUT_S:g} s" if timed_out else type(cause if cause != "" else error).__name__
 
 
 def _plain(value: Any) -> Any:
@@ -118,6 +118,6 @@ def _plain(value: Any) -> Any:
 
 
 def _slack(value: Any) -> str:
-    """A value as Slack shows it: `<!channel>` and links are text, not markup."""
+    """Return a value escaped for Slack, so that `<!channel>` and links are text, not markup."""
     said = json.dumps(value) if isinstance(value, dict | list) else str(value)
     return said[:MAX_TEXT].replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

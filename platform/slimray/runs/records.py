@@ -1,8 +1,8 @@
 """Append-only records of a run: rows as immutable numbered JSONL parts, because object stores cannot append.
 
-`PartWriter` writes them from one rank, named by attempt, rank and number, and joins small ones to one, named by the
-first and the last number: a day of metrics is some hundred objects. `read_parts` returns the rows of a folder and
-keeps, of the steps that were done twice, those of the newest attempt.
+`PartWriter` writes parts from one rank, named by attempt, rank and number, and joins small ones into one named by the
+first and last number, so that a day of metrics is a few hundred objects. `read_parts` returns the rows of a folder; for
+steps that were done twice it keeps the rows of the newest attempt.
 """
 
 import hashlib
@@ -27,13 +27,13 @@ from slimray.storage import StorageError
 FLUSH_S = 10.0
 FLUSH_ROWS = 1000
 MAX_WAITING_ROWS = 100_000
-JOINED = 64  # parts that become one
-MAX_JOINED_BYTES = 4 << 20  # more are left as they are
-RELISTS = 4  # looks at a folder whose parts are joined while it is read
+JOINED = 64  # parts joined into one
+MAX_JOINED_BYTES = 4 << 20  # larger groups are not joined
+RELISTS = 4  # attempts to list and read a folder whose parts are being joined
 MAX_PART_BYTES = 256 << 20
-MAX_PHASES = 64  # of which rows are thinned each by itself
+MAX_PHASES = 64  # phases whose rows are thinned separately
 READERS = 16
-AHEAD_BYTES = 32 << 20  # of parts that are read before they are needed
+AHEAD_BYTES = 32 << 20  # limit on the parts read ahead
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,10 @@ log = logging.getLogger(__name__)
 class PartWriter:
     """Appends rows to `<folder>/` of a run from one rank, as parts named `attempt-rank-opened-number.jsonl`.
 
-    A background thread writes a part every `flush_s` seconds or FLUSH_ROWS rows, and of every JOINED of them one in
-    their place, `...-first-last.jsonl`: that is whole before they go. Storage that is away is asked again
-    for `patience_s` (default: the storage's), rows wait meanwhile (`write` blocks at MAX_WAITING_ROWS); then `write` or
-    `close` raises StorageError, once. `opened` (ms) orders the writers of an attempt that a crash restarted.
+    A background thread writes a part every `flush_s` seconds or FLUSH_ROWS rows, and replaces every JOINED of them by
+    one, `...-first-last.jsonl`, which is complete before they are deleted. During a storage outage writing is retried
+    for `patience_s` (default: `storage.patience_s()`) while rows wait (`write` blocks at MAX_WAITING_ROWS); after that
+    `write` or `close` raises StorageError, once. `opened` (ms) orders the writers of an attempt restarted by a crash.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class PartWriter:
         self._thread.start()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Queue one row (JSON values, numpy scalars), credentials hidden.
+        """Queue one row (JSON values, numpy scalars) with credentials hidden.
 
-        Raises StorageError once if rows cannot be written any more.
+        Raises StorageError once if rows can no longer be written, ValueError after `close`.
         """
         line = json.dumps(redact(row, names=False), default=json_value).encode()
         with self._changed:
@@ -78,7 +78,7 @@ class PartWriter:
         self._raise_once()
 
     def flush(self) -> None:
-        """Return once all rows queued so far are on storage; StorageError once if they cannot be written."""
+        """Wait until all rows queued so far are on storage; raise StorageError once if they cannot be written."""
         with self._changed:
             wanted, self._hurry = self._num_written + len(self._lines), True
             self._changed.notify_all()
@@ -86,7 +86,7 @@ class PartWriter:
         self._raise_once()
 
     def close(self) -> None:
-        """Write what is left and stop; StorageError if rows were lost. A second call does nothing."""
+        """Write the remaining rows and stop; raise StorageError if rows were lost. A second call does nothing."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -121,14 +121,14 @@ class PartWriter:
                     self._num_written += len(lines)
                     self._hurry = self._hurry or (bool(self._lines) and len(lines) == 10 * FLUSH_ROWS)
                     self._changed.notify_all()
-        except Exception as error:  # noqa: BLE001 a thread's failure is raised where the rows come from
+        except Exception as error:  # noqa: BLE001 raised again in the thread that writes rows
             with self._changed:
                 self._error = StorageError(f"{error}; {len(self._lines)} rows of {self._stem} are lost")
                 self._failed, self._lines = True, []
                 self._changed.notify_all()
 
     def _join(self, parts: Sequence[tuple[int, bytes]]) -> None:
-        """Replace parts by one. A process that dies in between leaves both, of which readers take the one."""
+        """Replace parts by one. If the process dies in between, both remain and readers use the joined one."""
         data = b"".join(content for _, content in parts)
         if len(data) > MAX_JOINED_BYTES:
             return
@@ -137,7 +137,7 @@ class PartWriter:
             try:
                 storage.delete(self._run.fs, inside(self._run, f"{self._stem}-{number:06d}.jsonl"))
             except StorageError as error:
-                log.warning("a part that was joined to others stays: %s", error)
+                log.warning("could not delete a part that was joined with others: %s", error)
 
     def _put(self, name: str, data: bytes) -> None:
         began = time.monotonic()
@@ -147,27 +147,27 @@ class PartWriter:
             except StorageError as error:
                 if time.monotonic() - began > self._patience_s:
                     raise
-                log.warning("rows wait for the storage: %s", error)
+                log.warning("rows are waiting for the storage: %s", error)
             time.sleep(min(5.0, self._patience_s / 10))
 
 
 def count_writers(run: Run, folder: str) -> int:
-    """Return how often rank 0 began to write under `folder`: once for every start of the workers that did anything."""
+    """Return how many writers rank 0 has opened under `folder`: one per start of the workers that wrote any rows."""
     return len({(part.attempt, part.opened) for part in _list_parts(run, folder) if not part.rank})
 
 
 def read_parts(run: Run, folder: str, max_rows: int | None = None) -> list[dict[str, Any]]:
-    """Return the rows under `folder` in writing order, each with its `attempt` and `rank`, the newest attempt per step.
+    """Return the rows under `folder` in writing order, each with its `attempt` and `rank`; the newest attempt wins.
 
-    A writer that resumed does its steps again, from its first one on: from there its rows replace those of older
-    attempts, and those of an older writer of its rank, phase by phase (the row's `phase`). Rows without `step` all
-    stay, but for exact repetitions. With `max_rows`, about so many rows of each phase are kept, spread evenly, among
-    them the last: one part is in memory at a time, however long the run. StorageError for a part that does not read.
+    A writer that resumed repeats steps from its first one on: from that step its rows replace those of older attempts,
+    and those of an older writer of its rank, separately for each phase (the row's `phase`). Rows without `step` are all
+    kept except exact repetitions. With `max_rows`, about that many rows of each phase are kept, evenly spaced and
+    including the last; memory stays bounded however long the run. Raises StorageError for a part that cannot be read.
     """
     for _ in range(RELISTS):
         try:
             return _read_parts(run, folder, max_rows)
-        except FileNotFoundError:  # its writer has joined parts since they were listed
+        except FileNotFoundError:  # the writer has joined parts since they were listed
             continue
     return _read_parts(run, folder, max_rows)
 
@@ -199,20 +199,20 @@ def _read_parts(run: Run, folder: str, max_rows: int | None) -> list[dict[str, A
 
 
 class _Selection:
-    """The rows that are kept: all, or of each phase every n-th and the last of each writer; n doubles as needed."""
+    """The rows to keep: all, or every n-th of each phase plus the last of each writer; n doubles as needed."""
 
     def __init__(self, max_rows: int | None):
         self._max_rows = max_rows
         self._strides: dict[Any, int] = {}
-        self._counts: dict[Any, int] = {}  # rows of a phase that came
-        self._sizes: dict[Any, int] = {}  # rows of a phase that are kept
+        self._counts: dict[Any, int] = {}  # phase -> rows seen
+        self._sizes: dict[Any, int] = {}  # phase -> rows kept
         self._writers: list[list[tuple[int, Any, int, dict[str, Any]]]] = []  # (place, phase, number, row)
         self._writer: list[tuple[int, Any, int, dict[str, Any]]] = []
         self._tails: dict[Any, tuple[int, Any, int, dict[str, Any]]] = {}
         self._place = 0
 
     def add(self, phase: Any, row: dict[str, Any]) -> None:
-        """Take the next row of the current writer."""
+        """Add the next row of the current writer."""
         if phase not in self._counts and len(self._counts) >= MAX_PHASES:
             phase = None
         number = self._counts.get(phase, 0)
@@ -237,7 +237,7 @@ class _Selection:
         self._writer, self._tails = [], {}
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the rows in the order in which they were written."""
+        """Return the kept rows in the order in which they were written."""
         return [row for rows in reversed(self._writers) for *_, row in rows]
 
 
@@ -253,10 +253,12 @@ class _Part:
 
 
 def _list_parts(run: Run, folder: str) -> list[_Part]:
-    """The parts under a folder by name, without those that a joined one holds; DamagedFile for a .jsonl of another
-    name."""
+    """Return the parts under a folder by name, without those contained in a joined one.
+
+    Raises DamagedFile for a .jsonl file with another kind of name.
+    """
     found: list[_Part] = []
-    ends: dict[tuple[int, int, int], int] = {}  # writer -> last number so far; a joined part comes before its own
+    ends: dict[tuple[int, int, int], int] = {}  # writer -> last number so far; a joined part precedes those it contains
     for info in storage.list_files(run.fs, inside(run, folder)):
         match = re.fullmatch(r"(\d{1,9})-(\d{1,9})-(\d{1,15})-(\d{1,9})(?:-(\d{1,9}))?\.jsonl", info.base_name)
         if match is not None:
@@ -271,7 +273,7 @@ def _list_parts(run: Run, folder: str) -> list[_Part]:
 
 
 def _rows(run: Run, parts: Sequence[_Part]) -> Iterator[dict[str, Any]]:
-    """The rows of a writer's parts in order, while the next few parts are read ahead."""
+    """Yield the rows of a writer's parts in order, while the next few parts are read ahead."""
     with ThreadPoolExecutor(READERS) as pool:
         ahead: deque[tuple[_Part, Future[bytes]]] = deque()
         waiting = deque(parts)

@@ -1,7 +1,7 @@
-"""The life of a run: its status, and what is to be done about a name that is there already.
+"""The life cycle of a run: its status, and how to proceed if a run of its name already exists.
 
-A name stands for one job: `claim` skips what is finished, resumes what is not and refuses other settings; `begin` and
-`end` write the status of an attempt, under the lock of the folder. Times are Unix seconds.
+A name stands for one job: `claim` skips a finished run, resumes an unfinished one and refuses different settings;
+`begin` and `end` write the status of an attempt, under the lock of the folder. Times are Unix seconds.
 """
 
 import contextlib
@@ -56,16 +56,16 @@ class Status:
 
 @dataclass(frozen=True)
 class Claim:
-    """Next step for a run of this name: nothing if `finished`, else the `attempt` to begin (1 = afresh)."""
+    """Next step for a run of this name: nothing if `finished`, else the `attempt` to begin (1 is a new start)."""
 
     finished: bool
     attempt: int
 
 
 def read_status(run: Run) -> Status | None:
-    """Return the state of a run, None if nothing has begun; the heartbeat of a running one is that of its lock.
+    """Return the status of a run, None if it has not begun; the heartbeat of a running one comes from its lock.
 
-    DamagedFile if status.json holds something else than slimray writes.
+    Raises DamagedFile if status.json does not hold what slimray writes.
     """
     found = read_json(run, "status.json", MAX_STATE_BYTES, complaint="is not the status of a run")
     if found is None:
@@ -92,15 +92,15 @@ def _is_status(status: Status) -> bool:
 
 
 def is_time(value: Any) -> bool:
-    """Return whether `value` is a time in Unix seconds that a calendar has."""
+    """Return whether `value` is a time in Unix seconds, up to the end of the year 9999."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LAST_TIME
 
 
 def describe(run: Run) -> dict[str, Any]:
     """Return one line about a run for tables and programs: name, kind, state, result, updated (ISO, UTC), message.
 
-    A run said to be running whose writer has gone is `stopped`. One whose files do not read is `damaged`, with the
-    reason as its message; nothing is raised for what a folder holds.
+    A run whose status is running but whose writer is gone is `stopped`. One whose files cannot be read is `damaged`,
+    with the reason as its message; the content of a folder never raises an error.
     """
     problems: list[str] = []
 
@@ -110,7 +110,7 @@ def describe(run: Run) -> dict[str, Any]:
         except (UserError, RunFailed) as error:
             problems.append(str(error))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-            problems.append(f"is not a run folder as slimray writes it ({type(error).__name__}: {error})")
+            problems.append(f"is not a run folder that slimray wrote ({type(error).__name__}: {error})")
         return default
 
     status = part(read_status, None)
@@ -131,11 +131,11 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-SCORES = ("miou", "top1", "class_found_3d")  # of cards that do not say by which number a run is judged
+SCORES = ("miou", "top1", "class_found_3d")  # for cards that do not name their metric
 
 
 def _best(card: Mapping[str, Any]) -> str | None:
-    """The best score in the numbers of a finished run, in words; None if they hold none."""
+    """Return the best score of a finished run as text (name, value, unit); None if its card has none."""
     metrics = card.get("metrics")
     if not isinstance(metrics, dict):
         return None
@@ -169,14 +169,14 @@ def claim(
     completed: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
     submission: str = "",
 ) -> Claim:
-    """Say what is to be done for the job `document` in the folder of its name, and clear the folder on `restart`.
+    """Return how to proceed with the job `document` in the folder of its name; clears the folder on `restart`.
 
-    A `submission` clears it once: a scheduler that starts it again, after a preemption, resumes it.
+    A `submission` clears the folder only once: a scheduler that starts it again after a preemption resumes the run.
 
-    Nothing there: attempt 1. The same job, where sections in `may_change` may differ: skip if finished, else the next
-    attempt. `completed` adds to the stored job the fields that the version that wrote it did not have.
-    Raises UserError for other settings (with the differing fields), while another process writes, and for a folder
-    that slimray did not make.
+    An empty folder gives attempt 1. The same job, apart from sections in `may_change`, is skipped if it is finished,
+    and otherwise gets the next attempt. `completed` adds to the stored job the fields that did not exist in the version
+    that wrote it. Raises UserError for different settings (naming the fields), while another process writes, for
+    damaged files, and for a folder that slimray did not create.
     """
     if restart and not (submission and _submission_of(run) == submission):
         if _require_ours(run):
@@ -191,12 +191,14 @@ def claim(
         if not _has_mark(run):
             raise _foreign(run, "job.yaml" if exists(run, "job.yaml") else "status.json") from None
         raise UserError(
-            f"{error}: the run is damaged: restore the file, or --restart to clear it and start over"
+            f"{error}: the run is damaged: restore the file, or use --restart to clear it and start over"
         ) from None
     if old is None and status is None:
         if not _require_ours(run):
             return Claim(False, 1)
-        raise UserError(f"run {run.name!r} has lost its job.yaml and status.json: --restart clears it and starts over")
+        raise UserError(
+            f"run {run.name!r} has lost its job.yaml and status.json: clear it with --restart to start over"
+        )
     changes: list[str] = []
     if old is not None:
         new = redact(plain(document))
@@ -207,7 +209,7 @@ def claim(
             raise _foreign(run, "job.yaml")
         told = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
         raise UserError(
-            f"run {run.name!r} exists with other settings ({told}): choose another name, or --restart to clear it"
+            f"run {run.name!r} exists with other settings ({told}): choose another name, or clear it with --restart"
         )
     if status is not None and status.state == "finished":
         return Claim(True, status.attempt)
@@ -218,7 +220,7 @@ def claim(
 
 
 def _require_ours(run: Run) -> bool:
-    """Return whether the folder holds a run, in whatever state; UserError if it holds files of something else."""
+    """Return whether the folder holds a run, in whatever state; raise UserError if it holds other files."""
     if _has_mark(run):
         return True
     there = [name for name in (*FILES, *FOLDERS) if exists(run, name)]
@@ -229,13 +231,13 @@ def _require_ours(run: Run) -> bool:
 
 def _foreign(run: Run, name: str) -> UserError:
     return UserError(
-        f"{run.uri}: holds {name} of something else than a run of slimray, which is not touched: choose another name "
+        f"{run.uri}: holds a {name} that does not belong to a run of slimray and is left alone: choose another name "
         "or another --storage"
     )
 
 
 def _has_mark(run: Run) -> bool:
-    """Return whether slimray made the folder: by its marker, or, for older runs, by the look of status and job."""
+    """Return whether slimray made the folder, judging by its marker or, for older runs, by status.json and job.yaml."""
     if exists(run, MARKER):
         return True
     name = re.escape(run.name.encode())
@@ -256,13 +258,13 @@ def _has_mark(run: Run) -> bool:
 def clear(run: Run) -> None:
     """Delete what slimray wrote into the run folder, and nothing else. Only under `hold`; may be repeated."""
     now = time.time()
-    _write_status(run, Status("queued", 0, now, "being cleared", now, now))  # else half a run could look finished
+    _write_status(run, Status("queued", 0, now, "being cleared", now, now))  # or half a run could look finished
     for name in (*FOLDERS, *FILES[2:], "job.yaml", "status.json", MARKER):
         storage.delete(run.fs, join(run.path, name))
 
 
 def _submission_of(run: Run) -> str:
-    """Return the submission that began the run, as its marker tells; "" if it tells none."""
+    """Return the submission that began the run, as recorded in its marker; "" if none is."""
     try:
         text = storage.read_bytes(run.fs, join(run.path, MARKER), first=MAX_STATE_BYTES).decode("utf-8", "replace")
     except FileNotFoundError:
@@ -271,15 +273,16 @@ def _submission_of(run: Run) -> str:
 
 
 def begin(run: Run, document: Mapping[str, Any], attempt: int, submission: str = "") -> None:
-    """Write the job and say that `attempt` of `submission` runs; sweeps checkpoints that were never completed.
+    """Write the job, mark `attempt` of `submission` as running, and delete incomplete checkpoints. Only under `hold`.
 
-    Only under `hold`.
-
-    Raises UserError when another process has begun or finished this attempt since it was claimed.
+    Raises UserError if another process has begun or finished this attempt since it was claimed.
     """
     before = read_status(run)
     if before is not None and (before.attempt >= attempt or before.state == "finished"):
-        raise UserError(f"run {run.name!r} was {before.state} by another process meanwhile: start the command again")
+        raise UserError(
+            f"run {run.name!r} was begun by another process in the meantime and is {before.state}: "
+            "start the command again"
+        )
     sweep_orphans(run)
     if submission or not exists(run, MARKER):
         text = "This folder is written by slimray; `slimray run --restart` clears it.\n"
@@ -290,9 +293,9 @@ def begin(run: Run, document: Mapping[str, Any], attempt: int, submission: str =
 
 
 def end(run: Run, state: State, message: str = "") -> None:
-    """Write the final state of the attempt; RunFailed, and nothing written, if another has taken the run over."""
+    """Write the final state of the attempt; raise RunFailed and write nothing if another process took over the run."""
     now, owner, before = time.time(), None, None
-    with contextlib.suppress(UserError):  # overwritten by something else: the end of the attempt is still written
+    with contextlib.suppress(UserError):  # the lock was overwritten; the end of the attempt is written all the same
         owner = read_lock(run)
     with contextlib.suppress(DamagedFile):
         before = read_status(run)
@@ -304,7 +307,7 @@ def end(run: Run, state: State, message: str = "") -> None:
 
 
 def note(run: Run, message: str) -> None:
-    """Write `message` into the status of a run that runs; nothing happens to others. Only under `hold`."""
+    """Write `message` into the status of a running run; do nothing for others. Only under `hold`."""
     status = read_status(run)
     if status is not None and status.state == "running":
         _write_status(run, replace(status, message=message, updated=time.time()))
@@ -315,7 +318,7 @@ def _write_status(run: Run, status: Status) -> None:
 
 
 def _differences(old: Any, new: Any, may_change: Sequence[str], field: str = "") -> Iterator[str]:
-    """`field: old -> new` for each field of two plain documents that differs outside the prefixes `may_change`."""
+    """Yield `field: old -> new` for each field that differs between two documents outside `may_change`."""
     if any(field == prefix or field.startswith(prefix + ".") for prefix in may_change) or old == new:
         return
     if isinstance(old, dict) and isinstance(new, dict):

@@ -1,11 +1,11 @@
 """Destinations of the metric rows of a run: its own JSONL always, Weights & Biases and TensorBoard on request.
 
-`Tracker` lives on rank 0 and takes rows such as `{"step": 40, "phase": "train", "train/loss": 1.2}`. The id of the W&B
-run is drawn once and kept in `tracking.json` of the run folder: a resumed run continues its curve, one that was cleared
-by `--restart` begins another. Steps are an ordinary metric there, because W&B refuses a step that goes back, as one
-does after a resume. Only numbers are sent: credentials are redacted, paths and other texts stay here unless `media` is
-set, and console, code and git are never captured. A service that fails is given up with one warning; only the JSONL,
-written to the run folder, may end a run.
+`Tracker` runs on rank 0 and receives rows such as `{"step": 40, "phase": "train", "train/loss": 1.2}`. The id of the
+W&B run is drawn once and kept in `tracking.json` of the run folder: a resumed run continues its curve, one cleared by
+`--restart` begins a new one. Steps are an ordinary metric there, because W&B refuses steps that go back, as they do
+after a resume. Only numbers are sent: credentials are redacted, paths and other texts are not sent unless `media` is
+set, and console, code and git are never captured. If a service fails, one warning is logged and it is no longer used;
+only a failure to write the JSONL in the run folder may end a run.
 """
 
 import hashlib
@@ -27,16 +27,16 @@ log = logging.getLogger(__name__)
 
 
 class TrackingSpec(Spec):
-    """Services that receive the metrics, besides the run folder, which always has them."""
+    """Services that receive the metrics, in addition to the run folder, which always gets them."""
 
     wandb: bool = False
     """Send metrics and the redacted job to Weights & Biases; WANDB_API_KEY is read from the environment."""
     project: str = "slimray"
     """W&B project."""
     entity: str | None = None
-    """W&B team or user; default that of the API key."""
+    """W&B team or user; default: the owner of the API key."""
     mode: Literal["online", "offline"] | None = None
-    """`offline` writes to the run folder for a later `wandb sync`; default WANDB_MODE, else online."""
+    """`offline` writes to the run folder for a later `wandb sync`; default: WANDB_MODE, else online."""
     tags: tuple[str, ...] = ()
     """W&B tags."""
     media: bool = False
@@ -52,11 +52,11 @@ class Rows(Protocol):
 
 
 class Tracker:
-    """Rank 0's sink of metric rows; `folder` is the local place for the files of W&B and TensorBoard.
+    """Sink for the metric rows on rank 0; `folder` is the local folder for the files of W&B and TensorBoard.
 
-    `rows` is the run's own record, `name` and `uri` name the run, `job` is the resolved job. Without `folder`: the run
-    folder, or a place in the user's cache when that is in a bucket, to which `copy` and `close` take them.
-    Raises nothing but what `rows.write` raises.
+    `rows` writes the run's own records, `name` and `uri` identify the run, `job` is the resolved job. Without `folder`,
+    files go to the run folder; if that is in a bucket, to a folder in the user's cache, from which `copy` and `close`
+    upload them. Raises only what `rows.write` raises.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Tracker:
         self._board_folder = folder / "tensorboard" if spec.tensorboard else None
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Write one row: `step` and any of numbers, text, lists. Services get its finite numbers."""
+        """Write one row: `step` and any numbers, texts or lists. Services get its finite numbers."""
         self.rows.write(row)
         shown = redact({key: value for key, value in row.items() if self.media or _is_number(value)})
         if self._wandb is not None and not _guarded("W&B", lambda: (self._wandb.log(shown), True)):
@@ -81,7 +81,7 @@ class Tracker:
             self._board_folder = None
 
     def copy(self) -> None:
-        """Copy event files, and what W&B wrote offline, into a run folder in a bucket, as far as they have grown."""
+        """Copy event files and offline W&B files that have changed into the run folder, if that is in a bucket."""
         for name in self._copies:
             if not _guarded(f"the copy of {name}/ in the run folder", lambda name=name: self._copy(name)):
                 self._copies = tuple(one for one in self._copies if one != name)
@@ -100,7 +100,7 @@ class Tracker:
         return True
 
     def close(self) -> None:
-        """Finish the W&B run and the event file; `rows` stays open, it belongs to the caller."""
+        """Finish the W&B run and the event file; `rows` belongs to the caller and stays open."""
         if self._wandb is not None:
             _guarded("W&B", self._wandb.finish)
         if self._board is not None:
@@ -113,7 +113,7 @@ class Tracker:
         if self._board is None:
             from tensorboardX import SummaryWriter
 
-            # purge_step: what an attempt before this one wrote from here on is done again
+            # purge_step hides what an earlier attempt wrote from this step on, which is done again
             self._board = SummaryWriter(str(self._board_folder), purge_step=row.get("step"))
         for key, value in row.items():
             if key != "step" and _is_number(value):
@@ -122,9 +122,9 @@ class Tracker:
 
 
 def run_id(name: str, uri: str) -> str:
-    """Return the W&B id of the run at `uri`: the one in its folder, else that of runs of before ids were kept there.
+    """Return the W&B id of the run at `uri`: the one in its folder, or for runs of older versions a derived one.
 
-    The latter is the run's name and a digest of where it lies.
+    The derived id consists of the run's name and a digest of its name and URI.
     """
     kept = _kept_id(uri)
     return kept or f"{name[:100]}-{hashlib.sha256(f'{name} {uri}'.encode()).hexdigest()[:10]}"
@@ -137,14 +137,14 @@ def _kept_id(uri: str) -> str | None:
 
 
 def _draw_id(name: str, uri: str) -> str:
-    """A new W&B id, kept in the run folder."""
+    """Return a new W&B id after storing it in the run folder."""
     drawn = f"{name[:100]}-{uuid.uuid4().hex[:10]}"
     write_file(run_at(uri), "tracking.json", to_json({"wandb_id": drawn}))
     return drawn
 
 
 def _without_paths(value: Any) -> Any:
-    """`value` with every string that has a slash in it (paths, URIs) replaced by `***`."""
+    """Return `value` with every string that contains a slash or backslash (paths, URIs) replaced by `***`."""
     if isinstance(value, Mapping):
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -153,17 +153,17 @@ def _without_paths(value: Any) -> Any:
 
 
 def _start_wandb(spec: TrackingSpec, name: str, uri: str, job: Mapping[str, Any], folder: Path) -> Any:
-    """Start or resume the W&B run; one that was deleted online starts over, as W&B never takes its id again."""
+    """Start or resume the W&B run; if it was deleted online, begin a new one, as W&B never accepts its id again."""
     folder.mkdir(parents=True, exist_ok=True)
     status = read_status(run_at(uri))
-    resumed = status is not None and status.attempt > 1  # without an id in its folder it is of before ids were kept
+    resumed = status is not None and status.attempt > 1  # without a stored id, an older version began the run
     known = run_id(name, uri) if resumed or _kept_id(uri) else _draw_id(name, uri)
     try:
         run = _init_wandb(spec, known, name, job, folder)
     except Exception as error:
         if "deleted" not in str(error):
             raise
-        log.warning("tracking: the W&B run %s was deleted, a new one is begun", known)
+        log.warning("tracking: the W&B run %s was deleted, starting a new one", known)
         run = _init_wandb(spec, _draw_id(name, uri), name, job, folder)
     run.define_metric("step", hidden=True)
     run.define_metric("*", step_metric="step")
@@ -202,12 +202,12 @@ def _init_wandb(spec: TrackingSpec, run_id: str, name: str, job: Mapping[str, An
 
 
 def _guarded(service: str, action: Callable[[], Any]) -> Any:
-    """Return what `action` returns; None after one warning if it fails, as tracking must not end a training."""
+    """Return the result of `action`; log a warning and return None if it fails, as tracking must not end a training."""
     try:
         return action()
     except Exception as error:  # noqa: BLE001 whatever a service raises
         reason = redact(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
-        log.warning("tracking: %s is off for this run (%s); metrics/ of the run folder has everything", service, reason)
+        log.warning("tracking: %s is off for this run (%s); metrics/ of the run folder has all rows", service, reason)
         return None
 
 

@@ -1,7 +1,7 @@
 """Location of the weights that a job starts from: a file, a URL that is fetched once, or the model of a finished run.
 
-A download gets its name in the user's cache only when it has the length that the server announced and, where one is
-given, the digest; size and SHA-256 are noted beside it and compared whenever the file is used again.
+A download gets its final name in the user's cache only if it has the length the server announced and, if one is given,
+the expected digest; its size and SHA-256 are stored beside it and verified whenever the file is used again.
 """
 
 import hashlib
@@ -27,10 +27,9 @@ CHUNK_BYTES = 1 << 20
 def weights_source(source: str, where: str, sha256: str | None = None, run: Run | None = None) -> str:
     """Return the path or URI of the weights `source` means: a file, a URL (fetched once), or a run by name or URI.
 
-    `where` is the storage in which names are looked up. What a URL names is kept in `init/` of `run`, if one is given:
-    other machines read it there, and a resumed run does not ask the server again. UserError if there are
-    none or their SHA-256 is not `sha256`,
-    StorageError if those of a run are damaged.
+    `where` is the storage in which run names are looked up. If a `run` is given, a download is kept in its `init/`,
+    where other machines read it and a resumed run finds it. Raises UserError if there are no such weights or their
+    SHA-256 is not `sha256`, StorageError if those of a run are damaged.
     """
     if source.startswith(("http://", "https://")):
         return str(_download(source, sha256)) if run is None else _kept(source, sha256, run)
@@ -51,7 +50,7 @@ def weights_source(source: str, where: str, sha256: str | None = None, run: Run 
 
 
 def _kept(url: str, sha256: str | None, run: Run) -> str:
-    """Return the URI of what `url` names in the run folder, fetched and stored there if it is not yet."""
+    """Return the URI of the download of `url` in the run folder, fetching it first if it is not there yet."""
     name = f"init/{_file_name(url)}"
     if not exists(run, name):
         write_file(run, name, _download(url, sha256))
@@ -73,16 +72,16 @@ def _no_weights(source: str) -> str:
 
 def _compare(source: str, wanted: str, found: str) -> None:
     if found != wanted.lower():
-        raise UserError(f"{source}: has SHA-256 {found}, not {wanted}: it is damaged or another file")
+        raise UserError(f"{source}: has SHA-256 {found}, not {wanted}: it is damaged or a different file")
 
 
 def _download(url: str, sha256: str | None) -> Path:
-    """Fetch `url` into the user's cache unless it is there whole; UserError when it cannot be had."""
+    """Fetch `url` into the user's cache unless it is complete there; raise UserError if it cannot be fetched."""
     import urllib.error
     from http.client import HTTPException
 
     if what := held(url):
-        raise UserError(f"{url}: holds {what}, which would be stored and shown: download the file and name its path")
+        raise UserError(f"{url}: holds {what}, which would be stored and shown: download the file and give its path")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "slimray" / "weights"
     target = cache / _file_name(url)
     if _is_whole(target, sha256):
@@ -99,14 +98,14 @@ def _download(url: str, sha256: str | None) -> Path:
             except (OSError, HTTPException, ValueError) as error:
                 if attempt == FETCH_ATTEMPTS or isinstance(error, ValueError):
                     reason = getattr(error, "reason", None) or str(error) or type(error).__name__
-                    raise UserError(f"{url}: cannot be fetched ({reason}): download it by hand") from None
+                    raise UserError(f"{url}: cannot be fetched ({reason}): download it and give its path") from None
             time.sleep(FETCH_PAUSE_S * attempt)
         size, found = digest(part)
         if sha256:
             _compare(url, sha256, found)
         _note(target).unlink(missing_ok=True)
         part.replace(target)
-        if is_known or sha256:  # else the server may have broken off, and the file is fetched again the next time
+        if is_known or sha256:  # otherwise the file may be incomplete, and is fetched again the next time
             _note(target).write_text(json.dumps({"url": url, "bytes": size, "sha256": found}))
     finally:
         part.unlink(missing_ok=True)
@@ -119,21 +118,21 @@ def _file_name(url: str) -> str:
 
 
 def _fetch(url: str, part: Path) -> bool:
-    """Download `url` to `part`; return whether it is known to be complete. OSError if it is known not to be."""
+    """Download `url` to `part`; return whether it is known to be complete, raise OSError if it is known not to be."""
     import urllib.request
 
     with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT_S) as response, open(part, "wb") as file:  # noqa: S310 http(s)
         if response.headers.get_content_type() == "text/html":
-            raise UserError(f"{url}: answers with a web page in place of a file: give the address of the file itself")
+            raise UserError(f"{url}: returned a web page instead of a file: give the address of the file itself")
         while chunk := response.read(CHUNK_BYTES):
             file.write(chunk)
         length = response.headers.get("Content-Length", "")
         chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
         size = file.tell()
     if not size:
-        raise OSError("nothing came")
+        raise OSError("the server sent nothing")
     if length.isdigit() and not chunked and size != int(length):
-        raise OSError(f"the transfer broke off: {size} of {length} bytes came")
+        raise OSError(f"the transfer broke off after {size} of {length} bytes")
     return chunked or length.isdigit()
 
 
@@ -142,7 +141,7 @@ def _note(target: Path) -> Path:
 
 
 def _is_whole(target: Path, sha256: str | None) -> bool:
-    """Return whether a file in the cache is complete and the one that is wanted."""
+    """Return whether the file in the cache is complete and has the digest asked for."""
     try:
         noted = json.loads(_note(target).read_bytes())
         size, found = digest(target)

@@ -59,7 +59,7 @@ def test_a_kernel_teaches_the_matrices_it_went_through_and_no_others():
 
 
 def test_a_kernel_that_is_none_of_the_sizes_is_refused():
-    with pytest.raises(ValueError, match="4 is none of"):
+    with pytest.raises(ValueError, match="4 is not one of"):
         ElasticDepthwise(4, (3, 5)).filter(4, 4)
 
 

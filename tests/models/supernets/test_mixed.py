@@ -190,5 +190,5 @@ def test_a_block_with_a_shortcut_may_be_nothing():
 def test_blocks_that_are_none_are_refused_with_a_sentence():
     with pytest.raises(UserError, match="blocks: must be stages of 3, 3, 3, 1 blocks"):
         models.build("proxyless_found", num_classes=5, preset="tiny", blocks="3/3 3/3, -")
-    with pytest.raises(UserError, match="'-' is none of"):
+    with pytest.raises(UserError, match="'-' is not one of"):
         models.build("proxyless_found", num_classes=5, preset="tiny", blocks="- - -, 3/3 - -, 3/3 - -, 3/3")

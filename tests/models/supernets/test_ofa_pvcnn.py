@@ -447,9 +447,9 @@ def test_what_a_user_gets_wrong_is_said():
     with pytest.raises(UserError, match="unknown preset 'tiney', did you mean 'tiny'"):
         build("ofa_pvcnn", num_classes=3, preset="tiney")
     net, known = supernet("points"), supernet("parts").space.largest().to_dict()
-    with pytest.raises(UserError, match=r"width: 0\.3 is none of 0\.25, 0\.5, 0\.75, 1\.0"):
+    with pytest.raises(UserError, match=r"width: 0\.3 is not one of 0\.25, 0\.5, 0\.75, 1\.0"):
         net(cloud(net), net.space.largest().replace(width=[0.3] * 6))
-    with pytest.raises(UserError, match="depth: 3 is none of 1, 2"):
+    with pytest.raises(UserError, match="depth: 3 is not one of 1, 2"):
         net.extract(Arch.from_dict(known))
     with pytest.raises(ValueError, match="takes clouds of 6 channels"):
         net(cloud(net)[:, :5])

@@ -321,9 +321,9 @@ def test_an_arch_written_as_plain_values_is_the_same_and_another_space_s_is_refu
     arch = net.space.sample(random.Random(0))
     x = batch(net)
     assert torch.equal(net(x, Arch.from_dict(arch.to_dict())), net(x, arch))
-    with pytest.raises(UserError, match="no dimension 'width' here"):
+    with pytest.raises(UserError, match="this space has no dimension 'width'"):
         net.extract(small("ofa_resnet50").space.largest())
-    with pytest.raises(UserError, match="kernel: 9 is none of 3, 5, 7"):
+    with pytest.raises(UserError, match="kernel: 9 is not one of 3, 5, 7"):
         net(x, arch.replace(kernel=[9] * 9))
 
 

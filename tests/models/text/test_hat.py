@@ -213,5 +213,5 @@ def test_what_is_measured_of_a_subnet_decodes_all_steps_of_all_hypotheses():
 def test_an_unknown_preset_and_an_arch_of_another_space_are_one_sentence():
     with pytest.raises(UserError, match="preset"):
         models.build("hat_small", vocab_size=19, preset="smal")
-    with pytest.raises(UserError, match="arch: encoder_embed: 512 is none of 16, 24"):
+    with pytest.raises(UserError, match="arch: encoder_embed: 512 is not one of 16, 24"):
         models.build("hat_small", vocab_size=19, preset="tiny", arch={"encoder_embed": 512})

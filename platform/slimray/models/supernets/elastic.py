@@ -172,7 +172,7 @@ class ElasticDepthwise(nn.Module):
     def filter(self, channels: int, kernel: int) -> Tensor:
         """The weights `[channels, 1, kernel, kernel]` at that size."""
         if kernel not in self.kernels:
-            raise ValueError(f"kernel: {kernel} is none of {self.kernels}")
+            raise ValueError(f"kernel: {kernel} is not one of {self.kernels}")
         weight = _first(self.conv.weight, channels)
         for small, large in reversed(list(itertools.pairwise(self.kernels))):
             if kernel < large:

@@ -252,6 +252,6 @@ def proxyless_found(
         if placed.elastic and blocks:
             known, code = candidates(cast(MBConv, placed.part)), next(codes)
             if code not in known:
-                raise UserError(f"blocks: {code!r} is none of {' '.join(known)} ({placed.name})")
+                raise UserError(f"blocks: {code!r} is not one of {' '.join(known)} ({placed.name})")
             parts[placed.name] = known[code]
     return make_subnet(parts, MixedNet.first_conv_name)
