@@ -1,11 +1,15 @@
-# make run    installs what running needs, trains the quickstart  make test    installs the rest, passes the tests
-# make check  lint, types, tests without Ray                      make bench   the long measurements (ONLY="ingest packed")
-# make soak   injected faults, many workers: an hour              make schema  the JSON Schemas that editors read
-# make resolve  constraints.txt against the package index         make constraints  resolve it anew (UPGRADE=1: the newest)
-# make clean  remove the environment and ./runs
+# make run          install what running needs, and run the quickstart
+# make test         install the rest, and run all checks and tests
+# make check        run lint, types and the tests that need no Ray
+# make bench        run the long measurements (ONLY="ingest packed" selects some)
+# make soak         run trainings with injected faults and many workers: an hour
+# make schema       write the JSON Schemas that editors read
+# make resolve      check constraints.txt against the package index
+# make constraints  resolve constraints.txt anew (UPGRADE=1 takes the newest versions)
+# make clean        remove the environment and ./runs
 SHELL := /bin/bash
 SUITS := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null
-# the first of these that slimray runs on
+# the first of these that slimray supports
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
     $$python $(SUITS) && echo $$python && break; done)
 VENV := .venv
@@ -13,7 +17,7 @@ BIN := $(VENV)/bin
 RUN := $(VENV)/.run
 DEV := $(VENV)/.dev
 INSTALL := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
-# libraries that open3d opens, and the Debian packages that hold them
+# shared libraries that open3d loads, and the Debian packages that contain them
 SYSTEM := libGL.so.1:libgl1 libEGL.so.1:libegl1 libX11.so.6:libx11-6 libgomp.so.1:libgomp1 libusb-1.0.so.0:libusb-1.0-0
 
 export RAY_USAGE_STATS_ENABLED := 0
@@ -26,7 +30,7 @@ run: $(RUN)
 check: $(DEV) browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@echo "Checking types beside the tests"
+	@echo "Checking types while the tests run"
 	@$(BIN)/pyright > $(VENV)/pyright.log 2>&1 & types=$$!; \
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m 'not ray and not benchmark'; tests=$$?; \
 	wait $$types; types=$$?; cat $(VENV)/pyright.log; (( tests == 0 && types == 0 ))
@@ -52,12 +56,12 @@ constraints: | $(BIN)/uv
 	$(BIN)/python .ci/constraints.py --write $(if $(UPGRADE),--upgrade)
 
 $(RUN): pyproject.toml constraints.txt | system $(BIN)/python
-	@echo "Installing what slimray runs on into $(VENV): some minutes, most of them for torch (0.2 GB for CPUs, 3 GB with CUDA)"
+	@echo "Installing slimray and its dependencies into $(VENV). This takes some minutes, mostly for torch (0.2 GB for CPUs, 3 GB with CUDA)."
 	$(INSTALL) --editable '.[train]'
 	@touch $@
 
 $(DEV): $(RUN)
-	@echo "Installing what the tests, the dashboard and the edge runtimes need into $(VENV)"
+	@echo "Installing the dependencies of the tests, the dashboard and the edge runtimes into $(VENV)"
 	$(INSTALL) --editable '.[dev]'
 	@touch $@
 
@@ -65,27 +69,27 @@ $(BIN)/uv: | $(BIN)/python
 	$(INSTALL) --quiet uv
 
 $(BIN)/python:
-	@[[ -n "$(PYTHON)" ]] && $(PYTHON) $(SUITS) || { echo "slimray needs Python 3.11, 3.12 or 3.13: install one, or name it: make PYTHON=..."; exit 1; }
+	@[[ -n "$(PYTHON)" ]] && $(PYTHON) $(SUITS) || { echo "slimray needs Python 3.11, 3.12 or 3.13: install one of them, or name the interpreter with make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# Installs what is missing where that is allowed and possible, else says what to install.
+# Install missing system packages as root on Debian; elsewhere name the packages to install.
 system:
 	@known=$$(/sbin/ldconfig -p 2>/dev/null); missing=(); \
 	for pair in $(SYSTEM); do [[ "$$known" == *"$${pair%%:*}"* ]] || missing+=("$${pair##*:}"); done; \
 	if [[ $$(uname -s) != Linux || $${#missing[@]} -eq 0 ]]; then exit 0; fi; \
 	if [[ $$(id -u) -eq 0 ]] && command -v apt-get > /dev/null; then \
-	    echo "Installing the system packages $${missing[*]} (open3d opens them)"; \
+	    echo "Installing the system packages $${missing[*]} (open3d loads them)"; \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y "$${missing[@]}" > /dev/null; \
 	else echo "please install the system packages $${missing[*]} (needed by open3d), then run make again"; exit 1; fi
 
-# The same for a browser, which the tests of the dashboard need.
+# Likewise for a browser, which the dashboard's tests need.
 browser:
 	@for name in chromium chromium-browser google-chrome; do if command -v $$name > /dev/null; then exit 0; fi; done; \
 	if [[ $$(uname -s) != Linux ]]; then exit 0; fi; \
 	if [[ $$(id -u) -eq 0 ]] && command -v apt-get > /dev/null; then \
-	    echo "Installing the system package chromium (the tests of the dashboard use it)"; \
+	    echo "Installing the system package chromium (the dashboard's tests use it)"; \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y chromium > /dev/null; \
-	else echo "please install the system package chromium (needed by tests/test_dashboard.py), then run make again"; exit 1; fi
+	else echo "please install the system package chromium (needed by tests/report/test_dashboard.py), then run make again"; exit 1; fi
 
 clean:
 	rm -rf $(VENV) runs

@@ -1,11 +1,11 @@
-"""Resolve constraints.txt against the package index, for every machine and Python that slimray installs on.
+"""Resolve constraints.txt against the package index, for every machine and Python that slimray supports.
 
-    python .ci/constraints.py            check: exit 1 and show the conflict if a machine could not install it
-    python .ci/constraints.py --write    resolve it anew: versions that still fit stay (add --upgrade for the newest)
+    python .ci/constraints.py            check: exit 1 and show the conflict if some machine could not install it
+    python .ci/constraints.py --write    resolve it anew; versions that still fit are kept (--upgrade: take the newest)
 
-Only metadata is read, no wheel is downloaded: seconds. An index that does not answer proves nothing: the check says so
-and passes. CPU builds of torch require a subset of what the CUDA build on the index requires, so it covers them.
-uv asks the public index unless UV_DEFAULT_INDEX names another one.
+Only metadata is read and no wheel is downloaded, so this takes seconds. If the index does not answer, the check reports
+that and passes. CPU builds of torch require a subset of what the CUDA build on the index requires, so they are covered.
+uv uses the public index unless UV_DEFAULT_INDEX names another one.
 """
 
 import argparse
@@ -26,7 +26,7 @@ MACHINES = {
     "Linux arm64": "aarch64-manylinux_2_35",
     "macOS arm64": "aarch64-apple-darwin",
 }
-FROM_SOURCE = "antlr4-python3-runtime"  # pure Python, without wheels; executorch requires it
+FROM_SOURCE = "antlr4-python3-runtime"  # pure Python without wheels, required by executorch
 HEADER = """\
 # Exact versions for Linux x86-64 (CUDA and CPU builds of torch), Linux arm64 and macOS arm64, Python 3.11 to 3.13.
 # Written by `make constraints`, checked by `make resolve`.
@@ -43,7 +43,7 @@ def resolve(project: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def check(project: Path) -> int:
-    """Return 0 if every machine and Python can install `project` under its constraints.txt, else 1."""
+    """Return 0 if every machine and Python can install `project` with its constraints.txt, else 1."""
 
     def one(case: tuple[str, str]) -> subprocess.CompletedProcess[str]:
         machine, python = case
@@ -73,7 +73,7 @@ def check(project: Path) -> int:
 def write(project: Path, *options: str) -> int:
     """Resolve `project`/constraints.txt anew, the same versions for every machine and Python."""
     with tempfile.TemporaryDirectory() as folder:
-        kept = Path(folder) / "constraints.txt"  # uv prefers the versions that it finds here
+        kept = Path(folder) / "constraints.txt"  # uv prefers the versions in this file
         kept.write_text((project / "constraints.txt").read_text())
         result = resolve(
             project, "--universal", "--fork-strategy", "fewest", "--python-version", PYTHONS[0],
