@@ -13,7 +13,7 @@ NAMES += ("haq", "translation", "pruned_translation", "translation_bits", "hat",
 NAMES += ("agent", "runtime", "people", "people_search")
 # on request only: `make soak`
 SOAK = ("chaos", "control_plane", "large_index", "control_path", "storage_requests", "live", "feeder")
-SOAK += ("readers",)
+SOAK += ("messages", "readers")
 
 
 def main() -> None:

@@ -2,11 +2,12 @@
 
 A real training (`slimray run`, one rank a raylet, generated pictures, a small ResNet) runs on each cluster twice, with
 8 and with 32 samples a rank, so that its steps take different times. The kernel counts what every TCP socket of this
-machine has sent (`ss`, of iproute2); two counts a minute apart and the metric rows between them give messages (TCP
-segments with data), bytes and processor time a second. What is sent per step and what per second (polls, heartbeats)
-follow from the two trainings. Sockets of Unix, between a raylet and its own workers, are not counted. NODES of the
-environment sets the clusters ("2 8"); with SLIMRAY_AGAINST, the folder of another checkout, the same trainings run
-there too, with this environment's libraries.
+machine has sent (`ss`, of iproute2); two counts 40 s apart and the metric rows between them give messages (TCP
+segments with data), bytes and processor time a second: for gradients (between ranks), for data (between feeders,
+decoders, raylets and ranks) and for control (everything with the head process, the driver, the progress actor or an
+actor of Ray Train). What does not grow with the steps a second is polls and heartbeats. Unix sockets, between a raylet
+and its own workers, are not counted. NODES of the environment sets the clusters ("2 8"); with SLIMRAY_AGAINST, the
+folder of another checkout, the same trainings run there too, with this environment's libraries.
 """
 
 import os
@@ -28,7 +29,7 @@ from ray.cluster_utils import Cluster
 from slimray import runs
 
 ROOT = Path(__file__).resolve().parents[2]
-WARM_STEPS, WINDOW_S, PER_WORKER = 20, 60.0, (8, 32)
+WARM_STEPS, WINDOW_S, PER_WORKER = 20, 40.0, (8, 32)
 DATA = "{kind: prepare, name: pictures, data: {card: image_shapes, clips: 1920}}\n"
 TRAIN = """
 kind: train
@@ -41,13 +42,15 @@ scale: {workers: WORKERS}
 log_every: 5
 """
 ROLES = {  # words of a command line -> what the process is; the first that fits
-    "ray::ServeReplica": "other", "_Feeder": "feeder", "ProgressActor": "progress actor", "RayTrainWorker": "rank",
+    "_Feeder": "feeder", "ProgressActor": "progress actor", "RayTrainWorker": "rank",
     "SynchronizationActor": "barrier", "PreemptionWatcher": "watcher", "TrainController": "driver",
     "AutoscalingCoordinator": "coordinator", "_StatsActor": "statistics", "ray::": "decoder", "gcs_server": "head",
     "raylet/raylet": "raylet", "slimray.cli": "driver", "dashboard": "agent", "runtime_env": "agent",
 }  # fmt: skip
 SOCKET = re.compile(r'"[^"]*",pid=(\d+)')
 SENT = re.compile(r"\bbytes_sent:(\d+)|\bdata_segs_out:(\d+)")
+PURPOSES, LISTED = ("gradients", "data", "control"), 5
+DATA_ROLES = {"decoder", "feeder", "raylet", "statistics", "coordinator"}
 Pair = tuple[str, str]
 
 
@@ -66,6 +69,15 @@ def _role(pid: int) -> str:
     except psutil.Error:
         return "other"
     return next((role for word, role in ROLES.items() if word in words), "other")
+
+
+def _purpose(pair: Pair) -> str:
+    """Return what two processes talk about; "" where neither is of the training."""
+    if set(pair) == {"rank"}:
+        return "gradients"
+    if set(pair) <= DATA_ROLES or set(pair) in ({"rank", "feeder"}, {"rank", "decoder"}, {"rank", "raylet"}):
+        return "data"
+    return "" if "other" in pair else "control"
 
 
 def count() -> Counts:
@@ -159,23 +171,24 @@ def train(root: Path, folder: Path, nodes: int, each: int) -> Traffic:
 
 
 def show(title: str, short: Traffic, long: Traffic) -> None:
-    """Print what two trainings of different step times sent."""
+    """Print what two trainings of different step times sent, by purpose, and the pairs that sent most of it."""
     print(f"{title}: {short.steps:.2f} and {long.steps:.2f} steps a second", flush=True)
-    faster = short.steps - long.steps
-    for pair in sorted(set(short.messages) | set(long.messages), key=lambda one: -short.size[one]):
-        rates = [(had[pair], other[pair]) for had, other in ((short.messages, long.messages), (short.size, long.size))]
-        if max(rates[0]) < 0.05:
-            continue
-        per_step = [(one - other) / faster for one, other in rates]
-        per_s = [one - step * short.steps for (one, _), step in zip(rates, per_step, strict=True)]
-        print(
-            f"  {' to '.join(pair)}: {rates[0][0]:.1f} / {rates[0][1]:.1f} messages and {rates[1][0]:,.0f} / "
-            f"{rates[1][1]:,.0f} bytes a second: {per_step[0]:.2f} messages and {per_step[1]:,.0f} bytes a step, "
-            f"{per_s[0]:.1f} and {per_s[1]:,.0f} a second",
-            flush=True,
-        )
-    shares = ", ".join(f"{role} {100 * one:.1f} / {100 * long.busiest[role]:.1f}" for role, one in
-                       short.busiest.most_common())  # fmt: skip
+    for purpose in PURPOSES:
+        pairs = [pair for pair in {*short.messages, *long.messages} if _purpose(pair) == purpose]
+        told = []
+        for one in (short, long):
+            messages, size = (sum(counts[pair] for pair in pairs) for counts in (one.messages, one.size))
+            told.append(
+                f"{messages:,.1f} messages and {size:,.0f} bytes a second "
+                f"({messages / one.steps:,.1f} and {size / one.steps:,.0f} a step)"
+            )
+        print(f"  {purpose}: {'; '.join(told)}", flush=True)
+        for pair in sorted(pairs, key=lambda one: -short.messages[one])[:LISTED]:
+            rates = f"{short.messages[pair]:.1f} / {long.messages[pair]:.1f}"
+            print(f"    {' to '.join(pair)}: {rates} messages a second", flush=True)
+    shares = ", ".join(
+        f"{role} {100 * one:.1f} / {100 * long.busiest[role]:.1f}" for role, one in short.busiest.most_common()
+    )
     print(f"  percent of a core, busiest process of each role: {shares}", flush=True)
 
 
