@@ -96,8 +96,8 @@ def test_the_version_and_the_help_are_quick_to_come(shell):
         ("show gone", "no run 'gone'"),
         ("show ../gone/", "is not a run"),
         ("explain trian", "unknown topic 'trian', did you mean 'train'?"),
-        ("explain train.optm", "explain train: there is no field 'optm', did you mean 'optim'?"),
-        ("explain train.optim.lr.x", "explain train.optim.lr: is a value, it has no fields"),
+        ("explain train.optm", "explain train: has no field 'optm', did you mean 'optim'?"),
+        ("explain train.optim.lr.x", "explain train.optim.lr: is a value and has no fields"),
         ("explain models.tsm_resnet19", "unknown model 'tsm_resnet19', did you mean 'tsm_resnet18'?"),
     ],
 )
@@ -123,7 +123,7 @@ def test_init_copies_what_one_starts_from(shell):
     os.chdir("my demo")
     assert shell("check", "jobs/quickstart.yaml").code == 0
     again = shell("init", ".")
-    assert (again.code, again.err) == (2, f"jobs/{JOBS[0].name}: exists already, choose an empty folder\n")
+    assert (again.code, again.err) == (2, f"jobs/{JOBS[0].name}: already exists, choose an empty folder\n")
     Path("file").write_text("")
     assert shell("init", "file").err == "file/jobs: not a directory\n"
 
@@ -249,9 +249,7 @@ def test_runs_are_listed_also_beside_damaged_ones(shell):
 def test_a_run_is_shown_with_its_numbers_and_its_report(shell, monkeypatch):
     finish_chain(2)
     assert "report: none yet" in shell("show", "tsm").out
-    assert shell("show", "tsm", "--open").err.endswith(
-        "there is no report yet, it is written when the run has finished\n"
-    )
+    assert shell("show", "tsm", "--open").err.endswith("there is no report yet, it is written when the run finishes\n")
     runs.write_report(runs.open_run("runs", "tsm"), "<p>")
     opened: list[str] = []
     monkeypatch.setattr(look.webbrowser, "open", opened.append)
@@ -307,11 +305,11 @@ def test_files_that_cannot_be_read_are_named_and_the_others_answered(shell, clip
     Path("text.mp4").write_text("no video")
     Path("empty").mkdir()
     done = shell("predict", "tsm", "gone.mp4", clip, "text.mp4", "empty", "--json")
-    assert (done.code, done.err) == (2, "3 of 4 files could not be read, the reasons are above\n")
+    assert (done.code, done.err) == (2, "3 of 4 files could not be read; the reasons are above\n")
     rows = done.json()
     assert [row["file"] for row in rows] == ["gone.mp4", clip, "text.mp4", "empty"]
     assert [len(row["top"]) for row in rows] == [0, 4, 0, 0]
-    assert (rows[0]["reason"], rows[3]["reason"]) == ("no such file", "is a folder that holds no clips")
+    assert (rows[0]["reason"], rows[3]["reason"]) == ("no such file", "is a folder without clips")
     assert sum(p for _, p in rows[1]["top"]) == pytest.approx(1)
     plain = shell("predict", "tsm", "gone.mp4", clip)
     assert plain.out.startswith("gone.mp4: no such file\nmy clip.mp4: ")
@@ -326,7 +324,7 @@ def test_a_folder_stands_for_its_samples(shell, clip):
     assert [row["file"] for row in rows] == ["films/b.mp4", "films/inner/a.MP4"]
     assert [len(row["top"]) for row in rows] == [4, 4]
     done = shell("predict", "tsm", "shots")
-    assert "shots: is a folder of pictures: name them by number and put them into a .zip" in done.out
+    assert "shots: is a folder of pictures: to make a clip, name them by number and put them into a .zip" in done.out
 
 
 @pytest.mark.parametrize(

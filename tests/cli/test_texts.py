@@ -43,7 +43,7 @@ def test_each_line_has_an_answer_and_what_has_none_is_told(translator, tmp_path)
     assert done.err.splitlines() == [
         "a.txt line 3: has 9 tokens, the network learned from 6 at most: cut it in two",
         "a.txt line 4: is not UTF-8 (byte 1)",
-        "2 lines or files could not be answered, the reasons are above",
+        "2 lines or files could not be answered; the reasons are above",
     ]
 
 
@@ -83,7 +83,7 @@ def test_files_that_are_no_text_are_a_sentence(translator, tmp_path):
     assert ".: is a directory" in done.err
     for option in (["--columns", "x y z"], ["--shape", "1"], ["--out", "here"]):
         refused = translator("predict", "net", "wide.txt", *option)
-        assert (refused.code, "are not for texts" in refused.err) == (2, True)
+        assert (refused.code, "do not apply to text" in refused.err) == (2, True)
 
 
 def test_a_language_model_goes_on(shell, tmp_path):  # noqa: F811

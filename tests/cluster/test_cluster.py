@@ -576,7 +576,7 @@ def test_a_port_that_is_taken_is_said_before_ray_starts(shell):
         Path("mine.yaml").write_text(f"{{kind: local, dashboard_port: {port}, port: 1025}}")
         code, _, err = shell("cluster", "start", "./mine.yaml")
     assert (code, err) == (2, f"mine.yaml: dashboard_port: {port} is taken by another program, choose another\n")
-    assert shell("cluster", "stop", "./mine.yaml") == (0, "mine: does not run\n", "")
+    assert shell("cluster", "stop", "./mine.yaml") == (0, "mine: is not running\n", "")
 
 
 def test_kubectl_and_sbatch_are_given_the_manifest_where_they_are(shell, here, monkeypatch):
@@ -593,14 +593,14 @@ def test_kubectl_and_sbatch_are_given_the_manifest_where_they_are(shell, here, m
     code, out, err = shell("submit", "jobs/chain.yaml", "--cluster", "kuberay", *options)
     assert (code, err) == (0, "")
     follow = "next: slimray logs -f tsm-5 --cluster kuberay\n"
-    assert out == f"tsm-5: submitted to kuberay, runs lie in /shared/runs\n{follow}", "after those that are there"
+    assert out == f"tsm-5: submitted to kuberay, its runs are in /shared/runs\n{follow}", "after those that are there"
     assert {one["metadata"]["name"] for one in yaml.safe_load_all(Path("applied").read_text())} == {
         "tsm-5",
         "tsm-5-head",
     }
     code, out, _ = shell("submit", "jobs/chain.yaml", "--cluster", "slurm", *options)
     follow = "next: slimray logs -f tsm-7 --cluster slurm\n"
-    assert (code, out) == (0, f"tsm-7: submitted to slurm, runs lie in /shared/runs\n{follow}")
+    assert (code, out) == (0, f"tsm-7: submitted to slurm, its runs are in /shared/runs\n{follow}")
     assert "#SBATCH --nodes=4\n" in Path("batch").read_text()
     monkeypatch.setenv("PATH", str(here))
     with contextlib.suppress(FileNotFoundError):
@@ -643,7 +643,7 @@ def test_jobs_on_kubernetes_are_listed_followed_and_stopped_by_kubectl(shell, he
     assert rows["bad-1"]["status"] == "failed"
     assert shell("logs", "other", "--cluster", "kuberay") == (0, "epoch 1\n", "")
     assert shell("stop", "tsm", "--cluster", "kuberay") == (0, "tsm: is being stopped\n", "")
-    assert shell("stop", "tsm-2", "--cluster", "kuberay") == (0, "tsm-2: had ended already\n", "")
+    assert shell("stop", "tsm-2", "--cluster", "kuberay") == (0, "tsm-2: had already ended\n", "")
     calls = (here / "calls").read_text().splitlines()
     assert calls[0] == "kubectl -n ml get rayjobs -l app.kubernetes.io/managed-by=slimray -o json"
     assert "kubectl -n ml logs job/other-1 --all-containers" in calls
@@ -684,7 +684,7 @@ def test_the_run_of_a_job_whose_name_is_no_id_is_found(shell, here, monkeypatch)
     put_programs(here, monkeypatch, kubectl=f"cat {here}/jobs.json")
     run = runs.open_run(str(here / "runs"), "3d_unet")
     _, out, _ = shell("status", "3d_unet", "--cluster", "kuberay", "--json")
-    assert json.loads(out)[0]["run"] == f"none in {here}/runs yet, or that is another folder there"
+    assert json.loads(out)[0]["run"] == f"none in {here}/runs yet, or the cluster has another folder of that name"
     with runs.hold(run):
         runs.begin(run, {"kind": "train", "name": "3d_unet"}, 1)
     code, out, err = shell("status", "3d_unet", "--cluster", "kuberay", "--json")

@@ -37,7 +37,7 @@ def test_a_job_goes_from_submit_to_its_result_while_nodes_come_and_go(tmp_path, 
         return sum(node["state"] == "ALIVE" for node in found)
 
     try:
-        assert f"here: runs at http://127.0.0.1:{port}" in shell.ok("cluster", "start", "./here.yaml")
+        assert f"here: running at http://127.0.0.1:{port}" in shell.ok("cluster", "start", "./here.yaml")
         assert nodes() == 1, "the head, which holds no work"
         refuse(shell, "needs 2 GPUs, here.yaml can have at most 0", *on, "--set", "scale.gpus_per_worker=1")
         refuse(shell, "SECRET_OF_NOBODY: is not set on this cluster", "--cluster", "./closed.yaml")

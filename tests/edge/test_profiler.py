@@ -178,7 +178,7 @@ def test_the_command_writes_a_table_and_tells_its_error(finished, tmp_path, monk
         (["resnet18"], "profile resnet18: must be one of ofa_mobilenetv3, "),
         (["nothing"], "nothing"),
         (["ofa_mobilenetv3", "--preset", "huge"], "preset: must be"),
-        (["ofa_mobilenetv3", "--resolutions", "20,x"], "must be whole numbers with commas"),
+        (["ofa_mobilenetv3", "--resolutions", "20,x"], "must be whole numbers separated by commas"),
         (["ofa_mobilenetv3", "--resolutions", "21"], "21 is none of"),
     ],
 )

@@ -338,7 +338,7 @@ def test_a_cloud_without_the_channels_of_the_network_is_one_sentence(shell):
     segmentation(channels=("colors", "intensity"))
     put("a.ply", ply(CLOUD))
     code, out, err = shell("a.ply")
-    assert (code, err) == (2, "1 of 1 files could not be read, the reasons are above\n")
+    assert (code, err) == (2, "1 of 1 files could not be read; the reasons are above\n")
     assert out == "a.ply: has no colors, intensity, which the network takes (it has: coordinates only)\n"
     put("a.npz", write_cloud(Cloud(CLOUD, {"colors": np.ones((1000, 4)), "intensity": np.ones((1000, 1))})))
     assert shell("a.npz")[1] == "a.npz: gives 8 channels, the network takes 7\n"
@@ -374,7 +374,7 @@ def test_files_that_cannot_be_read_are_named_and_the_others_labelled(shell):
     put("b.npy", array(CLOUD)[:-4])
     put("c.mp4", b"no cloud")
     code, out, err = shell("gone.ply", "b.npy", "c.mp4", "a.npy", "--json")
-    assert (code, err) == (2, "3 of 4 files could not be read, the reasons are above\n")
+    assert (code, err) == (2, "3 of 4 files could not be read; the reasons are above\n")
     rows = json.loads(out)
     assert [bool(row["top"]) for row in rows] == [False, False, False, True]
     assert [row["reason"][:26] for row in rows] == [

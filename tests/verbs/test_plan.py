@@ -58,7 +58,7 @@ def test_a_plan_on_a_cluster_tells_cost_doubts_and_bottleneck(shell, where):  # 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("--workers 4x", "--workers 4x: must be whole numbers above 0 with commas, such as 6,96,768"),
+        ("--workers 4x", "--workers 4x: must be whole numbers above 0, separated by commas, such as 6,96,768"),
         ("--workers 3", "tiny.yaml (tiny): --workers 3: batch.total 8 is not a multiple of 3 workers"),
         ("--cluster tow", "--cluster tow: there is no such cluster file, did you mean 'two'?"),
         ("--cluster two --workers 8 --set batch.total=64", "--workers 8: needs 4 nodes, two has 2"),
@@ -97,11 +97,11 @@ def test_jobs_that_train_but_are_not_planned_are_named(shell, where):  # noqa: F
     Path("both.yaml").write_text(f"{TINY}---{SHRINK}")
     done = shell("plan", "both.yaml", "--samples", "800", "--workers", "1")
     assert done.code == 0, done.err
-    assert "small: left out, only jobs of kind train are planned (its kind: shrink)" in done.out
+    assert "small: not planned, only jobs of kind train are (its kind: shrink)" in done.out
     Path("shrink.yaml").write_text(SHRINK)
     done = shell("plan", "shrink.yaml", "--samples", "800")
     assert done.code == 2
-    assert "holds no job of kind train, only those are planned; small is of kind shrink" in done.err
+    assert "has no job of kind train, and only those can be planned;  small is of kind shrink" in done.err
 
 
 def test_a_training_of_so_many_steps_takes_its_share_of_epochs(shell, where):  # noqa: F811

@@ -1,1 +1,1 @@
-"""The command line: one file per group of commands; nothing is computed here."""
+"""Command line: one file per group of commands; nothing is computed here."""

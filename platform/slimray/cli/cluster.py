@@ -1,7 +1,7 @@
 """`slimray submit`, `status`, `logs`, `stop` and `slimray cluster ...`: the same jobs, on a cluster.
 
-Part of the command line (cli.py), in a file of its own. `submit` returns when the job runs, `submit -f` and `logs -f`
-when it has ended, with the exit code that `slimray run` would have had.
+`submit` returns once the job has been accepted; `submit -f` and `logs -f` return when it has ended, with the exit code
+that `slimray run` would have had.
 """
 
 import json
@@ -42,7 +42,7 @@ def submit(
     name: ClusterName,
     set_: Sets = None,
     storage: Annotated[
-        str | None, typer.Option(help="Where runs lie: s3://, gs://, a shared folder. Default: the cluster file's.")
+        str | None, typer.Option(help="Where runs are: s3://, gs://, a shared folder. Default: the cluster file's.")
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Clear the runs of these names first.")] = False,
     follow: Annotated[
@@ -51,11 +51,11 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be applied, and apply nothing.")] = False,
     out: Annotated[Path | None, typer.Option(help="With --dry-run: the file to write.", dir_okay=False)] = None,
     unchecked: Annotated[
-        bool, typer.Option("--unchecked", help="Leave data and runs, that only the cluster sees, to its own check.")
+        bool, typer.Option("--unchecked", help="Do not check data and runs that only the cluster can read.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Hand the jobs of FILES to a cluster; submitted again, they resume. `--dry-run` prints the complete manifest."""
+    """Submit the jobs of FILES to a cluster; submitted again, they resume. `--dry-run` prints the complete manifest."""
     from slimray.cluster import submit
 
     target = submit.load_cluster(name, files[0])
@@ -72,7 +72,7 @@ def submit(
     if as_json:
         _say(json.dumps({"id": job_id, "cluster": target.name, "storage": ready.storage}))
     else:
-        _say(f"{job_id}: submitted to {target.name}, runs lie in {ready.storage}")
+        _say(f"{job_id}: submitted to {target.name}, its runs are in {ready.storage}")
     if follow:
         _follow(job_id, target, quiet=as_json)
     elif not as_json:
@@ -82,10 +82,10 @@ def submit(
 @app.command()
 def status(
     name: ClusterName,
-    job_id: Annotated[str | None, typer.Argument(help="A job's name or id; default all.", metavar="[JOB]")] = None,
+    job_id: Annotated[str | None, typer.Argument(help="A job's name or id. Default: all.", metavar="[JOB]")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the jobs of a cluster: id, status, age, what they wait for or ended in; of one JOB also what it has cost."""
+    """Show the jobs of a cluster: id, status, age, what they wait for or how they ended; for one JOB also its cost."""
     from slimray.cluster import jobs_api, submit
 
     target = submit.load_cluster(name)
@@ -115,7 +115,7 @@ def _row(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run_of(row: dict[str, Any], target: Any) -> dict[str, Any]:
-    """Return what the run of a job says: which it is, what it waits for, and what it has taken so far."""
+    """Return the name of a job's run, what the run waits for, and what it has cost so far."""
     from slimray import runs
     from slimray.cli.look import spent
     from slimray.cluster.jobs_api import submission_id
@@ -128,14 +128,14 @@ def _run_of(row: dict[str, Any], target: Any) -> dict[str, Any]:
     slug = row["id"].rpartition("-")[0]
     try:
         run = runs.open_run(where, slug)
-        if (status := runs.read_status(run)) is None:  # not begun, or of a name that is no id
+        if (status := runs.read_status(run)) is None:  # not started, or its name is not a valid id
             mine = [one for one in runs.list_runs(where) if submission_id(one.name, 0).rpartition("-")[0] == slug]
             if not mine:
-                elsewhere = "" if "://" in where else ", or that is another folder there"
+                elsewhere = "" if "://" in where else ", or the cluster has another folder of that name"
                 return {"run": f"none in {where} yet{elsewhere}"}
             run, status = mine[0], runs.read_status(mine[0])
     except (UserError, RunFailed) as error:
-        return {"run": f"not to be seen from here ({error})"}
+        return {"run": f"cannot be read from here ({error})"}
     waits = status.message if status is not None and status.state == "running" and status.message else message
     return {"run": run.name, "message": waits} | spent(run, worker_hour(target))
 
@@ -146,7 +146,7 @@ def logs(
     name: ClusterName,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job has ended.")] = False,
 ) -> None:
-    """Print what a job has printed; -f goes on until it ends, and ends as the job does."""
+    """Print the log of a job; -f follows it until the job ends, and exits with the job's exit code."""
     from slimray.cluster import jobs_api, submit
 
     target = submit.load_cluster(name)
@@ -157,7 +157,7 @@ def logs(
 
 
 def _follow(job_id: str, target: Any, quiet: bool = False) -> None:
-    """Copy the log of a job to standard output; raises what the job ended in. Ctrl-C leaves it running."""
+    """Copy the log of a job to standard output; raise the error that the job ended with. Ctrl-C leaves it running."""
     from slimray.cluster import jobs_api
     from slimray.spec import RunFailed
 
@@ -167,19 +167,20 @@ def _follow(job_id: str, target: Any, quiet: bool = False) -> None:
             sys.stdout.flush()
     except KeyboardInterrupt:
         raise RunFailed(
-            f"{job_id}: runs on (`slimray logs -f {job_id} --cluster {target.name}`, `slimray stop` ends it)"
+            f"{job_id}: is still running (`slimray logs -f {job_id} --cluster {target.name}` follows it again, "
+            "`slimray stop` ends it)"
         ) from None
     jobs_api.require_success(jobs_api.job_info(job_id, target), target)
 
 
 @app.command()
 def stop(job_id: JobId, name: ClusterName) -> None:
-    """End a job; submitted again, it resumes. It saves first: on Slurm a second `stop` ends it at once."""
+    """Stop a job; submitted again, it resumes. It saves first; on Slurm a second `stop` ends it at once."""
     from slimray.cluster import jobs_api, submit
 
     target = submit.load_cluster(name)
     stopped = jobs_api.stop(job_id, target)
-    _say(f"{job_id}: {'is being stopped' if stopped else 'had ended already'}")
+    _say(f"{job_id}: {'is being stopped' if stopped else 'had already ended'}")
 
 
 @app.command("watch-preemption")
@@ -189,11 +190,11 @@ def watch_preemption(
     ] = None,
     address: Annotated[str | None, typer.Option(help="Ray's head, HOST:PORT. Default: that of this machine.")] = None,
     node_id: Annotated[str, typer.Option(help="The Ray node of this machine. Default: found by its IP address.")] = "",
-    metadata_url: Annotated[str, typer.Option(help="Where the metadata service is. Default: that of the cloud.")] = "",
+    metadata_url: Annotated[str, typer.Option(help="URL of the metadata service. Default: that of the cloud.")] = "",
 ) -> None:
-    """Watch for the notice that this machine will be taken, and drain its Ray node; one agent runs on each node.
+    """Watch for a preemption notice for this machine, then drain its Ray node; one agent runs on each node.
 
-    The cluster files start it. It ends when it has drained the node, and at once where no cloud's metadata answers.
+    The cluster files start it. It exits once it has drained the node, and at once where no metadata service answers.
     """
     from slimray.cluster import preemption
     from slimray.spec import lookup
@@ -202,7 +203,7 @@ def watch_preemption(
         lookup(preemption.CLOUDS, cloud, "--cloud")
     found = preemption.find_service(cloud, metadata_url)
     if found is None:
-        _say(f"no metadata service of {', '.join(preemption.CLOUDS)} answers here: nobody announces preemptions")
+        _say(f"no metadata service of {', '.join(preemption.CLOUDS)} answers here, so no preemptions are announced")
         return
     service, me = found
     _say(f"watching {service.url} for notices to {me}")
@@ -216,27 +217,27 @@ Name = Annotated[str, typer.Argument(help="A cluster file of kind local, or its 
 
 @local.command()
 def start(name: Name = "local") -> None:
-    """Start a head on this machine; Ray's autoscaler adds nodes when a job wants them, and removes them when idle."""
+    """Start a head on this machine; Ray's autoscaler adds nodes when a job needs them and removes idle ones."""
     from slimray.cluster import local, submit
 
     target = submit.load_cluster(name)
     address = local.start_local(target)
-    _say(f"{target.name}: runs at {address}")
+    _say(f"{target.name}: running at {address}")
     _say(f"next: slimray submit jobs/quickstart.yaml --cluster {name}")
 
 
 @local.command("stop")
 def stop_cluster(name: Name = "local") -> None:
-    """End the head on this machine and all its nodes."""
+    """Stop the head on this machine and all its nodes."""
     from slimray.cluster import local, submit
 
     target = submit.load_cluster(name)
-    _say(f"{target.name}: {'stopped' if local.stop_local(target) else 'does not run'}")
+    _say(f"{target.name}: {'stopped' if local.stop_local(target) else 'is not running'}")
 
 
 @local.command("list")
 def list_(as_json: AsJson = False) -> None:
-    """List the cluster files that a name can mean, with the most that each can have."""
+    """List the cluster files that can be given by name, with the CPUs and GPUs that each can have at most."""
     from slimray.cluster import specs, submit
 
     rows = []

@@ -1,4 +1,4 @@
-"""`slimray explain`, `schema`: every field of a job, every model, for people and for editors."""
+"""`slimray explain`, `schema`: every field of a job and every model, for people and for editors."""
 
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -30,8 +30,8 @@ def explain(
         title = "slimray explain WHAT"
         rows = [{"what": name, "meaning": _first_line(spec)} for name, spec in job.SPECS.items()]
         rows.append({"what": "card", "meaning": _first_line(Card)})
-        rows.append({"what": "models", "meaning": "The networks; models.NAME: the options of one."})
-        rows.append({"what": "tasks", "meaning": "What is predicted, by which numbers it is judged, and data.task."})
+        rows.append({"what": "models", "meaning": "The networks; models.NAME lists the options of one."})
+        rows.append({"what": "tasks", "meaning": "The tasks, with their metrics and the fields of data.task."})
     elif lookup(topics, kind, "topic") is None:
         title, rows = what, _explain_tasks() if kind == "tasks" else _explain_models(path)
     else:
@@ -86,16 +86,16 @@ def _options_text(options: dict[str, Any]) -> str:
 
 
 def _explain_spec(spec: Any, what: str, path: list[str]) -> tuple[str, list[dict[str, str]]]:
-    """A title and a row per field of the section at `path`, or the one row of a field that holds a value."""
+    """Return a title and a row per field of the section at `path`, or the single row of a field that holds a value."""
     from slimray import job
 
     for place, section in enumerate(path):
         fields = {field.alias or name: field for name, field in spec.model_fields.items()}
         if section not in fields:
-            raise UserError(f"explain {what}: there is no field {section!r}{did_you_mean(section, fields)}")
+            raise UserError(f"explain {what}: has no field {section!r}{did_you_mean(section, fields)}")
         inner = job.section_of(fields[section].annotation)
         if inner is None and place + 1 < len(path):
-            raise UserError(f"explain {what}.{section}: is a value, it has no fields")
+            raise UserError(f"explain {what}.{section}: is a value and has no fields")
         if inner is None:
             return what, [_explain_field(section, fields[section], what)]
         spec, what = inner, f"{what}.{section}"
@@ -126,7 +126,7 @@ def _first_line(spec: Any) -> str:
 
 
 def _literal(value: Any) -> str:
-    """A default as one would write it in YAML."""
+    """Return a default as it is written in YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple):
@@ -135,7 +135,7 @@ def _literal(value: Any) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    """The type of a field in a user's words: text, number, list of ..., `a | b`."""
+    """Return the type of a field in plain words: text, number, list of ..., `a | b`."""
     names = {
         str: "text",
         int: "whole number",
@@ -162,9 +162,9 @@ def _type_name(annotation: Any) -> str:
 
 @app.command()
 def schema(
-    card: Annotated[bool, typer.Option("--card", help="The schema of dataset cards in place of jobs.")] = False,
+    card: Annotated[bool, typer.Option("--card", help="Print the schema of dataset cards instead.")] = False,
 ) -> None:
-    """Print the JSON Schema of job files, for editors: jobs/schema.json, and datasets/card.schema.json by --card."""
+    """Print the JSON Schema of job files for editors (jobs/schema.json); --card: of datasets/card.schema.json."""
     from slimray import job
 
     emit(job.card_schema() if card else job.json_schema())

@@ -1,4 +1,4 @@
-"""`slimray check`, `run`, `evaluate`, `plan`: job files, before and while they run."""
+"""`slimray check`, `run`, `evaluate`, `recalibrate`, `export`, `plan`: the commands that check, run and plan jobs."""
 
 import dataclasses
 from pathlib import Path
@@ -18,7 +18,7 @@ app = typer.Typer()
 def check(files: Files, set_: Sets = None, storage: Storage = None, as_json: AsJson = False) -> None:
     """Validate jobs without running them, and print parameters, MACs, batch, learning rate and steps.
 
-    Exit code 0 means that `run` would start; else all that is wrong is printed, a line each.
+    Exit code 0 means that `run` would start; otherwise every problem is printed on a line of its own.
     """
     from slimray import job
 
@@ -50,11 +50,11 @@ def run(
     storage: Storage = None,
     restart: Restart = False,
     wait_s: Annotated[
-        float, typer.Option(help="Wait so many seconds for another process that writes the run to end.", min=0)
+        float, typer.Option(help="Seconds to wait for another process that is writing the run to end.", min=0)
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Run the jobs of FILES in order; a finished one is skipped, an unfinished one resumes where it stopped."""
+    """Run the jobs of FILES in order; a finished job is skipped, an unfinished one resumes where it stopped."""
     from slimray import job
 
     rows = _run(job.load(files, set_ or []), storage_of(storage), restart, show=not as_json, wait_s=wait_s)
@@ -70,13 +70,13 @@ def evaluate(
             help="Finished runs that hold a network, by name or URI, and exports as RUN:FORMAT.", metavar="RUN..."
         ),
     ],
-    name: Annotated[str | None, typer.Option(help="Name of the evaluation; default RUN-eval.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the evaluation. Default: RUN-eval.")] = None,
     set_: Sets = None,
     storage: Storage = None,
     restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score finished runs and exports in one table, without a YAML; --set takes any field of an evaluate job."""
+    """Score finished runs and exports in one table, without a YAML file; --set takes any field of an evaluate job."""
     from slimray import runs
     from slimray.verbs import inputs
 
@@ -88,15 +88,15 @@ def evaluate(
 @app.command()
 def recalibrate(
     run: Annotated[str, typer.Argument(help="A finished run that holds a network, by name or URI.", metavar="RUN")],
-    name: Annotated[str | None, typer.Option(help="Name of the new run; default RUN-recalibrated.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the new run. Default: RUN-recalibrated.")] = None,
     set_: Sets = None,
     storage: Storage = None,
     restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
-    """Give a finished network BatchNorm statistics of its own, and its pictures their zoom, in a new run.
+    """Write a new run in which a finished network has correct BatchNorm statistics, and its pictures their zoom.
 
-    For networks that earlier versions shipped wrong; `show` and `runs` say which.
+    For networks that earlier versions stored incorrectly; `show` and `runs` name them.
     """
     from slimray import runs
 
@@ -113,11 +113,11 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="onnx, onnx_int8, openvino, executorch, executorch_int8, ncnn, litert, torch; with commas.",
+            help="onnx, onnx_int8, openvino, executorch, executorch_int8, ncnn, litert, torch; several with commas.",
         ),
     ] = "onnx",
-    online: Annotated[bool, typer.Option("--online", help="A causal TSM as a step, frame by frame.")] = False,
-    name: Annotated[str | None, typer.Option(help="Name of the new run; default RUN-export.")] = None,
+    online: Annotated[bool, typer.Option("--online", help="Export a causal TSM as a step per frame.")] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the new run. Default: RUN-export or RUN-online.")] = None,
     set_: Sets = None,
     storage: Storage = None,
     restart: Restart = False,
@@ -134,7 +134,7 @@ def export(
 
 
 def _run_document(document: dict[str, Any], set_: list[str] | None, storage: str, restart: bool, as_json: bool) -> None:
-    """Do the one job that a command has written for its user; `as_json` prints its metrics and nothing else."""
+    """Run the single job that a command has composed; `as_json` prints its metrics and nothing else."""
     from slimray import job
 
     rows = _run(job.resolve([(Path(document["kind"]), document)], set_ or []), storage, restart, show=not as_json)
@@ -143,11 +143,11 @@ def _run_document(document: dict[str, Any], set_: list[str] | None, storage: str
 
 
 def _run(loaded: list[Any], storage: str, restart: bool, show: bool, wait_s: float = 0) -> list[dict[str, Any]]:
-    """Check everything, then do the jobs in order; returns a row for each, and on `show` prints what the last found."""
+    """Check all jobs, then run them in order; return a row for each. With `show`, print the metrics of the last one."""
     from slimray import job, runs
     from slimray.storage import patient
 
-    with patient(max(job.storage_s(one) for one in loaded)):  # whoever starts runs may have left
+    with patient(max(job.storage_s(one) for one in loaded)):  # nobody may be there to start the command again
         for one in loaded if wait_s else ():
             runs.wait_for_writer(runs.open_run(storage, one.job.name), wait_s, console.print)
         job.require(job.check(loaded, storage, restart, to_run=True))
@@ -167,7 +167,7 @@ def _run(loaded: list[Any], storage: str, restart: bool, show: bool, wait_s: flo
 
 
 def _do(one: Any, storage: str, restart: bool, cpus: int) -> str:
-    """Do one job: "finished" or "skipped"; what goes wrong says which job, where its log is and how to go on."""
+    """Run one job and return "finished" or "skipped"; errors name the job, its logs and the next step."""
     from slimray import job
     from slimray.storage import absolute, join
 
@@ -176,7 +176,7 @@ def _do(one: Any, storage: str, restart: bool, cpus: int) -> str:
     except UserError as error:
         raise UserError(located(str(error), one.where)) from None
     except KeyboardInterrupt:
-        raise RunFailed(f"{one.where}: stopped: the same command resumes the run") from None
+        raise RunFailed(f"{one.where}: stopped (the same command resumes the run)") from None
     except (RunFailed, OSError) as error:
         logs = join(absolute(storage), one.job.name, "logs")
         sentence = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -188,25 +188,25 @@ def _do(one: Any, storage: str, restart: bool, cpus: int) -> str:
 def plan(
     files: Files,
     workers: Annotated[
-        str | None, typer.Option(help="Numbers of workers to plan for: 6,96,768. Default: the job's.")
+        str | None, typer.Option(help="Numbers of workers to plan for, such as 6,96,768. Default: the job's.")
     ] = None,
     cluster: Annotated[
         str | None, typer.Option(help="Cluster file (a name or a path) with a machine section. Default: this machine.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="Training samples, where the dataset is not there to be counted.", min=1)
+        int | None, typer.Option(help="Number of training samples, if the dataset is not here to be counted.", min=1)
     ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="First measure one worker on this machine.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="Draw the plan into FILE.png or FILE.svg.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the plan to FILE.png or FILE.svg.")] = None,
     set_: Sets = None,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict step time, throughput, hours and cost of jobs of kind train, what bounds them and what to change.
+    """Predict step time, throughput, hours and cost of jobs of kind train, their bottleneck and what to change.
 
-    Jobs of other kinds that train (shrink, proxyless) are named and left out: their steps train several networks.
+    Jobs of other kinds that train (shrink, proxyless) are listed but not planned: their steps train several networks.
 
-    --measure times a dozen steps and some decoding here and keeps that in STORAGE/calibration.json for later plans.
+    --measure times a dozen steps and some decoding here and stores them in STORAGE/calibration.json for later plans.
     """
     from slimray import job
     from slimray.verbs import plan as planning
@@ -226,7 +226,7 @@ def plan(
     others = [one.job for one in loaded if hasattr(one.job, "optim") and not isinstance(one.job, TrainJob)]
     if not plans:
         kinds = "".join(f"; {other.name} is of kind {other.kind}" for other in others)
-        raise UserError(f"{files[0]}: holds no job of kind train, only those are planned{kinds}")
+        raise UserError(f"{files[0]}: has no job of kind train, and only those can be planned{kinds}")
     if picture is not None:
         planning.draw(plans[-1][0], picture)
     if as_json:
@@ -235,9 +235,9 @@ def plan(
     for found, written in plans:
         _print_plan(found)
         if written:
-            say(f"measured, for later plans too: {written}")
+            say(f"measured, and stored for later plans: {written}")
     for other in others:
-        say(f"{other.name}: left out, only jobs of kind train are planned (its kind: {other.kind})")
+        say(f"{other.name}: not planned, only jobs of kind train are (its kind: {other.kind})")
     if picture is not None:
         say(f"picture: {picture}")
 
@@ -245,12 +245,12 @@ def plan(
 def _worker_counts(text: str | None) -> list[int]:
     words = [word.strip() for word in (text or "").split(",") if word.strip()]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise UserError(f"--workers {text}: must be whole numbers above 0 with commas, such as 6,96,768")
+        raise UserError(f"--workers {text}: must be whole numbers above 0, separated by commas, such as 6,96,768")
     return sorted({int(word) for word in words})
 
 
 def _print_plan(found: Any) -> None:
-    """A row for each number of workers, what to change, and where the figures are from."""
+    """Print a row for each number of workers, what to change, and where the figures come from."""
     say(f"{found.job} on {found.cluster}: likely [low, high]")
     table = Table()
     names = ["workers", "step ms", "compute", "data", "all-reduce", "stragglers"]
@@ -265,11 +265,11 @@ def _print_plan(found: Any) -> None:
         )  # fmt: skip
     out.print(table)
     for row in found.rows:
-        asked = f" ({row.requests_s:,.0f} requests/s of a bucket)" if row.requests_s else ""
+        asked = f" ({row.requests_s:,.0f} requests/s to a bucket)" if row.requests_s else ""
         say(
             f"{row.workers:,} workers: {row.advice}; {row.decode_cores:.1f} cores to decode, "
-            f"{row.storage_mb_s:.1f} MB/s of storage{asked}, {row.algorithm} all-reduce, {row.control_ms:.2f} ms of "
-            f"control path a step, {row.blocks_s:.1f} blocks/s through a feeder, a checkpoint every "
+            f"{row.storage_mb_s:.1f} MB/s from storage{asked}, {row.algorithm} all-reduce, {row.control_ms:.2f} ms of "
+            f"control path per step, {row.blocks_s:.1f} blocks/s through a feeder, a checkpoint every "
             f"{row.checkpoint_every_s:.0f} s (goodput {100 * row.goodput:.1f} %)"
         )
     say(f"times: {found.basis}")

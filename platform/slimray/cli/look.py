@@ -1,4 +1,4 @@
-"""`slimray runs`, `show`, `dashboard`: what is in a storage."""
+"""`slimray runs`, `show`, `dashboard`: the contents of a storage folder."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ HIDDEN = ("step", "params", "views", "batch", "peak_lr", "repeat", "attempt", "r
 
 
 def print_numbers(title: str, card: dict[str, Any]) -> None:
-    """The final numbers of a run: best and last of a training, a row for each run of an evaluation."""
+    """Print the final numbers of a run: best and last of a training, or a row for each run of an evaluation."""
     metrics = card.get("metrics")
     metrics = metrics if isinstance(metrics, dict) else {}
     listed = metrics["rows"] if isinstance(metrics.get("rows"), list) else []
@@ -49,7 +49,7 @@ def cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-DAMAGED = (AttributeError, KeyError, TypeError, ValueError)  # what a file with other content than we wrote ends in
+DAMAGED = (AttributeError, KeyError, TypeError, ValueError)  # raised by files whose content is not what we wrote
 
 
 @app.command()
@@ -63,7 +63,7 @@ def runs(storage: Storage = None, as_json: AsJson = False) -> None:
         emit(rows)
         return
     if not rows:
-        say(f"no runs in {where} (--storage looks elsewhere)")
+        say(f"no runs in {where} (--storage names another folder)")
         return
     table = Table()
     for key in ("name", "kind", "state", "result", "updated", "message"):
@@ -74,7 +74,7 @@ def runs(storage: Storage = None, as_json: AsJson = False) -> None:
 
 
 def _described(run: Any) -> dict[str, Any]:
-    """The line about a run; its message warns of a network that an earlier version shipped wrong."""
+    """Return the row about a run; its message warns of a network that an earlier version stored incorrectly."""
     from slimray import runs
     from slimray.verbs import shipped
 
@@ -90,7 +90,7 @@ def show(
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the numbers of a run and where its report lies."""
+    """Show the numbers of a run and where its report is."""
     from slimray import runs as folder
 
     run = folder.find_run(name, storage_of(storage))
@@ -121,21 +121,20 @@ def show(
         if folder.exists(run, "report.html"):
             say(f"report: {run.uri}/report.html")
         elif not open_:
-            say("report: none yet, it is written when the run has finished")
+            say("report: none yet, it is written when the run finishes")
     if open_:
         local = Path(run.uri.removeprefix("file://"), "report.html")
         if "://" in run.uri.removeprefix("file://"):
-            raise UserError(f"{run.uri}/report.html: lies on remote storage, copy it here to open it")
+            raise UserError(f"{run.uri}/report.html: is on remote storage, copy it here to open it")
         if not local.is_file():
-            raise UserError(f"{local}: there is no report yet, it is written when the run has finished")
+            raise UserError(f"{local}: there is no report yet, it is written when the run finishes")
         webbrowser.open(local.resolve().as_uri())
 
 
 def spent(run: Any, worker_hour: float | None = None) -> dict[str, Any]:
-    """Return what a training has taken up to its newest checkpoint: worker_hours, and cost where its job or we have a
-    price.
+    """Return the worker_hours of a training up to its newest checkpoint, and their cost where a price is known.
 
-    `worker_hour` is the price of a worker and hour where the job itself has none.
+    `worker_hour` is the price per worker-hour if the job itself gives none. Returns {} if the run cannot be read.
     """
     from slimray import runs
 
@@ -152,7 +151,7 @@ def spent(run: Any, worker_hour: float | None = None) -> dict[str, Any]:
 
 
 def in_words(found: dict[str, Any]) -> str:
-    """`12.5 worker-hours, 31.25 in cost`, of what `spent` found; "" if that is nothing."""
+    """Return the result of `spent` as text, `12.5 worker-hours, at a cost of 31.25`, or "" if it is empty."""
     if "worker_hours" not in found:
         return ""
     cost = f", at a cost of {found['cost']:.2f}" if "cost" in found else ""
@@ -160,7 +159,7 @@ def in_words(found: dict[str, Any]) -> str:
 
 
 def _say_goodput(good: Any) -> None:
-    """A line about the share of time that went into steps, if a card tells it."""
+    """Print the share of time that went into steps, if the card of the run holds it."""
     keys = ("goodput", "useful_s", "wall_s", "restarts", "repeated_steps")
     found = [good.get(key) if isinstance(good, dict) else None for key in keys]
     numbers = [number for number in found if isinstance(number, int | float)]
@@ -168,12 +167,12 @@ def _say_goodput(good: Any) -> None:
         share, useful, wall, restarts, repeated = numbers
         say(
             f"goodput: {100 * share:.0f} %, {useful:g} s of steps in {wall:g} s"
-            f" ({restarts} restarts, {repeated} steps done again)"
+            f" ({restarts} restarts, {repeated} steps repeated)"
         )
 
 
 def _latest(run: Any) -> dict[str, dict[str, Any]]:
-    """The newest row of each phase in the newest part of the metrics of a run that has not finished."""
+    """Return the newest row of each phase, from the newest metrics file of a run that has not finished."""
     from slimray import runs
 
     try:
@@ -188,16 +187,16 @@ def _latest(run: Any) -> dict[str, dict[str, Any]]:
 @app.command()
 def dashboard(
     where: Annotated[
-        str | None, typer.Argument(help="Where runs lie, a folder or URI. Default: that of --storage.", metavar="URI")
+        str | None, typer.Argument(help="Where runs are, a folder or URI. Default: that of --storage.", metavar="URI")
     ] = None,
-    port: Annotated[int, typer.Option(help="Port of 127.0.0.1; 0 takes a free one.", min=0, max=65535)] = 8050,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 picks a free one.", min=0, max=65535)] = 8050,
     open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     storage: Storage = None,
 ) -> None:
-    """Serve a web page over a storage folder, live while runs write; only this machine can reach it."""
+    """Serve a web page about a storage folder, updated while runs write; only this machine can reach it."""
     require_extra("dashboard", "slimray dashboard", "dash", "plotly")
     from slimray.report.dashboard import app as page
 
     page.serve(where or storage_of(storage), port, open_, say)
     sys.stdout.flush()
-    os._exit(0)  # the interpreter would wait for a reader whose storage does not answer
+    os._exit(0)  # a normal exit would wait for reader threads whose storage does not respond

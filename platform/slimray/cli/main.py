@@ -1,7 +1,7 @@
-"""The `slimray` command: check, run, look, predict. Exit codes: 0 done, 2 your mistake, 1 failed, 3 no retries left.
+"""The `slimray` command: check, run, show, predict. Exit codes: 0 done, 2 your mistake, 1 failed, 3 no retries left.
 
 Everything that needs Ray or torch is imported inside the verbs, so that `--help` is quick and `predict` works on a
-machine without Ray. `--json` prints what a program may read, and nothing else, to standard output.
+machine without Ray. With `--json`, standard output holds JSON for programs and nothing else.
 """
 
 import os
@@ -48,7 +48,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(help="Folder to fill; must not hold files of these names.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to fill; must not already hold files with these names.")],
 ) -> None:
     """Copy example jobs, dataset cards, cluster files and their schemas into FOLDER to start from."""
     from slimray.verbs import inputs
@@ -62,10 +62,10 @@ def init(
     clusters = inputs.packaged("cluster")
     pairs += [(f, folder / "cluster" / f.relative_to(clusters)) for f in sorted(clusters.rglob("*")) if f.is_file()]
     if not pairs:
-        raise UserError("init: this installation of slimray came without its examples: install it again")
+        raise UserError("init: this installation of slimray has no examples, install it again")
     for _, target in pairs:
-        if os.path.lexists(target):  # a link that leads nowhere too: writing would follow it
-            raise UserError(f"{target}: exists already, choose an empty folder")
+        if os.path.lexists(target):  # a dangling link counts too: writing would follow it
+            raise UserError(f"{target}: already exists, choose an empty folder")
     for file, target in pairs:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
@@ -74,7 +74,7 @@ def init(
 
 
 def main() -> None:
-    """Entry point: turns the two kinds of errors into one sentence each and an exit code."""
+    """Run the command line; errors that a user can act on end in one sentence and an exit code."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         app(standalone_mode=False)
@@ -86,13 +86,13 @@ def main() -> None:
         _fail(str(error), 2)
     except RunFailed as error:
         _fail(str(error), error.code)
-    except BrokenPipeError:  # the reader, such as `head`, has enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except ModuleNotFoundError as error:
         if (name := (error.name or "").partition(".")[0]) not in OF_TRAINING:
             raise
-        _fail(f"this needs {name}, not installed here (a plain install runs exports): pip install 'slimray[train]'", 2)
+        _fail(f"this needs {name}, which a plain install (for exports) lacks: pip install 'slimray[train]'", 2)
     except OSError as error:
         _fail(f"{error.filename or 'slimray'}: {(error.strerror or str(error)).lower()}", 2)
     except Exception as error:

@@ -13,17 +13,17 @@ from rich.text import Text
 from slimray.spec import shown
 
 LOG_CONTROL = re.compile(
-    r"\x1b\[(?![0-9;]*m)[0-?]*[ -/]*[@-~]"  # all of CSI but colours
+    r"\x1b\[(?![0-9;]*m)[0-?]*[ -/]*[@-~]"  # every CSI sequence except colours
     r"|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)"  # titles, links, device control
     r"|\x1b(?!\[)|[\x00-\x08\x0b\x0c\x0e-\x1a\x7f-\x9f]",
     re.DOTALL,
 )
-WIDTH = 160  # of a file or a pipe, which have none of their own
-PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # names are text, whatever is in them
+WIDTH = 160  # columns of output to a file or a pipe
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # never interpret what names contain
 
 
 class Terminal(Console):
-    """A console that shows control characters in what it is given, in place of sending them."""
+    """A console that prints control characters visibly instead of sending them to the terminal."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(shown(text), **options)
@@ -38,7 +38,7 @@ Sets = Annotated[
     list[str] | None, typer.Option("--set", help="Override a field: section.field=value, or NAME:section.field=value.")
 ]
 Storage = Annotated[
-    str | None, typer.Option(help="Where runs lie: a folder, s3:// or gs://. Default $SLIMRAY_STORAGE or ./runs.")
+    str | None, typer.Option(help="Where runs are: a folder, s3:// or gs://. Default: $SLIMRAY_STORAGE or ./runs.")
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Clear an unfinished or finished run of the same name first.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -49,16 +49,16 @@ def storage_of(given: str | None) -> str:
 
 
 def emit(value: Any) -> None:
-    """Print a value as JSON; numbers that JSON does not have become null."""
+    """Print a value as JSON; numbers that JSON lacks (NaN, infinity) become null."""
     plain = json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
     sys.stdout.write(json.dumps(plain, indent=2, allow_nan=False) + "\n")
 
 
 def clean_log(text: str) -> str:
-    """The log of a job: colours stay, what else could steer the terminal goes."""
+    """Return the log of a job without terminal control sequences; colours are kept."""
     return LOG_CONTROL.sub("", text)
 
 
 def say(text: str) -> None:
-    """A line of its own, however long."""
+    """Print a line without wrapping it."""
     out.print(text, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Answers to lines of text, printed as lines come: `slimray predict` for networks of texts."""
+"""`slimray predict` for text networks: the answer to each line is printed as soon as the line is read."""
 
 import contextlib
 import gzip
@@ -19,9 +19,9 @@ STDIN = "-"
 
 
 def answer_lines(answer: Callable[[str], str], files: list[Path], as_json: bool) -> None:
-    """Print the answer to each line of the files, an empty line where there is none; the reason goes to stderr.
+    """Print the answer to each line of the files, or an empty line where there is none, with the reason on stderr.
 
-    `-` is the standard input. UserError at the end if something could not be answered.
+    `-` is standard input. Raises UserError at the end if a line or file could not be answered.
     """
     rows: list[dict[str, Any]] = []
     num_bad = 0
@@ -45,11 +45,11 @@ def answer_lines(answer: Callable[[str], str], files: list[Path], as_json: bool)
     if as_json:
         emit(rows)
     if num_bad:
-        raise UserError(f"{num_bad} lines or files could not be answered, the reasons are above")
+        raise UserError(f"{num_bad} lines or files could not be answered; the reasons are above")
 
 
 def _answered(answer: Callable[[str], str], line: Line) -> tuple[str, str]:
-    """The answer to a line, and the reason if there is none."""
+    """Return the answer to a line, and the reason if there is none."""
     if line.reason:
         return "", "" if line.reason == EMPTY else line.reason
     try:

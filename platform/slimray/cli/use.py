@@ -1,4 +1,4 @@
-"""`slimray predict`, `profile`: a finished network on files, and a supernet's operators on this device."""
+"""`slimray predict`, `micronet`, `profile`: answers of a finished network for files, its score, its measured costs."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -27,36 +27,36 @@ def predict(
     files: Annotated[
         list[Path],
         typer.Argument(
-            help="Videos, images, clouds of points, or folders of them; texts, or - to type.", metavar="FILE..."
+            help="Videos, images, point clouds, or folders of them; text files, or - to type text.", metavar="FILE..."
         ),
     ],
     top: Annotated[int, typer.Option(help="Classes shown per file.", min=1)] = 5,
     columns: Annotated[
         str | None,
         typer.Option(
-            help='Of clouds: "x y z nx ny nz r g b"; "-" leaves one out; label=NAME, decimal=comma, delimiter=tab.'
+            help='Of point files: "x y z nx ny nz r g b"; "-" skips one; label=NAME, decimal=comma, delimiter=tab.'
         ),
     ] = None,
     shape: Annotated[
         int | None, typer.Option(help="Class of the clouds, from 0, for a network trained with one_hot.", min=0)
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option("--out", help="Folder for labels of points. Default: beside each file.")
+        Path | None, typer.Option("--out", help="Folder for the labels of points. Default: beside each file.")
     ] = None,
     format_: Annotated[
         str | None, typer.Option("--format", help="Predict with the run's export of this format, such as onnx.")
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="How a text is answered: beam=8, max_length=100, max_tokens=30.")
+        list[str] | None, typer.Option("--set", help="Options for text: beam=8, max_length=100, max_tokens=30.")
     ] = None,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the best classes of each clip, image or cloud with their probabilities. Needs no Ray, an export no torch.
+    """Print the best classes of each clip, image or cloud with probabilities. Needs no Ray; an export needs no torch.
 
-    A network that labels points writes NAME.labels.npz and NAME.labels.ply; printed are the classes' shares of points.
-    An online network is stepped through the frames of a video that it was trained to take, and its scores averaged.
-    A network of texts answers line by line, as lines come: it translates them, or goes on where they end.
+    A network that labels points writes NAME.labels.npz and NAME.labels.ply, and the share of points of each class is
+    printed. An online network is stepped through the frames of a video that it was trained to take, and its scores are
+    averaged. A text network answers line by line as lines arrive: it translates each, or continues it.
     """
     from slimray.runtime.answers import Answer
 
@@ -66,7 +66,7 @@ def predict(
     answering = _answering(name, storage_of(storage), format_, given)
     if answering.line is not None:
         if columns or shape is not None or folder is not None:
-            raise UserError("--columns, --shape, --out: are not for texts, whose answers are printed")
+            raise UserError("--columns, --shape, --out: do not apply to text, whose answers are printed")
         answer_lines(answering.line, files, as_json)
         return
     answers_of, modality = answering.files, modality_of(answering.recipe)
@@ -90,12 +90,12 @@ def predict(
         emit(rows)
     bad = sum(bool(row["reason"]) for row in rows)
     if bad:
-        raise UserError(f"{bad} of {len(rows)} files could not be read, the reasons are above")
+        raise UserError(f"{bad} of {len(rows)} files could not be read; the reasons are above")
 
 
 @dataclass(frozen=True)
 class _Answering:
-    """What answers for files, or for a line of text, and its recipe."""
+    """The functions that answer for files, or for a line of text, and the recipe of their network."""
 
     files: Callable[..., Iterator[Any]]
     recipe: Mapping[str, Any]
@@ -103,8 +103,11 @@ class _Answering:
 
 
 def _answering(name: str, where: str, format: str | None, given: Mapping[str, Any]) -> _Answering:
-    """What answers for files, and its recipe: an export where `name` is one, `format` asks for one or a run has
-    nothing else, else the network of the run. `given` are options of how an answer is searched."""
+    """Return the functions that answer, and their recipe.
+
+    They run an export if `name` is one, if `format` is given or if the run holds nothing else, and otherwise the
+    network of the run. `given` are the options of beam search and the like.
+    """
     from slimray import runs
     from slimray.runtime import folder, loaded
 
@@ -127,7 +130,7 @@ def _answering(name: str, where: str, format: str | None, given: Mapping[str, An
         raise UserError(located(str(error), run.uri)) from None
     except (RuntimeError, SafetensorError, FileNotFoundError, *DAMAGED) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{run.uri}/model: is damaged or of another version ({reason}): train it again") from None
+        raise UserError(f"{run.uri}/model: is damaged or of another version ({reason}), train it again") from None
     return _network_answering(network, given)
 
 
@@ -139,7 +142,7 @@ def _network_answering(network: Any, given: Mapping[str, Any]) -> _Answering:
 
 
 def _slim_answering(name: str, given: Mapping[str, Any]) -> _Answering:
-    """What answers for files with the network of a `model.slim` at a path or URI, and its recipe."""
+    """Return the functions that answer with the network of a `model.slim` at a path or URI, and their recipe."""
     from slimray import storage
     from slimray.tasks.network import load_slim
 
@@ -150,12 +153,12 @@ def _slim_answering(name: str, given: Mapping[str, Any]) -> _Answering:
         raise UserError(f"{name}: no such file") from None
     except (RuntimeError, *DAMAGED) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: is damaged or of another version ({reason}): compress it again") from None
+        raise UserError(f"{name}: is damaged or of another version ({reason}), compress it again") from None
     return _network_answering(network, given)
 
 
 def _files_in(paths: list[Path], modality: Modality) -> tuple[list[Path], dict[Path, str]]:
-    """Each file, in place of a folder those in it that may be samples; and why the others cannot be read."""
+    """Return the files to read, with folders replaced by the samples in them, and why the others cannot be read."""
     files: list[Path] = []
     reasons: dict[Path, str] = {}
     for path in paths:
@@ -169,9 +172,9 @@ def _files_in(paths: list[Path], modality: Modality) -> tuple[list[Path], dict[P
         pictures = modality.segmented and bool(found) and all(one.suffix.lower() in IMAGES for one in found)
         if pictures or not found:
             files.append(path)
-            reasons[path] = f"is a folder that holds no {modality.plural}"
+            reasons[path] = f"is a folder without {modality.plural}"
             if pictures:
-                reasons[path] = "is a folder of pictures: name them by number and put them into a .zip, which is a clip"
+                reasons[path] = "is a folder of pictures: to make a clip, name them by number and put them into a .zip"
         else:
             files += found
     return files, reasons
@@ -183,16 +186,16 @@ def micronet(
         str, typer.Argument(help="A finished run of micronet_lm, or `submitted`.", metavar="RUN")
     ] = "submitted",
     shares: Annotated[
-        str | None, typer.Option(help="Shares of words in the tails: 0.14,0.05. Default: all words pay for all tails.")
+        str | None, typer.Option(help="Shares of words in the tails: 0.14,0.05. Default: every word uses all tails.")
     ] = None,
     all_heads: Annotated[bool, typer.Option("--all-heads", help="Count every head, not one of each layer.")] = False,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the score of the MicroNet challenge: what is stored and computed for a word, part by part.
+    """Print the score of the MicroNet challenge: what is stored and computed for a word, component by component.
 
-    `submitted` is the best submission by the sparsities that its pruning aimed at. Of a run count its own zeros and
-    bits.
+    `submitted` is the best submission, scored by the sparsities that its pruning aimed at. A run is scored by its own
+    zeros and bits.
     """
     from dataclasses import replace
 
@@ -216,7 +219,7 @@ def micronet(
             counting = scores.counting_of(net, given, all_heads=all_heads)
             found = scores.micronet_score(net.shape, net.vocab_size, net.cache, counting)
         except ValueError:
-            raise UserError(f"--shares {shares}: must be {tails} numbers with commas, one for each tail") from None
+            raise UserError(f"--shares {shares}: must be {tails} numbers separated by commas, one per tail") from None
     rows = [vars(term) for term in found.terms]
     totals = {"storage": found.storage, "operations": found.operations, "score": found.score}
     if as_json:
@@ -235,33 +238,33 @@ def profile(
     ],
     hardware: Annotated[str, typer.Option(help="cpu-eager, cpu-compiled, cpu-onnx or cuda.")] = "cpu-eager",
     threads: Annotated[int, typer.Option(help="Threads of the network on a CPU.", min=1)] = 1,
-    table: Annotated[str | None, typer.Option("--out", help="The table; default WHAT.HARDWARE.json here.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Of a model: its space.")] = None,
+    table: Annotated[str | None, typer.Option("--out", help="The table. Default: WHAT.HARDWARE.json here.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Preset of a model, which sets its space.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Option of a model: width=1.2, num_classes=10.")
     ] = None,
     resolutions: Annotated[
-        str | None, typer.Option(help="Measured ones: 128,176,224; costs in between are interpolated. Default: all.")
+        str | None, typer.Option(help="Resolutions to measure: 128,176,224; others are interpolated. Default: all.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Readings of every operator.", min=2)] = 15,
-    calibrate: Annotated[int, typer.Option(help="Subnets measured whole, to calibrate.", min=4)] = 12,
+    calibrate: Annotated[int, typer.Option(help="Whole subnets to measure for calibration.", min=4)] = 12,
     device: Annotated[
         str | None, typer.Option(help="Measure on the device whose `slimray agent` is at http://HOST:PORT.")
     ] = None,
     plain_http: Annotated[
-        bool, typer.Option("--plain-http", help="Show the token to the network between here and the device.")
+        bool, typer.Option("--plain-http", help="Send the token unencrypted over the network to the device.")
     ] = False,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how long every operator of a supernet takes on this machine, as a table for the targets of a search.
+    """Measure the latency of every operator of a supernet on this machine, as a table for the targets of a search.
 
-    Minutes with cpu-eager; cpu-compiled and cpu-onnx take seconds for every operator and so few resolutions by default.
-    The same command resumes a table that was cut off. One thread is timed by the processor time that it got.
-    With --device the operators go as ONNX files to an agent, whose token is in SLIMRAY_AGENT_TOKEN; an export, or a run
-    that has one, is timed whole there. Needs no Ray.
-    With --calibrate 20 or more it tells how far the table, a network and least squares on features of the subnets, and
-    a line over MACs are off on subnets that they have not seen.
+    Takes minutes with cpu-eager; cpu-compiled and cpu-onnx take seconds per operator, so by default they measure few
+    resolutions. The same command resumes an interrupted table. A single thread is timed by its processor time.
+    With --device the operators are sent as ONNX files to an agent, whose token is in SLIMRAY_AGENT_TOKEN; an export, or
+    a run that has one, is timed there as a whole. Needs no Ray.
+    With --calibrate 20 or more it prints the errors on unseen subnets of the table, of a network and least squares on
+    features of the subnets, and of a line over MACs.
     In a job: `targets: [{name: here, hardware: TABLE.json, limits: {latency_ms: 12}}]`.
     """
     from slimray import models
@@ -279,7 +282,7 @@ def profile(
     options, num_points = _supernet_of(what, [f"preset={preset}", *(set_ or [])] if preset else set_ or [], storage)
     words = [word.strip() for word in (resolutions or "").split(",") if word.strip()]
     if not all(word.isdecimal() for word in words):
-        raise UserError(f"--resolutions {resolutions}: must be whole numbers with commas, such as 128,176,224")
+        raise UserError(f"--resolutions {resolutions}: must be whole numbers separated by commas, such as 128,176,224")
     path = table or f"{what.rstrip('/').rpartition('/')[2]}.{hardware}.json"
     found = profiler.profile(
         models.build(**options).eval(), options, path, hardware=hardware,
@@ -300,14 +303,14 @@ def profile(
 
 
 def _supernet_of(what: str, sets: list[str], storage: str | None) -> tuple[dict[str, Any], int | None]:
-    """The model options of a supernet of MODELS with `sets`, or of a run, and how many points its samples have."""
+    """Return the model options of a supernet of MODELS with `sets`, or of a run, and the points per sample."""
     from slimray import models
     from slimray.verbs import inputs
 
     where = f"profile {what}"
     if what not in models.MODELS:
         if sets:
-            raise UserError(f"{where}: --preset and --set are for models, a run says what it holds")
+            raise UserError(f"{where}: --preset and --set are for models, a run already has its options")
         run = inputs.finished_run(what, storage_of(storage), ("supernet",), where)
         return inputs.read_model(run, where), inputs.read_input(run, where)["recipe"].get("num_points")
     usual = models.MODELS[what].profiled
@@ -321,7 +324,7 @@ def _supernet_of(what: str, sets: list[str], storage: str | None) -> tuple[dict[
 
 
 def _export_of(name: str, where: str) -> str | None:
-    """The export folder that `name` is or that of a run, None where there is none."""
+    """Return the export folder that `name` is, or that of the run of this name; None if there is none."""
     from slimray import runs
     from slimray.runtime import folder
 
@@ -331,7 +334,7 @@ def _export_of(name: str, where: str) -> str | None:
 
 
 def _time_export(remote: Any, where: str, rounds: int, as_json: bool) -> None:
-    """Time an exported network on a device with one thread, two, four, ... as many as it has cores."""
+    """Time an exported network on a device with 1, 2, 4, ... threads, up to its number of cores."""
     from slimray.data.modalities import input_shape
     from slimray.edge import remote as remotes
     from slimray.runtime import folder, loaded, onnx_file
@@ -339,7 +342,7 @@ def _time_export(remote: Any, where: str, rounds: int, as_json: bool) -> None:
     facts, data = folder.read_export(where)
     loaded.check_facts(facts, where)
     if facts.step is not None:
-        raise UserError(f"{where}: a device times networks of one graph, not an encoder with a step")
+        raise UserError(f"{where}: is an encoder and a decoder step, a device times networks of a single graph")
     onnx_file.check_onnx(data, f"{where}/{facts.file}")
     whole, states = input_shape(facts.input["recipe"]), {state.input: state for state in facts.states}
     feeds: dict[str, Any] = {}
