@@ -517,5 +517,5 @@ def test_examples_are_not_written_through_a_link_that_leads_nowhere(shell, tmp_p
     (folder / "jobs").mkdir(parents=True)
     (folder / "jobs/quickstart.yaml").symlink_to(tmp_path / "elsewhere.yaml")
     done = shell("init", str(folder))
-    assert (done.code, "quickstart.yaml: exists already" in done.err) == (2, True)
+    assert (done.code, "quickstart.yaml: already exists" in done.err) == (2, True)
     assert not (tmp_path / "elsewhere.yaml").exists()

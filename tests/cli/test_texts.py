@@ -41,7 +41,7 @@ def test_each_line_has_an_answer_and_what_has_none_is_told(translator, tmp_path)
     assert (len(said), said[1], said[2], said[3]) == (6, "", "", "")
     assert {*said[0].split(), *said[4].split()} <= {*"abcde", "<unk>"}
     assert done.err.splitlines() == [
-        "a.txt line 3: has 9 tokens, the network learned from 6 at most: cut it in two",
+        "a.txt line 3: has 9 tokens, but the network was trained on at most 6: split it",
         "a.txt line 4: is not UTF-8 (byte 1)",
         "2 lines or files could not be answered; the reasons are above",
     ]

@@ -364,7 +364,7 @@ def test_a_run_that_fails_is_started_again_and_then_resumes(tmp_path):
     assert code == 0
     run = f"-m|slimray.cli|run|{tmp_path}/my job.yaml|--storage|s3://team/my runs|--wait-s|150|"
     assert calls == [f"{run}--restart|"] * 3, "a submission clears a run once, see the test below"
-    assert "ended with code 137 and goes on, 2 retries are left" in said
+    assert "ended with code 137 and is restarted, 2 retries are left" in said
 
 
 def test_a_submission_clears_a_run_once_however_often_a_scheduler_starts_it(tmp_path, monkeypatch):
@@ -413,7 +413,7 @@ def test_a_mistake_of_the_user_is_not_tried_again(tmp_path):
 def test_a_missing_secret_ends_the_job_in_one_sentence(tmp_path):
     code, said, calls = do_script(tmp_path, [0], retries=3)
     assert (code, calls) == (2, [])
-    there = "put it into the environment of its nodes (secrets of the cluster file)"
+    there = "add it to the environment of its nodes (secrets of the cluster file)"
     assert said == f"TEAM_TOKEN: is not set on this cluster: {there}\n"
 
 
@@ -456,13 +456,13 @@ def test_the_script_for_by_hand_takes_the_environment_when_it_runs(here, tmp_pat
 WRONG = [
     ("{kind: job}", "kind: unknown kind 'job', did you mean 'jobs'?"),
     ("{storage: x}", "kind: unknown kind 'None' (known: jobs, kuberay, local, ray_up, slurm)"),
-    ("{kind: plan, machine: {}}", "kind: describes machines for `slimray plan`, nothing can be submitted to it"),
+    ("{kind: plan, machine: {}}", "kind: plan describes machines for `slimray plan`, jobs cannot be submitted to it"),
     ("{kind: jobs}", "address: is required"),
     ("{kind: jobs, address: 'http://x:8265', adress: x}", "adress: unknown field, did you mean 'address'?"),
     ("{kind: jobs, address: 'ray://x:10001'}", "address: must look like http://HOST:8265, without a password"),
     (JOBS % ", env: {WANDB_API_KEY: abc}", "env: WANDB_API_KEY looks like a secret: name it in `secrets`"),
     (JOBS % ", env: {NOTE: AKIAABCDEFGHIJKLMNOP}", "env.NOTE: holds what looks like a secret"),
-    (JOBS % ", pass_env: [HF_TOKEN]", "pass_env: HF_TOKEN looks like a secret, Ray would log it"),
+    (JOBS % ", pass_env: [HF_TOKEN]", "pass_env: HF_TOKEN looks like a secret, which Ray would log"),
     (JOBS % ", retries: -1", "retries: must be >= 0 (got -1)"),
     ("{kind: local, min_nodes: 3}", "min_nodes: must be at most max_nodes (2), got 3"),
     ("{kind: kuberay, image: x, workers: {}}", "workers: "),
@@ -497,7 +497,7 @@ def test_other_mistakes_are_one_sentence_too(shell):
         ("submit jobs/chain.yaml --cluster local --set tsm:model.width=0", "(tsm): model.width: must be > 0 (got 0)"),
         ("submit jobs/chain.yaml --cluster slurm --storage runs", "storage: 'runs' is a folder of this machine"),
         ("submit jobs/chain.yaml --cluster local", "start it with `slimray cluster start local`"),
-        ("cluster start aws", "is of kind ray_up: only kind local is started here, others with `ray up`"),
+        ("cluster start aws", "is of kind ray_up, and only kind local is started by slimray: use `ray up`"),
     ]:  # fmt: skip
         code, _, err = shell(*command.split())
         assert code == 2, command
@@ -509,14 +509,14 @@ def test_a_tool_that_is_not_installed_is_named(shell, here, monkeypatch):
     monkeypatch.setenv("PATH", str(here))
     code, _, err = shell("logs", "tsm", "--cluster", "slurm")
     assert code == 2
-    assert "squeue is not installed here: where it is, `squeue --me" in err
+    assert "squeue is not installed here: run `squeue --me" in err
 
 
 def test_what_can_never_fit_is_refused_before_anything_is_asked(shell):
     for name, option, sentence in [
-        ("local", "scale.workers=8", "needs 9 CPUs, {} can have at most 4: lower scale.workers"),
-        ("local", "scale.gpus_per_worker=1", "needs 2 GPUs, {} can have at most 0"),
-        ("kueue", "scale.cpus_per_worker=100", "each worker needs 100 CPUs, the largest node of {} has 92"),
+        ("local", "scale.workers=8", "needs 9 CPUs, but {} can have at most 4: lower scale.workers"),
+        ("local", "scale.gpus_per_worker=1", "needs 2 GPUs, but {} can have at most 0"),
+        ("kueue", "scale.cpus_per_worker=100", "a worker needs 100 CPUs, but the largest node of {} has 92"),
     ]:
         arguments = ["--cluster", name, "--storage", "/shared/runs", "--set", option, "--set", "batch.per_worker=1"]
         code, _, err = shell("submit", "jobs/chain.yaml", *arguments)
@@ -547,23 +547,23 @@ def test_a_head_that_is_out_of_reach_silent_or_closed_is_one_sentence_in_time(he
     monkeypatch.setattr(jobs_api, "REQUEST_TIMEOUT_S", 0.5)
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with pytest.raises(
-        RunFailed, match=r"mine.yaml: the cluster at http://127.0.0.1:1 does not answer \(connection ref"
+        RunFailed, match=r"mine.yaml: the cluster at http://127.0.0.1:1 does not respond \(connection ref"
     ):
         jobs_api.jobs(as_cluster(JOBS % ""))
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(RunFailed, match=r"does not answer \(timed out\)"):
+        with pytest.raises(RunFailed, match=r"does not respond \(timed out\)"):
             jobs_api.jobs(as_cluster(f"{{kind: jobs, address: '{address}'}}"))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     with pytest.raises(
-        UserError, match="refuses the token: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's"
+        UserError, match="rejects the token, set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's"
     ):
         jobs_api.jobs(as_cluster(f"{{kind: jobs, address: '{address}'}}"))
-    with pytest.raises(UserError, match="token_env: TEAM is not set: export the token of the cluster"):
+    with pytest.raises(UserError, match="token_env: TEAM is not set, export the token of the cluster"):
         jobs_api.jobs(as_cluster(f"{{kind: jobs, address: '{address}', token_env: TEAM}}"))
     server.shutdown()
 
@@ -575,7 +575,7 @@ def test_a_port_that_is_taken_is_said_before_ray_starts(shell):
         port = taken.getsockname()[1]
         Path("mine.yaml").write_text(f"{{kind: local, dashboard_port: {port}, port: 1025}}")
         code, _, err = shell("cluster", "start", "./mine.yaml")
-    assert (code, err) == (2, f"mine.yaml: dashboard_port: {port} is taken by another program, choose another\n")
+    assert (code, err) == (2, f"mine.yaml: dashboard_port: {port} is in use by another program, choose another port\n")
     assert shell("cluster", "stop", "./mine.yaml") == (0, "mine: is not running\n", "")
 
 
@@ -607,7 +607,7 @@ def test_kubectl_and_sbatch_are_given_the_manifest_where_they_are(shell, here, m
         shutil.rmtree(programs)
     code, _, err = shell("submit", "jobs/chain.yaml", "--cluster", "slurm", *options)
     assert code == 2
-    assert "sbatch is not installed here: write the manifest with --dry-run --out FILE and apply it" in err
+    assert "sbatch is not installed here: write the manifest with --dry-run --out FILE and run `sbatch FILE`" in err
 
 
 def put_programs(here: Path, monkeypatch, **scripts: str) -> None:
@@ -744,7 +744,7 @@ def test_under_slurm_the_run_saves_and_is_queued_again_before_the_limit_of_time_
         child.send_signal(other)
     _, err = child.communicate(timeout=patience(30))
     assert child.returncode == 143, err
-    assert ("the job is queued again and goes on" in err) is again
+    assert ("the job is requeued and resumes" in err) is again
     calls = (here / "calls").read_text().splitlines()
     assert "released" in calls, "it saves in any case"
     assert ("scontrol requeue 4711" in calls) is again
@@ -770,7 +770,7 @@ def test_under_slurm_a_run_that_hangs_while_it_saves_is_ended_by_a_second_signal
 def test_a_token_never_travels_over_plain_http(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "hunter2")
-    refused = "would get the cluster's token over plain http: forward its port"
+    refused = "would receive the cluster's token over plain http: forward its port"
     for address, sent in [("http://head.example.org:8265", False), ("http://10.0.0.7:8265", False),
                           ("https://ray.example.org", True), ("http://127.0.0.1:8265", True)]:  # fmt: skip
         target = specs.Target("mine", "mine.yaml", parse_cluster(JOBS.replace("http://127.0.0.1:1", address) % ""))
@@ -803,7 +803,7 @@ def test_init_brings_the_cluster_files_along(shell):
         ("env: {SLACK_WEBHOOK_URL: 'https://hooks.slack.com/services/T/B/hunter2'}", "env.SLACK_WEBHOOK_URL: holds"),
         ("env: {NOTE: wandb_v1_hunter2hunter2hunter2}", "env.NOTE: holds what looks like a secret"),
         ("env: {NOTE: 0123456789abcdef0123456789abcdef01234567}", "env.NOTE: holds what looks like a secret"),
-        ("pass_env: [SLACK_WEBHOOK]", "pass_env: SLACK_WEBHOOK looks like a secret, Ray would log it"),
+        ("pass_env: [SLACK_WEBHOOK]", "pass_env: SLACK_WEBHOOK looks like a secret, which Ray would log"),
         ("driver: {labels: {a: 's3://b/x?secret_key=hunter2'}}", "driver.labels.a: holds what looks like a secret"),
         ("machine: {note: glpat-hunter2hunter2hunter2}", "machine.note: holds what looks like a secret"),
     ],

@@ -68,8 +68,8 @@ def test_a_name_of_jobs_in_several_storages_is_a_question_with_the_ids(target):
     with pytest.raises(UserError) as caught:
         jobs_api.job_info("exp", target)
     assert str(caught.value) == (
-        "mine.yaml: 'exp' is the name of several jobs: give the id of one: "
-        "exp-2 (runs lie in /runs/a), exp-3 (runs lie in /runs/b)"
+        "mine.yaml: 'exp' is the name of several jobs, give the id of one: "
+        "exp-2 (runs are in /runs/a), exp-3 (runs are in /runs/b)"
     )
     assert jobs_api.job_info("exp-3", target)["metadata"]["storage"] == "/runs/b"
 

@@ -138,7 +138,7 @@ def test_the_cloud_is_found_by_who_answers_and_a_wrong_one_is_one_sentence():
                 with contextlib.suppress(UserError):
                     assert preemption.find_service(other, server.url) is None
     assert preemption.find_service(None, "http://127.0.0.1:1") is None
-    with pytest.raises(UserError, match=r"--cloud aws: the metadata service at http://127.0.0.1:1 does not answer"):
+    with pytest.raises(UserError, match=r"--cloud aws: the metadata service at http://127.0.0.1:1 does not respond"):
         preemption.find_service("aws", "http://127.0.0.1:1")
 
 
@@ -148,7 +148,7 @@ def test_a_session_of_aws_that_has_ended_is_renewed_and_an_answer_that_is_not_kn
         server.tokens.clear()
         assert service.notice(me) is None
         server.answers[SPOT] = '{"action": "terminate"}'
-        with pytest.raises(ValueError, match="answers what is not known here"):
+        with pytest.raises(ValueError, match="returned an unknown response"):
             service.notice(me)
 
 
@@ -174,8 +174,8 @@ def test_an_answer_that_is_no_http_and_a_head_that_is_away_do_not_end_the_agent(
         assert server.garbled == 0
         assert len(heads) > 1
         assert told == [
-            f"the metadata service at {server.url} does not answer (BadStatusLine: what a proxy says that is no HTTP"
-            "), asking again",
+            f"the metadata service at {server.url} does not respond (BadStatusLine: what a proxy says that is no HTTP"
+            "), trying again",
             f"GCP preempts this instance in {left_s:.0f} s: draining its Ray node",
             "Timed out while waiting for GCS to become available., trying again",
         ]
@@ -206,7 +206,7 @@ def test_on_notice_the_agent_drains_the_node_of_its_machine(monkeypatch):
             assert agent.returncode == 0, out
             lines = out.splitlines()
             assert lines[0] == f"watching {server.url} for notices to machine-1"
-            assert "does not answer (HTTP Error 503: Service Unavailable), asking again" in lines[1]
+            assert "does not respond (HTTP Error 503: Service Unavailable), trying again" in lines[1]
             assert "AWS will stop this spot instance in 3" in lines[2]
             assert lines[3].startswith("drained: ")
         ray.init(cluster.address, log_to_driver=False)

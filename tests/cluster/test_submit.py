@@ -38,8 +38,8 @@ def test_a_job_goes_from_submit_to_its_result_while_nodes_come_and_go(tmp_path, 
 
     try:
         assert f"here: running at http://127.0.0.1:{port}" in shell.ok("cluster", "start", "./here.yaml")
-        assert nodes() == 1, "the head, which holds no work"
-        refuse(shell, "needs 2 GPUs, here.yaml can have at most 0", *on, "--set", "scale.gpus_per_worker=1")
+        assert nodes() == 1, "the head, which runs no work"
+        refuse(shell, "needs 2 GPUs, but here.yaml can have at most 0", *on, "--set", "scale.gpus_per_worker=1")
         refuse(shell, "SECRET_OF_NOBODY: is not set on this cluster", "--cluster", "./closed.yaml")
 
         job = shell.start("submit", "chain.yaml", *on, "--follow")
@@ -61,10 +61,10 @@ def test_a_job_goes_from_submit_to_its_result_while_nodes_come_and_go(tmp_path, 
         started = shell.ok("submit", "long.yaml", *on)
         assert "next: slimray logs -f long-1 --cluster ./here.yaml" in started
         running = shell.run("submit", "long.yaml", "--unchecked", *on)
-        assert (running.returncode, "long-1 runs already" in running.stderr) == (2, True)
+        assert (running.returncode, "long-1 is already running" in running.stderr) == (2, True)
         assert "long: is being stopped" in shell.ok("stop", "long", *on)
         ended = shell.run("logs", "-f", "long", *on)
-        assert (ended.returncode, "long-1 was stopped: submit it again, it resumes" in ended.stderr) == (1, True)
+        assert (ended.returncode, "long-1 was stopped, submit it again to resume it" in ended.stderr) == (1, True)
     finally:
         state = next((tmp_path / "cache").rglob("here.json"), None)
         leader = json.loads(state.read_text())["pid"] if state else None

@@ -131,7 +131,7 @@ def test_an_export_translates_as_its_run_and_says_how_it_was_verified(shell, net
     plain = json.loads((folder / "export.json").read_text())
     plain["step"]["inputs"][-1]["name"] = "past_other"
     (folder / "export.json").write_text(json.dumps(plain))
-    with pytest.raises(UserError, match="step: does not fit the encoder"):
+    with pytest.raises(UserError, match="step: does not match the encoder"):
         load(folder)
     (folder / "step.onnx").write_bytes(b"other")
     plain["step"]["file"] = "../step.onnx"

@@ -249,7 +249,7 @@ def test_runs_that_are_picked_are_compared(open_page):
     window = open_page()
     page = window.go("/")
     page.get_by_title("compare good-tsm").click()
-    expect(page.get_by_title("leave good-tsm")).to_be_focused()
+    expect(page.get_by_title("remove good-tsm")).to_be_focused()
     page.get_by_title("compare good-tsn").click()
     page.get_by_role("link", name="Compare 2 runs").click()
     expect(page.locator("h1")).to_have_text("Compare")
@@ -613,7 +613,7 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path, storage_answers):
 
 
 def test_a_port_that_is_taken_and_a_storage_that_is_none_are_one_sentence(server, storage):
-    with pytest.raises(UserError, match=f"^--port: {server.port} of 127.0.0.1 cannot be had"):
+    with pytest.raises(UserError, match=f"^--port: {server.port} on 127.0.0.1 is not available"):
         app.open_server(str(storage), server.port)
     with pytest.raises(UserError, match="unknown storage"):
         app.open_server("s4://bucket/runs", 0)

@@ -32,7 +32,7 @@ def test_a_cloud_shows_prediction_truth_and_error_without_a_script():
     assert f"{100 * right[known].mean():.1f} % of 290 labelled points right" in text
     both, either = (right & (cloud.truth == 1)).sum(), (known & ((cloud.truth == 1) | (cloud.predicted == 1))).sum()
     assert f"top {100 * both / either:.1f} %" in text
-    assert "any other, or without label" in text
+    assert "other class, or no label" in text
 
 
 def test_what_the_script_turns_is_what_the_still_pictures_show():
@@ -100,7 +100,7 @@ def test_many_classes_and_odd_clouds_can_be_shown():
     elements = Elements(render("odd", clouds=odd))
     assert len(elements.all("data-points")) == 3
     assert len(elements.all("data-colours")[0].split()) == 2 + points.MAX_CLOUD_CLASSES
-    assert "no point is labelled" in elements.text
+    assert "no labelled points" in elements.text
 
 
 def test_a_cloud_whose_labels_are_not_those_of_its_points_is_refused():
@@ -166,12 +166,12 @@ def test_share_and_correlation_of_the_branches_are_told():
     assert "block.7" in text
     assert f"voxel share {100 * voxel.sum() / (voxel.sum() + point.sum()):.1f} %" in text
     assert f"correlation {np.corrcoef(voxel, point)[0, 1]:.2f}" in text
-    assert "What to see" in text
+    assert "how strongly each branch of a PVConv responds" in text
     for odd in (np.zeros(300), np.full(300, 0.3), np.full(300, np.nan)):
         text = Elements(render("r", clouds=[with_responses(ResponseView("block.7", odd, odd))])).text
         assert "· correlation" not in text
         assert ("voxel share 50.0 %" if odd[0] > 0 else "voxel share –") in text
-    assert "What to see" not in render("r", clouds=[judged_cloud(["leg", "top"])])
+    assert "how strongly each branch of a PVConv responds" not in render("r", clouds=[judged_cloud(["leg", "top"])])
 
 
 def test_responses_come_back_from_the_results_with_points_of_their_own_only_where_they_have_such():
@@ -278,7 +278,7 @@ def test_boxes_that_are_not_finite_or_far_away_are_counted_and_spoil_nothing():
         assert section["range"] == points.box_section(scene)["range"]
         assert len(section["predictions"]) == len(scene.predictions)
         assert (section["num_predictions"], section["num_away"]) == (len(predictions), 3)
-    assert "3 of them outside of the picture or not finite" in Elements(render("b", boxes=[spoiled])).text
+    assert "3 of them outside the picture or not finite" in Elements(render("b", boxes=[spoiled])).text
 
 
 def test_a_true_box_is_compared_with_the_best_prediction_of_its_class():

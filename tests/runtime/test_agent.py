@@ -187,7 +187,7 @@ def test_hostile_requests_get_a_sentence_each_and_the_agent_goes_on(device):
         "keeps weights in another file": model(weights=[weight]),
         "custom operator evil.ops::Run": model(helper.make_node("Run", ["x"], ["y"], domain="evil.ops")),
         "is not an ONNX file": b"\x00\x01",
-        "9,000,000 bytes are more than the agent takes": b"x" * 9_000_000,
+        "9,000,000 bytes are more than the agent accepts": b"x" * 9_000_000,
     }
     for sentence, data in hostile.items():
         status, found = device.send(data)
@@ -201,7 +201,7 @@ def test_hostile_requests_get_a_sentence_each_and_the_agent_goes_on(device):
     bad.append(timed(ordinary).replace(b'"runs": 3', b'"runs": 100000'))
     assert [device.ask("POST", "/time", body)[0] for body in bad] == [400] * len(bad)
     huge = timed(ordinary).replace(b"[1, 4]", b"[100000, 100000, 1000]")
-    assert "cannot be of shape" in device.ask("POST", "/time", huge)[1]["error"]
+    assert "cannot have the shape" in device.ask("POST", "/time", huge)[1]["error"]
     assert device.ask("POST", "/time", timed(b"unknown"))[0] == 404
     status, found = device.ask("POST", "/time", timed(ordinary))
     assert status == 200

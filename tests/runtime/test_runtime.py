@@ -247,7 +247,9 @@ def test_of_several_exports_of_a_run_one_that_an_engine_runs_is_taken(images, tm
     add("executorch")
     add("openvino")
     for find in (lambda: runtime.load(run.uri), lambda: use._export_of("net", str(tmp_path / "runs"))):
-        with pytest.raises(UserError, match=r"net: its exports are of formats that are not run here .*--format onnx`"):
+        with pytest.raises(
+            UserError, match=r"net: its exports are of formats that cannot be run here .*--format onnx`"
+        ):
             find()
     add("onnx_int8")
     assert runtime.load(run.uri).facts.format == "onnx_int8"
@@ -262,21 +264,21 @@ def test_of_several_exports_of_a_run_one_that_an_engine_runs_is_taken(images, tm
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"sha256": "0" * 64}, "is not what was exported"),
-        ({"bytes": 5}, "is not what was exported"),
+        ({"sha256": "0" * 64}, "differs from the exported file"),
+        ({"bytes": 5}, "differs from the exported file"),
         ({"file": "../model.onnx"}, "must be the name of a file beside it"),
         ({"file": "/etc/passwd"}, "must be the name of a file beside it"),
         ({"file": "other.onnx"}, "is missing"),
-        ({"version": 2}, "is no export of version 1"),
-        ({"format": "tflite"}, "an export of format 'tflite' is not run here"),
+        ({"version": 2}, "is not an export of version 1"),
+        ({"format": "tflite"}, "exports of format 'tflite' cannot be run here"),
         ({"inputs": []}, "inputs: "),
-        ({"inputs": [{"name": "other", "shape": [None, 3, 64, 64]}]}, "other inputs or outputs"),
-        ({"input": {}}, "does not say how files are read"),
+        ({"inputs": [{"name": "other", "shape": [None, 3, 64, 64]}]}, "inputs or outputs differ from export.json"),
+        ({"input": {}}, "has no valid recipe for files"),
         ({"states": [{"input": "input", "output": "logits", "shape": [2**40]}]}, "states: hold"),
         ({"states": [{"input": "input", "output": "logits", "shape": [1], "dtype": "V9999999"}]}, "'float32'"),
         (
             {"verification": {"passed": False, "reason": "differs from torch by\n3.0e-01"}},
-            r"does not agree with torch \(differs from torch by 3.0e-01\): export the run again",
+            r"does not agree with torch \(differs from torch by 3.0e-01\), export the run again",
         ),
         ({"verification": {"passed": False}}, r"does not agree with torch \(no reason is given\)"),
     ],
@@ -299,5 +301,5 @@ def test_a_task_without_answers_for_files_says_so(images, tmp_path):
     (tmp_path / "model.onnx").write_bytes((images[1] / "model.onnx").read_bytes())
     facts = read(images[1])
     write(tmp_path, {"inputs": facts["inputs"], "outputs": facts["outputs"], "input": facts["input"] | {"task": "new"}})
-    with pytest.raises(UserError, match="exports of task 'new' do not answer for files"):
+    with pytest.raises(UserError, match="exports of task 'new' cannot answer for files"):
         runtime.load(tmp_path)("a.jpg")

@@ -389,10 +389,13 @@ def test_files_that_cannot_be_read_are_named_and_the_others_labelled(shell):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("a.ply a.labels.ply", "a.labels.ply: the labels of a.ply would overwrite it: leave it out, or give --out"),
+        ("a.ply a.labels.ply", "a.labels.ply: the labels of a.ply would overwrite it: omit it, or give --out"),
         ("in/a.labels.ply a.ply --out in", "in/a.labels.ply: the labels of a.ply would overwrite it"),
         ("link/a.labels.ply in/a.ply", "in/a.labels.ply: the labels of in/a.ply would overwrite it"),
-        ("a.ply in/a.ply --out new", "a.ply, in/a.ply: their labels would be one file, new/a.labels.npz: predict one"),
+        (
+            "a.ply in/a.ply --out new",
+            "a.ply, in/a.ply: their labels would be the same file, new/a.labels.npz: predict one",
+        ),
         ("a.ply --out in/a.ply", "--out: in/a.ply is not a folder"),
         ("a.ply --shape 1", "--shape: the network takes no class of a cloud"),
     ],
@@ -423,7 +426,7 @@ def test_labels_of_an_earlier_time_are_replaced(shell):
     ("option", "sentence"),
     [
         ("--columns=xyz", "--columns: is for clouds of points, this network takes clips\n"),
-        ("--out=x", "--out: the network labels whole files, there is nothing to write\n"),
+        ("--out=x", "--out: this network labels whole files, so there is nothing to write: remove it\n"),
         ("--shape=0", "--shape: the network takes no class of a cloud\n"),
     ],
 )
@@ -438,7 +441,11 @@ def test_what_takes_no_files_says_so(shell):
     frustums = PointRecipe(16, ("intensity",), 3, mode="val", kind="frustum")
     train("frustum_pointnet", ("Car", "Pedestrian", "Cyclist"), frustums, width=0.125)
     put("a.ply", ply(CLOUD))
-    assert shell("a.ply") == (2, "", "this network takes frustums, which files are not: score it by an evaluate job\n")
+    assert shell("a.ply") == (
+        2,
+        "",
+        "this network takes frustums, which are not files: score it with an evaluate job\n",
+    )
     images = ImageRecipe(size=32, mode="val")
     train("ofa_mobilenetv3", ("a", "b"), images, preset="tiny")
     code, out, err = shell("a.ply")

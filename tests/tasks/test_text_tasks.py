@@ -201,7 +201,7 @@ def test_a_line_that_is_too_long_is_a_sentence_and_an_empty_one_has_no_answer():
     answer = answer_lines(translator())
     assert answer is not None
     assert answer("  ") == ""
-    with pytest.raises(BadSample, match="has 7 tokens, the network learned from 6 at most: cut it in two"):
+    with pytest.raises(BadSample, match="has 7 tokens, but the network was trained on at most 6: split it"):
         answer("a b c d e a")
 
 

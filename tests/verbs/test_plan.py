@@ -101,7 +101,7 @@ def test_jobs_that_train_but_are_not_planned_are_named(shell, where):  # noqa: F
     Path("shrink.yaml").write_text(SHRINK)
     done = shell("plan", "shrink.yaml", "--samples", "800")
     assert done.code == 2
-    assert "has no job of kind train, and only those can be planned;  small is of kind shrink" in done.err
+    assert "has no job of kind train, and only those can be planned; small is of kind shrink" in done.err
 
 
 def test_a_training_of_so_many_steps_takes_its_share_of_epochs(shell, where):  # noqa: F811

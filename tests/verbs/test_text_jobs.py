@@ -167,7 +167,7 @@ def test_a_text_is_answered_line_by_line(shell, calm):
     (shell.folder / "asked.txt").write_text("one two\n\nthree\n" + "four " * 40 + "\n")
     done = shell.run("predict", "calm-text", "asked.txt")
     assert done.returncode == 2
-    assert "asked.txt line 4: has 41 tokens, the network learned from 6 at most" in done.stderr
+    assert "asked.txt line 4: has 41 tokens, but the network was trained on at most 6" in done.stderr
     said = done.stdout.split("\n")
     assert len(said) == 5
     assert said[1] == said[3] == ""

@@ -1,1 +1,1 @@
-"""Running jobs elsewhere: Jobs API, KubeRay, Slurm, `ray up`, raylets on this machine."""
+"""Run jobs elsewhere: Jobs API, KubeRay, Slurm, `ray up`, raylets on this machine."""

@@ -1,4 +1,4 @@
-"""Ray's Jobs API: send a job, list, follow and stop jobs; every request has a time limit and ends in one sentence."""
+"""Ray's Jobs API: submit, list, follow and stop jobs. Every request has a time limit; errors are one sentence."""
 
 import contextlib
 import hashlib
@@ -32,9 +32,9 @@ from slimray.spec import RunFailed, UserError, dump_yaml, lookup
 
 
 def jobs_script(job: Submission, cluster: JobsCluster | LocalCluster | RayUpCluster, package: str) -> str:
-    """A shell script that submits the job by hand, as `slimray submit` does through the Jobs API.
+    """Return a shell script that submits the job by hand, as `slimray submit` does through the Jobs API.
 
-    `package` is the folder of slimray's code. Values of `pass_env` are taken from the environment when it runs.
+    `package` is the folder of slimray's code. The script reads the values of `pass_env` from its environment.
     """
     driver = cluster.driver if not isinstance(cluster, LocalCluster) else DriverSpec.model_validate({})
     options = ["--submission-id", job.id]
@@ -74,15 +74,15 @@ REQUEST_TIMEOUT_S = 15
 UPLOAD_TIMEOUT_S = 120
 SETTLE_S = 2.0  # how long a job has to run before it counts as started
 DONE = ("SUCCEEDED", "FAILED", "STOPPED")
-RAYS_OWN = re.compile(r"INFO job_manager\.py|^Running entrypoint for job ")  # lines of a job's log that Ray writes
+RAYS_OWN = re.compile(r"INFO job_manager\.py|^Running entrypoint for job ")  # lines that Ray adds to a job's log
 T = TypeVar("T")
 
 
 def submission_id(name: str, attempt: int) -> str:
-    """The id of an attempt at the job `name`, which Kubernetes and Slurm take as a name, too; no two names share one.
+    """Return the id of an attempt at the job `name`, unique per name, and valid as a name in Kubernetes and Slurm.
 
-    A name that is not one of Kubernetes (lower case, digits, hyphens, a letter first, at most 40) is shortened and gets
-    a digest. KubeRay takes 47 characters, attempts included.
+    A name that Kubernetes would not accept (lower case, digits, hyphens, a letter first, at most 40 characters) is
+    shortened and gets a digest. KubeRay accepts 47 characters, including the attempt.
     """
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if slug != name or len(slug) > 40 or not slug[0].isalpha():
@@ -117,7 +117,7 @@ def send(ready: Submission, target: Target, have: Capacity, folder: str) -> None
 
 
 def wait_until_it_runs(job_id: str, target: Target, timeout_s: float = 60) -> None:
-    """Return when the command has run for a moment or has ended well; raise what it ended in otherwise."""
+    """Return once the command has run for a moment or has succeeded; otherwise raise the error that it ended with."""
     end, running = time.monotonic() + timeout_s, None
     while time.monotonic() < end:
         info = job_info(job_id, target)
@@ -130,12 +130,12 @@ def wait_until_it_runs(job_id: str, target: Target, timeout_s: float = 60) -> No
         time.sleep(0.5)
     raise RunFailed(
         f"{target.where}: {job_id} has not started within {timeout_s:g} s: no node fits `driver`, or its environment "
-        f"could not be made (`slimray status {job_id} --cluster {target.name}`, `slimray stop` takes it back)"
+        f"could not be set up (see `slimray status {job_id} --cluster {target.name}`; `slimray stop` cancels it)"
     )
 
 
 def jobs(target: Target) -> list[dict[str, Any]]:
-    """The jobs of a cluster, oldest first: submission_id, status, message, start_time, end_time (ms), metadata."""
+    """Return a cluster's jobs, oldest first: submission_id, status, message, start_time, end_time (ms), metadata."""
     tool = TOOLS.get(type(target.cluster))
     listed = get(target, "/api/jobs/") if tool is None else tool.jobs(target)
     found = [one for one in listed if one.get("submission_id")]
@@ -143,9 +143,9 @@ def jobs(target: Target) -> list[dict[str, Any]]:
 
 
 def job_info(job_id: str, target: Target) -> dict[str, Any]:
-    """One job, by its id or by its name, which means its newest attempt.
+    """Return one job, by its id or by its name, which means its newest attempt.
 
-    UserError if there is none, and for a name of jobs in several storages: they are different jobs.
+    Raises UserError if there is none, or if jobs in several storages, which are different jobs, share the name.
     """
     known = jobs(target)
     for one in known:
@@ -160,13 +160,13 @@ def job_info(job_id: str, target: Target) -> dict[str, Any]:
             raise UserError(f"{target.where}: {error}") from None
     newest = {(one.get("metadata") or {}).get("storage"): one for one in attempts}  # by storage, the last attempt
     if len(newest) > 1:
-        found = ", ".join(f"{one['submission_id']} (runs lie in {storage})" for storage, one in newest.items())
-        raise UserError(f"{target.where}: {job_id!r} is the name of several jobs: give the id of one: {found}")
+        found = ", ".join(f"{one['submission_id']} (runs are in {storage})" for storage, one in newest.items())
+        raise UserError(f"{target.where}: {job_id!r} is the name of several jobs, give the id of one: {found}")
     return attempts[-1]
 
 
 def follow(job_id: str, target: Target, patience_s: float = 120) -> Iterator[str]:
-    """The job's log as it comes, until it has ended; RunFailed when the cluster is gone for `patience_s`."""
+    """Yield the job's log as it grows, until the job ends; RunFailed if the cluster is unreachable for `patience_s`."""
     shown, heard = 0, time.monotonic()
     job_id = job_info(job_id, target)["submission_id"]
     while True:
@@ -187,7 +187,7 @@ def follow(job_id: str, target: Target, patience_s: float = 120) -> Iterator[str
 
 
 def log(job_id: str, target: Target) -> str:
-    """All that the job has printed so far."""
+    """Return everything that the job has printed so far."""
     job_id, tool = job_info(job_id, target)["submission_id"], TOOLS.get(type(target.cluster))
     if tool is not None:
         return tool.log(job_id, target)
@@ -195,7 +195,7 @@ def log(job_id: str, target: Target) -> str:
 
 
 def stop(job_id: str, target: Target) -> bool:
-    """End a job; False if it had ended already. The same job submitted again resumes."""
+    """Stop a job; return False if it had already ended. The same job submitted again resumes."""
     info, tool = job_info(job_id, target), TOOLS.get(type(target.cluster))
     if tool is not None:
         if info["status"] not in DONE:
@@ -205,14 +205,14 @@ def stop(job_id: str, target: Target) -> bool:
 
 
 def require_success(info: dict[str, Any], target: Target) -> None:
-    """Raise what a job that has ended deserves: UserError for code 2, RunFailed for others; nothing if it is well."""
+    """Raise an error if an ended job did not succeed: UserError for exit code 2, otherwise RunFailed."""
     if info["status"] == "SUCCEEDED":
         return
     job_id = info["submission_id"]
     if info["status"] == "STOPPED":
-        raise RunFailed(f"{target.where}: {job_id} was stopped: submit it again, it resumes")
+        raise RunFailed(f"{target.where}: {job_id} was stopped, submit it again to resume it")
     said: list[str] = []
-    for _ in range(6):  # the last lines may come after the status
+    for _ in range(6):  # the last lines may arrive after the status
         with contextlib.suppress(UserError, RunFailed):
             said = [line for line in log(job_id, target).splitlines() if line.strip() and not RAYS_OWN.search(line)]
         if said:
@@ -233,7 +233,7 @@ def attempt_of(info: dict[str, Any]) -> int:
 
 
 def get(target: Target, path: str, method: str = "GET") -> Any:
-    """The answer of a cluster's dashboard; UserError or RunFailed in one sentence, within seconds, otherwise."""
+    """Return the response of a cluster's dashboard; raise UserError or RunFailed within seconds if there is none."""
     cluster: Any = target.cluster
     url = cluster.address.rstrip("/") + path
     request = urllib.request.Request(url, headers=_headers(target), method=method)  # noqa: S310 http by the spec
@@ -243,27 +243,27 @@ def get(target: Target, path: str, method: str = "GET") -> Any:
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             raise UserError(
-                f"{target.where}: the cluster at {cluster.address} refuses the token: set "
+                f"{target.where}: the cluster at {cluster.address} rejects the token, set "
                 f"{getattr(cluster, 'token_env', None) or 'RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH'} to the cluster's"
             ) from None
         reason = (error.read().decode(errors="replace").strip() or error.reason).splitlines()[-1]
-        raise RunFailed(f"{target.where}: {cluster.address} answers {error.code} ({reason[:200]})") from None
+        raise RunFailed(f"{target.where}: {cluster.address} returned HTTP {error.code} ({reason[:200]})") from None
     except (OSError, ValueError) as error:
         cause = getattr(error, "reason", error)
         reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
         raise RunFailed(
-            f"{target.where}: the cluster at {cluster.address} does not answer ({reason.lower()})"
+            f"{target.where}: the cluster at {cluster.address} does not respond ({reason.lower()})"
         ) from None
 
 
 def _headers(target: Target) -> dict[str, str]:
-    """The token, from where Ray looks for it; none where RAY_AUTH_MODE=disabled says so."""
+    """Return the header with the token that Ray would use; {} if there is none or RAY_AUTH_MODE=disabled."""
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
         return {}
     named = getattr(target.cluster, "token_env", None)
     if named is not None:
         if not os.environ.get(named):
-            raise UserError(f"{target.where}: token_env: {named} is not set: export the token of the cluster")
+            raise UserError(f"{target.where}: token_env: {named} is not set, export the token of the cluster")
         return _bearer(os.environ[named], target)
     path = token_path()
     token = os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else "")
@@ -271,13 +271,13 @@ def _headers(target: Target) -> dict[str, str]:
 
 
 def _bearer(token: str, target: Target) -> dict[str, str]:
-    """The header with the token; UserError where it would be sent over a network in the clear."""
+    """Return the header with the token; raise UserError if it would be sent over a network unencrypted."""
     cluster: Any = target.cluster
     parts = urllib.parse.urlsplit(cluster.address)
     if parts.scheme != "https" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
         raise UserError(
-            f"{target.where}: address: {cluster.address} would get the cluster's token over plain http: forward its "
-            "port (`ssh -N -L 8265:127.0.0.1:8265 HEAD`) and write http://127.0.0.1:8265, or use https://"
+            f"{target.where}: address: {cluster.address} would receive the cluster's token over plain http: forward "
+            "its port (`ssh -N -L 8265:127.0.0.1:8265 HEAD`) and write http://127.0.0.1:8265, or use https://"
         )
     return {"Authorization": f"Bearer {token}"}
 
@@ -287,27 +287,28 @@ def token_path() -> Path:
 
 
 def require_answer(target: Target) -> None:
-    """Raise UserError with the next step when the dashboard is out of reach, or of another version of Ray."""
+    """Raise UserError with the next step if the dashboard is unreachable or runs another version of Ray."""
     import ray
 
     try:
         theirs = str((get(target, "/api/version") or {}).get("ray_version"))
     except RunFailed as error:
         cluster = target.cluster
-        step = "check `address`, and that the head runs"
+        step = "check `address`, and that the head is running"
         if isinstance(cluster, LocalCluster):
             step = f"start it with `slimray cluster start {target.name}`"
         elif isinstance(cluster, RayUpCluster):
             step = "start it with `ray up` and forward its port with `ray dashboard` (--dry-run prints both)"
-        raise UserError(f"{error}: {step}") from None
+        raise UserError(f"{error}, {step}") from None
     if theirs.split(".")[:2] != ray.__version__.split(".")[:2]:
         raise UserError(
-            f"{target.where}: the cluster runs Ray {theirs}, slimray here uses {ray.__version__}: align them"
+            f"{target.where}: the cluster runs Ray {theirs}, but slimray here uses {ray.__version__}: "
+            "install the same version"
         )
 
 
 def present(target: Target) -> Capacity:
-    """Return what the nodes of a cluster have now."""
+    """Return the current capacity of a cluster's nodes."""
     nodes = get(target, "/api/v0/nodes?detail=true&limit=10000")["data"]["result"]["result"]
     have = [one.get("resources_total") or {} for one in nodes if one.get("state") == "ALIVE"]
     cpus, gpus = ([float(one.get(name, 0)) for one in have] or [0.0] for name in ("CPU", "GPU"))
@@ -315,7 +316,7 @@ def present(target: Target) -> Capacity:
 
 
 def bounded(action: Callable[[], T], timeout_s: float, target: Target) -> T:
-    """`action()` of Ray's client, which knows no time limit of its own; its errors become a sentence."""
+    """Return `action()`, a call of Ray's client, which has no time limit of its own; errors become one sentence."""
     box: dict[str, Any] = {}
 
     def work() -> None:
@@ -328,11 +329,11 @@ def bounded(action: Callable[[], T], timeout_s: float, target: Target) -> T:
     thread.start()
     thread.join(timeout_s)
     if thread.is_alive():
-        raise RunFailed(f"{target.where}: the cluster did not take the job within {timeout_s:g} s")
+        raise RunFailed(f"{target.where}: the cluster did not accept the job within {timeout_s:g} s")
     if "error" in box:
         error = box["error"]
         if isinstance(error, UserError | RunFailed):
             raise error
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise RunFailed(f"{target.where}: the cluster refuses the job: {lines[-1][:300]}") from error
+        raise RunFailed(f"{target.where}: the cluster rejects the job: {lines[-1][:300]}") from error
     return box["value"]

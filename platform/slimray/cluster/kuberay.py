@@ -1,4 +1,4 @@
-"""A job as Kubernetes objects: ConfigMap, RayJob, budgets, NetworkPolicy. Fields of `ray.io/v1` are of KubeRay 1.7."""
+"""A job as Kubernetes objects: ConfigMap, RayJob, disruption budgets, NetworkPolicy; `ray.io/v1` as of KubeRay 1.7."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ GCS, DASHBOARD, METRICS = 6379, 8265, 8080  # ports of Ray's pods
 
 
 def kuberay(job: Submission, cluster: KubeRayCluster, values: Mapping[str, str]) -> list[dict[str, Any]]:
-    """A ConfigMap with the job, the RayJob, disruption budgets for its pods and, on request, a network policy."""
+    """Return a ConfigMap with the job, the RayJob, disruption budgets for its pods and, if wanted, a network policy."""
     labels = {"app.kubernetes.io/managed-by": "slimray", "slimray.io/job": job.id}
     meta = {"name": job.id, "namespace": cluster.namespace, "labels": labels}
     queue = {"kueue.x-k8s.io/queue-name": cluster.queue, "kueue.x-k8s.io/priority-class": cluster.priority}
@@ -31,7 +31,7 @@ def kuberay(job: Submission, cluster: KubeRayCluster, values: Mapping[str, str])
         "ttlSecondsAfterFinished": cluster.keep_s,
         "preRunningDeadlineSeconds": cluster.start_deadline_s,
         **({"activeDeadlineSeconds": cluster.deadline_s} if cluster.deadline_s else {}),
-        "backoffLimit": cluster.head_retries,  # retries are slimray's own, on the cluster that is there
+        "backoffLimit": cluster.head_retries,  # other retries are slimray's own, on the existing cluster
         "submitterConfig": {"backoffLimit": 2},
         "rayClusterSpec": {
             "rayVersion": cluster.ray_version,
@@ -50,16 +50,16 @@ def kuberay(job: Submission, cluster: KubeRayCluster, values: Mapping[str, str])
         {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": about, "spec": ray_job},
         _budget("head", 1, job, meta),
     ]
-    # Pods of a RayCluster belong to no built-in controller: a budget may then count `minAvailable` only.
+    # Pods of a RayCluster do not belong to a built-in controller, so a budget can only use `minAvailable`.
     sizes = {name: group.min if cluster.autoscale else group.max for name, group in cluster.workers.items()}
     objects += [_budget(name, size, job, meta) for name, size in sizes.items() if size]
     return objects + ([] if cluster.network is None else [_network(cluster.network, job, meta)])
 
 
 def _network(network: NetworkSpec, job: Submission, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Let in the pods of the job itself, the one that submits it, KubeRay's operator and Prometheus, nobody else.
+    """Admit only the pods of the job itself, the pod that submits it, KubeRay's operator and Prometheus.
 
-    The pod that submits is one of a Kubernetes Job of the RayJob's name, which Kubernetes notes in a label of the pod.
+    The submitting pod belongs to a Kubernetes Job with the RayJob's name, which Kubernetes writes into a pod label.
     """
 
     def of(place: str) -> dict[str, Any]:
@@ -105,11 +105,11 @@ def _group(name: str, group: GroupSpec, job: Submission, cluster: KubeRayCluster
 
 
 def _template(role: str, pod: PodSpec, job: Submission, cluster: KubeRayCluster) -> dict[str, Any]:
-    """A pod that drains its Ray node when it is told to go, and gets the time for it."""
+    """Return the template of a pod that drains its Ray node when Kubernetes ends it, and has the time to do so."""
     gpus = pod.gpus if isinstance(pod, GroupSpec) else 0
     asks = {"cpu": f"{pod.cpus:g}", "memory": pod.memory, **({"nvidia.com/gpu": str(gpus)} if gpus else {})}
     asks |= {name: str(count) for name, count in pod.devices.items()}
-    drain_s = cluster.grace_period_s - 20  # what is left is for Ray's processes to end
+    drain_s = cluster.grace_period_s - 20  # the rest is for Ray's processes to end
     env: list[dict[str, Any]] = [{"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": str(drain_s)}]
     env += [{"name": "RAY_USAGE_STATS_ENABLED", "value": "0"}]
     env += [
@@ -141,7 +141,7 @@ def _template(role: str, pod: PodSpec, job: Submission, cluster: KubeRayCluster)
             for name, port in (("gcs-server", GCS), ("dashboard", DASHBOARD), ("metrics", METRICS))
         ]
     else:  # `ray start` is a child of the container's shell, which would not pass SIGTERM on
-        # The agent asks the cloud of the node (AWS: with a hop limit of 2); where none answers it ends.
+        # The agent polls the cloud's metadata service (AWS: needs a hop limit of 2) and exits if none responds.
         agent = "nohup slimray watch-preemption > /tmp/slimray-watch.log 2>&1 &"
         wait = "pid=$(pgrep -of '[b]in/ray start') && kill -TERM $pid"
         wait += " && while kill -0 $pid 2> /dev/null; do sleep 1; done"

@@ -1,6 +1,6 @@
 """Several raylets on this machine, added and removed by Ray's real autoscaler.
 
-The head is a process group of its own, noted in a state file, so that another command can end it and nothing else.
+The head is a process group of its own, recorded in a state file, so that a later command can end exactly that group.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from slimray.cluster.specs import LocalCluster, RayUpCluster, Target
 from slimray.runs import lock
 from slimray.spec import RunFailed, UserError, dump_yaml
 
-HEAD_NODE_ID = "f" * 51 + "00000"  # what the autoscaler's provider for one machine calls its head
+HEAD_NODE_ID = "f" * 51 + "00000"  # node id of the head in the autoscaler's provider for one machine
 
 
 def autoscaling_config(cluster: LocalCluster) -> dict[str, Any]:
-    """The autoscaler's config for several raylets on one machine, every legacy list present."""
+    """Return the autoscaler's config for several raylets on one machine, with all the legacy lists that it requires."""
     worker = {"min_workers": cluster.min_nodes, "max_workers": cluster.max_nodes}
     empty = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
     empty += ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files")
@@ -59,17 +59,20 @@ STOP_GRACE_S = 5
 
 
 def start_local(target: Target) -> str:
-    """Start the head of a `local` cluster, with Ray's autoscaler, as a process group of its own; returns its address.
+    """Start the head of a `local` cluster, with Ray's autoscaler, as a process group of its own; return its address.
 
-    UserError if it runs already or a port is taken, RunFailed with the last line of its log if it does not come up.
+    Raises UserError if it is already running or a port is in use, and RunFailed, with the last line of its log, if it
+    does not start.
     """
     cluster = _local(target)
     if _running(target.name) is not None:
-        raise UserError(f"{target.where}: runs already at {cluster.address} (`slimray cluster stop {target.name}`)")
+        raise UserError(
+            f"{target.where}: is already running at {cluster.address} (`slimray cluster stop {target.name}` stops it)"
+        )
     for field, port in (("port", cluster.port), ("dashboard_port", cluster.dashboard_port)):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
-                raise UserError(f"{target.where}: {field}: {port} is taken by another program, choose another")
+                raise UserError(f"{target.where}: {field}: {port} is in use by another program, choose another port")
     folder = _state_folder()
     folder.mkdir(parents=True, exist_ok=True)
     config, log_file = folder / f"{target.name}.autoscaler.yaml", folder / f"{target.name}.log"
@@ -82,7 +85,7 @@ def start_local(target: Target) -> str:
         "RAY_CLOUD_INSTANCE_ID": head,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": head,
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # the whole cluster goes, there is nobody to drain to
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # the whole cluster stops, there is no node to drain to
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # `python` of its jobs
     }
     env.pop("RAY_ADDRESS", None)
@@ -92,7 +95,7 @@ def start_local(target: Target) -> str:
         subprocess.run([*ray, "get-auth-token", "--generate"], env=env, stdout=subprocess.DEVNULL,
                        stderr=subprocess.DEVNULL, check=True, timeout=START_TIMEOUT_S)  # fmt: skip
         with contextlib.suppress(OSError):  # a token from the environment has no file
-            token_path().chmod(0o600)  # Ray leaves it readable for everybody
+            token_path().chmod(0o600)  # Ray leaves it world-readable
     command = [*ray, "start", "--head", "--block", "--port", str(cluster.port), "--num-cpus", "0"]
     command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(cluster.dashboard_port)]
     command += ["--autoscaling-config", str(config)]
@@ -111,7 +114,7 @@ def start_local(target: Target) -> str:
 
 
 def stop_local(target: Target) -> bool:
-    """End the processes that `start_local` started, and no others; False if there were none."""
+    """End the processes that `start_local` started, and no others; return False if there were none."""
     _local(target)
     state = _running(target.name)
     if state is not None:
@@ -122,20 +125,21 @@ def stop_local(target: Target) -> bool:
 
 def _local(target: Target) -> LocalCluster:
     if not isinstance(target.cluster, LocalCluster):
-        tool = "`ray up` and `ray down`" if isinstance(target.cluster, RayUpCluster) else "tools of its own"
+        tool = "`ray up` and `ray down`" if isinstance(target.cluster, RayUpCluster) else "its own tools"
         raise UserError(
-            f"{target.where}: is of kind {target.cluster.kind}: only kind local is started here, others with {tool}"
+            f"{target.where}: is of kind {target.cluster.kind}, and only kind local is started by slimray: use {tool}"
         )
     return target.cluster
 
 
 def _wait_for_head(child: subprocess.Popen, target: Target, log_file: Path) -> None:
-    """Return when the head's Jobs API answers and knows the head's node."""
+    """Return once the head's Jobs API responds and lists the head's node."""
     end = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < end:
         if child.poll() is not None:
             lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
-            raise RunFailed(f"{target.where}: Ray did not start: {lines[-1] if lines else 'no word'} (log: {log_file})")
+            reason = lines[-1] if lines else "no output"
+            raise RunFailed(f"{target.where}: Ray did not start: {reason} (log: {log_file})")
         with contextlib.suppress(RunFailed, KeyError, TypeError):
             nodes = get(target, "/api/v0/nodes")["data"]["result"]["result"]
             if any(one["state"] == "ALIVE" for one in nodes):
@@ -153,7 +157,7 @@ def _state_file(name: str) -> Path:
 
 
 def _running(name: str) -> dict[str, Any] | None:
-    """Return what was noted about the head of that name, if that very process still lives."""
+    """Return the recorded state of the head of that name, or None if that very process is no longer alive."""
     try:
         state = json.loads(_state_file(name).read_text())
         return state if _born(int(state["pid"])) == state["born"] else None
@@ -162,13 +166,13 @@ def _running(name: str) -> dict[str, Any] | None:
 
 
 def _born(pid: int) -> str:
-    """Words that no other process shares, also after a restart of the machine; "" if there is no process `pid`."""
+    """Return a unique identity of the process `pid`, valid across restarts of the machine; "" if it does not exist."""
     birth = lock.process_birth(pid)
     return f"{lock.this_host()} {birth}" if birth else ""
 
 
 def _end_group(leader: int) -> None:
-    """SIGTERM, then SIGKILL, for the process group of `leader`; returns when it is gone."""
+    """Send SIGTERM, then SIGKILL, to the process group of `leader`; return when it is gone."""
     for sent, patience_s in ((signal.SIGTERM, STOP_GRACE_S), (signal.SIGKILL, STOP_GRACE_S)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(leader, sent)

@@ -1,9 +1,9 @@
-"""The agent of a cloud machine: asks the metadata service for notices and drains its Ray node.
+"""Agent on a cloud machine: polls the metadata service for preemption notices and drains the Ray node.
 
-Nothing else tells Ray on AWS, GCP or Azure: `watch` asks every POLL_S seconds, and on notice calls `ray drain-node`
-with the time that is left; the runs on the node save and go on elsewhere. CLOUDS holds what each cloud answers: AWS
-spot instance actions (IMDSv2), GCP preemptions and maintenance, Azure scheduled events, as their documentation
-describes them; none of it was tried on a real machine of theirs.
+On AWS, GCP and Azure nothing else informs Ray: `watch` polls every POLL_S seconds, and on a notice calls
+`ray drain-node` with the remaining time; the runs on the node save and continue elsewhere. CLOUDS describes the
+responses of each cloud: AWS spot instance actions (IMDSv2), GCP preemptions and maintenance, Azure scheduled events, as
+documented by the clouds; none of it has been tried on their real machines.
 """
 
 import datetime
@@ -30,7 +30,7 @@ DRAIN_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True)
 class Notice:
-    """A machine will be taken in `left_s` seconds, for `reason`."""
+    """Announcement that a machine will be preempted in `left_s` seconds, for `reason`."""
 
     left_s: float
     reason: str
@@ -38,10 +38,10 @@ class Notice:
 
 @dataclass(frozen=True)
 class Cloud:
-    """A cloud's metadata service: where it is, what identifies it, and which answers are a notice.
+    """A cloud's metadata service: its URL, the headers it needs, and the responses that are a notice.
 
-    `token` is the path at which AWS gives a session token, `me` one whose answer names this machine, `looks` maps paths
-    to functions of (answer, this machine's name) that return a Notice or None.
+    `token` is the path of AWS's session token, `me` the path of this machine's name, and `looks` maps each path to poll
+    to a function of (response, this machine's name) that returns a Notice or None.
     """
 
     url: str
@@ -52,7 +52,7 @@ class Cloud:
 
 
 def _seconds_until(text: str) -> float:
-    """Seconds until a time as ISO 8601 or as HTTP writes it."""
+    """Return the seconds until a time, given in ISO 8601 or as an HTTP date."""
     try:
         when = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
     except ValueError:
@@ -87,7 +87,7 @@ CLOUDS: dict[str, Cloud] = {
         url="http://169.254.169.254",
         token="/latest/api/token",  # noqa: S106 a path
         me="/latest/meta-data/instance-id",
-        looks={"/latest/meta-data/spot/instance-action": _aws},  # 404 as long as there is none
+        looks={"/latest/meta-data/spot/instance-action": _aws},  # 404 while there is no notice
     ),
     "gcp": Cloud(
         url="http://metadata.google.internal",
@@ -108,13 +108,13 @@ CLOUDS: dict[str, Cloud] = {
 
 
 class Service:
-    """The metadata service of a cloud, as this machine reaches it; `url` in place of the cloud's own."""
+    """The metadata service of a cloud, as this machine reaches it; `url` replaces the cloud's own."""
 
     def __init__(self, cloud: Cloud, url: str = ""):
         self.cloud, self.url, self._token, self._token_until = cloud, (url or cloud.url).rstrip("/"), "", 0.0
 
     def ask(self, path: str) -> str | None:
-        """Return the answer at `path`, None for 404; OSError if there is no other."""
+        """Return the response at `path`, None for 404; OSError if there is neither."""
         for attempt in (1, 2):
             headers = dict(self.cloud.headers)
             if self.cloud.token:
@@ -126,7 +126,7 @@ class Service:
                     return None
                 if error.code != 401 or attempt == 2:
                     raise
-                self._token_until = 0.0  # of before the machine was started again
+                self._token_until = 0.0  # the token is from before the machine was restarted
         return None
 
     def _session(self) -> str:
@@ -140,29 +140,29 @@ class Service:
         try:
             with _DIRECT.open(request, timeout=REQUEST_TIMEOUT_S) as answer:
                 return answer.read(1 << 20).decode("utf-8", "replace")
-        except http.client.HTTPException as error:  # an answer that is cut off, or is not HTTP
+        except http.client.HTTPException as error:  # a truncated response, or one that is not HTTP
             raise ConnectionError(f"{type(error).__name__}: {str(error).strip()}") from None
 
     def notice(self, me: str) -> Notice | None:
-        """Return what is announced for the machine `me`; OSError or ValueError if the answer cannot be had or read."""
+        """Return the notice for the machine `me`, or None; OSError or ValueError if the service cannot be read."""
         for path, read in self.cloud.looks.items():
             answer = self.ask(path)
             try:
                 found = None if answer is None else read(answer, me)
             except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path} answers what is not known here ({error})") from None
+                raise ValueError(f"{path} returned an unknown response ({error})") from None
             if found is not None:
                 return found
         return None
 
 
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the service answers this machine only
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the service must not be reached by a proxy
 
 
 def find_service(name: str | None, url: str = "") -> tuple[Service, str] | None:
-    """Return the metadata service and this machine's name there; None if no cloud of CLOUDS answers.
+    """Return the metadata service and this machine's name there; None if no cloud of CLOUDS responds.
 
-    `name` says which cloud to expect; UserError if that one does not answer.
+    With `name`, only that cloud is tried; UserError if it does not respond.
     """
     for one, cloud in CLOUDS.items() if name is None else [(name, CLOUDS[name])]:
         service = Service(cloud, url)
@@ -171,8 +171,8 @@ def find_service(name: str | None, url: str = "") -> tuple[Service, str] | None:
         except (OSError, ValueError) as error:
             if name is not None:
                 raise UserError(
-                    f"--cloud {one}: the metadata service at {service.url} does not answer ({error}): is this a "
-                    "machine of that cloud, and may containers reach the service (AWS: hop limit 2)?"
+                    f"--cloud {one}: the metadata service at {service.url} does not respond ({error}): check that this "
+                    "is a machine of that cloud, and that containers can reach the service (AWS: hop limit 2)"
                 ) from None
             continue
         if me is not None:
@@ -181,14 +181,14 @@ def find_service(name: str | None, url: str = "") -> tuple[Service, str] | None:
 
 
 def head_of(address: str) -> str:
-    """Return HOST:PORT of the Ray cluster at `address`, or of this machine if it is ""; ConnectionError if none."""
+    """Return HOST:PORT of the Ray cluster at `address`, or on this machine if it is ""; ConnectionError if none."""
     from ray._private.services import canonicalize_bootstrap_address_or_die
 
     return canonicalize_bootstrap_address_or_die(address or "auto")
 
 
 def this_node(address: str) -> str:
-    """Return the id of the Ray node of this machine in the cluster at `address`; RunFailed if there is not just one."""
+    """Return the id of this machine's Ray node in the cluster at `address`; RunFailed unless there is exactly one."""
     import ray.util
     from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -196,12 +196,12 @@ def this_node(address: str) -> str:
     nodes = GcsClient(address=address).get_all_node_info(timeout=DRAIN_TIMEOUT_S)
     mine = [key.hex() for key, node in nodes.items() if node.state == 0 and node.node_manager_address == here]
     if len(mine) != 1:
-        raise RunFailed(f"{len(mine)} Ray nodes of {address} run at {here}: --node-id says which one is meant")
+        raise RunFailed(f"{len(mine)} Ray nodes of {address} run at {here}, choose one with --node-id")
     return mine[0]
 
 
 def drain(address: str, node_id: str, notice: Notice) -> None:
-    """Tell the Ray cluster at `address` that a node will be gone; RunFailed with Ray's last word if it refuses."""
+    """Tell the Ray cluster at `address` that a node will be preempted; RunFailed with Ray's last line if it refuses."""
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address, "--node-id", node_id,
         "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", notice.reason,
@@ -217,17 +217,17 @@ def drain(address: str, node_id: str, notice: Notice) -> None:
 
 
 def watch(service: Service, me: str, address: Callable[[], str], node_id: str, say: Callable[[str], Any]) -> Notice:
-    """Ask `service` until it announces that the machine `me` is taken, drain the Ray node, and return the notice.
+    """Poll `service` until it announces the preemption of the machine `me`, drain its Ray node, and return the notice.
 
-    `address` finds the Ray cluster, which may start later than this agent. A service that does not answer, or Ray that
-    does not take the word, is asked again, and told once. RunFailed when the time has passed without Ray's word.
+    `address` finds the Ray cluster, which may start later than this agent. Failed requests to the service or to Ray are
+    repeated, and each error is printed once. RunFailed if the node is not drained before the notice expires.
     """
     said = ""
     while True:
         try:
             notice = service.notice(me)
         except (OSError, ValueError) as error:
-            said = _once(f"the metadata service at {service.url} does not answer ({error}), asking again", said, say)
+            said = _once(f"the metadata service at {service.url} does not respond ({error}), trying again", said, say)
             notice = None
         if notice is not None:
             break
@@ -239,7 +239,7 @@ def watch(service: Service, me: str, address: Callable[[], str], node_id: str, s
         try:
             where = address()
             drain(where, node_id or this_node(where), left)
-            say("drained: what runs there saves, and goes on elsewhere")
+            say("drained: its runs save and continue elsewhere")
             return notice
         except (RunFailed, OSError, RuntimeError, RayError) as error:
             said = _once(f"{error}, trying again", said, say)

@@ -1,4 +1,4 @@
-"""Machines of a cloud that `ray up` starts: the cluster file is held against Ray's own schema."""
+"""Cloud machines started by `ray up`: validates the cluster file against Ray's own schema."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from slimray.spec import UserError
 
 
 def require_ray_up(cluster: RayUpCluster, path: Path) -> None:
-    """Hold `ray_up` against Ray's own schema."""
+    """Validate `ray_up` against Ray's own schema; UserError with file and field if it does not fit."""
     from jsonschema import ValidationError
     from ray.autoscaler._private.util import validate_config
 

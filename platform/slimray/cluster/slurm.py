@@ -1,4 +1,4 @@
-"""A job as a script for `sbatch`: Ray on every machine of the allocation, the command on the first."""
+"""A job as a script for `sbatch`: Ray runs on every machine of the allocation, the command on the first."""
 
 import shlex
 from collections.abc import Mapping
@@ -7,15 +7,15 @@ from typing import Any
 from slimray.cluster.script import SCRIPT, Submission, env_vars, write_files
 from slimray.cluster.specs import SlurmCluster, capacity
 
-SIGNAL_S = 120  # before the limit of time: the driver is told to end, and the job is queued again
-PORTS = 1000  # from `port` on, one for each job: jobs may share a machine
+SIGNAL_S = 120  # before the time limit, when the driver is told to end and the job is requeued
+PORTS = 1000  # ports from `port` on, one per job, because jobs may share a machine
 
 
 def slurm(job: Submission, cluster: SlurmCluster, values: Mapping[str, str]) -> str:
-    """The script for `sbatch`: Ray on every machine, the command on the first, all gone when it ends.
+    """Return the script for `sbatch`: Ray on every machine, the command on the first; Ray ends with the command.
 
-    Before the limit of time Slurm sends SIGUSR1: the command saves and ends, and the job is queued again and resumes.
-    SIGTERM (`slimray stop`, scancel) has it save and end for good; a job that Slurm preempts is queued again by Slurm.
+    Before the time limit Slurm sends SIGUSR1: the command saves and ends, and the job is requeued and resumes. On
+    SIGTERM (`slimray stop`, scancel) it saves and ends for good; a job that Slurm preempts is requeued by Slurm.
     """
     options: dict[str, Any] = {
         "job-name": job.id,
@@ -35,7 +35,7 @@ def slurm(job: Submission, cluster: SlurmCluster, values: Mapping[str, str]) -> 
     env = env_vars(cluster, capacity(cluster), values)
     resources = f"--num-cpus {cluster.cpus_per_node} --num-gpus {cluster.gpus_per_node}"
     others = cluster.nodes - 1
-    step = f"srun --overlap --cpus-per-task={cluster.cpus_per_node}"  # srun does not take it over from sbatch
+    step = f"srun --overlap --cpus-per-task={cluster.cpus_per_node}"  # srun does not inherit it from sbatch
     join = [
         f'{step} --nodes={others} --ntasks={others} --exclude="$head" \\',
         f'  ray start --address "$RAY_ADDRESS" {resources} --block --disable-usage-stats &',
@@ -48,7 +48,7 @@ def slurm(job: Submission, cluster: SlurmCluster, values: Mapping[str, str]) -> 
             *cluster.setup,
             *[f"export {name}={shlex.quote(value)}" for name, value in env.items()],
             "export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0",
-            "ray get-auth-token --generate > /dev/null   # in the home folder that all machines share",
+            "ray get-auth-token --generate > /dev/null   # stored in the home folder, which all machines share",
             "work=$(mktemp -d)",
             *write_files(job, cluster, '"$work"'),
             "head=${SLURMD_NODENAME:-$(hostname -s)}",
@@ -60,15 +60,15 @@ def slurm(job: Submission, cluster: SlurmCluster, values: Mapping[str, str]) -> 
             "ray health-check || { echo 'Ray did not start on the first machine within two minutes' >&2; exit 1; }",
             *(join if others else []),
             f"srun --overlap --cpus-per-task=1 --nodes={cluster.nodes} --ntasks-per-node=1 \\",
-            "  slimray watch-preemption &   # on machines of a cloud; elsewhere it ends at once",
-            f'setsid sh "$work/{SCRIPT}" &   # a session of its own, to be ended with all its children',
+            "  slimray watch-preemption &   # on cloud machines; elsewhere it exits at once",
+            f'setsid sh "$work/{SCRIPT}" &   # a session of its own, so that all its children can be ended',
             "command=$!; again= stopped=",
             "trap 'again=1; kill -TERM -- -$command' USR1",
-            "trap 'kill -${stopped:-TERM} -- -$command; stopped=KILL' TERM   # a second one does not wait",
+            "trap 'kill -${stopped:-TERM} -- -$command; stopped=KILL' TERM   # a second SIGTERM does not wait",
             "code=0; wait $command || code=$?",
-            "while kill -0 $command 2> /dev/null; do code=0; wait $command || code=$?; done   # a trap ends it",
+            "while kill -0 $command 2> /dev/null; do code=0; wait $command || code=$?; done   # traps interrupt wait",
             'if [ -n "$again" ] && [ -z "$stopped" ] && [ "$code" -ne 0 ]; then',
-            '  echo "slimray: the time is over, the job is queued again and goes on" >&2',
+            '  echo "slimray: the time limit is near, the job is requeued and resumes" >&2',
             '  scontrol requeue "$SLURM_JOB_ID"',
             "fi",
             'exit "$code"',

@@ -1,7 +1,7 @@
-"""Fields of a cluster file: the YAML of `cluster/NAME.yaml`, a union by `kind`, and what such a cluster can hold.
+"""Fields of a cluster file: the YAML of `cluster/NAME.yaml`, a union by `kind`, and the capacity of such a cluster.
 
-Secrets are named, never held: their values are in the environment of the cluster's nodes, or in a Kubernetes secret. A
-value that is forwarded by Ray would stand in its logs and dashboard, so `pass_env` refuses names that look like one.
+Secrets are named but never stored: their values are in the environment of the cluster's nodes, or in a Kubernetes
+secret. A value that Ray forwards appears in its logs and dashboard, so `pass_env` refuses names that look like secrets.
 Nothing here talks to a cluster or needs Ray.
 """
 
@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from slimray.credentials import find, held, is_secret_name
 from slimray.spec import Spec
 
-COMMIT_NAME = re.compile(r"commit|sha|rev|hash|digest|checksum", re.IGNORECASE)  # 40 hex digits are then no old W&B key
+COMMIT_NAME = re.compile(r"commit|sha|rev|hash|digest|checksum", re.IGNORECASE)  # here 40 hex digits are not a W&B key
 EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
@@ -26,13 +26,13 @@ def _is_http(value: str) -> str:
 
 def _is_one_line(value: str) -> str:
     if not value.isprintable():
-        raise ValueError("must be one line of printable characters, it is written into a script")
+        raise ValueError("must be one line of printable characters, because it is written into a script")
     return value
 
 
 Address = Annotated[str, AfterValidator(_is_http)]
 OneLine = Annotated[str, AfterValidator(_is_one_line)]
-# As Kubernetes takes them; its schemas say `string`, and the rest is told by `kubectl apply`.
+# As Kubernetes accepts them; its schemas only require a string, and `kubectl apply` checks the rest.
 NamespaceName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 SecretKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,253}$")]
@@ -41,25 +41,25 @@ Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 
 
 class CapacitySpec(Spec):
-    """The most a cluster can ever have, counted over its nodes without the head."""
+    """The largest size of a cluster, summed over its nodes without the head."""
 
     cpus: float = Field(gt=0)
     """Logical CPUs of all nodes."""
     gpus: float = Field(0, ge=0)
     """GPUs of all nodes."""
     node_cpus: float | None = Field(None, gt=0)
-    """Logical CPUs of the largest node; default as many as `cpus`."""
+    """Logical CPUs of the largest node. Default: `cpus`."""
     node_gpus: float | None = Field(None, ge=0)
-    """GPUs of the largest node."""
+    """GPUs of the largest node. Default: `gpus`."""
 
 
 class DriverSpec(Spec):
-    """Place of the command itself: by default on the head, else on a node with these resources and labels."""
+    """Placement of the command itself: by default on the head, otherwise on a node with these resources and labels."""
 
     cpus: float = Field(0, ge=0)
     """Logical CPUs reserved for the command."""
     resources: dict[str, float] = {}
-    """Custom resources that only safe (not spot) nodes have, such as `safe: 0.01`."""
+    """Custom resources that only safe (non-spot) nodes have, such as `safe: 0.01`."""
     labels: dict[str, str] = {}
     """Labels of the node, such as `ray.io/market-type: on-demand`."""
 
@@ -68,15 +68,15 @@ class ClusterSpec(Spec):
     """Fields that all kinds of clusters have."""
 
     storage: str | None = None
-    """Where runs lie when --storage does not say it: s3://, gs://, or a folder that all nodes share."""
+    """Where runs are stored if --storage is not given: s3://, gs://, or a folder that all nodes share."""
     retries: int = Field(3, ge=0)
-    """How often a run that failed is started again, on the cluster; it resumes. A user's mistake is not repeated."""
+    """How often a failed run is restarted on the cluster, where it resumes. User errors are not retried."""
     env: dict[EnvName, str] = {}
-    """Environment variables of the job, written out here. Never a secret."""
+    """Environment variables of the job, with their values. Never a secret."""
     pass_env: tuple[EnvName, ...] = ()
-    """Environment variables of the job, taken from the environment of `slimray submit`. Never a secret."""
+    """Environment variables of the job, copied from the environment of `slimray submit`. Never a secret."""
     machine: dict[str, Any] = {}
-    """What `slimray plan` reads about the machines."""
+    """Description of the machines for `slimray plan`."""
 
     @model_validator(mode="after")
     def _no_secrets(self) -> "ClusterSpec":
@@ -84,32 +84,32 @@ class ClusterSpec(Spec):
             if any(find({name: value}, names=True)) and held(value) is None:
                 raise ValueError(f"env: {name} looks like a secret: name it in `secrets`, never write its value")
             if held(value) or (re.fullmatch(r"[0-9a-f]{40}", value) and not COMMIT_NAME.search(name)):
-                raise ValueError(f"env.{name}: holds what looks like a secret: take it out, and name it in `secrets`")
+                raise ValueError(f"env.{name}: holds what looks like a secret: remove it and name it in `secrets`")
         for name in self.pass_env:
             if is_secret_name(name):
-                raise ValueError(f"pass_env: {name} looks like a secret, Ray would log it: name it in `secrets`")
+                raise ValueError(f"pass_env: {name} looks like a secret, which Ray would log: name it in `secrets`")
         return self
 
 
 class NodeSecrets(Spec):
-    """Secrets on a cluster whose nodes get their environment from whoever runs it."""
+    """Secrets on a cluster whose nodes get their environment from its administrator."""
 
     secrets: tuple[EnvName, ...] = ()
     """Environment variables that the nodes must have, such as WANDB_API_KEY; checked before the job starts."""
 
 
 class JobsCluster(ClusterSpec, NodeSecrets):
-    """A Ray cluster that is there already, through its Jobs API."""
+    """An existing Ray cluster, used through its Jobs API."""
 
     kind: Literal["jobs"]
     address: Address
-    """The head's dashboard, http://HOST:8265."""
+    """URL of the head's dashboard, http://HOST:8265."""
     token_env: EnvName | None = None
-    """Environment variable with the cluster's token; default as Ray: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray."""
+    """Environment variable with the cluster's token. Default: as Ray, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray."""
     driver: DriverSpec = DriverSpec.model_validate({})
     """A safe node for the command."""
     capacity: CapacitySpec | None = None
-    """For a cluster that grows by itself: its largest size. Default: what is there when the job is submitted."""
+    """For a cluster that grows by itself: its largest size. Default: its size when the job is submitted."""
 
 
 class LocalCluster(ClusterSpec, NodeSecrets):
@@ -119,15 +119,15 @@ class LocalCluster(ClusterSpec, NodeSecrets):
     node_cpus: int = Field(2, ge=1)
     """Logical CPUs of each node that is added."""
     max_nodes: int = Field(2, ge=1, le=64)
-    """Most nodes beside the head, which holds no work."""
+    """Most nodes besides the head, which runs no work."""
     min_nodes: int = Field(0, ge=0)
-    """Nodes that are kept."""
+    """Nodes that are kept even when idle."""
     idle_timeout_s: float = Field(60, gt=0)
-    """An added node goes after it had nothing to do for so long."""
+    """Idle time after which an added node is removed."""
     port: int = Field(6379, ge=1024, le=65535)
-    """Of Ray on this machine."""
+    """Port of Ray on this machine."""
     dashboard_port: int = Field(8265, ge=1024, le=65535)
-    """Of the Jobs API and the dashboard, on 127.0.0.1."""
+    """Port of the Jobs API and the dashboard, on 127.0.0.1."""
 
     @model_validator(mode="after")
     def _nodes_fit(self) -> "LocalCluster":
@@ -137,29 +137,29 @@ class LocalCluster(ClusterSpec, NodeSecrets):
 
     @property
     def address(self) -> str:
-        """Return where its Jobs API answers."""
+        """Return the URL of its Jobs API."""
         return f"http://127.0.0.1:{self.dashboard_port}"
 
 
 class RayUpCluster(ClusterSpec, NodeSecrets):
-    """Machines of a cloud that `ray up` starts; jobs go through `ray dashboard`, which forwards the head's port."""
+    """Cloud machines started by `ray up`; jobs go through `ray dashboard`, which forwards the head's port."""
 
     kind: Literal["ray_up"]
     address: Address = "http://127.0.0.1:8265"
-    """Where the head's dashboard is reached from here."""
+    """URL of the head's dashboard as seen from here."""
     token_env: EnvName | None = None
     """As for `jobs`."""
     driver: DriverSpec = DriverSpec.model_validate({})
     """A safe node for the command."""
     ray_up: dict[str, Any]
-    """The cluster as `ray up` takes it."""
+    """The cluster config that `ray up` takes."""
 
     @field_validator("ray_up")
     @classmethod
     def _is_complete(cls, value: dict[str, Any]) -> dict[str, Any]:
         nodes = value.get("available_node_types")
         if not isinstance(nodes, dict) or not all(isinstance(node, dict) for node in nodes.values()):
-            raise ValueError("available_node_types is required, a mapping of node types")
+            raise ValueError("available_node_types is required and must be a mapping of node types")
         if value.get("head_node_type") not in nodes:
             raise ValueError("head_node_type must be one of available_node_types")
         return value
@@ -178,13 +178,13 @@ class VolumeSpec(Spec):
     """A persistent volume claim that all pods mount."""
 
     claim: ObjectName
-    """Name of the claim; many nodes write it (ReadWriteMany)."""
+    """Name of the claim; many nodes write to it (ReadWriteMany)."""
     mount: str = Field(pattern=r"^/.+")
     """Folder in the pods."""
 
 
 class PodSpec(Spec):
-    """Resources that a pod of the cluster asks for."""
+    """Resources that a pod of the cluster requests."""
 
     cpus: float = Field(4, gt=0)
     """CPUs."""
@@ -195,23 +195,23 @@ class PodSpec(Spec):
     spill: Quantity | None = None
     """Size of the emptyDir for objects that do not fit into shared memory, on the node's NVMe."""
     node_selector: dict[str, LabelValue] = {}
-    """Labels of the nodes it may run on."""
+    """Labels of the nodes that it may run on."""
     tolerations: tuple[dict[str, Any], ...] = ()
     """Tolerated taints, as Kubernetes writes them."""
     devices: dict[str, Annotated[int, Field(ge=1)]] = {}
-    """Devices beside GPUs that a pod asks for, by resource: `vpc.amazonaws.com/efa: 4`, `rdma/hca: 1`."""
+    """Devices other than GPUs that a pod requests, by resource: `vpc.amazonaws.com/efa: 4`, `rdma/hca: 1`."""
     capabilities: tuple[Annotated[str, Field(pattern=r"^[A-Z_]+$")], ...] = ()
-    """Linux capabilities its container is given: `IPC_LOCK`, which RDMA needs."""
+    """Linux capabilities of its container, such as `IPC_LOCK`, which RDMA needs."""
     affinity: dict[str, Any] = {}
-    """Node and pod affinity, as Kubernetes writes it: pods of one training close together."""
+    """Node and pod affinity, as Kubernetes writes it, to keep the pods of one training close together."""
     annotations: dict[str, str] = {}
     """Annotations of the pods."""
     priority_class: ObjectName | None = None
-    """Kubernetes' priority class of the pods."""
+    """Kubernetes priority class of the pods."""
 
 
 class GroupSpec(PodSpec):
-    """A group of equal worker pods."""
+    """A group of identical worker pods."""
 
     gpus: int = Field(0, ge=0)
     """GPUs of each pod."""
@@ -232,16 +232,16 @@ class GroupSpec(PodSpec):
 
 
 class NetworkSpec(Spec):
-    """Peers that reach the pods of a job, beside themselves, where the network of Kubernetes obeys policies."""
+    """Namespaces that may reach the pods of a job, if the Kubernetes network enforces network policies."""
 
     operator: NamespaceName
-    """Namespace of KubeRay's operator, which asks the head how the job is."""
+    """Namespace of KubeRay's operator, which polls the head for the job's status."""
     monitoring: NamespaceName | None = None
     """Namespace of Prometheus, which reads the pods' metrics."""
 
 
 class KubeRayCluster(ClusterSpec):
-    """A RayJob: KubeRay starts a cluster for the job and takes it away afterwards."""
+    """A RayJob: KubeRay starts a cluster for the job and removes it afterwards."""
 
     kind: Literal["kuberay"]
     image: str
@@ -251,34 +251,34 @@ class KubeRayCluster(ClusterSpec):
     ray_version: str = "2.60.0"
     """Version of Ray in the image."""
     secrets: dict[EnvName, SecretRef] = {}
-    """Environment variables of all pods out of Kubernetes secrets."""
+    """Environment variables of all pods, taken from Kubernetes secrets."""
     service_account: ObjectName | None = None
-    """Of the pods, for access to storage."""
+    """Service account of the pods, for access to storage."""
     head: PodSpec = PodSpec.model_validate({})
-    """The head, which holds no work; put it on a node that is not spot."""
+    """The head, which runs no work; put it on a non-spot node."""
     workers: dict[NamespaceName, GroupSpec] = Field(min_length=1)
-    """Groups of worker pods, by name, which is part of the pods' own."""
+    """Groups of worker pods, by name; the name becomes part of the pods' names."""
     volumes: tuple[VolumeSpec, ...] = ()
     """Shared storage."""
     network: NetworkSpec | None = None
-    """Write a NetworkPolicy that shuts all others out, as whoever reaches Ray's ports runs code there; null: none."""
+    """Write a NetworkPolicy that admits nobody else, because whoever reaches Ray's ports can run code; null: none."""
     autoscale: bool = True
-    """Have Ray's autoscaler (v2) size the groups between `min` and `max`; needs `queue: null`."""
+    """Let Ray's autoscaler (v2) size the groups between `min` and `max`; needs `queue: null`."""
     idle_timeout_s: int = Field(300, gt=0)
-    """A pod goes after it had nothing to do for so long."""
+    """Idle time after which a pod is removed."""
     grace_period_s: int = Field(120, ge=30)
-    """Seconds from a pod's notice to its end: Ray drains the node, slimray writes a checkpoint."""
+    """Seconds from a pod's notice to its end, in which Ray drains the node and slimray writes a checkpoint."""
     start_deadline_s: int = Field(1800, gt=0)
-    """Longest wait for the pods; then the job fails."""
+    """Longest wait for the pods, after which the job fails."""
     deadline_s: int | None = Field(None, gt=0)
-    """Longest life of the job."""
+    """Longest duration of the job."""
     keep_s: int = Field(60, ge=0)
-    """The cluster, with the GPUs that are paid for, stays so long after the job; what a run says is in its folder."""
+    """How long the cluster, and its paid GPUs, is kept after the job; all results of a run are in its folder anyway."""
     head_retries: int = Field(0, ge=0)
-    """How often a job that ended badly gets a new cluster, where it resumes with all its `retries`. KubeRay cannot tell
-    a head that is lost from a user's mistake or retries that are used up: more than 0 pays for those again, too."""
+    """How often a failed job gets a new cluster, where it resumes with all its `retries`. KubeRay cannot tell a lost
+    head from a user error or from exhausted retries: a value above 0 pays for those again, too."""
     pull_secrets: tuple[ObjectName, ...] = ()
-    """Kubernetes secrets with which the image is pulled."""
+    """Kubernetes secrets for pulling the image."""
     queue: NamespaceName | None = None
     """Kueue's LocalQueue: the job waits until all its pods fit. The cluster then has a fixed size, `max`."""
     priority: LabelValue | None = None
@@ -287,41 +287,41 @@ class KubeRayCluster(ClusterSpec):
     @model_validator(mode="after")
     def _queue_fits(self) -> "KubeRayCluster":
         if self.queue is not None and self.autoscale:
-            raise ValueError("autoscale: must be false with a queue: Kueue admits a cluster of a fixed size")
+            raise ValueError("autoscale: must be false with a queue, because Kueue admits clusters of a fixed size")
         if self.priority is not None and self.queue is None:
-            raise ValueError("priority: is Kueue's, it needs a queue")
+            raise ValueError("priority: is a setting of Kueue and needs a queue")
         return self
 
     @field_validator("workers")
     @classmethod
     def _no_second_head(cls, value: dict[str, GroupSpec]) -> dict[str, GroupSpec]:
         if "head" in value:
-            raise ValueError("head is the name of the head's group, take another")
+            raise ValueError("head is the name of the head's group, choose another")
         return value
 
 
 class SlurmCluster(ClusterSpec, NodeSecrets):
-    """An allocation of Slurm: one Ray node per machine, the command on the first."""
+    """A Slurm allocation: one Ray node per machine, the command on the first."""
 
     kind: Literal["slurm"]
     nodes: int = Field(ge=1)
-    """Machines."""
+    """Number of machines."""
     cpus_per_node: int = Field(ge=1)
-    """CPUs of each."""
+    """CPUs of each machine."""
     gpus_per_node: int = Field(0, ge=0)
-    """GPUs of each."""
+    """GPUs of each machine."""
     time: str = Field("24:00:00", pattern=r"^(\d+-)?\d{1,2}(:\d{2}){0,2}$|^\d+(:\d{2})?$")
-    """Longest life of the allocation, as Slurm writes it."""
+    """Time limit of the allocation, as Slurm writes it."""
     partition: OneLine | None = None
     """Partition."""
     account: OneLine | None = None
     """Account."""
     options: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")], OneLine | int] = {}
-    """More options of sbatch, by name: `constraint: nvme`."""
+    """Further options of sbatch, by name: `constraint: nvme`."""
     setup: tuple[OneLine, ...] = ()
     """Shell commands on every machine before Ray starts: `module load ...`, `source .venv/bin/activate`."""
     port: int = Field(6379, ge=1024, le=65535)
-    """Of Ray on the first machine."""
+    """Port of Ray on the first machine; each job adds an offset of its own."""
 
 
 Cluster = JobsCluster | LocalCluster | RayUpCluster | KubeRayCluster | SlurmCluster
@@ -336,7 +336,7 @@ KINDS: dict[str, type[ClusterSpec]] = {
 
 @dataclass(frozen=True)
 class Capacity:
-    """The most a cluster can have in all and on its largest node."""
+    """The most CPUs and GPUs that a cluster can have in total and on its largest node."""
 
     cpus: float
     gpus: float
@@ -345,7 +345,7 @@ class Capacity:
 
 
 def capacity(cluster: Cluster) -> Capacity | None:
-    """The most the cluster can ever have, as its file tells; None where only the cluster itself can tell."""
+    """Return the largest size of the cluster according to its file; None if only the cluster itself knows it."""
     if isinstance(cluster, JobsCluster):
         told = cluster.capacity
         if told is None:
@@ -375,7 +375,7 @@ def capacity(cluster: Cluster) -> Capacity | None:
 
 @dataclass(frozen=True)
 class Target:
-    """A cluster with the words that name it in messages."""
+    """A cluster, with the name and the file that identify it in messages."""
 
     name: str
     where: str

@@ -1,9 +1,9 @@
-"""Hand a checked job to a cluster and follow it, whatever its kind.
+"""Submit a checked job to a cluster of any kind and follow it.
 
-`load_cluster` reads a cluster file, `make_submission` makes a job ready (checked, resolved, small enough for the
-cluster), `render` gives what one would apply by hand, `submit` applies it. Ray's Jobs API runs a job once; starting it
-again is slimray's: a script beside the run repeats `slimray run`, which resumes. Every request has a time limit, and
-what can never fit is refused before it is submitted, because Ray would wait for it for ever.
+`load_cluster` reads a cluster file, `make_submission` prepares a job (checked, resolved, small enough for the cluster),
+`render` returns the manifest to apply by hand, `submit` applies it. Ray's Jobs API runs a job once; retries are
+slimray's own: a script on the cluster repeats `slimray run`, which resumes. Every request has a time limit, and a job
+that can never fit is refused before it is submitted, because Ray would wait for resources for ever.
 """
 
 import os
@@ -55,17 +55,17 @@ JOBS_KINDS = (JobsCluster, LocalCluster, RayUpCluster)
 
 
 def load_cluster(name: str, beside: str | Path | None = None) -> Target:
-    """Read the cluster `name`: a file, or one of that name near the job `beside`, in ./cluster, or among the packaged.
+    """Read the cluster `name`: a file, or one of that name near the job `beside`, in ./cluster, or in the package.
 
-    UserError with file and field if it is not there or not right.
+    Raises UserError with file and field if it is missing or invalid.
     """
     path = _find(name, beside)
     documents = read_yaml(path)
     if len(documents) != 1:
-        raise UserError(f"{path}: must hold one document, a cluster")
+        raise UserError(f"{path}: must hold exactly one document, a cluster")
     document = dict(documents[0])
     if document.get("kind") == "plan":
-        raise UserError(f"{path}: kind: describes machines for `slimray plan`, nothing can be submitted to it")
+        raise UserError(f"{path}: kind: plan describes machines for `slimray plan`, jobs cannot be submitted to it")
     try:
         spec = lookup(KINDS, str(document.get("kind")), "kind")
     except UserError as error:
@@ -80,7 +80,7 @@ def load_cluster(name: str, beside: str | Path | None = None) -> Target:
 
 
 def list_clusters() -> dict[str, Path]:
-    """The clusters that a name can mean, nearest first, without those of a job's own folder."""
+    """Return the clusters that can be given by name, nearest first, without those in a job's own folder."""
     found: dict[str, Path] = {}
     for folder in (Path("cluster"), inputs.packaged("cluster")):
         for path in sorted(folder.glob("*.yaml")):
@@ -108,10 +108,10 @@ def make_submission(
     restart: bool = False,
     unchecked: bool = False,
 ) -> Submission:
-    """Load, check and resolve the jobs of `files` for a cluster; UserError with all that is wrong.
+    """Load, check and resolve the jobs of `files` for a cluster; UserError with every problem found.
 
-    `unchecked` leaves out what needs the data and the runs, for storage that only the cluster sees; it checks them
-    itself, first thing. The attempt in the id is 1, see `submit`.
+    `unchecked` skips the checks that need data and runs, for storage that only the cluster can read; they are made
+    there when the job starts. The attempt in the id is 1, see `submit`.
     """
     loaded = job.load(files, sets)
     where = _storage(target, storage)
@@ -127,7 +127,7 @@ def make_submission(
         require_room(left, have, target.where)
     missing = [name for name in target.cluster.pass_env if name not in os.environ]
     if missing:
-        raise UserError(f"{target.where}: pass_env: {missing[0]} is not set here: export it, or take it out")
+        raise UserError(f"{target.where}: pass_env: {missing[0]} is not set here: export it, or remove it there")
     try:
         env_vars(target.cluster, have, os.environ)
     except UserError as error:
@@ -137,7 +137,7 @@ def make_submission(
 
 
 def require_room(loaded: Sequence[job.Loaded], have: Capacity, where: str) -> None:
-    """Raise UserError for the first job that the cluster `where` can never hold, with its field and what there is."""
+    """Raise UserError for the first job that can never fit on the cluster `where`, with its field and the limit."""
     for one in loaded:
         if getattr(one.job, "scale", None) is None:
             needs = {"CPU": (1.0, 1.0, have.cpus, have.node_cpus)}
@@ -151,17 +151,17 @@ def require_room(loaded: Sequence[job.Loaded], have: Capacity, where: str) -> No
         for what, (need, each, total, node) in needs.items():
             if need > total:
                 raise UserError(
-                    f"{one.where}: scale: needs {need:g} {what}s, {where} can have at most {total:g}: "
+                    f"{one.where}: scale: needs {need:g} {what}s, but {where} can have at most {total:g}: "
                     "lower scale.workers, or let the cluster grow larger"
                 )
             if each > node:
                 raise UserError(
-                    f"{one.where}: scale: each worker needs {each:g} {what}s, the largest node of {where} has {node:g}"
+                    f"{one.where}: scale: a worker needs {each:g} {what}s, but the largest node of {where} has {node:g}"
                 )
 
 
 def worker_hour(target: Target) -> float | None:
-    """Return the price of a worker for an hour, by `machine` of the cluster file and prices.yaml; None if unknown."""
+    """Return the price of one worker-hour, from `machine` in the cluster file and prices.yaml; None if unknown."""
     from slimray.train.calibrate import find_cluster  # imports torch
 
     folders = (Path(target.where).resolve().parent, Path("cluster"), inputs.packaged("cluster"))
@@ -175,7 +175,7 @@ def worker_hour(target: Target) -> float | None:
 
 
 def _at_home(document: dict[str, Any]) -> dict[str, Any]:
-    """The document with the folder of its data as it is from any folder."""
+    """Return the document with an absolute path to its data."""
     data = document.get("data")
     if isinstance(data, dict) and data.get("root"):
         return document | {"data": data | {"root": absolute(data["root"])}}
@@ -183,20 +183,20 @@ def _at_home(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _storage(target: Target, given: str | None) -> str:
-    """Return where the runs lie, the same from here and from there."""
+    """Return the storage of the runs, valid both here and on the cluster; UserError if there is none."""
     told = given or target.cluster.storage or os.environ.get("SLIMRAY_STORAGE")
     if isinstance(target.cluster, LocalCluster):
         return absolute(told or "runs")
     if told is None or absolute(told) != told:
         raise UserError(
             f"{target.where}: storage: {'is missing' if told is None else f'{told!r} is a folder of this machine'}: "
-            "give s3://, gs:// or a folder that all nodes share, here or by --storage"
+            "give s3://, gs:// or a folder that all nodes share, here or with --storage"
         )
     return told
 
 
 def render(ready: Submission, target: Target) -> str:
-    """All that `submit` would apply, to be reviewed and applied by hand: YAML for kubectl, else a script."""
+    """Return all that `submit` would apply, to review and apply by hand: YAML for kubectl, otherwise a script."""
     values = {name: os.environ[name] for name in target.cluster.pass_env if name in os.environ}
     cluster = target.cluster
     if isinstance(cluster, KubeRayCluster):
@@ -207,7 +207,7 @@ def render(ready: Submission, target: Target) -> str:
 
 
 def how_to_apply(target: Target, file: str) -> str:
-    """The command that applies what `render` wrote to `file`."""
+    """Return the command that applies the output of `render` stored in `file`."""
     if isinstance(target.cluster, KubeRayCluster):
         return f"kubectl apply -f {file}"
     return f"sbatch {file}" if isinstance(target.cluster, SlurmCluster) else f"sh {file}"
@@ -216,8 +216,8 @@ def how_to_apply(target: Target, file: str) -> str:
 def submit(ready: Submission, files: Sequence[str], target: Target, sets: Sequence[str] = ()) -> str:
     """Start the job and return the id of this attempt, as soon as its command runs.
 
-    UserError when the cluster does not answer, is too small, already runs this job, or when the command ends at once
-    for the user's mistake, such as a secret that is missing.
+    Raises UserError if the cluster does not respond, is too small or already runs this job, or if the command ends at
+    once because of a user error such as a missing secret.
     """
     cluster = target.cluster
     if not isinstance(cluster, JOBS_KINDS):
@@ -233,8 +233,8 @@ def submit(ready: Submission, files: Sequence[str], target: Target, sets: Sequen
     if mine and mine[-1]["status"] not in DONE:
         running = mine[-1]["submission_id"]
         raise UserError(
-            f"{target.where}: {running} runs already: `slimray logs -f {running} --cluster {target.name}` follows it, "
-            "`slimray stop` ends it"
+            f"{target.where}: {running} is already running: `slimray logs -f {running} --cluster {target.name}` "
+            "follows it, `slimray stop` ends it"
         )
     ready = replace(ready, id=f"{name}-{attempt_of(before[-1]) + 1 if before else 1}")
     with tempfile.TemporaryDirectory(prefix="slimray-") as folder:
@@ -246,13 +246,13 @@ def submit(ready: Submission, files: Sequence[str], target: Target, sets: Sequen
 
 
 def _apply(ready: Submission, target: Target) -> str:
-    """Give a manifest to kubectl or sbatch, if they are here."""
+    """Pass the manifest to kubectl or sbatch; UserError if they are not installed here."""
     tool = "kubectl" if isinstance(target.cluster, KubeRayCluster) else "sbatch"
     options = ["apply", "-f", "-"] if tool == "kubectl" else []
     if shutil.which(tool) is None:
         raise UserError(
-            f"{target.where}: {tool} is not installed here: write the manifest with --dry-run --out FILE and apply it "
-            f"where it is: {how_to_apply(target, 'FILE')}"
+            f"{target.where}: {tool} is not installed here: write the manifest with --dry-run --out FILE and run "
+            f"`{how_to_apply(target, 'FILE')}` on a machine that has it"
         )
     if tool == "kubectl":
         ready = replace(ready, id=_next_id(ready.id, target))
@@ -261,12 +261,12 @@ def _apply(ready: Submission, target: Target) -> str:
         return ready.id
     number = re.search(r"\d+", said)
     if number is None:
-        raise RunFailed(f"{target.where}: sbatch does not tell the number of the job ({said.strip()})")
-    return f"{ready.id.rpartition('-')[0]}-{number[0]}"  # as its tools list it
+        raise RunFailed(f"{target.where}: sbatch did not print the number of the job ({said.strip()})")
+    return f"{ready.id.rpartition('-')[0]}-{number[0]}"  # as Slurm's tools list it
 
 
 def _next_id(job_id: str, target: Target) -> str:
-    """The id after those of the RayJobs that are there: an object that is applied again would change nothing."""
+    """Return the id after those of the existing RayJobs; applying an existing object again would change nothing."""
     name, cluster = job_id.rpartition("-")[0], target.cluster
     assert isinstance(cluster, KubeRayCluster)
     there = command(["kubectl", "-n", cluster.namespace, "get", "rayjobs", "-o", "name"], target)

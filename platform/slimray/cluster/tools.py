@@ -1,6 +1,6 @@
-"""Jobs on Kubernetes and Slurm by their own tools: list, log and stop, in the form in which Ray's Jobs API tells them.
+"""List, follow and stop jobs on Kubernetes and Slurm with their own tools, in the form that Ray's Jobs API uses.
 
-What a tool prints becomes the fields that `status`, `logs` and `stop` read of a job: submission_id, status (as Ray
+The output of a tool becomes the fields of a job that `status`, `logs` and `stop` read: submission_id, status (as Ray
 writes it), message (why it waits, or ended), start_time and end_time (ms), metadata. TOOLS has a row for each kind of
 cluster that is not followed through the Jobs API.
 """
@@ -28,17 +28,21 @@ STATES = {
     "CANCELLED": "STOPPED",
 } | dict.fromkeys(
     ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"), "FAILED"
-)  # of Slurm; others are PENDING, a job that was preempted or requeued too
+)  # of Slurm; all others are PENDING, including those of preempted and requeued jobs
 
 
 def command(words: Sequence[str], target: Target, text: str | None = None) -> str:
-    """Return what a tool prints; UserError with its last words if it is not there, fails or takes too long."""
+    """Return the output of a tool; UserError, with its last line, if it is not installed, fails or takes too long."""
     if shutil.which(words[0]) is None:
-        raise UserError(f"{target.where}: {words[0]} is not installed here: where it is, `{' '.join(words)}` does it")
+        raise UserError(
+            f"{target.where}: {words[0]} is not installed here: run `{' '.join(words)}` on a machine that has it"
+        )
     try:
         done = subprocess.run(list(words), input=text, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        raise UserError(f"{target.where}: `{' '.join(words)}` does not answer: is the cluster in reach?") from None
+        raise UserError(
+            f"{target.where}: `{' '.join(words)}` does not respond: check that the cluster is reachable from here"
+        ) from None
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip() or f"code {done.returncode}").splitlines()[-1]
         raise UserError(f"{target.where}: `{' '.join(words)}`: {reason}")
@@ -47,7 +51,7 @@ def command(words: Sequence[str], target: Target, text: str | None = None) -> st
 
 @dataclass(frozen=True)
 class Tool:
-    """Three functions of a cluster: all its jobs; the log of one; end one."""
+    """Three functions for a cluster: list its jobs, read the log of one, stop one."""
 
     jobs: Callable[[Target], list[dict[str, Any]]]
     log: Callable[[str, Target], str]
@@ -68,7 +72,7 @@ def _rayjob(item: dict[str, Any]) -> dict[str, Any]:
     told, meta = item.get("status") or {}, item["metadata"]
     deployed = str(told.get("jobDeploymentStatus") or "")
     status = told.get("jobStatus") or "PENDING"
-    if "Failed" in deployed and status in ("PENDING", "RUNNING"):  # KubeRay gave up; the last that Ray said stays there
+    if "Failed" in deployed and status in ("PENDING", "RUNNING"):  # KubeRay gave up; the status is Ray's last
         status = "FAILED"
     waits = "" if status != "PENDING" else f"{deployed.lower() or 'not admitted yet'}: waits for its pods"
     if (item.get("spec") or {}).get("suspend"):
@@ -94,7 +98,7 @@ def _delete_rayjob(job_id: str, target: Target) -> None:
 
 
 def _slurm_jobs(target: Target) -> list[dict[str, Any]]:
-    """The jobs of this user, those that ended minutes ago too; a job's number takes the place of an attempt's."""
+    """Return the jobs of this user, including recently ended ones; Slurm's job number replaces that of the attempt."""
     form = "%A|%j|%T|%S|%e|%r"
     listed = command(["squeue", "--me", "--noheader", "--states=all", f"--format={form}"], target)
     found = []
@@ -120,7 +124,7 @@ def _slurm_log(job_id: str, target: Target) -> str:
     number = job_id.rpartition("-")[2]
     told = re.search(r"\bStdOut=(\S+)", command(["scontrol", "show", "job", number, "--oneliner"], target))
     if told is None:
-        raise UserError(f"{target.where}: Slurm does not say where the log of {job_id} is: look for *-{number}.log")
+        raise UserError(f"{target.where}: Slurm does not report the log of {job_id}: look for a file *-{number}.log")
     try:
         with open(told[1], "rb") as file:
             return file.read(MAX_LOG_BYTES).decode("utf-8", "replace")
@@ -131,14 +135,14 @@ def _slurm_log(job_id: str, target: Target) -> str:
 
 
 def _cancel(job_id: str, target: Target) -> None:
-    """End a job of Slurm: one that runs by a signal to its script alone, so that Ray is there until it has saved."""
+    """Stop a Slurm job; a running one by a signal to its script alone, so that Ray stays up until it has saved."""
     number = job_id.rpartition("-")[2]
     runs = "RUNNING" in command(["squeue", "--noheader", "--jobs", number, "--format=%T"], target).split()
     command(["scancel", *(["--batch", "--signal=TERM"] if runs else []), number], target)
 
 
 def _milliseconds(text: Any) -> int | None:
-    """ISO 8601 as Unix milliseconds; a time without a zone is this machine's. None for what is not a time."""
+    """Return an ISO 8601 time as Unix milliseconds, in local time if it has no zone; None if it is not a time."""
     try:
         return round(datetime.datetime.fromisoformat(str(text).replace("Z", "+00:00")).timestamp() * 1000)
     except ValueError:

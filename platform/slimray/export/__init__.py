@@ -1,1 +1,1 @@
-"""Networks that leave torch: converted to a format, verified against torch on real samples, timed, and run there."""
+"""Exports: a network is converted to another format, verified against torch on real samples, timed, and run there."""

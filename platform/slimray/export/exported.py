@@ -1,8 +1,8 @@
-"""An exported network as a network: `export/<format>/` of a run, loaded and called like the module it was made of.
+"""An exported network as a module: `export/<format>/` of a run, loaded and called like the module it was made from.
 
-`ExportedNet` takes what the network took, batches too where the file holds one sample, and clips where it holds a step:
-the frames one after the other, the logits averaged. `load_exported` gives it as a run's network, so that whatever
-scores networks scores exports. Sizes and SHA-256 of the files are compared with export.json before anything reads them.
+`ExportedNet` takes the inputs of the original network: also batches if the file holds a single sample, and clips if it
+holds a step, which runs frame by frame with the logits averaged. `load_exported` returns it as a run's network, so that
+exports are scored by the same code. Sizes and SHA-256 of the files are compared with export.json before they are used.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Ports:
-    """Names of the outputs, zeros of the states (none but of a step), whether any batch will do."""
+    """Names of the outputs, shapes of the states (only of a step), and whether any batch size is accepted."""
 
     outputs: tuple[str, ...]
     states: tuple[tuple[int, ...], ...] = ()
@@ -40,12 +40,12 @@ class Ports:
 
 
 class ExportedNet(nn.Module):
-    """What the exported network gives, as the network gave it: a tensor, or several by name."""
+    """The exported network with the original network's outputs: a tensor, or several by name."""
 
     def __init__(self, runner: Runner, ports: Ports):
         super().__init__()
         self.runner, self.ports = runner, ports
-        self.nothing = nn.Parameter(torch.zeros(0), requires_grad=False)  # says on which device it runs
+        self.nothing = nn.Parameter(torch.zeros(0), requires_grad=False)  # gives the module a device
 
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
         array = np.ascontiguousarray(x.detach().cpu().numpy())
@@ -59,12 +59,12 @@ class ExportedNet(nn.Module):
     def _run(self, *arrays: np.ndarray) -> list[np.ndarray]:
         try:
             return [np.asarray(one) for one in self.runner(arrays)]
-        except Exception as error:  # of the runtimes, each has its own
+        except Exception as error:  # each runtime has its own error classes
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise RunFailed(f"the exported network does not run: {lines[0]}") from error
 
     def _stream(self, clip: np.ndarray) -> np.ndarray:
-        """The mean of the logits of the frames of a clip `[1, T, 3, H, W]`, in order."""
+        """Return the mean logits of the frames of a clip `[1, T, 3, H, W]`, stepped in order."""
         states: Sequence[np.ndarray] = [np.zeros(shape, np.float32) for shape in self.ports.states]
         logits = []
         for number in range(clip.shape[1]):
@@ -79,7 +79,7 @@ def ports_of(graph: Graph, any_batch: bool) -> Ports:
 
 
 def described(graph: Graph, any_batch: bool, outputs: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Return inputs, outputs and states for export.json; None is a size that varies."""
+    """Return inputs, outputs and states for export.json; None stands for a size that varies."""
     varying = graph.varying if any_batch else {}
 
     def shape(name: str, value: Any) -> list[int | None]:
@@ -106,18 +106,18 @@ def list_formats(run: runs.Run) -> list[str]:
 
 
 def read_export(run: runs.Run, name: str) -> dict[str, Any]:
-    """Return export.json of a format; UserError if the run does not hold it, or it did not agree with torch."""
+    """Return export.json of a format; UserError if the run does not hold it, or it is of another version."""
     lookup(FORMATS, name, "format")
     if not runs.exists(run, f"export/{name}/export.json"):
-        raise UserError(f"{run.uri}: holds no export {name!r}, but {', '.join(list_formats(run)) or 'none'}")
+        raise UserError(f"{run.uri}: has no export {name!r} (it has: {', '.join(list_formats(run)) or 'none'})")
     found = runs.parse_json(runs.read_file(run, f"export/{name}/export.json"), f"{run.uri}/export/{name}/export.json")
     if not isinstance(found, dict) or found.get("version") != VERSION:
-        raise UserError(f"{run.uri}/export/{name}/export.json: is of another version: export it again")
+        raise UserError(f"{run.uri}/export/{name}/export.json: is of another version, export the run again")
     return found
 
 
 def load_exported(run: runs.Run, name: str, threads: int) -> Network:
-    """Return an export as a network on the CPU; UserError for what is not there, damaged or not installed."""
+    """Return an export as a network on the CPU; UserError if it is missing or damaged, or its runtime not installed."""
     found, row = read_export(run, name), FORMATS[name]
     row.require(f"{run.name}:{name}")
     with contextlib.ExitStack() as kept:
@@ -125,7 +125,7 @@ def load_exported(run: runs.Run, name: str, threads: int) -> Network:
         for file, facts in found["files"].items():
             data = runs.read_file(run, f"export/{name}/{file}")
             if digest(data) != (facts["bytes"], facts["sha256"]):
-                sentence = "is not what was written: restore it, or export it again"
+                sentence = "differs from the exported file: restore it, or export the run again"
                 raise UserError(f"{run.uri}/export/{name}/{file}: {sentence}")
             (folder / file).write_bytes(data)
         net = _network(found, lambda file: row.load(folder / file, threads, True))
@@ -134,7 +134,7 @@ def load_exported(run: runs.Run, name: str, threads: int) -> Network:
 
 
 def _network(found: Mapping[str, Any], load: Callable[[str], Runner]) -> nn.Module:
-    """The module of export.json, whose files `load` opens."""
+    """Return the module described by export.json; `load` opens its files."""
     step = found.get("step")
     if step is not None:
         ports = {
@@ -150,6 +150,6 @@ def _network(found: Mapping[str, Any], load: Callable[[str], Runner]) -> nn.Modu
 
 
 def network_of(net: nn.Module, taken: Mapping[str, Any], model: Mapping[str, Any]) -> Network:
-    """Return a module as the network of a run, of its `model/input.json` and `model/model.json`."""
+    """Return a module as the network of a run with this `model/input.json` and `model/model.json`."""
     pixels: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in taken["pixels"].items()}
     return Network(net.eval(), Input(**pixels), taken["recipe"], tuple(taken["classes"]), dict(model), task_of(taken))

@@ -1,9 +1,10 @@
-"""A network leaves torch in one format after another: converted, held against torch on samples, timed, described.
+"""Exports a network to one format after another: converts it, compares it with torch on samples, and times it.
 
-`exporter_of` takes a network in eval mode (`graph.ready`) and samples that were decoded once. What classifies, labels
-or finds boxes is one graph, or with `online` the step of a causal TSM (arXiv 1811.08383); what answers token by token
-is an encoder and a step (`translation`). `Exporter.write` converts to one format in a folder and returns what
-export.json says, the verdict of its verification in it. Surprising: it raises whatever a converter raises.
+`exporter_of` takes a network in eval mode (`graph.ready`) and samples that were decoded once. A network that
+classifies, labels or finds boxes is one graph, or with `online` the step of a causal TSM (arXiv 1811.08383); one that
+answers token by token is an encoder and a step (`translation`). `Exporter.write` converts to one format in a folder and
+returns the content of export.json, including the result of the verification. Surprising: it raises whatever a converter
+raises.
 """
 
 import copy
@@ -29,24 +30,24 @@ from slimray.runs.folder import digest
 from slimray.tasks import TASKS
 from slimray.tasks.network import Network
 
-ROUNDED = 0.05  # relative difference that a network with rounded inputs may have: borders are met on either side
+ROUNDED = 0.05  # allowed relative difference of a network with rounded inputs, which may round to either side
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an export must keep of its network, and how it is timed: fields of the job `export`."""
+    """Requirements on an export, and how it is timed: fields of the job `export`."""
 
     max_difference: float
     """Largest relative difference from torch in fp32 (L2, all samples)."""
     min_agreement: float
-    """Smallest percent of answers in fp32 that are torch's."""
+    """Smallest percent of answers in fp32 that agree with torch."""
     max_drop: float | None
-    """Most that int8 may lose of the task's first number; None: anything."""
+    """Largest loss of int8 in the task's first metric; None: no limit."""
     threads: int
     pairs: int
 
     def disagreement(self, network: Network, precision: str, verification: Mapping[str, Any]) -> str:
-        """Return why an export of `precision` does not agree with torch, in a sentence; "" if it does."""
+        """Return the reason, in a sentence, why an export of `precision` does not agree with torch; "" if it does."""
         best = TASKS[network.task].best
         gap, agreement = verification["relative"], verification.get("agreement")
         if not gap < float("inf"):
@@ -55,7 +56,7 @@ class Wanted:
             if sentence := verify.disagreement(verification, self.most(network)):
                 return sentence
             if agreement is not None and agreement < self.min_agreement:
-                return f"answers as torch does {agreement:.2f} % of the time, less than {self.min_agreement:g} %"
+                return f"agrees with torch on {agreement:.2f} % of the answers, less than {self.min_agreement:g} %"
         elif self.max_drop is not None:
             lost = verification["torch"][best.name] - verification["metrics"][best.name]
             lost = lost if best.better == "higher" else -lost
@@ -69,29 +70,29 @@ class Wanted:
         return {**verification, "reason": reason, "passed": not reason}
 
     def most(self, network: Network) -> float:
-        """Return the largest difference from torch in fp32 that needs no comparison with float64."""
+        """Return the largest difference from torch in fp32 that is accepted without a comparison with float64."""
         return max(self.max_difference, ROUNDED) if rounds_inputs(network.net) else self.max_difference
 
 
 class Exporter(Protocol):
-    """A network that is written in formats."""
+    """A network that can be written in several formats."""
 
     numbers: Mapping[str, float]
-    """What the task counts on the samples, of the network in torch."""
+    """Metrics of the network in torch on the samples."""
     states: list[dict[str, Any]]
-    """What a step hands on, as export.json lists it."""
+    """States that a step hands on, as listed in export.json."""
 
     def write(self, name: str, folder: Path) -> dict[str, Any]:
-        """Convert to the format `name` in `folder`, verify and time it; return what export.json says."""
+        """Convert to the format `name` in `folder`, verify and time it; return the content of export.json."""
         ...
 
 
 def exporter_of(
     network: Network, samples: Samples, seen: Samples, wanted: Wanted, online: bool, where: str
 ) -> Exporter:
-    """Return how a network is exported; `samples` compare and score it, int8 is calibrated on `seen`.
+    """Return the exporter of a network; it is compared and scored on `samples`, and int8 is calibrated on `seen`.
 
-    Raises UserError, with `where`, for a network that has no step.
+    Raises UserError, with `where`, for a network that has no step although one is needed.
     """
     if TASKS[network.task].stepwise:
         return _Translation(network, samples, wanted, where)
@@ -99,7 +100,7 @@ def exporter_of(
 
 
 class _Whole:
-    """One graph for all formats."""
+    """Exporter of a network that is a single graph in all formats."""
 
     def __init__(self, network: Network, samples: Samples, seen: Samples, wanted: Wanted, online: bool, where: str):
         self.network, self.samples, self.seen, self.wanted = network, samples, seen, wanted
@@ -134,17 +135,17 @@ class _Whole:
         }
 
     def _graph_for(self, row: Format) -> Graph:
-        """The graph as a format takes it: one sample where it has no other sizes, floats where it finds ranges."""
+        """Return the graph as a format needs it: one sample if sizes are fixed, float inputs if it is calibrated."""
         graph = self.graph
         if not row.varies or graph.states:
             graph = replace(graph, inputs={key: value[:1] for key, value in graph.inputs.items()}, varying={})
-        if row.calibrated:  # its quantizer finds the ranges of inputs, whether they have some already or not
+        if row.calibrated:  # its quantizer determines the ranges of inputs, even if some are already set
             floats = tuple(float_layers(graph.module))
             graph = replace(graph, module=with_float_inputs(copy.deepcopy(graph.module)), floats=floats)
         return graph
 
     def _verified(self, row: Format, folder: Path, runner: Runner, ports: Ports) -> dict[str, Any]:
-        """How the export compares with torch on the samples."""
+        """Return the comparison of the export with torch on the samples."""
         network, expected = self.network, self.expected
         outside = replace(network, net=ExportedNet(runner, ports).eval())
         found = verify.outputs_of(outside, self.samples)
@@ -167,7 +168,7 @@ class _Whole:
         return self.wanted.judged(network, row.precision, out)
 
     def _costs(self, name: str, graph: Graph, runner: Runner) -> dict[str, Any]:
-        """Times of one sample or frame, in turn with torch and, of int8, with the same format in fp32; its energy."""
+        """Return latency (alternating with torch and, for int8, with fp32) and energy of one sample or frame."""
         row, wanted = FORMATS[name], self.wanted
         example = tuple(value[:1] for value in graph.inputs.values())
         arrays = [value.numpy() for value in example]
@@ -183,7 +184,7 @@ class _Whole:
 
 
 class _Translation:
-    """An encoder and a step of the decoder with caches, two files in each format."""
+    """Exporter of an encoder and a decoder step with caches, which are two files in each format."""
 
     def __init__(self, network: Network, samples: Samples, wanted: Wanted, where: str):
         self.network, self.samples, self.wanted = network, samples, wanted
@@ -214,13 +215,13 @@ class _Translation:
         }
 
     def _verified(self, row: Format, outside: Network) -> dict[str, Any]:
-        """How the export compares with torch on the samples."""
+        """Return the comparison of the export with torch on the samples."""
         out = {"samples": len(self.samples), **translation.compare(self.network, outside, self.samples)}
         out |= {"metrics": translation.counted(outside, self.samples), "torch": dict(self.numbers)}
         return self.wanted.judged(self.network, row.precision, out)
 
     def _timed(self, outside: Network) -> dict[str, Any]:
-        """Times of one sentence, greedily, in turn with torch."""
+        """Return the latency of decoding one sentence greedily, alternating with torch."""
         one = self.source[:1, : int((self.source[0] != PAD).sum())]
         most, net = self.network.recipe["max_length"], self.network.net
         with runtimes.settings(self.wanted.threads), torch.inference_mode():
@@ -232,7 +233,7 @@ class _Translation:
 
 
 def cpu() -> str:
-    """Return this processor and what it has for small integers, as export.json says it."""
+    """Return the name of this processor and its instructions for small integers, for export.json."""
     return f"{runtimes.cpu_name()} ({' '.join(runtimes.cpu_flags())})"
 
 
@@ -247,6 +248,6 @@ def _origin(name: str, row: Format) -> dict[str, Any]:
 
 
 def _files(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of files, by name."""
+    """Return size and SHA-256 of files, by name."""
     found = {name: digest(folder / name) for name in names}
     return {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in found.items()}

@@ -1,9 +1,9 @@
-"""The formats in which a network leaves torch: `FORMATS`, a row each: what it needs, how it is converted and run.
+"""Export formats: `FORMATS` has a row for each, with its requirements, its converter and its runtime.
 
-`convert(graph, folder, calibration)` writes the file into a local folder, `load(path, inputs, outputs, threads,
-optimised)` gives a function of arrays in the order of the inputs. int8 is made by the format's own quantizer. Not a
-row: TensorRT, which converts the ONNX file on the device itself and was not run here: `trtexec --onnx=model.onnx --fp16
---saveEngine=model.plan`, with `--minShapes=input:1x3x224x224` (and optShapes, maxShapes) where axes are free.
+`convert(graph, folder, calibration)` writes the file into a local folder, `load(path, threads, optimised)` returns a
+function of arrays in the order of the inputs. int8 is made by the format's own quantizer. TensorRT has no row, because
+it converts the ONNX file on the device itself, which was not run here: `trtexec --onnx=model.onnx --fp16
+--saveEngine=model.plan`, with `--minShapes=input:1x3x224x224` (and optShapes, maxShapes) for axes of any size.
 """
 
 import importlib
@@ -31,16 +31,16 @@ from slimray.spec import RunFailed, UserError, require_extra
 
 Arrays = Sequence[np.ndarray]
 Runner = Callable[[Arrays], list[np.ndarray]]
-"""Arrays in the order of the inputs to arrays in the order of the outputs."""
-CONVERT_S = 600  # seconds that a converter of its own may take
-MATRIX_OPERATORS = ["Conv", "Gemm", "MatMul"]  # what int8 is worth it for; indices and grids stay as they are
+"""Function of arrays in the order of the inputs, returning arrays in the order of the outputs."""
+CONVERT_S = 600  # time limit of an external converter
+MATRIX_OPERATORS = ["Conv", "Gemm", "MatMul"]  # operators that gain from int8; indices and grids stay unchanged
 
 
 @dataclass(frozen=True)
 class Format:
-    """A row of FORMATS. `varies`: the batch and other axes may have any size, else each sample is run by itself.
+    """A row of FORMATS. `varies`: batch and other axes may have any size, otherwise each sample is run by itself.
 
-    `calibrated`: `convert` needs samples of the training split. `libraries` are told in export.json with their version.
+    `calibrated`: `convert` needs samples of the training split. export.json lists the versions of `libraries`.
     """
 
     description: str
@@ -53,22 +53,22 @@ class Format:
     varies: bool = True
     calibrated: bool = False
     optimises: bool = False
-    """Whether graph optimisations can be turned off, to see what they change."""
+    """True if graph optimisations can be turned off, to see what they change."""
     stepwise: bool = False
-    """Whether an encoder and a step with a cache that grows from nothing can leave torch in it."""
+    """True if it can hold an encoder and a step whose cache grows from length 0."""
     files: tuple[str, ...] = ()
-    """Files beside `file` that belong to it."""
+    """Further files that belong to `file`."""
     converter: tuple[str, str] | None = None
-    """A converter that cannot be installed beside slimray: its distribution, and the environment variable that names
-    the Python of a virtual environment of its own."""
+    """A converter that cannot be installed beside slimray: its distribution, and the environment variable with the path
+    to the Python of its own virtual environment."""
 
     @property
     def precision(self) -> str:
-        """Numbers of the weights: fp32 or int8."""
+        """Precision of the weights: fp32 or int8."""
         return "int8" if self.calibrated else "fp32"
 
     def require(self, where: str) -> None:
-        """Raise UserError if what it needs is not installed."""
+        """Raise UserError, with `where`, if its libraries are not installed."""
         if self.extra is not None:
             require_extra(self.extra, where, *self.modules)
         if self.converter is not None:
@@ -99,7 +99,7 @@ def _load_onnx(path: Path, threads: int, optimised: bool) -> Runner:
 
 
 def needs_reduced_range() -> bool:
-    """Whether int8 products saturate here: x86 processors that add 16-bit sums, without VNNI."""
+    """Return True if int8 products saturate here: on x86 processors without VNNI, which add in 16 bits."""
     flags = cpu_flags()
     return "avx2" in flags and not {"avx512_vnni", "avx_vnni"} & set(flags)
 
@@ -118,7 +118,7 @@ def _to_onnx_int8(graph: Graph, folder: Path, calibration: Sequence[Arrays]) -> 
     data = onnx_file.to_onnx(graph.module, graph.inputs, graph.outputs, graph.varying)
     plain = folder / "fp32.onnx"
     plain.write_bytes(data)
-    logging.disable(logging.WARNING)  # it recommends a step that the exporter has done
+    logging.disable(logging.WARNING)  # it recommends a step that the exporter has already done
     try:
         quantization.quantize_static(
             plain,
@@ -171,7 +171,7 @@ def _to_executorch(graph: Graph, folder: Path, _: Sequence[Arrays]) -> None:
 
 
 def _to_program(graph: Graph) -> Any:
-    """The program of a graph without what XNNPACK lacks."""
+    """Return the program of a graph without operators that XNNPACK lacks."""
     return onnx_file.to_program(slices.sliced(graph.module, tuple(graph.inputs.values())), graph.inputs)
 
 
@@ -179,7 +179,7 @@ def _lower(program: Any, folder: Path) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-    config = EdgeCompileConfig(preserve_ops=[torch.ops.aten.topk.default])  # else it is a sort, which the runtime lacks
+    config = EdgeCompileConfig(preserve_ops=[torch.ops.aten.topk.default])  # else a sort, which the runtime lacks
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config)
@@ -198,7 +198,7 @@ def _to_executorch_int8(graph: Graph, folder: Path, calibration: Sequence[Arrays
     program = _to_program(graph)
     module, example = program.module(), program.example_inputs[0]
 
-    class Quantizer(XNNPACKQuantizer):  # which takes indices for numbers to quantize
+    class Quantizer(XNNPACKQuantizer):  # the base class would quantize indices
         def transform_for_annotation(self, model: Any) -> Any:
             before = {node: node.args for node in model.graph.nodes if _is_whole(node)}
             model = super().transform_for_annotation(model)
@@ -209,7 +209,7 @@ def _to_executorch_int8(graph: Graph, folder: Path, calibration: Sequence[Arrays
 
         def annotate(self, model: Any) -> Any:
             model = super().annotate(model)
-            if any(map(_is_whole, model.graph.nodes)):  # grids and distances decide indices: products only
+            if any(map(_is_whole, model.graph.nodes)):  # grids and distances determine indices: quantize products only
                 for node in model.graph.nodes:
                     if getattr(node.target, "overloadpacket", None) not in kept:
                         node.meta.pop("quantization_annotation", None)
@@ -228,7 +228,7 @@ def _to_executorch_int8(graph: Graph, folder: Path, calibration: Sequence[Arrays
 
 
 def _is_whole(node: Any) -> bool:
-    """Whether a node of a graph gives whole numbers."""
+    """Return True if a node of a graph yields integers."""
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and not value.is_floating_point()
 
@@ -237,14 +237,14 @@ def _load_executorch(path: Path, threads: int, _: bool) -> Runner:
     from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
 
-    portable_lib._unsafe_reset_threadpool(threads)  # of the process: there is no other way to say it
+    portable_lib._unsafe_reset_threadpool(threads)  # for the whole process: there is no other way to set it
     program = Runtime.get().load_program(path)
     method = program.load_method("forward")
     if method is None:
-        raise RunFailed(f"{path.name}: holds no method `forward`")
+        raise RunFailed(f"{path.name}: has no method `forward`")
 
     def run(arrays: Arrays, program: Any = program) -> list[np.ndarray]:  # a method does not keep its program alive
-        given = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]  # strides are not looked at
+        given = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]  # strides are ignored
         return [one.numpy().copy() for one in method.execute(given)]
 
     return run
@@ -267,12 +267,12 @@ except RunFailed as error:
 
 
 def _to_ncnn(graph: Graph, folder: Path, _: Sequence[Arrays]) -> None:
-    """By pnnx from a trace. What ncnn cannot run may kill its process, so another one runs the example first."""
+    """Convert a trace with pnnx. What ncnn cannot run may kill its process, so a child runs the example first."""
     import pnnx
 
     if any(value.ndim != 4 for value in graph.inputs.values()):
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in graph.inputs.items())
-        raise RunFailed(f"ncnn has no batch: it takes pictures and the frames of online networks, not {shapes}")
+        raise RunFailed(f"ncnn has no batch axis: it takes pictures and the frames of online networks, not {shapes}")
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         inputs = tuple(value[:1] for value in graph.inputs.values())
@@ -283,15 +283,14 @@ def _to_ncnn(graph: Graph, folder: Path, _: Sequence[Arrays]) -> None:
         _call("pnnx", [pnnx.EXEC_PATH, "model.pt", f"inputshape={shapes}", "fp16=0"], scratch)
         for name in ("model.ncnn.param", "model.ncnn.bin"):
             if not Path(scratch, name).exists():
-                raise RunFailed("pnnx wrote no network for ncnn: it has an operator that ncnn lacks")
+                raise RunFailed("pnnx wrote no network for ncnn: the network has an operator that ncnn lacks")
             shutil.copyfile(Path(scratch, name), folder / name)
         np.savez(f"{scratch}/example.npz", *(value.numpy() for value in inputs))
         _call("ncnn", [sys.executable, "-c", NCNN_TRIED, str(folder / "model.ncnn.param"), "example.npz"], scratch)
 
 
 def _call(name: str, command: list[str], folder: str, **variables: str) -> None:
-    """Run a program quietly; RunFailed if it fails, dies or hangs, with its last line about an error, or the first and
-    the last that it said."""
+    """Run a program quietly; RunFailed, with its last error line or its first and last line, if it fails or hangs."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
     try:
         done = subprocess.run(
@@ -300,7 +299,7 @@ def _call(name: str, command: list[str], folder: str, **variables: str) -> None:
     except subprocess.TimeoutExpired:
         raise RunFailed(f"{name} did not end within {CONVERT_S} s") from None
     if done.returncode:
-        lines = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()
+        lines = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
         errors = [line.strip() for line in lines if "error:" in line.lower()]
         said = "; ".join(dict.fromkeys(errors[-1:] or [lines[0], lines[-1]]))
         raise RunFailed(f"{name} ended with status {done.returncode}: {said}")
@@ -401,7 +400,7 @@ FORMATS: dict[str, Format] = {
         optimises=True, stepwise=True,
     ),
     "onnx_int8": Format(
-        "ONNX in int8 (QDQ, a scale per channel), run by ONNX Runtime",
+        "ONNX in int8 (QDQ, one scale per channel), run by ONNX Runtime",
         "model.onnx", "edge", ONNX, _to_onnx_int8, _load_onnx, ("torch", *ONNX), calibrated=True, optimises=True,
     ),
     "openvino": Format(

@@ -1,9 +1,9 @@
-"""What is exported of a network: the module, its named inputs and outputs, and the states of an online step.
+"""The graph to export: a module, its named inputs and outputs, and the states of an online step.
 
-`whole` takes a network as it is. `step` takes a causal TSM as one frame and its states in, logits and new states out
-(Temporal Shift Module, arXiv 1811.08383, online form): all tensors of four dimensions, states are slices of what flows,
-never an input handed through, nor what a convolution gives. Surprising: networks that draw points at random draw them
-evenly when they leave torch, so that an export answers the same twice.
+`whole` takes a network as it is. `step` turns a causal TSM into a graph from one frame and its states to logits and new
+states (Temporal Shift Module, arXiv 1811.08383, online form): all tensors have four dimensions, and states are slices
+of activations, never an unchanged input or the whole output of a convolution. Surprising: networks that sample points
+at random sample them evenly once exported, so that an export is deterministic.
 """
 
 import copy
@@ -21,7 +21,7 @@ STATE_IN, STATE_OUT = "state_{}", "next_state_{}"
 
 @dataclass(frozen=True)
 class State:
-    """A tensor that a step hands to the next one: the names of its input and output, its shape, zeros at first."""
+    """A tensor that a step hands to the next, initially zeros: the names of its input and output, and its shape."""
 
     input: str
     output: str
@@ -31,10 +31,10 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A module in eval mode with example `inputs` in the order of its arguments, the names of its flat `outputs`.
+    """A module in eval mode, example `inputs` in the order of its arguments, and the names of its flat `outputs`.
 
-    `varying` are axes that may have any size; `states` of a step. Layers of the module named in `floats` stay float in
-    formats in int8.
+    `varying` are the axes that may have any size, `states` those of a step. The layers named in `floats` stay float in
+    int8 formats.
     """
 
     module: nn.Module
@@ -46,7 +46,7 @@ class Graph:
 
 
 def ready(net: nn.Module) -> nn.Module:
-    """Return a copy of a network in eval mode, which draws no points at random."""
+    """Return a copy of a network in eval mode that samples points evenly instead of at random."""
     net = copy.deepcopy(net).eval()
     for module in net.modules():
         if hasattr(module, "draws_evenly"):
@@ -55,9 +55,9 @@ def ready(net: nn.Module) -> nn.Module:
 
 
 def whole(net: nn.Module, example: Tensor, varying: dict[int, str]) -> Graph:
-    """Return the graph of a network that `ready` made: `example` `[B, ...]` in, what it gives out.
+    """Return the graph of a network prepared by `ready`, traced with `example` `[B, ...]`.
 
-    Batch and the axes of `varying` are free; negative ones count from the end.
+    The batch and the axes of `varying` may have any size; negative axes count from the end.
     """
     varying = {axis % example.ndim: called for axis, called in varying.items()}
     with torch.no_grad():
@@ -66,7 +66,7 @@ def whole(net: nn.Module, example: Tensor, varying: dict[int, str]) -> Graph:
 
 
 class _Step(nn.Module):
-    """An online network with its buffers as arguments and outputs in a row."""
+    """An online network with its buffers as flat arguments and outputs."""
 
     def __init__(self, net: OnlineTSM):
         super().__init__()
@@ -78,16 +78,16 @@ class _Step(nn.Module):
 
 
 def step(net: nn.Module, example: Tensor, where: str) -> Graph:
-    """Return the graph of one step of a causal TSM; `example` are clips `[B, T, 3, H, W]`, of which a frame is taken.
+    """Return the graph of one step of a causal TSM; one frame is taken from `example`, clips `[B, T, 3, H, W]`.
 
-    UserError, with `where`, for a network that has no online form.
+    Raises UserError, with `where`, for a network that has no online form.
     """
     if not hasattr(net, "per_frame"):
-        raise UserError(f"{where}: the network is not a TSM, only a causal one runs frame by frame: leave it out")
+        raise UserError(f"{where}: the network is not a TSM, and only a causal TSM runs frame by frame: remove it")
     try:
         online = OnlineTSM(net).eval()  # type: ignore[arg-type]
     except ValueError as error:
-        raise UserError(f"{where}: {error}: leave it out, or train with model.causal: true") from None
+        raise UserError(f"{where}: {error}: remove it, or train with model.causal: true") from None
     frame = example[:1, 0]
     buffers = online.initial_buffers(1, *frame.shape[2:], channels=frame.shape[1])
     states = tuple(

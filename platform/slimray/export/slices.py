@@ -1,8 +1,8 @@
-"""Convolutions in 3D as convolutions in 2D, for runtimes that have none: XNNPACK, and with it ExecuTorch.
+"""3D convolutions as 2D convolutions, for runtimes without 3D ones: XNNPACK, and with it ExecuTorch.
 
-A slice of the output is a convolution in 2D of as many slices of the input as the kernel is deep, their channels beside
-each other: one convolution over all slices as a batch, with as many products. A BatchNorm behind it is folded in here:
-later it does not follow a convolution any more, so that no exporter would.
+A slice of the output is a 2D convolution of as many input slices as the kernel is deep, with their channels
+concatenated: one convolution over all slices as a batch, with the same number of products. A following BatchNorm is
+folded in here, because afterwards it no longer follows a convolution directly and no exporter would fold it.
 """
 
 import copy
@@ -16,12 +16,15 @@ from slimray.compress import fold
 
 
 class SlicedConv3d(nn.Module):
-    """What `conv` computes, `[B, C, D, H, W]` -> `[B, C', D', H', W']`. ValueError if it has groups or dilation."""
+    """The same function as `conv`, `[B, C, D, H, W]` -> `[B, C', D', H', W']`, computed in 2D.
+
+    Raises ValueError if `conv` has groups, dilation or a padding given by name.
+    """
 
     def __init__(self, conv: nn.Conv3d):
         super().__init__()
         if not can_slice(conv):
-            raise ValueError(f"{conv}: has groups, dilation or a padding by name")
+            raise ValueError(f"{conv}: has groups, dilation or a padding given by name")
         self.deep, *kernel = conv.kernel_size
         self.stride, *stride = conv.stride
         self.padding, *padding = map(int, conv.padding)
@@ -41,16 +44,16 @@ class SlicedConv3d(nn.Module):
 
 
 def can_slice(module: nn.Module) -> bool:
-    """Whether a module is a convolution in 3D that SlicedConv3d can compute."""
+    """Return True if a module is a 3D convolution that SlicedConv3d can compute."""
     if type(module) is not nn.Conv3d or isinstance(module.padding, str) or module.padding_mode != "zeros":
         return False
     return module.groups == 1 and set(module.dilation) == {1}
 
 
 def sliced(net: nn.Module, example: tuple[Any, ...]) -> nn.Module:
-    """Return `net` in eval mode with its convolutions in 3D computed in 2D: a copy, or itself if it has none.
+    """Return `net` (in eval mode) with its 3D convolutions computed in 2D: a copy, or itself if it has none.
 
-    `example` are its arguments.
+    `example` holds its arguments.
     """
     if not any(can_slice(module) for module in net.modules()):
         return net

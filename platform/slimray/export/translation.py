@@ -1,9 +1,10 @@
-"""A translation network as two graphs: the encoder, and one step of the decoder with what it cached.
+"""A translation network as two graphs: the encoder, and one step of the decoder with its cache.
 
-The encoder takes `source` int64 `[B, S]` and gives, per layer of the decoder, keys and values of the source and which
-of them count. The step takes the last `token` `[B, 1]`, these, and keys and values `past_...` of the tokens before it,
-of length 0 at first, and gives logits `[B, V]` and the new ones. `ExportedTranslation` is both as a network again,
-wherever they run, so that whatever scores networks scores them; `compare` holds it against the one in torch.
+The encoder takes `source` int64 `[B, S]` and returns, per layer of the decoder, keys, values and mask of the source.
+The step takes the last `token` `[B, 1]`, these tensors, and keys and values `past_...` of the earlier tokens, of length
+0 at first, and returns logits `[B, V]` and the new keys and values. `ExportedTranslation` combines both into a network
+again, whatever runtime they use, so that it is scored by the same code; `compare` compares it with the network in
+torch.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,11 +34,11 @@ OF_SOURCE, OF_PAST = ("source_keys_{}", "source_values_{}", "source_mask_{}"), (
 ENCODER, STEP = "encoder", "step"
 Ports = Mapping[str, tuple[list[str], list[str]]]
 """Names of the inputs and outputs of the encoder and the step."""
-ROWS = 8  # sentences that are compared at once
+ROWS = 8  # sentences compared at once
 
 
 class Encode(nn.Module):
-    """Sentences to what the decoder attends to, layer by layer in a row."""
+    """Module from sentences to the keys, values and masks that the decoder attends to, flat, layer by layer."""
 
     def __init__(self, net: Transformer):
         super().__init__()
@@ -50,7 +51,7 @@ class Encode(nn.Module):
 
 
 class Step(nn.Module):
-    """A token, what `Encode` gave and what is cached to logits and what is cached now."""
+    """Module from a token, the outputs of `Encode` and the cache to logits and the new cache."""
 
     def __init__(self, net: Transformer):
         super().__init__()
@@ -69,13 +70,13 @@ class Step(nn.Module):
 
 
 def encoder_graph(net: Transformer, source: Tensor) -> Graph:
-    """The graph of the encoder of a network that `graph.ready` made; `source` are sentences int64 `[B, S]`."""
+    """Return the graph of the encoder of a network prepared by `graph.ready`; `source` are sentences int64 `[B, S]`."""
     free = {"source": {0: "batch", 1: "source"}}
     return Graph(Encode(net), {"source": source.clone()}, tuple(_names(net, OF_SOURCE)), free)
 
 
 def step_graph(net: Transformer, source: Tensor) -> Graph:
-    """The graph of a step of the decoder."""
+    """Return the graph of a step of the decoder; `source` are sentences int64 `[B, S]`."""
     with torch.no_grad():
         given = dict(zip(_names(net, OF_SOURCE), Encode(net)(source), strict=True))
         token = torch.full((len(source), 1), EOS)
@@ -93,63 +94,63 @@ def _names(net: Transformer, forms: tuple[str, ...]) -> list[str]:
 
 
 def graphs_of(net: nn.Module, source: Tensor, where: str) -> dict[str, Graph]:
-    """The graphs of a network that `graph.ready` made, by name; UserError, with `where`, for one that is no
+    """Return the graphs of a network prepared by `graph.ready`, by name; UserError, with `where`, unless it is a
     transformer."""
     if not isinstance(net, Transformer):
-        raise UserError(f"{where}: translates, but is no transformer with an encoder and a step to export")
+        raise UserError(f"{where}: translates, but is not a transformer with an encoder and a step to export")
     return {ENCODER: encoder_graph(net, source), STEP: step_graph(net, source)}
 
 
-# ------------------------------------------------------------------------------------------------- as a network again
+# ---------------------------------------------------------------------------------------------- back to a network
 
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """What an exported encoder gave, by name."""
+    """Outputs of an exported encoder, by name."""
 
     arrays: Arrays
 
     def rows(self, index: Tensor) -> "Given":
-        """That of other rows of the batch."""
+        """Return the same for these rows of the batch."""
         return Given({name: value[index.numpy()] for name, value in self.arrays.items()})
 
 
 @dataclass(frozen=True, eq=False)
 class Said:
-    """What an exported decoder was given and has cached."""
+    """State of an exported decoder: the encoder's outputs and its own cache."""
 
     source: Given
     cached: Given
 
     def rows(self, index: Tensor) -> "Said":
-        """That of other rows of the batch."""
+        """Return the same for these rows of the batch."""
         return Said(self.source.rows(index), self.cached.rows(index))
 
 
 class ExportedTranslation(nn.Module):
-    """An encoder and a step as a network that translates: `encode`, `start` and `decode` as a Transformer has them."""
+    """An encoder and a step as a translation network, with `encode`, `start` and `decode` like those of Transformer."""
 
     def __init__(self, speaker: Speaker):
         super().__init__()
         self.speaker = speaker
-        self.nothing = nn.Parameter(torch.zeros(0), requires_grad=False)  # says on which device it runs
+        self.nothing = nn.Parameter(torch.zeros(0), requires_grad=False)  # gives the module a device
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Pairs int `[B, 2, L]` to logits `[B, L, V]`, token by token."""
+        """Return logits `[B, L, V]` of pairs int `[B, 2, L]`, token by token."""
         logits, _ = self.decode(tokens[:, 1], self.start(self.encode(tokens[:, 0])))
         return logits
 
     def encode(self, source: Tensor) -> Given:
-        """Sentences int `[B, S]` with eos, PAD on either side, to what the decoder attends to."""
+        """Return what the decoder attends to, for sentences int `[B, S]` with eos, padded on either side."""
         return Given(self.speaker.encode({"source": source.long().numpy()}))
 
     def start(self, encoded: Given) -> Said:
-        """A decoder that has seen nothing."""
+        """Return the state of a decoder that has not seen any token."""
         count = len(next(iter(encoded.arrays.values())))
         return Said(encoded, Given(self.speaker.begin(count)))
 
     def decode(self, tokens: Tensor, state: Said) -> tuple[Tensor, Said]:
-        """The next tokens int `[B, T]` to logits `[B, T, V]`."""
+        """Return logits `[B, T, V]` of the next tokens int `[B, T]`, and the state after them."""
         found: list[NDArray[Any]] = []
         for token in tokens.long().split(1, 1):
             logits, cached = self.speaker.next(token.contiguous().numpy(), state.source.arrays, state.cached.arrays)
@@ -159,15 +160,14 @@ class ExportedTranslation(nn.Module):
 
 
 def ports_of(graphs: Mapping[str, Graph]) -> tuple[Ports, dict[str, int]]:
-    """Names of the inputs and outputs of both graphs, and the inputs that hold what a step cached, with their
-    channels."""
+    """Return the names of the inputs and outputs of both graphs, and the step's cache inputs with their channels."""
     ports = {name: (list(graph.inputs), list(graph.outputs)) for name, graph in graphs.items()}
     cached = {name: value.shape[-1] for name, value in graphs[STEP].inputs.items() if name.startswith(PAST)}
     return ports, cached
 
 
 def speaker(runners: Mapping[str, Runner], ports: Ports, cached: Mapping[str, int]) -> Speaker:
-    """The encoder and the step out of functions of arrays in the order of their inputs."""
+    """Return the encoder and the step as functions of named arrays, from `runners` with positional ones."""
 
     def run(name: str) -> Run:
         inputs, outputs = ports[name]
@@ -177,10 +177,10 @@ def speaker(runners: Mapping[str, Runner], ports: Ports, cached: Mapping[str, in
 
 
 def compare(network: Network, outside: Network, samples: Samples) -> dict[str, Any]:
-    """How `outside` agrees with `network` in torch, for export.json.
+    """Return the comparison of `outside` with `network` in torch, for export.json.
 
-    Differences are of the logits of the tokens of the references; `agreement` is the percent of sentences that both
-    translate into the same tokens, by the search of the recipe.
+    Differences are those of the logits of the reference tokens; `agreement` is the percent of sentences that both
+    translate into the same tokens, with the search of the recipe.
     """
     gaps, norms, most, same = [], [], 0.0, 0
     for data, x, labels in _batches(network, samples):
@@ -202,7 +202,7 @@ def compare(network: Network, outside: Network, samples: Samples) -> dict[str, A
 
 
 def counted(network: Network, samples: Samples) -> dict[str, float]:
-    """The numbers of the task that are counted by tokens."""
+    """Return the metrics of the task that are counted by tokens."""
     score = TASKS[network.task].score(0, network.recipe)
     for _, x, labels in _batches(network, samples):
         with torch.inference_mode():
@@ -211,7 +211,7 @@ def counted(network: Network, samples: Samples) -> dict[str, float]:
 
 
 def _batches(network: Network, samples: Samples) -> Iterator[tuple[NDArray[Any], Tensor, Tensor]]:
-    """ROWS samples at a time: as they are read, as the network takes them, and their targets."""
+    """Yield ROWS samples at a time: as read, as input of the network, and their targets."""
     for start in range(0, len(samples), ROWS):
         part = slice(start, start + ROWS)
         data, targets = tight(samples.data[part], samples.targets[part], pads_of(network.recipe))

@@ -1,9 +1,9 @@
-"""Does an export give what the network gives, on real samples, and how long does it take.
+"""Verification of an export: its outputs on real samples compared with torch, and its latency.
 
 In: the network in torch, the same exported, samples that were decoded once. Out: plain values for export.json:
-differences, agreement of the likeliest class where outputs are logits, the numbers of the task with either, and times
-in turn with torch. Surprising: relative differences are of the L2 norm over all samples, and the worst sample is told
-beside, because networks that sort points into voxels may put a point on an edge into the neighbour's.
+differences, agreement of the likeliest class for logits, the task's metrics of both, and latencies measured alternately
+with torch. Surprising: relative differences use the L2 norm over all samples, with the worst sample reported
+separately, because networks that sort points into voxels may put a point on an edge into the neighbouring voxel.
 """
 
 import copy
@@ -28,15 +28,15 @@ from slimray.tasks.evaluation import Samples, Setting
 from slimray.tasks.network import Network, predict_outputs, to_input
 from slimray.tasks.task import Outputs
 
-ROWS = 8  # samples that a network sees at once
-ROUNDINGS = 3  # an export adds in another order than torch: it may be so many times as far from the exact values
+ROWS = 8  # samples per forward pass
+ROUNDINGS = 3  # an export sums in another order than torch and may be this many times as far from the exact values
 WARM_UP = 3
 
 
 def read_samples(table: Any, root: str, recipe: dict[str, Any], count: int, seed: int, timeout_s: float) -> Samples:
-    """Decode `count` samples, spread evenly over an index; those that do not decode are left out.
+    """Return `count` decoded samples, spread evenly over an index; those that cannot be decoded are left out.
 
-    RunFailed if none decodes.
+    Raises RunFailed if none can be decoded.
     """
     modality, read = modality_of(recipe), read_recipe(recipe)
     numbers = np.unique(np.linspace(0, table.num_rows - 1, min(count, table.num_rows)).round().astype(int))
@@ -50,14 +50,14 @@ def read_samples(table: Any, root: str, recipe: dict[str, Any], count: int, seed
         for values, value in zip((data, targets, paths, kept), (sample, target, row["path"], number), strict=True):
             values.append(value)
     if not data:
-        raise RunFailed(f"none of {len(numbers)} samples decodes")
+        raise RunFailed(f"none of {len(numbers)} samples can be decoded")
     fill, no_target = pads_of(recipe)
     rows, wanted = ([np.asarray(one)[None] for one in values] for values in (data, targets))
     return Samples(joined(rows, fill), joined(wanted, no_target), paths, kept)
 
 
 def score(network: Network, samples: Samples, recipe: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of the task for a network on samples."""
+    """Return the task's metrics of a network on samples."""
     task = TASKS[network.task]
     current = task.start(Setting(task, network, recipe, lambda: samples.paths, len(samples), ROWS))
     for start in range(0, len(samples), ROWS):
@@ -68,12 +68,12 @@ def score(network: Network, samples: Samples, recipe: dict[str, Any]) -> dict[st
 
 
 def outputs_of(network: Network, samples: Samples) -> Outputs:
-    """Return what a network gives for samples, views averaged."""
+    """Return the outputs of a network for samples, averaged over views."""
     return predict_outputs(network.net, samples.data, network.pixels, network.device, ROWS)
 
 
 def differences(found: Outputs, expected: Outputs) -> dict[str, float]:
-    """Return `max_abs`, `relative` (L2, of the output with the largest) and `worst_sample` (the same of one sample)."""
+    """Return `max_abs`, `relative` (L2) and `worst_sample` (L2 of a single sample), each the largest of all outputs."""
     out = {"max_abs": 0.0, "relative": 0.0, "worst_sample": 0.0}
     for one, other in _pairs(found, expected):
         gaps, norms = _distances(one, other)
@@ -87,31 +87,31 @@ def differences(found: Outputs, expected: Outputs) -> dict[str, float]:
 
 
 def close(found: Outputs, expected: Outputs, most: float) -> float:
-    """Return the percent of samples of which no output is further from torch than `most` (relative, L2).
+    """Return the percent of samples with no output further from torch than `most` (relative, L2).
 
-    A network that decides on its way (which points a box is made of) amplifies a rounding in a sample that it cannot
-    decide, and in no other: a fault of a converter shows in most.
+    A network with internal decisions (such as which points form a box) amplifies rounding only in samples near a
+    decision boundary, whereas a converter's fault shows in most samples.
     """
     near = [gaps <= most * norms for gaps, norms in (_distances(*pair) for pair in _pairs(found, expected))]
     return 100 * float(torch.stack(near).all(0).double().mean())
 
 
 def _pairs(found: Outputs, expected: Outputs) -> list[tuple[Tensor, Tensor]]:
-    """Outputs beside those expected, in float64."""
+    """Return pairs of outputs and expected outputs, in float64."""
     if isinstance(found, Tensor) or isinstance(expected, Tensor):
         return [(found.double(), expected.double())]  # type: ignore[union-attr]
     return [(found[name].double(), expected[name].double()) for name in expected]
 
 
 def _distances(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """The L2 distance of each sample, and the norm of `other`."""
+    """Return the L2 distance of each sample, and the norm of `other`."""
     return (one - other).flatten(1).norm(dim=1), other.flatten(1).norm(dim=1).clamp_min(1e-12)
 
 
 def from_float64(network: Network, samples: Samples, found: Outputs, expected: Outputs) -> dict[str, float]:
-    """Return how far an export and torch are (relative, L2) from what the network gives when it computes in float64."""
+    """Return the distances (relative, L2) of an export and of torch from the same network computed in float64."""
     exact, before = copy.deepcopy(network.net).double(), torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # of inputs, and of what networks make of their own
+    torch.set_default_dtype(torch.float64)  # for inputs, and for tensors that networks create
     try:
         judge = outputs_of(replace(network, net=exact), samples)
     finally:
@@ -120,10 +120,10 @@ def from_float64(network: Network, samples: Samples, found: Outputs, expected: O
 
 
 def disagreement(verification: Mapping[str, Any], most: float) -> str:
-    """Return in a sentence that an export is further from torch (`relative`) than `most`, and than rounding; or "".
+    """Return a sentence if an export is further from torch (`relative`) than `most` and than rounding explains, or "".
 
-    Deep networks amplify the rounding of float32: beyond `most` the distances from `float64`, if they were taken, are
-    the judge. How far torch is from it by rounding alone, an export may be ROUNDINGS times.
+    Deep networks amplify float32 rounding, so beyond `most` the distances from `float64`, if measured, decide: an
+    export may be up to ROUNDINGS times as far from float64 as torch is by rounding alone.
     """
     gap, exact = verification["relative"], verification.get("float64")
     if gap <= most or (exact is not None and exact["export"] <= max(most, ROUNDINGS * exact["torch"])):
@@ -137,20 +137,20 @@ def disagreement(verification: Mapping[str, Any], most: float) -> str:
 
 
 def agreement(found: Outputs, expected: Outputs) -> float:
-    """Return the percent of answers, over dimension 1, in which the likeliest class is the same."""
+    """Return the percent of answers in which the likeliest class, over dimension 1, is the same."""
     if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
-        raise TypeError("only logits agree on a class")
+        raise TypeError("agreement on a class needs logits, not several outputs")
     return 100 * float((found.argmax(1) == expected.argmax(1)).double().mean())
 
 
 def inputs_of(network: Network, samples: Samples) -> Tensor:
-    """Return the first view of each sample as the network takes it."""
+    """Return the first view of each sample as input of the network."""
     return to_input(samples.data[:, :1], network.pixels, torch.device("cpu"))
 
 
 @torch.no_grad()
 def calibration(graph: Graph, inputs: Tensor) -> list[list[np.ndarray]]:
-    """Return the arrays that an int8 quantizer sees: sample by sample, of a step frame by frame with its states."""
+    """Return the calibration arrays of an int8 quantizer: by sample, or, for a step, by frame with its states."""
     if not graph.states:
         return [[one[None].numpy()] for one in inputs]
     found = []
@@ -163,7 +163,7 @@ def calibration(graph: Graph, inputs: Tensor) -> list[list[np.ndarray]]:
 
 
 def timed_pairs(a: Callable[[], Any], b: Callable[[], Any], pairs: int, repeats: int = 3) -> Pairs:
-    """Time `a` and `b` in turn, in ms, `pairs` times after WARM_UP rounds; of `repeats` calls the fastest counts."""
+    """Time `a` and `b` alternately, in ms, `pairs` times after WARM_UP rounds; takes the fastest of `repeats` calls."""
 
     def once(call: Callable[[], Any]) -> float:
         best = float("inf")
@@ -179,7 +179,7 @@ def timed_pairs(a: Callable[[], Any], b: Callable[[], Any], pairs: int, repeats:
 
 
 def time_against_eager(graph: Graph, runner: Any, module: nn.Module, threads: int, pairs: int) -> dict[str, Any]:
-    """Return the time of one sample, or frame, in the exported network against the module in torch, eager."""
+    """Return the latency of one sample, or frame, in the exported network compared with the module in eager torch."""
     tensors = tuple(value[:1] for value in graph.inputs.values())
     arrays = [np.ascontiguousarray(value.numpy()) for value in tensors]
 

@@ -1,4 +1,4 @@
-"""Charts of a report as inline SVG: curves, scatter plots, heat maps of confusions, filmstrips."""
+"""Charts of a report as inline SVG: curves, scatter plots, confusion heat maps, filmstrips."""
 
 import base64
 import binascii
@@ -34,13 +34,13 @@ class Curves:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to draw."""
+        """True if there is nothing to draw."""
         return not any(len(steps) for steps, _ in self.series.values())
 
 
 @dataclass(frozen=True)
 class Bars:
-    """Heights over positions that need not be even: (x, height); `legend`: a few names and ready text."""
+    """Bars (x, height) at positions that need not be evenly spaced; `legend` holds pairs of a name and its text."""
 
     title: str
     x_name: str
@@ -50,14 +50,14 @@ class Bars:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to draw."""
+        """True if there is nothing to draw."""
         return not self.bars
 
 
 @dataclass(frozen=True)
 class Scatter:
-    """Points (x, y), those that no other beats joined by a line (x low, y as `better` says), and some by name: (x, y,
-    name)."""
+    """Points (x, y), a line through their Pareto front (low x; high or low y, as `better` says), and named points
+    (x, y, name)."""
 
     title: str
     x_name: str
@@ -68,11 +68,11 @@ class Scatter:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to draw."""
+        """True if there is nothing to draw."""
         return not self.points
 
     def front(self) -> list[tuple[float, float]]:
-        """The points that no other beats, x rising."""
+        """Return the points that no other dominates, by rising x."""
         out: list[tuple[float, float]] = []
         sign = 1 if self.better == "higher" else -1
         for x, y in sorted(self.points, key=lambda point: (point[0], -sign * point[1])):
@@ -83,10 +83,10 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip as it was judged.
+    """One clip with its prediction.
 
     `strip` is a base64 JPEG or PNG of its frames side by side; square frames are also played one after the other.
-    `top` holds (class, probability 0-1), the likeliest first, of which three are shown.
+    `top` holds (class, probability 0-1), the likeliest first; the first three are shown.
     """
 
     run: str
@@ -96,9 +96,9 @@ class Clip:
 
 
 def by_batch(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any] = NOTHING) -> list[Curves]:
-    """The first metric by global batch, a curve for each rule of the learning rate; nothing for a single batch.
+    """Return a chart of the first metric by global batch, a curve per learning-rate rule; [] for a single batch size.
 
-    Runs whose rate grows with the batch (the same rate per sample) are one curve, those of one fixed rate another.
+    Runs whose rate grows with the batch (the same rate per sample) form one curve, those with one fixed rate another.
     """
     known = [row for row in rows if row.get("peak_lr") and row.get("variant", "natural") == "natural"]
     if len({row["batch"] for row in known}) < 2:
@@ -118,7 +118,7 @@ def by_batch(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any] = NOT
 
 
 def train_curves(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any] = NOTHING) -> list[Curves]:
-    """Return the charts of a training from its metric rows, which are sorted by step."""
+    """Return the charts of a training from its metric rows, which must be sorted by step."""
 
     def lines(title: str, unit: str, **names: str) -> Curves:
         return Curves(title, unit, {label: _series(rows, name) for label, name in names.items()})
@@ -150,7 +150,7 @@ def train_curves(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any] =
 
 
 def _validations(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> list[Curves]:
-    """A chart for the metrics of each unit."""
+    """Return one chart per unit, with the metrics of that unit."""
     metrics = main_ones(metrics_of(names_in(rows), results))
     out = []
     for unit in dict.fromkeys(metric["unit"] for metric in metrics):
@@ -177,7 +177,7 @@ def last_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 # ---- pictures ------------------------------------------------------------------------------------------------------
 def chart_section(curves: Curves, prefix: str) -> dict[str, Any]:
-    """A chart as inline SVG with its legend (name, text) apart, so that no text of a user gets into the SVG."""
+    """Return a chart as inline SVG with a separate legend (name, text), so that no user's text gets into the SVG."""
     import matplotlib
     from markupsafe import Markup
     from matplotlib.figure import Figure
@@ -199,7 +199,7 @@ def chart_section(curves: Curves, prefix: str) -> dict[str, Any]:
 
 
 def scatter_section(scatter: Scatter, prefix: str) -> dict[str, Any]:
-    """Points and their front as inline SVG; the named points are in the legend."""
+    """Return points and their front as inline SVG; the named points are in the legend."""
 
     def draw(axes: Any) -> None:
         axes.scatter(*zip(*scatter.points), s=9, color=INK, alpha=0.35, linewidths=0)
@@ -212,7 +212,7 @@ def scatter_section(scatter: Scatter, prefix: str) -> dict[str, Any]:
 
 
 def bars_section(bars: Bars, prefix: str) -> dict[str, Any]:
-    """Bars as inline SVG, each 0.8 of the least distance between two wide, and the legend."""
+    """Return bars as inline SVG and their legend; a bar is 0.8 of the smallest distance between two bars wide."""
 
     def draw(axes: Any) -> None:
         places, heights = (np.array(one) for one in zip(*bars.bars))
@@ -225,7 +225,7 @@ def bars_section(bars: Bars, prefix: str) -> dict[str, Any]:
 def _plain_section(
     chart: Scatter | Bars, prefix: str, draw: Callable[[Any], None], legend: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
-    """A chart with named axes and a grid, drawn by `draw`, as inline SVG."""
+    """Return a chart with named axes and a grid, drawn by `draw`, as inline SVG."""
     import matplotlib
     from markupsafe import Markup
     from matplotlib.figure import Figure
@@ -249,7 +249,7 @@ def _plain_section(
 
 
 def section(chart: Curves | Scatter | Bars, prefix: str) -> dict[str, Any]:
-    """Any chart as a section of a page."""
+    """Return any chart as a section of a page."""
     if isinstance(chart, Curves):
         return chart_section(chart, prefix)
     return scatter_section(chart, prefix) if isinstance(chart, Scatter) else bars_section(chart, prefix)
@@ -280,7 +280,7 @@ def _draw(axes: Any, curves: Curves, binned: Mapping[str, tuple[np.ndarray, ...]
 
 
 def _inline(svg: str, prefix: str, title: str) -> str:
-    """Matplotlib's SVG made fit for a page: own ids, CSS colours, size of its frame, no prologue or global style."""
+    """Adapt Matplotlib's SVG to a page: unique ids, CSS colours, the size of its frame, no prologue or global style."""
     from markupsafe import escape
 
     svg = svg[svg.index("<svg") :]
@@ -295,7 +295,7 @@ def _inline(svg: str, prefix: str, title: str) -> str:
 
 
 def _binned(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Step, mean, minimum and maximum of at most NUM_BINS consecutive groups of points."""
+    """Return step, mean, minimum and maximum of at most NUM_BINS consecutive groups of points."""
     num_bins = min(len(steps), NUM_BINS)
     groups = np.array_split(np.asarray(values, dtype=np.float64), num_bins)
     at = np.array([group.mean() for group in np.array_split(np.asarray(steps, dtype=np.float64), num_bins)])
@@ -308,7 +308,7 @@ def confusion_section(confusion: Confusion) -> dict[str, Any]:
     num_classes = len(confusion.classes)
     if counts.shape != (num_classes, num_classes):
         raise ValueError(f"confusion {confusion.title!r} has shape {counts.shape} for {num_classes} classes")
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # of the truth's samples, 0-1
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # of the samples of the true class, 0-1
     small = num_classes <= MAX_LABELLED_CLASSES
     return {
         "title": confusion.title,
@@ -320,7 +320,7 @@ def confusion_section(confusion: Confusion) -> dict[str, Any]:
 
 
 def _heat_map(share: np.ndarray) -> str:
-    """A data URI of a PNG, one pixel a cell, whose opacity is the root of the share: it fits any background."""
+    """Return a data URI of a PNG, one pixel per cell; opacity is the root of the share, to suit any background."""
     from PIL import Image
 
     picture = Image.fromarray(np.round(255 * np.sqrt(share)).astype(np.uint8))
@@ -339,7 +339,7 @@ def clip_section(clip: Clip) -> dict[str, Any]:
             width, height = image.size
             kind = str(image.format).lower()
     except (binascii.Error, OSError, ValueError):
-        pass  # the page says "no picture"; a clip without one is still worth its prediction
+        pass  # the page shows "no picture" and the prediction
     else:
         picture = f"data:image/{kind};base64," + base64.b64encode(raw).decode("ascii")
         num_frames = width // height if width % height == 0 else 1  # frames are square as the network sees them

@@ -1,7 +1,7 @@
-"""Metrics among the numbers of a run: how they are called and shown, and which way is better.
+"""Metrics among the numbers of a run: their names, units and which direction is better.
 
-A run says so itself: its results.json holds the metrics of its task as plain values (`Metric.to_plain`). Of runs that
-were written before they did, and of those still under way, the task is told by the names of their numbers.
+The results.json of a run holds the metrics of its task as plain values (`Metric.to_plain`). For older runs without
+them, and for unfinished runs, the task is inferred from the names of the numbers.
 """
 
 import math
@@ -13,12 +13,12 @@ Metric = Mapping[str, Any]
 
 
 def metrics_of(names: Iterable[str], results: Mapping[str, Any]) -> list[Metric]:
-    """Return the metrics of a run with numbers of these names, the most telling first; [] for none that is known."""
+    """Return the metrics among the numbers of these names, the most important first; [] if none is known."""
     written = results.get("metrics")
     known = set(names)
     if isinstance(written, list) and written:
         return [one for one in written if one["name"] in known]
-    from slimray.tasks import TASKS  # torch, which a page of a run that says its metrics does without
+    from slimray.tasks import TASKS  # imports torch, not needed for runs that store their metrics
 
     def fit(metrics: Sequence[Any]) -> int:
         return sum(metric.main and metric.name in known for metric in metrics)
@@ -38,7 +38,7 @@ def names_in(rows: Iterable[Mapping[str, Any]]) -> set[str]:
 
 
 def best_of(rows: Sequence[Mapping[str, Any]], metric: Metric, prefix: str = "val/") -> Mapping[str, Any]:
-    """Return the first of the rows whose metric is best, {} if none has it."""
+    """Return the first row with the best value of the metric, {} if no row has it."""
     name = prefix + metric["name"]
     judged = [row for row in rows if finite(row.get(name))]
     choose = max if metric["better"] == "higher" else min
@@ -53,5 +53,5 @@ def text_of(metric: Metric, value: Any) -> str:
 
 
 def finite(value: Any) -> TypeGuard[float]:
-    """Return whether a value is a finite number."""
+    """Return True if a value is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)

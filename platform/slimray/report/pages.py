@@ -1,11 +1,11 @@
-"""The report of a run: one HTML page that needs nothing but itself, to open, mail, print and keep.
+"""Report of a run: one self-contained HTML page to open, mail, print and keep.
 
 In: a run folder (metrics, results.json, card.json, quarantine, job.yaml). Out: the page as a string; the caller writes
-it. `render` is the pure core: plain values in, HTML out, all of it autoescaped, and a content security policy that
-lets no script run but the one that turns clouds, by its hash, where there are clouds. Pictures of points come from
-report_points.py. Surprising: matplotlib draws charts in stand-in colours that become CSS variables, so that one picture
-is right in dark, in light and on paper; and a cloud is a still picture until somebody touches it, so that a page of a
-hundred opens at once.
+it. `render` is the pure core: plain values in, HTML out, all autoescaped, with a content security policy that allows no
+script except, on pages with clouds, the one that turns them, identified by its hash. Pictures of points come from
+points.py. Surprising: matplotlib draws charts in stand-in colours that become CSS variables, so that one picture suits
+dark mode, light mode and paper; and a cloud is a still picture until it is touched, so that a page with a hundred of
+them opens at once.
 """
 
 import base64
@@ -56,7 +56,7 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 def train_report(run: runs.Run) -> str:
     """Return the page of a train run: curves, best and last numbers, confusions, clips, quarantine, how it was made.
 
-    Works on a run of any state, as far as it got; a file that is not there leaves its section out.
+    Works for a run in any state; sections whose files do not exist are left out.
     """
     rows = sorted(runs.read_parts(run, "metrics", MAX_ROWS), key=lambda row: row.get("step", 0))
     card, results = runs.read_card(run) or {}, _results(run)
@@ -80,7 +80,7 @@ def train_report(run: runs.Run) -> str:
 
 
 def evaluate_report(run: runs.Run) -> str:
-    """Return the page of an evaluate run: its runs in one table, what order is worth, classes, AP, pictures."""
+    """Return the page of an evaluate run: its runs in one table, the value of frame order, classes, AP, pictures."""
     card, results = runs.read_card(run) or {}, _results(run)
     rows = results.get("rows", [])
     metrics = main_ones(metrics_of(names_in(rows), results))
@@ -90,7 +90,7 @@ def evaluate_report(run: runs.Run) -> str:
 
 
 def shrink_report(run: runs.Run) -> str:
-    """Return the page of a shrink run: what each stage did to the subnets that are judged after it."""
+    """Return the page of a shrink run: the scores of the evaluated subnets after each stage."""
     card, results = runs.read_card(run) or {}, _results(run)
     stages, metric = results.get("stages", []), str(results.get("metric", "top1"))
     names = [row["subnet"] for row in stages[0]["rows"]] if stages else []
@@ -106,8 +106,8 @@ def shrink_report(run: runs.Run) -> str:
     one = _metric(metric, results)
     percent = one["unit"] == "%"
     measure = "Percent, 0-100" if percent else one["label"].capitalize()
-    note = f"{measure}, of subnets cut out of the supernet and re-calibrated, on the validation split."
-    table = Table("What shrinking did", columns, cells, note, frozenset(columns[2:] if percent else ()))
+    note = f"{measure}, of subnets extracted from the supernet and recalibrated, on the validation split."
+    table = Table("Subnets by stage", columns, cells, note, frozenset(columns[2:] if percent else ()))
     headline = {name: text_of(one, values[-1]) for name, (_, values) in list(series.items())[:2]}
     headline["archs"] = show_number("", card.get("archs"))
     shown = dict(list(series.items())[:5])
@@ -116,12 +116,12 @@ def shrink_report(run: runs.Run) -> str:
 
 
 def _metric(name: str, results: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The metric of that name, as a run says it or else as its task does; percent if neither knows it."""
+    """Return the metric of that name, as stored in the run or else defined by its task; percent if neither has it."""
     return next(iter(metrics_of([name], results)), {"name": name, "label": name, "unit": "%"})
 
 
 def search_report(run: runs.Run) -> str:
-    """Return the page of a search run: what was found for each target, all that was tried, the fronts."""
+    """Return the page of a search run: the subnet found for each target, all trials, the fronts."""
     card, results = runs.read_card(run) or {}, _results(run)
     metric, rows = str(results.get("metric", "top1")), results.get("targets", [])
     asked = [name for name in ("latency_ms", "energy_mj", "peak_kb", "int8_kb") if any(name in row for row in rows)]
@@ -141,12 +141,12 @@ def search_report(run: runs.Run) -> str:
 
 
 def proxyless_report(run: runs.Run) -> str:
-    """Return the page of an architecture search by training: what was found, the trade-off, what blocks chose."""
+    """Return the page of an architecture search by training: the networks found, the trade-off, the blocks' choices."""
     card, results = runs.read_card(run) or {}, _results(run)
     metric, rows = str(results.get("metric", "top1")), results.get("rows", [])
     unit = "MACs" if results.get("cost") == "macs" else "ms"
     names = ["run", "weight", metric, "cost", "expected_cost", "params", "macs", "blocks"]
-    aim = f"Cost in {unit}, {show_number('', results.get('ref'))} aimed at; expected: under the final probabilities."
+    aim = f"Cost in {unit}, target {show_number('', results.get('ref'))}; expected: under the final probabilities."
     found = Table("Found", names, [[row.get(name) for name in names] for row in rows], aim, frozenset({metric}))
     points = [(row["cost"], row[metric], f"{row['weight']:g}") for row in rows]
     scatter = Scatter(f"{metric} by cost", f"cost [{unit}]", metric, [point[:2] for point in points], points)
@@ -157,14 +157,14 @@ def proxyless_report(run: runs.Run) -> str:
             [number, *(100 * block[code] if code in block else "" for code in codes)]
             for number, block in enumerate(row["choices"], 1)
         ]
-        note = "Probability of each candidate, kernel/expansion or - for nothing, percent, block by block."
+        note = "Probability of each candidate (kernel/expansion, or - for no block), percent, block by block."
         choices.append(Table(f"Choices of {row['run']}", ["block", *codes], cells, note, frozenset(codes), fold=True))
     headline = {row["run"]: percent_text(row.get(metric)) for row in rows}
     return _page(run, card, {}, headline, [found, *choices] if rows else [], [scatter] if len(rows) > 1 else [])
 
 
 def compress_report(run: runs.Run) -> str:
-    """Return the page of a compression: each step's accuracy against size, MACs and latency, and the layers' shares."""
+    """Return the page of a compression: accuracy against size, MACs and latency by step, and the shares by layer."""
     card, results = runs.read_card(run) or {}, _results(run)
     steps, metrics = results.get("steps", []), results.get("metrics", [])
     rows = [one["row"] for one in steps]
@@ -223,7 +223,7 @@ def compress_report(run: runs.Run) -> str:
 
 
 def _policies(step: Mapping[str, Any], metric: Mapping[str, Any]) -> tuple[Table, list[Scatter]]:
-    """What a search within a step found beside the uniform policy of the same limits, and all that it tried."""
+    """Return the policy that a step's search found, the uniform one under the same limits, and all candidates."""
     details, name, run = step["details"], metric["name"], step["row"]["run"]
     costs, even = details["costs"], details["uniform"]
     limited = [cost for cost in details["candidates"][0] if cost in details["limits"]]
@@ -240,7 +240,7 @@ def _policies(step: Mapping[str, Any], metric: Mapping[str, Any]) -> tuple[Table
 
 
 def _codebooks(step: Mapping[str, Any]) -> tuple[Table, list[Bars]]:
-    """The codebooks of the layers, as a table, and as bars where the most weights are."""
+    """Return the codebooks of the layers as a table, and as bars for the layers with the most weights."""
     shared = next(one["bits"] for one in reversed(step["records"]) if one["step"] == "share")
     books = {name: book for name, book in step["codebooks"].items() if book}
     counts = {name: sum(count for _, count in book) for name, book in books.items()}
@@ -257,17 +257,17 @@ def _codebooks(step: Mapping[str, Any]) -> tuple[Table, list[Bars]]:
 
 
 def export_report(run: runs.Run) -> str:
-    """Return the page of an export run: every format beside torch, what differs, how long it takes."""
+    """Return the page of an export run: every format compared with torch, in results and latency."""
     card, results = runs.read_card(run) or {}, _results(run)
     rows, best = results.get("rows", []), str(results.get("best", ""))
     names = ["format", best, "relative", "worst_sample", "max_abs", "agreement", "unoptimised_agreement", "mb", "ms"]
     names += ["eager_ms", "ratio", "ratio_low", "ratio_high", "energy_mj", "energy", "reason"]
     names = [name for name in names if any(name in row for row in rows)]
     note = (
-        f"On {results.get('samples')} samples of the validation split; relative difference from torch (L2), percent of "
-        "answers with the same class or translation (unoptimised: without graph optimisations). Milliseconds of one "
+        f"On {results.get('samples')} samples of the validation split: relative difference from torch (L2), percent of "
+        "answers with the same class or translation (unoptimised: without graph optimisations). Milliseconds per "
         f"{'frame' if results.get('online') else 'sample'}, and the ratio to eager torch: median and 95 % interval of "
-        "pairs in turn. Energy of one, measured while the device tells its watts, or modelled (45 nm, for comparing). "
+        "alternating pairs. Energy of one, measured if the device reports its power, or modelled (45 nm, to compare). "
         f"On {results.get('cpu')}."
     )
     table = Table("Exports", names, [[_small(name, row.get(name)) for name in names] for row in rows], note)
@@ -278,7 +278,7 @@ def export_report(run: runs.Run) -> str:
 
 
 def _small(name: str, value: Any) -> Any:
-    """Differences as text: tables round numbers, and these are all noughts then."""
+    """Return differences as text, because tables would round these small numbers to zero."""
     return f"{value:.1e}" if name in ("relative", "worst_sample", "max_abs") and isinstance(value, float) else value
 
 
@@ -290,7 +290,7 @@ def _page(
     tables: Sequence[Table],
     curves: Sequence[Curves | Scatter | Bars] = (),
 ) -> str:
-    status = None if card else runs.read_status(run)  # a page is written just before its run is called finished
+    status = None if card else runs.read_status(run)  # a page is written just before its run is marked finished
     state = ["finished"] if card else [status.state, status.message] if status else []
     confusions = [Confusion(key, results.get("classes", []), m) for key, m in results.get("confusion", {}).items() if m]
     shown = _examples(results)
@@ -318,7 +318,7 @@ def _page(
 
 
 def _examples(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Examples by type; results written before examples had types hold them under other names."""
+    """Return examples by type; results written before examples had types store them under other names."""
     before = {"clip": "clips", "cloud": "clouds", "boxes": "boxes"}
     found: dict[str, list[dict[str, Any]]] = {"pair": [], "texts": []}
     found |= {kind: list(results.get(name, [])) for kind, name in before.items()}
@@ -344,13 +344,13 @@ def render(
     facts: Mapping[str, Any] | None = None,
     job: str = "",
 ) -> str:
-    """Return one self-contained HTML page of these sections; an empty one is left out.
+    """Return one self-contained HTML page of these sections; empty ones are left out.
 
-    `headline`: a few names and ready text, shown large. `boxes`: MAX_SCENES are shown, of each run as many, scenes of
-    the same place in their runs side by side. `quarantine`: rows with `path` (or `split` and `sample`) and
-    `reason`. `facts`: how the run was made, a nested dict is shown on one line. `job`: the resolved YAML. Any text may
-    be hostile: it is shown, never run. Raises ValueError for a confusion that is no square of its classes, and a cloud
-    or a scene whose arrays do not fit each other.
+    `headline`: a few names with their text, shown large. `boxes`: MAX_SCENES are shown, equally many of each run, with
+    the runs' scenes of the same position side by side. `quarantine`: rows with `path` (or `split` and `sample`) and
+    `reason`. `facts`: how the run was made; a nested dict is shown on one line. `job`: the resolved YAML. Any text may
+    be hostile: it is shown, never run. Raises ValueError for a confusion whose shape does not match its classes, and
+    for a cloud or a scene whose arrays do not match.
     """
     import jinja2
 
@@ -378,30 +378,30 @@ def render(
     return page.encode("utf-8", "replace").decode("utf-8")  # a file name may hold bytes that are not text
 
 
-_SEARCHED = "Searched: on samples held out of training; the other on the split for the end, scored once."
+_SEARCHED = "Searched: on samples held out of training; the other score: on the final split, computed once."
 _STEPS = (
-    "Bytes: of the file that holds the weights. Speedup: median ratio to the original, timed in turn on this machine; "
-    "above 1 is faster. Zeros make a file smaller, not a dense kernel faster."
+    "Bytes: size of the file with the weights. Speedup: median ratio to the original, timed alternately on this "
+    "machine; above 1 is faster. Zeros make a file smaller, but not a dense kernel faster."
 )
-_SENSITIVITY = "The metric (a loss negated) with this layer alone pruned to the share in the heading."
+_SENSITIVITY = "The metric (a loss negated) with only this layer pruned to the share in the heading."
 _JUDGED = (
-    "On the samples that judge policies, before any fine-tuning. Pruning under a latency: that of what was found is "
-    "measured, the others are predicted."
+    "On the samples that score policies, before any fine-tuning. Pruning under a latency limit: the latency of the "
+    "policy found is measured, the others are predicted."
 )
-_CODEBOOKS = f"Zero left out. Drawn for the layers with the most weights, {MAX_CODEBOOKS} of them at most."
-_BITS = "Layers that are not named stay float, and so do inputs without a number."
-_ROUNDED = "With this layer alone quantized: points of the metric that it costs, the metric, megabytes that it saves."
-_PREDICTED = "Held-out error (in units of the metric) and rank correlation, and how it fared on what was measured next."
+_CODEBOOKS = f"Without zero. Drawn for the layers with the most weights, at most {MAX_CODEBOOKS} of them."
+_BITS = "Layers that are not listed stay float, and so do inputs without a number."
+_ROUNDED = "With only this layer quantized: loss in points of the metric, the metric, megabytes saved."
+_PREDICTED = "Held-out error (in units of the metric) and rank correlation, and the same on the trials measured next."
 
 
 def _first_of_each(scenes: Sequence[BoxView]) -> list[BoxView]:
-    """The first scene of each run, then the second of each, and so on."""
+    """Return the first scene of each run, then the second of each, and so on."""
     turn = [sum(before.run == scene.run for before in scenes[:i]) for i, scene in enumerate(scenes)]
     return [scenes[i] for i in sorted(range(len(scenes)), key=turn.__getitem__)]
 
 
 def _sha256(text: str) -> str:
-    """The hash of an inline script as a content security policy names it."""
+    """Return the hash of an inline script in the form of a content security policy."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
 
 

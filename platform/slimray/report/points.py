@@ -1,9 +1,9 @@
-"""Pictures of points for the report: clouds as they were judged, what PVConvs respond to, boxes seen from above.
+"""Pictures of points for the report: clouds with their predictions, responses of PVConvs, boxes seen from above.
 
-In: numpy arrays, as `CloudView` (with a `ResponseView` per PVConv) and `BoxView`. Out: a row of results.json
-(`to_plain`) and, out of that row, what report.html.j2 draws (`cloud_section`, `box_section`): still pictures, labels,
-paths, plain numbers; no text of a user is made part of markup here. Surprising: points are thinned and lose their unit
-before they are stored, so that a page of a hundred clouds can be mailed; boxes keep their metres.
+In: numpy arrays, as `CloudView` (with a `ResponseView` per PVConv) and `BoxView`. Out: the values that report.html.j2
+draws (`cloud_section`, `box_section`): still pictures, labels, paths, plain numbers; no user's text becomes part of the
+markup here. Surprising: points are thinned and lose their unit before they are stored, so that a page of a hundred
+clouds can be mailed; boxes keep their metres.
 """
 
 import base64
@@ -17,22 +17,22 @@ import numpy as np
 
 from slimray.runs.examples import BoxView, CloudView, ResponseView, as_base64, in_unit_ball, quantised
 
-MAX_CLOUD_CLASSES = 24  # of one cloud that get a colour and a name, the most frequent
-CLASS_COLOURS = (  # of Okabe and Ito, as in predict.py, then those farthest from them for the colour-blind too
+MAX_CLOUD_CLASSES = 24  # the most frequent classes of a cloud, which get a colour and a name
+CLASS_COLOURS = (  # by Okabe and Ito, then the colours farthest from them, also for the colour-blind
     "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7",
     "#5424fc", "#90e490", "#4878fc", "#b42430", "#78e4c0", "#54e4f0",
 )  # fmt: skip
-QUIET, WRONG = "#8a8f98", "#e0342b"  # of a cloud's colours the first two, the quiet one is drawn small and faint
-RAMP = ((31, 82, 160), (120, 130, 140), (235, 185, 60))  # from low to high: heights, where there are no classes
-DEPTHS = np.linspace(0.4, 1, 9)  # opacities of a still picture, from far to near; 26 colours of them fit a palette
-STILL = 480  # pixels of its side
+QUIET, WRONG = "#8a8f98", "#e0342b"  # the first two colours of a cloud; the quiet one is drawn small and faint
+RAMP = ((31, 82, 160), (120, 130, 140), (235, 185, 60))  # from low to high: height, where there are no classes
+DEPTHS = np.linspace(0.4, 1, 9)  # opacities of a still picture, from far to near; with 26 colours they fit a palette
+STILL = 480  # side of a still picture in pixels
 
 
 # ---- clouds --------------------------------------------------------------------------------------------------------
 
 
 def class_colour(place: int) -> str:
-    """The colour of a class as #rrggbb, the same on every page; after CLASS_COLOURS, hues as far apart as can be."""
+    """Return the colour of a class as #rrggbb, the same on every page; after CLASS_COLOURS, hues far apart."""
     if place < len(CLASS_COLOURS):
         return CLASS_COLOURS[place]
     lightness = (0.42, 0.66, 0.54)[place % 3]
@@ -40,10 +40,10 @@ def class_colour(place: int) -> str:
 
 
 def cloud_section(cloud: CloudView) -> dict[str, Any]:
-    """The panels of a cloud: a still picture of each, what its script needs to turn it, and what colours mean.
+    """Return the panels of a cloud: still pictures, the data with which the script turns them, and a colour key.
 
-    Coordinates come as the first view shows them: to the right, up, and towards who looks. ValueError for labels that
-    are not those of its points.
+    Coordinates are those of the first view: right, up, and towards the viewer. Raises ValueError if the number of
+    labels is not that of the points.
     """
     cloud = cloud.thinned()
     if isinstance(cloud.truth, str):
@@ -69,9 +69,9 @@ def cloud_section(cloud: CloudView) -> dict[str, Any]:
 
 
 def _block_section(response: ResponseView, cloud: np.ndarray) -> dict[str, Any]:
-    """The two panels of a PVConv in one scale of colours: which part of all responses, of both branches, is weaker.
+    """Return the two panels of a PVConv on one colour scale: the rank of a response among those of both branches.
 
-    By rank, not by size: where one branch is several times as strong, the other would be of one colour throughout.
+    Ranks rather than magnitudes: otherwise, if one branch is several times stronger, the other has a single colour.
     """
     both = np.sort(np.concatenate([response.voxel, response.point]))
     panels = {}
@@ -89,7 +89,7 @@ def _block_section(response: ResponseView, cloud: np.ndarray) -> dict[str, Any]:
 
 
 def _picture(coords: np.ndarray, panels: Mapping[str, np.ndarray], colours: Sequence[str]) -> dict[str, Any]:
-    """Panels, name -> place of each point's colour, of one cloud, as stills and as the page's script takes them."""
+    """Return the panels of one cloud (name -> colour index per point) as stills and as data for the page's script."""
     places = in_unit_ball(coords) @ _view().T
     return {
         "panels": [(name, _still(places, labels, colours)) for name, labels in panels.items()],
@@ -102,7 +102,7 @@ def _picture(coords: np.ndarray, panels: Mapping[str, np.ndarray], colours: Sequ
 def _judged_points(
     cloud: CloudView,
 ) -> tuple[dict[str, np.ndarray], list[str], list[tuple[str, str, float | None]]]:
-    """Panel -> place of each point's colour, uint8 `[N]`; the colours; and (colour, class, IoU in this cloud)."""
+    """Return panel -> colour index per point, uint8 `[N]`; the colours; and (colour, class, IoU in this cloud)."""
     truth, predicted = np.asarray(cloud.truth), np.asarray(cloud.predicted)
     known = truth >= 0
     found, counts = np.unique(np.concatenate([predicted, truth[known]]), return_counts=True)
@@ -117,12 +117,12 @@ def _judged_points(
         iou = 100 * int((own & taken).sum()) / union if union else None
         keys.append((colours[-1], cloud.classes[place] if place < len(cloud.classes) else str(place), iou))
     if len(kept) < len(found) or not known.all():
-        keys.append((QUIET, "any other, or without label", None))
+        keys.append((QUIET, "other class, or no label", None))
     return {**spots, "error": (known & (truth != predicted)).astype(np.uint8)}, colours, keys
 
 
 def _ramp_places(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """The place of each value's colour among those of `_ramp`, uint8 `[N]`."""
+    """Return the index of each value's colour in `_ramp`, uint8 `[N]`."""
     part = ((values - low) / max(float(high - low), 1e-12)).clip(0, 1)
     return (2 + np.round(part * (len(_ramp()) - 3))).astype(np.uint8)
 
@@ -134,7 +134,7 @@ def _ramp() -> list[str]:
 
 
 def _view() -> np.ndarray:
-    """The first view as rows: what points right, up, and towards who looks, from the front, half left and above."""
+    """Return the first view, from the front, half left and above, as rows: right, up, and towards the viewer."""
     turn, lift = np.radians((-60, 22))
     towards = np.array([np.cos(lift) * np.cos(turn), np.cos(lift) * np.sin(turn), np.sin(lift)])
     right = np.array([-np.sin(turn), np.cos(turn), 0])
@@ -142,13 +142,13 @@ def _view() -> np.ndarray:
 
 
 def _still(places: np.ndarray, labels: np.ndarray, colours: Sequence[str]) -> str:
-    """A data URI of a PNG of points `[N, 3]` (right, up, near; within 1) as discs, near ones over far ones.
+    """Return a data URI of a PNG of points `[N, 3]` (right, up, near; within 1) as discs, near ones over far ones.
 
-    Its pixels are places in a palette: nothing, then each colour in each of DEPTHS. Far points are fainter and smaller.
+    Its pixels are palette indices: background, then each colour in each of DEPTHS. Far points are fainter and smaller.
     """
     from PIL import Image
 
-    order = np.argsort(places[:, 2], kind="stable")  # far to near: of what is written to a pixel, the last stays
+    order = np.argsort(places[:, 2], kind="stable")  # far to near: the last write to a pixel stays
     places, labels = places[order], labels[order].astype(np.int64)
     depth = ((places[:, 2] + 1) / 2).clip(0, 1)
     radius = STILL * float(np.clip(0.33 / np.sqrt(len(places)), 0.007, 0.014))
@@ -170,17 +170,17 @@ def _still(places: np.ndarray, labels: np.ndarray, colours: Sequence[str]) -> st
 
 # ---- boxes ---------------------------------------------------------------------------------------------------------
 
-WIDTH, LEFT, BOTTOM, EDGE = 400, 34, 34, 8  # of a drawing and its margins, in its own units, of which text has 11
-LINE = 13  # from one line of text to the next
-MARGIN = 3.0  # metres around the boxes, at least
-MAX_STEPS = 8  # of the grid along the longer side
+WIDTH, LEFT, BOTTOM, EDGE = 400, 34, 34, 8  # of a drawing and its margins, in its own units; text is 11 units high
+LINE = 13  # distance between two lines of text
+MARGIN = 3.0  # smallest margin around the boxes, in metres
+MAX_STEPS = 8  # grid lines along the longer side
 
 
 def box_section(view: BoxView) -> dict[str, Any]:
-    """The drawing of a scene from above, x to the right and z up, as paths and texts in units of a `width` x `height`.
+    """Return a drawing of a scene from above, x to the right and z up: paths and texts on a `width` x `height` canvas.
 
-    Shows the boxes and a margin, not all points. Boxes that are not finite or far from all points and truths are not
-    drawn, only counted. ValueError for arrays that do not fit each other.
+    Shows the boxes and a margin, not all points. Boxes that are not finite, or far from all points and true boxes, are
+    only counted. Raises ValueError for arrays that do not match.
     """
     scene = view.checked()
     outlines = [_outlines(boxes) for boxes in (scene.truths, scene.predictions)]
@@ -220,20 +220,20 @@ def box_section(view: BoxView) -> dict[str, Any]:
 
 
 def _text(scene: BoxView, place: int) -> str:
-    """Return what is written beside a prediction: its class and how sure it is, as far as they are known."""
+    """Return the text beside a prediction: its class and score, if known."""
     score = f"{scene.scores[place]:.2f}" if len(scene.scores) else ""
     return " ".join(filter(None, [scene.names[place] if len(scene.names) else "", score]))
 
 
 def _step(size: np.ndarray) -> float:
-    """Metres from one line of the grid to the next: 1, 2 or 5 times a power of ten."""
+    """Return the metres between two grid lines: 1, 2 or 5 times a power of ten."""
     least = float(size.max()) / MAX_STEPS
     power = 10.0 ** math.floor(math.log10(least))
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least)
 
 
 def _outlines(boxes: np.ndarray) -> np.ndarray:
-    """Boxes `[n, 7]` from above as x, z: four corners, the middle, and a little ahead of the front, `[n, 6, 2]`."""
+    """Return boxes `[n, 7]` from above as x, z `[n, 6, 2]`: four corners, the middle, a point ahead of the front."""
     x, _, z, length, width, _, heading = boxes.T[:, :, None]
     along, across = length / 2 * [1, 1, -1, -1, 0, 1.35], width / 2 * [1, -1, -1, 1, 0, 0]
     cos, sin = np.cos(heading), np.sin(heading)
@@ -241,7 +241,7 @@ def _outlines(boxes: np.ndarray) -> np.ndarray:
 
 
 def _extent(points: np.ndarray, truths: np.ndarray, predictions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the largest x, z that are shown: all boxes that are near something, else the points."""
+    """Return the smallest and largest x, z to show: all boxes near points or true boxes, otherwise the points."""
     bulk = np.percentile(points, (2, 98), axis=0) if len(points) else np.zeros((0, 2))
     known = np.concatenate([bulk, truths[np.isfinite(truths).all((1, 2))].reshape(-1, 2)])
     found = predictions[np.isfinite(predictions).all((1, 2))]
@@ -253,12 +253,12 @@ def _extent(points: np.ndarray, truths: np.ndarray, predictions: np.ndarray) -> 
     low, high = shown.min(0), shown.max(0)
     low, high = low - np.maximum(MARGIN, 0.1 * (high - low)), high + np.maximum(MARGIN, 0.1 * (high - low))
     size, middle = high - low, (low + high) / 2
-    size = np.maximum(size, [size[1] / 1.2, size[0] / 1.8])  # neither a tower nor a ribbon
+    size = np.maximum(size, [size[1] / 1.2, size[0] / 1.8])  # limits the aspect ratio
     return middle - size / 2, middle + size / 2
 
 
 def _dots(places: np.ndarray) -> str:
-    """A path with a dot at each place `[n, 2]` to half a unit, drawn in units of a half; equal ones once."""
+    """Return a path with a dot at each place `[n, 2]`, rounded to half units and drawn in those; duplicates once."""
     halves = np.unique(np.round(2 * places).astype(np.int64), axis=0)
     return "".join(f"m{right} {down}h0" for right, down in np.diff(halves, axis=0, prepend=0).tolist())
 
@@ -270,10 +270,10 @@ def _outline_path(outline: np.ndarray) -> str:
 
 
 def _text_spots(outlines: np.ndarray, texts: Sequence[str], height: int) -> list[tuple[float, float]]:
-    """Return where the middle of each text's baseline goes: above its box or below, as near as no other text is."""
+    """Return the middle of each text's baseline: above or below its box, at the nearest spot free of other text."""
     taken: list[tuple[float, float, float]] = []
     for outline, text in zip(outlines, texts, strict=True):
-        half = 3.1 * len(text) + 2  # of its width, about
+        half = 3.1 * len(text) + 2  # about half of its width
         x = float(np.clip(outline[:, 0].mean(), LEFT + half, max(WIDTH - EDGE - half, LEFT + half)))
         top, bottom = float(outline[:, 1].min()) - 4, float(outline[:, 1].max()) + LINE - 2
         tries = [y for n in range(4) for y in (top - n * LINE, bottom + n * LINE)]
@@ -284,8 +284,8 @@ def _text_spots(outlines: np.ndarray, texts: Sequence[str], height: int) -> list
 
 
 def _matches(scene: BoxView) -> list[tuple[str, float]]:
-    """Of each true box its name and its IoU from above, percent, with the prediction of that name that has most."""
-    from slimray.tasks.boxes import box_iou_matrix  # torch, which a page without boxes does without
+    """Return the name of each true box and its highest IoU from above, percent, with a prediction of that name."""
+    from slimray.tasks.boxes import box_iou_matrix  # imports torch, needed only for pages with boxes
 
     ious, _ = box_iou_matrix(*(np.nan_to_num(b, posinf=0, neginf=0) for b in (scene.truths, scene.predictions)))
     names = list(scene.truth_names) or [""] * len(scene.truths)
@@ -298,7 +298,7 @@ def _matches(scene: BoxView) -> list[tuple[str, float]]:
 
 
 def png(picture: Any, opacity: bytes) -> str:
-    """A data URI of a palette picture, `opacity` 0-255 for each of its colours."""
+    """Return a data URI of a palette picture, with an `opacity` of 0-255 for each of its colours."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", transparency=opacity, optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

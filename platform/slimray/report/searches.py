@@ -1,4 +1,4 @@
-"""Parts of the page of a search: how far it had come by each trial, costs of all trials, the layers it found."""
+"""Parts of the page of a search: progress over trials, costs of all trials, layers of the subnets found."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,13 +7,13 @@ from slimray.arch import Arch
 from slimray.report.charts import Curves, Scatter
 from slimray.report.tables import Table
 
-BLOCKS = 6  # of a bar that stands for the largest value
-NO_COSTS = ("arch", "metric")  # of a trial
-_LAYERS = "Gene by gene; a full bar is the largest value that the supernet has, – a block that does not run."
+BLOCKS = 6  # characters in the bar of the largest value
+NO_COSTS = ("arch", "metric")  # fields of a trial that are not costs
+_LAYERS = "Gene by gene; a full bar is the largest value in the supernet, – is a block that does not run."
 
 
 def history(results: Mapping[str, Any], metric: Mapping[str, Any]) -> Curves:
-    """The best value so far after each trial, of each target."""
+    """Return the best value so far after each trial, for each target."""
     best = max if metric.get("better", "higher") == "higher" else min
     series = {}
     for target, values in list(results.get("history", {}).items())[:5]:
@@ -22,11 +22,11 @@ def history(results: Mapping[str, Any], metric: Mapping[str, Any]) -> Curves:
             if value is not None:
                 reached.append((number, best(value, reached[-1][1]) if reached else value))
         series[target] = ([number for number, _ in reached], [value for _, value in reached])
-    return Curves(f"best {metric['name']} so far, by trials", metric["unit"], series)
+    return Curves(f"best {metric['name']} so far, by trial", metric["unit"], series)
 
 
 def fronts(results: Mapping[str, Any], metric: Mapping[str, Any]) -> list[Scatter]:
-    """The metric of all trials by each cost, with what was found for each target."""
+    """Return the metric of all trials by each cost, with the subnet found for each target."""
     trials, out = results.get("trials", []), []
     by_arch = {Arch.from_dict(trial["arch"]): trial for trial in trials}
     chosen = [(by_arch.get(Arch.from_dict(row["arch"])), row) for row in results.get("targets", [])]
@@ -38,12 +38,12 @@ def fronts(results: Mapping[str, Any], metric: Mapping[str, Any]) -> list[Scatte
 
 
 def layers(row: Mapping[str, Any], largest: Mapping[str, float]) -> Table:
-    """The genes of a subnet that was found, with bars; `largest`: the highest value of each dimension."""
+    """Return the genes of a found subnet, with bars; `largest` holds the highest value of each dimension."""
     arch = Arch.from_dict(row["arch"])
     rows: list[Sequence[Any]] = []
     for name, value in row["arch"].items():
         if not (isinstance(value, int | float) or (isinstance(value, list) and _are_numbers(value))):
-            continue  # what the lists belong to
+            continue  # describes the dimensions, not a gene
         genes = value if isinstance(value, list) else [value]
         runs = arch.runs(name) if isinstance(value, list) else (True,)
         top = largest.get(name, max(genes, default=1)) or 1

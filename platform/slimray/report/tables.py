@@ -1,4 +1,4 @@
-"""Tables of a report: final numbers, runs side by side, classes, repeats, quarantined files; and numbers as text."""
+"""Tables of a report: final numbers, run comparison, classes, repeats, quarantined files; and numbers as text."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ MAX_QUARANTINE_ROWS = 500
 class Table:
     """Rows under a title; columns named in `bars` hold percent (0-100) and get bars, long ones if `chart`.
 
-    `fold` starts it closed.
+    With `fold`, the table is initially collapsed.
     """
 
     title: str
@@ -31,7 +31,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Counts of a validation: `counts[truth][predicted]`, a square of as many rows as `classes`."""
+    """Counts of a validation: `counts[truth][predicted]`, a square matrix in the order of `classes`."""
 
     title: str
     classes: Sequence[str]
@@ -42,7 +42,7 @@ class Confusion:
 def final_numbers(
     rows: Sequence[Mapping[str, Any]], card: Mapping[str, Any], results: Mapping[str, Any] = NOTHING
 ) -> dict[str, dict[str, Any]]:
-    """Return {"best": ..., "last": ...}: as the card says, else the val rows of the best first metric and the last."""
+    """Return {"best": ..., "last": ...} from the card, or else the val row with the best first metric and the last."""
     written, best, last = card.get("metrics", {}), {}, {}
     for metric in metrics_of(names_in(rows), results)[:1]:
         best = best_of(rows, metric)
@@ -51,7 +51,7 @@ def final_numbers(
 
 
 def compare(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any] = NOTHING) -> Table:
-    """Return the rows of an evaluation side by side; shares of samples with their 95 % Wilson interval."""
+    """Return the comparison of an evaluation's rows; shares of samples with their 95 % Wilson interval."""
     metrics = main_ones(metrics_of(names_in(rows), results))
     known = [
         "run",
@@ -70,7 +70,7 @@ def compare(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any] = NOTH
     units = dict.fromkeys(metric["unit"] for metric in metrics)
     note = "Percent, 0-100." if "%" in units else ""
     for name in [metric["name"] for metric in metrics if metric["share"] and "num_samples" in columns]:
-        note += " The interval (Wilson) counts every sample as independent; clips of one scene are not."
+        note += " The interval (Wilson) treats all samples as independent, which clips of one scene are not."
         at = columns.index(name) + 1
         for row, line in zip(rows, cells):
             line.insert(at, _interval(row.get(name), row.get("num_samples")))
@@ -80,8 +80,8 @@ def compare(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any] = NOTH
 
 
 def task_tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Table]:
-    """Return the tables that tasks have for the rows of an evaluation, beside their comparison."""
-    from slimray.tasks import TASKS  # torch, which other pages do without
+    """Return the further tables that tasks make from the rows of an evaluation."""
+    from slimray.tasks import TASKS  # imports torch, not needed for other pages
 
     made = {table.title: table for task in TASKS.values() for table in task.tables(rows, classes)}
     return [
@@ -91,19 +91,19 @@ def task_tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> li
 
 
 def spreads(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """Return a table of how far the numbers of the rows with `repeats` (name -> `mean`, `std`, `max`) lie apart."""
+    """Return a table of the spread of numbers in rows with `repeats` (name -> `mean`, `std`, `max`), [] without any."""
     cells = [
         (key(row), name, numbers["mean"], numbers["std"], numbers["max"])
         for row in rows
         for name, numbers in ({**row["repeats"], **row.get("ap", {})} if row.get("repeats") else {}).items()
     ]
     header = ("run", "number", "mean", "deviation", "largest")
-    note = "Each repeat is a pass over the split with other random draws."
+    note = "Each repeat is a pass over the split with different random draws."
     return [Table("Over repeats", header, cells, note, fold=len(cells) > 12)] if cells else []
 
 
 def per_class(confusion: Confusion) -> Table:
-    """Return samples, accuracy and the class most often taken for it, for each class, the weakest first."""
+    """Return samples, accuracy and the most frequent wrong prediction for each class, the weakest class first."""
     counts = np.asarray(confusion.counts, dtype=np.int64)  # [truth, predicted]
     wrong = counts - np.diag(np.diag(counts))
     rows = []
@@ -114,7 +114,7 @@ def per_class(confusion: Confusion) -> Table:
         rival = f"{confusion.classes[taken]} ({wrong[index, taken]})" if wrong[index, taken] else "–"
         rows.append((name, num_samples, accuracy, rival))
     rows.sort(key=lambda row: math.inf if row[2] is None else row[2])
-    header = ("class", "samples", "accuracy", "most often taken for")
+    header = ("class", "samples", "accuracy", "most often mistaken for")
     return Table("Accuracy per class", header, rows, bars=frozenset({"accuracy"}), fold=len(rows) > 20)
 
 
@@ -139,7 +139,7 @@ def most_confused(confusion: Confusion, num_pairs: int = 10) -> Table:
 
 
 def _interval(percent: float | None, num_samples: int | None) -> str:
-    """The 95 % Wilson score interval of a share of `num_samples`, in percent."""
+    """Return the 95 % Wilson score interval of a share of `num_samples`, in percent."""
     if not num_samples or not is_finite(percent):
         return "–"
     z, p = 1.96, percent / 100.0
@@ -157,19 +157,19 @@ def lost(value: Any) -> bool:
 
 
 def quarantine_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
-    """The quarantined files, each once however many attempts and epochs met it; None if there are none."""
+    """Return a table that lists each quarantined file once, over all attempts and epochs; None if there are none."""
     once = list({tuple(row.get(name) for name in ("path", "split", "sample")): row for row in rows}.values())
     if not once:
         return None
     columns = [name for name in ("path", "split", "sample", "epoch", "reason") if any(name in row for row in once)]
     cells = [[row.get(name) for name in columns] for row in once[:MAX_QUARANTINE_ROWS]]
-    note = "" if len(cells) == len(once) else f"The first {len(cells)}; the run's quarantine folder has all."
+    note = "" if len(cells) == len(once) else f"The first {len(cells)}; the run's quarantine folder lists all."
     return Table(f"Quarantined files: {len(once):,}", columns, cells, note, fold=len(once) > 20)
 
 
 # ---- text and files ------------------------------------------------------------------------------------------------
 def show_number(name: str, value: Any) -> str:
-    """A value as text: large counts short (24.3 M), floats to four digits, a dict on one line, nothing as a dash."""
+    """Return a value as text: large counts short (24.3 M), floats to four digits, dicts on one line, None as a dash."""
     if value is None or value == "" or value == {}:
         return "–"
     if isinstance(value, Mapping):

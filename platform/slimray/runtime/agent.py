@@ -1,12 +1,12 @@
-"""The device agent: times networks that are sent to it, for `slimray profile --device`. Nothing else is executed.
+"""The device agent: times networks that are sent to it, for `slimray profile --device`. Executes nothing else.
 
     GET  /about              device, versions, limits          GET  /conditions        temperature, throttling, watts
-    PUT  /networks/SHA256    an ONNX file, checked, kept       GET  /networks/SHA256   whether it is here
-    POST /time               JSON: chains of networks, how often; the ms of every step
+    PUT  /networks/SHA256    check and store an ONNX file      GET  /networks/SHA256   whether it is stored
+    POST /time               JSON: chains of networks and numbers of runs; returns the ms of every step
 
-Every request shows a token (`Authorization: Bearer`, compared in constant time). Bodies, networks and seconds are
-limited; what computes is a process of its own that is killed when it takes too long (worker.py). Standard library and
-the runtime's own dependencies; it listens to 127.0.0.1 unless told otherwise, since it speaks plain HTTP: use
+Every request needs a token (`Authorization: Bearer`, compared in constant time). Bodies, networks and seconds are
+limited; a process of its own computes, and is killed if it takes too long (worker.py). Needs only the standard library
+and the runtime's own dependencies. Listens on 127.0.0.1 unless configured otherwise, because it uses plain HTTP: use
 `ssh -L 8060:127.0.0.1:8060 DEVICE`.
 """
 
@@ -50,7 +50,7 @@ SHA256 = re.compile(r"/networks/([0-9a-f]{64})")
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of what an agent accepts: MB of a network and of all together, seconds of a measurement."""
+    """Limits of an agent: MB of a network and of all networks together, seconds of a measurement."""
 
     max_mb: int = 512
     total_mb: int = 4096
@@ -58,7 +58,7 @@ class Limits:
 
 
 class Refused(Exception):
-    """An answer that is no result: HTTP status and a sentence."""
+    """A refused request: HTTP status and a sentence."""
 
     def __init__(self, status: int, sentence: str):
         super().__init__(sentence)
@@ -67,7 +67,7 @@ class Refused(Exception):
 
 @dataclass(eq=False)
 class Agent:
-    """The networks that were sent, the process that computes, and one measurement at a time."""
+    """State of an agent: the stored networks, the process that computes, and a lock for one measurement at a time."""
 
     token: str
     limits: Limits
@@ -75,21 +75,21 @@ class Agent:
     worker: Worker
     turn: threading.Lock = field(default_factory=threading.Lock)
     storing: threading.Lock = field(default_factory=threading.Lock)
-    loaded: tuple[int | None, set[tuple[str, int]]] = (None, set())  # by which process
+    loaded: tuple[int | None, set[tuple[str, int]]] = (None, set())  # process id, (network, threads) loaded there
 
     def about(self) -> dict[str, Any]:
-        """The device, versions and limits."""
+        """Return the device, versions and limits."""
         own = {"slimray": __version__, "python": platform.python_version(), ENGINE: engines.version(ENGINE)}
         return conditions.device() | {"protocol": PROTOCOL, "versions": own, "limits": vars(self.limits)}
 
     def path(self, name: str) -> Path:
-        """Return where a network lies."""
+        """Return the path of a network."""
         return self.folder / f"{name}.onnx"
 
     def keep(self, name: str, data: bytes) -> None:
-        """Keep a network, if it is what it is called and may be opened."""
+        """Store a network; Refused if its SHA-256 is not `name`, if it must not be opened or does not fit."""
         if hashlib.sha256(data).hexdigest() != name:
-            raise Refused(400, "the network is not the one that was announced (its SHA-256 differs): send it again")
+            raise Refused(400, "the network is not the announced one (its SHA-256 differs): send it again")
         try:
             check_onnx(data, "the network")
         except UserError as error:
@@ -97,20 +97,20 @@ class Agent:
         with self.storing:
             there = [path.stat().st_size for path in self.folder.iterdir()]
             if len(there) >= MAX_NETWORKS or sum(there) + len(data) > self.limits.total_mb << 20:
-                raise Refused(507, f"the agent holds {len(there)} networks, no more fit: restart it")
+                raise Refused(507, f"the agent is full with {len(there)} networks: restart it")
             part = self.folder / f".{secrets.token_hex(4)}"
             part.write_bytes(data)
             part.replace(self.path(name))
 
     def time(self, plain: Any) -> dict[str, Any]:
-        """Time chains of networks: see worker.py. One measurement at a time."""
+        """Time chains of networks (see worker.py), one measurement at a time; Refused if that is not possible."""
         request = checked(plain)
         names = {name for chain in request["chains"] for name, _ in chain["steps"]}
         missing = sorted(name for name in names if not self.path(name).is_file())
         if missing:
-            raise Refused(404, f"{len(missing)} networks are not here: send them first")
+            raise Refused(404, f"{len(missing)} networks are missing here: send them first")
         if not self.turn.acquire(timeout=WAIT_S):
-            raise Refused(409, "the device measures something else: try again later")
+            raise Refused(409, "the device is busy with another measurement: try again later")
         try:
             before = conditions.throttle_count()
             for name in sorted(names):
@@ -134,7 +134,7 @@ class Agent:
 
 
 def checked(plain: Any) -> dict[str, Any]:
-    """Return a request to time with nothing in it but what is known; Refused if it does not fit."""
+    """Return a timing request reduced to its known fields; Refused if one is missing or invalid."""
     try:
         threads, chains, total = plain["threads"], [], 0
         if not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
@@ -156,7 +156,7 @@ def checked(plain: Any) -> dict[str, Any]:
         if not chains or not all(chain["steps"] for chain in chains) or total > MAX_RUNS:
             raise ValueError("chains")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Refused(400, f"the request does not say what to time ({error})") from None
+        raise Refused(400, f"the request is not a valid timing request ({error})") from None
     return {"threads": threads, "chains": chains}
 
 
@@ -203,15 +203,15 @@ class _Handler(BaseHTTPRequestHandler):
         return self.agent.time(plain)
 
     def _body(self, most: int) -> bytes:
-        """The body, of a declared length; what is too large is not read."""
+        """Return the body, which must declare its length; Refused, without reading it, if it is larger than `most`."""
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch(r"\d{1,12}", length) or self.headers.get("Transfer-Encoding"):
-            raise Refused(411, "the request does not say how long it is")
+            raise Refused(411, "the request does not declare its length")
         if int(length) > most:
-            raise Refused(413, f"{int(length):,} bytes are more than the agent takes ({most:,})")
+            raise Refused(413, f"{int(length):,} bytes are more than the agent accepts ({most:,})")
         data = self.rfile.read(int(length))
         if len(data) < int(length):
-            raise Refused(400, "the request broke off")
+            raise Refused(400, "the request is incomplete")
         return data
 
     def _answer(self, act: Callable[[], dict[str, Any]]) -> None:
@@ -225,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, found = error.status, {"error": str(error)}
             self.close_connection = True  # the body may not have been read
         except (RuntimeError, OSError) as error:
-            status, found = 500, {"error": f"the agent cannot do it ({error})"}
+            status, found = 500, {"error": f"the agent failed ({error})"}
             self.close_connection = True
         body = json.dumps(found).encode()
         self.send_response(status)
@@ -239,7 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._drain()
 
     def _drain(self) -> None:
-        """Let a client that is still sending read the answer: an end with unread bytes would take it away."""
+        """Let a client that is still sending read the response, which closing with unread bytes would discard."""
         with suppress(OSError):
             self.wfile.flush()
             self.connection.shutdown(socket.SHUT_WR)
@@ -249,14 +249,14 @@ class _Handler(BaseHTTPRequestHandler):
                 pass
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: a terminal is not for every request."""
+        """Log nothing, to keep the terminal free of requests."""
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no error of the agent."""
+        """Ignore errors of a connection, such as a client that has disconnected."""
 
 
 @dataclass(frozen=True)
@@ -268,26 +268,26 @@ class Serving:
 
     @property
     def url(self) -> str:
-        """Its address."""
+        """Return its address."""
         host, port = self.server.server_address[:2]
         return f"http://{host!s}:{port}"
 
     def close(self) -> None:
-        """Give back the port, the process and the networks."""
+        """Release the port, end the process and delete the networks."""
         self.server.server_close()
         self.agent.worker.close()
         shutil.rmtree(self.agent.folder, ignore_errors=True)
 
 
 def open_agent(host: str, port: int, token: str | None = None, limits: Limits | None = None) -> Serving:
-    """Return an agent bound to `host`:`port` (0: any that is free); UserError if that cannot be had.
+    """Return an agent bound to `host`:`port` (0: any free port); UserError if that is not available.
 
-    Its token is `token`, else that of the environment, else a new one.
+    Its token is `token`, otherwise that of the environment, otherwise a new one.
     """
     limits = limits or Limits()
     token = token or os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
     if len(token) < 16:
-        raise UserError(f"{TOKEN_VARIABLE}: must have at least 16 characters, as others may try to guess it")
+        raise UserError(f"{TOKEN_VARIABLE}: must have at least 16 characters, because others may try to guess it")
     folder = Path(tempfile.mkdtemp(prefix="slimray-agent-"))
     agent = Agent(token, limits, folder, Worker(timeout_s=limits.max_seconds))
     try:
@@ -295,7 +295,7 @@ def open_agent(host: str, port: int, token: str | None = None, limits: Limits | 
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(
-            f"--host, --port: {host}:{port} cannot be had ({(error.strerror or str(error)).lower()})"
+            f"--host, --port: {host}:{port} is not available ({(error.strerror or str(error)).lower()})"
         ) from None
     return Serving(server, agent)
 
@@ -304,11 +304,11 @@ def serve(host: str, port: int, limits: Limits, say: Callable[[str], None] = pri
     """Serve until interrupted; the token is printed once, or comes from the environment."""
     given = bool(os.environ.get(TOKEN_VARIABLE))
     serving = open_agent(host, port, limits=limits)
-    say(f"agent of {serving.agent.about()['device']} at {serving.url}, Ctrl-C ends it")
+    say(f"agent of {serving.agent.about()['device']} at {serving.url}, Ctrl-C stops it")
     if not given:
-        say(f"where you profile from: export {TOKEN_VARIABLE}={serving.agent.token}")
+        say(f"on the machine that profiles: export {TOKEN_VARIABLE}={serving.agent.token}")
     if host not in ("127.0.0.1", "::1", "localhost"):
-        say("whoever can listen on this network can read the token: an SSH tunnel to 127.0.0.1 is safer")
+        say("anyone who can listen on this network can read the token: an SSH tunnel to 127.0.0.1 is safer")
     try:
         serving.server.serve_forever()
     finally:

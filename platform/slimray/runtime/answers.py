@@ -1,7 +1,7 @@
-"""Answers of `predict` for a file, what a task must know to give them, and what it asks of a network: `Model`.
+"""Answers of `predict` for a file, the options of a task, and the interface of a network: `Model`.
 
-numpy alone: a run's network (`slimray.tasks.network`, torch) and an export (`slimray.runtime.load`) are both a `Model`,
-so that a file is answered by the same code whichever of them computes.
+numpy only: a run's network (`slimray.tasks.network`, torch) and an export (`slimray.runtime.load`) are both a `Model`,
+so that the same code answers for a file with either of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +15,11 @@ from slimray.data.own_files import FileOptions, Readers
 from slimray.spec import UserError
 
 Arrays = np.ndarray | Mapping[str, np.ndarray]
-"""What a network returns: an array `[n, ...]`, or several by name."""
+"""Outputs of a network: an array `[n, ...]`, or several by name."""
 
 
 class Model(Protocol):
-    """A network as a function of arrays, with what it was trained to take and to tell apart."""
+    """A network as a function of arrays, with the recipe of its samples and its classes."""
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -33,12 +33,12 @@ class Model(Protocol):
 
     @property
     def reach(self) -> int:
-        """Pixels around a place that its output depends on, at most."""
+        """Largest distance in pixels at which an input still affects an output."""
         ...
 
     @property
     def frame_shape(self) -> tuple[int | None, ...]:
-        """Shape of what it takes without the batch, None where any size goes; () where nothing is known."""
+        """Shape of its input without the batch, None for any size; () if unknown."""
         ...
 
     def outputs(self, data: np.ndarray, rows: int) -> Arrays:
@@ -48,8 +48,8 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """Options of a user: the `paths` of all files, how many classes (`top`), where to write (`out`: default beside
-    each file); `rows` views are given to the network at once."""
+    """Options of a user: the `paths` of all files, the number of classes (`top`), the output folder (`out`, default:
+    beside each file), and the number of views given to the network at once (`rows`)."""
 
     paths: Sequence[Path]
     top: int = 5
@@ -60,10 +60,10 @@ class AnswerOptions:
 
 @dataclass(frozen=True)
 class Answer:
-    """Findings in a file: its `top` classes, best first, or the `reason` why it could not be read.
+    """Answer for a file: its `top` classes, best first, or the `reason` why it could not be read.
 
-    The number of a class is its probability, or its share of the points where those have labels. `written` are the
-    files that hold `what`, `notes` says which points of a cloud were left out.
+    The number of a class is its probability, or its share of the points if points are labelled. `written` are the files
+    that hold `what`; `notes` says which points of a cloud were left out.
     """
 
     path: Path
@@ -79,8 +79,7 @@ Answerer = Callable[[Path, Readers], Answer]
 
 @dataclass(frozen=True)
 class Answers:
-    """The way in which a task answers for files: `answer` makes the function of a file; `writes` says whether it writes
-    files."""
+    """How a task answers for files: `answer` returns a function of a file; `writes` is True if that writes files."""
 
     name: str
     answer: Callable[[Model, AnswerOptions], Answerer]
@@ -88,9 +87,9 @@ class Answers:
 
 
 def only_array(outputs: Arrays) -> np.ndarray:
-    """Return the one output of a network; UserError for several."""
+    """Return the single output of a network; UserError if it has several."""
     if isinstance(outputs, Mapping):
-        raise UserError(f"the network has several outputs ({', '.join(outputs)}), this task reads one")
+        raise UserError(f"the network has several outputs ({', '.join(outputs)}), but this task reads one")
     return outputs
 
 
@@ -109,14 +108,14 @@ def top_classes(scores: np.ndarray, classes: Sequence[str], k: int) -> list[tupl
 
 
 def require_apart(paths: Sequence[Path], targets: Callable[[Path], Sequence[Path]], what: str) -> None:
-    """Raise UserError if what is written for one of the files would overwrite another of them, or what it gives."""
+    """Raise UserError if an output file (of `targets`) would overwrite one of `paths` or another output."""
     given, owners = {path.resolve() for path in paths}, dict[Path, Path]()
     for path in paths:
         for target in targets(path):
             if target.resolve() in given:
-                raise UserError(f"{target}: the {what} of {path} would overwrite it: leave it out, or give --out")
+                raise UserError(f"{target}: the {what} of {path} would overwrite it: omit it, or give --out")
             other = owners.setdefault(target.resolve(), path)
             if other.resolve() != path.resolve():
                 raise UserError(
-                    f"{other}, {path}: their {what} would be one file, {target}: predict one by one, with --out"
+                    f"{other}, {path}: their {what} would be the same file, {target}: predict one by one, with --out"
                 )

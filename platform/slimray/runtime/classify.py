@@ -1,4 +1,4 @@
-"""Classification of a user's file: its likeliest classes."""
+"""Classification of a user's file: returns its likeliest classes."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from slimray.runtime.answers import Answer, Answerer, AnswerOptions, Answers, Mo
 
 
 def answer(model: Model, options: AnswerOptions) -> Answerer:
-    """The classes of a file, of one view, as validated."""
+    """Return a function of a file to its classes, from one view, prepared as in validation."""
     kind = modality_of(model.recipe)
     assert kind.open_file is not None
     read = kind.open_file(read_recipe({**model.recipe, "mode": "val"}), options.file)

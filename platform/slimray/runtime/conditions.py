@@ -1,7 +1,7 @@
-"""Conditions of a device while it computes: temperature, clock, throttling, watts. Linux; it only reads.
+"""Conditions of a device while it computes: temperature, clock, throttling, watts. Linux, read-only.
 
-Watts come from the first source there is: RAPL (energy counters of Intel and AMD, which need root), hwmon (INA sensors
-of boards), tegrastats (Jetson), nvidia-smi. None of them is no error: a device that cannot tell says nothing.
+Watts come from the first available source: RAPL (energy counters of Intel and AMD, which need root), hwmon (INA sensors
+of boards), tegrastats (Jetson), nvidia-smi. A device without any of them is not an error: the value is left out.
 """
 
 import os
@@ -17,15 +17,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-WATCHED_S = 0.2  # over which energy counters are read
+WATCHED_S = 0.2  # interval over which energy counters are read
 GPU_SOURCE = "nvidia-smi"
-TOOL_S = 5.0  # after which tegrastats or nvidia-smi is given up
-# Cooling devices that slow a processor down; fans do not, and states of powerclamp and TCC Offset mean something else.
+TOOL_S = 5.0  # time limit of tegrastats and nvidia-smi
+# Cooling devices that slow a processor down. Fans do not; states of powerclamp and TCC Offset mean something else.
 SLOWING = re.compile(r"Processor|(thermal-)?(cpufreq|devfreq)-.*")
 
 
 def device(root: Path = Path("/")) -> dict[str, Any]:
-    """Name of the processor, cores, memory in MB, system."""
+    """Return the name of the device or processor, cores, memory in MB, and system."""
     memory = re.search(r"MemTotal:\s+(\d+)", _text(root / "proc/meminfo"))
     board = _text(root / "proc/device-tree/model").strip("\0\n ")
     cpu = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
@@ -39,7 +39,7 @@ def device(root: Path = Path("/")) -> dict[str, Any]:
 
 
 def conditions(root: Path = Path("/"), watts: bool = True) -> dict[str, Any]:
-    """Return what can be read of `temperature_c`, `clock_mhz`, `throttled` (bool), `watts` with their `source`."""
+    """Return those of `temperature_c`, `clock_mhz`, `throttled` (bool), `watts` and their `source` that can be read."""
     found: dict[str, Any] = {}
     if temperatures := [v / 1000 for v in _numbers(root, "sys/class/thermal/thermal_zone*/temp") if 0 < v < 200_000]:
         found["temperature_c"] = max(temperatures)
@@ -52,9 +52,9 @@ def conditions(root: Path = Path("/"), watts: bool = True) -> dict[str, Any]:
 
 
 def watts_while(work: Callable[[], Any], root: Path = Path("/")) -> tuple[float, str, float] | None:
-    """Watts of the device while `work` keeps its processor busy, their source, and the seconds of a call of `work`.
+    """Return the watts of the device while `work` keeps its processor busy, their source, and the seconds per call.
 
-    None where the device cannot tell; the watts of a GPU alone are not its.
+    None if the device cannot measure them; the watts of a GPU alone do not count.
     """
     found: dict[str, Any] = {}
     reader = threading.Thread(target=lambda: found.update(_watts(root, gpu=False)), daemon=True)
@@ -68,10 +68,10 @@ def watts_while(work: Callable[[], Any], root: Path = Path("/")) -> tuple[float,
 
 
 def rapl_joules(root: Path = Path("/")) -> dict[str, tuple[float, float]]:
-    """Joules that each processor has counted, and the count at which it begins anew; empty where they do not read."""
+    """Return the joules that each processor has counted, and the count at which it wraps; {} if they cannot be read."""
     found: dict[str, tuple[float, float]] = {}
     for place in sorted((root / "sys/class/powercap").glob("intel-rapl:?")):
-        if _text(place / "name").strip() == "psys":  # the platform of a laptop, its processor included
+        if _text(place / "name").strip() == "psys":  # the whole platform of a laptop, including its processor
             continue
         joules, most = _number(place / "energy_uj"), _number(place / "max_energy_range_uj")
         if joules is None:
@@ -81,24 +81,26 @@ def rapl_joules(root: Path = Path("/")) -> dict[str, tuple[float, float]]:
 
 
 def board_watts(root: Path = Path("/")) -> dict[str, float]:
-    """Watts that a board's own sensor tells now, by source; empty without one."""
+    """Return the current watts from a board's own sensor, by source; {} if it has none."""
     return _first(root, "hwmon", "tegrastats")
 
 
 def gpu_watts() -> dict[str, float]:
-    """Watts of the GPUs now, by source; empty without any."""
+    """Return the current watts of the GPUs, by source; {} if there are none."""
     return _first(Path("/"), GPU_SOURCE)
 
 
 def throttle_count(root: Path = Path("/")) -> int | None:
-    """Return how often the cores were slowed down for heat since the start; None where nothing counts it."""
+    """Return how often cores were throttled for heat since the start of the machine; None if that is not counted."""
     counts = _numbers(root, "sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")
     return int(sum(counts)) if counts else None
 
 
 def _throttled(root: Path) -> bool | None:
-    """Return whether it is slowed down now: a Raspberry Pi's flags (bits 0 to 3: voltage, cap, throttling,
-    temperature)."""
+    """Return whether the device is throttled now, or None if unknown.
+
+    Read from the flags of a Raspberry Pi (bits 0 to 3: voltage, cap, throttling, temperature), or from cooling devices.
+    """
     flags = _text(root / "sys/devices/platform/soc/soc:firmware/get_throttled").strip()
     if re.fullmatch(r"(0x)?[0-9a-fA-F]+", flags):
         return bool(int(flags, 16) & 0b1111)
@@ -115,7 +117,7 @@ def _watts(root: Path, gpu: bool = True) -> dict[str, Any]:
 
 
 def _first(root: Path, *sources: str) -> dict[str, float]:
-    """Watts of the first of `sources` that tells them, by its name; empty where none does."""
+    """Return the watts of the first of `sources` that reports them, by its name; {} if none does."""
     readers = {"rapl": _rapl, "hwmon": _hwmon, "tegrastats": _tegrastats, GPU_SOURCE: _nvidia_smi}
     for source in sources:
         if (watts := readers[source](root)) is not None:
@@ -151,7 +153,7 @@ def _tegrastats(root: Path) -> float | None:
     if shutil.which("tegrastats") is None:
         return None
     with suppress(OSError), subprocess.Popen(["tegrastats", "--interval", "100"], stdout=subprocess.PIPE) as process:
-        try:  # it prints a line again and again, and ends by itself never
+        try:  # it prints lines for ever and never exits by itself
             assert process.stdout is not None
             said = bool(select.select([process.stdout], [], [], TOOL_S)[0])
             line = os.read(process.stdout.fileno(), 4096).decode(errors="replace") if said else ""

@@ -1,8 +1,8 @@
-"""Energy that this machine uses while something runs: measured where it has counters or sensors, else modelled.
+"""Energy that this machine uses while something runs: measured if it has counters or sensors, otherwise modelled.
 
-RAPL (which root reads) counts the energy of the processors; boards have a sensor (hwmon, tegrastats); nvidia-smi tells
-the watts of GPUs. Without any for the processor its part is a model, the time that its threads were busy times
-WATTS_PER_THREAD. All of them see the whole machine (or container), whoever keeps it busy, and no other machine.
+RAPL (readable by root) counts the energy of the processors; boards have a sensor (hwmon, tegrastats); nvidia-smi
+reports the watts of GPUs. If the processor has none of these, its energy is modelled as the busy time of its threads
+times WATTS_PER_THREAD. All sources cover the whole machine (or container), whoever keeps it busy, but no other machine.
 """
 
 import os
@@ -17,24 +17,24 @@ from typing import Any
 
 from slimray.runtime import conditions
 
-EVERY_S = 10.0  # between readings: counters go round in minutes, watts change
-WATTS_PER_THREAD = 5.0  # assumed: servers of 2020 to 2026 have 2 to 7 W of their rated power for each hardware thread
+EVERY_S = 10.0  # between readings, because counters wrap within minutes and watts change
+WATTS_PER_THREAD = 5.0  # assumed: servers of 2020 to 2026 have 2 to 7 W of rated power per hardware thread
 J_PER_KWH = 3.6e6
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A look at the sensors: `joules` counted and the count at which each begins anew, by zone; `watts` by source."""
+    """A reading of the sensors: `joules` counted and the count at which each wraps, by zone; `watts` by source."""
 
     at: float
     joules: Mapping[str, tuple[float, float]]
     watts: Mapping[str, float]
     busy_s: float | None
-    """Seconds of its threads since the machine started; None where nothing counts them."""
+    """Busy seconds of its threads since the machine started; None if they are not counted."""
 
 
 def read(root: Path = Path("/")) -> Reading:
-    """Look once."""
+    """Return one reading of all sensors."""
     at, joules, watts = time.monotonic(), conditions.rapl_joules(root), dict[str, float]()
     if not joules:
         watts |= conditions.board_watts(root)
@@ -42,9 +42,9 @@ def read(root: Path = Path("/")) -> Reading:
 
 
 def used(before: Reading, after: Reading) -> dict[str, float]:
-    """Return the joules between two readings by source: `rapl`, `hwmon`, `tegrastats`, `nvidia-smi`, else `model`.
+    """Return the joules between two readings by source: `rapl`, `hwmon`, `tegrastats`, `nvidia-smi`, or `model`.
 
-    Watts are taken to change evenly between the two.
+    Watts are assumed to change linearly between the two.
     """
     found: dict[str, float] = {}
     for zone in before.joules.keys() & after.joules.keys():
@@ -58,7 +58,7 @@ def used(before: Reading, after: Reading) -> dict[str, float]:
 
 
 class Meter:
-    """Adds up energy from `with` on, in a thread of its own; `told` may be asked at any time."""
+    """Adds up energy in a thread of its own, from `with` on; `told` returns the sum at any time."""
 
     def __init__(self, root: Path = Path("/"), every_s: float = EVERY_S):
         self._root, self._every_s = root, every_s
@@ -75,8 +75,10 @@ class Meter:
         self._over.set()
 
     def told(self) -> dict[str, Any]:
-        """Energy so far as plain values: `kwh`, `how` ("measured", "model", or which part is which), its `source`, the
-        `machine` that it is of. Empty where nothing tells."""
+        """Return the energy so far: `kwh`, `how` ("measured", "model", or which part is which), `source`, `machine`.
+
+        {} if there is no source.
+        """
         self._look()
         if not self._joules:
             return {}
@@ -100,7 +102,7 @@ class Meter:
 
 
 def _busy_s(root: Path) -> float | None:
-    """The time of all threads of the container, else of the machine."""
+    """Return the busy seconds of all threads of the container, or else of the machine; None if they are not counted."""
     with suppress(OSError, ValueError, KeyError):
         lines = (root / "sys/fs/cgroup/cpu.stat").read_text().splitlines()
         return int(dict(line.split() for line in lines)["usage_usec"]) / 1e6

@@ -1,4 +1,4 @@
-"""Engines that compute exports: ONNX Runtime, or OpenVINO where it is installed. `ENGINES` is the table."""
+"""Engines that run exports: ONNX Runtime, or OpenVINO if it is installed. `ENGINES` is the table."""
 
 import importlib.metadata
 import importlib.util
@@ -11,13 +11,13 @@ import numpy as np
 from slimray.spec import UserError, did_you_mean
 
 Session = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
-"""Inputs by name to outputs by name."""
+"""Function of inputs by name, returning outputs by name."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A row of ENGINES: the `module` it needs, the formats it takes, how bytes become a session of some threads
-    (None: as many as it likes)."""
+    """A row of ENGINES: the `module` it needs, the `formats` it runs, and `open`, which makes a session from bytes and
+    a number of threads (None: the engine's default)."""
 
     title: str
     module: str
@@ -30,7 +30,7 @@ def _onnxruntime(data: bytes, threads: int | None) -> Session:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads or 0, 1
-    options.log_severity_level = 4  # what is wrong comes as an exception
+    options.log_severity_level = 4  # errors are raised as exceptions
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_outputs()]
@@ -60,13 +60,13 @@ ENGINES: dict[str, Engine] = {
 
 
 def choose(format: str, name: str | None) -> str:
-    """Return the engine `name`, else the first that is installed and takes `format`; UserError if there is none."""
+    """Return the engine `name`, or the first installed one that runs `format`; UserError if there is none."""
     fitting = {key: engine for key, engine in ENGINES.items() if format in engine.formats}
     if not fitting:
         formats = sorted({one for engine in ENGINES.values() for one in engine.formats})
-        raise UserError(f"an export of format {format!r} is not run here: export the run as {' or '.join(formats)}")
+        raise UserError(f"exports of format {format!r} cannot be run here: export the run as {' or '.join(formats)}")
     if name is not None and name not in fitting:
-        raise UserError(f"unknown engine {name!r}{did_you_mean(name, fitting)} (there are: {', '.join(fitting)})")
+        raise UserError(f"unknown engine {name!r}{did_you_mean(name, fitting)} (available: {', '.join(fitting)})")
     there = [key for key, engine in fitting.items() if importlib.util.find_spec(engine.module) is not None]
     for key in there:
         if name in (None, key):

@@ -1,7 +1,7 @@
-"""From arrays of samples to what a network takes, and from the outputs of views to one: numpy's half.
+"""Turns arrays of samples into the input of a network, and merges the outputs of views, in numpy.
 
-The same numbers as `slimray.tasks.network.to_input` and `merge_views`, which do it on a training device (a test holds
-the two against each other on real files).
+Gives the same numbers as `slimray.tasks.network.to_input` and `merge_views`, which work on a training device (a test
+compares the two on real files).
 """
 
 import math
@@ -15,7 +15,7 @@ from slimray.runtime.answers import softmax
 
 @dataclass(frozen=True)
 class Input:
-    """Input of a network: normalisation of uint8 pixels, and how the views of a sample are averaged."""
+    """Input of a network: the normalisation of uint8 pixels, and the way the views of a sample are averaged."""
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -23,21 +23,21 @@ class Input:
 
     @classmethod
     def of_channels(cls, channels: int, average: Literal["logits", "prob"] = "logits") -> "Input":
-        """The one of pictures with so many channels: ImageNet's, of colours or of shades of gray."""
+        """Return the Input for pictures with this number of channels: ImageNet's, for colour or grayscale."""
         return cls(average=average) if channels != 1 else cls((0.449,), (0.226,), average)
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> "Input":
-        """The one of `model/input.json`; TypeError for what is none."""
+        """Return the Input stored in `model/input.json`; TypeError if it is invalid."""
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}
         return cls(**values)
 
 
 def to_input(data: np.ndarray, pixels: Input) -> np.ndarray:
-    """Samples `[n, V, ...]` as a network takes them, `[n*V, ...]`.
+    """Return samples `[n, V, ...]` as input of a network `[n*V, ...]`.
 
-    uint8 pixels `[..., H, W, 3]` become normalised float32 `[..., 3, H, W]`; floats become float32; whole numbers go as
-    they are.
+    uint8 pixels `[..., H, W, 3]` become normalised float32 `[..., 3, H, W]`; floats become float32; other integers are
+    unchanged.
     """
     rows = data.reshape(-1, *data.shape[2:])
     if data.dtype != np.uint8:
@@ -48,7 +48,7 @@ def to_input(data: np.ndarray, pixels: Input) -> np.ndarray:
 
 
 def merge_views(outputs: np.ndarray, num_views: int, average: str) -> np.ndarray:
-    """Scores `[n, C, ...]` from logits `[n*V, C, ...]` of V views: their mean, or the log of mean probabilities."""
+    """Return scores `[n, C, ...]` of logits `[n*V, C, ...]` of V views: the mean, or the log of mean probabilities."""
     views = outputs.reshape(-1, num_views, *outputs.shape[1:])
     if average == "prob":
         with np.errstate(divide="ignore"):

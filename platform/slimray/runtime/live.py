@@ -1,7 +1,8 @@
-"""Labels of what a camera sees, frame by frame: reading, computing and showing each at its own pace.
+"""Labels what a camera sees, frame by frame: reading, computing and showing each run at their own pace.
 
-One thread reads frames when they are due, one computes on the newest of them; between them lies one place. A frame that
-is not taken before the next one comes is dropped and counted: the delay never grows. What the page shows is a `View`.
+One thread reads frames when they are due, another computes on the newest; between them is a buffer of one frame. A
+frame that is not used before the next arrives is dropped and counted, so that the delay never grows. The page shows a
+`View`.
 """
 
 import threading
@@ -21,13 +22,13 @@ from slimray.runtime.answers import only_array, softmax
 from slimray.runtime.loaded import Loaded
 from slimray.spec import UserError
 
-KEPT = 300  # frames whose latency the percentiles are of
-RATE_S = 2.0  # over which frames per second are counted
+KEPT = 300  # number of frames over which latency percentiles are taken
+RATE_S = 2.0  # interval over which frames per second are counted
 
 
 @dataclass(frozen=True)
 class View:
-    """Page of a live network: the newest picture that was labelled, its label, the smoothed one, and how it goes."""
+    """Content of the page: the latest labelled picture, its label, the smoothed label, and statistics."""
 
     number: int = 0
     picture: np.ndarray | None = None
@@ -36,20 +37,20 @@ class View:
     probability: float = 0.0
     fps: float = 0.0
     latency_ms: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Of the last 300 frames the 50th, 90th and 99th percentile, from when a frame was there to its label."""
+    """50th, 90th and 99th percentile over the last 300 frames, from the arrival of a frame to its label."""
     dropped: int = 0
     ended: bool = False
     trouble: str = ""
 
     def to_plain(self) -> dict[str, Any]:
-        """Plain values, for the page."""
+        """Return plain values for the page."""
         plain = {key: value for key, value in vars(self).items() if key != "picture"}
         return plain | {"latency_ms": [round(ms, 2) for ms in self.latency_ms], "fps": round(self.fps, 1)}
 
 
 @dataclass(eq=False)
 class Live:
-    """A run of `live`; `start` begins it, `view` is what it shows, `stop` ends it."""
+    """A session of `live`: `start` begins it, `view` is its current state, `stop` ends it."""
 
     label: Callable[[np.ndarray], tuple[np.ndarray, tuple[str, ...]]]
     frames: Iterator[Frame]
@@ -63,13 +64,13 @@ class Live:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Begin to read and to compute."""
+        """Start reading and computing."""
         self._threads = [threading.Thread(target=one, daemon=True) for one in (self._read, self._compute)]
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """End both; frames that wait are not labelled any more."""
+        """End both threads; a waiting frame is no longer labelled."""
         with self._changed:
             self._over, self._newest = True, None
             self._changed.notify_all()
@@ -77,7 +78,7 @@ class Live:
             thread.join(5.0)
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until the frames have ended, at most so long; return whether they have."""
+        """Wait until the frames have ended, at most `timeout_s`; return True if they have."""
         with self._changed:
             return self._changed.wait_for(lambda: self.view.ended, timeout_s)
 
@@ -141,14 +142,15 @@ class Live:
 
 
 def labeller(net: Loaded) -> Callable[[np.ndarray], tuple[np.ndarray, tuple[str, ...]]]:
-    """Return what labels the pictures `[H, W, 3]` of one camera in turn: to logits `[C]` and the classes.
+    """Return a function of the successive pictures `[H, W, 3]` of one camera to logits `[C]` and the classes.
 
-    An online network is stepped; one of clips sees the last frames, as many as it takes (the first one repeated at the
-    start); one of images each frame alone. UserError for a network whose answer is no class of a picture.
+    An online network is stepped; a clip network sees as many of the last frames as it takes (at the start, the first
+    one repeated); an image network sees each frame alone. Raises UserError for a network that does not classify
+    pictures.
     """
     modality, recipe = modality_of(net.recipe), read_recipe(net.recipe)
     if modality.frame is None:
-        raise UserError(f"{net.where}: takes {modality.plural}: live is for networks of images or clips")
+        raise UserError(f"{net.where}: takes {modality.plural}, but live needs a network of images or clips")
     prepare, classes = modality.frame, tuple(net.classes)
     window: deque[np.ndarray] = deque(maxlen=net.facts.inputs[0].shape[1] if modality.segmented else 1)
     states = net.start() if net.online else {}
@@ -163,14 +165,14 @@ def labeller(net: Loaded) -> Callable[[np.ndarray], tuple[np.ndarray, tuple[str,
             given = np.stack(window)[None] if modality.segmented else frame[None]
             scores = only_array(net.outputs(given[:, None], 1))
         if scores.shape != (1, len(classes)):
-            raise UserError(f"{net.where}: gives outputs of shape {scores.shape}: live is for networks that classify")
+            raise UserError(f"{net.where}: outputs have shape {scores.shape}, but live needs a network that classifies")
         return scores[0], classes
 
     return label
 
 
 def open_live(net: Loaded, camera: int | None, file: Path | None, loop: bool, smooth: int) -> Live:
-    """Return a run of `live`, not yet started, over a camera or a video; UserError if there is neither."""
+    """Return a session of `live`, not yet started, on a camera or a video; UserError unless exactly one is given."""
     if (camera is None) == (file is None):
         raise UserError("live: give a video, or --camera 0")
     label = labeller(net)

@@ -1,7 +1,7 @@
-"""The page of `slimray live`: on 127.0.0.1, for whoever has the printed link, with nothing from elsewhere.
+"""The page of `slimray live`: on 127.0.0.1, for whoever has the printed link, without external content.
 
-`/open/TOKEN` gives the browser a cookie that every other request shows, since 127.0.0.1 is shared by all users of a
-machine; a request by another Host or Origin is refused. Names of classes reach the page as JSON and become text there.
+`/open/TOKEN` sets a cookie that every other request must send, because all users of a machine share 127.0.0.1; a
+request with another Host or Origin is refused. Class names reach the page as JSON and become text there.
 """
 
 import hmac
@@ -37,8 +37,8 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-LARGEST = 960  # side of the picture that the page gets, in pixels
-LAST_LOOK_S = 3.0  # in which an open page may ask once more, after the last frame
+LARGEST = 960  # largest side of the picture sent to the page, in pixels
+LAST_LOOK_S = 3.0  # time after the last frame in which an open page may still poll
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,17 +51,17 @@ class Page:
 
     @property
     def port(self) -> int:
-        """The port that it is bound to."""
+        """Return the port that it is bound to."""
         return int(self.server.server_address[1])
 
     @property
     def link(self) -> str:
-        """The address that opens the page, with its token."""
+        """Return the URL that opens the page, with its token."""
         return f"http://127.0.0.1:{self.port}/open/{self.token}"
 
 
 def open_page(live: Live, about: str, port: int) -> Page:
-    """Return the page of `live` bound to 127.0.0.1:`port` (0: any that is free); UserError if it is taken."""
+    """Return the page of `live` bound to 127.0.0.1:`port` (0: any free one); UserError if it is not available."""
     token, seen = secrets.token_urlsafe(24), threading.Event()
 
     class Handler(_Handler):
@@ -72,16 +72,16 @@ def open_page(live: Live, about: str, port: int) -> Page:
         server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise UserError(f"--port: {port} of 127.0.0.1 cannot be had ({reason}): choose another, or 0") from None
+        raise UserError(f"--port: {port} on 127.0.0.1 is not available ({reason}), choose another or 0") from None
     server.daemon_threads = True
     return Page(server, token, seen)
 
 
 def serve(live: Live, about: str, port: int, open_browser: bool, say: Callable[[str], None] = print) -> None:
-    """Show `live` until its frames end or it is interrupted; says at the end how it went."""
+    """Show `live` until its frames end or it is interrupted; print statistics at the end."""
     page = open_page(live, about, port)
     serving = threading.Thread(target=page.server.serve_forever, args=(0.1,), daemon=True)
-    say(f"{about}: {page.link} (only for you, on this machine; Ctrl-C ends it)")
+    say(f"{about}: {page.link} (only for you, on this machine; Ctrl-C stops it)")
     serving.start()
     live.start()
     if open_browser:
@@ -127,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost")]
         origin = self.headers.get("Origin")
         if self.headers.get("Host") not in hosts or (origin and origin not in [f"http://{host}" for host in hosts]):
-            return self._send(403, b"this page answers to 127.0.0.1 and localhost only\n")
+            return self._send(403, b"this page is served at 127.0.0.1 and localhost only\n")
         if hmac.compare_digest(path.encode(), f"/open/{self.token}".encode()):
             cookie = f"slimray-live-{port}={self.token}; HttpOnly; SameSite=Strict; Path=/"
             return self._send(302, b"", {"Location": "/", "Set-Cookie": cookie})
@@ -161,4 +161,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing about requests."""
+        """Log nothing."""

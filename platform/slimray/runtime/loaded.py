@@ -1,8 +1,8 @@
-"""An export as a function: `load(folder)` checks it and hands back a `Loaded`, which computes, steps and answers.
+"""An export as a function: `load(folder)` checks it and returns a `Loaded`, which computes, steps and answers.
 
-What it takes is prepared as in training, by the recipe that lies in the folder. A network that was exported as a step
-(online TSM) is started and stepped by the caller, who keeps its states; as a function of clips it steps through their
-frames and averages, which is what the network computed when it was trained.
+Inputs are prepared as in training, by the recipe stored in the folder. A network that was exported as a step (online
+TSM) is started and stepped by the caller, who keeps its states; called on clips, it steps through their frames and
+averages the logits, as the network did in training.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from slimray.runtime.predict import ANSWERS, answers_for
 from slimray.runtime.translate import Speaker, TranslateOptions, beam_search, cached_of, translator
 from slimray.spec import UserError, parse
 
-MAX_STATE_VALUES = 1 << 26  # of all states of a step together
+MAX_STATE_VALUES = 1 << 26  # in all states of a step together
 
 States = Mapping[str, np.ndarray]
 
@@ -56,17 +56,17 @@ class Loaded:
 
     @property
     def reach(self) -> int:
-        """Pixels around a place that its output depends on, at most."""
+        """Largest distance in pixels at which an input still affects an output (assumed for all exports)."""
         return 32
 
     @property
     def frame_shape(self) -> tuple[int | None, ...]:
-        """Shape of what it takes without the batch, None where any size goes."""
+        """Shape of its input without the batch, None for any size."""
         return self._input.shape[1:]
 
     @property
     def online(self) -> bool:
-        """Whether it is a step from a frame to the next."""
+        """True if it is a step from one frame to the next."""
         return bool(self.facts.states)
 
     @property
@@ -75,9 +75,9 @@ class Loaded:
         return next(one for one in self.facts.inputs if one.name not in given)
 
     def __call__(self, given: np.ndarray | str | Path) -> Any:
-        """Return the `Answer` for a file, or the float32 outputs `[n, ...]` of an array of samples of one view each.
+        """Return the `Answer` for a file, or the float32 outputs `[n, ...]` of an array of samples with one view each.
 
-        The arrays are as the recipe makes them: uint8 images `[n, H, W, 3]` or clips `[n, T, H, W, 3]`, float32 clouds
+        Arrays are as the recipe makes them: uint8 images `[n, H, W, 3]` or clips `[n, T, H, W, 3]`, float32 clouds
         `[n, C, N]`.
         """
         if isinstance(given, str | Path):
@@ -87,7 +87,7 @@ class Loaded:
 
     @property
     def line(self) -> Callable[[str], str] | None:
-        """How a line of text is answered: translated; None for what does not answer lines."""
+        """Return the function that translates a line of text; None for networks that do not answer lines."""
         speaker, recipe = self.speaker, read_recipe(self.recipe)
         if speaker is None:
             return None
@@ -99,31 +99,31 @@ class Loaded:
         return translator(recipe, search)
 
     def searching(self, options: Mapping[str, Any], where: str) -> "Loaded":
-        """Return it with other `options` of how an answer is searched; UserError, with `where`, for what it has not."""
+        """Return a copy with other search `options`; UserError, with `where`, for unknown or inapplicable ones."""
         if not options:
             return self
         if self.speaker is None:
-            raise UserError(f"{where}: is for networks that search their answers: leave it out")
+            raise UserError(f"{where}: applies only to networks that search their answers: remove it")
         recipe = {**self.recipe, **parse(TranslateOptions, options, where).model_dump(include=set(options))}
         return replace(self, facts=self.facts.model_copy(update={"input": {**self.facts.input, "recipe": recipe}}))
 
     def answers(self, paths: Sequence[Path], top: int = 5, **options: Any) -> Iterator[Answer]:
-        """Return the answers for files in turn; `options` are those of `answers_for`."""
+        """Return an iterator over the answers for files; `options` are those of `answers_for`."""
         if self.task not in ANSWERS:
             raise UserError(
-                f"{self.where}: exports of task {self.task!r} do not answer for files (those of {', '.join(ANSWERS)} "
-                "do): give arrays to slimray.runtime.load(...)"
+                f"{self.where}: exports of task {self.task!r} cannot answer for files (those of {', '.join(ANSWERS)} "
+                "can): pass arrays to slimray.runtime.load(...)"
             )
         return answers_for(self, ANSWERS[self.task], paths, top, **options)
 
     def outputs(self, data: np.ndarray, rows: int) -> Arrays:
         """Return float32 outputs `[n, ...]` of samples `[n, V, ...]`, views averaged, at most `rows` at once."""
         if not len(data):
-            raise ValueError("no samples: there are no outputs")
+            raise ValueError("no samples, so there are no outputs")
         if self.speaker is not None:
-            raise UserError(f"{self.where}: translates lines of text: call slimray.runtime.load(...).line(text)")
+            raise UserError(f"{self.where}: translates lines of text, call slimray.runtime.load(...).line(text)")
         views, found = to_input(data, self.pixels), list[dict[str, np.ndarray]]()
-        size = self._input.shape[0]  # a batch that is fixed is filled up
+        size = self._input.shape[0]  # a fixed batch is padded
         at_once = size if size is not None else max(1, rows) * data.shape[1]
         for i in range(0, len(views), at_once):
             part = views[i : i + at_once]
@@ -137,7 +137,7 @@ class Loaded:
         return {name: merge_views(value, data.shape[1], "logits") for name, value in joined.items()}
 
     def start(self, batch: int = 1) -> States:
-        """Return the states of a stream's start, zeros; a `batch` of streams where the export allows it."""
+        """Return the initial states of a stream, zeros, or of a `batch` of streams if the export allows it."""
         shapes = {state.input: (batch, *state.shape[1:]) for state in self.facts.states}
         return {state.input: np.zeros(shapes[state.input], state.dtype) for state in self.facts.states}
 
@@ -152,7 +152,7 @@ class Loaded:
         return logits, after
 
     def _whole(self, clips: np.ndarray) -> dict[str, np.ndarray]:
-        """The mean logits of prepared clips float32 `[B, T, 3, H, W]`, stepped from zeros."""
+        """Return the mean logits of prepared clips float32 `[B, T, 3, H, W]`, stepped from zero states."""
         states, total = self.start(len(clips)), []
         for frame in np.moveaxis(clips, 1, 0):
             logits, states = self._stepped(self._run({self._input.name: np.ascontiguousarray(frame), **states}))
@@ -175,8 +175,8 @@ def load(
 ) -> Loaded:  # fmt: skip
     """Return the export in the folder `path`, or that of a run by its name in `storage` (ONNX first, or of `format`).
 
-    `engine` is a row of ENGINES (default: the first installed), `threads` how many it computes with. UserError, one
-    sentence, for what is no export, is damaged, holds what must not be opened, or does not fit what it says of itself.
+    `engine` is a row of ENGINES (default: the first installed), `threads` the number of threads it uses. Raises
+    UserError if `path` is not an export, or if the export is damaged, unsafe to open or inconsistent with export.json.
     """
     where = find_export(str(path), storage, format)
     facts, data = read_export(where)
@@ -190,16 +190,16 @@ def load(
 
 
 def _open(where: str, part: Step, data: bytes, engine: str, threads: int | None) -> Session:
-    """What computes a graph of the export, whose file is checked before anything opens it."""
+    """Return the session of a graph of the export, whose file is checked before the engine opens it."""
     place = f"{where}/{part.file}"
     declared = check_onnx(data, place)
     there = {one.name for one in declared.inputs}, {one.name for one in declared.outputs}
     if there != ({one.name for one in part.inputs}, {one.name for one in part.outputs}):
-        raise UserError(f"{place}: has other inputs or outputs than export.json says: export the run again")
+        raise UserError(f"{place}: its inputs or outputs differ from export.json, export the run again")
     try:
         session = ENGINES[engine].open(data, threads)
-    except Exception as error:  # noqa: BLE001  (those of ONNX Runtime have no other class in common)
-        raise UserError(f"{place}: {_said(engine, 'does not load it', error)}") from None
+    except Exception as error:  # noqa: BLE001  (the exceptions of ONNX Runtime have no other common class)
+        raise UserError(f"{place}: {_said(engine, 'cannot load it', error)}") from None
 
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
@@ -211,7 +211,7 @@ def _open(where: str, part: Step, data: bytes, engine: str, threads: int | None)
 
 
 def check_facts(facts: Facts, where: str) -> Input:
-    """Return how pixels are prepared; UserError for an export whose states, recipe or classes make no sense."""
+    """Return the preparation of pixels; UserError for an export with inconsistent states, recipe or classes."""
     place = f"{where}/export.json"
     try:
         pixels, taken = Input.of(facts.input["pixels"]), facts.input
@@ -221,17 +221,19 @@ def check_facts(facts: Facts, where: str) -> Input:
         if not isinstance(taken["task"], str):
             raise ValueError("task must be a name")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{place}: input: does not say how files are read ({error}): export the run again") from None
+        raise UserError(f"{place}: input: has no valid recipe for files ({error}), export the run again") from None
     inputs, outputs = {one.name for one in facts.inputs}, {one.name for one in facts.outputs}
     values = 0
     for state in facts.states:
         if state.input not in inputs or state.output not in outputs or min(state.shape, default=0) < 1:
-            raise UserError(f"{place}: states: {state.input!r} is no input with a size and an output: export it again")
+            raise UserError(
+                f"{place}: states: {state.input!r} is not an input with a size and an output, export the run again"
+            )
         values += int(np.prod(state.shape, dtype=object))
     if values > MAX_STATE_VALUES:
         raise UserError(f"{place}: states: hold {values:,} values, more than {MAX_STATE_VALUES:,}")
     if len(inputs) != 1 + len(facts.states) or (facts.states and len(outputs) != 1 + len(facts.states)):
-        raise UserError(f"{place}: inputs: a network of one input is run here, beside states (got {len(inputs)})")
+        raise UserError(f"{place}: inputs: must be one, besides states (got {len(inputs)})")
     return pixels
 
 

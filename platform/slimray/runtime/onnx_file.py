@@ -1,10 +1,10 @@
-"""Checks an ONNX file before any library opens it: what it names, what it declares against what it holds.
+"""Checks an ONNX file before any library opens it: its operators, and its declared sizes against its content.
 
-In: the bytes of a file that anybody may have made. Out: its inputs, outputs and number of nodes, or a UserError of one
-sentence. Refused are external data, operators that neither ONNX nor ONNX Runtime has, operators that open files, and
-tensors that declare more than they hold or than a network needs. Written on the wire format of protobuf, field by field
-and without copies: parsing libraries allocate what a file declares, and devices need one library less. Field numbers
-are those of onnx.proto (ONNX 1.23).
+In: the bytes of a file from any source. Out: its inputs, outputs and number of nodes, or a UserError of one sentence.
+It refuses external data, operators that neither ONNX nor ONNX Runtime has, operators that open files, and tensors that
+declare more than they hold or than a network needs. Reads protobuf's wire format, field by field and without copies:
+parsing libraries allocate what a file declares, and devices need one library less. Field numbers are those of
+onnx.proto (ONNX 1.23).
 """
 
 import math
@@ -17,23 +17,23 @@ from slimray.spec import UserError
 
 DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 OPENS_FILES = frozenset({"EPContext"})  # of com.microsoft: names a file with a compiled network
-MAX_FILE_BYTES = (2 << 30) - 1  # of protobuf
-MAX_VALUES = 1 << 29  # of a declared tensor: 2 GiB of float32
-MAX_DEPTH = 12  # of graphs in attributes
+MAX_FILE_BYTES = (2 << 30) - 1  # protobuf's limit
+MAX_VALUES = 1 << 29  # in a declared tensor: 2 GiB of float32
+MAX_DEPTH = 12  # of nested graphs in attributes
 MAX_NODES = 200_000
 MAX_RANK = 16
 MAX_VARINT_BYTES = 10
-CHUNK_BYTES = 1 << 20  # of a packed field that are counted at once
+CHUNK_BYTES = 1 << 20  # of a packed field, counted at once
 BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16,
         17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4}  # fmt: skip
 DTYPES = {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool",
           10: "float16", 11: "float64", 12: "uint32", 13: "uint64"}  # fmt: skip
-SIZED_BY = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1}  # operators whose output has as many values as an input says
+SIZED_BY = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1}  # operators -> the input that determines their output size
 
 
 @dataclass(frozen=True)
 class Place:
-    """An input or output of a network: name, numpy type, shape with None where it is dynamic."""
+    """An input or output of a network: name, numpy type, shape with None for dynamic sizes."""
 
     name: str
     dtype: str
@@ -42,7 +42,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Declared:
-    """Declarations of a checked file."""
+    """Inputs, outputs and number of nodes that a checked file declares."""
 
     inputs: tuple[Place, ...]
     outputs: tuple[Place, ...]
@@ -50,22 +50,22 @@ class Declared:
 
 
 class _Bad(Exception):
-    """Reason to refuse a file, to go behind its name."""
+    """Reason to refuse a file, to be put after its name in a message."""
 
 
 @dataclass
 class _Seen:
-    """Totals of what was met so far."""
+    """Functions and number of nodes found so far."""
 
     functions: set[tuple[str, str]] = field(default_factory=set)
     num_nodes: int = 0
 
 
 def check_onnx(data: bytes, where: str) -> Declared:
-    """Return what an ONNX file declares; UserError, which begins with `where`, for one that must not be opened."""
+    """Return what an ONNX file declares; UserError, which begins with `where`, if it must not be opened."""
     try:
         if not 0 < len(data) <= MAX_FILE_BYTES:
-            raise _Bad("is empty" if not data else f"is larger than {MAX_FILE_BYTES:,} bytes, which ONNX allows")
+            raise _Bad("is empty" if not data else f"is larger than ONNX allows ({MAX_FILE_BYTES:,} bytes)")
         return _model(memoryview(data))
     except _Bad as error:
         raise UserError(f"{where}: {error}") from None
@@ -77,7 +77,7 @@ def check_onnx(data: bytes, where: str) -> Declared:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """The fields of a message: number, and an integer or the bytes of what has a length."""
+    """Yield the fields of a message: their number, and an integer or the bytes of a field with a length."""
     at, end = 0, len(data)
     while at < end:
         key, at = _varint(data, at)
@@ -95,7 +95,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         else:
             raise _Bad("is not an ONNX file (a field has an unknown type)")
         if size > end - at:
-            raise _Bad("is not an ONNX file, or breaks off (a field is longer than the file)")
+            raise _Bad("is not an ONNX file, or is truncated (a field is longer than the file)")
         yield number, data[at : at + size]
         at += size
 
@@ -104,7 +104,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 7 * MAX_VARINT_BYTES, 7):
         if at >= len(data):
-            raise _Bad("is not an ONNX file, or breaks off (a number is cut)")
+            raise _Bad("is not an ONNX file, or is truncated (a number is incomplete)")
         byte = data[at]
         at += 1
         value |= (byte & 127) << shift
@@ -134,8 +134,8 @@ def _text(value: int | memoryview) -> str:
 
 
 def _few_ints(value: int | memoryview) -> tuple[int, list[int]]:
-    """Return how many integers a repeated field holds, packed or one of many; and the integers if they are no more than
-    MAX_RANK. Packed ones are counted by their last bytes: decoded, a field takes many times its size."""
+    """Return the number of integers in a repeated field, packed or single, and the integers if there are at most
+    MAX_RANK. Packed ones are counted by their last bytes, because decoding a field takes many times its size."""
     if isinstance(value, int):
         return 1, [_signed(value)]
     count, begin = 0, 0
@@ -145,7 +145,7 @@ def _few_ints(value: int | memoryview) -> tuple[int, list[int]]:
             raise _Bad("is not an ONNX file (a number is too long)")
         count, begin = count + len(ends), int(ends[-1]) if len(ends) else begin
     if begin != len(value):
-        raise _Bad("is not an ONNX file, or breaks off (a number is cut)")
+        raise _Bad("is not an ONNX file, or is truncated (a number is incomplete)")
     if count > MAX_RANK:
         return count, []
     found, at = [], 0
@@ -173,7 +173,7 @@ def _model(data: memoryview) -> Declared:
         elif number == 8:
             opsets.append(_bytes(value))
         elif number == 20:
-            raise _Bad("holds training information: export the network alone")
+            raise _Bad("holds training information, export only the network")
         elif number == 25:
             functions.append(_bytes(value))
     if len(graphs) != 1 or not opsets:
@@ -217,7 +217,7 @@ def _graph(data: memoryview, seen: _Seen, depth: int) -> tuple[tuple[Place, ...]
 
 
 def _initializers(data: memoryview) -> set[str]:
-    """Names of the weights of a graph, which old files list among the inputs."""
+    """Return the names of the weights of a graph, which old files list among the inputs."""
     found = set()
     for number, value in _fields(data):
         if number == 5:
@@ -242,7 +242,7 @@ def _node(data: memoryview, seen: _Seen, depth: int, small: dict[str, list[int]]
         elif number == 5:
             constant = _attribute(_bytes(value), seen, depth) or constant
     if domain not in DOMAINS and (domain, kind) not in seen.functions:
-        raise _Bad(f"uses the custom operator {domain}::{kind}, which would need code from elsewhere: export it again")
+        raise _Bad(f"uses the custom operator {domain}::{kind}, which needs external code: export the network again")
     if kind in OPENS_FILES and domain == "com.microsoft":
         raise _Bad(f"uses the operator {kind}, which opens a file")
     if kind == "Constant" and outputs and constant is not None:
@@ -253,7 +253,7 @@ def _node(data: memoryview, seen: _Seen, depth: int, small: dict[str, list[int]]
 
 
 def _attribute(data: memoryview, seen: _Seen, depth: int) -> list[int] | None:
-    """Check what an attribute holds; the whole numbers of a small tensor in it, or of a list."""
+    """Check the content of an attribute; return the integers of a small tensor or of a list in it, None if none."""
     found, numbers, count = None, list[int](), 0
     for number, value in _fields(data):
         if number == 5 or number == 10:
@@ -288,7 +288,7 @@ def _require_size(dims: list[int], what: str) -> int:
 
 
 def _tensor(data: memoryview) -> tuple[str, list[int] | None]:
-    """Check a tensor against what it holds; its name, and its values if they are few whole numbers of 64 bits."""
+    """Check a tensor's declaration against its content; return its name, and its values if they are few int64."""
     dims, kind, name, raw = list[int](), 0, "", None
     held, numbers = 0, list[int]()
     for number, value in _fields(data):
@@ -301,7 +301,7 @@ def _tensor(data: memoryview) -> tuple[str, list[int] | None]:
         elif number == 9:
             raw = _bytes(value)
         elif number == 13 or (number == 14 and _int(value) != 0):
-            raise _Bad("keeps weights in another file (external data): export it as one file")
+            raise _Bad("keeps weights in another file (external data), export it as one file")
         elif number in (4, 10):  # float and double, packed, or one of them
             held += len(_bytes(value)) // (4 if number == 4 else 8)
         elif number in (5, 7, 11):
@@ -313,7 +313,7 @@ def _tensor(data: memoryview) -> tuple[str, list[int] | None]:
     count = _require_size(dims, "a tensor")
     if kind == 8:
         if held != count:
-            raise _Bad("declares a tensor that holds something else")
+            raise _Bad("declares a tensor that does not match its content")
         return name, None
     if kind not in BITS:
         raise _Bad(f"declares a tensor of an unknown type ({kind})")
@@ -321,14 +321,14 @@ def _tensor(data: memoryview) -> tuple[str, list[int] | None]:
     packed = -(-count // 2) if BITS[kind] == 4 else count * 2 if kind in (14, 15) else count
     if (len(raw) != size) if raw is not None else (held != packed):
         there = f"{len(raw):,} bytes" if raw is not None else f"{held:,} values"
-        raise _Bad(f"declares a tensor of {count:,} values and holds {there} of it")
+        raise _Bad(f"declares a tensor of {count:,} values but holds {there} of it")
     if kind == 7 and raw is not None and count <= MAX_RANK:
         numbers = [int.from_bytes(raw[i : i + 8], "little", signed=True) for i in range(0, 8 * count, 8)]
     return name, numbers if kind == 7 and count <= MAX_RANK else None
 
 
 def _place(data: memoryview) -> Place:
-    """An input, output or value; dims that are not fixed are None."""
+    """Return an input, output or value; dimensions that are not fixed are None."""
     name, dtype, shape = "", "", list[int | None]()
     for number, value in _fields(data):
         if number == 1:

@@ -1,6 +1,6 @@
-"""Two things measured in turn, so that what disturbs one disturbs both: their ratios pair by pair, how sure they are.
+"""Two functions measured alternately, so that disturbances affect both: ratios by pair, and their confidence interval.
 
-What is told is the median of the ratios, and the order statistics around it that enclose the true median with 95 %.
+Reported are the median of the ratios and the order statistics that enclose the true median with 95 % confidence.
 """
 
 from collections.abc import Callable
@@ -11,19 +11,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Pairs:
-    """Figures of two things, of one unit, measured in turn."""
+    """Alternating measurements of two functions, in the same unit."""
 
     a: tuple[float, ...]
     b: tuple[float, ...]
 
     @property
     def ratio(self) -> float:
-        """The median of `a` over `b`."""
+        """Return the median of `a` over `b`."""
         return median(self._ratios)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The ratios that enclose the true median with 95 % or more; of five pairs or fewer all of them, with less."""
+        """Return the ratios that enclose the true median with at least 95 %; with five pairs or fewer, all of them."""
         skip = enclosing(len(self.a))
         return self._ratios[skip], self._ratios[-1 - skip]
 
@@ -43,8 +43,8 @@ class Pairs:
 
 
 def enclosing(count: int) -> int:
-    """Return how many of `count` sorted values may be left out at either end of a 95 % interval of their median."""
-    skip, ways, tail = 0, count, 1 + count  # of `count` signs, those in which skip + 1, and so many or fewer, are up
+    """Return how many of `count` sorted values can be dropped at either end of a 95 % interval of their median."""
+    skip, ways, tail = 0, count, 1 + count  # outcomes of `count` coin tosses with skip + 1 heads, with at most so many
     while 40 * tail <= 2**count:
         skip += 1
         ways = ways * (count - skip) // (skip + 1)
@@ -53,6 +53,6 @@ def enclosing(count: int) -> int:
 
 
 def alternate(a: Callable[[], float], b: Callable[[], float], pairs: int) -> Pairs:
-    """Measure `a` and `b` in turn, each first every other time; each returns its own figure."""
+    """Measure `a` and `b` alternately, each first every other time; each returns its own measurement."""
     measured = [(a(), b()) if number % 2 == 0 else tuple(reversed((b(), a()))) for number in range(pairs)]
     return Pairs(tuple(x for x, _ in measured), tuple(y for _, y in measured))

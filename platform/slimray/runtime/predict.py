@@ -1,7 +1,7 @@
-"""`predict`: a network answers for files, one after the other; how, is its task's.
+"""`predict`: a network answers for files, one after the other, in the way of its task.
 
-A file is a sample, as it is in a dataset: a network that was trained on blocks of rooms wants blocks. `ANSWERS` are the
-tasks whose exports answer without torch.
+A file is a sample, as in a dataset: a network that was trained on blocks of rooms needs blocks. `ANSWERS` are the tasks
+whose exports answer without torch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,19 +34,20 @@ def answers_for(
     rows: int = 8,
     timeout_s: float = 30,
 ) -> Iterator[Answer]:
-    """Return the answers for files in turn, with `k` classes at most: of one view, as validated, or of all points.
+    """Return an iterator over the answers for files, with at most `k` classes: from one view, prepared as in
+    validation, or from all points.
 
-    `model` is a `Model`, `task` has `answer` and `writes`, as `Answers`. For clouds: `columns` as `read_cloud` takes
-    them, `shape` the class whose one-hot the network takes. `out` is the folder for what is written (default: beside
-    the file). The network sees at most `rows` views at once. UserError, before anything is read, for an option that
-    does not fit the network, and for output that would overwrite a file.
+    `model` is a `Model`; `task` has `answer` and `writes`, like `Answers`. For clouds: `columns` as in `read_cloud`,
+    `shape` the class whose one-hot the network takes. `out` is the folder for written files (default: beside each
+    file). The network sees at most `rows` views at once. Raises UserError, before anything is read, for an option that
+    does not apply to the network, and for output that would overwrite a file.
     """
     modality = modality_of(model.recipe)
     if modality.open_file is None:
-        raise UserError(f"this network takes {modality.plural}, which files are not: score it by an evaluate job")
+        raise UserError(f"this network takes {modality.plural}, which are not files: score it with an evaluate job")
     options = AnswerOptions(paths, k, FileOptions(tuple(columns), shape), out, rows)
     if out is not None and not task.writes:
-        raise UserError("--out: the network labels whole files, there is nothing to write")
+        raise UserError("--out: this network labels whole files, so there is nothing to write: remove it")
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is not a folder")
     answer = task.answer(model, options)

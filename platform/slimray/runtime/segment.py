@@ -1,4 +1,4 @@
-"""Segmentation of a user's cloud: a label for every point, written for programs (.npz) and for viewers (.ply)."""
+"""Segmentation of a user's point cloud: writes a label for every point, for programs (.npz) and for viewers (.ply)."""
 
 import io
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from slimray.runtime.answers import (
     softmax,
 )
 
-PALETTE = (  # of Okabe and Ito, safe for the colour-blind, grey in place of black; further classes get darker shades
+PALETTE = (  # by Okabe and Ito, safe for the colour-blind, grey instead of black; further classes get darker shades
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
     (153, 153, 153),
 )  # fmt: skip
@@ -31,7 +31,8 @@ LABELS = "labels of its points"
 
 
 def answer(model: Model, options: AnswerOptions) -> Answerer:
-    """The labels of a file's points, written beside it or into `out`, and the shares of the classes."""
+    """Return a function of a file that writes the labels of its points, beside it or to `out`, and returns the shares
+    of the classes."""
     recipe = read_recipe({**model.recipe, "mode": "val"})
     check_cloud_options(recipe, options.file)
     require_apart(options.paths, lambda path: label_files(path, options.out), "labels")
@@ -47,14 +48,13 @@ def answer(model: Model, options: AnswerOptions) -> Answerer:
 
 
 def label_files(path: Path, out: Path | None = None) -> tuple[Path, Path]:
-    """Return where the labels of the points of `path` go: NAME.labels.npz and NAME.labels.ply, beside it or in
-    `out`."""
+    """Return the paths of the labels of `path`: NAME.labels.npz and NAME.labels.ply, beside it or in `out`."""
     stem = (path.parent if out is None else out) / path.stem
     return Path(f"{stem}.labels.npz"), Path(f"{stem}.labels.ply")
 
 
 def score_points(model: Model, sample: PointSample, num_points: int, rows: int) -> np.ndarray:
-    """Scores float32 `[num_points, C]` of a cloud whose views hold every point: a point's logits are averaged."""
+    """Return scores float32 `[num_points, C]`, the mean logits of each point; the views must cover every point."""
     total = np.zeros((num_points, len(model.classes)), np.float32)
     for i in range(0, len(sample.points), rows):
         scores = only_array(model.outputs(sample.points[i : i + rows, None], rows))
@@ -66,7 +66,7 @@ def score_points(model: Model, sample: PointSample, num_points: int, rows: int) 
 
 
 def class_colors(num_classes: int) -> np.ndarray:
-    """A colour for each class, uint8 `[num_classes, 3]`, the same whatever their number."""
+    """Return a colour for each class, uint8 `[num_classes, 3]`, independent of the number of classes."""
     number = np.arange(num_classes)
     return (np.array(PALETTE)[number % len(PALETTE)] * 0.6 ** (number // len(PALETTE))[:, None]).astype(np.uint8)
 

@@ -1,4 +1,4 @@
-"""Super resolution of a user's picture: enlarged in pieces that overlap as far as the network looks around."""
+"""Super resolution of a user's picture, which is enlarged in tiles that overlap by the network's receptive field."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from slimray.runs.examples import png_bytes
 from slimray.runtime.answers import Answer, Answerer, AnswerOptions, Answers, Model, only_array, require_apart
 from slimray.spec import UserError
 
-TILE = 256  # side of the pieces in which a picture is enlarged, in pixels of the small one
+TILE = 256  # side of the tiles, in pixels of the small picture
 
 
 def answer(model: Model, options: AnswerOptions) -> Answerer:
-    """A file enlarged, written as NAME.x2.png beside it or into `out`."""
+    """Return a function of a file that writes it enlarged as NAME.x2.png (or another scale), beside it or to `out`."""
     recipe = read_recipe(model.recipe)
     modality = modality_of(model.recipe)
     assert modality.open_file is not None
@@ -43,8 +43,8 @@ def to_pixels(outputs: np.ndarray) -> np.ndarray:
 
 
 def enlarged(model: Model, picture: np.ndarray, scale: int, tile: int = TILE) -> np.ndarray:
-    """Return a picture uint8 `[h, w, 3]` enlarged. A network of one size of input gets pieces of that size, the border
-    of the picture repeated where it is smaller."""
+    """Return a picture uint8 `[h, w, 3]` enlarged. A network with a fixed input size gets tiles of that size, with the
+    border of the picture repeated where it is smaller."""
     (height, width), margin = picture.shape[:2], model.reach
     sides = [side for side in model.frame_shape[-2:] if side is not None]
     side = min(sides, default=0)
@@ -52,7 +52,7 @@ def enlarged(model: Model, picture: np.ndarray, scale: int, tile: int = TILE) ->
         tile = side - 2 * margin
         if tile < 1:
             raise UserError(
-                f"the export takes pictures of {side} pixels, too few to enlarge in pieces (each place depends on "
+                f"the export takes pictures of {side} pixels, too few to enlarge in tiles (each pixel depends on "
                 f"{margin} pixels around it): export it with a dynamic size"
             )
     out = np.zeros((height * scale, width * scale, 3), np.uint8)

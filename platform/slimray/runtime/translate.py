@@ -1,10 +1,10 @@
-"""Translations: what of a beam goes on and what has ended, lines of text, and the search over an export. numpy alone.
+"""Translation: bookkeeping of beam search, translation of lines of text, and the search over an export. numpy only.
 
-Rules of the search are those of the published results (HAT, arXiv 2005.14187): at every step the 2 x beam best
-continuations are looked at, an eos among the best `beam` ends a hypothesis, a sentence is done with `beam` ended ones,
-the score of one is the sum of its log-probabilities over length ** penalty, eos included. PAD is never chosen, eos is
-not the first token, and alone may follow `max_length` tokens. `Beams` keeps the books, whatever computes the tokens:
-torch (models/text/decoding.py), or here an export, an encoder and a step of the decoder with what it cached.
+The rules are those of the published results (HAT, arXiv 2005.14187): every step considers the 2 x beam best
+continuations, an eos among the best `beam` ends a hypothesis, a sentence is done once `beam` hypotheses have ended, and
+a score is the sum of log-probabilities over length ** penalty, eos included. PAD is never chosen, eos is not the first
+token, and only eos may follow `max_length` tokens. `Beams` does the bookkeeping, whatever computes the tokens: torch
+(models/text/decoding.py), or here an export, which is an encoder and a step of the decoder with its cache.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,18 +24,18 @@ from slimray.spec import Spec, UserError
 Arrays = Mapping[str, NDArray[Any]]
 Run = Callable[[Arrays], Arrays]  # named arrays in, named arrays out
 TOKEN, LOGITS, NEXT, PAST = "token", "logits", "next_{}", "past_"
-MAX_WIDTH = 1 << 16  # channels of what a layer caches of a token
+MAX_WIDTH = 1 << 16  # channels that a layer caches per token
 
 
 class TranslateOptions(Spec):
-    """How a translation is searched."""
+    """Options of beam search."""
 
     beam: int = Field(4, ge=1, le=64)
-    """Hypotheses kept at once; 1 takes the likeliest token again and again."""
+    """Number of hypotheses kept; 1 always takes the likeliest token."""
     length_penalty: float = Field(0.6, ge=0, le=5)
-    """A hypothesis is scored by its log-probability over its length to this power: larger prefers longer ones."""
+    """A hypothesis is scored by its log-probability over its length to this power: larger values favour longer ones."""
     max_length: int = Field(200, ge=1, le=10_000)
-    """Tokens of a translation at most."""
+    """Largest number of tokens in a translation."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Hypothesis:
 class Beams:
     """The hypotheses of `count` sentences, `beam` of each, and those that have ended (`done`).
 
-    `rows` are the sentences that are not done yet, `scores` `[rows, beam]` what their hypotheses have so far.
+    `rows` are the unfinished sentences, `scores` `[rows, beam]` the scores of their hypotheses so far.
     """
 
     def __init__(self, count: int, beam: int, penalty: float, max_length: int):
@@ -58,11 +58,11 @@ class Beams:
         self.rows = np.arange(count)
         self.tokens = np.full((count, beam, 1), EOS, np.int64)
         self.scores = np.full((count, beam), -np.inf)
-        self.scores[:, 0] = 0  # all are alike at first: one of them counts
+        self.scores[:, 0] = 0  # all are identical at first, so only one counts
 
     @property
     def length(self) -> int:
-        """Tokens of the hypotheses so far."""
+        """Number of tokens of the hypotheses so far."""
         return self.tokens.shape[-1] - 1
 
     @property
@@ -71,9 +71,9 @@ class Beams:
         return self.tokens[..., -1].reshape(-1, 1)
 
     def go_on(self, best: NDArray[Any], place: NDArray[Any], vocab_size: int) -> NDArray[np.int64] | None:
-        """Take the best continuations of each sentence, `[rows, k]`: their scores, falling, and hypothesis * V + token.
+        """Apply the best continuations of each sentence `[rows, k]`: descending scores, and hypothesis * V + token.
 
-        Returns the rows of what is cached, `[rows * beam]`, that the hypotheses which go on came from; None at the end.
+        Returns the cache rows `[rows * beam]` from which the continuing hypotheses come; None at the end.
         """
         parent, token = place // vocab_size, place % vocab_size
         for at, number in np.argwhere((token[:, : self.beam] == EOS) & np.isfinite(best[:, : self.beam])).tolist():
@@ -84,7 +84,7 @@ class Beams:
         keep = np.array([at for at, row in enumerate(self.rows) if len(self.done[row]) < self.beam], np.int64)
         if not len(keep) or self.length == self.max_length:
             return None
-        order = np.argsort(token[keep] == EOS, axis=-1, kind="stable")[:, : self.beam]  # the best that go on
+        order = np.argsort(token[keep] == EOS, axis=-1, kind="stable")[:, : self.beam]  # the best that continue
         parent, token, self.scores = (np.take_along_axis(one[keep], order, -1) for one in (parent, token, best))
         before = np.take_along_axis(self.tokens[keep], parent[..., None], 1)
         self.tokens = np.concatenate([before, token[..., None]], -1)
@@ -93,21 +93,21 @@ class Beams:
 
     @property
     def found(self) -> list[list[Hypothesis]]:
-        """For each sentence up to `beam` translations, the best first."""
+        """Up to `beam` translations of each sentence, the best first."""
         return [sorted(ended, key=lambda one: -one.score) for ended in self.done]
 
 
 def translator(recipe: TextRecipe, search: Callable[[NDArray[np.int64]], Sequence[int]]) -> Callable[[str], str]:
-    """Return the function of a line to its translation; `search` takes a sentence int64 `[1, S]` with its eos.
+    """Return a function from a line to its translation; `search` takes a sentence int64 `[1, S]` with its eos.
 
-    BadSample for a line that is longer than what the network learned from.
+    The function raises BadSample for a line that is longer than the sentences of training.
     """
 
     def one(text: str) -> str:
         tokens = recipe.encode(text)
         if recipe.limit and len(tokens) >= recipe.limit:
             count = len(tokens) + 1
-            raise BadSample(f"has {count} tokens, the network learned from {recipe.limit} at most: cut it in two")
+            raise BadSample(f"has {count} tokens, but the network was trained on at most {recipe.limit}: split it")
         return recipe.vocabulary.decode(search(np.array([[*tokens, EOS]], np.int64))) if tokens else ""
 
     return one
@@ -118,19 +118,19 @@ def translator(recipe: TextRecipe, search: Callable[[NDArray[np.int64]], Sequenc
 
 @dataclass(frozen=True, eq=False)
 class Speaker:
-    """An encoder and a step of a decoder, wherever they run; `cached` are the inputs of the step that hold what it
-    cached, with the channels of each."""
+    """An encoder and a step of a decoder, in any runtime; `cached` are the cache inputs of the step, with their
+    channels."""
 
     encode: Run
     step: Run
     cached: Mapping[str, int]
 
     def begin(self, count: int) -> dict[str, NDArray[Any]]:
-        """What is cached of no tokens, of `count` hypotheses."""
+        """Return the empty cache of `count` hypotheses."""
         return {name: np.zeros((count, 0, width), np.float32) for name, width in self.cached.items()}
 
     def next(self, token: NDArray[np.int64], source: Arrays, cached: Arrays) -> tuple[NDArray[Any], Arrays]:
-        """Return logits `[B, V]` behind tokens `[B, 1]`, and what is cached then; `source` is what `encode` gave."""
+        """Return logits `[B, V]` after tokens `[B, 1]` and the new cache; `source` is the output of `encode`."""
         out = self.step({TOKEN: token, **source, **cached})
         return np.asarray(out[LOGITS]), {name: np.asarray(out[NEXT.format(name)]) for name in self.cached}
 
@@ -138,7 +138,7 @@ class Speaker:
 def beam_search(
     speaker: Speaker, source: NDArray[np.int64], beam: int, penalty: float, max_length: int
 ) -> list[list[Hypothesis]]:
-    """For each of the sentences `[B, S]` with eos up to `beam` translations, the best first."""
+    """Return up to `beam` translations of each of the sentences `[B, S]` with eos, the best first."""
     beams = Beams(len(source), beam, penalty, max_length)
     given = {name: np.repeat(value, beam, 0) for name, value in speaker.encode({"source": source}).items()}
     cached: Arrays = speaker.begin(len(source) * beam)
@@ -159,7 +159,7 @@ def beam_search(
 
 
 def forbidden(length: int, max_length: int, vocab_size: int) -> NDArray[np.bool_]:
-    """Which tokens `[V]` may not follow `length` others: PAD; eos as the first; all but eos behind the last."""
+    """Return a mask `[V]` of tokens that may not follow `length` others: PAD, eos at first, all but eos at the end."""
     out = np.full(vocab_size, length == max_length)
     out[EOS] = length == 0 and max_length > 0
     out[PAD] = True
@@ -172,8 +172,7 @@ def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def cached_of(facts: Facts, step: Step, where: str) -> dict[str, int]:
-    """Return the inputs of a step that hold what it cached, with their channels; UserError if it does not fit the
-    encoder."""
+    """Return the cache inputs of a step, with their channels; UserError if it does not match the encoder."""
     past = {one.name: one.shape for one in step.inputs if one.name.startswith(PAST)}
     widths = {name: int(shape[-1] or 0) for name, shape in past.items() if len(shape) == 3}
     inputs = {TOKEN, *widths, *(one.name for one in facts.outputs)}
@@ -184,5 +183,5 @@ def cached_of(facts: Facts, step: Step, where: str) -> dict[str, int]:
         or {one.name for one in step.outputs} != outputs
         or not all(0 < width <= MAX_WIDTH for width in widths.values())
     ):
-        raise UserError(f"{where}/export.json: step: does not fit the encoder: export the run again")
+        raise UserError(f"{where}/export.json: step: does not match the encoder, export the run again")
     return widths

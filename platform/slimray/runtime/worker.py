@@ -1,7 +1,7 @@
-"""The process in which an agent computes: it holds checked networks and times chains of them, and can be killed.
+"""The process in which an agent computes: it holds checked networks, times chains of them, and can be killed.
 
-Requests come from the agent alone, over a socket (`slimray.data.child`): `load` a network under its SHA-256, `time` a
-chain of loaded ones on random input. Its address space is bounded; what takes too long is killed with it.
+Requests come only from the agent, over a socket (`slimray.data.child`): `load` a network under its SHA-256, `time`
+chains of loaded ones on random input. Its address space is bounded, and it is killed if a request takes too long.
 """
 
 import gc
@@ -20,17 +20,17 @@ ENGINE = "onnxruntime"
 
 
 class Worker(Child):
-    """The agent's side: asks the process, and ends it when an answer takes too long."""
+    """The agent's side: sends requests to the process, and ends it if a response takes too long."""
 
     module, doing = "slimray.runtime.worker", "computing"
 
     def load(self, name: str, data: bytes, threads: int) -> None:
-        """Load the network `name` for so many threads. Raises BadSample."""
-        self.refused.clear()  # a network may be tried again: the device may have been busy
+        """Load the network `name` for this number of threads. Raises BadSample."""
+        self.refused.clear()  # a network may be tried again, because the device may have been busy
         self._ask(name, {"do": "load", "name": name, "threads": threads}, data)
 
     def time(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Time a chain: see `_time`. Raises BadSample."""
+        """Time chains, see `_time`. Raises BadSample."""
         self.refused.clear()
         return self._ask("chain", {"do": "time", **request}, b"-")[0]
 
@@ -41,7 +41,7 @@ _SESSIONS: dict[tuple[str, int], Session] = {}
 
 
 def main() -> None:
-    """Answer requests until the agent is gone."""
+    """Serve requests until the agent ends."""
     serve(_answer, "compute")
 
 
@@ -57,10 +57,10 @@ def _answer(request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes
 
 
 def _time(request: dict[str, Any]) -> dict[str, Any]:
-    """Run each of `chains` (lists of steps: a network's name and its inputs, name -> shape and type; null: what the
-    step before gave) `skip` times untimed and `runs` times timed; the ms of every step of every run.
+    """Run each of `chains` `skip` times untimed and `runs` times timed; return the ms of every step of every run.
 
-    One thread is timed by the processor time it got, more by the clock on the wall.
+    A step is a network's name and its inputs: name -> shape and type, or the name of the input that takes the output of
+    the previous step. A single thread is timed by its processor time, several by wall time.
     """
     threads, rng, out = request["threads"], np.random.default_rng(0), []
     clock = time.thread_time if threads == 1 else time.perf_counter
@@ -75,13 +75,13 @@ def _time(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _feeds(given: dict[str, Any] | str, rng: np.random.Generator) -> dict[str, np.ndarray] | str:
-    """Random inputs; of a step that takes what came before, the name of its input."""
+    """Return random inputs, or, for a step that takes the previous output, the name of its input."""
     if isinstance(given, str):
         return given
     feeds = {}
     for name, (shape, dtype) in given.items():
         if not all(isinstance(side, int) and side > 0 for side in shape) or np.prod(shape, dtype=object) > MAX_VALUES:
-            raise BadSample(f"the input {name!r} cannot be of shape {shape}")
+            raise BadSample(f"the input {name!r} cannot have the shape {shape}")
         kind = np.dtype(dtype)
         floats = rng.standard_normal(shape, np.float32) if kind.kind == "f" else np.zeros(shape)
         feeds[name] = floats.astype(kind)

@@ -1,1 +1,1 @@
-"""The live page over all runs of a storage."""
+"""Live page about all runs in a storage folder."""

@@ -1,12 +1,13 @@
-"""A local web page over a storage folder, live while runs write: `serve` binds to 127.0.0.1 until it is interrupted.
+"""Local web page about a storage folder, updated while runs write: `serve` binds to 127.0.0.1 until interrupted.
 
-In: a storage folder or URI, read by watch.py. Out: the pages of views.py: `/` the runs, `/run/NAME` one of them,
-`/compare?runs=a,b`. One layout, one callback; all that one sees is in the address. A page runs no code but Dash's own
-files, which come from here (content security policy, no eval), and what was read from a folder is text in it, never a
-component. Surprising: every request needs the token of the printed link, as other users of this machine reach 127.0.0.1
-too; one by another Host or Origin is refused, as a web site elsewhere can make its name resolve to this machine; the
-page of a report is shut into a sandbox, as somebody else may have written it. Dash rebuilds all that is below a list
-of children that changed (focus and zoom are lost): pages are compared here, and only what differs is sent.
+In: a storage folder or URI, read by watch.py. Out: the pages of views.py: `/` lists the runs, `/run/NAME` shows one of
+them, `/compare?runs=a,b` compares several. There is one layout and one callback; the URL determines the page. A page
+runs no code except Dash's own files, served from here (content security policy, no eval), and content read from a
+folder becomes text, never a component. Surprising: every request needs the token of the printed link, because other
+users of this machine can reach 127.0.0.1 too; requests with another Host or Origin are refused, because a foreign web
+site can make its name resolve to this machine; reports are sandboxed, because somebody else may have written them. Dash
+rebuilds everything below a changed list of children (losing focus and zoom), so pages are compared here and only the
+differences are sent.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ from slimray.storage import StorageError
 
 MAX_COMPARED = 12
 KEPT_PAGES = 32
-MAX_CHANGES = 1000  # of a page; with more it is sent as a whole
+MAX_CHANGES = 1000  # of a page; beyond that, the whole page is sent
 CSS = Path(__file__).with_name("dashboard.css")
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head>{%metas%}<title>{%title%}</title><link rel="icon" href="data:,">{%css%}<style>CSS</style></head>
@@ -49,7 +50,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
 }
-OF_REPORTS = (  # a report carries its own, stricter one; this holds for a report that somebody else wrote
+OF_REPORTS = (  # reports have a stricter policy of their own; this one covers reports that others wrote
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
 )
@@ -58,9 +59,9 @@ log = logging.getLogger(__name__)
 
 
 def build(watch: Watch, token: str) -> dash.Dash:
-    """Return the application over `watch`: one layout, one callback, the report's route, the guards of all of them.
+    """Return the application for `watch`: one layout, one callback, the route of reports, and access control.
 
-    `/open/TOKEN` gives the browser a cookie, which every other request shows.
+    `/open/TOKEN` sets a cookie, which every other request must send.
     """
     server = flask.Flask("slimray-dashboard", static_folder=None)
     app = dash.Dash(
@@ -83,10 +84,10 @@ def build(watch: Watch, token: str) -> dash.Dash:
 
 
 def _layout(where: str) -> html.Div:
-    """Return what stays whatever is shown: the header with the filter, and the place of the page."""
+    """Return the constant part of all pages: the header with the filter, and the container of the page."""
     return html.Div(
         [
-            html.A("to the content", href="#page", className="skip"),
+            html.A("skip to content", href="#page", className="skip"),
             dcc.Location(id="url", refresh=False),
             dcc.Interval(id="tick", interval=1000 * POLL_S),
             dcc.Store(id="seen"),
@@ -108,8 +109,8 @@ def _layout(where: str) -> html.Div:
 
 
 def _answer(app: dash.Dash, watch: Watch) -> None:
-    """Add the one callback: an address, or the next tick, to what has changed on the page."""
-    drawn: OrderedDict[str, tuple[str, list[Any]]] = OrderedDict()  # what a browser shows, by what it calls `seen`
+    """Add the callback, which turns a URL, or the next tick, into the changes of the page."""
+    drawn: OrderedDict[str, tuple[str, list[Any]]] = OrderedDict()  # pages shown by browsers, by their `seen` hash
     lock = threading.Lock()
 
     @app.callback(
@@ -128,8 +129,8 @@ def _answer(app: dash.Dash, watch: Watch) -> None:
         hidden = "" if path == "/" else "hidden"
         try:
             version, draw = _page(watch, path, dict(parse_qsl((search or "").lstrip("?"))), words)
-        except (RunFailed, UserError, OSError, ValueError) as error:  # the last: a name that is no text
-            return dash.no_update, dash.no_update, hidden, f"{error}: asked again every {POLL_S:g} s"
+        except (RunFailed, UserError, OSError, ValueError) as error:  # ValueError: a name that is not valid text
+            return dash.no_update, dash.no_update, hidden, f"{error} (retried every {POLL_S:g} s)"
         now = hashlib.sha256(repr((path, search, words, version)).encode("utf-8", "replace")).hexdigest()
         if now == seen:
             return dash.no_update, now, hidden, ""
@@ -149,7 +150,7 @@ def _answer(app: dash.Dash, watch: Watch) -> None:
 
 
 def _serve_reports(server: flask.Flask, watch: Watch) -> None:
-    """Add the route of reports."""
+    """Add the route that serves reports."""
 
     @server.route("/report/<name>")
     def report_page(name: str) -> flask.Response:
@@ -165,9 +166,9 @@ def _serve_reports(server: flask.Flask, watch: Watch) -> None:
 
 
 def _guard(server: flask.Flask, token: str, scripts: list[str]) -> None:
-    """Let only those in who know the token, from this machine, and say in every answer what a page may load.
+    """Admit only requests from this machine with the token, and add the content security policy to every response.
 
-    `scripts` is that part of the policy for scripts, word by word.
+    `scripts` are the words of the policy's script-src directive.
     """
 
     @server.before_request
@@ -176,8 +177,8 @@ def _guard(server: flask.Flask, token: str, scripts: list[str]) -> None:
         hosts = [f"{name}:{request.environ['SERVER_PORT']}" for name in ("127.0.0.1", "localhost")]
         origin = request.headers.get("Origin")
         if request.host not in hosts or (origin is not None and origin not in [f"http://{host}" for host in hosts]):
-            return flask.Response("this page answers to 127.0.0.1 and localhost only\n", 403, mimetype="text/plain")
-        cookie = f"slimray-{request.environ['SERVER_PORT']}"  # cookies of all ports of a host are one
+            return flask.Response("this page is served at 127.0.0.1 and localhost only\n", 403, mimetype="text/plain")
+        cookie = f"slimray-{request.environ['SERVER_PORT']}"  # all ports of a host share their cookies
         if secrets.compare_digest(request.cookies.get(cookie, "").encode(), token.encode()):
             return flask.redirect("/") if request.path.startswith("/open/") else None
         if not secrets.compare_digest(request.path.encode(), f"/open/{token}".encode()):
@@ -211,7 +212,7 @@ def _guard(server: flask.Flask, token: str, scripts: list[str]) -> None:
 
 
 def _page(watch: Watch, path: str, query: dict[str, str], words: str) -> tuple[Any, Callable[[], list[Any]]]:
-    """Return what the address shows: its version, and how to draw it if that is new."""
+    """Return the version of the page at this URL, and a function that draws it."""
     if path == "/":
         rows = watch.rows()
         return rows, lambda: views.runs_page(rows, query, words, watch.where)
@@ -231,9 +232,9 @@ def _page(watch: Watch, path: str, query: dict[str, str], words: str) -> tuple[A
 
 
 def as_text(tree: Any) -> Any:
-    """`tree` with everything among its children that is not a component, or a list of them, as text.
+    """Return `tree` with every child that is neither a component nor a list turned into text.
 
-    A dict among the children of a component would become whatever component it names once the browser has it.
+    In the browser, a dict among the children of a component would become whatever component it names.
     """
     if isinstance(tree, Component):
         if hasattr(tree, "children"):
@@ -245,7 +246,7 @@ def as_text(tree: Any) -> Any:
 
 
 def named(tree: Any, name: str) -> Any:
-    """`tree` (components, lists, text) with an id for every component, made of its place below `name`."""
+    """Return `tree` (components, lists, text) with an id for every component, made of its place below `name`."""
     for place, child in enumerate(tree if isinstance(tree, list) else [tree]):
         if isinstance(child, Component):
             if getattr(child, "id", None) is None:
@@ -255,9 +256,9 @@ def named(tree: Any, name: str) -> Any:
 
 
 def changes(old: Any, new: Any, name: str) -> dict[str, dict[str, Any]]:
-    """Component -> its properties that are other in `new` than in `old`, both the children of component `name`.
+    """Return component -> properties that differ between `old` and `new`, which are children of component `name`.
 
-    Where not the properties but the kinds or the number of children differ, it is `children` of the one above.
+    If the types or the number of children differ, the changed property is `children` of their parent.
     """
     olds, news = (tree if isinstance(tree, list) else [tree] for tree in (old, new))
     if isinstance(old, list) != isinstance(new, list) or list(map(_kind, olds)) != list(map(_kind, news)):
@@ -284,42 +285,42 @@ def _kind(child: Any) -> Any:
 
 
 class _Quiet(werkzeug.serving.WSGIRequestHandler):
-    """Says nothing about requests, and keeps a connection for the next one."""
+    """Request handler that logs nothing and keeps connections open."""
 
     protocol_version = "HTTP/1.1"
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Nothing: the address of a page may hold names."""
+        """Log nothing, because URLs may contain names."""
 
 
 @dataclass(frozen=True)
 class Dashboard:
-    """A server bound to 127.0.0.1, not yet serving, and the token that its pages ask for."""
+    """A server bound to 127.0.0.1, not yet serving, and the token that its pages require."""
 
     server: werkzeug.serving.BaseWSGIServer
     token: str
 
     @property
     def port(self) -> int:
-        """The port that it is bound to."""
+        """Return the port that it is bound to."""
         return self.server.port
 
     @property
     def link(self) -> str:
-        """The address that opens the page, with its token."""
+        """Return the URL that opens the page, with its token."""
         return f"http://127.0.0.1:{self.port}/open/{self.token}"
 
     @property
     def cookie(self) -> tuple[str, str]:
-        """Name and value of the cookie that a browser shows once it has opened the link."""
+        """Return name and value of the cookie that a browser sends once it has opened the link."""
         return f"slimray-{self.port}", self.token
 
 
 def open_server(where: str, port: int) -> Dashboard:
-    """Return a dashboard bound to 127.0.0.1:`port` (0: any that is free), not yet serving; UserError if it is taken."""
+    """Return a dashboard bound to 127.0.0.1:`port` (0: any free one), not yet serving; UserError if it cannot bind."""
     watch = Watch(where)
     try:
-        watch.rows(0)  # begins to read
+        watch.rows(0)  # starts reading
     except StorageError as error:
         log.warning("%s", error)
     token = secrets.token_urlsafe(24)
@@ -330,7 +331,7 @@ def open_server(where: str, port: int) -> Dashboard:
             bound.bind(("127.0.0.1", port))
         except OSError as error:
             reason = os.strerror(error.errno or 0).lower()
-            raise UserError(f"--port: {port} of 127.0.0.1 cannot be had ({reason}): choose another, or 0") from None
+            raise UserError(f"--port: {port} on 127.0.0.1 is not available ({reason}), choose another or 0") from None
         bound.listen(128)
         at = bound.getsockname()[1]
         server = werkzeug.serving.make_server(
@@ -340,9 +341,9 @@ def open_server(where: str, port: int) -> Dashboard:
 
 
 def serve(where: str, port: int = 8050, open_browser: bool = False, say: Callable[[str], None] = print) -> None:
-    """Serve the dashboard of the storage `where` until interrupted; UserError: no storage or port to be had."""
+    """Serve the dashboard of the storage `where` until interrupted; UserError if storage or port are not available."""
     dashboard = open_server(where, port)
-    say(f"dashboard of {where}: {dashboard.link} (only for you, on this machine; Ctrl-C ends it)")
+    say(f"dashboard of {where}: {dashboard.link} (only for you, on this machine; Ctrl-C stops it)")
     if open_browser:
         threading.Thread(target=webbrowser.open, args=(dashboard.link,), daemon=True).start()
     try:

@@ -1,7 +1,7 @@
 """Figures of the dashboard: curves, parallel coordinates, fronts, confusions, subnets, as Dash components.
 
-Charts come from the same `Curves` as the report's. Surprising: parallel coordinates are plain lines in SVG, as Plotly's
-own trace compiles code in the browser (which the content security policy forbids) and needs WebGL.
+Charts use the same `Curves` as the report. Surprising: parallel coordinates are plain SVG lines, because Plotly's own
+trace compiles code in the browser (which the content security policy forbids) and needs WebGL.
 """
 
 import html as text_of
@@ -28,12 +28,12 @@ from slimray.report.dashboard.pieces import (
 
 MAX_LINES = 3000  # trials drawn
 COLOURS = ("#3b82f6", "#e08a1e", "#16a37a", "#c25bd0", "#e0484f", "#7c8ba1", "#0fa3b1", "#b08900")
-RAMP = ("#6b7280", "#5873a8", "#3b82f6", "#16a37a", "#d99a00", "#e0484f")  # of trials, from poor to best
+RAMP = ("#6b7280", "#5873a8", "#3b82f6", "#16a37a", "#d99a00", "#e0484f")  # colours of trials, from worst to best
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
 def lines_figure(curves: charts.Curves, height: int = 260, ticks: Sequence[str] = ()) -> Any:
-    """A chart of series over steps, thinned to MAX_POINTS means each."""
+    """Return a chart of series over steps, each thinned to MAX_POINTS means."""
     traces = []
     for place, (name, (steps, values)) in enumerate(curves.series.items()):
         x, y = thinned(steps, values)
@@ -51,20 +51,20 @@ def lines_figure(curves: charts.Curves, height: int = 260, ticks: Sequence[str] 
 
 
 def parallel_figure(title: str, axes: Mapping[str, Sequence[float | None]]) -> Any:
-    """Trials as lines over parallel axes, the last of which is the metric; a trace for each sixth of them by metric.
+    """Return trials as lines over parallel axes, the last of which is the metric; one trace per sixth of the trials.
 
-    A trial without a value on an axis leaves a gap there.
+    The trials are divided by their metric. A trial without a value on an axis leaves a gap there.
     """
     names = list(axes)
     values = np.array([[math.nan if v is None else v for v in column] for column in axes.values()], dtype=np.float64).T
     low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
     scaled = np.where(high > low, (values - low) / np.where(high > low, high - low, 1), 0.5)
-    order = np.argsort(values[:, -1], kind="stable")[-MAX_LINES:]  # from poor to best: the best lie on top
+    order = np.argsort(values[:, -1], kind="stable")[-MAX_LINES:]  # from worst to best, so that the best are on top
     traces: list[dict[str, Any]] = []
     for colour, group in zip(RAMP, np.array_split(order, len(RAMP)), strict=True):
         if not len(group):
             continue
-        # one line, there and back again, which is one element of the page; its turns lie on the outer axes
+        # one line, there and back again, so that it is a single element of the page; it turns on the outer axes
         there, back = np.arange(len(names)), np.arange(len(names))[::-1]
         x = np.concatenate([back if i % 2 else there for i in range(len(group))])
         y = np.where((np.arange(len(group)) % 2 == 1)[:, None], scaled[group][:, ::-1], scaled[group]).round(4).ravel()
@@ -105,7 +105,7 @@ def front_figure(
 
     grey, points = COLOURS[5], points[:MAX_LINES]
     traces = [
-        trace("trials", [], grey),  # for the legend: they are a shape
+        trace("trials", [], grey),  # for the legend only, because the points are drawn as a shape
         trace(
             "front", front, COLOURS[0], mode="lines+markers", line={"shape": "hv", "width": 1.5, "color": COLOURS[0]}
         ),
@@ -129,24 +129,24 @@ def front_figure(
 
 
 def _dots(points: Sequence[tuple[float, float]], colour: str) -> dict[str, Any]:
-    """Points as short dashes of one shape: one element of the page in place of one for each of them."""
+    """Return points as short dashes of one shape, which is a single element of the page instead of one per point."""
     half = 0.006 * (max(x for x, _ in points) - min(x for x, _ in points))
     path = "".join(f"M{x - half:.8g},{y:.6g}L{x + half:.8g},{y:.6g}" for x, y in points)
     return {"type": "path", "path": path, "line": {"color": colour, "width": 4}, "opacity": 0.5, "layer": "below"}
 
 
 def _around(values: Sequence[float]) -> list[float]:
-    """The range of an axis that shows all values with some room."""
+    """Return the range of an axis that shows all values with a margin."""
     low, high = min(values), max(values)
-    room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    return [low - room, high + room]
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    return [low - margin, high + margin]
 
 
 def confusion_figure(title: str, classes: Sequence[str], counts: np.ndarray) -> Any:
     if counts.shape != (len(classes), len(classes)):
         raise ValueError(f"confusion of shape {counts.shape} for {len(classes)} classes")
     if not (np.abs(counts) < 2**53).all():
-        raise ValueError("confusion holds what is no count")
+        raise ValueError("confusion holds values that are not counts")
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     many = len(classes) > 40
     labels = [plain(name) for name in classes]
@@ -158,12 +158,12 @@ def confusion_figure(title: str, classes: Sequence[str], counts: np.ndarray) -> 
         "zmin": 0,
         "zmax": 1,
         "showscale": False,
-        "hovertemplate": "truth %{y}<br>taken for %{x}<br>%{customdata} samples, %{z:.1%}<extra></extra>",
+        "hovertemplate": "truth %{y}<br>predicted %{x}<br>%{customdata} samples, %{z:.1%}<extra></extra>",
         **({} if many else {"x": labels, "y": labels}),
     }
     if len(classes) <= 12:
         trace |= {"text": counts.astype(int).tolist(), "texttemplate": "%{text}"}
-    x_axis = {"title": {"text": "taken for"}, "type": "category" if not many else "linear", "showgrid": False}
+    x_axis = {"title": {"text": "predicted"}, "type": "category" if not many else "linear", "showgrid": False}
     y_axis = {**x_axis, "title": {"text": "truth"}, "autorange": "reversed"}
     return _figure(title, [trace], x_axis, y_axis, 380)
 
@@ -171,7 +171,7 @@ def confusion_figure(title: str, classes: Sequence[str], counts: np.ndarray) -> 
 def _figure(
     title: str, traces: Sequence[Any], x_axis: dict[str, Any], y_axis: dict[str, Any], height: int, **more: Any
 ) -> Any:
-    """A figure under its title. Background and ink are the page's (dashboard.css), so that dark mode is right."""
+    """Return a figure under its title. The page sets background and text colour (dashboard.css), also in dark mode."""
     axis = {"automargin": True, "zeroline": False, "gridcolor": "#8a8f9840", "fixedrange": False}
     layout = {
         "height": height,
@@ -202,13 +202,16 @@ def _figure(
 
 
 def _key(trace: Mapping[str, Any]) -> Any:
-    """The colour and the name of a series, as the page's own text."""
+    """Return the colour and name of a series as ordinary text of the page."""
     colour = (trace.get("line") or {}).get("color") or trace["marker"]["color"]
     return html.Span([html.I(style={"background": colour}), text_of.unescape(str(trace["name"]))])
 
 
 def subnet_figure(title: str, arch: Mapping[str, Any], run: Any = None) -> Any:
-    """An arch drawn: a bar per block, as high as its expansion (or width), coloured by kernel; those skipped hollow."""
+    """Return a drawing of an arch: a bar per block, its height the expansion (or width), its colour the kernel.
+
+    Skipped blocks are hollow.
+    """
     value = Arch.from_dict(arch)
     depths = {depth.name: depth for depth in value.depths}
     lists = {name: genes for name, genes in value.dimensions if isinstance(genes, tuple) and name not in depths}

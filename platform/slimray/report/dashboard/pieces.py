@@ -1,4 +1,4 @@
-"""Pieces of a page: tables, tiles, links, and numbers as text."""
+"""Elements of a page: tables, tiles, links, and numbers as text."""
 
 import html as text_of
 import math
@@ -17,14 +17,14 @@ from slimray.report.dashboard.watch import Look
 MAX_POINTS = 800  # of a curve
 MAX_TEXT = 120
 STATES = ("running", "finished", "failed", "stopped", "queued", "damaged", "reading")
-COLUMNS = {"name": False, "kind": False, "state": False, "result": True, "updated": True}  # -> whether high comes first
+COLUMNS = {"name": False, "kind": False, "state": False, "result": True, "updated": True}  # True: sorted high to low
 COST_NAMES = {"params": "parameters", "macs": "MACs", "memory_mb": "memory, MB", "latency_ms": "latency, ms"}
 Query = Mapping[str, str]
 
 
 # ---- numbers and text ------------------------------------------------------------------------------------------------
 def plain(value: Any) -> str:
-    """A text for Plotly, which takes some markup: shown as it is, and cut."""
+    """Return a text for Plotly, which interprets some markup: escaped and shortened."""
     return text_of.escape(cut(value), quote=False)
 
 
@@ -34,7 +34,7 @@ def train_curves(rows: Sequence[Mapping[str, Any]]) -> list[charts.Curves]:
 
 
 def final_numbers_of(look: Look) -> dict[str, Any]:
-    """The best numbers: of the card, else of the metrics so far."""
+    """Return the best numbers of the card, or else of the metrics so far."""
     return tables.final_numbers(list(look.metrics), look.card)["best"]
 
 
@@ -44,7 +44,7 @@ def series_of(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float]
 
 
 def thinned(steps: Sequence[float], values: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """At most MAX_POINTS means of neighbours."""
+    """Return at most MAX_POINTS points, each the mean of its neighbours."""
     if len(steps) <= MAX_POINTS:
         return list(steps), list(values)
     groups = np.array_split(np.asarray(values, np.float64), MAX_POINTS)
@@ -53,22 +53,22 @@ def thinned(steps: Sequence[float], values: Sequence[Any]) -> tuple[list[Any], l
 
 
 def plain_numbers(values: np.ndarray) -> list[float | None]:
-    """As JSON has it: no number is null."""
+    """Return values for JSON, with null for NaN."""
     return [None if value != value else value for value in values.tolist()]
 
 
 def once(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The quarantined files, each once however many attempts and epochs met it."""
+    """Return each quarantined file once, over all attempts and epochs."""
     return list({tuple(str(row.get(name)) for name in ("path", "split", "sample")): row for row in rows}.values())
 
 
 def finite(value: Any) -> bool:
-    """Return whether it is a number that a float can hold."""
+    """Return True if the value is a finite number within the range of a float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def number_text(name: str, value: Any) -> str:
-    """A value as text: counts of weights and MACs short (24.3 M), floats to four digits, nothing as a dash."""
+    """Return a value as text: counts of weights and MACs short (24.3 M), floats to four digits, None as a dash."""
     if value is None or value == "":
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -84,7 +84,7 @@ def number_text(name: str, value: Any) -> str:
 
 
 def cut(value: Any, length: int = MAX_TEXT) -> str:
-    """Text that fits a page, of characters that can be encoded (a file name may hold bytes that are not text)."""
+    """Return a shortened text whose characters can be encoded (file names may hold bytes that are not text)."""
     said = str(value).encode("utf-8", "replace").decode("utf-8")
     return said if len(said) <= length else said[: length - 1] + "…"
 
@@ -102,7 +102,7 @@ def run_row(row: Mapping[str, Any], picked: Sequence[str], query: Query) -> Any:
         "✓ picked" if here else "pick",
         href=href("/", query, {"compare": ",".join(others if here else [*picked, name])}),
         className="pick",
-        title=f"{'leave' if here else 'compare'} {cut(name)}",
+        title=f"{'remove' if here else 'compare'} {cut(name)}",
     )
     cells = {
         "name": run_link(name),
@@ -152,7 +152,7 @@ def link(at: str, query: Query, changes: Query, label: str, current: bool) -> An
 
 
 def named_attribute(attribute: str, value: str) -> dict[str, Any]:
-    """An attribute whose name is none in Python, as keyword arguments."""
+    """Return an attribute whose name is not a Python identifier, as keyword arguments."""
     return {attribute: value}
 
 
@@ -180,7 +180,7 @@ def tile_list(tiles: Mapping[str, str]) -> Any:
 
 
 def data_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
-    """A table whose numbers are aligned; cells are values, or components as they are."""
+    """Return a table with aligned numbers; cells are values, or components, which are shown unchanged."""
     names = [str(name) for name in header]
     columns = [[row[i] for row in rows if i < len(row)] for i in range(len(names))]
     right = [any(map(finite, column)) for column in columns]
@@ -200,7 +200,7 @@ def data_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
 
 
 def _digits(name: str, column: Sequence[Any]) -> int | None:
-    """Decimal places of a column of floats, the same in all rows; None: each number as `number_text` has it."""
+    """Return the decimal places of a column of floats, the same in all rows; None: use `number_text` per number."""
     values = [abs(value) for value in column if finite(value)]
     if name.rsplit("/", 1)[-1] in ("params", "macs") or not any(isinstance(value, float) for value in values):
         return None

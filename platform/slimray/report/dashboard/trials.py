@@ -1,4 +1,4 @@
-"""Trials of a search or a sweep as plain numbers: score, costs, and the axes they are drawn by."""
+"""Trials of a search or a sweep as plain numbers: score, costs, and the axes on which they are drawn."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ def score_of(trial: Mapping[str, Any]) -> Any:
 
 
 def costs_of(trial: Mapping[str, Any]) -> dict[str, float]:
-    """The costs of a trial: those under `costs`, or, in results.json and front.json, beside the metric."""
+    """Return the costs of a trial: those under `costs`, or, in results.json and front.json, beside the metric."""
     told = trial.get("costs")
     own = (
         told if isinstance(told, Mapping) else {n: v for n, v in trial.items() if n not in ("metric", "index", "arch")}
@@ -35,13 +35,13 @@ def costs_of(trial: Mapping[str, Any]) -> dict[str, float]:
 
 
 def points_of(trials: Sequence[Mapping[str, Any]], cost: str) -> list[tuple[float, float]]:
-    """(cost, metric) of the trials that have both."""
+    """Return (cost, metric) of the trials that have both."""
     rows = [(costs_of(one), score_of(one)) for one in trials]
     return [(costs[cost], score) for costs, score in rows if cost in costs and finite(score)]
 
 
 def dimensions(trial: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers a trial is drawn by: of an arch depth, mean kernel and so on, or of a configuration; and costs."""
+    """Return the axis values of a trial: of its arch (depth, mean kernel, ...) or configuration, and its costs."""
     out: dict[str, float] = {}
     if isinstance(trial.get("arch"), Mapping):
         arch = Arch.from_dict(trial["arch"])
@@ -59,7 +59,7 @@ def dimensions(trial: Mapping[str, Any]) -> dict[str, float]:
 
 
 def axes_of(trials: Sequence[Mapping[str, Any]], metric: str) -> dict[str, list[float | None]]:
-    """Axis -> its value in each trial, at most nine axes, the metric last."""
+    """Return axis -> its value in each trial, at most nine axes, the metric last."""
     rows = [dimensions(one) for one in trials]
     names = list(dict.fromkeys(name for row in rows for name in row))[:8]
     return {name: [row.get(name) for row in rows] for name in names if name != metric} | {
@@ -78,11 +78,11 @@ def metric_of(look: Look) -> str:
 
 
 def better_of(look: Look) -> str:
-    """Which way the metric of the trials is better: higher or lower."""
+    """Return "higher" or "lower", the better direction of the trials' metric."""
     return next((metric["better"] for metric in metrics_of([metric_of(look)], look.results)), "higher")
 
 
 def best_of_trials(look: Look) -> float | None:
-    """The best score of all trials; None if none has one."""
+    """Return the best score of all trials, None if no trial has one."""
     choose = max if better_of(look) == "higher" else min
     return choose(filter(finite, map(score_of, all_trials(look))), default=None)

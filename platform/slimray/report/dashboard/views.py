@@ -1,7 +1,7 @@
-"""Pages of the dashboard: a row per run and a `Look` at one of them in, lists of Dash components out.
+"""Pages of the dashboard: a row per run, or a `Look` at one of them, becomes a list of Dash components.
 
-Nothing is read and nothing is kept here. What is shown is narrowed down by links, so that the address says all that one
-sees and the keyboard reaches it.
+Nothing is read or stored here. Links select what is shown, so that the URL determines the page and the keyboard reaches
+everything.
 """
 
 import math
@@ -73,14 +73,17 @@ MAX_ROWS = 500  # runs on a page; the filter finds the others
 MAX_QUARANTINE_ROWS = 200
 MAX_SUBNETS = 12
 BEST_TRIALS = 12
-SHARES = {"all": 1.0, "half": 0.5, "tenth": 0.1}  # of the trials, the best, that are drawn
+SHARES = {"all": 1.0, "half": 0.5, "tenth": 0.1}  # best share of the trials to draw
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
 def runs_page(rows: Sequence[Mapping[str, Any]], query: Query, words: str, where: str) -> list[Any]:
-    """The table of runs: those of `state=`, ordered by `sort=`, in whose text are all `words`; `compare=` is picked."""
+    """Return the table of runs in state `state=` whose text contains all `words`, sorted by `sort=`.
+
+    Those named in `compare=` are marked as picked.
+    """
     if not rows:
-        return [html.H1("Runs"), html.P(f"No runs in {where} yet: they appear here once `slimray run` has begun one.")]
+        return [html.H1("Runs"), html.P(f"No runs in {where} yet: they appear here once `slimray run` has started.")]
     counts = {state: sum(row["state"] == state for row in rows) for state in STATES}
     chosen = query.get("state", "")
     states = [link("/", query, {"state": ""}, f"all {len(rows)}", not chosen)]
@@ -103,7 +106,7 @@ def runs_page(rows: Sequence[Mapping[str, Any]], query: Query, words: str, where
         compared = [dcc.Link(f"Compare {len(picked)} run{'s' if len(picked) > 1 else ''}", href=to, className="action")]
         compared += [html.Span(cut(name), className="tag") for name in picked]
         compared.append(dcc.Link("clear", href=href("/", query, {"compare": ""})))
-    out.append(html.P(spaced(compared), className="picked"))  # also an empty one: the rest then keeps its place
+    out.append(html.P(spaced(compared), className="picked"))  # even if empty, so that the rest keeps its position
     heads = [
         html.Th(
             dcc.Link(name, href=href("/", query, {"sort": name})),
@@ -117,16 +120,16 @@ def runs_page(rows: Sequence[Mapping[str, Any]], query: Query, words: str, where
     table = html.Table([html.Thead(html.Tr(heads)), html.Tbody(body)], className="runs")
     out.append(html.Div(table, className="scroll"))
     if not shown:
-        out.append(html.P("No run fits: clear the filter, or choose another state."))
+        out.append(html.P("No run matches: clear the filter, or choose another state."))
     if len(shown) > MAX_ROWS:
         out.append(
-            html.P(f"The first {MAX_ROWS} of {len(shown):,} runs: the filter finds the others.", className="soft")
+            html.P(f"The first {MAX_ROWS} of {len(shown):,} runs; use the filter to find others.", className="soft")
         )
     return out
 
 
 def run_page(look: Look, query: Query) -> list[Any]:
-    """One run: its numbers and charts, or with `view=` its report, or its job as it was resolved."""
+    """Return the page of one run: its numbers and charts, or, with `view=`, its report or its resolved job."""
     name, view = str(look.row["name"]), query.get("view", "")
     at = f"/run/{quote(name, safe='')}"
     views = [link(at, {}, {}, "overview", view not in ("report", "job"))]
@@ -142,11 +145,11 @@ def run_page(look: Look, query: Query) -> list[Any]:
         html.Nav(views, className="pills", **named_attribute("aria-label", "views")),
     ]
     if look.row["state"] == "reading":
-        return [one for one in (*out, html.P("The storage is being read…", className="soft")) if one is not None]
+        return [one for one in (*out, html.P("Reading the storage…", className="soft")) if one is not None]
     out += [html.P(f"Not shown: {problem}", className="problem") for problem in look.problems]
     if view == "report" and look.has_report:
         source = f"/report/{quote(name, safe='')}"
-        out.append(html.P(html.A("open it on its own", href=source, target="_blank", rel="noopener noreferrer")))
+        out.append(html.P(html.A("open in a new tab", href=source, target="_blank", rel="noopener noreferrer")))
         out.append(html.Iframe(src=source, title="report of the run", sandbox="allow-scripts", className="report"))
     elif view == "job":
         out += [html.Pre(look.job_text or "There is no job.yaml.", tabIndex="0"), facts_table(look.card)]
@@ -154,12 +157,12 @@ def run_page(look: Look, query: Query) -> list[Any]:
         for section in (_headline, _curves, _results, _stages, _trials, _fronts, _subnets, _confusions, _quarantine):
             out += _guarded(section, look, query)
         if not any(part is not None for part in out[5:]):
-            out.append(html.P("Nothing was recorded yet: this page fills while the run writes."))
+            out.append(html.P("Nothing has been recorded yet: this page fills while the run writes."))
     return [part for part in out if part is not None]
 
 
 def compare_page(looks: Sequence[Look], missing: Sequence[str]) -> list[Any]:
-    """The curves of several runs over each other, chart by chart, and their final numbers side by side."""
+    """Return the page that overlays the curves of several runs and lists their final numbers side by side."""
     out: list[Any] = [html.H1("Compare")]
     out += [html.P(f"There is no run {name!r}.", className="problem") for name in missing]
     if not looks:
@@ -182,18 +185,18 @@ def compare_page(looks: Sequence[Look], missing: Sequence[str]) -> list[Any]:
 
 
 def problem_page(title: str, sentence: str) -> list[Any]:
-    """A page that says what is wrong."""
+    """Return a page with an error message."""
     return [html.H1(title), html.P(sentence, className="problem"), html.P(dcc.Link("all runs", href="/"))]
 
 
 # ---- sections of a run -----------------------------------------------------------------------------------------------
 def _guarded(section: Callable[[Look, Query], list[Any]], look: Look, query: Query) -> list[Any]:
-    """A section of the page; of a run that holds what we never wrote, a sentence in its place."""
+    """Return a section of the page, or a sentence in its place if the run holds content that slimray did not write."""
     try:
         return section(look, query)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError, UserError) as error:
         what = section.__name__.strip("_")
-        return [html.P(f"Not shown: {what} (other content than slimray writes: {cut(error)})", className="problem")]
+        return [html.P(f"Not shown: {what} (not written by slimray: {cut(error)})", className="problem")]
 
 
 def _headline(look: Look, query: Query) -> list[Any]:
@@ -224,7 +227,7 @@ def _headline(look: Look, query: Query) -> list[Any]:
 
 
 def _goodput(look: Look) -> float | None:
-    """The share of wall time in steps that counted, 0-1: as the card says, else reckoned from the metrics so far."""
+    """Return the share of wall time in useful steps, 0-1: from the card, or else computed from the metrics so far."""
     told = look.card.get("goodput")
     told = told.get("goodput") if isinstance(told, Mapping) else told
     if finite(told):
@@ -244,7 +247,7 @@ def _curves(look: Look, query: Query) -> list[Any]:
 
 
 def _results(look: Look, query: Query) -> list[Any]:
-    """The rows of an evaluation side by side."""
+    """Return the comparison of an evaluation's rows."""
     rows = look.results.get("rows") or []
     if not rows:
         return []
@@ -283,7 +286,7 @@ def _stages(look: Look, query: Query) -> list[Any]:
 
 
 def _trials(look: Look, query: Query) -> list[Any]:
-    """All trials in parallel coordinates, the best of them in a table, one of them drawn."""
+    """Return all trials in parallel coordinates, the best of them in a table, and the selected one as a drawing."""
     done = [(target, one) for target, trials in look.trials.items() for one in trials if finite(score_of(one))]
     if not done:
         return []
@@ -307,7 +310,7 @@ def _trials(look: Look, query: Query) -> list[Any]:
     named = [(trial_key(target, one), one.get("arch")) for target, one in done]
     extra = [subnet_figure(key, arch or {}) for key, arch in named if key == query.get("trial")]
     several = f", of {', '.join(look.trials)}" if len(look.trials) > 1 else ""
-    title = f"{len(shown):,} of {len(done):,} trials{several}: {metric} from poor (grey) to best (red)"
+    title = f"{len(shown):,} of {len(done):,} trials{several}: {metric} from worst (grey) to best (red)"
     return [
         section(
             "Trials",
@@ -323,7 +326,7 @@ def _trials(look: Look, query: Query) -> list[Any]:
 
 
 def _fronts(look: Look, query: Query) -> list[Any]:
-    """A chart for each cost (and so for each hardware, whose latency is one): trials, front, what was chosen."""
+    """Return a chart per cost (each hardware has a latency of its own): trials, front, and the chosen subnets."""
     metric, trials = metric_of(look), all_trials(look)
     chosen = [row for row in look.results.get("targets") or [] if isinstance(row, Mapping)]
     costs = list(dict.fromkeys([*look.fronts, *(name for one in trials[:50] for name in costs_of(one))]))
@@ -340,7 +343,7 @@ def _fronts(look: Look, query: Query) -> list[Any]:
 
 
 def _subnets(look: Look, query: Query) -> list[Any]:
-    """The subnets that were chosen, or the one that this run is."""
+    """Return drawings of the chosen subnets, or of the arch that this run trains."""
     found = [
         (
             f"{row.get('target')}: {number_text('', row.get('searched'))} {metric_of(look)}",
@@ -362,7 +365,7 @@ def _confusions(look: Look, query: Query) -> list[Any]:
     for title, counts in (look.results.get("confusion") or {}).items():
         if counts:
             out.append(confusion_figure(str(title), classes, np.asarray(counts, dtype=np.float64)))
-    return [section("What was taken for what", [grid(out)])] if out else []
+    return [section("Confusion", [grid(out)])] if out else []
 
 
 def _quarantine(look: Look, query: Query) -> list[Any]:
@@ -372,6 +375,6 @@ def _quarantine(look: Look, query: Query) -> list[Any]:
     names = [n for n in ("path", "split", "sample", "reason") if any(row.get(n) is not None for row in rows)]
     cells = [[row.get(name) for name in names] for row in rows[:MAX_QUARANTINE_ROWS]]
     note = (
-        "" if len(rows) <= MAX_QUARANTINE_ROWS else f"The first {MAX_QUARANTINE_ROWS}; quarantine/ of the run has all."
+        "" if len(rows) <= MAX_QUARANTINE_ROWS else f"The first {MAX_QUARANTINE_ROWS}; the run's quarantine/ lists all."
     )
     return [section(f"Quarantined files: {len(rows):,}", [data_table(names, cells), note_of(note)])]

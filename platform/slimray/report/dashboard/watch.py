@@ -1,9 +1,10 @@
-"""Contents of a storage folder, for pages that ask every two seconds: `Watch`, which keeps what it has read.
+"""Contents of a storage folder for pages that poll every two seconds: `Watch` caches what it has read.
 
-In: a folder or URI, only read. Out: a row per run, as `slimray runs` has it, and a `Look` at one run: its records,
-results, stages, trials. A run's folder is listed once per look, and a file is read again only when its size or time
-changed: of a run that trains, its new parts alone. Surprising: the functions of runs.py read that listing as if it were
-a filesystem, so that what a page shows is of one moment. What does not read is a sentence in its place, never an error.
+In: a folder or URI, only read. Out: a row per run, as in `slimray runs`, and a `Look` at one run: its records, results,
+stages, trials. A run's folder is listed once per look, and a file is read again only when its size or time has changed,
+so that a running training costs only its new parts. Surprising: the functions of runs/ read that listing as if it were
+a filesystem, so that a page shows a single moment. A file that cannot be read becomes a sentence in its place, never an
+error.
 """
 
 import hashlib
@@ -24,18 +25,18 @@ from slimray import runs, storage
 from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError
 
-POLL_S = 2.0  # between two looks of a page that is open
-PATIENCE_S = 0.7  # that a page waits for the rows of runs; the others come with the next look
-SETTLED_S = 30.0  # after which the state of a run in a bucket that does not run is asked for again
-LOOK_PATIENCE_S = 1.5  # the same for a look at one run
+POLL_S = 2.0  # between two requests of an open page
+PATIENCE_S = 0.7  # how long a page waits for the rows of runs; the rest come with the next request
+SETTLED_S = 30.0  # after which the state of a run in a bucket that is not running is read again
+LOOK_PATIENCE_S = 1.5  # how long a page waits for a look at one run
 NUM_READERS, NUM_LOOKERS = 16, 4
 MAX_FILE_BYTES = 64 << 20  # of one file
-KEPT_BYTES = 256 << 20  # of all files together
+KEPT_BYTES = 256 << 20  # of all cached files together
 KEPT_LOOKS = 32
-MAX_ROWS = 5_000  # of each phase of a record, which is thinned to them
+MAX_ROWS = 5_000  # per phase of a record; longer records are thinned
 READ = ("job.yaml", "status.json", "card.json", "results.json", "front.json", "report.html")
 READ_FOLDERS = ("metrics", "quarantine", "stages", "trials")
-# What other content than we write ends in; files that are nested too deeply end in a RecursionError.
+# Raised by files whose content slimray did not write; RecursionError by files that are nested too deeply.
 DAMAGED = (AttributeError, KeyError, IndexError, TypeError, ValueError, ArithmeticError, RecursionError, OSError)
 
 
@@ -51,7 +52,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Look:
-    """All that is shown of one run. `trials`: target -> those that are done; `problems`: what did not read, and why."""
+    """All that is shown of one run. `trials`: target -> finished trials; `problems`: unreadable files, with reasons."""
 
     row: Mapping[str, Any]
     version: str
@@ -71,7 +72,7 @@ class Look:
 
 
 class _Kept:
-    """The bytes of files that were read, by path, size and time; those asked for last, KEPT_BYTES in all."""
+    """Cache of file contents by path, size and time: the most recently used, KEPT_BYTES in total."""
 
     def __init__(self) -> None:
         self._bytes: OrderedDict[tuple[str, int, int | None], bytes] = OrderedDict()
@@ -85,7 +86,7 @@ class _Kept:
                 self._bytes.move_to_end(key)
                 return self._bytes[key]
         if info.size > MAX_FILE_BYTES:
-            raise StorageError(f"{info.path}: {info.size >> 20} MB are too many for a page")
+            raise StorageError(f"{info.path}: is too large for a page ({info.size >> 20} MB)")
         data = storage.read_bytes(fs, info.path, first=MAX_FILE_BYTES, patience=1)
         with self._lock:
             if key not in self._bytes:
@@ -97,7 +98,7 @@ class _Kept:
 
 
 class _Snapshot:
-    """The files of a run as they were listed, in place of a filesystem: what storage.py asks of one to read."""
+    """The listed files of a run as a filesystem, with the methods that storage.py needs to read."""
 
     def __init__(self, fs: pafs.FileSystem, infos: Sequence[pafs.FileInfo], kept: _Kept):
         self._fs, self._kept = fs, kept
@@ -123,7 +124,7 @@ class _Snapshot:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A folder as it was last looked at: size and time of its status.json, and its row; None: it is not a run."""
+    """Last known state of a folder: size and time of its status.json, and its row, None if it is not a run."""
 
     stamp: tuple[int, int | None]
     row: dict[str, Any] | None
@@ -131,8 +132,7 @@ class _Seen:
 
 
 class Watch:
-    """Contents of a storage folder, asked for again and again by pages that are open; safe to ask from several
-    threads."""
+    """Contents of a storage folder, polled by open pages; thread-safe."""
 
     def __init__(self, where: str):
         self.where = where
@@ -149,9 +149,9 @@ class Watch:
         self._kept = _Kept()
 
     def rows(self, patience_s: float = PATIENCE_S) -> list[dict[str, Any]]:
-        """A row for each run as `runs.describe` has it, by name; `damaged` ones say why, `reading` ones come later.
+        """Return a row of `runs.describe` for each run, by name; `damaged` rows say why, `reading` ones come later.
 
-        StorageError if the folder cannot be listed.
+        Raises StorageError if the folder cannot be listed.
         """
         with self._lock:
             if time.monotonic() - self._listed_at > POLL_S / 2:
@@ -173,7 +173,7 @@ class Watch:
         return [row for row in rows if row is not None]
 
     def find(self, name: str) -> runs.Run | None:
-        """The run of this name, None if the storage has no such folder; a name that could lead elsewhere is none."""
+        """Return the run of this name; None if there is no such folder, or if the name could lead elsewhere."""
         if not name or "/" in name or "\\" in name or name.startswith("."):
             return None
         path = storage.join(self._path, name)
@@ -183,10 +183,10 @@ class Watch:
         return run if runs.exists(run, "status.json") or runs.exists(run, "job.yaml") else None
 
     def look(self, name: str, patience_s: float = LOOK_PATIENCE_S) -> Look | None:
-        """All that is shown of the run, None if there is none; what does not read is among its `problems`.
+        """Return all that is shown of the run, None if there is none; unreadable files are listed in its `problems`.
 
-        Where that takes longer than `patience_s`, what was there before, or a Look whose state is `reading`; it is read
-        on meanwhile, by one reader however many ask. StorageError if the storage does not answer.
+        If reading takes longer than `patience_s`, return the previous Look, or one whose state is `reading`; a single
+        reader continues in the background for all requests. Raises StorageError if the storage does not respond.
         """
         with self._lock:
             if name not in self._looking:
@@ -224,7 +224,7 @@ class Watch:
         return look
 
     def report(self, name: str) -> bytes | None:
-        """The page that the run left, None if there is none."""
+        """Return the report page of the run, None if there is none."""
         run = self.find(name)
         if run is None:
             return None
@@ -232,18 +232,18 @@ class Watch:
         return runs.read_file(listed, "report.html") if runs.exists(listed, "report.html") else None
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Stop the threads."""
         for pool in (self._pool, self._lookers):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _is_inside(self, path: str) -> bool:
-        """Return whether a path lies in the storage once its links are followed; those that lead out are not."""
+        """Return True if a path is inside the storage after links are resolved."""
         if not self._on_disk:
             return True
         return os.path.realpath(path).startswith(os.path.join(os.path.realpath(self._path), ""))
 
     def _described(self, run: runs.Run) -> dict[str, Any]:
-        """The row of a run; of one that holds a link out of the storage a damaged one, and nothing is read."""
+        """Return the row of a run; if it holds a link out of the storage, a `damaged` row without reading anything."""
         try:
             for name in (*READ, "lock"):
                 if not self._is_inside(f"{run.path}/{name}"):
@@ -253,7 +253,7 @@ class Watch:
             return _damaged(run, error)
 
     def _is_due(self, name: str) -> bool:
-        """Return whether the folder has to be looked at: on a disk always, in a bucket a settled run less often."""
+        """Return True if the folder has to be read: on a disk always, in a bucket less often once a run is settled."""
         seen = self._seen.get(name)
         settled = seen is not None and seen.row is not None and seen.row["state"] in ("finished", "failed", "damaged")
         return seen is None or self._on_disk or not settled or time.monotonic() - seen.at > SETTLED_S
@@ -275,11 +275,11 @@ class Watch:
             if state in ("finished", "failed", "damaged") and info.type != pafs.FileType.NotFound:
                 return _Seen(stamp, seen.row, now)
             if state == "stopped" and age < SETTLED_S / 3:
-                return seen  # its writer may have slept: the lock tells, status.json does not
+                return seen  # its writer may only have been suspended, which the lock shows and status.json does not
         return _Seen(stamp, self._described(run), now)
 
     def _listed(self, run: runs.Run) -> tuple[runs.Run, list[pafs.FileInfo]]:
-        """The run with the files that are shown, as they are now."""
+        """Return the run as a snapshot of the files that are shown, and the list of these files."""
         inside = [name for name in READ if self._is_inside(f"{run.path}/{name}")]
         top = [self._fs.get_file_info(f"{run.path}/{name}") for name in inside]
         infos = [info for info in top if info.type == pafs.FileType.File]
@@ -333,7 +333,7 @@ class Watch:
         return out
 
     def _trials(self, run: runs.Run, results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-        """The trials of a search: out of results.json when it is over, else of the files of those that are done."""
+        """Return the trials of a search: from results.json once it has ended, before that from their own files."""
         told = results.get("trials")
         if told:
             targets = [str(row.get("target")) for row in results.get("targets") or [] if isinstance(row, dict)]
@@ -355,7 +355,7 @@ class Watch:
 
 
 def _is_shown(name: str) -> bool:
-    """Return whether a file in READ_FOLDERS is read: of a stage its records, neither weights nor checkpoints."""
+    """Return True if a file in READ_FOLDERS is read; of a stage only its records, not weights or checkpoints."""
     parts = name.split("/")
     return parts[0] != "stages" or (len(parts) > 2 and (parts[2] in READ[:4] or parts[2] == "metrics"))
 
@@ -372,7 +372,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def _mapping(run: runs.Run, name: str) -> dict[str, Any]:
-    """The JSON object in a file of the run; {} without the file."""
+    """Return the JSON object in a file of the run, {} if there is no such file."""
     if not runs.exists(run, name):
         return {}
     found = json.loads(runs.read_file(run, name))
