@@ -50,7 +50,7 @@ def test_cosine_falls_from_the_peak_after_the_warm_up_to_zero():
     ("fields", "sentence"),
     [
         ({"warmup_epochs": 10}, "optim: warmup_epochs: must be below epochs (10), got 10"),
-        ({"schedule": "cosine", "milestones": [3]}, "optim: milestones: belong to schedule: step, not cosine"),
+        ({"schedule": "cosine", "milestones": [3]}, "optim: milestones: are only for schedule: step, not cosine"),
         ({"lr": 0}, "optim: lr: must be > 0 (got 0)"),
         ({"momentun": 0.9}, "optim: momentun: unknown field, did you mean 'momentum'?"),
     ],

@@ -47,7 +47,7 @@ def _on_a_rank(rank: int) -> None:
     assert saved == []
     if rank == 1:
         told.append(SOON)
-    assert _step(found, progress) == {"leaving": {"b": "is about to be taken", "c": "is about to be taken"}}
+    assert _step(found, progress) == {"leaving": {"b": "is about to be preempted", "c": "is about to be preempted"}}
     assert saved == [rank]
     if rank == 0:
         assert [(one["preempted"], one["total_steps"]) for one in said] == [(True, 7)]
@@ -74,7 +74,7 @@ def test_a_limit_ends_the_run_when_its_time_has_come(monkeypatch):
     assert _step(found, progress) is None
     assert 0 < progress.seconds == progress.worker_seconds - 0.5
     progress.worker_seconds = 1.5
-    assert _step(found, progress) == {"failed": "limits.cost: 1 are spent: raise it, and the same command resumes"}
+    assert _step(found, progress) == {"failed": "limits.cost: 1 is used up: raise it, and the same command resumes"}
     assert saved == [1]
 
 

@@ -75,8 +75,8 @@ def test_nesterov_is_that_of_torch():
     [
         ({"nesterov": True, "optimizer": "adam"}, "nesterov: needs optimizer: sgd with a momentum, not adam"),
         ({"nesterov": True, "momentum": 0}, "nesterov: needs optimizer: sgd with a momentum, not sgd"),
-        ({"betas": [0.9, 0.99]}, "betas: belong to adam and adamw, not sgd"),
-        ({"scaling": "sqrt", "optimizer": "lars"}, "scaling: sqrt is for adam and adamw, not lars: take linear"),
+        ({"betas": [0.9, 0.99]}, "betas: are only for adam and adamw, not sgd"),
+        ({"scaling": "sqrt", "optimizer": "lars"}, "scaling: sqrt is only for adam and adamw, not lars: use linear"),
     ],
 )
 def test_options_of_another_optimizer_are_one_sentence(fields, sentence):
@@ -152,15 +152,15 @@ def test_steps_and_epochs_warm_up_to_the_same_peak_and_fall_alike():
     [
         ({"epochs": 0}, r"epochs: must be >= 1 \(got 0\)"),
         ({"steps": None}, "epochs: is required, or steps"),
-        ({"steps": 5, "epochs": 1}, "steps: goes without epochs: write one of the two"),
-        ({"steps": 5, "warmup_epochs": 1}, "steps: goes without warmup_epochs: write one of the two"),
+        ({"steps": 5, "epochs": 1}, "steps: cannot be combined with epochs: write one of the two"),
+        ({"steps": 5, "warmup_epochs": 1}, "steps: cannot be combined with warmup_epochs: write one of the two"),
         ({"steps": 5, "warmup_steps": 5}, r"warmup_steps: must be below steps \(5\), got 5"),
-        ({"steps": 5, "milestones": [1]}, "milestones: count epochs: with steps leave them out"),
-        ({"warmup_steps": 5, "warmup_epochs": 0.5}, "warmup_steps: goes without warmup_epochs"),
-        ({"warmup_from": 1e-7}, "warmup_from: belongs to warmup_steps"),
+        ({"steps": 5, "milestones": [1]}, "milestones: count epochs: leave them out with steps"),
+        ({"warmup_steps": 5, "warmup_epochs": 0.5}, "warmup_steps: cannot be combined with warmup_epochs"),
+        ({"warmup_from": 1e-7}, "warmup_from: requires warmup_steps"),
         ({"schedule": "inverse_sqrt"}, "warmup_steps: is required by schedule: inverse_sqrt"),
-        ({"min_lr": 1e-7}, "min_lr: belongs to schedule: cosine, not step"),
-        ({"cosine_from": "start", "schedule": "constant"}, "cosine_from: belongs to schedule: cosine, not constant"),
+        ({"min_lr": 1e-7}, "min_lr: is only for schedule: cosine, not step"),
+        ({"cosine_from": "start", "schedule": "constant"}, "cosine_from: is only for schedule: cosine, not constant"),
     ],
 )
 def test_schedules_that_do_not_fit_are_one_sentence(fields, sentence):

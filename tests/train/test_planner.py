@@ -194,9 +194,9 @@ def test_a_plan_has_ranges_in_order_and_costs_by_node_hours():
 @pytest.mark.parametrize(
     ("work", "cluster", "bottleneck", "advice"),
     [
-        (WORK, GPUS, "compute", "computing bounds it"),
-        (with_decode(0.4), GPUS, "decode", "decoding wants 1159 cores, 256 are there"),
-        (replace(WORK, sample_mb=100.0), GPUS, "disk", "the disk must give"),
+        (WORK, GPUS, "compute", "computing is the limit"),
+        (with_decode(0.4), GPUS, "decode", "decoding needs 1159 cores, there are 256"),
+        (replace(WORK, sample_mb=100.0), GPUS, "disk", "the disk must deliver"),
         (replace(WORK, gradient_mb=2000.0), GPUS, "all-reduce", "raise batch.total"),
         (WORK, replace(GPUS, jitter=(0.1, 0.1, 0.1)), "stragglers", "leave out slow nodes"),
         (WORK, LAPTOP, "compute", "workers and decoders share 2 cores"),

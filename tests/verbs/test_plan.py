@@ -51,7 +51,7 @@ def test_a_plan_on_a_cluster_tells_cost_doubts_and_bottleneck(shell, where):  # 
     assert "price of small: 2 USD/h, a page, 2026-01-02 (recalled, unverified)" in found["notes"]
     assert "data sheets" in found["basis"]
     shown = shell("plan", "tiny.yaml", "--cluster", "two", "--workers", "4", "--samples", "800").out
-    assert "decoding wants" in shown
+    assert "decoding needs" in shown
     assert "recalled, unverified" in shown
 
 

@@ -128,7 +128,7 @@ def test_a_notice_of_an_hour_costs_seconds_and_no_retry(cluster, site):
     out, err = child.communicate(timeout=patience(400))
     assert child.returncode == 0, out + err
     assert "node preemption announced (ranks" in out + err
-    assert f"node {spot.node_id[:8]} is about to be taken: starting again without it" in out + err
+    assert f"node {spot.node_id[:8]} is about to be preempted: starting again without it" in out + err
     assert seen(site, "hour") == {epoch: list(range(48)) for epoch in range(20)}
     first, second = written_steps(site, "hour")
     assert not first & second
@@ -157,7 +157,7 @@ def test_the_hours_of_a_run_are_a_limit_and_it_resumes_with_more(cluster, site):
     file = site.write("hours.yaml", text + "limits: {hours: 0.001}\n")
     done = site.run("run", file)
     assert done.returncode == 1
-    assert "limits.hours: 0.001 hours are over" in done.stderr
+    assert "limits.hours: 0.001 hours are used up" in done.stderr
     reached = steps_of(site, "hours")
     assert 0 < reached < 600
     done = site.run("run", file, "--set", "limits.hours=0.002")

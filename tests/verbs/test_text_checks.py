@@ -86,7 +86,7 @@ def test_what_texts_do_not_have_is_a_sentence(file, setting, sentence):
     [
         (["net:scale.workers=3"], "batch.tokens: 400 leaves some of 3 workers without work"),
         (["net:batch.per_worker_tokens=300"], "batch.tokens: 400 must be a multiple of per_worker_tokens"),
-        (["net:optim.precise_norm=100"], "optim.precise_norm: counts samples, it does not go with batch.tokens"),
+        (["net:optim.precise_norm=100"], "optim.precise_norm: counts samples and cannot be combined with batch.tokens"),
         (["tokens:text.tokenizer=letters"], "text.tokenizer"),
     ],
 )

@@ -52,7 +52,7 @@ def problems(*sets: str) -> list[str]:
     [
         (["optim.precise_norm=3"], "optim.precise_norm: 3 samples are too few for 2 workers: at least 4"),
         (["optim.precision=tf32"], "optim.precision: tf32 needs GPUs: set scale.gpus_per_worker, or take fp32"),
-        (["teacher=x", "optim.mutual=1", "optim.groups=plain"], "optim.mutual: does not go with teacher"),
+        (["teacher=x", "optim.mutual=1", "optim.groups=plain"], "optim.mutual: cannot be combined with teacher"),
         (["scale.compile=true", "optim.mutual=1", "optim.groups=plain"], "scale.compile: compiles one network"),
         (["data.val=null", "checkpoint.ship=best"], "checkpoint.ship: best needs validations"),
     ],

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from slimray.train.batchnorm import norm_state
 
-LONG_AGO = 2**40  # steps of an average that was kept before steps were counted
+LONG_AGO = 2**40  # step count assumed for averages from checkpoints that do not store one
 
 
 class Ema:
     """An exponential moving average of the parameters of a network, and of this rank's BatchNorm statistics.
 
-    `norms` is a vector as `norm_state` has it; how those of several ranks become one is the caller's.
+    `norms` is a vector in the layout of `norm_state`; merging those of several ranks is up to the caller.
     """
 
     def __init__(self, net: nn.Module, decay: float):
@@ -29,8 +29,8 @@ class Ema:
 
     @torch.no_grad()
     def update(self, net: nn.Module, finite: Tensor | None = None) -> None:
-        """Move the average towards the parameters and statistics of `net`; nothing moves where the flag `finite`, which
-        is not read, does not hold.
+        """Move the average towards the parameters and statistics of `net`; where the flag `finite` is False, nothing
+        moves. The flag stays on the device.
         """
         finite = torch.ones_like(self.steps, dtype=torch.bool) if finite is None else finite
         self.steps += finite
@@ -49,7 +49,7 @@ class Ema:
         return dict(self.average)
 
     def load(self, tensors: Mapping[str, Tensor], norms: Tensor, steps: int = LONG_AGO) -> None:
-        """Take over averages of `tensors` and the average of the statistics, after so many steps."""
+        """Load the averages from `tensors` and the averaged statistics `norms`, as they were after `steps` steps."""
         for name, value in tensors.items():
             self.average[name].copy_(value)
         self.norms.copy_(norms)

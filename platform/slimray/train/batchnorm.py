@@ -1,7 +1,7 @@
-"""The BatchNorm layers of a network: which are trained, their statistics over ranks, and how they are re-calibrated.
+"""The BatchNorm layers of a network: which ones are trained, merging statistics over ranks, and recalibration.
 
-Statistics are kept per rank while training; `norm_state` and `merge_norm_states` make those of all ranks out of them.
-`recalibrate_norms` replaces them by what samples are like (Once-for-All, arXiv 1908.09791).
+Statistics are kept per rank while training; `norm_state` and `merge_norm_states` merge them into one set.
+`recalibrate_norms` replaces them with statistics computed on samples (Once-for-All, arXiv 1908.09791).
 """
 
 import copy
@@ -16,7 +16,7 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 def set_norm_policy(net: nn.Module, norm: str) -> None:
-    """Prepare the BatchNorm layers of `net`, once: parameters of frozen ones are no longer trained."""
+    """Prepare the BatchNorm layers of `net`, once: the parameters of frozen layers are no longer trained."""
     if norm == "sync":
         nn.SyncBatchNorm.convert_sync_batchnorm(net)
     for module in _frozen_norms(net, norm):
@@ -39,9 +39,9 @@ def _frozen_norms(net: nn.Module, norm: str) -> list[nn.Module]:
 
 
 def guard_lone_values(net: nn.Module, world: int = 1) -> None:
-    """Let every BatchNorm layer of `net` go by its running statistics, and leave them alone, whenever it is given one
-    value per channel in training: that has no variance, and torch refuses it. SyncBatchNorm gathers those of `world`
-    ranks."""
+    """Make every BatchNorm layer of `net` use its running statistics, unchanged, whenever a training batch has only one
+    value per channel: one value has no variance, and torch raises an error. SyncBatchNorm is exempt if `world` > 1, as
+    it gathers the values of all ranks."""
     for module in net.modules():
         if isinstance(module, BatchNorm) and (world == 1 or not isinstance(module, nn.SyncBatchNorm)):
             module.register_forward_pre_hook(_rest_on_a_lone_value)
@@ -62,13 +62,12 @@ def _resume_training(module: Any, args: Any, output: Any) -> None:
 
 
 def snapshot(net: nn.Module) -> list[Tensor]:
-    """Return copies of everything that BatchNorm layers remember, `num_batches_tracked` included: a vector of each
-    type."""
+    """Return copies of all buffers of the BatchNorm layers, `num_batches_tracked` included, as one vector per dtype."""
     return [torch.cat([buffer.reshape(-1) for buffer in buffers]) for buffers in _memory(net)]
 
 
 def restore(net: nn.Module, taken: list[Tensor], unless: Tensor) -> None:
-    """Write back what `snapshot` took, unless the flag `unless` holds; it is not read."""
+    """Write back what `snapshot` returned, unless the flag `unless` is True. The flag stays on the device."""
     for buffers, before in zip(_memory(net), taken, strict=True):
         now = torch.cat([buffer.reshape(-1) for buffer in buffers])
         parts = torch.where(unless, now, before).split([buffer.numel() for buffer in buffers])
@@ -76,7 +75,7 @@ def restore(net: nn.Module, taken: list[Tensor], unless: Tensor) -> None:
 
 
 def _memory(net: nn.Module) -> list[list[Tensor]]:
-    """The buffers of the BatchNorm layers, those of one type together."""
+    """Return the buffers of the BatchNorm layers, grouped by dtype."""
     found: dict[torch.dtype, list[Tensor]] = {}
     for norm in _tracking(net):
         for buffer in norm.buffers(recurse=False):
@@ -85,13 +84,13 @@ def _memory(net: nn.Module) -> list[list[Tensor]]:
 
 
 def norm_state(net: nn.Module) -> Tensor:
-    """The running means and variances of all BatchNorm layers as one vector `[K]`, means first layer by layer."""
+    """Return the running statistics of all BatchNorm layers as one vector `[K]`: per layer, means, then variances."""
     parts = [buffer.flatten() for module in _tracking(net) for buffer in (module.running_mean, module.running_var)]
     return torch.cat(parts) if parts else torch.zeros(0)
 
 
 def load_norm_state(net: nn.Module, vector: Tensor) -> None:
-    """Write a vector of `norm_state` back."""
+    """Load running statistics from a vector in the layout of `norm_state`."""
     at = 0
     for module in _tracking(net):
         for buffer in (module.running_mean, module.running_var):
@@ -100,7 +99,7 @@ def load_norm_state(net: nn.Module, vector: Tensor) -> None:
 
 
 def merge_norm_states(states: Tensor, net: nn.Module) -> Tensor:
-    """One vector of `norm_state` for several of equal weight, `[world, K]` -> `[K]`: those of the joint distribution.
+    """Merge `norm_state` vectors of equal weight, `[world, K]` -> `[K]`: the statistics of the joint distribution.
 
     The joint variance is the mean of the variances plus the variance of the means.
     """
@@ -117,8 +116,8 @@ def merge_norm_states(states: Tensor, net: nn.Module) -> Tensor:
 
 
 def layers_at_once(net: nn.Module, most: int) -> Iterator[nn.ModuleList]:
-    """Yield the BatchNorm layers of `net` in the order of `norm_state`, as many at a time as have `most` numbers in it;
-    at least one."""
+    """Yield the BatchNorm layers of `net` in the order of `norm_state`, in groups that hold at most `most` of its
+    numbers, but at least one layer each."""
     group, size = nn.ModuleList(), 0
     for module in _tracking(net):
         numbers = 2 * module.running_mean.numel()
@@ -135,17 +134,17 @@ def _tracking(net: nn.Module) -> list[Any]:
     return [m for m in net.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
 
 
-# ------------------------------------------------------------------------------------------------- re-calibration
+# -------------------------------------------------------------------------------------------------- recalibration
 
 
 @torch.no_grad()
 def recalibrate_norms(subnet: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """A copy of `subnet` with the BatchNorm statistics of `batches` (inputs `[n, ...]`); `subnet` stays as it is.
+    """Return a copy of `subnet` with the BatchNorm statistics of `batches` (inputs `[n, ...]`).
 
     As in Once-for-All (arXiv 1908.09791): every batch is normalised by its own statistics, and a layer gets the mean
-    over the batches, weighted by their samples, of its input's mean and of its biased variance in the batch (not the
-    variance of all samples together). Dropout is off. ValueError without batches, or for a supernet: extract first.
-    Several workers add up their `norm_sums` instead, for the same result however the batches are dealt out.
+    over the batches, weighted by their sample counts, of its input's mean and of its biased variance in the batch (not
+    the variance of all samples together). Dropout is off. ValueError without batches, or for a supernet: extract a
+    subnet first. Several workers sum their `norm_sums` instead; the result does not depend on how batches are split.
     """
     out = copy.deepcopy(subnet)
     load_norm_sums(out, norm_sums(subnet, batches))
@@ -154,12 +153,12 @@ def recalibrate_norms(subnet: nn.Module, batches: Iterable[Tensor]) -> nn.Module
 
 @torch.no_grad()
 def norm_sums(net: nn.Module, batches: Iterable[Tensor], pooled: bool = False) -> Tensor:
-    """Return what `recalibrate_norms` learns from `batches`, float64 `[K]`: may be added up over workers
-    (`load_norm_sums`).
+    """Return the sums from which `recalibrate_norms` computes statistics, float64 `[K]`. They may be added up over
+    workers before `load_norm_sums`.
 
-    For each BatchNorm in order: samples, the sum over batches of samples x mean, and of samples x variance; `pooled`
-    sums mean squares in place of variances, from which that of all samples together follows (precise BatchNorm, arXiv
-    2105.07576).
+    For each BatchNorm in order: samples, the sum over batches of samples x mean, and of samples x variance. With
+    `pooled`, mean squares take the place of variances and give the variance of all samples together (precise BatchNorm,
+    arXiv 2105.07576).
     """
     probe = copy.deepcopy(net).eval()
     norms = _tracking(probe)
@@ -172,7 +171,7 @@ def norm_sums(net: nn.Module, batches: Iterable[Tensor], pooled: bool = False) -
         part += samples * torch.cat([part.new_ones(1), x.mean(1), second])
 
     for norm, part in zip(norms, parts, strict=True):
-        norm.running_mean = norm.running_var = None  # torch normalises by the batch where there are no statistics
+        norm.running_mean = norm.running_var = None  # without statistics, torch normalises by the batch
         norm.register_forward_pre_hook(functools.partial(collect, part))
     device = next(iter(probe.parameters())).device
     for batch in batches:
@@ -183,9 +182,9 @@ def norm_sums(net: nn.Module, batches: Iterable[Tensor], pooled: bool = False) -
 
 @torch.no_grad()
 def load_norm_sums(net: nn.Module, sums: Tensor, pooled: bool = False) -> None:
-    """Give the BatchNorms of `net` in place the statistics that `sums` hold, as `norm_sums` made them.
+    """Set the BatchNorm statistics of `net` in place from `sums`, which `norm_sums` returned.
 
-    ValueError if one of them saw no input.
+    ValueError if a BatchNorm layer saw no input.
     """
     at = 0
     for norm in _tracking(net):

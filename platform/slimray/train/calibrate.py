@@ -1,9 +1,9 @@
-"""Calibration of the planner: a dozen steps of a job's network on one worker of this machine, a few decoded samples.
+"""Calibration of the planner: time a dozen steps of a job's network on one worker here, and decode a few samples.
 
-`measure` times them without Ray, `save` keeps the result in `<storage>/calibration.json` by network, input and device,
-`find` gives it to later plans, which say so. `work` puts together what the planner needs of a training job; without a
-calibration its times come from MACs and data sheets. Surprising: the median of the steps counts, and a worker's steps
-are measured with as many torch threads as it reserves CPUs, so that the planner may let workers share the cores.
+`measure` times them without Ray, `save` stores the result in `<storage>/calibration.json` by network, input and device,
+and `find` reads it for later plans, which name it as their basis. `work` collects the planner's inputs for a training
+job; without a calibration, its times come from MACs and data sheets. Surprising: the median step counts, and a worker's
+steps are measured with as many torch threads as it reserves CPUs, so that the planner may let workers share the cores.
 """
 
 import dataclasses
@@ -40,14 +40,14 @@ from slimray.train.spec import OptimSpec
 FILE = "calibration.json"
 STEPS, WARM = 12, 3
 DECODED = 12  # samples
-REQUESTS = 1.0  # of a bucket for a file, or a clip of a shard
+REQUESTS = 1.0  # requests to a bucket per file, or per clip of a shard
 SPREAD = (0.9, 1.0, 1.15)  # of a measured time on another day of the same machine (an assumption)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Times of one worker: seconds of a sample's forward and backward pass in a microbatch, of a step beside that
-    (optimizer), core-seconds to decode a sample (None: no dataset was there), megabytes of a sample on storage."""
+    """Times of one worker: seconds of the forward and backward pass per sample, fixed seconds per step (optimizer),
+    core-seconds to decode a sample (None without a dataset), and megabytes of a sample on storage."""
 
     device: str
     threads: int
@@ -60,18 +60,18 @@ class Calibration:
 
 
 def device_name(on_gpu: bool) -> str:
-    """The GPU of this machine if a job trains `on_gpu` and there is one, else `cpu`."""
+    """Return the name of this machine's GPU if the job trains `on_gpu` and there is one, else "cpu"."""
     return torch.cuda.get_device_name() if on_gpu and torch.cuda.is_available() else "cpu"
 
 
 def this_machine(on_gpu: bool) -> machines.Cluster:
-    """This machine for the planner, on its GPUs if there are any and the job wants them."""
+    """Describe this machine to the planner, with its GPUs if it has any and the job wants them."""
     device = device_name(on_gpu)
     return machines.this_machine(device, 0 if device == "cpu" else torch.cuda.device_count())
 
 
 def key_of(model: Mapping[str, Any], recipe: Mapping[str, Any], per_worker: int, device: str) -> str:
-    """The name of a calibration: a digest of network, input, microbatch and device."""
+    """Return the key of a calibration: a digest of network, input, microbatch and device."""
     what = [dict(model), list(input_shape(dict(recipe))), per_worker, device]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -89,7 +89,7 @@ def measure(
 ) -> Calibration:
     """Time a dozen optimizer steps of `model` on random input, and the decoding of a few samples of `table`, if given.
 
-    A GPU is used if the job wants one and there is one. UserError where no sample of the table decodes.
+    Uses a GPU if the job wants one and there is one. UserError if no sample of the table decodes.
     """
     device = torch.device("cpu" if device_name(on_gpu) == "cpu" else "cuda")
     before = torch.get_num_threads()
@@ -100,7 +100,7 @@ def measure(
         torch.set_num_threads(before)
     passes = max(
         median(double) - median(single), 0.25 * median(single)
-    )  # of one microbatch; the rest is the step's own
+    )  # seconds of one microbatch; the rest is fixed per step
     compute_s = passes / per_worker
     decode_s, sample_mb = (None, None) if table is None else _decode_times(table, root, recipe)
     date = datetime.now(UTC).date().isoformat()
@@ -117,9 +117,9 @@ def _step_times(
     device: torch.device,
     task: Task,
 ) -> list[float]:
-    """Seconds of steps of `count` microbatches of `rows` random samples each.
+    """Return the seconds of each step of `count` microbatches of `rows` random samples.
 
-    One thread on a CPU is timed by what it computed, so that other work on the machine does not count.
+    A single CPU thread is timed in processor time, so that other load on the machine does not count.
     """
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     shape, dtype, target = sample_shape(recipe), modality_of(recipe).dtype, target_of(recipe)
@@ -142,7 +142,7 @@ def _step_times(
 
 
 def _decode_times(table: pa.Table, root: str, recipe: dict[str, Any]) -> tuple[float, float]:
-    """Median seconds and mean megabytes of a few samples spread over the index."""
+    """Return the median seconds and mean megabytes of a few samples spread over the index."""
     (fs, folder), made = open_uri(root), read_recipe(recipe)
     seconds, sizes = [], []
     for place in np.linspace(0, table.num_rows - 1, min(DECODED, table.num_rows)).round().astype(int):
@@ -155,15 +155,15 @@ def _decode_times(table: pa.Table, root: str, recipe: dict[str, Any]) -> tuple[f
         except (BadSample, FileNotFoundError):
             continue
     if not seconds:
-        raise UserError(f"{root}: no sample decodes, so decoding cannot be measured: look at the dataset first")
-    return median(seconds[1:] or seconds), sum(sizes) / len(sizes) / 1e6  # the first starts the decoder
+        raise UserError(f"{root}: no sample decodes, so decoding cannot be measured: check the dataset first")
+    return median(seconds[1:] or seconds), sum(sizes) / len(sizes) / 1e6  # the first one also starts the decoder
 
 
-# ------------------------------------------------------------------------------------------------------ kept
+# -------------------------------------------------------------------------------------------------- storage
 
 
 def save(storage: str, key: str, found: Calibration) -> str:
-    """Write a calibration into the storage's file, beside those of other jobs; returns where that is."""
+    """Add a calibration to the file on the storage, which holds those of all jobs; return the file's URI."""
     fs, path = open_uri(join(storage, FILE))
     everything = _read(storage) | {key: dataclasses.asdict(found)}
     write_atomic(fs, path, json.dumps(everything, indent=2).encode())
@@ -171,7 +171,7 @@ def save(storage: str, key: str, found: Calibration) -> str:
 
 
 def find(storage: str, key: str) -> Calibration | None:
-    """The calibration `key` of a storage, None if there is none; UserError for a file that slimray did not write."""
+    """Return the calibration `key` of a storage, or None; UserError for a file that slimray did not write."""
     row = _read(storage).get(key)
     try:
         return None if row is None else Calibration(**row)
@@ -204,10 +204,10 @@ def work(
     cluster: machines.Cluster,
     pack: str = "",
 ) -> planner.Work:
-    """Return what a training `job` asks of `cluster`, its times from MACs and data sheets.
+    """Return the work that a training `job` gives `cluster`, with times from MACs and data sheets.
 
-    `sample` (a name in MODALITIES) and the format in which clips are packed decide what decoding and reading are
-    assumed to cost.
+    `sample` (a name in MODALITIES) and `pack`, the format in which clips are packed, set the assumed costs of decoding
+    and reading.
     """
     (params, macs), threads = summary.counted, max(1, int(job.scale.cpus_per_worker))
     modality = MODALITIES[sample]
@@ -235,7 +235,7 @@ def work(
 
 
 def calibrated(planned: planner.Work, found: Calibration) -> planner.Work:
-    """`planned` with measured times in place of those from data sheets."""
+    """Return `planned` with measured times in place of those from data sheets."""
     low, likely, high = SPREAD
     decoding = "" if found.decode_s else ", decoding assumed"
     return dataclasses.replace(
@@ -249,11 +249,11 @@ def calibrated(planned: planner.Work, found: Calibration) -> planner.Work:
 
 
 def compared(job: Any, summary: planner.Summary, config: Any, ctx: Any) -> dict[str, Any] | None:
-    """Plan and measurement of a run that has finished on this machine, for its card.
+    """Compare the plan with the measured rate of a run that finished on this machine, for its card.
 
-    None without a calibration of this job's network (`plan --measure` writes one), for a run on another machine than
-    this, and for batches by tokens, which are not planned. `config` is what its workers got, `ctx` has its run and
-    storage.
+    None without a calibration of this job's network (`plan --measure` writes one), for a run on another machine, and
+    for batches counted in tokens, which are not planned. `config` is the FitConfig of its workers, `ctx` has its run
+    and storage.
     """
     on_gpu = bool(job.scale.gpus_per_worker)
     key = key_of(config.model, config.recipes["train"], job.batch.microbatch, device_name(on_gpu))
@@ -269,9 +269,9 @@ def compared(job: Any, summary: planner.Summary, config: Any, ctx: Any) -> dict[
 
 
 def find_cluster(name: str | None, search: Sequence[Path], on_gpu: bool) -> machines.Cluster:
-    """The cluster file `name` (a name, or a path) of the folders `search` for the planner; None is this machine.
+    """Read the cluster file `name` (a path, or a name in the folders `search`) for the planner; None is this machine.
 
-    UserError: no such file, no `machine:` section in it, or a price that is in no prices.yaml.
+    UserError if there is no such file, if it has no `machine:` section, or if no prices.yaml lists its price.
     """
     if name is None:
         return this_machine(on_gpu)

@@ -1,4 +1,4 @@
-"""Progress of a training, written in the background: `Progress`, `Saver`."""
+"""Progress of a training, and checkpoints written in the background: `Progress`, `Saver`."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,10 +13,10 @@ from slimray import runs
 
 @dataclass
 class Progress:
-    """Progress of a training. `step` counts within `epoch`, `total_steps` over all epochs; metrics of validations.
+    """Progress of a training. `step` counts within `epoch`, `total_steps` over all epochs.
 
-    `validated` is the epoch of the last validation; `seconds` and `worker_seconds` are those of training over all
-    attempts, for the limits.
+    `validated` is the epoch of the last validation, `best` and `last` hold validation metrics; `seconds` and
+    `worker_seconds` add up training time over all attempts, for the limits.
     """
 
     epoch: int = 0
@@ -29,14 +29,14 @@ class Progress:
     last: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a plain copy, which later steps do not change."""
+        """Return a copy as plain values, which later steps do not change."""
         return {**vars(self), "best": dict(self.best), "last": dict(self.last)}
 
 
 class Saver:
-    """Writes checkpoints in the background, one at a time, and sweeps what is no longer kept.
+    """Writes checkpoints in the background, one at a time, and deletes those that are no longer kept.
 
-    `flush` is called before each: a checkpoint must not outlive the records of its steps.
+    `flush` is called before each one: a checkpoint must not outlive the records of its steps.
     """
 
     def __init__(
@@ -47,16 +47,16 @@ class Saver:
         flush: Callable[[], None],
         tell: Callable[[int], Any] = lambda step: None,
     ):
-        """`best` is the metric by which a checkpoint is kept besides the last ones, and which way is better.
+        """`best` is the metric that selects one checkpoint to keep besides the last ones, and its better direction.
 
-        `tell` hears the step of each checkpoint that is on storage.
+        `tell` is called with the step of each checkpoint once it is on storage.
         """
         self.run, self.keep_last, self.best, self.flush, self.tell = run, keep_last, best, flush, tell
         self.pool = ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
     def save(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Take a snapshot now and write it later; waits for the one before, and raises what went wrong with it."""
+        """Take a snapshot now and write it later. Waits for the previous write first, and raises its error if any."""
         self.wait()
         snapshot = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
         self.pending = self.pool.submit(self._write, snapshot, meta)

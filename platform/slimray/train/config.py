@@ -14,12 +14,12 @@ from slimray.train.spec import CheckpointSpec, LimitsSpec, OptimSpec, ScaleSpec
 
 @dataclass(frozen=True)
 class FitConfig:
-    """All that the workers of one training run need; plain values, specs and object references.
+    """Everything the workers of one training run need: plain values, specs and object references.
 
-    `task` is a name in TASKS, `method` says what a step computes, `dataset` is the fingerprint of the indexes,
-    `recipes` maps split to the plain form of its per-sample recipe, `job` is the resolved job as written to the run,
-    `feeder` names a feeder that was started ahead. Batches by tokens have the `bags` of each split; `batch_total` and
-    `per_worker` then count tokens.
+    `task` is a name in TASKS, `method` decides what a step computes, `dataset` is the fingerprint of the indexes,
+    `recipes` maps a split to the plain form of its per-sample recipe, `job` is the resolved job as written to the run,
+    `feeder` names a feeder that was started ahead. For batches counted in tokens, `bags` holds the bags of each split,
+    and `batch_total` and `per_worker` count tokens.
     """
 
     run_uri: str
@@ -57,5 +57,5 @@ class FitConfig:
 
     @property
     def window(self) -> int:
-        """Return what a step consumes: samples, or bags where batches are counted in tokens."""
+        """Return the number of samples that a step consumes, or of bags where batches are counted in tokens."""
         return self.batch_total // self.per_worker if self.bags else self.batch_total

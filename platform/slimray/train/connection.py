@@ -1,4 +1,4 @@
-"""The Ray cluster of a job: joined, or started on this machine while the driver imports. Imports Ray, no torch."""
+"""Connection to the Ray cluster of a job: join one, or start one here while the driver imports. No torch."""
 
 import contextlib
 import importlib
@@ -20,8 +20,8 @@ from slimray.storage import PATIENCE
 from slimray.train.spec import ScaleSpec
 
 THREADS = "OMP_NUM_THREADS"
-GIVEN = b"slimray environment"  # where a local cluster keeps what its processes find in theirs
-IDLE_S = 60  # how long a local cluster keeps processes that do nothing: they are those of the next job of a chain
+GIVEN = b"slimray environment"  # key under which a local cluster stores the environment of its processes
+IDLE_S = 60  # how long a local cluster keeps idle processes: the next job of a chain reuses them
 QUIET = ("ray.data", "ray.train", "ray.tune", "ray._private.authentication.authentication_token_setup")
 
 
@@ -31,14 +31,14 @@ def is_local() -> bool:
 
 
 def connect(cpus: int, imported: Sequence[str] = ()) -> None:
-    """Join the cluster of RAY_ADDRESS, or have a local one with at least `cpus` logical CPUs.
+    """Join the cluster of RAY_ADDRESS, or use a local one with at least `cpus` logical CPUs.
 
     The modules `imported`, which the caller needs next, are imported while Ray's own processes start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     for name in QUIET:
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters becomes a sentence, the rest is in logs/
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # slimray reports what matters itself, the rest is in logs/
     if ray.is_initialized():
         if not is_local() or ray.cluster_resources().get("CPU", 0) >= cpus:
             return
@@ -53,9 +53,9 @@ def connect(cpus: int, imported: Sequence[str] = ()) -> None:
 
 
 def _init(address: str, **options: Any) -> None:
-    """`ray.init`, after which SIGTERM is answered as before.
+    """Call `ray.init`, then restore the SIGTERM handler that was there before.
 
-    Ray's own answer, in C++, writes a stack and aborts the process three seconds later, whatever is still to be saved.
+    Ray's own handler, in C++, prints a stack and aborts the process three seconds later, even if a save is in progress.
     """
     before = signal.getsignal(signal.SIGTERM)
     ray.init(address, logging_level=logging.WARNING, log_to_driver=False, **options)
@@ -65,12 +65,12 @@ def _init(address: str, **options: Any) -> None:
 
 def _join(address: str) -> None:
     package = Path(slimray.__file__).resolve().parent
-    shipped = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a Ray job: its workers have the code that it came with
+    shipped = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a Ray job: its workers already have its code
     _init(address, runtime_env=None if shipped else {"py_modules": [str(package)]})
 
 
 def _start(cpus: int) -> None:
-    """Start Ray on this machine. What is set here, its processes find in their environment."""
+    """Start Ray on this machine. Its processes inherit the environment that is set here."""
     own = {"RAY_idle_worker_killing_time_threshold_ms": str(1000 * IDLE_S), THREADS: "1"}
     before = {name: os.environ.get(name) for name in own}
     os.environ.update(own)
@@ -84,14 +84,14 @@ def _start(cpus: int) -> None:
 
 
 def threads(scale: ScaleSpec) -> int:
-    """Return how many threads torch has in a process that computes for `scale`."""
+    """Return the number of torch threads in a process that computes for `scale`."""
     return max(1, int(scale.cpus_per_worker))
 
 
 def environment(scale: ScaleSpec) -> dict[str, Any]:
     """Return the runtime environment of processes that compute for `scale`.
 
-    Empty where it is what a local cluster gives all of its processes: then those that it started before are used.
+    Empty where it equals the environment of a local cluster's processes, so that idle ones can be reused.
     """
     wanted = {THREADS: str(threads(scale)), PATIENCE: f"{scale.storage_s:g}"}
     given = internal_kv._internal_kv_get(GIVEN) if is_local() else None
@@ -99,7 +99,7 @@ def environment(scale: ScaleSpec) -> dict[str, Any]:
 
 
 def _import_or_not(*modules: str) -> None:
-    with contextlib.suppress(Exception):  # the caller's own import says what is wrong
+    with contextlib.suppress(Exception):  # the caller's own import raises the error
         _import(*modules)
 
 

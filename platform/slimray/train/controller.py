@@ -1,10 +1,10 @@
 """Ray Train's controller in the process that launches the training, in place of an actor.
 
-As an actor it is a process that imports torch and everything the training pickles before the first worker is asked for,
-and it needs a second, detached one that removes its placement group if it dies. Here both are the launching process's:
-what it created Ray removes when it ends. Nor is there an actor for datasets, which slimray feeds itself
-(data/pipeline.py). The control loop is Ray Train's own, retries and elasticity included. Reaches
-into `ray.train.v2._internal` (Ray is pinned to a minor version); tests/train/test_controller.py holds what it uses.
+As an actor, the controller is a process that imports torch and everything the training pickles before it requests the
+first worker, and it needs a second, detached actor that removes its placement group if it dies. Here the launching
+process does both: Ray removes whatever it created when it ends. There is no actor for datasets either, as slimray feeds
+them itself (data/pipeline.py). The control loop is Ray Train's own, retries and elasticity included. Reaches into
+`ray.train.v2._internal` (Ray is pinned to a minor version); tests/train/test_controller.py covers what it uses.
 """
 
 import asyncio
@@ -22,17 +22,17 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 
 class _Group(WorkerGroup):
-    """A worker group whose controller is no actor."""
+    """A worker group whose controller is not an actor."""
 
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
-        """Return what workers get beside the environment of their node, which on a local cluster is the driver's."""
+        """Return the workers' additions to the environment of their node (on a local cluster, the driver's)."""
         if os.environ.get("RAY_ADDRESS"):
             return WorkerGroup._get_worker_runtime_env(custom_runtime_env)
         return dict(custom_runtime_env)
 
     def _init_train_context_on_workers(self, workers: Any, sync_actor: Any, train_context_args: Any) -> None:
-        """As Ray Train does it, without the handle of a controller: only `get_all_reported_checkpoints` needs one."""
+        """Do as Ray Train does, without the handle of a controller: only `get_all_reported_checkpoints` needs one."""
         pending = [
             worker.actor.init_train_context.remote(
                 train_run_context=self._train_run_context,
@@ -54,7 +54,7 @@ class _Controller(TrainController):
 
 
 class InProcessTrainer(DataParallelTrainer):
-    """A trainer whose `fit` runs the controller in the calling thread. Ctrl-C ends the workers and is raised."""
+    """A trainer whose `fit` runs the controller in the calling thread. Ctrl-C ends the workers and is re-raised."""
 
     def _create_default_callbacks(self) -> list[Any]:
         found = super()._create_default_callbacks()
@@ -79,4 +79,4 @@ class InProcessTrainer(DataParallelTrainer):
 
 
 class Trainer(InProcessTrainer, TorchTrainer):
-    """One whose workers are a process group of torch."""
+    """An in-process trainer whose workers form a torch process group."""

@@ -1,13 +1,13 @@
-"""The peaks of GPUs as their data sheets have them: the one table for utilisation (speed.py) and plans (planner.py)."""
+"""Peaks of GPUs from their data sheets: the one table for utilisation (speed.py) and plans (planner.py)."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense peaks in FLOP/s (a multiply-accumulate is two) by arithmetic; 0 for one that the GPU has not.
+    """Dense peaks in FLOP/s (a multiply-accumulate is two) by arithmetic; 0 where the GPU does not support it.
 
-    fp16 and bf16 accumulate in fp32; tf32 is the tensor cores' reading of float32.
+    fp16 and bf16 accumulate in fp32; tf32 is float32 as the tensor cores round it.
     """
 
     fp32: float
@@ -17,15 +17,15 @@ class Gpu:
 
     @property
     def arithmetic(self) -> str:
-        """The arithmetic in which a training runs there by default: bf16 where the GPU has it, else fp32."""
+        """The default arithmetic of a training on this GPU: bf16 if the GPU supports it, else fp32."""
         return "bf16" if self.bf16 else "fp32"
 
     def peak(self, arithmetic: str) -> float:
-        """Return the peak in `arithmetic` ("fp32", "tf32", "fp16", "bf16"), FLOP/s; where it is 0 that of fp32."""
+        """Return the peak in `arithmetic` ("fp32", "tf32", "fp16", "bf16"), FLOP/s; that of fp32 if unsupported."""
         return getattr(self, arithmetic) or self.fp32
 
 
-GPUS: dict[str, Gpu] = {  # the longest name that a device's name contains counts
+GPUS: dict[str, Gpu] = {  # `find_gpu` takes the longest name that a device's name contains
     "H200": Gpu(67e12, 989e12, 989e12, 494.5e12),
     "H100": Gpu(67e12, 989e12, 989e12, 494.5e12),
     "A100": Gpu(19.5e12, 312e12, 312e12, 156e12),
@@ -38,5 +38,5 @@ GPUS: dict[str, Gpu] = {  # the longest name that a device's name contains count
 
 
 def find_gpu(device_name: str) -> str | None:
-    """Return the row of GPUS that a device's name contains, the longest one (an L40S is not an L4); None if none."""
+    """Return the longest name in GPUS that a device's name contains (an L40S is not an L4), or None."""
     return max((name for name in GPUS if name in device_name), key=len, default=None)

@@ -1,9 +1,9 @@
 """The health of a run: stuck ranks, slow ranks, and how much of the time went into useful steps.
 
-`Watchdog` watches one rank from a thread: when nothing moved for a bound it says what the rank was doing and hands
-over the stacks of all its threads. A rank's own work on a step has a bound that follows the steps before. `slow_ranks`
-finds stragglers in the step times of all ranks (MegaScale, arXiv 2402.15627, does so with a heat map). `goodput` is
-useful step seconds over wall seconds. No Ray, no torch.
+`Watchdog` watches one rank from a thread: when nothing has moved for a set time, it reports what the rank was doing
+and the stacks of all its threads. The time allowed for a rank's own work on a step follows from earlier steps.
+`slow_ranks` finds stragglers in the step times of all ranks (MegaScale, arXiv 2402.15627, does so with a heat map).
+`goodput` is useful step seconds over wall seconds. No Ray, no torch.
 """
 
 import faulthandler
@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 
 COMPUTING = "computing"  # a rank's own work on a step
-OTHERS = "waiting for the other ranks"  # what a rank does that is itself not stuck
-QUICK_S, QUICK_RATIO, QUICK_FROM = 120.0, 20.0, 20  # bound of own work: of the longest before; from so many on
-SLOW_RATIO, SLOW_Z = 1.3, 3.5  # of the median, and in robust standard deviations: both, else noise is blamed
+OTHERS = "waiting for the other ranks"  # such a rank is not stuck itself
+QUICK_S, QUICK_RATIO, QUICK_FROM = 120.0, 20.0, 20  # limit of own work: at least, times the longest, after n steps
+SLOW_RATIO, SLOW_Z = 1.3, 3.5  # times the median, and robust standard deviations: both, or noise would be blamed
 
 
 class Watchdog:
     """Calls `stuck(doing, seconds, stacks)` from its thread, once, when `beat` was not called for `limit_s` seconds.
 
-    `doing` is what the last beat said. COMPUTING has a shorter bound, QUICK_RATIO times the longest so far and at least
-    QUICK_S, unless `waits()` says that the rank waits for others in it. The thread needs the interpreter: code that
-    holds it for ever is not caught here but by the other ranks, whose collectives time out.
+    `doing` is the argument of the last `beat`. COMPUTING has a shorter limit, QUICK_RATIO times the longest so far and
+    at least QUICK_S, unless `waits()` returns True because the rank is waiting for others. The thread needs the
+    interpreter lock: code that never releases it is caught by the other ranks instead, whose collectives time out.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Watchdog:
         self.doing, self._at = doing, now
 
     def _quick_s(self) -> float:
-        """The bound of what the rank is doing, where it need not wait for anybody."""
+        """Return the time limit, in seconds, of what the rank is doing while it does not wait for other ranks."""
         if self.doing != COMPUTING or self._num_computed < QUICK_FROM:
             return self.limit_s
         return min(self.limit_s, max(QUICK_S, QUICK_RATIO * self._longest_s))
@@ -75,10 +75,11 @@ def stacks() -> str:
 
 
 def slow_ranks(seconds: Sequence[float]) -> dict[int, float]:
-    """Rank -> its time over the median, of the ranks that are far out; `seconds` is the own work of every rank.
+    """Return the slow ranks as rank -> its time over the median; `seconds` is each rank's own work on a step.
 
-    Far out: SLOW_RATIO times the median and SLOW_Z standard deviations above it, these by the median of distances
-    (so that stragglers do not hide themselves). With two ranks there is no majority: the ratio alone decides.
+    Slow means above SLOW_RATIO times the median and SLOW_Z standard deviations above it, these estimated from the
+    median absolute deviation (so that stragglers do not mask themselves). With two ranks there is no majority: the
+    ratio to the faster one decides alone.
     """
     values = np.asarray(seconds, float)
     if len(values) < 2:
@@ -91,7 +92,7 @@ def slow_ranks(seconds: Sequence[float]) -> dict[int, float]:
 
 @dataclass(frozen=True)
 class Goodput:
-    """Seconds of a run: in training steps that counted, and in all since it began; steps done a second time."""
+    """Seconds of a run: in training steps that counted, and in total since it began; steps repeated; restarts."""
 
     useful_s: float
     wall_s: float
@@ -99,7 +100,7 @@ class Goodput:
     restarts: int
 
     def to_dict(self) -> dict[str, float]:
-        """Return it as the run's card stores it; `goodput` is the share of useful seconds."""
+        """Return the form that the run's card stores; `goodput` is the share of useful seconds."""
         share = self.useful_s / self.wall_s if self.wall_s > 0 else 0.0
         return {
             "goodput": round(share, 4),
@@ -123,5 +124,5 @@ def goodput(
 
 
 def end_process() -> None:
-    """End this process at once, as a crash would; whoever started it decides what follows."""
+    """End this process at once, as a crash would; the process that started it decides what follows."""
     os._exit(17)

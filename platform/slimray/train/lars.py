@@ -1,8 +1,8 @@
 """LARS: SGD whose step for each weight is a share of the weight itself ("Large Batch Training of Convolutional
 Networks", You et al., arXiv 1708.03888), for global batches beyond some 8,000 samples.
 
-The rate of a tensor is lr x trust x |w| / (|g| + decay x |w|), with and without decay. Groups with `adapt` False
-(biases, BatchNorm: their norms say nothing) learn at `lr` as under SGD.
+The rate of a tensor is lr x trust x |w| / (|g| + decay x |w|), also where decay is 0. Groups with `adapt` False
+(biases and BatchNorm, whose norms carry no information) learn at `lr` as with SGD.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,9 +23,9 @@ class Lars(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; parameters without gradient stay, and all where the flag `found_inf` is there and not 0."""
+        """Take one step. Parameters without a gradient stay; all of them stay if the flag `found_inf` is set, not 0."""
         loss = None if closure is None else closure()
-        found: Tensor | None = getattr(self, "found_inf", None)  # as torch's own optimizers have it; it is not read
+        found: Tensor | None = getattr(self, "found_inf", None)  # as in torch's own optimizers; stays on the device
         for group in self.param_groups:
             decay = group["weight_decay"]
             for weight in group["params"]:

@@ -1,4 +1,4 @@
-"""What a network learns from: the losses of samples, the randomness and the arithmetic of a step, and its scores.
+"""Functions that training steps share: distillation losses, inputs of subnets, class weights, the seed of a step.
 
 Plain functions on torch tensors, used by every verb that trains or evaluates; nothing here knows Ray or files.
 """
@@ -15,18 +15,19 @@ from slimray.arch import Arch, Space
 
 
 def distill_losses(teacher: Tensor, logits: Tensor) -> Tensor:
-    """Cross-entropy of each sample of `logits` `[n, C, ...]` against the teacher's answers, mean of the rest.
+    """Return the cross-entropy `[n]` of `logits` `[n, C, ...]` against the teacher's outputs, averaged over the rest.
 
-    The gradient goes to `logits` alone (Hinton et al., arXiv 1503.02531, at temperature 1, as Once-for-All has it).
+    The gradient goes to `logits` alone (Hinton et al., arXiv 1503.02531, at temperature 1, as in Once-for-All).
     """
     given, own = teacher.detach().float().softmax(1), logits.float().log_softmax(1)
     return -(given * own).sum(1).reshape(len(logits), -1).mean(1)
 
 
 def fit_input(x: Tensor, space: Space, arch: Arch) -> Tensor:
-    """Inputs of the largest size as `arch` of `space` takes them: `[n, (T,) 3, H, W]` resized, T cut to its frames.
+    """Return inputs of the largest size as `arch` of `space` takes them: `[n, (T,) 3, H, W]`, resized, with its frames.
 
-    Frames are the middle ones of equal parts. Clouds, and dimensions that the arch has not, stay as they are.
+    The frames chosen are the middle ones of equal parts of T. Point clouds stay as they are, and so does an input whose
+    size or frames are not dimensions of `arch`.
     """
     frames, side = space.input_of(arch, "frames"), space.input_of(arch, "side")
     if frames is not None and frames != x.shape[1]:
@@ -38,17 +39,17 @@ def fit_input(x: Tensor, space: Space, arch: Arch) -> Tensor:
 
 
 def divergences(target: Tensor, logits: Tensor) -> Tensor:
-    """KL(softmax(`target`) || softmax(`logits`)) of each sample of `[n, C, ...]`: over the classes, mean of the rest.
+    """Return KL(softmax(`target`) || softmax(`logits`)) `[n]` of `[n, C, ...]`: summed over classes, mean of the rest.
 
-    What Deep Mutual Learning (arXiv 1706.00384) adds to the loss of each of two networks. The gradient goes to `logits`
-    alone: `target` counts as given.
+    Deep Mutual Learning (arXiv 1706.00384) adds this to the loss of each of two networks. The gradient goes to `logits`
+    alone: `target` is a constant.
     """
     given, own = target.detach().float().log_softmax(1), logits.float().log_softmax(1)
     return (given.exp() * (given - own)).sum(1).view(len(logits), -1).mean(1)
 
 
 def balanced_weights(labels: Sequence[int] | np.ndarray, num_classes: int) -> tuple[float, ...]:
-    """A weight per class inverse to its count in `labels`, mean 1 over the classes that occur; 0 for the others."""
+    """Return a weight per class, inverse to its count in `labels`: mean 1 over the classes that occur, 0 elsewhere."""
     counts = torch.bincount(torch.as_tensor(labels, dtype=torch.int64), minlength=num_classes).double()
     inverse = torch.where(counts > 0, 1 / counts.clamp(min=1), 0.0)
     return tuple((inverse / inverse[counts > 0].mean()).tolist())

@@ -1,11 +1,11 @@
-"""The one data-parallel training loop: places in the plan, exact resume, checkpoints, validation, timers.
+"""The one data-parallel training loop: place in the plan, exact resume, checkpoints, validation, timers.
 
-`fit` is the worker function that `workers.launch` runs on every rank. A step computes what the training method says
-(methods/); here is everything around it. The plan (data/plan.py) says which samples a step consumes, so progress is
-(epoch, step) and a killed worker ends in the same weights. Metrics never pass through `ray.train.report` (a barrier
-drained every 2 s). Checkpoints are written by the run folder, in the background and with a marker of completeness;
-saving and validating never change training state. A bad sample keeps its slot with weight 0; all ranks agree on the
-mask at an epoch's end.
+`fit` is the worker function that `workers.launch` runs on every rank. The training method (methods/) defines what a
+step computes; this file does everything around it. The plan (data/plan.py) decides which samples a step consumes, so
+progress is (epoch, step), and a run whose worker was killed ends with the same weights. Metrics never pass through
+`ray.train.report` (a barrier drained every 2 s). Checkpoints go to the run folder, in the background and with a marker
+of completeness; saving and validating never change training state. A bad sample keeps its slot with weight 0; all ranks
+agree on the set of bad samples at the end of an epoch.
 """
 
 import contextlib
@@ -45,8 +45,8 @@ from slimray.train.shown import Shown
 from slimray.train.start import make_replica
 from slimray.train.workers import open_stream
 
-MAX_BAD_STEPS = 10  # steps in a row with a non-finite gradient before the run ends, where it looks at them
-ARITHMETIC = 2  # what a step divides its loss by; a run that began with 1 (before 2026-11-29) ends with it
+MAX_BAD_STEPS = 10  # steps in a row with a non-finite gradient after which the run ends, once it reads the count
+ARITHMETIC = 2  # rule for a step's divisor of the loss; a run that began with rule 1 (before 2026-11-29) keeps it
 
 
 class _Rank:
@@ -83,24 +83,24 @@ class _Rank:
         self.saver = Saver(self.run, keep, best, self.records.flush, saved) if self.rank == 0 else None
 
     def _stuck(self, doing: str, seconds: float, stacks: str) -> None:
-        """Called by the watchdog: report where the rank is, and end it unless it only waits for others."""
+        """Report where the rank is stuck, and end it unless it only waits for others. The watchdog calls this."""
         waits = doing == OTHERS or self._reduces()
         tell_stuck(self.config, self.run, self.rank, OTHERS if waits else doing, seconds, stacks)
         if not waits:
             end_process()
 
     def _reduces(self) -> bool:
-        """Whether the rank is where all ranks add up their gradients, and waits there."""
-        replica = getattr(self, "replica", None)  # none yet at the start
+        """Return True while the rank waits for others in the all-reduce of the gradients."""
+        replica = getattr(self, "replica", None)  # does not exist yet at the start
         return replica is not None and replica.reduces()
 
     # ------------------------------------------------------------------------------------ resume and saving
 
     def _restore(self) -> None:
-        """Take over the newest complete checkpoint, the same one on every rank. A collective."""
+        """Load the newest complete checkpoint, the same one on every rank. A collective."""
         if not runs.exists(self.run, "status.json"):
             raise RunFailed(f"{self.run.uri}: is another folder on this machine: use a shared folder, s3:// or gs://")
-        found = runs.read_newest(self.run) if self.rank == 0 else None  # by one rank for all
+        found = runs.read_newest(self.run) if self.rank == 0 else None  # rank 0 reads for all
         if found is not None:
             runs.drop_after(self.run, found[0].step)
         meta = broadcast_from_rank_zero(None if found is None else found[0].meta)
@@ -121,11 +121,11 @@ class _Rank:
         self.progress = Progress(**meta["progress"])
 
     def _shared(self, files: dict[str, bytes] | None) -> dict[str, Tensor]:
-        """Return the tensors of a checkpoint of which rank 0 has read the `files`. A collective."""
+        """Return the tensors of a checkpoint whose `files` rank 0 has read (None on the others). A collective."""
         return safetensors.torch.load(self.ranks.share(None if files is None else files["state.safetensors"]))
 
     def _counts(self) -> dict[str, Tensor]:
-        """The counts of the last validation, by the names they have in a checkpoint."""
+        """Return the counts of the last validation, by their names in a checkpoint."""
         counts = () if self.result is None else self.result.tensors()
         return {f"score.{number}": count for number, count in enumerate(counts)}
 
@@ -154,7 +154,7 @@ class _Rank:
             self.saver.save(tensors, meta)
 
     def _save_due(self) -> bool:
-        """Whether all ranks save now: by steps, or by rank 0's clock, which the others hear of at log steps."""
+        """Return True if all ranks save now: by steps, or by rank 0's clock, which it shares at log steps."""
         spec, steps = self.config.checkpoint, self.progress.total_steps
         if spec.every_steps:
             return steps % spec.every_steps == 0
@@ -166,26 +166,26 @@ class _Rank:
 
     @property
     def samples_seen(self) -> int:
-        """Positions of the plan consumed so far; learning rate and warm-up depend on nothing else."""
+        """Number of positions of the plan consumed so far; learning rate and warm-up depend on nothing else."""
         seen = self._training(self.progress.epoch).num_trained(self.progress.step)
         return self.progress.epoch * self.num_learned + seen
 
     @property
     def num_learned(self) -> int:
-        """Samples from which an epoch trains weights."""
+        """Number of samples on which an epoch trains the weights."""
         phase = self._training(self.progress.epoch)
         return phase.num_trained(phase.num_steps)
 
     def _rate(self, phase: Phase) -> float:
-        """The learning rate of the next step."""
+        """Return the learning rate of the next step."""
         seen, steps = (self.num_learned, self.samples_seen), (self.progress.total_steps, phase.num_steps)
         return optimizers.learning_rate(self.config.optim, self.config.batch_total, *seen, *steps)
 
     def phases(self) -> tuple[Phase, ...]:
-        """The passes that are left: training epochs from where the run stands, validations between them."""
+        """Return the remaining passes: training epochs from the current place on, with validations between them."""
         epochs, passes = self.config.optim.epochs, []
         before = self.progress.epoch - 1
-        if self.progress.step == 0 and before >= self.progress.validated:  # perhaps interrupted in the middle of it
+        if self.progress.step == 0 and before >= self.progress.validated:  # its validation may have been interrupted
             passes += self._after(before)
         for epoch in range(self.progress.epoch, epochs):
             first = self.progress.step if epoch == self.progress.epoch else 0
@@ -193,7 +193,7 @@ class _Rank:
         return tuple(passes)
 
     def _after(self, epoch: int) -> list[Phase]:
-        """The passes after the training of `epoch`: precise statistics if wanted, and the validation if it is due."""
+        """Return the passes after training `epoch`: precise statistics if wanted, and the validation if it is due."""
         due, last, passes = self._validates(epoch), epoch + 1 == self.config.optim.epochs, []
         if self.config.optim.precise_norm and (due or (last and self.shown.norms is None)):
             passes.append(self._precise(epoch))
@@ -202,7 +202,7 @@ class _Rank:
         return passes
 
     def _precise(self, epoch: int) -> Phase:
-        """The pass over the training samples from which BatchNorm statistics are recomputed."""
+        """Return the pass over training samples that recomputes BatchNorm statistics."""
         config, rows = self.config, max(2, self.config.per_worker)
         name, recipe, limit = "precise", config.recipes["train"], config.optim.precise_norm
         numbers = (epoch, self.num_train, rows * self.world)
@@ -213,7 +213,7 @@ class _Rank:
         bags, numbers = config.bags.get("train"), (epoch, self.num_train, config.window)
         held = config.method.held(epoch)
         phase = Phase("train", "train", *numbers, True, recipe, first, *held, config.drop_last, 0, bags, self.shuffle)
-        if config.optim.steps is not None:  # the last pass ends with them
+        if config.optim.steps is not None:  # the last pass ends after the last of these steps
             phase = replace(phase, steps=max(0, config.optim.steps - epoch * phase.num_steps))
         if not phase.num_steps:
             raise RunFailed(
@@ -232,7 +232,7 @@ class _Rank:
         return due and "val" in self.config.sources
 
     def run_all(self) -> dict[str, Any]:
-        """Train to the end of the plan; rank 0 returns the final numbers, or what the launch is to do next."""
+        """Train to the end of the plan; rank 0 returns the final numbers, or what the launch must do next."""
         try:
             phases = self.phases()
             return (self._run(phases) if phases else None) or self._finish()
@@ -254,7 +254,7 @@ class _Rank:
         )
         with open_stream(feed, config.feeder, config.progress_actor, self._cut) as stream:
             score, net, started = None, None, self.timer.now()
-            asked = started  # for the data of a step
+            asked = started  # when the data of the next step was requested
             self.ranks.watchdog.beat("waiting for data")
             for phase, step, cut in stream:
                 batch = cut.batch
@@ -306,7 +306,7 @@ class _Rank:
         return None
 
     def _cut(self, phase: Phase, step: int, batch: Batch | None) -> Cut:
-        """Make a batch ready, in the thread that fetched it."""
+        """Cut a batch into microbatches, in the thread that fetched it."""
         keep = np.zeros(0, bool) if batch is None else batch.valid & ~self.bad.is_known(batch.sample)
         if phase.name != "train":
             return Cut(batch, keep, [])
@@ -315,8 +315,8 @@ class _Rank:
     def _train(self, phase: Phase, step: int, cut: Cut) -> str | None:
         """Take one step over the global batch; return the sentence that ends the run, or None.
 
-        Its loss is the sum of the samples' over the sum of their weights, times the window's share of a full batch: a
-        short last window moves the weights by less, and class weights do not change the rate.
+        The loss of the step is the sum of the samples' losses over the sum of their weights, times the window's share
+        of a full batch: a short last window moves the weights less, and class weights do not change the learning rate.
         """
         config, clock, progress, batch = self.config, self.clock, self.progress, cut.batch
         keep, new_bad = np.zeros(0, bool), 0.0
@@ -324,7 +324,7 @@ class _Rank:
             known = self.bad.is_known(batch.sample)
             keep, new_bad = batch.valid & ~known, float((~batch.valid & ~known).sum())
             self.bad.note(batch, phase, self.records.bad)
-        if not np.array_equal(keep, cut.keep):  # cut before the epoch ended, in which a sample became known as bad
+        if not np.array_equal(keep, cut.keep):  # cut before the end of the epoch in which a sample turned out bad
             cut = self._cut(phase, step, batch)
         empty = [float(not len(piece.data)) for piece in cut.pieces] if config.optim.norm == "sync" else []
         start = self.timer.now()
@@ -361,7 +361,7 @@ class _Rank:
         return None
 
     def _logs(self, phase: Phase, step: int) -> bool:
-        """Whether `step`, which is done, is one after which metrics are written, and read off a GPU."""
+        """Return True if metrics are written, and read off a GPU, after `step`, which is done."""
         return self.progress.total_steps % self.config.log_every == 0 or step + 1 == phase.num_steps
 
     def _save_now(self) -> None:
@@ -405,7 +405,7 @@ class _Rank:
         self.shown.load(tensors)
 
     def _finish(self) -> dict[str, Any]:
-        """Write the model folder once every checkpoint is safe; the final numbers. A collective."""
+        """Write the model folder once every checkpoint is on storage; return the final numbers. A collective."""
         config = self.config
         if config.checkpoint.ship == "best" and self.progress.best:
             self._take_best()
@@ -426,7 +426,7 @@ class _Rank:
             runs.write_model(self.run, safetensors.torch.save(weights), config.model, taken)
         return out
 
-    # ------------------------------------------------------------------------------------------ what is shown
+    # ------------------------------------------------------------------------------------------------ metrics
 
     def _log(self, phase: Phase, step: int) -> None:
         clock, config = self.clock, self.config
@@ -450,7 +450,7 @@ class _Rank:
 
 
 def fit(config: FitConfig) -> dict[str, Any]:
-    """The worker function of a training run: {"best", "last", "steps", "confusion"}, or what a launch does next."""
+    """Run one rank of a training: return {"best", "last", "steps", "confusion"}, or what the launch must do next."""
     with contextlib.nullcontext() if config.compile else without_compiler():
         return _Rank(config).run_all()
 
@@ -459,7 +459,7 @@ def fit(config: FitConfig) -> dict[str, Any]:
 
 
 def confusion_of(score: Any) -> list[list[int]] | None:
-    """The confusion of a score as lists; None where it has none (boxes, shapes) or there is no score."""
+    """Return the confusion matrix of a score as lists; None without a score, or where it has none (boxes, shapes)."""
     confusion = getattr(score, "confusion", None)
     return None if confusion is None else confusion.tolist()
 
@@ -476,8 +476,8 @@ def score_batch(
 ) -> None:
     """Add the valid rows of `batch` to `score`, in the arithmetic `precision` of the training.
 
-    `seed` is (run seed, step, rank): what a network draws at random is the same at every validation, also after a
-    resume, so that the numbers of two validations differ by the weights alone.
+    `seed` is (run seed, step, rank): the network's random draws are the same at every validation, also after a resume,
+    so that the results of two validations differ by the weights alone.
     """
     if batch.valid.any():
         learn.seed_step(*seed)

@@ -1,6 +1,6 @@
-"""Machines as a training sees them: the `machine:` section of a cluster file, prices, and `Cluster`, which plans read.
+"""Machines as a training sees them: the `machine:` section of a cluster file, prices, and `Cluster` for the planner.
 
-Figures are those of data sheets (gpus.py), or of the machine that this runs on. Imports neither torch nor Ray.
+Figures come from data sheets (gpus.py), or from the machine this runs on. Imports neither torch nor Ray.
 """
 
 import datetime
@@ -30,39 +30,39 @@ class MachineSpec(Spec):
     gpu: str | None = None
     """Name of the GPU: V100, T4, A10G, L4, L40S, A100, H100 or H200."""
     tmacs: float | None = Field(None, gt=0)
-    """Peak of a GPU, or of a core, in 10^12 multiply-accumulates a second, in place of the table's."""
+    """Peak of a GPU, or of a core, in 10^12 multiply-accumulates per second; replaces the figure of the data sheet."""
     utilisation: tuple[float, float, float] | None = None
-    """Part of the peak that training reaches, as low, likely, high."""
+    """Share of the peak that training reaches: low, likely, high."""
     link_gb_s: float = Field(50.0, gt=0)
     """Bandwidth between two workers of a node in one direction, GB/s."""
     link_latency_us: float = Field(5.0, ge=0)
     """Latency of a hop within a node, microseconds."""
     nic_gb_s: float = Field(1.25, gt=0)
-    """Bandwidth of a node's network cards together in one direction, GB/s (1.25 = 10 Gbit/s)."""
+    """Bandwidth of all network cards of a node together in one direction, GB/s (1.25 = 10 Gbit/s)."""
     nic_latency_us: float = Field(20.0, ge=0)
     """Latency of a hop between nodes, microseconds."""
     bandwidth_share: tuple[float, float, float] = (0.5, 0.8, 1.0)
-    """Part of these bandwidths that an all-reduce reaches, as low, likely, high."""
+    """Share of these bandwidths that an all-reduce reaches: low, likely, high."""
     cores: int | None = Field(None, ge=1)
-    """Physical cores of a node for decoding (and training without GPUs); left out: those of this machine."""
+    """Physical cores of a node for decoding (and training without GPUs); default: those of this machine."""
     disk_gb_s: float = Field(1.0, gt=0)
-    """What a node reads from, and writes to, the storage of dataset and checkpoints, GB/s."""
+    """Rate at which a node reads from and writes to the storage of dataset and checkpoints, GB/s."""
     storage_gb_s: float | None = Field(None, gt=0)
-    """What the shared storage gives to all nodes together, GB/s."""
+    """Rate of the shared storage for all nodes together, GB/s; default: no limit."""
     storage_requests_s: float | None = Field(None, gt=0)
-    """Requests a second that the storage answers for the dataset (a prefix of a bucket); left out: no bound."""
+    """Requests per second that the storage answers for the dataset (a prefix of a bucket); default: no limit."""
     nodes: int | None = Field(None, ge=1)
     """Largest number of nodes."""
     mtbf_hours: float = Field(5000.0, gt=0)
     """Mean time between failures of a node, hours."""
     jitter: tuple[float, float, float] = (0.01, 0.02, 0.04)
-    """Standard deviation of a rank's step time over its mean, as low, likely, high."""
+    """Standard deviation of a rank's step time over its mean: low, likely, high."""
     price: str | float | None = None
-    """A row of prices.yaml, or US dollars per node and hour."""
+    """Name of a row of prices.yaml, or US dollars per node and hour."""
     unverified: tuple[str, ...] = ()
     """Fields whose figures are recalled, not looked up."""
     source: str = ""
-    """Where the figures are from, and when."""
+    """Source and date of the figures."""
 
 
 class PriceSpec(Spec):
@@ -71,11 +71,11 @@ class PriceSpec(Spec):
     usd_per_hour: float = Field(ge=0)
     """US dollars per node and hour."""
     source: str
-    """Where the price is from."""
+    """Source of the price."""
     date: datetime.date
-    """When it was, year-month-day."""
+    """Date of the price, year-month-day."""
     unverified: bool = False
-    """Recalled, not looked up: shown as such."""
+    """The price is recalled, not looked up, and is shown as such."""
 
 
 class PriceTable(Spec):
@@ -86,7 +86,7 @@ class PriceTable(Spec):
 
 @dataclass(frozen=True)
 class Link:
-    """A way between two ranks: `gb_s` in one direction, `latency_us` per hop."""
+    """Connection between two ranks: `gb_s` in one direction, `latency_us` per hop."""
 
     gb_s: float
     latency_us: float = 0.0
@@ -101,10 +101,11 @@ class Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Machines as the planner sees them. `ranks_per_node` 0: as many as asked for, on one node (a laptop).
+    """Machines as the planner sees them. `ranks_per_node` 0 puts all ranks on one node (a laptop).
 
-    `inner` joins ranks of a node, `outer` is a node's way out, shared by its ranks; `shares_cores` where ranks compute
-    on the node's `cores`, "" as `gpu`. `tmacs` is the peak of a rank, `utilisation` the part that training reaches.
+    `inner` connects the ranks of a node, `outer` is a node's network, shared by its ranks. `shares_cores` is True where
+    ranks compute on the node's `cores`; `gpu` is then "". `tmacs` is the peak of a rank in 10^12 MACs per second,
+    `utilisation` the share of it that training reaches.
     """
 
     name: str
@@ -127,13 +128,13 @@ class Cluster:
     notes: tuple[str, ...] = ()
 
     def place(self, workers: int) -> tuple[int, int]:
-        """Nodes and the most ranks on one of them for `workers`."""
+        """Return the number of nodes for `workers`, and the largest number of ranks on one of them."""
         per_node = self.ranks_per_node or workers
         return -(-workers // per_node), min(workers, per_node)
 
 
 def make_cluster(name: str, machine: MachineSpec, prices: Mapping[str, PriceSpec], single: bool = False) -> Cluster:
-    """The planner's view of a machine; `single`: workers all run on one node (a laptop). UserError names the field."""
+    """Return the planner's view of a machine; `single`: all workers on one node (a laptop). UserError for a field."""
     notes = [f"recalled, not looked up: {', '.join(machine.unverified)}"] if machine.unverified else []
     notes += [machine.source] if machine.source else []
     usd, cores = None, machine.cores or physical_cores()
@@ -179,9 +180,9 @@ def make_cluster(name: str, machine: MachineSpec, prices: Mapping[str, PriceSpec
 
 
 def this_machine(gpu: str = "", gpus: int = 0) -> Cluster:
-    """The machine this runs on, workers as local processes: on its `gpus` of the name `gpu`, or on its cores.
+    """Return the machine this runs on, with workers on its `gpus` GPUs named `gpu`, or as processes on its cores.
 
-    Without GPUs gloo moves gradients, at about 1 GB/s (an assumption).
+    Without GPUs, gloo moves the gradients, at about 1 GB/s (an assumption).
     """
     if not gpus:
         fields: dict[str, Any] = {"link_gb_s": 1.0, "link_latency_us": 50.0, "source": "gradients at 1 GB/s assumed"}
@@ -189,13 +190,14 @@ def this_machine(gpu: str = "", gpus: int = 0) -> Cluster:
     known = find_gpu(gpu)
     fields = {"gpus_per_node": gpus, "gpu": known, "nodes": 1, "source": f"{gpus} x {gpu}"}
     if known is None:
-        fields |= {"tmacs": 50.0, "source": f"{gpus} x {gpu}, its peak assumed: plan --measure tells"}
+        fields |= {"tmacs": 50.0, "source": f"{gpus} x {gpu}, its peak assumed: plan --measure measures it"}
     return make_cluster("this machine", MachineSpec.model_validate(fields), {})
 
 
 @functools.cache
 def physical_cores(cpuinfo: str = "/proc/cpuinfo", quota: str = "/sys/fs/cgroup/cpu.max") -> int:
-    """Physical cores this process may use: hyper-threads count once, a container's quota bounds them; at least 1."""
+    """Return the number of physical cores this process may use, at least 1: hyper-threads count once, and a container's
+    quota limits them."""
     allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     cores = set()
     try:

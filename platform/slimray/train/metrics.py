@@ -1,4 +1,4 @@
-"""Records of a rank while it trains: metric rows, gauges, bad samples, and its reports to the driver."""
+"""Records that a rank writes while it trains: metric rows, gauges, bad samples, and reports to the driver."""
 
 import time
 from collections import deque
@@ -20,8 +20,8 @@ from slimray.train.methods.method import Span
 from slimray.train.ranks import Ranks
 from slimray.train.timing import Moment, Timer
 
-# What Prometheus may ask Ray for (with `ray_` before it), out of a row of training metrics, its step, and the time
-# at which this process began to train (Unix seconds): Ray gives each start of a run a series of its own.
+# Gauges that Ray exports to Prometheus (prefixed with `ray_`), computed from a row of training metrics, its step, and
+# the time at which this process began to train (Unix seconds): Ray gives each start of a run its own series.
 GAUGES: dict[str, Callable[[Mapping[str, float]], float]] = {
     "slimray_samples_per_s": lambda row: row["train/samples_per_s"],
     "slimray_loss": lambda row: row["train/loss"],
@@ -34,7 +34,7 @@ GAUGES: dict[str, Callable[[Mapping[str, float]], float]] = {
 
 
 class Gauges:
-    """The gauges of a run, which its rank 0 sets."""
+    """The gauges of a run; rank 0 sets them."""
 
     def __init__(self, run: str):
         self.run, self.gauges = run, {name: Gauge(name, f"{name} of a run", ("run",)) for name in GAUGES}
@@ -50,8 +50,8 @@ class Gauges:
 class Clock:
     """Seconds and sums over the steps since the last metric row.
 
-    The `seconds` of a step, by the names of its spans, are known when the device has done it: those of the last steps,
-    as many as are queued, after `settle`. `timed` are the samples of those of which they are known.
+    `seconds` has one entry per span name. The seconds of a step are known once the device has finished it; `settle`
+    adds those of the steps that are `queued`. `timed` counts the samples of the steps whose seconds are known.
     """
 
     def __init__(self, timer: Timer):
@@ -61,15 +61,15 @@ class Clock:
         self.queued: deque[tuple[list[Span], int]] = deque()
         self.steps = self.samples = self.dropped = 0
         self.weight = 0.0
-        self.loss: Tensor | float = 0.0  # on the device, where it is not waited for
+        self.loss: Tensor | float = 0.0  # a tensor stays on the device, so that nothing waits for it
 
     def add(self, *spans: Span) -> None:
-        """Add parts of the step that is being done."""
+        """Add spans of the current step."""
         self.spans += spans
 
     def end_step(self, start: Moment) -> Moment:
-        """Add the step that began at `start`; the moment at which it ends. Returns when the device has done all but the
-        last few, and so never lets more be queued."""
+        """Add the step that began at `start`, and return the moment at which it ends. Waits until the device has
+        finished all but the last few steps, so that no more than these are ever queued."""
         end = self.timer.now()
         self.queued.append(([*self.spans, ("total", start, end)], self.samples))
         self.spans, self.steps = [], self.steps + 1
@@ -77,7 +77,7 @@ class Clock:
         return end
 
     def settle(self, queued: int = 0) -> None:
-        """Wait for all steps but the last `queued`."""
+        """Wait for all steps except the last `queued`, and add their seconds."""
         while len(self.queued) > queued:
             spans, self.timed = self.queued.popleft()
             for name, start, end in spans:
@@ -85,32 +85,31 @@ class Clock:
 
     @property
     def compute_s(self) -> float:
-        """Return the seconds of a rank's own work on its steps, without transfers."""
+        """Seconds of the rank's own work on its steps, without transfers."""
         return self.seconds["work"] - self.seconds["transfer"] - self.seconds["reduce"]
 
 
 class Dropped:
-    """Counts the steps that were dropped for a gradient that was not finite, on the device, which drops them."""
+    """Counts, on the device, the steps that were dropped because of a gradient that was not finite."""
 
     def __init__(self, device: torch.device):
-        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # in a row; since `look`: most in a row, all
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # in a row; since `look`: most in a row, total
 
     def note(self, fits: Tensor) -> None:
-        """Count a step, by its flag as `StepReport` has it, which is not read."""
+        """Count a step by its flag `StepReport.fits`, which stays on the device."""
         in_row, most, dropped = self.counts
         in_row = torch.where(fits, 0, in_row + 1)
         self.counts = torch.stack([in_row, torch.maximum(most, in_row), dropped + ~fits])
 
     def look(self) -> tuple[int, int]:
-        """Return how many in a row were dropped at most, and how many in all, since the last call; a device is waited
-        for."""
+        """Return the most steps dropped in a row, and the total dropped, since the last call. Waits for the device."""
         _, most, dropped = self.counts.tolist()
         self.counts[1:] = 0
         return most, dropped
 
 
 class Records:
-    """The append-only records one rank writes: metrics (rank 0), bad samples, consumed samples on request."""
+    """Append-only records of one rank: metrics (rank 0), bad samples, and consumed samples on request."""
 
     def __init__(self, config: FitConfig, run: runs.Run, rank: int):
         self.run = run
@@ -123,12 +122,12 @@ class Records:
         self.gauges = Gauges(run.name) if rank == 0 else None
 
     def write_row(self, step: int, row: dict[str, Any]) -> None:
-        """Write a metric row of `step`, on the rank that has metrics."""
+        """Write a metric row of `step` on rank 0; do nothing on the others."""
         if self.tracker is not None:
             self.tracker.log({"step": step, "time": time.time(), **row})
 
     def show(self, step: int, row: dict[str, Any]) -> None:
-        """Set the gauges to a row of training metrics."""
+        """Set the gauges to a row of training metrics on rank 0; do nothing on the others."""
         if self.gauges is not None:
             self.gauges.show(step, row)
 
@@ -141,7 +140,7 @@ class Records:
             self.tracker.copy()
 
     def close(self) -> None:
-        """End the records; what was written is on storage."""
+        """Close the records, with everything written to storage."""
         for writer in (self.tracker, self.rows, self.bad, self.samples):
             if writer is not None:
                 writer.close()
@@ -171,7 +170,7 @@ def training_row(clock: Clock, ranks: Ranks) -> dict[str, Any]:
 
 
 class News:
-    """Tells the driver how far the run is, from rank 0: at most three times a second, never waited for."""
+    """Reports progress from rank 0 to the driver, at most three times a second and without waiting."""
 
     def __init__(self, config: FitConfig, rank: int):
         self.config, self.rank, self.told_at = config, rank, 0.0
@@ -190,9 +189,9 @@ class News:
 
 
 class BadSamples:
-    """The training samples that do not decode, by number. Those `known` when the epoch began have weight 0.
+    """Training samples that do not decode, by number. Those that were `known` when the epoch began have weight 0.
 
-    `seen` are those that this rank found or heard of; ranks tell each other the numbers of what is new.
+    `seen` are those that this rank found or received from others; ranks exchange the numbers of new ones.
     """
 
     def __init__(self, num_train: int, ranks: Ranks):
@@ -202,14 +201,14 @@ class BadSamples:
         self.untold: list[int] = []
 
     def is_known(self, samples: np.ndarray) -> np.ndarray:
-        """Return which of `samples` have weight 0, bool."""
+        """Return a bool per entry of `samples`: True where the sample has weight 0."""
         if not len(self.known):
             return np.zeros(len(samples), bool)
         place = np.searchsorted(self.known, samples)
         return self.known[np.minimum(place, len(self.known) - 1)] == samples
 
     def note(self, batch: Batch, phase: Phase, quarantine: runs.PartWriter) -> None:
-        """Write each sample that does not decode to the run's quarantine, once per attempt and rank."""
+        """Record each sample of `batch` that did not decode in the quarantine, once per attempt and rank."""
         for i in np.flatnonzero(~batch.valid):
             sample = int(batch.sample[i])
             if phase.split == "train":
@@ -221,7 +220,7 @@ class BadSamples:
             quarantine.write(row)
 
     def end_epoch(self) -> None:
-        """From now on the samples that any rank has found bad have weight 0. A collective."""
+        """Give weight 0 from now on to the samples that any rank has found bad. A collective."""
         self._tell()
         self.known = np.array(sorted(self.seen), np.int64)
 
@@ -230,7 +229,7 @@ class BadSamples:
         self.untold = []
 
     def too_many(self, bound: float) -> str | None:
-        """Return the sentence that ends a run with more bad samples than `bound` (a share). A collective."""
+        """Return the sentence that ends the run if more than `bound` (a share) of the samples are bad. A collective."""
         self._tell()
         num_bad, num_train = len(self.seen), self.num_train
         if num_bad <= bound * num_train:
@@ -241,7 +240,7 @@ class BadSamples:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds of them, as all ranks know it. A collective."""
+        """Return the tensors for a checkpoint, with what all ranks know. A collective."""
         self._tell()
         return {
             "bad.known": torch.from_numpy(self.known),
@@ -249,7 +248,7 @@ class BadSamples:
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` gave, or what it gave before 2026-11-30: a mask over all samples for each."""
+        """Load what `tensors` returned, also in its form before 2026-11-30: masks over all samples."""
         if "mask" in tensors:
             known, seen = tensors["mask"].nonzero().flatten(), tensors["bad_seen"].nonzero().flatten()
         else:

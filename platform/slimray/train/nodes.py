@@ -1,8 +1,8 @@
-"""Nodes that cannot work for a run: looked at before it starts, and as they join while it runs.
+"""Checks of nodes: find those that cannot work for a run, before it starts and as they join while it runs.
 
-Each node runs a task that compares its versions with the driver's, counts the GPUs it says it has, and reads from the
-run's folder what the driver wrote there. A node that fails is left out by ranks and decoding tasks; the storage that
-does not answer is no node's fault. No model, no data.
+Each node runs a task that compares its versions with the driver's, counts the GPUs that it advertises, and reads from
+the run's folder what the driver wrote there. A node that fails gets no ranks and no decoding tasks. A storage that does
+not answer is not held against a node. No model, no data.
 """
 
 import platform
@@ -24,7 +24,7 @@ from slimray.train.spec import ScaleSpec
 
 
 def versions() -> dict[str, str]:
-    """Return what all processes of a run have in common."""
+    """Return the versions, by package, that all processes of a run must share."""
     return {
         "python": ".".join(platform.python_version_tuple()[:2]),
         "ray": ray.__version__,
@@ -34,16 +34,16 @@ def versions() -> dict[str, str]:
 
 
 def look(run_uri: str, token: str, wanted: Mapping[str, str], gpus: int, patience_s: float) -> str:
-    """Return what is wrong with the node this runs on, "" if nothing. StorageError where the storage does not answer.
+    """Return the fault of the node this runs on, "" if none. StorageError if the storage does not answer.
 
-    `token` is what the driver wrote into the run's folder, "" if it wrote nothing: the folder must then be a run's.
+    `token` is what the driver wrote into the run's folder; if "", it wrote nothing, and the folder must hold a run.
     """
     for name, version in versions().items():
         if version != wanted[name]:
             return f"has {name} {version}, the driver has {wanted[name]}"
     found = len([one for one in Path("/dev").glob("nvidia*") if one.name.removeprefix("nvidia").isdigit()])
     if found < gpus:
-        return f"says it has {gpus} GPUs, {found} are there"
+        return f"advertises {gpus} GPUs but has {found}"
     if not run_uri:
         return ""
     elsewhere = f"sees another {run_uri} than the driver: use a shared folder, s3:// or gs://"
@@ -60,12 +60,12 @@ def look(run_uri: str, token: str, wanted: Mapping[str, str], gpus: int, patienc
 
 
 def working() -> list[dict[str, Any]]:
-    """Return the nodes that are there and have CPUs, as `ray.nodes` tells them."""
+    """Return the nodes that are alive and have CPUs, in the form of `ray.nodes`."""
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
 def ask(nodes: Sequence[Mapping[str, Any]], run_uri: str, token: str, scale: ScaleSpec) -> dict[Any, str]:
-    """Have each of the nodes `look`; returns reference of the answer -> id of the node."""
+    """Start `look` on each of the nodes; return reference of the result -> node id."""
     task, wanted, asked = ray.remote(num_cpus=0, max_retries=1)(look), versions(), {}
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -76,26 +76,26 @@ def ask(nodes: Sequence[Mapping[str, Any]], run_uri: str, token: str, scale: Sca
 
 
 def answer(ref: Any) -> str:
-    """Return what a node that was asked says is wrong with it, also if it cannot run a task; StorageError as `look`."""
+    """Return the fault that the check `ref` found, also that the node cannot run a task; StorageError as `look`."""
     try:
         return ray.get(ref)
     except exceptions.RayError as error:
         if isinstance(error, exceptions.RayTaskError) and isinstance(cause := failure_of(error), StorageError):
-            raise cause from None  # the storage was waited for: no node's fault
+            raise cause from None  # the storage failed after a wait, not the node
         return f"cannot run a task ({(str(error).strip().splitlines() or [type(error).__name__])[-1]})"
 
 
 class Newcomers:
-    """Looks at the nodes that join while a launch runs, in the background of its driver."""
+    """Checks the nodes that join while a launch runs, in the background of its driver."""
 
     def __init__(self, run_uri: str, scale: ScaleSpec, known: Iterable[str]):
         self.run_uri, self.scale, self.known = run_uri, scale, set(known)
         self.asked: dict[Any, str] = {}
 
     def look(self) -> dict[str, str]:
-        """Ask the nodes that are new, and return the sick among those that have answered: node id -> what is wrong.
+        """Start checks on new nodes, and return the sick ones among those checked: node id -> fault.
 
-        Meant to be called every few seconds. A node that does not answer, or goes, stays unknown.
+        Meant to be called every few seconds. A node that does not answer, or disappears, stays unknown.
         """
         new = [node for node in working() if node["NodeID"] not in self.known]
         self.known |= {node["NodeID"] for node in new}

@@ -1,8 +1,8 @@
-"""What may end a training: a node whose preemption is announced, the limits of the job, a rank that is stuck.
+"""Events that may end a training: an announced preemption of a node, the limits of the job, a stuck rank.
 
-Ray Train's watcher of a group asks the cluster's state and, when a node of the group is to be taken, tells every rank's
-process. A rank looks at what its own process was told: nobody is asked and nobody waits. That one of them was told the
-others hear of in the sum that each step begins with, and only then do all ranks meet.
+Ray Train's watcher of the group polls the state of the cluster and notifies the process of every rank when preemption
+of one of its nodes is announced. Each rank checks its own process for a notice, without a request and without waiting.
+The sum over all ranks with which each step begins shows whether any rank has one; only then do all ranks meet.
 """
 
 import contextlib
@@ -23,21 +23,21 @@ from slimray.train.health import OTHERS
 from slimray.train.ranks import Ranks
 from slimray.train.spec import LimitsSpec
 
-LOOK_S = 2.0  # how often rank 0 looks whether a limit of the job is reached
+LOOK_S = 2.0  # seconds between rank 0's checks of the job's limits
 
 
 def told_here() -> Any:
-    """Return Ray's PreemptionInfo if this rank's process was told that a node of the group is to be taken, else None.
+    """Return Ray's PreemptionInfo if this process was notified that a node of the group is to be preempted, else None.
 
-    `ray.train.get_preemption_info` gives the same, but through a barrier of all ranks in one actor.
+    `ray.train.get_preemption_info` returns the same, but through a barrier of all ranks in one actor.
     """
     return get_train_context().preemption_context.preemption_info
 
 
 class Notices:
-    """Looks for notices at every step. `save` returns once a checkpoint of all ranks is on storage (a collective).
+    """Checks for notices at every step. `save` returns once a checkpoint of all ranks is on storage (a collective).
 
-    `tell` reports a note and more to the driver, `told` returns what this rank's process was told.
+    `tell` reports a note and other state to the driver, `told` returns the notice that this rank's process has, if any.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class Notices:
         self.looked_at = self.counted_at = time.monotonic()
 
     def due(self, progress: Progress) -> float:
-        """Count the time in `progress`, and return 1 where this rank was told something, on rank 0 also where a limit
-        is reached, else 0: all ranks hear of it in the sum that each step begins with.
+        """Add the elapsed time to `progress`; return 1 if this rank has a notice, or is rank 0 and a limit is reached,
+        else 0. The sum with which each step begins adds this up over all ranks.
         """
         now = time.monotonic()
         progress.seconds += now - self.counted_at
@@ -65,12 +65,12 @@ class Notices:
         return float(over or self.told() is not None)
 
     def look(self, progress: Progress) -> dict[str, Any] | None:
-        """Return what ends the workers, after a step at which somebody had something to say; None to go on. A
-        collective.
+        """Return the result with which the workers end, or None to go on. Called after a step at which `due` was not 0
+        on some rank. A collective.
 
-        {"failed": sentence} where a limit of the job is reached. With notice of a preemption the ranks save now, take
-        no more steps, and return {"leaving": {node id: reason}}: they are started again without those nodes, at once,
-        however long the notice is, and no step is done twice.
+        The result is {"failed": sentence} where a limit of the job is reached. On notice of a preemption the ranks save
+        now, take no more steps, and return {"leaving": {node id: reason}}: they are started again without those nodes
+        at once, however long the notice is, and no step is done twice.
         """
         told = [info for info in self.ranks.everyone(self.told()) if info is not None and info.preempted_node_ids]
         if told:
@@ -93,11 +93,12 @@ class Notices:
             note = f"node preemption announced ({where}{notice}): saved step {progress.total_steps}, starting again"
             self.tell(note=note, preempted=True, total_steps=progress.total_steps)
         nodes = sorted({node for info in told for node in info.preempted_node_ids})
-        return {"leaving": dict.fromkeys(nodes, "is about to be taken")}
+        return {"leaving": dict.fromkeys(nodes, "is about to be preempted")}
 
 
 def tell_stuck(config: FitConfig, run: runs.Run, rank: int, doing: str, seconds: float, stacks: str) -> None:
-    """Write the stacks of a rank that does not move to the logs, and tell the driver, unless it waits for others."""
+    """Write the stacks of a rank that does not move to the logs and notify the driver: whether it is stuck, or waits
+    for others."""
     where = f"rank {rank} ({socket.gethostname()})"
     file = f"logs/{config.attempt:04d}-rank{rank:05d}-stacks.txt"
     with contextlib.suppress(OSError, RunFailed):

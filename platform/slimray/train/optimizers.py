@@ -1,7 +1,7 @@
-"""The optimizer and its rate: parameter groups, schedules with linear scaling and warm-up, state for checkpoints.
+"""The optimizer and its learning rate: parameter groups, schedules with scaling and warm-up, state for checkpoints.
 
 The learning rate is a pure function of the samples seen (linear scaling with gradual warm-up, arXiv 1706.02677), never
-scheduler state, so that a resumed or elastic run has the same one. The parameter groups "tsm" are those of the
+scheduler state, so that a resumed or elastic run has the same rate. The parameter groups "tsm" are those of the
 published TSM runs (arXiv 1811.08383). torch's SGD keeps the rate out of its momentum buffer, so that a changing rate
 needs no correction.
 """
@@ -29,9 +29,9 @@ def peak_rate(optim: OptimSpec, batch_total: int) -> float:
 def learning_rate(
     optim: OptimSpec, batch_total: int, num_samples: int, samples_seen: int, step: int = 0, num_steps: int = 1
 ) -> float:
-    """The rate of the step that begins after `samples_seen` samples of epochs of `num_samples`.
+    """Return the rate of the step that begins after `samples_seen` samples, with `num_samples` in an epoch.
 
-    For schedules in steps: after `step` steps of epochs of `num_steps`.
+    Schedules in steps go by `step`, the number of steps done, with `num_steps` in an epoch.
     """
     peak, epoch = peak_rate(optim, batch_total), samples_seen / num_samples
     if optim.warmup_steps or optim.steps:
@@ -55,7 +55,7 @@ def _cosine(optim: OptimSpec, peak: float, progress: float) -> float:
 
 
 def _rate_by_steps(optim: OptimSpec, peak: float, step: int, last: int) -> float:
-    """The rate after `step` steps of `last`, with a warm-up in steps."""
+    """Return the rate after `step` of `last` steps, with a warm-up in steps."""
     warmup = optim.warmup_steps
     if warmup and step <= warmup:
         if not optim.warmup_from:
@@ -67,7 +67,7 @@ def _rate_by_steps(optim: OptimSpec, peak: float, step: int, last: int) -> float
         begin = warmup if optim.cosine_from == "warmup" else 0
         return _cosine(optim, peak, (step - begin) / max(1, last - begin))
     if optim.schedule == "step":
-        epochs = optim.epochs or 1  # where steps are given and nobody knows yet how many epochs they take
+        epochs = optim.epochs or 1  # 0 where the job gives steps: milestones are then shares of them
         milestones = optim.milestones or (0.4 * epochs, 0.8 * epochs)
         return peak * optim.gamma ** sum(step * epochs >= milestone * last for milestone in milestones)
     return peak
@@ -83,10 +83,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def parameter_groups(net: nn.Module, groups: str) -> list[dict[str, Any]]:
-    """The trainable parameters of `net` as groups with `name`, `params`, `lr_mult`, `decay_mult`.
+    """Return the trainable parameters of `net` as groups with `name`, `params`, `lr_mult`, `decay_mult`.
 
-    The head is what lies under `net.head_name`, the first convolution `net.first_conv_name` (x5 and x10 if it does not
-    take RGB: optical flow starts from averaged weights). UserError `optim.groups: ...` where "tsm" finds none.
+    "tsm" finds the head under `net.head_name` and the first convolution under `net.first_conv_name`, whose weights
+    learn at x5 if it does not take RGB (optical flow starts from averaged weights). UserError `optim.groups: ...` where
+    the network does not name both.
     """
     if groups == "tsm" and not _names_its_ends(net):
         raise UserError(
@@ -99,7 +100,7 @@ def parameter_groups(net: nn.Module, groups: str) -> list[dict[str, Any]]:
         if not parameter.requires_grad:
             continue
         is_bias = name.endswith("bias")
-        is_norm = f"{name.rpartition('.')[0]}." in norms or name.endswith(".input_range")  # ranges do not decay either
+        is_norm = f"{name.rpartition('.')[0]}." in norms or name.endswith(".input_range")  # no decay on ranges either
         kind, lr_mult, decay_mult = "all", 1.0, 1.0
         if groups == "no_norm_decay":
             kind, decay_mult = ("no_decay", 0.0) if is_bias or is_norm else ("weight", 1.0)
@@ -121,8 +122,8 @@ def _tsm_group(net: nn.Module, name: str, value: Tensor, is_bias: bool, is_norm:
 
 
 def groups_of(net: nn.Module, optim: OptimSpec) -> str:
-    """Return the groups of `optim`; where it leaves them open "tsm" for SGD on a network that names head and first
-    convolution (those of clips and images), else "no_norm_decay"."""
+    """Return `optim.groups`; by default "tsm" for SGD on a network that names its head and first convolution (those of
+    clips and images), else "no_norm_decay"."""
     if optim.groups is not None:
         return optim.groups
     return "tsm" if optim.optimizer == "sgd" and _names_its_ends(net) else "no_norm_decay"
@@ -137,8 +138,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer over the groups of `optim`; the rate is set before each step (`set_learning_rate`).
 
-    `batch_total` (default `optim.reference_batch`) scales betas and eps with `scaling: sqrt`. With `queued` its steps
-    can be dropped on the device (`skip_unless`). UserError `optim.groups: ...` for groups that the network has not.
+    `batch_total` (default `optim.reference_batch`) scales betas and eps with `scaling: sqrt`. With `queued`, its steps
+    can be dropped on the device (`skip_unless`). UserError `optim.groups: ...` as in `parameter_groups`.
     """
     groups, fused = parameter_groups(net, groups_of(net, optim)), queued or None  # None: torch chooses
     for group in groups:
@@ -161,15 +162,15 @@ def make_optimizer(
 
 
 def skip_unless(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """Let the next step of a `queued` optimizer change nothing unless the flag `finite` holds, which is not read.
+    """Make the next step of a `queued` optimizer change nothing unless `finite`, a flag on the device, is True.
 
-    `found_inf` is how torch's fused optimizers are told so by its GradScaler; `Lars` knows it too.
+    torch's GradScaler passes `found_inf` to fused optimizers in the same way; `Lars` supports it too.
     """
     optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
 
 
 def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give each weight of a fused SGD its momentum, 0: torch takes memory as it is, and may drop the first step."""
+    """Create the momentum buffers of a fused SGD as zeros: torch would use uninitialised memory if it drops step 1."""
     for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
         for weight in group["params"] if group["momentum"] else ():
             if optimizer.state[weight].get("momentum_buffer") is None:
@@ -177,7 +178,7 @@ def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of `optimizer` as `<parameter number>.<what>` -> tensor."""
+    """Return the state of `optimizer` as `<parameter number>.<name>` -> tensor."""
     state = optimizer.state_dict()["state"]
     return {
         f"{number}.{key}": torch.as_tensor(value)
@@ -190,7 +191,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], queued: bool = False
 ) -> None:
-    """Take over the state that `optimizer_tensors` gave, of an optimizer that was `queued` or not."""
+    """Load the state that `optimizer_tensors` returned, whether that optimizer was `queued` or not."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         number, _, key = name.partition(".")

@@ -1,9 +1,9 @@
-"""The samples of a rank's step as the microbatches that a replica takes, cut while the step before computes.
+"""Microbatches of a rank's step, cut from its samples while the previous step computes.
 
-`cut` runs in the thread that fetches (`RankStream`): what is left to the training step is to look at them. To a GPU
-they go from there too, out of memory that is pinned (torch keeps such blocks and uses them in turn), over a stream of
-their own, beside what it computes; the step makes its stream wait for them, never itself. On a GPU this was not run
-yet.
+`cut` runs in the thread that fetches batches (`RankStream`), so that the training step finds them ready. That thread
+also sends them to a GPU, from pinned memory (torch caches such blocks and reuses them) and over a stream of their own,
+so that copies overlap with computing; the step makes its stream wait for them and never waits itself. This has not been
+run on a GPU yet.
 """
 
 import functools
@@ -22,8 +22,8 @@ from slimray.train.ranks import Ranks
 
 @dataclass(frozen=True)
 class Cut:
-    """A step of a rank: its `batch`, None where it has no rows, which of these count, bool `[n]`, and their `pieces`:
-    as many on every rank, empty ones at the end."""
+    """The step of a rank: its `batch` (None if it has no rows), `keep`, a bool `[n]` for the rows that count, and their
+    `pieces`: equally many on every rank, with empty ones at the end."""
 
     batch: Batch | None
     keep: np.ndarray
@@ -31,7 +31,7 @@ class Cut:
 
 
 def cut(batch: Batch | None, keep: np.ndarray, phase: Phase, step: int, per_worker: int, ranks: Ranks) -> Cut:
-    """Return the rows of `batch` that `keep` as microbatches of at most `per_worker` samples, or bags."""
+    """Return the rows of `batch` where `keep` is True as microbatches of at most `per_worker` samples, or as bags."""
     cuts = microbatches(phase, step, ranks.rank, ranks.world, per_worker)
     if batch is None:
         return Cut(None, keep, [Piece(np.zeros((0,), np.uint8), np.zeros(0, np.int64)) for _ in cuts])
@@ -45,7 +45,7 @@ def cut(batch: Batch | None, keep: np.ndarray, phase: Phase, step: int, per_work
 
 
 def parts(batch: Batch, phase: Phase, step: int, per_worker: int, ranks: Ranks) -> list[Batch]:
-    """Return the rows of a step that are scored together: all, or those of each bag."""
+    """Return the rows of a step in the groups that are scored together: all of them, or one group per bag."""
     if phase.bags is None:
         return [batch]
     cuts = microbatches(phase, step, ranks.rank, ranks.world, per_worker)
@@ -53,16 +53,16 @@ def parts(batch: Batch, phase: Phase, step: int, per_worker: int, ranks: Ranks) 
 
 
 def sent(data: np.ndarray, device: torch.device) -> np.ndarray | Sent:
-    """Return `data` on its way to a GPU; as it is for a CPU, and where there is nothing to send."""
+    """Start copying `data` to a GPU and return the handle; return `data` itself for a CPU, or if it is empty."""
     if device.type != "cuda" or not len(data):
         return data
     stream = _copies(device)
-    with torch.cuda.device(device), torch.cuda.stream(stream):  # a thread of its own would begin with the first GPU
+    with torch.cuda.device(device), torch.cuda.stream(stream):  # a new thread would otherwise use the first GPU
         tensor = torch.from_numpy(np.ascontiguousarray(data)).pin_memory().to(device, non_blocking=True)
         return Sent(tensor, stream.record_event())
 
 
 @functools.cache
 def _copies(device: torch.device) -> torch.cuda.Stream:
-    """The stream of this process on which samples go to a GPU."""
+    """Return the stream on which this process copies samples to a GPU."""
     return torch.cuda.Stream(device)

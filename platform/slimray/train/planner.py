@@ -1,14 +1,13 @@
-"""Duration of a training on a cluster, and its causes: compute, data, exposed all-reduce, stragglers; money,
-checkpoints.
+"""Duration and cost of a training on a cluster, split into compute, data, exposed all-reduce and stragglers.
 
-In go a `Work` (what a job asks for) and a `Cluster` (what machines give, by data sheets or by `plan --measure`), and
-out comes a `Row` per number of workers. Every uncertain figure is a range (low, likely, high), so is every answer: the
-high one takes the slow end of everything at once. Formulas: ring, double binary tree and two-level all-reduce; linear
-scaling with accumulation as in arXiv 1706.02677; checkpoints by Young and Daly; E[max of n] ~ sigma sqrt(2 ln n) for
-stragglers. The control path is the sum of a few numbers over all ranks with which each step begins; what the process of
-a feeder takes for a step's blocks is hidden as decoding is. Surprising: a step is as slow as its slowest rank, so
-jitter is charged by ranks, not by nodes; and workers that share cores (a laptop) are charged each other's work and the
-decoders'. numpy only: no torch, no Ray.
+The input is a `Work` (the demands of a job) and a `Cluster` (the capacity of machines, from data sheets or
+`plan --measure`), the output a `Row` per number of workers. Every uncertain figure is a range (low, likely, high), and
+so is every answer: the high one combines the slow ends of all figures. Formulas: ring, double binary tree and two-level
+all-reduce; linear scaling with accumulation as in arXiv 1706.02677; checkpoint intervals by Young and Daly; E[max of n]
+~ sigma sqrt(2 ln n) for stragglers. The control path is the sum of a few numbers over all ranks with which each step
+begins; a feeder's time for the blocks of a step is hidden behind computing, as decoding is. Surprising: a step is as
+slow as its slowest rank, so jitter is charged per rank, not per node; and workers that share cores (a laptop) are
+charged for each other's work and for decoding. numpy only: no torch, no Ray.
 """
 
 import math
@@ -23,18 +22,18 @@ from slimray.spec import UserError
 from slimray.train.machines import Cluster, Link, Range
 
 LOW, LIKELY, HIGH = 0, 1, 2
-BACKWARD = 2 / 3  # part of forward + backward in which gradients come to be: backward costs twice the forward pass
-LAST_BUCKET_MB = 25.0  # DDP's default bucket: the last one is reduced when no gradient is left to hide it
-CONTROL_BYTES = 64  # of the sum with which a step begins
-BLOCK_S = 0.0094  # of the process of a feeder for a block that it hands on (tests/benchmarks/feeder.py)
-RESTART_S = 60.0  # what a lost node costs beside the work since the last checkpoint: a new group of workers
+BACKWARD = 2 / 3  # the backward pass's share of forward + backward: it costs twice the forward pass
+LAST_BUCKET_MB = 25.0  # DDP's default bucket: no computing is left to hide the all-reduce of the last one
+CONTROL_BYTES = 64  # size of the sum with which a step begins
+BLOCK_S = 0.0094  # seconds that a feeder's process spends per block (tests/benchmarks/feeder.py)
+RESTART_S = 60.0  # cost of a lost node besides the work since the last checkpoint: a new group of workers
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Summary of a training before machines are asked for; None for what its dataset or network does not tell.
+    """Summary of a training before it runs; None for what cannot be known without its dataset or network.
 
-    `input` is one sample as the network takes it, without the batch.
+    `input` is the shape of one sample as the network takes it, without the batch dimension.
     """
 
     model: str
@@ -52,31 +51,31 @@ class Summary:
 
     @property
     def counted(self) -> tuple[int, int]:
-        """Parameters and MACs, which are known where the dataset is."""
+        """Parameters and MACs, for a summary with a known dataset."""
         assert self.params is not None
         assert self.macs is not None
         return self.params, self.macs
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """The shape of an input, which is known where the dataset is."""
+        """The shape of an input, for a summary with a known dataset."""
         assert self.input is not None
         return self.input
 
     def to_plain(self) -> dict[str, Any]:
-        """Return what is known by name, in the order in which it is shown."""
+        """Return the known values by name, in display order."""
         plain = {name: value for name, value in asdict(self).items() if value is not None}
         return plain if self.input is None else plain | {"input": list(self.input)}
 
 
 @dataclass(frozen=True)
 class Work:
-    """Work that a training asks of machines. Megabytes are 10^6 bytes; times are of one rank that nobody disturbs.
+    """Demands of a training on its machines. Megabytes are 10^6 bytes; times are those of a rank running alone.
 
-    `compute_s`: forward and backward pass of a sample; `step_s`: what every step costs beside (optimizer); `decode_s`:
-    core-seconds to make a sample of `decoded_mb` of its `sample_mb` on storage, which takes `requests` to it;
-    `restart_s`: idle time of an epoch's beginning. `threads`: cores a rank uses where it has no GPU. `basis` says where
-    the times are from.
+    `compute_s`: forward and backward pass of a sample; `step_s`: fixed cost of each step (optimizer); `decode_s`:
+    core-seconds to decode a sample from `sample_mb` on storage, read with `requests` requests, to `decoded_mb`;
+    `restart_s`: idle time at the beginning of an epoch. `threads`: cores a rank uses without a GPU. `basis`: source of
+    the times.
     """
 
     name: str
@@ -99,7 +98,7 @@ class Work:
     basis: str = ""
 
     def accumulation(self, workers: int) -> int:
-        """Microbatches per step and rank; ValueError where `batch_total` does not divide."""
+        """Return the microbatches per step and rank; ValueError if they do not divide `batch_total` evenly."""
         per_pass = workers * self.per_worker
         if self.batch_total % per_pass:
             raise ValueError(
@@ -111,8 +110,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Split:
-    """The seconds of a step: computing, waiting for data, exposed all-reduce, waiting for the slowest rank, and the sum
-    of a few numbers at its beginning."""
+    """Seconds of a step: computing, waiting for data, exposed all-reduce, waiting for the slowest rank, and the control
+    path (the sum of a few numbers with which it begins)."""
 
     compute_s: float
     data_s: float
@@ -129,11 +128,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Row:
-    """A plan for one number of workers. Ranges are (low, likely, high), the milliseconds the likely ones.
+    """A plan for one number of workers. Ranges are (low, likely, high); milliseconds are likely values.
 
-    `efficiency` is the rate over `workers` times that of one worker of the same job (0-1). `goodput` is the useful part
-    of the time with failures and checkpoints every `checkpoint_every_s`. `decode_cores` are needed all over, and so are
-    `requests_s` to the storage; through the largest feeder go `blocks_s`.
+    `efficiency` is the rate over `workers` times that of one worker of the same job (0-1). `goodput` is the useful
+    share of the time, given failures and checkpoints every `checkpoint_every_s`. `decode_cores`, and `requests_s` to
+    the storage, are totals over all nodes; `blocks_s` pass through the largest feeder.
     """
 
     workers: int
@@ -162,7 +161,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """The rows of a job on a cluster, and what one should know about the figures behind them."""
+    """The rows of a job on a cluster, and notes about the figures behind them."""
 
     job: str
     cluster: str
@@ -175,19 +174,19 @@ class Plan:
 
 
 def ring_s(ranks: int, num_bytes: float, link: Link) -> float:
-    """Seconds of a ring all-reduce: 2 (n-1) hops, and 2 (n-1)/n of the bytes over each link."""
+    """Return the seconds of a ring all-reduce: 2 (n-1) hops, and 2 (n-1)/n of the bytes over each link."""
     return 2 * (ranks - 1) * link.latency_s + 2 * (ranks - 1) / ranks * link.seconds(num_bytes)
 
 
 def tree_s(ranks: int, num_bytes: float, link: Link) -> float:
-    """Seconds of an all-reduce by a double binary tree: 2 log2 n hops and twice the bytes; 0 for one rank."""
+    """Return the seconds of an all-reduce by double binary tree: 2 log2 n hops and twice the bytes; 0 for one rank."""
     return 0.0 if ranks == 1 else 2 * math.log2(ranks) * link.latency_s + 2 * link.seconds(num_bytes)
 
 
 def hierarchical_s(nodes: int, per_node: int, num_bytes: float, inner: Link, outer: Link) -> float:
-    """Seconds of reduce-scatter in each node, all-reduce of the shares between nodes, all-gather in each node.
+    """Return the seconds of a two-level all-reduce: reduce-scatter per node, all-reduce across nodes, all-gather.
 
-    Each of the `per_node` ranks reduces its share between nodes by ring or tree at 1/per_node of the node's bandwidth.
+    Each of the `per_node` ranks reduces its share across nodes by ring or tree at 1/per_node of the node's bandwidth.
     """
     share = Link(outer.gb_s / per_node, outer.latency_us)
     within = ring_s(per_node, num_bytes, inner) if per_node > 1 else 0.0
@@ -196,7 +195,7 @@ def hierarchical_s(nodes: int, per_node: int, num_bytes: float, inner: Link, out
 
 
 def allreduce_s(cluster: Cluster, workers: int, num_bytes: float, share: float = 1.0) -> dict[str, float]:
-    """Seconds of each way to all-reduce `num_bytes` over `workers`, at a `share` of the data sheets' bandwidth.
+    """Return the seconds to all-reduce `num_bytes` over `workers` by algorithm, at a `share` of the nominal bandwidth.
 
     A flat ring or tree enters and leaves a node once, with all of its network bandwidth.
     """
@@ -216,13 +215,13 @@ def allreduce_s(cluster: Cluster, workers: int, num_bytes: float, share: float =
 
 
 def control_s(cluster: Cluster, workers: int) -> float:
-    """Seconds of the sum of a few numbers over all ranks, by a tree: each step waits for one, and nothing hides it."""
+    """Return the seconds to sum a few numbers over all ranks by a tree; each step waits for this sum."""
     nodes, _ = cluster.place(workers)
     return tree_s(workers, CONTROL_BYTES, cluster.outer if nodes > 1 else cluster.inner)
 
 
 def feeder_blocks(work: Work, cluster: Cluster, workers: int) -> float:
-    """Blocks that the largest feeder of `workers` hands on at a step; 0 where the size of a sample is not known."""
+    """Return the blocks per step that pass through the largest feeder of `workers`; 0 if the sample size is unknown."""
     if not work.decoded_mb:
         return 0.0
     nodes, here = cluster.place(workers)
@@ -233,7 +232,7 @@ def feeder_blocks(work: Work, cluster: Cluster, workers: int) -> float:
 
 
 def straggler_tax(ranks: int, jitter: float) -> float:
-    """By what part the slowest of `ranks` is slower than the mean: jitter x sqrt(2 ln n); 0 for one rank."""
+    """Return the relative delay of the slowest of `ranks` over the mean: jitter x sqrt(2 ln n); 0 for one rank."""
     return jitter * math.sqrt(2 * math.log(ranks))
 
 
@@ -241,13 +240,13 @@ def straggler_tax(ranks: int, jitter: float) -> float:
 
 
 def split_step(work: Work, cluster: Cluster, workers: int, case: int = LIKELY, batch: int | None = None) -> Split:
-    """The seconds of a step of `batch` samples (default the global batch) on `workers`, for a `case` LOW to HIGH.
+    """Split the seconds of a step of `batch` samples (default: the global batch) on `workers`; `case` is LOW to HIGH.
 
     LOW and LIKELY hide the all-reduce behind the last backward pass and take its fastest algorithm; HIGH hides nothing
-    and takes the slowest flat one. CPUs hide nothing: what moves the bytes is what computes.
+    and takes the slower flat one. On CPUs nothing is hidden: the cores that compute also move the bytes.
     """
     nodes, here = cluster.place(workers)
-    rows = -(-(batch or work.batch_total) // workers)  # of the fullest rank
+    rows = -(-(batch or work.batch_total) // workers)  # of the rank with the most
     own = rows * work.compute_s[case] + work.step_s
     decode = here * rows * work.decode_s
     if cluster.shares_cores:
@@ -265,7 +264,7 @@ def split_step(work: Work, cluster: Cluster, workers: int, case: int = LIKELY, b
         waits["storage"] = workers * read_gb / cluster.storage_gb_s - compute
     if cluster.storage_requests_s:
         waits["requests"] = workers * rows * work.requests / cluster.storage_requests_s - compute
-    share = (batch or work.batch_total) / work.batch_total  # a short last step waits for none: they are there
+    share = (batch or work.batch_total) / work.batch_total  # a short last step has fewer blocks
     waits["feeder"] = share * feeder_blocks(work, cluster, workers) * BLOCK_S - compute
     cause = max(waits, key=lambda name: waits[name])
     data = max(0.0, waits[cause])
@@ -283,7 +282,7 @@ def split_step(work: Work, cluster: Cluster, workers: int, case: int = LIKELY, b
 
 
 def train_s(work: Work, cluster: Cluster, workers: int, case: int = LIKELY) -> float:
-    """Seconds of the whole training: full steps, the short last step of each epoch, its beginning, validations."""
+    """Return the seconds of the whole training: per epoch its start, full steps and a short last one; validations."""
     full, rest = divmod(work.samples, work.batch_total)
     epoch = full * split_step(work, cluster, workers, case).step_s + work.restart_s[case]
     if rest:
@@ -296,15 +295,15 @@ def train_s(work: Work, cluster: Cluster, workers: int, case: int = LIKELY) -> f
 
 
 def scaled(values: Range, factor: float) -> Range:
-    """`values` times `factor`."""
+    """Return `values` times `factor`."""
     low, likely, high = (value * factor for value in values)
     return low, likely, high
 
 
 def anchored(work: Work, cluster: Cluster, workers: int, seconds: float) -> Work:
-    """`work` with the computing time at which a training on `workers` lasts `seconds`, for each case of its own.
+    """Return `work` with `compute_s` fitted, case by case, so that the training on `workers` lasts `seconds`.
 
-    So all that a known run lost there (stragglers, all-reduce, restarts) is taken off first, as the case has it.
+    The known run's losses (stragglers, all-reduce, restarts) are thus subtracted first, by the figures of the case.
     """
     found = []
     for case in (LOW, LIKELY, HIGH):
@@ -321,12 +320,12 @@ def anchored(work: Work, cluster: Cluster, workers: int, seconds: float) -> Work
 
 
 def checkpoint_interval_s(save_s: float, mtbf_s: float) -> float:
-    """Seconds between checkpoints that lose least (Young and Daly): sqrt(2 x seconds of a save x MTBF of the job)."""
+    """Return the optimal seconds between checkpoints (Young and Daly): sqrt(2 x seconds per save x MTBF of the job)."""
     return math.sqrt(2 * save_s * mtbf_s)
 
 
 def goodput(save_s: float, every_s: float, mtbf_s: float, restart_s: float = RESTART_S) -> float:
-    """The useful part of the time, 0-1: saves, and per failure half an interval and a restart, are lost."""
+    """Return the useful share of the time, 0-1: saves are lost, and per failure half an interval and a restart."""
     return max(0.0, 1 - save_s / every_s - (every_s / 2 + restart_s) / mtbf_s)
 
 
@@ -334,7 +333,7 @@ def goodput(save_s: float, every_s: float, mtbf_s: float, restart_s: float = RES
 
 
 def make_plan(work: Work, cluster: Cluster, workers: Sequence[int]) -> Plan:
-    """A row for each of `workers`; UserError for a number that the job or the cluster does not allow."""
+    """Return a plan with a row for each of `workers`; UserError for a number that the job or cluster does not allow."""
     rows = []
     for count in workers:
         try:
@@ -398,7 +397,7 @@ def _range(values: Any) -> Range:
 
 
 def _bottleneck(split: Split) -> str:
-    """The largest part of a step beside computing, if it is a tenth of it or more; else computing itself."""
+    """Return the largest part of a step besides computing, if it is at least a tenth of the step; else "compute"."""
     parts = {split.data_cause: split.data_s, "all-reduce": split.comm_s, "stragglers": split.straggler_s}
     parts["control path"] = split.control_s
     worst = max(parts, key=lambda name: parts[name])
@@ -406,19 +405,19 @@ def _bottleneck(split: Split) -> str:
 
 
 def _advice(work: Work, cluster: Cluster, workers: int, split: Split, bottleneck: str) -> str:
-    """One sentence: what to change."""
+    """Return one sentence about what to change."""
     rate = work.batch_total / split.step_s
     crowded = cluster.shares_cores and cluster.place(workers)[1] * work.threads > cluster.cores
     if bottleneck == "decode":
         need = math.ceil(work.batch_total * work.decode_s / (split.compute_s + split.comm_s + split.straggler_s))
         return (
-            f"decoding wants {need} cores, {cluster.place(workers)[0] * cluster.cores} are there: pack the dataset "
+            f"decoding needs {need} cores, there are {cluster.place(workers)[0] * cluster.cores}: pack the dataset "
             "(prepare with pack: jpeg, or h264 with gop 12), or take nodes with more cores"
         )
     if bottleneck in ("disk", "network", "storage"):
         return (
-            f"the {bottleneck} must give {rate * work.sample_mb:.0f} MB/s: pack the dataset smaller (short_side), or "
-            "bring it nearer to the nodes"
+            f"the {bottleneck} must deliver {rate * work.sample_mb:.0f} MB/s: pack the dataset smaller (short_side), "
+            "or move it closer to the nodes"
         )
     if bottleneck == "requests":
         return (
@@ -427,8 +426,8 @@ def _advice(work: Work, cluster: Cluster, workers: int, split: Split, bottleneck
         )
     if bottleneck == "feeder":
         return (
-            f"blocks pass through the process of a feeder, {1 / BLOCK_S:.0f} a second: raise batch.per_worker, so that "
-            "there are fewer"
+            f"a feeder's process passes on {1 / BLOCK_S:.0f} blocks a second: raise batch.per_worker, so that there "
+            "are fewer"
         )
     if bottleneck == "control path":
         return "steps are too short for so many workers: raise batch.total, or take fewer workers"
@@ -439,15 +438,18 @@ def _advice(work: Work, cluster: Cluster, workers: int, split: Split, bottleneck
     if bottleneck == "stragglers":
         return "the slowest of so many ranks sets the pace: leave out slow nodes, or take fewer workers"
     if work.accumulation(workers) > 1:
-        return f"computing bounds it: up to {work.batch_total // work.per_worker} workers take the same batch"
-    return "computing bounds it: a smaller network, fewer frames, a faster device; more workers want more batch.total"
+        return f"computing is the limit: up to {work.batch_total // work.per_worker} workers can share the same batch"
+    return (
+        "computing is the limit: use a smaller network, fewer frames or a faster device; more workers need a larger "
+        "batch.total"
+    )
 
 
 # ------------------------------------------------------------------------------------------- from data sheets
 
 
 def compute_s(macs: float, tmacs: float, utilisation: Range) -> Range:
-    """Seconds of a sample's forward and backward pass (three times the forward MACs) on a device; low is fastest."""
+    """Return the seconds of a sample's forward and backward pass (three times the forward MACs); low is fastest."""
     low, likely, high = utilisation
     return 3 * macs / (tmacs * 1e12 * high), 3 * macs / (tmacs * 1e12 * likely), 3 * macs / (tmacs * 1e12 * low)
 
@@ -456,9 +458,9 @@ def compute_s(macs: float, tmacs: float, utilisation: Range) -> Range:
 
 
 def compare(predicted: float, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Plan and measurement of a run: its `train/samples_per_s` rows, the first left out where there are more.
+    """Compare the `predicted` rate with the median `train/samples_per_s` of `rows`, the first one left out if possible.
 
-    None where nothing was measured.
+    None if nothing was measured.
     """
     rates = [row["train/samples_per_s"] for row in rows if isinstance(row.get("train/samples_per_s"), int | float)]
     if not rates or predicted <= 0:

@@ -1,4 +1,4 @@
-"""The scale of the loss with which fp16 trains; what a precision means is said in tasks/precision.py."""
+"""Loss scale for training in fp16; tasks/precision.py defines the precisions."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ START_SCALE, GROWTH_STEPS = 2.0**16, 2000  # as torch.amp.GradScaler has them
 
 
 class LossScale:
-    """The factor of the loss that keeps gradients within the range of fp16; 1 in other arithmetic.
+    """Factor of the loss that keeps gradients within the range of fp16; 1 in other arithmetic.
 
     As in torch.amp.GradScaler (arXiv 1710.03740): halved after a step that is not finite, doubled after GROWTH_STEPS
     finite ones. Unlike there, the gradients are judged after the all-reduce, so that all ranks keep the same scale.
@@ -20,16 +20,16 @@ class LossScale:
 
     @property
     def factor(self) -> Tensor | float:
-        """The factor, on the device, where it is used."""
+        """The factor: a tensor on the device for fp16, else 1."""
         return self.state[0].float() if self.used else 1.0
 
     @property
     def value(self) -> float:
-        """The factor; a device is waited for."""
+        """The factor as a number; waits for the device."""
         return float(self.factor)
 
     def update(self, finite: Tensor | bool) -> None:
-        """Note whether a step was finite, as a flag on the device, which is not read."""
+        """Adapt the factor to `finite`, the flag of a step, which stays on the device."""
         if not self.used:
             return
         finite = torch.as_tensor(finite, device=self.state.device)

@@ -1,7 +1,7 @@
 """Progress of a run on a terminal: a bar with samples/s, time spent waiting for data and ETA; a few lines elsewhere.
 
-`follow` polls the run's progress actor, to which rank 0 reports, from a thread of the driver. The run itself needs
-nothing of this file.
+`follow` polls the run's progress actor, to which rank 0 reports, from a thread of the driver. The run itself does not
+depend on this file.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def make_bar(console: Console) -> Progress:
 
 @contextlib.contextmanager
 def follow(actor: Any, title: str, console: Console, tell: Tell = lambda event: None) -> Iterator[None]:
-    """Show the progress that the `actor` knows until the block ends; `tell` hears of notices and waits."""
+    """Show the progress reported to `actor` until the block ends; call `tell` with notices and waits."""
     done = threading.Event()
     thread = threading.Thread(target=_poll, args=(actor, title, console, done, tell), daemon=True)
     thread.start()
@@ -50,13 +50,13 @@ def _poll(actor: Any, title: str, console: Console, done: threading.Event, tell:
     with make_bar(console) as bar:
         task = bar.add_task(f"{title}: starting workers", total=1, note="")
         while not over:
-            over = done.wait(0.5)  # what was told last is read once more
+            over = done.wait(0.5)  # the last report is read once more after the end
             try:
                 state: Any = ray.get(actor.read.remote(), timeout=5)
             except (exceptions.RayError, TimeoutError):
                 continue
             news = state.get("news", [])
-            for one in news[heard if heard <= len(news) else 0 :]:  # an actor that started again knows none
+            for one in news[heard if heard <= len(news) else 0 :]:  # an actor that was restarted has no news
                 console.print(f"{title}: {one['note']}", highlight=False, markup=False)
                 if one["preempted"]:
                     tell({"state": "preempted", "message": one["note"]})
@@ -83,7 +83,7 @@ def _poll(actor: Any, title: str, console: Console, done: threading.Event, tell:
 
 
 def _note(state: dict[str, Any], passed: float, started: tuple[float, float]) -> str:
-    """`123 samples/s, 4 % waiting for data, 2:10 left`."""
+    """Return a text like `123 samples/s, 4 % waiting for data, 2:10 left`."""
     parts = []
     if "samples_per_s" in state:
         parts += [f"{state['samples_per_s']:.1f} samples/s", f"{100 * state['wait']:.0f} % waiting for data"]

@@ -8,7 +8,7 @@ HUNG = "had a rank that hung"
 
 
 class ProgressActor:
-    """Progress actor: the ranks report to it how far they are, and the driver reads it; nobody waits for it."""
+    """Progress actor: ranks report their progress to it without waiting, and the driver reads it."""
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = {"told": time.time(), "repeated": 0, "stuck": [], "news": []}
@@ -22,19 +22,19 @@ class ProgressActor:
         self.state.update(state, told=time.time())
 
     def _add(self, note: str, preempted: bool = False) -> None:
-        """Keep a sentence for the driver, which prints every one once, however fast they follow each other."""
+        """Keep a sentence for the driver, which prints each one once, however quickly they arrive."""
         if not self.state["news"] or self.state["news"][-1]["note"] != note:
             self.state["news"].append({"note": note, "preempted": preempted})
 
     def begin(self, step: int, world: int) -> None:
-        """Note that a group of workers starts after `step`; steps that were done before count as repeated."""
+        """Note that a group of workers starts after `step`; later steps that an earlier group did count as repeated."""
         if "world" in self.state:
             self.state["repeated"] += max(0, self.state.get("total_steps", step) - step)
         self.nodes = {rank: node for rank, node in self.nodes.items() if rank < world}
         self.update(world=world, total_steps=step, waits_for="")
 
     def waits_for(self, sentence: str) -> None:
-        """Note what the launch waits for, which is no progress."""
+        """Note what the launch waits for; this does not count as progress."""
         self.state["waits_for"] = sentence
         self._add(sentence)
 
@@ -43,12 +43,12 @@ class ProgressActor:
         self.state["saved"] = step
 
     def joined(self, rank: int, node: str) -> None:
-        """Note where a rank of a new group runs."""
+        """Note the node on which a rank of a new group runs."""
         self.waiting.clear()
         self.nodes[rank] = node
 
     def places(self) -> dict[int, str]:
-        """Return the node of each rank of the group, as far as they told."""
+        """Return the node of each rank of the group, for the ranks that have reported it."""
         return dict(self.nodes)
 
     def sick(self, node: str, reason: str) -> None:
@@ -57,11 +57,11 @@ class ProgressActor:
         self._add(f"node {node[:8]} is left out, it {reason}")
 
     def unknown(self, nodes: Sequence[str]) -> None:
-        """Note which nodes have joined and are being looked at."""
+        """Note which nodes have joined and are being checked."""
         self.state["unknown"] = nodes
 
     def fed_without(self, nodes: Sequence[str]) -> None:
-        """Note which nodes decode nothing from now on."""
+        """Note the nodes that get no decoding tasks from now on."""
         self.state["fed_without"] = nodes
 
     def hung(self, node: str) -> None:
@@ -69,7 +69,7 @@ class ProgressActor:
         self.state["hung"][node] = HUNG
 
     def waits(self, rank: int) -> None:
-        """Note that a rank waits for others for too long; the only one that does not say so is the one that hangs."""
+        """Note that a rank has waited for others too long; if only one rank does not report this, that one hangs."""
         self.waiting.add(rank)
         silent = set(range(self.state.get("world", 0))) - self.waiting
         self.state["silent"] = [self.nodes[one] for one in silent if one in self.nodes] if len(silent) == 1 else []

@@ -1,9 +1,9 @@
-"""The ranks of a run among themselves: sums, gathers and unions over all of them, watched for ranks that hang.
+"""Collectives over the ranks of a run: sums, gathers and unions, with a watchdog for ranks that hang.
 
-Numbers go from processor to processor, also where ranks compute on GPUs: whoever sums a number at each step waits for
-the other ranks' processors then, which are steps ahead, and for no GPU. Tensors go from device to device.
-Every method named a collective must be called by all ranks alike. A rank that does not move inside one waits for the
-others and is not stuck itself: `Watchdog` (health.py) is told so.
+Numbers are exchanged between CPUs, also where ranks compute on GPUs: a sum at each step then waits only for the other
+ranks' CPUs, which run steps ahead, and for no GPU. Tensors are exchanged between devices. Every method marked as a
+collective must be called by all ranks alike. A rank that does not move inside one is waiting for the others, not stuck
+itself, and the `Watchdog` (health.py) is informed of that.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from slimray.tasks.task import Score
 from slimray.train.health import OTHERS, Watchdog
 from slimray.train.timing import timer_of
 
-SHARED = 2**26  # bytes that `share` sends at a time, through the memory of the device
+SHARED = 2**26  # bytes that `share` sends at a time, through device memory
 
 
 class Ranks:
-    """This rank of `world`, the device it computes on, and the watchdog that looks after it.
+    """This rank of `world`, the device it computes on, and its watchdog.
 
-    `stuck(doing, seconds, stacks)` is called when the rank did not move for `limit_s` seconds; see `Watchdog`.
+    `stuck(doing, seconds, stacks)` is called when the rank has not moved for `limit_s` seconds; see `Watchdog`.
     """
 
     def __init__(
@@ -40,17 +40,17 @@ class Ranks:
     ):
         self.rank, self.world, self.device = rank, world, device
         self.timer = timer_of(device)
-        self.numbers: Any = None  # the group of what goes from processor to processor: that of all on a CPU
+        self.numbers: Any = None  # process group of numbers, exchanged between CPUs; on a CPU the default group
         if world > 1 and device.type != "cpu":
-            timeout = datetime.timedelta(seconds=limit_s + 20)  # as that of all has it
+            timeout = datetime.timedelta(seconds=limit_s + 20)  # as in the default group
             self.numbers = dist.new_group(backend="gloo", timeout=timeout)
         self.watchdog = Watchdog(limit_s, stuck, waits)
 
     @contextlib.contextmanager
     def waiting(self, settled: bool = False) -> Iterator[None]:
-        """A rank that does not move within the block waits for the other ranks, and is not stuck itself.
+        """Within the block, a rank that does not move is waiting for the other ranks, not stuck itself.
 
-        What its device has still to do is its own work and done first, unless the block does without (`settled`).
+        Queued work of its device is its own and is finished first, unless the block does not depend on it (`settled`).
         """
         doing = self.watchdog.doing
         if not settled:
@@ -60,7 +60,7 @@ class Ranks:
         self.watchdog.beat(doing)
 
     def require_all_reduce(self) -> None:
-        """Raise RunFailed unless the ranks can add numbers: a broken network is found before work starts."""
+        """Raise RunFailed unless an all-reduce of the ranks works: this finds a broken network before work starts."""
         if self.world == 1:
             return
         numbers = torch.full((2**18,), float(self.rank + 1), device=self.device)
@@ -88,7 +88,7 @@ class Ranks:
         return torch.stack(everyone, 1)
 
     def union(self, numbers: Sequence[int]) -> list[int]:
-        """Return what is among the `numbers` (not negative) of any rank, sorted. A collective."""
+        """Return the sorted union of all ranks' `numbers`, which must not be negative. A collective."""
         if self.world == 1:
             return sorted(set(numbers))
         most = int(self.gather(len(numbers)).max())
@@ -103,7 +103,7 @@ class Ranks:
         return [number for number in found if number >= 0]
 
     def everyone(self, value: Any) -> list[Any]:
-        """Return the `value` of every rank, which is pickled: not for what is done at each step. A collective."""
+        """Return the `value` of every rank. It is pickled, so do not call this at each step. A collective."""
         found: list[Any] = [value] * self.world
         with self.waiting(settled=True):
             if self.world > 1:
@@ -111,7 +111,7 @@ class Ranks:
         return found
 
     def share(self, data: bytes | None) -> bytes:
-        """Return the `data` of rank 0, which alone has read it; the others pass None. A collective."""
+        """Return the `data` of rank 0 on every rank; the others pass None. A collective."""
         if self.world == 1:
             assert data is not None
             return data
@@ -130,15 +130,15 @@ class Ranks:
 
     @torch.no_grad()
     def give(self, tensors: Iterable[Tensor]) -> None:
-        """Give every rank in place the values that `tensors`, wherever they lie, have on rank 0. A collective."""
+        """Copy the values of `tensors`, on any device, in place from rank 0 to every rank. A collective."""
         with self.waiting():
             for tensor in (one for one in tensors if self.world > 1 and one.numel()):
                 sent = tensor.to(self.device).contiguous()
-                dist.broadcast(sent.view(-1).view(torch.uint8), 0)  # gloo knows no bool
+                dist.broadcast(sent.view(-1).view(torch.uint8), 0)  # gloo does not support bool
                 tensor.copy_(sent)
 
     def agree(self, decided: bool) -> bool:
-        """Return what rank 0 decided. A collective."""
+        """Return the decision of rank 0. A collective."""
         flag = torch.tensor([float(decided)])
         with self.waiting(settled=True):
             if self.world > 1:
@@ -147,7 +147,7 @@ class Ranks:
 
 
 def merge_scores(score: Score, world: int, device: torch.device) -> None:
-    """Sum the counts of all ranks into everybody's `score`. A collective."""
+    """Sum the counts of all ranks into the `score` of each. A collective."""
     for tensor in score.tensors() if world > 1 else ():
         moved = tensor.to(device)
         dist.all_reduce(moved)

@@ -1,9 +1,9 @@
-"""Restarts of workers that failed: what a retry is charged to, which nodes are left out, what is waited for.
+"""Restarts of workers that failed: the budget of retries, the nodes to leave out, and waiting for capacity.
 
-A launch is a series of starts. Lost workers are charged to the budget of `scale.retries`, which is whole again once a
-checkpoint is on storage: at 5,000 hours between failures of a node, a run on 192 nodes loses one a day. What a worker
-raises itself is the user's and never gives it back. A node whose preemption is announced, that is sick or whose rank
-hung is left out of the next start, which is charged to nobody. No torch.
+A launch is a series of starts. Lost workers are charged to the budget of `scale.retries`, which is restored once a
+checkpoint is on storage: at 5,000 hours between failures of a node, a run on 192 nodes loses one a day. An error that a
+worker raises itself is the user's, and the budget is not restored after it. A node is left out of the next start if its
+preemption is announced, if it is sick or if its rank hung; such a start costs no retry. No torch.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from slimray.storage import StorageError
 from slimray.train.progress_actor import HUNG
 from slimray.train.spec import ScaleSpec
 
-PROGRESS = "SLIMRAY_PROGRESS"  # of the environment: a file of the script that starts `slimray run` again
-RETRIES_LEFT = "SLIMRAY_RETRIES_LEFT"  # of the environment: one budget with that script
-NETWORK = ("DistBackendError", "DistNetworkError")  # of torch.distributed
+PROGRESS = "SLIMRAY_PROGRESS"  # environment variable: a file of the script that starts `slimray run` again
+RETRIES_LEFT = "SLIMRAY_RETRIES_LEFT"  # environment variable: the budget shared with that script
+NETWORK = ("DistBackendError", "DistNetworkError")  # errors of torch.distributed
 
 
 @dataclass
 class Budget:
-    """Retries of one launch: `left` now, and the newest step on storage when they were last whole."""
+    """Retries of one launch: the number `left`, and the newest step on storage when they were last restored."""
 
     scale: ScaleSpec
     left: int = field(init=False)
@@ -38,7 +38,7 @@ class Budget:
         self.left = min(self.scale.retries, int(os.environ.get(RETRIES_LEFT) or self.scale.retries))
 
     def renewed(self, error: BaseException | None, saved: int | None) -> bool:
-        """Return whether the launch goes on after `error` used the budget up: it is whole again after progress.
+        """Restore the budget if there was progress since, and return True if the launch goes on after `error`.
 
         `saved` is the newest step of a checkpoint that this launch has written, None if there is none.
         """
@@ -49,9 +49,9 @@ class Budget:
 
 
 def lost_machine(error: BaseException) -> bool:
-    """Return whether a machine, the network or the storage ended the workers, as far as Ray Train can tell.
+    """Return True if a machine, the network or the storage ended the workers, as far as Ray Train can tell.
 
-    One rank that died takes the others' collectives with it; what all ranks raised themselves is the user's.
+    When one rank dies, the collectives of the others fail too; an error that all ranks raised themselves is the user's.
     """
     failures = list((getattr(error, "worker_failures", None) or {}).values())
     raised = [
@@ -64,14 +64,14 @@ def lost_machine(error: BaseException) -> bool:
 
 
 def note_progress(saved: int | None) -> None:
-    """Tell the script that starts `slimray run` again, if there is one, that a checkpoint is on storage."""
+    """Notify the script that starts `slimray run` again, if there is one, that a checkpoint is on storage."""
     if saved is not None and (file := os.environ.get(PROGRESS)):
         with contextlib.suppress(OSError):
             Path(file).write_text(f"{saved}\n")
 
 
 def room(scale: ScaleSpec, left_out: Mapping[str, str] | None = None) -> tuple[int, int]:
-    """Return how many workers fit on the nodes that are there without those `left_out`, and on how many nodes."""
+    """Return the number of workers that fit on the live nodes except those `left_out`, and the number of such nodes."""
     workers = nodes = 0
     for node in ray.nodes():
         have = node["Resources"]
@@ -84,7 +84,7 @@ def room(scale: ScaleSpec, left_out: Mapping[str, str] | None = None) -> tuple[i
 
 
 def waits_for(scale: ScaleSpec, left_out: Mapping[str, str], since: float) -> str:
-    """Return the sentence about the nodes that a launch waits for since `since` (monotonic seconds), "" if for none."""
+    """Return a sentence about the nodes a launch has waited for since `since` (monotonic seconds), "" if none."""
     try:
         fit, nodes = room(scale, left_out)
     except (exceptions.RayError, KeyError):
@@ -101,10 +101,10 @@ def waits_for(scale: ScaleSpec, left_out: Mapping[str, str], since: float) -> st
 
 
 def usable(scale: ScaleSpec, out: Mapping[str, str], leaving: Mapping[str, str], grows: bool) -> dict[str, str]:
-    """Return the nodes to leave out from now on: those `out`, and the ones `leaving`, with reasons.
+    """Return the nodes to leave out from now on, with reasons: those already `out`, and those `leaving`.
 
-    A node that hung is better than none: it stays in where the others cannot hold the workers, unless the cluster
-    `grows`.
+    A node whose rank hung is better than none: unless the cluster `grows`, it is kept if the other nodes cannot hold
+    the workers.
     """
     for_good = {**out, **{node: why for node, why in leaving.items() if why != HUNG}}
     both = {**for_good, **leaving}

@@ -1,4 +1,4 @@
-"""The network that training evaluates and ships: averaged weights, BatchNorm statistics of all ranks or recomputed."""
+"""The network that training evaluates and ships: averaged weights, and merged or recomputed BatchNorm statistics."""
 
 import numpy as np
 import torch.distributed as dist
@@ -13,15 +13,15 @@ from slimray.train.ranks import Ranks
 
 
 class Shown:
-    """Makes that network of a replica. `norms` are statistics recomputed for the weights as they are, `[K]`."""
+    """Builds the network to evaluate and ship from a replica. `norms` `[K]` are recomputed statistics, or None."""
 
     def __init__(self, replica: Replica, ranks: Ranks, pixels: Input):
         self.replica, self.ranks, self.pixels = replica, ranks, pixels
         self.norms: Tensor | None = None
-        self.sums: Tensor | None = None  # of the samples seen so far, from which they are being computed
+        self.sums: Tensor | None = None  # sums over the samples so far, while statistics are being recomputed
 
     def net(self) -> nn.Module:
-        """Return a copy of the network as the weights are now. A collective."""
+        """Return a copy of the network with the current weights. A collective."""
         with self.ranks.waiting():
             net = self.replica.averaged()
         if self.norms is not None:
@@ -29,11 +29,11 @@ class Shown:
         return net
 
     def weights_changed(self) -> None:
-        """Forget statistics of other weights."""
+        """Discard recomputed statistics, which belong to the previous weights."""
         self.norms = None
 
     def collect(self, net: nn.Module, batch: Batch | None) -> None:
-        """Add a batch to the sums of new statistics for `net`; a lone sample is left out, it has no variance."""
+        """Add a batch to the sums of new statistics for `net`; a single sample is left out, as it has no variance."""
         rows = np.zeros(0, int) if batch is None else np.flatnonzero(batch.valid)
         inputs = []
         if batch is not None and len(rows) > 1:
@@ -42,9 +42,9 @@ class Shown:
         self.sums = found if self.sums is None else self.sums + found
 
     def renew(self, net: nn.Module) -> None:
-        """Give `net`, and what ships of these weights, the statistics of all ranks' sums. A collective.
+        """Set the statistics of `net`, and of later copies with these weights, from all ranks' sums. A collective.
 
-        RunFailed where the samples were too few.
+        RunFailed if there were too few samples.
         """
         assert self.sums is not None
         sums, self.sums = self.sums.to(self.ranks.device), None
@@ -56,15 +56,15 @@ class Shown:
         except ValueError:
             fewest = 2 * self.ranks.world
             raise RunFailed(
-                f"optim.precise_norm: no worker got two samples that decode: write at least {fewest} for "
+                f"optim.precise_norm: no worker got two samples that decode: set at least {fewest} for "
                 f"{self.ranks.world} workers"
             ) from None
         self.norms = batchnorm.norm_state(net)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds of it."""
+        """Return the recomputed statistics, if any, for a checkpoint."""
         return {} if self.norms is None else {"precise": self.norms}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` gave."""
+        """Load what `tensors` returned."""
         self.norms = tensors.get("precise")

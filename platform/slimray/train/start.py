@@ -18,9 +18,9 @@ from slimray.train.ranks import Ranks
 
 
 def make_replica(config: FitConfig, ranks: Ranks) -> Replica:
-    """Return the replica of a rank at the start of training; the same weights on every rank, a function of the seed.
+    """Return the replica of a rank at the start of training, with the same weights on every rank for a given seed.
 
-    What it starts from is read by rank 0. A collective.
+    Rank 0 reads the starting weights, if there are any. A collective.
     """
     torch.manual_seed(config.seed)
     net = compress.build(**config.model)
@@ -48,7 +48,7 @@ def make_replica(config: FitConfig, ranks: Ranks) -> Replica:
 
 
 def network_of(ranks: Ranks, uri: str) -> torch.nn.Module:
-    """Return the network of the run at `uri` in eval mode, which rank 0 reads for all. A collective."""
+    """Return the network of the run at `uri` in eval mode; rank 0 reads it for all. A collective."""
     found = load_network(runs.run_at(uri)) if ranks.rank == 0 else None
     told = ranks.share(None if found is None else json.dumps(found.model).encode())
     net = compress.build(**json.loads(told)).eval() if found is None else found.net
@@ -57,7 +57,7 @@ def network_of(ranks: Ranks, uri: str) -> torch.nn.Module:
 
 
 def freeze(net: torch.nn.Module, prefixes: Sequence[str]) -> None:
-    """Keep the weights whose names start with one of `prefixes` as they are; UserError for one that none has."""
+    """Freeze the weights whose names start with one of `prefixes`; UserError for a prefix that matches no weight."""
     for prefix in prefixes:
         frozen = [parameter for name, parameter in net.named_parameters() if name.startswith(prefix)]
         if not frozen:

@@ -1,9 +1,9 @@
 """Time as the device of a rank spends it: moments in the work that it is given, and the seconds between them.
 
-A processor has done what it was given when the call returns: a moment is a reading of the clock. A GPU works off a
-queue, steps behind whoever fills it: a moment is an event in that queue, which passes when the GPU comes to it. So the
-same spans hold for both: work takes what it takes on the device, and waiting for data is what the device had nothing to
-do for, not what the processor waited while the GPU was busy. The events were not measured on a GPU yet.
+On a CPU, work is done when the call returns: a moment is a reading of the clock. A GPU works through a queue, steps
+behind the CPU that fills it: a moment is an event in that queue, which passes when the GPU reaches it. The same spans
+are thus valid for both: work counts the time on the device, and waiting for data counts the time in which the device
+was idle, not the time that the CPU waited while the GPU was busy. The events have not been measured on a GPU yet.
 """
 
 import time
@@ -15,16 +15,16 @@ Moment = Any
 
 
 class Timer(Protocol):
-    """The time of one device. At most `ahead` steps are queued behind the one that it computes."""
+    """The timer of one device. At most `ahead` steps are queued behind the one that it computes."""
 
     ahead: int
 
     def now(self) -> Moment:
-        """Return the moment at which all work that was given so far is done."""
+        """Return the moment at which all work queued so far is done."""
         ...
 
     def has_passed(self, moment: Moment) -> bool:
-        """Return whether the device is beyond `moment`, without waiting for it."""
+        """Return True if the device is past `moment`, without waiting for it."""
         ...
 
     def seconds(self, start: Moment, end: Moment) -> float:
@@ -32,12 +32,12 @@ class Timer(Protocol):
         ...
 
     def finish(self) -> None:
-        """Return once all work that was given is done."""
+        """Return once all queued work is done."""
         ...
 
 
 class ProcessorTimer:
-    """The clock of the processor."""
+    """The clock of the CPU."""
 
     ahead = 0
 
@@ -45,11 +45,11 @@ class ProcessorTimer:
         self.device = device
 
     def now(self) -> float:
-        """Return what the clock says."""
+        """Return the reading of the clock, in seconds."""
         return time.perf_counter()
 
     def has_passed(self, moment: float) -> bool:
-        """Return True: what was given is done."""
+        """Return True: all work is done when its call returns."""
         return True
 
     def seconds(self, start: float, end: float) -> float:
@@ -57,7 +57,7 @@ class ProcessorTimer:
         return end - start
 
     def finish(self) -> None:
-        """Return: what was given is done."""
+        """Return at once: all work is done when its call returns."""
 
 
 class CudaTimer:
@@ -69,23 +69,23 @@ class CudaTimer:
         self.device = device
 
     def now(self) -> torch.cuda.Event:
-        """Return an event that is recorded behind what was queued so far."""
+        """Return an event that is recorded after everything queued so far."""
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
 
     def has_passed(self, moment: torch.cuda.Event) -> bool:
-        """Return whether the GPU is beyond it."""
+        """Return True if the GPU is past the event."""
         return moment.query()
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        """Return the seconds that the GPU took from one to the other, once it is beyond both."""
+        """Return the seconds that the GPU took from one event to the other, once it is past both."""
         start.synchronize()
         end.synchronize()
         return start.elapsed_time(end) / 1000
 
     def finish(self) -> None:
-        """Return once the GPU has worked off all of its queues."""
+        """Return once all queues of the GPU are empty."""
         torch.cuda.synchronize(self.device)
 
 
@@ -93,5 +93,5 @@ TIMERS: dict[str, type[ProcessorTimer] | type[CudaTimer]] = {"cpu": ProcessorTim
 
 
 def timer_of(device: torch.device) -> Timer:
-    """Return the timer of `device`; that of the processor where its kind has none."""
+    """Return the timer of `device`; that of the CPU for a device type without one."""
     return TIMERS.get(device.type, ProcessorTimer)(device)

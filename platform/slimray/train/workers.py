@@ -1,7 +1,7 @@
-"""A group of Ray Train workers: join a cluster, check its nodes, start workers, follow them, report failures.
+"""A group of Ray Train workers: join a cluster, check its nodes, start workers, monitor them, report failures.
 
 `connect` joins the cluster of RAY_ADDRESS or starts a local one, `require` refuses a job that can never fit, `launch`
-runs a function on every worker and returns what rank 0 returned. `open_stream` gives a rank its data. Ray's own
+runs a function on every worker and returns rank 0's return value. `open_stream` gives a rank its data. Ray's own
 checkpoint bookkeeping is not used: a restarted worker finds its place in the run folder (loop.py).
 """
 
@@ -41,35 +41,35 @@ from slimray.train.progress_actor import ProgressActor
 from slimray.train.retries import Budget, note_progress, usable, waits_for
 from slimray.train.spec import ScaleSpec
 
-BARRIER_CALLS = 4096  # concurrent calls of Ray Train's barrier; its own number, 1,000, dead-locks a larger world
+BARRIER_CALLS = 4096  # concurrent calls of Ray Train's barrier; its default, 1,000, deadlocks a larger world
 MAX_WORKERS = 4000
-POLLS = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"  # in the environment: how often the controller looks at all workers, s
-POLLED_PER_S = 200  # workers that it looks at in a second
-ELASTIC_START_S = 20.0  # an elastic group that cannot be placed asks again after this, for as many workers as fit then
-WAITING_S, REMIND_S = 15.0, 60.0  # without progress until a launch says what it waits for, and then says so again
-MAX_IN_VAIN = 10  # starts without a node, one after the other, with no checkpoint between
+POLLS = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"  # environment variable: seconds between the controller's polls of workers
+POLLED_PER_S = 200  # workers that the controller can poll in a second
+ELASTIC_START_S = 20.0  # an elastic group that cannot be placed retries after this, with as many workers as then fit
+WAITING_S, REMIND_S = 15.0, 60.0  # seconds without progress until a launch reports what it waits for, and repeats it
+MAX_IN_VAIN = 10  # restarts without a node in a row, with no checkpoint in between
 
 
 def make_progress_actor() -> Any:
-    """Start the progress actor of a run; it belongs to the driver and dies with it."""
+    """Start the progress actor of a run and return its handle; it is owned by the driver and ends with it."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options = {"num_cpus": 0, "memory": 1, "max_restarts": -1}  # asking for nothing, it would be put on any node
+    options = {"num_cpus": 0, "memory": 1, "max_restarts": -1}  # with no request it would land on any node
     return ray.remote(ProgressActor).options(**options, scheduling_strategy=here).remote()
 
 
 @dataclass(frozen=True)
 class Ahead:
-    """What was started before a launch: the name of its feeder, and the handles by which that lives."""
+    """Actors started before a launch: the name of its feeder, and the handles that keep them alive."""
 
     feeder: str = ""
     handles: tuple[Any, ...] = ()
 
 
 def start_ahead(scale: ScaleSpec) -> Ahead:
-    """Start on a local cluster what a launch needs beside its workers, while the caller still reads the dataset.
+    """Start what a launch on a local cluster needs besides workers, while the caller is still reading the dataset.
 
-    A feeder and its decoding processes, and the two actors that Ray Data keeps, import while the workers do. On a
-    cluster of several machines nothing is started: who feeds is known there when the ranks are.
+    A feeder and its decoding processes, and the two actors of Ray Data, import at the same time as the workers. On a
+    cluster of several machines nothing is started: its feeders depend on where the ranks run.
     """
     if not connection.is_local():
         return Ahead()
@@ -79,7 +79,7 @@ def start_ahead(scale: ScaleSpec) -> Ahead:
 
 
 def capacity() -> dict[str, float]:
-    """Return the most the cluster can grow to: SLIMRAY_CLUSTER_CPUS and _GPUS (set by `submit`), else what it has."""
+    """Return the most that the cluster can have: SLIMRAY_CLUSTER_CPUS and _GPUS (set by `submit`), or what it has."""
     have: dict[str, float] = dict(ray.cluster_resources())
     for name in ("CPU", "GPU"):
         told = float(os.environ.get(f"SLIMRAY_CLUSTER_{name}S") or 0)
@@ -88,7 +88,7 @@ def capacity() -> dict[str, float]:
 
 
 def decode_slots(scale: ScaleSpec) -> int:
-    """Return how many blocks are decoded at once: as set, else one per core here, or what a cluster has left."""
+    """Return the number of blocks decoded at once: as set, or one per core here, or the CPUs left on a cluster."""
     if scale.decode_slots:
         return scale.decode_slots
     if connection.is_local():
@@ -119,9 +119,9 @@ def require(scale: ScaleSpec, slots: int) -> None:
 def preflight(scale: ScaleSpec, run_uri: str) -> dict[str, str]:
     """Check every node of a cluster of several; return node id -> problem (versions, GPUs, storage).
 
-    Each node runs a task that compares its versions with the driver's, counts the GPUs it says it has, and reads from
-    the run's folder what the driver wrote there. Waits for `scale.start_timeout_s` at most; a node that has not
-    answered then is left out as well.
+    Each node runs a task that compares its versions with the driver's, counts the GPUs that it advertises, and reads
+    from the run's folder what the driver wrote there. Waits for at most `scale.start_timeout_s` + `scale.storage_s`; a
+    node that has not answered by then is left out as well. UserError if the good nodes cannot hold the fewest workers.
     """
     there = nodes.working()
     if len(there) < 2:
@@ -155,18 +155,18 @@ def preflight(scale: ScaleSpec, run_uri: str) -> dict[str, str]:
 
 class WideBarrier(ControllerCallback):
     """Lets more than 1,000 ranks meet: Ray Train's barrier is an actor of the controller with the default number of
-    concurrent calls, so the controller is given a larger default before it makes one."""
+    concurrent calls, so the default is raised in the controller before it creates one."""
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """In the controller's process, before there are workers."""
+        """Raise the default. Runs in the controller's process, before there are workers."""
         ray.actor.DEFAULT_MAX_CONCURRENCY_ASYNC = BARRIER_CALLS  # pyright: ignore[reportPrivateImportUsage]
 
 
 class _Watch(threading.Thread):
-    """Looks after a launch from the driver: tells what it waits for, that a checkpoint is on storage, who joins sick.
+    """Monitors a launch from the driver: reports what it waits for, new checkpoints, and sick nodes that join.
 
-    Where it `ends` the launch, which must be in the main thread, it does so when nothing was reported for `limit_s`, as
-    Ctrl-C would: Ray itself may wait forever.
+    If `ends`, it ends the launch, which must be in the main thread, as Ctrl-C would when nothing was reported for
+    `limit_s` seconds: Ray itself may wait forever.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class _Watch(threading.Thread):
         self.done = threading.Event()
 
     def run(self) -> None:
-        """Ask the progress actor every few seconds."""
+        """Poll the progress actor every few seconds."""
         began, said = time.monotonic(), 0.0
         while not self.done.wait(min(5.0, self.limit_s / 4)):
             state = progress_state(self.actor)
@@ -220,11 +220,11 @@ def launch(
     """Run `worker(config)` on `scale.workers` Ray Train workers and return rank 0's return value.
 
     Lost workers restart the group up to `scale.retries` times, and as often again once a checkpoint is on storage
-    (retries.py); then RunFailed with the first line of the cause. What a worker itself calls a RunFailed is not tried
-    again where there is an `actor`, unless the storage was at fault. A worker may also return {"failed": sentence},
-    which ends the run at once, or {"leaving": {node id: reason}}: it is started again without those nodes, which is
-    charged to nobody. Nodes `left_out` (by `preflight`) get no worker and no decoding, nor those that turn out to be
-    sick, or to have a rank that hung, as long as others can hold the workers.
+    (retries.py); after that, RunFailed with the first line of the cause. With an `actor`, a RunFailed that a worker
+    raises itself is not retried unless the storage was at fault. A worker may also return {"failed": sentence}, which
+    ends the run at once, or {"leaving": {node id: reason}}: the group is started again without those nodes, which costs
+    no retry. Nodes `left_out` (by `preflight`) get no worker and no decoding tasks. The same holds for nodes found to
+    be sick, and, as long as the others can hold the workers, for nodes whose rank hung.
     """
     budget, out, known, vain, saved = Budget(scale), dict(left_out or {}), set(left_out or {}), 0, None
     newcomers = None
@@ -249,7 +249,10 @@ def launch(
         vain, saved = (0 if step != saved else vain + 1), step
         said = "; ".join(f"node {node[:8]} {why}" for node, why in result["leaving"].items())
         if vain > MAX_IN_VAIN:
-            raise RunFailed(f"the workers were started {vain} times without a step between, the last time as {said}")
+            raise RunFailed(
+                f"the workers were started {vain} times in a row without a checkpoint in between, the last time "
+                f"because {said}"
+            )
         known |= set(result["leaving"])
         out = usable(scale, out, result["leaving"], capacity().get("CPU", 0) > ray.cluster_resources().get("CPU", 0))
         _tell(actor, note=f"{said}: starting again {'without it' if set(result['leaving']) <= set(out) else 'with it'}")
@@ -266,10 +269,10 @@ def _launch(
     retries: int,
     newcomers: nodes.Newcomers | None,
 ) -> Any:
-    """One start of the workers, and again after `retries` failures at most; returns what rank 0 returned.
+    """Start the workers once, and again after up to `retries` failures; return rank 0's return value.
 
-    Ranks that find themselves on a node that is sick, or that was said to hang, and that the driver does not know of,
-    return it as {"leaving": ...}.
+    If a rank runs on a node that is sick or whose rank hung, and the node is not in `known`, the ranks return it as
+    {"leaving": ...}.
     """
     several, in_main = newcomers is not None, threading.current_thread() is threading.main_thread()
     watch = _Watch(actor, scale, left_out, newcomers, in_main)
@@ -312,8 +315,9 @@ def _launch(
 
 
 def _entry(worker: Callable[[Any], Any], actor: Any, scale: ScaleSpec, known: Set[str] | None) -> Callable[[Any], Any]:
-    """What each rank runs: `worker`, unless the run has failed, or its node is unfit, of which the driver does not know
-    yet; `known` are the nodes it knows of, None on a machine of one's own. A failure of a user's kind is told once."""
+    """Return the function that each rank runs: `worker`, unless the run has failed already or nodes of the group turn
+    out to be unfit. `known` are unfit nodes that the driver knows of, None on a local cluster. An error that the user
+    must fix is reported to the actor, so that it is not tried again."""
     wanted = nodes.versions()
 
     def entry(config: Any) -> Any:
@@ -329,7 +333,7 @@ def _entry(worker: Callable[[Any], Any], actor: Any, scale: ScaleSpec, known: Se
             raise
         except (RunFailed, UserError) as error:
             first = str(error).splitlines()[0]
-            if known is not None and (why := _doubtful(actor)):  # tried again, which is charged to the retries
+            if known is not None and (why := _doubtful(actor)):  # StorageError is tried again, and costs a retry
                 raise StorageError(f"{first} ({why})") from error
             _tell(actor, failed=first)
             raise
@@ -339,7 +343,7 @@ def _entry(worker: Callable[[Any], Any], actor: Any, scale: ScaleSpec, known: Se
 
 @contextlib.contextmanager
 def _environment(scale: ScaleSpec) -> Iterator[None]:
-    """Set what Ray Train's controller, which runs in this process, reads from the environment."""
+    """Set the environment variables of Ray Train's controller, which runs in this process, within the block."""
     asked = os.environ.get(POLLS)
     os.environ |= {
         POLLS: f"{poll_s(scale.most, asked):g}",
@@ -347,7 +351,7 @@ def _environment(scale: ScaleSpec) -> Iterator[None]:
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(scale.data_timeout_s + 60),
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # it would log into the driver's terminal
-        # a machine of one's own gives no notice
+        # a local machine is never preempted
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": str(int(not connection.is_local())),
         "RAY_TRAIN_CALLBACKS": f"{WideBarrier.__module__}.{WideBarrier.__name__}",
     }
@@ -358,20 +362,21 @@ def _environment(scale: ScaleSpec) -> Iterator[None]:
 
 
 def _start_s(scale: ScaleSpec) -> float:
-    """Return the seconds until a start of the workers is given up and counted as a failure of the controller's."""
+    """Return the seconds after which a start of the workers counts as a failure of the controller."""
     elastic = scale.most > scale.fewest
     return min(scale.start_timeout_s, ELASTIC_START_S) if elastic else scale.start_timeout_s
 
 
 def poll_s(workers: int, asked: str | None) -> float:
-    """Return the seconds between the controller's looks at so many workers: as `asked` (0.5), longer for many."""
+    """Return the seconds between the controller's polls of all workers: `asked` (default 0.5), longer for many."""
     return max(float(asked or 0.5), workers / POLLED_PER_S)
 
 
 def _unfit(actor: Any, wanted: dict[str, str], run_uri: str, scale: ScaleSpec, known: Set[str]) -> dict[str, str]:
-    """On every rank before it works: the nodes of this group that are sick or hung before, with reasons, but `known`.
+    """Return the nodes of this group that are sick or had a rank that hung, with reasons, except those `known`.
 
-    Each rank looks at its own node, which may have joined after `preflight`. A collective.
+    Called on every rank before it works: each checks its own node, which may have joined after `preflight`. A
+    collective.
     """
     context, node = ray.train.get_context(), ray.get_runtime_context().get_node_id()
     rank = context.get_world_rank()
@@ -388,7 +393,7 @@ def _unfit(actor: Any, wanted: dict[str, str], run_uri: str, scale: ScaleSpec, k
 
 
 def _doubtful(actor: Any) -> str:
-    """Why a decoding task may have failed for its node's sake: one that is sick, or unknown, takes part. "" if none."""
+    """Return why a failed decoding task may be due to its node: one that decodes is sick or unchecked. "" if none."""
     state = progress_state(actor)
     sick = {node: why for node, why in state.get("sick", {}).items() if node not in state.get("fed_without", ())}
     found = [f"node {node[:8]} {why}" for node, why in sick.items()]
@@ -396,12 +401,12 @@ def _doubtful(actor: Any) -> str:
 
 
 def progress_state(actor: Any) -> dict[str, Any]:
-    """Return what the progress actor knows; {} if there is none, or it died: no run needs it."""
+    """Return the state of the progress actor; {} if there is none, or it died: no run depends on it."""
     return _asked(actor, "read")
 
 
 def _asked(actor: Any, method: str) -> dict[Any, Any]:
-    """Return the answer of a method of the progress actor; {} if there is none, or it died."""
+    """Return the result of a method of the progress actor; {} if there is none, or it died."""
     try:
         return {} if actor is None else ray.get(getattr(actor, method).remote(), timeout=60)
     except (exceptions.RayError, TimeoutError):
@@ -415,9 +420,9 @@ def _tell(actor: Any, **state: Any) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """One sentence out of the workers' exceptions: what slimray itself said, else the last line of the first one."""
+    """Return one sentence from the workers' exceptions: slimray's own message, else the last line of the first one."""
     if type(error).__name__ == "ControllerError" and "tim" in str(error).lower():
-        return "scale.capacity_timeout_s: no nodes came that hold the workers: lower scale.workers, or wait longer"
+        return "scale.capacity_timeout_s: no nodes came up to hold the workers: lower scale.workers, or wait longer"
     failures = [str(failure).strip() for failure in (getattr(error, "worker_failures", None) or {}).values()]
     failures = [text for text in failures if text] or [str(error).strip() or type(error).__name__]
     for text in failures:
@@ -431,10 +436,10 @@ def _cause(error: BaseException) -> str:
 def open_stream(
     feed: FeedConfig, spare: str = "", actor: Any = None, ready: Ready | None = None
 ) -> Iterator[RankStream]:
-    """This rank's data, made `ready`, for as long as the block lasts; rank 0 starts the feeders and tells the others.
+    """Open the stream of this rank's data, each batch processed by `ready`; rank 0 starts the feeders for all.
 
-    `spare` is the name of a feeder that was started ahead; nodes of which the progress `actor` knows that they are left
-    out, or sick, decode nothing. A collective, at its beginning and at its end.
+    `spare` is the name of a feeder that was started ahead. Nodes that the progress `actor` lists as left out or sick
+    get no decoding tasks. A collective, at its beginning and at its end.
     """
     context = ray.train.get_context()
     rank, feeders = context.get_world_rank(), []
@@ -450,7 +455,7 @@ def open_stream(
     assert told is not None
     try:
         yield RankStream(feeder_of(rank, feed.world, told["num"], told["name"]), feed, rank, ready)
-        barrier()  # the others may still be taking their last blocks
+        barrier()  # other ranks may still be fetching their last blocks
     finally:
         for feeder in feeders:
             ray.kill(feeder)

@@ -130,14 +130,14 @@ class TrainJob(WorkerJob):
     def _sections_fit(self) -> "TrainJob":
         require_shares(self.batch, self.scale)
         if self.batch.tokens and self.optim.precise_norm:
-            raise ValueError("optim.precise_norm: counts samples, it does not go with batch.tokens")
+            raise ValueError("optim.precise_norm: counts samples and cannot be combined with batch.tokens")
         if self.optim.zero_gamma and self.init is not None:
             raise ValueError("optim.zero_gamma: would wipe out the weights of init, use one of the two")
         if self.optim.mutual and (self.init is not None or self.optim.groups == "tsm"):
             taken = "init" if self.init is not None else "optim.groups: tsm"
-            raise ValueError(f"optim.mutual: two networks are trained from scratch, it does not go with {taken}")
+            raise ValueError(f"optim.mutual: trains two networks from scratch and cannot be combined with {taken}")
         if self.optim.mutual and self.scale.compile:
-            raise ValueError("scale.compile: compiles one network, it does not go with optim.mutual")
+            raise ValueError("scale.compile: compiles one network and cannot be combined with optim.mutual")
         if self.optim.norm == "sync" and not self.scale.gpus_per_worker:
             raise ValueError("optim.norm: sync needs GPUs: set scale.gpus_per_worker, or take local")
         if self.optim.precision == "tf32" and not self.scale.gpus_per_worker:
@@ -149,9 +149,11 @@ class TrainJob(WorkerJob):
             )
         for name, given in (("teacher", self.teacher is not None), ("scale.compile", self.scale.compile)):
             if self.optim.hebbian and given:
-                raise ValueError(f"optim.hebbian: is for plain training, it does not go with {name}: leave one out")
+                raise ValueError(
+                    f"optim.hebbian: is for plain training and cannot be combined with {name}: leave one out"
+                )
         if self.teacher is not None and self.optim.mutual:
-            raise ValueError("optim.mutual: does not go with teacher, use one of the two")
+            raise ValueError("optim.mutual: cannot be combined with teacher: use one of the two")
         if self.checkpoint.ship == "best" and self.data.val is None:
             raise ValueError("checkpoint.ship: best needs validations: write data.val, or take last")
         return self

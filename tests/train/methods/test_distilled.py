@@ -59,7 +59,7 @@ def test_the_teacher_alone_teaches_its_answers():
 def test_a_teacher_of_other_classes_is_one_sentence():
     data, labels = batch()
     replica = DistilledReplica(net(0), net(1, 7), Distilled("unused"), Setup(OPTIM, Input(), SHAPE, CPU))
-    with pytest.raises(RunFailed, match=r"teacher\.run: answers \[7\], the network \[5\]"):
+    with pytest.raises(RunFailed, match=r"teacher\.run: its outputs have shape \[7\], the network's \[5\]"):
         replica.step([Piece(data, labels)], 6, 0.1, (0, 0))
 
 

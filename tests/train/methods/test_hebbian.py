@@ -118,9 +118,15 @@ JOB: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"optim": JOB["optim"] | {"ema": 0.9}}, "optim.hebbian: is for plain training, it does not go with ema"),
-        ({"teacher": "z"}, "optim.hebbian: is for plain training, it does not go with teacher"),
-        ({"scale": {"compile": True}}, "optim.hebbian: is for plain training, it does not go with scale.compile"),
+        (
+            {"optim": JOB["optim"] | {"ema": 0.9}},
+            "optim.hebbian: is for plain training and cannot be combined with ema",
+        ),
+        ({"teacher": "z"}, "optim.hebbian: is for plain training and cannot be combined with teacher"),
+        (
+            {"scale": {"compile": True}},
+            "optim.hebbian: is for plain training and cannot be combined with scale.compile",
+        ),
     ],
 )
 def test_where_the_rule_does_not_apply_is_a_sentence(more, said):

@@ -1,1 +1,1 @@
-"""Training methods: what a step computes, one file per method."""
+"""Training methods: the computation of a step, one file per method."""

@@ -1,8 +1,8 @@
-"""Training that keeps what compression made of the weights: pruned ones stay zero, shared ones stay equal.
+"""Training that preserves compression: pruned weights stay zero, shared weights stay equal.
 
-A wrapper around another method, plain or distilled: its steps are theirs, but the gradient is masked before it is
-clipped, and the weights are put right after the step. Momentum follows the masked gradient, so it is masked too, and
-weight decay acts on what is kept alone. The masks are read off the weights that training starts from.
+A wrapper around another method, plain or distilled, with the same steps, except that the gradient is masked before it
+is clipped and the constraint is restored after the step. Momentum follows the masked gradient, so it is masked too, and
+weight decay acts only on the weights kept. The masks are derived from the weights that training starts from.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from slimray.train.methods.method import Method, Replica, Setup
 
 @dataclass(frozen=True)
 class Constrained:
-    """The steps of `method` on a network whose zeros stay zero. `dropout`: lower it with the density of its layer.
+    """Steps of `method` on a network whose zeros stay zero. `dropout`: lower dropout with the density of its layer.
 
-    In the layers `shared` equal weights are one centroid, whose gradient is the sum of theirs (arXiv 1510.00149).
+    In the layers `shared`, equal weights are one centroid, whose gradient is the sum of theirs (arXiv 1510.00149).
     """
 
     method: Method
@@ -26,7 +26,7 @@ class Constrained:
     shared: tuple[str, ...] = ()
 
     def replica(self, net: nn.Module, build: Callable[[], nn.Module], setup: Setup) -> Replica:
-        """Build the replica of `method` around `net`, which has its starting weights already."""
+        """Build the replica of `method` around `net`, which already has its starting weights."""
         if self.dropout:
             sparsity.scale_dropout(net)
         replica = self.method.replica(net, build, setup)
@@ -35,5 +35,5 @@ class Constrained:
         return replica
 
     def held(self, epoch: int) -> tuple[int, int]:
-        """Return what `method` holds out."""
+        """Hold out the same rows as `method`."""
         return self.method.held(epoch)

@@ -1,4 +1,4 @@
-"""Distillation (arXiv 1503.02531): one network learns from the labels and from a teacher that is trained already."""
+"""Distillation (arXiv 1503.02531): one network learns from the labels and from an already trained teacher."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -15,10 +15,10 @@ from slimray.train.methods.plain import PlainReplica
 
 @dataclass(frozen=True)
 class Distilled:
-    """Plain training beside the teacher of the run at `teacher`, which answers in eval mode.
+    """Plain training with the network of the run at `teacher` as teacher, in eval mode.
 
-    The loss is `labels` x that of the labels + `weight` x T^2 x cross-entropy of both answers softened by `temperature`
-    T; of several answers (per point) the mean.
+    The loss is `labels` x loss of the labels + `weight` x T^2 x cross-entropy of both outputs softened by `temperature`
+    T, averaged over the outputs of a sample if there are several (one per point).
     """
 
     teacher: str
@@ -53,7 +53,9 @@ class DistilledReplica(PlainReplica):
         given = self._teach(batch.x)
         own = _single(outputs)
         if own.shape != given.shape:
-            raise RunFailed(f"teacher.run: answers {list(given.shape[1:])}, the network {list(own.shape[1:])}")
+            raise RunFailed(
+                f"teacher.run: its outputs have shape {list(given.shape[1:])}, the network's {list(own.shape[1:])}"
+            )
         heat = self.method.temperature
         taught = heat**2 * self._taught(given / heat, own / heat, batch.labels)
         yield self.method.labels * losses + self.method.weight * taught
@@ -66,5 +68,5 @@ class DistilledReplica(PlainReplica):
 
 def _single(outputs: Outputs) -> Tensor:
     if isinstance(outputs, Mapping):
-        raise RunFailed("teacher: is for networks with one output, not for several: leave it out")
+        raise RunFailed("teacher: works only for networks with a single output: leave it out")
     return outputs

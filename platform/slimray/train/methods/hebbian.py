@@ -1,9 +1,9 @@
-"""Plain training of a language model whose words also move by Hebb's rule, after each step of the optimizer.
+"""Plain training of a language model whose word weights also move by Hebb's rule, after each step of the optimizer.
 
-Fast Parametric Learning (arXiv 1803.10049) on an adaptive softmax, as the MicroNet language model (2005.07877) meant
-it: the weights of a word that was to be predicted are drawn to the hidden vectors that preceded it, in a tail of the
-softmax to what its projection makes of them. Sums are those of all ranks, and how often words were seen is part of the
-training state. Surprising: the released code lost the result of the update, so that nothing shows what it is worth.
+Fast Parametric Learning (arXiv 1803.10049) on an adaptive softmax, as intended in the MicroNet language model
+(2005.07877): the weights of a target word move towards the hidden vectors that preceded it, in a tail of the softmax
+towards their projections. Sums run over all ranks, and the counts of seen words are part of the training state.
+Surprising: the released code discarded the result of the update, so that no published result shows its value.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,13 +22,13 @@ from slimray.train.methods.plain import PlainReplica
 
 
 def applies(net: nn.Module) -> bool:
-    """Return whether `net` has words that move by the rule: those of an adaptive softmax."""
+    """Return True if the rule can be applied to `net`, which takes an adaptive softmax."""
     return isinstance(getattr(net, "softmax", None), AdaptiveSoftmax)
 
 
 @dataclass(frozen=True)
 class Hebbian:
-    """Words that were seen fewer than `most` times move by the rule."""
+    """Plain training in which words seen fewer than `most` times also move by Hebb's rule."""
 
     most: int
 
@@ -42,7 +42,7 @@ class Hebbian:
 
 
 class HebbianReplica(PlainReplica):
-    """A replica of a network for which `applies`. `counts` `[words]` of each bin begin with 1."""
+    """A replica of a network for which `applies` is True. `counts`, one `[words]` per bin, start at 1."""
 
     def __init__(self, net: Any, setup: Setup, most: int):
         super().__init__(net, setup)
@@ -50,7 +50,7 @@ class HebbianReplica(PlainReplica):
         self.most, self.edges = most, self.words.softmax.edges
         self.counts = [torch.ones(high - low, device=self.device) for low, high in pairwise(self.edges)]
         self.chunks: list[Tensor] = []  # hidden vectors `[n, L, C]` of a pass
-        self.heard: list[tuple[Tensor, Tensor]] = []  # of a step: hidden vectors `[m, C]`, the words `[m]` behind them
+        self.heard: list[tuple[Tensor, Tensor]] = []  # of a step: hidden vectors `[m, C]`, the words `[m]` that follow
         self.words.layers[-1].register_forward_hook(self._hear)
 
     def _hear(self, layer: nn.Module, given: Any, out: tuple[Tensor, Any]) -> None:
@@ -65,7 +65,7 @@ class HebbianReplica(PlainReplica):
             self.heard.append((torch.cat(self.chunks, 1)[kept], batch.labels[kept]))
 
     def _apply(self) -> Tensor:
-        """Move the weights by the gradients, and words by what preceded them. A collective."""
+        """Move the weights by the gradients, and word weights towards the hidden vectors before them. A collective."""
         finite = super()._apply()
         if self.queued or finite:
             self._draw_words(finite)
@@ -91,11 +91,11 @@ class HebbianReplica(PlainReplica):
             self.counts[number].copy_(torch.where(finite, counts, self.counts[number]))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The training state, with how often words were seen. A collective."""
+        """Return the training state, including the counts of seen words. A collective."""
         return super().tensors() | {f"words.{number}": counts for number, counts in enumerate(self.counts)}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` gave."""
+        """Load what `tensors` returned."""
         super().load(tensors)
         for number, counts in part(tensors, "words.").items():
             self.counts[int(number)].copy_(counts)

@@ -1,11 +1,11 @@
-"""A training method is a value, and what every method shares is written here once: `Method`, `Setup`, `Replica`.
+"""Training methods as values, and the code that all of them share: `Method`, `Setup`, `Replica`.
 
-A `Method` (plain.py, mutual.py, supernet.py, paths.py) is a frozen value that travels to the workers; it builds a
-`Replica`: the network on one rank with its optimizer, averaged weights and BatchNorm statistics. A step is exact
-whatever the number of ranks: gradients are those of the mean loss over the samples of the *global* batch (arXiv
-1706.02677). A rank without samples takes part with zero gradients and leaves its statistics alone; a step that is not
-finite is dropped by all ranks alike. `tensors` is the whole training state by name, so that a resumed run ends in the
-same bits. torch only: it runs under Ray Train (loop.py), under torchrun, or alone.
+A `Method` (plain.py, mutual.py, supernet.py, paths.py) is a frozen value that is sent to the workers; it builds a
+`Replica`: the network on one rank with its optimizer, averaged weights and BatchNorm statistics. A step does not depend
+on the number of ranks: gradients are those of the mean loss over the samples of the *global* batch (arXiv 1706.02677).
+A rank without samples takes part with zero gradients and keeps its statistics; all ranks drop a step that is not
+finite. `tensors` is the whole training state by name, so that a resumed run ends with the same bits. Depends on torch
+only: it runs under Ray Train (loop.py), under torchrun, or alone.
 """
 
 import abc
@@ -34,13 +34,13 @@ from slimray.train.spec import OptimSpec
 from slimray.train.timing import Moment, timer_of
 
 BUCKET = 2**22  # numbers all-reduced at a time
-REDUCING_S = 1.0  # from when on a rank that is in an all-reduce counts as waiting for the others
-GATHERED = 2**24  # numbers of all ranks that are on a device at a time, of vectors that each rank has its own of
+REDUCING_S = 1.0  # seconds in an all-reduce after which a rank counts as waiting for the others
+GATHERED = 2**24  # limit of the numbers, over all ranks, gathered on a device at a time
 
 
 @dataclass(frozen=True)
 class Sent:
-    """An array on its way to a GPU, over a stream of its own; `done` is the event at its end."""
+    """An array being copied to a GPU on a stream of its own; the event `done` marks the end of the copy."""
 
     tensor: Tensor
     done: Any
@@ -49,33 +49,33 @@ class Sent:
         return len(self.tensor)
 
     def arrived(self) -> Tensor:
-        """Return it for work of the caller's stream, which waits for it; the caller does not."""
+        """Return the tensor for use on the caller's stream. The stream waits for the copy, the caller does not."""
         stream = torch.cuda.current_stream(self.tensor.device)
         stream.wait_event(self.done)
-        self.tensor.record_stream(stream)  # its memory is not given away before that work is done
+        self.tensor.record_stream(stream)  # its memory is not reused before work on this stream is done
         return self.tensor
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A microbatch of one rank, valid samples only: `[n, V, ...]` and labels `[n]`, `[n, N]` or as the kind of sample
-    has them; n may be 0."""
+    """A microbatch of one rank, valid samples only: data `[n, V, ...]`, and labels `[n]`, `[n, N]` or in the shape of
+    the modality; n may be 0."""
 
     data: np.ndarray | Sent
     labels: np.ndarray | Sent
 
 
 Span = tuple[str, Moment, Moment]
-"""A part of a step by name, with its first and its last moment."""
+"""Name, first moment and last moment of a part of a step."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """Report of one step, on the device: `loss` summed over this rank's samples, a float64 scalar, and whether the
-    gradient `fits`, a flag: it was finite (with fp16, or may be at a smaller scale of the loss).
+    """Report of one step, on the device: `loss`, a float64 scalar summed over this rank's samples, and the flag `fits`,
+    True if the gradient was finite (with fp16, also if it may be finite at a smaller scale of the loss).
 
-    `spans` are moments of the device's timer (timing.py): "work" from the first to the last, within it "transfer" of
-    each piece and "reduce", the exposed part of the all-reduce, from the last gradient to the end of the backward pass.
+    `spans` hold moments of the device's timer (timing.py): "work" from first to last, within it "transfer" of each
+    piece and "reduce", the exposed part of the all-reduce, from the last gradient to the end of the backward pass.
     """
 
     loss: Tensor
@@ -84,12 +84,12 @@ class StepReport:
 
     @property
     def loss_sum(self) -> float:
-        """Return the loss; a device is waited for."""
+        """The loss as a number; waits for the device."""
         return float(self.loss)
 
     @property
     def finite(self) -> bool:
-        """Return whether the gradient fits; a device is waited for."""
+        """The flag `fits` as a bool; waits for the device."""
         return bool(self.fits)
 
 
@@ -102,11 +102,11 @@ def network_at(uri: str) -> nn.Module:
 class Setup:
     """Settings of a replica, whatever the method.
 
-    `sample_shape` is one input, (T, C, H, W) or (C, N). Gradients are all-reduced `bucket_mb` at a time, as bfloat16
-    with `compress` "bf16", else as they are. `batch_total` is the global batch, for optimizers that scale with it.
-    `compile` says whether the network is compiled, by methods that train one. `load` gives the network of a run, by its
-    URI, in eval mode; in a training of several ranks it is a collective. `queued`: whether a step is judged on
-    the device, which drops it by itself, and nothing of it is read; left open, on GPUs.
+    `sample_shape` is the shape of one input, (T, C, H, W) or (C, N). Gradients are all-reduced `bucket_mb` at a time,
+    as bfloat16 with `compress` "bf16", else unchanged. `batch_total` is the global batch, for optimizers that scale
+    with it. `compile` compiles the network in methods that train a single one. `load` returns the network of a run, by
+    its URI, in eval mode; with several ranks it is a collective. With `queued`, the device itself checks and drops
+    steps, and nothing is read back; None: on GPUs only.
     """
 
     optim: OptimSpec
@@ -125,21 +125,21 @@ class Setup:
 
 
 class Method(Protocol):
-    """Interface of a training method to the loop; every method is a frozen dataclass."""
+    """Interface between a training method and the loop; every method is a frozen dataclass."""
 
     def replica(self, net: nn.Module, build: Callable[[], nn.Module], setup: Setup) -> "Replica":
         """Build the replica of one rank around `net`; `build` makes further networks of the same model."""
         ...
 
     def held(self, epoch: int) -> tuple[int, int]:
-        """Rows at the end of the training index that weights never learn from, and after how many steps on the others
-        a step on them follows in `epoch` (0: none)."""
+        """Return the number of held-out rows at the end of the training index, on which weights are never trained, and
+        the number of steps on the other rows after which one on these follows in `epoch` (0: none)."""
         ...
 
 
 @dataclass(frozen=True)
 class OnDevice:
-    """A microbatch on the device: inputs `x`, and `labels`, None for the stand-in of a rank that has no samples."""
+    """A microbatch on the device: inputs `x`, and `labels`, None for the placeholder of a rank without samples."""
 
     x: Tensor
     labels: Tensor | None
@@ -149,15 +149,15 @@ class Constraint(Protocol):
     """Constraint on the weights of a compressed network, at every step."""
 
     def before_clipping(self) -> None:
-        """Change the gradients of all ranks before they are judged and clipped."""
+        """Change the reduced gradients before they are checked and clipped."""
         ...
 
     def before_step(self) -> None:
-        """Change the clipped gradients before the optimizer has them."""
+        """Change the clipped gradients before the optimizer uses them."""
         ...
 
     def after_step(self) -> None:
-        """Put the weights right after the optimizer's step; those that are right stay, as after a dropped step."""
+        """Restore the constraint after the optimizer's step; weights that meet it (a dropped step) do not change."""
         ...
 
 
@@ -179,8 +179,8 @@ class Replica(abc.ABC):
         self.optimizer = optimizers.make_optimizer(self.net, self.optim, setup.batch_total, self.queued)
         self.ema = Ema(self.net, self.optim.ema) if self.optim.ema else None
         self.timer = timer_of(self.device)
-        self.reducing: tuple[float, Moment] | None = None  # since when, by the clock and on the device, gradients are
-        self.reduced: deque[tuple[float, Moment, Moment]] = deque(maxlen=4)  # the same of steps that may be queued
+        self.reducing: tuple[float, Moment] | None = None  # start of the current all-reduce, by the clock and device
+        self.reduced: deque[tuple[float, Moment, Moment]] = deque(maxlen=4)  # start and end, of steps still queued
 
     # --------------------------------------------------------------------------------------------- one step
 
@@ -193,12 +193,12 @@ class Replica(abc.ABC):
         frozen: frozenset[int] = frozenset(),
         held: bool = False,
     ) -> StepReport:
-        """Take one optimizer step; a collective. The loss is the sum over the samples of all ranks over `total` > 0:
-        the sum of their weights, more for a window that is smaller than the batch.
+        """Take one optimizer step; a collective. The loss is the sum over the samples of all ranks, divided by `total`
+        > 0: the sum of their weights, or more for a window that is smaller than the batch.
 
         `seed` is (run seed, number of the step): dropout is a function of it and the rank. All ranks must pass equally
-        many pieces. In the pieces `frozen` BatchNorm uses its running statistics: with `norm: sync` those in which some
-        rank has no samples, which would else be missed where the others gather statistics. `held`: the samples are
+        many pieces. In the pieces `frozen`, BatchNorm uses its running statistics: with `norm: sync`, those in which
+        some rank has no samples, as it would not take part when the others gather statistics. `held`: the samples are
         those that the method holds out; a method that holds none out never gets such a step.
         """
         optimizers.set_learning_rate(self.optimizer, lr)
@@ -215,9 +215,9 @@ class Replica(abc.ABC):
         return self._attempt(seed, update)
 
     def _attempt(self, seed: tuple[int, int], update: Callable[[], tuple[Tensor, Tensor, list[Span]]]) -> StepReport:
-        """Run `update` in training mode; what is not finite leaves no trace in the statistics either.
+        """Run `update` in training mode; if it is not finite, BatchNorm statistics are restored as well.
 
-        `update` returns whether it was finite (and applied), the loss sum, and the spans of transfer and all-reduce.
+        `update` returns the flag that it was finite (and applied), the loss sum, and the transfer and all-reduce spans.
         """
         learn.seed_step(*seed, self.rank)
         batchnorm.train_mode(self.net, self.optim.norm)
@@ -227,14 +227,14 @@ class Replica(abc.ABC):
         if self.queued or not finite:
             batchnorm.restore(self.net, norms, unless=finite)
         self.scale.update(finite)
-        fits = finite | (self.scale.factor >= 1) if self.scale.used else finite  # it is tried at half the scale
+        fits = finite | (self.scale.factor >= 1) if self.scale.used else finite  # the scale can still be halved
         return StepReport(loss_sum, fits, (("work", start, self.timer.now()), *spans))
 
     def _gradients(
         self, pieces: Sequence[Piece], total: float, seed: tuple[int, int], frozen: frozenset[int]
     ) -> tuple[list[list[Tensor]], list[Span]]:
-        """Leave the gradients of the global batch in the parameters: the losses of the passes of each piece, on the
-        device, and the spans of transfer and all-reduce."""
+        """Compute the gradients of the global batch in the parameters; return the losses of the passes of each piece,
+        on the device, and the spans of transfer and all-reduce."""
         all_found, spans, choice = [], [], self._draw(seed)
         for number, piece in enumerate(pieces):
             start = self.timer.now()
@@ -259,12 +259,12 @@ class Replica(abc.ABC):
         return all_found, spans
 
     def _draw(self, seed: tuple[int, int]) -> Any:
-        """Return what all pieces of a step share, a function of `seed`: the same on every rank."""
+        """Return the random choice that all pieces of a step share, a function of `seed`: the same on every rank."""
         return None
 
     @abc.abstractmethod
     def _passes(self, batch: OnDevice, choice: Any) -> Iterator[Tensor]:
-        """Yield the losses `[n]` of each forward pass over `batch`; its backward pass follows before the next one."""
+        """Yield the losses `[n]` of each forward pass over `batch`; its backward pass runs before the next one."""
 
     def _on_device(self, piece: Piece) -> OnDevice:
         if not len(piece.data):
@@ -275,7 +275,7 @@ class Replica(abc.ABC):
         return OnDevice(x, own.to(self.device))
 
     def _losses(self, outputs: Outputs, batch: OnDevice) -> Tensor:
-        """The loss of each sample of `batch`, `[n]`; a 0 that depends on all outputs where there are no samples."""
+        """Return the loss of each sample of `batch`, `[n]`; without samples, a 0 that depends on all outputs."""
         if batch.labels is None:
             parts = outputs.values() if isinstance(outputs, Mapping) else [outputs]
             return sum((part.float().sum() * 0.0 for part in parts), torch.zeros((), device=self.device))
@@ -285,11 +285,11 @@ class Replica(abc.ABC):
         return self.setup.task.losses(outputs, labels, self.optim)
 
     def _weights(self, labels: Tensor) -> Tensor:
-        """The weight of each sample `[n]`, with which its losses are multiplied already."""
+        """Return the weight of each sample `[n]`; the losses of the samples already include it."""
         return self.setup.task.weights(labels, self.optim)
 
     def _taught(self, given: Tensor, own: Tensor, labels: Tensor) -> Tensor:
-        """The cross-entropy of each sample `[n]` against what a teacher has `given`, multiplied by its weight."""
+        """Return the cross-entropy of each sample `[n]` against the outputs `given` of a teacher, times its weight."""
         task = self.setup.task
         if task.taught is not None:
             return task.taught(given, own, labels)
@@ -299,11 +299,11 @@ class Replica(abc.ABC):
         return computing(self.device, self.optim.precision)
 
     def _accumulating(self, more: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around a piece, told whether `more` follow."""
+        """Return the context in which a piece is computed; `more`: further pieces follow."""
         return contextlib.nullcontext()
 
     def _reduce(self, early: bool = False) -> None:
-        """Average the gradients over ranks. A collective: all ranks have the same ones."""
+        """Average the gradients over ranks. A collective: all ranks must have gradients for the same parameters."""
         if self.world > 1:
             self.reduce_begins()
             gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
@@ -314,9 +314,9 @@ class Replica(abc.ABC):
         self.reducing = time.perf_counter(), self.timer.now()
 
     def _apply(self) -> Tensor:
-        """Move the weights by the gradients if these are finite; whether they are, a flag on the device.
+        """Move the weights by the gradients if these are finite, and return the flag `finite`, on the device.
 
-        Where work is queued nobody looks at it here: the optimizer and the averages move by nothing, on the device.
+        Where work is queued, the flag is not read here: the device makes optimizer and averages change nothing.
         """
         if self.scale.used:
             for parameter in self.net.parameters():
@@ -340,7 +340,7 @@ class Replica(abc.ABC):
         return finite
 
     def reduces(self) -> bool:
-        """Whether the device is in the all-reduce of a step, where it waits for other ranks, and not only just."""
+        """Return True if the device has been in the all-reduce of a step, waiting for other ranks, for REDUCING_S."""
         begun, before = self.reducing, time.perf_counter() - REDUCING_S
         if begun is not None and begun[0] < before and self.timer.has_passed(begun[1]):
             return True
@@ -348,13 +348,13 @@ class Replica(abc.ABC):
         return any(at < before and inside(start) and not inside(end) for at, start, end in tuple(self.reduced))
 
     def numbers(self) -> dict[str, float]:
-        """Return what the method adds to the metrics of a step, by name."""
+        """Return the method's additions to the metrics of a step, by name."""
         return {"train/loss_scale": self.scale.value} if self.scale.used else {}
 
     # ------------------------------------------------------------------------------------------------ state
 
     def tensors(self) -> dict[str, Tensor]:
-        """The whole training state by name, on rank 0 with the BatchNorm statistics of every rank. A collective."""
+        """Return the whole training state by name, on rank 0 with all ranks' BatchNorm statistics. A collective."""
         out = {f"model.{k}": v for k, v in self.net.state_dict().items()}
         out |= {f"optim.{k}": v for k, v in optimizers.optimizer_tensors(self.optimizer).items()}
         if self.ema:
@@ -367,7 +367,7 @@ class Replica(abc.ABC):
         return out | {f"norms.{rank}": vector for rank, vector in enumerate(norms)}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over a state from `tensors`; statistics are the rank's own if the world is the same, else merged."""
+        """Load a state from `tensors`; statistics are the rank's own, or merged if the number of ranks has changed."""
         self.net.load_state_dict(part(tensors, "model."))
         optimizers.load_optimizer_tensors(self.optimizer, part(tensors, "optim."), self.queued)
         if "loss_scale" in tensors and self.scale.used:
@@ -376,13 +376,13 @@ class Replica(abc.ABC):
         if norms is not None:
             batchnorm.load_norm_state(self.net, norms)
         if self.ema:
-            averaged = self._own(part(tensors, "ema_norms."))  # not in a checkpoint of before they were averaged
+            averaged = self._own(part(tensors, "ema_norms."))  # missing in old checkpoints
             averaged = batchnorm.norm_state(self.net) if averaged is None else averaged
             steps = int(tensors["ema_steps"]) if "ema_steps" in tensors else LONG_AGO
             self.ema.load(part(tensors, "ema."), averaged, steps)
 
     def _own(self, norms: dict[str, Tensor]) -> Tensor | None:
-        """This rank's vector of `norms` by rank; if they are those of another number of ranks, all of them merged."""
+        """Return this rank's vector of `norms`, or all of them merged if they are of another number of ranks."""
         if not norms:
             return None
         if len(norms) == self.world:
@@ -391,8 +391,8 @@ class Replica(abc.ABC):
         return merged.to(self.device)
 
     def averaged(self) -> nn.Module:
-        """A copy to evaluate and to ship: averaged weights and statistics if kept, else the last ones; those of all
-        ranks merged. A collective; training state is not touched.
+        """Return a copy to evaluate and ship: averaged weights and statistics if kept, else the last ones, with the
+        statistics of all ranks merged. A collective; training state does not change.
         """
         net = copy.deepcopy(self.net).eval()
         if self.ema:
@@ -406,8 +406,8 @@ class Replica(abc.ABC):
         return net
 
     def _kept(self, mine: Tensor) -> Sequence[Tensor]:
-        """Return statistics `[K]` of every rank by rank: on the CPU of rank 0, which writes them; nothing on the
-        others, and for a network without BatchNorm. A collective."""
+        """Return the statistics `[K]` of every rank, in order of rank, on the CPU of rank 0, which writes them; an
+        empty list on the other ranks, and for a network without BatchNorm. A collective."""
         if self.world == 1 or not mine.numel():
             return [mine] if mine.numel() else []
         everyone = mine.new_empty((self.world, mine.numel()), device="cpu") if self.rank == 0 else None
@@ -421,8 +421,8 @@ class Replica(abc.ABC):
     def _of_all_ranks(self, mine: Tensor) -> Tensor:
         """Return `mine` `[k]` of every rank, `[world, k]`. A collective.
 
-        All ranks receive it, also where one wants it: as fast over a ring, whose links are open already, as if all sent
-        to that one.
+        All ranks receive it, even if only one needs it: over a ring whose links are already open, this is as fast as
+        sending to that one.
         """
         if self.world == 1:
             return mine[None]
@@ -435,9 +435,9 @@ class Replica(abc.ABC):
 
 
 def mean_over_ranks(tensors: Sequence[Tensor], world: int, compress: str = "none", early: bool = False) -> None:
-    """Average `tensors` over ranks in place, some BUCKET numbers at a time. A collective.
+    """Average `tensors` over ranks in place, about BUCKET numbers at a time. A collective.
 
-    They are divided after the sum; before it with `early` and where they travel as bfloat16, whose sum may overflow.
+    They are divided by `world` after the sum, or before it with `early` and as bfloat16, whose sum may overflow.
     """
     bucket: list[Tensor] = []
     for number, tensor in enumerate(tensors):
@@ -457,7 +457,7 @@ def mean_over_ranks(tensors: Sequence[Tensor], world: int, compress: str = "none
 
 @contextlib.contextmanager
 def norms_in_eval(net: nn.Module) -> Iterator[None]:
-    """Inside the block BatchNorm uses, and does not touch, its running statistics."""
+    """Make BatchNorm use its running statistics, and leave them unchanged, within the block."""
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     for norm in norms:
         norm.eval()
@@ -469,7 +469,7 @@ def norms_in_eval(net: nn.Module) -> Iterator[None]:
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries of `tensors` under `prefix`, without it."""
+    """Return the entries of `tensors` whose names start with `prefix`, with the prefix removed."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 

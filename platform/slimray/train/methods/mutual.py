@@ -14,7 +14,7 @@ from slimray.train.methods.plain import PlainReplica
 
 @dataclass(frozen=True)
 class Mutual:
-    """Two networks; `weight` is that of the other's answers beside the labels. The first network is kept."""
+    """Two networks; `weight` is that of the other's outputs, besides the labels. The first network is kept."""
 
     weight: float = 1.0
 
@@ -39,15 +39,15 @@ class Peers(nn.Module):
 
 
 class MutualReplica(PlainReplica):
-    """A replica of two peers."""
+    """A replica of two networks."""
 
     def __init__(self, net: Peers, weight: float, setup: Setup):
         self.weight = weight
         super().__init__(net, setup)
 
     def _sample_losses(self, outputs: Outputs, labels: Tensor) -> Tensor:
-        """The losses `[n]` of both peers, outputs `[n, 2, C, ...]`: of each its own plus weight x KL(other || own), the
-        other taken as given."""
+        """Return the losses `[n]` of both networks, outputs `[n, 2, C, ...]`: for each, its own loss plus weight x
+        KL(other || own), with the other as a constant."""
         assert isinstance(outputs, Tensor)
         total, weights = torch.zeros(len(labels), device=outputs.device), self.weight * self._weights(labels)
         for own, other in ((0, 1), (1, 0)):
@@ -56,5 +56,5 @@ class MutualReplica(PlainReplica):
         return total
 
     def averaged(self) -> nn.Module:
-        """The first network, as `Replica.averaged` has it. A collective."""
+        """Return the first network of `Replica.averaged`. A collective."""
         return super().averaged().first  # type: ignore[return-value]

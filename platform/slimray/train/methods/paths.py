@@ -1,10 +1,11 @@
-"""Path sampling: steps train the weights of one path of a mixed supernet, other steps what paths are worth.
+"""Path sampling: some steps train the weights of one path of a mixed supernet, others train the alphas of its paths.
 
 ProxylessNAS (arXiv 1812.00332). `step` draws a path (uniform in the warm-up, else by the softmax of the alphas) and
 trains its weights. `search_step`, on samples held out of training, moves the alphas by Adam: along the gradient through
-binary gates ("two" candidates of a block at a time, or all, "full_v2") or by REINFORCE. Paths are a function of (seed,
-step), so all ranks draw the same ones, and what moves the alphas is averaged over ranks: they stay equal in bits. As
-published a block that runs nothing keeps its alphas, and BatchNorm goes by the batch in both kinds of steps.
+binary gates ("two" candidates of a block at a time, or all of them, "full_v2") or by REINFORCE. Paths are a function of
+(seed, step), so all ranks draw the same ones, and the gradients of the alphas are averaged over ranks: alphas stay
+equal bit by bit. As published, a skipped block keeps its alphas, and BatchNorm uses batch statistics in both kinds of
+steps.
 """
 
 import math
@@ -21,17 +22,17 @@ from slimray.models.supernets.mixed import Gates, MixedNet, Path
 from slimray.train import optimizers
 from slimray.train.methods.method import OnDevice, Piece, Replica, Setup, StepReport, mean_over_ranks, part
 
-BASELINE_STEP = 0.99  # published: the baseline moves to 99 % of the way to each new reward, it is hardly an average
+BASELINE_STEP = 0.99  # published: the baseline moves 99 % of the way to each new reward, so it is hardly an average
 MUL_LOG_SCALE = 0.2  # alpha of the published mul#log
 
 
 @dataclass(frozen=True)
 class Goal:
-    """Costs of paths, and how they join the loss; latencies in ms or MACs, all in one unit.
+    """Costs of paths, and their part in the loss; latencies in ms or MACs, all in one unit.
 
-    `fixed` is the cost of what all paths have, `edges[i][k]` that of candidate k of mixed block i, 0 for nothing.
+    `fixed` is the cost shared by all paths, `edges[i][k]` that of candidate k of mixed block i, 0 for a skipped block.
     `add_linear`: loss + weight x (E - ref) / ref. `mul_log`: 0.2 x loss x (log E / log ref)^weight, for which costs
-    must be above 1. E is the expected cost, the sum over blocks of p x cost.
+    must be above 1. E is the expected cost, the sum of p x cost over blocks and candidates, plus `fixed`.
     """
 
     regulariser: Literal["add_linear", "mul_log"]
@@ -41,31 +42,31 @@ class Goal:
     edges: tuple[tuple[float, ...], ...]
 
     def of(self, path: Sequence[int]) -> float:
-        """The cost of a path."""
+        """Return the cost of a path."""
         return self.fixed + sum(costs[number] for costs, number in zip(self.edges, path, strict=True))
 
     def expected(self, alphas: Sequence[Tensor]) -> Tensor:
-        """The expected cost under the softmax of `alphas`, a scalar with a gradient."""
+        """Return the expected cost under the softmax of `alphas`, a scalar with a gradient."""
         parts = [(one.softmax(0) * one.new_tensor(costs)).sum() for one, costs in zip(alphas, self.edges, strict=True)]
         return torch.stack(parts).sum() + self.fixed
 
     def joined(self, loss: Tensor, expected: Tensor) -> Tensor:
-        """The loss of the task with the expected cost in it."""
+        """Return the loss of the task combined with the expected cost."""
         if self.regulariser == "mul_log":
             return MUL_LOG_SCALE * loss * (expected.log() / math.log(self.ref)) ** self.weight
         return loss + self.weight * (expected - self.ref) / self.ref
 
     def reward(self, accuracy: float, cost: float) -> float:
-        """Return what REINFORCE wants much of: accuracy (0-1) x (ref / cost)^weight."""
+        """Return the reward that REINFORCE maximises: accuracy (0-1) x (ref / cost)^weight."""
         return accuracy * (self.ref / cost) ** self.weight
 
 
 @dataclass(frozen=True)
 class PathSampling:
-    """Sampling of paths, and their judgement. Without a `goal` it is the warm-up: uniform paths, alphas as they are.
+    """Training of paths and of their alphas. Without a `goal` it is the warm-up: uniform paths, alphas unchanged.
 
-    The last `num_held` rows of the training index move the alphas: a batch of them after every `every` steps on the
-    others, from epoch `first_epoch` on. `nets`: paths that REINFORCE tries per batch.
+    The last `num_held` rows of the training index train the alphas: a batch of them after every `every` steps on the
+    others, from epoch `first_epoch` on. `nets` is the number of paths that REINFORCE tries per batch.
     """
 
     goal: Goal | None = None
@@ -81,12 +82,12 @@ class PathSampling:
         return PathReplica(cast(MixedNet, net), self, setup)
 
     def held(self, epoch: int) -> tuple[int, int]:
-        """Hold `num_held` rows out, which alphas learn from once weights have learned for `first_epoch` epochs."""
+        """Hold out `num_held` rows, on which alphas are trained once weights have trained for `first_epoch` epochs."""
         return self.num_held, self.every if epoch >= self.first_epoch else 0
 
 
 class PathReplica(Replica):
-    """A replica of a `MixedNet`, with the alphas and their Adam."""
+    """A replica of a `MixedNet`, with its alphas and their Adam optimizer."""
 
     def __init__(self, net: MixedNet, method: PathSampling, setup: Setup):
         super().__init__(net, setup)
@@ -106,7 +107,7 @@ class PathReplica(Replica):
         frozen: frozenset[int] = frozenset(),
         held: bool = False,
     ) -> StepReport:
-        """Train the weights of one path, or with `held` samples what paths are worth; arguments as `Replica.step`."""
+        """Train the weights of one path, or the alphas on samples `held` out; arguments as in `Replica.step`."""
         if held:
             return self.search_step(pieces, total, seed)
         return super().step(pieces, total, lr, seed, frozen)
@@ -115,13 +116,13 @@ class PathReplica(Replica):
         return self._draw_path(random.Random(f"{seed[0]}-{seed[1]}-path"))
 
     def _draw_path(self, rng: random.Random) -> Path:
-        """A path, by the alphas or in the warm-up uniform."""
+        """Draw a path by the alphas, or uniformly in the warm-up."""
         if self.method.goal is None:
             return tuple(rng.randrange(len(alphas)) for alphas in self.alphas)
         return tuple(rng.choices(range(len(one)), one)[0] for one in self.probabilities())
 
     def probabilities(self) -> list[list[float]]:
-        """The probability of each candidate of each mixed block."""
+        """Return the probability of each candidate of each mixed block."""
         return [alphas.double().softmax(0).tolist() for alphas in self.alphas]
 
     def _passes(self, batch: OnDevice, choice: Path) -> Iterator[Tensor]:
@@ -132,22 +133,22 @@ class PathReplica(Replica):
             return self.net(batch.x, path, gates)
 
     def _reduce(self, early: bool = True) -> None:
-        """As `Replica._reduce`: the path is the same on all ranks, so are the parameters that have gradients."""
+        """Reduce as `Replica._reduce`: all ranks have the same path, and so gradients for the same parameters."""
         super()._reduce(early)
 
     # -------------------------------------------------------------------------------------------- alphas
 
     def search_step(self, pieces: Sequence[Piece], total: float, seed: tuple[int, int]) -> StepReport:
-        """Move the alphas by what held-out samples say; a collective, arguments as `step`. Weights stay as they are.
+        """Take a step of the alphas on held-out samples; a collective, arguments as in `step`. Weights do not change.
 
-        A gradient that is not finite is dropped by all ranks alike.
+        All ranks drop a gradient that is not finite.
         """
         return self._attempt(seed, lambda: (*self._search(pieces, total, seed), []))
 
     def _search(self, pieces: Sequence[Piece], total: float, seed: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Move the alphas if the gradient is finite; whether it was, and the loss on this rank.
+        """Move the alphas if the gradient is finite; return that flag, and the loss on this rank.
 
-        A device is waited for: paths are drawn here, by what alphas are.
+        Waits for the device: paths are drawn on the CPU from the current alphas.
         """
         rng = random.Random(f"{seed[0]}-{seed[1]}-search")
         pairs: list[tuple[int, ...]] = []
@@ -172,7 +173,7 @@ class PathReplica(Replica):
     def _through_gates(
         self, pieces: Sequence[Piece], total: float, members: Sequence[tuple[int, ...]], rng: random.Random
     ) -> tuple[float, list[Tensor | None]]:
-        """The loss on this rank and the gradients of the joined loss; `members` are weighed in each block."""
+        """Return the loss on this rank and the gradients of the joined loss; each block weighs its `members`."""
         goal = cast(Goal, self.method.goal)
         alphas = [one.detach().clone().requires_grad_() for one in self.alphas]
         chances = [one[list(which)].softmax(0) for one, which in zip(alphas, members, strict=True)]
@@ -202,11 +203,11 @@ class PathReplica(Replica):
 
     @torch.no_grad()
     def _reinforce(self, pieces: Sequence[Piece], rng: random.Random) -> tuple[float, list[Tensor | None]]:
-        """The loss on this rank, and gradients by which paths of more reward than the baseline become likelier."""
+        """Return the loss on this rank, and gradients that make paths with rewards above the baseline likelier."""
         goal, paths = cast(Goal, self.method.goal), [self._draw_path(rng) for _ in range(self.method.nets)]
         loss_sum, hits = 0.0, torch.zeros(len(paths), dtype=torch.float64, device=self.device)
         count, how_right = hits.new_tensor([sum(len(piece.data) for piece in pieces)]), self.setup.task.hits
-        assert how_right is not None  # else the job was refused
+        assert how_right is not None  # the job was refused otherwise
         for number, path in enumerate(paths):
             for piece in pieces:
                 batch = self._on_device(piece)
@@ -226,7 +227,7 @@ class PathReplica(Replica):
         for place, alphas in enumerate(self.alphas):
             drawn = torch.zeros(len(paths), len(alphas), dtype=alphas.dtype, device=self.device)
             drawn[range(len(paths)), [path[place] for path in paths]] = 1
-            likelier = drawn - alphas.softmax(0)  # per path the gradient of the log of its probability
+            likelier = drawn - alphas.softmax(0)  # gradient of the log probability, per path
             gradients.append(-(drawn.new_tensor(rewards) - baseline) @ likelier / len(paths))
         return loss_sum, gradients
 
@@ -235,8 +236,8 @@ class PathReplica(Replica):
         return cast(MixedNet, self.net)
 
     def numbers(self) -> dict[str, float]:
-        """Return how the search stands: expected cost, the mean entropy of the choices (0-1 of its largest), for
-        metrics."""
+        """Return the state of the search for metrics: expected cost, and mean entropy of the choices (0-1 of its
+        maximum)."""
         if self.method.goal is None:
             return super().numbers()
         with torch.no_grad():
@@ -247,19 +248,19 @@ class PathReplica(Replica):
     # --------------------------------------------------------------------------------------------- state
 
     def tensors(self) -> dict[str, Tensor]:
-        """The whole training state by name; the alphas are among the buffers of the model."""
+        """Return the whole training state by name; the alphas are among the buffers of the model."""
         out = {f"adam.{name}": value for name, value in optimizers.optimizer_tensors(self.adam).items()}
         return super().tensors() | out | {"baseline": self.baseline}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over a state from `tensors`."""
+        """Load a state from `tensors`."""
         super().load(tensors)
         optimizers.load_optimizer_tensors(self.adam, part(tensors, "adam."))
         self.baseline.copy_(tensors["baseline"])
 
 
 def draw_two(probabilities: Sequence[float], rng: random.Random) -> tuple[int, int]:
-    """Two different numbers, one after the other by `probabilities` without those drawn before."""
+    """Draw two different numbers by `probabilities`, one after the other, without replacement."""
     first = rng.choices(range(len(probabilities)), probabilities)[0]
     rest = [0.0 if number == first else chance for number, chance in enumerate(probabilities)]
     if not sum(rest):  # all others have gone to 0 in floating point
@@ -269,12 +270,12 @@ def draw_two(probabilities: Sequence[float], rng: random.Random) -> tuple[int, i
 
 @torch.no_grad()
 def rescale(alphas: Tensor, before: Tensor, pair: Sequence[int]) -> None:
-    """Shift the two alphas of `pair` in place so that both together are as likely among all as `before`."""
+    """Shift the two alphas of `pair` in place so that their joint probability among all is the same as `before`."""
     which = list(pair)
     alphas[which] -= alphas[which].logsumexp(0) - before[which].logsumexp(0)
 
 
 def entropy(probabilities: Sequence[Sequence[float]]) -> float:
-    """The mean over blocks of the entropy of a choice, 1 where all candidates are equally likely."""
+    """Return the mean entropy of the choices over blocks, 0-1: 1 where all candidates are equally likely."""
     parts = [-sum(p * math.log(p) for p in one if p > 0) / math.log(len(one)) for one in probabilities]
     return sum(parts) / len(parts)

@@ -29,7 +29,7 @@ class Plain:
 
 
 class PlainReplica(Replica):
-    """A replica that DDP reduces when there are several ranks."""
+    """A replica whose gradients DDP reduces if there are several ranks."""
 
     def __init__(self, net: nn.Module, setup: Setup):
         super().__init__(net, setup)
@@ -44,7 +44,7 @@ class PlainReplica(Replica):
             )
             self.shared.register_comm_hook(self, _timed_allreduce)
             self.forward = self.shared
-        if setup.compile:  # DDP and all, which then still reduces a bucket while the next one is computed
+        if setup.compile:  # including DDP, which then still reduces a bucket while the next one is computed
             self.forward = compiled(self.forward, self.device)
 
     def _passes(self, batch: OnDevice, choice: Any) -> Iterator[Tensor]:
@@ -60,7 +60,7 @@ class PlainReplica(Replica):
 
 
 def _timed_allreduce(replica: PlainReplica, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore
-    """DDP's own all-reduce, of bfloat16 on request, and a note of when the bucket was ready."""
+    """Note when the bucket was ready, then run DDP's own all-reduce, in bfloat16 on request."""
     replica.reduce_begins()
     reduce = bf16_compress_hook if replica.setup.compress == "bf16" else allreduce_hook
     return reduce(dist.group.WORLD, bucket)  # type: ignore[arg-type]

@@ -1,9 +1,9 @@
-"""Quantization-aware training: every pass rounds weights and inputs, gradients go straight through the rounding.
+"""Quantization-aware training: every pass rounds weights and inputs, gradients pass straight through the rounding.
 
 A wrapper around another method, plain, distilled or constrained, for a network whose layers are `FakeQuantized`
 (compress/quantized.py; arXiv 1712.05877). The ranges of inputs are learned (as in HAQ, 1811.08886, with the gradient
-scaled as in LSQ, 1902.08153) or stay as they were found on calibration samples; those of int8 weights follow the
-weights. Surprising: BatchNorm is folded before it, so it takes a lower rate than the network was trained with.
+scaled as in LSQ, 1902.08153) or stay as calibrated; those of int8 weights follow the weights. Surprising: BatchNorm is
+already folded into the weights, so the learning rate must be lower than the one the network was trained with.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ RangeRule = Literal["learned", "frozen"]
 
 @dataclass(frozen=True)
 class QuantizationAware:
-    """The steps of `method` on a network that rounds; `ranges` says whether those of inputs are learned."""
+    """Steps of `method` on a network that rounds; `ranges`: input ranges are learned or frozen."""
 
     method: Method
     ranges: RangeRule = "learned"
@@ -37,12 +37,13 @@ class QuantizationAware:
         return replica
 
     def held(self, epoch: int) -> tuple[int, int]:
-        """Return what `method` holds out."""
+        """Hold out the same rows as `method`."""
         return self.method.held(epoch)
 
 
 class Ranges:
-    """Learned ranges stay ranges: 0 is in them, `linear` ones stay a half wave or symmetric. Around `inner`, if any."""
+    """Constraint that keeps learned ranges valid: they include 0, and `linear` ones stay one-sided or symmetric. Wraps
+    `inner`, if any."""
 
     def __init__(self, net: nn.Module, inner: Constraint | None):
         self.layers, self.inner = _rounding(net), inner
@@ -60,7 +61,7 @@ class Ranges:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Put the ranges right."""
+        """Make the ranges valid again."""
         if self.inner:
             self.inner.after_step()
         for layer, half in zip(self.layers, self.half, strict=True):

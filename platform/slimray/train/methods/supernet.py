@@ -1,9 +1,9 @@
-"""Progressive shrinking: a step trains a few subnets of a supernet, and every rank the same ones.
+"""Progressive shrinking: a step trains a few subnets of a supernet, the same ones on every rank.
 
-Once-for-All (arXiv 1908.09791): the gradients of all subnets of a step are *summed*, each learns from the labels and
-from a frozen teacher, which looks at the batch in train mode (by its statistics) as published. Which subnets is a
-function of (seed, step). A backward pass follows each forward pass, and the gradients are reduced once, by ourselves:
-DDP's buckets expect one backward pass over all parameters, and here most steps leave some out.
+Once-for-All (arXiv 1908.09791): the gradients of all subnets of a step are *summed*; each subnet learns from the labels
+and from a frozen teacher, whose BatchNorm uses batch statistics as published. The choice of subnets is a function of
+(seed, step). A backward pass follows each forward pass, and the gradients are reduced once, without DDP: its buckets
+expect one backward pass over all parameters, and most steps here leave some out.
 """
 
 import copy
@@ -22,8 +22,8 @@ from slimray.train.methods.method import OnDevice, Replica, Setup
 
 @dataclass(frozen=True)
 class Supernet:
-    """Subnets that a step trains: `count` archs of `space`, redrawn each step. With `sandwich` (1903.05134) the
-    first is the largest and the last the smallest. `teacher` is the URI of a run, `distill_weight` that of its answers.
+    """Subnets that a step trains: `count` archs of `space`, redrawn each step. With `sandwich` (1903.05134), the first
+    is the largest and the last the smallest. `teacher` is the URI of a run, `distill_weight` the weight of its outputs.
     """
 
     space: Space
@@ -42,9 +42,9 @@ class Supernet:
         return 0, 0
 
     def draw(self, seed: tuple[int, int]) -> list[Arch]:
-        """The archs of step `seed` = (run seed, number of the step), the same on every rank."""
+        """Return the archs of step `seed` = (run seed, number of the step), the same on every rank."""
         archs = [self.space.sample(random.Random(f"{seed[0]}-{seed[1]}-{number}")) for number in range(self.count)]
-        shared = {name: archs[0][name] for name in self.space.input_names}  # one input serves all
+        shared = {name: archs[0][name] for name in self.space.input_names}  # all subnets share one input
         if self.sandwich:
             archs[0] = self.space.largest()
             archs[-1] = self.space.smallest() if self.count > 1 else archs[-1]
@@ -77,7 +77,7 @@ class SupernetReplica(Replica):
 
     @torch.no_grad()
     def _teach(self, x: Tensor) -> Tensor | None:
-        """Return what the teacher, the largest subnet as it was, says of `x`, by the statistics of this batch."""
+        """Return the outputs of the teacher, the largest subnet as it was, for `x`, with batch statistics."""
         if self.teacher is None or not self.method.distill_weight:
             return None
         with self._autocast():
@@ -89,7 +89,7 @@ class SupernetReplica(Replica):
 
 
 def _frozen(net: nn.Module) -> nn.Module:
-    """`net` without gradients and dropout; its BatchNorm goes by the batch."""
+    """Freeze `net`: no gradients, no dropout; its BatchNorm uses batch statistics."""
     net.requires_grad_(False).train()
     for module in net.modules():
         if isinstance(module, nn.Dropout):
