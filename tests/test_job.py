@@ -164,7 +164,7 @@ def test_the_facts_of_the_quickstart():
         ("kind: trian\nname: a", "unknown kind 'trian', did you mean 'train'?"),
         ("name: a", f"kind: must be one of {', '.join(job.SPECS)} (got None)"),
         ("kind: [train]\nname: a", f"kind: must be one of {', '.join(job.SPECS)} (got ['train'])"),
-        ("name: a\nlayout: list", "is a dataset card: name it in `data: {card: ...}` of a job"),
+        ("name: a\nlayout: list", "is a dataset card, not a job: name it in `data: {card: ...}` of a job"),
         ("kind: prepare\nname: a/b\ndata: {card: moving_shapes}", "name: run name 'a/b': letters, digits"),
         ("kind: prepare\nname: " + "a" * 129 + "\ndata: {card: moving_shapes}", "name: run name 'aaa"),
         (
@@ -173,8 +173,8 @@ def test_the_facts_of_the_quickstart():
         ),
         ("kind: prepare\nname: a\ndata: {card: my.yaml}", "data.card: my.yaml: there is no such dataset card"),
         ("kind: prepare\nname: a\ndata: {card: {name: a}}", "data.card: layout: is required"),
-        ("extends: b\nname: a", "extends: 'b' is the name of no earlier document"),
-        ("extends: [b]\nname: a", "extends: ['b'] is the name of no earlier document"),
+        ("extends: b\nname: a", "extends: no earlier document is named 'b'"),
+        ("extends: [b]\nname: a", "extends: no earlier document is named ['b']"),
     ],
 )
 def test_a_wrong_document_is_one_sentence(text, sentence):
@@ -290,7 +290,7 @@ def test_a_wrong_set_is_one_sentence(assignment, sentence):
         (["tsm:model.num_segments=0"], "model.num_segments: must be > 0 (got 0)"),
         (["tsm:model.place=here"], "model.place: must be blockres or block (got 'here')"),
         (["tsm:model.dropout=1"], "model.dropout: must be at least 0 and below 1 (got 1)"),
-        (["tsm:model.num_classes=5"], "model.num_classes: is not an option here, the dataset says how many"),
+        (["tsm:model.num_classes=5"], "model.num_classes: is not an option here, the dataset defines it"),
         (["tsm:model.zero_gamma=true"], "model.zero_gamma: is not an option here, write optim.zero_gamma"),
         (["tsm:model.in_channels=2"], "model.in_channels: the clips have 3 channels (got 2)"),
         (["tsm:model={name: tsm_mobilenetv2, temporal_pool: true}"], "model.temporal_pool: needs a ResNet"),
@@ -302,7 +302,7 @@ def test_a_wrong_set_is_one_sentence(assignment, sentence):
         (["tsm:data.resize=24"], "data.resize: must be at least size (32), got 24"),
         (["tsm:data.scales=[]"], "data.scales: must be numbers above 0 and at most 1, got []"),
         (["scale.workers=3"], "batch.total: 16 must be a multiple of scale.workers x batch.per_worker (3 x 4 = 12)"),
-        (["optim.norm=sync"], "optim.norm: sync needs GPUs: set scale.gpus_per_worker, or take local"),
+        (["optim.norm=sync"], "optim.norm: sync needs GPUs: set scale.gpus_per_worker, or use local"),
         (["optim.class_weights=[1, 2]"], "optim.class_weights: 2 weights, the dataset has 4 classes"),
         (["optim.class_weights=[1, 2, 3, -4]"], "optim.class_weights: must be numbers >= 0, at least one"),
         (["optim.class_weights=balance"], "optim.class_weights: must be a list or must be 'balanced' (got 'balance')"),
@@ -324,13 +324,13 @@ def test_sync_norm_is_for_gpus():
 def test_a_network_for_points_is_refused_for_clips(monkeypatch):
     row = models.Model(lambda **_: None, "takes points", input="points")
     monkeypatch.setitem(models.MODELS, "some_cloud_net", row)
-    assert problems("model.name=some_cloud_net") == ["model.name: some_cloud_net wants clouds, the dataset gives clips"]
+    assert problems("model.name=some_cloud_net") == ["model.name: some_cloud_net takes clouds, the dataset has clips"]
 
 
 def test_a_network_for_clips_is_refused_for_points():
     card = "{name: clouds, layout: generated, sample: points, splits: {train: a, val: a}, classes: [a, b]}"
     said = problems(file=write(CHAIN.replace("card: moving_shapes", f"card: {card}")))
-    assert "model.name: tsm_resnet18 wants clips, the dataset gives clouds" in said
+    assert "model.name: tsm_resnet18 takes clips, the dataset has clouds" in said
 
 
 def test_balanced_weights_are_counted_in_the_training_index():
@@ -347,7 +347,7 @@ def test_classes_of_points_are_not_balanced_by_counting_clouds():
     card = "{name: c, layout: generated, sample: points, labels: point, splits: {train: a, val: a}, classes: [a, b]}"
     text = CHAIN.replace("card: moving_shapes", f"card: {card}").replace("tsm_resnet18", "pointnet_cls")
     said = problems("optim.class_weights=balanced", file=write(text))
-    assert "optim.class_weights: balanced counts samples, here labels belong to points: write numbers" in said
+    assert "optim.class_weights: balanced counts samples, but here points have labels: write numbers" in said
 
 
 def test_weights_to_start_from_are_looked_for_but_not_fetched():
@@ -416,7 +416,7 @@ def test_files_that_are_not_there_are_found_by_looking(tmp_path, clips):
     assert problems(file=raw, look=True) == [], "a file that is gone is quarantined by prepare"
     (tmp_path / "clips/5.mp4").unlink()
     said = problems(file=raw, look=True)
-    assert said == [f"data.root: the files of split 'val' are not there ({tmp_path}/clips/5.mp4)"]
+    assert said == [f"data.root: the files of split 'val' are missing ({tmp_path}/clips/5.mp4)"]
 
 
 def test_a_list_that_is_wrong_is_named_with_its_line(tmp_path, clips):
@@ -586,10 +586,12 @@ def test_runs_that_cannot_be_scored_are_named():
     Path("runs/tsn/model/weights.safetensors").unlink()
     assert problems(file=alone) == ["runs: 'tsn' has lost its model/weights.safetensors: train it again"]
     assert problems("runs=[data]", file=alone) == ["runs: 'data' holds a dataset, not a network or an export"]
-    assert problems("runs=[tsm, ./runs/tsm]", file=alone) == ["runs: two of them are named 'tsm': score them apart"]
+    assert problems("runs=[tsm, ./runs/tsm]", file=alone) == [
+        "runs: two of them are named 'tsm': score them separately"
+    ]
     runs.clear(runs.open_run("runs", "tsn"))
     finish_train(loaded[2], ("a", "b", "c", "d"))
-    assert problems(file=alone) == ["runs: 'tsn' knows other classes than moving_shapes: score it apart"]
+    assert problems(file=alone) == ["runs: 'tsn' has other classes than moving_shapes: score it separately"]
     runs.clear(runs.open_run("runs", "tsn"))
     finish(loaded[2], state="failed")
     assert problems(file=alone) == ["runs: 'tsn' has not finished: run it first"]
@@ -644,7 +646,7 @@ def test_the_schema_helps_with_the_words_of_the_docstrings():
     definitions = job.json_schema()["definitions"]
     assert definitions["OptimSpec"]["properties"]["epochs"]["description"] == "Passes over the training split."
     assert definitions["ModelSpec"]["properties"]["name"]["enum"] == list(models.MODELS)
-    assert "Known by" in definitions["ModelSpec"]["properties"]["inflation"]["description"]
+    assert "Used by" in definitions["ModelSpec"]["properties"]["inflation"]["description"]
     assert "from" in definitions["InitSpec"]["properties"]
 
 
@@ -686,8 +688,8 @@ targets: [{name: small, limits: {macs: 2.0e+6}}]
     [
         ("size: 32}\nmodel", "size: 40}\nmodel", "data.size: must be 32, the largest resolution of the space (got 40)"),
         ("kernel: [3", "kernels: [3", "stages.rest.free: no dimension 'kernels', did you mean 'kernel'?"),
-        ("kernel: [3, 5", "kernel: [3, 4", "stages.rest.free.kernel: 4 is none of 3, 5, 7"),
-        ("reference_batch: 8", "reference_batch: 8, lr: 1", "optim.lr: belongs to each of the stages, write it there"),
+        ("kernel: [3, 5", "kernel: [3, 4", "stages.rest.free.kernel: 4 is not one of 3, 5, 7"),
+        ("reference_batch: 8", "reference_batch: 8, lr: 1", "optim.lr: each stage has its own: write it there"),
         (
             "{macs: 2",
             "{flops: 2",
@@ -698,7 +700,7 @@ targets: [{name: small, limits: {macs: 2.0e+6}}]
         (
             "hold_out: 10",
             "hold_out: 0",
-            "split: 'ofa' held no samples out (hold_out: 0): name a split, or shrink again",
+            "split: 'ofa' held out no samples (hold_out: 0): name a split, or shrink again",
         ),
         ("supernet: ofa", "supernet: pictures", "supernet: 'pictures' will hold a dataset, not a supernet"),
     ],

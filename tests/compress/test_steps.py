@@ -47,7 +47,7 @@ def test_rounds_and_centroids_are_steps_of_their_own():
     [
         ({"batch": None}, "batch: is required"),
         ({"steps": [{"step": "sparsify", "keep": 0.5, "quality": 1.0}]}, "write one of"),
-        ({"steps": [{"step": "sparsify", "keep": 0.5, "rounds": 3}]}, "rounds: more than one need finetune"),
+        ({"steps": [{"step": "sparsify", "keep": 0.5, "rounds": 3}]}, "rounds: more than one round needs finetune"),
         ({"model": {"name": "resnet18"}}, "init: is required"),
         ({"steps": [{"step": "share", "bits": 9}]}, "less than or equal to 8"),
     ],

@@ -144,5 +144,5 @@ def test_a_search_takes_its_latencies_from_the_table_of_a_device(net, finished, 
     )
     assert len(found) > 0
     assert (found.costs["latency_ms"] <= asked.limits["latency_ms"]).all()
-    with pytest.raises(UserError, match="does not tell it"):
+    with pytest.raises(UserError, match="does not provide it"):
         search._problem(prices, spec.model_copy(update={"limits": {"energy_mj": 1}}), Evolution(population=6))

@@ -57,5 +57,5 @@ def test_a_search_keeps_limits_of_latency_and_energy_together(net):
 def test_a_device_without_energy_tells_none(net, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("{description: d, source: s, date: '2026', gmacs_per_s: 10, gb_per_s: 2, bits: 8}")
-    with pytest.raises(UserError, match=r"limits: energy_mj: .*mine.yaml does not tell it"):
+    with pytest.raises(UserError, match=r"limits: energy_mj: .*mine.yaml does not provide it"):
         problem(net, hardware=str(path), limits={"energy_mj": 1})

@@ -110,7 +110,7 @@ def test_an_export_translates_as_its_run_and_says_how_it_was_verified(shell, net
     (tmp_path / "asked.txt").write_text("a b\nc a d e\n\ne\n")
     done = shell("export", "net", "--set", "samples=12", "--set", "pairs=9")
     assert done.code == 0, done.err
-    assert "the same answer 100.00 % of the time" in done.err
+    assert "the same prediction 100.00 % of the time" in done.err
     run = runs.find_run("net-export", "runs")
     facts = exported.read_export(run, "onnx")
     assert (facts["file"], facts["step"]["file"]) == ("encoder.onnx", "step.onnx")
@@ -142,7 +142,7 @@ def test_an_export_translates_as_its_run_and_says_how_it_was_verified(shell, net
 
 def test_formats_that_hold_one_graph_are_refused_before_anything_is_done(shell, net):  # noqa: F811
     for arguments, said in (
-        (["--format", "openvino"], "openvino does not hold an encoder and a step"),
+        (["--format", "openvino"], "openvino cannot hold an encoder and a step"),
         (["--set", "online=true"], "is exported as an encoder and a step: leave it out"),
     ):
         done = shell("export", "net", *arguments)

@@ -69,7 +69,7 @@ def test_two_ranks_count_what_one_counts(tmp_path):
 
 def test_points_that_no_window_votes_on_may_count_as_published():
     job = {"kind": "evaluate", "name": "e", "runs": ["r"], "missed": "last_class"}
-    with pytest.raises(ValidationError, match="missed: belongs to votes"):
+    with pytest.raises(ValidationError, match="missed: requires votes"):
         EvaluateJob.model_validate(job)
     assert EvaluateJob.model_validate(job | {"votes": 1}).missed == "last_class"
     score = SegmentationScore(3, ignore_label=-1)

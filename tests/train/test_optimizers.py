@@ -169,5 +169,5 @@ def test_schedules_that_do_not_fit_are_one_sentence(fields, sentence):
 
 
 def test_stages_have_no_steps():
-    with pytest.raises(UserError, match="steps: is for a training of its own, stages count epochs"):
+    with pytest.raises(UserError, match="steps: is for single trainings, stages count epochs"):
         parse(SharedOptimSpec, {"reference_batch": 8, "steps": 5}, "job.yaml: optim")

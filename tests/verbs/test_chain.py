@@ -107,7 +107,7 @@ def test_a_chain_of_runs_that_do_not_exist_yet_passes_the_check(name, tmp_path):
         ),
         ("runs: [images-search-any", "runs: [images-supernet", "runs: 'images-supernet' will hold a supernet"),
         ("supernet: images-supernet", "supernet: images-tuned", "images-tuned"),
-        ("model: {run: images-search-any}", "model: {run: images-search-any, width: 2}", "model.width: goes with name"),
+        ("model: {run: images-search-any}", "model: {run: images-search-any, width: 2}", "model.width: is for name"),
         ("model: {run: images-search-any}", "model: {}", "model.name: is required"),
     ],
 )
@@ -126,7 +126,7 @@ def test_a_network_found_in_clips_is_not_trained_on_images(tmp_path):
     mixed = chain("images").replace("model: {run: images-search-any}", "model: {run: clips-search-any}")
     path.write_text(f"{chain('clips')}---{mixed}")
     problems = [one for facts in job.check(job.load([path]), str(tmp_path / "runs")) for one in facts["problems"]]
-    assert any("model.run: 'clips-search-any' takes clips, the dataset gives images" in one for one in problems)
+    assert any("model.run: 'clips-search-any' takes clips, the dataset has images" in one for one in problems)
 
 
 @pytest.mark.ray

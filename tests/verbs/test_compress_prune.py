@@ -124,14 +124,14 @@ def test_a_trial_takes_what_a_worker_of_the_job_does_and_runs_on_the_gpu_that_it
         ("shares: {mac: 0.5}", "macs"),
         ("shares: {latency_ms: 0.5}, search: {name: amc, timed: 5}", "timed"),
         ("keep: 0.5, criterion: tailor", "criterion"),
-        ("shares: {macs: 0.5}, limits: {macs: 1}", "written as a share too"),
+        ("shares: {macs: 0.5}, limits: {macs: 1}", "is also given in shares"),
         ("shares: {macs: 0.5}, policy: ranked, criterion: l1", "ranked needs criterion: group"),
         (
             "shares: {macs: 0.5}, policy: ranked, search: amc",
             "leave it out, or write search: {name: climb, start: ranked}",
         ),
         ("shares: {macs: 0.5}, criterion: l1, search: {name: climb, start: ranked}", "search.start: ranked needs"),
-        ("keep: 0.5, policy: ranked", "keep: goes with policy uniform"),
+        ("keep: 0.5, policy: ranked", "keep: is for policy uniform"),
     ],
 )
 def test_steps_that_say_too_much_or_too_little_are_one_sentence(step, reason):

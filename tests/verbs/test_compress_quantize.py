@@ -57,18 +57,18 @@ def test_a_trained_step_is_rounded_then_trained_then_whole():
     [
         ("{step: quantize, bits: 1}", "steps.0"),
         ("{step: quantize, bits: [4, 9]}", "steps.0"),
-        ("{step: quantize, scheme: kmeans, finetune: {epochs: 1, lr: 0.1}}", "codebooks are not trained here"),
-        ("{step: quantize, embeddings: 8, finetune: {epochs: 1, lr: 0.1}}", "embeddings: tables are not trained"),
+        ("{step: quantize, scheme: kmeans, finetune: {epochs: 1, lr: 0.1}}", "cannot train codebooks"),
+        ("{step: quantize, embeddings: 8, finetune: {epochs: 1, lr: 0.1}}", "embeddings: cannot be trained"),
         ("{step: quantize, embeddings: 1}", "embeddings: must be 2 to 8 with scheme: int8, got 1"),
         ("{step: quantize, shares: {size_mb: 0.5}}", "search: is required with shares"),
         ("{step: quantize, search: haq}", "search: needs shares or limits"),
         ("{step: quantize, search: amc, shares: {size_mb: 0.5}}", "haq"),
-        ("{step: quantize, search: haq, bits: 4, shares: {size_mb: 0.5}}", "bits: the search says it"),
+        ("{step: quantize, search: haq, bits: 4, shares: {size_mb: 0.5}}", "bits: is decided by the search"),
         ("{step: quantize, search: haq, shares: {latency_ms: 0.5}}", "write hardware"),
         ("{step: quantize, search: haq, hardware: bit_serial, shares: {size_mb: 0.5}}", "hardware: is for shares"),
-        ("{step: quantize, search: haq, shares: {size_mb: 0.5}, limits: {size_mb: 1}}", "written as a share too"),
+        ("{step: quantize, search: haq, shares: {size_mb: 0.5}, limits: {size_mb: 1}}", "is also given in shares"),
         ("{step: quantize, search: {name: haq, low: 8}, shares: {size_mb: 0.5}}", "low: must be less than high"),
-        ("{step: quantize}\n  - {step: sparsify, keep: 0.5}", "behind quantize there is only code"),
+        ("{step: quantize}\n  - {step: sparsify, keep: 0.5}", "only code may follow quantize"),
     ],
 )
 def test_bits_that_there_are_not_are_refused(step, said):
@@ -113,7 +113,7 @@ def test_bits_keep_shares_of_what_eight_cost_and_limits_in_numbers(scheme):
 @pytest.mark.parametrize(
     ("limits", "said"),
     [
-        ("limits: {size_mb: 0.001}", "steps.0: limits: 2 bits everywhere (8 at both ends) break the limits"),
+        ("limits: {size_mb: 0.001}", "steps.0: limits: 2 bits everywhere (8 at both ends) exceed the limits"),
         ("shares: {energy_mj: 0.01}, hardware: bit_serial", "energy_mj"),
         ("shares: {size_mb: 0.5}", ""),
         ("shares: {size_mb: 0.5, latency_ms: 0.6}, hardware: bit_serial", ""),
@@ -132,7 +132,7 @@ def test_limits_on_networks_of_text_are_told_before_anything_runs_too(name, side
     text = "{{step: quantize, scheme: kmeans, search: haq, limits: {{size_mb: {}}}}}"
     shape = (2, 9) if sides == 2 else (9,)
     step_quantize.check(job(text.format(10)).steps[0], net, shape)
-    with pytest.raises(UserError, match=r"limits: 2 bits everywhere break the limits; they cost size_mb"):
+    with pytest.raises(UserError, match=r"limits: 2 bits everywhere exceed the limits; they cost size_mb"):
         step_quantize.check(job(text.format(1e-5)).steps[0], net, shape)
 
 

@@ -89,8 +89,8 @@ def test_check_tells_what_a_network_of_images_takes():
 @pytest.mark.parametrize(
     ("sets", "sentence"),
     [
-        ("net:model={name: tsm_resnet18}", "model.name: tsm_resnet18 wants clips, the dataset gives images"),
-        ("net:model={name: pvcnn_cls}", "model.name: pvcnn_cls wants clouds, the dataset gives images"),
+        ("net:model={name: tsm_resnet18}", "model.name: tsm_resnet18 takes clips, the dataset has images"),
+        ("net:model={name: pvcnn_cls}", "model.name: pvcnn_cls takes clouds, the dataset has images"),
         ("net:model.in_channels=1", "model.in_channels: the images have 3 channels (got 1)"),
         ("net:model.num_segments=8", "model.num_segments: resnet18 has no such option"),
         ("net:model.width=0", "model.width: must be > 0 (got 0)"),

@@ -78,7 +78,7 @@ def test_a_mistake_in_a_plan_is_one_sentence(shell, where, arguments, sentence):
 def test_a_dataset_that_is_not_there_needs_a_number_of_samples(shell, where):  # noqa: F811
     done = shell("plan", "tiny.yaml")
     assert done.code == 2
-    assert done.err.strip().endswith("(or say how many samples there are: --samples)")
+    assert done.err.strip().endswith("(or give the number of samples: --samples)")
     assert shell("plan", "tiny.yaml", "--samples", "100").code == 0
 
 

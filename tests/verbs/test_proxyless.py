@@ -163,7 +163,7 @@ def test_a_table_that_does_not_fit_is_one_sentence(net, tmp_path):
                 "search": {"epochs": 2, "lr": 0.1, "gradient": "reinforce"},
                 "latency": MACS | {"regulariser": "mul_log"},
             },
-            "latency.regulariser: is not for search.gradient: reinforce",
+            "latency.regulariser: does not apply to search.gradient: reinforce",
         ),
     ],
 )

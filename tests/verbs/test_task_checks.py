@@ -49,7 +49,7 @@ def test_a_task_without_classes_is_checked_and_counted(file):
         ("optim.class_weights=[1,2]", "optim.class_weights: are for classes, not for super_resolve"),
         ("data.task.scale=5", "data.task.scale: must be"),
         ("data.task.scael=2", "data.task.scael: unknown"),
-        ("model={name: resnet18}", "model.name: resnet18 wants images, the dataset gives pictures"),
+        ("model={name: resnet18}", "model.name: resnet18 takes images, the dataset has pictures"),
         ("model={name: carn, scale: 3}", "model.scale: is not an option here, write data.task.scale"),
         ("data.card.task=super_resolv", "unknown task 'super_resolv', did you mean 'super_resolve'?"),
     ],

@@ -65,10 +65,10 @@ def test_a_job_on_texts_is_right(file):
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("net:model={name: tsm_resnet18}", "model.name: tsm_resnet18 wants clips, the dataset gives texts"),
+        ("net:model={name: tsm_resnet18}", "model.name: tsm_resnet18 takes clips, the dataset has texts"),
         (
             "net:model={name: micronet_lm}",
-            "micronet_lm wants plain texts (sides: 1), the dataset gives texts with translations (sides: 2)",
+            "micronet_lm takes plain texts (sides: 1), the dataset has texts with translations (sides: 2)",
         ),
         ("net:model.vocab_size=9", "model.vocab_size: is not an option here"),
         ("net:optim.class_weights=[1,2]", "optim.class_weights: are for classes, not for translate"),

@@ -50,8 +50,8 @@ def problems(*sets: str) -> list[str]:
 @pytest.mark.parametrize(
     ("sets", "sentence"),
     [
-        (["optim.precise_norm=3"], "optim.precise_norm: 3 samples are too few for 2 workers: at least 4"),
-        (["optim.precision=tf32"], "optim.precision: tf32 needs GPUs: set scale.gpus_per_worker, or take fp32"),
+        (["optim.precise_norm=3"], "optim.precise_norm: 3 samples are too few for 2 workers: set at least 4"),
+        (["optim.precision=tf32"], "optim.precision: tf32 needs GPUs: set scale.gpus_per_worker, or use fp32"),
         (["teacher=x", "optim.mutual=1", "optim.groups=plain"], "optim.mutual: cannot be combined with teacher"),
         (["scale.compile=true", "optim.mutual=1", "optim.groups=plain"], "scale.compile: compiles one network"),
         (["data.val=null", "checkpoint.ship=best"], "checkpoint.ship: best needs validations"),
@@ -87,13 +87,13 @@ def test_a_finished_teacher_of_another_task_is_found_by_check():
     write_teacher("classify", 2)
     assert problems("teacher=old") == []
     write_teacher("classify", 7)
-    assert problems("teacher=old") == ["job.yaml (net): teacher: 'old' knows 7 classes, the dataset has 2"]
+    assert problems("teacher=old") == ["job.yaml (net): teacher: 'old' has 7 classes, the dataset has 2"]
     write_teacher("segment", 2)
     (said,) = problems("teacher=old")
     assert said == "job.yaml (net): teacher: 'old' is for the task segment, the dataset for classify: name another run"
     write_teacher("classify", 2, ClipRecipe(num_segments=2, size=32).to_dict())
     (said,) = problems("teacher=old")
-    assert said == "job.yaml (net): teacher: 'old' takes clips, the dataset gives images: name another run"
+    assert said == "job.yaml (net): teacher: 'old' takes clips, the dataset has images: name another run"
     runs.write_file(runs.open_run("runs", "old"), "model/input.json", b"[1]")
     (said,) = problems("teacher=old")
     assert "teacher: 'old' is not a run that holds a network" in said
@@ -117,7 +117,7 @@ def test_a_teacher_that_a_job_ahead_trains_is_compared_too():
 
     assert said("my_images, root: images", "{name: resnet18, width: 0.125}") == []
     (other,) = said("my_folders", "{name: tsm_resnet18}")
-    assert "teacher: 'first' takes clips, the dataset gives images: name another run" in other
+    assert "teacher: 'first' takes clips, the dataset has images: name another run" in other
     (other,) = said("s3dis", "{name: pvcnn_s3dis}")
     assert "teacher: 'first' is for the task segment, the dataset for classify: name another run" in other
 
@@ -126,7 +126,7 @@ def test_a_task_without_classes_takes_no_teacher():
     text = IMAGES.replace("my_images, root: images", "super_resolution, root: images")
     text = text.replace("{name: resnet18, width: 0.125}", "{name: carn}") + "teacher: nobody\n"
     (facts,) = job.check(load(text), "runs")
-    assert any("teacher: is for classes of samples, points or tokens, not for" in one for one in facts["problems"])
+    assert any("teacher: works for classes of samples, points or tokens, not for" in one for one in facts["problems"])
 
 
 def test_steps_are_counted_without_the_batch_that_is_dropped():

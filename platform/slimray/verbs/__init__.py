@@ -1,8 +1,9 @@
-"""The verbs: what a job can do, one file each, and the table of them.
+"""The verbs: the kinds of jobs, one file each, and the table of them.
 
-Each file has the same four names: `Job`, what a user may write; `check(job, ctx)`, all that can be known before
-machines are asked for; `makes(job)`, the runs it leaves behind and what they hold; `run(job, ctx)`. A verb imports
-neither Ray nor torch until it checks or runs, so that reading a file is quick. The other files are what verbs share.
+Each file has the same four names: `Job`, the fields that a user may write; `check(job, ctx)`, all that can be known
+before machines are requested; `makes(job)`, the runs that a job leaves behind, with their contents; `run(job, ctx)`. A
+verb imports neither Ray nor torch until it checks or runs, so that reading a file is quick. The other files hold code
+that verbs share.
 """
 
 from types import ModuleType

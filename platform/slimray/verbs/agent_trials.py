@@ -1,7 +1,7 @@
-"""Searches by an agent, episode by episode (AMC, HAQ): its trials on storage, and how Ray Tune runs them.
+"""Searches by an agent, episode by episode (AMC, HAQ): trials on storage, run by Ray Tune.
 
-What is tried is what `search.agents` proposes from the seed and the finished trials before it, so that the result is
-the same on any number of workers and after a resume.
+`search.agents` proposes each trial from the seed and the finished trials before it, so that the result is the same on
+any number of workers and after a resume.
 """
 
 import json
@@ -18,13 +18,13 @@ from slimray.train import connection
 from slimray.verbs import trials
 from slimray.verbs.compressing import Work
 
-Reward = Callable[[Mapping[str, float]], float]  # what metrics are worth
+Reward = Callable[[Mapping[str, float]], float]  # metrics -> reward
 
 
 class Progress:
-    """A search under way: what was tried lies in `trials/` of the stage, what is next is a function of it.
+    """A search in progress: finished trials lie in `trials/` of the stage, and the next one is a function of them.
 
-    A policy that has a reward is not tried again: its next episode gets what it got.
+    A policy that has a reward is not tried again: a later episode with the same policy gets the same reward.
     """
 
     def __init__(self, stage: runs.Run, learner: Learner[Any], reward: Reward):
@@ -32,7 +32,7 @@ class Progress:
         self.history: dict[int, Trial[Any]] = {}
         self.proposed: dict[int, list[Trial[Any]]] = {}
         self.running: dict[str, Trial[Any]] = {}
-        self.scored: dict[str, dict[str, float]] = {}  # policy, written out -> its metrics
+        self.scored: dict[str, dict[str, float]] = {}  # repr of a policy -> its metrics
         for index in range(self.settings.episodes):
             if runs.exists(stage, self._file(index)):
                 self._know(json.loads(runs.read_file(stage, self._file(index))))
@@ -49,21 +49,21 @@ class Progress:
 
     @property
     def trials(self) -> list[Trial[Any]]:
-        """What is over, in order."""
+        """The finished trials, in order of index."""
         return [self.history[index] for index in sorted(self.history)]
 
     def candidates(self, metric: str, costs: Callable[[Any], Mapping[str, float]]) -> list[dict[str, float]]:
-        """Every policy that was scored, once: the metric and what it costs."""
+        """Return the metric and the costs of every policy that was scored, once each."""
         policies = {repr(trial.policy): trial.policy for trial in self.trials}
         return [{metric: told[metric], **costs(policies[one])} for one, told in self.scored.items()]
 
     @property
     def is_done(self) -> bool:
-        """Return whether no trial is left to run."""
+        """True once no trial is left to run."""
         return len(self.history) >= self.settings.episodes
 
     def next(self) -> Trial[Any] | None:
-        """The first trial that is neither over nor running; None while its generation cannot be proposed."""
+        """Return the first trial that is neither finished nor running; None while its generation cannot be proposed."""
         busy = {trial.index for trial in self.running.values()} | self.history.keys()
         index = next((i for i in range(self.settings.episodes) if i not in busy), None)
         if index is None:
@@ -77,7 +77,7 @@ class Progress:
         return self.proposed[number][place]
 
     def start(self, trial: str) -> dict[str, Any] | None:
-        """Return what Tune's `trial` is to do; None while nothing can be proposed."""
+        """Return the config for Tune's `trial`; None while nothing can be proposed."""
         while (chosen := self.next()) is not None:
             known = self.scored.get(repr(chosen.policy))
             if known is None:
@@ -87,7 +87,7 @@ class Progress:
         return None
 
     def end(self, trial: str, metrics: dict[str, float]) -> None:
-        """Write a trial that is over, once; without metrics it has failed."""
+        """Write a trial that has ended, once; without metrics it has failed."""
         known = self.running.pop(trial, None)
         if known is not None:
             self._write(known, metrics)
@@ -100,7 +100,7 @@ class Progress:
 
 
 def number_of(value: float) -> float | None:
-    """A reward in JSON: None for nan."""
+    """Return a reward for JSON, with None for nan."""
     return None if math.isnan(value) else value
 
 
@@ -109,7 +109,8 @@ def run(
 ) -> Progress:
     """Run an agent's search, or resume the one in `stage`; return it with all its trials.
 
-    `make` is called in the process of a trial. RunFailed where every trial failed.
+    `make` is called in the process of a trial and returns the function that scores policies. RunFailed if every trial
+    failed.
     """
     job, progress, settings = work.job, Progress(stage, learner, reward), learner.settings
     if not progress.is_done:

@@ -1,4 +1,4 @@
-"""What bits cost and which limits hold, for the step `quantize`: known from shapes alone, before anything runs.
+"""Costs of bits, and the limits on them, for the step `quantize`: computed from shapes alone, before anything runs.
 
 Policies are lists of [bits of the weights, bits of the inputs] in the order of `quantization.layers_of`. Needs no Ray.
 """
@@ -13,7 +13,7 @@ from slimray.spec import UserError
 
 
 class Costs:
-    """What policies cost of `size_mb` and, on a device, `latency_ms` and `energy_mj`, and which limits hold."""
+    """Costs of policies, `size_mb` and on a device also `latency_ms` and `energy_mj`, and the limits in numbers."""
 
     def __init__(self, step: Any, layers: list[LayerInfo]):
         device = None if step.hardware is None else hardware.device(step.hardware)
@@ -25,27 +25,27 @@ class Costs:
         self.limits = {**step.limits, **{name: share * whole[name] for name, share in step.shares.items()}}
 
     def uniform(self, count: int, bits: int) -> haq.Policy:
-        """The policy of so many bits everywhere."""
+        """Return the policy with `bits` everywhere, for `count` layers."""
         return [[bits] * self.columns for _ in range(count)]
 
     def all(self, bits: haq.Policy) -> dict[str, float]:
-        """What a policy costs, by name; inputs without bits count 8."""
+        """Return all costs of a policy by name; inputs without bits count as 8 bits."""
         whole = [[row[0], row[1] if len(row) > 1 else haq.HIGHEST] for row in bits]
         return {name: cost(whole) for name, cost in self.of.items()}
 
     def worst(self, bits: haq.Policy) -> float:
-        """The largest share of a limit that a policy takes; at most 1 keeps them all."""
+        """Return the largest ratio of a cost to its limit; a policy within all limits has at most 1."""
         costs = self.all(bits)
         return max(costs[name] / limit for name, limit in self.limits.items())
 
 
 def named(layers: list[LayerInfo], bits: haq.Policy) -> dict[str, Bits]:
-    """A policy as bits by layer; without numbers for inputs they stay float."""
+    """Return a policy as bits by layer name; without bits for inputs, these stay float (None)."""
     return {one.name: (row[0], row[1] if len(row) > 1 else None) for one, row in zip(layers, bits, strict=True)}
 
 
 def walk_of(step: Any, layers: list[LayerInfo], costs: Costs) -> haq.BitsWalk:
-    """The agent's environment; UserError, with what the fewest bits cost, where they break the limits."""
+    """Return the agent's environment; UserError, with the costs of the fewest bits, if even these exceed the limits."""
     spec = step.search
     if not layers:
         raise UserError("keep: leaves no layer to quantize")
@@ -56,12 +56,12 @@ def walk_of(step: Any, layers: list[LayerInfo], costs: Costs) -> haq.BitsWalk:
         told = ", ".join(f"{name} {least[name]:.6g}, the limit is {limit:.6g}" for name, limit in costs.limits.items())
         ends = (" (8 at both ends)", "without the ends they") if costs.columns == 2 else ("", "they")
         raise UserError(
-            f"limits: {spec.low} bits everywhere{ends[0]} break the limits; {ends[1]} cost {told}: raise the limits"
+            f"limits: {spec.low} bits everywhere{ends[0]} exceed the limits; {ends[1]} cost {told}: raise the limits"
         ) from None
 
 
 def uniform(walk: haq.BitsWalk) -> haq.Policy:
-    """The policy of most bits, the same everywhere but at the ends, that keeps the budget of a walk."""
+    """Return the policy with the most bits within the budget of a walk, the same bits everywhere but at the ends."""
     for bits in range(walk.high, walk.low, -1):
         policy = [[bits] * walk.columns for _ in walk.layers]
         for place, pair in walk.ends.items():

@@ -1,6 +1,6 @@
-"""Checks that several verbs share: the dataset of a job, its starting weights, the network that it names.
+"""Checks that several verbs share: the dataset of a job, its starting weights, and the teacher that it names.
 
-Each looks first among the jobs ahead in the file, then on the storage. No Ray, no torch.
+Each searches the earlier jobs of the file first, then the storage. No Ray, no torch.
 """
 
 import json
@@ -16,7 +16,7 @@ from slimray.train.spec import InitSpec, TeacherSpec
 from slimray.verbs import inputs
 from slimray.verbs.context import CheckContext, Made
 
-WEIGHTS = ("network", "supernet")  # what has weights to start from
+WEIGHTS = ("network", "supernet")  # runs whose weights a training can start from
 
 
 class Training(Protocol):
@@ -36,10 +36,10 @@ def check_training(
     known: Callable[[Card | None, int | None], dict[str, Any]],
     network: Callable[[Card | None], Any] | None = None,
 ) -> dict[str, Any]:
-    """Return what is known of a training: its dataset, `known` of the card and the number of training samples.
+    """Return what is known of a training: its dataset, and the result of `known(card, number of training samples)`.
 
-    `network` builds the network on the meta device, so that `check` can compare it with the weights it starts from.
-    Problems with dataset, network and starting weights are all noted, one does not hide the other.
+    `network` builds the network on the meta device, so that `check` can compare it with its starting weights. Problems
+    with dataset, network and starting weights are all collected; none of them hides another.
     """
     out: dict[str, Any] = {}
     card, counts, fingerprint, splits = None, {}, {}, None
@@ -69,14 +69,14 @@ def check_training(
 
 
 def split_names(data: DataSpec) -> list[str]:
-    """Return the splits that a `data` section trains and validates on."""
+    """Return the names of the splits that a `data` section trains and validates on."""
     return [name for name in (data.train, data.val) if name is not None]
 
 
 def _check_init(init: InitSpec | None, ctx: CheckContext, network: Callable[[], Any] | None) -> None:
-    """Raise UserError if the weights of `init` are not there, or, where files are looked at, do not read or fit.
+    """Raise UserError if the weights of `init` are missing, or, with `ctx.look`, cannot be read or do not fit.
 
-    A URL is not fetched for that.
+    A URL is not fetched for this check.
     """
     if init is None or init.source.startswith(("http://", "https://")):
         return
@@ -96,9 +96,9 @@ def _check_init(init: InitSpec | None, ctx: CheckContext, network: Callable[[], 
 
 
 def check_teacher(teacher: str | TeacherSpec | None, ctx: CheckContext, card: Card | None) -> None:
-    """Raise UserError if there is no network to learn from, or one of another task, other samples or other classes.
+    """Raise UserError if the teacher's network is missing, or is for another task, modality, classes or tokenizer.
 
-    `card` is the dataset of the student; None where only a job ahead knows it.
+    `card` is the dataset of the student; None if only an earlier job of the file will know it.
     """
     name = teacher.run if isinstance(teacher, TeacherSpec) else teacher
     if name is None:
@@ -108,7 +108,7 @@ def check_teacher(teacher: str | TeacherSpec | None, ctx: CheckContext, card: Ca
     task = None if card is None else task_of_card(card)
     if task is not None and not task.logits and task.taught is None:
         raise UserError(
-            f"teacher: is for classes of samples, points or tokens, not for the task {task.name}: leave it out"
+            f"teacher: works for classes of samples, points or tokens, not for the task {task.name}: leave it out"
         )
     made = ctx.require(name, ("network",), "teacher")
     taught = _taught(name, ctx) if made is None else _will_be_taught(made)
@@ -118,9 +118,9 @@ def check_teacher(teacher: str | TeacherSpec | None, ctx: CheckContext, card: Ca
     if its_task != task.name:
         raise UserError(f"teacher: {name!r} is for the task {its_task}, the dataset for {task.name}: name another run")
     if takes is not (gives := MODALITIES[card.sample]):
-        raise UserError(f"teacher: {name!r} takes {takes.plural}, the dataset gives {gives.plural}: name another run")
+        raise UserError(f"teacher: {name!r} takes {takes.plural}, the dataset has {gives.plural}: name another run")
     if num_classes and card.num_classes and num_classes != card.num_classes:
-        raise UserError(f"teacher: {name!r} knows {num_classes} classes, the dataset has {card.num_classes}")
+        raise UserError(f"teacher: {name!r} has {num_classes} classes, the dataset has {card.num_classes}")
     if tokenizer is not None and card.text is not None and card.text.tokenizer != tokenizer:
         raise UserError(
             f"teacher: {name!r} has another tokenizer than {card.name}: prepare the dataset with `text.like`, the one "
@@ -129,9 +129,9 @@ def check_teacher(teacher: str | TeacherSpec | None, ctx: CheckContext, card: Ca
 
 
 def _taught(name: str, ctx: CheckContext) -> tuple[str, Modality, int, str | None]:
-    """Return task, modality, number of classes and tokenizer (None: it has none) of the network of a run.
+    """Return task, modality, number of classes and tokenizer (None without one) of the network of a run.
 
-    UserError if it holds none.
+    UserError if the run holds no network.
     """
     from slimray.tasks.network import task_of
 
@@ -144,8 +144,8 @@ def _taught(name: str, ctx: CheckContext) -> tuple[str, Modality, int, str | Non
 
 
 def _will_be_taught(made: Made) -> tuple[str, Modality, int, str | None] | None:
-    """Return the same of a network that a job ahead makes, without a tokenizer; None where only a run that it reads
-    knows it."""
+    """Return the same for a network that an earlier job of the file makes, with None as tokenizer; return None if its
+    dataset is not known yet."""
     from slimray.tasks import task_of_card
 
     if made.card is None:

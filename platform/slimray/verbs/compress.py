@@ -1,8 +1,9 @@
-"""`kind: compress`: a trained network made smaller, step by step, into a network that every other verb takes.
+"""`kind: compress`: make a trained network smaller, step by step; the result is a network that every other verb takes.
 
 Reads a run with a network (or published weights) and its dataset. A step is a folder of the run, `stages/01-sparsify`,
-that resumes and is not done again; each is scored on the validation split, counted, and timed against the original in
-turn. Deep Compression: arXiv 1506.02626, 1510.00149. `STEPS` is the table of steps: a new one is a file and a row.
+that resumes and, once finished, is not repeated; each is scored on the validation split, counted, and timed in turn
+with the original. Deep Compression: arXiv 1506.02626, 1510.00149. `STEPS` is the table of steps: a new step is a file
+and a row.
 """
 
 import json
@@ -32,7 +33,7 @@ INT8 = "; torch computes rounded numbers as floats: `slimray export {} --format 
 
 
 def check(job: CompressJob, ctx: CheckContext) -> dict[str, Any]:
-    """Return the network, the dataset and the steps, as far as they are known before it runs."""
+    """Return the network, the dataset and the steps, as far as they are known before the job runs."""
     steps = atomic(job.steps)
     out: dict[str, Any] = {"model": job.model.run or job.model.name, "steps": [name for name, _ in steps]}
     notes = []
@@ -49,7 +50,7 @@ def check(job: CompressJob, ctx: CheckContext) -> dict[str, Any]:
 
 
 def _known(job: CompressJob, ctx: CheckContext) -> dict[str, Any]:
-    """What is known where the network is there."""
+    """Return what is known of a job whose network exists already."""
     from slimray.edge import cost
     from slimray.verbs import compressing, networks
 
@@ -68,7 +69,7 @@ def _known(job: CompressJob, ctx: CheckContext) -> dict[str, Any]:
     for number, step in enumerate(job.steps):
         with noting(ctx.problems, f"{ctx.where}: steps.{number}"):
             STEPS[step.step].check(step, net, sample)
-        sample = None if STEPS[step.step].FASTER else sample  # nobody knows yet how many channels it leaves
+        sample = None if STEPS[step.step].FASTER else sample  # channels left by such a step are not known yet
     out = {"params": cost.count_params(net), "macs": summary.macs} if summary.macs is not None else {}
     if counts:
         rows = counts[data.train] - job.hold_out
@@ -87,14 +88,14 @@ def _known(job: CompressJob, ctx: CheckContext) -> dict[str, Any]:
 
 
 def makes(job: CompressJob) -> dict[str, Made]:
-    """Return the compressed network, which is like the one that it was made of."""
+    """Return the compressed network, with the card and data of the one it is made from."""
     if job.data is not None:
         return {job.name: trained_on(job.data)}
     return {job.name: Made("network", like=job.model.run)}
 
 
 def _data(job: CompressJob, where: str, storage: str) -> DataSpec:
-    """The data section of the job, else that of the network's run."""
+    """Return the data section of the job, or else of the network's run."""
     if job.data is not None:
         return job.data
     found = inputs.finished_run(str(job.model.run), storage, ("network",), f"{where}: model.run")
@@ -102,7 +103,7 @@ def _data(job: CompressJob, where: str, storage: str) -> DataSpec:
 
 
 def run(job: CompressJob, ctx: Context) -> None:
-    """Compress `job` in the run folder `ctx.run`, step by step."""
+    """Compress the network of `job` in the run folder `ctx.run`, step by step."""
     from slimray.report import pages
     from slimray.tasks import TASKS
     from slimray.verbs import compressing, stages, subnets
@@ -138,7 +139,7 @@ def run(job: CompressJob, ctx: Context) -> None:
 
 
 def _finished(work: Any, stage: runs.Run, step: str, details: dict[str, Any], started: float) -> dict[str, Any]:
-    """Return what the results.json of a stage says, which is written where it is not there yet."""
+    """Return the contents of the results.json of a stage, after writing it if it does not exist yet."""
     from slimray.verbs import compressing
 
     if runs.exists(stage, "results.json"):

@@ -1,7 +1,7 @@
-"""Shared by the steps of `compress`: `Work`, the stage folders they write, scoring, timing, and the rows of the table.
+"""Code that the steps of `compress` share: `Work`, the stage folders, scoring, timing, and the rows of the table.
 
-A step takes the finished stage before it and leaves a stage that is a run: its model folder holds the network with all
-records up to here, so that every verb can read it. Imports Ray.
+A step reads the finished stage before it and writes a stage that is a run: its model folder holds the network with the
+records of all steps so far, so that every verb can read it. Imports Ray.
 """
 
 import functools
@@ -39,7 +39,7 @@ ORIGINAL = "00-original"
 
 @dataclass(frozen=True)
 class Work:
-    """A compression under way: its job, its dataset, and the samples that are held out of training, if any."""
+    """A compression in progress: its job, its dataset, and the samples held out of training, if any."""
 
     job: CompressJob
     ctx: Context
@@ -53,11 +53,11 @@ class Work:
 
     @property
     def original(self) -> runs.Run:
-        """The network as it was, a run."""
+        """The stage with the uncompressed network, a run."""
         return self.stage(ORIGINAL)
 
     def write(self, folder: str, step: Mapping[str, Any], make: Callable[[runs.Run], None]) -> runs.Run:
-        """Let `make` write the model of a step that does not train into its folder, or find that done; return it."""
+        """Call `make` to write the model of a step that does not train, unless that is finished; return its folder."""
         stage = self.stage(folder)
         if not stages.is_finished(stage):
             document = {"kind": "step", "name": f"{self.ctx.run.name}-{folder}", **step}
@@ -75,17 +75,20 @@ class Work:
     def train(
         self, folder: str, step: TrainedSpec, before: runs.Run, change: Callable[[Any], Any], title: str = ""
     ) -> runs.Run:
-        """Train the network of the stage `before` as `step` says, in its folder; `change` gives the method."""
+        """Train the network of the stage `before` with the settings of `step`; return the folder of the new stage.
+
+        `change` sets the training method in the config.
+        """
         job = training(self.job, self.spec, step, before, self.original, self.ctx.storage)
         where = f"{self.ctx.run.name}: {title or folder}"
         stage = stages.train_stage(self.ctx, folder, job, self.data, where, change)
         return stage
 
-    # ----------------------------------------------------------------------------------- scored by a worker
+    # --------------------------------------------------------------------------------- scoring on a worker
 
     @functools.cached_property
     def judged(self) -> tuple[Any, ...]:
-        """Decoded samples by which steps choose: those held out, else those of the validation split."""
+        """Decoded samples on which steps make choices: those held out, else those of the validation split."""
         return self.exhibits if self.held_out is None else self._decode(self.held_out)
 
     @functools.cached_property
@@ -105,7 +108,7 @@ class Work:
     def on_worker(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return `function(device, *arguments)`, called in a process with the resources of a worker of `scale`.
 
-        RunFailed with the sentence of what failed there.
+        An error there is raised here as RunFailed, StorageError or UserError with one sentence.
         """
         scale = self.job.scale
         resources = {"num_cpus": scale.cpus_per_worker, "num_gpus": scale.gpus_per_worker}
@@ -135,7 +138,7 @@ def _score(device: str, uri: str, exhibits: subnets.Exhibits, spec: Any) -> dict
 
 
 def read_network(stage: runs.Run) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """Return the network of a stage with its weights, in eval mode, and what its model.json and input.json say."""
+    """Return the network of a stage in eval mode, and the contents of its model.json and input.json."""
     _, model, input_json = runs.read_model(stage)
     return load_network(stage).net, model, input_json
 
@@ -147,14 +150,14 @@ def write_network(
     input_json: Mapping[str, Any],
     *records: Mapping[str, Any],
 ) -> None:
-    """Write `net` as the model of a stage, with further `records` of what was done to it."""
+    """Write `net` as the model of a stage, and append `records` of compression steps to those of `model`."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
     whole = {**model, "compression": [*model.get("compression", []), *records]}
     runs.write_model(stage, safetensors.torch.save(tensors), whole, input_json)
 
 
 def write_original(work: Work) -> runs.Run:
-    """Write the network that is compressed as the first stage: that of a run, or published weights."""
+    """Write the network to compress, from a run or published weights, as the first stage; return the stage."""
 
     def make(stage: runs.Run) -> None:
         job, where = work.job, work.ctx.where
@@ -194,9 +197,9 @@ def training(
     original: runs.Run | None,
     storage: str,
 ) -> TrainJob:
-    """Return a step that trains as a training that starts from the network of the stage `before`.
+    """Return a step that trains as a training job that starts from the network of the stage `before`.
 
-    Without `step` and `before` it is a training of the network that the job names, to check and to count.
+    Without `step` and `before`, it is a training of the job's network, for checks and counts only.
     """
     optim: dict[str, Any] = {"lr": 1.0, "reference_batch": 1, "epochs": 1}
     document: dict[str, Any] = {
@@ -226,7 +229,7 @@ def training(
     if before is None:
         return found
     records = runs.read_model(before)[1].get("compression", [])
-    model = {**found.model.model_dump(), "compression": records}  # those of values too: this training keeps them
+    model = {**found.model.model_dump(), "compression": records}  # all: this training keeps zeros and centroids
     return found.model_copy(update={"model": ModelSpec.model_validate(model)})
 
 
@@ -234,7 +237,7 @@ def training(
 
 
 def finish(work: Work, stage: runs.Run, step: str, details: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """Score, count and time the network of a stage, write that to its results.json and return it: its row."""
+    """Score, count and time the network of a stage; write the results with its row to results.json and return them."""
     net, model, input_json = read_network(stage)
     shape = input_shape(input_json["recipe"])
     counts = sparsity.density(net)
@@ -259,13 +262,13 @@ def finish(work: Work, stage: runs.Run, step: str, details: Mapping[str, Any], s
 
 
 def size_of(stage: runs.Run) -> int:
-    """Return the bytes of the file that a stage would ship: `model.slim` where it wrote one, else its weights."""
+    """Return the size in bytes of the file that a stage would ship: `model.slim` if it has one, else its weights."""
     name = "model/model.slim" if runs.exists(stage, "model/model.slim") else "model/weights.safetensors"
     return len(runs.read_file(stage, name))
 
 
 def timed(work: Work, net: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Return the latency of `net` and how many times as fast as the original it is, with the interval; or nothing."""
+    """Return the latency of `net` and its speedup over the original with its interval; {} if timing is off."""
     spec = work.job.timing
     if spec is None:
         return {}
@@ -282,7 +285,7 @@ def timed(work: Work, net: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """Return a sentence on how the network of a row runs against the original; "" if it was not timed."""
+    """Return a sentence comparing the speed of the network of a row with the original; "" if it was not timed."""
     if "speedup" not in row:
         return ""
     ratio = f"{row['speedup']:.2f} times as fast [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"

@@ -1,7 +1,8 @@
-"""Arguments and results of the functions of a verb: `Context` to run, `CheckContext` to check, `Made` to promise.
+"""Arguments and results of a verb's functions: `Context` for `run`, `CheckContext` for `check`, `Made` for `makes`.
 
 `makes(job)` of a verb names the runs that a job leaves behind, each with a `Made`: what later jobs can know of it
-before it exists. A consumer asks what a run holds, a dataset or a network, never which verb wrote it. No Ray, no torch.
+before it exists. A consumer checks what a run holds, a dataset or a network, never which verb wrote it. No Ray, no
+torch.
 """
 
 import contextlib
@@ -32,13 +33,13 @@ What = Literal["dataset", "network", "supernet", "export", "table"]
 
 @dataclass(frozen=True)
 class Made:
-    """A run before it exists, as those who read it can know it.
+    """Description of a run before it exists, for the jobs that will read it.
 
-    `what` it holds: a dataset, a network, a supernet of which networks are cut out, exports of a network, or tables of
-    numbers. `card` is the dataset card (with the task), None where only a run that is read knows it. Of a dataset: its
-    `splits` and, as far as they are known, its `samples` by split, which are the files that `check` counts where each
-    is one sample (`counted`). Of a network: the `data` section by which its samples are made. Of a supernet: the number
-    of samples `held_out` of its training. What is cut out of a supernet is `like` that run in card and data.
+    `what` is its content: a dataset, a network, a supernet, exports of a network, or tables of numbers. `card` is the
+    dataset card (with the task), None if it is known only once the run that this one reads exists. For a dataset:
+    `splits`, and `samples` by split as far as known; if `counted`, these are the files that `check` counts, one sample
+    each. For a network: the `data` section that defines its samples. For a supernet: the number of training samples
+    `held_out`. A run that is `like` another one has that run's card and data.
     """
 
     what: What
@@ -51,25 +52,26 @@ class Made:
     like: str | None = None
 
     def resolved(self, ahead: "Mapping[str, Made]") -> "Made":
-        """Return it with card and data of the run that it is `like`, if that is among those `ahead`."""
+        """Return a copy with card and data of the run that it is `like`, if that is one of those `ahead`."""
         other = ahead.get(self.like or "")
         return self if other is None else replace(self, card=other.card, data=other.data)
 
     def with_samples(self, samples: Mapping[str, int] | None) -> "Made":
-        """Return it with the listed files by split that `check` has counted, if each of them is a sample."""
+        """Return a copy with the numbers of listed files by split that `check` found, if each file is one sample."""
         return replace(self, samples=samples) if self.counted and samples is not None else self
 
 
 def trained_on(data: DataSpec, what: What = "network", held_out: int = 0) -> Made:
-    """Return what a training on `data` makes: a network, or a supernet with samples held out."""
+    """Return the `Made` of a training on `data`: a network, or a supernet with samples held out."""
     return Made(what, data.card if isinstance(data.card, dict) else None, data, held_out=held_out)
 
 
 @dataclass(frozen=True)
 class CheckContext:
-    """A job while it is checked: where it is written, where runs lie, and what the jobs `ahead` in its file make.
+    """A job while it is checked: `where` it is written, the `storage` of its runs, and `ahead`, the runs that earlier
+    jobs of its file make.
 
-    `look` opens a few files of each split. `problems` collects what is wrong, a line each.
+    With `look`, a few files of each split are opened. `problems` collects the problems found, a line each.
     """
 
     where: str
@@ -79,13 +81,13 @@ class CheckContext:
     problems: list[str] = field(default_factory=list)
 
     def noting(self) -> contextlib.AbstractContextManager[None]:
-        """Turn a UserError inside the block into a problem, so that the rest is checked all the same."""
+        """Turn a UserError inside the block into a problem, so that the remaining checks still run."""
         return noting(self.problems, self.where)
 
     def require(self, name: str, what: tuple[What, ...], field: str) -> Made | None:
-        """Return what the run `name`, which `field` reads, will hold; None if no job ahead makes it.
+        """Return the `Made` of the run `name`, which `field` reads; None if no earlier job makes it.
 
-        UserError if it will hold something else than one of `what`.
+        UserError if it will hold something other than one of `what`.
         """
         made = self.ahead.get(name)
         if made is not None and made.what not in what:
@@ -98,9 +100,9 @@ class CheckContext:
 class Context:
     """A claimed run while its verb works on it. `where` names the job in messages (`jobs/x.yaml (name)`).
 
-    `cpus` are the logical CPUs that a local cluster gets: enough for this job and those that follow in its file.
-    `energy` tells what this machine has used since (see slimray.runtime.energy), as far as it can be known.
-    `tell` hands an event ({"state": "preempted", "message": ...}) to whoever the job notifies.
+    `cpus` is the number of logical CPUs of a local cluster: enough for this job and those that follow in its file.
+    `energy` returns the energy that this machine has used since the start (see slimray.runtime.energy), if it can be
+    measured. `tell` passes an event ({"state": "preempted", "message": ...}) to the notification target of the job.
     """
 
     run: runs.Run
@@ -124,7 +126,7 @@ class Context:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and git commit, as far as they can be known."""
+    """Return versions, machine and git commit, as far as they can be determined."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -142,7 +144,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the working folder, with `+` if it has changes; None outside a repository."""
+    """Return the commit of the working folder, with `+` if it has changes; None outside a repository."""
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=5, cwd=Path.cwd()

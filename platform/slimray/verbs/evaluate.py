@@ -1,8 +1,8 @@
-"""`kind: evaluate`: finished runs scored on a split, side by side, with pictures of what they saw.
+"""`kind: evaluate`: score finished runs on a split, side by side, with pictures of samples.
 
 Reads the model folders of `runs` and their dataset (or another one), writes results.json and a report. The test
 protocols are those of arXiv 1811.08383 (views = clips x crops); `frame_orders: [natural, shuffled]` shows whether a
-network uses motion: without order, only what single frames tell is left.
+network uses motion: shuffled clips only keep the information of single frames.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,34 +43,35 @@ class EvaluateJob(WorkerJob):
     runs: tuple[str, ...] = Field(min_length=1)
     """Runs that hold a network, by name or URI, and exports, as RUN:FORMAT (`my-export:onnx`)."""
     data: DataSpec | None = None
-    """Another dataset than the one the first run was trained on."""
+    """Dataset to score on; default: the one that the first run was trained on."""
     split: str | None = None
-    """Split to score; default the validation split."""
+    """Split to score on; default: the validation split."""
     clips: Literal[1, 2, 10] = 1
     """Clips per video: 1, 2 (centre and left edge of each segment) or 10 (dense sampling)."""
     crops: Literal[1, 3, 5, 10] = 1
     """Crops per frame or image: centre, three, five, or five and their mirror images."""
     size: int | None = Field(None, ge=16, le=1024)
-    """Side of the crop in pixels, if not the trained one; the zoom stays. The published "full resolution" protocol,
-    which takes all of a short side of 256, is `size: 256, resize: 256`."""
+    """Side of the crop in pixels, if it differs from training; the zoom stays the same. The published "full resolution"
+    protocol, which takes all of a short side of 256, is `size: 256, resize: 256`."""
     resize: int | None = Field(None, ge=16)
-    """Short side in pixels before the crop; default that of training, in proportion to `size`."""
+    """Short side in pixels before the crop; default: that of training, in proportion to `size`."""
     average: Literal["logits", "prob"] = "logits"
-    """How views become one score."""
+    """Average the views of a sample as logits or as probabilities."""
     frame_orders: tuple[Literal["natural", "shuffled"], ...] = Field(("natural",), min_length=1)
-    """Orders of the frames to score; `shuffled` takes the motion away."""
+    """Frame orders to score; `shuffled` removes motion."""
     votes: int = Field(0, ge=0, le=100)
-    """Draws in which each point of a cloud is voted on, the surest answer wins (labels per point); published: 1 for
+    """Draws that vote on each point of a cloud; the most confident prediction wins (labels per point). Published: 1 for
     S3DIS, over the windows of a room at both offsets, 10 for ShapeNet part. 0 scores one draw, as in training."""
     missed: Literal["wrong", "last_class"] = "wrong"
-    """Points of a room that no window votes on: wrong for their own class, or as published for S3DIS also counted as
-    predicted to be of the last class."""
+    """Score of points of a room that no window votes on: `wrong` for their own class; `last_class`, as published for
+    S3DIS, also counts them as predictions of the last class."""
     repeats: int = Field(1, ge=1, le=100)
-    """Runs over the split with other random draws; their mean, deviation and best are told (KITTI as published: 20)."""
+    """Passes over the split with different random draws; mean, deviation and best are reported (KITTI as published:
+    20)."""
     task: dict[str, Any] = {}
-    """How answers are searched, in place of how the runs say: `{beam: 1}`; `slimray explain tasks` lists them."""
+    """Options for the search for outputs, in place of those of the runs: `{beam: 1}`; see `slimray explain tasks`."""
     batch: int = Field(16, ge=1)
-    """Samples a worker handles at once."""
+    """Samples that a worker processes at once."""
     pictures: int = Field(12, ge=0, le=100)
     """Clips, images or clouds shown in the report, per run."""
     scale: ScaleSpec = ScaleSpec()
@@ -83,7 +84,7 @@ class EvaluateJob(WorkerJob):
             if len(set(values)) < len(values):
                 raise ValueError(f"{field}: one is named twice ({', '.join(values)})")
         if self.missed != "wrong" and not self.votes:
-            raise ValueError("missed: belongs to votes: say how many")
+            raise ValueError("missed: requires votes: write how many")
         return self
 
 
@@ -91,7 +92,7 @@ Job = EvaluateJob
 
 
 def check(job: EvaluateJob, ctx: CheckContext) -> dict[str, Any]:
-    """Return the runs, views and orders, and the dataset that they are scored on, if it is there."""
+    """Return the runs, views and frame orders, and the dataset that they are scored on, if it exists."""
     from slimray.tasks import TASKS, task_of_card
     from slimray.tasks.network import task_of
 
@@ -100,7 +101,7 @@ def check(job: EvaluateJob, ctx: CheckContext) -> dict[str, Any]:
         ahead = [name for name in job.runs if _require_ahead(ctx, name) is not None]
         for name in ahead:
             made = ctx.ahead[inputs.split_export(name)[0]]
-            if made.data is not None and made.card is not None:  # else known when the run it reads is opened
+            if made.data is not None and made.card is not None:  # otherwise checked when its run is opened
                 card = parse(Card, made.card, f"{ctx.where}: data.card")
                 samples = {"kind": card.sample, "sampling": made.data.sampling}
                 _require_modules(ctx.where, task_of_card(card))
@@ -129,7 +130,7 @@ def makes(job: EvaluateJob) -> dict[str, Made]:
 
 @dataclass(frozen=True)
 class Scored:
-    """What is scored: the network of a run, or with a `format` one of its exports."""
+    """A network to score: that of a run, or, with a `format`, one of its exports."""
 
     name: str
     run: runs.Run
@@ -142,7 +143,7 @@ def _require_ahead(ctx: CheckContext, name: str) -> Made | None:
 
 
 def _find(job: EvaluateJob, where: str, storage: str, ahead: Sequence[str]) -> list[Scored]:
-    """Return what `job` scores but those `ahead`; UserError for what holds no network, or two of one name."""
+    """Return the networks that `job` scores, except those `ahead`; UserError if one is missing or two share a name."""
     found = []
     for name in job.runs:
         if name not in ahead:
@@ -156,17 +157,17 @@ def _find(job: EvaluateJob, where: str, storage: str, ahead: Sequence[str]) -> l
     names = [*ahead, *(one.name for one in found)]
     for one in found:
         if names.count(one.name) > 1:
-            raise UserError(f"{where}: runs: two of them are named {one.name!r}: score them apart")
+            raise UserError(f"{where}: runs: two of them are named {one.name!r}: score them separately")
         stored = any(runs.exists(one.run, f"model/{name}") for name in ("weights.safetensors", "model.slim"))
         if one.format is None and not stored:
             raise UserError(f"{where}: runs: {one.name!r} has lost its model/weights.safetensors: train it again")
         if one.format is not None and not runs.exists(one.run, f"export/{one.format}/export.json"):
-            raise UserError(f"{where}: runs: {one.run.name!r} holds no export {one.format!r}: name one that it holds")
+            raise UserError(f"{where}: runs: {one.run.name!r} holds no export {one.format!r}: name one that it has")
     return found
 
 
 def _open_data(job: EvaluateJob, where: str, storage: str, found: list[Scored]) -> tuple[DataSpec, str, Splits]:
-    """The data section, the split and its index: those of the job, else of the first run, or of what that exported."""
+    """Return the data section, the split and its index: those of the job, else of the first run or what it exported."""
     data = job.data
     if data is None:
         data = inputs.data_of(found[0].run, storage, f"{where}: runs")
@@ -175,7 +176,7 @@ def _open_data(job: EvaluateJob, where: str, storage: str, found: list[Scored]) 
 
 
 def _require_options(job: EvaluateJob, where: str, name: str, task: "Task", recipe: Mapping[str, Any]) -> None:
-    """Raise UserError for a field of `job` that means nothing for samples of a recipe, or for a task."""
+    """Raise UserError for a field of `job` that does not apply to the samples of a recipe, or to a task."""
     from slimray.tasks import TASKS
     from slimray.tasks.task import search_options
 
@@ -198,18 +199,18 @@ def _require_options(job: EvaluateJob, where: str, name: str, task: "Task", reci
 
 
 def _require_modules(where: str, task: "Task") -> None:
-    """Raise UserError if what a task is scored with is not installed."""
+    """Raise UserError if a package needed to score a task is not installed."""
     if task.modules:
         require_extra(task.extra, f"{where}: the task {task.name}", *task.modules)
 
 
 def _require_classes(where: str, name: str, classes: tuple[str, ...], splits: Splits) -> None:
     if classes != tuple(splits.card.class_names()):
-        raise UserError(f"{where}: runs: {name!r} knows other classes than {splits.card.name}: score it apart")
+        raise UserError(f"{where}: runs: {name!r} has other classes than {splits.card.name}: score it separately")
 
 
 def _require_tokens(where: str, name: str, recipe: Mapping[str, Any], splits: Splits) -> None:
-    """Raise UserError for texts whose tokens mean something else to a network."""
+    """Raise UserError for texts with another tokenizer than the network's."""
     text = splits.card.text
     if text is not None and (text.tokenizer, text.lower) != (recipe.get("tokenizer"), recipe.get("lower", False)):
         raise UserError(
@@ -314,7 +315,7 @@ def _passes(
 def _finish(
     task: "Task", result: dict[str, Any], recipes: Mapping[str, Mapping[str, Any]], root: str, split: str
 ) -> list[dict[str, Any]]:
-    """Add to the rows what only all ranks, or all rows, together tell; return the examples of each network."""
+    """Add the results that need all ranks or all rows to the rows; return the examples of each network."""
     from slimray.tasks.task import PassResult
 
     examples: list[dict[str, Any]] = []
@@ -330,7 +331,7 @@ def _finish(
 def _facts(
     job: EvaluateJob, one: Scored, network: "Network", row: Mapping[str, Any], splits: Splits, split: str
 ) -> dict[str, Any]:
-    """Return what a row tells beside its scores: the size of the network, the split, how it was trained."""
+    """Return the entries of a row besides its scores: size of the network, split, training settings."""
     from slimray import compress
     from slimray.edge import cost
     from slimray.tasks import task_of_card
@@ -347,19 +348,21 @@ def _facts(
 
 
 def _require_task(where: str, run: str, named: str, task: "Task") -> None:
-    """Raise UserError for a network that was trained for another task: what has the same target may be compared."""
+    """Raise UserError for a network of another task, unless both tasks have the same target."""
     from slimray.tasks import TASKS
 
     if lookup(TASKS, named, "task").target is not task.target:
-        raise UserError(f"{where}: runs: {run!r} is for the task {named}, the data for {task.name}: score it apart")
+        raise UserError(
+            f"{where}: runs: {run!r} is for the task {named}, the data for {task.name}: score it separately"
+        )
 
 
 def _recipe(job: EvaluateJob, network: "Network", order: str, card: Card, table: "pa.Table") -> dict[str, Any]:
-    """Return the run's own recipe with the views and the frame order of this evaluation, and the target it then has."""
+    """Return the run's recipe with the views and the frame order of this evaluation, and the resulting target."""
     from slimray.tasks import TASKS, with_target
 
     options = job.model_dump(include={"clips", "crops", "size", "resize", "votes"}) | {"frame_order": order}
-    if job.votes:  # windows are drawn equally often, shapes by how many points they have
+    if job.votes:  # windows are drawn equally often, shapes by their number of points
         options |= {"num_points": int(np.max(table.column("frames").to_numpy())), "fill": not card.parts}
     recipe = modality_of(network.recipe).view_recipe(network.recipe, options)
     return with_target(lookup(TASKS, network.task, "task"), recipe)

@@ -1,9 +1,9 @@
-"""`kind: export`: a finished network leaves torch, in one format or several, verified and timed.
+"""`kind: export`: convert a finished network to one or more formats that run without torch, verified and timed.
 
 Reads a run that holds a network and its dataset; writes `export/<format>/` with the file and `export.json`: names and
-shapes of inputs and outputs, what training did with a file to make an input, how the export compares with torch on
-samples of the validation split, how long it takes here. An export that does not agree with torch is a failed run.
-`online` exports a causal TSM as a step (arXiv 1811.08383): a frame and states in, logits and states out. Needs no Ray.
+shapes of inputs and outputs, the recipe that makes an input from a file, a comparison with torch on samples of the
+validation split, and the latency on this machine. If an export does not agree with torch, the run fails. `online`
+exports a causal TSM as a step (arXiv 1811.08383): a frame and states in, logits and states out. Needs no Ray.
 """
 
 import shutil
@@ -27,34 +27,34 @@ FormatName = Literal["onnx", "onnx_int8", "openvino", "executorch", "executorch_
 
 
 class ExportJob(Spec):
-    """Write a finished network in formats that run without torch, verified and timed."""
+    """Convert a finished network to formats that run without torch, verified and timed."""
 
     kind: Literal["export"]
     name: str
     """Name of the run, a folder of the storage."""
     run: str
-    """The run with the network, by name or URI."""
+    """Name or URI of the run with the network."""
     formats: tuple[FormatName, ...] = Field(("onnx",), min_length=1)
-    """Formats; those in int8 are calibrated on samples of the training split. For TensorRT take `onnx`, which
-    `trtexec --onnx=model.onnx --fp16 --saveEngine=model.plan` converts on the device."""
+    """Formats to write; those in int8 are calibrated on samples of the training split. For TensorRT write `onnx`, and
+    convert it on the device with `trtexec --onnx=model.onnx --fp16 --saveEngine=model.plan`."""
     online: bool = False
-    """A causal TSM as a step: one frame and states in, logits and states out."""
+    """Export a causal TSM as a step: one frame and states in, logits and states out."""
     samples: int = Field(200, ge=2)
     """Samples of the validation split on which an export is compared with torch and scored."""
     calibrate: int = Field(128, ge=1)
-    """Samples of the training split, seen as in validation, that int8 is calibrated on."""
+    """Samples of the training split, prepared as in validation, on which int8 is calibrated."""
     max_difference: float = Field(1e-4, gt=0)
-    """Largest relative difference (L2, all samples) from torch of an export in fp32 (0.05 if it rounds inputs). Beyond
-    that, what torch computes in float64 decides: an export may be three times as far from it as torch is."""
+    """Largest relative difference (L2, all samples) from torch of an export in fp32 (0.05 if it rounds inputs). Above
+    that, torch in float64 is the reference: an export may be three times as far from it as torch in float32."""
     min_agreement: float = Field(99.5, ge=0, le=100)
-    """Smallest percent of answers in which an export in fp32 names the same class as torch, or of sentences that it
-    translates into the same tokens."""
+    """Smallest percentage of predictions in which an export in fp32 names the same class as torch, or of sentences that
+    it translates into the same tokens."""
     max_drop: float | None = Field(None, ge=0)
-    """Most that an export in int8 may lose of the task's first number; null tells it and lets it pass."""
+    """Largest loss of the task's first metric in an export in int8; null: report it, but accept any."""
     threads: int = Field(1, ge=1)
-    """Threads with which it is timed."""
+    """Threads of the timing."""
     pairs: int = Field(15, ge=9)
-    """Pairs of times, of the export and of torch in turn; fewer than nine tell little of their spread."""
+    """Pairs of measurements, of the export and of torch in turn; fewer than nine say little about their spread."""
     notify: NotifySpec | None = None
 
     @property
@@ -73,7 +73,7 @@ Job = ExportJob
 
 
 def check(job: ExportJob, ctx: CheckContext) -> dict[str, Any]:
-    """Return the run, the formats, and the dataset if it is there."""
+    """Return the run, the formats, and the dataset if it exists."""
     from slimray.export.formats import FORMATS
     from slimray.tasks.network import task_of
 
@@ -97,7 +97,7 @@ def check(job: ExportJob, ctx: CheckContext) -> dict[str, Any]:
 
 
 def _require_fitting(job: ExportJob, task: str | None, where: str = "") -> None:
-    """Raise UserError, with `where`, for what a network of `task` (None: not known yet) is not exported as."""
+    """Raise UserError, with `where`, if a network of `task` (None: not known yet) cannot be exported as `job` asks."""
     from slimray.export.formats import FORMATS
     from slimray.tasks import TASKS
 
@@ -109,8 +109,8 @@ def _require_fitting(job: ExportJob, task: str | None, where: str = "") -> None:
         if not FORMATS[name].stepwise:
             fitting = " or ".join(one for one, found in FORMATS.items() if found.stepwise)
             raise UserError(
-                f"{where}formats: {name} does not hold an encoder and a step, which a network of task {task!r} is: "
-                f"take {fitting}"
+                f"{where}formats: {name} cannot hold an encoder and a step, which a network of task {task!r} needs: "
+                f"use {fitting}"
             )
 
 
@@ -160,7 +160,7 @@ def run(job: ExportJob, ctx: Context) -> None:
             row: dict[str, Any] = {"run": f"{ctx.run.name}:{name}", "format": name}
             try:
                 facts = made.write(name, folder)
-            except Exception as error:  # noqa: BLE001  a converter may raise anything: the others are written all the same
+            except Exception as error:  # noqa: BLE001  a converter may raise anything: the other formats are still written
                 row |= {"reason": _sentence(error)}
             else:
                 facts |= {"run": found.uri, "input": taken, "model": model}
@@ -196,7 +196,7 @@ def run(job: ExportJob, ctx: Context) -> None:
 
 
 def _row(facts: Mapping[str, Any], best: str) -> dict[str, Any]:
-    """What tables tell of an export."""
+    """Return the row of an export in tables."""
     verification, timing, energy = facts["verification"], facts["timing"], facts.get("energy", {})
     row = {
         best: verification["metrics"].get(best),
@@ -219,10 +219,10 @@ def _row(facts: Mapping[str, Any], best: str) -> dict[str, Any]:
 
 
 def _told(row: Mapping[str, Any]) -> str:
-    """A line about an export."""
+    """Return a line about an export."""
     if "ms" not in row:
         return f"failed: {row['reason']}"
-    agreed = f", the same answer {row['agreement']:.2f} % of the time" if "agreement" in row else ""
+    agreed = f", the same prediction {row['agreement']:.2f} % of the time" if "agreement" in row else ""
     speed = f"{row['ms']:.2f} ms, {row['ratio']:.2f} of eager torch [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
     verdict = f"FAILED: {row['reason']}: " if row.get("reason") else ""
     return f"{verdict}{row['mb']:.2f} MB, relative difference {row['relative']:.1e}{agreed}, {speed}"

@@ -1,8 +1,8 @@
-"""From the `data:` section of a job to splits and recipes: what train and evaluate read, and how samples are prepared.
+"""From the `data:` section of a job to splits and recipes: the indexes that jobs read, and how samples are prepared.
 
-`DataSpec` is what a user writes. `embed` puts the dataset card into the section, so that the resolved job says all and
-workers read no folder; `open_splits` reads the indexes; `make_recipe` says how a file becomes a sample. `packaged` is
-where the examples are that came with slimray. No Ray here.
+`DataSpec` is the section as a user writes it. `embed` puts the dataset card into it, so that the resolved job is
+complete and workers read no card; `open_splits` reads the indexes; `make_recipe` returns the recipe by which a file
+becomes a sample. `packaged` locates the examples that come with slimray. No Ray here.
 """
 
 import functools
@@ -33,7 +33,7 @@ from slimray.storage import absolute, exists, join, open_uri, read_bytes, retry
 
 @dataclass(frozen=True)
 class Splits:
-    """The dataset of a job: where its files lie, its card, and an index per split name."""
+    """The dataset of a job: the root of its files, its card, and an index per split name."""
 
     root: str
     card: Card
@@ -41,22 +41,22 @@ class Splits:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A digest of all indexes, in the order of the split names."""
+        """Digest of all indexes, in the order of the split names."""
         return "-".join(fingerprint(self.tables[name])[:16] for name in sorted(self.tables))
 
 
 def packaged(folder: str) -> Path:
-    """The folder `jobs`, `datasets` or `cluster` that came with slimray: within the package, else of its checkout."""
+    """Return the folder `jobs`, `datasets` or `cluster` that comes with slimray, in the package or its checkout."""
     package = Path(slimray.__file__).resolve().parent
     inside = package / "examples" / folder
     return inside if inside.is_dir() else package.parents[1] / folder
 
 
 def embed(data: DataSpec, where: str, search: Sequence[Path], prepared: Mapping[str, dict[str, Any]]) -> DataSpec:
-    """Return `data` with its card embedded; UserError for none or two sources, or a card that is not there.
+    """Return `data` with its card embedded; UserError for no source, two sources, or a missing card.
 
-    `prepared` maps the names of `prepare` documents earlier in the same file to their cards. A section that was
-    resolved before, a run with its card, is taken as it is.
+    `prepared` maps the names of `prepare` documents earlier in the same file to their cards. A section that is already
+    resolved, a run with its card, is returned unchanged.
     """
     if data.run is not None and (data.card is None or isinstance(data.card, dict)):
         return data.model_copy(update={"card": prepared[data.run]}) if data.run in prepared else data
@@ -67,7 +67,7 @@ def embed(data: DataSpec, where: str, search: Sequence[Path], prepared: Mapping[
 
 
 def embed_card(card: str | dict[str, Any], root: str | None, where: str, search: Sequence[Path]) -> Card:
-    """The dataset card that a job names or holds, its classes read from the dataset if they are known only there."""
+    """Return the dataset card that a job names or holds, with classes read from the dataset if only that lists them."""
     try:
         found = load_card(card, search) if isinstance(card, str) else parse(Card, card, f"{where}: data.card")
     except UserError as error:
@@ -79,11 +79,11 @@ def embed_card(card: str | dict[str, Any], root: str | None, where: str, search:
 
 
 def open_splits(data: DataSpec, where: str, storage: str, names: Sequence[str]) -> Splits:
-    """Read the indexes of the splits `names`; UserError with the field when the dataset or the run is not there."""
+    """Read the indexes of the splits `names`; UserError with the field if the dataset or the run is missing."""
     if data.run is not None:
         folder = join(finished_run(data.run, storage, ("dataset",), f"{where}: data.run").uri, "data")
         card = _with_vocabulary(load_card(join(folder, "card.yaml"), []), folder)
-        root = card.root or folder  # an index of files that were probed, not packed, tells of files elsewhere
+        root = card.root or folder  # files that were probed, but not packed, lie elsewhere
     else:
         assert isinstance(data.card, dict)  # embedded when the job was loaded
         card = parse(Card, data.card, f"{where}: data.card")
@@ -92,8 +92,8 @@ def open_splits(data: DataSpec, where: str, storage: str, names: Sequence[str]) 
             raise UserError(f"{where}: data.root: is required, the folder where {card.name} lies")
         if MODALITIES[card.sample].stored and card.layout not in ("generated", "index"):
             raise UserError(
-                f"{where}: data.card: {MODALITIES[card.sample].plural} are read by a prepare job first: "
-                "write data: {run: NAME} of it"
+                f"{where}: data.card: {MODALITIES[card.sample].plural} need a prepare job first: write data: "
+                "{run: NAME} with its name"
             )
     try:
         require_splits(card.name, list(card.splits), names)
@@ -115,9 +115,9 @@ def _with_vocabulary(card: Card, folder: str) -> Card:
 
 
 def texts_of(name: str, storage: str, field: str) -> PreparedText:
-    """Return what the dataset of the run `name` says of its texts, the vocabulary in place of the file that holds it.
+    """Return the section `text` of the dataset in the run `name`, with the vocabulary in place of the file's name.
 
-    UserError, with `field`, where there is none.
+    UserError, with `field`, if the run holds no texts.
     """
     folder = join(finished_run(name, storage, ("dataset",), field).uri, "data")
     card = _with_vocabulary(load_card(join(folder, "card.yaml"), []), folder)
@@ -134,7 +134,7 @@ def require_splits(dataset: str, known: Sequence[str], names: Sequence[str]) -> 
 
 
 def notes_of_splits(data: DataSpec, splits: Splits, num_segments: int) -> list[str]:
-    """Return what users may not expect of the samples of a job: what was left out, clips that are too short."""
+    """Return notes that may surprise users: samples that were left out, clips that are too short, unused labels."""
     modality, found = MODALITIES[splits.card.sample], []
     recipe = read_recipe(make_recipe(data, splits.card, num_segments, "val"))
     for split, table in splits.tables.items():
@@ -145,9 +145,9 @@ def notes_of_splits(data: DataSpec, splits: Splits, num_segments: int) -> list[s
 
 
 def root_of(splits: Splits, data: DataSpec) -> str:
-    """Return the root of a dataset as samples are read from it: through the cache of the job if it has one.
+    """Return the root from which the samples of a dataset are read: through the cache of the job if it has one.
 
-    A cache keeps files of the dataset as it is now: of these indexes, and with lists that were written then.
+    A cache belongs to one version of the dataset: these indexes, and the modification times of its lists.
     """
     if data.cache is None:
         return splits.root
@@ -159,7 +159,7 @@ def root_of(splits: Splits, data: DataSpec) -> str:
 
 
 def absent_samples(table: pa.Table, root: str, count: int = 3) -> list[str]:
-    """The paths of those of `count` samples, spread evenly over an index, whose files are not there."""
+    """Return the paths of missing files among `count` samples that are spread evenly over an index."""
     fs, folder = open_uri(root)
     absent = []
     for place in np.unique(np.linspace(0, table.num_rows - 1, count).round().astype(int)):
@@ -177,9 +177,9 @@ def absent_samples(table: pa.Table, root: str, count: int = 3) -> list[str]:
 
 
 def finished_run(name: str, storage: str, what: Sequence[str], field: str) -> runs.Run:
-    """Return the finished run `name`, which `field` reads (`x.yaml (name): data.run`) and which holds one of `what`.
+    """Return the finished run `name`, which `field` (`x.yaml (name): data.run`) reads and which holds one of `what`.
 
-    UserError, with the field, if it is not there, has not finished, or holds something else.
+    UserError, with the field, if it does not exist, has not finished, or holds something else.
     """
     try:
         run = runs.find_run(name, storage)
@@ -194,14 +194,14 @@ def finished_run(name: str, storage: str, what: Sequence[str], field: str) -> ru
 
 
 def require_free(storage: str, name: str, search: str, field: str) -> None:
-    """Raise UserError, with `field`, if a run `name` is there already that is not of the search `search`."""
+    """Raise UserError, with `field`, if there is already a run `name` that the search `search` did not make."""
     run = runs.open_run(storage, name)
     if runs.exists(run, "job.yaml") and runs.read_job(run).get("search") != search:
         raise UserError(f"{field}: there is a run {name!r} already: choose another name")
 
 
 def held_by(run: runs.Run) -> str:
-    """Return what a run holds, by its files: "dataset", "network", "supernet", "export", or "table": numbers only."""
+    """Return the content of a run, by its files: "dataset", "network", "supernet", "export", or "table" (numbers)."""
     if runs.exists(run, "data/card.yaml"):
         return "dataset"
     if runs.exists(run, "export"):
@@ -214,35 +214,35 @@ def held_by(run: runs.Run) -> str:
 
 
 def in_words(what: str) -> str:
-    """Return what a run holds as messages say it."""
+    """Return the content of a run in words for messages."""
     words = {"table": "tables of numbers", "export": "an export"}
     return words.get(what, f"a {what}")
 
 
 def read_model(run: runs.Run, field: str) -> dict[str, Any]:
-    """Return the arguments of `compress.build` of the network of a run, without its weights; UserError if damaged."""
+    """Return the arguments of `compress.build` for the network of a run; UserError if the file is damaged."""
     from slimray import models
 
     return models.stored(_read_object(run, "model/model.json", ("name",), field))
 
 
 def split_export(name: str) -> tuple[str, str | None]:
-    """Return the run and the format that `RUN:FORMAT` names; None for what names a run alone, URIs too."""
+    """Return the run and the format that `RUN:FORMAT` names; the format is None for a run alone, URIs included."""
     run, colon, form = name.rpartition(":")
     return (run, form) if colon and run and "/" not in form else (name, None)
 
 
 def read_input(run: runs.Run, field: str, form: str | None = None) -> dict[str, Any]:
-    """Return what the network of a run, or of its export, takes, recipe and classes; UserError if damaged."""
+    """Return the input.json (recipe, classes, ...) of the network of a run, or of its export; UserError if damaged."""
     if form is None:
         return _read_object(run, "model/input.json", ("recipe", "classes"), field)
     return dict(_read_object(run, f"export/{form}/export.json", ("input",), field)["input"])
 
 
 def data_of(run: runs.Run, storage: str, field: str) -> DataSpec:
-    """Return the `data` section by which the samples of a run's network are made.
+    """Return the `data` section that defines the samples of a run's network.
 
-    A run that took the network of another one (`compress`, `recalibrate`) has that run's. UserError if none is known.
+    A run made from the network of another run (`compress`, `recalibrate`) has that run's. UserError if there is none.
     """
     found, seen = run, {run.uri}
     while True:
@@ -252,7 +252,7 @@ def data_of(run: runs.Run, storage: str, field: str) -> DataSpec:
         model = job.get("model")
         source = job.get("run") or (model.get("run") if isinstance(model, dict) else None)
         if not isinstance(source, str):
-            raise UserError(f"{field}: {found.uri}/job.yaml says of no data: write a data section")
+            raise UserError(f"{field}: {found.uri}/job.yaml names no data: write a data section")
         found = runs.find_run(source, storage)
         if found.uri in seen:
             raise UserError(f"{field}: {found.uri}/job.yaml: takes its network from itself: the folder is damaged")
@@ -270,9 +270,9 @@ def _read_object(run: runs.Run, name: str, keys: Sequence[str], field: str) -> d
 
 
 def make_recipe(data: DataSpec, card: Card, num_segments: int, mode: str, **options: Any) -> dict[str, Any]:
-    """The plain recipe of a split's samples: `mode` "train", "val" or "test"; `options` override its fields.
+    """Return the recipe of a split's samples in plain form; `mode` is "train", "val" or "test".
 
-    `num_segments` is for clips only.
+    `options` override its fields; `num_segments` is for clips only.
     """
     from slimray.tasks import task_of_card, task_options, with_target
 

@@ -1,7 +1,7 @@
-"""The network of a training before it starts: built on the meta device, held against the data, counted.
+"""The network of a training before it starts: built on the meta device, compared with the data, counted.
 
-In: a training, the card of its dataset and, where it is known, the number of its samples. Out: what `check` prints and
-workers are told: parameters, MACs, input, batch, learning rate, steps. torch, no Ray.
+In: a training, the card of its dataset and, if known, the number of its samples. Out: the values that `check` prints
+and workers get: parameters, MACs, input, batch, learning rate, steps. torch, no Ray.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ from slimray.verbs.context import CheckContext
 from slimray.verbs.inputs import make_recipe
 from slimray.verbs.specs import OWNED, ModelSpec, TrainJob
 
-UNKNOWN = 8  # stands for numbers that only the dataset, which is not there, says: classes, tokens
-KEPT = "data/network.json"  # the network of `model.run` as the first attempt found it
+UNKNOWN = 8  # placeholder for numbers that only a missing dataset defines: classes, tokens
+KEPT = "data/network.json"  # the network of `model.run` as the first attempt read it
 
 
 Job = TypeVar("Job", bound="HasNetwork")
@@ -45,10 +45,10 @@ class HasNetwork(Protocol):
 
 
 def with_network(job: Job, storage: str, kept: runs.Run | None = None) -> Job:
-    """Return `job` with the network of `model: {run: NAME}` written out, its samples at the resolution of that network.
+    """Return `job` with the network of `model: {run: NAME}` written out, and samples at the resolution of that network.
 
-    `kept` is the folder of the job's own run: what was read at the first attempt is read from there at later ones, even
-    if the run NAME has changed. UserError if NAME is not finished or holds no network.
+    `kept` is the folder of the job's own run: later attempts read there what the first one read, even if the run NAME
+    has changed. UserError if NAME has not finished or holds no network.
     """
     if job.model.run is None:
         return job
@@ -57,7 +57,7 @@ def with_network(job: Job, storage: str, kept: runs.Run | None = None) -> Job:
     else:
         found = inputs.finished_run(job.model.run, storage, ("network", "supernet"), "model.run")
         model = {k: v for k, v in inputs.read_model(found, "model.run").items() if k not in OWNED}
-        if "compression" in model:  # new weights obey no old masks and codebooks
+        if "compression" in model:  # old masks and codebooks do not apply to new weights
             model["compression"] = compress.shaping(model["compression"])
         if kept is not None:
             runs.write_file(kept, KEPT, json.dumps(model).encode())
@@ -67,9 +67,9 @@ def with_network(job: Job, storage: str, kept: runs.Run | None = None) -> Job:
 
 
 def with_network_if_there(job: Job, ctx: CheckContext, card: Card | None) -> Job | None:
-    """Return `with_network`, or None where a job ahead makes the network, whose samples must then be of the same kind.
+    """Return the result of `with_network`, or None if an earlier job of the file makes the network.
 
-    UserError if the run holds no network or takes other samples than `card` has.
+    UserError if the run holds no network, or if its network takes samples of another modality than those of `card`.
     """
     name = job.model.run
     made = None if name is None else ctx.require(name, ("network", "supernet"), "model.run")
@@ -79,17 +79,17 @@ def with_network_if_there(job: Job, ctx: CheckContext, card: Card | None) -> Job
         sample = parse(Card, made.card, "model.run").sample
         if sample != card.sample:
             takes, gives = MODALITIES[sample].plural, MODALITIES[card.sample].plural
-            raise UserError(f"model.run: {name!r} takes {takes}, the dataset gives {gives}")
+            raise UserError(f"model.run: {name!r} takes {takes}, the dataset has {gives}")
     return None
 
 
 def given_of(job: HasNetwork, card: Card | None) -> dict[str, Any] | None:
-    """Return what the task tells a network (`num_classes`, ...); None where only the dataset, not there, says it."""
+    """Return the arguments that the task gives a network (`num_classes`, ...); None if that needs a missing dataset."""
     return None if card is None else task_of_card(card).arguments(card, task_options(card, job.data.task))
 
 
 def model_options(job: TrainJob, card: Card | None) -> dict[str, Any]:
-    """Return what `compress.build` takes for this job; UNKNOWN for what its task does not say yet."""
+    """Return the arguments of `compress.build` for this job; UNKNOWN for those that its task cannot give yet."""
     needs = models.required(str(job.model.name))
     given = given_of(job, card)
     if given is None:
@@ -97,7 +97,7 @@ def model_options(job: TrainJob, card: Card | None) -> dict[str, Any]:
     for option in needs:
         if option not in given and card is not None:
             task = task_of_card(card).name
-            raise UserError(f"name: {job.model.name} needs {option}, which the task {task} does not have: take another")
+            raise UserError(f"name: {job.model.name} needs {option}, which the task {task} does not have: use another")
     options = {**{option: given[option] for option in needs}, **_channels_of(job, card), **job.model.options()}
     if job.optim.zero_gamma:
         options["zero_gamma"] = True
@@ -105,22 +105,22 @@ def model_options(job: TrainJob, card: Card | None) -> dict[str, Any]:
 
 
 def _channels_of(job: TrainJob, card: Card | None) -> dict[str, int]:
-    """Return what the dataset says of the option `in_channels` of a network of pixels."""
+    """Return the option `in_channels` of a network of pixels, from the dataset; {} if it does not apply."""
     channels = None if card is None else _pixel_channels(card)
     known = "in_channels" in models.options_of(str(job.model.name))
     return {"in_channels": channels} if channels is not None and known else {}
 
 
 def _pixel_channels(card: Card) -> int | None:
-    """The channels of the samples of a dataset; None for those that are no pixels."""
+    """Return the channels of the samples of a dataset; None for samples without pixels."""
     return card.channels if MODALITIES[card.sample].in_channels is not None else None
 
 
 def summary(job: TrainJob, card: Card | None, num_train: int | None) -> Summary:
-    """Return what is known before machines are asked for: parameters, MACs, batch, learning rate, steps.
+    """Return what is known before the training runs: parameters, MACs, batch, learning rate, steps.
 
-    Without the number of classes (the dataset is not there) no parameters and MACs, without `num_train` no steps.
-    UserError, with the field, for a network that cannot be built or does not fit the data.
+    Parameters and MACs need the number of classes (from the dataset), steps need `num_train`. UserError, with the
+    field, for a network that cannot be built or does not fit the data.
     """
     given = given_of(job, card)
     _require_tokens(job, card)
@@ -128,7 +128,7 @@ def summary(job: TrainJob, card: Card | None, num_train: int | None) -> Summary:
     _require_metrics(job, card)
     row = models.MODELS.get(str(job.model.name))
     if card is None and row is not None and MODALITIES[row.input].early_input is None:
-        return Summary(str(job.model.name))  # what its samples are, only the dataset says
+        return Summary(str(job.model.name))  # only the dataset defines the shape of its samples
     net, macs = _measure(job, card)
     out = dataclasses.replace(schedule(job, num_train), input=_input_shape(job, card, net))
     if given is None:
@@ -164,12 +164,12 @@ def schedule(job: TrainJob, num_train: int | None) -> Summary:
 
 
 def on_meta(job: TrainJob, card: Card | None) -> Any:
-    """Return the network of `job` without values, on the meta device."""
+    """Return the network of `job` on the meta device, without values."""
     return cost.build_on_meta(lambda: compress.build(**model_options(job, card)))
 
 
 def _side(model: Mapping[str, Any]) -> int | None:
-    """Return the resolution of a subnet, in pixels, where its arch says one; None for what cannot be built."""
+    """Return the resolution of a subnet, in pixels, if its arch has one; None otherwise, or if it cannot be built."""
     if not model.get("arch") or model["name"] not in models.MODELS:
         return None
     supernet: dict[str, Any] = dict.fromkeys(models.required(model["name"]), UNKNOWN)
@@ -178,12 +178,13 @@ def _side(model: Mapping[str, Any]) -> int | None:
         space: Any = cost.build_on_meta(lambda: models.build(**supernet)).space
         name = space.input_name("side")
         return None if name is None else space.arch(model["arch"]).get(name)
-    except (UserError, RuntimeError, ValueError, AttributeError):  # building the network says what is wrong
+    except (UserError, RuntimeError, ValueError, AttributeError):  # building the network raises the error
         return None
 
 
 def _measure(job: TrainJob, card: Card | None) -> tuple[Any, int]:
-    """The network on the meta device and its MACs; UserError `model.width: ...` if it cannot be or does not fit."""
+    """Return the network on the meta device and its MACs; UserError with the field if it cannot be built or does not
+    fit the data."""
     name, options = str(job.model.name), job.model.options()
     try:
         row = lookup(models.MODELS, name, "model")
@@ -195,10 +196,10 @@ def _measure(job: TrainJob, card: Card | None) -> tuple[Any, int]:
     if job.optim.mutual and task is not None and not task.logits:
         raise UserError(f"optim.mutual: is for classes of samples or points, not for {task.name}: leave it out")
     if row.input != sample:
-        raise UserError(f"model.name: {name} wants {MODALITIES[row.input].plural}, the dataset gives {modality.plural}")
+        raise UserError(f"model.name: {name} takes {MODALITIES[row.input].plural}, the dataset has {modality.plural}")
     if card is not None and row.sides not in (0, card.sides):
         gives = ("plain texts (sides: 1)", "texts with translations (sides: 2)")
-        raise UserError(f"model.name: {name} wants {gives[row.sides - 1]}, the dataset gives {gives[card.sides - 1]}")
+        raise UserError(f"model.name: {name} takes {gives[row.sides - 1]}, the dataset has {gives[card.sides - 1]}")
     known = models.options_of(name)
     for option in options:
         if option in OWNED:
@@ -221,12 +222,12 @@ def _measure(job: TrainJob, card: Card | None) -> tuple[Any, int]:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"model: {name} cannot be built with these options ({_first_line(error)})") from None
     if job.optim.hebbian and not hebbian.applies(net):
-        raise UserError(f"optim.hebbian: is for an adaptive softmax (micronet_lm), which {name} has not: leave it out")
+        raise UserError(f"optim.hebbian: needs an adaptive softmax (micronet_lm), {name} has none: leave it out")
     shape = _input_shape(job, card, net)
     if modality.segmented and job.data.sampling == "dense" and shape[0] > DENSE_WINDOW:
         raise UserError(f"model.num_segments: at most {DENSE_WINDOW} frames with data.sampling: dense (got {shape[0]})")
     with without_compiler():
-        optimizers.make_optimizer(net, job.optim, job.batch.size)  # its parameter groups must be there
+        optimizers.make_optimizer(net, job.optim, job.batch.size)  # raises UserError for missing parameter groups
     try:
         return net, cost.count_macs(net, (1, *shape))
     except (RuntimeError, ValueError) as error:
@@ -237,12 +238,12 @@ def _measure(job: TrainJob, card: Card | None) -> tuple[Any, int]:
 
 
 def _input_shape(job: TrainJob, card: Card | None, net: Any) -> tuple[int, ...]:
-    """A sample as the network takes it: (T, 3, H, W), (C, H, W) or (C, N)."""
+    """Return the shape of a sample as the network takes it: (T, 3, H, W), (C, H, W) or (C, N)."""
     modality = MODALITIES[models.MODELS[str(job.model.name)].input]
     segments = net.num_segments if modality.segmented else 0
     if modality.early_input is not None:
         return modality.early_input(job.data, segments)
-    assert card is not None  # `summary` asks for no network before there is a dataset
+    assert card is not None  # `summary` builds no such network without a dataset
     return input_shape(make_recipe(job.data, card, segments, "train"))
 
 
@@ -251,7 +252,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _require_tokens(job: TrainJob, card: Card | None) -> None:
-    """Raise UserError for batches by tokens of what has none, and for samples that fit into no microbatch."""
+    """Raise UserError for batches counted in tokens of samples without tokens, or shorter than the longest sample."""
     most = job.batch.per_worker_tokens
     if card is None or most is None:
         return
@@ -260,13 +261,13 @@ def _require_tokens(job: TrainJob, card: Card | None) -> None:
     longest = max(card.text.lengths.values()) if card.text is not None else 0
     if longest > most:
         raise UserError(
-            f"batch.per_worker_tokens: {most} is less than the longest sample has ({longest}): raise it, or prepare "
-            "the dataset with a lower text.max_tokens"
+            f"batch.per_worker_tokens: {most} is less than the length of the longest sample ({longest}): raise it, or "
+            "prepare the dataset with a lower text.max_tokens"
         )
 
 
 def _require_metrics(job: TrainJob, card: Card | None) -> None:
-    """Raise UserError for a best metric that the task does not have, and for probabilities where there are none."""
+    """Raise UserError for a best metric that the task does not have, or if its outputs are not probabilities."""
     task, named = None if card is None else task_of_card(card), job.checkpoint.best_metric
     if task is None:
         return
@@ -284,7 +285,7 @@ def _require_weights(job: TrainJob, card: Card | None) -> None:
     if weights is not None and task is not None and not task.logits:
         raise UserError(f"optim.class_weights: are for classes, not for {task.name}: leave it out")
     if weights == "balanced" and task is not None and not task.index_labels:
-        raise UserError("optim.class_weights: balanced counts samples, here labels belong to points: write numbers")
+        raise UserError("optim.class_weights: balanced counts samples, but here points have labels: write numbers")
     if not isinstance(weights, tuple):
         return
     if num_classes and len(weights) != num_classes:

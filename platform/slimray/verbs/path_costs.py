@@ -1,4 +1,4 @@
-"""Costs of the paths of a supernet of choices, for `proxyless`: MACs, or latencies of a measured table."""
+"""Costs of the paths of a mixed supernet, for `proxyless`: MACs, or latencies from a measured table."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -16,10 +16,10 @@ Edges = tuple[tuple[float, ...], ...]  # the cost of each candidate of each mixe
 
 
 def make_goal(job: "ProxylessJob", net: "MixedNet", weight: float) -> "Goal":
-    """Return the `Goal`: what paths of `net` cost on inputs of `data.size`, with the weight of that in the loss.
+    """Return the `Goal`: costs of the paths of `net` on inputs of `data.size`, and their `weight` in the loss.
 
-    UserError `latency.table: ...` for a table that cannot be read, is not finished or lacks a unit, and where mul_log
-    cannot be.
+    UserError `latency.table: ...` for a table that cannot be read, is not finished or lacks a unit, and
+    `latency.regulariser: ...` if mul_log cannot be used.
     """
     from slimray.train.methods.paths import Goal
 
@@ -30,12 +30,12 @@ def make_goal(job: "ProxylessJob", net: "MixedNet", weight: float) -> "Goal":
     if lowest <= 0:
         raise UserError(f"latency.table: {spec.table} gives a path {lowest:g} ms: profile again, with more --rounds")
     if spec.regulariser == "mul_log" and lowest <= 1 and job.search.gradient != "reinforce":
-        raise UserError(f"latency.regulariser: mul_log needs costs above 1, a path has {lowest:g} ms: take add_linear")
+        raise UserError(f"latency.regulariser: mul_log needs costs above 1, a path has {lowest:g} ms: use add_linear")
     return goal
 
 
 def _path_costs(net: "MixedNet", side: int, of: "Callable[[Unit], float]") -> tuple[float, Edges]:
-    """Return what all paths have together, and each candidate of each mixed block, by what `of` says of a unit."""
+    """Return the cost shared by all paths, and that of each candidate by mixed block; `of` returns a unit's cost."""
     fixed, edges = net.units(side)
     known = {unit.key: of(unit) for unit in (*fixed, *(unit for edge in edges for unit in edge if unit is not None))}
     costs = tuple(tuple(0.0 if unit is None else known[unit.key] for unit in edge) for edge in edges)
@@ -49,9 +49,9 @@ def _macs(unit: "Unit") -> float:
 
 
 def _latencies(net: "MixedNet", side: int, table: str) -> tuple[float, Edges]:
-    """Costs in ms by the table in the file `table`, read as a search reads it: slope x ms, and the offset once.
+    """Return costs in ms from the table in the file `table`, read as in a search: slope x ms, and the offset once.
 
-    Between two resolutions that were measured they are interpolated in the number of pixels.
+    Between two measured resolutions, they are interpolated in the number of pixels.
     """
     from slimray.edge import latency_table
     from slimray.edge.arch_costs import neighbours
@@ -85,12 +85,12 @@ def _latencies(net: "MixedNet", side: int, table: str) -> tuple[float, Edges]:
 
 
 def cheapest(goal: "Goal") -> tuple[int, ...]:
-    """Return the path that costs least."""
+    """Return the path with the lowest cost."""
     return tuple(costs.index(min(costs)) for costs in goal.edges)
 
 
 def of_uniform(goal: "Goal") -> float:
-    """Return the expected cost of paths that are all as likely."""
+    """Return the expected cost of a path drawn uniformly."""
     import torch
 
     return float(goal.expected([torch.zeros(len(costs), dtype=torch.float64) for costs in goal.edges]))

@@ -1,7 +1,7 @@
-"""`slimray plan`: from the training jobs of a file to a plan for each, its picture, and a calibration on the way.
+"""`slimray plan`: a plan for each training job of a file, a picture of it, and on request a calibration.
 
-Nothing is started and no cluster asked: facts of the job (parameters, MACs, samples) and a description of the machines
-give the rows. The dataset need not be there if `samples` says how many it has.
+Nothing is started and no cluster is contacted: the rows follow from figures of the job (parameters, MACs, samples) and
+a description of the machines. The dataset may be missing if `samples` gives its size.
 """
 
 from collections.abc import Sequence
@@ -33,10 +33,10 @@ def plan_job(
     measuring: bool = False,
     pack: str = "",
 ) -> tuple[planner.Plan, str | None]:
-    """The plan of a job, and where its calibration was written if `measuring`.
+    """Return the plan of a job, and the file to which its calibration was written if `measuring`.
 
-    `samples` count where the dataset is not there; `pack` is the format in which its clips lie. UserError names what is
-    missing.
+    `samples` is the number of training samples if the dataset is missing; `pack` is the format of its packed clips.
+    UserError with what is missing.
     """
     job = networks.with_network(job, storage)
     if job.batch.tokens:
@@ -72,24 +72,24 @@ def plan_job(
 
 
 def _folders(where: str) -> list[Path]:
-    """Return where cluster files are looked for: beside the job, in ./cluster, among the packaged ones."""
+    """Return the folders to search for cluster files: beside the job, ./cluster, the packaged ones."""
     beside = Path(where.partition(" (")[0]).resolve().parent
     return [beside, beside.parent / "cluster", Path("cluster"), inputs.packaged("cluster")]
 
 
 def _splits(job: TrainJob, where: str, storage: str, required: bool) -> Splits | None:
-    """The dataset of a job; None where it is not there and need not be."""
+    """Return the dataset of a job; None if it is missing and not `required`."""
     try:
         return open_splits(job.data, where, storage, split_names(job.data))
     except UserError as error:
         if not required:
             return None
-        raise UserError(f"{error} (or say how many samples there are: --samples)") from None
+        raise UserError(f"{error} (or give the number of samples: --samples)") from None
 
 
 def _card(job: TrainJob, where: str) -> Card:
     if not isinstance(job.data.card, dict):
-        raise UserError(f"{where}: data: there is no dataset card, so the classes are not known: prepare it first")
+        raise UserError(f"{where}: data: without a dataset card the classes are not known: prepare the dataset first")
     return parse(Card, job.data.card, f"{where}: data.card")
 
 
@@ -97,7 +97,7 @@ def _card(job: TrainJob, where: str) -> Card:
 
 
 def draw(plan: planner.Plan, path: Path) -> None:
-    """Draw what a step is made of and how the rate grows with the workers, as PNG or SVG by the ending of `path`."""
+    """Draw the parts of a step and the rate over the number of workers, as PNG or SVG by the suffix of `path`."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -112,7 +112,7 @@ def draw(plan: planner.Plan, path: Path) -> None:
             values = [100 * getattr(row, attribute) / row.step_ms for row in plan.rows]
             steps.bar(names, values, bottom=below, label=label, color=colour, width=0.6)
             below = [a + b for a, b in zip(below, values, strict=True)]
-        steps.set_title("what a step is made of, %", color=INK, loc="left", fontsize=11)
+        steps.set_title("parts of a step, %", color=INK, loc="left", fontsize=11)
         first, xs = plan.rows[0], [row.workers for row in plan.rows]
         likely = [row.samples_per_s[1] for row in plan.rows]
         rates.plot(xs, [first.samples_per_s[1] * x / first.workers for x in xs], "--", color=GRID, label="ideal")

@@ -1,12 +1,12 @@
-"""`kind: prepare`: a dataset probed, quarantined and packed for training, as a resumable Ray Data job.
+"""`kind: prepare`: probe, quarantine and pack a dataset for training, as a resumable Ray Data job.
 
-Every file is decoded once from end to end: what does not decode goes to the run's quarantine with its reason, the rest
-gets its true frame count, rate and size into the index. `pack` re-encodes it as short-GOP H.264 or JPEG frames into
-parquet shards (one clip per row group: large sequential objects that can still be read clip by clip), so that training
-decodes cheaply. Clouds of points are always packed, as .npz; a scene may become several (an S3DIS room its windows,
-`room#zero-0007`; the tiles of a scan; the frustums of the objects in a scan), whose array `rows` leads back into it.
-Images are packed as they are, too large ones as smaller JPEGs. Generated datasets are made here. Work is cut into
-shards; a shard whose part file exists is done, so a killed job goes on where it stopped.
+Every file is decoded once from end to end: files that do not decode go to the run's quarantine with the reason, the
+others enter the index with their true frame count, rate and size. `pack` re-encodes clips as short-GOP H.264 or JPEG
+frames into parquet shards (one clip per row group: large sequential objects that can still be read clip by clip), so
+that training decodes cheaply. Point clouds are always packed, as .npz; a scene may become several clouds (an S3DIS room
+its windows, `room#zero-0007`; the tiles of a scan; the frustums of the objects in a scan), whose array `rows` maps back
+to it. Images are packed unchanged, or as smaller JPEGs if too large. Generated datasets are made here. Work is cut into
+shards; a shard whose part file exists is done, so a killed job continues where it stopped.
 """
 
 import contextlib
@@ -43,8 +43,8 @@ from slimray.verbs import inputs
 from slimray.verbs.context import CheckContext, Context, Made
 from slimray.verbs.prepare_parts import Split, note_places, read_parts, shard_of
 
-TOKENIZER = "tokenizer.txt"  # beside the card: the vocabulary of texts
-MAX_NOTES = 10  # printed, of files with points that are left out
+TOKENIZER = "tokenizer.txt"  # file beside the card: the vocabulary of texts
+MAX_NOTES = 10  # notes to print, about files with points that are left out
 
 
 class PrepareData(Spec):
@@ -56,9 +56,9 @@ class PrepareData(Spec):
     root: str | None = None
     """Folder of the raw files: a path, s3:// or gs://; not for generated datasets."""
     splits: tuple[str, ...] | None = None
-    """Splits to prepare; default all of the card."""
+    """Splits to prepare; default: all splits of the card."""
     clips: int = Field(480, ge=16)
-    """Clips, images or clouds to generate in all, a fifth of them for validation (generated datasets only)."""
+    """Total number of clips, images or clouds to generate, a fifth of them for validation (generated datasets only)."""
     size: int = Field(64, ge=16, le=512)
     """Side of generated frames and images in pixels."""
     frames: int = Field(16, ge=2, le=1000)
@@ -66,16 +66,16 @@ class PrepareData(Spec):
     points: int = Field(1024, ge=16, le=1_000_000)
     """Points of a generated cloud."""
     copies: int = Field(5, ge=1, le=100)
-    """Frustums made of each object of split `train`, its 2D box moved and resized by up to a tenth; 1 takes it as it is
-    (KITTI only)."""
+    """Frustums to make of each object of split `train`, with its 2D box moved and resized by up to a tenth; 1: one,
+    with the box unchanged (KITTI only)."""
     seed: int = Field(0, ge=0)
     """Seed of generated clips or clouds."""
 
 
 class PackSpec(Spec):
-    """How clips and images are stored for training; without it only the index is written.
+    """Format of clips and images for training; without this section only the index is written.
 
-    An image is kept as it is, or where its short side is too long made a smaller JPEG, whatever `format` says.
+    Whatever the `format`, an image stays unchanged, or becomes a smaller JPEG if its short side is too long.
     """
 
     format: Literal["h264", "jpeg"] = "h264"
@@ -83,7 +83,7 @@ class PackSpec(Spec):
     short_side: int | None = Field(256, ge=16)
     """Short side in pixels, never enlarged; null keeps the size."""
     gop: int = Field(12, ge=1)
-    """Frames from one key frame to the next (H.264): the shorter, the cheaper a seek."""
+    """Frames from one key frame to the next (H.264); fewer frames make seeking cheaper."""
     crf: int = Field(23, ge=0, le=51)
     """Quality of H.264, lower is better."""
     quality: int = Field(90, ge=1, le=100)
@@ -99,19 +99,19 @@ class PrepareJob(Spec):
     data: PrepareData
     pack: PackSpec | None = None
     text: TextSpec | None = None
-    """How texts become tokens (`sample: text`)."""
+    """Tokenization of texts (`sample: text`)."""
     clips_per_shard: int = Field(64, ge=1)
     """Clips per unit of work, and per parquet shard."""
     tasks: int = Field(0, ge=0)
-    """Files decoded at once, a CPU each; 0 = all the CPUs there are."""
+    """Files decoded at once, one CPU each; 0: all CPUs."""
     decode_timeout_s: float = Field(120, gt=0)
-    """Longest time a file may take; then its decoder is killed and the file is quarantined."""
+    """Longest time for a file, in seconds; after that its decoder is killed and the file is quarantined."""
     max_bad_fraction: float = Field(0.5, ge=0, le=1)
-    """Largest part of a split that may fail before the job is called failed."""
+    """Largest share of a split's files that may fail before the job fails."""
 
     @property
     def local_cpus(self) -> int:
-        """Logical CPUs with which a local cluster holds the job."""
+        """Logical CPUs that a local cluster needs for the job."""
         return self.tasks or os.cpu_count() or 1
 
     @model_validator(mode="after")
@@ -133,7 +133,7 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Work:
-    """What the tasks share."""
+    """Settings shared by all tasks."""
 
     run_uri: str
     root: str
@@ -146,10 +146,10 @@ class _Work:
 
 
 Job = PrepareJob
-CHUNK = "chunk of prepare"  # a column beside those of the list
-MIN_AT_ONCE = 2000  # chunks of one execution of Ray Data, for which it plans two seconds
-TURNS = 20  # as many for each slot, else most wait for the last ones
-SEVERAL = ("s3dis", "kitti")  # layouts of which one listed file becomes several samples, as it does where it is tiled
+CHUNK = "chunk of prepare"  # name of a column added to those of the list
+MIN_AT_ONCE = 2000  # least chunks per execution of Ray Data, which needs two seconds to plan one
+TURNS = 20  # chunks per slot and execution: with fewer, most slots idle while the last chunks finish
+SEVERAL = ("s3dis", "kitti")  # layouts in which a listed file becomes several samples; tiled files do so too
 
 
 def check(job: PrepareJob, ctx: CheckContext) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def check(job: PrepareJob, ctx: CheckContext) -> dict[str, Any]:
         card = parse(Card, _card(job), "data.card")
         generated, root = card.layout == "generated", job.data.root or card.root or ""
         if generated and (job.data.root or job.pack):
-            raise UserError(f"{'pack' if job.pack else 'data.root'}: {card.name} is generated, leave it out")
+            raise UserError(f"{'pack' if job.pack else 'data.root'}: {card.name} is generated: leave it out")
         out |= {"dataset": card.name, "classes": card.num_classes, "splits": _splits(job, card)}
         if generated:
             out["clips"] = job.data.clips
@@ -178,12 +178,12 @@ def check(job: PrepareJob, ctx: CheckContext) -> dict[str, Any]:
         for split, table in tables.items() if ctx.look else ():
             absent = inputs.absent_samples(table, root)
             if len(absent) == min(3, table.num_rows):
-                raise UserError(f"data.root: the files of split {split!r} are not there ({absent[0]})")
+                raise UserError(f"data.root: the files of split {split!r} are missing ({absent[0]})")
     return out
 
 
 def _require_sections(job: PrepareJob, card: Card) -> None:
-    """Raise UserError for a section that means nothing for the samples of a card, or is needed for them."""
+    """Raise UserError for a section that does not apply to the samples of a card, or that they need but lack."""
     modality = MODALITIES[card.sample]
     if job.text is not None and modality.learn is None:
         raise UserError(f"text: is for texts, {card.name} has {modality.plural}: leave it out")
@@ -194,7 +194,7 @@ def _require_sections(job: PrepareJob, card: Card) -> None:
 
 
 def makes(job: PrepareJob) -> dict[str, Made]:
-    """Return the dataset; each listed file is a sample of it, but for scenes that are cut up."""
+    """Return the dataset; each listed file is one sample, except for scenes that are split up."""
     card = parse(Card, _card(job), "data.card")
     counted = card.layout not in SEVERAL and not card.tile and not MODALITIES[card.sample].rows_per_shard
     return {job.name: Made("dataset", job.data.card, splits=tuple(_splits(job, card)), counted=counted)}  # type: ignore[arg-type]
@@ -228,7 +228,7 @@ def run(job: PrepareJob, ctx: Context) -> None:
 
 
 def _with_text(job: PrepareJob, ctx: Context, card: Card) -> PrepareJob:
-    """Return the job with a section `text` if its dataset is of texts, lower-case or not as those of `like`."""
+    """Return the job with a section `text` if its dataset holds texts; with `like`, `lower` is that of its dataset."""
     if MODALITIES[card.sample].learn is None:
         return job
     text = job.text or TextSpec.model_validate({})
@@ -239,7 +239,7 @@ def _with_text(job: PrepareJob, ctx: Context, card: Card) -> PrepareJob:
 
 
 def _learn(job: PrepareJob, ctx: Context, card: Card, root: str) -> str:
-    """Return the vocabulary of a dataset of texts, learned at the first attempt; "" for anything else."""
+    """Return the vocabulary of a dataset of texts, learned in the first attempt; "" for other datasets."""
     learn = MODALITIES[card.sample].learn
     if learn is None or job.text is None:
         return ""
@@ -255,14 +255,14 @@ def _learn(job: PrepareJob, ctx: Context, card: Card, root: str) -> str:
 
 
 def _notes(card: Card, tables: Mapping[str, pa.Table]) -> list[str]:
-    """Return what users may not expect of the lists: files left out, classes without a sample."""
+    """Return notes on the lists that may surprise users: files left out, classes without a sample."""
     unused = unused_labels(card, tables.values())
     listed = [f"{split}: {note}" for split, table in tables.items() for note in notes_of(table)]
     return listed + ([unused] if unused else [])
 
 
 def _require_same_lists(ctx: Context, tables: Mapping[str, pa.Table]) -> None:
-    """Raise UserError if a list is not the one this run began with: its shards are numbered by places in it."""
+    """Raise UserError if a list has changed since this run began: its shards are numbered by position in the list."""
     now = {split: fingerprint(table) for split, table in tables.items()}
     try:
         before = json.loads(runs.read_file(ctx.run, "data/lists.json"))
@@ -289,14 +289,14 @@ def _splits(job: PrepareJob, card: Card) -> list[str]:
 
 
 def _table(job: PrepareJob, card: Card, split: str, root: str) -> pa.Table:
-    """Return the list of a split, or the numbers of what is to be generated."""
+    """Return the list of a split, or the numbers of the samples to generate."""
     if card.layout == "generated":
         return pa.table({"number": np.array(to_generate(job, split))})
     return read_split(card, split, root)
 
 
 def to_generate(job: PrepareJob, split: str) -> range:
-    """Return the numbers of a split's generated samples: a fifth validates, and no number is in two splits."""
+    """Return the numbers of a split's generated samples: a fifth is for validation; no number is in two splits."""
     num_val = job.data.clips // 5
     first, count = (0, job.data.clips - num_val) if split == "train" else (job.data.clips - num_val, num_val)
     return range(first, first + count)
@@ -309,7 +309,7 @@ def _part_name(chunk: _Chunk) -> str:
 def _process(
     job: PrepareJob, ctx: Context, card: Card, root: str, tables: dict, todo: tuple[_Chunk, ...], vocabulary: str
 ) -> None:
-    """Run the chunks as Ray Data tasks, each given its own rows, and show how far they are."""
+    """Run the chunks as Ray Data tasks, each with its own rows, and show the progress."""
     import ray
     from ray import exceptions
 
@@ -365,7 +365,7 @@ def _write_indexes(job: PrepareJob, ctx: Context, card: Card, chunks: list[_Chun
                     f"({job.max_bad_fraction:g}): see quarantine/ in the run folder, or raise the bound"
                 )
             runs.write_file(ctx.run, f"data/{name}.parquet", split.index.close())
-            if split.objects:  # what is to be found, also in images without a frustum
+            if split.objects:  # the objects to detect, including those in images without a frustum
                 runs.write_file(ctx.run, f"data/{name}.objects.json", json.dumps(split.objects).encode())
             metrics[name] = {"clips": split.index.num_rows, "quarantined": len(split.bad)}
     here = job.pack is not None or card.layout == "generated" or MODALITIES[card.sample].stored
@@ -388,7 +388,7 @@ def _write_indexes(job: PrepareJob, ctx: Context, card: Card, chunks: list[_Chun
     for note in notes[:MAX_NOTES]:
         ctx.console.print(f"  {note}", highlight=False, markup=False)
     if len(notes) > MAX_NOTES:
-        ctx.console.print(f"  and so with {len(notes) - MAX_NOTES} more files: see data/parts in the run folder")
+        ctx.console.print(f"  and {len(notes) - MAX_NOTES} more files: see data/parts in the run folder")
     short = MODALITIES[card.sample].notes
     for name, split in splits.items():
         if short and (note := short(split.lengths, None)):
@@ -399,13 +399,13 @@ def _write_indexes(job: PrepareJob, ctx: Context, card: Card, chunks: list[_Chun
 
 
 def _given(chunk: _Chunk, table: pa.Table) -> pa.Table:
-    """Return what the task of a chunk is given: its rows of the list of its split, and a column CHUNK of it."""
+    """Return the input of a chunk's task: its rows of the list of its split, with a column CHUNK that describes it."""
     own = table.slice(chunk.lo, chunk.hi - chunk.lo)
     return own.append_column(CHUNK, pa.array([vars(chunk)] * own.num_rows))
 
 
 def _do_chunk(work: _Work, rows: pa.Table) -> dict[str, np.ndarray]:
-    """Make a shard of the rows that are `_given`, and, last, its part file, which says that the shard is whole."""
+    """Make a shard of the rows from `_given`, and last its part file, which marks the shard as complete."""
     fs, folder = filesystem(work.run_uri)
     chunk, table = _Chunk(**rows.column(CHUNK)[0].as_py()), rows.drop_columns([CHUNK])
     part: dict[str, Any] = {
@@ -424,10 +424,10 @@ def _do_chunk(work: _Work, rows: pa.Table) -> dict[str, np.ndarray]:
 
 
 def _generate(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any], fs: Any, folder: str) -> None:
-    """Clips as H.264 files under data/clips, clouds and images as a parquet shard."""
+    """Write generated clips as H.264 files under data/clips, clouds and images as a parquet shard."""
     sizes, packed = Sizes(work.data.size, work.data.frames, work.data.points), []
     generate = MODALITIES[work.card.sample].generate
-    assert generate is not None  # a card of layout `generated` is of a modality that can be
+    assert generate is not None  # a card of layout `generated` has a modality that can be generated
     shard = shard_of(chunk.split, chunk.number)
     for row in rows:
         made = generate(row["number"], work.data.seed, sizes)
@@ -445,7 +445,7 @@ def _generate(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any]
 
 
 def _convert(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any], fs: Any, folder: str) -> None:
-    """Read every file whole, and pack the good ones into one parquet shard."""
+    """Read every file to its end, and pack the good ones into parquet shards."""
     packed_here = work.pack or MODALITIES[work.card.sample].stored
     shard = shard_of(chunk.split, chunk.number) if packed_here else ""
     rows = [{**row, "split": chunk.split} for row in rows]
@@ -458,8 +458,8 @@ def _convert(work: _Work, chunk: _Chunk, rows: list[dict], part: dict[str, Any],
 def _pack(
     work: _Work, rows: list[dict], part: dict[str, Any], shard: str, decoder: Decoder
 ) -> Iterator[tuple[str, dict]]:
-    """The rows of the shard, made one by one (none without a shard), each with the name of its shard, of which there
-    are several where the modality bounds them; `part` notes what is made and what is bad."""
+    """Yield the rows of a chunk one by one (none without a shard), each with the name of its shard; there are several
+    shards if the modality limits their rows. Samples and failures are recorded in `part`."""
     modality = MODALITIES[work.card.sample]
     convert, most = BY_LAYOUT.get(work.card.layout) or modality.convert, modality.rows_per_shard
     pack = None if work.pack is None else Pack(**work.pack.model_dump())

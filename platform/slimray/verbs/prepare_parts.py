@@ -1,6 +1,6 @@
-"""What the tasks of a `prepare` job leave: a JSON file for each unit of work, read side by side, and joined.
+"""Part files that the tasks of a `prepare` job write, a JSON file per unit of work: read in parallel and joined.
 
-The rows of a split go into its index as they come, so that memory does not grow with them but for their lengths.
+Rows are written to the index of their split one part at a time, so that only their lengths stay in memory.
 """
 
 import json
@@ -17,28 +17,28 @@ from slimray import runs
 from slimray.data.index import index_table
 from slimray.data.index_file import IndexWriter
 
-READERS = 16  # files read at once: they are small, and reading one is waiting for the storage
-AHEAD = 1024  # files asked for before the first of them is used up
+READERS = 16  # files read at once: they are small, and reading one is mostly waiting for the storage
+AHEAD = 1024  # files requested before the first of them is used
 
 
 def shard_of(split: str, number: int) -> str:
-    """Return where shard `number` of a split lies under `data/`, behind a hash of its name.
+    """Return the path of shard `number` of a split under `data/`, with a hash of its name as folder.
 
-    A bucket bounds the requests of each prefix that it has split off: names in a row would be one.
+    A bucket limits the request rate per prefix: consecutive names alone would share one prefix.
     """
     name = f"{split}-{number:06d}.parquet"
     return f"shards/{zlib.crc32(name.encode()) & 0xFF:02x}/{name}"
 
 
 def note_places(part: dict[str, Any], shard: str, places: Sequence[tuple[int, int]]) -> None:
-    """Note in the rows of a part that lie in `shard` where each does: `places` by row group, none if not known."""
+    """Add offset and length to the rows of a part that lie in `shard`: `places` by row group, empty if not known."""
     for row in part["rows"] if places else ():
         if row.get("shard") == shard:
             row["offset"], row["length"] = places[row["row"]]
 
 
 def read_parts(run: runs.Run, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the parts `names` of a run in order."""
+    """Yield the contents of the part files `names` of a run in order."""
     with ThreadPoolExecutor(READERS) as pool:
         for first in range(0, len(names), AHEAD):
             some = names[first : first + AHEAD]
@@ -47,9 +47,10 @@ def read_parts(run: runs.Run, names: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 @dataclass
 class Split:
-    """The parts of a split, joined: its index in a file, the files that failed or were left out, objects to be found.
+    """The joined parts of a split: its index in a file, the files that failed or were left out, the objects to detect.
 
-    `files` were tried, of which `failed` do not decode; `frames` are the lengths of the rows, int32, a part each.
+    `files` counts the files tried, `failed` those that do not decode; `frames` holds the lengths of the rows, int32, an
+    array per part.
     """
 
     index: IndexWriter
@@ -61,11 +62,11 @@ class Split:
 
     @classmethod
     def at(cls, path: Path) -> "Split":
-        """Return a split without parts, whose index goes to the local file `path`."""
+        """Return a split without parts, whose index is written to the local file `path`."""
         return cls(IndexWriter(path))
 
     def add(self, part: dict[str, Any], num_listed: int) -> None:
-        """Join a part, of `num_listed` rows of the list."""
+        """Add a part, made from `num_listed` rows of the list."""
         if part["rows"]:
             table = index_table(part["rows"])
             self.index.add(table)

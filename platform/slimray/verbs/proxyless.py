@@ -1,9 +1,10 @@
-"""`kind: proxyless`: a network found by training (ProxylessNAS, arXiv 1812.00332), and trained from scratch on its own.
+"""`kind: proxyless`: find a network by training a supernet (ProxylessNAS, arXiv 1812.00332), and train it from scratch.
 
 Stages, each on the shared loop in a folder of its own that resumes exactly: `stages/00-warmup` trains uniform paths of
-the mixed supernet, `01-search` its weights and, on samples held out, what paths are worth with their cost in the loss,
-`02-retrain` the most likely path from scratch on the whole training split; the run NAME-derived holds it. Costs are
-latencies of a measured table or MACs. With `sweep`: one warm-up, then a search and a retraining per weight of the cost.
+the mixed supernet; `01-search` trains its weights and, on held-out samples, its architecture parameters with the cost
+in the loss; `02-retrain` trains the most likely path from scratch on the whole training split, which becomes the run
+NAME-derived. Costs are latencies from a measured table, or MACs. With `sweep`: one warm-up, then a search and a
+retraining per weight of the cost.
 """
 
 import json
@@ -37,7 +38,7 @@ WEIGHTS = {"add_linear": 0.1, "mul_log": 0.3, "reinforce": 0.1}  # published wei
 
 
 class PhaseSpec(Spec):
-    """Duration and rate of a stage."""
+    """Duration and learning rate of a stage."""
 
     epochs: int = Field(ge=1)
     """Passes over the training split."""
@@ -48,13 +49,13 @@ class PhaseSpec(Spec):
 
 
 class SearchSpec(PhaseSpec):
-    """Learning of the search: the weights of sampled paths, and what the paths are worth."""
+    """Training in the search: the weights of sampled paths, and the architecture parameters."""
 
     gradient: Literal["two", "full_v2", "reinforce"] = "two"
-    """How architecture parameters learn: through the gates of two candidates of a block at a time, of all of them, or
-    by REINFORCE."""
+    """Gradient of the architecture parameters: through the gates of two candidates of a block at a time (`two`), of all
+    of them (`full_v2`), or by REINFORCE."""
     every: int = Field(5, ge=1)
-    """Steps on weights between two on architecture parameters; the first epoch has none of the latter."""
+    """Steps on weights between two steps on architecture parameters; the first epoch only trains weights."""
     arch_lr: float = Field(1e-3, gt=0)
     """Learning rate of the architecture parameters (Adam)."""
     nets: int = Field(10, ge=1, le=1000)
@@ -63,101 +64,101 @@ class SearchSpec(PhaseSpec):
     @model_validator(mode="after")
     def _has_time(self) -> "SearchSpec":
         if self.epochs < 2:
-            raise ValueError("epochs: must be at least 2, the first one only trains weights")
+            raise ValueError("epochs: must be at least 2, as the first one only trains weights")
         return self
 
 
 class LatencySpec(Spec):
-    """Costs of paths, and how much they count."""
+    """Costs of paths, and their weight in the loss."""
 
     cost: Literal["latency", "macs"] = "latency"
-    """`latency`: milliseconds of `table`; `macs`: multiply-accumulates, which need no device."""
+    """`latency`: milliseconds from `table`; `macs`: multiply-accumulates, which need no device."""
     table: str | None = None
-    """Finished table that `slimray profile` wrote for `ofa_proxyless` of the same preset, width and classes; read as a
-    search reads it. `data.size` must be one of its resolutions, or lie between two of them."""
+    """Finished table that `slimray profile` wrote for `ofa_proxyless` of the same preset, width and classes, read as in
+    a search. `data.size` must be one of its resolutions, or lie between two of them."""
     ref_ms: float | None = Field(None, gt=0)
-    """The latency that is aimed at, in ms."""
+    """Target latency in ms."""
     ref_macs: float | None = Field(None, gt=0)
-    """The MACs that are aimed at, with `cost: macs`."""
+    """Target MACs, with `cost: macs`."""
     regulariser: Literal["add_linear", "mul_log"] = "add_linear"
-    """How the expected cost E joins the loss: loss + weight x (E - ref) / ref, or
+    """Combination of the expected cost E with the loss: `add_linear`, loss + weight x (E - ref) / ref, or `mul_log`,
     0.2 x loss x (log E / log ref)^weight. REINFORCE has its own: accuracy x (ref / cost)^weight."""
     weight: float | None = Field(None, ge=0)
     """Weight of the cost; default as published: add_linear 0.1, mul_log 0.3, reinforce 0.1."""
 
     @property
     def ref(self) -> float:
-        """Return what is aimed at, in the unit of `cost`."""
+        """The target, in the unit of `cost`."""
         return cast(float, self.ref_ms if self.cost == "latency" else self.ref_macs)
 
     @model_validator(mode="after")
     def _fits(self) -> "LatencySpec":
         if self.cost == "latency":
             if self.table is None:
-                raise ValueError("table: is required: measure one with `slimray profile`, or take cost: macs")
+                raise ValueError("table: is required: measure one with `slimray profile`, or use cost: macs")
             if self.ref_ms is None or self.ref_macs is not None:
                 raise ValueError("ref_ms: is required with cost: latency, and ref_macs is for cost: macs")
         elif self.table is not None or self.ref_ms is not None or self.ref_macs is None:
             raise ValueError("ref_macs: is required with cost: macs, and table and ref_ms are for cost: latency")
         if self.regulariser == "mul_log" and self.ref <= 1:
-            raise ValueError("regulariser: mul_log takes logarithms, costs must be above 1: take add_linear")
+            raise ValueError("regulariser: mul_log takes logarithms of costs, which must be above 1: use add_linear")
         return self
 
 
 class TradeOffSpec(Spec):
-    """Several searches after one warm-up, to draw the trade-off."""
+    """Several searches after one warm-up, to show the trade-off."""
 
     weights: tuple[float, ...] = Field(min_length=2, max_length=64)
     """Weights of the cost in place of `latency.weight`; each gives a network, NAME-derived-1, -2, ..."""
     concurrent: int = Field(1, ge=1)
-    """Searches at once; each of them takes `scale.workers`."""
+    """Searches at once; each takes `scale.workers` workers."""
 
 
 class ProxylessJob(WorkerJob):
-    """Find a network by training a supernet of choices, with what it costs in the loss, and train it."""
+    """Find a network by training a mixed supernet with its cost in the loss, then train the network from scratch."""
 
     kind: Literal["proxyless"]
     name: str
-    """Name of the run, a folder of the storage; what is found becomes the run NAME-derived."""
+    """Name of the run, a folder of the storage; the network found becomes the run NAME-derived."""
     data: DataSpec
     model: ModelSpec = ModelSpec(name=SUPERNET)
     init: InitSpec | None = None
     """Weights of the supernet to start the warm-up from."""
     batch: BatchSpec
     optim: SharedOptimSpec
-    """What all stages share; published: SGD with Nesterov momentum, 4e-5 decay, label smoothing 0.1, cosine."""
+    """Optimizer of all stages; published: SGD with Nesterov momentum, 4e-5 decay, label smoothing 0.1, cosine."""
     warmup: PhaseSpec
-    """The first stage: uniform paths (published: 40 epochs, 0.05 for a batch of 256)."""
+    """The first stage: uniform paths (published: 40 epochs, rate 0.05 for a batch of 256)."""
     search: SearchSpec
-    """The search (published: 120 epochs, 0.025 for a batch of 256)."""
+    """The search (published: 120 epochs, rate 0.025 for a batch of 256)."""
     latency: LatencySpec
     retrain: PhaseSpec
-    """What is found, trained from scratch on the whole training split (published: 300 epochs)."""
+    """Training of the network found, from scratch on the whole training split (published: 300 epochs)."""
     sweep: TradeOffSpec | None = None
     hold_out: int = Field(ge=1)
-    """Training samples kept out of warm-up and search, from which the architecture parameters learn."""
+    """Training samples on which no weights are trained in warm-up and search, only the architecture parameters."""
     scale: ScaleSpec = ScaleSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     tracking: TrackingSpec = TrackingSpec()
     notify: NotifySpec | None = None
     seed: int = Field(0, ge=0)
-    """Seed of order, augmentation, dropout, starting weights and of the paths that are drawn."""
+    """Seed of order, augmentation, dropout, starting weights and sampled paths."""
     log_every: int = Field(10, ge=1)
     """Steps between metric rows."""
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "ProxylessJob":
         if self.data.val is None:
-            raise ValueError("data.val: is required, what is found is scored on it")
+            raise ValueError("data.val: is required to score the network found")
         if self.batch.tokens:
-            raise ValueError("batch.tokens: the search takes turns by samples: write total and per_worker")
+            raise ValueError("batch.tokens: the search counts batches in samples: write total and per_worker")
         if self.hold_out < self.batch.total:
             raise ValueError(f"hold_out: must be at least batch.total ({self.batch.total}), got {self.hold_out}")
         if self.optim.norm != "local":
-            raise ValueError("optim.norm: must be local, a supernet keeps statistics per worker")
+            raise ValueError("optim.norm: must be local, as a supernet keeps statistics per worker")
         if self.search.gradient == "reinforce" and "regulariser" in self.latency.model_fields_set:
             raise ValueError(
-                "latency.regulariser: is not for search.gradient: reinforce, which has its own: leave it out"
+                "latency.regulariser: does not apply to search.gradient: reinforce, which has its own: leave it out"
             )
         return self
 
@@ -171,7 +172,7 @@ class ProxylessJob(WorkerJob):
 
 
 def stage_job(job: ProxylessJob, stage: str, init: InitSpec | None = None, blocks: str = "") -> TrainJob:
-    """Stage `warmup`, `search` or `retrain` of `job` as a training; the last one trains `blocks`."""
+    """Return stage `warmup`, `search` or `retrain` of `job` as a training job; `retrain` trains `blocks`."""
     phase: PhaseSpec = getattr(job, stage)
     own = {"epochs": phase.epochs, "lr": phase.lr, "warmup_epochs": phase.warmup_epochs}
     model = {"name": FOUND, **job.model.options(), "blocks": blocks} if stage == "retrain" else job.model
@@ -197,7 +198,7 @@ Job = ProxylessJob
 
 
 def check(job: ProxylessJob, ctx: CheckContext) -> dict[str, Any]:
-    """Return what is known of the warm-up, what paths cost, and the steps of all stages."""
+    """Return what is known of the warm-up, the costs of paths, and the steps of all stages."""
 
     def known(card: Card | None, num_train: int | None) -> dict[str, Any]:
         for name in _derived_names(job):
@@ -208,26 +209,26 @@ def check(job: ProxylessJob, ctx: CheckContext) -> dict[str, Any]:
 
 
 def makes(job: ProxylessJob) -> dict[str, Made]:
-    """Return the tables of the search, and the network that each weight of the cost leads to."""
+    """Return the tables of the search, and a network for each weight of the cost."""
     return {job.name: Made("table")} | {name: trained_on(job.data) for name in _derived_names(job)}
 
 
 def _derived_names(job: ProxylessJob) -> list[str]:
-    """Names of the runs that the searches make, in order."""
+    """Return the names of the runs that the searches make, in order."""
     return [f"{job.name}-derived" + (f"-{n + 1}" if job.sweep else "") for n in range(len(job.weights))]
 
 
 def overview(job: ProxylessJob, card: Card | None, num_train: int | None) -> dict[str, Any]:
-    """Return what is known before machines are asked for; UserError for what does not fit."""
+    """Return what is known before the job runs; UserError for settings that do not fit together."""
     from slimray.verbs import networks
 
     if job.model.name != SUPERNET:
-        raise UserError(f"model.name: must be {SUPERNET}, whose blocks are choices (got {job.model.name!r})")
+        raise UserError(f"model.name: must be {SUPERNET}, a mixed supernet (got {job.model.name!r})")
     if num_train is not None and job.hold_out >= num_train:
         raise UserError(f"hold_out: {job.hold_out} of {num_train} training samples leave none to train on")
     learned = None if num_train is None else num_train - job.hold_out
     out = networks.summary(stage_job(job, "warmup", job.init), card, learned).to_plain()
-    for name in ("macs", "peak_lr", "epochs"):  # of the first candidates, of the warm-up: they would mislead
+    for name in ("macs", "peak_lr", "epochs"):  # those of the first candidates, or of the warm-up, would mislead
         out.pop(name, None)
     if card is None:
         return out
@@ -235,7 +236,7 @@ def overview(job: ProxylessJob, card: Card | None, num_train: int | None) -> dic
         from slimray.tasks import task_of_card
 
         if task_of_card(card).hits is None:
-            raise UserError("search.gradient: reinforce counts what is right, which this task does not: take two")
+            raise UserError("search.gradient: reinforce needs a task that counts correct predictions: use two")
     net = _on_meta(job, card)
     goal = path_costs.make_goal(job, net, job.weights[0])
     out |= {"mixed_blocks": len(net.mixed), "cost": job.latency.cost, "cost_aim": job.latency.ref}
@@ -268,8 +269,8 @@ def _on_meta(job: ProxylessJob, card: Card | None) -> "MixedNet":
 
 @dataclass(frozen=True)
 class _Plan:
-    """Values that the searches of a run share: the job, its data for searching and for retraining, the warm-up's
-    folder."""
+    """Values that the searches of a run share: the job, its data for searching and for retraining, the URI of the
+    warm-up, and the costs."""
 
     job: ProxylessJob
     searched: "Data"
@@ -283,7 +284,7 @@ class _Plan:
 
 
 def _search(plan: _Plan, ctx: Context, number: int) -> dict[str, Any]:
-    """Search, derive and retrain with the weight `number`; what was found as a plain row."""
+    """Search, derive and retrain with the weight `number`; return the result as a plain row."""
     import safetensors.torch
 
     from slimray import models
@@ -331,7 +332,7 @@ def _search(plan: _Plan, ctx: Context, number: int) -> dict[str, Any]:
 
 
 def _metric(card: Card) -> str:
-    """Return the metric by which what is found is compared."""
+    """Return the name of the metric that compares the networks found."""
     from slimray.tasks import task_of_card
 
     return task_of_card(card).best.name
@@ -340,7 +341,7 @@ def _metric(card: Card) -> str:
 def _write_derived(
     plan: _Plan, ctx: Context, row: dict[str, Any], numbers: dict[str, Any], retrained: runs.Run
 ) -> None:
-    """Write what was found, retrained, as a finished run."""
+    """Write the retrained network as a finished run."""
     from slimray.verbs import stages, subnets
 
     if stages.is_finished(runs.open_run(ctx.storage, row["run"])):
@@ -367,7 +368,7 @@ def run(job: ProxylessJob, ctx: Context) -> None:
     stages.connect(job.scale, ctx.cpus, 0 if job.sweep is None else job.sweep.concurrent)
     learning = stages.Data.of(splits, {name: kept})
 
-    def uniform(config: "FitConfig") -> "FitConfig":  # the most likely path means nothing yet
+    def uniform(config: "FitConfig") -> "FitConfig":  # no validation: the most likely path means nothing yet
         return replace(config, sources={"train": config.sources["train"]}, method=PathSampling())
 
     warmup, title = stage_job(job, "warmup", job.init), f"{job.name}: warm-up"
@@ -388,7 +389,7 @@ def run(job: ProxylessJob, ctx: Context) -> None:
 
 
 def _sweep(plan: _Plan, ctx: Context) -> list[dict[str, Any]]:
-    """Do the searches of all weights as Tune trials, `sweep.concurrent` at once; return their rows in order."""
+    """Run the searches of all weights as Tune trials, `sweep.concurrent` at once; return their rows in order."""
     from ray import tune
 
     from slimray.verbs import trials
@@ -411,7 +412,7 @@ def _sweep(plan: _Plan, ctx: Context) -> list[dict[str, Any]]:
 
 
 def _trial(config: dict[str, Any], plan: _Plan, folder: tuple[str, str, int, str, int]) -> None:
-    """Do one search of a sweep; report its row as JSON, or the sentence that ended it."""
+    """Run one search of a sweep; report its row as JSON, or the sentence that ended it."""
     from ray import tune
 
     uri, storage, attempt, where, cpus = folder

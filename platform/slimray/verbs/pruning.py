@@ -1,7 +1,7 @@
-"""What the step `prune` does: a policy given or searched by AMC's agent, the network cut, fitted, re-calibrated.
+"""Implementation of the step `prune`: choose a policy or search for one, then cut, fit and recalibrate the network.
 
-A trial of a search (agent_trials.py) cuts the policy, re-calibrates BatchNorm and scores what is left; so does the step
-itself with the policy that it ends in.
+A trial of a search (agent_trials.py) cuts the network by its policy, recalibrates BatchNorm and scores the result; the
+step itself does the same with the final policy.
 """
 
 import functools
@@ -30,13 +30,13 @@ from slimray.verbs import agent_trials, subnets, trials
 from slimray.verbs.compress_specs import ClimbSpec, TimingSpec
 from slimray.verbs.compressing import Work, read_network, write_network
 
-RETIMED = 10  # policies of a search that are timed until one keeps its limit
+RETIMED = 10  # most policies of a search to time until one keeps the limit
 ANY_TIMING = TimingSpec.model_validate({})
-PLAIN_LOSS = {"lr": 1.0, "reference_batch": 1, "epochs": 1}  # without smoothing, all classes alike
+PLAIN_LOSS = {"lr": 1.0, "reference_batch": 1, "epochs": 1}  # no label smoothing, equal class weights
 
 
 class Cutter:
-    """The network of a run with its groups: cuts policies, fits what is left to training samples, and scores it."""
+    """The network of a run with its groups: cuts it by policies, fits the result to training samples, and scores it."""
 
     def __init__(self, uri: str, exhibits: Any, spec: Any, step: Any, device: str = "cpu"):
         self.judge, self.step = subnets.Judge(uri, exhibits, spec, device), step
@@ -45,7 +45,7 @@ class Cutter:
         self.scores = criteria.importance(self.net, self.groups, step.criterion, self._losses)
 
     def cut(self, counts: Mapping[str, int]) -> tuple[nn.Module, dict[str, Any]]:
-        """The network of a policy, re-calibrated, in eval mode on the judge's device, and its record."""
+        """Return the network of a policy, recalibrated, in eval mode on the judge's device, and its record."""
         kept = criteria.strongest(self.scores, counts)
         small, record = channels.cut(self.net, self.groups, kept)
         pixels, cpu = self.judge.network.pixels, torch.device("cpu")
@@ -59,7 +59,7 @@ class Cutter:
         return small.eval(), record
 
     def _losses(self, net: nn.Module) -> Iterator[torch.Tensor]:
-        """The mean loss of `net`, on the CPU, on each batch of the samples to calibrate with."""
+        """Yield the mean loss of `net`, on the CPU, on each batch of the calibration samples."""
         task, options = TASKS[self.judge.network.task], OptimSpec.model_validate(PLAIN_LOSS)
         for data, labels in self.judge.labelled():
             x = to_input(data, self.judge.network.pixels, torch.device("cpu"))
@@ -67,9 +67,9 @@ class Cutter:
             yield task.losses(net(x), targets, options).sum() / task.weights(targets, options).sum()
 
     def latency_ms(self, counts: Mapping[str, int], timing: TimingSpec, whole_ms: float | None = None) -> float:
-        """The latency of a policy, measured in turn with the whole network; `whole_ms` is what that one has.
+        """Return the latency of a policy in ms, measured in turn with the whole network, whose latency is `whole_ms`.
 
-        Told as a part of the latter, so that numbers of different policies compare though the machine is not even.
+        It is derived from the ratio of the two, so that policies are comparable although the machine's speed varies.
         """
         shape = input_shape(self.judge.network.recipe)
         x = torch.rand(timing.batch, *shape, generator=torch.Generator().manual_seed(0))
@@ -78,18 +78,18 @@ class Cutter:
         return (found["first_ms"] if whole_ms is None else whole_ms) / found["ratio"]
 
     def score(self, counts: Mapping[str, int]) -> dict[str, float]:
-        """The metrics of a policy on the samples to score."""
+        """Return the metrics of a policy on the samples to score."""
         return self.judge.metrics_of(self.cut(counts)[0])
 
 
 def groups_of(net: nn.Module, recipe: Mapping[str, Any]) -> Groups:
-    """The groups of a network on the CPU, found with a random sample."""
+    """Return the groups of a network on the CPU, found with random input."""
     generator = torch.Generator().manual_seed(0)
     return trace(net, torch.rand(2, *input_shape(dict(recipe)), generator=generator))
 
 
 def prune(step: Any, work: Work, folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
-    """Prune the network of `before`; return the stage and the policy with what it was chosen by."""
+    """Prune the network of `before`; return the stage, and the policy with the data behind its choice."""
 
     def make(stage: runs.Run) -> None:
         net, model, taken = read_network(before)
@@ -123,7 +123,7 @@ def prune(step: Any, work: Work, folder: str, before: runs.Run) -> tuple[runs.Ru
 
 
 def limits_of(step: Any, whole: Mapping[str, float]) -> dict[str, float]:
-    """The limits of a step as numbers: those given, and shares of what the network costs, of `whole` that is known."""
+    """Return the limits of a step in numbers: `limits`, and `shares` of the network's costs that `whole` has."""
     return {**step.limits, **{name: share * whole[name] for name, share in step.shares.items() if name in whole}}
 
 
@@ -133,7 +133,7 @@ def _final(device: str, uri: str, exhibits: Any, spec: Any, step: Any, counts: d
 
 
 def _given(device: str, uri: str, exhibits: Any, spec: Any, step: Any, timing: TimingSpec) -> dict[str, Any]:
-    """The policy `uniform`, `ranked` or `sensitivity` of a step, within the limits or by the share `keep`."""
+    """Return the policy `uniform`, `ranked` or `sensitivity` of a step, within the limits or by the share `keep`."""
     cutter = Cutter(uri, exhibits, spec, step, device)
     groups, whole, timed = cutter.groups, cutter.groups.costs({}), "latency_ms" in {**step.shares, **step.limits}
     if timed:
@@ -159,14 +159,14 @@ def _scorer(uri: str, exhibits: Any, spec: Any, step: Any) -> trials.Score:
 
 
 def _scored(device: str, uri: str, exhibits: Any, spec: Any, step: Any, counts: dict[str, int]) -> dict[str, float]:
-    """The metrics of a policy."""
+    """Return the metrics of a policy."""
     return Cutter(uri, exhibits, spec, step, device).score(counts)
 
 
 def _searched(
     step: Any, work: Work, stage: runs.Run, before: runs.Run, groups: Groups, limits: dict[str, float], exhibits: Any
 ) -> dict[str, Any]:
-    """Search a policy by trials of Ray Tune; those that are there count."""
+    """Search for a policy by trials of Ray Tune; finished trials on storage are reused."""
     spec, job = step.search, work.job
     climbs = isinstance(spec, ClimbSpec)
     steps = [amc.GroupStep(**one) for one in policies.group_features(groups, step.round_to)]
@@ -209,9 +209,9 @@ def _searched(
 def _start(
     walk: amc.GroupWalk, step: Any, work: Work, stage: runs.Run, before: runs.Run, exhibits: Any
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
-    """The actions `[groups]` that a search begins with, and {"sensitivity": curves} where such were measured.
+    """Return the actions `[groups]` that a search starts from, and {"sensitivity": curves} if those were measured.
 
-    Found once, kept in `data/start.json` of the stage.
+    Found once and stored in `data/start.json` of the stage.
     """
     if not runs.exists(stage, "data/start.json"):
         given = step.model_copy(update={"search": None, "policy": step.search.start})
@@ -235,7 +235,8 @@ def _latencies(
     counts: list[dict[str, int]],
     whole_ms: float | None,
 ) -> list[float]:
-    """The latency of policies in turn with the whole network, in ms; the whole one's first where it is not given."""
+    """Return the latencies of policies in ms, timed in turn with the whole network; its own comes first if `whole_ms`
+    is None."""
     cutter = Cutter(uri, subnets.Exhibits((), ()), spec, _by_norms(step), device)
     first = cutter.latency_ms({}, timing) if whole_ms is None else whole_ms
     found = [cutter.latency_ms(one, timing, first) for one in counts]
@@ -243,16 +244,16 @@ def _latencies(
 
 
 def _by_norms(step: Any) -> Any:
-    """A step that needs no samples: which channels stay does not change how long they take."""
+    """Return the step without criteria that need samples: the choice of channels does not affect latency."""
     return step.model_copy(update={"criterion": "l1", "reconstruct": False})
 
 
 def _timed_costs(
     step: Any, work: Work, stage: runs.Run, before: runs.Run, groups: Groups, limits: dict[str, float]
 ) -> tuple[dict[str, Any] | None, dict[str, float], Any]:
-    """What was timed for a limit on latency_ms (None without one), all limits in numbers, and what policies cost.
+    """Return the timings for a limit on latency_ms (None without one), all limits in numbers, and the cost function.
 
-    Timed once, kept in `data/latency.json` of the stage: a resumed search asks the same model.
+    Timed once and stored in `data/latency.json` of the stage: a resumed search uses the same latency model.
     """
     if "latency_ms" not in {**step.shares, **step.limits}:
         return None, limits, groups.costs_of
@@ -278,8 +279,8 @@ def _timed_costs(
 def _kept_when_timed(
     work: Work, step: Any, before: runs.Run, tried: list[Trial[Any]], limit: float, timed: dict[str, Any]
 ) -> tuple[Trial[Any], dict[str, Any]]:
-    """The best trial whose latency, measured, keeps the limit, and what is told of that. UserError if none of the best
-    RETIMED does."""
+    """Return the best trial whose measured latency keeps the limit, and that measurement. UserError if none of the best
+    RETIMED policies does."""
     order = sorted((one for one in tried if math.isfinite(one.reward)), key=lambda one: (-one.reward, one.index))
     different: dict[str, Trial[Any]] = {}
     for trial in order:
@@ -291,6 +292,6 @@ def _kept_when_timed(
         if found[-1] <= limit:
             return trial, {"measured": {"latency_ms": found[-1]}, "latency_error": timed["error"]}
     raise UserError(
-        f"{work.ctx.where}: prune: none of the {len(found)} best policies keeps latency_ms {limit:.3g} when timed "
-        f"(the fastest takes {min(found):.3g}): raise the limit, search.timed or search.episodes"
+        f"{work.ctx.where}: prune: none of the {len(found)} best policies keeps the limit latency_ms {limit:.3g} when "
+        f"timed (the fastest takes {min(found):.3g}): raise the limit, search.timed or search.episodes"
     )

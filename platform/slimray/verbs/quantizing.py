@@ -1,7 +1,7 @@
-"""What the step `quantize` does: bits given or searched by HAQ's agent, ranges found on samples, layers rounded.
+"""Implementation of the step `quantize`: bits given or found by HAQ's agent, ranges from samples, rounded layers.
 
-A trial of a search (agent_trials.py) rounds the network by its policy, after training, and scores that; BatchNorm is
-folded and the inputs of all layers are observed once per process, whatever is tried.
+A trial of a search (agent_trials.py) rounds the network by its policy, without training, and scores the result;
+BatchNorm is folded and the inputs of all layers are observed once per process, for all of its trials.
 """
 
 import copy
@@ -28,7 +28,7 @@ from slimray.verbs.compressing import Work, read_network, write_network
 
 
 class Rounder:
-    """The network of a run with what its layers take in on calibration samples: rounds it by policies, scores them."""
+    """The network of a run and the inputs of its layers on calibration samples: rounds it by policies and scores it."""
 
     def __init__(self, uri: str, exhibits: Any, spec: Any, step: Any, device: str = "cpu"):
         self.judge, self.step = subnets.Judge(uri, exhibits, spec, device), step
@@ -40,7 +40,7 @@ class Rounder:
 
     @property
     def example(self) -> Any:
-        """A small batch of inputs."""
+        """A batch of two inputs."""
         return self.batches[0][:2]
 
     @functools.cached_property
@@ -50,7 +50,7 @@ class Rounder:
 
     @functools.cached_property
     def observed(self) -> tuple[nn.Module, list[tuple[str, str]], dict[str, Any]]:
-        """The folded network, what was folded, and values of the inputs of its layers."""
+        """The folded network, the pairs that were folded, and values of the inputs of its layers."""
         pairs = norm_pairs(self.net, self.example)
         net = fold(copy.deepcopy(self.net).eval(), pairs)
         wanted = {id(net.get_submodule(layer.name)): layer.name for layer in self.layers}
@@ -62,12 +62,12 @@ class Rounder:
 
     @property
     def tables(self) -> dict[str, Bits]:
-        """The bits of the tables of embeddings that are not kept."""
+        """Bits of the embedding tables, except those in `keep`."""
         tables = quantization.tables_of(self.net, self.step.embeddings, self.step.scheme)
         return {name: pair for name, pair in tables.items() if name not in self.step.keep}
 
     def score(self, bits: haq.Policy) -> dict[str, float]:
-        """The metrics of a policy on the samples to score."""
+        """Return the metrics of a policy on the samples to score."""
         net, pairs, values = self.observed
         chosen = named(self.layers, bits) | self.tables
         spans = quantization.spans_of(values, chosen, self.step.scheme)
@@ -76,7 +76,7 @@ class Rounder:
 
 
 def quantize(step: Any, work: Work, folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
-    """Quantize the network of `before`; return the stage with the bits of its layers, and how they were chosen."""
+    """Quantize the network of `before`; return the stage, and the bits by layer with the data behind their choice."""
 
     def make(stage: runs.Run) -> None:
         net, model, taken = read_network(before)
@@ -108,7 +108,7 @@ def quantize(step: Any, work: Work, folder: str, before: runs.Run) -> tuple[runs
 
 
 def _final(device: str, uri: str, exhibits: Any, spec: Any, step: Any, bits: Any) -> tuple[nn.Module, Any, Any]:
-    """The network with few bits, on the CPU, its record, and what each layer alone costs, if that is asked for."""
+    """Return the quantized network on the CPU, its record, and with `max_loss` the loss of each layer alone."""
     rounder = Rounder(uri, exhibits, spec, step, device)
     net, keep, rows = rounder.net, list(step.keep), []
     if step.max_loss is not None:
@@ -136,13 +136,13 @@ def _layers(device: str, uri: str, exhibits: Any, spec: Any, step: Any) -> list[
 
 
 def _scores(device: str, uri: str, exhibits: Any, spec: Any, step: Any, bits: haq.Policy) -> Any:
-    """The metrics of the network as it is, and of a policy."""
+    """Return the metrics of the float network, and those of a policy."""
     rounder = Rounder(uri, exhibits, spec, step, device)
     return rounder.judge.metrics_of(rounder.net), rounder.score(bits)
 
 
 def _searched(step: Any, work: Work, stage: runs.Run, before: runs.Run, exhibits: Any) -> dict[str, Any]:
-    """Search bits by trials of Ray Tune, beside the best uniform policy; trials that are there count."""
+    """Search for bits by trials of Ray Tune, and score the best uniform policy; finished trials are reused."""
     spec, job = step.search, work.job
     arguments = (before.uri, exhibits, job.judge, step)
     layers = work.on_worker(_layers, *arguments)
@@ -161,7 +161,7 @@ def _searched(step: Any, work: Work, stage: runs.Run, before: runs.Run, exhibits
     found = best(done.trials)
     searched, same = done.scored[repr(found.policy)][metric.name], metrics[metric.name]
     if metric.improves(same, searched):
-        said = f"the same bits everywhere are better, {metric.label} {same:.2f} against {searched:.2f} of the search"
+        said = f"the same bits everywhere are better, {metric.label} {same:.2f} against {searched:.2f} by the search"
         work.ctx.console.print(f"{job.name}: quantize: {said}: try more episodes, or write bits", highlight=False)
     return {
         "policy": named(layers, found.policy),

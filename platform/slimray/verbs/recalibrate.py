@@ -1,8 +1,8 @@
-"""`kind: recalibrate`: a finished network with BatchNorm statistics of its own, of whole batches of training samples.
+"""`kind: recalibrate`: recompute the BatchNorm statistics of a finished network on batches of training samples.
 
-Reads a run that holds a network and its dataset, writes a run with the same weights, new statistics (as Once-for-All
-has it, arXiv 1908.09791) and scores before and after on the validation split. The old run stays as it is. Needed for
-networks that earlier versions shipped wrong (shipped.py), and whenever weights were changed without statistics.
+Reads a run that holds a network and its dataset; writes a run with the same weights, new statistics (as in
+Once-for-All, arXiv 1908.09791) and scores before and after on the validation split. The old run does not change. Needed
+for networks that earlier versions shipped with a fault (shipped.py), and after a change of weights without statistics.
 """
 
 from typing import Any, Literal
@@ -16,25 +16,25 @@ from slimray.verbs.specs import JudgeSpec, WorkerJob
 
 
 class RecalibrateJob(WorkerJob):
-    """Give a finished network BatchNorm statistics of its own."""
+    """Recompute the BatchNorm statistics of a finished network."""
 
     kind: Literal["recalibrate"]
     name: str
     """Name of the run, a folder of the storage."""
     run: str
-    """The run with the network, by name or URI."""
+    """Name or URI of the run with the network."""
     judge: JudgeSpec = JudgeSpec.model_validate({})
-    """How much is calibrated on and scored."""
+    """Samples for recalibration and scoring."""
     scale: ScaleSpec = ScaleSpec()
     seed: int = 0
-    """Seed of which samples are calibrated on."""
+    """Seed of the choice of samples for recalibration."""
 
 
 Job = RecalibrateJob
 
 
 def check(job: RecalibrateJob, ctx: CheckContext) -> dict[str, Any]:
-    """Return the run, and the dataset if it is there."""
+    """Return the run, and the dataset if it exists."""
     out: dict[str, Any] = {"run": job.run}
     with ctx.noting():
         if ctx.require(job.run, ("network",), "run") is None:
@@ -46,7 +46,7 @@ def check(job: RecalibrateJob, ctx: CheckContext) -> dict[str, Any]:
 
 
 def makes(job: RecalibrateJob) -> dict[str, Made]:
-    """Return the network with other statistics."""
+    """Return the network with new statistics."""
     return {job.name: Made("network", like=job.run)}
 
 
@@ -55,7 +55,7 @@ def _find(job: RecalibrateJob, where: str, storage: str) -> runs.Run:
 
 
 def run(job: RecalibrateJob, ctx: Context) -> None:
-    """Calibrate and score in a process of the cluster, and write the network to the run folder `ctx.run`."""
+    """Recalibrate and score in a process of the cluster, and write the network to the run folder `ctx.run`."""
     from slimray.report import pages
     from slimray.train import workers
     from slimray.verbs import subnets

@@ -1,7 +1,7 @@
-"""Scoring finished networks on a split, on the workers of an evaluation: numbers, votes, boxes, and what is shown.
+"""Scoring of finished networks on a split, on the workers of an evaluation: metrics, votes, boxes, examples.
 
-In: a `ScoreConfig` with a case for each network, order of frames and repeat. Out, from rank 0: a row per case, its
-confusion, and pictures of the first samples. Imports Ray.
+In: a `ScoreConfig` with a case for each network, frame order and repeat. Out, from rank 0: a row per case, its
+confusion matrix, and examples of the first samples. Imports Ray.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from slimray.train.spec import ScaleSpec
 
 @dataclass(frozen=True)
 class Case:
-    """One pass: a run, an order of frames, which of its repeats; with a `format`, one of its exports."""
+    """One pass over the split: a run (with a `format`, one of its exports), a frame order and a repeat number."""
 
     run_uri: str
     run_name: str
@@ -42,7 +42,7 @@ class Case:
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """All that the workers of an evaluation need."""
+    """Everything the workers of an evaluation need."""
 
     run_uri: str
     attempt: int
@@ -64,7 +64,7 @@ class ScoreConfig:
 
 
 def load(run_uri: str, form: str | None, device: torch.device | str = "cpu") -> Network:
-    """Return the network of a run, or that of an export of it, which runs on the CPU."""
+    """Return the network of a run, or, with `form`, one of its exports, which runs on the CPU."""
     run = runs.run_at(run_uri)
     if form is None:
         return load_network(run, device)
@@ -86,7 +86,7 @@ def _start(config: ScoreConfig, number: int, device: torch.device, rows: int) ->
 
 
 def _end(current: Pass, case: Case, world: int, device: torch.device) -> tuple[dict[str, Any], Any, list[Any]]:
-    """The row of the table, the confusion if there is one, what all ranks found. A collective."""
+    """Return the row of the table, the confusion matrix if any, and the findings of all ranks. A collective."""
     ranks.merge_scores(current.score, world, device)
     found = [current.found]
     if world > 1:
@@ -101,7 +101,7 @@ def _end(current: Pass, case: Case, world: int, device: torch.device) -> tuple[d
 
 
 def score_cases(config: ScoreConfig) -> dict[str, Any]:
-    """Score all cases on this rank's part of the split; rank 0 returns the merged results."""
+    """Score all cases on this rank's share of the split; rank 0 returns the merged results."""
     context, device = ray.train.get_context(), get_device()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, int(config.scale.cpus_per_worker)))
@@ -134,7 +134,7 @@ def score_cases(config: ScoreConfig) -> dict[str, Any]:
                         bad[int(batch.sample[i])] = {"path": batch.path[i], "reason": batch.reason[i]}
                         quarantine.write(bad[int(batch.sample[i])])
                 if batch.valid.any():
-                    learn.seed_step(case.repeat, step, rank)  # of networks that draw points at random
+                    learn.seed_step(case.repeat, step, rank)  # for networks that draw points at random
                     samples = _samples(batch)
                     outputs = current.take(samples)
                     if rank == 0 and case.order == "natural" and case.repeat == 0:
@@ -155,7 +155,7 @@ def score_cases(config: ScoreConfig) -> dict[str, Any]:
 
 
 def _samples(batch: Batch) -> Samples:
-    """The rows of a batch that decode."""
+    """Return the samples of a batch that decoded."""
     valid = np.flatnonzero(batch.valid)
     paths = [batch.path[i] for i in valid]
     return Samples(batch.data[valid], batch.label[valid], paths, batch.sample[valid].tolist())
@@ -165,9 +165,9 @@ def _samples(batch: Batch) -> Samples:
 
 
 def join_repeats(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per run and order: the mean of its repeats, with `repeats` (mean, std, max of each number) if several.
+    """Return a row per run and frame order: the mean over repeats, with `repeats` (mean, std, max) if several.
 
-    Numbers by name, such as `ap`, hold mean, std and max always.
+    `ap`, which holds numbers by name, always becomes mean, std and max.
     """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
@@ -186,7 +186,7 @@ def join_repeats(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summary(repeats: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean, standard deviation and largest of each number over repeats."""
+    """Return mean, standard deviation and maximum of each number over repeats."""
     out = {}
     for name in repeats[0]:
         values = np.array([one[name] for one in repeats])

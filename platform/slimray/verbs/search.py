@@ -1,10 +1,10 @@
-"""`kind: search`: subnets of a finished supernet looked for under limits on what they cost, as Ray Tune trials.
+"""`kind: search`: search a finished supernet for subnets under limits on their costs, as Ray Tune trials.
 
-A trial cuts out a subnet, re-calibrates it and scores it on samples held out of training (subnets.py); it trains
-nothing. What is tried next is a function of the past (search/strategies.py), which a thin adapter hands to Tune. Every
-finished trial is a JSON file of the run, and a search that was cut off goes on from those, never from a pickle. For
-each target the best subnet within its limits is scored once on the split for the end, and becomes the run NAME-TARGET,
-a network like any other: evaluated, predicted with, trained on (`model: {run: NAME-TARGET}`).
+A trial extracts a subnet, recalibrates it and scores it on samples held out of training (subnets.py), without training
+it. The next proposal is a function of the past (search/strategies.py), which a thin adapter passes to Tune. Every
+finished trial is a JSON file of the run, and an interrupted search continues from those, never from a pickle. For each
+target, the best subnet within its limits is scored once on the final split and becomes the run NAME-TARGET, a network
+like any other: it can be evaluated, used for predictions and trained further (`model: {run: NAME-TARGET}`).
 """
 
 import functools
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
     from slimray.tasks.task import Metric
 
 COSTS = (*COUNTED, *COUNTED_INT8, *MEASURED)
-HELD_OUT = "held_out"  # in place of a split: training samples that the run of the supernet kept out
+HELD_OUT = "held_out"  # in place of a split: the training samples that the supernet's run held out
 
 
 class TargetSpec(Spec):
-    """A device, or a budget: what a subnet may cost."""
+    """Limits on the costs of a subnet, for a device or a budget."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$")
     """Name of the target; its subnet becomes the run NAME-TARGET."""
     limits: dict[str, float] = {}
-    """Cost -> upper bound: `params`, `macs` (per sample), `memory_mb` (weights and the largest layer, float32); of
-    networks for pictures in int8 on a microcontroller `peak_kb` (memory, as TinyEngine's scheduler counts it) and
-    `int8_kb` (weights, biases and scales), in 1,000 bytes; with `hardware` also `latency_ms` and, of a described
-    device, `energy_mj`, batch 1."""
+    """Cost -> upper bound: `params`, `macs` (per sample), `memory_mb` (weights and the largest layer, float32); for
+    networks of images in int8 on a microcontroller, `peak_kb` (memory, counted as by TinyEngine's scheduler) and
+    `int8_kb` (weights, biases and scales), in 1,000 bytes; with `hardware` also `latency_ms`, and for a described
+    device `energy_mj`, both at batch 1."""
     hardware: str | None = None
-    """What tells latency: a `.json` table of `slimray profile`, a device of `slimray.edge.hardware.HARDWARE` (a model
+    """Source of latencies: a `.json` table of `slimray profile`, a device of `slimray.edge.hardware.HARDWARE` (a model
     from its data sheet), or a `.yaml` file that describes a device."""
 
 
@@ -62,19 +62,19 @@ class SearchJob(WorkerJob):
     name: str
     """Name of the run, a folder of the storage."""
     supernet: str
-    """The shrink run, by name or URI."""
+    """Name or URI of the shrink run."""
     strategy: strategies.StrategySpec
-    """How archs are proposed; its `name`: random, evolution, predictor_guided, nsga2."""
+    """Strategy that proposes archs; its `name` is random, evolution, predictor_guided or nsga2."""
     targets: tuple[TargetSpec, ...] = Field(min_length=1)
-    """One search each; an arch that was measured for one target is not measured again for another."""
+    """One search each; an arch that was scored for one target is not scored again for another."""
     judge: JudgeSpec = JudgeSpec.model_validate({})
     split: str = HELD_OUT
-    """Where subnets are judged: `held_out` (training samples that the shrink run kept out), or a split."""
+    """Samples on which subnets are scored: `held_out` (training samples that the shrink run held out), or a split."""
     final: str | None = None
-    """Split on which the chosen subnets are scored, once; default the validation split of the shrink run."""
+    """Split on which the chosen subnets are scored, once; default: the validation split of the shrink run."""
     scale: ScaleSpec = ScaleSpec()
     seed: int = Field(0, ge=0)
-    """Seed of what is proposed."""
+    """Seed of the proposals."""
 
     @model_validator(mode="after")
     def _targets_fit(self) -> "SearchJob":
@@ -89,7 +89,7 @@ class SearchJob(WorkerJob):
                     )
                 if limit in MEASURED and target.hardware is None:
                     raise ValueError(
-                        f"targets.{target.name}.limits.{limit}: needs `hardware` beside `limits`: a table of "
+                        f"targets.{target.name}.limits.{limit}: needs `hardware` besides `limits`: a table of "
                         "`slimray profile`, or a described device"
                     )
         return self
@@ -99,7 +99,7 @@ Job = SearchJob
 
 
 def check(job: SearchJob, ctx: CheckContext) -> dict[str, Any]:
-    """Return the targets and how much is tried; the archs there are, once the supernet is."""
+    """Return the targets and the number of trials, and, if the supernet exists, its number of archs."""
     out: dict[str, Any] = {"supernet": job.supernet, "targets": [target.name for target in job.targets]}
     out["evaluations"] = job.strategy.num_evaluations * len(job.targets)
     with ctx.noting():
@@ -133,11 +133,11 @@ def _find(job: SearchJob, where: str, storage: str) -> runs.Run:
 
 def _require_held_out(job: SearchJob, held_out: bool) -> None:
     if job.split == HELD_OUT and not held_out:
-        raise UserError(f"split: {job.supernet!r} held no samples out (hold_out: 0): name a split, or shrink again")
+        raise UserError(f"split: {job.supernet!r} held out no samples (hold_out: 0): name a split, or shrink again")
 
 
 def _require_possible(job: SearchJob, where: str, net: Any, recipe: Mapping[str, Any]) -> None:
-    """Raise UserError, with the smallest value there is, for a target whose limits no subnet keeps."""
+    """Raise UserError, with the smallest value found, for a target whose limits no subnet keeps."""
     of_net = _prices(net, recipe)
     for target in job.targets:
         try:
@@ -147,7 +147,7 @@ def _require_possible(job: SearchJob, where: str, net: Any, recipe: Mapping[str,
 
 
 def _require_free_names(job: SearchJob, where: str, storage: str) -> None:
-    """Raise UserError if the run that a target's subnet becomes is there already, and is not of this search."""
+    """Raise UserError if the run for a target's subnet exists already and does not belong to this search."""
     for target in job.targets:
         inputs.require_free(storage, _name(job, target), job.name, f"{where}: targets.{target.name}")
 
@@ -185,14 +185,14 @@ def _meter(target: TargetSpec) -> Any:
 
 
 def _problem(prices: Any, target: TargetSpec, strategy: strategies.Strategy) -> Problem:
-    """The search of a target; of the costs only those that it asks for, so that pricing many archs is fast."""
+    """Return the search problem of a target, with only the costs that it needs, so that pricing many archs is fast."""
     names = [*target.limits, *(strategy.objectives if isinstance(strategy, strategies.Nsga2) else ())]
     told = (*COUNTED, *(prices.meter.names if prices.meter else ()))
     for name in names:
         if name in MEASURED and name not in told:
-            of = prices.meter.name if prices.meter else "no `hardware`"
+            of = prices.meter.name if prices.meter else "a target without `hardware`"
             field = "limits" if name in target.limits else "strategy: objectives"
-            raise UserError(f"{field}: {name}: {of} does not tell it: name a hardware that does")
+            raise UserError(f"{field}: {name}: {of} does not provide it: name a hardware that does")
 
     def fit(codes: np.ndarray, metrics: np.ndarray, seed: int) -> Any:
         from slimray.search import predictor
@@ -207,7 +207,7 @@ def _problem(prices: Any, target: TargetSpec, strategy: strategies.Strategy) -> 
 
 @dataclass
 class _Progress:
-    """The trials of a target: which are done, which run, and what the strategy wants next."""
+    """The trials of a target: finished, running and proposed."""
 
     job: SearchJob
     run: runs.Run
@@ -221,7 +221,7 @@ class _Progress:
     proposed: dict[int, list[Arch]] = field(default_factory=dict)
 
     def read(self) -> None:
-        """Take over the trials that are on storage."""
+        """Load the finished trials from storage."""
         for name in runs.list_names(self.run, f"trials/{self.target.name}"):
             plain = json.loads(runs.read_file(self.run, f"trials/{self.target.name}/{name}"))
             metric = self.metric.sign * _number(plain["metric"])
@@ -232,16 +232,16 @@ class _Progress:
 
     @property
     def trials(self) -> list[Trial]:
-        """The finished trials in their order, whatever the order in which they finished."""
+        """The finished trials by index, whatever the order in which they finished."""
         return [self.history[index] for index in sorted(self.history)]
 
     @property
     def total(self) -> int:
-        """Trials of the whole search."""
+        """Number of trials of the whole search."""
         return self.job.strategy.num_evaluations
 
     def next(self) -> tuple[int, Arch] | None:
-        """The next trial that has to be run, None while a generation is unfinished or nothing is left."""
+        """Return the next trial to run; None while a generation is unfinished, or if none is left."""
         busy = {index for index, _ in self.running.values()}
         for index in range(self.total):
             if index in self.history or index in busy:
@@ -264,8 +264,8 @@ class _Progress:
         return self.proposed[number][place]
 
     def note(self, index: int, arch: Arch, metrics: dict[str, float]) -> None:
-        """Write a trial that is over; without metrics it has failed."""
-        values = self.problem.costs(self.problem.table.codes([arch]))  # to the last bit what the limits were held to
+        """Write a trial that has ended; without metrics it has failed."""
+        values = self.problem.costs(self.problem.table.codes([arch]))  # bit for bit as when limits were checked
         costs = self.prices.arch_costs(arch) | {name: float(value[0]) for name, value in values.items()}
         metric = metrics.get(self.metric.name)
         trial = Trial(index, arch, self.metric.sign * _number(metric), costs)
@@ -276,7 +276,7 @@ class _Progress:
         runs.write_file(self.run, f"trials/{self.target.name}/{index:06d}.json", json.dumps(plain).encode())
 
     def start(self, trial: str) -> dict[str, Any] | None:
-        """Return what Tune's `trial` is to do; None while nothing can be proposed."""
+        """Return the config for Tune's `trial`; None while nothing can be proposed."""
         chosen = self.next()
         if chosen is None:
             return None
@@ -284,14 +284,14 @@ class _Progress:
         return {"index": chosen[0], "tried": chosen[1].to_dict()}
 
     def end(self, trial: str, metrics: dict[str, float]) -> None:
-        """Write a trial that is over, once: Tune says so twice where it stops one that says itself that it is done."""
+        """Write a trial that has ended, once: Tune reports it twice if it stops a trial that reports `done` itself."""
         known = self.running.pop(trial, None)
         if known is not None:
             self.note(*known, metrics)
 
     @property
     def is_done(self) -> bool:
-        """Whether no trial is left to run."""
+        """True once no trial is left to run."""
         return len(self.history) >= self.total
 
 
@@ -342,7 +342,7 @@ def run(job: SearchJob, ctx: Context) -> None:
 
 
 def _tune(job: SearchJob, found: runs.Run, progress: _Progress, exhibits: Any) -> None:
-    """Run the trials of a target that are left."""
+    """Run the remaining trials of a target."""
     from ray import tune
 
     from slimray.train import connection
@@ -377,7 +377,7 @@ def _data(found: runs.Run, where: str) -> DataSpec:
 
 
 def _exhibits(job: SearchJob, ctx: Context, found: runs.Run, split: str) -> Any:
-    """Return training samples to calibrate with and samples of `split` to score, decoded once."""
+    """Return training samples for recalibration and samples of `split` for scoring, decoded once."""
     from slimray.verbs import subnets
 
     data = _data(found, ctx.where)
@@ -404,7 +404,7 @@ def _write_subnet(
     scored: Mapping[str, float],
     weights: bytes,
 ) -> None:
-    """Write the chosen subnet as a finished run, whose samples have the resolution and frames of its arch."""
+    """Write the chosen subnet as a finished run, with the resolution and frames of its arch in the recipe."""
     from slimray.verbs import subnets
 
     arch = trial.arch
@@ -417,8 +417,8 @@ def _write_subnet(
 
 
 def subnet_recipe(space: Any, arch: Arch, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recipe by which samples are made for a subnet: that of the supernet, at the subnet's resolution, with
-    the same zoom, and with its frames."""
+    """Return the recipe of a subnet's samples: that of the supernet with the same zoom, at the subnet's resolution and
+    with its frames."""
     side, frames = space.input_of(arch, "side"), space.input_of(arch, "frames")
     out = dict(recipe) if side is None else at_size(recipe, side)
     return out if frames is None else out | {"num_segments": frames}
@@ -453,9 +453,9 @@ def _finish(job: SearchJob, ctx: Context, searches: Sequence[_Progress], rows: l
 
 
 def _priced_everywhere(searches: Sequence[_Progress], trials: Mapping[Arch, Trial]) -> dict[Arch, Trial]:
-    """Return the trials with what each costs on the devices of all targets, as far as these ask for it.
+    """Return the trials with their costs on the devices of all targets, as far as the targets need them.
 
-    A cost that several devices have is named after its device too: `latency_ms (DEVICE)`.
+    With several devices, the name of a measured cost includes the device: `latency_ms (DEVICE)`.
     """
     devices = list(dict.fromkeys(one.prices.meter.name for one in searches if one.prices.meter is not None))
     out = {}

@@ -1,8 +1,8 @@
-"""Finished runs that earlier versions shipped wrong: what is wrong with their samples or statistics, by their files.
+"""Faults of earlier versions in finished runs: detect wrong sample recipes or statistics from their files.
 
-Two faults of earlier versions are still in the runs that they wrote. A subnet of another resolution got the zoom of its
-supernet's pictures; averaged weights (`optim.ema`) got the BatchNorm statistics of the weights as they were. Both are
-fixed by `slimray recalibrate RUN`, which writes a new run. No torch.
+Runs written by earlier versions may have one of two faults. A subnet of another resolution got the zoom of its
+supernet's images; averaged weights (`optim.ema`) got the BatchNorm statistics of the weights that were not averaged.
+`slimray recalibrate RUN` fixes both, by writing a new run. No torch.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from slimray.data.spec import DataSpec, scaled_resize
 from slimray.data.views import at_size
 from slimray.spec import RunFailed, UserError
 
-SINCE = "precise_norm"  # a field of `optim` that came with averaged statistics: jobs before it lack it
-UNREAD = (UserError, RunFailed, OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged run raises
+SINCE = "precise_norm"  # a field of `optim` that was added together with averaged statistics: older jobs lack it
+UNREAD = (UserError, RunFailed, OSError, ValueError, KeyError, TypeError, AttributeError)  # errors of a damaged run
 
 
 def warning(run: runs.Run) -> str:
-    """Return what is wrong with the network of a finished run and the command that fixes it, "" if nothing is."""
+    """Return the fault of a finished run's network and the command that fixes it, "" if there is none."""
     try:
         job = runs.read_job(run)
         said = _wrong_zoom(run, job) or _wrong_statistics(job)
@@ -28,7 +28,7 @@ def warning(run: runs.Run) -> str:
 
 
 def corrected_recipe(job: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recipe of a network's samples with the zoom of the `data` that the run of `job` was trained on."""
+    """Return the recipe of a network's samples with the zoom of the `data` section of its run, whose job is `job`."""
     data = job.get("data") or {}
     size, resize = data.get("size"), recipe.get("resize")
     if job.get("kind") != "subnet" or not resize or not size or recipe["size"] == size:
@@ -38,7 +38,7 @@ def corrected_recipe(job: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[
 
 
 def _default_zoom() -> tuple[int, int]:
-    """A short side and the side of its crop in the default proportion."""
+    """Return a short side and the side of its crop in the default proportion."""
     return 8 * DataSpec.model_fields["size"].default // 7, DataSpec.model_fields["size"].default
 
 
@@ -49,7 +49,7 @@ def _wrong_zoom(run: runs.Run, job: Mapping[str, Any]) -> str:
     right = corrected_recipe(job, recipe).get("resize")
     if recipe.get("resize") == right:
         return ""
-    return f"its pictures have another zoom than it was judged at (short side {recipe['resize']} in place of {right})"
+    return f"its images have another zoom than in its search (short side {recipe['resize']} in place of {right})"
 
 
 def _wrong_statistics(job: Mapping[str, Any]) -> str:

@@ -1,10 +1,10 @@
-"""`kind: shrink`: a supernet trained by progressive shrinking (Once-for-All, arXiv 1908.09791), teacher included.
+"""`kind: shrink`: train a supernet by progressive shrinking (Once-for-All, arXiv 1908.09791), teacher included.
 
-The first stage trains the largest subnet alone; it is the teacher of those that follow, each of which frees some
+The first stage trains the largest subnet alone; it is the teacher of the following stages, each of which frees some
 dimensions. A stage is a data-parallel training on the shared loop in a folder of its own, `stages/01-kernel`, which
-starts from the weights of the stage before (channels sorted by importance where it asks for it) and resumes exactly; a
-stage that is done is not done again. After each stage a fixed sample of subnets is judged. The run's model folder holds
-the supernet: `search` reads it.
+starts from the weights of the stage before (with channels sorted by importance if `sort_channels` is set) and resumes
+exactly; a finished stage is not repeated. After each stage a fixed sample of subnets is scored. The run's model folder
+holds the supernet, which `search` reads.
 """
 
 import json
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
     from slimray.verbs.subnets import Exhibits
     from slimray.verbs.trials import Tell
 
-TUNED = ("lr", "warmup_epochs", "distill_weight", "subnets")  # what a sweep over a stage may change
+TUNED = ("lr", "warmup_epochs", "distill_weight", "subnets")  # fields that a sweep over a stage may change
 
 
 class StageSpec(Spec):
-    """A stage: what it frees, how long and how fast it learns."""
+    """A stage: the dimensions it frees, its duration and learning rate."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$")
-    """Name of the stage, part of its folder."""
+    """Name of the stage, part of the name of its folder."""
     free: dict[str, tuple[float, ...]] = {}
-    """Dimension -> the values that it may take from now on: `{kernel: [3, 5, 7]}`. The first stage frees nothing."""
+    """Dimension -> values that it may take from this stage on: `{kernel: [3, 5, 7]}`. The first stage frees nothing."""
     epochs: int = Field(ge=1)
     """Passes over the training split."""
     lr: float = Field(gt=0)
@@ -55,14 +55,14 @@ class StageSpec(Spec):
     subnets: int = Field(1, ge=1, le=16)
     """Subnets per step, whose gradients are summed."""
     sandwich: bool = False
-    """Let the largest and the smallest be among them always (needs `subnets: 2` or more)."""
+    """Always include the largest and the smallest subnet (needs `subnets: 2` or more)."""
     distill_weight: float = Field(1.0, ge=0)
-    """Weight of the teacher's answers beside the labels."""
+    """Weight of the teacher's outputs in the loss, besides the labels."""
     sort_channels: bool = False
     """Sort channels by importance before the stage, so that narrow subnets keep the most important ones."""
     tune: SweepSpec | None = None
-    """Train the stage several times with other settings; the best trial is what the next stage starts from. Its
-    subnets are scored on the held-out samples if there are any, else on the validation split."""
+    """Train the stage several times with different settings; the next stage starts from the best trial. Trials are
+    scored on the held-out samples if there are any, else on the validation split."""
 
     @model_validator(mode="after")
     def _tunes_what_is_there(self) -> "StageSpec":
@@ -72,7 +72,7 @@ class StageSpec(Spec):
         return self
 
     def with_settings(self, settings: Mapping[str, float]) -> "StageSpec":
-        """The stage with other values; ValueError if they do not fit."""
+        """Return the stage with other values; ValueError if they are not valid."""
         plain = self.model_dump(exclude={"tune"}) | dict(settings)
         return StageSpec.model_validate(plain | {"subnets": int(plain["subnets"])})
 
@@ -89,20 +89,20 @@ class ShrinkJob(WorkerJob):
     """Weights of the largest subnet to start the first stage from."""
     batch: BatchSpec
     optim: SharedOptimSpec
-    """What all stages share."""
+    """Optimizer settings of all stages."""
     stages: tuple[StageSpec, ...] = Field(min_length=2)
-    """The teacher, then what is freed one after another."""
+    """The stages: first the teacher, then those that free dimensions, in order."""
     hold_out: int = Field(0, ge=0)
-    """Training samples kept out of training, for `search`: they judge subnets, and the test split is touched once."""
+    """Training samples held out of training, on which `search` scores subnets, so that the test split is used once."""
     judge: JudgeSpec = JudgeSpec.model_validate({})
     judged: int = Field(6, ge=2, le=64)
-    """Subnets judged after each stage: the largest, the smallest, and others of the whole space."""
+    """Subnets to score after each stage: the largest, the smallest, and random ones of the whole space."""
     scale: ScaleSpec = ScaleSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     tracking: TrackingSpec = TrackingSpec()
     notify: NotifySpec | None = None
     seed: int = Field(0, ge=0)
-    """Seed of order, augmentation, dropout, starting weights and of which subnets are trained."""
+    """Seed of order, augmentation, dropout, starting weights and the choice of subnets."""
     log_every: int = Field(10, ge=1)
     """Steps between metric rows."""
 
@@ -112,7 +112,7 @@ class ShrinkJob(WorkerJob):
         if len(set(names)) < len(names):
             raise ValueError("stages: two have the same name")
         if self.stages[0].free:
-            raise ValueError(f"stages.{names[0]}.free: the first stage trains the largest subnet, it frees nothing")
+            raise ValueError(f"stages.{names[0]}.free: the first stage trains the largest subnet and frees nothing")
         for stage in self.stages:
             if stage.sandwich and stage.subnets < 2:
                 raise ValueError(f"stages.{stage.name}.sandwich: needs subnets: 2 or more")
@@ -122,7 +122,7 @@ class ShrinkJob(WorkerJob):
 
 
 def stage_job(job: ShrinkJob, number: int, init: InitSpec | None) -> TrainJob:
-    """Stage `number` of `job` as a training."""
+    """Return stage `number` of `job` as a training job."""
     stage = job.stages[number]
     own = {"epochs": stage.epochs, "lr": stage.lr, "warmup_epochs": stage.warmup_epochs}
     optim = job.optim.model_dump(exclude={"milestones"}) | own
@@ -147,7 +147,7 @@ def stage_job(job: ShrinkJob, number: int, init: InitSpec | None) -> TrainJob:
 
 
 def spaces(job: ShrinkJob, space: Space) -> list[Space]:
-    """The space of each stage: what the stages up to it have freed of `space`; UserError for what is not of it."""
+    """Return the space of each stage, freed from `space` by the stages so far; UserError for values not in `space`."""
     known = {name: {value for gene in genes for value in gene} for name, genes in space.choices}
     allowed: dict[str, tuple] = {name: (max(values),) for name, values in known.items()}
     for name in space.input_names:
@@ -160,7 +160,7 @@ def spaces(job: ShrinkJob, space: Space) -> list[Space]:
             for value in values:
                 if value not in known[name]:
                     listed = ", ".join(f"{one:g}" for one in sorted(known[name]))
-                    raise UserError(f"stages.{stage.name}.free.{name}: {value:g} is none of {listed}")
+                    raise UserError(f"stages.{stage.name}.free.{name}: {value:g} is not one of {listed}")
             allowed[name] = values
         first = stage is job.stages[0]
         inputs = {n: (max(known[n]),) for n in space.input_names} if first else {}
@@ -190,7 +190,7 @@ def makes(job: ShrinkJob) -> dict[str, Made]:
 
 
 def overview(job: ShrinkJob, card: Card | None, num_train: int | None) -> dict[str, Any]:
-    """Return what is known before machines are asked for; UserError for what does not fit."""
+    """Return what is known before the job runs; UserError for settings that do not fit together."""
     from slimray.edge import cost
     from slimray.verbs import networks
 
@@ -221,12 +221,12 @@ def _on_meta(job: ShrinkJob, card: Card | None) -> Any:
     if not models.is_supernet(options):
         rows = ", ".join(name for name, row in models.MODELS.items() if row.supernet)
         field = "run" if job.model.run else "name"
-        raise UserError(f"model.{field}: {options['name']} is not a supernet: take one of {rows}")
+        raise UserError(f"model.{field}: {options['name']} is not a supernet: use one of {rows}")
     return cost.build_on_meta(lambda: models.build(**options))
 
 
 def sample_archs(space: Space, count: int, seed: int) -> list[Arch]:
-    """The subnets that are judged after every stage: largest, smallest, random ones at the largest input."""
+    """Return the subnets to score after every stage: largest, smallest and random ones, all at the largest input."""
     rng = random.Random(f"judged-{seed}")
     inputs = {name: space.largest()[name] for name in space.input_names}
     archs = [space.largest(), space.smallest().replace(**inputs)]
@@ -237,7 +237,7 @@ def sample_archs(space: Space, count: int, seed: int) -> list[Arch]:
 
 @dataclass(frozen=True)
 class _Shrinking:
-    """A shrink run under way: its data (`out`: what is held out of training), its supernet and the archs it judges."""
+    """A shrink run in progress: its data, held-out samples (`out`), supernet, and the archs scored after each stage."""
 
     job: ShrinkJob
     ctx: Context
@@ -292,7 +292,7 @@ def run(job: ShrinkJob, ctx: Context) -> None:
 
 
 def _train_stage(work: _Shrinking, number: int, space: Space, previous: runs.Run | None) -> runs.Run:
-    """Train one stage in its own folder, or resume it; several times, with other settings, if it is tuned."""
+    """Train one stage in its own folder, or resume it; if it is tuned, several times with different settings."""
     from slimray.train.methods.supernet import Supernet
     from slimray.verbs import stages
 
@@ -312,7 +312,7 @@ def _train_stage(work: _Shrinking, number: int, space: Space, previous: runs.Run
     method = Supernet(space, spec.subnets, spec.sandwich, spec.distill_weight, teacher)
 
     def change(config: "FitConfig") -> "FitConfig":
-        # once others than the largest are trained, scores mean nothing before re-calibration: the judge has that
+        # once smaller subnets are trained, scores mean nothing before recalibration, which the judge does
         sources = {"train": config.sources["train"]} if number else config.sources
         return replace(config, method=method, sources=sources)
 
@@ -322,7 +322,7 @@ def _train_stage(work: _Shrinking, number: int, space: Space, previous: runs.Run
 
 
 def _sweep(work: _Shrinking, number: int, stage: runs.Run, title: str, config: "FitConfig") -> None:
-    """Train a stage with the settings of its sweep; the model of the best trial becomes that of the stage."""
+    """Train a stage with the settings of its sweep; the model of the best trial becomes the model of the stage."""
     from slimray.verbs import subnets, trials
 
     job, spec = work.job, work.job.stages[number]
@@ -354,7 +354,7 @@ def _trial(
     uri: str,
     tell: "Tell",
 ) -> dict[str, Any]:
-    """Train stage `number` with `settings` in the run `uri`, or resume it, and score it. In a trial's process."""
+    """Train stage `number` with `settings` in the run `uri`, or resume it, and score it. Runs in a trial's process."""
     from slimray.train import loop, workers
     from slimray.verbs import stages, subnets, trials
 
@@ -386,7 +386,8 @@ def _trial(
 
 
 def _start_weights(previous: runs.Run, freed: Mapping[str, Sequence[float]] | None) -> bytes:
-    """Return the weights of the stage before; with what was `freed` until now, the channels sorted by importance."""
+    """Return the weights of the previous stage, with channels sorted by importance if `freed` names the dimensions
+    freed so far."""
     weights, model, _ = runs.read_model(previous)
     if freed is None:
         return weights
@@ -402,7 +403,7 @@ def _start_weights(previous: runs.Run, freed: Mapping[str, Sequence[float]] | No
 
 
 def _exhibits(work: _Shrinking, stage: runs.Run) -> "Exhibits":
-    """Return training samples to calibrate with and validation samples to score, decoded once."""
+    """Return training samples for recalibration and validation samples for scoring, decoded once."""
     from slimray.verbs import subnets
 
     job, tables = work.job, work.data.tables
@@ -413,7 +414,7 @@ def _exhibits(work: _Shrinking, stage: runs.Run) -> "Exhibits":
 
 
 def _judge_stage(work: _Shrinking, stage: runs.Run, exhibits: "Exhibits") -> None:
-    """Judge the sample of subnets with the weights of a stage and write `results.json`."""
+    """Score the sample of subnets with the weights of a stage and write `results.json`."""
     from slimray.edge import cost
     from slimray.verbs import subnets
 

@@ -1,7 +1,7 @@
-"""A training in a run folder: what its workers need, starting them, and noting that it is over.
+"""A training in a run folder: build the config of its workers, start them, and mark the run as finished.
 
-`train` is one such training; `shrink` and `proxyless` have one per stage, in a folder of its own that resumes exactly,
-whose network is trained by another method. A stage that has finished is not trained again. Imports Ray.
+`train` is one such training; `shrink`, `proxyless` and `compress` have one per stage, with a method of its own, in a
+folder of its own that resumes exactly. A finished stage is not trained again. Imports Ray.
 """
 
 import json
@@ -43,7 +43,7 @@ class Data:
 
     @classmethod
     def of(cls, splits: Splits, changed: Mapping[str, pa.Table] | None = None) -> "Data":
-        """Put the indexes of `splits` into the object store, those of `changed` in place of their splits'."""
+        """Put the indexes of `splits` into the object store; `changed` replaces the indexes of some splits."""
         splits = Splits(splits.root, splits.card, {**splits.tables, **(changed or {})})
         tables = {name: Source(splits.root, ray.put(table), table.num_rows) for name, table in splits.tables.items()}
         return cls(splits, tables)
@@ -55,22 +55,22 @@ class Data:
 
 
 def connect(scale: ScaleSpec, cpus: int, at_once: int = 0) -> None:
-    """Join the cluster, or start one with `cpus` logical CPUs, or enough for `at_once` trainings of Tune trials.
+    """Join the cluster, or start one with at least `cpus` logical CPUs, and enough for `at_once` trainings in trials.
 
-    RunFailed if the workers of `scale` can never be placed.
+    UserError if the workers of `scale` can never be placed.
     """
     workers.connect(max(cpus, at_once * scale.local_cpus + min(1, at_once)))
     workers.require(scale, workers.decode_slots(scale))
 
 
 def is_finished(run: runs.Run) -> bool:
-    """Return whether the training in the folder `run` is over."""
+    """Return True if the training in the folder `run` has finished."""
     status = runs.read_status(run) if runs.exists(run, "status.json") else None
     return status is not None and status.state == "finished"
 
 
 def config_of(job: TrainJob, ctx: Context, stage: runs.Run, data: Data) -> tuple[loop.FitConfig, Summary]:
-    """Return what the workers of `job` need to train in the folder `stage`, and what is known of the training.
+    """Return the config of the workers that train `job` in the folder `stage`, and the summary of the training.
 
     UserError if the network does not fit the data.
     """
@@ -88,9 +88,9 @@ def train_stage(
     keep_metrics: bool = False,
     work: Callable[[loop.FitConfig], Any] | None = None,
 ) -> runs.Run:
-    """Train `job` in the folder `stages/FOLDER` of the run, resume it, or find it finished; return the folder.
+    """Train `job` in the folder `stages/FOLDER` of the run, or resume it, unless it has finished; return the folder.
 
-    `change` gives the method by which it is trained. `keep_metrics` writes `results.json` with the metrics, best and
+    `change` sets the training method in the config. `keep_metrics` writes `results.json` with the metrics, best and
     last. With `work`, that is called in place of one training.
     """
     stage = runs.run_at(f"{ctx.run.uri}/stages/{folder}")
@@ -121,7 +121,7 @@ def resolve_weights(optim: OptimSpec, table: Any, num_classes: int) -> OptimSpec
 
 
 def fit_config(job: TrainJob, ctx: Context, run_uri: str, data: Data, summary: Summary) -> loop.FitConfig:
-    """Return what the workers of `job` need to train in the run at `run_uri`; `summary` is that of `networks`."""
+    """Return the config of the workers that train `job` in the run at `run_uri`; `summary` is from `networks`."""
     splits = data.splits
     segments = summary.sides[0] if MODALITIES[splits.card.sample].segmented else 0
     names = {"train": job.data.train} | ({"val": job.data.val} if job.data.val else {})
@@ -163,7 +163,7 @@ def fit_config(job: TrainJob, ctx: Context, run_uri: str, data: Data, summary: S
 
 
 def with_epochs(config: loop.FitConfig) -> OptimSpec:
-    """Return the optimizer's section with the number of epochs that its `steps` take, where those are given."""
+    """Return the optimizer's section; if it gives `steps`, with the number of epochs that they take."""
     optim = config.optim
     if optim.steps is None:
         return optim
@@ -173,7 +173,7 @@ def with_epochs(config: loop.FitConfig) -> OptimSpec:
 
 
 def _bags(job: TrainJob, tables: Mapping[str, pa.Table]) -> dict[str, Bags]:
-    """Return how the samples of each split are cut into bags; nothing where batches are counted in samples."""
+    """Return the bags of each split; {} where batches are counted in samples."""
     most = job.batch.per_worker_tokens
     if most is None:
         return {}
@@ -181,7 +181,7 @@ def _bags(job: TrainJob, tables: Mapping[str, pa.Table]) -> dict[str, Bags]:
 
 
 def _method(job: TrainJob, ctx: Context) -> Method:
-    """Return what the steps of `job` compute."""
+    """Return the training method of `job`."""
     if job.teacher is not None:
         spec = TeacherSpec.model_validate({"run": job.teacher}) if isinstance(job.teacher, str) else job.teacher
         teacher = runs.find_run(spec.run, ctx.storage)
@@ -192,5 +192,5 @@ def _method(job: TrainJob, ctx: Context) -> Method:
 
 
 def _start(init: InitSpec, ctx: Context) -> str:
-    """Return the file that `init.from` means: itself, or the weights of a run; its digest is checked if given."""
+    """Return the file of `init.from`: the file itself, or the weights of a run; its digest is checked if given."""
     return runs.weights_source(init.source, ctx.storage, init.sha256, ctx.run)

@@ -1,4 +1,4 @@
-"""The step `code`: the network as one file, `model/model.slim`: codebooks, relative indices, Huffman codes."""
+"""The step `code`: write the network as one file, `model/model.slim`: codebooks, relative indices, Huffman codes."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,11 @@ FASTER = False  # a file is decoded once, then the network computes as before
 
 
 def check(step: CodeStep, net: "nn.Module", sample: tuple[int, ...] | None) -> None:
-    """Nothing depends on the network."""
+    """Do nothing: the step works for every network."""
 
 
 def run(step: CodeStep, work: "Work", folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
-    """Write the file beside the weights, which it holds bit for bit; return the stage and the parts of the file."""
+    """Write the file beside the weights, which it encodes bit for bit; return the stage and the parts of the file."""
     import safetensors.torch
 
     from slimray.compress import slim_file

@@ -1,4 +1,4 @@
-"""The step `finetune`: the compressed network is trained on, what is zero stays zero, what is shared stays equal."""
+"""The step `finetune`: train the compressed network further; zeros stay zero, shared weights stay equal."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,15 +7,15 @@ from slimray import runs
 from slimray.spec import Spec
 from slimray.verbs.compress_specs import RoundedStep
 
-FASTER = False  # whether the step may make a network faster
+FASTER = False  # True for a step that may make a network faster
 
 
 def check(step: Spec, net: Any, sample: Any) -> None:
-    """Nothing depends on the network."""
+    """Do nothing: the step works for every network."""
 
 
 def run(step: Any, work: Any, folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
-    """Train the network of `before` in the stage FOLDER; return the stage and what there is to tell."""
+    """Train the network of `before` in the stage `folder`; return the stage and the details of the step."""
     from slimray.train.methods.constrained import Constrained
     from slimray.train.methods.quantized import QuantizationAware
 

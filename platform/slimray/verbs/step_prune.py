@@ -1,4 +1,4 @@
-"""The step `prune`: structured pruning, whole channels go, by a given policy or one that AMC's agent searches."""
+"""The step `prune`: structured pruning of whole channels, by a given policy or one found by a search."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,8 @@ FASTER = True
 def check(step: PruneStep, net: "nn.Module", sample: tuple[int, ...] | None) -> None:
     """Raise UserError for groups and numbers that `net`, on the meta device, does not have, and limits out of reach.
 
-    `sample` is the shape of an input. Without one, and for a network that looks points up by their values, nothing is
-    known before it runs.
+    `sample` is the shape of an input. Without it, and for networks that index points by their values, nothing can be
+    checked before the step runs.
     """
     import torch
 
@@ -42,7 +42,7 @@ def check(step: PruneStep, net: "nn.Module", sample: tuple[int, ...] | None) -> 
 
 
 def run(step: PruneStep, work: "Work", folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
-    """Prune the network of `before`; return the stage and the policy with what it was chosen by."""
+    """Prune the network of `before`; return the stage, and the policy with the data behind its choice."""
     from slimray.verbs import pruning
 
     return pruning.prune(step, work, folder, before)

@@ -1,4 +1,4 @@
-"""The step `quantize`: few bits after training, or a form that trains (`finetune`), which a second pass makes whole.
+"""The step `quantize`: few bits after training, or a trainable form (`finetune`) that a second pass makes integer.
 
 The bits of a layer are given, the same everywhere, or found by HAQ's agent under limits (`search: haq`).
 """
@@ -12,11 +12,11 @@ FASTER = False  # torch computes rounded numbers as floats; a runtime with int8 
 
 
 def check(step: Any, net: Any, sample: tuple[int, ...] | None) -> None:
-    """Raise UserError for a layer that `net`, on the meta device, does not have, for hardware that is not known, and
-    for limits that the fewest bits break.
+    """Raise UserError for a layer that `net`, on the meta device, does not have, for unknown hardware, and for limits
+    that even the fewest bits exceed.
 
-    `sample` is the shape of an input. Without one, and for a network that looks points up by their values, limits are
-    not known before it runs.
+    `sample` is the shape of an input. Without it, and for networks that index points by their values, limits cannot be
+    checked before the step runs.
     """
     import torch
 
@@ -47,7 +47,7 @@ def check(step: Any, net: Any, sample: tuple[int, ...] | None) -> None:
 
 
 def run(step: Any, work: Any, folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
-    """Quantize the network of `before`; return the stage with the bits of its layers, and how they were chosen."""
+    """Quantize the network of `before`; return the stage, and the bits by layer with the data behind their choice."""
     from slimray.verbs import quantizing
 
     return quantizing.quantize(step, work, folder, before)

@@ -1,4 +1,4 @@
-"""The step `share`: the weights of a layer take one of a few values, by k-means (arXiv 1510.00149)."""
+"""The step `share`: each weight of a layer takes one of a few values, found by k-means (arXiv 1510.00149)."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from slimray.verbs.compressing import Work
 
-FASTER = False  # kernels here compute with the values, not with their codes
+FASTER = False  # kernels compute with the values, not with their codes
 
 
 def check(step: ShareStep, net: "nn.Module", sample: tuple[int, ...] | None) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from slimray.verbs.compressing import Work
 
-FASTER = False  # dense kernels compute with zeros as with other numbers
+FASTER = False  # dense kernels compute with zeros as with any number
 
 
 def check(step: SparsifyStep, net: "nn.Module", sample: tuple[int, ...] | None) -> None:
@@ -26,7 +26,7 @@ def check(step: SparsifyStep, net: "nn.Module", sample: tuple[int, ...] | None) 
 
 
 def run(step: SparsifyStep, work: "Work", folder: str, before: runs.Run) -> tuple[runs.Run, dict[str, Any]]:
-    """Prune the network of `before`; return the stage and what was measured to choose the shares."""
+    """Prune the network of `before`; return the stage, and the measured sensitivities if any."""
     from slimray.compress import sparsity
     from slimray.verbs.compressing import read_network, write_network
 
@@ -38,7 +38,7 @@ def run(step: SparsifyStep, work: "Work", folder: str, before: runs.Run) -> tupl
         elif step.keep is not None:
             record = sparsity.sparsify(net, sparsity.by_layer(net, step.keep, "keep"))
         else:
-            assert step.sensitivity is not None  # one of the three is there
+            assert step.sensitivity is not None  # one of the three is set
             table = work.on_worker(
                 measure, before.uri, work.judged, work.job.judge, step.sensitivity.ratios, work.metric
             )
@@ -54,7 +54,7 @@ def run(step: SparsifyStep, work: "Work", folder: str, before: runs.Run) -> tupl
 def measure(
     device: str, uri: str, samples: tuple[Any, ...], spec: JudgeSpec, ratios: tuple[float, ...], metric: str
 ) -> dict[str, dict[str, float]]:
-    """Return the metric by layer and kept share (as text), that layer alone pruned; under "" that of the network."""
+    """Return the metric by layer and kept share (as text), only that layer pruned; under "" that of the network."""
     import torch
 
     from slimray.compress import sparsity
@@ -78,7 +78,7 @@ def measure(
 
 
 def choose(table: Mapping[str, Mapping[str, float]], drop: float, ratios: tuple[float, ...]) -> dict[str, float]:
-    """Return the smallest share of each layer that costs at most `drop`; layers that bear none are left out."""
+    """Return the smallest share of each layer that loses at most `drop`; layers without such a share are left out."""
     whole, keep = table[""]["1"], {}
     for name, scores in table.items():
         fits = [ratio for ratio in ratios if scores.get(f"{ratio:g}", float("-inf")) >= whole - drop]

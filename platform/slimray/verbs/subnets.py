@@ -1,8 +1,9 @@
-"""Subnets of a supernet on trial: cut out, re-calibrated, scored; `shrink` and `search` ask a judge.
+"""Scoring of subnets of a supernet, for `shrink` and `search`: a judge extracts, recalibrates and scores a subnet.
 
-The samples are decoded once into the object store and shared by all judges of a node. A judge is an ordinary object: it
-takes an arch and gives its metrics, the same whoever asks and however many there are, because one judge does all of an
-arch: extract, statistics of BatchNorm from whole batches of training samples (Once-for-All, arXiv 1908.09791), score.
+The samples are decoded once into the object store and shared by all judges of a node. A judge is an ordinary object
+that maps an arch to its metrics. The result does not depend on the number of judges, because one judge does all the
+work of an arch: extraction, BatchNorm statistics from whole batches of training samples (Once-for-All, arXiv
+1908.09791), scoring.
 """
 
 import functools
@@ -41,20 +42,21 @@ from slimray.verbs.context import Context
 from slimray.verbs.specs import JudgeSpec
 
 ROWS = 64  # samples decoded by one task
-LARGE = 2_000_000  # samples from which on those that are drawn are computed by position; below it by arrays, as ever
-HELD_OUT = 0x4E1D  # beside a seed, the key by which samples are held out
+LARGE = 2_000_000  # size of a split above which samples are drawn by position; below, by arrays, as in old versions
+HELD_OUT = 0x4E1D  # key that, with a seed, selects the held-out samples
 
 
 @dataclass(frozen=True)
 class Exhibits:
-    """What judges look at: references to decoded blocks, training samples to calibrate with and samples to score."""
+    """Samples for judges: references to decoded blocks, of training samples for recalibration and samples to score."""
 
     calibrate: tuple[Any, ...]
     score: tuple[Any, ...]
 
 
 def decode(source: Source, recipe: dict[str, Any], count: int, seed: int, shuffle: bool, timeout_s: float) -> tuple:
-    """References to `count` decoded samples of a split, the first of epoch 0 of `seed` (`shuffle`) or of the index."""
+    """Return references to `count` decoded samples of a split: the first of the index, or, with `shuffle`, of epoch 0
+    of `seed`."""
     phase = drawn(source.num_samples, shuffle, recipe)
     plan = list(itertools.takewhile(lambda block: block.lo < count, blocks([phase], 1, [0], ROWS)))
     config = FeedConfig((phase,), {"split": source}, seed, 1, ROWS, 1, timeout_s)
@@ -71,7 +73,7 @@ def decode(source: Source, recipe: dict[str, Any], count: int, seed: int, shuffl
 
 
 def drawn(num_samples: int, shuffle: bool, recipe: dict[str, Any]) -> Phase:
-    """Return the pass over a split of which the first samples are decoded for judges."""
+    """Return the pass over a split whose first samples are decoded for judges."""
     version = SHUFFLE if num_samples > LARGE else 1
     return Phase("judge", "split", 0, num_samples, ROWS, shuffle, recipe, version=version)
 
@@ -83,7 +85,7 @@ def make_exhibits(
     seed: int,
     timeout_s: float,
 ) -> Exhibits:
-    """Decode what subnets are judged on, once: samples of `train` to calibrate with, the first of `score` to score.
+    """Decode the samples for judges, once: samples of `train` for recalibration, and the first of `score` for scoring.
 
     Each is the index of a split and the recipe of its samples.
     """
@@ -94,14 +96,14 @@ def make_exhibits(
 
 
 def put_table(root: str, table: pa.Table) -> Source:
-    """Put an index into the object store, with the columns that reading its samples takes."""
+    """Put an index into the object store, with only the columns needed to read its samples."""
     return Source(root, ray.put(table.select(INDEX.names)), table.num_rows)
 
 
 def hold_out(table: pa.Table, count: int, seed: int) -> tuple[pa.Table, pa.Table | None]:
-    """Return the training index `table` without, and only, the `count` samples that are kept out of training.
+    """Split the training index `table` into the samples to train on and the `count` samples held out.
 
-    Which ones is a function of the seed; None for none.
+    The choice is a function of the seed. The second is None if `count` is 0.
     """
     if not count:
         return table, None
@@ -122,10 +124,10 @@ def write_subnet(
     metrics: Mapping[str, float],
     costs: Mapping[str, float],
 ) -> runs.Run:
-    """Write a subnet as the finished run `name`, of which all verbs take networks; return it.
+    """Write a subnet as the finished run `name`, which all verbs accept as a network; return it.
 
-    `source` says in its `job.yaml` where it is from (`search`, `supernet`, ..., and the `data` it was trained on),
-    `model` is what `runs.write_model` takes.
+    `source` records its origin in `job.yaml` (`search`, `supernet`, ..., and the `data` it was trained on), `model`
+    holds the arguments of `runs.write_model`.
     """
     run = runs.open_run(ctx.storage, name)
     runs.begin(run, {"kind": "subnet", "name": name, **source}, ctx.attempt)
@@ -137,7 +139,7 @@ def write_subnet(
 
 
 class Judge:
-    """A supernet with what its subnets are tried on."""
+    """A supernet with the samples on which its subnets are recalibrated and scored."""
 
     def __init__(self, run_uri: str, exhibits: Exhibits, spec: JudgeSpec, device: str = "cpu"):
         self.network, self.spec = load_network(runs.run_at(run_uri), device), spec
@@ -145,12 +147,12 @@ class Judge:
 
     @property
     def space(self) -> Space:
-        """The archs that may be tried."""
+        """Space of the archs of the supernet."""
         return self.network.net.space  # type: ignore[return-value]
 
     @functools.cached_property
     def inputs(self) -> list[torch.Tensor]:
-        """The batches to calibrate with, as arrays; the last one may be small, a lone sample is left out."""
+        """Batches for recalibration, as raw arrays; the last one may be small, a single sample is left out."""
         return list(self._inputs())
 
     def _inputs(self) -> Iterator[torch.Tensor]:
@@ -164,7 +166,7 @@ class Judge:
                 yield torch.from_numpy(np.ascontiguousarray(piece[:, :1]))
 
     def labelled(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The samples to calibrate with and their targets, `[n, 1, ...]` and `[n, ...]`, batch by batch."""
+        """Yield the samples for recalibration and their targets, `[n, 1, ...]` and `[n, ...]`, batch by batch."""
         for ref in self.exhibits.calibrate:
             batch = _fetch(ref)
             kept = np.flatnonzero(batch.valid)
@@ -173,24 +175,24 @@ class Judge:
                 yield batch.data[rows][:, :1], batch.label[rows]
 
     def subnet(self, arch: Arch) -> torch.nn.Module:
-        """The subnet `arch` on its own, re-calibrated, in eval mode."""
+        """Return the extracted subnet `arch`, recalibrated, in eval mode."""
         pixels = self.network.pixels
         whole = (to_input(part.numpy(), pixels, self.device) for part in self.inputs)
         batches = (learn.fit_input(x, self.space, arch) for x in whole)
         return batchnorm.recalibrate_norms(self.network.net.extract(arch), batches).eval()  # type: ignore[operator]
 
     def score(self, arch: dict[str, Any]) -> dict[str, float]:
-        """The metrics of an arch (percent) on the samples to score: top1, ... or miou, ..."""
+        """Return the metrics of an arch on the samples to score, in the units of its task: top1, ... or miou, ..."""
         return self.try_out(arch)[1]
 
     def try_out(self, arch: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, float]]:
-        """The subnet of an arch on its own, and its metrics."""
+        """Return the extracted subnet of an arch, and its metrics."""
         known = self.space.arch(arch)
         net = self.subnet(known)
         return net, self.metrics_of(lambda x: net(learn.fit_input(x, self.space, known)))
 
     def try_whole(self) -> tuple[torch.nn.Module, dict[str, float], dict[str, float]]:
-        """The network itself, re-calibrated, for a run that holds no supernet: with its metrics before and after."""
+        """Return the whole network, recalibrated, and its metrics before and after; for a run without a supernet."""
         net, pixels = self.network.net, self.network.pixels
         before = self.metrics_of(net)
         batches = (to_input(part.numpy(), pixels, self.device) for part in self.inputs)
@@ -198,7 +200,7 @@ class Judge:
         return net, before, self.metrics_of(net)
 
     def metrics_of(self, forward: Callable[[torch.Tensor], Outputs]) -> dict[str, float]:
-        """The metrics (percent) of what `forward` makes of the samples to score."""
+        """Return the metrics of `forward` on the samples to score."""
         score = TASKS[self.network.task].score(len(self.network.classes), self.network.recipe)
         for ref in self.exhibits.score:
             batch = _fetch(ref)
@@ -214,9 +216,10 @@ class Judge:
 def recalibrate(
     run_uri: str, exhibits: Exhibits, spec: JudgeSpec, scale: ScaleSpec
 ) -> tuple[bytes, dict[str, float], dict[str, float]]:
-    """Weights of the network of a run with new BatchNorm statistics (safetensors), and its metrics before and after.
+    """Return the weights of a run's network with new BatchNorm statistics (safetensors), and its metrics before and
+    after.
 
-    The work is done by one worker of `scale`.
+    One worker of `scale` does the work.
     """
     resources = {"num_cpus": scale.cpus_per_worker, "num_gpus": scale.gpus_per_worker}
     task: Any = ray.remote(_recalibrate).options(**resources, runtime_env=connection.environment(scale))
@@ -234,17 +237,17 @@ def _recalibrate(run_uri: str, exhibits: Exhibits, spec: JudgeSpec, device: str)
 
 
 def scorer(run_uri: str, exhibits: Exhibits, spec: JudgeSpec) -> trials.Score:
-    """Return what scores archs in a trial: a judge of the supernet at `run_uri`, on the device of the trial."""
+    """Return the function that scores archs in a trial: a judge of the supernet at `run_uri`, on the trial's device."""
     return Judge(run_uri, exhibits, spec, trials.device()).score
 
 
 def best_of(input_json: Mapping[str, Any]) -> Metric:
-    """Return the metric by which subnets are compared, of a run's `model/input.json`."""
+    """Return the metric that compares subnets, from a run's `model/input.json`."""
     return TASKS[task_of(input_json)].best
 
 
 def metric_of(input_json: Mapping[str, Any]) -> str:
-    """Return the name of the metric by which subnets are compared, of a run's `model/input.json`."""
+    """Return the name of the metric that compares subnets, from a run's `model/input.json`."""
     return best_of(input_json).name
 
 
@@ -256,10 +259,10 @@ def judge_all(
     scale: ScaleSpec,
     weights: bool = False,
 ) -> Iterator[tuple[int, Any]]:
-    """The metrics of each arch as (its number, metrics), as they come, from an actor per worker of `scale`.
+    """Yield (number, metrics) of each arch as they finish, from one actor per worker of `scale`.
 
-    With `weights` it is (metrics, weights of the re-calibrated subnet as safetensors bytes). RunFailed for a judge that
-    fails, or says nothing for `scale.data_timeout_s`.
+    With `weights`, metrics become (metrics, weights of the recalibrated subnet as safetensors bytes). RunFailed if a
+    judge fails, or if none finishes an arch within `scale.data_timeout_s`.
     """
     resources = {"num_cpus": scale.cpus_per_worker, "num_gpus": scale.gpus_per_worker}
     make: Any = ray.remote(_Numbered).options(**resources, runtime_env=connection.environment(scale)).remote
@@ -273,13 +276,13 @@ def judge_all(
             yield pool.get_next_unordered(timeout=scale.data_timeout_s)
     except TimeoutError:
         raise RunFailed(
-            f"no subnet was judged for {scale.data_timeout_s:g} s (scale.data_timeout_s): judge on fewer samples, or "
+            f"no subnet was scored for {scale.data_timeout_s:g} s (scale.data_timeout_s): score on fewer samples, or "
             "wait longer"
         ) from None
     except exceptions.RayTaskError as error:
         raise failure_of(error) from error
     except exceptions.RayActorError as error:
-        raise RunFailed(f"a judge of subnets died ({str(error).splitlines()[0]}): is there memory enough?") from error
+        raise RunFailed(f"a judge of subnets died ({str(error).splitlines()[0]}): check its memory") from error
     finally:
         for actor in actors:
             ray.kill(actor)

@@ -1,4 +1,4 @@
-"""`kind: train`: a network trained on a split, data-parallel on Ray Train, resumed exactly wherever it stopped.
+"""`kind: train`: train a network on a split, data-parallel on Ray Train, with an exact resume wherever it stopped.
 
 Reads a dataset (a card with its root, or a finished `prepare` run), writes a run folder with checkpoints, metrics, the
 model and a report. TSM: arXiv 1811.08383; linear scaling with warm-up: arXiv 1706.02677, at scale: arXiv 1910.00932.
@@ -17,7 +17,7 @@ Job = TrainJob
 
 
 def check(job: TrainJob, ctx: CheckContext) -> dict[str, Any]:
-    """Return parameters, MACs, input, batch, learning rate and steps, as far as they are known before it runs."""
+    """Return parameters, MACs, input, batch, learning rate and steps, as far as they are known before the job runs."""
     from slimray.verbs import networks
 
     cards: list[Any] = []

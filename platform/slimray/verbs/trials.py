@@ -1,9 +1,9 @@
-"""Trials of Ray Tune; and a sweep: the same work with other settings, and the best of them.
+"""Trials of Ray Tune, and sweeps: the same work with different settings, of which the best are found.
 
-What a trial of a sweep does is handed in as a function; here is what is tried (a grid, random values, Optuna), how many
-at once, when a trial that lags is stopped (ASHA, "A System for Massively Parallel Hyperparameter Tuning", arXiv
-1810.05934), and what a trial leaves: a folder `trials/<digest of its settings>/` with `data/trial.json`. A sweep that
-was cut off goes on from those: what is finished is not done again, what was begun is tried first.
+The work of a sweep's trial is passed in as a function; this file decides the settings to try (a grid, random values,
+Optuna), the number of trials at once, and when to stop a trial that lags behind (ASHA, "A System for Massively Parallel
+Hyperparameter Tuning", arXiv 1810.05934). A trial leaves a folder `trials/<digest of its settings>/` with
+`data/trial.json`. An interrupted sweep continues from those: finished trials are not repeated, started ones come first.
 """
 
 import hashlib
@@ -31,11 +31,11 @@ from slimray.train import workers
 from slimray.train.spec import ScaleSpec
 from slimray.verbs.specs import RangeSpec, SweepSpec
 
-OWN_CPU = 0.01  # of a trial's own process, which waits; its workers ask for themselves. Tune does not take 0
+OWN_CPU = 0.01  # CPUs of a trial's own process, which waits for its workers, with their own. Tune does not accept 0
 
-Score = Callable[[Any], dict[str, float]]  # what is tried (an arch, a policy) -> metrics
+Score = Callable[[Any], dict[str, float]]  # an arch or a policy -> metrics
 Settings = dict[str, float]
-Tell = Callable[[int, float], None]  # (epoch, loss): how a trial stands
+Tell = Callable[[int, float], None]  # (epoch, loss): reports progress
 TrialWork = Callable[[Settings, str, Tell], dict[str, Any]]  # (settings, run URI, tell) -> {"score": ..., ...}
 
 
@@ -43,48 +43,48 @@ TrialWork = Callable[[Settings, str, Tell], dict[str, Any]]  # (settings, run UR
 
 
 def resources_of(scale: ScaleSpec) -> dict[str, float]:
-    """Return what a trial takes of the cluster: what a worker of the job's scale does."""
+    """Return the cluster resources of a trial: those of a worker of the job's scale."""
     return {"cpu": scale.cpus_per_worker} | ({"gpu": scale.gpus_per_worker} if scale.gpus_per_worker else {})
 
 
 def device() -> str:
-    """The device of the trial that asks: a GPU if it was given one."""
+    """Return the device of the calling trial: "cuda" if it was given a GPU, else "cpu"."""
     return "cuda" if ray.get_gpu_ids() else "cpu"
 
 
 class ScoreTrial(tune.Trainable):
-    """A trial as Tune runs it: it scores what its config calls `tried`; its process keeps what scores for the next."""
+    """A trial as Tune runs it: scores the entry `tried` of its config; its process reuses the scorer for the next."""
 
     def setup(self, config: dict[str, Any], make: Any = None, threads: int = 1) -> None:
-        """Make what scores; torch has `threads` here."""
+        """Create the scorer, with `threads` torch threads in this process."""
         torch.set_num_threads(threads)
         self.score: Score = make()
         self.tried = config["tried"]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take what the next trial scores."""
+        """Switch to the candidate of the next trial."""
         self.tried = new_config["tried"]
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Keep nothing: a trial that was cut off is done again."""
+        """Save nothing: an interrupted trial is repeated."""
         return {}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Do nothing, see `save_checkpoint`."""
 
     def step(self) -> dict[str, Any]:
-        """Score what is tried."""
+        """Score the candidate."""
         return {"metrics": self.score(self.tried), "metric": 0.0, "done": True}
 
 
 def run_trials(
     name: str, trainable: Any, setup: tune.TuneConfig, space: dict[str, Any] | None = None, retries: int = 0
 ) -> list[tune.Result]:
-    """Run trials quietly until all are over and return their results.
+    """Run trials without output until all have ended, and return their results.
 
-    What Tune itself writes is thrown away: the trials on storage are the state, and a trial that was cut off is done
-    again. A trial whose process dies is tried `retries` times more.
+    Tune's own files are discarded: the trials on storage are the state, and an interrupted trial is repeated. A trial
+    whose process dies is retried `retries` times.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # stopped trials have no score
@@ -107,24 +107,24 @@ def run_trials(
 
 
 class Proposals(Protocol):
-    """Proposals of what is tried next, a function of what was tried before."""
+    """Proposals of trials, a function of the trials before."""
 
     @property
     def is_done(self) -> bool:
-        """Return whether no trial is left."""
+        """True once no trial is left."""
         ...
 
     def start(self, trial: str) -> dict[str, Any] | None:
-        """Return what Tune's `trial` is to do; None while nothing can be proposed."""
+        """Return the config for Tune's `trial`; None while nothing can be proposed."""
         ...
 
     def end(self, trial: str, metrics: dict[str, float]) -> None:
-        """Take the metrics of a trial that is over; none if it failed."""
+        """Record the metrics of a trial that has ended; {} if it failed."""
         ...
 
 
 class ProposalSearch(Searcher):
-    """`Proposals` as Tune asks for them; what was tried is known to them alone."""
+    """Adapter that gives `Proposals` to Tune as a search algorithm; they alone hold the state."""
 
     def __init__(self, proposals: Proposals):
         super().__init__(metric="metric", mode="max")
@@ -136,7 +136,7 @@ class ProposalSearch(Searcher):
         return chosen if chosen is not None else Searcher.FINISHED if self.proposals.is_done else None
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        """Hand the metrics over; Tune gives nested results with their names in a row."""
+        """Pass the metrics on; Tune flattens nested results into names like `metrics/top1`."""
         told = {} if error or result is None else result
         metrics = {name.removeprefix("metrics/"): v for name, v in told.items() if name.startswith("metrics/")}
         self.proposals.end(trial_id, metrics)
@@ -152,7 +152,7 @@ class ProposalSearch(Searcher):
 
 
 def proposals(spec: SweepSpec, seed: int) -> list[Settings]:
-    """Return what a grid or a random search tries, in order; for Optuna, which looks at scores, nothing."""
+    """Return the settings that a grid or random search tries, in order; [] for Optuna, which depends on scores."""
     if spec.search == "grid":
         names = list(spec.over)
         values = [v for v in spec.over.values() if isinstance(v, tuple)]
@@ -172,13 +172,13 @@ def _draw(values: tuple[float, ...] | RangeSpec, draw: random.Random) -> float:
 
 
 def folder_of(stage: runs.Run, settings: Mapping[str, float]) -> str:
-    """The URI of the folder of a trial with `settings`."""
+    """Return the URI of the folder of a trial with `settings`."""
     text = json.dumps(dict(sorted(settings.items())))
     return f"{stage.uri}/trials/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def finished_trials(stage: runs.Run) -> list[dict[str, Any]]:
-    """The records of the trials that are over, in the order of their folders."""
+    """Return the records of the trials that have ended, in the order of their folders."""
     found = []
     for name in _folders(stage):
         if runs.exists(stage, f"trials/{name}/data/trial.json"):
@@ -191,7 +191,7 @@ def _folders(stage: runs.Run) -> list[str]:
 
 
 def _begun(stage: runs.Run) -> list[Settings]:
-    """Settings of trials that were begun and are not over."""
+    """Return the settings of trials that were started but have not ended."""
     out = []
     for name in _folders(stage):
         here = f"trials/{name}"
@@ -201,10 +201,10 @@ def _begun(stage: runs.Run) -> list[Settings]:
 
 
 def sweep(spec: SweepSpec, stage: runs.Run, work: TrialWork, epochs: int, seed: int) -> list[dict[str, Any]]:
-    """Do the trials that are left and return the records of all, the best first.
+    """Run the remaining trials and return the records of all, the best first.
 
-    `work` runs in the trial's own process. A record: `settings`, `score` (None where the trial was stopped or failed),
-    `uri`, what `work` returned. RunFailed if no trial has a score.
+    `work` runs in the trial's own process. A record has `settings`, `score` (None if the trial was stopped or failed),
+    `uri` and the entries that `work` returned. RunFailed if no trial has a score.
     """
     done = finished_trials(stage)
     left = [one for one in proposals(spec, seed) if all(one != record["settings"] for record in done)]
@@ -213,7 +213,7 @@ def sweep(spec: SweepSpec, stage: runs.Run, work: TrialWork, epochs: int, seed: 
     records = finished_trials(stage)
     scored = [record for record in records if record["score"] is not None]
     if not scored:
-        raise RunFailed("tune: none of the trials came to a score: see logs/ of the folders in trials/")
+        raise RunFailed("tune: none of the trials has a score: see logs/ of the folders in trials/")
     return sorted(scored, key=lambda r: -r["score"]) + [record for record in records if record["score"] is None]
 
 
@@ -233,7 +233,7 @@ def _tune(
         runs.write_file(run, "data/settings.json", json.dumps(settings).encode())
 
         def tell(epoch: int, loss: float) -> None:
-            tune.report({"epoch": epoch, "loss": loss, "score": -loss})  # Optuna: worse than any score of a whole trial
+            tune.report({"epoch": epoch, "loss": loss, "score": -loss})  # Optuna: worse than a score of a whole trial
 
         result = work(settings, uri, tell)
         record = {"settings": settings, "uri": uri, **result}
@@ -252,7 +252,7 @@ def _tune(
     setup = tune.TuneConfig(
         search_alg=search, scheduler=scheduler, num_samples=count, max_concurrent_trials=spec.concurrent
     )
-    for result in run_trials("sweep", trainable, setup, space):  # trials that were stopped or failed are over too
+    for result in run_trials("sweep", trainable, setup, space):  # also record trials that were stopped or failed
         settings = {name: float(value) for name, value in (result.config or {}).get("settings", {}).items()}
         run = runs.run_at(folder_of(stage, settings))
         if settings and not runs.exists(run, "data/trial.json"):
@@ -264,7 +264,10 @@ def _tune(
 
 
 def watch_losses(actor: Any, tell: Tell, work: Callable[[], Any]) -> None:
-    """Do `work`, a training that reports to `actor`, and tell its loss epoch by epoch; raises what `work` raises."""
+    """Run `work`, a training that reports to `actor`, and pass its loss to `tell` epoch by epoch.
+
+    Errors of `work` are raised here.
+    """
     with ThreadPoolExecutor(1) as pool:
         running, told = pool.submit(work), 0
         while True:
@@ -279,7 +282,7 @@ def watch_losses(actor: Any, tell: Tell, work: Callable[[], Any]) -> None:
 
 
 def _optuna(spec: SweepSpec, stage: runs.Run, seed: int, done: Sequence[dict[str, Any]]) -> OptunaSearch:
-    """Optuna, told of the trials that are done; those that were begun come first."""
+    """Return Optuna's search with the results of finished trials; trials that were started before come first."""
     space: dict[str, Any] = {}
     for name, values in spec.over.items():
         if isinstance(values, tuple):
