@@ -69,7 +69,7 @@ def test_a_predictor_is_saved_as_tensors(predictor):
     assert all(isinstance(value, torch.Tensor) and value.is_contiguous() for value in state.values())
     again = load(SPACE, state, predictor.report)
     assert np.array_equal(again.predict(codes), predictor.predict(codes))
-    with pytest.raises(UserError, match="is told 75 numbers of an arch, this space has 72: train it again"):
+    with pytest.raises(UserError, match="takes 75 features of an arch, this space has 72: train it again"):
         load(SPACE.restrict(resolution=(128,)), state, predictor.report)
 
 
@@ -78,7 +78,7 @@ def test_fifty_labels_are_better_than_none():
     others = TABLE.sample(1000, np.random.default_rng(7))
     assert spearman(small.predict(others), landscape(others)) > 0.5
     assert small.report["num_train"] == 50
-    with pytest.raises(UserError, match=r"10 measured archs are the least to learn from \(got 9\)"):
+    with pytest.raises(UserError, match=r"needs at least 10 measured archs to learn from \(got 9\)"):
         fit_predictor(SPACE, *measured(9, 0), seed=0)
 
 

@@ -276,7 +276,7 @@ def test_limits_that_exclude_each_other_are_refused():
     table = GeneTable(SPACE)
     costs = costs_by_arch(table, lambda arch: {"a": float(arch["resolution"]), "b": float(48 - arch["resolution"])})
     assert search(Problem(table, costs, {"a": 24, "b": 24}), Random(evaluations=9), made_up_score, 0)
-    with pytest.raises(UserError, match="no arch found that keeps all of them, the nearest has a 24, b 24"):
+    with pytest.raises(UserError, match="no arch found that keeps all of them, the closest has a 24, b 24"):
         search(Problem(table, costs, {"a": 24, "b": 23}), Random(), made_up_score, 0)
 
 

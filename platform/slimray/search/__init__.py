@@ -1,1 +1,1 @@
-"""Search strategies, encodings of archs, the accuracy predictor."""
+"""Search strategies, agents (AMC, HAQ), Pareto fronts, and the predictor of scores."""

@@ -1,10 +1,10 @@
-"""A search by an agent that walks over a network, as AMC (arXiv 1802.03494) and HAQ (1811.08886) do it.
+"""A search by an agent that walks over a network, as in AMC (arXiv 1802.03494) and HAQ (1811.08886).
 
-A walk (`amc.GroupWalk`, `haq.BitsWalk`) gives states and takes actions; one walk is an episode, the policy that it ends
-in a trial, which gets a reward. A generation of trials is proposed by the agent (ddpg.py) that has learned from all
-generations before it, so that a search is a function of its seed and of the rewards: on any number of workers, resumed
-or not, it is the same. A population of 1 is the sequential search as published. `Climb` takes the
-place of an agent: noise around the best policy so far, from one that is known to be good.
+A walk (`amc.GroupWalk`, `haq.BitsWalk`) provides states and takes actions; one walk is an episode, and the policy at
+its end is a trial, which gets a reward. The agent (ddpg.py) proposes a generation of trials after it has learned from
+all generations before, so that a search is a function of its seed and of the rewards: it is the same on any number of
+workers, resumed or not. A population of 1 is the sequential search as published. `Climb` can take the place of the
+agent: it adds noise to the best policy so far, starting from a policy known to be good.
 """
 
 import math
@@ -24,14 +24,14 @@ Given = TypeVar("Given", covariant=True)
 
 
 class Walk(Protocol[Given]):
-    """Walk of an agent: an action in [0, 1] for each of `num_steps` states, and the policy after the last."""
+    """Walk of an agent: an action in [0, 1] for each of `num_steps` states, and the policy after the last one."""
 
     stream: int
-    """Which random numbers of a seed its episodes take."""
+    """Number of the random stream of its episodes, besides the seed."""
 
     @property
     def num_steps(self) -> int:
-        """Actions of an episode."""
+        """Number of actions of an episode."""
         ...
 
     def reset(self) -> Floats:
@@ -43,7 +43,7 @@ class Walk(Protocol[Given]):
         ...
 
     def policy(self) -> Given:
-        """Return the policy of the episode, plain values, after the last step."""
+        """Return the policy of the episode, in plain values, after the last step."""
         ...
 
 
@@ -51,8 +51,8 @@ class Walk(Protocol[Given]):
 class Climb:
     """Hill climbing: an episode takes the actions of the best one so far, with noise; the first takes `start` `[T]`.
 
-    Actions are in [0, 1]; the noise is normal, of deviation `spread`, cut to that range. UserError for a `spread` that
-    is not positive.
+    Actions are in [0, 1]; the noise is normal with standard deviation `spread`, truncated to that range. UserError for
+    a `spread` that is not positive.
     """
 
     start: tuple[float, ...]
@@ -65,7 +65,8 @@ class Climb:
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """A search: `episodes` in all, `population` of them proposed at a time (1: in sequence), who proposes."""
+    """Settings of a search: the total of `episodes`, of which `population` are proposed at a time (1: in sequence), and
+    the `agent` that proposes them."""
 
     episodes: int
     population: int
@@ -87,20 +88,20 @@ class Trial(Generic[Policy]):
     reward: float = float("nan")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; numbers keep all their digits."""
+        """Return plain values for JSON; numbers keep all their digits."""
         values = {"states": self.states.tolist(), "actions": self.actions.tolist()}
         return {"index": self.index, "policy": self.policy, "reward": self.reward, **values}
 
     @staticmethod
     def from_dict(plain: Mapping[str, Any]) -> "Trial[Any]":
-        """Read what `to_dict` wrote; trials of before called a policy of channels `counts`, one of bits `bits`."""
+        """Read what `to_dict` returned; in older trials, policies are named `counts` (channels) or `bits`."""
         states, actions = (np.array(plain[name], float) for name in ("states", "actions"))
         policy = next(plain[name] for name in ("policy", "counts", "bits") if name in plain)
         return Trial(int(plain["index"]), policy, states, actions, float(plain["reward"]))
 
 
 class Climber:
-    """Agent that climbs over episodes of `num_steps` actions; ValueError where the start has another number."""
+    """Hill-climbing agent for episodes of `num_steps` actions; ValueError if the start has another number of them."""
 
     def __init__(self, settings: Climb, num_steps: int):
         if len(settings.start) != num_steps:
@@ -108,18 +109,18 @@ class Climber:
         self.settings, self.best = settings, Episode(np.zeros(0), np.array(settings.start), -math.inf)
 
     def act(self, place: int, index: int, rng: np.random.Generator) -> float:
-        """An action in [0, 1], that at `place` of episode `index`."""
+        """Return the action at `place` of episode `index`, in [0, 1]."""
         mean = float(self.best.actions[place])
         return mean if index == 0 else truncated_normal(mean, self.settings.spread, rng)
 
     def take(self, episode: Episode) -> None:
-        """Climb to an episode that is better than all before it; one without a finite reward is none."""
+        """Climb to an episode if it is better than all before it; one without a finite reward never is."""
         if math.isfinite(episode.reward) and episode.reward > self.best.reward:
             self.best = episode
 
 
 def rollout(walk: Walk[Policy], agent: Ddpg | Climber, index: int, seed: int) -> Trial[Policy]:
-    """The episode `index` that an agent walks: a function of the agent, the seed and the number."""
+    """Let an agent walk episode `index`, and return the trial: a function of the agent, the seed and the number."""
     rng, states, actions = np.random.default_rng([seed, walk.stream, index]), [], []
     after: Floats | None = walk.reset()
     while after is not None:
@@ -131,7 +132,7 @@ def rollout(walk: Walk[Policy], agent: Ddpg | Climber, index: int, seed: int) ->
 
 
 class Learner(Generic[Policy]):
-    """The agent of a search as it learns: it takes every episode once, in order, whatever order they come in."""
+    """The agent of a search while it learns: it takes every episode once, in order, whatever order they finish in."""
 
     def __init__(self, walk: Walk[Policy], settings: SearchSettings, seed: int):
         self.walk, self.settings, self.seed, self.taken = walk, settings, seed, 0
@@ -140,10 +141,10 @@ class Learner(Generic[Policy]):
         self.agent = Climber(one, walk.num_steps) if climbs else Ddpg(one, len(walk.reset()), walk.num_steps, seed)
 
     def propose(self, history: Mapping[int, Trial[Policy]], number: int) -> list[Trial[Policy]] | None:
-        """The trials of generation `number`, without rewards; None while one of an earlier generation is missing.
+        """Return the trials of generation `number`, without rewards; None while an earlier generation is incomplete.
 
-        A function of the seed and, of `history` (trials by number), of the generations before: neither its order nor
-        trials of later generations matter. ValueError for a generation before one that was proposed.
+        The result is a function of the seed and of the earlier generations in `history` (trials by number): neither
+        their order nor trials of later generations matter. ValueError for a generation before the last one proposed.
         """
         first = number * self.settings.population
         if first < self.taken:
@@ -160,7 +161,7 @@ class Learner(Generic[Policy]):
 def search(
     walk: Walk[Policy], settings: SearchSettings, reward: Callable[[Policy], float], seed: int = 0
 ) -> list[Trial[Policy]]:
-    """Search in this process: all trials with their rewards, in order. A policy that was tried keeps its reward."""
+    """Search in this process, and return all trials with rewards, in order. A repeated policy keeps its reward."""
     learner, done = Learner(walk, settings, seed), dict[int, Trial[Policy]]()
     known: dict[str, float] = {}
     while len(done) < settings.episodes:
@@ -172,7 +173,7 @@ def search(
 
 
 def best(trials: Sequence[Trial[Policy]]) -> Trial[Policy]:
-    """The trial of the highest reward, of equal ones the first; ValueError where none has one."""
+    """Return the trial with the highest reward, the first of equal ones; ValueError if no trial has a reward."""
     scored = [trial for trial in trials if np.isfinite(trial.reward)]
     if not scored:
         raise ValueError("search: no trial has a reward")

@@ -1,10 +1,10 @@
-"""AMC (arXiv 1802.03494): the walk over a network in which an agent says layer by layer how many channels stay.
+"""AMC (arXiv 1802.03494): the walk over a network in which an agent decides layer by layer how many channels to keep.
 
-`LayerWalk` is the environment as recorded: a chain of layers, the action of a layer keeps a share of its *input*
-channels. `GroupWalk` is ours: an action per dependency group, so that residual sums, concatenations and shared layers
-are decided once, under limits on any cost that is a function of the numbers kept (MACs, params, measured latency).
-Both have the same three parts: a state of ten numbers per step, a clip that keeps the budget in reach, and a rounding
-to channels. The search over a `GroupWalk` is that of agents.py.
+`LayerWalk` is the published environment, as recorded from its code: a chain of layers, in which the action of a layer
+keeps a share of its *input* channels. `GroupWalk` is ours: an action per dependency group, so that residual sums,
+concatenations and shared layers are decided once, under limits on any cost that is a function of the numbers kept
+(MACs, params, measured latency). Both have the same three parts: a state of ten numbers per step, a clip that keeps the
+budget within reach, and a rounding to channels. agents.py runs the search over a `GroupWalk`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,14 +18,14 @@ from slimray.spec import UserError
 Floats = NDArray[np.float64]
 COLUMNS = ("index", "type", "c_in", "c_out", "stride", "kernel", "weights", "reduced", "rest", "last_action")
 LEAST = 0.2  # lower bound of every action
-HALVINGS = 24  # of the search for the largest common factor that keeps the limits
+HALVINGS = 24  # bisection steps for the largest common factor that keeps the limits
 
 
 def rounded(channels: int, ratio: float, multiple: int = 8) -> int:
-    """The channels that a share `ratio` of `channels` is: rounded half to even, then up to `multiple`, as recorded.
+    """Return a share `ratio` of `channels` as a number: rounded half to even, then up to `multiple`, as recorded.
 
-    Where that is more than there are, down to a multiple. Surprising: below `multiple` channels that is 0 (upstream
-    never prunes such a layer); a ratio of 1 keeps all.
+    If that exceeds `channels`, it is rounded down to a multiple. Surprising: with fewer than `multiple` channels this
+    gives 0 (upstream never prunes such a layer); a ratio of 1 keeps all.
     """
     if ratio == 1:
         return channels
@@ -35,7 +35,7 @@ def rounded(channels: int, ratio: float, multiple: int = 8) -> int:
 
 
 def _scaled(rows: Sequence[Sequence[float]]) -> Floats:
-    """The columns of the steps `[steps, 10]`, each brought to [0, 1] over them where it varies."""
+    """Return the columns of the steps `[steps, 10]`, each scaled to [0, 1] over the steps if it varies."""
     table = np.array(rows, float)
     low, high = table.min(0), table.max(0)
     varied = high > low
@@ -44,7 +44,7 @@ def _scaled(rows: Sequence[Sequence[float]]) -> Floats:
 
 
 def reward_of(accuracy: float, macs: float | None = None) -> float:
-    """The reward of an accuracy in percent: a hundredth of it, or with `macs` minus the error times their logarithm."""
+    """Return the reward of an accuracy in percent: accuracy / 100, or, with `macs`, -(error / 100) x log(macs)."""
     return accuracy * 0.01 if macs is None else -(100 - accuracy) * 0.01 * float(np.log(macs))
 
 
@@ -53,7 +53,7 @@ def reward_of(accuracy: float, macs: float | None = None) -> float:
 
 @dataclass(frozen=True)
 class ChainLayer:
-    """A layer of the recorded environment: `type` conv, fc or depthwise; `hw` the side of its output."""
+    """A layer of the recorded environment: `type` is conv, fc or depthwise, `hw` the side of its output."""
 
     type: str
     cin: int
@@ -64,7 +64,7 @@ class ChainLayer:
 
     @property
     def macs(self) -> float:
-        """Operations as recorded: the bias of a linear layer counts as one per output."""
+        """MACs as recorded: the bias of a linear layer counts as one per output."""
         if self.type == "fc":
             return float(self.cin * self.cout + self.cout)
         groups = self.cin if self.type == "depthwise" else 1
@@ -82,10 +82,10 @@ class ChainLayer:
 
 
 class LayerWalk:
-    """The environment as recorded, over `layers` in order; depthwise ones go with the next layer that is pruned.
+    """The recorded environment over `layers` in order; depthwise layers are decided with the next layer to prune.
 
-    `ratio` is the share of all operations that may stay, `least` the lower bound of an action. `step` takes a raw
-    action and returns the state of the next layer, None after the last.
+    `ratio` is the share of all MACs that may be kept, `least` the lower bound of an action. `step` takes a raw action
+    and returns the state of the next layer, None after the last.
     """
 
     def __init__(self, layers: Sequence[ChainLayer], ratio: float, least: float = LEAST, multiple: int = 8):
@@ -109,7 +109,8 @@ class LayerWalk:
         self.reset()
 
     def _static(self) -> Floats:
-        """The columns of the layers, each scaled to [0, 1] over them; those that change start as 0, 0 and 1."""
+        """Return the columns of the layers, each scaled to [0, 1] over them; the last three, which vary in an episode,
+        start as 0, 0 and 1."""
         rows = [
             [i, float(one.type == "fc"), one.cin, one.cout, one.stride, one.k, one.weights, 0.0, 0.0, 1.0]
             for i, one in enumerate(self.layers)
@@ -131,7 +132,7 @@ class LayerWalk:
         return sum(layer.macs for layer in self.buffers[place])
 
     def cost(self) -> float:
-        """Operations with the ratios so far; layers that were not visited count at the lower bound."""
+        """Return the MACs with the ratios so far; layers not yet visited count at the lower bound."""
         return sum(
             self.macs_list[i] * self.inputs[i] * self.outputs[i] + self._buffer(i) * self.inputs[i]
             for i in range(len(self.layers))
@@ -175,7 +176,7 @@ class LayerWalk:
 
 @dataclass(frozen=True)
 class GroupStep:
-    """A group of channels as the agent sees it: how many there are and may stay, and totals over its layers."""
+    """A group of channels as the agent sees it: the allowed numbers of channels, and totals over its layers."""
 
     name: str
     choices: tuple[int, ...]
@@ -189,14 +190,15 @@ class GroupStep:
 
 
 class GroupWalk:
-    """An action per group: the share of its channels that stays, under `limits` on `costs`.
+    """Walk with an action per group: the share of its channels to keep, under `limits` on `costs`.
 
-    `costs` takes numbers of channels `[n, groups]` and returns cost -> `[n]`. A number is the allowed one nearest below
-    the action, but never one with which the limits could not be kept any more when all later groups are at the lower
-    bound `least`: policies keep their limits, whatever is shared. UserError where not even those at the bound do.
+    `costs` takes numbers of channels `[n, groups]` and returns cost -> `[n]`. The number of a group is the largest
+    allowed one up to its action with which the limits can still be kept if all later groups are at the lower bound
+    `least`: policies keep their limits, whatever layers share. UserError if the limits cannot be kept even with all
+    groups at the bound.
 
-    With `spends`, the actions of an episode say how the shares relate, and a common factor makes them as large as the
-    limits allow, none below `least`; what is left goes to single groups. Policies near each other then cost the same,
+    With `spends`, the actions of an episode are relative shares, which a common factor scales up as far as the limits
+    allow, none below `least`; the remaining budget goes to single groups. Similar policies then have the same cost,
     whichever groups come first.
     """
 
@@ -229,11 +231,11 @@ class GroupWalk:
 
     @property
     def num_steps(self) -> int:
-        """Actions of an episode."""
+        """Number of actions of an episode."""
         return len(self.steps)
 
     def _number(self, step: GroupStep, ratio: float) -> int:
-        """The allowed number nearest below a share, which `least` and 1 bound."""
+        """Return the largest allowed number up to a share, which is clipped to [`least`, 1]."""
         most = min(max(ratio, self.least), 1.0) * step.choices[-1] + 1e-9
         return max((n for n in step.choices if n <= most), default=step.choices[0])
 
@@ -276,14 +278,14 @@ class GroupWalk:
         return None if self.place == len(self.steps) else self._state(share)
 
     def policy(self) -> dict[str, int]:
-        """The channels that stay, by group, after the last step."""
+        """Return the number of channels to keep by group, after the last step."""
         counts = self._spent() if self.spends else self.row
         return {step.name: int(count) for step, count in zip(self.steps, counts, strict=True)}
 
     def _spent(self) -> Floats:
-        """The numbers of the largest common factor that keeps the limits, and single ones more while they allow it.
+        """Return the numbers for the largest common factor that keeps the limits, single ones raised while possible.
 
-        First in the group that has least of what its action asked for.
+        The group that is furthest below its action's share comes first.
         """
         low, high = 0.0, 1 / self.least
         for _ in range(HALVINGS):

@@ -1,10 +1,10 @@
 """DDPG: the agent of AMC (arXiv 1802.03494) and HAQ (1811.08886), which gives every layer a number in [0, 1].
 
-Deep Deterministic Policy Gradient (1509.02971) with what those two papers' code does otherwise: every transition of an
-episode has the episode's final reward, rewards are taken relative to a moving average, noise is a normal distribution
-cut to [0, 1], and updates happen at the end of an episode, one per transition. `AMC` and `HAQ` are their recorded
-settings. Surprising: an agent is a function of its seed and of the episodes it took, in their order, so a search stores
-the episodes, not the networks: a resumed one takes them again, with the same result.
+Deep Deterministic Policy Gradient (1509.02971) with the changes of those two papers' code: every transition of an
+episode has the episode's final reward, rewards are relative to a moving average, noise is a normal distribution
+truncated to [0, 1], and updates happen at the end of an episode, one per transition. `AMC` and `HAQ` are their settings
+as recorded. Surprising: an agent is a function of its seed and of the episodes it took, in order, so a search stores
+the episodes, not the networks: a resumed search replays them, with the same result.
 """
 
 import math
@@ -27,8 +27,8 @@ class DdpgSettings:
 
     `warmup` is the number of episodes whose actions are uniform; afterwards sigma is `sigma * decay ** (episodes after
     the warm-up)`. `replay` is the number of transitions kept per step of an episode. `last_init`: the last layers start
-    uniform in +-last_init (None: as torch does). `dummy`: a transition that is never used separates episodes, without
-    it the first transition of every episode but the first is never drawn.
+    uniform in +-last_init (None: torch's default). `dummy`: a transition that is never used separates episodes; without
+    it, the first transition of every episode except the first is never drawn.
     """
 
     warmup: int
@@ -50,7 +50,7 @@ class DdpgSettings:
             raise UserError("ddpg: warmup, replay and batch must be >= 1, sigma > 0 and decay in (0, 1]")
 
     def sigma_of(self, episode: int) -> float:
-        """The deviation of the noise in `episode`, counted from 0; above `sigma` in the warm-up, where it is unused."""
+        """Return the standard deviation of the noise in `episode`, counted from 0; it is not used in the warm-up."""
         return self.sigma * self.decay ** (episode - self.warmup + 1)
 
 
@@ -60,7 +60,7 @@ HAQ = DdpgSettings(warmup=21, decay=0.99, replay=128, last_init=3e-3, dummy=True
 
 @dataclass(frozen=True, eq=False)
 class Episode:
-    """One walk over the layers: `states` `[T, S]`, the raw `actions` `[T]` (before any clip), the final reward."""
+    """One walk over the layers: `states` `[T, S]`, raw `actions` `[T]` (before any clip), and the final reward."""
 
     states: Floats
     actions: Floats
@@ -68,7 +68,7 @@ class Episode:
 
 
 class Actor(nn.Module):
-    """States `[n, S]` -> actions `[n, 1]` in (0, 1)."""
+    """Actor network: states `[n, S]` -> actions `[n, 1]` in (0, 1)."""
 
     def __init__(self, num_states: int, hidden: tuple[int, int]):
         super().__init__()
@@ -81,7 +81,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """States `[n, S]` and actions `[n, 1]` -> what reward they lead to, `[n, 1]`."""
+    """Critic network: states `[n, S]` and actions `[n, 1]` -> expected rewards `[n, 1]`."""
 
     def __init__(self, num_states: int, hidden: tuple[int, int]):
         super().__init__()
@@ -93,24 +93,25 @@ class Critic(nn.Module):
 
 
 class Replay:
-    """A ring of the last `size` transitions; the state after a transition is that of the transition stored next."""
+    """Ring buffer of the last `size` transitions; the state after a transition is that of the next one stored."""
 
     def __init__(self, size: int):
         self.size = size
-        self.rows: list[tuple[Floats, float, float, bool]] = []  # state, action, reward, whether the episode ends
+        self.rows: list[tuple[Floats, float, float, bool]] = []  # state, action, reward, True at the end of an episode
 
     def add(self, state: Floats, action: float, reward: float, last: bool) -> None:
-        """Store a transition; the oldest one leaves where the ring is full."""
+        """Store a transition; if the buffer is full, the oldest one is dropped."""
         self.rows.append((state, action, reward, last))
         del self.rows[: -self.size]
 
     def usable(self, place: int) -> bool:
-        """Return whether a transition may be drawn: not the newest, whose next state is unknown, nor one after a last
-        one."""
+        """Return True if a transition may be drawn: neither the newest, whose next state is unknown, nor one that
+        follows the end of an episode."""
         return place < len(self.rows) - 1 and not (place and self.rows[place - 1][3])
 
     def draw(self, count: int, rng: np.random.Generator) -> tuple[Tensor, ...] | None:
-        """States, actions, rewards, whether it goes on, next states of `count` draws; None where there are too few."""
+        """Return states, actions, rewards, continuation flags and next states of `count` draws; None if there are too
+        few transitions."""
         if len(self.rows) <= count:
             return None
         places: list[int] = []
@@ -126,7 +127,7 @@ class Replay:
 
 
 class Ddpg:
-    """An agent for episodes of `num_steps` states of `num_states` numbers. Learns in place."""
+    """Agent for episodes of `num_steps` states of `num_states` numbers each. Learns in place."""
 
     def __init__(self, settings: DdpgSettings, num_states: int, num_steps: int, seed: int):
         self.settings, self.episodes = settings, 0
@@ -152,24 +153,25 @@ class Ddpg:
 
     @torch.no_grad()
     def mean_action(self, state: Floats) -> float:
-        """Return what the actor says without noise, for a state `[S]`."""
+        """Return the actor's action without noise for a state `[S]`."""
         return float(self.actor(torch.tensor(np.asarray(state)[None], dtype=torch.float32)))
 
     def act(self, state: Floats, episode: int, rng: np.random.Generator) -> float:
-        """An action in [0, 1] for a state `[S]` of `episode`: uniform in the warm-up, then the actor's with noise."""
+        """Return an action in [0, 1] for a state `[S]` of `episode`: uniform in the warm-up, then the actor's, with
+        noise."""
         if episode < self.settings.warmup:
             return float(rng.random())
         return truncated_normal(self.mean_action(state), self.settings.sigma_of(episode), rng)
 
     def take(self, episode: Episode) -> None:
-        """Learn from an episode; one without a finite reward only counts."""
+        """Learn from an episode; one without a finite reward is only counted."""
         if math.isfinite(episode.reward):
             self.learn(episode)
         else:
             self.episodes += 1
 
     def learn(self, episode: Episode) -> None:
-        """Store an episode; after the warm-up one update per transition, each right after its transition is stored."""
+        """Store an episode; after the warm-up, update once per transition, right after it is stored."""
         last = len(episode.actions) - 1
         for step, (state, action) in enumerate(zip(episode.states, episode.actions, strict=True)):
             self.replay.add(np.asarray(state), float(action), episode.reward, step == last)
@@ -180,7 +182,7 @@ class Ddpg:
         self.episodes += 1
 
     def update(self) -> None:
-        """One step of critic and actor on a batch of the replay; nothing while it holds no more than a batch."""
+        """Train critic and actor for one step on a batch of the replay, if it holds more than a batch."""
         drawn = self.replay.draw(self.settings.batch, self._rng)
         if drawn is None:
             return
@@ -203,7 +205,7 @@ class Ddpg:
 
 
 def truncated_normal(mean: float, sigma: float, rng: np.random.Generator) -> float:
-    """A draw from the normal distribution of `mean` and `sigma` cut to [0, 1], by its inverse."""
+    """Draw from the normal distribution of `mean` and `sigma` truncated to [0, 1], by the inverse of its CDF."""
     normal = NormalDist()
     low, high = normal.cdf(-mean / sigma), normal.cdf((1 - mean) / sigma)
     share = low + (high - low) * float(rng.random())

@@ -1,12 +1,12 @@
-"""HAQ (arXiv 1811.08886): the walk over a network in which an agent says layer by layer how many bits there are.
+"""HAQ (arXiv 1811.08886): the walk over a network in which an agent chooses the bits layer by layer.
 
 `BitsWalk` is the environment: two steps per layer (its weights, then its inputs), or one with k-means, where inputs
-stay float; a state of ten (nine) numbers; an action in [0, 1] becomes bits by `bits_of`. When all layers have theirs,
-`project` takes bits away, one at a time from the last layer to the first, until the budget is kept. What bits cost is a
-table `[layers, 8, 8]` (edge/bit_costs.py) or the size. Other than the recorded code: bits are clamped at both ends, the
-first and the last layer have their eight bits also where the budget is kept at once, the input image is counted with 8
-bits and not with 7, the last column of a state is 1 where weights are next, and a budget below the cheapest policy is
-refused in place of a loop without end. `project` itself gives the recorded policies exactly.
+stay float; a state of ten (nine) numbers; an action in [0, 1] becomes bits by `bits_of`. When all layers have bits,
+`project` removes bits, one at a time from the last layer to the first, until the budget is kept. The cost of bits is a
+table `[layers, 8, 8]` (edge/bit_costs.py) or the size. Differences from the published code: bits are clamped at both
+ends; the first and the last layer have eight bits even if the budget is kept at once; the input image counts with 8
+bits, not 7; the last column of a state is 1 if weights are next; and a budget below the cheapest policy is refused
+instead of causing an endless loop. `project` itself reproduces the recorded policies exactly.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,17 +24,17 @@ HIGHEST = 8
 
 
 def bits_of(action: float, low: int, high: int) -> int:
-    """The bits that an action in [0, 1] means: equal shares of it for all numbers from `low` to `high`."""
+    """Return the bits for an action in [0, 1], which is divided equally among the numbers from `low` to `high`."""
     return min(max(round((high - low + 1) * action + low - 0.5), low), high)
 
 
 def reward_of(accuracy: float, whole: float) -> float:
-    """The reward of an accuracy where the float network has `whole`, both in percent: a tenth of the difference."""
+    """Return the reward of an accuracy: a tenth of its difference to that of the float network, `whole`, in percent."""
     return 0.1 * (accuracy - whole)
 
 
 def table_cost(table: Floats) -> Callable[[Policy], float]:
-    """The cost of a policy by a table `[layers, weight bits - 1, input bits - 1]`: the sum over its layers."""
+    """Return the cost function of a table `[layers, weight bits - 1, input bits - 1]`: the sum over layers."""
     rows = np.arange(len(table))
 
     def cost(bits: Policy) -> float:
@@ -47,11 +47,11 @@ def table_cost(table: Floats) -> Callable[[Policy], float]:
 def project(
     bits: Policy, cost: Callable[[Policy], float], budget: float, low: int, ends: Mapping[int, Sequence[int]]
 ) -> Policy:
-    """Take bits away until `cost` is at most `budget`: from the last layer to the first, inputs before weights.
+    """Remove bits until `cost` is at most `budget`: from the last layer to the first, inputs before weights.
 
-    One bit each, none below `low`, then again. `ends` are layers that keep what they have there, by number; they are
-    put in place with the first bit taken, so a policy that keeps the budget comes back as it is. Where nothing is left
-    to take, the cheapest policy comes back, which does not keep it.
+    Each pass removes one bit everywhere, none below `low`. `ends` maps the numbers of pinned layers to their bits; they
+    are set along with the first removal, so a policy that keeps the budget is returned unchanged. If no bit is left to
+    remove, the result is the cheapest policy, which exceeds the budget.
     """
     bits = [list(row) for row in bits]
     if cost(bits) <= budget:
@@ -71,10 +71,10 @@ def project(
 
 
 class BitsWalk:
-    """An episode over `layers`: an action per column of a policy, layer by layer; `policy` projects it.
+    """Walk over `layers`: an action per column of a policy, layer by layer; `policy` projects the result.
 
-    `inputs` says whether inputs have bits too (two steps per layer), `ends` which layers are pinned, by number (by
-    default the first and the last, to 8 bits; none for k-means). UserError where the cheapest policy breaks the budget.
+    With `inputs`, inputs have bits too (two steps per layer). `ends` maps numbers of pinned layers to bits (default: 8
+    for the first and the last; none for k-means). UserError if the cheapest policy exceeds the budget.
     """
 
     stream = 3
@@ -109,11 +109,11 @@ class BitsWalk:
 
     @property
     def num_steps(self) -> int:
-        """Actions of an episode."""
+        """Number of actions of an episode."""
         return len(self.layers) * self.columns
 
     def _static(self) -> Floats:
-        """The columns that do not change, each scaled to [0, 1] over the layers, `[layers, 8]`."""
+        """Return the columns that do not change, each scaled to [0, 1] over the layers, `[layers, 8]`."""
         rows = [
             [float(one.depthwise), one.in_channels, one.out_channels, one.stride, one.kernel, one.weights, one.area, i]
             for i, one in enumerate(self.layers)
@@ -134,12 +134,12 @@ class BitsWalk:
         return np.array([*self.static[place], last, *more])
 
     def step(self, action: float) -> Floats | None:
-        """Take a raw action; the next state, None after the last."""
+        """Take a raw action and return the next state, None after the last."""
         self.chosen.append(bits_of(action, self.low, self.high))
         return self._state() if len(self.chosen) < self.num_steps else None
 
     def policy(self) -> Policy:
-        """The bits chosen, pinned and projected to the budget."""
+        """Return the chosen bits, pinned and projected to the budget."""
         bits = [self.chosen[i : i + self.columns] for i in range(0, self.num_steps, self.columns)]
         for place, pair in self.ends.items():
             bits[place] = list(pair)

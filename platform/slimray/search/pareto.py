@@ -10,7 +10,7 @@ from slimray.search.problem import Pool, Trial
 
 
 def best_under(trials: Iterable[Trial], limits: Mapping[str, float]) -> Trial | None:
-    """The trial of highest metric among those that keep `limits`, of equal ones the first; None if none does."""
+    """Return the trial with the highest metric that keeps `limits`, the first of equal ones; None if none does."""
     kept = [
         trial
         for trial in trials
@@ -20,7 +20,8 @@ def best_under(trials: Iterable[Trial], limits: Mapping[str, float]) -> Trial | 
 
 
 def front(trials: Iterable[Trial], costs: Sequence[str]) -> list[Trial]:
-    """The Pareto front: trials that no other beats in metric and all `costs` at once, by rising cost; archs once."""
+    """Return the Pareto front of metric and `costs`: the trials that no other one dominates, by rising cost; each arch
+    once."""
     once: dict[Arch, Trial] = {}
     for trial in sorted(trials, key=lambda trial: trial.index):
         if not np.isnan(trial.metric):
@@ -32,7 +33,7 @@ def front(trials: Iterable[Trial], costs: Sequence[str]) -> list[Trial]:
 
 
 def spearman(a: Sequence[float] | Floats, b: Sequence[float] | Floats) -> float:
-    """Spearman's rank correlation, -1 to 1, equal values sharing their mean rank; nan if one side is constant."""
+    """Return Spearman's rank correlation, -1 to 1; equal values share their mean rank; nan if one side is constant."""
     ranks = []
     for values in (np.asarray(a, float), np.asarray(b, float)):
         _, place, count = np.unique(values, return_inverse=True, return_counts=True)
@@ -44,12 +45,12 @@ def spearman(a: Sequence[float] | Floats, b: Sequence[float] | Floats) -> float:
 
 
 def objectives(pool: Pool, costs: Sequence[str]) -> Floats:
-    """Return what is to be lowered, `[n, 1 + costs]`."""
+    """Return the values to minimise, `[n, 1 + costs]`: the negated metric and `costs`."""
     return np.stack([-pool.metric, *(pool.costs[name] for name in costs)], axis=1)
 
 
 def _front(values: Floats) -> Codes:
-    """The rows of `values` `[n, objectives]` that no other is at least as low as everywhere and lower somewhere."""
+    """Return the numbers of the rows of `values` `[n, objectives]` that no other row dominates (lower is better)."""
     left = np.lexsort(values.T[::-1])  # a row is beaten only by rows before it
     out = []
     while len(left):
@@ -61,7 +62,7 @@ def _front(values: Floats) -> Codes:
 
 
 def ranks(values: Floats) -> Codes:
-    """The number of the front that each row is in, `[n]`: 0 is beaten by none, 1 only by rows of 0, and so on."""
+    """Return the front number of each row, `[n]`: 0 is dominated by none, 1 only by rows of front 0, and so on."""
     rank, left, number = np.zeros(len(values), np.intp), np.arange(len(values)), 0
     while len(left):
         first = _front(values[left])
@@ -71,7 +72,7 @@ def ranks(values: Floats) -> Codes:
 
 
 def crowding(values: Floats, rank: Codes) -> Floats:
-    """Return how far apart a row's neighbours in its front are, summed over objectives, `[n]`; infinite at the ends."""
+    """Return the distance between a row's neighbours in its front, summed over objectives, `[n]`; infinite at ends."""
     out = np.zeros(len(values))
     for number in range(int(rank.max(initial=-1)) + 1):
         rows = np.flatnonzero(rank == number)

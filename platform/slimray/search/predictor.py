@@ -1,9 +1,10 @@
-"""Predicted scores of subnets, learned from the few that were measured: archs in, metric out.
+"""Predictor of the scores of subnets, learned from the few that were measured: archs in, metric out.
 
 The network is Once-for-All's (arXiv 1908.09791): three hidden layers of 400, Adam at 1e-3 with weight decay 1e-4, on
-the one-hot codes of `Space.encode`, added to a frozen base, the mean of what was measured. Surprising: it learns in
-units of the standard deviation of the metric, so that percent, 0 to 1 and mIoU do equally well; and how long it
-trains is chosen on archs held out (five folds of a small set, a fifth of a large one), then it learns from all.
+the one-hot codes of `Space.encode`; its output is added to a frozen base, the mean of the measured scores. Surprising:
+it learns in units of the standard deviation of the metric, so that percent, 0 to 1 and mIoU work equally well; and the
+length of training is chosen on held-out archs (five folds of a small set, a fifth of a large one), before it learns
+from all of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,15 +20,16 @@ from slimray.search.pareto import spearman
 from slimray.spec import UserError
 
 HIDDEN = 400
-SMALL = 500  # below so many archs, each fifth is held out once; from there on one fifth is plenty
-STEPS_SMALL, STEPS = (25, 50, 100, 200), (100, 200, 400, 800)  # lengths of training that are compared
+SMALL = 500  # with fewer archs, each fifth is held out once; with more, a single fifth is enough
+STEPS_SMALL, STEPS = (25, 50, 100, 200), (100, 200, 400, 800)  # lengths of training to compare
 
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """A trained predictor; `report` says how good it was on archs it had not seen.
+    """A trained predictor; `report` describes its quality on held-out archs.
 
-    `held_out_mae` in units of the metric, `spearman` (rank correlation), `num_train` (archs it was then trained on).
+    The report has `held_out_mae` in units of the metric, `spearman` (rank correlation) and `num_train` (archs that it
+    was finally trained on).
     """
 
     table: GeneTable
@@ -38,26 +40,26 @@ class Predictor:
 
     @torch.inference_mode()
     def predict(self, archs: Codes | Sequence[Arch]) -> Floats:
-        """The expected metric of `archs`, or of rows of codes `[n, genes]`; float64 `[n]`."""
+        """Return the expected metric of `archs`, or of rows of codes `[n, genes]`; float64 `[n]`."""
         codes = archs if isinstance(archs, np.ndarray) else self.table.codes(archs)
         out = self.net(torch.from_numpy(self.table.features(codes)))[:, 0]
         return out.double().numpy() * self.scale + self.base
 
     def state(self) -> dict[str, Tensor]:
-        """All numbers of the predictor, to be saved; `load` takes them back."""
+        """Return all tensors of the predictor, for saving; `load` reads them back."""
         numbers = {name: value.detach().clone() for name, value in self.net.state_dict().items()}
         frozen = {"base": self.base, "scale": self.scale}
         return numbers | {name: torch.tensor(value, dtype=torch.float64) for name, value in frozen.items()}
 
 
 def load(space: Space, state: Mapping[str, Tensor], report: Mapping[str, float]) -> Predictor:
-    """The predictor whose `state` was saved; UserError if it was made for another space."""
+    """Return the predictor whose `state` was saved; UserError if it was made for another space."""
     table, weights = GeneTable(space), dict(state)
     base, scale = float(weights.pop("base")), float(weights.pop("scale"))
     net = _net(_width(table))
     if weights["0.weight"].shape[1] != _width(table):
         told, here = weights["0.weight"].shape[1], _width(table)
-        raise UserError(f"predictor: is told {told} numbers of an arch, this space has {here}: train it again")
+        raise UserError(f"predictor: takes {told} features of an arch, this space has {here}: train it again")
     net.load_state_dict(weights)
     return Predictor(table, net.eval(), base, scale, dict(report))
 
@@ -65,14 +67,15 @@ def load(space: Space, state: Mapping[str, Tensor], report: Mapping[str, float])
 def fit_predictor(
     space: Space, archs: Codes | Sequence[Arch], metrics: Sequence[float] | Floats, seed: int
 ) -> Predictor:
-    """Train a predictor on `archs` (or rows of codes) and what each of them scored.
+    """Train a predictor on `archs` (or rows of codes) and their `metrics`.
 
-    A function of its arguments (on one machine, with as many threads). UserError for fewer than 10 archs.
+    The result is a function of the arguments (on the same machine, with the same number of threads). UserError for
+    fewer than 10 archs.
     """
     table = GeneTable(space)
     codes = archs if isinstance(archs, np.ndarray) else table.codes(archs)
     if len(codes) < 10:
-        raise UserError(f"predictor: 10 measured archs are the least to learn from (got {len(codes)})")
+        raise UserError(f"predictor: needs at least 10 measured archs to learn from (got {len(codes)})")
     x, y = torch.from_numpy(table.features(codes)), torch.from_numpy(np.array(metrics, np.float64))
     order = np.random.default_rng(seed).permutation(len(codes))
     folds, lengths = np.array_split(order, 5), STEPS_SMALL
@@ -98,7 +101,7 @@ def fit_predictor(
 
 
 def _train(x: Tensor, y: Tensor, seed: int, marks: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
-    """Train a new network on features `x` and targets `y`; hands it out after each number of steps of `marks`."""
+    """Train a new network on features `x` and targets `y`; yield it after each number of steps in `marks`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = _net(x.shape[1])
@@ -126,5 +129,5 @@ def _width(table: GeneTable) -> int:
 
 
 def _units(y: Tensor) -> tuple[float, float]:
-    """Mean and spread of the metric; the spread is 1 where all are equal."""
+    """Return mean and standard deviation of the metric; the latter is 1 if all values are equal."""
     return float(y.mean()), float(y.std()) or 1.0

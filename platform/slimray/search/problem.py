@@ -1,7 +1,7 @@
-"""Problem of a search: a space with costs and limits, the trials so far, and pools of archs as matrices.
+"""The problem of a search: a space with costs and limits, the trials so far, and pools of archs as matrices.
 
-`Problem` knows which archs keep the limits and how to draw those that do; a `Trial` is an arch that was scored; a
-`Pool` is many of them as rows. numpy only.
+`Problem` checks which archs keep the limits, `draw` draws such archs; a `Trial` is an arch that was scored; a `Pool`
+holds many of them as rows. numpy only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +17,9 @@ from slimray.encoding import Codes, Costs, Floats, GeneTable
 from slimray.spec import UserError, did_you_mean
 
 Score = Callable[[Codes], Floats]  # [n], higher is better
-TRIES = 10  # rows drawn for every child that is to keep the limits and to be new, before another way is tried
-NEARER = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)  # chance of a gene to be the anchor's, in draws from the whole space
-CLIMBS = 200  # steps of the search for the cheapest arch
+TRIES = 10  # rows drawn per child that must keep the limits and be new, before the next kind of draw is tried
+NEARER = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)  # probability that a gene is the anchor's, in draws from the whole space
+CLIMBS = 200  # most steps in the search for the cheapest arch
 
 
 class Fitted(Protocol):
@@ -28,15 +28,15 @@ class Fitted(Protocol):
     report: Mapping[str, float]
 
     def predict(self, codes: Codes) -> Floats:
-        """The metric expected of every row."""
+        """Return the expected metric of every row, `[n]`."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Archs that are searched: those of `table` whose `costs` are at most `limits`.
+    """Archs to search: those of `table` whose `costs` are at most `limits`.
 
-    `fit(codes, metrics, seed)` makes a predictor, which only the strategy `predictor_guided` asks for.
+    `fit(codes, metrics, seed)` returns a predictor, which only the strategy `predictor_guided` needs.
     """
 
     table: GeneTable
@@ -45,7 +45,7 @@ class Problem:
     fit: Callable[[Codes, Floats, int], Fitted] | None = None
 
     def keeps(self, codes: Codes) -> NDArray[np.bool_]:
-        """Return whether each row keeps all limits, `[n]`."""
+        """Return a bool per row, `[n]`: True if it keeps all limits."""
         kept = np.ones(len(codes), bool)
         if self.limits:
             costs = self.costs(codes)
@@ -57,7 +57,7 @@ class Problem:
     def anchor(self) -> Codes:
         """A row that keeps the limits, `[genes]`: the smallest arch, or one found from it by changing single genes.
 
-        UserError, with the smallest value found, if there seems to be none; the search for it is bounded.
+        UserError, with the smallest value found, if none is found; the length of the search is bounded.
         """
         row = self.table.smallest
         if not self.limits:
@@ -75,7 +75,7 @@ class Problem:
             if lowest > limit:
                 raise UserError(
                     f"limits: {name}: no arch is at most {limit:.12g}, the smallest found is {_rounded_up(lowest)}: "
-                    "raise the limit or search a space with smaller archs"
+                    "raise the limit, or search a space with smaller archs"
                 )
             nearest = min(
                 nearest, self._descend(cheapest, self._excess, enough=0.0), key=lambda r: self._excess(r[None])[0]
@@ -83,16 +83,16 @@ class Problem:
             if self.keeps(nearest[None])[0]:
                 return nearest
         found = ", ".join(f"{n} {_rounded_up(self.costs(nearest[None])[n][0])}" for n in self.limits)
-        raise UserError(f"limits: no arch found that keeps all of them, the nearest has {found}: raise one of them")
+        raise UserError(f"limits: no arch found that keeps all of them, the closest has {found}: raise one of them")
 
     def _excess(self, codes: Codes) -> Floats:
-        """By how much rows break the limits, 0 where they keep them all."""
+        """Return the total relative excess of each row over the limits, `[n]`; 0 if it keeps them all."""
         costs = self.costs(codes)
         over = [np.maximum(costs[n] - limit, 0) / (abs(limit) or 1.0) for n, limit in self.limits.items()]
         return np.sum(over, axis=0)
 
     def _descend(self, row: Codes, value: Score, enough: float = -np.inf) -> Codes:
-        """The end of the steepest way down from `row` in steps of one gene, or where `value` is `enough`."""
+        """Return the end of the steepest descent of `value` from `row`, one gene per step; stop once it is `enough`."""
         lowest = float(value(row[None])[0])
         for _ in range(CLIMBS):
             steps = self.table.neighbours(row)
@@ -106,16 +106,16 @@ class Problem:
 
 
 def _rounded_up(value: float) -> str:
-    """`value` for reading, in six digits: as a limit it is not below `value`."""
+    """Return `value` as text with six digits, rounded up so that it is sufficient as a limit."""
     unit = 10.0 ** (np.floor(np.log10(abs(value) or 1.0)) - 5)
     return f"{value:.0f}" if float(value).is_integer() else f"{np.ceil(value / unit) * unit:.10g}"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """An arch that was tried, its number in the search, what it scored (higher is better) and what it costs.
+    """An arch that was tried: its number in the search, its metric (higher is better) and its costs.
 
-    The metric of a trial that failed is nan: it counts as finished and is never a parent.
+    The metric of a failed trial is nan: the trial counts as finished and is never a parent.
     """
 
     index: int
@@ -135,7 +135,7 @@ class Pool:
 
     @staticmethod
     def of(table: GeneTable, trials: Sequence[Trial]) -> "Pool":
-        """The arrays of `trials`, in their order."""
+        """Return the arrays of `trials`, in their order."""
         names = trials[0].costs if trials else {}
         return Pool(
             np.array([trial.index for trial in trials], np.intp),
@@ -148,17 +148,17 @@ class Pool:
         return len(self.index)
 
     def take(self, rows: Any) -> "Pool":
-        """The rows that `rows` (numbers or a mask) chooses."""
+        """Return the rows selected by `rows` (numbers or a mask)."""
         costs = {name: values[rows] for name, values in self.costs.items()}
         return Pool(self.index[rows], self.codes[rows], self.metric[rows], costs)
 
     def top(self, count: int) -> "Pool":
-        """The `count` rows of highest metric, best first, of equal ones those proposed first; none that failed."""
+        """Return the `count` rows with the highest metric, best first, equal ones by index; no failed ones."""
         order = np.argsort(-self.metric, kind="stable")[:count]
         return self.take(order[~np.isnan(self.metric[order])])
 
     def trials(self, table: GeneTable) -> list[Trial]:
-        """The rows as trials."""
+        """Return the rows as trials."""
         costs = [dict(zip(self.costs, row, strict=True)) for row in zip(*(c.tolist() for c in self.costs.values()))]
         return [
             Trial(*trial)
@@ -173,7 +173,7 @@ class Pool:
 
 
 def join(pools: Sequence[Pool]) -> Pool:
-    """The rows of all `pools` in a row; at least one pool."""
+    """Concatenate the rows of `pools`, at least one."""
     names = pools[0].costs
     return Pool(
         np.concatenate([pool.index for pool in pools]),
@@ -186,10 +186,10 @@ def join(pools: Sequence[Pool]) -> Pool:
 def draw(
     problem: Problem, seen: set[bytes], rng: np.random.Generator, *wanted: tuple[int, Sequence[Callable[[int], Codes]]]
 ) -> Codes:
-    """For each (count, draws) of `wanted`, `count` rows that keep the limits and are new, of the first draw that can.
+    """Return, for each (count, draws) in `wanted`, `count` new rows that keep the limits, from the first draw that can.
 
-    Where none of `draws` finds more, rows come from the whole space, nearer and nearer to the anchor, so that tight
-    limits end in bounded time. Repeats only where nothing new is found.
+    If none of `draws` finds more, rows come from the whole space, closer and closer to the anchor, so that the time is
+    bounded even with tight limits. Rows repeat only if nothing new is found.
     """
     table, anchor = problem.table, problem.anchor
     taken: set[bytes] = set()

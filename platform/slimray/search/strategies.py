@@ -1,11 +1,11 @@
-"""Strategies of a search for archs: random, evolution, predictor-guided evolution, NSGA-II; fronts and limits.
+"""Strategies of a search for archs: random, evolution, predictor-guided evolution, NSGA-II.
 
-A strategy is a function of the past: what generation g proposes depends on the seed, on g and on what the generations
-before it scored, sorted by index, never on the order in which trials finished. So `generation` is pure, a resumed
-search is the same search, and the strategies are frozen settings without state. Evolution has the settings published
-with Once-for-All (arXiv 1908.09791), NSGA-II is that of Deb et al. (IEEE TEC 6(2), 2002). Surprising: inside, archs are
-rows of whole numbers (`GeneTable`), and scores and costs are functions of a whole matrix of them, because a search on a
-predictor asks for 50,000. No torch here: a predictor comes as a function.
+A strategy is a function of the past: the proposals of generation g depend on the seed, on g and on the scores of
+earlier generations, sorted by index, never on the order in which trials finished. So `generation` is pure, a resumed
+search is the same search, and strategies are frozen settings without state. Evolution has the settings published with
+Once-for-All (arXiv 1908.09791); NSGA-II is that of Deb et al. (IEEE TEC 6(2), 2002). Surprising: internally, archs are
+rows of integers (`GeneTable`), and scores and costs are functions of a whole matrix of them, because a search on a
+predictor evaluates 50,000. No torch here: a predictor is passed in as a function.
 """
 
 import itertools
@@ -23,14 +23,14 @@ from slimray.search.problem import Fitted, Pool, Problem, Score, Trial, draw, jo
 from slimray.spec import Spec, UserError, did_you_mean
 
 
-# A strategy says how many trials are a generation (`population`), whether a generation waits for the scores of the one
-# before (`waits`), who stays when a new generation joins those kept so far (`survivors`), and who is tried next
-# (`children`, given those kept and the keys of all archs ever tried).
+# A strategy defines the size of a generation (`population`), whether a generation waits for the scores of the previous
+# one (`waits`), which archs to keep after a new generation joins those kept so far (`survivors`), and which archs to
+# try next (`children`, given those kept and the keys of all archs ever tried).
 class Random(Spec):
-    """Archs drawn evenly, none twice."""
+    """Archs drawn uniformly, none twice."""
 
     name: Literal["random"] = "random"
-    """Which strategy."""
+    """Name of the strategy."""
     evaluations: int = Field(default=1000, ge=1)
     """Archs to try."""
     population: ClassVar[int] = 50
@@ -42,31 +42,31 @@ class Random(Spec):
         return self.evaluations
 
     def survivors(self, pool: Pool) -> Pool:
-        """Nobody: what was scored does not matter."""
+        """Keep none: scores do not matter."""
         return pool.take(slice(0))
 
     def children(self, problem: Problem, parents: Pool, seen: set[bytes], rng: np.random.Generator) -> Codes:
-        """The next rows to try."""
+        """Return the next rows to try."""
         return draw(problem, seen, rng, (self.population, []))
 
 
 class Evolution(Spec):
-    """Evolution with the settings of Once-for-All: the best of all so far are parents of mutants and of crossings."""
+    """Evolution with the settings of Once-for-All: the best archs so far are parents for mutation and crossover."""
 
     name: Literal["evolution"] = "evolution"
-    """Which strategy."""
+    """Name of the strategy."""
     population: int = Field(default=100, ge=2)
-    """Archs tried in a generation."""
+    """Archs to try in a generation."""
     iterations: int = Field(default=500, ge=0)
     """Generations after the first, which is random."""
     parent_ratio: float = Field(default=0.25, gt=0, le=1)
-    """How many of the best so far are parents, as a share of the population."""
+    """Number of parents, the best archs so far, as a share of the population."""
     mutation_ratio: float = Field(default=0.5, ge=0, le=1)
-    """Mutants in a generation; the others have two parents."""
+    """Share of mutants in a generation; the others have two parents."""
     mutate_prob: float = Field(default=0.1, gt=0, le=1)
-    """Chance of a block, and of each gene of no block, to be redrawn in a mutant."""
+    """Probability that a block, or a gene outside all blocks, is redrawn in a mutant."""
     resolution_prob: float = Field(default=0.5, ge=0, le=1)
-    """The same for single numbers: resolution, frames."""
+    """The same probability for single numbers: resolution, frames."""
     waits: ClassVar[bool] = True
 
     @property
@@ -75,11 +75,11 @@ class Evolution(Spec):
         return self.population * (1 + self.iterations)
 
     def survivors(self, pool: Pool) -> Pool:
-        """The best of all so far, best first."""
+        """Keep the best of all so far, best first."""
         return pool.top(max(2, round(self.parent_ratio * self.population)))
 
     def children(self, problem: Problem, parents: Pool, seen: set[bytes], rng: np.random.Generator) -> Codes:
-        """The next rows to try."""
+        """Return the next rows to try."""
         if not len(parents):
             return draw(problem, seen, rng, (self.population, []))
         table, num_mutants = problem.table, round(self.mutation_ratio * self.population)
@@ -98,21 +98,21 @@ class Evolution(Spec):
 
 
 class PredictorGuided(Spec):
-    """Few archs are measured: a predictor learns from them, and the best of an evolution on what it says are next.
+    """Few archs are measured: a predictor learns from them, and the best archs of an evolution on it are tried next.
 
-    It repeats as exactly as `problem.fit` does.
+    It is as reproducible as `problem.fit`.
     """
 
     name: Literal["predictor_guided"] = "predictor_guided"
-    """Which strategy."""
+    """Name of the strategy."""
     population: int = Field(default=50, ge=2)
-    """Archs measured in a generation."""
+    """Archs to measure in a generation."""
     iterations: int = Field(default=5, ge=0)
     """Generations after the first, which is random; the predictor is retrained before each."""
     explore: float = Field(default=0.2, ge=0, le=1)
-    """Share of each generation that stays random, so that the predictor also learns where it is wrong."""
+    """Share of each generation that is random, so that the predictor also learns where it is wrong."""
     search: Evolution = Evolution()
-    """The evolution on the predictor."""
+    """Settings of the evolution on the predictor."""
     waits: ClassVar[bool] = True
 
     @property
@@ -121,12 +121,12 @@ class PredictorGuided(Spec):
         return self.population * (1 + self.iterations)
 
     def survivors(self, pool: Pool) -> Pool:
-        """All that were measured: the predictor learns from every one."""
+        """Keep all measured archs: the predictor learns from every one."""
         return pool.top(len(pool))
 
     def children(self, problem: Problem, parents: Pool, seen: set[bytes], rng: np.random.Generator) -> Codes:
-        """The next rows to try."""
-        if len(parents) < 10:  # most have failed, or the first generation
+        """Return the next rows to try."""
+        if len(parents) < 10:  # the first generation, or most trials have failed
             return draw(problem, seen, rng, (self.population, []))
         predictor = self.fitted(problem, parents, rng)
         found = search(problem, self.search, predictor.predict, int(rng.integers(2**31)))
@@ -141,29 +141,29 @@ class PredictorGuided(Spec):
         return draw(problem, seen, rng, (num_best, [next_best]), (self.population - num_best, []))
 
     def fitted(self, problem: Problem, parents: Pool, rng: np.random.Generator) -> Fitted:
-        """The predictor that proposes after `parents`; the first thing that is drawn from the generation's `rng`."""
+        """Return the predictor fitted to `parents`; its seed must be the first draw from the generation's `rng`."""
         if problem.fit is None:
             raise ValueError("predictor_guided needs a problem with fit")
         return problem.fit(parents.codes, parents.metric, int(rng.integers(2**31)))
 
 
 class Nsga2(Spec):
-    """NSGA-II: archs that are best for some weighting of metric and costs, spread evenly."""
+    """NSGA-II: archs on the Pareto front of metric and costs, spread evenly."""
 
     name: Literal["nsga2"] = "nsga2"
-    """Which strategy."""
+    """Name of the strategy."""
     objectives: tuple[str, ...] = Field(default=("latency_ms",), min_length=1)
-    """Costs to lower, beside the metric, which is raised."""
+    """Costs to minimise, besides maximising the metric."""
     population: int = Field(default=100, ge=2)
-    """Archs tried in a generation, and archs kept."""
+    """Archs to try in a generation, and archs to keep."""
     iterations: int = Field(default=50, ge=0)
     """Generations after the first, which is random."""
     cross_prob: float = Field(default=0.9, ge=0, le=1)
-    """Chance of a child to have two parents."""
+    """Probability that a child has two parents."""
     mutate_prob: float = Field(default=0.1, gt=0, le=1)
-    """Chance of a block, and of each gene of no block, to be redrawn in a child."""
+    """Probability that a block, or a gene outside all blocks, is redrawn in a child."""
     resolution_prob: float = Field(default=0.5, ge=0, le=1)
-    """The same for single numbers: resolution, frames."""
+    """The same probability for single numbers: resolution, frames."""
     waits: ClassVar[bool] = True
 
     @property
@@ -172,7 +172,7 @@ class Nsga2(Spec):
         return self.population * (1 + self.iterations)
 
     def survivors(self, pool: Pool) -> Pool:
-        """The first fronts, the last of them where it is least crowded; best first."""
+        """Keep the first fronts, and of the last one the least crowded archs; best first."""
         pool = pool.take(~np.isnan(pool.metric))
         values = objectives(pool, self.objectives)
         rank = ranks(values)
@@ -180,7 +180,7 @@ class Nsga2(Spec):
         return pool.take(order[: self.population])
 
     def children(self, problem: Problem, parents: Pool, seen: set[bytes], rng: np.random.Generator) -> Codes:
-        """The next rows to try."""
+        """Return the next rows to try."""
         if not len(parents):
             known = problem.costs(problem.anchor[None])
             for name in self.objectives:
@@ -190,7 +190,7 @@ class Nsga2(Spec):
         table = problem.table
 
         def winners(count: int) -> Codes:
-            # parents are in order of front and crowding, so that of two the first wins the tournament
+            # parents are sorted by front and crowding, so that the first of two wins the tournament
             return parents.codes[rng.integers(len(parents), size=(2, count)).min(0)]
 
         def bred(count: int) -> Codes:
@@ -204,16 +204,18 @@ class Nsga2(Spec):
 
 Strategy = Random | Evolution | PredictorGuided | Nsga2
 StrategySpec = Annotated[Strategy, Field(discriminator="name")]
-"""What a job YAML may say under `strategy`: `{name: evolution, population: 100}`."""
+"""The section `strategy` of a job: `{name: evolution, population: 100}`."""
 
 
 def generation(
     strategy: Strategy, problem: Problem, history: Iterable[Trial], seed: int, number: int
 ) -> list[Arch] | None:
-    """The archs of generation `number`, trials number * population and on; None while one before it is not finished.
+    """Return the archs of generation `number`, from trial number * population on; None while an earlier generation is
+    incomplete.
 
-    A function of its arguments, and of `history` only of the trials of the generations before: their order and any
-    trials of later ones do not matter. Who asks for single archs should keep the list. UserError for impossible limits.
+    The result is a function of the arguments, and depends only on trials of earlier generations in `history`: neither
+    their order nor later trials matter. A caller that needs single archs should keep the list. UserError for impossible
+    limits.
     """
     past = _past(strategy, problem, history, seed, number)
     if past is None:
@@ -222,18 +224,18 @@ def generation(
 
 
 def propose(strategy: Strategy, problem: Problem, history: Iterable[Trial], seed: int, index: int) -> Arch | None:
-    """The arch of trial `index`; None while the generation before it is not finished (see `generation`)."""
+    """Return the arch of trial `index`; None while the generation before it is incomplete (see `generation`)."""
     number, place = divmod(index, strategy.population)
     archs = generation(strategy, problem, history, seed, number)
     return None if archs is None else archs[place]
 
 
 def search(problem: Problem, strategy: Strategy, score: Score, seed: int, max_evaluations: int | None = None) -> Pool:
-    """Run `strategy` in this process and return all it tried, in order; `.top(1)` is the best.
+    """Run `strategy` in this process and return all trials in order; `.top(1)` is the best one.
 
     `score` takes rows of codes (`lambda codes: np.array([... for arch in table.archs(codes)])` for a score of archs).
-    Proposes what `generation` would. Ends after `max_evaluations` (default: the strategy's), or when a generation
-    brings nothing new.
+    The proposals are those of `generation`. Ends after `max_evaluations` (default: the strategy's), or when a
+    generation has no new arch.
     """
     left = max_evaluations or strategy.num_evaluations
     parents, seen, tried = _nobody(problem), set(), []
@@ -255,10 +257,10 @@ def search(problem: Problem, strategy: Strategy, score: Score, seed: int, max_ev
 def predictor_reports(
     strategy: PredictorGuided, problem: Problem, history: Sequence[Trial], seed: int
 ) -> list[dict[str, float]]:
-    """Return how good the predictor was before each generation, a dict per generation after the first.
+    """Return the quality of the predictor before each generation, a dict per generation after the first.
 
-    `held_out_mae`, `spearman`, `num_train` are the predictor's own report; `next_mae` and `next_spearman` compare what
-    it said with what the generation it proposed then scored, where that is finished.
+    `held_out_mae`, `spearman` and `num_train` are the predictor's own report; `next_mae` and `next_spearman` compare
+    its predictions with the scores of the generation that it proposed, for finished trials.
     """
     out = []
     for number in range(1, strategy.iterations + 1):
@@ -285,7 +287,7 @@ def predictor_reports(
 def _past(
     strategy: Strategy, problem: Problem, history: Iterable[Trial], seed: int, number: int
 ) -> tuple[Pool, set[bytes]] | None:
-    """Parents and keys of all archs before generation `number`; None if a trial is missing."""
+    """Return the parents and the keys of all archs before generation `number`; None if a trial is missing."""
     by_index = {trial.index: trial for trial in history} if strategy.waits else {}
     parents, seen = _nobody(problem), set()
     for before in range(number):
@@ -299,14 +301,14 @@ def _past(
             return None
         scored = Pool.of(problem.table, [trial for trial in finished if not np.isnan(trial.metric)])
         scored = scored.take(_new(problem.table, scored.codes, seen))
-        _new(problem.table, problem.table.codes(trial.arch for trial in finished), seen)  # failed: not again either
+        _new(problem.table, problem.table.codes(trial.arch for trial in finished), seen)  # failed ones count too
         if len(scored):
             parents = strategy.survivors(join([parents, scored]) if len(parents) else scored)
     return parents, seen
 
 
 def _new(table: GeneTable, codes: Codes, seen: set[bytes]) -> NDArray[np.bool_]:
-    """Return which rows are not in `seen`, `[n]`; they are added to it."""
+    """Return a bool per row, `[n]`: True if it is not in `seen`; then add all rows to `seen`."""
     new = np.zeros(len(codes), bool)
     for row, key in enumerate(table.keys(codes)):
         new[row] = key not in seen
