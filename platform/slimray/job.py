@@ -1,9 +1,9 @@
 """From a YAML file to a run: load, resolve, check, run. A job is one document; its `kind` names its verb.
 
 `load` reads the documents of the files, `resolve` applies `extends:` and `--set` and embeds the dataset cards, so that
-a job says everything about itself. `check` finds what can be found before machines are asked for. `run` claims the run
-folder (same name: finished is skipped, unfinished resumes, other settings are refused), does the work and leaves the
-folder in a state that says what happened. `json_schema` is for editors.
+a job is complete in itself. `check` finds the problems that can be found before machines are requested. `run` claims
+the run folder (same name: finished is skipped, unfinished resumes, other settings are refused), does the work and
+records the outcome in the folder. `json_schema` is for editors.
 """
 
 import contextlib
@@ -51,15 +51,15 @@ MAY_CHANGE = (
     "data.card.description",
     "data.card.source",
     "data.card.licence",
-)  # sections that a resumed run may have changed
-SUBMISSION = "SLIMRAY_SUBMISSION"  # of the environment: which `submit --restart` a scheduler starts, perhaps again
-LEFT_OPEN = (("optim", "groups"), ("data", "short_clips"))  # fields whose value follows from others where they are null
-BEFORE = (("data", "short_clips", "published"),)  # what runs do that were begun before there was a choice
+)  # sections and fields that may change when a run resumes
+SUBMISSION = "SLIMRAY_SUBMISSION"  # environment variable: the `submit --restart` that a scheduler starts, maybe again
+LEFT_OPEN = (("optim", "groups"), ("data", "short_clips"))  # fields whose value follows from others if they are null
+BEFORE = (("data", "short_clips", "published"),)  # values of fields for runs begun before the fields existed
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A job with the words that name it in messages."""
+    """A job, and the text `where` that names it in messages."""
 
     job: Any
     where: str
@@ -74,7 +74,7 @@ class Loaded:
 
 
 def load(paths: Sequence[str | Path], sets: Sequence[str] = ()) -> list[Loaded]:
-    """Read, complete and parse the documents of `paths` in order; UserError with file and field otherwise."""
+    """Read, complete and parse the documents of `paths` in order; UserError with file and field if that fails."""
     documents: list[tuple[Path, dict[str, Any]]] = []
     for path in map(Path, paths):
         if not path.exists():
@@ -87,7 +87,7 @@ def load(paths: Sequence[str | Path], sets: Sequence[str] = ()) -> list[Loaded]:
 
 
 def resolve(documents: Sequence[tuple[Path, dict[str, Any]]], sets: Sequence[str] = ()) -> list[Loaded]:
-    """The jobs of plain documents, each with the file it is from; UserError with all that is wrong, a line each."""
+    """Return the jobs of plain documents, given with their files; UserError with all problems, a line each."""
     merged: list[tuple[Path, dict[str, Any]]] = []
     by_name: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
@@ -121,7 +121,7 @@ def _parse(document: dict[str, Any], path: Path, prepared: Mapping[str, dict[str
     kind, name = document.get("kind"), document.get("name")
     where = f"{path} ({name})" if name and isinstance(name, str) else str(path)
     if kind is None and "layout" in document:
-        raise UserError(f"{where}: is a dataset card: name it in `data: {{card: ...}}` of a job")
+        raise UserError(f"{where}: is a dataset card, not a job: name it in `data: {{card: ...}}` of a job")
     if not isinstance(kind, str):
         raise UserError(f"{where}: kind: must be one of {', '.join(SPECS)} (got {kind!r})")
     try:
@@ -142,12 +142,13 @@ def _parse(document: dict[str, Any], path: Path, prepared: Mapping[str, dict[str
 
 
 def _extend(document: dict[str, Any], by_name: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """`extends: NAME` copies an earlier document of the same command and lays this one over it, field by field."""
+    """Return the document with `extends: NAME` resolved: an earlier document of the same command, overridden field by
+    field."""
     if "extends" not in document:
         return document
     parent = document["extends"]
     if not isinstance(parent, str) or parent not in by_name:
-        raise UserError(f"extends: {parent!r} is the name of no earlier document{did_you_mean(str(parent), by_name)}")
+        raise UserError(f"extends: no earlier document is named {parent!r}{did_you_mean(str(parent), by_name)}")
     return _merge(by_name[parent], {k: v for k, v in document.items() if k != "extends"})
 
 
@@ -160,10 +161,10 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set(documents: list[dict[str, Any]], assignment: str) -> None:
-    """Apply one --set to the documents it means: `NAME:a.b=c` to one, `a.b=c` to all whose kind has such a field.
+    """Apply one --set to its documents: `NAME:a.b=c` to one, `a.b=c` to all whose kind has such a field.
 
-    Of those, to the ones that write section `a` or always have it, if there are any: `init.from` does not give an
-    `init` to a document without. `data.root` and `data.card` are not for documents that read a run.
+    If some of these contain section `a`, or always have it, only those change: `init.from` does not add an `init` to a
+    document without one. `data.root` and `data.card` do not apply to documents that read a run.
     """
     path, equals, _ = assignment.partition("=")
     target, colon, _ = path.partition(":")
@@ -190,7 +191,7 @@ def _set(documents: list[dict[str, Any]], assignment: str) -> None:
 
 
 def _has_field(spec: Any, keys: Sequence[str]) -> bool:
-    """Whether a kind of job, or a section, has the field at `keys`; a section of free options has any."""
+    """Return True if a kind of job, or a section, has the field at `keys`; a section with free options has any."""
     fields = {field.alias or name: field for name, field in spec.model_fields.items()}
     if keys[0] not in fields:
         return spec.model_config.get("extra") == "allow"
@@ -203,7 +204,7 @@ def _is_optional(document: dict[str, Any], section: str) -> bool:
 
 
 def section_of(annotation: Any) -> type[Spec] | None:
-    """The Spec that a field of this type holds, if it is a section."""
+    """Return the Spec class of a field with this type annotation if it is a section, else None."""
     kinds = [annotation, *get_args(annotation)]
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Spec)), None)
 
@@ -214,11 +215,11 @@ def section_of(annotation: Any) -> type[Spec] | None:
 def check(
     loaded: Sequence[Loaded], storage: str, restart: bool = False, look: bool = False, to_run: bool = False
 ) -> list[dict[str, Any]]:
-    """Validate everything that can be known now; what is known of each job in order, with what to fix in `problems`.
+    """Validate everything that can be validated now; return what is known of each job, with what to fix in `problems`.
 
-    `state` is what `run` would do: "new", "resume", or "finished" (skip it, then nothing is a problem). `restart` takes
-    no notice of what is there. `look` opens a few files of each split. `to_run` leaves out what is known of finished
-    jobs, which takes its time. UserError if the storage is out of reach.
+    `state` is what `run` would do: "new", "resume", or "finished" (skipped, so that nothing is a problem). `restart`
+    ignores existing runs. `look` opens a few files of each split. `to_run` omits the details of finished jobs, which
+    take time. UserError if the storage cannot be reached.
     """
     open_uri(storage)
     out: list[dict[str, Any]] = []
@@ -251,7 +252,7 @@ def _state(one: Loaded, storage: str) -> str:
         claim = _claim(one, folder)
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder.uri}: does not hold what slimray writes ({error}): choose another name, or delete it"
+            f"{folder.uri}: holds files that slimray did not write ({error}): choose another name, or delete it"
         ) from None
     return "finished" if claim.finished else "resume" if claim.attempt > 1 else "new"
 
@@ -260,21 +261,21 @@ def _state(one: Loaded, storage: str) -> str:
 
 
 def _as_begun(one: Loaded, storage: str) -> Loaded:
-    """Return the job with the choices that it leaves open (null) as its run, if there is one, began with them."""
+    """Return the job with its open choices (null) set to those that its run, if there is one, began with."""
     folder = runs.open_run(storage, one.job.name)
     began: Any = _as_then(one.job, runs.read_job(folder)) if runs.exists(folder, "job.yaml") else {}
     job = one.job
     for section, name in LEFT_OPEN:
         ours, theirs = getattr(job, section, None), began.get(section) if isinstance(began, dict) else None
         if ours is not None and getattr(ours, name, "") is None and isinstance(theirs, dict) and theirs.get(name):
-            with contextlib.suppress(UserError):  # what it holds is no such section: the claim says so
+            with contextlib.suppress(UserError):  # not a valid section: the claim reports that
                 begun = parse(type(ours), ours.model_dump(exclude_defaults=True) | {name: theirs[name]}, section)
                 job = job.model_copy(update={section: begun})
     return Loaded(job, one.where)
 
 
 def _as_then(job: Any, stored: Any) -> Any:
-    """Return the job that a run holds with what an older version did where it had no choice."""
+    """Return the stored job of a run with the values of fields that did not exist when it was written."""
     if not isinstance(stored, dict):
         return stored
     out = dict(stored)
@@ -285,15 +286,15 @@ def _as_then(job: Any, stored: Any) -> Any:
 
 
 def _claim(one: Loaded, folder: runs.Run, restart: bool = False) -> runs.Claim:
-    """Say what is to be done about a job in the folder of its name."""
+    """Return the claim of a job on the folder of its name: what is to be done."""
     again = os.environ.get(SUBMISSION, "")
     return runs.claim(folder, one.document, restart, _may_change(one), partial(_completed, one), again)
 
 
 def _completed(one: Loaded, stored: dict[str, Any]) -> dict[str, Any]:
-    """Return the job that a run holds as this version reads it: a field that an older one did not have has its default.
+    """Return the stored job of a run as this version reads it, with defaults for fields that it lacks.
 
-    Returned as it stands where it is not a job of this kind.
+    It is returned unchanged if it is not a job of this kind.
     """
     try:
         job: Any = type(one.job).model_validate(_as_then(one.job, stored))
@@ -307,25 +308,26 @@ def _completed(one: Loaded, stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _may_change(one: Loaded) -> tuple[str, ...]:
-    """What a resumed run may change; the card of a run that is read is there only if both are in one file."""
+    """Return the fields that may change when a run resumes. The card of a prepared dataset may too, as it is embedded
+    only if both jobs are in the same file."""
     reads_run = getattr(getattr(one.job, "data", None), "run", None) is not None
     return (*MAY_CHANGE, "data.card") if reads_run else MAY_CHANGE
 
 
 def local_cpus(loaded: Sequence[Loaded]) -> int:
-    """Logical CPUs with which a local cluster holds every one of the jobs."""
+    """Return the logical CPUs that a local cluster needs for each of the jobs."""
     return max((one.job.local_cpus for one in loaded), default=1)
 
 
 def storage_s(one: Loaded) -> float:
-    """Return how long the job waits for an outage of the storage, seconds: its `scale` says so, or the default does."""
+    """Return the job's longest wait for a storage that is out of service, in seconds: by `scale`, or the default."""
     return (getattr(one.job, "scale", None) or ScaleSpec()).storage_s
 
 
 def run(one: Loaded, storage: str, console: Console, restart: bool = False, cpus: int = 0) -> str:
-    """Do one job; returns "finished" or "skipped". The run folder says what happened, `logs/` of it has the traceback.
+    """Run one job; return "finished" or "skipped". The run folder records the outcome, its `logs/` any traceback.
 
-    Raises UserError and RunFailed as they come; anything else that goes wrong becomes a RunFailed.
+    UserError and RunFailed are passed on; any other error becomes a RunFailed.
     """
     folder = runs.open_run(storage, one.job.name)
     one = one if restart else _as_begun(one, storage)
@@ -353,7 +355,7 @@ def run(one: Loaded, storage: str, console: Console, restart: bool = False, cpus
 
 
 def _tell(one: Loaded, folder: runs.Run, event: Mapping[str, Any]) -> None:
-    """Write what the run waits for into its status; send an event to the webhook of its job, if it has one."""
+    """Write what the run waits for to its status, or send another event to the webhook of its job, if it has one."""
     if event["state"] == "waiting":
         with contextlib.suppress(StorageError):
             runs.note(folder, event["message"])
@@ -364,9 +366,9 @@ def _tell(one: Loaded, folder: runs.Run, event: Mapping[str, Any]) -> None:
 
 
 def _note_failure(folder: runs.Run, attempt: int, error: BaseException) -> None:
-    """Write the traceback to the run's logs and the sentence to its status."""
+    """Write the traceback to the run's logs and its sentence to the status."""
     text = "".join(traceback.format_exception(error))
-    # the storage itself may be what failed, and was waited for; the sentence is printed anyway
+    # the storage itself may have failed, after a wait; the sentence is printed anyway
     with contextlib.suppress(StorageError), patient(SHORT_PATIENCE_S):
         runs.write_file(folder, f"logs/{attempt:04d}-driver.log", text.encode())
         runs.end(folder, "failed", _sentence(error))
@@ -385,9 +387,9 @@ def _sentence(error: BaseException) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 7, which editors know) of one document of a job file, its help from the field docstrings.
+    """Return the JSON Schema (draft 7, which editors know) of one document of a job file, with help texts.
 
-    `kind` decides which fields there are; a document with `extends` may leave any of them out.
+    `kind` decides which fields there are; a document with `extends` may leave out any of them.
     """
     union = TypeAdapter(functools.reduce(operator.or_, SPECS.values())).json_schema(
         by_alias=True, ref_template="#/definitions/{model}"
@@ -395,10 +397,10 @@ def json_schema() -> dict[str, Any]:
     full = {name: _draft_7(part) for name, part in union["$defs"].items()}
     full["ModelSpec"] |= {"properties": _model_properties(full["ModelSpec"]), "additionalProperties": False}
     parts = {f"{name}Part": _as_part(part) for name, part in full.items()}
-    extends = {"type": "string", "description": "Name of an earlier document: its fields, with those here laid over."}
+    extends = {"type": "string", "description": "Name of an earlier document, whose fields this one overrides."}
     for spec in SPECS.values():
         parts[f"{spec.__name__}Part"]["properties"] |= {"extends": extends}
-    kinds = {"enum": list(SPECS), "description": "What is to be done: the verb, which decides the other fields."}
+    kinds = {"enum": list(SPECS), "description": "The verb of the job, which decides the other fields."}
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "slimray job",
@@ -413,7 +415,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def card_schema() -> dict[str, Any]:
-    """JSON Schema (draft 7) of a dataset card."""
+    """Return the JSON Schema (draft 7) of a dataset card."""
     whole = Card.model_json_schema(ref_template="#/definitions/{model}")
     return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "slimray dataset card", **_draft_7(whole)}
 
@@ -424,7 +426,7 @@ def _for_kind(kind: str, definition: str) -> dict[str, Any]:
 
 
 def _model_properties(model_spec: dict[str, Any]) -> dict[str, Any]:
-    """`name` as one of the table, and the options of all models with the ones that know them."""
+    """Return the properties of a model: `name` from the table, and the options of all models with their owners."""
     from slimray import models
 
     name = {"description": model_spec["properties"]["name"]["description"], "enum": list(models.MODELS)}
@@ -439,14 +441,14 @@ def _model_properties(model_spec: dict[str, Any]) -> dict[str, Any]:
         found = {types.get(type(default)) for default in defaults.values()}
         kind = {"type": found.pop()} if len(found) == 1 and None not in found else {}
         values = ", ".join(dict.fromkeys(str(default) for default in defaults.values()))
-        who = f" Known by {', '.join(defaults)}." if len(defaults) <= 6 else " Not every network knows it."
+        who = f" Used by {', '.join(defaults)}." if len(defaults) <= 6 else " Not every network has it."
         who = "" if len(defaults) == len(models.MODELS) else who
         properties[option] = {**kind, "description": f"Option of the network, default {values}.{who}"}
     return properties
 
 
 def _draft_7(node: Any) -> Any:
-    """A schema of pydantic as draft 7 writes it, where fixed arrays have `items`, and without its made-up titles."""
+    """Convert a schema of pydantic to draft 7, where fixed arrays have `items`, and remove generated titles."""
     if isinstance(node, list):
         return [_draft_7(one) for one in node]
     if not isinstance(node, dict):
@@ -456,7 +458,7 @@ def _draft_7(node: Any) -> Any:
 
 
 def _as_part(node: Any) -> Any:
-    """A schema that requires nothing, in itself and what it refers to."""
+    """Return a copy of a schema that requires nothing, neither itself nor in its references."""
     if isinstance(node, list):
         return [_as_part(one) for one in node]
     if not isinstance(node, dict):
