@@ -433,8 +433,8 @@ def test_a_list_that_is_wrong_is_named_with_its_line(tmp_path, clips):
         (["tsm:data.card=moving_shapes"], "data: give either card (a dataset card) or run (a prepare run)"),
         (["tsm:data={size: 32}"], "data: give either card (a dataset card) or run (a prepare run)"),
         (["tsm:data={card: moving_shapes}"], "data: moving_shapes: is generated: write data: {run: NAME} of the"),
-        (["data:pack={}"], "pack: moving_shapes is generated, leave it out"),
-        (["data:data.root=/x"], "data.root: moving_shapes is generated, leave it out"),
+        (["data:pack={}"], "pack: moving_shapes is generated: leave it out"),
+        (["data:data.root=/x"], "data.root: moving_shapes is generated: leave it out"),
         (["data:data.splits=[test]"], "data.splits: 'test' is not a split of moving_shapes (train, val)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The search over episodes: one search in whatever order its trials end, each of them learned from once."""
+"""The search over episodes is the same in whatever order trials end, and learns from each of them once."""
 
 import json
 import random
@@ -40,12 +40,12 @@ def bits() -> haq.BitsWalk:
 
 
 def by_channels(policy: dict[str, int]) -> float:
-    """Channels of the third group pay three times as much."""
+    """Reward channels of the third group three times as much."""
     return sum(c * (3 if name == "g2" else 1) for name, c in policy.items()) / 224
 
 
 def hilly(policy: dict[str, int]) -> float:
-    """Every group but the third gains ever less from its channels."""
+    """Reward channels of every group except the third with diminishing returns."""
     return sum(c / 32 * 2 if name == "g2" else (c / 32) ** 0.3 for name, c in policy.items())
 
 
@@ -104,7 +104,7 @@ def test_an_agent_learns_once_from_every_episode(case, monkeypatch):
         proposed = learner.propose(known, number)
         assert proposed is not None
         require_equal(proposed, [done[trial.index] for trial in proposed])
-    assert len(taken) == settings.episodes - settings.population  # all but the last generation
+    assert len(taken) == settings.episodes - settings.population  # all generations except the last
     with pytest.raises(ValueError, match="generation 2 comes before one that was proposed"):
         learner.propose(known, 2)
 

@@ -1,4 +1,4 @@
-"""AMC: the environment equals the recorded one; policies over groups keep their limits; the search is one search."""
+"""AMC: the environment equals the recorded one; policies over groups keep their limits; the search is reproducible."""
 
 import json
 import random
@@ -93,13 +93,13 @@ def steps() -> list[GroupStep]:
 
 
 def costs(rows):
-    """A chain of five layers between 3 inputs and 10 outputs."""
+    """Return the steps of a chain of five layers between 3 inputs and 10 outputs."""
     full = np.concatenate([np.full((len(rows), 1), 3.0), rows, np.full((len(rows), 1), 10.0)], 1)
     return {"macs": (full[:, :-1] * full[:, 1:]).sum(1), "latency_ms": rows.sum(1) / 10}
 
 
 def row(walk: GroupWalk, actions) -> np.ndarray:
-    """The channels of the policy that an episode of `actions` ends in."""
+    """Return the channels of the policy at the end of an episode with `actions`."""
     walk.reset()
     for action in actions:
         walk.step(action)
@@ -107,7 +107,7 @@ def row(walk: GroupWalk, actions) -> np.ndarray:
 
 
 def is_full(walk: GroupWalk, counts) -> bool:
-    """Whether no group may have its next number."""
+    """Return True if no group can take its next larger number."""
     more = np.repeat(counts[None], 5, 0) + 8 * np.eye(5)
     found = costs(more)
     broken = np.any([found[name] > limit for name, limit in walk.limits.items()], axis=0)

@@ -92,7 +92,7 @@ def test_an_agent_learns_which_action_pays_in_which_state(settings):
         actions = np.array([agent.act(state, number, rng) for state in states])
         agent.learn(Episode(states, actions, 1 - float(np.abs(actions - wanted).sum())))
     found = np.array([agent.mean_action(state) for state in states])
-    learned = slice(None) if settings.dummy else slice(1, None)  # AMC's replay never draws an episode's first step
+    learned = slice(None) if settings.dummy else slice(1, None)  # AMC's replay never draws the first step of an episode
     assert np.abs(found - wanted)[learned].max() < 0.2
 
 

@@ -1,4 +1,4 @@
-"""HAQ: the recorded projections and actions exactly, the walk, what bits cost, and a search that finds what matters."""
+"""HAQ: the recorded projections and actions exactly, the walk, costs of bits, and a search that finds what matters."""
 
 import json
 from dataclasses import replace

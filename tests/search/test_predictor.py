@@ -1,4 +1,4 @@
-"""A predictor learns from few archs which of the others are better, and knows how well."""
+"""A predictor learns from few archs which of the others are better, and reports its quality."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ TABLE = GeneTable(SPACE)
 
 
 def landscape(codes):
-    """A top-1 from 0 to 1: every gene helps, ever less; neighbouring blocks of equal kernels do not."""
+    """Return a top-1 from 0 to 1: genes help with diminishing returns; equal kernels in neighbouring blocks do not."""
     rng, runs = np.random.default_rng(0), TABLE.runs(codes)
     gains = np.cumsum(rng.uniform(0.2, 1, (codes.shape[1], 3)) * [1, 0.6, 0.3], axis=1)
     value = np.where(runs, gains[np.arange(codes.shape[1]), codes], 0).sum(1)

@@ -1,4 +1,4 @@
-"""Searches are functions of the past, keep their limits, and find what is there."""
+"""Searches are functions of the past, keep their limits, and find the best archs."""
 
 import itertools
 import json
@@ -54,7 +54,7 @@ PAIRS = np.random.default_rng(1).normal(size=(5, 3, 3))
 
 
 def made_up_score(codes):
-    """Additive effects of the genes that run, and of pairs of neighbouring blocks, in percent."""
+    """Return additive effects of the active genes, and of pairs of neighbouring blocks, in percent."""
     runs = TABLE.runs(codes)
     score = np.where(runs, EFFECTS[np.arange(codes.shape[1]), codes], 0).sum(1)
     for i in range(5):
@@ -102,7 +102,7 @@ def trial(index, arch):
 
 
 def run_in_parallel(strategy, problem, seed, workers, history=()):
-    """Trials 0 to num_evaluations on `workers` that finish in random order; resumes from `history`."""
+    """Run trials up to num_evaluations on `workers` that finish in random order; resume from `history`."""
     rng, done, waiting = random.Random(workers), list(history), []
     known = {one.index for one in done}
     todo = [index for index in range(strategy.num_evaluations) if index not in known]
@@ -235,7 +235,7 @@ def test_a_limit_that_only_one_arch_keeps_is_kept():
     kept = EVERY[problem.keeps(EVERY)]
     found = search(problem, Evolution(population=10, iterations=50), made_up_score, 0)
     assert set(TABLE.archs(found.codes)) == set(TABLE.archs(kept)) == {SPACE.smallest()}
-    assert len(found) == 10  # the second generation has nothing new, so the search ends
+    assert len(found) == 10  # the second generation has no new arch, so the search ends
     assert generation(Evolution(population=3), problem, [], 0, 0) == [SPACE.smallest()] * 3
 
 
@@ -253,7 +253,7 @@ def test_an_impossible_limit_is_refused_with_the_smallest_value_found():
         smallest = COSTS(EVERY)["latency_ms"].min()
         assert str(error.value) == (
             f"limits: latency_ms: no arch is at most 0.5, the smallest found is {smallest:.6g}: "
-            "raise the limit or search a space with smaller archs"
+            "raise the limit, or search a space with smaller archs"
         )
         assert sum(asked) < 200
         asked.clear()

@@ -1,4 +1,4 @@
-"""Averaged weights keep the statistics that belong to them, and forget where they started."""
+"""Averaged weights keep the statistics that belong to them, and forget their starting values."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ SHAPE = (3, 4, 4)
 
 
 class Classifier(nn.Module):
-    """Two convolutions with BatchNorm and a head: `[B, 3, 4, 4]` -> `[B, 2]`."""
+    """Two convolutions with BatchNorm, and a head: `[B, 3, 4, 4]` -> `[B, 2]`."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class Classifier(nn.Module):
 
 
 def samples(num: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures in which a channel is brighter than another, or darker."""
+    """Return images in which one channel is brighter or darker than another."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, num)
     data = rng.integers(0, 200, (num, 1, 4, 4, 3), dtype=np.uint8)
@@ -133,7 +133,7 @@ def statistics_on_a_rank(rank: int, at_once: int, folder: str) -> None:
     wanted = {f"norms.{n}": row for n, row in enumerate(own)} | {
         f"ema_norms.{n}": row for n, row in enumerate(averaged)
     }
-    assert list(found) == ([] if rank else sorted(wanted))  # written by rank 0 alone
+    assert list(found) == ([] if rank else sorted(wanted))  # only rank 0 writes them
     assert all(torch.equal(value, wanted[name]) for name, value in found.items())
     if rank == 0:
         torch.save(state, f"{folder}/state.pt")

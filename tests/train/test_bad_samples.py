@@ -1,4 +1,4 @@
-"""Bad samples are told among the ranks by number, and a checkpoint of an older version says the same by masks."""
+"""Ranks exchange bad samples by number, and checkpoints of older versions store them as masks."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from slimray.data.plan import Phase
 from slimray.train.metrics import BadSamples
 from slimray.train.ranks import Ranks
 
-NUM = 1_000_000_000  # nothing of this size may be made
+NUM = 1_000_000_000  # no array of this size may be allocated
 
 
 def batch(bad: list[int], good: list[int]) -> Batch:

@@ -1,4 +1,4 @@
-"""Batches in samples or in tokens: what may be written, and what a rate depends on."""
+"""Batches in samples or in tokens: valid fields, and their effect on the learning rate."""
 
 import pytest
 

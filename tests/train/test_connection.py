@@ -1,4 +1,4 @@
-"""A driver that is told to end while Ray runs in it has the time to save, and tells so in its own words."""
+"""A driver that gets SIGTERM while Ray runs in it has the time to save, and reports it in its own words."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""What slimray uses of Ray Train's inside to run its controller without an actor is there, as it was when written."""
+"""The internals of Ray Train that slimray uses to run its controller without an actor exist unchanged."""
 
 import inspect
 

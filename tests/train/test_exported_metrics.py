@@ -1,4 +1,4 @@
-"""The numbers that Prometheus gets of a run, read from Ray's real exporter on loopback."""
+"""The metrics of a run that Prometheus gets, read from Ray's real exporter on loopback."""
 
 import re
 import socket

@@ -1,4 +1,4 @@
-"""Signs of life: the watchdog, stragglers, goodput."""
+"""Health of a run: the watchdog, stragglers, goodput."""
 
 import threading
 import time

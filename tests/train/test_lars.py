@@ -1,4 +1,4 @@
-"""LARS against its formula, and what it is for: steps that do not depend on the size of the gradient."""
+"""LARS follows its formula, and its steps do not depend on the size of the gradient."""
 
 import pytest
 import torch

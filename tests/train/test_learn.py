@@ -1,4 +1,4 @@
-"""Schedules, groups, losses, BatchNorm and scores are what their sources say."""
+"""Schedules, groups, losses, BatchNorm and scores follow their published definitions."""
 
 import json
 import math
@@ -139,7 +139,7 @@ def test_losses_are_smoothed_and_weighted_per_sample():
     weighted = classify.losses(logits, labels, spec(class_weights=[3.0, 1.0]))
     assert torch.allclose(weighted, 3 * plain)
     smooth = classify.losses(logits, labels, spec(label_smoothing=0.1))
-    assert smooth[0] == pytest.approx(plain[0].item() + 0.05 * 2.0)  # half of it goes to the other class
+    assert smooth[0] == pytest.approx(plain[0].item() + 0.05 * 2.0)  # half of it is spread to the other class
 
 
 def test_weights_of_samples_are_those_of_their_losses():
@@ -247,7 +247,7 @@ def test_adam_adds_its_decay_to_the_gradient():
 
 
 def two_norms() -> torch.nn.Sequential:
-    """A network with two BatchNorms, the second behind dropout and an activation, that has seen other data before."""
+    """Return a network with two BatchNorms, the second after dropout and an activation, that has seen other data."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(
         torch.nn.Conv2d(2, 3, 3),
@@ -270,7 +270,7 @@ def some_batches() -> list[torch.Tensor]:
 def test_recalibrated_norms_hold_the_weighted_mean_of_what_each_batch_is_like():
     net, batches = two_norms(), some_batches()
     means, variances, samples = [], [], []
-    for x in batches:  # by hand: every batch is normalised by its own statistics, dropout is off
+    for x in batches:  # computed here: every batch is normalised by its own statistics, dropout is off
         hidden = net[0](x)
         inner = torch.nn.functional.batch_norm(hidden, None, None, net[1].weight, net[1].bias, training=True)
         outer = net[4](inner.relu())
@@ -283,7 +283,7 @@ def test_recalibrated_norms_hold_the_weighted_mean_of_what_each_batch_is_like():
     torch.testing.assert_close(found[0], (weights * torch.stack(means)).sum(0))
     torch.testing.assert_close(found[1], (weights * torch.stack(variances)).sum(0))
     pooled = net[0](torch.cat(batches)).var((0, 2, 3), correction=0)
-    assert (found[1][:3] < 0.9 * pooled).all()  # the batches differ: the variance of all together is another number
+    assert (found[1][:3] < 0.9 * pooled).all()  # the batches differ, so the variance of all together is another number
 
 
 def test_recalibration_makes_a_copy_and_leaves_the_network_as_it_is():

@@ -1,4 +1,4 @@
-"""One rank that was told of a preemption is enough; who was told nothing asks nobody and waits for nobody."""
+"""A notice of preemption to one rank is enough; ranks without a notice neither send requests nor wait."""
 
 from types import SimpleNamespace
 
@@ -26,7 +26,7 @@ def ranks(rank: int, world: int = 1) -> Ranks:
 
 
 def _step(found: Notices, progress: Progress) -> dict | None:
-    """What the loop does: a sum at each step, a look where somebody had something to say."""
+    """Do as the loop does: a sum at each step, and a `look` if any rank has a notice."""
     (looks,) = found.ranks.sum(found.due(progress))
     return found.look(progress) if looks else None
 

@@ -1,4 +1,4 @@
-"""Optimizers fit the networks they are for, and scale with the batch as their sources say."""
+"""Optimizers fit their networks, and scale with the batch as published."""
 
 import json
 import math
@@ -101,7 +101,7 @@ def test_schedules_in_steps_are_those_of_the_published_translation_networks(shar
     recorded = json.loads((shared / "parity/language/hat_recipe.json").read_text())["lr_schedule"][name]
     optim = spec(optimizer="adamw", epochs=10, reference_batch=4096, betas=[0.9, 0.98], **fields)
     for step, rate in recorded.items():
-        if not (optim.schedule == "cosine" and int(step) == last):  # where theirs begins anew
+        if not (optim.schedule == "cosine" and int(step) == last):  # where theirs restarts
             found = optimizers.learning_rate(optim, 4096, 1, 0, int(step), last // 10)
             assert found == pytest.approx(rate, rel=1e-9), step
     assert optimizers.learning_rate(optim, 2 * 4096, 1, 0, 20_000, last // 10) > 1.9 * recorded["20000"]

@@ -19,7 +19,7 @@ BY_TOKENS = {"kind": "text", "target": {"shape": [5], "dtype": "int64", "fill": 
 
 
 def rows(phase: Phase, step: int, rank: int) -> Batch | None:
-    """What a rank is given: its positions of the plan, samples of their number, as long as they are and filled up."""
+    """Return a rank's batch at its positions of the plan: samples hold their number + 2, padded to five."""
     lo, hi = rank_slice(phase, step, rank, WORLD)
     if lo == hi:
         return None

@@ -1,4 +1,4 @@
-"""The planner's formulas by hand-counted cases, its limits, and the published point it must come near to."""
+"""The planner's formulas on cases counted by hand, its limits, and the published result it must come close to."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -146,7 +146,7 @@ def test_more_workers_than_physical_cores_gain_nothing_and_decoders_share_the_co
     one, two, four = (planner.split_step(WORK, LAPTOP, n) for n in (1, 2, 4))
     assert two.compute_s == pytest.approx(one.compute_s / 2) == pytest.approx(four.compute_s)
     assert one.data_s == two.data_s == 0
-    work = with_decode(0.01)  # as long as computing
+    work = with_decode(0.01)  # takes as long as computing
     assert planner.split_step(work, LAPTOP, 1).data_s == pytest.approx(0)  # the other core decodes
     assert planner.split_step(work, LAPTOP, 2).data_s == pytest.approx(two.compute_s)
     row = planner.make_plan(work, LAPTOP, [2]).rows[0]
@@ -277,7 +277,7 @@ def test_a_run_is_compared_by_the_median_of_its_rows_without_the_first():
 
 
 def test_kinetics_on_1536_gpus_is_foreseen_with_over_80_percent_efficiency_and_an_interval_near_the_published_time():
-    """Not fitted: from the base alone the likely time is 12 % short of the published one, the interval's end 2 %."""
+    """Without a fit, from the base alone, the likely time is 12 % below the published one, the interval's end 2 %."""
     low, likely, high = bench.predict(planner.anchored(bench.TSM, bench.summit(), 6, bench.BASE_S), 1536)
     assert low < likely < high
     assert bench.BASE_S / 256 / high > 0.8

@@ -1,4 +1,4 @@
-"""Training in half precision: the loss is scaled so that gradients survive; what overflows is tried smaller."""
+"""Training in half precision: the loss is scaled so that gradients survive, and less after an overflow."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class Head(nn.Module):
-    """A linear layer over pixels whose loss has gradients of about `size`: `[B, 3, 2, 2]` -> `[B, 2]`."""
+    """Linear layer over pixels whose loss has gradients of about `size`: `[B, 3, 2, 2]` -> `[B, 2]`."""
 
     def __init__(self, size: float):
         super().__init__()
@@ -50,7 +50,7 @@ def test_small_gradients_survive_in_fp16():
 
 def test_a_step_that_overflows_is_dropped_and_the_next_is_tried_at_half_the_scale():
     replica, finite = step_of("fp16", 100.0)
-    assert finite == [True]  # it may fit at a smaller scale, so it is no bad step
+    assert finite == [True]  # it may be finite at a smaller scale, so it is not a bad step
     assert replica.scale.value == precision.START_SCALE / 2
     assert torch.equal(replica.net.layer.weight, Head(100.0).layer.weight)
     replica, finite = step_of("fp16", 100.0, steps=12)

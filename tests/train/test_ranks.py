@@ -1,4 +1,4 @@
-"""What one rank has read, all ranks have: bytes and the values of tensors, in pieces."""
+"""Data that one rank has read reaches all ranks: bytes and values of tensors, in pieces."""
 
 import random
 

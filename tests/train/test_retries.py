@@ -1,4 +1,4 @@
-"""Starting workers again, with real processes: what a retry is charged to, sick nodes, waiting for nodes."""
+"""Restarts of workers, with real processes: the budget of retries, sick nodes, waiting for nodes."""
 
 import dataclasses
 import os
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.usefixtures
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What the workers of these tests are handed."""
+    """Config of the workers in these tests."""
 
     folder: str
     progress_actor: object
@@ -32,7 +32,7 @@ class Config:
 
 
 def work(config: Config) -> dict[str, int]:
-    """Save a checkpoint, as far as the driver can tell, and die or raise, until it has been started five times."""
+    """Report a checkpoint to the driver, then die or raise, until this was started five times."""
     starts = Path(config.folder, "starts")
     starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
     count = len(starts.read_text())
@@ -47,7 +47,7 @@ def work(config: Config) -> dict[str, int]:
 
 @pytest.fixture
 def local(monkeypatch):
-    """A local cluster of two CPUs."""
+    """Start a local cluster of two CPUs."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     workers.connect(2)
     yield
@@ -69,7 +69,7 @@ def test_a_lost_machine_after_a_checkpoint_gives_the_retries_back_and_a_users_er
             found = error
         return found, len((folder / "starts").read_text())
 
-    assert ends("killed") == ({"starts": 5}, 5)  # four failures on one retry
+    assert ends("killed") == ({"starts": 5}, 5)  # four failures with one retry
     assert (tmp_path / "progress").read_text().strip().isdigit(), "the script that starts the driver hears of it"
     error, starts = ends("killed before progress")
     assert (type(error), getattr(error, "code", None), starts) == (RunFailed, 3, 2)
@@ -78,12 +78,12 @@ def test_a_lost_machine_after_a_checkpoint_gives_the_retries_back_and_a_users_er
 
 
 def node_of(config: Config) -> str:
-    """The node on which the worker runs."""
+    """Return the node on which the worker runs."""
     return ray.get_runtime_context().get_node_id()
 
 
 def lacks_a_file(config: Config) -> None:
-    """Fail for want of a file, once it is known that another node is sick: at once, and then with a stream of data."""
+    """Fail on a missing file once another node is known to be sick: first at once, then with a stream of data."""
     actor, notes = config.progress_actor, Path(config.folder, "notes")
     wait_for("the sick node to be found", lambda: workers.progress_state(actor)["sick"])
     before = notes.read_text() if notes.exists() else ""
@@ -96,7 +96,7 @@ def lacks_a_file(config: Config) -> None:
 
 @pytest.fixture
 def site(monkeypatch, tmp_path):
-    """A cluster of a head without work, and a storage on which the credentials of a sick node are refused."""
+    """Start a cluster whose head has no work, and a storage that refuses the credentials of a sick node."""
     for name, value in {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(workers, "WAITING_S", 1.0)
@@ -105,7 +105,7 @@ def site(monkeypatch, tmp_path):
     try:
         with faulty_s3() as faults:
             faults.refused = "sick"
-            run = runs.open_run(faults.uri("runs"), tmp_path.name)  # the server keeps what other tests have left
+            run = runs.open_run(faults.uri("runs"), tmp_path.name)  # the server still holds objects of other tests
             runs.begin(run, {"kind": "train", "name": run.name}, 1)
             yield cluster, run
     finally:
@@ -114,7 +114,7 @@ def site(monkeypatch, tmp_path):
 
 
 def test_a_node_that_joins_sick_and_holds_no_rank_decodes_nothing_after_the_first_failure(site, tmp_path):
-    """Decoding goes wherever there is room: it is tried again without the sick node, and then it is the user's."""
+    """Decoding runs on any node: a failure is retried without the sick node, and only then it is the user's."""
     cluster, run = site
     cluster.add_node(num_cpus=1)
     workers.connect(1)
@@ -138,7 +138,7 @@ def test_a_node_that_joins_sick_and_holds_no_rank_decodes_nothing_after_the_firs
 
 
 def test_a_node_that_joins_sick_gets_no_rank_and_what_is_waited_for_is_told(site, tmp_path):
-    """It has no right to read the storage: its nodes' role is missing. A node that joins later does the work."""
+    """The sick node may not read the storage, as its role is missing. A node that joins later does the work."""
     cluster, run = site
     sick = cluster.add_node(num_cpus=1, env_vars={"AWS_ACCESS_KEY_ID": "sick"})
     workers.connect(1)

@@ -1,4 +1,4 @@
-"""The network of a finished run, such as a teacher, is read by one rank and is that of all."""
+"""The network of a finished run, such as a teacher, is read by one rank and shared with all."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def of_a_rank(rank: int, world: int) -> Ranks:
 
 
 def written(folder: str) -> runs.Run:
-    """A run that left a network whose every value is its own."""
+    """Write a run with a network in which no two values are equal."""
     torch.manual_seed(3)
     net = compress.build(**MODEL)
     for value in net.state_dict().values():

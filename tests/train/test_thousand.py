@@ -1,4 +1,4 @@
-"""The two walls beyond a thousand ranks, with Ray's own actors: the barrier of the ranks, and who gets which CPUs."""
+"""The two limits beyond a thousand ranks, with Ray's own actors: the barrier, and the allocation of CPUs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ WORLD, NODES, CPUS, GPUS = 1536, 192, 96, 8
 
 @contextmanager
 def requests_of(executions: int) -> Iterator[_AutoscalingCoordinatorActor]:
-    """Ray's coordinator on a cluster of 192 nodes, asked by a training of 1,536 workers and so many executions."""
+    """Return Ray's coordinator on a cluster of 192 nodes, with requests of 1,536 workers and so many executions."""
     nodes = [
         {"NodeID": f"{i:03d}", "Alive": True, "Resources": {"CPU": CPUS, "GPU": GPUS}, "Labels": {}}
         for i in range(NODES)
@@ -42,7 +42,7 @@ def test_every_execution_of_1536_ranks_gets_cpus():
     free = [CPUS - 4 * GPUS] * NODES
     feeders = num_feeders(WORLD, free)
     assert feeders == 16
-    for executions in (feeders, 2 * feeders):  # each has two while one follows the other
+    for executions in (feeders, 2 * feeders):  # each has two while one replaces the other
         with requests_of(executions) as coordinator:
             got = [cpus_of(coordinator, f"data-{number}") for number in range(executions)]
             assert cpus_of(coordinator, "train") == 4 * WORLD
@@ -65,7 +65,7 @@ def test_the_controller_looks_less_often_at_many_workers(ranks, asked, seconds):
 
 
 def _meet(config: dict) -> int:
-    """In the one worker: so many callers at once at the barrier that the controller made."""
+    """Call the barrier that the controller made as each of `world` ranks at once, in the single worker."""
     from ray.train.v2._internal.execution.context import get_train_context
 
     actor, world = get_train_context().get_synchronization_actor(), config["world"]

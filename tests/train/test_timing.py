@@ -1,4 +1,4 @@
-"""What a device has done, and how long it took, while its queue is filled: a device of this file is steps behind."""
+"""Progress and times of a device while its queue is filled: the simulated device of this file is steps behind."""
 
 import copy
 import threading
@@ -23,8 +23,8 @@ CPU = torch.device("cpu")
 
 
 class Behind:
-    """The timer of a device that works off a queue: a moment is a place in it, which the device reaches when `work`
-    says so, or when somebody waits for it."""
+    """Timer of a device that works through a queue: a moment is a position in it, which the device reaches by `work`
+    or when something waits for it."""
 
     ahead = 2
 
@@ -79,8 +79,8 @@ def test_seconds_of_a_step_are_added_when_the_device_has_done_it_and_no_more_tha
     for count in range(1, 6):
         step(clock, timer, 4)
         assert clock.timed == 4 * max(0, count - 2)
-        assert timer.done <= timer.given - 5 * min(count, 2)  # the last two are not waited for
-    assert clock.seconds["total"] == 3 * 4  # a moment of this device is as many seconds
+        assert timer.done <= timer.given - 5 * min(count, 2)  # without waiting for the last two
+    assert clock.seconds["total"] == 3 * 4  # moments of this device are seconds
     clock.settle()
     assert (clock.steps, clock.samples, clock.timed) == (5, 20, 20)
     assert clock.seconds == {"total": 20, "wait": 5, "sum": 0, "work": 5, "transfer": 0, "reduce": 0}
@@ -114,7 +114,7 @@ def test_a_rank_waits_for_others_where_its_device_stands_in_the_all_reduce(monke
         one.reduced.append((*one.reducing, end))
         one.reducing = None
         steps.append((begin, end))
-    assert not one.reduces()  # the device computes, and has its gradients not yet
+    assert not one.reduces()  # the device computes, and does not have its gradients yet
     for begin, end in steps:
         timer.work(begin, 0.0)
         assert one.reduces()
@@ -128,7 +128,7 @@ def test_a_rank_waits_for_others_where_its_device_stands_in_the_all_reduce(monke
 
 @pytest.mark.parametrize("reduces", [True, False])
 def test_the_watchdog_tells_a_device_that_hangs_from_one_that_waits(monkeypatch, reduces: bool):
-    """The processor waits for a step that it queued; the device is in its own work, or where ranks add up gradients."""
+    """The CPU waits for a queued step while the device is in its own work, or in the all-reduce of gradients."""
     monkeypatch.setattr(method, "REDUCING_S", 0.0)
     monkeypatch.setattr(health, "QUICK_S", 0.3)
     monkeypatch.setattr(health, "QUICK_RATIO", 2.0)
@@ -156,7 +156,7 @@ def test_the_watchdog_tells_a_device_that_hangs_from_one_that_waits(monkeypatch,
 
 
 def both_wait(rank: int) -> None:
-    """The first rank comes when the other is seen in the all-reduce of gradients."""
+    """The first rank arrives once the other one is seen in the all-reduce of gradients."""
     method.REDUCING_S, store = 0.2, dist.distributed_c10d._get_default_store()
     optim = OptimSpec(lr=0.1, reference_batch=4, epochs=1, groups="plain")
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))

@@ -1,4 +1,4 @@
-"""A validation counts the same whenever it is done, and computes in the arithmetic of the training."""
+"""A validation gives the same result whenever it runs, and computes in the arithmetic of the training."""
 
 from typing import cast
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def frustums(count: int = 6, points: int = 64) -> Batch:
-    """Frustums of a class each, with twice as many points on the object as `mask_points` keeps."""
+    """Return frustums, one per class, with twice as many points on the object as `mask_points` keeps."""
     rng = np.random.default_rng(0)
     data = rng.normal(size=(count, 1, 7, points)).astype(np.float32)
     data[:, :, 4:] = np.eye(3, dtype=np.float32)[np.arange(count) % 3][:, None, :, None]
@@ -38,7 +38,7 @@ def frustums(count: int = 6, points: int = 64) -> Batch:
 
 
 class Kept:
-    """A score that keeps the boxes it is told of, which no count rounds."""
+    """Score that keeps the predicted boxes, without rounding them to counts."""
 
     def __init__(self):
         self.centers: list[torch.Tensor] = []
@@ -54,7 +54,7 @@ class Kept:
 
 
 def validated(net: nn.Module, seed: tuple[int, int, int], precision: str = "auto") -> torch.Tensor:
-    """What a validation says of the centers of boxes in a step, `[6, 3]`."""
+    """Return the centers of boxes that a validation predicts in a step, `[6, 3]`."""
     score = Kept()
     score_batch(net, frustums(), Input(), CPU, 3, score, seed, precision)
     assert score.result() == {"num_samples": 6}
@@ -63,10 +63,10 @@ def validated(net: nn.Module, seed: tuple[int, int, int], precision: str = "auto
 
 @pytest.fixture(scope="module")
 def net() -> nn.Module:
-    """A network that draws some of the points it takes for the object, at random."""
+    """Network that samples some of the points it assigns to the object, at random."""
     torch.manual_seed(0)
     net = models.build("frustum_pointnet", num_classes=3, width=0.125, num_points=16).eval()
-    with torch.no_grad():  # every point is on the object, so there are more than it takes
+    with torch.no_grad():  # every point is on the object, so there are more than it uses
         parameters = dict(net.named_parameters())
         last = [name for name in parameters if name.startswith("inst_seg") and name.endswith("bias")][-1]
         parameters[last].copy_(torch.tensor([-9.0, 9.0]))
@@ -75,14 +75,14 @@ def net() -> nn.Module:
 
 def test_what_a_network_draws_is_the_same_at_every_validation_whatever_was_drawn_before(net):
     first = validated(net, (7, 2, 1))
-    torch.rand(1000)  # a run that was resumed has drawn other numbers until now
+    torch.rand(1000)  # a resumed run has drawn other random numbers before
     assert torch.equal(validated(net, (7, 2, 1)), first)
     for other in ((8, 2, 1), (7, 3, 1), (7, 2, 0)):
         assert not torch.equal(validated(net, other), first)
 
 
 class Seen(nn.Module):
-    """A network that remembers the types in which its convolutions computed."""
+    """Network that records the dtypes in which its convolutions computed."""
 
     def __init__(self, net: nn.Module):
         super().__init__()

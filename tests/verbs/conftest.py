@@ -1,4 +1,4 @@
-"""Real runs for the tests of the verbs: one local Ray cluster, one small generated dataset, the command line."""
+"""Real runs for the tests of verbs: one local Ray cluster, one small generated dataset, the command line."""
 
 import contextlib
 import hashlib
@@ -34,12 +34,12 @@ log_every: 1
 
 
 def train_yaml(name: str, workers: int = 2, epochs: int = 2, per_worker: int = 4) -> str:
-    """A training of 6 steps an epoch on 48 small clips."""
+    """Return the YAML of a training of 6 steps per epoch on 48 small clips."""
     return TRAIN.format(name=name, workers=workers, epochs=epochs, per_worker=per_worker)
 
 
 class Shell:
-    """The `slimray` command in a folder of its own, as a user types it."""
+    """Run the `slimray` command in a folder of its own, as a user types it."""
 
     def __init__(self, folder: Path):
         self.folder, self.storage = folder, folder / "runs"
@@ -71,10 +71,10 @@ class Shell:
 
 
 class Here(Shell):
-    """The same, but what is not killed runs in this process: on one cluster, with the processes that it kept."""
+    """Do the same, but run commands that are not killed in this process, on one cluster whose processes are reused."""
 
     def run(self, *arguments: str, seconds: float = 0) -> subprocess.CompletedProcess:
-        """Run a command until it ends; how long it may take is for the `timeout` of the test to say."""
+        """Run a command until it ends; the `timeout` of the test limits its duration."""
         code, out, err, before = 0, io.StringIO(), io.StringIO(), sys.argv
         sys.argv = ["slimray", *arguments]
         try:
@@ -91,7 +91,7 @@ class Here(Shell):
 
 
 def end_session(child: subprocess.Popen) -> None:
-    """SIGKILL the command and everything that it started."""
+    """Send SIGKILL to the command and everything it started."""
     for pid in session_of(child.pid):
         try:
             os.kill(pid, signal.SIGKILL)
@@ -101,7 +101,7 @@ def end_session(child: subprocess.Popen) -> None:
 
 
 def session_of(leader: int) -> list[int]:
-    """The processes whose parents lead up to `leader`, and itself."""
+    """Return `leader` and all processes below it."""
     parents: dict[int, int] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -118,7 +118,7 @@ def session_of(leader: int) -> list[int]:
 
 
 def find_process(leader: int, words: str) -> int:
-    """The first process below `leader` whose command line holds `words`."""
+    """Return the first process below `leader` whose command line contains `words`."""
     for pid in session_of(leader):
         try:
             if words in Path(f"/proc/{pid}/cmdline").read_text():
@@ -129,7 +129,7 @@ def find_process(leader: int, words: str) -> int:
 
 
 def write_list(shell: Shell, folder: str, files: list[Path], labels: int = 2) -> None:
-    """A folder with links to `files` and lists of them, the same for both splits."""
+    """Make a folder with links to `files` and lists of them, the same for both splits."""
     root = shell.folder / folder
     root.mkdir()
     for file in files:
@@ -140,14 +140,14 @@ def write_list(shell: Shell, folder: str, files: list[Path], labels: int = 2) ->
 
 
 def weights(shell: Shell, name: str) -> str:
-    """A digest of the trained weights, bit for bit."""
+    """Return a digest of the trained weights, bit for bit."""
     data = (shell.storage / name / "model/weights.safetensors").read_bytes()
     tensors = safetensors.numpy.load(data)
     return hashlib.sha256(b"".join(tensors[k].tobytes() for k in sorted(tensors))).hexdigest()
 
 
 def seen(shell: Shell, name: str) -> dict[int, list[int]]:
-    """Epoch -> samples that its steps consumed, in order of their ids."""
+    """Return epoch -> samples that its steps consumed, sorted by id."""
     out: dict[int, list[int]] = {}
     for row in runs.read_parts(runs.open_run(str(shell.storage), name), "samples"):
         out.setdefault(row["epoch"], []).extend(row["ids"])
@@ -162,7 +162,7 @@ def has_checkpoint(shell: Shell, name: str, step: int) -> bool:
 
 
 def run_and_kill_a_worker(shell: Shell, file: str, name: str) -> None:
-    """Start the training `name` of `file`, SIGKILL a worker after step 8, in mid-epoch, and see the run end well."""
+    """Start the training `name` of `file`, kill a worker after step 8, in mid-epoch, and check that it finishes."""
     killed: list[int] = []
 
     def kill() -> None:
@@ -180,12 +180,12 @@ def run_and_kill_a_worker(shell: Shell, file: str, name: str) -> None:
 
 @pytest.fixture(scope="session")
 def shell(tmp_path_factory) -> Iterator[Here]:
-    """A folder with the prepared dataset `data` in its storage."""
+    """Make a folder with the prepared dataset `data` in its storage."""
     import ray
 
     from slimray.train import connection
 
-    connection.connect(2 + (os.cpu_count() or 1))  # what a training on two workers asks for
+    connection.connect(2 + (os.cpu_count() or 1))  # as much as a training on two workers needs
     shell = Here(tmp_path_factory.mktemp("shell"))
     shell.ok("run", shell.write("data.yaml", DATA))
     yield shell

@@ -1,4 +1,4 @@
-"""Chains of verbs in one file: what one of them makes the others take, before it exists too; and what is imported."""
+"""Chains of verbs in one file: jobs accept the runs of earlier ones before these exist; and imported modules."""
 
 import json
 import subprocess
@@ -154,7 +154,7 @@ def test_what_a_search_finds_is_evaluated_trained_on_and_predicted_with(names, t
 
 
 def imported(*arguments: str, cwd: Path) -> set[str]:
-    """The modules that a command imports."""
+    """Return the modules that a command imports."""
     code = f"""
 import sys
 from slimray.cli.main import main

@@ -1,4 +1,4 @@
-"""One training under random misfortune: a node that is announced to go, and a driver that is killed."""
+"""One training with random injected faults: an announced preemption of a node, and a killed driver."""
 
 from pathlib import Path
 

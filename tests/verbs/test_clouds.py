@@ -1,4 +1,4 @@
-"""Clouds of points on the same spine: prepared, trained exactly, shown in 3D, labelled; a kill costs no bit here."""
+"""Point clouds in the same framework: prepared, trained exactly, shown in 3D, labelled; a kill changes no bit."""
 
 import json
 
@@ -27,7 +27,7 @@ log_every: 1
 
 @pytest.fixture(scope="module")
 def parts(shell: Shell) -> str:
-    """The digest of an undisturbed training on labelled parts, `parts`."""
+    """Return the digest of an undisturbed training on labelled parts, `parts`."""
     shell.ok("run", shell.write("shapes.yaml", DATA), shell.write("parts.yaml", TRAIN.format(name="parts")))
     return weights(shell, "parts")
 
@@ -69,7 +69,7 @@ def test_a_cloud_of_ones_own_is_labelled(shell, parts):
 
 @pytest.mark.benchmark
 def test_votes_cover_every_point_and_peers_train(shell, parts):
-    """Two draws of every point of a cloud are voted on; a network that learnt with a peer is an ordinary run."""
+    """Two draws of a cloud vote on every point; a network from mutual learning is an ordinary run."""
     peers = TRAIN.format(name="peers").replace("epochs: 3", "epochs: 1, mutual: 1")
     votes = "---\nkind: evaluate\nname: voted\nruns: [parts, peers]\nvotes: 2\nscale: {workers: 2}\n"
     shell.ok("run", shell.write("voted.yaml", peers + votes))

@@ -1,4 +1,4 @@
-"""Networks compressed step by step: what each step leaves is a run, killed ones resume, zeros stay zero."""
+"""Networks compressed step by step: each step leaves a run, killed jobs resume, zeros stay zero."""
 
 import json
 
@@ -47,7 +47,7 @@ scale: {{workers: 1}}
 
 @pytest.fixture(scope="module")
 def small(shell: Shell) -> runs.Run:
-    """An undisturbed compress run, `small`, of the training `whole`."""
+    """Make an undisturbed compress run, `small`, of the training `whole`."""
     shell.ok("run", shell.write("pictures.yaml", DATA), shell.write("whole.yaml", TRAIN))
     text = COMPRESS.format(name="small")
     told = shell.ok("check", shell.write("small.yaml", text))

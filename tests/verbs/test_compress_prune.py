@@ -1,4 +1,4 @@
-"""Channels pruned by `kind: compress`: policies and AMC keep their limits, a search is the same on any workers."""
+"""Channels pruned by `kind: compress`: policies and AMC keep their limits; a search is the same on any workers."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def walk() -> amc.GroupWalk:
 
 
 def finish(progress: Progress, order: list[int]) -> None:
-    """Run trials to the end, those under way finishing in the `order` of a permutation."""
+    """Run trials to the end; running ones finish in the `order` of a permutation."""
     number = 0
     while not progress.is_done:
         begun = []
@@ -98,7 +98,7 @@ def test_trials_on_storage_are_those_of_a_search_in_this_process_and_nothing_is_
         for found in (progress.history[index], again.history[index]):
             assert (found.policy, found.reward) == (trial.policy, trial.reward)
             assert (found.actions == trial.actions).all()
-    assert len(taken) == 28  # all but the last generation
+    assert len(taken) == 28  # all generations except the last
     assert len(tried) == len(set(tried)) < 30
 
 
@@ -142,7 +142,7 @@ def test_steps_that_say_too_much_or_too_little_are_one_sentence(step, reason):
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
-    """What a check says of the steps of a job that compresses a ResNet of images of 32 pixels."""
+    """Return the result of `check` for the steps of a job that compresses a ResNet for images of 32 pixels."""
     folder = tmp_path_factory.mktemp("check")
     root = networks.pictures(folder / "pictures", per_class=1)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Few bits by `kind: compress`: after training and trained, stored small, the same numbers wherever they are loaded."""
+"""Few bits by `kind: compress`: with and without training, stored small, with the same values wherever loaded."""
 
 import json
 
@@ -93,7 +93,7 @@ def test_bits_keep_shares_of_what_eight_cost_and_limits_in_numbers(scheme):
     costs = Costs(step, LAYERS)
     walk = walk_of(step, LAYERS, costs)
     whole, rng = costs.all([[8, 8]] * 4), np.random.default_rng(0)
-    books = 1024 * len(LAYERS) if scheme == "kmeans" else 0  # 256 floats per layer
+    books = 1024 * len(LAYERS) if scheme == "kmeans" else 0  # 256 floating-point values per layer
     assert whole["size_mb"] == pytest.approx((sum(one.weights for one in LAYERS) + books) / 1e6)
     for _ in range(20):
         walk.reset()

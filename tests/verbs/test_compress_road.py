@@ -1,4 +1,4 @@
-"""The whole road in one file: prepared, trained, pruned by AMC, rounded to 8 bits, evaluated; and killed on its way."""
+"""The whole chain in one file: prepared, trained, pruned by AMC, rounded to 8 bits, evaluated; and killed meanwhile."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ KINDS = {
 
 
 def road(kind: str, name: str, samples: int = 20, episodes: int = 2) -> str:
-    """`pictures` has a limit on latency too, one that every policy keeps."""
+    """`pictures` also has a limit on latency, which every policy keeps."""
     limit = "\n    limits: {latency_ms: 100000}" if kind == "pictures" else ""
     return ROAD.format(name=name, samples=samples, episodes=episodes, limit=limit, **KINDS[kind])
 
@@ -117,7 +117,7 @@ def is_finished(shell: Shell, name: str) -> bool:
 @pytest.mark.benchmark
 @pytest.mark.timeout(1800)
 def test_a_road_that_is_killed_in_every_step_ends_in_the_same_bits(tmp_path):
-    """SIGKILL of the driver and everything below it, six times on one road."""
+    """Kill the driver and everything below it, six times in one chain."""
     text = road("clips", "road", samples=60, episodes=3)
     straight, killed = Shell(tmp_path / "straight"), Shell(tmp_path / "killed")
     for shell in (straight, killed):

@@ -1,4 +1,4 @@
-"""Scoring, showing and predicting: a finished run is used by name from the command line, with and without Ray."""
+"""Evaluation, display and prediction: a finished run is used by name on the command line, with and without Ray."""
 
 import json
 

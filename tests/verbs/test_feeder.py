@@ -40,7 +40,7 @@ def cluster() -> None:
 
 
 def clouds(folder) -> pa.Table:
-    """NUM clouds whose points are all at x = their number, as files."""
+    """Write NUM clouds as files, with all points of a cloud at x = its number."""
     for i in range(NUM):
         (folder / f"{i}.npz").write_bytes(write_cloud(Cloud(np.full((5, 3), i, np.float32) + np.eye(5, 3) / 9)))
     return index_table([{"path": f"{i}.npz", "label": i} for i in range(NUM)])
@@ -66,7 +66,7 @@ def feed(folder, table: pa.Table, blocks_per_execution: int) -> FeedConfig:
 
 
 def consume(config: FeedConfig, name: str) -> list[list[tuple[str, int, int, list[int]]]]:
-    """What each rank saw: (phase, epoch, step, samples), the samples told by their points, -1 where they are bad."""
+    """Return what each rank received: (phase, epoch, step, samples), with samples read off their points, -1 if bad."""
     _, feeders = start_feeders(config, name)
 
     def rank_sees(rank: int) -> list[tuple[str, int, int, list[int]]]:
@@ -102,7 +102,7 @@ def test_every_rank_sees_its_own_samples_in_order(cluster, tmp_path, blocks_per_
 
 
 def test_ranks_of_which_blocks_hold_several_steps_see_their_own_samples_too(cluster, tmp_path):
-    """Begun amid an epoch; ranks that have nothing at some steps, a short last step, two executions, a bad file."""
+    """Start in mid-epoch, with ranks without rows at some steps, a short last step, two executions, and a bad file."""
     world, num, batch = 2 * RANKS_AT_ONCE + 1, 20 * NUM, 90
     clouds(tmp_path)
     (tmp_path / "5.npz").write_bytes(b"damaged")
@@ -133,7 +133,7 @@ def test_a_file_that_is_gone_ends_the_stream_of_every_rank_with_its_name(cluster
 
 
 def test_a_training_file_that_does_not_decode_is_not_decoded_again(cluster, tmp_path):
-    """Each time may take `decode_timeout_s`; a sample of the validation is decoded each time."""
+    """Each decoding may take `decode_timeout_s`; a validation sample is decoded each time."""
     index = clouds(tmp_path)
     good = (tmp_path / "1.npz").read_bytes()
     source = Source(str(tmp_path), ray.put(index), NUM)
@@ -152,7 +152,7 @@ def test_a_training_file_that_does_not_decode_is_not_decoded_again(cluster, tmp_
 
 @ray.remote(num_cpus=0)
 def _node_asked_from(first: str, *others: str) -> str:
-    """The node of a task that asks for the last of these, started by one that asks for the first."""
+    """Return the node of a task with affinity to the last of these nodes, started by one with affinity to the first."""
     if not others:
         return ray.get_runtime_context().get_node_id()
     there = NodeAffinitySchedulingStrategy(others[0], soft=True)
@@ -160,7 +160,7 @@ def _node_asked_from(first: str, *others: str) -> str:
 
 
 def test_feeders_run_where_their_ranks_do(tmp_path):
-    """On a cluster of its own, of two nodes; the last test of this file, as the other cluster is gone then."""
+    """Run on a separate cluster of two nodes; the last test of this file, as it ends the other cluster."""
     ray.shutdown()
     two = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False})
     try:

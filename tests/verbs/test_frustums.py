@@ -1,4 +1,4 @@
-"""Boxes in frustums on the same spine: raw KITTI files prepared, trained, scored with AP, seen from above."""
+"""Boxes in frustums in the same framework: raw KITTI files prepared, trained, scored with AP, drawn from above."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_scans_become_frustums_and_a_bad_label_file_is_named(trained):
     run = runs.open_run(str(trained.storage), "streets")
     card = runs.read_card(run)
     assert card is not None
-    assert card["metrics"]["train"]["clips"] > 40  # of 3 objects in 8 scans, twice each
+    assert card["metrics"]["train"]["clips"] > 40  # 3 objects in 8 scans, twice each
     assert card["metrics"]["val"]["quarantined"] == 1
     objects = json.loads(runs.read_file(run, "data/val.objects.json"))
     assert [len(one["objects"]) for one in objects] == [3, 3, 3]
@@ -63,7 +63,7 @@ def test_boxes_are_learnt_and_counted_as_kitti_counts_them(trained):
     assert {f"ap{n}_{m}_car_moderate" for n in (11, 40) for m in ("3d", "bev")} <= set(row["ap"])
     assert row["repeats"]["mean_iou_3d"]["max"] >= row["mean_iou_3d"] > 0
     shown = [one for one in results["examples"] if one["type"] == "boxes"]
-    assert 1 <= len(shown) <= 3  # the images of which the first rank saw a frustum
+    assert 1 <= len(shown) <= 3  # images with a frustum on the first rank
 
 
 def test_the_report_shows_boxes_from_above(trained):

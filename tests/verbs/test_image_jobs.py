@@ -1,4 +1,4 @@
-"""Jobs on images as far as they go without Ray: what `check` says, how runs are scored, what a report shows."""
+"""Jobs on images as far as they go without Ray: results of `check`, scoring of runs, contents of a report."""
 
 import base64
 import io
@@ -42,7 +42,7 @@ crops: 5
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
-    """A working folder with images of three classes in it, and jobs.yaml."""
+    """Make a working folder with images of three classes, and jobs.yaml."""
     monkeypatch.chdir(tmp_path)
     for split in ("train", "val"):
         for number in range(12):
@@ -63,7 +63,7 @@ def problems(*sets: str) -> list[str]:
 
 
 def finish(recipe: ImageRecipe) -> Network:
-    """The run `net` as training would leave it, never trained."""
+    """Write the run `net` as a training would, but untrained."""
     torch.manual_seed(0)
     options = {"name": "resnet18", "num_classes": 3, "width": 0.125}
     run = runs.open_run("runs", "net")
@@ -116,7 +116,7 @@ def test_a_dataset_that_is_not_there_is_the_only_complaint():
 def test_a_run_is_scored_in_several_crops_and_at_another_size():
     network = finish(ImageRecipe(size=32, mode="val", flip=False))
     scored = parse(evaluate.EvaluateJob, {"kind": "evaluate", "name": "e", "runs": ["net"], "crops": 5}, "x.yaml")
-    splits: Any = None  # only votes on points look at them
+    splits: Any = None  # only votes on points read them
     recipe = read_recipe(evaluate._recipe(scored, network, "natural", splits, "val"))
     assert (recipe.size, recipe.crops, recipe.short_side, recipe.mode) == (32, 5, 37, "test")
     larger = scored.model_copy(update={"size": 64})

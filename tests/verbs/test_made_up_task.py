@@ -1,4 +1,4 @@
-"""The contract of a task: one that only the tests know is checked, trained, evaluated, predicted with and reported."""
+"""The contract of a task: one that only tests define is checked, trained, evaluated, used to predict, and reported."""
 
 import json
 import os
@@ -42,7 +42,7 @@ pictures: 2
 
 
 def draw(folder: Path) -> None:
-    """Pictures of 0, 1 and 2 bright squares, in folders by their number."""
+    """Write images of 0, 1 and 2 bright squares, in folders by their number."""
     rng = np.random.default_rng(0)
     for split, each in (("train", 4), ("val", 2)):
         for count in range(3):

@@ -1,4 +1,4 @@
-"""`slimray plan` as a user types it, and the calibration it keeps. No Ray: one worker is measured in process."""
+"""`slimray plan` as a user types it, and its stored calibration. No Ray: one worker is measured in this process."""
 
 import json
 import os
@@ -29,7 +29,7 @@ PRICES = "prices:\n  small: {usd_per_hour: 2, source: a page, date: 2026-01-02, 
 
 @pytest.fixture
 def where(tmp_path, monkeypatch) -> Path:
-    """A working folder with a job whose dataset is not there, and a cluster of two nodes."""
+    """Make a working folder with a job whose dataset is missing, and a cluster of two nodes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     Path("tiny.yaml").write_text(TINY)

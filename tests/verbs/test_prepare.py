@@ -1,4 +1,4 @@
-"""Preparing on real tasks: what is damaged is quarantined, what is packed keeps its frames, a killed job goes on."""
+"""Preparation by real tasks: damaged files are quarantined, packed ones keep their frames, a killed job continues."""
 
 import json
 import os
@@ -29,7 +29,7 @@ clips_per_shard: 4
 
 @pytest.fixture(scope="module")
 def files(shell: Shell, shared) -> list:
-    """A folder `mixed` of twelve clips, two of which are damaged."""
+    """Make a folder `mixed` of twelve clips, two of which are damaged."""
     good = sorted((shared / "data/video/fight_surv/fight").glob("*.mp4"), key=lambda f: f.stat().st_size)[:10]
     bad = [shared / "data/video/damaged" / name for name in ("truncated_half_no_moov.mp4", "zero_length.mp4")]
     write_list(shell, "mixed", [*good, *bad])
@@ -65,7 +65,7 @@ def test_a_killed_job_goes_on_where_it_stopped(shell, files):
     name = shell.write("resumed.yaml", PACK.format(name="resumed", root="mixed", format="h264") + "tasks: 1\n")
     child = shell.start("run", name)
     wait_for("the first part", lambda: any(parts.glob("*.json")))
-    os.kill(child.pid, signal.SIGSTOP)  # so that it does not finish meanwhile
+    os.kill(child.pid, signal.SIGSTOP)  # so that it does not finish in the meantime
     done = {part.name: part.stat().st_mtime_ns for part in parts.glob("*.json")}
     end_session(child)
     shell.ok("run", name)

@@ -1,4 +1,4 @@
-"""A resumed `prepare` takes no list for the one it began with."""
+"""A resumed `prepare` does not accept other lists than those it began with."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Parts of a prepare job are read side by side and joined in their order."""
+"""Parts of a prepare job are read in parallel and joined in order."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def test_parts_come_in_order_and_are_read_at_the_same_time(tmp_path, monkeypatch
     read, together = runs.read_file, threading.Barrier(2, timeout=patience(30))
 
     def read_in_pairs(run: runs.Run, name: str) -> bytes:
-        together.wait()  # nobody passes alone
+        together.wait()  # nobody passes the barrier alone
         return read(run, name)
 
     monkeypatch.setattr(prepare_parts.runs, "read_file", read_in_pairs)

@@ -1,4 +1,4 @@
-"""What paths cost and what a job may say; on a real cluster a sweep, of which a killed search ends in the same bits."""
+"""Costs of paths and checks of jobs; on a real cluster a sweep, in which a killed search ends with the same bits."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from slimray.edge.latency_table import LatencyTable, write_table
 from slimray.spec import UserError, parse
 from slimray.verbs import path_costs, proxyless
 
-# both searches have the same weight: the first, which nothing disturbs, says how the second must end
+# both searches have the same weight: the first, undisturbed, gives the result that the second must reach
 JOBS = """
 kind: prepare
 name: pictures
@@ -63,7 +63,7 @@ def net():
 
 
 def table(folder: Path, net: Any, ms: float, fixed_ms: float = 0.0, slope: float = 1.0, sides: Any = (32,)) -> str:
-    """A table in which every unit of the supernet has `ms` at a size of 32 and more by its pixels, mean readings twice
+    """Return a table in which each unit of the supernet has `ms` at a size of 32, scaled by pixels, mean readings twice
     that, with the calibration `fixed_ms` and `slope`."""
 
     def row(side: int) -> dict[str, Any]:
@@ -98,13 +98,13 @@ def test_latencies_are_slope_times_those_of_the_table_with_its_offset_once(net, 
     job = make_job(latency={"table": file, "ref_ms": 20, "regulariser": "mul_log"})
     goal = path_costs.make_goal(job, net, job.weights[0])
     assert goal.weight == 0.3
-    assert goal.fixed == 0.5 + 5 * 1.5 * 2.0  # five units that all paths have
+    assert goal.fixed == 0.5 + 5 * 1.5 * 2.0  # five units are shared by all paths
     assert goal.edges[1] == (3.0,) * 6 + (0.0,)
     assert goal.of((0, 6, 0, 0, 0, 0, 0, 0, 0, 0)) == goal.fixed + 9 * 3.0
 
 
 def test_a_path_costs_what_a_search_is_told_of_the_same_network(net, tmp_path):
-    """Reads one table by both verbs, at a resolution that was measured and at one between two that were."""
+    """Read one table by both verbs, at a measured resolution and at one between two measured ones."""
     file = table(tmp_path, net, 0.7, fixed_ms=0.25, slope=1.25, sides=(20, 32))
     supernet: Any = models.build("ofa_proxyless", num_classes=5, preset="tiny")
     prices = Prices(supernet, None, hardware.meter(file))

@@ -1,4 +1,4 @@
-"""What a search leaves: a network at its own resolution with the zoom it was judged at, and fronts for every device."""
+"""Results of a search: a network at its own resolution with the zoom of its scoring, and fronts for every device."""
 
 import json
 from dataclasses import replace
@@ -55,7 +55,7 @@ def test_another_resolution_keeps_the_share_of_the_picture_that_is_seen(size):
 
 
 def searches(tmp_path, *targets: TargetSpec, metric: Metric = TOP1) -> list:
-    """A search of each target that has tried the same three archs."""
+    """Return a search per target that has tried the same three archs."""
     net = cost.build_on_meta(lambda: models.build("ofa_mobilenetv3", num_classes=10, preset="tiny"))
     job = parse(
         SearchJob,
@@ -80,7 +80,7 @@ def searches(tmp_path, *targets: TargetSpec, metric: Metric = TOP1) -> list:
 
 
 def left(progresses: list, tmp_path, metric: Metric = TOP1) -> tuple[dict, dict]:
-    """front.json and results.json of the search."""
+    """Return front.json and results.json of the search."""
     results: dict = {}
     run = runs.open_run(str(tmp_path), "s")
 
@@ -102,7 +102,7 @@ def test_fronts_are_written_of_what_a_device_costs_too(tmp_path):
 
 
 def test_a_metric_that_is_better_lower_is_searched_for_its_lowest_value_and_shown_as_it_is(tmp_path):
-    """Also by a search that goes on with what is on storage."""
+    """The same holds for a search that continues from storage."""
     metric, target = TASKS["translate"].best, TargetSpec(name="small", limits={"macs": 1e12})
     (progress,) = searches(tmp_path, target, metric=metric)
     smallest = progress.prices.net.space.smallest()

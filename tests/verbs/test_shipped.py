@@ -1,4 +1,4 @@
-"""Runs that earlier versions shipped wrong: `show` and `runs` say so, with the command that fixes them."""
+"""Runs with a fault of earlier versions: `show` and `runs` report it, with the command that fixes it."""
 
 import json
 from pathlib import Path

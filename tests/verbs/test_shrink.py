@@ -1,4 +1,4 @@
-"""A supernet shrunk stage by stage and searched: exact after a kill, trials kept, subnets that are runs."""
+"""A supernet shrunk stage by stage and searched: exact after a kill, with stored trials, and subnets as runs."""
 
 import json
 
@@ -47,7 +47,7 @@ scale: {{workers: 1}}
 
 @pytest.fixture(scope="module")
 def ofa(shell: Shell) -> str:
-    """The digest of an undisturbed shrink run, `ofa`."""
+    """Return the digest of an undisturbed shrink run, `ofa`."""
     shell.ok("run", shell.write("pictures.yaml", DATA), shell.write("ofa.yaml", SHRINK.format(name="ofa")))
     return weights(shell, "ofa")
 

@@ -1,4 +1,4 @@
-"""What a step divides its loss by, and which weights and statistics a run ships, seen from its folder."""
+"""The divisor of a step's loss, and the weights and statistics that a run ships, read from its folder."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def test_a_short_last_batch_counts_by_its_share_and_an_old_run_ends_by_the_law_i
     (folder / "status.json").write_text(json.dumps(status | {"state": "failed"}))
     marker = folder / "checkpoints/step_000000002/complete.json"
     content = json.loads(marker.read_text())
-    del content["meta"]["arithmetic"]  # as it was before
+    del content["meta"]["arithmetic"]  # the rule of earlier versions
     marker.write_text(json.dumps(content))
     shell.ok("run", shell.write("old.yaml", SHORT.format(name="old")))
     whole = weights(runs.open_run(str(shell.storage), "old"), 3)

@@ -1,4 +1,4 @@
-"""Samples for judges, and those held out of training, are drawn without an order of all samples of a large split."""
+"""Samples for judges and held-out samples are drawn without a permutation of all samples of a large split."""
 
 import random
 import tracemalloc
@@ -12,7 +12,7 @@ from slimray.verbs import subnets
 
 
 def first(num_samples: int, count: int) -> np.ndarray:
-    """The samples that judges calibrate with."""
+    """Return the samples with which judges recalibrate."""
     return subnets.drawn(num_samples, True, {}).plan.samples(0, count, 7, lambda: np.zeros(0))
 
 

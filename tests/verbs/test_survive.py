@@ -1,4 +1,4 @@
-"""A cluster of several nodes on this machine: nodes that are announced to go, that come, and workers that hang."""
+"""A cluster of several nodes on this machine: announced preemptions, joining nodes, and workers that hang."""
 
 import json
 import os
@@ -33,7 +33,7 @@ log_every: 1
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A head that holds no work, where drivers run."""
+    """Start a cluster whose head runs drivers, but no work."""
     ray.shutdown()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     with pytest.MonkeyPatch.context() as patch:
@@ -46,7 +46,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def site(cluster, tmp_path_factory) -> Shell:
-    """A storage with a dataset, and one node that can work."""
+    """Prepare a dataset, and start one node that can work."""
     shell = Shell(tmp_path_factory.mktemp("site"))
     cluster.add_node(num_cpus=3)
     shell.ok("run", shell.write("data.yaml", DATA))
@@ -54,7 +54,7 @@ def site(cluster, tmp_path_factory) -> Shell:
 
 
 def drain(cluster: Cluster, node_id: str, seconds: int) -> None:
-    """Announce that a node will be taken, as a cloud does for a spot machine."""
+    """Announce the preemption of a node, as a cloud does for a spot machine."""
     command = [
         str(Path(sys.executable).parent / "ray"), "drain-node", "--address", cluster.address, "--node-id", node_id,
         "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
@@ -65,20 +65,20 @@ def drain(cluster: Cluster, node_id: str, seconds: int) -> None:
 
 
 def steps_of(shell: Shell, name: str) -> int:
-    """The newest step that is on storage."""
+    """Return the newest step on storage."""
     run = runs.open_run(str(shell.storage), name)
     newest = runs.list_checkpoints(run)
     return newest[-1].step if newest else 0
 
 
 def world_of(shell: Shell, name: str) -> int:
-    """With how many workers the newest checkpoint was written."""
+    """Return the number of workers that wrote the newest checkpoint."""
     newest = runs.list_checkpoints(runs.open_run(str(shell.storage), name))
     return newest[-1].meta["world"] if newest else 0
 
 
 def written_steps(shell: Shell, name: str) -> list[set[int]]:
-    """The steps that rank 0 wrote down, redone ones too, for each start of the workers."""
+    """Return the steps that rank 0 recorded, repeated ones included, for each start of the workers."""
     starts: dict[str, set[int]] = {}
     for part in sorted((shell.storage / name / "metrics").iterdir()):
         rows = [json.loads(line) for line in part.read_text().splitlines()]
@@ -91,7 +91,7 @@ def test_a_node_that_is_announced_to_go_costs_no_step_and_one_that_comes_is_used
     spot = cluster.add_node(num_cpus=3)
     epochs = 50
     text = ELASTIC.format(name="spot", workers="[1, 2]", epochs=epochs, retries=0, every=20, patience=patience(120))
-    file = site.write("spot.yaml", text.replace("retries:", "cpus_per_worker: 2, retries:"))  # one worker to a node
+    file = site.write("spot.yaml", text.replace("retries:", "cpus_per_worker: 2, retries:"))  # one worker per node
     child = site.start("run", file)
     wait_for("two workers", lambda: world_of(site, "spot") == 2, 200)
     drain(cluster, spot.node_id, 8)
@@ -111,14 +111,14 @@ def test_a_node_that_is_announced_to_go_costs_no_step_and_one_that_comes_is_used
     assert card["goodput"]["restarts"] == 2
     assert card["goodput"]["repeated_steps"] <= 20
     first, second, third = written_steps(site, "spot")
-    assert not first & second  # with notice no step is done twice
-    assert len(second & third) <= 20  # for the upscale at most those since a checkpoint
+    assert not first & second  # with a notice, no step is done twice
+    assert len(second & third) <= 20  # for the upscale, at most those since a checkpoint
     assert first | second | third == set(range(1, 6 * epochs + 1))
     assert 0 < card["goodput"]["goodput"] < 1
 
 
 def test_a_notice_of_an_hour_costs_seconds_and_no_retry(cluster, site):
-    """The node stays for the hour; the ranks go on at once on what is left, and the time is not idled away."""
+    """The node stays for the hour; the ranks continue at once on the other nodes, without idling until then."""
     spot = cluster.add_node(num_cpus=3)
     text = ELASTIC.format(name="hour", workers="[1, 2]", epochs=20, retries=0, every=20, patience=patience(120))
     file = site.write("hour.yaml", text.replace("retries:", "cpus_per_worker: 2, retries:"))

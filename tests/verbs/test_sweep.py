@@ -1,4 +1,4 @@
-"""Sweeps: what is tried, and that what is finished is not tried again, by real Tune trials on made-up scores."""
+"""Sweeps: the settings tried, and finished trials that are not repeated, by real Tune trials on made-up scores."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def test_random_trials_depend_on_the_seed_and_stay_in_their_range():
     first = proposals(drawn, 3)
     assert first == proposals(drawn, 3) != proposals(drawn, 4)
     assert all(1e-4 <= one["lr"] <= 1e-1 and one["subnets"] in (1, 2) for one in first)
-    assert sum(one["lr"] < 10**-2.5 for one in first) in range(10, 41)  # evenly in the logarithm
+    assert sum(one["lr"] < 10**-2.5 for one in first) in range(10, 41)  # uniform in the logarithm
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_stage_tunes_only_fields_that_it_has():
 
 @pytest.fixture(scope="module")
 def two_cpus() -> Iterator[None]:
-    """A cluster on which two trials run at a time."""
+    """Start a cluster on which two trials run at a time."""
     ray.shutdown()
     workers.connect(2)
     yield
@@ -69,7 +69,7 @@ def two_cpus() -> Iterator[None]:
 @pytest.mark.ray
 @pytest.mark.parametrize("search", ["grid", pytest.param("optuna", marks=pytest.mark.benchmark)])
 def test_finished_trials_are_not_done_again_and_the_best_comes_first(two_cpus, tmp_path, search):
-    """The work is a made-up score: how often it was asked for is seen in files."""
+    """The work is a made-up score; files count how often it was computed."""
     stage = runs.run_at(str(tmp_path / "stage"))
     counts = tmp_path / "counts"
     counts.mkdir()
@@ -90,7 +90,7 @@ def test_finished_trials_are_not_done_again_and_the_best_comes_first(two_cpus, t
     assert [one["score"] for one in first] == sorted((one["score"] for one in first), reverse=True)
     assert first[0]["uri"] == folder_of(stage, first[0]["settings"])
     gone = runs.run_at(first[-1]["uri"])
-    (tmp_path / "stage/trials" / gone.name / "data/trial.json").unlink()  # as if it had been cut off
+    (tmp_path / "stage/trials" / gone.name / "data/trial.json").unlink()  # as if it had been interrupted
     again = sweep(wanted, stage, work, 2, 0)
     assert len(list(counts.iterdir())) == 5
     assert again == first

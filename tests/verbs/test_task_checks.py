@@ -1,4 +1,4 @@
-"""What a task does not have is refused before machines are asked for, with a sentence."""
+"""Options that a task does not have are refused before machines are requested, with a sentence."""
 
 import numpy as np
 import pytest

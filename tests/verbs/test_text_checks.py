@@ -1,4 +1,4 @@
-"""Jobs on texts are held against what texts are before machines are asked for: one sentence for each mistake."""
+"""Jobs on texts are checked before machines are requested: one sentence for each mistake."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Text on the same spine: damaged lines left out, trained by tokens, exactly; scored, asked line by line."""
+"""Text in the same framework: damaged lines left out, exact training by tokens, scores, predictions line by line."""
 
 import json
 import math
@@ -69,7 +69,7 @@ batch: 3
 
 
 def write_pairs(shell: Shell) -> None:
-    """Numbers in English, and as many in German, backwards; three of 100 lines to learn from are damaged."""
+    """Write numbers in English, and reversed in German; three of 100 training lines are damaged."""
     folder, rng = shell.folder / "texts", random.Random(0)
     folder.mkdir()
     for split, count in (("train", 97), ("val", 12)):
@@ -83,7 +83,7 @@ def write_pairs(shell: Shell) -> None:
 
 @pytest.fixture(scope="module")
 def calm(shell: Shell) -> str:
-    """The digest of an undisturbed training, `calm-text`."""
+    """Return the digest of an undisturbed training, `calm-text`."""
     write_pairs(shell)
     calm = shell.write("calm-text.yaml", TRAIN.format(name="calm-text"))
     out = shell.ok("run", shell.write("pairs.yaml", DATA), calm)
@@ -126,7 +126,7 @@ def test_a_training_of_so_many_steps_ends_with_them_also_after_a_kill(shell, cal
     assert card["steps"] == steps
     taken, wanted = {}, {}
     for one, ids in ((run, taken), (whole, wanted)):
-        for row in runs.read_parts(one, "samples"):  # one of each rank
+        for row in runs.read_parts(one, "samples"):  # one from each rank
             ids[row["step"]] = sorted(ids.get(row["step"], []) + row["ids"])
     assert steps < len(wanted) < 2 * steps, "the last of its passes is cut"
     assert taken == {step: wanted[step] for step in range(steps)}
@@ -135,7 +135,7 @@ def test_a_training_of_so_many_steps_ends_with_them_also_after_a_kill(shell, cal
 
 
 def test_a_killed_driver_resumes_on_another_number_of_workers_and_ends_in_the_same_weights(shell, calm):
-    """Without dropout, which differs from rank to rank, they are the same but for rounding."""
+    """Without dropout, which differs from rank to rank, they are the same except for rounding."""
     name = shell.write("elastic-text.yaml", TRAIN.format(name="elastic-text"))
     child = shell.start("run", name)
     wait_for("a checkpoint in mid-epoch", lambda: has_checkpoint(shell, "elastic-text", 8))

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 @pytest.fixture(scope="module")
 def undisturbed(shell: Shell) -> str:
-    """The digest of a run that nothing disturbed; the run is called `calm`."""
+    """Return the digest of an undisturbed run, `calm`."""
     shell.ok("run", shell.write("calm.yaml", train_yaml("calm", epochs=3)))
     return weights(shell, "calm")
 

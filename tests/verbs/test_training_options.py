@@ -1,4 +1,4 @@
-"""What `check` says of the options of a training, and how runs of earlier versions fit; without Ray."""
+"""Results of `check` for the options of a training, and compatibility with runs of earlier versions; without Ray."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ scale: {workers: 2}
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch) -> Path:
-    """Six images of two classes in `images`."""
+    """Write six images of two classes in `images`."""
     monkeypatch.chdir(tmp_path)
     for split, count in (("train", 6), ("val", 2)):
         for number in range(count):
@@ -73,7 +73,7 @@ def test_what_only_the_dataset_tells_is_found_by_check():
 
 
 def write_teacher(task: str, classes: int, recipe: dict[str, Any] | None = None) -> None:
-    """A run `old` with what `check` looks at in a network: its task, its samples and its classes."""
+    """Write a run `old` with what `check` reads of a network: its task, samples and classes."""
     run = runs.open_run("runs", "old")
     if not runs.exists(run, "job.yaml"):
         runs.begin(run, {"kind": "train", "name": "old"}, 1)
@@ -152,7 +152,7 @@ def test_groups_that_the_network_has_not_are_found_by_check():
 
 
 def begin_as_before(one: job.Loaded, state: str, **optim) -> runs.Run:
-    """A run folder as an earlier version left it: its job.yaml lacks today's fields and holds other defaults."""
+    """Write a run folder as an earlier version did: its job.yaml lacks today's fields and has other defaults."""
     document = yaml.safe_load(yaml.safe_dump(one.document))
     for name in ("scaling", "nesterov", "betas", "eps", "precision", "precise_norm"):
         del document["optim"][name]

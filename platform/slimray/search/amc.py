@@ -219,7 +219,7 @@ class GroupWalk:
         if not self._keeps(self.lowest[None])[0]:
             found = costs(self.lowest[None])
             shown = ", ".join(f"{name} {float(found[name][0]):.6g}" for name in limits)
-            raise UserError(f"amc: the limits are out of reach: with all groups at the lower bound there are {shown}")
+            raise UserError(f"amc: the limits are out of reach: with all groups at the lower bound costs are {shown}")
         rows = [
             [i, float(s.linear), s.inputs, s.outputs, s.stride, s.kernel, s.weights, 0.0, 0.0, 1.0]
             for i, s in enumerate(self.steps)

@@ -91,7 +91,7 @@ def parameter_groups(net: nn.Module, groups: str) -> list[dict[str, Any]]:
     """
     if groups == "tsm" and not _names_its_ends(net):
         raise UserError(
-            "optim.groups: tsm needs a network of clips or images with a head and a first convolution: take "
+            "optim.groups: tsm needs a network of clips or images with a head and a first convolution: use "
             "no_norm_decay or plain"
         )
     norms = {f"{name}." for name, module in net.named_modules() if isinstance(module, BatchNorm)}

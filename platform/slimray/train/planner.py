@@ -243,7 +243,7 @@ def split_step(work: Work, cluster: Cluster, workers: int, case: int = LIKELY, b
     """Split the seconds of a step of `batch` samples (default: the global batch) on `workers`; `case` is LOW to HIGH.
 
     LOW and LIKELY hide the all-reduce behind the last backward pass and take its fastest algorithm; HIGH hides nothing
-    and takes the slower flat one. On CPUs nothing is hidden: the cores that compute also move the bytes.
+    and takes the slowest one except the tree. On CPUs nothing is hidden: the cores that compute also move the bytes.
     """
     nodes, here = cluster.place(workers)
     rows = -(-(batch or work.batch_total) // workers)  # of the rank with the most
@@ -412,7 +412,7 @@ def _advice(work: Work, cluster: Cluster, workers: int, split: Split, bottleneck
         need = math.ceil(work.batch_total * work.decode_s / (split.compute_s + split.comm_s + split.straggler_s))
         return (
             f"decoding needs {need} cores, there are {cluster.place(workers)[0] * cluster.cores}: pack the dataset "
-            "(prepare with pack: jpeg, or h264 with gop 12), or take nodes with more cores"
+            "(prepare with pack: jpeg, or h264 with gop 12), or use nodes with more cores"
         )
     if bottleneck in ("disk", "network", "storage"):
         return (
@@ -422,7 +422,7 @@ def _advice(work: Work, cluster: Cluster, workers: int, split: Split, bottleneck
     if bottleneck == "requests":
         return (
             f"the storage must answer {rate * work.requests:,.0f} requests/s: keep the dataset on the nodes "
-            "(data.cache), or take nodes that mount it"
+            "(data.cache), or use nodes that mount it"
         )
     if bottleneck == "feeder":
         return (
@@ -430,13 +430,13 @@ def _advice(work: Work, cluster: Cluster, workers: int, split: Split, bottleneck
             "are fewer"
         )
     if bottleneck == "control path":
-        return "steps are too short for so many workers: raise batch.total, or take fewer workers"
+        return "steps are too short for so many workers: raise batch.total, or use fewer workers"
     if crowded or bottleneck == "cores":
         return f"workers and decoders share {cluster.cores} cores: more workers do not help here"
     if bottleneck == "all-reduce":
-        return "raise batch.total or batch.per_worker (more to compute per all-reduce), or take fewer workers"
+        return "raise batch.total or batch.per_worker (more to compute per all-reduce), or use fewer workers"
     if bottleneck == "stragglers":
-        return "the slowest of so many ranks sets the pace: leave out slow nodes, or take fewer workers"
+        return "the slowest of so many ranks sets the pace: leave out slow nodes, or use fewer workers"
     if work.accumulation(workers) > 1:
         return f"computing is the limit: up to {work.batch_total // work.per_worker} workers can share the same batch"
     return (

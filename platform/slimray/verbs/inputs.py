@@ -153,7 +153,7 @@ def root_of(splits: Splits, data: DataSpec) -> str:
         return splits.root
     fs, folder = open_uri(splits.root)
     lists = [join(folder, place) for name in splits.tables for place in splits.card.places(name)]
-    written = [info.mtime_ns for info in retry(lambda: fs.get_file_info(lists), "look at the lists of", folder)]
+    written = [info.mtime_ns for info in retry(lambda: fs.get_file_info(lists), "check the lists of", folder)]
     version = hashlib.sha256(f"{splits.fingerprint} {written}".encode()).hexdigest()[:16]
     return cache.root(splits.root, data.cache.dir, data.cache.max_gb, version)
 

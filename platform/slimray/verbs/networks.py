@@ -97,7 +97,7 @@ def model_options(job: TrainJob, card: Card | None) -> dict[str, Any]:
     for option in needs:
         if option not in given and card is not None:
             task = task_of_card(card).name
-            raise UserError(f"name: {job.model.name} needs {option}, which the task {task} does not have: use another")
+            raise UserError(f"name: {job.model.name} needs {option}, which the task {task} lacks: use another network")
     options = {**{option: given[option] for option in needs}, **_channels_of(job, card), **job.model.options()}
     if job.optim.zero_gamma:
         options["zero_gamma"] = True
@@ -273,7 +273,7 @@ def _require_metrics(job: TrainJob, card: Card | None) -> None:
         return
     known = [f"val/{metric.name}" for metric in task.metrics]
     if named is not None and named not in known:
-        hint = did_you_mean(named, known) or f", one of {', '.join(known)}"
+        hint = did_you_mean(named, known) or f": use one of {', '.join(known)}"
         raise UserError(f"checkpoint.best_metric: the task {task.name} has no {named!r}{hint}")
     if job.average != "logits" and not task.logits:
         raise UserError(f"average: prob is for classes, not for {task.name}: leave it out")

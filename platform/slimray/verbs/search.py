@@ -192,7 +192,7 @@ def _problem(prices: Any, target: TargetSpec, strategy: strategies.Strategy) -> 
         if name in MEASURED and name not in told:
             of = prices.meter.name if prices.meter else "a target without `hardware`"
             field = "limits" if name in target.limits else "strategy: objectives"
-            raise UserError(f"{field}: {name}: {of} does not provide it: name a hardware that does")
+            raise UserError(f"{field}: {name}: {of} does not provide it: name hardware that does")
 
     def fit(codes: np.ndarray, metrics: np.ndarray, seed: int) -> Any:
         from slimray.search import predictor

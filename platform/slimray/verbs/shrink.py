@@ -68,7 +68,7 @@ class StageSpec(Spec):
     def _tunes_what_is_there(self) -> "StageSpec":
         for name in self.tune.over if self.tune else ():
             if name not in TUNED:
-                raise ValueError(f"tune.over: no field {name!r}, one of {', '.join(TUNED)}")
+                raise ValueError(f"tune.over: no field {name!r}: use one of {', '.join(TUNED)}")
         return self
 
     def with_settings(self, settings: Mapping[str, float]) -> "StageSpec":

@@ -1,4 +1,4 @@
-"""A compiled network learns as the plain one does; where nothing compiles, a sentence says so."""
+"""A compiled network learns as the plain one does; where compilation is impossible, a sentence reports it."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def here_alone(monkeypatch):
-    """Compile in this process: a pool of others takes longer to start than these networks take."""
+    """Compile in this process: a pool of processes takes longer to start than these networks take to compile."""
     from torch._inductor import config
 
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -27,7 +27,7 @@ def here_alone(monkeypatch):
 
 
 class Tiny(nn.Module):
-    """Convolution, BatchNorm, and a branch that a compiler cannot follow: its graph breaks there."""
+    """Convolution, BatchNorm, and a branch that the compiler cannot trace, so that its graph breaks there."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ def replica(compile: bool) -> PlainReplica:
 
 
 def pieces(step: int) -> list[Piece]:
-    """Pieces of four samples, of one, and of none."""
+    """Return pieces of four samples, of one, and of none."""
     draw = np.random.default_rng(step)
     sizes = (4, 1, 0)
     data = [draw.integers(0, 256, (n, 1, 8, 8, 3), dtype=np.uint8) for n in sizes]
@@ -68,7 +68,7 @@ def test_a_compiled_network_takes_the_steps_of_the_plain_one_and_keeps_its_names
 
 
 def two_steps(rank: int, world: int, cuts: list[list[tuple[int, int]]], compile: bool) -> dict[str, torch.Tensor]:
-    """The weights after two steps on samples 0 to 4, of which this rank has the pieces `cuts[rank]`."""
+    """Return the weights after two steps on samples 0 to 4, of which this rank has the pieces `cuts[rank]`."""
     torch.manual_seed(0)
     optim = OptimSpec.model_validate({"epochs": 1, "lr": 0.1, "reference_batch": 5})
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))

@@ -1,4 +1,4 @@
-"""A network that is taught learns from labels and teacher in the proportion that was asked for; the teacher stays."""
+"""A student learns from labels and teacher by the given weights; the teacher does not change."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Words of a language model move by Hebb's rule: as computed word by word, on any ranks, also after a resume."""
+"""Words of a language model move by Hebb's rule as computed word by word, on any number of ranks and after a resume."""
 
 import copy
 from typing import Any
@@ -34,7 +34,7 @@ def replica(rank: int = 0, world: int = 1) -> HebbianReplica:
 
 
 def piece(step: int, rows: slice = slice(None)) -> Any:
-    """Four windows of six words, the last two shorter."""
+    """Return four windows of six words, the last two shorter."""
     tokens = np.random.default_rng(step).integers(4, VOCAB, (4, 7)).astype(np.int32)
     tokens[2:, 5:] = PAD
     return Piece(tokens[rows, None], tokens[rows, 1:].astype(np.int64))
@@ -68,7 +68,7 @@ def test_words_move_by_the_rule_as_computed_word_by_word():
     made, wanted, seen = replica(), network(), {}
     for step in range(4):
         before = words_of(made.net)
-        assert made.step([piece(step)], 20.0, 0.0, (0, step)).finite  # at a rate of 0 nothing else moves
+        assert made.step([piece(step)], 20.0, 0.0, (0, step)).finite  # at a learning rate of 0 nothing else moves
         by_hand(wanted, piece(step), seen)
         assert float((words_of(made.net) - before).abs().max()) > 0.01
         torch.testing.assert_close(words_of(made.net), words_of(wanted), rtol=1e-4, atol=1e-6)

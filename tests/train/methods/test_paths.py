@@ -30,7 +30,7 @@ MODES = ("two", "full_v2", "reinforce")
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Inputs here are too small for more to be faster."""
+    """Use one thread: inputs here are too small for more to be faster."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -62,7 +62,7 @@ def samples(count: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def steps_of(rank: int, world: int, cuts: list[list[tuple[int, int]]], gradient: str) -> dict[str, torch.Tensor]:
-    """Two steps of each kind, BatchNorm by running statistics so that ranks can be compared."""
+    """Take two steps of each kind, with running BatchNorm statistics so that ranks can be compared."""
     torch.set_default_dtype(torch.float64)
     data, labels = samples()
     replica = make(gradient, rank, world, lr=0.1)
@@ -107,7 +107,7 @@ def test_the_expected_cost_is_the_mean_over_all_paths():
 
 @pytest.mark.parametrize("kind", ["add_linear", "mul_log"])
 def test_a_search_step_follows_the_gradient_of_the_joined_loss(kind):
-    """Against gates written out as numbers that multiply the candidates' outputs."""
+    """Compare with gates written out as factors of the candidates' outputs."""
     torch.set_default_dtype(torch.float64)
     try:
         chosen = goal(kind, 0.3)
@@ -171,7 +171,7 @@ def test_two_candidates_keep_what_they_share_and_a_block_that_is_nothing_keeps_i
                 kept += 1
                 continue
             moved += 1
-            assert len(changed) == 2  # no cost in the loss: nothing pulls at the others
+            assert len(changed) == 2  # no cost in the loss: the others get no gradient
             torch.testing.assert_close(new[changed].logsumexp(0), old[changed].logsumexp(0), rtol=1e-5, atol=1e-5)
     assert moved > 20
     assert kept > 0
@@ -186,7 +186,7 @@ def test_weights_stay_in_a_search_step_and_alphas_in_a_step():
         replica.search_step([Piece(data, labels)], 8, (0, 0))
         assert all(torch.equal(value, weights[name]) for name, value in replica.net.named_parameters())
         assert all(value.grad is None for value in replica.net.parameters())
-        if gradient != "reinforce":  # no hits, no reward: nothing to learn from
+        if gradient != "reinforce":  # no hits, no reward, so nothing to learn from
             assert sum(not torch.equal(a, b) for a, b in zip(replica.alphas, alphas, strict=True)) > 3
         alphas = [one.clone() for one in replica.alphas]
         replica.step([Piece(data, labels)], 8, 0.1, (0, 1))
@@ -197,7 +197,7 @@ def test_weights_stay_in_a_search_step_and_alphas_in_a_step():
 
 @pytest.mark.parametrize("gradient", MODES)
 def test_a_cost_that_counts_a_lot_makes_the_search_choose_what_is_cheap(gradient):
-    # all nets are as good, labels are random: a reward needs hits, so all samples have the likeliest class
+    # all networks are equally good on random labels; rewards need hits, so all samples have the likeliest class
     replica = make(gradient, goal=goal(weight=50.0 if gradient != "reinforce" else 3.0), lr=0.2, nets=4)
     replica.net.classifier.linear.bias.data[2] = 100.0
     data, labels = samples(4)
@@ -216,7 +216,7 @@ def test_the_warm_up_draws_all_candidates_alike_and_then_the_alphas_decide():
         alphas[2] = 5.0
     paths = [replica._draw_path(random.Random(f"{number}")) for number in range(700)]
     counts = np.bincount([path[1] for path in paths], minlength=7)
-    assert counts.min() > 60  # 100 expected, four standard deviations are 37
+    assert counts.min() > 60  # 100 are expected, four standard deviations are 37
     replica.method = PathSampling(goal())
     paths = [replica._draw_path(random.Random(f"{number}")) for number in range(200)]
     assert sum(path[1] == 2 for path in paths) > 180

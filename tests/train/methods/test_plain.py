@@ -23,7 +23,7 @@ SHAPE = (2, 3, 8, 8)
 
 
 class Plain(nn.Module):
-    """A convolution and a classifier without BatchNorm: `[B, T, 3, H, W]` -> `[B, 4]`."""
+    """Convolution and classifier without BatchNorm: `[B, T, 3, H, W]` -> `[B, 4]`."""
 
     head_name, first_conv_name = "head", "conv"
 
@@ -91,7 +91,7 @@ def test_gradients_sent_as_bf16_are_rounded_to_bf16_and_alike_on_all_ranks(tmp_p
 
 
 def alone_and_together(case: str, tmp_path: Path, compress: str = "none") -> tuple[dict, list[dict]]:
-    """The weights after one step of one process, and those of two ranks."""
+    """Return the weights after one step of one process, and those after one step of two ranks."""
     run_ranks(rank_of_two, case, str(tmp_path), compress)
     cuts, num = CASES[case]
     default = torch.get_default_dtype()
@@ -169,12 +169,12 @@ def test_a_lone_sample_leaves_the_statistics_of_layers_that_see_one_value_alone(
         assert np.isfinite(report.loss_sum)
     assert all((module.running_var == 2.0).all() for module in lone)
     assert all(module.training for module in lone)
-    assert not torch.equal(net.base_model.bn1.running_var, first)  # it sees 16 x 16 pixels: statistics there are
+    assert not torch.equal(net.base_model.bn1.running_var, first)  # it sees 16 x 16 pixels, so it has statistics
     assert not torch.equal(lone[-1].weight, weights)
 
 
 def test_a_lone_sample_counts_once_where_it_has_statistics_of_its_own():
-    """The variance of a layer over one sample is that of its values, each once."""
+    """The variance of a layer over one sample is that of its values, each counted once."""
     from slimray import models
 
     torch.manual_seed(0)

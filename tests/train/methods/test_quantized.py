@@ -1,4 +1,4 @@
-"""Quantization-aware training: what is trained, what ranges become, zeros stay zero, and whole numbers after it."""
+"""Quantization-aware training: trained parameters, learned ranges, zeros that stay zero, and integers at the end."""
 
 import copy
 from typing import Any

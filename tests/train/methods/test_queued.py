@@ -1,6 +1,6 @@
-"""Steps that a GPU judges by itself: nothing of them is read, and what is not finite is dropped on the device.
+"""Steps that a GPU checks by itself: nothing is read back, and steps that are not finite are dropped on the device.
 
-That path works on the tensors of a processor too (`Setup.queued`), and is held here against the one that looks at
+That path also works with tensors on the CPU (`Setup.queued`), and is compared here with the path that checks
 every step.
 """
 
@@ -33,7 +33,7 @@ OPTIMIZERS = {
 
 
 class NothingRead(TorchDispatchMode):
-    """Fails where the value of a tensor becomes one of Python, for which a GPU would have to be waited for."""
+    """Fails if the value of a tensor is read by Python, for which a GPU would have to be waited for."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
@@ -41,7 +41,7 @@ class NothingRead(TorchDispatchMode):
 
 
 class Classifier(nn.Module):
-    """A convolution with BatchNorm, dropout, a head: `[B, 3, 4, 4]` -> `[B, 2]`."""
+    """Convolution with BatchNorm, dropout and a head: `[B, 3, 4, 4]` -> `[B, 2]`."""
 
     def __init__(self):
         super().__init__()
@@ -74,7 +74,7 @@ def pieces(number: int, finite: bool = True) -> list[Piece]:
 
 
 def train(replica: Replica, numbers: range, lost: tuple[int, ...] = ()) -> list[bool]:
-    """Take a step on samples of each number, after one that is not finite where it is among `lost`."""
+    """Take a step on samples of each number, after a step that is not finite for the numbers in `lost`."""
     fits = []
     for number in numbers:
         for finite in (False, True) if number in lost else (True,):
@@ -100,7 +100,7 @@ def test_a_step_reads_nothing(kind: str):
     with NothingRead():
         reports = [replica.step(one, 8, 0.05, (0, number)) for number, one in enumerate(given)]
     assert reports[0].finite
-    assert reports[1].finite == (kind == "fp16")  # which may fit at half the scale
+    assert reports[1].finite == (kind == "fp16")  # which may be finite at half the scale
     with NothingRead(), pytest.raises(AssertionError):
         make(kind, queued=False).step(given[0], 8, 0.05, (0, 0))
 
@@ -114,7 +114,7 @@ def test_a_step_that_is_dropped_leaves_no_trace(kind: str, pruned: bool):
     assert fits == ([True] * 5 if kind == "fp16" else [False, True, True, False, True])
     if kind == "fp16":
         assert other.scale.value == whole.scale.value / 4
-        for name, value in state(whole).items():  # gradients had another scale, by which roundings are others
+        for name, value in state(whole).items():  # gradients had another scale, so rounding differs
             torch.testing.assert_close(value, state(other)[name], rtol=1e-2, atol=1e-3)
     else:
         require_equal(state(whole), state(other))
@@ -169,12 +169,12 @@ def test_steps_that_were_dropped_are_counted_until_somebody_looks():
     dropped.note(torch.tensor(False))
     assert dropped.look() == (2, 2)
     dropped.note(torch.tensor(False))
-    assert dropped.look() == (3, 1)  # in a row, whenever somebody looked
+    assert dropped.look() == (3, 1)  # in a row, whenever the count is read
     assert dropped.look() == (0, 0)
 
 
 def numbers_of(rank: int) -> None:
-    # of ranks that compute elsewhere: a processor is not asked for what it computes
+    # for ranks with another device: a CPU has no queue to wait for
     ranks = Ranks(rank, 2, torch.device("meta"), 60, lambda doing, seconds, stacks: None)
     assert ranks.numbers is not None
     assert ranks.sum(rank, 1.0) == [1.0, 2.0]

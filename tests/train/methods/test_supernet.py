@@ -34,7 +34,7 @@ def make(rank: int = 0, world: int = 1, sandwich: bool = True) -> SupernetReplic
 
 
 def freeze_norms(replica: SupernetReplica) -> None:
-    """BatchNorm by running statistics: what a sample gives does not depend on its batch, so ranks can be compared."""
+    """Running BatchNorm statistics: the output of a sample does not depend on its batch, so ranks can be compared."""
     replica.optim = replica.optim.model_copy(update={"norm": "frozen"})
     for module in replica.teacher.modules():
         module.eval()

@@ -1,4 +1,4 @@
-"""A step over bags of unequal length is the mean over its tokens: two ranks (real gloo processes) take that of one."""
+"""A step over bags of unequal length is the mean over its tokens: two ranks (real gloo processes) equal one."""
 
 import copy
 from pathlib import Path
@@ -41,7 +41,7 @@ def replica(rank: int, world: int) -> PlainReplica:
 
 
 def steps(rank: int, world: int) -> dict[str, torch.Tensor]:
-    """The weights after an epoch of steps of three bags."""
+    """Return the weights after an epoch of steps of three bags."""
     torch.set_default_dtype(torch.float64)
     one = replica(rank, world)
     phase = Phase("train", "train", 0, len(PAIRS), 3, True, {}, bags=BAGS)
@@ -90,7 +90,7 @@ def test_padding_and_the_sentences_beside_it_change_no_loss():
 
 
 def test_soft_labels_of_a_teacher_weigh_tokens_as_labels_do():
-    """Padding teaches nothing, a teacher that is sure teaches as a label does."""
+    """Padding has no effect on the loss, and a confident teacher acts like a label."""
     torch.manual_seed(1)
     own, targets = torch.randn(2, 4, 12, requires_grad=True), torch.tensor([[5, 6, 2, PAD], [7, 2, PAD, PAD]])
     sure = torch.full((2, 4, 12), -50.0).scatter_(2, targets[..., None], 50.0)
@@ -107,7 +107,7 @@ def test_soft_labels_of_a_teacher_weigh_tokens_as_labels_do():
 
 @pytest.mark.parametrize("cache", [0, 9])
 def test_a_language_model_is_taught_over_all_words_though_its_loss_needs_one(cache):
-    """Teacher and student may be of other sizes and forms; a step has the labels and what the teacher says."""
+    """Teacher and student may differ in size and form; the loss of a step combines labels and teacher."""
     task = TASKS["language"]
     torch.manual_seed(0)
     teacher = models.build("transformer_lm", vocab_size=30, embed=8, ffn=8, heads=2, layers=1, dropout=0.0)
