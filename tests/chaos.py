@@ -1,6 +1,6 @@
-"""Injected faults for a training on a cluster of several nodes: what happens, when, and what must be true after it.
+"""Injected faults for a training on a cluster of several nodes: which, when, and what must hold afterwards.
 
-A seed decides the events. Storage is a real S3 server behind a proxy that fails on request. Meant for the tests (one
+A seed determines the events. Storage is a real S3 server behind a proxy that fails on request. Used by the tests (one
 seed) and by `tests/benchmarks/chaos.py` (thirty).
 """
 

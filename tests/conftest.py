@@ -1,4 +1,4 @@
-"""Fixtures for all tests: where the reference values are, and Ray kept local, quiet and short of patience."""
+"""Fixtures for all tests: the path of the reference values, and Ray kept local, quiet and with short timeouts."""
 
 import os
 import signal

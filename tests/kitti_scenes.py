@@ -1,4 +1,4 @@
-"""Street scenes in the files of the KITTI object benchmark, for tests: boxes on a plane, seen by a lidar."""
+"""Street scenes in the file formats of the KITTI object benchmark, for tests: boxes on a plane, seen by a lidar."""
 
 from collections.abc import Sequence
 from pathlib import Path

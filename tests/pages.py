@@ -1,4 +1,4 @@
-"""Pages taken apart, for tests: their elements, texts, scripts and pictures; and what is to be seen on them."""
+"""HTML pages taken apart, for tests: their elements, texts, scripts and pictures, and what is visible on them."""
 
 import base64
 import io

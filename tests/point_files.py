@@ -1,4 +1,4 @@
-"""Point files of every format, made of the same few points: the functions that write them, and `NAMED`, a table."""
+"""Point files of every format, made of the same few points: functions that write them, and the table `NAMED`."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""Ranks of a gloo group for tests: real processes, forked from one that imports torch and the test's module once."""
+"""Ranks of a gloo group for tests: real processes, forked from one that has imported torch and the test's module."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""Run folders as training, shrinking and searching leave them, written by slimray.runs, for the dashboard."""
+"""Run folders as training, shrinking and searching leave them, written by slimray.runs, for tests of the dashboard."""
 
 import json
 import random

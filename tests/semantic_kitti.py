@@ -1,4 +1,4 @@
-"""SemanticKITTI's classes and raw ids, against which the shipped cards are held."""
+"""SemanticKITTI's classes and raw ids, with which the shipped cards are compared."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Archs as values, spaces as what they may be."""
+"""Archs as values, and spaces as the sets of archs that are allowed."""
 
 import json
 import random

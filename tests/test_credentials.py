@@ -1,4 +1,4 @@
-"""Credentials are found and replaced wherever they stand, and what only looks like one is left alone."""
+"""Credentials are found and replaced wherever they occur; text that only resembles one is left alone."""
 
 import json
 import random

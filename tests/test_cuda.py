@@ -1,4 +1,4 @@
-"""What only a GPU can show: networks give there what they give on a CPU, a step trains, repeats and can be dropped."""
+"""Tests that need a GPU: networks give there what they give on a CPU; a step trains, repeats and can be dropped."""
 
 import copy
 import time

@@ -1,4 +1,4 @@
-"""Archs as matrices do what archs one by one do, and looked-up costs are sums over the blocks that run."""
+"""Archs as matrices behave like single archs, and looked-up costs are sums over the blocks that run."""
 
 import itertools
 import random

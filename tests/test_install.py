@@ -1,4 +1,4 @@
-"""Installing: exact versions that resolve on every machine, from one file; extras that may be missing."""
+"""Installing: one file of exact versions that resolve on every machine; extras that may be missing."""
 
 import ast
 import json

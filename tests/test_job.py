@@ -1,4 +1,4 @@
-"""From YAML to jobs, and what `check` finds before machines are asked for: one sentence with file, field, next step."""
+"""From YAML to jobs, and the mistakes that `check` finds before machines are requested: file, field, next step."""
 
 import hashlib
 import io

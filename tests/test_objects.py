@@ -1,4 +1,4 @@
-"""Objects of a bucket are read with one request each; what goes wrong is told as for any other storage."""
+"""Objects of a bucket are read with one request each; failures are reported as for any other storage."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""Runs of commit d4a6aae stay what they are: read, skipped where finished, resumed where not, and their models used.
+"""Runs written by commit d4a6aae remain usable: read, skipped if finished, resumed if not, and their models loaded.
 
-tests/old_runs holds job files, the storage folder that they left (tests/old_runs/README.md), a file to predict of each
-kind, and in recorded.json what the commands said and the bits of the models. Everything is used in a copy.
+tests/old_runs holds job files, the storage folder that they left (tests/old_runs/README.md), one file of each kind to
+predict, and in recorded.json the output of the commands and the bits of the models. Everything is used in a copy.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
-"""Each process of a run imports what its role needs: every import is paid for once in each of them.
+"""Each process of a run imports only what its role needs, because every process pays for its imports.
 
-A role is the module whose classes and functions a process is given; Ray's worker itself imports ray.
+A role is the module whose classes and functions a process receives; Ray's worker itself imports ray.
 """
 
 import subprocess

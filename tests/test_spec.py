@@ -1,4 +1,4 @@
-"""What users write: YAML read safely, and every mistake told in one sentence with file, field and next step."""
+"""What users write: YAML is read safely, and every mistake is one sentence with file, field and next step."""
 
 import contextlib
 import os

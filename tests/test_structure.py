@@ -1,4 +1,4 @@
-"""The house rules: imports go down only, Ray and the big libraries stay in their files, no Ray where none is needed."""
+"""The rules of the package: imports go down only, large libraries stay in their files, no Ray where it is not needed."""
 
 import ast
 import functools

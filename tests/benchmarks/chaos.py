@@ -1,7 +1,7 @@
-"""Chaos: thirty trainings, each under one or two injected faults, against the one that nothing disturbed.
+"""Chaos: thirty trainings, each under one or two injected faults, compared with an undisturbed one.
 
-`python -m tests.benchmarks.chaos`. SEEDS of the environment sets how many, 30 if not given, or which
-(`5,12:20`). EVENTS=cloud draws from the faults of a spot cloud alone.
+Run `python -m tests.benchmarks.chaos`. The environment variable SEEDS sets how many seeds (default 30) or which ones
+(`5,12:20`). EVENTS=cloud draws only from the faults of a spot cloud.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""What a checkpoint costs: TSM ResNet-50 with SGD's momentum, to a folder and to an S3 server on loopback.
+"""The cost of a checkpoint: TSM ResNet-50 with SGD's momentum, to a folder and to an S3 server on loopback.
 
-Training stands still for the snapshot; hashing and writing run in the background and take at most the processor time
-that is printed. Both are set against the default interval of `checkpoint.every_s`. Goal: at most 2 % of it.
+Training stands still during the snapshot; hashing and writing run in the background and take at most the processor time
+that is printed. Both are related to the default interval of `checkpoint.every_s`. Goal: at most 2 % of it.
 """
 
 import os

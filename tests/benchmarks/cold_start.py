@@ -1,8 +1,8 @@
-"""From the shell to the first training step: `slimray run` of two tiny jobs on a prepared dataset, no Ray before them.
+"""From the shell to the first training step: `slimray run` of two tiny jobs on a prepared dataset, with no Ray running.
 
-The clock of the first job starts before the process does, that of the second when the first one has ended; both stop at
-the time stamp of the run's first metrics row (log_every: 1). With SLIMRAY_AGAINST, the folder of another checkout, the
-two are measured in alternating pairs, with this environment's libraries.
+The clock of the first job starts before its process does, that of the second job when the first one has ended; both
+stop at the time stamp of the run's first metrics row (log_every: 1). With SLIMRAY_AGAINST, the folder of another
+checkout, the two versions are measured in alternating pairs, with the libraries of this environment.
 """
 
 import json

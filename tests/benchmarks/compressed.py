@@ -1,12 +1,12 @@
-"""A TSM on generated clips and a PVCNN on generated shapes, pruned to half of the MACs and in int8: accuracy, latency.
+"""A TSM on generated clips and a PVCNN on generated shapes, pruned to half of the MACs, and in int8.
 
-`python -m tests.benchmarks compressed`: for every seed the network is trained, pruned (`slimray.compress.prune`), and
-what is left is trained on with the whole one as teacher. Latency is that of ONNX Runtime, one thread, one sample, whole
-and pruned in turn. int8 is what `slimray export` writes (onnx_int8, executorch_int8), calibrated on training samples,
-scored on the test samples in its own runtime and timed against the same format in float; ResNet-20 and ResNet-50 are
-timed so too, with seeded weights. What the tool itself says of the gain is printed with each. Weights and results are
-kept in `SLIMRAY_BENCH_DIR`: what is there is not done again. `SLIMRAY_NETS=clips`,
-`SLIMRAY_SEEDS=0` (seeds, "0 1 2" if nothing is said) and `SLIMRAY_FORMATS=onnx` do less.
+`python -m tests.benchmarks compressed`: for every seed the network is trained and pruned (`slimray.compress.prune`),
+and the pruned network is trained further with the whole one as teacher. Latency is measured in ONNX Runtime, one
+thread, one sample, whole and pruned in turn. int8 is what `slimray export` writes (onnx_int8, executorch_int8),
+calibrated on training samples, scored on the test samples in its own runtime and timed against the same format in
+float; ResNet-20 and ResNet-50 are timed in the same way, with seeded weights. The gain that the tool itself reports is
+printed with each. Weights and results are kept in `SLIMRAY_BENCH_DIR`: what is there is not computed again.
+`SLIMRAY_NETS=clips`, `SLIMRAY_SEEDS=0` (default "0 1 2") and `SLIMRAY_FORMATS=onnx` select a part.
 """
 
 import copy

@@ -1,8 +1,8 @@
-"""The control path of a step: processor time of the busiest process for as many ranks as RANKS of the environment says.
+"""The control path of a step: processor time of the busiest process, for the numbers of ranks in the variable RANKS.
 
-A look for announced preemptions as it was until 2026-11-30, every 2 s: all ranks meet in Ray Train's actor. And as it
-is: Ray Train's watcher asks the cluster's state every 5 s, a rank looks at what its own process was told, at each step.
-The actor, the state and the sum of the ranks are the real ones, the ranks calls of one process.
+Two ways to check for announced preemptions. Until 2026-11-30, every 2 s, all ranks met in Ray Train's actor. Now Ray
+Train's watcher queries the state of the cluster every 5 s, and at each step a rank reads what its own process was told.
+The actor, the state and the sum of the ranks are the real ones; the ranks are calls of one process.
 """
 
 import os

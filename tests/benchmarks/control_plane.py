@@ -1,12 +1,12 @@
-"""The control plane: a dry training (no model work, real ingest, real records) of many workers on eight raylets.
+"""The control plane: a dry training (no model, real ingest, real records) with many workers on eight raylets.
 
-What is left of a training without its network: Ray Train's worker group, the feeders and Ray Data, the run folder's
-records and checkpoints. Its ranks do not import torch. Printed: seconds to start, for 100 steps and to end, and the
-memory of all processes, for two numbers of workers: what a worker costs is the difference. WORKERS of the environment
-sets them ("16 64"). With BARE=1 a worker group of Ray Train alone is started instead, whose ranks only meet: no job
-on Ray Train starts faster. With SLIMRAY_AGAINST, the folder of another checkout, each number is measured in as many
-alternating pairs as PAIRS says (3), by the same command there, with this environment's libraries: a line for each run,
-and the ratios after each pair. What is in SLIMRAY_BENCH_DIR is not done again.
+This is a training without its network: Ray Train's worker group, the feeders and Ray Data, the records and checkpoints
+of the run folder. Its ranks do not import torch. Printed are the seconds to start, for 100 steps and to end, and the
+memory of all processes, for two numbers of workers; the difference is the cost of a worker. The variable WORKERS sets
+them ("16 64"). With BARE=1 a worker group of Ray Train alone is started, whose ranks only meet: no job on Ray Train can
+start faster. With SLIMRAY_AGAINST, the folder of another checkout, each number of workers is measured in PAIRS (3)
+alternating pairs, by the same command there and with the libraries of this environment: one line per run, and the
+ratios after each pair. What is in SLIMRAY_BENCH_DIR is not computed again.
 """
 
 import os

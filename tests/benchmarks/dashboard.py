@@ -1,8 +1,8 @@
-"""From navigation to content shown: the dashboard over 200 runs and a sweep of 1,000 trials, on a disk and in a bucket.
+"""From navigation to visible content: the dashboard over 200 runs and a sweep of 1,000 trials, on disk and in a bucket.
 
 The clock starts when the browser is sent to the address and stops when the last row of the table, or the lines of the
-last chart, are painted. Each measurement is a fresh browser window with an empty cache; `cold` ones are the first of a
-server that has just been started. The bucket is a moto server on loopback, in a process of its own.
+last chart, are painted. Each measurement uses a new browser window with an empty cache; `cold` means the first request
+to a server that has just been started. The bucket is a moto server on loopback, in a separate process.
 """
 
 import contextlib

@@ -1,11 +1,11 @@
 """Deep Compression of LeNet-300-100 and LeNet-5 on MNIST: what each step keeps and costs, five seeds, a real file.
 
-`python -m tests.benchmarks deep_compression` (SLIMRAY_NETS="lenet300" takes one, "lenet300-far" goes farther,
-SLIMRAY_SEEDS="2 3" these seeds); the data are the four idx files of $SLIMRAY_SHARED/data/mnist. One process, one
-thread, no Ray: replicas, masks, codebooks and file are those of `kind: compress`. Shares, bits and rates (but for what
-goes farther) were chosen on the training set alone, by training on 50,000 of its images and scoring on the other 10,000
+`python -m tests.benchmarks deep_compression` (SLIMRAY_NETS="lenet300" selects one network, "lenet300-far" compresses
+further, SLIMRAY_SEEDS="2 3" selects seeds) reads the four idx files of $SLIMRAY_SHARED/data/mnist. One process, one
+thread, no Ray: replicas, masks, codebooks and file are those of `kind: compress`. Shares, bits and rates (except those
+of "far") were chosen on the training set alone, by training on 50,000 of its images and scoring on the other 10,000
 (SLIMRAY_CHOOSE=1 does that); the test set is only scored. Results are lines of JSON in `SLIMRAY_BENCH_DIR`: what is
-there is not done again, and is told together.
+there is not computed again, and is included in the summary.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""What leaves torch, in which format, how exactly and how quickly; and what a frame of an online TSM costs.
+"""Agreement and speed of exported networks in every format; and the cost of a frame of an online TSM.
 
-Networks have seeded weights and statistics of BatchNorm from the inputs themselves: this is about agreement and time,
-not about accuracy. Pictures and clips are real where `../shared` has them, clouds are drawn on spheres and boxes.
-`python -m tests.benchmarks.export frames online pvcnn_cls tsm_resnet50:onnx ...` takes some rows, or some formats of
-them; SLIMRAY_SAMPLES other than 200 samples (of the largest networks a quarter); SLIMRAY_BENCH_DIR a folder in which
-converted files stay for the next call of the same code.
+The networks have seeded weights, and BatchNorm statistics from the inputs themselves: this is about agreement and time,
+not about accuracy. Pictures and clips are real where `../shared` has them; clouds are drawn on spheres and boxes.
+`python -m tests.benchmarks.export frames online pvcnn_cls tsm_resnet50:onnx ...` selects rows, or formats of a row.
+SLIMRAY_SAMPLES sets another number than 200 samples (the largest networks use a quarter). SLIMRAY_BENCH_DIR is a folder
+in which converted files are kept for the next call of the same code.
 """
 
 import atexit

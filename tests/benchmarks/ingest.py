@@ -1,7 +1,7 @@
 """Clips per second of the whole pipeline inside Ray Train against bare decord in two processes, on the same cores.
 
 Both decode the same samples of fight_surv (eight frames, 224 x 224, the training crop) from its mp4 files. The pipeline
-is timed between the ends of two epochs, its buffers full at both. Run by `make bench ONLY=ingest`.
+is timed between the ends of two epochs, when its buffers are full. Run by `make bench ONLY=ingest`.
 """
 
 import io

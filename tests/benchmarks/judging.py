@@ -1,8 +1,8 @@
-"""Two judges against one: how much faster subnets are evaluated on two cores, by `judge_all` and as Tune trials.
+"""Two subnet evaluators against one: the speed-up on two cores, by `judge_all` and as Tune trials.
 
-A supernet with weights as they begin is written as a run; the same archs are judged on the same generated pictures by
-one worker and by two, in turn. Compared is the compute part: subnets per second from when every worker has finished its
-first one (processes are up, the network is loaded) to the last. Goal: 1.8 times as many with two.
+A supernet with initial weights is written as a run; the same archs are evaluated on the same generated pictures by one
+worker and by two, in turn. Only computation is compared: subnets per second from the moment when every worker has
+finished its first one (processes are up, the network is loaded) to the last. Goal: 1.8 times as many with two.
 """
 
 import tempfile

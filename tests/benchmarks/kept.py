@@ -1,4 +1,4 @@
-"""What benchmarks keep in SLIMRAY_BENCH_DIR: rows, and how far a training is. What is there is not done again."""
+"""What benchmarks keep in SLIMRAY_BENCH_DIR, so that it is not computed again: rows, and the progress of trainings."""
 
 import json
 import os

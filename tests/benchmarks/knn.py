@@ -1,8 +1,8 @@
-"""What a nearest-neighbour classifier gets on point clouds: the number that a learned one must beat.
+"""Accuracy of a nearest-neighbour classifier on point clouds: the number that a learned classifier must beat.
 
-`python -m tests.benchmarks.knn [folder]`: the folder of single objects as `.xyz` files named in `train.txt` and
-`val.txt` (`file label name`), default the DALES objects. Features of the shape, from clouds on the unit sphere with a
-fixed number of points, tell no size; beside them those of the size alone: extents and number of points.
+`python -m tests.benchmarks.knn [folder]`: the folder holds single objects as `.xyz` files named in `train.txt` and
+`val.txt` (`file label name`); default: the DALES objects. Shape features come from clouds on the unit sphere with a
+fixed number of points, so they contain no size; beside them the size alone: extents and number of points.
 """
 
 import os

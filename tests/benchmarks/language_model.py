@@ -1,11 +1,11 @@
 """A small MicroNet language model on the Penn Treebank against a plain Transformer, then with cache and compressed.
 
-`python -m tests.benchmarks language_model` (SLIMRAY_SEEDS="0 1" takes these seeds, SLIMRAY_ROWS="plain micronet" these
-rows; the words lie in $SLIMRAY_SHARED/data/text/ptb). One process, one thread, no Ray: words, windows, steps, masks and
+`python -m tests.benchmarks language_model` (SLIMRAY_SEEDS="0 1" selects seeds, SLIMRAY_ROWS="plain micronet" selects
+rows; the text is in $SLIMRAY_SHARED/data/text/ptb). One process, one thread, no Ray: words, windows, steps, masks and
 bits are those of jobs/ptb_micronet.yaml and of `compress`. All networks are trained alike, for as many epochs and at
-the same rates, and the weights of the last step are scored: nothing is chosen but sharpness and share of the cache, on
-the first 8,192 words of the validation split; rows with a cache tell of the second half. The state of a training and
-all results are kept in `SLIMRAY_BENCH_DIR`: what is there is not done again, so a command that was cut off goes on.
+the same rates, and the weights of the last step are scored. Only the sharpness and the share of the cache are tuned, on
+the first 8,192 words of the validation split; rows with a cache report the second half. The state of a training and all
+results are kept in `SLIMRAY_BENCH_DIR`: what is there is not computed again, so an interrupted command continues.
 """
 
 import copy

@@ -1,10 +1,10 @@
 """An index of a hundred million rows: what the driver, a feeder and a decoding process need for it.
 
-The index is generated (ROWS of the environment, default 100,000,000): samples packed in shards of 64, as `prepare`
-writes it. The driver, a process of its own, reads, checks and fingerprints the index; what a feeder does, which is to
-compute what lies at the positions of 2,000 blocks of 8 and to take their rows, is timed there too. A decoding process
-decodes such blocks, of small pictures. Memory is each process's own (anonymous), and all that is resident, with what
-the kernel keeps of the file.
+The index is generated (variable ROWS, default 100,000,000): samples packed in shards of 64, as `prepare` writes it. The
+driver, a separate process, reads, checks and fingerprints the index. The work of a feeder is timed there too: computing
+which samples are at the positions of 2,000 blocks of 8, and reading their rows. A decoding process decodes such blocks
+of small pictures. Memory is given as each process's own (anonymous) memory, and as all that is resident, including the
+part of the file that the kernel keeps.
 """
 
 import io

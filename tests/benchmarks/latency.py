@@ -1,11 +1,11 @@
-"""What a latency table says of subnets against what they take, on this device: `ofa_mobilenetv3`, one thread, eager (or
-the runtime in SLIMRAY_BENCH_HARDWARE).
+"""Errors of a latency table of `ofa_mobilenetv3` on this device, one thread, eager (or the runtime in
+SLIMRAY_BENCH_HARDWARE).
 
-The table is measured and calibrated first (slimray.edge.profiler), then 50 other subnets are measured whole, spread
+The table is measured and calibrated first (slimray.edge.profiler); then 50 other subnets are measured whole, spread
 evenly over the logarithm of a latency range of at least 4. Beside it, fitted to the same calibration subnets: a
-constant, and a line over MACs; and the test-retest noise, the difference of the odd and the even readings of a subnet.
-More subnets lie between the resolutions that were measured. A clock of processor time leaves out waiting for a core,
-not what neighbours do to caches: a quiet machine gives better figures. Goal: median error at most 5 %.
+constant, and a line over MACs; and the test-retest noise, the difference between the odd and the even readings of a
+subnet. Some subnets lie between the measured resolutions. A clock of processor time excludes waiting for a core, but
+not the effect of other processes on caches: a quiet machine gives better figures. Goal: median error at most 5 %.
 """
 
 import contextlib

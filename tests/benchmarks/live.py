@@ -1,9 +1,9 @@
-"""`slimray live` over minutes: does the delay grow, does memory, do the labels follow the picture.
+"""`slimray live` over minutes: do the delay and the memory grow, and do the labels follow the picture?
 
-`SLIMRAY_BENCH_MINUTES=10 python -m tests.benchmarks live`. The command runs in a process without torch on a video of 30
-frames per second that begins again at its end: a second of red, one of green, one of blue; its page is asked ten times
-a second, as a browser does. The network names the colour: a view is right if its label is that of its picture. Memory
-is the resident set; what it gained is told from the end of the first quarter, when all buffers are full.
+`SLIMRAY_BENCH_MINUTES=10 python -m tests.benchmarks live`. The command runs in a process without torch, on a video of
+30 frames per second that restarts at its end: a second of red, one of green, one of blue; its page is requested ten
+times a second, as a browser does. The network names the colour: a view is right if its label is that of its picture.
+Memory is the resident set; its growth is counted from the end of the first quarter, when all buffers are full.
 """
 
 import http.client

@@ -1,7 +1,7 @@
-"""TSM against I3D on one device: latency (batch 1), throughput, and a training step; which variants is in the names.
+"""TSM against I3D on one device: latency (batch 1), throughput, and a training step; the names state the variants.
 
-The 33-GMAC I3D of arXiv 1811.08383's table is "3x1x1, 32 frames"; "3x3x3" inflates every block. Inputs are random:
-speed does not depend on them. CPU here; on a GPU the same command measures it.
+The 33-GMAC I3D in the table of arXiv 1811.08383 is "3x1x1, 32 frames"; "3x3x3" inflates every block. Inputs are random,
+because speed does not depend on them. Runs on a CPU here; the same command measures a GPU.
 """
 
 import time

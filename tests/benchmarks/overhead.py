@@ -1,7 +1,7 @@
-"""Step time of slimray's step inside Ray Train against a hand-written torch DDP loop, the same data in memory.
+"""Step time of slimray's step inside Ray Train against a hand-written torch DDP loop, with the same data in memory.
 
-Both run on two CPU workers with one thread each, inside one worker group, in turn, so that noise hits both alike. The
-hand-written loop does what a careful user would write: uint8 to float, forward, backward, clip, SGD.
+Both run on two CPU workers with one thread each, inside one worker group, in turn, so that noise affects both alike.
+The hand-written loop does what a careful user would write: uint8 to float, forward, backward, clip, SGD.
 """
 
 import time

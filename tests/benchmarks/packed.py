@@ -1,7 +1,7 @@
 """Clips per second of packed shards against the original mp4 files of fight_surv, and what packing keeps and costs.
 
 `prepare` packs the clips twice (short-GOP H.264, JPEG frames); the same pipeline then reads the same samples of each.
-Frames are counted in the index before and after; PSNR and bytes are those that `prepare` writes into its card.
+Frames are counted in the index before and after; PSNR and bytes are those that `prepare` writes to its card.
 """
 
 import json

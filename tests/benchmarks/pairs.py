@@ -1,4 +1,4 @@
-"""Ratios that hold on a noisy machine: two things measured in turn, the median of the pairwise ratios, its interval."""
+"""Ratios that hold on a noisy machine: two things measured in turn, the median ratio and its interval."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

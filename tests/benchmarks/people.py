@@ -1,8 +1,8 @@
-"""MLPerf Tiny's network for visual wake words on the shared pictures, beside which a network that
-`jobs/visual_wake_words.yaml` finds is to be judged.
+"""MLPerf Tiny's network for visual wake words on the shared pictures: the reference for networks that
+`jobs/visual_wake_words.yaml` finds.
 
 MobileNetV1 0.25 in float, trained on COCO, on pictures of 96 px: on all of them, and on the last quarter of the files
-of each class, which a training on the rest may be scored on: near duplicates have numbers nearby.
+of each class, on which a training on the other files may be scored, because near duplicates have neighbouring numbers.
 """
 
 import os

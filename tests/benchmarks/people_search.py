@@ -1,11 +1,11 @@
-"""A network for a microcontroller that sees people: `jobs/visual_wake_words.yaml` on shared pictures, three seeds.
+"""A network for a microcontroller that detects people: `jobs/visual_wake_words.yaml` on shared pictures, three seeds.
 
-The job's supernet is shrunk, searched, and the subnet found trained on, with the job's settings (one process, no Ray;
-subnets judged on pictures held out of shrinking). It is scored on the last quarter of each class's files, as found and
-trained on, leaves torch in int8, and is scored and weighed again. Beside it MLPerf Tiny's MobileNetV1 0.25 for the same
-task, trained on COCO, on the same pictures. Weights and lines of JSON are kept in `SLIMRAY_BENCH_DIR`: what is there is
-not done again. `python -m tests.benchmarks.people_search 0` does one seed; `EPOCHS="9 5 5"` other epochs than the
-job's, of the teacher, of shrinking and of training on.
+The job's supernet is shrunk and searched, and the subnet found is trained further, with the job's settings (one
+process, no Ray; subnets scored on pictures held out of shrinking). It is scored on the last quarter of each class's
+files, before and after the further training, exported in int8, then scored and sized again. Beside it: MLPerf Tiny's
+MobileNetV1 0.25 for the same task, trained on COCO, on the same pictures. Weights and lines of JSON are kept in
+`SLIMRAY_BENCH_DIR`: what is there is not computed again. `python -m tests.benchmarks.people_search 0` runs one seed;
+`EPOCHS="9 5 5"` sets other epochs than the job's for the teacher, for shrinking and for the further training.
 """
 
 import functools

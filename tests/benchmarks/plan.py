@@ -1,10 +1,11 @@
-"""What the planner predicts against what is known: Kinetics on 1,536 GPUs (arXiv 1910.00932), and trainings here.
+"""Predictions of the planner against known times: Kinetics on 1,536 GPUs (arXiv 1910.00932), and trainings here.
 
-The parameters of the first part stand in cluster/summit.yaml and below; they were written down before the model was
-run, none is fitted to the 14 min 13 s. Assumptions: the 49 h 55 min are one node of 6 GPUs (only the pair of times is
-verified), 100 epochs and the I3D variants' costs are recalled. `REFILL_S`: torch's DataLoader before 1.7 started its
-processes anew each epoch (pytorch/pytorch issue 15849); the time to its first 8 clips of 8 JPEG frames, decoded by PIL,
-was measured on two x86 cores with one process and with six. The second part runs real trainings on 1, 2 and 4 workers.
+The parameters of the first part are in cluster/summit.yaml and below; they were written down before the model was run,
+and none is fitted to the 14 min 13 s. Assumptions: the 49 h 55 min are for one node of 6 GPUs (only the pair of times
+is verified); the 100 epochs and the costs of the I3D variants are recalled. `REFILL_S`: torch's DataLoader before 1.7
+restarted its processes in each epoch (pytorch/pytorch issue 15849); the time to its first 8 clips of 8 JPEG frames,
+decoded by PIL, was measured on two x86 cores with one process and with six. The second part runs real trainings with 1,
+2 and 4 workers.
 """
 
 import contextlib

@@ -1,11 +1,11 @@
-"""PVCNN against the point networks, side by side: latency, throughput and peak memory of a forward pass.
+"""PVCNN beside the other point networks: latency, throughput and peak memory of a forward pass.
 
 The settings are those of Point-Voxel CNN (arXiv 1907.03739): 8 x 2048 points of ShapeNet, 8 x 4096 of S3DIS, 1 x 1024
-of KITTI frustums; on a CPU half those batches, unless `SLIMRAY_BENCH_BATCH=8` says otherwise. Each network alternates
-with its setting's reference, PVCNN at width 1: a ratio of 2 means twice the reference's time. Peak memory is that of a
-fresh process: on a CPU resident memory beyond the imports (to some 25 % where it is below 100 MB), on a GPU what torch
-allocated; weights and input count. Inputs are random points on surfaces, weights random, and every frustum point is
-called object, so that 512 distinct points go on to the box.
+of KITTI frustums; on a CPU half those batches, unless `SLIMRAY_BENCH_BATCH=8` is set. Each network alternates with the
+reference of its setting, PVCNN at width 1: a ratio of 2 means twice the reference's time. Peak memory is that of a
+fresh process: on a CPU the resident memory beyond the imports (accurate to some 25 % where it is below 100 MB), on a
+GPU what torch allocated; weights and input are included. Inputs are random points on surfaces, weights are random, and
+every frustum point is labelled as object, so that 512 distinct points reach the box network.
 """
 
 import multiprocessing

@@ -1,10 +1,10 @@
 """The trained translation network with fewer heads and feed-forward channels, fine-tuned for one epoch or more.
 
 `SLIMRAY_BENCH_DIR=... python -m tests.benchmarks pruned_translation`, in the folder in which `translation` has trained
-its network (SLIMRAY_SEEDS, SLIMRAY_ROWS as there). `compress.prune` takes out what its criterion finds least important,
-a head or a channel at a time, until the share of the multiply-accumulates that a row names is left, of pairs of 17
-tokens, the output matrix included; then the weights that are left learn from the labels and from the whole network.
-Scores are those of `translation`: BLEU of test_2016_flickr, compared sentence by sentence with the whole network's.
+its network (SLIMRAY_SEEDS, SLIMRAY_ROWS as there). `compress.prune` removes what its criterion finds least important, a
+head or a channel at a time, down to the share of the multiply-accumulates that a row names (counted for pairs of 17
+tokens, output matrix included); then the remaining weights learn from the labels and from the whole network. Scores are
+those of `translation`: BLEU of test_2016_flickr, compared sentence by sentence with the whole network's.
 """
 
 import time

@@ -1,10 +1,10 @@
-"""What reads videos: PyAV as slimray uses it, decord, torchcodec: processor time of a clip, and what they say of files.
+"""Video readers compared: PyAV as slimray uses it, decord and torchcodec: processor time of a clip, and correctness.
 
-Eight frames of clips of fight_surv, as they are and packed, from bytes in memory, one thread, in alternating pairs.
-Then every video of the shared data, the films that the tests make, and clips with three flipped bits: frames are held
-against PyAV's, or against those of the whole file, in a process each, which is ended when it hangs or dies. torchcodec
-is no dependency (CONTRIBUTING.md says why): install it beside torch, and FFmpeg 4 to 8 as shared libraries of the
-system. Run by `python -m tests.benchmarks readers`.
+Speed: eight frames of clips of fight_surv, original and packed, from bytes in memory, one thread, in alternating pairs.
+Correctness: every video of the shared data, the films that the tests generate, and clips with three flipped bits;
+frames are compared with PyAV's, or with those of the intact file, each in a separate process, which is ended if it
+hangs or dies. torchcodec is not a dependency (CONTRIBUTING.md says why): install it beside torch, and FFmpeg 4 to 8 as
+shared libraries of the system. Run by `python -m tests.benchmarks readers`.
 """
 
 import collections

@@ -1,10 +1,10 @@
-"""A whole room, point by point: how long each network of S3DIS takes for a scene of about a million points.
+"""A whole room, point by point: the time of each S3DIS network for a scene of about a million points.
 
 A generated room is cut as S3DIS is prepared (arXiv 1907.03739), at both offsets, into windows of 4096 points: every
-point is in a window of either. Windows go through in batches of 8. Where all of them would take longer than BUDGET_S, a
-sample of batches, evenly spread over the room, is measured and scaled by the number of windows; the table says so.
-Seconds are those of one core (`process_time`, one thread), so that other work on the machine does not count; where
-there is a GPU it is the GPU that is measured, the transfer of the windows included.
+point is in one window of each offset. Windows are processed in batches of 8. Where all of them would take longer than
+BUDGET_S, a sample of batches, spread evenly over the room, is measured and scaled by the number of windows; the table
+says so. Seconds are those of one core (`process_time`, one thread), so that other work on the machine does not count;
+where there is a GPU, the GPU is measured, including the transfer of the windows.
 """
 
 import time

@@ -1,9 +1,9 @@
-"""What running an export needs: size of a plain install, and the time and memory of starting it.
+"""What running an export needs: the size of a plain install, and the time and memory of a start.
 
-`python -m tests.benchmarks runtime` installs this package without extras into an environment of its own, by pip from
-the index, with constraints.txt. Times are of whole processes, by the clock and of the processor, started in turn with
-one that does nothing, TIMES times; memory is the largest resident set. `PLAIN_PYTHON=<an interpreter that has it>`
-takes an environment that is there.
+`python -m tests.benchmarks runtime` installs this package without extras into a separate environment, by pip from the
+index, with constraints.txt. Times are of whole processes, by the clock and in processor time, started in turn with an
+empty one, TIMES times; memory is the largest resident set. `PLAIN_PYTHON=<an interpreter of such an environment>` uses
+an existing one.
 """
 
 import json

@@ -1,11 +1,12 @@
-"""How near to the optimum a search comes, where the optimum is known: every arch of a small space is judged once.
+"""Distance of a search from the optimum, where the optimum is known: every arch of a small space is scored once.
 
 The supernet is that of `shrinking.py` on clouds, seed 0 (trained first if its weights are not there). All archs of a
-part of its space are re-calibrated and scored on clouds held out of training, and kept as lines of JSON in
-`SLIMRAY_BENCH_DIR`. Then, under each of ten limits on MACs (tenths of the archs keep them) and with ten seeds, random
-search, evolution and predictor-guided search look for the best arch, in two budgets: a fifth of the evaluations that
-the whole space takes, and a fifth of the archs that keep the limit, which is less. Goals: within 0.5 points of the
-optimum, better than random at equal evaluations, and Spearman of the predictor on archs it has not seen at least 0.8.
+part of its space are recalibrated and scored on clouds held out of training, and kept as lines of JSON in
+`SLIMRAY_BENCH_DIR`. Then, under each of ten limits on MACs (deciles of the archs) and with ten seeds, random search,
+evolution and predictor-guided search look for the best arch, with two budgets: a fifth of the evaluations that the
+whole space takes, and a fifth of the archs within the limit, which is less. Goals: within 0.5 points of the optimum,
+better than random search at equal evaluations, and a Spearman correlation of the predictor of at least 0.8 on unseen
+archs.
 """
 
 import json

@@ -1,12 +1,12 @@
-"""Progressive shrinking against training alone: what the smallest and the largest subnet reach, three kinds of data.
+"""Progressive shrinking against training alone: accuracy of the smallest and the largest subnet, three kinds of data.
 
-`python -m tests.benchmarks.shrinking [images clips points]`: for every kind of data and seed a supernet is shrunk as
-`kind: shrink` does it (its stages, spaces, draws, sorted channels and re-calibration, one rank, no Ray). Compared are,
-on the same test samples: the smallest subnet after shrinking with the same subnet cut from the teacher, and with the
-same network trained alone for as many steps (the best of three learning rates with the first seed, by the test samples,
-in its favour); the largest with the teacher trained on for the steps of shrinking. Two seeds run at once,
-one thread each, on a GPU where there is one. Results are lines of JSON and weights in `SLIMRAY_BENCH_DIR`: what is
-there is not done again.
+`python -m tests.benchmarks.shrinking [images clips points]`: for every kind of data and seed a supernet is shrunk as by
+`kind: shrink` (its stages, spaces, draws, sorted channels and recalibration, one rank, no Ray). Compared on the same
+test samples are: the smallest subnet after shrinking with the same subnet cut from the teacher, and with the same
+network trained alone for as many steps (the best of three learning rates with the first seed, chosen on the test
+samples, in its favour); the largest subnet with the teacher trained further for the steps of shrinking. Two seeds run
+at once, one thread each, on a GPU where there is one. Results are lines of JSON and weights in `SLIMRAY_BENCH_DIR`:
+what is there is not computed again.
 """
 
 import functools

@@ -1,9 +1,9 @@
-"""Seconds of one specialisation, and of a hundred, in one process: `ofa_mobilenetv3`, a predictor and tables at hand.
+"""Seconds of one specialisation, and of a hundred, in one process: `ofa_mobilenetv3`, predictor and tables loaded.
 
-A specialisation is a search with the published settings (population 100, 500 generations) on a predictor's word under
-a limit on latency. The accuracies that the predictor learned from and the latencies of the tables are made up, which
-changes nothing about the time. Goals: one in 5 s, 100 pairs of hardware and limit in 3 minutes, by the clock and with
-one thread; processor time is printed beside it for busy machines.
+A specialisation is a search with the published settings (population 100, 500 generations) on the predictions of a
+predictor, under a limit on latency. The accuracies that the predictor learned from and the latencies of the tables are
+made up, which does not change the time. Goals: one in 5 s, 100 pairs of hardware and limit in 3 minutes, by the clock
+and with one thread; processor time is printed beside it for busy machines.
 """
 
 import os

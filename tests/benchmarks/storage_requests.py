@@ -1,10 +1,10 @@
-"""A bucket with a bounded rate of requests: what an epoch of packed samples asks of it, and how long it takes.
+"""A bucket with a limited rate of requests: how many an epoch of packed samples needs, and how long it takes.
 
 An S3 server on loopback answers LIMIT requests a second for each folder of keys and refuses others (503), as S3 does
-for each prefix with 5,500. DEMAND samples a second are wanted, as many times more as 28,000 clips a second of 1,536
-GPUs are more than 5,500. A thread per reader makes samples as a decoding task does. Ways: an index that does not know
-the places of samples (of before 2026-11-30), one that does, shards under hashed prefixes, and `data.cache`, two epochs.
-Then trainings of two epochs on Ray, with and without a cache: requests for shards.
+with 5,500 for each prefix. DEMAND samples a second are wanted, in the same proportion as the 28,000 clips a second of
+1,536 GPUs to 5,500. One thread per reader makes samples as a decoding task does. Four ways: an index without the
+positions of samples (as before 2026-11-30), one with them, shards under hashed prefixes, and `data.cache` over two
+epochs. Then trainings of two epochs on Ray, with and without a cache: requests for shards.
 """
 
 import io

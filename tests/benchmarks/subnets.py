@@ -1,9 +1,9 @@
-"""A subnet costs nothing for having been part of a supernet: time to extract it, and its speed as written plainly.
+"""A subnet has no overhead from its supernet: time to extract it, and its speed against a plainly written network.
 
 The supernet is `ofa_mobilenetv3` in full size. The largest, the smallest and a random subnet are extracted and compared
-with the same network written down here with modules of torch alone; the weights are copied in their order and the
-outputs must be equal. Times are those of one core (`process_time`, one thread), so that other work on the machine does
-not count. Goals: extraction below 50 ms, the ratio of the two forward passes at most 1.02.
+with the same network written out here with torch modules alone; the weights are copied in order, and the outputs must
+be equal. Times are those of one core (`process_time`, one thread), so that other work on the machine does not count.
+Goals: extraction below 50 ms, the ratio of the two forward passes at most 1.02.
 """
 
 import copy

@@ -1,7 +1,7 @@
-"""What a small CARN gains over bicubic interpolation on pictures that it never saw, twice as large, three seeds.
+"""Gain of a small CARN over bicubic interpolation on unseen pictures, enlarged twofold, three seeds.
 
-python tests/benchmarks/super_resolution.py ROOT: `ROOT/t91/*.png` to train on, `ROOT/set5/*.png` to score. One thread,
-no Ray: the same replica, recipe, loss and score as `slimray run jobs/super_resolution.yaml` has.
+Run `python tests/benchmarks/super_resolution.py ROOT`, with `ROOT/t91/*.png` to train on and `ROOT/set5/*.png` to
+score. One thread, no Ray: replica, recipe, loss and score are those of `slimray run jobs/super_resolution.yaml`.
 """
 
 import json

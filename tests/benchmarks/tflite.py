@@ -1,4 +1,4 @@
-"""The float weights of a TFLite file as layers of torch: chains of convolutions, an average, a linear layer."""
+"""The float weights of a TFLite file as torch layers: chains of convolutions, an average, a linear layer."""
 
 from collections.abc import Iterator
 

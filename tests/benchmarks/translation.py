@@ -1,11 +1,11 @@
-"""English captions into German by the recipe of jobs/multi30k.yaml: trained from scratch, in few bits, as an export.
+"""English captions into German with the recipe of jobs/multi30k.yaml: trained from scratch, in few bits, and exported.
 
-`python -m tests.benchmarks translation` (SLIMRAY_SEEDS="0 1" takes these seeds, SLIMRAY_ROWS="trained kmeans4" these
-rows; Multi30k lies in $SLIMRAY_SHARED/data/text/multi30k_task1). One process, one thread, no Ray: tokens, bags, steps,
+`python -m tests.benchmarks translation` (SLIMRAY_SEEDS="0 1" selects seeds, SLIMRAY_ROWS="trained kmeans4" selects
+rows; Multi30k is in $SLIMRAY_SHARED/data/text/multi30k_task1). One process, one thread, no Ray: tokens, bags, steps,
 search, quantization, file and graphs are those of the job and of `evaluate`, `compress` and `export`. Scores are BLEU
-and chrF of test_2016_flickr against the references as they were written, by sacrebleu, with its signature. The state
-of the training and all results are kept in `SLIMRAY_BENCH_DIR`: what is there is not done again, so a command that was
-cut off goes on. The checkpoint of the lowest validation perplexity is scored; the test set chooses nothing.
+and chrF of test_2016_flickr against the references as they were written, by sacrebleu, with its signature. The state of
+the training and all results are kept in `SLIMRAY_BENCH_DIR`: what is there is not computed again, so an interrupted
+command continues. The checkpoint with the lowest validation perplexity is scored; nothing is chosen on the test set.
 """
 
 import itertools

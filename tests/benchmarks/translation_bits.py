@@ -1,12 +1,12 @@
-"""The trained translation network with codebooks of equal bytes: bits given to layers by HAQ's agent, or the same ones.
+"""The trained translation network with codebooks of equal bytes: bits per layer by HAQ's agent, or the same everywhere.
 
 `SLIMRAY_BENCH_DIR=... python -m tests.benchmarks translation_bits`, in the folder in which `translation` has trained
-its network (SLIMRAY_SEEDS, SLIMRAY_ROWS as there). Codebooks of the 48 linear layers, nothing is trained afterwards;
-tables of embeddings and inputs stay float. The budget is what EVEN bits everywhere take, codebooks included. A policy
-is judged as `compress` judges, by the perplexity of the first HELD validation pairs; EPISODES of them, WARMUP random.
-The row `random` has as many random policies under the same budget, `measured` what each layer alone suggests. Seeds
-change the network and the agent. Scores are those of `translation`: BLEU of test_2016_flickr, compared sentence by
-sentence with that of the same bits everywhere.
+its network (SLIMRAY_SEEDS, SLIMRAY_ROWS as there). The 48 linear layers get codebooks, nothing is trained afterwards;
+embedding tables and inputs stay float. The budget is the size of EVEN bits everywhere, codebooks included. A policy is
+scored as in `compress`, by the perplexity of the first HELD validation pairs; there are EPISODES policies, WARMUP of
+them random. The row `random` has as many random policies under the same budget, the row `measured` the bits that each
+layer alone suggests. Seeds change the network and the agent. Scores are those of `translation`: BLEU of
+test_2016_flickr, compared sentence by sentence with the same bits everywhere.
 """
 
 import json

@@ -1,14 +1,14 @@
-"""Voxelize and devoxelize, forward and backward, against the time that their memory traffic alone must take.
+"""Voxelize and devoxelize, forward and backward, against the minimum time of their memory traffic.
 
-N = 16384 points of C = 64 channels, R = 32, in turn with a large copy, whose bandwidth (read and write) makes bytes
-into seconds: a ratio of 1 is as fast as copying. Two counts: what any kernel must move, see `traffic`; and with eight
-corners read per point each way, what a kernel moves that keeps no neighbour in cache. `channels last` hands the grid
-over as it lies, `contiguous` as PVConv does, with two transpositions that are not counted as necessary. Points fill a
-cube evenly, in no order, which is the worst for locality.
+N = 16384 points of C = 64 channels, R = 32, in turn with a large copy, whose bandwidth (read and write) converts bytes
+to seconds: a ratio of 1 is as fast as copying. Two counts of bytes: what any kernel must move, see `traffic`; and with
+eight corners read per point in each direction, what a kernel moves that keeps no neighbour in cache. `channels last`
+passes the grid in its memory layout, `contiguous` as PVConv does, with two transpositions that are not counted as
+necessary. Points fill a cube uniformly, in random order, which is the worst case for locality.
 
-The operators allocate what they return, the copy does not. A C library that gives freed memory back to the system has
-it cleared page by page at the next call, which at B = 8 takes longer than all the rest: the second half of the
-figures is taken with freed memory kept, and each line says how many pages were faulted in.
+The operators allocate their outputs, the copy does not. If the C library returns freed memory to the system, that
+memory is cleared page by page at the next call, which at B = 8 takes longer than everything else. The second half of
+the figures is therefore taken with freed memory kept, and each line states how many page faults occurred.
 """
 
 import contextlib
