@@ -1,4 +1,4 @@
-"""The rules of the package: imports go down only, large libraries stay in their files, no Ray where it is not needed."""
+"""The rules of the package: imports go down only, large libraries stay in their files, Ray only where it is needed."""
 
 import ast
 import functools
