@@ -1,13 +1,13 @@
 """Messages and bytes that a training step sends, by sender and receiver, on clusters of 2 and 8 raylets.
 
-A real training (`slimray run`, one rank a raylet, generated pictures, a small ResNet) runs on each cluster twice, with
-8 and with 32 samples a rank, so that its steps take different times. The kernel counts what every TCP socket of this
-machine has sent (`ss`, of iproute2); two counts 40 s apart and the metric rows between them give messages (TCP
+A real training (`slimray run`, one rank per raylet, generated pictures, a small ResNet) runs on each cluster twice,
+with 8 and with 32 samples per rank, so that its steps take different times. The kernel counts what every TCP socket of
+this machine has sent (`ss`, of iproute2). Two counts 40 s apart, and the metric rows between them, give messages (TCP
 segments with data), bytes and processor time a second: for gradients (between ranks), for data (between feeders,
 decoders, raylets and ranks) and for control (everything with the head process, the driver, the progress actor or an
-actor of Ray Train). What does not grow with the steps a second is polls and heartbeats. Unix sockets, between a raylet
-and its own workers, are not counted. NODES of the environment sets the clusters ("2 8"); with SLIMRAY_AGAINST, the
-folder of another checkout, the same trainings run there too, with this environment's libraries.
+actor of Ray Train). Whatever does not grow with the steps a second is polling and heartbeats. Unix sockets, between a
+raylet and its own workers, are not counted. The variable NODES sets the clusters ("2 8"). With SLIMRAY_AGAINST, the
+folder of another checkout, the same trainings run there too, with the libraries of this environment.
 """
 
 import os
