@@ -226,24 +226,24 @@ def check(
     ahead: dict[str, Made] = {}
     for one in loaded:
         ctx, verb = CheckContext(one.where, storage, dict(ahead), look), VERBS[one.job.kind]
-        facts: dict[str, Any] = {"name": one.job.name, "kind": one.job.kind}
+        known: dict[str, Any] = {"name": one.job.name, "kind": one.job.kind}
         with ctx.noting():
             one = one if restart else _as_begun(one, storage)
-            facts["state"] = "new" if restart else _state(one, storage)
-        is_finished = facts.get("state") == "finished"
-        facts |= {} if to_run and is_finished else verb.check(one.job, ctx)
+            known["state"] = "new" if restart else _state(one, storage)
+        is_finished = known.get("state") == "finished"
+        known |= {} if to_run and is_finished else verb.check(one.job, ctx)
         if is_finished:
             ctx.problems.clear()
         else:
             made = {name: one.resolved(ahead) for name, one in verb.makes(one.job).items()}
-            ahead |= {name: m.with_samples(facts.get("samples")) for name, m in made.items()}
-        out.append(facts | {"problems": ctx.problems})
+            ahead |= {name: m.with_samples(known.get("samples")) for name, m in made.items()}
+        out.append(known | {"problems": ctx.problems})
     return out
 
 
-def require(facts: Sequence[dict[str, Any]]) -> None:
+def require(checked: Sequence[dict[str, Any]]) -> None:
     """Raise UserError with all `problems` that `check` found, a line each."""
-    _raise([problem for one in facts for problem in one["problems"]])
+    _raise([problem for one in checked for problem in one["problems"]])
 
 
 def _state(one: Loaded, storage: str) -> str:

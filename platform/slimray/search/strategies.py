@@ -238,7 +238,7 @@ def search(problem: Problem, strategy: Strategy, score: Score, seed: int, max_ev
     generation has no new arch.
     """
     left = max_evaluations or strategy.num_evaluations
-    parents, seen, tried = _nobody(problem), set(), []
+    parents, seen, tried = _empty_pool(problem), set(), []
     for number in itertools.count():
         codes = strategy.children(problem, parents, seen, _rng(seed, number))[:left]
         new = _new(problem.table, codes, seen)
@@ -251,7 +251,7 @@ def search(problem: Problem, strategy: Strategy, score: Score, seed: int, max_ev
         if left <= 0:
             break
         parents = strategy.survivors(join([parents, pool.take(new)]) if len(parents) else pool.take(new))
-    return join(tried) if tried else _nobody(problem)
+    return join(tried) if tried else _empty_pool(problem)
 
 
 def predictor_reports(
@@ -289,7 +289,7 @@ def _past(
 ) -> tuple[Pool, set[bytes]] | None:
     """Return the parents and the keys of all archs before generation `number`; None if a trial is missing."""
     by_index = {trial.index: trial for trial in history} if strategy.waits else {}
-    parents, seen = _nobody(problem), set()
+    parents, seen = _empty_pool(problem), set()
     for before in range(number):
         start = before * strategy.population
         if not strategy.waits:
@@ -316,7 +316,7 @@ def _new(table: GeneTable, codes: Codes, seen: set[bytes]) -> NDArray[np.bool_]:
     return new
 
 
-def _nobody(problem: Problem) -> Pool:
+def _empty_pool(problem: Problem) -> Pool:
     return Pool(np.zeros(0, np.intp), np.zeros((0, len(problem.table.genes)), np.intp), np.zeros(0), {})
 
 

@@ -279,7 +279,7 @@ def run(job: EvaluateJob, ctx: Context) -> None:
     if not all(row["num_samples"] for row in rows):
         raise RunFailed(f"no file of split {split!r} decodes: see quarantine/ in the run folder")
     for row in rows:
-        row |= _facts(job, *by_name[row["run"]], row, splits, split)
+        row |= _details(job, *by_name[row["run"]], row, splits, split)
     results = {
         "task": task.name,
         "metrics": [metric.to_plain() for metric in task.metrics],
@@ -328,7 +328,7 @@ def _finish(
     return examples
 
 
-def _facts(
+def _details(
     job: EvaluateJob, one: Scored, network: "Network", row: Mapping[str, Any], splits: Splits, split: str
 ) -> dict[str, Any]:
     """Return the entries of a row besides its scores: size of the network, split, training settings."""
@@ -339,12 +339,12 @@ def _facts(
     task, table = task_of_card(splits.card), splits.tables[split]
     shape = input_shape(_recipe(job, network, row["variant"], splits.card, table))
     counted = compress.build(**network.model) if one.format else network.net
-    facts = {"params": cost.count_params(counted), "macs": cost.count_macs(counted, (1, *shape))}
-    facts |= {"chance": task.chance(len(splits.card.class_names()))} if task.chance else {}
-    facts |= {"views": job.clips * job.crops, "split": split}
-    facts |= {"num_quarantined": table.num_rows - row["num_samples"]}
+    details = {"params": cost.count_params(counted), "macs": cost.count_macs(counted, (1, *shape))}
+    details |= {"chance": task.chance(len(splits.card.class_names()))} if task.chance else {}
+    details |= {"views": job.clips * job.crops, "split": split}
+    details |= {"num_quarantined": table.num_rows - row["num_samples"]}
     trained_with = runs.read_card(one.run) or {}
-    return facts | {key: trained_with[key] for key in ("batch", "peak_lr") if key in trained_with}
+    return details | {key: trained_with[key] for key in ("batch", "peak_lr") if key in trained_with}
 
 
 def _require_task(where: str, run: str, named: str, task: "Task") -> None:

@@ -159,15 +159,15 @@ def run(job: ExportJob, ctx: Context) -> None:
             folder.mkdir()
             row: dict[str, Any] = {"run": f"{ctx.run.name}:{name}", "format": name}
             try:
-                facts = made.write(name, folder)
+                details = made.write(name, folder)
             except Exception as error:  # noqa: BLE001  a converter may raise anything: the other formats are still written
                 row |= {"reason": _sentence(error)}
             else:
-                facts |= {"run": found.uri, "input": taken, "model": model}
-                for file in facts["files"]:
+                details |= {"run": found.uri, "input": taken, "model": model}
+                for file in details["files"]:
                     runs.write_file(ctx.run, f"export/{name}/{file}", folder / file)
-                runs.write_file(ctx.run, f"export/{name}/export.json", to_json(facts))
-                row |= _row(facts, best.name)
+                runs.write_file(ctx.run, f"export/{name}/export.json", to_json(details))
+                row |= _row(details, best.name)
             rows.append(row)
             ctx.console.print(f"{row['run']}: {_told(row)}", highlight=False, soft_wrap=True)
             shutil.rmtree(folder)
@@ -195,9 +195,9 @@ def run(job: ExportJob, ctx: Context) -> None:
         raise RunFailed("; ".join(bad))
 
 
-def _row(facts: Mapping[str, Any], best: str) -> dict[str, Any]:
+def _row(details: Mapping[str, Any], best: str) -> dict[str, Any]:
     """Return the row of an export in tables."""
-    verification, timing, energy = facts["verification"], facts["timing"], facts.get("energy", {})
+    verification, timing, energy = details["verification"], details["timing"], details.get("energy", {})
     row = {
         best: verification["metrics"].get(best),
         "relative": verification["relative"],
@@ -205,7 +205,7 @@ def _row(facts: Mapping[str, Any], best: str) -> dict[str, Any]:
         "max_abs": verification["max_abs"],
         "agreement": verification.get("agreement"),
         "unoptimised_agreement": verification.get("unoptimised", {}).get("agreement"),
-        "mb": sum(one["bytes"] for one in facts["files"].values()) / 1e6,
+        "mb": sum(one["bytes"] for one in details["files"].values()) / 1e6,
         "ms": timing["export_ms"],
         "eager_ms": timing["eager_ms"],
         "ratio": timing["ratio"],

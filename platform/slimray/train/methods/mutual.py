@@ -20,14 +20,14 @@ class Mutual:
 
     def replica(self, net: nn.Module, build: Callable[[], nn.Module], setup: Setup) -> "MutualReplica":
         """Build the replica of one rank around `net` and a second network."""
-        return MutualReplica(Peers(net, build()), self.weight, setup)
+        return MutualReplica(Pair(net, build()), self.weight, setup)
 
     def held(self, epoch: int) -> tuple[int, int]:
         """Hold nothing out."""
         return 0, 0
 
 
-class Peers(nn.Module):
+class Pair(nn.Module):
     """Two networks of the same form that learn from each other: outputs `[B, 2, classes, ...]`. The first is kept."""
 
     def __init__(self, first: nn.Module, second: nn.Module):
@@ -41,7 +41,7 @@ class Peers(nn.Module):
 class MutualReplica(PlainReplica):
     """A replica of two networks."""
 
-    def __init__(self, net: Peers, weight: float, setup: Setup):
+    def __init__(self, net: Pair, weight: float, setup: Setup):
         self.weight = weight
         super().__init__(net, setup)
 
