@@ -147,7 +147,7 @@ Limited = Literal["macs", "params", "size_mb", "latency_ms"]
 
 
 class PruneStep(Spec):
-    """Structured pruning: remove whole channels, so that the network becomes smaller and faster; `finetune` next."""
+    """Structured pruning: remove whole channels, for a smaller and faster network; follow it with `finetune`."""
 
     step: Literal["prune"]
     shares: dict[Limited, Ratio] = {}

@@ -69,7 +69,7 @@ class EvaluateJob(WorkerJob):
     """Passes over the split with different random draws; mean, deviation and best are reported (KITTI as published:
     20)."""
     task: dict[str, Any] = {}
-    """Options for the search for outputs, in place of those of the runs: `{beam: 1}`; see `slimray explain tasks`."""
+    """Options of decoding (beam search), in place of those of the runs: `{beam: 1}`; see `slimray explain tasks`."""
     batch: int = Field(16, ge=1)
     """Samples that a worker processes at once."""
     pictures: int = Field(12, ge=0, le=100)
