@@ -19,6 +19,7 @@ from slimray.data.pipeline import (
     block_sizes,
     decode_block,
     feeder_of,
+    map_rows,
     rows_of,
     start_feeders,
 )
@@ -85,6 +86,16 @@ def consume(config: FeedConfig, name: str) -> list[list[tuple[str, int, int, lis
 
     with ThreadPoolExecutor(config.world) as pool:
         return list(pool.map(rank_sees, range(config.world)))
+
+
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_a_block_is_read_and_mapped_by_one_task(cluster, at_once):
+    blocks = [pa.table({"number": [number]}) for number in range(6)]
+    done = map_rows(blocks, lambda rows: {"number": rows["number"].to_numpy() + 1}, at_once).materialize()
+    assert sorted(row["number"] for row in done.take_all()) == [1, 2, 3, 4, 5, 6]
+    operators = [line for line in done.stats().splitlines() if line.startswith("Operator ") and "executed" in line]
+    assert len(operators) == 1
+    assert "6 tasks executed" in operators[0]
 
 
 @pytest.mark.parametrize("blocks_per_execution", [2000, 5])

@@ -162,35 +162,22 @@ def all_nodes_but(left_out: Iterable[str]) -> dict[str, str]:
     return {"ray.io/node-id": f"!in({','.join(left_out)})"}
 
 
-def map_numbers(
-    count: int, task: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], at_once: int | None = None
-) -> ray.data.Dataset:
-    """The dataset of `task({"id": [i]})`, i below `count`: a task and a CPU each, tried again if its process dies.
-
-    With `at_once` that many tasks, which reserve no CPU.
-    """
-    return _mapped(ray.data.range(count, override_num_blocks=count), task, "numpy", at_once)
-
-
 def map_rows(
     blocks: Sequence[pa.Table], task: Callable[[pa.Table], dict[str, np.ndarray]], at_once: int | None = None
 ) -> ray.data.Dataset:
-    """The dataset of `task(rows)` for each of `blocks`, as `map_numbers`; the rows travel with the task."""
-    return _mapped(ray.data.read_datasource(_Rows(blocks), override_num_blocks=len(blocks)), task, "pyarrow", at_once)
+    """Return the dataset of `task(rows)` for each of `blocks`: a Ray task with a CPU each, retried if its process dies.
 
-
-def _mapped(source: ray.data.Dataset, task: Any, batch_format: Any, at_once: int | None) -> ray.data.Dataset:
+    The rows travel with the task. With `at_once` that many tasks run at a time, and reserve no CPU. Reading and mapping
+    have equal options, because Ray Data then makes one task of both.
+    """
     ray.data.DataContext.get_current().enable_progress_bars = False
-    with warnings.catch_warnings():  # no named parameter says how often; the way that remains is announced to go
+    options: dict[str, Any] = {"num_cpus": 1 if at_once is None else 0, "max_retries": TASK_RETRIES}
+    source = ray.data.read_datasource(
+        _Rows(blocks), override_num_blocks=len(blocks), ray_remote_args=options, concurrency=at_once
+    )
+    with warnings.catch_warnings():  # `max_retries` has no parameter of its own, and other ones are deprecated
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        options: dict[str, Any] = {"num_cpus": 1} if at_once is None else {"num_cpus": 0, "concurrency": at_once}
-        return source.map_batches(
-            task,
-            batch_size=None,
-            batch_format=batch_format,
-            max_retries=TASK_RETRIES,
-            **options,
-        )
+        return source.map_batches(task, batch_size=None, batch_format="pyarrow", concurrency=at_once, **options)
 
 
 class _Rows(Datasource):
@@ -421,7 +408,8 @@ def _begin_spare(config: FeedConfig, name: str) -> Any:
 
 
 def _prepare_decoding(slots: int) -> None:
-    for _ in map_numbers(slots, lambda numbers: numbers).iter_internal_ref_bundles():
+    numbers = [pa.table({"number": [number]}) for number in range(slots)]
+    for _ in map_rows(numbers, lambda rows: {"number": rows["number"].to_numpy()}).iter_internal_ref_bundles():
         pass
 
 
