@@ -1,4 +1,4 @@
-"""The command line as a user types it: what is printed, what `--json` holds, exit codes, and no traceback ever."""
+"""The command line as a user types it: output, content of `--json`, exit codes, and never a traceback."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ from slimray.train.spec import OptimSpec
 
 @dataclass(frozen=True)
 class Done:
-    """What a command left behind."""
+    """Exit code and output of a command."""
 
     code: Any
     out: str
@@ -211,7 +211,7 @@ def test_a_run_that_fails_says_where_its_log_is_and_how_it_is_resumed(no_ray, sh
     damaged = Path("runs/tsm/model/weights.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:-8])
     done = shell("evaluate", "tsm")
-    assert done.code == 2  # a file that is damaged stays so: no retry
+    assert done.code == 2  # a damaged file stays damaged: no retry
     assert re.fullmatch(
         r"evaluate \(tsm-eval\): .+ \(logs: .*/runs/tsm-eval/logs; the same command resumes the run\)\n", done.err
     )
@@ -394,7 +394,7 @@ def test_a_run_without_a_model_is_one_sentence(shell, clip):
 
 
 def topics() -> Iterator[str]:
-    """Everything that can be explained: kinds and their sections, the card, the models."""
+    """Return all topics that can be explained: kinds and their sections, the card, the models."""
     yield from (*job.SPECS, "card", "models", "models.tsm_resnet18", "models.i3d_resnet50", "train.optim.lr")
     for kind, spec in job.SPECS.items():
         yield from (f"{kind}.{name}" for name, f in spec.model_fields.items() if job.section_of(f.annotation))
@@ -439,7 +439,7 @@ def test_the_schemas_are_printed(shell):
 
 
 def commands() -> list[str]:
-    """Every `slimray ...` of the README's blocks and of the headers of the shipped jobs."""
+    """Return every `slimray ...` command in the README and in the headers of the shipped jobs."""
     lines = []
     readme = ROOT / "README.md"
     for block in re.findall(r"^```\w*\n(.*?)^```", readme.read_text() if readme.exists() else "", re.M | re.S):
@@ -456,7 +456,7 @@ def test_a_documented_command_exists_with_its_options(command):
     with group.make_context("slimray", [], resilient_parsing=True) as context:
         name, verb, rest = group.resolve_command(context, shlex.split(command)[1:])
         assert verb is not None
-        verb.make_context(name, rest, parent=context)  # raises for an option or an argument that it does not take
+        verb.make_context(name, rest, parent=context)  # raises for unknown options and arguments
     for file in (word for word in shlex.split(command) if word.startswith("jobs/") and word.endswith(".yaml")):
         assert (ROOT / file).is_file()
 

@@ -1,4 +1,4 @@
-"""`slimray micronet`: the published score, and one sentence for what has none."""
+"""`slimray micronet`: the published score, and one sentence for networks without a score."""
 
 import json
 import sys

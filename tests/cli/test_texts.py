@@ -1,4 +1,4 @@
-"""`slimray predict` on texts: an answer a line as lines come, reasons on stderr, options of other networks refused."""
+"""`slimray predict` on texts: one answer per line as lines arrive, reasons on stderr, foreign options refused."""
 
 import gzip
 import io
@@ -18,7 +18,7 @@ from slimray.runtime.inputs import Input
 
 
 def finished(name: str, task: str, model: str, sides: int, **options: Any) -> None:
-    """A run that holds a small network which was never trained."""
+    """Write a run that holds a small untrained network."""
     net, run = network(task, model, sides, **options), runs.open_run("runs", name)
     runs.begin(run, {"kind": "train", "name": name}, 1)
     taken = {"recipe": net.recipe, "pixels": vars(Input()), "classes": [], "task": task}

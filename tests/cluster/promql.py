@@ -22,13 +22,13 @@ OF_RANGES: dict[str, Callable[[list[float], float], float]] = {
     "rate": lambda values, range_s: (values[-1] - values[0]) / range_s,
 }
 Labels = frozenset[tuple[str, str]]
-Vector = dict[Labels, Any]  # of numbers, or of lists of numbers where it is a range
+Vector = dict[Labels, Any]  # numbers, or lists of numbers for a range
 Node = Callable[[float], Vector | float]  # of the time in seconds
 
 
 @dataclass(frozen=True)
 class Series:
-    """A metric with its labels; `value` of a time, None where it is not exported."""
+    """A metric with its labels; `value` is a function of time, None while it is not exported."""
 
     name: str
     labels: dict[str, str]
@@ -36,7 +36,7 @@ class Series:
 
 
 def evaluate(expression: str, series: list[Series], time_s: float) -> dict[Labels, float]:
-    """Return what Prometheus would answer at `time_s`, by labels; ValueError for what is not known here."""
+    """Return Prometheus' answer at `time_s`, by labels; ValueError for unsupported expressions."""
     parser = Parser(expression, series)
     node = parser.chain(0)
     if parser.tokens:
@@ -47,7 +47,7 @@ def evaluate(expression: str, series: list[Series], time_s: float) -> dict[Label
 
 
 class Parser:
-    """Parses by recursive descent; each method returns the node of what it has read."""
+    """Recursive-descent parser; each method returns the node that it has read."""
 
     LEVELS = (("and",), ("==", ">", "<"), ("+", "-"), ("*", "/"))
 
@@ -169,7 +169,7 @@ def _aggregate(how: Callable[[list[float]], float], by: list[str], found: Vector
 
 
 def _both(operator: str, left: Node, right: Node) -> Node:
-    """An operator between two vectors whose labels are equal, or a vector and a number; comparisons are filters."""
+    """Apply an operator to two vectors with equal labels, or to a vector and a number; comparisons are filters."""
 
     def node(time_s: float) -> Vector:
         a, b = _vector(left(time_s)), right(time_s)

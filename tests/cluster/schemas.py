@@ -1,9 +1,9 @@
-"""The schemas of those who read our manifests: Kubernetes, and KubeRay for a RayJob.
+"""The schemas of the readers of our manifests: Kubernetes, and KubeRay for a RayJob.
 
-Kubernetes' own, as it publishes them, come with the package kubernetes-validate (unknown fields are refused). KubeRay
-publishes its schema in a CRD of 0.8 MB, in no package: the fields of `ray.io/v1` RayJob's spec are written here as its
-CRDs have them (KubeRay 1.7), and what they take over from Kubernetes, pod templates above all, is Kubernetes' own.
-`refusals` are the operator's further rules: what the schema lets in and the operator then calls invalid.
+Kubernetes' published schemas come with the package kubernetes-validate (unknown fields are refused). KubeRay's schema
+is a CRD of 0.8 MB that no package contains, so the fields of `ray.io/v1` RayJob's spec are written here as in its CRDs
+(KubeRay 1.7), with the parts from Kubernetes, above all pod templates, taken from Kubernetes' own schemas. `refusals`
+holds the operator's further rules: objects that pass the schema but that the operator calls invalid.
 """
 
 import json
@@ -32,16 +32,16 @@ def many(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def fields(*required: str, **properties: Any) -> dict[str, Any]:
-    """An object with these fields and no others."""
+    """Return the schema of an object with these fields and no others."""
     return {"type": "object", "required": [*required], "additionalProperties": False, "properties": properties}
 
 
 def core(name: str, group: str = "core") -> dict[str, Any]:
-    """A type of Kubernetes' v1."""
+    """Return the schema of a type of Kubernetes' v1."""
     return {"$ref": f"{DEFINITIONS['$id']}#/$defs/io.k8s.api.{group}.v1.{name}"}
 
 
-# Of a pod template's metadata a RayJob keeps these alone.
+# A RayJob keeps only these fields of a pod template's metadata.
 POD = {"allOf": [core("PodTemplateSpec"), {"properties": {"metadata": fields(
     name=TEXT, namespace=TEXT, labels=TEXTS, annotations=TEXTS, finalizers=many(TEXT),
 ), "spec": {"type": "object"}}}]}  # fmt: skip
@@ -122,7 +122,7 @@ RAY_JOB = fields(
 
 
 def validate(manifest: dict[str, Any]) -> None:
-    """Hold an object against the schema of who reads it; jsonschema.ValidationError tells what is wrong."""
+    """Validate an object against the schema of its reader; raises jsonschema.ValidationError."""
     kind = manifest.get("kind", "")
     if kind == "RayJob":
         schema = RAY_JOB
@@ -135,7 +135,7 @@ def validate(manifest: dict[str, Any]) -> None:
 
 
 def refusals(ray_job: dict[str, Any]) -> list[str]:
-    """Return why KubeRay's operator, or Kueue where it has a queue, would not start a RayJob that fits the schema."""
+    """Return the reasons why KubeRay's operator, or Kueue if there is a queue, refuses a RayJob of a valid schema."""
     meta, spec = ray_job["metadata"], ray_job["spec"]
     cluster, found = spec["rayClusterSpec"], []
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
@@ -167,5 +167,5 @@ def refusals(ray_job: dict[str, Any]) -> list[str]:
 
 
 def is_label(value: str) -> bool:
-    """Whether Kubernetes takes it as the value of a label, or as the name of one without its prefix."""
+    """Return True if Kubernetes accepts the text as a label's value, or as its name without the prefix."""
     return len(value) <= 63 and re.fullmatch(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?", value) is not None

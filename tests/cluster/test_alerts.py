@@ -1,4 +1,4 @@
-"""Alerts and panels over series as Ray's exporter writes them: names, labels, units, and what wakes somebody."""
+"""Alerts and panels on series as Ray's exporter writes them: names, labels, units, and when alerts fire."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def of_node(name: str, value: Value, **labels: str) -> Series:
 
 
 def starts(times: list[float], name: str, value: Callable[[float, float], float]) -> list[Series]:
-    """One series for each start of a run; `value` of (time, time of the start), until half a minute after its end."""
+    """Return one series per start of a run; `value` of (time, start time), until half a minute after the run's end."""
     ends = [*times[1:], NOW + HOUR]
     return [
         of_run(name, lambda t, s=start, e=end: value(t, s) if s <= t < e + 30 else None, f"worker-{k}")
@@ -48,7 +48,7 @@ def starts(times: list[float], name: str, value: Callable[[float, float], float]
 
 
 def steps(times: list[float], until: float = NOW) -> list[Series]:
-    """A step each 20 seconds until `until`, begun again at 0 with each start."""
+    """A step every 20 seconds until `until`, counted from 0 after each start."""
     return starts(times, "slimray_step", lambda t, start: (min(t, until) - start) // 20 + 1)
 
 
@@ -100,7 +100,7 @@ ALERTS: dict[str, tuple[list[list[Series]], list[list[Series]]]] = {
 
 
 def fires(rule: dict[str, Any], series: list[Series], time_s: float = NOW) -> list[dict[str, str]]:
-    """Return the labels for which it has held all the time that `for` asks for."""
+    """Return the labels for which the alert has held for the whole duration of `for`."""
     minutes = int(rule.get("for", "0m").removesuffix("m"))
     times = [time_s - k * 30 for k in range(2 * minutes + 1)]
     held = [set(evaluate(rule["expr"], series, one)) for one in times]
@@ -124,12 +124,12 @@ def test_an_alert_fires_on_its_trouble_and_on_nothing_else(alert):
 
 
 def test_a_reset_of_a_series_is_never_seen_as_each_start_has_its_own():
-    """The expression of before, which could not fire."""
+    """The previous expression, which could not fire."""
     assert evaluate("resets(ray_slimray_step[1h]) > 0", steps(FREQUENT), NOW) == {}
     assert evaluate("resets(ray_slimray_step[1h]) > 0", [of_run("slimray_step", lambda t: t // 20 % 30)], NOW)
 
 
-UNITS = {"_fraction": "percentunit", "_per_s": "short", "_s": "s", "_bytes": "bytes"}  # the first that fits
+UNITS = {"_fraction": "percentunit", "_per_s": "short", "_s": "s", "_bytes": "bytes"}  # the first that matches
 OF_RAY = {"ray_node_gram_used": "mbytes", "ray_node_cpu_utilization": "percent", "ray_node_gpus_utilization": "percent",
           "ray_node_mem_used_host": "bytes", "ray_object_store_memory": "bytes", "ray_node_disk_free": "bytes",
           "ray_node_network_receive_speed": "Bps", "ray_node_network_send_speed": "Bps"}  # fmt: skip
@@ -153,7 +153,7 @@ def test_a_panel_has_the_unit_and_the_labels_of_its_numbers(panel):
 
 @pytest.mark.parametrize("panel", [one for one in PANELS if "ray_slimray" in str(one.values)])
 def test_a_run_that_started_again_is_one_line_and_nothing_is_counted_twice(panel):
-    """Right after a restart the series of the process before is still there."""
+    """Right after a restart the series of the previous process still exists."""
     for target in panel["targets"]:
         (name,) = set(re.findall(r"ray_(slimray_\w+)", target["expr"]))
         series = [of_run(name, always(0.5), worker) for worker in ("before", "now")]

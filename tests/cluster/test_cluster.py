@@ -1,4 +1,4 @@
-"""Cluster files and what is made of them: real schemas, scripts that run, errors of one sentence. None is started."""
+"""Cluster files and their products: real schemas, scripts that run, one-sentence errors. No cluster is started."""
 
 import contextlib
 import copy
@@ -48,7 +48,7 @@ NAMES = sorted(name for name, documents in FILES.items() if documents[0].get("ki
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """An empty folder with a job, no storage and no token of the person who runs the tests."""
+    """An empty folder with a job, without storage or token of the person who runs the tests."""
     monkeypatch.chdir(tmp_path)
     for name in ("SLIMRAY_STORAGE", "SLIMRAY_CLUSTER", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
@@ -266,7 +266,7 @@ def test_a_pod_that_is_told_to_go_drains_its_node_first(here):
 
 
 def lets_in(policy: dict[str, Any], namespace: str, labels: dict[str, str], port: int) -> bool:
-    """Whether Kubernetes lets a pod of `labels` in `namespace` reach `port` of a pod that `policy` is for."""
+    """Return True if `policy` lets a pod with `labels` in `namespace` reach `port` of the pods it protects."""
 
     def fits(selector: dict[str, Any], there: dict[str, str]) -> bool:
         return selector.get("matchLabels", {}).items() <= there.items()
@@ -332,7 +332,7 @@ def test_a_queue_fixes_the_size_of_the_cluster(here):
 def do_script(
     folder: Path, codes: list[int], retries: int, restart: bool = False, begin: str = "", **env: str
 ) -> tuple[int, str, list[str]]:
-    """Run run.sh with a `python` that ends in `codes`, one after the other, and a `sleep` that does not sleep."""
+    """Run run.sh with a `python` that exits with `codes`, one after the other, and a `sleep` that does not sleep."""
     spec = parse_cluster(JOBS % f", retries: {retries}, secrets: [TEAM_TOKEN]")
     ready = script.Submission("tsm-1", "my job.yaml", "kind: train\n", "s3://team/my runs", restart)
     for name, text in script.files(ready, spec).items():
@@ -368,7 +368,7 @@ def test_a_run_that_fails_is_started_again_and_then_resumes(tmp_path):
 
 
 def test_a_submission_clears_a_run_once_however_often_a_scheduler_starts_it(tmp_path, monkeypatch):
-    """Kueue runs the whole script again at every admission, on another pod, and so does a requeue of Slurm."""
+    """Kueue reruns the whole script on another pod at every admission, and so does a requeue in Slurm."""
     (tmp_path / "run").mkdir()
     document = {"kind": "prepare", "name": "run"}
     run = runs.open_run(str(tmp_path), "run")
@@ -394,7 +394,7 @@ def test_a_submission_clears_a_run_once_however_often_a_scheduler_starts_it(tmp_
 
 
 def test_retries_are_given_back_after_progress_that_is_on_storage(tmp_path):
-    """A run writes into $SLIMRAY_PROGRESS when it has saved a checkpoint: four failures with progress, two retries."""
+    """A run writes to $SLIMRAY_PROGRESS when it has saved a checkpoint: four failures with progress, two retries."""
     saves = f'[ "$(wc -l < {tmp_path}/codes)" -gt 3 ] && echo 40 > "$SLIMRAY_PROGRESS"\n'
     code, said, calls = do_script(tmp_path, [1, 137, 1, 137, 1, 1, 1], retries=2, begin=saves, TEAM_TOKEN="x")
     assert (code, len(calls)) == (1, 7 - 1), said  # without progress after the fourth: two more
@@ -533,7 +533,7 @@ def test_what_is_passed_on_has_to_be_there(here):
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
-    """A dashboard that refuses every request, for its token."""
+    """A dashboard that refuses the token of every request."""
 
     def do_GET(self) -> None:
         self.send_response(401)
@@ -611,7 +611,7 @@ def test_kubectl_and_sbatch_are_given_the_manifest_where_they_are(shell, here, m
 
 
 def put_programs(here: Path, monkeypatch, **scripts: str) -> None:
-    """Programs of these names, first on the PATH; each notes how it was called in `calls`."""
+    """Put programs of these names first on the PATH; each records its calls in `calls`."""
     programs = here / "bin"
     programs.mkdir()
     for name, text in scripts.items():
@@ -652,7 +652,7 @@ def test_jobs_on_kubernetes_are_listed_followed_and_stopped_by_kubectl(shell, he
 
 
 def test_the_status_of_a_job_tells_what_it_has_cost_and_what_it_waits_for(shell, here, monkeypatch):
-    """The price is that of a node of the cluster file, or the job's own where it has one."""
+    """The price is that of a node in the cluster file, or the job's own if it has one."""
     meta = {"name": "tsm-1", "creationTimestamp": "2026-11-30T01:00:00Z"}
     meta |= {"annotations": {"slimray.io/storage": str(here / "runs")}}
     (here / "jobs.json").write_text(json.dumps({"items": [{"metadata": meta, "status": {"jobStatus": "RUNNING"}}]}))
@@ -724,7 +724,7 @@ def test_jobs_on_slurm_are_listed_followed_and_stopped_by_its_tools(shell, here,
     ],
 )
 def test_under_slurm_the_run_saves_and_is_queued_again_before_the_limit_of_time_only(here, monkeypatch, signals, again):
-    """The whole script, with programs in place of Slurm's and Ray's, and a run that takes a moment to end."""
+    """Run the whole script with stand-ins for the programs of Slurm and Ray, and a run that takes a moment to end."""
     ends = f"trap 'touch {here}/told; sleep 1; echo released >> {here}/calls; exit 143' TERM"
     python = f"{ends}; touch {here}/began; while true; do sleep 0.1; done"
     put_programs(here, monkeypatch, srun="", scontrol="", ray="", slimray="", python=python)

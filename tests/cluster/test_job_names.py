@@ -1,4 +1,4 @@
-"""A job is meant by its id or by its name; a name of jobs in several storages is a question, not a guess."""
+"""A job is identified by its id or its name; a name of jobs in several storages is refused as ambiguous."""
 
 import http.server
 import json
@@ -13,7 +13,7 @@ from slimray.spec import UserError, parse
 
 
 def listed(submission_id: str, start: int, storage: str | None) -> dict[str, Any]:
-    """A job as Ray's dashboard lists it."""
+    """Return a job as listed by Ray's dashboard."""
     metadata = {} if storage is None else {"storage": storage}
     return {"submission_id": submission_id, "status": "RUNNING", "start_time": start, "metadata": metadata}
 
@@ -26,12 +26,12 @@ LISTED = [
     listed("alone-2", 4, "/runs/a"),
     listed("alone-10", 6, "/runs/a"),
     listed("alone-more-1", 7, "/runs/b"),
-    {"submission_id": None, "job_id": "01", "start_time": 0},  # of somebody's driver
+    {"submission_id": None, "job_id": "01", "start_time": 0},  # the driver of another user
 ]
 
 
 class Dashboard(http.server.BaseHTTPRequestHandler):
-    """The list of jobs of a head, as its dashboard answers."""
+    """The list of jobs of a head, as its dashboard returns it."""
 
     def do_GET(self) -> None:
         data = json.dumps(LISTED).encode()

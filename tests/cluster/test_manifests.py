@@ -1,4 +1,4 @@
-"""Kubernetes objects before the schemas of those who read them, each with what they refuse; Prometheus by promtool."""
+"""Kubernetes objects checked by the schemas of their readers, with invalid variants; Prometheus rules by promtool."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ EVERYTHING = SHIPPED["kuberay"] | {  # every field that ends in an object
 
 
 def made_of(document: dict[str, Any], name: str = "tsm") -> dict[str, dict[str, Any]]:
-    """The objects of a job on the cluster that `document` describes, by kind; UserError where slimray refuses that."""
+    """Return the objects of a job on the cluster of `document`, by kind; UserError if slimray refuses it."""
     cluster = parse(specs.KubeRayCluster, document, "mine.yaml")
     job = script.Submission(jobs_api.submission_id(name, 1), "job.yaml", "kind: train\n", "s3://team/runs")
     return {one["kind"]: one for one in yaml.safe_load_all(yaml.safe_dump_all(kuberay.kuberay(job, cluster, {})))}
@@ -152,7 +152,7 @@ def test_a_job_of_any_name_gets_one_that_kuberay_takes(name):
     ],
 )
 def test_names_that_kubernetes_would_refuse_are_refused_when_the_file_is_read(change, field):
-    """No schema knows them: the API server would tell at `kubectl apply`, in words about objects nobody wrote."""
+    """Schemas do not check these: the API server would report them at `kubectl apply`, about objects nobody wrote."""
     with pytest.raises(UserError, match=rf"^mine\.yaml: {re.escape(field)}"):
         made_of(SHIPPED["kuberay"] | change)
 
@@ -161,7 +161,7 @@ def test_names_that_kubernetes_would_refuse_are_refused_when_the_file_is_read(ch
 
 
 def promtool(*arguments: str) -> tuple[int, str]:
-    """Exit code and words of promtool (Debian: prometheus); skips the test where it is not installed."""
+    """Return exit code and output of promtool (Debian: prometheus); skip the test if it is not installed."""
     program = shutil.which("promtool")
     if program is None:
         pytest.skip("no promtool: install the Debian package prometheus")

@@ -1,4 +1,4 @@
-"""The agent of a cloud machine against a metadata server on loopback that answers as the clouds' documentation says."""
+"""The agent of a cloud machine with a metadata server on loopback that responds as the clouds' documentation says."""
 
 import contextlib
 import datetime
@@ -25,7 +25,7 @@ from slimray.spec import RunFailed, UserError
 
 
 class Metadata(http.server.ThreadingHTTPServer):
-    """A cloud's service: `answers` by path, and what it demands of a request (`headers`, a session `token`)."""
+    """A cloud's service: `answers` by path, and its requirements for a request (`headers`, a session `token`)."""
 
     def __init__(self, cloud: str):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -69,7 +69,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self._say(404) if answer is None else self._say(200, answer)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @contextlib.contextmanager
@@ -153,7 +153,7 @@ def test_a_session_of_aws_that_has_ended_is_renewed_and_an_answer_that_is_not_kn
 
 
 def test_an_answer_that_is_no_http_and_a_head_that_is_away_do_not_end_the_agent(monkeypatch):
-    """The head is asked for until the time has passed; each trouble is told once."""
+    """The head is looked up until the time has passed; each error is reported once."""
     monkeypatch.setattr(preemption, "POLL_S", 0.05)
     told: list[str] = []
     heads: list[int] = []
@@ -185,7 +185,7 @@ def test_an_answer_that_is_no_http_and_a_head_that_is_away_do_not_end_the_agent(
 @pytest.mark.timeout(200)
 @pytest.mark.usefixtures("no_ray")
 def test_on_notice_the_agent_drains_the_node_of_its_machine(monkeypatch):
-    """A real cluster of a head and a node, the command as the cluster files start it, and a service that is down."""
+    """A real cluster of a head and a node, the command as in the cluster files, and a service with an outage."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     agent = None
@@ -212,7 +212,7 @@ def test_on_notice_the_agent_drains_the_node_of_its_machine(monkeypatch):
         ray.init(cluster.address, log_to_driver=False)
         from ray._private.state import state
 
-        def drains() -> bool:  # nothing runs there: a node that drains ends when it is idle
+        def drains() -> bool:  # nothing runs there, and a draining node ends when it is idle
             alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
             return spot.node_id in state.get_draining_nodes() or spot.node_id not in alive
 

@@ -1,4 +1,4 @@
-"""Our script for Slurm before Slurm's own eyes: `sbatch --test-only` of a controller on loopback, without machines."""
+"""Our script for Slurm checked by Slurm itself: `sbatch --test-only`, with a controller on loopback and no machines."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Every network of MODELS at a small width, with statistics that are not trivial, and an input for it."""
+"""Every network of MODELS at a small width, with nontrivial statistics, and an input for it."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from slimray import models
 
 SUPERNETS = [name for name, row in models.MODELS.items() if row.supernet]
-REFUSED = [*SUPERNETS, "proxyless_supernet"]  # what is pruned are their subnets
+REFUSED = [*SUPERNETS, "proxyless_supernet"]  # only their subnets are pruned
 TEXT = [name for name, row in models.MODELS.items() if row.input == "text"]  # in test_text_networks.py
 PRUNABLE = [name for name in models.MODELS if name not in REFUSED + TEXT]
 
@@ -30,7 +30,7 @@ def options(name: str) -> dict[str, Any]:
 
 
 def network(name: str, **more: Any) -> nn.Module:
-    """In eval mode, float64 where it computes in that; BatchNorms and heads far from what they start with."""
+    """Return a network in eval mode, in float64 if possible, with BatchNorms and heads far from initial values."""
     torch.manual_seed(0)
     net = models.build(name, **options(name) | more).eval()
     with torch.no_grad():
@@ -64,7 +64,7 @@ def example(name: str) -> Tensor:
 
 
 def outputs(net: nn.Module, x: Tensor) -> Tensor:
-    """All outputs as one row, the same points drawn every time."""
+    """Return all outputs as one row, with the same points drawn every time."""
     torch.manual_seed(3)
     with torch.no_grad():
         out = net(x)

@@ -1,4 +1,4 @@
-"""Structured pruning over all networks: pruned equals masked, costs equal what was predicted, the record rebuilds."""
+"""Structured pruning of all networks: pruned equals masked, costs equal the predicted ones, the record rebuilds."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from slimray.spec import UserError
 
 
 def drawn(groups: Groups, seed: int = 0, least: int = 4) -> dict[str, list[int]]:
-    """A random policy: how many channels of each group stay, and which."""
+    """Return a random policy: how many channels of each group are kept, and which."""
     rng = np.random.default_rng(seed)
     kept = {}
     for group in groups.groups:
@@ -63,7 +63,7 @@ def test_a_pruned_network_equals_the_masked_one_and_costs_what_was_predicted(nam
 def test_supernets_refuse_with_a_sentence(name):
     tiny = {"num_classes": 5, "vocab_size": 20, "preset": "tiny"}
     net = models.build(name, **{option: tiny[option] for option in tiny if option in models.options_of(name)})
-    with pytest.raises(UserError, match="supernet: search it, or prune one of its subnets"):
+    with pytest.raises(UserError, match="supernet, search it or prune one of its subnets"):
         trace(net, torch.zeros(1, 3, 32, 32))
 
 
@@ -127,10 +127,10 @@ def test_training_goes_on_after_pruning():
 @pytest.mark.parametrize(
     ("kept", "reason"),
     [
-        ({"conv9": [0]}, "there is no group 'conv9'"),
+        ({"conv9": [0]}, "has no group 'conv9'"),
         ({"conv1": []}, "at least one"),
-        ({"conv1": [0, 0]}, "different places"),
-        ({"conv1": [99]}, "different places from 0 to"),
+        ({"conv1": [0, 0]}, "distinct indices"),
+        ({"conv1": [99]}, "distinct indices from 0 to"),
     ],
 )
 def test_impossible_choices_are_one_sentence(kept, reason):
@@ -155,7 +155,7 @@ def test_impossible_choices_are_one_sentence(kept, reason):
 )
 def test_records_that_do_not_fit_are_refused(change):
     record = {"step": "prune", "channels": {}, "modules": {}, "places": {}} | change
-    with pytest.raises(UserError, match=r"compression\[0\]: the record of prune does not fit"):
+    with pytest.raises(UserError, match=r"compression\[0\]: the record of prune does not match"):
         compress.build("resnet18", num_classes=5, width=0.25, compression=[record])
 
 
@@ -163,7 +163,7 @@ def test_records_that_do_not_fit_are_refused(change):
 
 
 class Plain(nn.Module):
-    """Parts that users write: an operator between two convolutions."""
+    """A network as users write it: an operator between two convolutions."""
 
     def __init__(self, between, wide: int = 8):
         super().__init__()

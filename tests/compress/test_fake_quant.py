@@ -90,7 +90,7 @@ def test_codebooks_of_layers_and_of_shared_weights_are_the_same():
 
 def test_ranges_and_codebooks_are_where_the_weights_are():
     weight = torch.randn(40, 30)
-    with torch.device("meta"):  # where a tensor is made that is told nothing
+    with torch.device("meta"):  # the default device of tensors made without one
         span = fq.weight_range(weight, 3, "linear")
         book, codes = fq.codebook(weight, 3)
     assert {one.device.type for one in (span, book, codes)} == {"cpu"}

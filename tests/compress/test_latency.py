@@ -1,4 +1,4 @@
-"""Latency of policies told from others that were measured: any law of the layers' MACs, noise and few measurements."""
+"""Latency of policies predicted from measured ones: any dependence on the layers' MACs, noise and few measurements."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def groups() -> Groups:
 
 
 def law(groups: Groups) -> np.ndarray:
-    """Weights per layer that are far from its share of the MACs, 0.8 in all."""
+    """Return weights per layer that are far from its share of the MACs and sum to 0.8."""
     roots = np.array(list(groups.layer_macs({}).values())) ** 0.25
     return 0.8 * roots / roots.sum()
 

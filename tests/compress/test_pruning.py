@@ -142,7 +142,7 @@ def test_a_meter_is_asked_only_where_it_is_limited(resnet):
     [
         ({"mac": 1.0}, "unknown cost 'mac'"),
         ({"macs": 0.0}, "macs: must be > 0"),
-        ({"latency_ms": 1.0}, "nothing here measures it"),
+        ({"latency_ms": 1.0}, "must be measured: pass `meter`"),
         ({"macs": 10.0}, "the smallest policy has macs"),
     ],
 )
@@ -221,7 +221,7 @@ def test_prune_leaves_the_network_and_tells_what_it_brings(resnet):
 
 
 class Slow(nn.Module):
-    """Moves a clock on by as many seconds as it is told, one call after the other."""
+    """Advances a clock by the given seconds, one value per call."""
 
     def __init__(self, clock, seconds):
         super().__init__()
@@ -249,9 +249,9 @@ def test_a_gain_that_is_not_clear_is_told():
     costs = {"macs": 1.0, "params": 1.0, "size_mb": 1.0}
     gains = Gain(1.02, 0.97, 1.1), Gain(1.1, 0.97, 1.2), Gain(1.1, 1.03, 1.2)
     none, open_, fast = (str(Pruned(nn.Identity(), {}, {}, costs, costs, gain)) for gain in gains)
-    assert "latency will not gain" in none
+    assert "latency does not improve" in none
     assert "is not clear" in open_
-    assert "will not" not in fast
+    assert "improve" not in fast
     assert "not clear" not in fast
 
 
@@ -296,7 +296,7 @@ def test_channels_are_scored_once(resnet):
         ({"keep": 0.5, "limits": {"macs": 1.0}}, "pass `limits`, `shares` or `keep`"),
         ({"limits": {"macs": 0.5}}, r"the smallest policy has macs \S+ of \S+: raise the limits"),
         ({"shares": {"macs": 50}}, "shares: macs: must be above 0 and at most 1"),
-        ({"shares": {"latency_ms": 0.5}}, "shares: latency_ms: is not counted"),
+        ({"shares": {"latency_ms": 0.5}}, "shares: latency_ms: cannot be counted"),
         ({"keep": 1.5}, "keep: must be above 0"),
         ({"keep": 0.5, "policy": "unifrom"}, "unknown policy 'unifrom', did you mean 'uniform'"),
         ({"keep": 0.5, "policy": "ranked"}, 'ranked needs the criterion "group"'),
@@ -314,12 +314,12 @@ def test_options_that_do_not_fit_are_one_sentence(resnet, options, reason):
 def test_a_network_of_half_precision_is_refused(dtype):
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1).to(dtype))
     said = str(dtype).removeprefix("torch.")
-    with pytest.raises(UserError, match=rf"prune: the layer 1 is {said}, not float32: call \.float\(\)"):
+    with pytest.raises(UserError, match=rf"prune: the layer 1 is {said}, not float32, call \.float\(\)"):
         compress.prune(net, torch.randn(2, 3, 4, 4), keep=0.5)
 
 
 class Fixed(nn.Module):
-    """Its forward counts on 8 channels."""
+    """A network whose forward relies on 8 channels."""
 
     def __init__(self):
         super().__init__()
@@ -330,7 +330,7 @@ class Fixed(nn.Module):
 
 
 def test_a_network_that_counts_on_its_channels_is_refused():
-    with pytest.raises(UserError, match="cannot be pruned: its forward counts on fixed numbers of channels"):
+    with pytest.raises(UserError, match="cannot be pruned, because its forward relies on fixed numbers of channels"):
         compress.prune(Fixed(), torch.randn(2, 3, 4, 4), keep=0.5, round_to=1)
 
 

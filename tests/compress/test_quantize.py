@@ -1,4 +1,4 @@
-"""Quantized networks: folding, every row of MODELS, a fresh process, training, sensitivity; torchao's opinion."""
+"""Quantized networks: folding, every row of MODELS, a fresh process, training, sensitivity; comparison with torchao."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ def options_of(name: str) -> dict[str, Any]:
 
 
 def small(name: str) -> tuple[nn.Module, Tensor]:
-    """A small network of MODELS in eval mode whose BatchNorms have seen data, and an input."""
+    """Return a small network of MODELS in eval mode whose BatchNorms have seen data, and an input."""
     torch.manual_seed(0)
     net, takes = models.build(name, **options_of(name)), models.MODELS[name].input
     known = models.options_of(name)
@@ -128,7 +128,7 @@ ROWS = [
     pytest.param(name, marks=pytest.mark.benchmark) if name in HEAVY else name
     for name, row in models.MODELS.items()
     if not row.supernet and row.input in (*SHAPES, "points") and not name.startswith("proxyless_")
-]  # those are built of the units of proxyless_mobile
+]  # those consist of the units of proxyless_mobile
 
 
 @pytest.mark.parametrize("name", [*ROWS, "proxyless_mobile"])
@@ -148,10 +148,10 @@ def test_every_network_is_quantized_rebuilt_and_loaded_with_equal_bits(name):
 
 
 def require_near(made: q.QuantizedNetwork, net: nn.Module, x: Tensor) -> None:
-    """Each layer alone, on what it gets in the float network: half of them are 1 to 2 % away, a wrong grid is 100 %.
+    """Each layer alone, on its inputs in the float network: half of them are 1 to 2 % away, a wrong grid is 100 %.
 
-    Layers of few distinct inputs or small sums are further away, of a U-Net of voxels up to 11 %. The answers of deep
-    random networks are so rough that they would show nothing.
+    Layers with few distinct inputs or small sums are further away, up to 11 % for a U-Net on voxels. The outputs of
+    deep random networks are too rough to show anything.
     """
     folded = fold(copy.deepcopy(net), made.record["folded"])
     errors = {}
@@ -211,7 +211,7 @@ def test_what_is_kept_of_inputs_is_bounded_and_a_fair_sample_of_all_batches():
     assert (found.min(), found.max()) == (everything.min(), everything.max())
     counts = torch.bincount(found[2:].long(), minlength=20)
     assert counts.sum() == 1000
-    assert counts.min() > 20  # 50 of each batch are to be expected, 7 their deviation
+    assert counts.min() > 20  # 50 of each batch are expected, with a deviation of 7
     assert counts.max() < 85
     few = q.gather(net, {id(net): "all"}, batches[:2], 10_000)["all"]
     assert torch.equal(few[2:].sort().values, torch.cat(batches[:2]).flatten().sort().values)
@@ -295,8 +295,8 @@ def test_a_network_of_several_inputs_takes_tuples_and_one_batch_is_enough():
     [
         ({"bits": 1}, r"all layers: bits must be \[weights 2 to 8, inputs 2 to 8 or null\] \(got \(1, 1\)\)"),
         ({"bits": {"0": (9, 8)}}, "0: bits must be"),
-        ({"bits": {"4": (8, 8)}}, "there is no layer '4' to quantize"),
-        ({"keep": ["nothing"]}, "there is no layer 'nothing'"),
+        ({"bits": {"4": (8, 8)}}, "no layer '4' that can be quantized"),
+        ({"keep": ["nothing"]}, "no layer 'nothing'"),
         ({"calibration": []}, "there are no calibration samples"),
         ({"calibration": [torch.full((1, 3, 16, 16), float("nan"))]}, "the input of 0 is not finite"),
     ],
@@ -397,7 +397,7 @@ def test_sensitivity_names_the_layer_that_cannot_be_rounded():
 
 
 def test_torchaos_graph_quantization_is_as_far_from_the_float_network():
-    """PT2E with the quantizer of x86 CPUs, same samples: both errors are of one size, so ours has no slip of scale."""
+    """PT2E with the quantizer of x86 CPUs, same samples: both errors are of similar size, so our scales are right."""
     pytest.importorskip("torchao")
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86

@@ -1,4 +1,4 @@
-"""A compressed network is built again from the records in its run; what is damaged is refused with a sentence."""
+"""A compressed network is rebuilt from the records in its run; damaged records are refused in one sentence."""
 
 import json
 from pathlib import Path

@@ -117,7 +117,7 @@ def test_a_name_that_is_no_layer_is_told_with_those_that_are_near(change, field)
     net = nn.Sequential()
     net.add_module("conv1", nn.Conv2d(1, 1, 1))
     before = net.conv1.weight.detach().clone()
-    with pytest.raises(UserError, match=f"{field}: no layer 'conv2', did you mean 'conv1'"):
+    with pytest.raises(UserError, match=f"{field}: unknown layer 'conv2', did you mean 'conv1'"):
         change(net, {"conv1": 1, "conv2": 1})
     assert torch.equal(net.conv1.weight, before)
 
@@ -133,7 +133,7 @@ def test_dropout_follows_the_density_of_the_layer_behind_it():
 
 
 class Published(nn.Module):
-    """Three layers as the recorded file has them: a convolution and two linear ones."""
+    """The three layers of the recorded file: a convolution and two linear ones."""
 
     def __init__(self, layers: list[dict]):
         super().__init__()
@@ -159,7 +159,7 @@ def test_the_recorded_file_in_the_published_layout_is_read(recorded):
     broken = bytearray(data)
     broken[0:4] = (2**32 - 1).to_bytes(4, "little")
     for bad in (b"", data[:-1], data + b"\0", bytes(broken), bytes(len(data))):
-        with pytest.raises(UserError, match="no released file of this network"):
+        with pytest.raises(UserError, match="is not a released file of this network"):
             released.load(net, bad, "x.net")
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 

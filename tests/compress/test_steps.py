@@ -1,4 +1,4 @@
-"""The steps of a compression that need no cluster: what they leave is read by every consumer, the file alone too."""
+"""Compression steps that need no cluster: every consumer reads their results, also from the file alone."""
 
 import json
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_steps_leave_runs_and_a_file_that_holds_all_of_the_network(work):
         (("03-code", atomic(work.job.steps)[6][1]), step_code),
     ):
         before, stages[folder] = row.run(step, work, folder, before)
-        again, details = row.run(step, work, folder, before)  # finished: nothing is done again
+        again, details = row.run(step, work, folder, before)  # finished: nothing is repeated
         assert (again.uri, details) == (before.uri, stages[folder])
     net = load_network(before)
     assert [record["step"] for record in net.model["compression"]] == ["sparsify", "share"]
@@ -101,8 +101,8 @@ def test_a_file_without_a_network_or_with_another_one_is_refused(work):
     tensors = net.net.state_dict()
     taken = json.loads(runs.read_file(before, "model/input.json"))
     for model, given, said in (
-        ({}, taken, "tensors without a network"),
-        (net.model, {}, "tensors without a network"),
+        ({}, taken, "tensors but no network"),
+        (net.model, {}, "tensors but no network"),
         (net.model | {"width": 0.25}, taken, "not those of its network"),
         (net.model | {"width": 1000.0}, taken, "not those of its network"),
     ):

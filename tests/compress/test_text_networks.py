@@ -1,4 +1,4 @@
-"""Networks of text in few bits: the recorded codebooks, layers of 8 and 4 bits, the same translations from a file."""
+"""Text networks in few bits: the recorded codebooks, layers of 8 and 4 bits, the same translations from a file."""
 
 import json
 import zlib
@@ -103,7 +103,7 @@ def test_tables_stay_float_where_they_are_kept_and_networks_without_any_are_refu
     net, tokens = network("transformer_lm")
     made = compress.quantize(net, tokens, [tokens], 8, "int8", keep=["embed"], embeddings=8).net
     assert torch.equal(made.embed.weight, net.embed.weight)
-    with pytest.raises(UserError, match="has no table of embeddings"):
+    with pytest.raises(UserError, match="has no embedding table"):
         compress.quantize(nn.Linear(4, 4), torch.zeros(1, 4), embeddings=8)
     with pytest.raises(UserError, match="no trained form"):
         quantization.prepare(net, tokens, [tokens], embeddings=8)

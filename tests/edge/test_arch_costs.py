@@ -1,4 +1,4 @@
-"""What archs cost: as rows what they cost one by one, between resolutions, and how archs are spread over latencies."""
+"""Costs of archs: rows equal single archs, interpolation between resolutions, the spread of archs over latencies."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def test_rows_cost_what_archs_cost(name):
     prices = Prices(on_meta(name, preset="tiny"), None, hardware.meter("dsp"))
     assert prices._places is not None
     codes = prices.table.sample(12, np.random.default_rng(0))
-    names = [*COUNTED, *MEASURED] if name == "ofa_resnet50" else ["memory_mb", *MEASURED]  # MACs take long to count
+    names = [*COUNTED, *MEASURED] if name == "ofa_resnet50" else ["memory_mb", *MEASURED]  # counting MACs takes long
     costs = prices.matrix(names)(codes)
     for row, arch in enumerate(prices.table.archs(codes)):
         told = prices.arch_costs(arch) if "macs" in names else prices.metered(arch)
@@ -71,7 +71,7 @@ def test_between_two_known_resolutions_latency_goes_with_the_pixels():
     codes[:, prices.table.columns["resolution", 0]] = prices.table.values[-1].index(28)
     told = [prices.metered(one)["latency_ms"] for one in prices.table.archs(codes)]
     fewer = Prices(whole.net, None, Meter("t.json", "table", "", some.names, some.of, some.fixed, (24, 32)))
-    with pytest.raises(UserError, match=r"t.json: was measured at resolutions 24, 32, which 20 is not between"):
+    with pytest.raises(UserError, match=r"t.json: was measured at resolutions 24, 32, but 20 is outside these"):
         fewer.metered(arch.replace(resolution=20))
     assert len(told) == 20
 
@@ -81,7 +81,7 @@ def test_a_table_of_another_network_says_which_unit_is_missing():
         on_meta("ofa_mobilenetv3", preset="tiny"), None, Meter("t", "table", "", ("latency_ms",), lambda u: None)
     )
     for ask in (lambda: prices.metered(prices.net.space.largest()), lambda: prices.matrix(["latency_ms"])):
-        with pytest.raises(UserError, match=r"t: has no time of .*: it is of another model"):
+        with pytest.raises(UserError, match=r"t: has no time of .*, it is of another model"):
             ask()
 
 

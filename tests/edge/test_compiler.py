@@ -1,4 +1,4 @@
-"""torch's compiler stays out of a process that compiles nothing, and is there, whole, for one that does."""
+"""torch's compiler is not imported in a process that compiles nothing, and complete in one that does."""
 
 import subprocess
 import sys

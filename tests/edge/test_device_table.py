@@ -1,4 +1,4 @@
-"""The table of a device with an agent: like a local one, gone on with when the agent died, read by a search."""
+"""The table of a device with an agent: like a local one, resumed after the agent died, read by a search."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -21,7 +21,7 @@ from slimray.spec import RunFailed, UserError
 from slimray.verbs import search
 from slimray.verbs.search import TargetSpec
 
-pytestmark = pytest.mark.timeout(900)  # a table is some thirty networks that leave torch
+pytestmark = pytest.mark.timeout(900)  # a table exports about thirty networks
 
 SIDE = 8
 SETTINGS = {"resolutions": [SIDE], "rounds": 2, "calibrate": 4}
@@ -59,7 +59,7 @@ def token() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def cut_off(net, token, tmp_path_factory) -> tuple[Path, str]:
-    """A table whose agent was killed in the second round, and what was said then."""
+    """A table whose agent was killed in the second round, and the error message."""
     path, device = tmp_path_factory.mktemp("tables") / "device.json", Device()
     there, asked, rounds = remote.runtime(remote.connect(device.url)), list[int](), list[int]()
 
@@ -85,7 +85,7 @@ def profile(net, path: Path, runtime, **options) -> latency_table.LatencyTable:
 
 @pytest.fixture(scope="module")
 def finished(net, cut_off, token) -> tuple[latency_table.LatencyTable, Path, latency_table.LatencyTable]:
-    """The table when the same command went on with another agent, its file, and the table before."""
+    """The table after the same command resumed with another agent, its file, and the table before."""
     before, device = latency_table.read_table(cut_off[0]), Device()
     try:
         return profile(net, cut_off[0], remote.runtime(remote.connect(device.url))), cut_off[0], before
@@ -94,8 +94,8 @@ def finished(net, cut_off, token) -> tuple[latency_table.LatencyTable, Path, lat
 
 
 def test_an_agent_that_dies_costs_the_round_under_way_and_the_same_command_goes_on(cut_off, finished):
-    assert "the agent does not answer" in cut_off[1]
-    assert "the same command goes on" in cut_off[1]
+    assert "the agent does not respond" in cut_off[1]
+    assert "repeat the command" in cut_off[1]
     table, _, before = finished
     assert (before.done, before.calibration, table.done) == (1, None, 2)
     assert len(before.conditions) == 1
@@ -113,7 +113,7 @@ def test_a_table_that_was_cut_off_is_no_hardware(net, cut_off, tmp_path):
         hardware.meter(str(copy))
 
 
-@pytest.mark.benchmark  # a table more
+@pytest.mark.benchmark  # one more table
 def test_operators_take_on_a_device_that_is_this_machine_what_they_take_here(net, finished, tmp_path):
     device = finished[0]
     local = profiler.profile(net, MODEL, tmp_path / "local.json", hardware="cpu-onnx", **SETTINGS)
@@ -126,7 +126,7 @@ def test_operators_take_on_a_device_that_is_this_machine_what_they_take_here(net
 
 def test_a_search_takes_its_latencies_from_the_table_of_a_device(net, finished, tmp_path):
     measured, path = finished[0], tmp_path / "known.json"
-    assert measured.calibration is not None  # whose slope says nothing of networks as small as these
+    assert measured.calibration is not None  # its slope is meaningless for networks as small as these
     known = measured.calibration.model_copy(update={"fixed_ms": 0.25, "slope": 2.0})
     table = measured.model_copy(update={"calibration": known})
     latency_table.write_table(table, path)

@@ -1,4 +1,4 @@
-"""Described devices: the roofline and the energy by hand, where rows come from, what a user may name."""
+"""Described devices: roofline and energy by hand, sources of the rows, names that a user may give."""
 
 import time
 
@@ -25,7 +25,7 @@ def test_a_layer_takes_the_longer_of_arithmetic_and_memory():
     macs, values = 64 * 64 * 100, 64 * 100 + 64 * 64 + 64 * 100
     assert hardware.layers_of(unit(64, 64, 10)) == [(macs, values)]
     told = hardware.unit_costs(DEVICE, unit(64, 64, 10))
-    assert told["latency_ms"] == pytest.approx(macs / 1e6)  # 12 MACs a byte: more than it computes meanwhile
+    assert told["latency_ms"] == pytest.approx(macs / 1e6)  # 12 MACs per byte: more than it computes in that time
     assert told["energy_mj"] == pytest.approx(1e-9 * (2 * macs + 10 * 2 * values))
     thin = hardware.unit_costs(DEVICE, unit(1, 1, 10))
     assert thin["latency_ms"] == pytest.approx(2 * (100 + 1 + 100) / 1e6)
@@ -82,5 +82,5 @@ def test_a_device_of_ones_own_is_a_file(tmp_path):
 def test_unknown_devices_and_tables_are_refused(tmp_path):
     with pytest.raises(UserError, match="unknown device 'edge_gpuu', did you mean 'edge_gpu'"):
         hardware.meter("edge_gpuu")
-    with pytest.raises(UserError, match=r"none.json: no such table: measure one with `slimray profile`"):
+    with pytest.raises(UserError, match=r"none.json: no such table, measure one with `slimray profile`"):
         hardware.meter(str(tmp_path / "none.json"))

@@ -1,4 +1,4 @@
-"""Latency learned from subnets: the network learns what is not linear, unseen subnets judge every way to tell it."""
+"""Latency learned from subnets: the network learns nonlinear laws, and all models are compared on unseen subnets."""
 
 import random
 
@@ -13,7 +13,7 @@ from slimray.spec import UserError
 
 
 def points(count: int = 100, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Features, and latencies that are a product: half in the layers, half in what each of them costs."""
+    """Return features, and latencies that depend on the product of two of them."""
     features = np.random.default_rng(seed).uniform(1, 6, (count, 3))
     return features, 5 + features[:, 0] * features[:, 1]
 
@@ -52,7 +52,7 @@ def test_a_predictor_is_a_function_of_its_data_and_seed():
 
 
 def table_of(model: dict, count: int) -> tuple[object, LatencyTable]:
-    """A finished table whose subnets take what a formula of their features says."""
+    """Return a finished table whose subnets have latencies given by a formula of their features."""
     net, rng = models.build(**model), random.Random(0)
     archs = [net.space.sample(rng) for _ in range(count)]
     ms = [1 + hat.features(arch)[5] * (0.5 + hat.features(arch)[9]) for arch in archs]
@@ -80,5 +80,5 @@ def test_errors_are_those_of_every_way_on_the_subnets_of_a_table():
 
 def test_few_subnets_are_one_sentence():
     net, table = table_of({"name": "hat_small", "vocab_size": 20, "preset": "tiny"}, 10)
-    with pytest.raises(UserError, match=r"subnets measured whole are too few to learn from: give --calibrate 20"):
+    with pytest.raises(UserError, match=r"whole subnets are too few to learn from, give --calibrate 20"):
         lp.errors(net, table)

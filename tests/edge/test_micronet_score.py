@@ -29,7 +29,7 @@ LAYERS = {
 
 
 def ours(name: str) -> str:
-    """The name here of a released tensor."""
+    """Return our name of a released tensor."""
     first, number, *rest = name.split(".")
     if first == "loss":
         return f"softmax.biases.{rest[0]}" if number == "layers" else name.replace("loss", "softmax")
@@ -84,7 +84,7 @@ def test_a_network_is_counted_by_its_zeros_and_the_bits_of_its_layers():
     shares = (0.3, 0.2)
     with torch.no_grad():
         for name, value in net.named_parameters():
-            if "bias" in name:  # some start as zeros
+            if "bias" in name:  # some are initialised to zero
                 value.fill_(1.0)
         plain = micronet_score(net.shape, 37, 0, counting_of(net, shares))
         net.layers[0].fc1.weight[:12] = 0

@@ -1,4 +1,4 @@
-"""Every network leaves torch as one ONNX file of standard operators, and ONNX Runtime computes what torch does."""
+"""Every network is exported as one ONNX file of standard operators, and ONNX Runtime agrees with torch."""
 
 import copy
 
@@ -17,7 +17,7 @@ from slimray.spec import RunFailed
 NETWORKS = [name for name, row in models.MODELS.items() if not row.supernet]
 QUICK = ("carn", "pvcnn_cls")  # the others: make soak
 NO_ONNX = {"proxyless_supernet": "torch.export: Could not extract specialized integer"}
-"""Networks that do not leave torch this way: its paths follow weights as it runs (`proxyless_found` leaves)."""
+"""Networks that cannot be exported this way: the paths depend on weights at run time (`proxyless_found` can)."""
 SMALL = {"width": 0.125, "voxel": 0.5, "blocks": 2, "units": 2, "scale": 2, "num_segments": 4}
 NEEDED = {"num_classes": 3, "scale": 2, "vocab_size": 50}
 POINT_CHANNELS = {"s3dis": 9, "shapenet": 22, "cls": 3}
@@ -70,7 +70,7 @@ def flat(outputs) -> list[torch.Tensor]:
 
 
 def exact(name: str, net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """The outputs in float64; of frustums, which draw points in float32, those of float32."""
+    """Return the outputs in float64, or in float32 for frustums, which draw points in float32."""
     if models.MODELS[name].input == "frustum":
         return [value.double() for value in flat(net(x))]
     return flat(copy.deepcopy(net).double()(x.double()))

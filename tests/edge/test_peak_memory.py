@@ -1,4 +1,4 @@
-"""Memory and size in int8 are what TinyEngine's scheduler counts, and a search keeps limits on them."""
+"""Memory and size in int8 equal those of TinyEngine's scheduler, and a search keeps limits on them."""
 
 import json
 
@@ -17,7 +17,7 @@ from slimray.spec import UserError
 
 
 def read(layer: dict) -> Operator:
-    """A layer as it was recorded: `h` and `o` are the sides of input and output."""
+    """Return a recorded layer: `h` and `o` are the sides of input and output."""
     inputs = tuple(layer[name] for name in ("inp", "inp2") if name in layer)
     values, kernel, channels = layer["co"] * layer["o"] ** 2, layer["k"], layer["co"]
     if layer["t"] == "add":

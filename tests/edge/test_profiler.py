@@ -1,4 +1,4 @@
-"""Latency tables: measured on a tiny supernet, taken up where they stopped, refused for other things, and asked."""
+"""Latency tables: measured on a tiny supernet, resumed where they stopped, refused for other supernets, and queried."""
 
 import json
 import sys
@@ -133,7 +133,7 @@ def test_what_is_missing_for_a_runtime_is_said(net, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="unknown runtime 'cpu-eagr', did you mean 'cpu-eager'"):
         profiler.profile(net, MODEL, tmp_path / "t.json", hardware="cpu-eagr")
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="torch sees no CUDA device"):
+        with pytest.raises(UserError, match="torch finds no CUDA device"):
             profiler.profile(net, MODEL, tmp_path / "t.json", hardware="cuda")
 
 
@@ -149,7 +149,7 @@ def test_a_table_of_a_supernet_of_transformers_holds_layers_by_length_and_beam(t
     told = Prices(net, None, hardware.meter(str(tmp_path / "text.json"))).metered(arch)["latency_ms"]
     assert told > 0
     other = models.build(**model | {"beam": 2})
-    with pytest.raises(UserError, match=r"has no time of encoder-.*: it is of another model, profile this supernet"):
+    with pytest.raises(UserError, match=r"has no time of encoder-.*, it is of another model: profile this supernet"):
         Prices(other, None, hardware.meter(str(tmp_path / "text.json"))).metered(arch)
 
 
@@ -179,7 +179,7 @@ def test_the_command_writes_a_table_and_tells_its_error(finished, tmp_path, monk
         (["nothing"], "nothing"),
         (["ofa_mobilenetv3", "--preset", "huge"], "preset: must be"),
         (["ofa_mobilenetv3", "--resolutions", "20,x"], "must be whole numbers separated by commas"),
-        (["ofa_mobilenetv3", "--resolutions", "21"], "21 is none of"),
+        (["ofa_mobilenetv3", "--resolutions", "21"], "21 is not one of"),
     ],
 )
 def test_mistakes_end_in_one_sentence(tmp_path, monkeypatch, capsys, arguments, said):

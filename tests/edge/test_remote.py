@@ -1,4 +1,4 @@
-"""A device that runs `slimray agent`, as the one who asks it knows it."""
+"""A device that runs `slimray agent`, from the client's side."""
 
 from slimray.edge.remote import Remote
 

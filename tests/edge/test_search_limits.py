@@ -1,4 +1,4 @@
-"""Targets of a search with a hardware: what is refused before anything runs, and what limits of latency mean."""
+"""Targets of a search with a hardware: checks before anything runs, and the meaning of latency limits."""
 
 import numpy as np
 import pytest

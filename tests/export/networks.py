@@ -1,6 +1,6 @@
 """Runs that hold networks, without training: seeded weights, statistics as after training, a dataset made by code.
 
-And how far an export may be from a network: see `bound`.
+Also the allowed difference between an export and a network, see `bound`.
 """
 
 import os
@@ -27,22 +27,22 @@ ROUNDINGS = 3
 
 
 def gap(found: Any, exact: torch.Tensor) -> float:
-    """The distance of `found` from `exact`, relative to its L2 norm."""
+    """Return the distance of `found` from `exact`, relative to its L2 norm."""
     return float((torch.as_tensor(found).double() - exact).norm() / exact.norm())
 
 
 def bound(rounded: torch.Tensor, exact: torch.Tensor) -> float:
-    """How far from `exact`, in float64, what a runtime computes in float32 may be.
+    """Return the allowed distance of a runtime's float32 results from `exact`, which is in float64.
 
-    RELATIVE, or where torch's own float32 (`rounded`) is further away than that allows: ROUNDINGS times as far. Deep
-    networks amplify rounding: torch on random weights is up to 1.5e-4 away, a runtime that adds in another order may be
+    It is RELATIVE, or ROUNDINGS times the distance of torch's own float32 (`rounded`) if that is larger. Deep networks
+    amplify rounding: torch on random weights is up to 1.5e-4 away, and a runtime that sums in another order may be
     nearer or further.
     """
     return max(RELATIVE, ROUNDINGS * gap(rounded, exact))
 
 
 def pictures(root: Path, per_class: int = 6, size: int = 40) -> Path:
-    """A folder per split and class of small pictures."""
+    """Write a folder of small pictures per split and class."""
     generator = np.random.default_rng(0)
     for split in ("train", "val"):
         for number, name in enumerate(CLASSES):
@@ -55,7 +55,7 @@ def pictures(root: Path, per_class: int = 6, size: int = 40) -> Path:
 
 
 def clips(root: Path, files: list[Path]) -> Path:
-    """A copy of video files and lists of them, each once in either split."""
+    """Copy video files and write lists of them, each once in either split."""
     root.mkdir()
     for number, file in enumerate(files):
         shutil.copyfile(file, root / f"{number}.mp4")
@@ -66,13 +66,13 @@ def clips(root: Path, files: list[Path]) -> Path:
 
 
 def require_converter(row: Format) -> None:
-    """Skip a format whose converter has an environment of its own where none is named."""
+    """Skip a format whose converter needs an environment of its own if none is named."""
     if row.converter is not None and row.converter[1] not in os.environ:
         pytest.skip(f"{row.converter[1]} names no Python with {row.converter[0]}")
 
 
 def ready(net: nn.Module, x: torch.Tensor) -> nn.Module:
-    """`net` in eval mode with the statistics of inputs `x`, so that these matter, and a head whose answers differ."""
+    """Return `net` in eval mode with statistics of inputs `x`, so that these matter, and a head of varied outputs."""
     torch.manual_seed(0)
     for name, module in net.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -75,7 +75,7 @@ def test_an_export_agrees_with_torch_and_says_so(shell, net, tmp_path, monkeypat
     x = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         assert verify.differences(network.net(x), load_network(net).net(x))["worst_sample"] < 1e-4
-    assert len(list(scratch.iterdir())) == 1  # as long as it may be asked
+    assert len(list(scratch.iterdir())) == 1  # the longest that can be requested
     del network
     gc.collect()
     assert not list(scratch.iterdir())
@@ -148,7 +148,7 @@ def test_litert_says_what_torch_says(name, tmp_path):
 
 
 class Neighbours(nn.Module):
-    """Draws points, looks for their neighbours, reckons with indices, and goes on with what lies there."""
+    """Samples points, finds their neighbours, computes with indices, and continues with the values there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ def test_a_network_of_few_bits_is_exported_in_float_and_in_int8(shell, net):  # 
 
 
 def test_an_export_that_disagrees_is_a_failed_run(shell, net):  # noqa: F811
-    """Logits beyond what float32 holds: no runtime gives those of torch."""
+    """Logits beyond the range of float32, which no runtime reproduces as torch does."""
     weights, model, taken = runs.read_model(net)
     run = runs.open_run("runs", "huge")
     runs.begin(run, yaml.safe_load(runs.read_file(net, "job.yaml")) | {"name": "huge"}, 1)

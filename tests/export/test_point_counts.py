@@ -1,4 +1,4 @@
-"""PVCNN and PointNet leave torch for any number of points, where the format can."""
+"""PVCNN and PointNet are exported for any number of points, in formats that can vary."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from slimray.models import MODELS
 NETWORKS = [name for name in MODELS if name.startswith(("pvcnn", "pointnet", "frustum")) and not MODELS[name].supernet]
 QUICK = ("pointnet_cls", "onnx")  # the others: make soak
 VARYING = [name for name, row in FORMATS.items() if row.varies and row.precision == "fp32"]
-COUNTS = ((1, -61), (3, 0), (2, 444))  # clouds, and points beside those that the network was exported with
+COUNTS = ((1, -61), (3, 0), (2, 444))  # clouds, and numbers of points other than that of the export
 
 
 @pytest.mark.parametrize(

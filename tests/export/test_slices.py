@@ -1,4 +1,4 @@
-"""Convolutions in 3D computed in 2D: the same numbers, in torch and in a runtime that has no others."""
+"""3D convolutions computed in 2D: the same numbers, in torch and in a runtime that has only 2D ones."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def test_other_convolutions_are_left_alone_and_refused_by_name(options):
 
 
 class Voxels(nn.Module):
-    """Puts points into a grid, convolves it in 3D and reads it at the points again."""
+    """Puts points into a grid, convolves it in 3D and reads it back at the points."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,4 +56,4 @@ def test_executorch_runs_convolutions_in_3d_between_points(form, most, tmp_path)
         row.convert(one, tmp_path, [[cloud[None].numpy()] for cloud in x])
         found = torch.from_numpy(row.load(tmp_path / row.file, 1, True)([x[:1].numpy()])[0])
         assert verify.differences(found, net(x[:1]))["relative"] < most
-    assert any(type(module) is nn.Conv3d for module in net.modules())  # the network itself is as it was
+    assert any(type(module) is nn.Conv3d for module in net.modules())  # the network itself is unchanged

@@ -1,4 +1,4 @@
-"""A causal TSM stepped in a runtime gives what the offline network gives in torch, frame by frame of a real video."""
+"""A causal TSM stepped in a runtime equals the offline network in torch, frame by frame of a real video."""
 
 import copy
 import random
@@ -31,7 +31,7 @@ STEPPED = [name for name, row in FORMATS.items() if row.precision == "fp32"]
 
 
 def video(path: Path) -> Tensor:
-    """The first frames of a video as a clip `[1, FRAMES, 3, SIDE, SIDE]`."""
+    """Return the first frames of a video as a clip `[1, FRAMES, 3, SIDE, SIDE]`."""
     with open_video(path.read_bytes()) as opened:
         pictures = opened.frames(list(range(FRAMES)))
     frames = np.stack([np.asarray(Image.fromarray(one).resize((SIDE, SIDE))) for one in pictures])
@@ -39,7 +39,7 @@ def video(path: Path) -> Tensor:
 
 
 def of_each_frame(net: nn.Module, clip: Tensor) -> Tensor:
-    """The logits `[FRAMES, CLASSES]` whose mean the offline network gives."""
+    """Return the logits `[FRAMES, CLASSES]` whose mean is the offline network's output."""
     logits = clip.flatten(0, 1)
     for module in net.per_frame().values():
         logits = module(logits)
@@ -50,7 +50,7 @@ def of_each_frame(net: nn.Module, clip: Tensor) -> Tensor:
 @cache
 @torch.no_grad()
 def offline(name: str, path: Path) -> tuple[graph.Graph, Tensor, Tensor, Tensor]:
-    """The step of a causal network, a video, the logits of the network that sees it whole, in float32 and float64."""
+    """Return the step of a causal network, a video, and the network's logits on all of it, in float32 and float64."""
     torch.manual_seed(0)
     clip = video(path)
     net = models.build(name, num_classes=CLASSES, num_segments=FRAMES, causal=True, **NETWORKS[name])

@@ -1,4 +1,4 @@
-"""A translation network leaves torch as two graphs, and ONNX Runtime says token for token what torch says."""
+"""A translation network is exported as two graphs, and ONNX Runtime agrees with torch token for token."""
 
 import json
 import random
@@ -29,7 +29,7 @@ SIZES = {"embed": 16, "qkv": 16, "ffn": 24, "heads": 2, "encoder_layers": 2, "de
 
 
 def lively(net: torch.nn.Module) -> torch.nn.Module:
-    """`net` with larger weights, so that the source decides what is said."""
+    """Return `net` with larger weights, so that the translation depends on the source."""
     with torch.no_grad():
         for name, value in net.named_parameters():
             if "proj" in name or "embed" in name:
@@ -81,7 +81,7 @@ def test_encoder_and_decoder_step_translate_token_for_token_as_torch_does(option
 
 @pytest.fixture
 def net(shell, tmp_path):  # noqa: F811
-    """A finished run that holds a small network over a prepared dataset of twelve pairs."""
+    """A finished run that holds a small network for a prepared dataset of twelve pairs."""
     rng, root = random.Random(0), tmp_path / "pairs"
     rows = []
     for number in range(12):

@@ -1,4 +1,4 @@
-"""The dashboard in a real browser over real run folders, on a disk and in a bucket; what it lets in, what it lets out.
+"""The dashboard in a real browser on real run folders, on a disk and in a bucket; its access control and isolation.
 
 Pictures of the pages are kept in build/dashboard/ (which git ignores).
 """
@@ -37,7 +37,7 @@ fetch('http://192.0.2.1/x').catch(() => document.body.append(' kept-in'));</scri
 
 
 class Page:
-    """An open page of a server, which remembers what went wrong and what was asked for."""
+    """An open page of a server, which records errors and requests."""
 
     def __init__(self, browser, dashboard: app.Dashboard, **options):
         self.base = f"http://127.0.0.1:{dashboard.port}"
@@ -59,7 +59,7 @@ class Page:
         return self.page
 
     def keep(self, name: str) -> None:
-        """A picture of the page as it is."""
+        """Save a picture of the page."""
         PICTURES.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
         assert (PICTURES / f"{name}.png").stat().st_size > 10_000
@@ -84,7 +84,7 @@ def serving(where: str):
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory) -> Path:
-    """Runs of most kinds and states, a damaged one, and one whose every text is hostile."""
+    """Write runs of most kinds and states, a damaged one, and one in which every text is hostile."""
     where = tmp_path_factory.mktemp("runs")
     trained(str(where), "good-tsm")
     trained(str(where), "good-tsn", rows=10)
@@ -133,7 +133,7 @@ def server(storage):
 
 @pytest.fixture
 def open_page(browser, server):
-    """`open_page(width=400)` opens a browser window; at the end nothing has gone wrong in it and nothing left here."""
+    """`open_page(width=400)` opens a browser window; at the end it must be free of errors and external requests."""
     opened: list[Page] = []
 
     def make(**options) -> Page:
@@ -332,7 +332,7 @@ def test_hostile_names_metrics_and_reports_are_shown_and_never_run(open_page):
     expect(frame.locator("body")).to_contain_text("kept-in")
     assert page.title() == "slimray"
     assert page.evaluate("window.owned") is None
-    assert any("192.0.2.1" in text for text in window.wrong)  # the browser says that it was refused
+    assert any("192.0.2.1" in text for text in window.wrong)  # the browser reports the refusal
     window.wrong.clear()
     window.asked = [url for url in window.asked if "192.0.2.1" not in url]
 
@@ -531,7 +531,7 @@ def test_a_part_that_was_read_is_not_read_again(tmp_path):
     assert watch.look("r", patience(20)) is first
     (part,) = (tmp_path / "r/metrics").iterdir()
     times, size = part.stat(), part.stat().st_size
-    part.write_text("x" * size)  # what would be seen if it was read
+    part.write_text("x" * size)  # would be visible if it were read
     os.utime(part, ns=(times.st_atime_ns, times.st_mtime_ns))
     write_rows(run, [metric_row(90, 9.0)])
     second = watch.look("r", patience(20))
@@ -595,7 +595,7 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path, storage_answers):
     if not storage_answers:
         trained(str(tmp_path), "late")
         (tmp_path / "late/status.json").unlink()
-        os.mkfifo(tmp_path / "late/status.json")  # who opens it waits for a writer
+        os.mkfifo(tmp_path / "late/status.json")  # opening it waits for a writer
     command = [sys.executable, "-m", "slimray.cli", "dashboard", str(tmp_path), "--port", "0"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal

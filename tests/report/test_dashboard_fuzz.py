@@ -1,7 +1,7 @@
-"""Pages of the dashboard over run folders that were cut, filled with other things than slimray writes, or made to harm.
+"""Pages of the dashboard on run folders that are truncated, hold content that slimray did not write, or are malicious.
 
-No folder may end in an exception, and what a page then is has to be text and links of its own: no component, markup or
-address comes out of a file.
+No folder may cause an exception, and pages must consist of text and their own links: no component, markup or address
+comes from a file.
 """
 
 import json
@@ -42,7 +42,7 @@ DAMAGES = st.one_of(
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A run of each kind that has pages of its own."""
+    """Write a run of each kind that has pages of its own."""
     where = tmp_path_factory.mktemp("made")
     write_rows(trained(str(where), "trained"), [{"path": "a.mp4", "split": "train", "reason": "cut"}], "quarantine")
     searched(str(where), "searched", 12)
@@ -52,7 +52,7 @@ def made(tmp_path_factory) -> Path:
 
 
 def nodes(value: Any) -> Iterator[tuple[Any, Any]]:
-    """(container, key) of all that lies in a JSON value."""
+    """Return (container, key) of everything inside a JSON value."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in list(pairs):
         yield value, key
@@ -62,7 +62,7 @@ def nodes(value: Any) -> Iterator[tuple[Any, Any]]:
 def damage(folder: Path, how: str, which: int, spot: int, value: Any) -> None:
     """Damage a file of the run folder: one value, all values of a name, a name, the end, or all of it.
 
-    A file is as likely as all those of a folder inside together.
+    A file is as likely as all files of a subfolder together.
     """
     groups: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
@@ -79,7 +79,7 @@ def damage(folder: Path, how: str, which: int, spot: int, value: Any) -> None:
     try:
         there = [json.loads(line) for line in lines]
     except (ValueError, RecursionError):
-        return  # damaged before, or a job, which is YAML and damaged as bytes
+        return  # already damaged, or a job, which is YAML and damaged as bytes
     found = list(nodes(there))
     container, key = found[spot % len(found)]
     if how == "rename" and isinstance(container, dict):
@@ -91,7 +91,7 @@ def damage(folder: Path, how: str, which: int, spot: int, value: Any) -> None:
 
 
 def shown(tree: list[Any]) -> Any:
-    """The page as a browser gets it; ValueError where that is no JSON."""
+    """Return the page as a browser gets it; ValueError if that is not JSON."""
     from plotly.io.json import to_json_plotly
 
     def refuse(constant: str) -> None:
@@ -106,7 +106,7 @@ OWN_MARKUP = re.compile(r"<(?!br>|/?extra>)")  # of hover texts
 
 
 def check_component(value: Any) -> None:
-    """Children are text, or components of ours with addresses of ours; figures hold no markup of others."""
+    """Check that children are text, or our components with our addresses, and that figures hold no foreign markup."""
     if isinstance(value, list):
         for one in value:
             check_component(one)
@@ -129,7 +129,7 @@ def check_component(value: Any) -> None:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """All texts of a figure that Plotly draws."""
+    """Return all texts of a figure that Plotly draws."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The report: one page that loads nothing, runs only what turns clouds, and stands any name, size or missing file."""
+"""The report: a page that loads nothing, runs only the script of clouds, handles any name, size or missing file."""
 
 import base64
 import hashlib
@@ -40,7 +40,7 @@ def metric_rows(num_steps: int = 40) -> list[dict]:
 
 
 def strip() -> str:
-    """Four square frames side by side, as a base64 JPEG."""
+    """Return four square frames side by side, as a base64 JPEG."""
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 4 * 32, 3), dtype=np.uint8)).save(buffer, "JPEG")
     return base64.b64encode(buffer.getvalue()).decode()
@@ -172,7 +172,7 @@ def test_ious_are_drawn_as_long_bars(tmp_path: Path):
 
 
 def kitti_rows(std: float) -> list[dict]:
-    """A row as `evaluate` writes it for boxes, of one repeat (`std` 0) or several."""
+    """Return a row as `evaluate` writes it for boxes, with one repeat (`std` 0) or several."""
     names = [
         f"ap{recalls}_{seen}_{kind}_{level}"
         for kind in ("car", "cyclist")
@@ -333,7 +333,7 @@ def test_importing_the_report_imports_no_matplotlib():
 
 
 def run_folder(tmp_path: Path, rows: list[dict], card: dict, results: dict) -> runs.Run:
-    """A run as a job leaves it, of the name `tsm`."""
+    """Write a finished run named `tsm`."""
     run = runs.open_run(str(tmp_path), "tsm")
     with closing(runs.PartWriter(run, "metrics", 1, 0)) as writer:
         for row in rows:
@@ -372,7 +372,7 @@ def test_the_page_of_an_evaluate_run_sets_the_runs_side_by_side(tmp_path: Path):
     results = {"rows": rows, "classes": ["left", "right"], "confusion": {"a (natural)": None}, "clips": clips}
     page = pages.evaluate_report(run_folder(tmp_path, [], {}, results))
     text = Elements(page).text
-    for told in ("Side by side", "What frame order is worth", "82.4 – 94.5", "55.5 %", "✗ wrong"):
+    for told in ("Side by side", "Value of frame order", "82.4 – 94.5", "55.5 %", "✗ wrong"):
         assert told in text, told
     assert "Confusion" not in text
 
@@ -460,8 +460,8 @@ def test_accuracy_by_batch_is_a_curve_for_each_rule_of_the_rate():
     ]
     (curves,) = charts.by_batch(rows)
     assert curves.series == {
-        "rate 6.25 per 1,000 of a batch": ([4.0, 6.0], [90.0, 89.0]),
-        "rate 0.1 whatever the batch": ([4.0, 6.0], [90.0, 60.0]),
+        "rate 6.25 per 1,000 samples": ([4.0, 6.0], [90.0, 89.0]),
+        "rate 0.1 for any batch": ([4.0, 6.0], [90.0, 60.0]),
     }
     assert charts.by_batch(rows[:1]) == []
 

@@ -1,4 +1,4 @@
-"""Pictures of points: what the script turns is what the stills show, boxes lie where they are, odd ones do no harm."""
+"""Pictures of points: the script turns what the stills show, boxes are drawn in place, odd ones do no harm."""
 
 import base64
 import json
@@ -134,7 +134,7 @@ def with_responses(*responses: ResponseView) -> CloudView:
 
 
 def labels_of(page: str) -> list[list[np.ndarray]]:
-    """The places of colours of each panel, of each cloud and block."""
+    """Return the colour indices of each panel, of each cloud and block."""
     return [
         [np.frombuffer(base64.b64decode(one), np.uint8) for one in box.split()]
         for box in Elements(page).all("data-labels")
@@ -212,7 +212,7 @@ def test_a_response_that_is_not_that_of_its_points_is_refused():
 
 
 def to_metres(section: dict, at: np.ndarray) -> np.ndarray:
-    """Places on the page as x, z, by the lines of the grid."""
+    """Return positions on the page as x, z, by the lines of the grid."""
     out = []
     for axis, lines in enumerate((section["columns"], section["rows"])):
         (first, low), (last, high) = lines[0], lines[-1]
@@ -221,7 +221,7 @@ def to_metres(section: dict, at: np.ndarray) -> np.ndarray:
 
 
 def paths(section: dict, name: str) -> np.ndarray:
-    """The six places of each outline in metres, `[n, 6, 2]`: four corners, the middle, the tip of the line ahead."""
+    """Return the six points of each outline in metres, `[n, 6, 2]`: four corners, the middle, the tip ahead."""
     numbers = [[float(n) for n in re.findall(r"-?[\d.]+", path)] for path in section[name]]
     return to_metres(section, np.array(numbers).reshape(-1, 6, 2))
 

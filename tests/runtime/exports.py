@@ -1,4 +1,4 @@
-"""Makes export folders of small networks for tests, by torch.onnx.export, as `slimray export` lays them out."""
+"""Makes export folders of small networks for tests, with torch.onnx.export, in the layout of `slimray export`."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ class Step(nn.Module):
 
 
 def seeded(net: nn.Module) -> nn.Module:
-    """`net` in eval mode with weights that make its classes differ."""
+    """Return `net` in eval mode with weights that make its classes differ."""
     torch.manual_seed(0)
     for name, value in net.state_dict().items():
         if value.is_floating_point() and value.ndim > 1:
@@ -45,7 +45,7 @@ def export(
     folder: Path, net: nn.Module, example: Tensor, taken: dict[str, Any], *, dynamic: tuple[int, ...] = (0,),
     states: tuple[Tensor, ...] = (),
 ) -> Path:  # fmt: skip
-    """Write `folder` with model.onnx and export.json of `net`; `taken` is what model/input.json holds."""
+    """Write `folder` with model.onnx and export.json of `net`; `taken` is the content of model/input.json."""
     names = ["input", *(f"state_{i}" for i in range(len(states)))]
     after = ["logits", *(f"new_state_{i}" for i in range(len(states)))]
     free = (dict.fromkeys(dynamic, torch.export.Dim.AUTO),) if dynamic else None
@@ -77,7 +77,7 @@ def export(
 
 
 def write(folder: Path, facts: dict[str, Any]) -> None:
-    """Write export.json for the model.onnx that lies in `folder`."""
+    """Write export.json for the model.onnx in `folder`."""
     data = (folder / "model.onnx").read_bytes()
     plain = {
         "version": 1, "format": "onnx", "file": "model.onnx", "bytes": len(data), "model": {}, "precision": "fp32",

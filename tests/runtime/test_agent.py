@@ -1,4 +1,4 @@
-"""The agent on loopback, in a process that cannot import torch: tables like local ones, a sentence for all else."""
+"""The agent on loopback, in a process that cannot import torch: tables like local ones, one sentence for any error."""
 
 import hashlib
 import http.client
@@ -39,7 +39,7 @@ main()
 
 
 class Device:
-    """An agent in a process of its own; of another `python` with the package that is installed there."""
+    """An agent in a process of its own; with another `python`, the package installed there is used."""
 
     def __init__(self, *options: str, token: str | None = TOKEN, python: str = sys.executable):
         left_out = (agent.TOKEN_VARIABLE, *(("PYTHONPATH",) if python != sys.executable else ()))
@@ -60,7 +60,7 @@ class Device:
 
     def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, dict]:
         connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=patience(60))
-        with suppress(BrokenPipeError, ConnectionResetError):  # it may answer before it has read everything
+        with suppress(BrokenPipeError, ConnectionResetError):  # it may respond before it has read everything
             connection.request(method, path, body, {"Authorization": f"Bearer {TOKEN}"} | headers)
         response = connection.getresponse()
         found = response.status, json.loads(response.read())
@@ -161,8 +161,8 @@ def test_the_token_is_printed_once_or_given_and_nothing_is_said_without_it(devic
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
-        ("http://192.0.2.1:8060", "the token would go over the network in the clear: use a tunnel"),
-        ("http://device.example:8060", "in the clear"),
+        ("http://192.0.2.1:8060", "the token would be sent over the network unencrypted: use a tunnel"),
+        ("http://device.example:8060", "unencrypted"),
         ("ftp://127.0.0.1", "must be http://HOST:PORT"),
         ("http://user@127.0.0.1:1", "must be http://HOST:PORT"),
         ("127.0.0.1:8060", "must be http://HOST:PORT"),
@@ -174,7 +174,7 @@ def test_the_token_is_never_shown_to_a_network_unasked(url, sentence):
 
 
 def test_an_agent_that_is_not_there_is_one_sentence(device):
-    with pytest.raises(RunFailed, match=r"http://127.0.0.1:9: the agent does not answer \(connection refused\)"):
+    with pytest.raises(RunFailed, match=r"http://127.0.0.1:9: the agent does not respond \(connection refused\)"):
         remote.connect("http://127.0.0.1:9")
 
 
@@ -223,7 +223,7 @@ def test_a_network_that_never_ends_is_ended_and_the_next_one_is_timed():
 
 
 def endless_loop() -> bytes:
-    """A network whose Loop has no end."""
+    """Return a network whose Loop never ends."""
     true = helper.make_tensor("go", TensorProto.BOOL, [], [True])
     inner = helper.make_graph(
         [helper.make_node("Identity", ["c"], ["c2"]), helper.make_node("Relu", ["v"], ["v2"])], "body",
@@ -256,7 +256,9 @@ def test_a_raspberry_pi_tells_its_name_temperature_and_throttling(tmp_path):
     assert conditions.device(tmp_path)["device"] == "Raspberry Pi 5 Model B Rev 1.0"
     found = conditions.conditions(tmp_path, watts=False)
     assert found == {"temperature_c": 61.85, "clock_mhz": 1500.0, "throttled": True}
-    put(tmp_path, "sys/devices/platform/soc/soc:firmware/get_throttled", "50000\n")  # it was, it is no longer
+    put(
+        tmp_path, "sys/devices/platform/soc/soc:firmware/get_throttled", "50000\n"
+    )  # it was throttled earlier, but is not now
     assert conditions.conditions(tmp_path, watts=False)["throttled"] is False
 
 

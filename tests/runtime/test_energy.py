@@ -1,4 +1,4 @@
-"""Energy of a run: from counters and sensors where they are there (files as Linux lays them out), else a model."""
+"""Energy of a run: from counters and sensors if they exist (files as in Linux), otherwise from a model."""
 
 import time
 from pathlib import Path
@@ -12,7 +12,7 @@ RAPL = "sys/class/powercap/intel-rapl"
 
 
 def put(root: Path, name: str, text: str) -> None:
-    """Write a file at once, as the kernel does: nobody reads half of it."""
+    """Write a file atomically, as the kernel does, so that nobody reads half of it."""
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     (root / "part").write_text(text)
     (root / "part").replace(root / name)
@@ -20,7 +20,7 @@ def put(root: Path, name: str, text: str) -> None:
 
 @pytest.fixture(autouse=True)
 def no_tools(tmp_path, monkeypatch):
-    """A PATH with only what a test puts there: the GPUs of this machine are out of sight."""
+    """A PATH with only the programs of a test, which hides the GPUs of this machine."""
     monkeypatch.setenv("PATH", str(tmp_path))
 
 

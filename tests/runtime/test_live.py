@@ -1,4 +1,4 @@
-"""`slimray live` over a video file: labels follow the frames, nothing falls behind, the page in a real browser.
+"""`slimray live` on a video file: labels follow the frames, nothing falls behind, the page in a real browser.
 
 A picture of the page is kept in build/live/ (which git ignores).
 """
@@ -38,14 +38,14 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 class Colour(torch.nn.Module):
-    """Logits of red, green, blue of pictures `[B, 3, H, W]`, or of clips `[B, T, 3, H, W]`."""
+    """A network with logits for red, green and blue of pictures `[B, 3, H, W]`, or of clips `[B, T, 3, H, W]`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 4 * x.flatten(3).mean(-1).mean(1) if x.ndim == 5 else 4 * x.flatten(2).mean(-1)
 
 
 class Before(torch.nn.Module):
-    """The colour of the frame before: its state."""
+    """A network whose state is the colour of the previous frame."""
 
     def forward(self, frame: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return state * 1.0, 4 * frame.flatten(2).mean(-1)
@@ -206,7 +206,7 @@ def test_the_page_shows_a_video_in_a_browser_and_the_command_ends_with_it(image,
         assert page.evaluate("window.owned === undefined")
         PICTURES.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=PICTURES / "live.png")
-        wrong += ended  # once the server goes, requests may break off
+        wrong += ended  # once the server ends, requests may fail
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=patience(60))
         expect(page.locator("#trouble")).to_have_text("slimray live has ended", timeout=patience(20_000))

@@ -1,4 +1,4 @@
-"""Hostile ONNX files: each is refused in one sentence before a library opens it, and no damage makes another error."""
+"""Hostile ONNX files: each is refused in one sentence before a library opens it, and no damage causes another error."""
 
 import random
 from contextlib import suppress
@@ -85,7 +85,7 @@ def in_a_branch() -> bytes:
 
 
 def wire(number: int, data: bytes) -> bytes:
-    """A field of bytes."""
+    """Return a field of bytes."""
     size, out = len(data), bytearray([number << 3 | 2])
     while size > 127:
         out.append(size & 127 | 128)
@@ -94,7 +94,7 @@ def wire(number: int, data: bytes) -> bytes:
 
 
 def nested(depth: int) -> bytes:
-    """Deeper than protobuf itself would write: a graph in an attribute of a node of a graph, and so on."""
+    """Return a nesting deeper than protobuf itself would write: a graph in an attribute of a node of a graph, ..."""
     graph = b""
     for _ in range(depth):
         graph = wire(1, wire(5, wire(6, graph)))
@@ -102,7 +102,7 @@ def nested(depth: int) -> bytes:
 
 
 def sparse(*dims: int) -> bytes:
-    """A constant that is a sparse tensor, whose dims are fields of their own as ONNX writes them."""
+    """Return a constant that is a sparse tensor, whose dims are separate fields as ONNX writes them."""
     value = helper.make_attribute("sparse_value", onnx.SparseTensorProto(dims=dims))
     node = helper.make_node("Constant", [], ["v"])
     node.attribute.append(value)
@@ -110,7 +110,7 @@ def sparse(*dims: int) -> bytes:
 
 
 def packed(where: str, numbers: bytes) -> bytes:
-    """A weight or a node with one packed field of integers: the values or the sides of a tensor, or an attribute."""
+    """Return a weight or a node with a packed field of integers: values or sides of a tensor, or an attribute."""
     if where == "ints":
         node = wire(1, b"x") + wire(2, b"y") + wire(4, b"Transpose") + wire(5, wire(1, b"perm") + wire(8, numbers))
         return wire(8, b"") + wire(7, wire(1, node))
@@ -183,7 +183,7 @@ def test_no_damage_ends_in_anything_but_a_sentence():
 
 @pytest.mark.parametrize("where", ["dims", "int32_data", "int64_data", "uint64_data", "ints"])
 def test_a_long_packed_field_is_counted_and_not_decoded(monkeypatch, where):
-    numbers, decoded = b"\xff\x01" * (1 << 21), 0  # two million, across the borders of what is counted at once
+    numbers, decoded = b"\xff\x01" * (1 << 21), 0  # two million, across the borders of the chunks that are counted
     data, one = packed(where, numbers), onnx_file._varint
 
     def counted(value: memoryview, at: int) -> tuple[int, int]:

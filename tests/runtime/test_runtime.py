@@ -1,4 +1,4 @@
-"""Exports without torch: the answers of their run, prepared by the same numbers, stepped frame by frame."""
+"""Exports without torch: the same answers as their run, with inputs prepared identically, stepped frame by frame."""
 
 import json
 import subprocess
@@ -37,7 +37,7 @@ def network(net: torch.nn.Module, recipe: Any, classes: tuple[str, ...], task: s
 
 
 def taken(one: Network) -> dict[str, Any]:
-    """What model/input.json holds."""
+    """Return the content of model/input.json."""
     plain = {"recipe": one.recipe, "pixels": asdict(one.pixels), "classes": list(one.classes), "task": one.task}
     return json.loads(json.dumps(plain))
 
@@ -68,7 +68,7 @@ def images(folder) -> tuple[Network, Path]:
 
 
 class Labels(torch.nn.Module):
-    """Scores of points out of their coordinates alone: what an export of a point network looks like."""
+    """Scores of points from their coordinates alone, in the form of a point network's export."""
 
     def __init__(self) -> None:
         super().__init__()

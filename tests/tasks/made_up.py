@@ -1,4 +1,4 @@
-"""A task that exists in the tests only: how many bright squares a picture has, judged by how far off the count is."""
+"""A task that exists only in tests: the number of bright squares in a picture, scored by the error of the count."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from slimray.tasks.task import LossOptions, Metric, Table, Task
 
 
 class CountScore:
-    """The sum of how far counts are off."""
+    """Sum of the errors of counts."""
 
     def __init__(self) -> None:
         self.sums = torch.zeros(2, dtype=torch.float64)

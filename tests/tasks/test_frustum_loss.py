@@ -1,4 +1,4 @@
-"""The loss of frustum networks: what the paper says of each error, the published bins, frustums without an object."""
+"""The loss of frustum networks: each error as in the paper, the published bins, frustums without an object."""
 
 import math
 
@@ -31,7 +31,7 @@ def test_corners_turn_about_the_vertical():
 
 
 def perfect(templates: torch.Tensor):
-    """Targets, and the outputs that meet them."""
+    """Return targets, and the outputs that match them."""
     targets = {
         "mask": torch.tensor([[0, 1, 1], [1, 0, 0]]),
         "center": torch.randn(2, 3),
@@ -67,7 +67,7 @@ def test_a_perfect_box_costs_nothing_and_each_error_what_the_paper_says():
     assert mean_loss(guess, targets, templates).item() == pytest.approx(2.5, abs=1e-3)
     turned = out | {
         "heading_residuals": out["heading_residuals"] + math.pi
-    }  # corners of a box turned round count as its own
+    }  # corners of a box rotated by pi count as its own
     assert mean_loss(turned, targets, templates).item() == pytest.approx(0, abs=1e-3)
 
 

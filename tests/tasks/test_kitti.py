@@ -1,4 +1,4 @@
-"""Boxes, what is counted of them and KITTI's AP are the recorded ones and those of the protocol, and right by hand."""
+"""Boxes, their counts and KITTI's AP equal the recorded ones, those of the protocol, and results by hand."""
 
 import math
 
@@ -22,7 +22,7 @@ def rng():
 
 
 def summed(a, b):
-    """`a` after an all-reduce with `b`."""
+    """Return `a` after an all-reduce with `b`."""
     for mine, other in zip(a.tensors(), b.tensors(), strict=True):
         mine += other
     return a
@@ -73,7 +73,7 @@ def test_overlaps_are_those_of_shapely(rng):
     a, b = random_boxes(rng, 3000), random_boxes(rng, 3000)
     b[:500, 6] = a[:500, 6] + rng.integers(0, 4, 500) * math.pi / 2  # parallel
     b[500:700] = a[500:700]
-    b[700:900, [0, 2, 3, 4, 6]] = a[700:900, [0, 2, 3, 4, 6]] + rng.normal(0, 1e-13, (200, 5))  # all but equal
+    b[700:900, [0, 2, 3, 4, 6]] = a[700:900, [0, 2, 3, 4, 6]] + rng.normal(0, 1e-13, (200, 5))  # almost equal
 
     def outlines(boxes):
         cos, sin = np.cos(boxes[:, 6:]), np.sin(boxes[:, 6:])
@@ -183,7 +183,7 @@ def test_frustums_of_two_ranks_are_those_of_one():
     }
     assert one.result() == pytest.approx(expected, rel=1e-6)
     assert summed(a, b).result() == pytest.approx(one.result())
-    one.add_unknown(2)  # a detector's: they are samples, and change nothing else
+    one.add_unknown(2)  # from a detector: they count as samples, and change nothing else
     assert one.result() == pytest.approx(expected | {"num_samples": 5}, rel=1e-6)
 
 
@@ -300,7 +300,7 @@ def test_frames_without_objects_or_detections_count():
 
 
 def devkit_curve(frames, name, metric, difficulty, min_iou):
-    """The protocol word by word, one detection at a time."""
+    """The protocol implemented literally, one detection at a time."""
     neutral = kitti.KITTI_NEUTRAL.get(name)
 
     def match(frame, threshold):

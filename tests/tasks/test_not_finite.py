@@ -25,7 +25,7 @@ BROKEN = [torch.nan, torch.inf, -torch.inf]
 def test_broken_logits_are_no_class(value):
     logits = torch.tensor([[value, value, value], [1.0, 3.0, 2.0]])
     assert likeliest(logits).tolist() == [-1, 1]
-    masked = torch.tensor([[-torch.inf, 1.0]])  # a class that cannot be
+    masked = torch.tensor([[-torch.inf, 1.0]])  # an impossible class
     assert likeliest(masked).tolist() == [1]
 
 
@@ -33,7 +33,7 @@ def test_broken_logits_are_no_class(value):
 def test_samples_with_broken_logits_are_wrong_and_counted(value):
     score = ClassScore(3)
     logits = torch.eye(3)[[0, 1, 0]] * 9
-    logits[0] = value  # of class 0, which argmax would have told
+    logits[0] = value  # of class 0, which argmax would have returned
     score.add(logits, torch.tensor([0, 1, 0]))
     result = score.result()
     assert result["top1"] == result["top5"] == pytest.approx(200 / 3)
@@ -46,7 +46,7 @@ def test_a_network_that_gives_nothing_finite_fails_with_a_sentence():
     score = ClassScore(3)
     score.add(torch.full((4, 3), torch.nan), torch.zeros(4, dtype=torch.int64))
     assert score.result()["top1"] == 0
-    with pytest.raises(RunFailed, match="net: the network gives no finite number for any of 4 samples"):
+    with pytest.raises(RunFailed, match="net: the network's outputs are not finite for all 4 samples"):
         require_finite(score.result(), "net")
 
 

@@ -1,4 +1,4 @@
-"""A finished run as a user points it at files: clips and clouds of any format, labels of all points, refusals."""
+"""A finished run predicts on a user's files: clips and clouds of any format, labels of all points, refusals."""
 
 import io
 import json
@@ -36,14 +36,14 @@ RECIPE = PointRecipe(num_points=256, normalize="sphere", mode="val", per_point=T
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
-    """An empty working folder; runs lie in its `runs`."""
+    """An empty working folder; its runs are in `runs`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SLIMRAY_STORAGE", raising=False)
     return tmp_path
 
 
 def train(name: str, classes: tuple[str, ...], recipe: Any, **options: Any) -> Network:
-    """The folder of the run `net`, never trained; small variances keep it from answering the same to every point."""
+    """Return the folder of the untrained run `net`; small variances make its answers differ between points."""
     torch.manual_seed(0)
     options |= {"name": name, "num_classes": len(classes)}
     state = models.build(**options).state_dict()

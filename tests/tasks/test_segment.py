@@ -1,4 +1,4 @@
-"""Scores of labelled points are the recorded ones, the same however the work is shared out, and right by hand."""
+"""Scores of labelled points equal the recorded ones and results by hand, and do not depend on the split of the work."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def recorded(shared):
 
 
 def summed(a, b):
-    """`a` after an all-reduce with `b`."""
+    """Return `a` after an all-reduce with `b`."""
     for mine, other in zip(a.tensors(), b.tensors(), strict=True):
         mine += other
     return a
@@ -64,7 +64,7 @@ def test_segments_by_hand():
     score.add_predictions(np.array([0, 0, 1, -1, 2]), np.array([0, 1, 1, 1, 0]))
     result = score.result()
     assert result["overall_acc"] == pytest.approx(40)
-    assert result["class_iou"] == pytest.approx([100 / 3, 100 / 3, 0, None])  # class 3 neither is nor is predicted
+    assert result["class_iou"] == pytest.approx([100 / 3, 100 / 3, 0, None])  # class 3 neither occurs nor is predicted
     assert result["miou"] == pytest.approx(200 / 9)
     assert result["mean_class_accuracy"] == pytest.approx((100 / 2 + 100 / 3) / 2)
     assert score.missed.tolist() == [0, 1, 0, 0]
@@ -85,7 +85,7 @@ def test_a_score_without_points_is_zero():
 
 
 def test_a_label_beyond_the_classes_is_refused():
-    with pytest.raises(ValueError, match="label 3: there are 3 classes"):
+    with pytest.raises(ValueError, match="label 3: there are only 3 classes"):
         SegmentationScore(3).add(torch.zeros(1, 3, 2), torch.tensor([[0, 3]]))
 
 
@@ -135,9 +135,9 @@ def test_a_shape_is_judged_by_the_best_part_of_its_own_category():
 
 
 def test_a_part_of_another_category_is_refused():
-    with pytest.raises(ValueError, match="none of its shape's category"):
+    with pytest.raises(ValueError, match="does not belong to its shape's category"):
         ShapeScore({"mug": (0, 1), "lamp": (2, 3)}).add_predictions(np.array([0]), np.array([2]), 0)
-    with pytest.raises(ValueError, match="label 4: there are 4 parts"):
+    with pytest.raises(ValueError, match="label 4: there are only 4 parts"):
         ShapeScore({"mug": (0, 1), "lamp": (2, 3)}).add_predictions(np.array([[0], [0]]), np.array([[4], [0]]), [0, 0])
 
 

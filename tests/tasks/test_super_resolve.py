@@ -1,4 +1,4 @@
-"""Super resolution: published numbers of recorded pictures, bicubic beside them, NaN scores nothing, files enlarged."""
+"""Super resolution: published numbers of recorded pictures, comparison with bicubic, NaN scores 0, files enlarged."""
 
 import json
 from pathlib import Path
@@ -84,7 +84,7 @@ def test_a_picture_that_is_not_finite_scores_nothing(recorded):
     score = PictureScore(2)
     score.add(torch.full((1, 3, 48, 60), torch.nan), targets)
     assert (score.result()["psnr"], score.result()["ssim"]) == (0, 0)
-    with pytest.raises(RunFailed, match="net: the network gives no finite number for any of 1 samples"):
+    with pytest.raises(RunFailed, match="net: the network's outputs are not finite for all 1 samples"):
         require_finite(score.result(), "net")
 
 
@@ -114,7 +114,7 @@ def test_the_page_shows_pictures_side_by_side_and_bicubic_in_a_table(tmp_path, r
     runs.write_file(run, "results.json", json.dumps(results).encode())
     elements = Elements(pages.evaluate_report(run))
     assert "Pictures side by side" in elements.text
-    assert "Beside bicubic interpolation" in elements.text
+    assert "Compared with bicubic interpolation" in elements.text
     assert f"{row['psnr']:.4g} dB" in elements.text
     assert sum(src.startswith("data:image/png;base64,") for src in elements.all("src")) == 4
 

@@ -1,4 +1,4 @@
-"""BLEU and chrF are sacrebleu's whichever way sentences are divided; perplexity per token and per word."""
+"""BLEU and chrF equal sacrebleu's however sentences are divided; perplexity per token and per word."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Translation and language modelling as tasks: losses with the weight of their tokens, scores, answers, examples."""
+"""Translation and language modelling as tasks: losses weighted by tokens, scores, answers, examples."""
 
 import json
 import math
@@ -92,7 +92,9 @@ def test_a_step_is_the_mean_over_its_tokens_however_they_are_cut():
     assert float(whole) == pytest.approx(float(plain), rel=1e-12)
     given = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     assert torch.allclose(token_losses(given, targets), token_losses(logits, targets))
-    with pytest.raises(RunFailed, match=r"optim\.label_smoothing: this network tells of the next token alone"):
+    with pytest.raises(
+        RunFailed, match=r"optim\.label_smoothing: this network returns only the probability of the target"
+    ):
         losses(given, targets, optim(0.1))
 
 
@@ -259,14 +261,16 @@ def test_a_giant_line_is_not_gone_on_with(monkeypatch):
     answer = answer_lines(network("language", "transformer_lm", 1, embed=8, ffn=8, heads=2, layers=1))
     assert answer is not None
     assert answer("a b c d").startswith("a b c d")
-    with pytest.raises(BadSample, match="has 5 tokens, at most 4 are gone on with"):
+    with pytest.raises(BadSample, match="has 5 tokens, more than 4: give only the end of it"):
         answer("a b c d e")
 
 
 def test_options_of_a_search_are_those_of_tasks_that_search():
     assert search_options(TASKS["translate"], {"beam": 2}, "task") == {"beam": 2}
     assert search_options(TASKS["classify"], {}, "task") == {}
-    with pytest.raises(UserError, match=r"task: is for networks that search their answers, not for the task classify"):
+    with pytest.raises(
+        UserError, match=r"task: applies only to networks that search their answers, not to the task classify"
+    ):
         search_options(TASKS["classify"], {"beam": 2}, "task")
     with pytest.raises(UserError, match="beam"):
         search_options(TASKS["language"], {"beam": 2}, "task")

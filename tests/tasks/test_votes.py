@@ -1,4 +1,4 @@
-"""Votes on scenes: the surest answer wins, whatever the number of ranks that saw the windows."""
+"""Votes on scenes: the surest answer wins, independent of the number of ranks that saw the windows."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ PATHS = [f"room{room}#zero-{window:04d}" for room, count in enumerate([3, 1, 6])
 
 
 def window(sample: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Scores `[2, C, 20]`, labels and rows `[2, 2, 20]` of a window of its room's 60 points."""
+    """Return scores `[2, C, 20]`, labels and rows `[2, 2, 20]` of a window of its room's 60 points."""
     rng = np.random.default_rng(sample)
     room = int(PATHS[sample][4])
     rows = rng.integers(0, 60, (2, 20))
@@ -90,7 +90,7 @@ def test_a_shape_is_judged_among_its_own_parts():
     votes = SceneVotes(["a.txt", "b.txt"], 2, score.add_predictions, tuple(parts.values()))
     truth = np.array([[2, 3, 4, 2]])
     scores = torch.zeros(1, 5, 4)
-    scores[0, 0] = 9  # the surest class is none of the second shape's
+    scores[0, 0] = 9  # the surest class does not belong to the second shape
     scores[0, truth[0], range(4)] = 5
     votes.add(1, scores, np.stack([truth, np.arange(4)[None]]))
     votes.settle(0, 1, torch.device("cpu"))

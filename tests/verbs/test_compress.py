@@ -117,7 +117,7 @@ def test_a_killed_driver_goes_on_in_its_step_and_ends_in_the_same_weights(shell,
 def test_mistakes_are_found_before_anything_runs(shell, small):
     text = COMPRESS.format(name="wrong")
     for old, new, said in (
-        ("keep: 0.25", "keep: {layer1.0.conv7: 0.5}", "no layer 'layer1.0.conv7'"),
+        ("keep: 0.25", "keep: {layer1.0.conv7: 0.5}", "unknown layer 'layer1.0.conv7'"),
         ("model: {run: whole}", "model: {run: pictures}", "holds a dataset"),
         ("hold_out: 16", "hold_out: 48", "leave none to train on"),
         ("batch: {total: 8, per_worker: 8}", "", "batch: is required"),

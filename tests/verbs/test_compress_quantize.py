@@ -171,7 +171,7 @@ def test_networks_of_few_bits_are_small_and_load_with_equal_answers(shell: Shell
     wrong = QUANTIZE.format(name="wrong", step="{step: quantize, keep: [layer7]}")
     done = shell.run("check", shell.write("wrong.yaml", wrong))
     assert done.returncode == 2
-    assert "there is no layer 'layer7'" in done.stdout + done.stderr
+    assert "no layer 'layer7'" in done.stdout + done.stderr
     for name, step, share in (("eight", PLAIN, 0.3), ("four", TRAINED, 0.2)):
         shell.ok("run", shell.write(f"{name}.yaml", QUANTIZE.format(name=name, step=step)))
         run = runs.open_run(str(shell.storage), name)

@@ -128,7 +128,7 @@ def test_a_table_that_does_not_fit_is_one_sentence(net, tmp_path):
             path_costs.make_goal(job, net, 0.1)
         return str(caught.value)
 
-    assert "no.json: no such table: measure one with `slimray profile`" in complaint(table=str(tmp_path / "no.json"))
+    assert "no.json: no such table, measure one with `slimray profile`" in complaint(table=str(tmp_path / "no.json"))
     assert complaint(regulariser="mul_log").startswith("latency.regulariser: mul_log needs costs above 1, a path has")
     plain = json.loads(Path(file).read_text())
     cut_off = plain | {"calibration": None, "done": 1}
@@ -137,7 +137,7 @@ def test_a_table_that_does_not_fit_is_one_sentence(net, tmp_path):
     )
     assert "the same `slimray profile` resumes it" in complaint(cut_off)
     size = complaint(data={"run": "pictures", "size": 48})
-    assert "was measured at resolutions 32, which 48 is not between: profile with it in --resolutions" in size
+    assert "was measured at resolutions 32, but 48 is outside these: profile with it in --resolutions" in size
     below = plain | {"calibration": plain["calibration"] | {"fixed_ms": -9}}
     assert "gives a path -8.91 ms: profile again" in complaint(below)
     short = plain | {"units": dict(list(plain["units"].items())[:-1])}

@@ -68,9 +68,9 @@ class ClusterSpec(Spec):
     """Fields that all kinds of clusters have."""
 
     storage: str | None = None
-    """Where runs are stored if --storage is not given: s3://, gs://, or a folder that all nodes share."""
+    """Storage of runs if --storage is not given: s3://, gs://, or a folder that all nodes share."""
     retries: int = Field(3, ge=0)
-    """How often a failed run is restarted on the cluster, where it resumes. User errors are not retried."""
+    """Number of restarts of a failed run on the cluster, where it resumes. User errors are not retried."""
     env: dict[EnvName, str] = {}
     """Environment variables of the job, with their values. Never a secret."""
     pass_env: tuple[EnvName, ...] = ()
@@ -273,9 +273,9 @@ class KubeRayCluster(ClusterSpec):
     deadline_s: int | None = Field(None, gt=0)
     """Longest duration of the job."""
     keep_s: int = Field(60, ge=0)
-    """How long the cluster, and its paid GPUs, is kept after the job; all results of a run are in its folder anyway."""
+    """Seconds for which the cluster, and its paid GPUs, is kept after the job; runs store their results anyway."""
     head_retries: int = Field(0, ge=0)
-    """How often a failed job gets a new cluster, where it resumes with all its `retries`. KubeRay cannot tell a lost
+    """Number of new clusters for a failed job, which resumes there with all its `retries`. KubeRay cannot tell a lost
     head from a user error or from exhausted retries: a value above 0 pays for those again, too."""
     pull_secrets: tuple[ObjectName, ...] = ()
     """Kubernetes secrets for pulling the image."""

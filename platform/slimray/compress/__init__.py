@@ -1,4 +1,4 @@
-"""Compression: a module in, a smaller module out, and how a compressed network is built again from plain records."""
+"""Compression: makes a smaller module of a module, and rebuilds compressed networks from plain records."""
 
 from slimray.compress.pruning import Pruned, prune
 from slimray.compress.quantization import quantize, sensitivity, size_mb

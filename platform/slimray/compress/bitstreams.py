@@ -1,10 +1,10 @@
-"""Streams of bits for compressed weights: relative indices with fillers, packed fields, canonical Huffman codes.
+"""Bit streams of compressed weights: relative indices with fillers, packed fields, canonical Huffman codes.
 
-Deep Compression (arXiv 1510.00149): a weight that is kept is stored as its code and the number of zeros before it; a
-run of zeros too long for the field is bridged by fillers, entries of code 0. Huffman codes are canonical by (length,
-symbol), at most 15 bits long, written MSB first; a table of lengths, 4 bits a symbol, says all about a code. numpy
-alone, and no Python loop over weights: a decoder looks at every bit of a piece at once and then follows the chain of
-codes in strides. What does not fit is a ValueError, before anything of its size is allocated.
+Deep Compression (arXiv 1510.00149): a kept weight is stored as its code and the number of zeros before it; a run of
+zeros too long for the field is bridged by fillers, entries of code 0. Huffman codes are canonical by (length, symbol),
+at most 15 bits long, written MSB first; a table of lengths, 4 bits per symbol, defines a code. numpy only, and no
+Python loop over weights: the decoder computes a code for every bit position of a piece at once and then follows the
+chain of codes in strides. Invalid data raises ValueError before anything of its size is allocated.
 """
 
 import heapq
@@ -14,21 +14,21 @@ import numpy as np
 
 MAX_LENGTH = 15
 PIECE = 1 << 17  # bits decoded at a time
-STRIDES = 6  # the chain of codes is followed 2**STRIDES codes at a time
+STRIDES = 6  # the chain is followed 2**STRIDES codes at a time
 
 
 # --------------------------------------------------------------------------------------------- relative indices
 
 
 def to_gaps(positions: np.ndarray, gap_bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (gaps, kept) of ascending `positions` int64 `[n]`: uint8 gaps of all entries, and which are no fillers.
+    """Return (gaps, kept) of ascending `positions` int64 `[n]`: uint8 gaps of all entries, and which are not fillers.
 
     A gap is the number of zeros before a weight, 0 to 2**gap_bits - 1; longer ones are bridged by fillers, each of
     which covers 2**gap_bits positions.
     """
     zeros = np.diff(positions, prepend=-1) - 1
     fillers, last = np.divmod(zeros, 1 << gap_bits)
-    places = np.cumsum(fillers + 1) - 1  # of the weights among all entries
+    places = np.cumsum(fillers + 1) - 1  # indices of the weights among all entries
     total = int(places[-1]) + 1 if len(places) else 0
     gaps = np.full(total, (1 << gap_bits) - 1, np.uint8)
     kept = np.zeros(total, bool)
@@ -37,7 +37,7 @@ def to_gaps(positions: np.ndarray, gap_bits: int) -> tuple[np.ndarray, np.ndarra
 
 
 def to_positions(gaps: np.ndarray, size: int) -> np.ndarray:
-    """Return the positions int64 of entries with these `gaps`; ValueError where they lie beyond `size`."""
+    """Return the positions int64 of entries with these `gaps`; ValueError if one is beyond `size`."""
     positions = np.cumsum(gaps.astype(np.int64) + 1) - 1
     if len(positions) and positions[-1] >= size:
         raise ValueError(f"its indices lead to position {positions[-1]} of {size}")
@@ -48,7 +48,7 @@ def to_positions(gaps: np.ndarray, size: int) -> np.ndarray:
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Return how many bytes `count` fields of `bits` bits take."""
+    """Return the number of bytes of `count` fields of `bits` bits."""
     return (count * bits + 7) // 8
 
 
@@ -61,7 +61,7 @@ def pack(values: np.ndarray, bits: int) -> bytes:
 
 
 def unpack(data: bytes, bits: int, count: int) -> np.ndarray:
-    """Return the `count` fields of `pack` as uint32; ValueError for another number of bytes."""
+    """Return the `count` fields of `pack` as uint32; ValueError if the number of bytes does not match."""
     if len(data) != packed_bytes(count, bits):
         raise ValueError(f"{len(data)} bytes for {count} fields of {bits} bits")
     if bits == 8:
@@ -74,15 +74,15 @@ def unpack(data: bytes, bits: int, count: int) -> np.ndarray:
 
 
 def code_lengths(counts: Sequence[int], limit: int = MAX_LENGTH) -> np.ndarray:
-    """Return the length of each symbol's code, uint8, 0 for symbols that do not occur, none above `limit`.
+    """Return the length of each symbol's code, uint8, 0 for symbols that do not occur, at most `limit`.
 
-    Optimal among codes of such lengths. Of equally rare subtrees the one with the smallest symbol is merged first; a
-    lone symbol has a code of one bit. ValueError for more symbols than codes of `limit` bits.
+    Optimal among codes with this limit. Of equally rare subtrees the one with the smallest symbol is merged first; a
+    single symbol has a code of one bit. Raises ValueError for more symbols than there are codes of `limit` bits.
     """
     used = [(int(count), symbol) for symbol, count in enumerate(counts) if count]
     lengths = np.zeros(len(counts), np.uint8)
     if len(used) > 1 << limit:
-        raise ValueError(f"{len(used)} symbols have no codes of {limit} bits")
+        raise ValueError(f"{len(used)} symbols do not fit into codes of {limit} bits")
     if len(used) == 1:
         lengths[used[0][1]] = 1
     if len(used) < 2:
@@ -103,7 +103,7 @@ def code_lengths(counts: Sequence[int], limit: int = MAX_LENGTH) -> np.ndarray:
 
 
 def _limited(used: list[tuple[int, int]], limit: int) -> dict[int, int]:
-    """Lengths of the best code of at most `limit` bits: package-merge (Larmore and Hirschberg, JACM 37(3), 1990)."""
+    """Return the best code lengths within `limit` bits: package-merge (Larmore, Hirschberg, JACM 37(3), 1990)."""
     leaves: list[tuple[int, tuple[int, ...]]] = sorted((count, (symbol,)) for count, symbol in used)
     row = list(leaves)
     for _ in range(limit - 1):
@@ -117,19 +117,20 @@ def _limited(used: list[tuple[int, int]], limit: int) -> dict[int, int]:
 
 
 def canonical(lengths: np.ndarray) -> np.ndarray:
-    """Return the code of each symbol, uint32: counted up in the order of (length, symbol).
+    """Return the code of each symbol, uint32, assigned in ascending order of (length, symbol).
 
-    ValueError for lengths that no code has (Kraft), or that leave codes over, unless there is one symbol alone.
+    Raises ValueError for lengths that no code can have (Kraft), or that leave codes unused, unless there is only one
+    symbol.
     """
     used = np.flatnonzero(lengths)
     codes = np.zeros(len(lengths), np.uint32)
     if not len(used):
         return codes
     if lengths.max() > MAX_LENGTH:
-        raise ValueError(f"a code of {lengths.max()} bits, at most {MAX_LENGTH} are allowed")
+        raise ValueError(f"a code has {lengths.max()} bits, more than {MAX_LENGTH}")
     room = int((1 << (MAX_LENGTH - lengths[used].astype(np.int64))).sum())
     if room != 1 << MAX_LENGTH and not (len(used) == 1 and lengths[used[0]] == 1):
-        raise ValueError("its lengths are those of no Huffman code")
+        raise ValueError("its lengths do not form a Huffman code")
     code, before = 0, 0
     for symbol in used[np.argsort(lengths[used], kind="stable")]:
         code <<= int(lengths[symbol]) - before
@@ -139,7 +140,7 @@ def canonical(lengths: np.ndarray) -> np.ndarray:
 
 
 def huffman(values: np.ndarray, lengths: np.ndarray) -> bytes:
-    """Return the codes of `values` one after the other, MSB first, with zero bits up to a whole byte."""
+    """Return the codes of `values` one after the other, MSB first, padded with zero bits to a whole byte."""
     codes = canonical(lengths)
     out: list[np.ndarray] = []
     step = 1 << 20
@@ -159,8 +160,8 @@ def huffman(values: np.ndarray, lengths: np.ndarray) -> bytes:
 def unhuffman(data: bytes, lengths: np.ndarray, count: int) -> np.ndarray:
     """Return the `count` symbols of a stream of `huffman` as uint16.
 
-    ValueError where the stream holds more or fewer bytes than they take, or bits that are no code. At most one entry a
-    bit is allocated, so that `count` is bounded by the stream.
+    Raises ValueError if the stream is longer or shorter than the codes, or holds bits that are not a code. At most one
+    entry per bit is allocated, so that the stream bounds `count`.
     """
     total = 8 * len(data)
     if count > total:
@@ -181,7 +182,7 @@ def unhuffman(data: bytes, lengths: np.ndarray, count: int) -> np.ndarray:
 
 
 def _table(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """For every window of `width` bits the symbol it begins with, and the length of its code; 0 where there is none."""
+    """Return, for every window of `width` bits, the symbol at its start and the length of its code, 0 if none."""
     codes, width = canonical(lengths), max(1, int(lengths.max(initial=1)))
     symbols, sizes = np.zeros(1 << width, np.uint16), np.zeros(1 << width, np.uint8)
     for symbol in np.flatnonzero(lengths):
@@ -192,7 +193,7 @@ def _table(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def _windows(piece: np.ndarray, width: int) -> np.ndarray:
-    """The `width` bits from every bit of a piece on, uint16; bits beyond its end are 0."""
+    """Return the `width` bits that start at each bit of a piece, uint16; bits beyond its end are 0."""
     whole = np.concatenate([piece, np.zeros(2, np.uint8)]).astype(np.uint32)
     three = (whole[:-2] << 16) | (whole[1:-1] << 8) | whole[2:]
     out, mask = np.empty((len(piece), 8), np.uint16), (1 << width) - 1
@@ -202,19 +203,20 @@ def _windows(piece: np.ndarray, width: int) -> np.ndarray:
 
 
 def _chain(piece: np.ndarray, at: int, sizes: np.ndarray, width: int, most: int) -> tuple[np.ndarray, int]:
-    """The bits at which codes begin, from bit `at` on, at most `most` and at most PIECE bits on; and where they end.
+    """Return the bits at which codes start, from bit `at` on, at most `most` within PIECE bits, and where they end.
 
-    A jump table says for every bit where the code that begins there ends; squared STRIDES times it jumps over 64 codes.
-    So the chain is followed 64 codes at a time, and the codes between are filled in by the smaller tables, all at once.
+    A jump table holds, for every bit, the end of the code that would start there; squared STRIDES times it jumps over
+    64 codes. So the chain is followed 64 codes at a time, and the smaller tables fill in the codes between, all at
+    once.
     """
     length = sizes[_windows(piece, width)]
-    end = min(PIECE, 8 * len(piece))  # a code that begins before it lies within the piece, or beyond the stream
+    end = min(PIECE, 8 * len(piece))  # a code that starts before this bit ends within the piece, or beyond the stream
     after = 8 * len(piece) + MAX_LENGTH
     jumps = [np.full(after + 1, after, np.int64)]
     one = np.arange(end) + length[:end]
-    one[length[:end] == 0] = after  # no code begins here: the chain must not come by
+    one[length[:end] == 0] = after  # no code starts here, so a chain that arrives here is invalid
     jumps[0][:end] = one
-    jumps[0][end:after] = np.arange(end, after)  # stay: the next piece goes on from here
+    jumps[0][end:after] = np.arange(end, after)  # stay here, where the next piece continues
     for _ in range(STRIDES):
         jumps.append(jumps[-1][jumps[-1]])
     strides, place, leap = [at], at, jumps[-1]
@@ -227,8 +229,8 @@ def _chain(piece: np.ndarray, at: int, sizes: np.ndarray, width: int, most: int)
         starts = np.stack([starts, jump[starts]], 1).reshape(-1)
     starts = starts[starts < end][:most]
     if not len(starts):
-        raise ValueError("its codes break off")
+        raise ValueError("its codes are truncated")
     last = int(jumps[0][starts[-1]])
     if last >= after:
-        raise ValueError("it holds bits that are no code")
+        raise ValueError("it holds bits that are not a code")
     return starts, last

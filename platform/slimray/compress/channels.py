@@ -1,8 +1,8 @@
-"""Takes channels out of a network: slices its tensors, writes the record, and rebuilds the shape from a record.
+"""Removes channels from a network: slices its tensors, writes a record, and rebuilds the shapes from a record.
 
-`cut` returns a smaller copy that computes what the whole network computes with the removed channels set to zero
-(`masked`), to rounding. The record is plain: it says per group which channels stayed and per module its new sizes, so
-that a network from `models.build` is brought into the shape without running it, on the meta device too.
+`cut` returns a smaller copy that computes the same, up to rounding, as the whole network with the removed channels set
+to zero (`masked`). The record is plain: it holds the kept channels of each group and the new sizes of each module, so
+that a network from `models.build` can be reshaped without running it, also on the meta device.
 """
 
 import copy
@@ -19,27 +19,28 @@ from slimray.models.cifar_resnet import PadShortcut
 from slimray.models.supernets.supernet import SHIFT_DIV
 from slimray.spec import UserError
 
-Kept = Mapping[str, Sequence[int]]  # group -> the places of the channels that stay, ascending
+Kept = Mapping[str, Sequence[int]]  # group -> indices of the kept channels, ascending
 
 
 def dropped_atoms(groups: Groups, kept: Kept) -> Lane:
-    """The numbers of the atoms that go; UserError for a group that is not there, places out of range or none."""
+    """Return the numbers of the removed atoms; UserError for an unknown group, or indices out of range or empty."""
     gone = [np.zeros(0, np.int64)]
     by_name = {group.name: group for group in groups.groups}
     for name, places in kept.items():
         if name not in by_name:
-            raise UserError(f"channels: there is no group {name!r} in this network")
+            raise UserError(f"channels: this network has no group {name!r}")
         size, stay = by_name[name].size, sorted({int(place) for place in places})
         if not stay or len(stay) != len(places) or stay[0] < 0 or stay[-1] >= size:
-            raise UserError(f"channels: {name}: must be different places from 0 to {size - 1}, at least one")
+            raise UserError(f"channels: {name}: must be distinct indices from 0 to {size - 1}, at least one")
         gone.append(np.delete(by_name[name].atoms, stay))
     return np.concatenate(gone)
 
 
 def cut(net: nn.Module, groups: Groups, kept: Kept) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a copy of `net` without the channels that `kept` leaves out, and its record.
+    """Return a copy of `net` without the channels that are not in `kept`, and its record.
 
-    `groups` are those of `trace(net, ...)`. Groups that are not named keep all channels. UserError as of `kept`.
+    `groups` are those of `trace(net, ...)`. Groups missing from `kept` keep all channels. Raises UserError for an
+    invalid `kept`.
     """
     gone = dropped_atoms(groups, kept)
     small, modules, places = copy.deepcopy(net), {}, {}
@@ -85,7 +86,7 @@ def _pairs(layer: Layer, stay: Mapping[str, Any]) -> list[tuple[Any, Lane]]:
 
 
 def _sizes(module: nn.Module) -> list[int]:
-    """The sizes of a layer that a record keeps: inputs, outputs, groups of a convolution; one number of a norm."""
+    """Return the sizes of a layer for a record: inputs, outputs and groups of a convolution; one number for a norm."""
     if isinstance(module, nn.Linear):
         return [module.in_features, module.out_features]
     if isinstance(module, (*CONVS, *TRANSPOSED)):
@@ -94,7 +95,7 @@ def _sizes(module: nn.Module) -> list[int]:
 
 
 def _slice(module: nn.Module, inputs: Any, outputs: Any) -> None:
-    """Leave the channels `inputs` and `outputs` (places, None: all) of a layer."""
+    """Keep only the channels `inputs` and `outputs` (indices, None: all) of a layer."""
     if isinstance(module, nn.Linear):
         _take(module, "weight", 0, outputs)
         _take(module, "weight", 1, inputs)
@@ -123,7 +124,7 @@ def _slice(module: nn.Module, inputs: Any, outputs: Any) -> None:
 
 
 def _take(module: nn.Module, name: str, dim: int, index: Any) -> None:
-    """Leave the places `index` along `dim` of a parameter or buffer."""
+    """Keep only the indices `index` along `dim` of a parameter or buffer."""
     old = getattr(module, name, None)
     if old is None or index is None or len(index) == old.shape[dim]:
         return
@@ -142,13 +143,13 @@ def _place(net: nn.Module, places: Mapping[str, Mapping[str, Any]]) -> None:
         elif set(values) == {"low", "high"} and isinstance(module, PadShortcut):
             module.low, module.high = _count(values["low"], 0), _count(values["high"], 0)
         else:
-            raise ValueError(f"places: {name} is no place of {', '.join(values)}")
+            raise ValueError(f"places: {name} does not have {', '.join(values)}")
 
 
 def rebuild(net: nn.Module, record: Mapping[str, Any]) -> nn.Module:
-    """Bring `net`, as it was before pruning, into the shape that `record` tells of; its weights then mean nothing.
+    """Bring `net`, in its shape before pruning, into the shape of `record`; its weights are then meaningless.
 
-    ValueError (or KeyError, AttributeError, TypeError) for a record that does not fit.
+    Raises ValueError (or KeyError, AttributeError, TypeError) for a record that does not match the network.
     """
     for name, sizes in record["modules"].items():
         module = net.get_submodule(name)
@@ -179,7 +180,7 @@ def _count(value: Any, least: int) -> int:
 
 @torch.no_grad()
 def masked(net: nn.Module, groups: Groups, kept: Kept) -> nn.Module:
-    """Return a copy of `net` of the same shape in which the channels that `cut` would remove are zero."""
+    """Return a copy of `net` with the same shape, in which the channels that `cut` would remove are zero."""
     gone, same = dropped_atoms(groups, kept), copy.deepcopy(net)
     for name, layer in groups.layers.items():
         module = same.get_submodule(name)

@@ -1,4 +1,4 @@
-"""Codebooks: few values that stand for many, found by k-means on a line (Deep Compression, arXiv 1510.00149). numpy."""
+"""Codebooks: a few values that represent many, found by k-means in one dimension (Deep Compression, 1510.00149)."""
 
 import numpy as np
 
@@ -8,9 +8,9 @@ MAX_STEPS = 300
 def kmeans(values: np.ndarray, count: int, steps: int = MAX_STEPS) -> np.ndarray:
     """Return the centroids, ascending float64, of at most `count` clusters of `values` (any shape, finite).
 
-    Lloyd's iterations from centroids spread evenly over [min, max] until nothing changes; a cluster that is empty keeps
-    its centroid. On a line the nearest centroid is found by the midpoints between neighbours, a value in the middle
-    goes to the lower one.
+    Runs Lloyd's iterations, from centroids spread evenly over [min, max], until nothing changes; an empty cluster keeps
+    its centroid. In one dimension the midpoints between neighbours determine the nearest centroid; a value at a
+    midpoint goes to the lower one.
     """
     flat = np.sort(np.asarray(values, np.float64).reshape(-1))
     if not len(flat):
@@ -29,5 +29,5 @@ def kmeans(values: np.ndarray, count: int, steps: int = MAX_STEPS) -> np.ndarray
 
 
 def nearest(values: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Return the number of the nearest of the ascending `centroids` for each of `values`, int64 of the same shape."""
+    """Return the index of the nearest of the ascending `centroids` for each of `values`, int64 of the same shape."""
     return np.searchsorted((centroids[1:] + centroids[:-1]) / 2, np.asarray(values, np.float64), side="left")

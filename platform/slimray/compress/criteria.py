@@ -1,9 +1,9 @@
-"""Importance of channels: a score for every channel of every group, and the choice of those that stay.
+"""Importance of channels: a score for every channel of every group, and the selection of those that are kept.
 
 `CRITERIA` are "l1" and "l2" (norms of the weights that make a channel, arXiv 1608.08710), "input_l1" (of the weights
 that use it, as AMC ranks, 1802.03494), "bn" (the scale of its BatchNorms, 1708.06519), "taylor" (the square of weight
-times gradient summed over what makes it, 1906.10771: needs losses) and "group" (the L2 norms of all weights that make
-or use it, each relative to its layer's mean, 2301.12900), whose values compare across groups.
+times gradient, summed over the weights that make it, 1906.10771: needs losses) and "group" (the L2 norms of all weights
+that make or use it, each relative to its layer's mean, 2301.12900), whose values are comparable across groups.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -24,10 +24,10 @@ CRITERIA = ("l1", "l2", "input_l1", "bn", "taylor", "group")
 def importance(
     net: nn.Module, groups: Groups, criterion: str = "l1", losses: Losses | None = None
 ) -> dict[str, Floats]:
-    """The score of every channel, per group `[size]`, higher means that it matters more; at least 0.
+    """Return the scores of all channels, per group `[size]`; at least 0, higher is more important.
 
-    `losses(net)` gives a scalar per batch, for "taylor" alone; gradients of the network are cleared afterwards.
-    UserError for an unknown criterion, one that a group has no layer for, or "taylor" without losses.
+    `losses(net)` yields a scalar per batch, only for "taylor"; the network's gradients are cleared afterwards. Raises
+    UserError for an unknown criterion, one that does not apply to a group, or "taylor" without losses.
     """
     if criterion not in CRITERIA:
         raise UserError(f"criterion: unknown criterion {criterion!r}{did_you_mean(criterion, CRITERIA)}")
@@ -37,7 +37,7 @@ def importance(
         found = [by_atom(group, lane, values) for lane, values in scores if np.isin(group.atoms[:1], lane).any()]
         found = [one for one in found if one.any()]
         if not found:
-            raise UserError(f"criterion: {criterion}: group {group.name} has no such weights: choose another criterion")
+            raise UserError(f"criterion: {criterion}: group {group.name} has no such weights, choose another criterion")
         if criterion == "group":
             found = [one / one.mean() for one in found]
         out[group.name] = np.sum(found, axis=0) / (len(found) if criterion == "group" else 1)
@@ -45,7 +45,7 @@ def importance(
 
 
 def by_atom(group: Group, lane: Lane, values: Floats) -> Floats:
-    """The values of a layer's channels, summed for each atom of a group `[size]`."""
+    """Return the values of a layer's channels, summed over each atom of a group, `[size]`."""
     order = np.argsort(group.atoms)
     places = np.searchsorted(group.atoms[order], lane).clip(0, group.size - 1)
     mine = group.atoms[order][places] == lane
@@ -55,7 +55,7 @@ def by_atom(group: Group, lane: Lane, values: Floats) -> Floats:
 
 
 def _norms(net: nn.Module, groups: Groups, criterion: str) -> list[tuple[Lane, Floats]]:
-    """Of every layer the numbers of its channels and what they score."""
+    """Return, for every layer, the numbers of its channels and their scores."""
     out: list[tuple[Lane, Floats]] = []
     for layer in groups.layers.values():
         module, weight = net.get_submodule(layer.name), getattr(net.get_submodule(layer.name), "weight", None)
@@ -78,7 +78,7 @@ def _norms(net: nn.Module, groups: Groups, criterion: str) -> list[tuple[Lane, F
 
 
 def _sides(module: nn.Module, values: Tensor) -> tuple[Floats, Floats]:
-    """Sums of a weight's `values` per channel that comes out and per channel that goes in."""
+    """Return the sums of a weight's `values` per output channel and per input channel."""
     if isinstance(module, TRANSPOSED):
         values = values.transpose(0, 1)
     flat = values.flatten(2) if values.ndim > 2 else values[..., None]
@@ -89,7 +89,7 @@ def _sides(module: nn.Module, values: Tensor) -> tuple[Floats, Floats]:
 
 def _taylor(net: nn.Module, groups: Groups, losses: Losses | None) -> list[tuple[Lane, Floats]]:
     if losses is None:
-        raise UserError("criterion: taylor needs `losses`: a function of the network that gives a loss per batch")
+        raise UserError("criterion: taylor needs `losses`, a function of the network that yields a loss per batch")
     layers = [one for one in groups.layers.values() if isinstance(one.module, MAKERS) and one.outputs is not None]
     sums: dict[str, Floats] = {}
     net.zero_grad()
@@ -105,7 +105,7 @@ def _taylor(net: nn.Module, groups: Groups, losses: Losses | None) -> list[tuple
 
 
 def strongest(scores: Mapping[str, Floats], counts: Mapping[str, int]) -> dict[str, list[int]]:
-    """The places of the `counts` highest scores of each group, ascending; of equal ones the first stay."""
+    """Return the indices of the `counts` highest scores of each group, ascending; of equal scores the first win."""
     kept = {}
     for name, count in counts.items():
         order = np.argsort(-scores[name], kind="stable")[:count]

@@ -1,11 +1,11 @@
-"""Numbers rounded to few bits: ranges, scales, rounding with a straight-through gradient, codebooks, bit packing.
+"""Rounding to few bits: ranges, scales, rounding with a straight-through gradient, codebooks, bit packing.
 
-Two schemes. `int8` is that of edge runtimes (arXiv 1712.05877): weights symmetric per output channel, inputs from `low`
-to `high` with a whole zero point, so that 0 stays 0. `linear` is HAQ's (1811.08886): everything symmetric per tensor,
-inputs that are never negative in a half wave from 0, ranges below 5 bits cut where the divergence of the cumulative
-histogram is least. `kmeans` is Deep Compression's and HAQ's other one: a codebook of 2^bits values, inputs as they are.
-Both schemes divide by the scale and round half to even, as ONNX does. Surprising: 1 bit is refused by `linear`, whose
-scale would divide by zero.
+There are three schemes. `int8` is that of edge runtimes (arXiv 1712.05877): weights symmetric per output channel,
+inputs from `low` to `high` with an integer zero point, so that 0 stays 0. `linear` is HAQ's (1811.08886): everything
+symmetric per tensor, non-negative inputs unsigned from 0, ranges below 5 bits clipped where the divergence of the
+cumulative histogram is smallest. `kmeans` is Deep Compression's, also used by HAQ: a codebook of 2^bits values, inputs
+unchanged. The first two divide by the scale and round half to even, as ONNX does. Surprising: `linear` refuses 1 bit,
+because its scale would divide by zero.
 """
 
 import math
@@ -19,20 +19,21 @@ from slimray.compress import bitstreams, codebooks
 
 Scheme = Literal["int8", "linear", "kmeans"]
 MAX_ACTIVATION = 6.0  # largest range of an input in the scheme `linear`
-KL_BITS = 5  # below so many bits the range is cut
-SMALLEST = 1e-12  # range of a tensor of zeros
+KL_BITS = 5  # below this number of bits, the range is clipped
+SMALLEST = 1e-12  # range of an all-zero tensor
 
 
 # ------------------------------------------------------------------------------------------------------- ranges
 
 
 def kl_threshold(values: Tensor, levels: int) -> float:
-    """The range that `levels` steps of |values| should span: where cutting costs their cumulative histogram least.
+    """Return the range that `levels` steps of |values| should span, where clipping least changes the cumulative
+    histogram.
 
-    The histogram has as many bins as the root of the number of values. The share of values up to each bin, set to 1
-    from a place on and drawn straight between `levels` points, is compared with the uncut one by the sum of
-    (p - q) log2(p / q). The largest value where there are too few bins. As in HAQ, the range may lie half a bin beyond
-    it.
+    The number of bins is the root of the number of values. The share of values up to each bin, set to 1 from a bin on
+    and interpolated linearly between `levels` points, is compared with the unclipped one by the sum of
+    (p - q) log2(p / q). With too few bins, the result is the largest value. As in HAQ, the range may exceed the largest
+    value by half a bin.
     """
     sizes = values.detach().abs().flatten().float().cpu().numpy()
     largest = sizes.max()
@@ -52,7 +53,7 @@ def kl_threshold(values: Tensor, levels: int) -> float:
 
 
 def weight_range(weight: Tensor, bits: int, scheme: Scheme) -> Tensor:
-    """Return what `bits` have to span: `[out]` largest absolute values (`int8`), or one for the tensor, `[1]`
+    """Return the range of a weight: its largest absolute values per output channel `[out]` (`int8`), or one `[1]`
     (`linear`)."""
     if scheme == "int8":
         return weight.detach().abs().flatten(1).amax(1).clamp(min=SMALLEST)
@@ -63,9 +64,9 @@ def weight_range(weight: Tensor, bits: int, scheme: Scheme) -> Tensor:
 
 
 def input_range(values: Tensor, bits: int, scheme: Scheme, half: bool | None = None) -> Tensor:
-    """Return what the inputs of a layer span, `[2]`: from `low` <= 0 to `high` >= 0.
+    """Return the range of a layer's inputs, `[2]`: from `low` <= 0 to `high` >= 0.
 
-    `linear`: a half wave (low = 0) of `bits` where nothing is negative (or `half` says so), else a full one (-r, r).
+    `linear`: unsigned (low = 0) if nothing is negative (or `half` is True), otherwise symmetric (-r, r).
     """
     values = values.detach()
     low, high = float(values.min().clamp(max=0)), float(values.max().clamp(min=0))
@@ -84,25 +85,25 @@ def input_range(values: Tensor, bits: int, scheme: Scheme, half: bool | None = N
 
 
 def weight_scale(span: Tensor, bits: int) -> Tensor:
-    """The step of weights that span +-`span` in `bits` (2 or more): whole numbers up to 2^(bits-1) - 1."""
+    """Return the scale of weights within +-`span` in `bits` (at least 2): integers up to 2^(bits-1) - 1."""
     return span / (2 ** (bits - 1) - 1)
 
 
 def whole_weights(weight: Tensor, span: Tensor, bits: int) -> Tensor:
-    """The whole numbers, as floats, that stand for `weight` `[out, ...]`; `span` `[out]` or `[1]`."""
+    """Return the integers, as floats, that represent `weight` `[out, ...]`; `span` is `[out]` or `[1]`."""
     span = _per_channel(span, weight)
     return torch.round(torch.clamp(weight, -span, span) / weight_scale(span, bits))
 
 
 def round_weights(weight: Tensor, span: Tensor, bits: int) -> Tensor:
-    """`weight` `[out, ...]` rounded to `bits`; what is beyond +-`span` gets no gradient, the rest all of it."""
+    """Return `weight` `[out, ...]` rounded to `bits`; values beyond +-`span` get no gradient, the others all of it."""
     return _StraightThrough.apply(weight, _per_channel(span, weight), bits)  # type: ignore[no-any-return]
 
 
 def round_inputs(x: Tensor, span: Tensor, bits: int, scheme: Scheme) -> Tensor:
-    """`x` rounded to `bits` within `span` `[2]` (low, high); the gradient of what is beyond goes to the bounds.
+    """Return `x` rounded to `bits` within `span` `[2]` (low, high); gradients of values beyond it go to the bounds.
 
-    A gradient of a bound is scaled by one over the root of values and levels (arXiv 1902.08153).
+    The gradient of a bound is divided by the root of the number of values times levels (arXiv 1902.08153).
     """
     if torch.is_grad_enabled() and (x.requires_grad or span.requires_grad):
         return _StraightThroughInputs.apply(x, span, bits, scheme)  # type: ignore[no-any-return]
@@ -110,7 +111,7 @@ def round_inputs(x: Tensor, span: Tensor, bits: int, scheme: Scheme) -> Tensor:
 
 
 def input_grid(span: Tensor, bits: int, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of inputs within `span` `[2]` in `bits`; with `int8` the whole numbers begin at 0."""
+    """Return scale and zero point of inputs within `span` `[2]` in `bits`; with `int8` the integers start at 0."""
     low, high = span[0], span[1]
     if scheme == "linear":
         return high / torch.where(low < 0, 2.0 ** (bits - 1) - 1, 2.0**bits - 1), torch.zeros_like(low)
@@ -160,9 +161,10 @@ class _StraightThroughInputs(torch.autograd.Function):
 
 
 def codebook(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The 2^bits values that stand for `weight` best, ascending `[k]`, and which one stands for each, int64.
+    """Return the 2^bits values that represent `weight` best, ascending `[k]`, and the index of each weight's value,
+    int64.
 
-    With fewer different weights than values the codebook is as long all the same.
+    The codebook has this length even if there are fewer distinct weights.
     """
     values = weight.numpy(force=True)
     book = codebooks.kmeans(values, 2**bits)
@@ -174,12 +176,12 @@ def codebook(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Whole numbers 0 to 2^bits - 1 as `bitstreams.pack` has them: uint8 `[ceil(n * bits / 8)]`."""
+    """Return integers 0 to 2^bits - 1 packed as by `bitstreams.pack`: uint8 `[ceil(n * bits / 8)]`."""
     data = bitstreams.pack(codes.flatten().numpy(force=True), bits)
     return torch.from_numpy(np.frombuffer(data, np.uint8).copy()).to(codes.device)
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The `count` whole numbers of `pack`, int64. ValueError for another number of bytes."""
+    """Return the `count` integers of `pack`, int64; ValueError if the number of bytes does not match."""
     values = bitstreams.unpack(packed.numpy(force=True).tobytes(), bits, count)
     return torch.from_numpy(values.astype(np.int64)).to(packed.device)

@@ -1,9 +1,9 @@
-"""BatchNorm folded into the layer before it: which pairs there are, found by running the network once, and the folding.
+"""Folds BatchNorm into the preceding layer: finds the pairs by running the network once, and folds them.
 
-A pair is a convolution or linear layer whose output goes to one BatchNorm and nowhere else, every time it is called;
-what the network returns goes elsewhere too.
-Found by watching a forward pass, not by names: it works on any module that runs. In eval mode a folded network computes
-what the network did, up to rounding; the BatchNorm becomes an Identity and the layer gets a bias.
+A pair is a convolution or linear layer whose output goes to one BatchNorm and nowhere else (nor is returned by the
+network), every time it is called. Pairs are found by watching a forward pass, not by names, so this works on any module
+that runs. In eval mode a folded network computes the same, up to rounding; the BatchNorm becomes an Identity and the
+layer gets a bias.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNo
 
 
 class _Uses(TorchFunctionMode):
-    """Counts how many operations take each tensor; holds them all, so that no two have one id."""
+    """Counts how many operations take each tensor; keeps all tensors alive, so that ids are unique."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,13 +39,13 @@ class _Uses(TorchFunctionMode):
 
 
 def norm_pairs(net: nn.Module, example: Any) -> list[tuple[str, str]]:
-    """Return the pairs (layer, BatchNorm) of `net`, by name, that can be folded, in the order in which they run.
+    """Return the names of the pairs (layer, BatchNorm) of `net` that can be folded, in the order in which they run.
 
-    `example` is an input of `net`, its batch first, or a tuple of arguments. The network is run once in eval mode and
-    left as it was.
+    `example` is an input of `net`, batch first, or a tuple of arguments. The network is run once in eval mode and left
+    unchanged.
     """
     names = {id(module): name for name, module in net.named_modules()}
-    made: dict[int, int] = {}  # output of a layer -> that layer
+    made: dict[int, int] = {}  # output of a layer -> the layer
     calls: Counter[int] = Counter()
     pairs: list[tuple[int, int, int]] = []  # layer, norm, the tensor between them
 
@@ -85,14 +85,14 @@ def norm_pairs(net: nn.Module, example: Any) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def fold(net: nn.Module, pairs: Sequence[Sequence[str]]) -> nn.Module:
-    """Fold the `pairs` (layer, BatchNorm) of `net` in place and return it; on the meta device too.
+    """Fold the `pairs` (layer, BatchNorm) of `net` in place and return it; also on the meta device.
 
-    AttributeError for a name that `net` has not, TypeError for one that is no such layer.
+    Raises AttributeError for a name that `net` does not have, TypeError for one that is not such a layer.
     """
     for name, norm_name in pairs:
         layer, norm = net.get_submodule(name), net.get_submodule(norm_name)
         if not isinstance(layer, LAYERS) or not isinstance(norm, NORMS):
-            raise TypeError(f"{name} and {norm_name} are no layer and its BatchNorm")
+            raise TypeError(f"{name} and {norm_name} are not a layer and its BatchNorm")
         weight, mean, variance = layer.weight, norm.running_mean, norm.running_var
         factor = (variance.double() + norm.eps).rsqrt()  # type: ignore[union-attr, operator]
         if norm.affine:
@@ -108,7 +108,7 @@ def fold(net: nn.Module, pairs: Sequence[Sequence[str]]) -> nn.Module:
 
 
 def replace(net: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever in `net` the module `old` is, under all its names."""
+    """Replace the module `old` by `new` in `net`, under all its names."""
     for parent in list(net.modules()):
         for name, child in parent._modules.items():
             if child is old:

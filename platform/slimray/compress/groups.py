@@ -1,10 +1,10 @@
-"""Groups of channels that can only be removed together, of any network, and what is left to compute without them.
+"""Groups of channels, of any network, that can only be removed together, and the costs that remain without them.
 
-`trace(net, example)` runs the network once (labels.py) and returns its `Groups`. Channels that one removal takes out
-together are an atom: channel 3 of every convolution of a residual stage, both halves of an edge feature's copy, four
-channels before a pixel shuffle. Atoms that the same layers have are a group: a group has a number of atoms, a policy
-says how many stay. MACs and parameters of every policy are then a formula, known before anything is cut. Surprising: a
-temporal shift does not restrict what may be removed: a pruned network notes at each place how many channels of the two
+`trace(net, example)` runs the network once (labels.py) and returns its `Groups`. Channels that must be removed together
+form an atom: channel 3 of every convolution of a residual stage, both halves of an edge feature's copy, four channels
+before a pixel shuffle. Atoms shared by the same layers form a group; a policy is the number of atoms kept per group.
+The MACs and parameters of every policy are then a formula, known before anything is cut. Surprising: a temporal shift
+does not restrict what can be removed, because a pruned network stores at each shift how many channels of its two
 shifted parts are left.
 """
 
@@ -37,7 +37,7 @@ LEAVES = (*CONVS, *TRANSPOSED, *NORMS, nn.Linear, nn.PReLU, PadShortcut, Heads)
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Atoms that the same layers have: `atoms` are their numbers, in the order of the channels of the first layer."""
+    """Atoms shared by the same layers: `atoms` are their numbers, in the channel order of the first layer."""
 
     name: str
     atoms: Lane
@@ -46,13 +46,13 @@ class Group:
 
     @property
     def size(self) -> int:
-        """How many atoms there are."""
+        """Number of atoms."""
         return len(self.atoms)
 
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """The groups of a network, its layers and work with numbers of atoms (0: stays), for one example of a batch."""
+    """Groups of a network, with its layers and work in terms of atom numbers (0: always kept), for an example batch."""
 
     groups: tuple[Group, ...]
     layers: dict[str, Layer]
@@ -64,12 +64,12 @@ class Groups:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """How many channels each group has."""
+        """Number of channels of each group."""
         return {group.name: group.size for group in self.groups}
 
     @cached_property
     def _group_of(self) -> Lane:
-        """For every number its group's place, -1 for what stays."""
+        """Index of the group of every atom number, -1 for numbers that are always kept."""
         top = max((int(group.atoms.max()) for group in self.groups), default=0)
         out = np.full(top + 1, -1, np.int64)
         for place, group in enumerate(self.groups):
@@ -78,7 +78,7 @@ class Groups:
 
     @cached_property
     def _terms(self) -> list[tuple[float, list[np.ndarray]]]:
-        """The work as products: a factor and, for each lane, what is fixed and how often each group is in it."""
+        """The work as products: a factor, and for each lane its fixed channels and its channels per atom and group."""
         return [(one.factor / self.batch, [self._counts(lane) for lane in one.lanes]) for one in self.work]
 
     @cached_property
@@ -95,7 +95,7 @@ class Groups:
         return out
 
     def _counts(self, lane: Lane) -> np.ndarray:
-        """`[1 + groups]`: channels of a lane that stay whatever happens, then per group how many an atom has there."""
+        """Return `[1 + groups]`: the always kept channels of a lane, then its channels per atom of each group."""
         groups = self._group_of[np.where(lane < len(self._group_of), lane, 0)]
         out = np.zeros(1 + len(self.groups))
         out[0] = (groups < 0).sum()
@@ -104,20 +104,20 @@ class Groups:
         return out
 
     def row(self, kept: Mapping[str, int]) -> np.ndarray:
-        """The numbers kept as a row `[groups]`; groups that are not named keep all. UserError for one out of range."""
+        """Return the kept counts as a row `[groups]`; missing groups keep all. UserError for a count out of range."""
         for name, count in kept.items():
             if name not in self.sizes:
-                raise UserError(f"channels: there is no group {name!r} in this network{did_you_mean(name, self.sizes)}")
+                raise UserError(f"channels: this network has no group {name!r}{did_you_mean(name, self.sizes)}")
             if isinstance(count, bool) or not isinstance(count, int | np.integer) or not 1 <= count <= self.sizes[name]:
                 raise UserError(f"channels: {name}: must be a number from 1 to {self.sizes[name]} (got {count!r})")
         return np.array([kept.get(group.name, group.size) for group in self.groups], float)
 
     def costs(self, kept: Mapping[str, int]) -> dict[str, float]:
-        """`macs` (per sample), `params` and `size_mb` with so many channels kept per group."""
+        """Return `macs` (per sample), `params` and `size_mb` with these numbers of channels kept per group."""
         return {name: float(values[0]) for name, values in self.costs_of(self.row(kept)[None]).items()}
 
     def costs_of(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """`macs`, `params`, `size_mb` (in float32) `[n]` of policies `[n, groups]`, numbers of channels that stay."""
+        """Return `macs`, `params`, `size_mb` (in float32) `[n]` of policies `[n, groups]`, numbers of kept channels."""
         full = np.concatenate([np.ones((len(rows), 1)), rows], 1)
         sums = []
         for terms in (self._terms, self._weights):
@@ -132,7 +132,7 @@ class Groups:
         return {"macs": np.round(sums[0]), "params": params, "size_mb": params * 4e-6}
 
     def layer_macs(self, kept: Mapping[str, int]) -> dict[str, float]:
-        """MACs per sample of every layer."""
+        """Return the MACs per sample of every layer."""
         full, out = np.concatenate([[1.0], self.row(kept)]), dict.fromkeys(self.layers, 0.0)
         for one, (factor, lanes) in zip(self.work, self._terms, strict=True):
             if one.layer:
@@ -140,7 +140,7 @@ class Groups:
         return {name: value for name, value in out.items() if value}
 
     def layer_shares(self, rows: np.ndarray) -> np.ndarray:
-        """The share of its MACs that each layer of `layer_macs` keeps, `[n, layers]`, of policies `[n, groups]`."""
+        """Return the share of MACs that each layer of `layer_macs` keeps, `[n, layers]`, for policies `[n, groups]`."""
         full, sums = np.concatenate([np.ones((len(rows) + 1, 1)), np.concatenate([self.row({})[None], rows])], 1), {}
         for one, (factor, lanes) in zip(self.work, self._terms, strict=True):
             if one.layer:
@@ -154,7 +154,7 @@ class Groups:
 
 
 def _rule(mode: Follow, layer: Layer, inputs: Sequence[Any], out: Tensor) -> None:
-    """Number what came out of a layer with a rule of its own."""
+    """Number the channels of the output of a layer that has a rule of its own."""
     module, union, found, x = layer.module, mode.found.union, mode.found, inputs[0]
     if isinstance(module, nn.Linear):
         _takes(mode, layer, mode.lane(x, x.ndim - 1))
@@ -166,13 +166,13 @@ def _rule(mode: Follow, layer: Layer, inputs: Sequence[Any], out: Tensor) -> Non
         _takes(mode, layer, mode.lane(x, 1))
         assert layer.inputs is not None
         area = float(np.prod(module.kernel_size)) * (out.numel() // out.shape[1])
-        if groups > 1 and groups == channels:  # by depth: what comes out belongs to what goes in
+        if groups > 1 and groups == channels:  # depthwise: an output channel belongs to its input channel
             lane = np.repeat(layer.inputs, module.out_channels // groups)
             layer.outputs = np.where(lane == ZEROS, FIXED, lane)
             mode.set(out, _shaped(layer.outputs, out, 1))
             found.work.append(Work(area, (layer.outputs,), layer.name))
             return
-        if groups > 1:  # every group of channels keeps the same places
+        if groups > 1:  # every group of channels keeps the same indices
             parts = layer.inputs.reshape(groups, -1)
             for part in parts[1:]:
                 union.join(parts[0], part)
@@ -188,7 +188,7 @@ def _rule(mode: Follow, layer: Layer, inputs: Sequence[Any], out: Tensor) -> Non
                 union.join(lane, np.zeros_like(lane))  # type: ignore[arg-type]
         area = float(np.prod(module.kernel_size)) * (x.numel() // x.shape[1]) / module.groups
         found.work.append(Work(area, (layer.inputs, layer.outputs), layer.name))  # type: ignore[arg-type]
-    elif isinstance(module, Heads):  # the channels of a head, in queries, keys and values, are one
+    elif isinstance(module, Heads):  # the channels of a head, in queries, keys and values, are one atom
         lanes = [mode.lane(one, one.ndim - 1).reshape(-1, module.width) for one in inputs[:3]]
         for lane in lanes:
             union.join(lane, np.broadcast_to(lanes[0][:, :1], lane.shape))
@@ -202,7 +202,7 @@ def _rule(mode: Follow, layer: Layer, inputs: Sequence[Any], out: Tensor) -> Non
             layer.outputs = np.concatenate([union.fresh(module.low), lane, union.fresh(module.high)])
         union.join(layer.outputs[module.low : module.low + len(lane)], lane)
         mode.set(out, _shaped(layer.outputs, out, 1))
-    else:  # a norm, PReLU: a number for every channel
+    else:  # a norm or PReLU: one number per channel
         mark = mode.mark_of(x)
         if mark is None or (isinstance(module, nn.PReLU) and module.num_parameters == 1):
             mode.set(out, None if mark is None else mark.numbers, mark is None or mark.zero)
@@ -219,7 +219,7 @@ def _shaped(lane: Lane, out: Tensor, dim: int) -> Tensor:
 
 
 def _takes(mode: Follow, layer: Layer, lane: Lane, both: bool = False) -> None:
-    """What goes into a layer; a second call brings together what meets there."""
+    """Record the input channels of a layer; a second call joins the channels that meet there."""
     known = layer.outputs if both else layer.inputs
     if known is not None:
         mode.found.union.join(known, lane)
@@ -236,7 +236,7 @@ def _makes(mode: Follow, layer: Layer, out: Tensor, dim: int, groups: int = 1) -
 
 
 def _leaf(module: nn.Module, shared: set[int]) -> bool:
-    """Whether a module has a rule: a plain layer whose tensors are its own."""
+    """Return True if a module has a rule: a plain layer whose tensors are not shared."""
     if not isinstance(module, LEAVES) or type(module).forward not in {one.forward for one in LEAVES}:
         return False
     return not parametrize.is_parametrized(module) and not any(id(p) in shared for p in module.parameters())
@@ -244,7 +244,7 @@ def _leaf(module: nn.Module, shared: set[int]) -> bool:
 
 @contextlib.contextmanager
 def _followed(net: nn.Module, mode: Follow) -> Iterator[None]:
-    """Hooks on the layers, temporal shifts off, eval mode; all as before afterwards."""
+    """Add hooks to the layers, disable temporal shifts and set eval mode; restore everything afterwards."""
     owners = Counter(id(p) for module in net.modules() for p in module._parameters.values() if p is not None)
     shared, hooks = {key for key, count in owners.items() if count > 1}, []
     shifts: list[tuple[str, Any]] = [
@@ -296,13 +296,14 @@ def _followed(net: nn.Module, mode: Follow) -> Iterator[None]:
 
 @torch.no_grad()
 def trace(net: nn.Module, example: Any) -> Groups:
-    """Run `net` once in eval mode on `example` (a tensor or a tuple of arguments) and find its groups.
+    """Return the groups of `net`, found by running it once in eval mode on `example` (a tensor or a tuple of
+    arguments).
 
-    Leaves the network as it was. MACs are counted per sample: the first dimension of the first tensor is the batch.
-    UserError for a supernet, whose subnets are what can be pruned, and for a network without anything to remove.
+    Leaves the network unchanged. MACs are counted per sample: the first dimension of the first tensor is the batch.
+    Raises UserError for a supernet, of which only subnets can be pruned, and for a network with nothing to remove.
     """
     if hasattr(net, "space") or isinstance(net, MixedNet):
-        raise UserError("prune: this network is a supernet: search it, or prune one of its subnets (`arch`)")
+        raise UserError("prune: this network is a supernet, search it or prune one of its subnets (`arch`)")
     arguments = example if isinstance(example, tuple) else (example,)
     found = Followed()
     mode = Follow(found)
@@ -313,12 +314,12 @@ def trace(net: nn.Module, example: Any) -> Groups:
         mode.lock(outputs)
     groups = _groups(found)
     if not groups:
-        raise UserError("prune: no channel of this network can be removed: its layers are not ones that pruning knows")
+        raise UserError("prune: no channel of this network can be removed, because pruning does not know its layers")
     return _counted(net, found, groups, len(tree_leaves(arguments)[0]))
 
 
 def _groups(found: Followed) -> tuple[Group, ...]:
-    """Atoms by the layers that have them, in the order in which these run; lanes are brought to their own numbers."""
+    """Return atoms grouped by their layers, in the order in which these run; lanes get their representative numbers."""
     union, members, first = found.union, {}, {}
     for layer in found.layers.values():
         for side in ("inputs", "outputs"):

@@ -1,12 +1,12 @@
-"""Follows channels through a network: which channels of which layers can only be removed together.
+"""Follows channels through a network to find which channels of which layers can only be removed together.
 
-A network is run once on an example, and beside every activation runs a tensor of the same shape that holds, for every
-element, the number of the channel that it belongs to. Whatever moves elements (views, permutations, concatenation,
-gathering, pixel shuffle) moves the numbers in the same way, so there are no rules for them; a sum or a product of two
-channels makes them one (union-find); a convolution or linear layer begins new ones. Number 0 is what cannot be removed
-(inputs, outputs, constants), -1 are zeros. Where an operator has no rule, all channels that go into it are kept: a
-network is pruned less, never wrongly. "Kept zero" is followed too: a removed channel must be 0 at whatever sums over it
-once the layers that make it are 0, which x + 1 or sigmoid(x) is not.
+A network is run once on an example, and every activation is accompanied by a tensor of the same shape that holds, for
+every element, the number of its channel. Operators that move elements (views, permutations, concatenation, gathering,
+pixel shuffle) move the numbers in the same way, so they need no rules; a sum or a product of two channels joins them
+(union-find); a convolution or linear layer starts new ones. Number 0 marks what cannot be removed (inputs, outputs,
+constants), -1 marks zeros. If an operator has no rule, all its input channels are kept: a network may be pruned less,
+but never wrongly. Whether zeros stay zero is followed too: wherever a removed channel is summed over, it must be 0 once
+the layers that make it are 0, which x + 1 or sigmoid(x) is not.
 """
 
 from collections.abc import Iterable, Sequence
@@ -56,19 +56,19 @@ CREATE = _names("zeros zeros_like new_zeros empty empty_like new_empty empty_str
 
 
 class Union:
-    """Channel numbers that may turn out to be one and the same; 0 takes all that it meets."""
+    """Union-find of channel numbers; every number joined with 0 becomes 0."""
 
     def __init__(self) -> None:
         self.parent = [0]
 
     def fresh(self, count: int) -> Lane:
-        """`count` new numbers."""
+        """Return `count` new numbers."""
         first = len(self.parent)
         self.parent.extend(range(first, first + count))
         return np.arange(first, first + count)
 
     def find(self, number: int) -> int:
-        """The number that stands for all that are one with `number`."""
+        """Return the representative of all numbers joined with `number`."""
         root = number
         while self.parent[root] != root:
             root = self.parent[root]
@@ -77,7 +77,7 @@ class Union:
         return root
 
     def join(self, one: Lane, other: Lane) -> None:
-        """Make the numbers of both arrays one, place by place; zeros fit everything."""
+        """Join the numbers of both arrays elementwise; ZEROS is compatible with everything."""
         differ = (one != other) & (one != ZEROS) & (other != ZEROS)
         if differ.any():
             for a, b in {(int(a), int(b)) for a, b in zip(one[differ], other[differ])}:
@@ -85,13 +85,13 @@ class Union:
                 self.parent[high] = low
 
     def roots(self, lane: Lane) -> Lane:
-        """`lane` with the numbers that stand for its own; zeros are fixed."""
+        """Return `lane` with representatives in place of its numbers; ZEROS becomes FIXED."""
         return np.array([self.find(int(n)) if n > 0 else FIXED for n in lane], np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """The numbers of an activation's elements, and whether removed channels are 0 there."""
+    """Numbers of an activation's elements, and whether removed channels are 0 there."""
 
     numbers: Tensor
     zero: bool = True
@@ -99,7 +99,7 @@ class Mark:
 
 @dataclass(eq=False)
 class Layer:
-    """A module with channels: the numbers of what goes in and comes out, None where it has no such axis."""
+    """A module with channels: the numbers of its inputs and outputs, None if it has no such axis."""
 
     name: str
     module: nn.Module
@@ -109,7 +109,7 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """MACs of one call: `factor` times the number of channels left in each of `lanes`."""
+    """MACs of one call: `factor` times the product of the numbers of channels left in `lanes`."""
 
     factor: float
     lanes: tuple[Lane, ...]
@@ -118,19 +118,19 @@ class Work:
 
 @dataclass(eq=False)
 class Followed:
-    """All that one run told: the layers in the order in which they ran, work, places with a share of channels."""
+    """Findings of one run: the layers in the order in which they ran, their work, and the temporal shifts."""
 
     union: Union = field(default_factory=Union)
     layers: dict[str, Layer] = field(default_factory=dict)
     work: list[Work] = field(default_factory=list)
-    places: dict[str, Lane] = field(default_factory=dict)  # what goes into a temporal shift, by module
+    places: dict[str, Lane] = field(default_factory=dict)  # input channels of temporal shifts, by module
 
 
 # ------------------------------------------------------------------------------------------------ numbers
 
 
 def thin(*tensors: Tensor) -> list[Tensor]:
-    """Views of tensors of one shape with a single element along every dimension in which none of them varies."""
+    """Return views of tensors of equal shape with a single element along every dimension in which all are constant."""
     shape = tensors[0].shape
     for dim in range(len(shape)):
         if shape[dim] > 1 and all(t.stride(dim) == 0 for t in tensors):
@@ -139,7 +139,7 @@ def thin(*tensors: Tensor) -> list[Tensor]:
 
 
 def varies(numbers: Tensor, dim: int) -> bool:
-    """Return whether numbers differ along `dim`, zeros apart."""
+    """Return True if numbers differ along `dim`, ignoring zeros."""
     (few,) = thin(numbers)
     if few.shape[dim] == 1:
         return False
@@ -152,7 +152,7 @@ def to_lane(numbers: Tensor) -> Lane:
 
 
 class Follow(TorchDispatchMode):
-    """While it is on, activations carry numbers (`marks`); `paused` inside layers that have a rule of their own."""
+    """Mode in which activations carry numbers (`marks`); `paused` inside layers that have a rule of their own."""
 
     def __init__(self, found: Followed):
         super().__init__()
@@ -164,7 +164,7 @@ class Follow(TorchDispatchMode):
         return self.marks.get(tensor) if isinstance(tensor, Tensor) else None
 
     def set(self, tensor: Any, numbers: Tensor | None, zero: bool = True) -> None:
-        """Mark `tensor`, or forget it where all its numbers are fixed."""
+        """Mark `tensor`, or remove its mark if `numbers` is None, that is, all are fixed."""
         if not isinstance(tensor, Tensor):
             return
         if numbers is None:
@@ -173,7 +173,7 @@ class Follow(TorchDispatchMode):
             self.marks[tensor] = Mark(numbers.expand(tensor.shape), zero)
 
     def lock(self, *tensors: Any) -> None:
-        """Keep all channels that `tensors` belong to."""
+        """Mark all channels of `tensors` as not removable."""
         for tensor in tree_leaves(tensors):
             mark = self.mark_of(tensor)
             if mark is not None:
@@ -181,7 +181,7 @@ class Follow(TorchDispatchMode):
                 self.found.union.join(lane, np.zeros_like(lane))
 
     def lane(self, tensor: Tensor, dim: int) -> Lane:
-        """The numbers along `dim` where a layer sums over that dimension; all that meet in one place become one."""
+        """Return the numbers along `dim`, over which a layer sums; different numbers at one index are joined."""
         mark = self.mark_of(tensor)
         if mark is None:
             return np.zeros(tensor.shape[dim], np.int64)
@@ -190,7 +190,7 @@ class Follow(TorchDispatchMode):
         return self.merged(mark.numbers, dim)
 
     def merged(self, numbers: Tensor, dim: int) -> Lane:
-        """A number for each place along `dim`; different numbers in one place become one."""
+        """Return one number for each index along `dim`; different numbers at one index are joined."""
         size = numbers.shape[dim]
         (few,) = thin(numbers)
         rows = few.movedim(dim, 0).reshape(few.shape[dim], -1)
@@ -218,7 +218,7 @@ class Follow(TorchDispatchMode):
         if base in CREATE:
             if isinstance(out, Tensor) and out.is_floating_point():
                 self.set(out, torch.full(out.shape, ZEROS, dtype=torch.int32))
-        elif base in PRODUCTS or any(t in self.marks for t in tensors):  # products count where all stays, too
+        elif base in PRODUCTS or any(t in self.marks for t in tensors):  # products always count
             result = out if target is None else torch.empty_like(target)
             self.rule(base, func, args, kwargs, result, tensors)
             if target is not None:
@@ -228,7 +228,7 @@ class Follow(TorchDispatchMode):
         return out
 
     def rule(self, base: str, func: Any, args: Any, kwargs: Any, out: Any, tensors: Sequence[Tensor]) -> None:
-        """Number what came out of an operator."""
+        """Number the output of an operator."""
         first = self.mark_of(args[0]) if args else None
         if base in MOVES and first is not None:
             self.moved(base, func, args, kwargs, out)
@@ -264,7 +264,7 @@ class Follow(TorchDispatchMode):
                 self.set(leaf, None)
 
     def moved(self, base: str, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """The numbers move as the elements do; to cut a dimension of channels in parts keeps all of them."""
+        """Move the numbers as the elements are moved; keep all channels if a channel dimension is cut into parts."""
         mark, rest = self.marks[args[0]], args[1:]
         numbers = mark.numbers
         if base in SAME:
@@ -283,14 +283,14 @@ class Follow(TorchDispatchMode):
             self.set(one, its, mark.zero)
 
     def cuts(self, base: str, numbers: Tensor, rest: Any, kwargs: Any, out: Any) -> bool:
-        """Return whether an operator takes a dimension of channels apart by numbers that pruning does not change."""
+        """Return True if an operator divides a channel dimension by fixed sizes, which pruning does not change."""
         channels = [dim for dim in range(numbers.ndim) if varies(numbers, dim)]
         if not channels:
             return False
         if base in VIEWS:
             return splits(numbers.shape, out.shape, channels)
         if base in PARTS:
-            place = 1 if base in ("split", "split_with_sizes", "roll") else 0  # of the dimension among the arguments
+            place = 1 if base in ("split", "split_with_sizes", "roll") else 0  # position of `dim` in the arguments
             dim = kwargs.get("dim", rest[place] if len(rest) > place else 0)
             whole = isinstance(out, Tensor) and out.shape == numbers.shape and base == "slice"
             return not whole and any(d % numbers.ndim in channels for d in ([dim] if isinstance(dim, int) else dim))
@@ -324,7 +324,7 @@ class Follow(TorchDispatchMode):
             self.found.union.join(to_lane(a[both]), to_lane(b[both]))
             nothing, left, right = (a == ZEROS) | (b == ZEROS), (a > 0) & one.zero, (b > 0) & other.zero
             numbers = torch.where(nothing, ZEROS, a.maximum(b)) if product else a.maximum(b)
-            if base == "mul":  # 0 where one of the two is
+            if base == "mul":  # 0 if either factor is
                 zero = bool((left | right | nothing | ((a <= 0) & (b <= 0))).all())
             else:
                 zero = one.zero and (other.zero or base == "div")
@@ -377,7 +377,7 @@ class Follow(TorchDispatchMode):
         self.set(result, few, mark.zero and base not in ("logsumexp", "prod"))
 
     def product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
-        """A matrix product: what is summed over becomes one, rows and columns keep their numbers."""
+        """Follow a matrix product: channels summed over are joined, rows and columns keep their numbers."""
         sides = []
         for tensor, rows in ((left, True), (right, False)):
             mark = self.mark_of(tensor)
@@ -414,7 +414,7 @@ class Follow(TorchDispatchMode):
             self.set(out, torch.from_numpy(b_column).int()[None, :], mark is None or mark.zero)
 
     def added(self, args: Any, out: Tensor) -> None:
-        """`index_add`: rows of channels are summed into rows of an empty table."""
+        """Follow `index_add`: rows of channels are summed into rows of an empty table."""
         mark, dim = self.marks[args[3]], args[1]
         into = self.mark_of(args[0])
         if varies(mark.numbers, dim) or not mark.zero or into is None or bool((thin(into.numbers)[0] == FIXED).any()):
@@ -435,13 +435,13 @@ class Follow(TorchDispatchMode):
 
 
 def same_places(before: Tensor, after: Tensor) -> bool:
-    """Return whether a strided view shows what it was made of: pooling to 1x1 of channels-last images ends with one."""
+    """Return True if a strided view equals its base, as at the end of pooling channels-last images to 1x1."""
     steps = [[s for s, n in zip(t.stride(), t.shape) if n > 1] for t in (before, after)]
     return before.shape == after.shape and steps[0] == steps[1] and before.storage_offset() == after.storage_offset()
 
 
 def keeps_zero(base: str, args: Any, kwargs: Any) -> bool:
-    """Return whether 0 stays 0 under the bounds or exponent that an operator was given."""
+    """Return True if 0 stays 0 with the bounds or exponent given to an operator."""
     limits: Iterable[Any] = [*args[1:3], *(kwargs.get(k) for k in ("min", "max", "min_val", "max_val"))]
     numbers = [x for x in limits if isinstance(x, int | float)]
     if base in ("clamp", "hardtanh"):
@@ -460,7 +460,7 @@ def keeps_zero(base: str, args: Any, kwargs: Any) -> bool:
 
 
 def splits(before: Sequence[int], after: Sequence[int], channels: Sequence[int]) -> bool:
-    """Return whether a view from one shape to another cuts one of the dimensions `channels` into several."""
+    """Return True if a view from one shape to another splits one of the dimensions `channels` into several."""
     i = j = 0
     while i < len(before) and j < len(after):
         first_in, first_out, size_in, size_out = i, j, before[i], after[j]

@@ -1,8 +1,9 @@
-"""Latency of policies that were not measured, from some that were: what an agent needs at every step of an episode.
+"""Latency of unmeasured policies, predicted from measured ones; an agent needs it at every step of an episode.
 
-The share of its MACs that each layer keeps, weighted, and a constant: weights are found by least squares, none below 0,
-pulled towards the layers' shares of all MACs, which decide where few policies were measured. Surprising: latencies are
-ratios to the whole network's, as `edge.comparing` measures them, because a machine is not equally fast all day.
+The model is a constant plus a weighted sum of the share of its MACs that each layer keeps. The weights come from least
+squares, are never below 0 and are regularised towards the layers' shares of all MACs, which dominate if few policies
+were measured. Surprising: latencies are ratios to that of the whole network, as measured by `edge.comparing`, because
+the speed of a machine varies over the day.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,14 +14,14 @@ import numpy as np
 from slimray.compress.groups import Groups
 from slimray.compress.policies import Counts, Floats, choices
 
-PULL = 0.01  # of the weights towards the layers' shares of MACs, against the squared errors of one policy
-STEPS = 2000  # of projected gradient descent, on as many unknowns as layers
+PULL = 0.01  # regularisation of the weights towards shares of MACs, relative to the squared error of one policy
+STEPS = 2000  # of projected gradient descent, with one unknown per layer
 
 
 @dataclass(frozen=True, eq=False)
 class LatencyModel:
-    """What policies take, as a share of the whole network: a constant, and a weight per layer; `error` in percent is
-    the mean absolute one on policies that were left out in turn."""
+    """Latency of policies as a share of the whole network's: a constant and a weight per layer. `error` is the mean
+    absolute error in percent on held-out policies (cross-validation)."""
 
     groups: Groups
     constant: float
@@ -28,12 +29,12 @@ class LatencyModel:
     error: float
 
     def __call__(self, rows: Floats) -> Floats:
-        """Shares `[n]` of policies `[n, groups]`, numbers of channels that stay."""
+        """Return shares `[n]` of policies `[n, groups]`, numbers of kept channels."""
         return self.constant + self.groups.layer_shares(rows) @ self.weights
 
 
 def draw(groups: Groups, count: int, least: float, round_to: int, seed: int) -> list[Counts]:
-    """Policies to measure: all groups at the lower bound `least`, then at random around a random level."""
+    """Return policies to measure: first all groups at the lower bound `least`, then random ones."""
     rng, out = np.random.default_rng([seed, 3]), []
     for number in range(count):
         level = least if number == 0 else rng.uniform(least, 1)
@@ -47,7 +48,7 @@ def draw(groups: Groups, count: int, least: float, round_to: int, seed: int) -> 
 
 
 def fit(groups: Groups, measured: Sequence[tuple[Mapping[str, int], float]]) -> LatencyModel:
-    """The model of measured policies and their shares of the whole network's latency, whose own share is 1."""
+    """Return the model fitted to policies and their measured shares of the whole network's latency."""
     rows = np.stack([groups.row({}), *(groups.row(counts) for counts, _ in measured)])
     shares, taken = groups.layer_shares(rows), np.array([1.0, *(value for _, value in measured)])
     whole = groups.layer_macs({})
@@ -63,7 +64,7 @@ def fit(groups: Groups, measured: Sequence[tuple[Mapping[str, int], float]]) -> 
 
 
 def _solve(shares: Floats, taken: Floats, prior: Floats) -> tuple[float, Floats]:
-    """Constant and weights, none below 0, of least squares with a pull towards `prior` (and a constant of 0)."""
+    """Return constant and weights, at least 0, of least squares regularised towards `prior` (and a constant of 0)."""
     x = np.concatenate([np.ones((len(shares), 1)), shares], 1)
     centre = np.concatenate([[0.0], prior])
     gram, right = x.T @ x + PULL * np.eye(x.shape[1]), x.T @ taken + PULL * centre

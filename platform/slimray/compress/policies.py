@@ -1,8 +1,8 @@
-"""How many channels stay in each group: uniform, by global rank, by measured sensitivity, under limits on costs.
+"""Pruning policies under limits on costs: uniform, by global rank, or by measured sensitivity.
 
-A policy says how many channels stay, by group: multiples of `round_to` (at least one of them) or all channels of a
-group. `choose` is the table of policies. Limits are on `macs`, `params`, `size_mb` (four bytes a parameter) and on what
-a `meter` measures (`latency_ms`).
+A policy is the number of kept channels per group: a positive multiple of `round_to`, or all channels of the group.
+`choose` makes one by name. Limits apply to `macs`, `params`, `size_mb` (four bytes per parameter) and to the values
+that a `meter` measures (`latency_ms`, `energy_mj`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,28 +15,28 @@ from slimray.compress.criteria import Floats
 from slimray.compress.groups import Groups
 from slimray.spec import UserError, did_you_mean
 
-Counts = dict[str, int]  # group -> channels that stay
-Meter = Callable[[Counts], Mapping[str, float]]  # what a policy measures, beside what is counted
-Curves = dict[str, dict[int, float]]  # group -> channels that stay in it alone -> score
+Counts = dict[str, int]  # group -> kept channels
+Meter = Callable[[Counts], Mapping[str, float]]  # measures the costs of a policy that cannot be counted
+Curves = dict[str, dict[int, float]]  # group -> kept channels, with only this group pruned -> score
 POLICIES = ("uniform", "ranked", "sensitivity")
 RATIOS = (0.125, 0.25, 0.5, 0.75)
-STEPS = 24  # halvings of a search for the largest ratio that keeps the limits
+STEPS = 24  # bisections in the search for the largest ratio within the limits
 
 
 def choices(size: int, round_to: int) -> list[int]:
-    """The numbers of channels that a group of `size` may keep, ascending."""
+    """Return the numbers of channels that a group of `size` may keep, ascending."""
     return sorted({*range(round_to, size, round_to), size})
 
 
 def rounded(size: int, ratio: float, round_to: int) -> int:
-    """The largest allowed number of channels that is at most `ratio` of `size`, or the smallest allowed one."""
+    """Return the largest allowed number of channels that is at most `ratio` of `size`, or else the smallest allowed."""
     allowed = choices(size, round_to)
     return max((n for n in allowed if n <= ratio * size + 1e-9), default=allowed[0])
 
 
 @dataclass(frozen=True, eq=False)
 class Budget:
-    """What policies may cost: `limits` by name, at most. `meter` measures what is not counted, only if limited."""
+    """Upper limits of policies by cost. `meter` measures costs that cannot be counted, only if they are limited."""
 
     groups: Groups
     limits: Mapping[str, float]
@@ -51,10 +51,10 @@ class Budget:
             if not limit > 0:
                 raise UserError(f"limits: {name}: must be > 0 (got {limit!r})")
             if name in known[3:] and self.meter is None:
-                raise UserError(f"limits: {name}: nothing here measures it: pass `meter`")
+                raise UserError(f"limits: {name}: must be measured: pass `meter`")
 
     def costs(self, counts: Mapping[str, int]) -> dict[str, float]:
-        """What a policy costs, by name."""
+        """Return the costs of a policy, by name."""
         out = self.groups.costs(counts)
         if self.meter is not None and set(self.limits) & {"latency_ms", "energy_mj"}:
             key = tuple(counts.get(group.name, group.size) for group in self.groups.groups)
@@ -64,14 +64,14 @@ class Budget:
         return out
 
     def keeps(self, counts: Mapping[str, int]) -> bool:
-        """Whether a policy keeps all limits."""
+        """Return True if a policy is within all limits."""
         costs = self.costs(counts)
         return all(costs[name] <= limit for name, limit in self.limits.items())
 
     def largest(self, policy: Callable[[float], Counts]) -> Counts:
-        """The policy of the largest number in [0, 1] that keeps the limits, of policies that grow with it.
+        """Return `policy(x)` for the largest x in [0, 1] within the limits; costs must grow with x.
 
-        UserError, with what the smallest costs, where none keeps them.
+        Raises UserError, with the costs of the smallest policy, if none is within the limits.
         """
         if self.keeps(policy(1.0)):
             return policy(1.0)
@@ -96,11 +96,11 @@ def choose(
     keep: float | None = None,
     score: Callable[[Counts], float] | None = None,
 ) -> tuple[Counts, Curves]:
-    """The policy `name` within a budget, or of the share `keep` of channels, and the curves that it measured, if any.
+    """Return the policy `name` within a budget, or with the share `keep` of channels, and its measured curves, if any.
 
-    "uniform" keeps the same share everywhere; "ranked" goes by `scores` of channels (criteria.py) over all groups;
-    "sensitivity" by curves measured with `score` (of a policy, higher is better). UserError for an unknown name, a
-    `keep` out of range, "sensitivity" without `score`, limits out of reach.
+    "uniform" keeps the same share everywhere; "ranked" uses the `scores` of channels (criteria.py) over all groups;
+    "sensitivity" uses curves measured with `score` (of a policy, higher is better). Raises UserError for an unknown
+    name, a `keep` out of range, "sensitivity" without `score`, or limits that cannot be reached.
     """
     if name not in POLICIES:
         raise UserError(f"policy: unknown policy {name!r}{did_you_mean(name, POLICIES)}")
@@ -113,7 +113,7 @@ def choose(
         of = lambda share: ranked(groups, scores, share, round_to)  # noqa: E731
     else:
         if score is None:
-            raise UserError("policy: sensitivity needs `score`: a function of a network, higher is better")
+            raise UserError("policy: sensitivity needs `score`, a function of a network, higher is better")
         curves = sensitivity(groups, score, round_to)
         of = lambda share: by_sensitivity(groups, curves, share, round_to)  # noqa: E731
     if keep is None:
@@ -131,14 +131,14 @@ def choose(
 
 
 def uniform(groups: Groups, ratio: float, round_to: int = 8) -> Counts:
-    """The same share of channels in every group, rounded down."""
+    """Return the policy with the same share of channels in every group, rounded down."""
     return {group.name: rounded(group.size, ratio, round_to) for group in groups.groups}
 
 
 def ranked(groups: Groups, scores: Mapping[str, Floats], share: float, round_to: int = 8) -> Counts:
-    """The channels whose score is among the highest `share` of all groups together, rounded down in each group.
+    """Return the policy that keeps the channels with the highest `share` of all scores, rounded down in each group.
 
-    The scores must compare across groups, as those of the criterion "group" do.
+    The scores must be comparable across groups, as those of the criterion "group" are.
     """
     threshold = np.quantile(np.concatenate([scores[group.name] for group in groups.groups]), 1 - share)
     return {
@@ -150,9 +150,9 @@ def ranked(groups: Groups, scores: Mapping[str, Floats], share: float, round_to:
 def sensitivity(
     groups: Groups, score: Callable[[Counts], float], round_to: int = 8, ratios: Sequence[float] = RATIOS
 ) -> Curves:
-    """Measured curves: per group, channels kept -> score of the network in which that group alone is pruned.
+    """Return measured curves: per group, kept channels -> score of the network with only this group pruned.
 
-    `score` takes a policy (groups that are missing keep all); the whole network's score is part of every curve.
+    `score` takes a policy (missing groups keep all); the whole network's score is part of every curve.
     """
     whole, curves = score({}), {}
     for group in groups.groups:
@@ -164,10 +164,10 @@ def sensitivity(
 def by_sensitivity(
     groups: Groups, curves: Mapping[str, Mapping[int, float]], share: float, round_to: int = 8
 ) -> Counts:
-    """The fewest channels of each group whose loss of score, read off its curve, is at most a common one.
+    """Return the fewest channels of each group whose loss of score, by its curve, is within a common bound.
 
-    `share` 1 allows no loss, 0 the largest loss of any curve. Between measured points the curve is a straight line; it
-    is taken to rise with the number of channels, and nothing is kept below the fewest that were measured.
+    `share` 1 allows no loss, 0 the largest loss of any curve. Curves are interpolated linearly and assumed to rise with
+    the number of channels; no fewer channels are kept than were measured.
     """
     worst = max(max(curve.values()) - min(curve.values()) for curve in curves.values())
     out = {}
@@ -182,10 +182,10 @@ def by_sensitivity(
 
 
 def group_features(groups: Groups, round_to: int = 8) -> list[dict[str, Any]]:
-    """Of every group what an agent sees of it (`GroupStep` of search/amc.py): totals over the layers that have it.
+    """Return the features of every group for an agent (`GroupStep` of search/amc.py), over the layers that share it.
 
-    `inputs` and `outputs` are channels of the layers that make and use it, `kernel` and `stride` the largest, `weights`
-    and `macs` (per sample) those of all of them.
+    `inputs` and `outputs` are the channels of the layers that make and use it, `kernel` and `stride` the largest of
+    them, `weights` and `macs` (per sample) the totals.
     """
     macs, out = groups.layer_macs({}), []
     for group in groups.groups:

@@ -1,9 +1,9 @@
-"""`prune`: structured pruning of any `nn.Module`, with what it will bring told before anything is trained.
+"""`prune`: structured pruning of any `nn.Module`, which reports the gain before anything is trained.
 
-The groups of the network are traced, a policy under the limits is made, channels are chosen by a criterion, and a
-smaller copy is cut. Nothing is trained. Before the copy is handed out it is run: its outputs must equal those of the
-whole network with the removed channels at zero. Latency is measured, in pairs, because fewer MACs are not always fewer
-milliseconds: where the gain is not clear, the result says so.
+It traces the groups of the network, makes a policy within the limits, selects channels by a criterion, and cuts a
+smaller copy. Nothing is trained. The copy is run before it is returned: its outputs must equal those of the whole
+network with the removed channels at zero. Latency is measured, in pairs, because fewer MACs do not always mean fewer
+milliseconds; if the gain is not significant, the result says so.
 """
 
 import time
@@ -25,14 +25,14 @@ from slimray.models.modes import called, evaluating
 from slimray.runtime.pairs import alternate
 from slimray.spec import UserError
 
-PAIRS = 9  # of timings
-SLIGHT = 1.05  # a ratio of latencies that is no gain
-EXACT = 1e-3  # largest relative difference of pruned and masked outputs that float32 explains
+PAIRS = 9  # pairs of timings
+SLIGHT = 1.05  # ratio of latencies below which there is no gain
+EXACT = 1e-3  # largest relative difference of pruned and masked outputs that float32 rounding explains
 
 
 @dataclass(frozen=True)
 class Gain:
-    """Latency of the whole network over that of the pruned one: the median of pairs and the interval around it."""
+    """Latency of the whole network over that of the pruned one: the median over pairs and its interval."""
 
     ratio: float
     low: float
@@ -40,15 +40,15 @@ class Gain:
 
     @property
     def clear(self) -> bool:
-        """Whether the pruned network is faster with 95 %."""
+        """True if the pruned network is faster with 95 % confidence."""
         return self.low > 1
 
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """A pruned network: the module, its record, what it and the whole one cost, the gain in latency (None: not timed).
+    """A pruned network: the module, its record, costs before and after, and the gain in latency (None: not timed).
 
-    `before` and `after` have `macs` (per sample), `params` and `size_mb`. `str` of it is a summary for people.
+    `before` and `after` have `macs` (per sample), `params` and `size_mb`. `str()` returns a summary for people.
     """
 
     net: nn.Module
@@ -67,9 +67,9 @@ class Pruned:
         if gain is not None:
             lines.append(f"latency here, eager: {gain.ratio:.2f} times as fast ({gain.low:.2f} to {gain.high:.2f})")
             if gain.ratio < SLIGHT:
-                lines.append("latency will not gain from this: fewer channels do not make these layers faster here")
+                lines.append("latency does not improve: fewer channels do not make these layers faster here")
             elif not gain.clear:
-                lines.append("whether latency gains from this is not clear: measure it with nothing else running")
+                lines.append("it is not clear whether latency improves: measure it with nothing else running")
         return "\n".join(lines)
 
 
@@ -89,25 +89,25 @@ def prune(
     meter: Meter | None = None,
     timed: bool = True,
 ) -> Pruned:
-    """Return a smaller copy of `module`; `module` stays as it is, and nothing is trained.
+    """Return a smaller copy of `module`; `module` is unchanged, and nothing is trained.
 
-    `example` is an input (a tensor with a batch, or a tuple of arguments). How much goes: `limits` (`macs` per sample,
-    `params`, `size_mb`, at most; `latency_ms` with a `meter`), `shares` of what the network costs ({"macs": 0.5}), or
-    `keep`, the share of channels. `policy` says where: "uniform"; "ranked", by the criterion over all groups;
-    "sensitivity", by curves measured with `score` (of a network, higher is better); or channels per group. `criterion`
-    says which channels (criteria.py), "taylor" takes `losses`.
-    With `data`, batches of inputs, the layers that lost inputs are fitted by least squares (reconstruction.py).
-    UserError for options that do not fit each other, limits out of reach, or a network that cannot be pruned or has
+    `example` is an input (a tensor with a batch, or a tuple of arguments). The amount is set by `limits` (at most so
+    many `macs` per sample, `params`, `size_mb`; `latency_ms` with a `meter`), by `shares` of the network's costs
+    ({"macs": 0.5}), or by `keep`, the share of channels. `policy` distributes it: "uniform"; "ranked", by the criterion
+    over all groups; "sensitivity", by curves measured with `score` (of a network, higher is better); or a number of
+    channels per group. `criterion` selects the channels (criteria.py); "taylor" needs `losses`.
+    With `data`, batches of inputs, the layers that lost inputs are refitted by least squares (reconstruction.py).
+    Raises UserError for incompatible options, limits that cannot be reached, or a network that cannot be pruned or has
     half precision, whose rounding would hide a wrong cut.
     """
     floats = ((name.rpartition(".")[0], one) for name, one in module.named_parameters() if one.is_floating_point())
     precision.require("prune", floats, torch.float32, torch.float64)
     groups = trace(module, example)
     if isinstance(policy, str) and (limits is None and shares is None) == (keep is None):
-        raise UserError("prune: pass `limits`, `shares` or `keep`, to say how much is to go: shares={'macs': 0.5}")
+        raise UserError("prune: pass `limits`, `shares` or `keep` to set the amount, such as shares={'macs': 0.5}")
     limits = {**(limits or {}), **_numbers(shares or {}, groups.costs({}))}
     if policy == "ranked" and criterion != "group":
-        raise UserError('policy: ranked needs the criterion "group", whose scores compare across groups')
+        raise UserError('policy: ranked needs the criterion "group", whose scores are comparable across groups')
     if not isinstance(policy, str):
         groups.row(policy)
     scores = importance(module, groups, criterion, losses)
@@ -126,17 +126,19 @@ def prune(
 
 
 def _numbers(shares: Mapping[str, float], whole: Mapping[str, float]) -> dict[str, float]:
-    """Shares as limits. UserError for costs that are measured, and shares that are none."""
+    """Return shares as limits; UserError for costs that must be measured, and shares out of range."""
     for name, share in shares.items():
         if name not in whole:
-            raise UserError(f"shares: {name}: is not counted, one of {', '.join(whole)}: pass `limits` and `meter`")
+            raise UserError(
+                f"shares: {name}: cannot be counted, only {', '.join(whole)} can: pass `limits` and `meter` instead"
+            )
         if not 0 < share <= 1:
             raise UserError(f"shares: {name}: must be above 0 and at most 1 (got {share!r})")
     return {name: share * whole[name] for name, share in shares.items()}
 
 
 def _outputs(net: nn.Module, example: Any) -> Tensor:
-    """All floating outputs of a network in eval mode as one row; the same random numbers every time."""
+    """Return all outputs of a network in eval mode as one row, with the same random numbers every time."""
     with evaluating(net), torch.no_grad(), torch.random.fork_rng([]):
         torch.manual_seed(0)
         out = called(net, example)
@@ -144,25 +146,25 @@ def _outputs(net: nn.Module, example: Any) -> Tensor:
 
 
 def _verify(whole: nn.Module, zeroed: nn.Module, small: nn.Module, example: Any) -> None:
-    """Refuse a cut that does not compute what the masked network computes."""
+    """Raise UserError unless the cut network computes the same as the masked one."""
     try:
         got = _outputs(small, example)
     except (RuntimeError, ValueError, IndexError) as error:
         raise UserError(
-            "prune: this network cannot be pruned: its forward counts on fixed numbers of channels "
+            "prune: this network cannot be pruned, because its forward relies on fixed numbers of channels "
             f"({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from None
     wanted = _outputs(zeroed, example)
     error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-12)) if got.shape == wanted.shape else float("inf")
     if not error <= EXACT:
         raise UserError(
-            f"prune: this network cannot be pruned: without the removed channels it computes something else than with "
-            f"zeros in their place (relative difference {error:.1e})"
+            "prune: this network cannot be pruned, because without the removed channels it computes something else "
+            f"than with zeros in their place (relative difference {error:.1e})"
         )
 
 
 def compare(whole: nn.Module, small: nn.Module, example: Any, pairs: int = PAIRS) -> Gain:
-    """Time both networks in eager mode on `example` in alternating pairs; on a GPU until it has finished."""
+    """Time both networks in eager mode on `example` in alternating pairs; on a GPU with synchronisation."""
     arguments = example if isinstance(example, tuple) else (example,)
     devices = {leaf.device for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.is_cuda}
 

@@ -1,11 +1,11 @@
-"""A network with few bits: BatchNorm folded, ranges found on samples, weights as whole numbers; and what that costs.
+"""Quantizes a network to few bits: folds BatchNorm, finds ranges on samples, stores weights as integers.
 
-`quantize` takes any module that runs on an example and gives a smaller one, with the record by which a fresh process
-builds it again (`compress.build`) and the gain that can be counted: its size. Multiply-accumulates stay as many, how
-much faster they run only measuring tells. `prepare` gives the form that is trained (quantization-aware training,
-straight-through), `finish` its whole numbers, `sensitivity` which layer costs how much. Integer inference: arXiv
-1712.05877; HAQ's quantizers: 1811.08886. Our own modules and not PT2E graphs of torchao: those hold the ranges of
-activations as constants of a traced graph, which no record builds again in a later version.
+`quantize` takes any module that runs on an example and returns a smaller one, with the record from which a fresh
+process rebuilds it (`compress.build`) and the gain that can be counted: its size. The number of MACs does not change;
+how much faster they run must be measured. `prepare` returns the trainable form (quantization-aware training,
+straight-through), `finish` converts it to integers, `sensitivity` measures the cost of each layer. Integer inference:
+arXiv 1712.05877; HAQ's quantizers: 1811.08886. These are our own modules instead of torchao's PT2E graphs, which hold
+activation ranges as constants of a traced graph that a later version could not rebuild from a record.
 """
 
 import copy
@@ -24,15 +24,15 @@ from slimray.compress.quantized import TABLES, Bits, Quantized, check_bits, make
 from slimray.models.modes import called, evaluating, samples_in
 from slimray.spec import UserError, did_you_mean
 
-KEPT_VALUES = 1 << 17  # of a layer's input, for the histograms of ranges below 5 bits
+KEPT_VALUES = 1 << 17  # values of a layer's input kept for the histograms of ranges below 5 bits
 EIGHT: Bits = (8, 8)
 
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """A layer that can be quantized, as a forward pass shows it: what HAQ's state and the cost models need.
+    """A quantizable layer, as seen in a forward pass, with the features for HAQ's state and the cost models.
 
-    `kind` is the name of its class, `depthwise` as HAQ has it (groups = input channels), `inputs` and `outputs` the
+    `kind` is the name of its class, `depthwise` as HAQ defines it (groups = input channels), `inputs` and `outputs` the
     numbers of values in and out for one sample over all calls, `area` the input's pixels (1 for a linear layer).
     """
 
@@ -52,7 +52,7 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class QuantizedNetwork:
-    """What `quantize` gives: the smaller network, its record, and sizes in megabytes (1e6 bytes) before and after."""
+    """Result of `quantize`: the smaller network, its record, and sizes in megabytes (1e6 bytes) before and after."""
 
     net: nn.Module
     record: dict[str, Any]
@@ -63,7 +63,7 @@ class QuantizedNetwork:
 
     def __str__(self) -> str:
         gain = f"{self.size_mb_before:.3f} MB -> {self.size_mb:.3f} MB, {self.macs:,} MACs as before"
-        return "; ".join([gain, "latency not measured: it depends on the runtime and the device", *self.notes])
+        return "; ".join([gain, "latency not measured (it depends on the runtime and the device)", *self.notes])
 
 
 def quantize(
@@ -75,16 +75,16 @@ def quantize(
     keep: Sequence[str] = (),
     embeddings: int | None = None,
 ) -> QuantizedNetwork:
-    """Quantize `module` after training; it is left as it is.
+    """Return a copy of `module` quantized after training; `module` is unchanged.
 
-    `example` is an input `[n, ...]` or a tuple of arguments, `calibration` batches of such inputs, or one, that ranges
-    are found on (the example alone where there are none: for a try only). `bits` are those of all layers, or by layer;
-    layers in `keep`, and with a mapping those that are not in it, stay float. First and last layer have 8 bits at least
-    unless a mapping says otherwise. Tables of embeddings stay float unless `embeddings` gives their bits.
-    UserError: no layer to quantize, an unknown name, bits out of range, layers not in float32, inputs that are not
-    finite.
+    `example` is an input `[n, ...]` or a tuple of arguments; `calibration` holds batches of such inputs, or one batch,
+    on which ranges are found (without it only the example is used, which is good enough for a trial). `bits` apply to
+    all layers, or by layer; layers in `keep`, and those missing from a mapping, stay float. The first and last layer
+    have 8 bits unless a mapping says otherwise. Embedding tables stay float unless `embeddings` gives their bits.
+    Raises UserError for a network without layers to quantize, an unknown name, bits out of range, layers that are not
+    float32, or inputs that are not finite.
     """
-    notes = [] if calibration is not None else ["ranges are those of the example alone: give calibration samples"]
+    notes = [] if calibration is not None else ["ranges are those of the example alone, give calibration samples"]
     before = size_mb(module)
     net, record = prepare(module, example, calibration, bits, scheme, keep, False, embeddings)
     macs = sum(layer.macs for layer in layers_of(module, example))
@@ -103,15 +103,15 @@ def prepare(
     trained: bool = True,
     embeddings: int | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a copy of `module` whose layers round (to be trained, or whole already), and its record; as `quantize`."""
+    """Return a copy of `module` with rounding layers (trainable, or already integers) and its record; as `quantize`."""
     net = copy.deepcopy(module).eval()
     found, tables = layers_of(net, example), tables_of(net, embeddings, scheme)
     chosen = policy([layer.name for layer in found], bits, scheme, [name for name in keep if name not in tables])
     chosen |= {name: pair for name, pair in tables.items() if name not in keep}
     _check_floats(net, chosen)
     if trained and (scheme == "kmeans" or tables):
-        what = "tables of embeddings have" if tables else "the scheme kmeans has"
-        raise UserError(f"quantize: {what} no trained form: train, then quantize")
+        what = "embedding tables have" if tables else "the scheme kmeans has"
+        raise UserError(f"quantize: {what} no trained form, train first and then quantize")
     folded = norm_pairs(net, example)
     fold(net, folded)
     spans = observe(net, chosen, [example] if calibration is None else _batches(calibration), scheme)
@@ -126,7 +126,7 @@ def assemble(
     scheme: fq.Scheme,
     form: str,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Put quantized layers with the ranges `spans` into `net`, folded already, in place; return it and its record."""
+    """Put quantized layers with the ranges `spans` into `net`, already folded, in place; return it and its record."""
     for name, pair in chosen.items():
         layer = net.get_submodule(name)
         made = make_layer(layer, pair, scheme, form)
@@ -145,12 +145,12 @@ def assemble(
 
 
 def finish(net: nn.Module, record: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a trained network of `prepare` with whole numbers, which answers the same, and its record."""
+    """Return a trained network of `prepare` converted to integers, with the same outputs, and its record."""
     return to_whole(copy.deepcopy(net)), {**record, "form": "whole"}
 
 
 def _batches(calibration: Iterable[Any]) -> Iterable[Any]:
-    """Batches of inputs; a tensor, or a tuple of arguments, is one batch."""
+    """Return batches of inputs; a tensor, or a tuple of arguments, is one batch."""
     return [calibration] if isinstance(calibration, Tensor | tuple) else calibration
 
 
@@ -158,9 +158,9 @@ def _batches(calibration: Iterable[Any]) -> Iterable[Any]:
 
 
 def layers_of(net: nn.Module, example: Any) -> list[LayerInfo]:
-    """The convolutions and linear layers of `net` that a pass runs, in the order of their first calls.
+    """Return the convolutions and linear layers of `net` that run in a pass, in the order of their first calls.
 
-    UserError where there are none.
+    Raises UserError if there are none.
     """
     names = {id(module): name for name, module in net.named_modules()}
     calls: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
@@ -199,10 +199,10 @@ def _info(name: str, layer: nn.Module, calls: Sequence[tuple[tuple[int, ...], tu
 def policy(
     names: Sequence[str], bits: int | Bits | Mapping[str, Bits], scheme: fq.Scheme, keep: Sequence[str] = ()
 ) -> dict[str, Bits]:
-    """The bits of each layer of `names` that is quantized; see `quantize`."""
+    """Return the bits of each layer of `names` that is quantized; see `quantize`."""
     for name in (*keep, *(bits if isinstance(bits, Mapping) else ())):
         if name not in names:
-            raise UserError(f"quantize: there is no layer {name!r} to quantize{did_you_mean(name, names)}")
+            raise UserError(f"quantize: no layer {name!r} that can be quantized{did_you_mean(name, names)}")
     if isinstance(bits, Mapping):
         chosen = {name: check_bits(name, bits[name], scheme) for name in names if name in bits}
     else:
@@ -214,20 +214,20 @@ def policy(
 
 
 def tables_of(net: nn.Module, bits: int | None, scheme: fq.Scheme) -> dict[str, Bits]:
-    """Return the `bits` of each table of embeddings of `net` by name; none where `bits` is None.
+    """Return the `bits` of each embedding table of `net` by name; {} if `bits` is None.
 
-    UserError where there is no table, and for bits out of range.
+    Raises UserError if there is no table, and for bits out of range.
     """
     if bits is None:
         return {}
     found = [name for name, module in net.named_modules() if type(module) in TABLES]
     if not found:
-        raise UserError(f"quantize: {type(net).__name__} has no table of embeddings: leave `embeddings` out")
+        raise UserError(f"quantize: {type(net).__name__} has no embedding table, remove `embeddings`")
     return {name: check_bits(name, (bits, None), scheme) for name in found}
 
 
 def _float_weights(net: nn.Module) -> list[str]:
-    """The modules whose own matrices stay float, by name, with their class, and how many weights they have."""
+    """Return the names of the modules whose own matrices stay float, with their class and number of weights."""
     out = []
     for name, module in net.named_modules():
         own = sum(one.numel() for one in module.parameters(recurse=False) if one.ndim > 1)
@@ -245,9 +245,9 @@ def _check_floats(net: nn.Module, names: Iterable[str]) -> None:
 
 
 def observe(net: nn.Module, chosen: Mapping[str, Bits], batches: Iterable[Any], scheme: fq.Scheme) -> dict[str, Tensor]:
-    """The range `[2]` of the input of every layer of `chosen` over all `batches`, by `fq.input_range`.
+    """Return the input range `[2]` of every layer of `chosen` over all `batches`, by `fq.input_range`.
 
-    UserError without batches, and for inputs that are not finite.
+    Raises UserError without batches, and for inputs that are not finite.
     """
     inputs = {name: pair[1] for name, pair in chosen.items() if pair[1] is not None}
     wanted = {id(net.get_submodule(name)): name for name in inputs}
@@ -255,14 +255,15 @@ def observe(net: nn.Module, chosen: Mapping[str, Bits], batches: Iterable[Any], 
 
 
 def kept_values(scheme: fq.Scheme, bits: Iterable[int]) -> int:
-    """Return how many values of a layer's input its range is found on, 0 if its ends are enough."""
+    """Return the number of input values to keep per layer for finding its range, 0 if minimum and maximum suffice."""
     return KEPT_VALUES if scheme == "linear" and any(one < fq.KL_BITS for one in bits) else 0
 
 
 class _Sample:
-    """A random sample of at most `most` values of a stream, each as likely as any other, and its two ends.
+    """A uniform random sample of at most `most` values of a stream, with its minimum and maximum.
 
-    Every value has a random key, the smallest keys stay: of later values as many are drawn as have such a key.
+    Every value has a random key and the smallest keys stay; of later values, only as many are drawn as would have such
+    a key.
     """
 
     def __init__(self, most: int, seed: Sequence[int]):
@@ -270,11 +271,11 @@ class _Sample:
         self.keys, self.values, self.ends = np.zeros(0), torch.zeros(0), torch.zeros(0)
 
     def add(self, values: Tensor) -> None:
-        """Take further values `[n]`."""
+        """Add further values `[n]`."""
         self.ends = torch.stack(torch.cat([self.ends, *(end.cpu()[None] for end in values.aminmax())]).aminmax())
         if not self.most:
             return
-        for part in values.split(self.most):  # a large batch is not keyed as a whole
+        for part in values.split(self.most):  # to avoid keys for a large batch all at once
             self._take(part)
 
     def _take(self, values: Tensor) -> None:
@@ -291,10 +292,10 @@ class _Sample:
 def gather(
     net: nn.Module, wanted: Mapping[int, str], batches: Iterable[Any], kept: int = KEPT_VALUES, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Values of the inputs of the layers `wanted` (by id) over `batches`: the smallest, the largest, and others.
+    """Return input values of the layers `wanted` (id -> name) over `batches`: minimum, maximum, and others, on the CPU.
 
-    The others are a random sample of all, at most `kept` of each layer however many batches there are, so that a range
-    below 5 bits sees the distribution. On the CPU.
+    The others are a random sample, at most `kept` per layer for any number of batches, so that ranges below 5 bits can
+    use the distribution. Raises UserError without batches, and for inputs that are not finite.
     """
     seen: dict[str, _Sample] = {}
 
@@ -314,14 +315,14 @@ def gather(
 
 
 def spans_of(values: Mapping[str, Tensor], chosen: Mapping[str, Bits], scheme: fq.Scheme) -> dict[str, Tensor]:
-    """The range of the input of every layer of `chosen` that has one, of what `gather` kept."""
+    """Return the input range of every layer of `chosen` whose inputs are rounded, from the `values` of `gather`."""
     pairs = ((name, bits) for name, (_, bits) in chosen.items() if bits is not None and name in values)
     return {name: fq.input_range(values[name], bits, scheme) for name, bits in pairs}
 
 
 @torch.no_grad()
 def _watch(net: nn.Module, note: Callable[[Any, Any, Any], None], batches: Iterable[Any]) -> int:
-    """Run `net` in eval mode with `note` behind every layer; the number of batches. It is left as it was."""
+    """Run `net` in eval mode, calling `note` after every layer; return the number of batches. `net` is unchanged."""
     hooks = [module.register_forward_hook(note) for module in net.modules() if type(module) in LAYERS]
     count = 0
     try:
@@ -339,9 +340,9 @@ def _watch(net: nn.Module, note: Callable[[Any, Any, Any], None], batches: Itera
 
 
 def size_mb(net: nn.Module) -> float:
-    """Megabytes (1e6 bytes) of the numbers of `net`: codes by their bits, tables, ranges, biases, BatchNorm statistics.
+    """Return the megabytes (1e6 bytes) of `net`: packed codes, tables, ranges, biases, BatchNorm statistics.
 
-    Everything that a state dict holds counts as it is stored, each tensor once; counters of batches do not count.
+    Everything in the state dict counts at its stored size, shared tensors once; counters of batches do not count.
     """
     found = {id(one): one for name, one in net.state_dict(keep_vars=True).items() if not name.endswith("_tracked")}
     return sum(one.numel() * one.element_size() for one in found.values()) / 1e6
@@ -352,9 +353,9 @@ def size_mb(net: nn.Module) -> float:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What a layer costs: the score of the network with this one alone quantized, and what it loses by that.
+    """Cost of quantizing one layer: the score of the network with only this layer quantized, and its loss of score.
 
-    `saved_mb` is what its quantization takes off the size.
+    `saved_mb` is the reduction in size.
     """
 
     layer: str
@@ -371,9 +372,9 @@ def sensitivity(
     bits: int | Bits = EIGHT,
     scheme: fq.Scheme = "int8",
 ) -> list[Sensitivity]:
-    """Quantize each layer alone and score the network (higher is better): the costliest layer first.
+    """Quantize each layer alone and score the network (higher is better); return the layers, the costliest first.
 
-    `score` gets a network in eval mode. As many evaluations as layers, and one.
+    `score` gets a network in eval mode. Needs one evaluation per layer, plus one.
     """
     base = fold(copy.deepcopy(module).eval(), pairs := norm_pairs(module, example))
     names = [layer.name for layer in layers_of(base, example)]

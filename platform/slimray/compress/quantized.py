@@ -1,11 +1,11 @@
-"""Layers with few bits, as modules: `FakeQuantized` learns, `Quantized` holds whole numbers and is what a run stores.
+"""Layers with few bits, as modules: `FakeQuantized` is trained, `Quantized` holds integers and is stored in a run.
 
-Each stands in the place of a convolution or linear layer and rounds its own input, so that any module, also one that no
-tracer reads, is quantized layer by layer; both compute the same floats in eval mode, and the same bits in every
-process. `Quantized` keeps its weights as `codes`, packed to their bits, with `scale` per channel or for the tensor, or
-with a `book` of values (k-means). Surprising: the input of a shifted layer (TSM) is rounded behind the shift, which is
-the same as in front of it: the shift copies, and fills in zeros, which every grid here holds. So the tensors around a
-shift have one scale.
+Each replaces a convolution or linear layer and rounds its own input, so that any module, even one that cannot be
+traced, is quantized layer by layer; both compute the same floats in eval mode, and the same bits in every process.
+`Quantized` stores its weights as `codes`, packed to their bits, with a `scale` per channel or tensor, or with a `book`
+of values (k-means). Surprising: the input of a shifted layer (TSM) is rounded after the shift, which is equivalent to
+rounding before it, because the shift copies values and fills in zeros, which every grid here contains. So the tensors
+around a shift share one scale.
 """
 
 import math
@@ -22,14 +22,14 @@ from slimray.compress import fake_quant as fq
 from slimray.compress.fold import LAYERS, fold, replace
 from slimray.spec import UserError
 
-Bits = tuple[int, int | None]  # of the weights, of the inputs (None: they stay floats)
+Bits = tuple[int, int | None]  # of the weights, of the inputs (None: they stay float)
 FORMS = ("whole", "trained")
-TABLES = (nn.Embedding,)  # whose rows may be whole numbers too
+TABLES = (nn.Embedding,)  # tables whose rows can be quantized too
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a convolution or linear layer computes, without its numbers: `shape` is that of its weights."""
+    """Options of a convolution or linear layer without its values; `shape` is that of its weights."""
 
     shape: tuple[int, ...]
     options: dict[str, Any]
@@ -38,7 +38,7 @@ class Geometry:
 
     @classmethod
     def of(cls, layer: nn.Module) -> "Geometry":
-        """The geometry of one of LAYERS."""
+        """Return the geometry of one of LAYERS."""
         shape = tuple(layer.weight.shape)  # type: ignore[union-attr, arg-type]
         if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             return cls(shape, {}, "zeros", ())
@@ -47,7 +47,7 @@ class Geometry:
         return cls(shape, options, layer.padding_mode, tuple(layer._reversed_padding_repeated_twice))
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's output for `x`, with `weight` in its shape."""
+        """Return the layer's output for `x` with these weights."""
         if len(self.shape) == 2:
             return functional.linear(x, weight, bias)
         if self.padding_mode != "zeros":
@@ -57,7 +57,7 @@ class Geometry:
 
 
 class _Layer(nn.Module):
-    """What both forms share."""
+    """Common part of both forms."""
 
     input_range: Tensor
 
@@ -69,11 +69,11 @@ class _Layer(nn.Module):
 
     @property
     def rows(self) -> int:
-        """The number of ranges of the weights: one per output channel, or one."""
+        """Number of weight ranges: one per output channel, or one in total."""
         return self.geometry.shape[0] if self.scheme == "int8" else 1
 
     def rounded(self, x: Tensor) -> Tensor:
-        """The input as the layer takes it."""
+        """Return the input, rounded unless it stays float."""
         bits = self.bits[1]
         return x if bits is None else fq.round_inputs(x, self.input_range, bits, self.scheme)
 
@@ -83,10 +83,10 @@ class _Layer(nn.Module):
 
 
 class FakeQuantized(_Layer):
-    """A layer whose float weights and inputs are rounded in every pass, with gradients straight through.
+    """A layer whose float weights and inputs are rounded in every pass, with straight-through gradients.
 
-    Weights of the scheme `int8` have the range that they have; those of `linear` the one found before training. The
-    range of the input is learned.
+    With the scheme `int8` the weight range follows the weights; with `linear` it is the one found before training. The
+    input range is learned.
     """
 
     weight_range: Tensor
@@ -98,7 +98,7 @@ class FakeQuantized(_Layer):
         self.register_buffer("weight_range", torch.zeros(self.rows, device=weight.device))
 
     def span(self) -> Tensor:
-        """The range of the weights, `[out]` or `[1]`."""
+        """Return the range of the weights, `[out]` or `[1]`."""
         return fq.weight_range(self.weight, self.bits[0], "int8") if self.scheme == "int8" else self.weight_range
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,10 +107,10 @@ class FakeQuantized(_Layer):
 
 
 class Quantized(_Layer):
-    """A layer whose weights are whole numbers of few bits; inference only.
+    """A layer whose weights are integers of few bits; inference only.
 
-    State: `codes` uint8, the numbers packed (`fq.pack`) from the smallest one, `scale` `[out]` or `[1]` or `book`
-    `[2^bits]`, `input_range` `[2]`, `bias`. The float weights are made of them when they are loaded.
+    State: `codes` uint8, the packed integers (`fq.pack`) as offsets from the smallest, `scale` `[out]` or `[1]`, or
+    `book` `[2^bits]`, `input_range` `[2]`, `bias`. The float weights are computed from them on loading.
     """
 
     codes: Tensor
@@ -132,7 +132,7 @@ class Quantized(_Layer):
 
     @torch.no_grad()
     def store(self, weight: Tensor, span: Tensor | None) -> None:
-        """Take float weights: rounded within `span`, or gathered into a book without it."""
+        """Store float weights, rounded within `span`, or as a codebook if `span` is None."""
         if span is None:
             table, codes = fq.codebook(weight, self.bits[0])
         else:
@@ -143,13 +143,13 @@ class Quantized(_Layer):
         self.restore()
 
     def whole(self) -> Tensor:
-        """The weights as whole numbers in the layer's shape, int64: multiples of `scale`, or places in `book`."""
+        """Return the weights as int64 in the layer's shape: multiples of `scale`, or indices into `book`."""
         codes = fq.unpack(self.codes, self.bits[0], self.num_weights).view(self.geometry.shape)
         return codes if self.table == "book" else codes - (2 ** (self.bits[0] - 1) - 1)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Make the float weights of the whole numbers."""
+        """Compute the float weights from the integers."""
         if self.codes.is_meta:
             return
         table = self.get_buffer(self.table)
@@ -163,19 +163,19 @@ class Quantized(_Layer):
 
 
 class QuantizedTable(Quantized):
-    """A table of embeddings whose rows are whole numbers: tokens int `[...]` to `[..., C]`.
+    """An embedding table whose rows are integers: tokens int `[...]` to `[..., C]`.
 
-    Where it is the output as well, that takes its `weight`.
+    An output layer that is tied to it uses its `weight`.
     """
 
     @property
     def embedding_dim(self) -> int:
-        """Numbers in a row."""
+        """Length of a row."""
         return self.geometry.shape[1]
 
     @property
     def num_embeddings(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return self.geometry.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -183,26 +183,26 @@ class QuantizedTable(Quantized):
 
 
 def rebuild(net: nn.Module, record: Mapping[str, Any]) -> nn.Module:
-    """Return `net` with the layers of a record of the step `quantize` in their form, without values, in place.
+    """Replace the layers of `net` in place by those of a record of the step `quantize`, without values, and return it.
 
-    UserError for a record of a version that this one does not know, or of bits that there are not.
+    Raises UserError for a record with an unknown scheme or form, or bits out of range.
     """
     scheme, form = record["scheme"], record["form"]
     if scheme not in ("int8", "linear", "kmeans") or form not in FORMS:
-        raise UserError(f"quantize: unknown scheme {scheme!r} or form {form!r}: written by a later version of slimray?")
+        raise UserError(f"quantize: unknown scheme {scheme!r} or form {form!r}, perhaps of a later version of slimray")
     if scheme == "kmeans" and form == "trained":
         raise UserError("quantize: the scheme kmeans has no trained form")
     fold(net, record["folded"])
     for name, bits in record["layers"].items():
         layer = net.get_submodule(name)
         if type(layer) not in (*LAYERS, *TABLES):
-            raise TypeError(f"{name} is no convolution, linear layer or table of embeddings")
+            raise TypeError(f"{name} is not a convolution, linear layer or embedding table")
         replace(net, layer, make_layer(layer, check_bits(name, bits, scheme), scheme, form))
     return net
 
 
 def make_layer(layer: nn.Module, bits: Bits, scheme: fq.Scheme, form: str) -> "FakeQuantized | Quantized":
-    """The stand-in for `layer` in `form`, ranges and whole numbers not set."""
+    """Return the replacement of `layer` in `form`; ranges and integers are not set."""
     geometry, weight, bias = Geometry.of(layer), layer.weight, getattr(layer, "bias", None)
     made: FakeQuantized | Quantized
     if form == "whole":
@@ -214,7 +214,8 @@ def make_layer(layer: nn.Module, bits: Bits, scheme: fq.Scheme, form: str) -> "F
 
 
 def check_bits(name: str, bits: Any, scheme: fq.Scheme) -> Bits:
-    """`bits` of the layer `name` as a pair; UserError out of range (2 to 8, k-means 1 to 8; inputs 2 to 8 or None)."""
+    """Return `bits` of the layer `name` as a pair; UserError unless weights are 2 to 8 (k-means 1 to 8) and inputs 2 to
+    8 or None."""
     low = 1 if scheme == "kmeans" else 2
     pair: tuple[Any, ...] = tuple(bits) if isinstance(bits, list | tuple) else ()
     fits = len(pair) == 2 and all(isinstance(one, int) and not isinstance(one, bool) for one in pair if one is not None)
@@ -224,7 +225,7 @@ def check_bits(name: str, bits: Any, scheme: fq.Scheme) -> Bits:
 
 
 def to_whole(net: nn.Module) -> nn.Module:
-    """Turn every `FakeQuantized` layer of `net` into the `Quantized` one that computes the same; in place."""
+    """Replace every `FakeQuantized` layer of `net` in place by a `Quantized` one that computes the same."""
     for layer in [m for m in net.modules() if isinstance(m, FakeQuantized)]:
         new = Quantized(layer.geometry, layer.bias, layer.bits, layer.scheme, layer.weight.device)
         new.input_range.copy_(layer.input_range.detach())
@@ -234,7 +235,7 @@ def to_whole(net: nn.Module) -> nn.Module:
 
 
 def with_float_inputs(net: nn.Module) -> nn.Module:
-    """Let the `Quantized` layers of `net` take inputs as they are, in place: for what finds ranges of its own."""
+    """Make the `Quantized` layers of `net` take float inputs, in place, for quantizers that find ranges themselves."""
     for layer in net.modules():
         if isinstance(layer, Quantized):
             layer.bits = (layer.bits[0], None)
@@ -242,12 +243,12 @@ def with_float_inputs(net: nn.Module) -> nn.Module:
 
 
 def float_layers(net: nn.Module) -> list[str]:
-    """The layers that a policy left float, by name; none of a network in which no layer is `Quantized`."""
+    """Return the names of the layers that a policy left float; [] if no layer of the network is `Quantized`."""
     if not any(isinstance(module, Quantized) for module in net.modules()):
         return []
     return [name for name, module in net.named_modules() if type(module) in LAYERS]
 
 
 def rounds_inputs(net: nn.Module) -> bool:
-    """Whether a layer of `net` rounds its input, so that a last bit may decide which way."""
+    """Return True if a layer of `net` rounds its input, so that the last bit may change the result."""
     return any(isinstance(layer, Quantized) and layer.bits[1] is not None for layer in net.modules())

@@ -1,8 +1,8 @@
-"""A compressed network, built again: what `models.build` takes, and the ordered records of what was done to it.
+"""Rebuilds a compressed network from the arguments of `models.build` and the ordered records of its compression.
 
-A record is a plain JSON object `{"step": NAME, ...}`; a run keeps its list in `model/model.json` under `compression`.
-`rebuild` brings a freshly built network into the structure, names and shapes in which the stored weights load strictly,
-also on the meta device. `REBUILD` is the table of steps: a new one is a row.
+A record is a plain JSON object `{"step": NAME, ...}`; a run stores its list in `model/model.json` under `compression`.
+`rebuild` gives a freshly built network the structure, names and shapes into which the stored weights load strictly,
+also on the meta device. `REBUILD` is the table of steps: a new step is a row.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ Record = Mapping[str, Any]
 
 
 def unchanged(net: nn.Module, record: Record) -> nn.Module:
-    """Return `net` as it is: the step changed values, not names and shapes."""
+    """Return `net` unchanged, for steps that change values but not names or shapes."""
     return net
 
 
@@ -31,9 +31,10 @@ REBUILD: dict[str, Callable[[nn.Module, Record], nn.Module]] = {
 
 
 def rebuild(net: nn.Module, records: Sequence[Record]) -> nn.Module:
-    """Return `net` (as `models.build` gives it) in the structure that the steps `records` left, in their order.
+    """Return `net` (from `models.build`) with the structure that results from the steps `records`, in their order.
 
-    It may be changed in place. UserError for a record that is none, of an unknown step or that does not fit `net`.
+    It may be changed in place. Raises UserError for an invalid record, an unknown step, or one that does not match
+    `net`.
     """
     for number, record in enumerate(_checked(records)):
         where = f"compression[{number}]"
@@ -42,27 +43,27 @@ def rebuild(net: nn.Module, records: Sequence[Record]) -> nn.Module:
             net = step(net, record)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise UserError(
-                f"{where}: the record of {record['step']} does not fit this network ({type(error).__name__}: {error})"
+                f"{where}: the record of {record['step']} does not match this network ({type(error).__name__}: {error})"
             ) from None
     return net
 
 
 def build(name: str, compression: Sequence[Record] = (), **options: Any) -> nn.Module:
-    """Build what a run's `model/model.json` says: the network `name` of MODELS with its compression, if it has one.
+    """Build the network of a run's `model/model.json`: `name` of MODELS with its compression, if it has one.
 
-    What a file of an earlier version does not say is what its network did (`models.stored`). UserError as of
-    `models.build` and `rebuild`.
+    Options missing from files of earlier versions get the values of that time (`models.stored`). Raises UserError as
+    `models.build` and `rebuild` do.
     """
     return rebuild(models.build(**models.stored({"name": name, **options})), compression)
 
 
 def shaping(records: Sequence[Record]) -> list[Record]:
-    """Return those `records` that a network of other weights has too; the others tell of values, or of their bits."""
+    """Return those `records` that change shapes and apply to other weights too; the others concern values or bits."""
     return [one for one in _checked(records) if REBUILD.get(one["step"]) not in (unchanged, quantized.rebuild)]
 
 
 def _checked(records: Sequence[Record]) -> Sequence[Record]:
-    """Return `records`; UserError if they are no list of records, each with a step."""
+    """Return `records`; UserError if they are not a list of records, each with a step."""
     if isinstance(records, Mapping | str) or not isinstance(records, Sequence):
         raise UserError(f"compression: must be a list of records (got {type(records).__name__})")
     for number, record in enumerate(records):

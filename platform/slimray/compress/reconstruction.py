@@ -1,8 +1,8 @@
-"""Least-squares reconstruction: the weights of a pruned layer that bring its outputs back (AMC, arXiv 1802.03494).
+"""Least-squares reconstruction: refits the weights of a pruned layer to its original outputs (AMC, arXiv 1802.03494).
 
-For every convolution and linear layer that lost inputs, the weights of what is left are fitted so that its outputs at
-random places equal those of the whole network; biases stay. Published for 1x1 convolutions, here for every kernel that
-is not grouped: a row of the problem is the patch under the kernel.
+For every convolution and linear layer that lost inputs, the remaining weights are fitted so that its outputs at random
+places match those of the whole network; biases are unchanged. Published for 1x1 convolutions, here for every ungrouped
+kernel: a row of the problem is the patch under the kernel.
 """
 
 from collections.abc import Iterable
@@ -21,20 +21,20 @@ from slimray.models.modes import evaluating
 from slimray.spec import UserError
 
 POINTS = 10  # places per image, as published
-LEAST_VARIED = 1e-3  # singular values below this share of the largest are left out
+LEAST_VARIED = 1e-3  # singular values below this share of the largest are dropped
 
 
 def solve(inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-    """Weights `[out, in]` without intercept that bring `inputs` `[n, in]` nearest to `outputs` `[n, out]`.
+    """Return the weights `[out, in]` without intercept that map `inputs` `[n, in]` closest to `outputs` `[n, out]`.
 
-    Directions in which the inputs hardly vary (channels that are nearly dead) are left out: weights fitted to them are
-    huge, and wrong as soon as an image wakes them.
+    Directions in which the inputs hardly vary (nearly dead channels) are dropped: weights fitted to them are huge, and
+    wrong as soon as an image activates them.
     """
     return np.linalg.lstsq(inputs, outputs, rcond=LEAST_VARIED)[0].T
 
 
 def patches(module: nn.Module, x: Tensor, places: list[tuple[int, ...]]) -> Tensor:
-    """Return what lies under the kernel of a convolution at `places` of its output: `[B * places, C * kernel]`."""
+    """Return the patches under the kernel of a convolution at `places` of its output: `[B * places, C * kernel]`."""
     pad = [amount for amount in reversed(module.padding) for _ in range(2)]  # type: ignore[arg-type]
     padded, rows = functional.pad(x, pad), []
     for place in places:
@@ -57,10 +57,10 @@ def reconstruct(
     seed: int = 0,
     points: int = POINTS,
 ) -> list[str]:
-    """Fit the layers of `small`, which `cut` made of `net`, in place, and return their names.
+    """Fit the layers of `small`, which `cut` made from `net`, in place, and return their names.
 
-    `batches` are inputs of `net` in eval mode. Inputs of the fits are those of the whole network, as published. Layers
-    with fewer rows than unknowns are left as they are. UserError without batches.
+    `batches` are inputs of `net`, which runs in eval mode. The fits use the layer inputs of the whole network, as
+    published. Layers with fewer rows than unknowns are left unchanged. Raises UserError without batches.
     """
     gone, rng = dropped_atoms(groups, kept), np.random.default_rng(seed)
     layers = {name: one for name, one in groups.layers.items() if _fits(net.get_submodule(name), one.inputs, gone)}
@@ -98,7 +98,7 @@ def reconstruct(
         for hook in hooks:
             hook.remove()
     if not count:
-        raise UserError("reconstruct: there are no samples that layers could be fitted to: give some, or leave it out")
+        raise UserError("reconstruct: there are no samples to fit layers to, give some or turn it off")
     fitted = []
     for name, parts in rows.items():
         weight = small.get_submodule(name).weight
@@ -115,7 +115,7 @@ def _stay(lane: Lane | None, gone: Lane) -> Tensor:
 
 
 def _fits(module: nn.Module, inputs: Lane | None, gone: Lane) -> bool:
-    """Return whether a layer lost inputs and its kernel is one that can be fitted."""
+    """Return True if a layer lost inputs and its kernel can be fitted."""
     if inputs is None or not np.isin(inputs, gone).any():
         return False
     plain = isinstance(module, CONVS) and module.groups == 1 and module.padding_mode == "zeros"

@@ -1,10 +1,10 @@
-"""The compressed networks that the authors of Deep Compression released: a decoder of their files.
+"""Decoder of the compressed networks that the authors of Deep Compression released.
 
-No header and no alignment, little endian: the number of entries of each layer, uint32; then layer by layer its codebook
-(float32, 256 for a convolution, 16 for a linear layer), its biases (float32), the codes (8 or 4 bits, the first one in
-the low half) and the gaps (4 bits). The shapes come from the network, whose layers are taken in the order in which they
-compute. Unwritten places hold code 0, which the files have as 0.0. What does not fit is a UserError, before anything of
-a declared size is allocated.
+The files have no header and no alignment and are little endian: the number of entries of each layer, uint32; then,
+layer by layer, its codebook (float32, 256 values for a convolution, 16 for a linear layer), its biases (float32), the
+codes (8 or 4 bits, the first one in the low half) and the gaps (4 bits). The shapes come from the network, whose layers
+are taken in the order in which they compute. Positions without an entry have code 0, which is 0.0 in these files.
+Invalid data raises UserError before anything of a declared size is allocated.
 """
 
 import numpy as np
@@ -16,22 +16,22 @@ from slimray.compress.sparsity import LAYERS
 from slimray.spec import UserError
 
 GAP_BITS = 4
-MAX_SHARE = 2  # entries, fillers included, that a weight may have on average
+MAX_SHARE = 2  # most entries per weight on average, fillers included
 
 
 def load(net: nn.Module, data: bytes, where: str) -> dict[str, tuple[int, int]]:
-    """Put the weights of a released file into `net`; return (entries, weights) of each layer.
+    """Load the weights of a released file into `net`; return (entries, weights) of each layer.
 
-    UserError, with `where`, for a file that is not of exactly this network; `net` is then unchanged.
+    Raises UserError, with `where`, for a file that is not exactly of this network; `net` is then unchanged.
     """
     layers = {name: one for name, one in net.named_modules() if isinstance(one, LAYERS)}
     try:
         found = read(data, [(one.weight.shape, isinstance(one, nn.Linear)) for one in layers.values()])
     except ValueError as error:
-        raise UserError(f"{where}: is no released file of this network ({error})") from None
+        raise UserError(f"{where}: is not a released file of this network ({error})") from None
     for layer in layers.values():
         if layer.bias is None:
-            raise UserError(f"{where}: is for networks whose layers have biases")
+            raise UserError(f"{where}: needs a network whose layers have biases")
     with torch.no_grad():
         for layer, (weight, bias, _) in zip(layers.values(), found, strict=True):
             layer.weight.copy_(torch.from_numpy(weight))
@@ -42,9 +42,9 @@ def load(net: nn.Module, data: bytes, where: str) -> dict[str, tuple[int, int]]:
 def read(
     data: bytes, layers: list[tuple[torch.Size | tuple[int, ...], bool]]
 ) -> list[tuple[np.ndarray, np.ndarray, int]]:
-    """Return weights and biases (float32) and the number of entries of each layer, given as (shape, whether linear).
+    """Return weights and biases (float32) and the number of entries of each of `layers` (shape, True if linear).
 
-    ValueError for a file of another size, or whose indices lead out of a layer.
+    Raises ValueError for a file of another size, or whose indices exceed a layer.
     """
     at = 4 * len(layers)
     if len(data) < at:

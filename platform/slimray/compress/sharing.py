@@ -1,8 +1,8 @@
-"""Weight sharing: the weights of a layer take one of a few values, its codebook (Deep Compression, arXiv 1510.00149).
+"""Weight sharing: each weight of a layer has one of a few values, its codebook (Deep Compression, arXiv 1510.00149).
 
-`share` finds a codebook per layer by k-means, begun evenly over the range of the weights that are kept (the best of the
-three beginnings of the paper), and gives every kept weight its nearest centroid; zeros stay zeros. In training the
-gradient of a centroid is the sum of those of its weights: `Tied` reads the codebooks off the weights themselves, whose
+`share` finds a codebook per layer by k-means, initialised evenly over the range of the kept weights (the best of the
+paper's three initialisations), and replaces every kept weight by its nearest centroid; zeros stay zero. In training the
+gradient of a centroid is the sum of those of its weights: `Tied` takes the codebooks from the weights themselves, where
 equal values are one centroid, so that a resumed run needs no further state.
 """
 
@@ -19,10 +19,10 @@ from slimray.compress.sparsity import Masks, by_layer, layers_of
 
 @torch.no_grad()
 def share(net: nn.Module, bits: Mapping[str, int]) -> dict[str, Any]:
-    """Give each layer named in `bits` a codebook of at most 2**bits - 1 values beside zero; return the record.
+    """Give each layer named in `bits` a codebook of at most 2**bits - 1 values besides zero; return the record.
 
-    Changes `net` in place. The record has the bits and the number of values in use of each layer. UserError for a name
-    that is no layer.
+    Changes `net` in place. The record holds the bits and the number of used values of each layer. Raises UserError for
+    a name that is not a layer.
     """
     by_layer(net, bits, "bits")
     record: dict[str, Any] = {"step": "share", "bits": dict(bits), "values": {}}
@@ -41,9 +41,9 @@ def share(net: nn.Module, bits: Mapping[str, int]) -> dict[str, Any]:
 
 @torch.no_grad()
 def codebooks(net: nn.Module, layers: Iterable[str]) -> dict[str, list[tuple[float, int]]]:
-    """The values of each layer, ascending and without zero, and how many of its weights have each.
+    """Return the values of each layer, ascending and without zero, and how many of its weights have each value.
 
-    Layers that `net` does not have any more, as once they are quantized, are left out.
+    Layers that `net` no longer has, for example because they are quantized, are left out.
     """
     out, found = {}, layers_of(net)
     for name in layers:
@@ -54,7 +54,7 @@ def codebooks(net: nn.Module, layers: Iterable[str]) -> dict[str, list[tuple[flo
 
 
 class Tied(Masks):
-    """Constraint of training on shared weights: zeros stay, and that equal weights of a layer stay equal."""
+    """Training constraint for shared weights: zeros stay zero, and equal weights of a layer stay equal."""
 
     def __init__(self, net: nn.Module, layers: tuple[str, ...]):
         super().__init__(net)
@@ -70,7 +70,7 @@ class Tied(Masks):
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Give every weight the sum of the gradients of its centroid, so that all of them move as one."""
+        """Give every weight the summed gradient of its centroid, so that all of them change together."""
         for name, weight in self.weights.items():
             if weight.grad is None:
                 continue
@@ -81,7 +81,7 @@ class Tied(Masks):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Make equal weights equal to the last bit, whatever order an optimizer computed in."""
+        """Make shared weights equal to the last bit, regardless of the optimizer's order of computation."""
         super().after_step()
         for name, weight in self.weights.items():
             codes, first, _ = self.codes[name]

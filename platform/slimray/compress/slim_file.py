@@ -1,12 +1,12 @@
-"""`model.slim`: a compressed network as one file, all of it counted (Deep Compression, arXiv 1510.00149).
+"""`model.slim`: a compressed network as a single file, in which everything counts (Deep Compression, arXiv 1510.00149).
 
     b"SLIM", version uint16, bytes of the header uint32; the header, JSON packed by zlib; then the streams.
 
-The header names the network (`model`, `input`, as in a run's model folder) and each tensor: name, shape, dtype, SHA-256
-of its decoded bytes, how it is coded, and the bytes of its streams, which follow one another without gaps. A tensor is
-coded in the way that takes the fewest bytes: `dense` as it is; `codes` by a codebook and a Huffman code per value;
-`sparse` and `shared` by relative indices of what is not zero and its values or its codes. Decoding is bit-equal. A file
-is judged by its header before anything of the declared size is allocated; what does not fit is a UserError.
+The header describes the network (`model`, `input`, as in a run's model folder) and each tensor: name, shape, dtype,
+SHA-256 of its decoded bytes, coding, and the bytes of its streams, which follow one another without gaps. A tensor has
+the coding that takes the fewest bytes: `dense`, uncompressed; `codes`, a codebook and a Huffman code per value;
+`sparse` or `shared`, relative indices of the nonzeros with their values or their codes. Decoding is bit-exact. A file
+is checked by its header before anything of the declared size is allocated; invalid data raises UserError.
 """
 
 import hashlib
@@ -27,10 +27,10 @@ from slimray.spec import UserError
 MAGIC, VERSION = b"SLIM", 1
 START = struct.Struct("<4sHI")
 MAX_HEADER_BYTES = 64 << 20  # unpacked
-MAX_EXPANSION = 4096  # values that a byte of the file may stand for: one filler in two bits bridges 256 zeros
+MAX_EXPANSION = 4096  # most values per byte of the file: one filler in two bits bridges 256 zeros
 MAX_CODES = 256
 GAP_BITS = (2, 3, 4, 5, 6, 7, 8)
-CODINGS = {  # how a tensor is stored -> its streams
+CODINGS = {  # coding of a tensor -> its streams
     "dense": ("values",),
     "codes": ("codebook", "table", "symbols"),
     "sparse": ("gap_table", "gaps", "values"),
@@ -47,9 +47,9 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Slim:
-    """A file's header: what `compress.build` takes, the input of the network, its tensors in order, where they begin.
+    """Header of a file: the arguments of `compress.build`, the network's input, its tensors in order, and their offset.
 
-    `model` and `input` are empty in a file of tensors alone.
+    `model` and `input` are empty in a file that holds only tensors.
     """
 
     model: dict[str, Any]
@@ -64,7 +64,7 @@ class Slim:
 def encode(
     tensors: Mapping[str, Tensor], model: Mapping[str, Any] | None = None, input_json: Mapping[str, Any] | None = None
 ) -> bytes:
-    """Return `tensors` as a file, each coded in the way that takes the fewest bytes. Deterministic."""
+    """Return `tensors` as a file, each with the coding that takes the fewest bytes. Deterministic."""
     entries, streams = [], []
     for name, tensor in tensors.items():
         entry, parts = _encode_tensor(tensor)
@@ -76,7 +76,7 @@ def encode(
 
 
 def _encode_tensor(tensor: Tensor) -> tuple[dict[str, Any], list[bytes]]:
-    """The entry of a tensor in the header, without name and bytes, and its streams."""
+    """Return the header entry of a tensor, without name and bytes, and its streams."""
     words = _words(tensor)
     data = words.tobytes()
     entry: dict[str, Any] = {
@@ -86,7 +86,7 @@ def _encode_tensor(tensor: Tensor) -> tuple[dict[str, Any], list[bytes]]:
     }
     best: tuple[dict[str, Any], list[bytes]] = ({"coding": "dense"}, [data])
     positions = np.flatnonzero(words)
-    if len(words) < 64 or not len(positions):  # no table pays
+    if len(words) < 64 or not len(positions):  # tables would not pay off
         return entry | best[0], best[1]
     book, codes = np.unique(words, return_inverse=True)
     candidates = [best]
@@ -116,13 +116,13 @@ def _encode_tensor(tensor: Tensor) -> tuple[dict[str, Any], list[bytes]]:
 
 
 def _coded(values: np.ndarray, count: int) -> tuple[bytes, bytes]:
-    """The table of lengths of a Huffman code of `values` among `count` symbols, 4 bits each, and the stream."""
+    """Return the length table of a Huffman code of `values` among `count` symbols, 4 bits each, and the stream."""
     lengths = bitstreams.code_lengths(np.bincount(values, minlength=count).tolist())
     return bitstreams.pack(lengths, 4), bitstreams.huffman(values, lengths)
 
 
 def _words(tensor: Tensor) -> np.ndarray:
-    """The values of a tensor as unsigned whole numbers of the same bits, flat, little endian."""
+    """Return the values of a tensor as unsigned integers of the same bits, flat, little endian."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     size = flat.element_size()
     data = flat.view(torch.uint8).numpy() if flat.numel() else np.zeros(0, np.uint8)
@@ -133,11 +133,11 @@ def _words(tensor: Tensor) -> np.ndarray:
 
 
 def read_header(data: bytes, where: str) -> Slim:
-    """Return the header of a file, compared with the size of the file; UserError with `where` for what is none."""
+    """Return the header of a file, checked against the file's size; UserError, with `where`, if it is invalid."""
     try:
         return _header(data)
     except (ValueError, KeyError, TypeError, struct.error, zlib.error, RecursionError, OverflowError) as error:
-        raise UserError(f"{where}: is no model.slim that can be read ({_reason(error)})") from None
+        raise UserError(f"{where}: is not a readable model.slim ({_reason(error)})") from None
 
 
 def _header(data: bytes) -> Slim:
@@ -145,7 +145,7 @@ def _header(data: bytes) -> Slim:
     if magic != MAGIC:
         raise ValueError("it does not begin with SLIM")
     if version != VERSION:
-        raise ValueError(f"it is of version {version}, this slimray reads {VERSION}")
+        raise ValueError(f"it is of version {version}, but this slimray reads {VERSION}")
     start = START.size + size
     if start > len(data):
         raise ValueError(f"its header of {size:,} bytes is longer than the file")
@@ -166,12 +166,12 @@ def _header(data: bytes) -> Slim:
     if len({plain["name"] for plain in tensors}) < len(tensors):
         raise ValueError("two tensors have the same name")
     if not isinstance(found["model"], dict) or not isinstance(found["input"], dict):
-        raise ValueError("it names no network")
+        raise ValueError("it does not name a network")
     return Slim(found["model"], found["input"], tuple(tensors), start)
 
 
 def _check_entry(plain: Any) -> int:
-    """Return how many values a tensor has; ValueError, KeyError or TypeError for an entry that fits no tensor."""
+    """Return the number of values of a tensor; ValueError, KeyError or TypeError for an inconsistent entry."""
     shape, sizes, coding = plain["shape"], plain["bytes"], plain["coding"]
     if not isinstance(plain["name"], str) or not isinstance(plain["sha256"], str):
         raise ValueError("a tensor has no name or no SHA-256")
@@ -191,14 +191,14 @@ def _check_entry(plain: Any) -> int:
     if "gaps" in size:
         entries, gap_bits = plain["entries"], plain["gap_bits"]
         if entries > values or not 1 <= gap_bits <= 8 or size["gap_table"] != (4 << gap_bits) // 8:
-            raise ValueError(f"{entries} entries, {gap_bits} bits of index for {values} values")
+            raise ValueError(f"{entries} entries with {gap_bits}-bit indices for {values} values")
     if "codebook" in size:
         codes = plain["codes"]
         stored = codes - (coding == "shared")
         if not 1 <= codes <= MAX_CODES or size["codebook"] != width * stored or size["table"] != (codes + 1) // 2:
-            raise ValueError(f"{codes} codes do not fit their codebook or table")
+            raise ValueError(f"{codes} codes do not match their codebook or table")
     if "values" in size and size["values"] != width * entries:
-        raise ValueError(f"{size['values']} bytes for {entries} values of {width}")
+        raise ValueError(f"{size['values']} bytes for {entries} values of {width} bytes")
     for name in ("symbols", "gaps"):
         if name in size and not entries <= 8 * size[name] <= bitstreams.MAX_LENGTH * entries + 7:
             raise ValueError(f"{size[name]} bytes for {entries} codes")
@@ -206,10 +206,10 @@ def _check_entry(plain: Any) -> int:
 
 
 def decode(data: bytes, where: str, shapes: Mapping[str, Sequence[int]] | None = None) -> dict[str, Tensor]:
-    """Return the tensors of a file, bit for bit those that were encoded.
+    """Return the tensors of a file, bit for bit as they were encoded.
 
-    UserError, with `where`, for a damaged or hostile file; with `shapes` (name -> shape, of the network that they are
-    for) also for other names or shapes, before anything is allocated.
+    Raises UserError, with `where`, for a damaged or hostile file; with `shapes` (name -> shape, of the target network)
+    also for other names or shapes, before anything is allocated.
     """
     slim = read_header(data, where)
     if shapes is not None:
@@ -231,7 +231,7 @@ def decode(data: bytes, where: str, shapes: Mapping[str, Sequence[int]] | None =
         try:
             words = _decode_tensor(plain, parts)
             if hashlib.sha256(words.tobytes()).hexdigest() != plain["sha256"]:
-                raise ValueError("its values are not those that were written")
+                raise ValueError("its values differ from those that were written")
         except (ValueError, IndexError, OverflowError) as error:
             raise UserError(f"{where}: tensor {plain['name']} is damaged ({_reason(error)})") from None
         flat = torch.from_numpy(words.view(np.uint8)).view(DTYPES[plain["dtype"]])
@@ -240,7 +240,7 @@ def decode(data: bytes, where: str, shapes: Mapping[str, Sequence[int]] | None =
 
 
 def _decode_tensor(plain: Mapping[str, Any], parts: Mapping[str, bytes]) -> np.ndarray:
-    """The values of a tensor as unsigned whole numbers, a writable array."""
+    """Return the values of a tensor as unsigned integers, in a writable array."""
     size = int(np.prod(plain["shape"], dtype=np.int64)) if plain["shape"] else 1
     word = np.dtype(f"<u{DTYPES[plain['dtype']].itemsize}")
     if plain["coding"] == "dense":
@@ -273,7 +273,7 @@ def _reason(error: Exception) -> str:
 
 
 def parts_of(slim: Slim, total: int) -> dict[str, int]:
-    """Return how the `total` bytes of a file are made up: header, codebooks, tables, symbols, gaps, values."""
+    """Return the composition of a file's `total` bytes: header, codebooks, tables, symbols, gaps, values."""
     out = {"header": slim.start, "codebooks": 0, "tables": 0, "symbols": 0, "gaps": 0, "values": 0}
     names: dict[str, str] = {"codebook": "codebooks", "table": "tables", "gap_table": "tables"}
     for plain in slim.tensors:

@@ -1,9 +1,9 @@
-"""Costs of the archs of a supernet, many at a time: the sums over their units, looked up by gene.
+"""Costs of the archs of a supernet, many at a time: sums over their units, looked up by gene.
 
-An arch costs what its units (`net.units`) cost together. `Prices.arch_costs` adds them up for one arch, `matrix` for
-rows of genes: it finds out which genes the unit at each place depends on and tabulates the place over those, so that a
-search prices 50,000 archs in a second. Surprising: what depends on what is found by changing genes, not
-declared; it is checked on random archs, and where it does not hold archs are priced one by one.
+The cost of an arch is the sum over its units (`net.units`). `Prices.arch_costs` adds them up for one arch, `matrix` for
+rows of genes: it determines which genes the unit at each place depends on and tabulates the place over those, so that a
+search prices 50,000 archs in a second. Surprising: these dependencies are found by changing genes, not declared; they
+are checked on random archs, and if they do not hold, archs are priced one by one.
 """
 
 import itertools
@@ -21,15 +21,15 @@ from slimray.edge.cost import build_on_meta, count_macs, count_params
 from slimray.encoding import Codes, Costs, GeneTable, Part, cost_tables, costs_by_arch
 from slimray.spec import UserError
 
-MOST_ENTRIES = 100_000  # of the table of one place; beyond it archs are priced one by one
+MOST_ENTRIES = 100_000  # in the table of one place; beyond that, archs are priced one by one
 
 
 @dataclass(frozen=True, eq=False)
 class Meter:
-    """Source of the costs of units on a device: `of(unit)`, None for a unit it does not know.
+    """Source of the costs of units on a device: `of(unit)`, None for an unknown unit.
 
-    `how` is "table" (measured) or "model"; `fixed` is added once for every arch. `resolutions`: those it knows the
-    units of; between two of them costs are interpolated in the number of pixels. None: it knows all.
+    `how` is "table" (measured) or "model"; `fixed` is added once per arch. `resolutions` are those whose units it
+    knows; in between, costs are interpolated by the number of pixels. None: it knows all.
     """
 
     name: str
@@ -41,15 +41,15 @@ class Meter:
     resolutions: tuple[int, ...] | None = None
 
     def unknown(self, unit: Any) -> UserError:
-        """Return what to say about a unit that it does not know."""
-        return UserError(f"{self.name}: has no time of {unit.key}: it is of another model, profile this supernet")
+        """Return the error about an unknown unit."""
+        return UserError(f"{self.name}: has no time of {unit.key}, it is of another model: profile this supernet")
 
 
 @dataclass(frozen=True, eq=False)
 class Prices:
-    """A supernet whose archs are priced: counted costs by itself, those of `meter` for a device.
+    """Prices the archs of a supernet: counts costs itself, and takes those of a device from `meter`.
 
-    `num_points` for networks of points. Units are counted once for as long as this lives.
+    `num_points` is for point networks. Counted units are cached in this object.
     """
 
     net: Any
@@ -66,21 +66,21 @@ class Prices:
 
     @cached_property
     def table(self) -> GeneTable:
-        """The archs as rows."""
+        """The table that encodes archs as rows."""
         return GeneTable(self.net.space)
 
     def on(self, meter: Meter | None) -> "Prices":
-        """The same supernet on another device; what was found out about its layout and its units is shared."""
+        """Return the prices of the same supernet on another device, sharing the caches of its layout and units."""
         other = Prices(self.net, self.num_points, meter)
         other.__dict__.update(_counted=self._counted, _traced=self._traced, _places=self._places, table=self.table)
         return other
 
     def units(self, arch: Arch) -> list[Any]:
-        """The units of `arch`."""
+        """Return the units of `arch`."""
         return self.net.units(arch) if self.num_points is None else self.net.units(arch, self.num_points)
 
     def count(self, unit: Any, name: str) -> int:
-        """The `params` or the `macs` (a sample) of a unit."""
+        """Return the `params` or the `macs` (per sample) of a unit."""
         if (name, unit.key) not in self._counted:
             module = build_on_meta(unit.counted or unit.make).eval()
             counted = count_params(module) if name == "params" else count_macs(module, (1, *unit.input))
@@ -90,10 +90,10 @@ class Prices:
     # ---------------------------------------------------------------------------------------------- one by one
 
     def arch_costs(self, arch: Arch) -> dict[str, float]:
-        """All costs of one arch: `params`, `macs` (a sample), `memory_mb`, and those of the meter.
+        """Return all costs of one arch: `params`, `macs` (per sample), `memory_mb`, and those of the meter.
 
-        MACs are sums over the units, each counted once; memory is float32 weights and the largest pair of a unit's
-        input and the next one's, in MB of 10^6 bytes. UserError for an arch that the meter does not know.
+        MACs are sums over the units; memory is float32 weights plus the largest sum of the inputs of two successive
+        units, in MB of 10^6 bytes. Raises UserError for an arch with units that the meter does not know.
         """
         units = self.units(arch)
         params, macs = (sum(self.count(unit, name) for unit in units) for name in ("params", "macs"))
@@ -102,10 +102,10 @@ class Prices:
         return out | (self.metered(arch) if self.meter else {})
 
     def in_int8(self, arch: Arch) -> dict[str, float]:
-        """Return what a microcontroller needs for an arch in int8: `peak_kb` and `int8_kb`, in 1,000 bytes
+        """Return the needs of an arch in int8 on a microcontroller, in 1,000 bytes: `peak_kb`, `int8_kb`
         (peak_memory.py).
 
-        UserError for a network that TinyEngine does not run.
+        Raises UserError for a network that TinyEngine cannot run.
         """
         units = self.units(arch)
         for unit in units:
@@ -117,7 +117,7 @@ class Prices:
         return {"peak_kb": peak / peak_memory.KB, "int8_kb": peak_memory.size(operators) / peak_memory.KB}
 
     def metered(self, arch: Arch) -> dict[str, float]:
-        """Return what the meter says of an arch."""
+        """Return the meter's costs of an arch, interpolated for resolutions that it does not know."""
         assert self.meter is not None
         name = self.net.space.input_name("side")
         if self.meter.resolutions is None or name is None or arch[name] in self.meter.resolutions:
@@ -142,10 +142,10 @@ class Prices:
     # -------------------------------------------------------------------------------------------------- as rows
 
     def matrix(self, names: Sequence[str]) -> Costs:
-        """The costs `names` of rows of codes, `[n]` each; what `arch_costs` says, but for the last bits of a sum.
+        """Return a function of rows of codes to the costs `names`, `[n]` each, equal to `arch_costs` up to rounding.
 
-        Building it takes a second or two for a published space; `peak_kb` and `int8_kb` are counted row by row.
-        UserError for what the meter does not know.
+        Building it takes a second or two for a published space; `peak_kb` and `int8_kb` are counted row by row. Raises
+        UserError for units that the meter does not know.
         """
         int8, rest = ([name for name in names if (name in COUNTED_INT8) == asked] for asked in (True, False))
         if int8:
@@ -180,7 +180,7 @@ class Prices:
         return costs
 
     def _metered_part(self, place: "_Place", name: str) -> Part:
-        """The meter's `name` of a place; resolutions that it does not know are interpolated."""
+        """Return the meter's cost `name` of a place; unknown resolutions are interpolated."""
         meter = self.meter
         assert meter is not None
 
@@ -206,7 +206,7 @@ class Prices:
 
     @cached_property
     def _places(self) -> "list[_Place] | None":
-        """The places of the network tabulated over the genes they depend on; None where that cannot be done."""
+        """The places of the network, tabulated over the genes they depend on; None if that is not possible."""
         if not hasattr(self.net, "layout") or not hasattr(self.net.layout, "plan"):
             return None
         for tries in (8, 32):
@@ -216,7 +216,7 @@ class Prices:
         return None
 
     def _tabulated(self, tries: int) -> "dict[str, _Place] | None":
-        """The places over the genes that changed something in one of so many archs, some at full depth."""
+        """Return the places over the genes that changed them in one of `tries` archs, half of them at full depth."""
         bases = self.table.sample(tries, np.random.default_rng(0))
         depths = {depth.name for depth in self.net.space.depths}
         deep = [column for (name, _), column in self.table.columns.items() if name in depths]
@@ -240,7 +240,7 @@ class Prices:
         return places
 
     def _fill(self, places: "dict[str, _Place]") -> None:
-        """Look at as few archs as show all entries of all places: first those of like genes, then what is missing."""
+        """Fill all entries of all places from as few archs as possible: first archs with equal genes, then the rest."""
         largest = self.table.sizes - 1
 
         def look(row: Codes) -> None:
@@ -261,7 +261,7 @@ class Prices:
                     look(row)
 
     def _holds(self, places: "dict[str, _Place]", rows: Codes) -> bool:
-        """Return whether the places say of `rows` what the network says."""
+        """Return True if the tabulated places agree with the network for `rows`."""
         for row in rows:
             here = self._entries(row)
             for name, place in places.items():
@@ -270,7 +270,7 @@ class Prices:
         return True
 
     def _entries(self, row: Codes) -> "dict[str, _Entry]":
-        """Return what is at each place of the network of one row."""
+        """Return the entry at each place of the network of one row."""
         (arch,) = self.table.archs(row[None])
         units = self.units(arch)
         sizes = _sizes(units)
@@ -283,7 +283,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A unit at a place, and how many values it takes in and hands on."""
+    """A unit at a place, and the number of its input and output values together."""
 
     unit: Any
     moved: float
@@ -291,7 +291,7 @@ class _Entry:
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """Units at a place by the codes of the genes `columns`; None where nothing runs."""
+    """Units at a place by the codes of the genes `columns`; None for codes with which nothing runs there."""
 
     columns: tuple[int, ...]
     shape: tuple[int, ...]
@@ -306,27 +306,27 @@ def _part(place: _Place, value: Callable[[_Entry], float]) -> Part:
 
 
 def _sizes(units: Iterable[Any]) -> list[float]:
-    """Values that each unit takes in, and 0 for what the last one gives."""
+    """Return the number of input values of each unit, followed by 0 for the output of the last one."""
     return [float(np.prod(unit.input)) for unit in units] + [0.0]
 
 
 def neighbours(side: int, meter: Meter) -> tuple[int, int]:
-    """The resolutions of `meter` next below and above; UserError outside of them."""
+    """Return the next lower and higher resolutions of `meter`; UserError outside their range."""
     known = sorted(meter.resolutions or ())
     below, above = [one for one in known if one < side], [one for one in known if one > side]
     if not below or not above:
         raise UserError(
-            f"{meter.name}: was measured at resolutions {', '.join(map(str, known))}, which {side} is not between: "
+            f"{meter.name}: was measured at resolutions {', '.join(map(str, known))}, but {side} is outside these: "
             "profile with it in --resolutions"
         )
     return below[-1], above[0]
 
 
 def draw_archs(priced: Prices, count: int, seed: int, exclude: Iterable[Arch] = ()) -> list[Arch]:
-    """`count` different archs spread evenly over the logarithm of the latency that the meter expects, ascending.
+    """Return `count` different archs, spread evenly over the logarithm of their expected latency, ascending.
 
-    At resolutions that the meter knows. Candidates lean towards the smallest and the largest arch by a chance of their
-    own, because evenly drawn archs are all alike. Fewer where the space has fewer.
+    Only resolutions that the meter knows are used. Every candidate is biased by a random amount towards the smallest or
+    the largest arch, because uniformly drawn archs are all alike. Returns fewer if the space has fewer.
     """
     table, rng = priced.table, random.Random(f"{seed} archs")
     known, side = priced.meter.resolutions if priced.meter else None, priced.net.space.input_name("side")

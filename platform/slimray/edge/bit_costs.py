@@ -1,10 +1,10 @@
-"""What layers cost with few bits on modelled hardware: tables `[layers, 8, 8]` of latency, energy or size for HAQ.
+"""Costs of layers with few bits on modelled hardware: tables `[layers, 8, 8]` of latency, energy or size for HAQ.
 
-In: layers as `compress.quantization.layers_of` tells them, a row of HARDWARE. A layer takes the longer of its products
-at the device's rate and its bits at the bandwidth, as in hardware.py. How the rate depends on the bits is the device's
-`arithmetic`: fixed (narrow numbers save traffic alone), bit-serial (work is bits of weights x bits of inputs: BISMO,
-arXiv 1806.08862) or fused from 2-bit units (widths of 2, 4 and 8: Bit Fusion, 1712.01507). Outputs are counted with the
-bits of the layer's inputs. Bounds of a model, good for comparing policies; no device was measured.
+In: layers from `compress.quantization.layers_of`, a row of HARDWARE. The time of a layer is the longer of its products
+at the device's rate and its bits at the bandwidth, as in hardware.py. The device's `arithmetic` determines how the rate
+depends on the bits: fixed (narrow numbers only save traffic), bit-serial (work is bits of weights x bits of inputs:
+BISMO, arXiv 1806.08862) or fused from 2-bit units (widths of 2, 4 and 8: Bit Fusion, 1712.01507). Outputs are counted
+with the bits of the layer's inputs. These are bounds of a model, good for comparing policies; no device was measured.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ COSTS = ("size_mb", "latency_ms", "energy_mj")
 
 
 def relative_work(device: Device, weights: int, inputs: int) -> float:
-    """The time or energy of a product of `weights` x `inputs` bits over that at the device's own width."""
+    """Return the time or energy of a product of `weights` x `inputs` bits relative to the device's own width."""
     if device.arithmetic == "fixed":
         return 1.0
     if device.arithmetic == "fused":
@@ -32,14 +32,14 @@ def relative_work(device: Device, weights: int, inputs: int) -> float:
 def bit_table(
     device: Device | None, layers: Sequence[LayerInfo], cost: str, books: bool = False
 ) -> NDArray[np.float64]:
-    """What each layer costs for one sample at every pair of bits: `[layers, weight bits - 1, input bits - 1]`.
+    """Return the cost of each layer for one sample at every pair of bits: `[layers, weight bits - 1, input bits - 1]`.
 
     `size_mb` needs no device: megabytes of weights, with `books` also of a codebook of 2^bits values per layer, which
-    is most of a small layer of 8 bits. UserError for another cost, or energy of a device without numbers.
+    dominates small layers of 8 bits. Raises UserError for an unknown cost, or for energy if the device has no figures.
     """
     if cost not in COSTS or (device is None and cost != "size_mb"):
         raise UserError(
-            f"haq: {cost} is no cost of bits here: must be one of {', '.join(COSTS)}, the last two of a device"
+            f"haq: {cost} cannot be computed from bits: must be one of {', '.join(COSTS)}, the last two need a device"
         )
     if device is not None and cost == "energy_mj" and (device.pj_per_mac is None or device.pj_per_byte is None):
         raise UserError(f"haq: energy_mj: {device.description} has no energies per operation")

@@ -1,7 +1,7 @@
-"""Two networks timed against each other on this machine, in turn, so that what disturbs one disturbs both.
+"""Compares the latency of two networks on this machine, timed alternately so that disturbances affect both.
 
-The result is the median of the ratios pair by pair and the interval that encloses it (pairs.py). One thread on a CPU is
-timed by the processor time that it got, so that other work does not count.
+The result is the median of the ratios by pair and its confidence interval (pairs.py). A single CPU thread is timed by
+its processor time, so that other work does not count.
 """
 
 import math
@@ -16,17 +16,17 @@ from slimray.edge.runtimes import RUNTIMES, THREAD_CLOCK, Clock, settings
 from slimray.models.modes import evaluating
 from slimray.runtime.pairs import alternate
 
-READING_S = 0.004  # a reading repeats a quick network until it takes this long
+READING_S = 0.004  # shortest reading: quick networks are repeated
 
 
 @torch.no_grad()
 def compare(
     first: nn.Module, second: nn.Module, x: Tensor, hardware: str = "cpu-eager", threads: int = 1, pairs: int = 9
 ) -> dict[str, Any]:
-    """Return how many times as fast `second` is as `first` on the input `x` (batch included), and both times.
+    """Return the speed of `second` relative to `first` on the input `x` (batch included), and both times.
 
     {"first_ms", "second_ms" (medians), "ratio", "low", "high" (its interval), "pairs", "hardware", "threads"}; a ratio
-    above 1 means that `second` is faster. UserError where `hardware` (a row of RUNTIMES) cannot run here.
+    above 1 means that `second` is faster. Raises UserError if `hardware` (a row of RUNTIMES) cannot run here.
     """
     runtime = RUNTIMES[hardware]
     runtime.check()

@@ -1,7 +1,7 @@
-"""torch's compiler, imported where something is compiled and nowhere else; `compiled` compiles a network.
+"""torch's compiler, imported only where something is compiled; `compiled` compiles a network.
 
-Optimizers, DDP and the operators of the meta device are Python functions that torch keeps from being compiled: the
-first call of each imports `torch._dynamo` for that, with sympy and more, which takes as long as torch itself.
+Optimizers, DDP and the operators of the meta device are Python functions that torch excludes from compilation: for that
+the first call of each imports `torch._dynamo`, with sympy and more, which takes as long as importing torch itself.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ NAME = "torch._dynamo"
 
 @contextlib.contextmanager
 def without_compiler() -> Iterator[None]:
-    """Keep torch from importing its compiler for as long as the block runs and nothing in it is compiled.
+    """Keep torch from importing its compiler inside the block, as long as nothing in it is compiled.
 
-    Where it is not imported, a module stands in its place that leaves functions as they are: nothing is compiled, so
-    there is nothing to keep them from. Who asks for more than that is given the real one, and keeps it.
+    If it is not imported yet, a stand-in module takes its place and leaves functions unchanged: nothing is compiled, so
+    nothing has to be excluded. Code that needs more than that gets the real module, which then stays.
     """
     if NAME in sys.modules:
         yield
@@ -41,9 +41,9 @@ def without_compiler() -> Iterator[None]:
 
 
 def compiled(net: nn.Module | Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """Return `net` as torch.compile has it: the same function and parameters, compiled at the first call.
+    """Return `net` with torch.compile: the same function and parameters, compiled at the first call.
 
-    UserError where what compiles for `device` is not installed, RunFailed from a call that cannot be compiled.
+    Raises UserError if the compiler for `device` is not installed; a call that cannot be compiled raises RunFailed.
     """
     _require_compiler(device)
     from torch._dynamo.exc import TorchDynamoException
@@ -55,7 +55,7 @@ def compiled(net: nn.Module | Callable[..., Any], device: torch.device) -> Calla
             return run(*arguments, **options)
         except TorchDynamoException as error:
             said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise RunFailed(f"scale.compile: torch cannot compile this network ({said[:200]}): leave it out") from error
+            raise RunFailed(f"scale.compile: torch cannot compile this network ({said[:200]}): remove it") from error
 
     return call
 
@@ -65,24 +65,24 @@ def _require_compiler(device: torch.device) -> None:
     from torch._inductor.exc import InvalidCxxCompiler
 
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise UserError("scale.compile: needs triton, not installed here: pip install triton, or leave it out")
+        raise UserError("scale.compile: needs triton, which is not installed here: pip install triton, or remove it")
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
         raise UserError(
-            "scale.compile: needs a C++ compiler, and none was found: install g++ on every node, or leave it out"
+            "scale.compile: needs a C++ compiler, and none was found: install g++ on every node, or remove it"
         ) from None
 
 
 class _StandIn(types.ModuleType):
-    """Stand-in for what torch asks of `torch._dynamo` where nothing is compiled."""
+    """Stand-in with the parts of `torch._dynamo` that torch uses when nothing is compiled."""
 
     def __init__(self) -> None:
         super().__init__(NAME)
         self.finder = _Finder()
         self.marked: list[Any] = []
         self.utils = types.SimpleNamespace(get_optimize_ddp_mode=lambda: "ddp_optimizer")  # torch's default
-        self.trace_rules = types.SimpleNamespace(clear_lru_cache=lambda: None)  # asked by a process group
+        self.trace_rules = types.SimpleNamespace(clear_lru_cache=lambda: None)  # called by process groups
 
     def disable(self, function: Any = None, recursive: bool = True, **options: Any) -> Any:
         if function is None or options.get("wrapping") is not False:  # not from torch's own wrapper
@@ -91,7 +91,7 @@ class _StandIn(types.ModuleType):
         return function
 
     def graph_break(self, *_: Any) -> None:
-        """Do nothing, where an optimizer would end a graph."""
+        """Do nothing; an optimizer would end a graph here."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name != "__path__":
@@ -99,12 +99,12 @@ class _StandIn(types.ModuleType):
         return getattr(self.real(), name)
 
     def real(self) -> Any:
-        """The compiler itself, imported now."""
+        """Import and return the compiler itself."""
         self.leave()
         return importlib.import_module(NAME)
 
     def leave(self) -> None:
-        """Stand here no longer; torch finds the functions that were left as they are untouched."""
+        """Remove the stand-in, together with the marks that torch's wrapper left on functions."""
         if sys.modules.get(NAME) is self:
             del sys.modules[NAME], torch._dynamo  # type: ignore[attr-defined]
         while self.marked:
@@ -112,7 +112,7 @@ class _StandIn(types.ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds what the real compiler has imported while a module of it was being imported through the stand-in."""
+    """Finder of submodules that the real compiler imported while one of them was imported through the stand-in."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         loaded = fullname.startswith(f"{NAME}.") and fullname in sys.modules
@@ -122,4 +122,4 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return sys.modules[spec.name]
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """It was executed before."""
+        """Do nothing, because the module has already been executed."""

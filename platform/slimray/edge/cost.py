@@ -1,7 +1,7 @@
 """Costs of a network: parameters and multiply-accumulates, counted without computing.
 
 MACs are those of convolutions, linear layers and matrix products for one sample ("FLOPs" in the papers of this field
-are MACs). Counting runs on the meta device: shapes flow, numbers do not.
+are MACs). Counting runs on the meta device, which propagates shapes but no numbers.
 """
 
 import copy
@@ -16,13 +16,13 @@ from slimray.edge.compiler import without_compiler
 
 
 def count_params(module: nn.Module) -> int:
-    """The number of parameters of `module`, trainable or not, whole-number weights included; buffers do not count."""
+    """Return the number of parameters of `module`, trainable or not, with integer weights but without other buffers."""
     whole = sum(m.num_weights for m in module.modules() if isinstance(m, Quantized))
     return sum(parameter.numel() for parameter in module.parameters()) + whole
 
 
 def count_macs(module: nn.Module, input_shape: Sequence[int]) -> int:
-    """MACs of one forward pass of `module` in eval mode on an input of `input_shape` (batch included)."""
+    """Return the MACs of one forward pass of `module` in eval mode on an input of `input_shape` (batch included)."""
     on_meta = all(parameter.is_meta for parameter in module.parameters())
     net = (module if on_meta else copy.deepcopy(module).to("meta")).eval()
     with without_compiler(), FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -31,6 +31,6 @@ def count_macs(module: nn.Module, input_shape: Sequence[int]) -> int:
 
 
 def build_on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    """Return what `make` builds, with shapes and no memory."""
+    """Return the module that `make` builds, with shapes but without memory."""
     with without_compiler(), torch.device("meta"):
         return make()

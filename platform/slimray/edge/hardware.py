@@ -1,10 +1,11 @@
-"""Roofline and energy models for devices you do not have, made of a few numbers of a data sheet.
+"""Roofline and energy models for devices you do not have, from a few numbers of a data sheet.
 
-`HARDWARE` is a table to read; a row says where its numbers come from. The model is the roofline (Williams et al., CACM
-52(4), 2009): a layer takes the longer of its multiply-accumulates at the peak rate and its bytes at the full bandwidth;
-energy counts picojoules per MAC and per byte. Surprising: the result is a bound that no real device reaches, good for
-comparing subnets and for limits that cannot be kept, and every figure says `how: model`. A file that `slimray profile`
-measured is taken in the same place and says `how: table`; a YAML file with the fields of `Device` describes your own.
+`HARDWARE` is the table; each row names the source of its numbers. The model is the roofline (Williams et al., CACM
+52(4), 2009): the time of a layer is the longer of its multiply-accumulates at the peak rate and its bytes at the full
+bandwidth; energy counts picojoules per MAC and per byte. Surprising: the result is a bound that no real device reaches,
+good for comparing subnets and for detecting limits that cannot be met, and every figure is marked `how: model`. A table
+that `slimray profile` measured can be used instead and is marked `how: table`; a YAML file with the fields of `Device`
+describes a device of your own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,35 +24,35 @@ from slimray.spec import Spec, UserError, did_you_mean, located, parse, read_yam
 
 
 class Device(Spec):
-    """A device as its data sheet describes it."""
+    """A device as described by its data sheet."""
 
     description: str
-    """What it is, and in which number format it computes."""
+    """The device, and the number format in which it computes."""
     source: str
-    """Where the numbers come from."""
+    """Source of the numbers."""
     date: str
-    """When the source was published."""
+    """Publication date of the source."""
     gmacs_per_s: float = Field(gt=0)
-    """Peak rate, 10^9 multiply-accumulates a second."""
+    """Peak rate, 10^9 multiply-accumulates per second."""
     gb_per_s: float = Field(gt=0)
-    """Bandwidth of the memory that weights and activations lie in, 10^9 bytes a second."""
+    """Bandwidth of the memory that holds weights and activations, 10^9 bytes per second."""
     bits: int = Field(ge=1, le=64)
     """Width of a weight and of an activation."""
     arithmetic: Literal["fixed", "bit_serial", "fused"] = "fixed"
-    """What fewer bits save in arithmetic: nothing, by the product of the bits of both factors, in steps of 2, 4, 8."""
+    """Savings of fewer bits: none (fixed), by the product of both widths (bit_serial), in steps of 2, 4, 8 (fused)."""
     per_layer_us: float = Field(default=0.0, ge=0)
-    """Microseconds that starting a layer takes; 0 where no source says."""
+    """Microseconds for starting a layer; 0 if no source gives it."""
     pj_per_mac: float | None = Field(default=None, ge=0)
-    """Picojoules of a multiply-accumulate; without it there is no energy."""
+    """Picojoules per multiply-accumulate; without it there is no energy."""
     pj_per_byte: float | None = Field(default=None, ge=0)
-    """Picojoules of a byte from or to the memory; without it there is no energy."""
+    """Picojoules per byte read from or written to memory; without it there is no energy."""
     static_w: float = Field(default=0.0, ge=0)
-    """Watts that flow while nothing is computed."""
+    """Watts that are used even when nothing is computed."""
 
 
 # Energy per operation: M. Horowitz, "Computing's energy problem", ISSCC 2014, 45 nm at 0.9 V: multiply and add of
-# float16 1.1 + 0.4 pJ, float32 3.7 + 0.9 pJ, int8 0.2 and an int32 add 0.1 pJ; DRAM from 1.3 nJ for 64 bits. Processes
-# since are thriftier in arithmetic more than in memory: these are for comparing subnets.
+# float16 1.1 + 0.4 pJ, float32 3.7 + 0.9 pJ, int8 0.2 and an int32 add 0.1 pJ; DRAM from 1.3 nJ for 64 bits. Newer
+# processes need less energy, for arithmetic more so than for memory: use these figures to compare subnets.
 _ENERGY = "; energy per operation from Horowitz, ISSCC 2014 (45 nm), not from the vendor"
 _DRAM_PJ_PER_BYTE = 162.5
 _PJ_PER_MAC = {8: 0.3, 32: 4.6}
@@ -128,10 +129,11 @@ HARDWARE: dict[str, Device] = {
 
 
 def layers_of(unit: Any) -> list[tuple[int, int]]:
-    """(MACs, values moved) of every convolution and linear layer of a unit: its input, weights and output, each once.
+    """Return (MACs, values moved) of every convolution and linear layer of a unit: input, weights and output, each
+    once.
 
-    BatchNorm, activations and additions are taken as part of the layer before them; a unit without layers moves its
-    input and its output. Gathers of point networks are not counted.
+    BatchNorm, activations and additions count as part of the preceding layer; a unit without layers moves its input and
+    its output. Gathers of point networks are not counted.
     """
     x = torch.zeros(1, *unit.input, device="meta")
     found, out = layers_in(build_on_meta(unit.make).eval(), x)
@@ -139,7 +141,7 @@ def layers_of(unit: Any) -> list[tuple[int, int]]:
 
 
 def layers_in(module: nn.Module, *inputs: torch.Tensor) -> tuple[list[tuple[int, int]], Any]:
-    """(MACs, values moved) of every convolution and linear layer of a module as it runs on `inputs`; what it gives."""
+    """Return (MACs, values moved) of every convolution and linear layer of a module on `inputs`, and its output."""
     found: list[tuple[int, int]] = []
 
     def note(layer: Any, taken: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
@@ -157,8 +159,7 @@ def layers_in(module: nn.Module, *inputs: torch.Tensor) -> tuple[list[tuple[int,
 
 
 def unit_costs(device: Device, unit: Any) -> dict[str, float]:
-    """Return what a unit takes on `device` by the roofline: `latency_ms`, and `energy_mj` where the device has numbers
-    for it.
+    """Return the costs of a unit on `device` by the roofline: `latency_ms`, and `energy_mj` if the device has figures.
 
     For one sample; see `layers_of` for what is counted.
     """
@@ -176,10 +177,10 @@ def unit_costs(device: Device, unit: Any) -> dict[str, float]:
 def inference_energy(
     module: nn.Module, inputs: Sequence[torch.Tensor], bits: int, run: Callable[[], Any], root: Path = Path("/")
 ) -> dict[str, Any]:
-    """Energy of one inference as plain values: `energy_mj`, `how` ("measured" or "model") and the `source`.
+    """Return the energy of one inference as plain values: `energy_mj`, `how` ("measured" or "model") and `source`.
 
-    Measured where this device tells its watts while `run` is called again and again on its processor (those of the
-    whole device, idle ones included). Modelled from the layers of `module` on `inputs` else, to compare networks with.
+    Measured if this device reports its power (of the whole device, including idle power) while `run` is called
+    repeatedly on its processor. Otherwise modelled from the layers of `module` on `inputs`, for comparing networks.
     """
     told = conditions.watts_while(run, root)
     if told is not None:
@@ -191,14 +192,14 @@ def inference_energy(
     return {"energy_mj": 1e3 * joules, "how": "model", "source": f"MACs in {bits} bits and bytes of DRAM{_ENERGY}"}
 
 
-# ------------------------------------------------------------------------------------------------ what a user names
+# ------------------------------------------------------------------------------------------------ devices by name
 
 
 def meter(name: str) -> Meter:
-    """Return what tells the latency (and energy) of archs on `name`: a row of HARDWARE, a described device, a table.
+    """Return the meter of latency (and energy) on `name`: a row of HARDWARE, a described device, or a table.
 
-    A row by its name, a device by a `.yaml` file with the fields of `Device`, a table by the `.json` file that
-    `slimray profile` wrote. UserError for anything else.
+    A row is given by its name, a device by a `.yaml` file with the fields of `Device`, a table by the `.json` file that
+    `slimray profile` wrote. Raises UserError for anything else.
     """
     if Path(name).suffix.lower() == ".json":
         return latency_table.finished_meter(name)
@@ -206,7 +207,7 @@ def meter(name: str) -> Meter:
 
 
 def device(name: str) -> Device:
-    """A row of HARDWARE by its name, or the device that a `.yaml` file describes. UserError for anything else."""
+    """Return a row of HARDWARE by name, or the device that a `.yaml` file describes; UserError for anything else."""
     if Path(name).suffix.lower() in (".yaml", ".yml"):
         documents = read_yaml(name)
         if len(documents) != 1:
@@ -221,7 +222,7 @@ def device(name: str) -> Device:
 
 
 def model_meter(device: Device, name: str) -> Meter:
-    """The roofline of `device` as what tells the costs of units."""
+    """Return the meter of `device` by its roofline."""
     known: dict[str, Mapping[str, float]] = {}
 
     def of(unit: Any) -> Mapping[str, float]:
@@ -235,7 +236,7 @@ def model_meter(device: Device, name: str) -> Meter:
 
 
 def named(name: str, where: str) -> Meter:
-    """`meter`, whose errors say `where` the name was written."""
+    """Return `meter(name)`; its errors start with `where` the name was written."""
     try:
         return meter(name)
     except UserError as error:

@@ -1,10 +1,10 @@
-"""Latency of subnets learned from those that were measured whole, beside what simpler models say of unseen ones.
+"""Latency of subnets learned from subnets measured as a whole, compared with simpler models on unseen ones.
 
 The network is that of Hardware-Aware Transformers (arXiv 2005.14187): features of an arch (`net.latency_features`, the
 ten of HAT for transformers), four hidden layers of 400, squared error. `errors` compares it with least squares on the
-same features, with a line over MACs and with the calibrated table, each on subnets that it has not seen (five folds).
-Surprising: it learns the ratio to the mean latency, and by Adam at 1e-3 in hundreds of steps where the release took
-thousands at 1e-5, as a table has tens of subnets and not thousands.
+same features, with a line over MACs and with the calibrated table, each on held-out subnets (five folds). Surprising:
+it learns the ratio to the mean latency, with Adam at 1e-3 in hundreds of steps, whereas the release used thousands at
+1e-5, because a table has tens of subnets and not thousands.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,13 +25,13 @@ from slimray.spec import UserError
 Floats = NDArray[np.float64]
 FOLDS, FEWEST = 5, 20
 HIDDEN, LAYERS, STEPS, BATCH = 400, 4, 400, 128
-RIDGE = 1e-6  # of least squares, which only decides where features do not
+RIDGE = 1e-6  # regularisation of least squares, which only matters where features do not determine the fit
 Fit = Callable[[Floats, Floats], Callable[[Floats], Floats]]  # features and ms -> features -> ms
 
 
 @dataclass(frozen=True, eq=False)
 class LatencyPredictor:
-    """A trained predictor: features `[n, features]` to ms `[n]`."""
+    """A trained predictor from features `[n, features]` to ms `[n]`."""
 
     net: nn.Module
     centre: Floats
@@ -46,7 +46,7 @@ class LatencyPredictor:
 
 
 def fit_network(features: Floats, ms: Floats, seed: int = 0, steps: int = STEPS) -> LatencyPredictor:
-    """Train a predictor on features `[n, features]` and measured ms `[n]`; a function of its arguments."""
+    """Train a predictor on features `[n, features]` and measured ms `[n]`; deterministic in its arguments."""
     centre, spread = features.mean(0), features.std(0)
     spread = np.where(spread > 0, spread, 1.0)
     scale = float(ms.mean())
@@ -70,7 +70,7 @@ def fit_network(features: Floats, ms: Floats, seed: int = 0, steps: int = STEPS)
 
 
 def fit_least_squares(features: Floats, ms: Floats) -> Callable[[Floats], Floats]:
-    """Fit the linear model of ms `[n]` over features `[n, features]`; return the function of others to their ms."""
+    """Fit a linear model of ms `[n]` on features `[n, features]`; return the function from features to ms."""
     centre, spread = features.mean(0), features.std(0)
     spread = np.where(spread > 0, spread, 1.0)
 
@@ -83,7 +83,7 @@ def fit_least_squares(features: Floats, ms: Floats) -> Callable[[Floats], Floats
 
 
 def held_out(fit: Fit, features: Floats, ms: Floats, seed: int = 0) -> Floats:
-    """Return what models fitted to four fifths say of the others: features `[n, features]`, ms `[n]` -> ms `[n]`."""
+    """Return cross-validated predictions, each from a fit to the other four fifths, in ms `[n]`."""
     order, said = np.random.default_rng(seed).permutation(len(ms)), np.zeros(len(ms))
     for fold in np.array_split(order, FOLDS):
         learned = np.setdiff1d(order, fold)
@@ -92,20 +92,20 @@ def held_out(fit: Fit, features: Floats, ms: Floats, seed: int = 0) -> Floats:
 
 
 def mape(said: Floats, ms: Floats) -> float:
-    """Return the mean absolute error of predictions `[n]`, in percent of what was measured `[n]`."""
+    """Return the mean absolute error of predictions `[n]`, in percent of the measured values `[n]`."""
     return float(100 * np.mean(np.abs(said / ms - 1)))
 
 
 def errors(net: Any, table: LatencyTable, seed: int = 0, steps: int = STEPS) -> Mapping[str, float]:
-    """The mean absolute error in percent, on subnets not fitted to, of each way to tell the latency of `net`'s.
+    """Return the mean absolute error in percent, on held-out subnets of `net`, of each way to predict latency.
 
-    Of a finished `table`: the subnets measured whole are the data, those that are alike counted once. UserError for
-    fewer than FEWEST.
+    The data are the subnets measured as a whole in a finished `table`, duplicates counted once. Raises UserError if
+    there are fewer than FEWEST.
     """
     rows = {} if table.calibration is None else {Arch.from_dict(row.arch): row for row in table.calibration.rows}
     if len(rows) < FEWEST:
         raise UserError(
-            f"profile: {len(rows)} subnets measured whole are too few to learn from: give --calibrate {FEWEST} or more"
+            f"profile: {len(rows)} whole subnets are too few to learn from, give --calibrate {FEWEST} or more"
         )
     archs, ms = list(rows), np.array([row.measured_ms for row in rows.values()])
     prices = Prices(net, table.num_points)

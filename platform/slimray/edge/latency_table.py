@@ -1,7 +1,7 @@
-"""Latency table of one device: the file, and the meter by which a search asks it.
+"""Latency table of one device: the file, and the meter through which a search uses it.
 
 As in ProxylessNAS (arXiv 1812.00332) and Once-for-All (1908.09791) the latency of a subnet is a sum over its units,
-with the offset and slope that calibration subnets measured whole gave.
+with an offset and a slope fitted to calibration subnets that were measured as a whole.
 """
 
 import json
@@ -30,14 +30,14 @@ class UnitTime(Spec):
 
 
 class Subnet(Spec):
-    """A subnet measured whole."""
+    """A subnet measured as a whole."""
 
     arch: dict[str, Any]
     readings_ms: tuple[float, ...]
 
 
 class CalibrationRow(Spec):
-    """A subnet measured whole, and what the table says of it when calibrated without it."""
+    """A subnet measured as a whole, and the prediction of the table when calibrated without it."""
 
     arch: dict[str, Any]
     measured_ms: float = Field(gt=0)
@@ -50,26 +50,26 @@ class Calibration(Spec):
     fixed_ms: float
     slope: float = Field(gt=0)
     median_error_percent: float
-    """Of the predictions of `rows`, each made by a fit to the others."""
+    """Median error of the predictions of `rows`, each from a fit to the others."""
     largest_error_percent: float
     noise_percent: float
-    """Test and retest: median difference of the odd and the even readings of a subnet, each half as long."""
+    """Test-retest noise: median difference between the odd and the even readings of a subnet."""
     rows: tuple[CalibrationRow, ...]
 
 
 class Conditions(Spec):
-    """State of the device at the end of a round, as far as it can tell."""
+    """State of the device at the end of a round, as far as it can be read."""
 
     temperature_c: float | None = None
     clock_mhz: float | None = None
     throttled: bool | None = None
     watts: float | None = None
     source: str | None = None
-    """Where the watts are from: rapl, hwmon, tegrastats, nvidia-smi."""
+    """Source of the watts: rapl, hwmon, tegrastats, nvidia-smi."""
 
 
 class LatencyTable(Spec):
-    """A table of measured latencies as it lies in a file; `done` of its `rounds` are measured (restart)."""
+    """A table of measured latencies as stored in a file; `done` of its `rounds` have been measured."""
 
     format: Literal[1]
     model: dict[str, Any]
@@ -84,19 +84,19 @@ class LatencyTable(Spec):
     seconds: float
     done: int
     reference_ms: tuple[float, ...]
-    """Per round: how fast the machine was."""
+    """Time of the reference network per round, which shows the speed of the machine."""
     waited_percent: float
-    """Share of the time in which the measuring thread did not have the processor: what a clock on the wall adds."""
+    """Share of the time in which the measuring thread did not have the processor, which wall time would include."""
     units: dict[str, UnitTime]
     subnets: tuple[Subnet, ...]
-    """Those to calibrate with."""
+    """Subnets for calibration."""
     calibration: Calibration | None
     conditions: tuple[Conditions, ...] = ()
-    """Per round, of a device with an agent."""
+    """Conditions per round, on a device with an agent."""
 
 
 def summary(table: LatencyTable) -> dict[str, Any]:
-    """Return what to tell of a finished table: where it is from and how far it can be trusted."""
+    """Return a summary of a finished table: its origin and its accuracy."""
     calibration, reference = table.calibration, table.reference_ms
     out: dict[str, Any] = {"hardware": table.hardware, "device": table.device, "threads": table.threads}
     spread = [unit.std_ms / unit.mean_ms for unit in table.units.values()]
@@ -122,26 +122,26 @@ IDENTITY = ("model", "num_points", "hardware", "device", "threads", "resolutions
 
 
 def read_table(path: str | Path) -> LatencyTable:
-    """Read and check a table, from a path or a URI; UserError for a file that is none."""
+    """Read and check a table, from a path or a URI; UserError if the file is missing or not a table."""
     fs, at = storage.open_uri(path)
     try:
         data = storage.read_bytes(fs, at, first=MAX_TABLE_BYTES + 1)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such table: measure one with `slimray profile`") from None
+        raise UserError(f"{path}: no such table, measure one with `slimray profile`") from None
     if len(data) > MAX_TABLE_BYTES:
-        raise UserError(f"{path}: is larger than {MAX_TABLE_BYTES} bytes, too large for a latency table")
+        raise UserError(f"{path}: is larger than {MAX_TABLE_BYTES} bytes, so it is not a latency table")
     try:
         plain = json.loads(data)
     except (ValueError, RecursionError):
-        raise UserError(f"{path}: is not JSON, so not a latency table: measure one with `slimray profile`") from None
+        raise UserError(f"{path}: is not JSON, so not a latency table, measure one with `slimray profile`") from None
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         found = plain.get("format") if isinstance(plain, dict) else None
-        raise UserError(f"{path}: is not a latency table of format {FORMAT} (got {found!r}): measure it again")
+        raise UserError(f"{path}: is not a latency table of format {FORMAT} (got {found!r}), measure it again")
     return parse(LatencyTable, plain, str(path))
 
 
 def finished_meter(path: str | Path) -> Meter:
-    """The meter of the table in a file; UserError for a file that is none, and for a measurement that was cut off."""
+    """Return the meter of the table in a file; UserError if it is not a table or its measurement is not finished."""
     table = read_table(path)
     if table.calibration is None:
         raise UserError(
@@ -152,7 +152,7 @@ def finished_meter(path: str | Path) -> Meter:
 
 
 def meter(table: LatencyTable, name: str) -> Meter:
-    """A table as what tells the latency of archs, calibrated if it is finished; `name` is said in errors.
+    """Return the meter of a table, calibrated if the table is finished; errors start with `name`.
 
     A unit takes `slope` x `ms`, and every arch has the offset `fixed_ms` once.
     """
@@ -172,7 +172,7 @@ def meter(table: LatencyTable, name: str) -> Meter:
 
 
 def take_up(new: LatencyTable, path: str | Path) -> LatencyTable:
-    """The table in the file, if it is of the same things as `new`; `new` if there is no file."""
+    """Return the table in the file, or `new` if there is no file; UserError if the two measure different things."""
     fs, at = storage.open_uri(path)
     if not storage.exists(fs, at):
         return new
@@ -181,7 +181,7 @@ def take_up(new: LatencyTable, path: str | Path) -> LatencyTable:
         was, now = getattr(old, name), getattr(new, name)
         if was != now:
             shown = f"{_short(was)}, not {_short(now)}"
-            raise UserError(f"{path}: {name}: the table there was measured for {shown}: give another --out")
+            raise UserError(f"{path}: {name}: the table there was measured for {shown}, give another --out")
     return old
 
 

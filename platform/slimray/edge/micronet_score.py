@@ -1,10 +1,10 @@
-"""The score of the MicroNet challenge (2019) for language models: storage and operations per word, in a table of terms.
+"""Score of the MicroNet challenge (2019) for language models: storage and operations per word, as a table of terms.
 
-score = storage / 159e6 + operations / 318e6, both in words of 32 bits. Storage: bits of what is not zero, one bit per
-number of every tensor if zeros are left out (`masked`), and a scale for every quantizer of activations. Operations:
-products in proportion to their bits, sums and all else in 32; the whole vocabulary is evaluated for every word. A
-LayerNorm counts 6 operations a channel, a softmax 3 n - 1, a ReLU 1. Surprising: as published (arXiv 2005.07877) the
-terms of the relative positions and of the attention's softmax are those of one head; `all_heads` counts them all.
+score = storage / 159e6 + operations / 318e6, both in words of 32 bits. Storage: the bits of nonzeros, one mask bit per
+number of every tensor if zeros are left out (`masked`), and a scale per quantizer of activations. Operations: products
+in proportion to their bits, sums and all others with 32; the whole vocabulary is evaluated for every word. A LayerNorm
+counts 6 operations per channel, a softmax 3 n - 1, a ReLU 1. Surprising: as published (arXiv 2005.07877), the terms of
+the relative positions and of the attention's softmax are those of a single head; `all_heads` counts all of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ STORAGE_UNIT, OPERATION_UNIT = 159e6, 318e6
 
 
 class Sizes(Protocol):
-    """Sizes of a language model, as `models.text.micronet.Shape` has them."""
+    """Sizes of a language model, as in `models.text.micronet.Shape`."""
 
     @property
     def widths(self) -> tuple[int, ...]: ...
@@ -42,7 +42,7 @@ class Sizes(Protocol):
 
 @dataclass(frozen=True)
 class Term:
-    """A part of a network: numbers stored and how many of them are not zero; operations for one word.
+    """A term of the score, for one part of a network: stored numbers, nonzeros, and operations per word.
 
     `bits` are those of its numbers and its products.
     """
@@ -58,9 +58,9 @@ class Term:
 
 @dataclass(frozen=True)
 class Counting:
-    """Rules by which a network is counted: `bits` of weights and products, those of tensors by name where they have
-    others; `density` of tensors by name (1 where none is given), `shares` of words in the tails, `quantizers` of
-    activations, each with a scale of what is left of 32 bits beside `bits`."""
+    """Rules by which a network is counted: `bits` of weights and products, and `bits_of` tensors with other bits;
+    `density` of tensors by name (default 1), `shares` of words in the tails, number of `quantizers` of activations,
+    each of which is stored in 1 + (32 - `bits`) / 32 words."""
 
     bits: int = 32
     bits_of: Mapping[str, int] = field(default_factory=dict)
@@ -73,18 +73,18 @@ class Counting:
 
 @dataclass(frozen=True)
 class MicroNetScore:
-    """Storage and operations in words of 32 bits, and the terms they come from."""
+    """Storage and operations in words of 32 bits, and the terms that make them up."""
 
     terms: tuple[Term, ...]
     counting: Counting
 
     def total(self, what: str) -> float:
-        """The sum of a field over all terms."""
+        """Return the sum of a field over all terms."""
         return sum(getattr(term, what) for term in self.terms)
 
     @property
     def storage(self) -> float:
-        """Words of 32 bits."""
+        """Storage in words of 32 bits."""
         counting = self.counting
         mask = self.total("stored") / 32 if counting.masked else 0.0
         scales = counting.quantizers * (1 + (32 - counting.bits) / 32)
@@ -92,21 +92,21 @@ class MicroNetScore:
 
     @property
     def operations(self) -> float:
-        """Per word."""
+        """Operations per word of text."""
         products = sum(term.products * term.bits for term in self.terms) / 32
         return products + self.total("sums") + self.total("others")
 
     @property
     def score(self) -> float:
-        """Lower is better."""
+        """The score; lower is better."""
         return self.storage / STORAGE_UNIT + self.operations / OPERATION_UNIT
 
 
 def micronet_score(sizes: Sizes, vocab_size: int, cache: int, counting: Counting) -> MicroNetScore:
-    """Count a language model; tensors have the names of `MicroNetLM.state_dict()`.
+    """Return the score of a language model; tensors are named as in `MicroNetLM.state_dict()`.
 
-    `counting.shares` are those of the words whose embeddings are projected: by bin of `sizes.cutoffs`, the first left
-    out; ValueError unless there is one for each.
+    `counting.shares` are the shares of words whose embeddings are projected, by bin of `sizes.cutoffs` without the
+    first; ValueError unless there is one for each.
     """
     width, edges = sizes.widths[0], (0, *sizes.cutoffs, vocab_size)
     if len(counting.shares) != len(sizes.cutoffs):
@@ -119,7 +119,7 @@ def micronet_score(sizes: Sizes, vocab_size: int, cache: int, counting: Counting
         return counting.bits_of.get(f"{name}.weight", counting.bits)
 
     def matrix(name: str, inputs: int, outputs: int, bias: bool, often: float = 1.0) -> None:
-        """A linear layer that is used `often` per word."""
+        """Add the term of a linear layer that is used `often` times per word."""
         dense, products = density.get(f"{name}.weight", 1.0), inputs * outputs
         added = outputs * density.get(f"{name}.bias", 1.0) if bias else 0
         sums = (inputs - 1) * outputs * dense + added
@@ -151,7 +151,7 @@ def micronet_score(sizes: Sizes, vocab_size: int, cache: int, counting: Counting
 
 
 def _layer(sizes: Sizes, name: str, counting: Counting, matrix: Callable[..., None]) -> list[Term]:
-    """The matrices of a layer by `matrix`; returned is what else it computes."""
+    """Add the matrices of a layer with `matrix`, and return the terms of its other computations."""
     width, heads, window = sizes.widths[0], sizes.heads, sizes.context
     counted, bits = heads if counting.all_heads else 1, counting.bits
     matrix(f"{name}.attention.qkv", width, heads * (2 * sizes.key + sizes.value), True)
@@ -173,10 +173,10 @@ def _layer(sizes: Sizes, name: str, counting: Counting, matrix: Callable[..., No
 
 
 def counting_of(net: nn.Module, shares: Sequence[float], bits: int = 32, all_heads: bool = False) -> Counting:
-    """Return how a network is counted by its own tensors: their zeros, the bits of quantized layers, their ranges of
+    """Return the counting rules of a network from its tensors: their zeros, and the bits of quantized layers and
     inputs.
 
-    `bits` are those of all else.
+    `bits` are those of all other layers.
     """
     density, bits_of, quantizers = {}, {}, 0
     for name, module in net.named_modules():
@@ -193,9 +193,9 @@ def _density(value: Tensor) -> float:
     return float((value != 0).sum()) / max(1, value.numel())
 
 
-# ------------------------------------------------------------------------------------------------ as it was submitted
+# ------------------------------------------------------------------------------------------------ the submission
 
-SUBMITTED_CACHE, SUBMITTED_SHARES = 3000, (35479 / 245569, 11858 / 245569)  # of the words of WikiText-103's test split
+SUBMITTED_CACHE, SUBMITTED_SHARES = 3000, (35479 / 245569, 11858 / 245569)  # of the words in WikiText-103's test split
 _SPARSITY = {
     "embed.layers.0.weight": 0.165, "embed.layers.1.weight": 0.3, "embed.layers.2.weight": 0.3375,
     "embed.projections.0.weight": 0.4425, "softmax.projections.0.weight": 0.3375,
@@ -210,7 +210,7 @@ _LAYERS = {
 
 
 def submitted() -> Counting:
-    """Return how the best submission was counted: 9 bits, 57 quantizers, the sparsities that its pruning aimed at."""
+    """Return the rules of the best submission: 9 bits, 57 quantizers, the sparsities that its pruning aimed at."""
     sparsity = _SPARSITY | {
         f"layers.{number}.{name}.weight": share for name, row in _LAYERS.items() for number, share in enumerate(row)
     }

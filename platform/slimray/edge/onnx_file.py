@@ -1,9 +1,9 @@
-"""A module as one ONNX file of standard operators, and the session that runs it.
+"""Converts a module to a single ONNX file of standard operators, and opens a session that runs it.
 
-In: a module in eval mode and named example inputs. Out: the bytes of a file with the weights inside, no external data,
-no operators but those of ONNX, none of this machine's paths. Axes that may vary (batch, points) have names. By torch's
-dynamo exporter; surprising: the traces of code that it writes into every node are taken out again, they would be half
-of a small file.
+In: a module in eval mode and named example inputs. Out: the bytes of a file with the weights inside, without external
+data, non-ONNX operators or paths of this machine. Axes that may vary (batch, points) have names. Uses torch's dynamo
+exporter; surprising: the code traces that it writes into every node are removed, because they would be half of a small
+file.
 """
 
 import ast
@@ -22,19 +22,19 @@ from torch import Tensor, nn
 from slimray.spec import RunFailed, require_extra
 
 OPSET = 20
-LARGEST = 2**31  # sizes above are as good as any
+LARGEST = 2**31  # larger upper bounds count as unlimited
 MAX_BYTES = 2**31 - 1  # of one file without external data
 Varying = Mapping[str, Mapping[int, str]]
-"""Input to axis to the name of what varies along it."""
+"""Input -> axis -> name of the axis."""
 
 
 def require(where: str) -> None:
-    """Raise UserError if what writes and runs ONNX files is not installed."""
+    """Raise UserError, with `where`, if the libraries that write and run ONNX files are not installed."""
     require_extra("edge", where, "onnx", "onnxruntime", "onnxscript")
 
 
 def output_names(outputs: Any) -> list[str]:
-    """Return the names of what a module gives: "output", output_0 ... of several, the keys of a dict."""
+    """Return the names of a module's outputs: "output", or output_0 ... for several, or the keys of a dict."""
     if isinstance(outputs, Mapping):
         return list(outputs)
     if isinstance(outputs, Sequence):
@@ -45,8 +45,8 @@ def output_names(outputs: Any) -> list[str]:
 def to_program(module: nn.Module, inputs: Mapping[str, Tensor], varying: Varying | None = None) -> Any:
     """Return `torch.export`'s program of a module in eval mode, with `inputs` in the order of its arguments.
 
-    An axis of `varying` whose size decides what the network does (upwards: there is a largest) stays fixed. Raises
-    RunFailed if the module cannot be exported.
+    An axis of `varying` for which the program has an upper bound stays fixed, because its size changes what the network
+    does. Raises RunFailed if the module cannot be exported.
     """
     varying = varying or {}
     example = {name: _twice(value, varying.get(name, {})) for name, value in inputs.items()}
@@ -55,11 +55,11 @@ def to_program(module: nn.Module, inputs: Mapping[str, Tensor], varying: Varying
         given = _by_argument(module, shapes) if any(shapes) else None
         try:
             program = torch.export.export(module, tuple(example.values()), dynamic_shapes=given)
-        except Exception:  # noqa: BLE001  loops (scan) are compiled, and may meet what an earlier export left behind
+        except Exception:  # noqa: BLE001  loops (scan) are compiled, and may hit state of an earlier export
             torch.compiler.reset()
             try:
                 program = torch.export.export(module, tuple(example.values()), dynamic_shapes=given)
-            except Exception as error:  # whatever the exporter finds in a network
+            except Exception as error:  # the exporter may raise anything
                 raise RunFailed(f"torch.export: {_first_line(error)}") from error
     free = {
         name: {axis: called for axis, called in varying.get(name, {}).items() if _is_free(program, place, axis)}
@@ -70,14 +70,14 @@ def to_program(module: nn.Module, inputs: Mapping[str, Tensor], varying: Varying
 
 
 def _by_argument(module: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`shapes` of all inputs, those of `*arguments` together, as they are one argument."""
+    """Return `shapes` by argument, with those of `*arguments` grouped, because they are one argument."""
     kinds = [one.kind for one in inspect.signature(module.forward).parameters.values()]
     alone = sum(kind is not inspect.Parameter.VAR_POSITIONAL for kind in kinds)
     return shapes if alone == len(kinds) else (*shapes[:alone], shapes[alone:])
 
 
 def _is_free(program: Any, place: int, axis: int) -> bool:
-    """Whether the size of an axis of the input at `place` has no upper end in an exported program."""
+    """Return True if the size of an axis of the input at `place` has no upper bound in an exported program."""
     name = program.graph_signature.user_inputs[place]
     value = next(node.meta["val"] for node in program.graph.nodes if node.name == name)
     size = value.shape[axis]
@@ -88,10 +88,10 @@ def _is_free(program: Any, place: int, axis: int) -> bool:
 
 
 def _twice(value: Tensor, axes: Mapping[int, str]) -> Tensor:
-    """`value` in C order, at least two along each of `axes`: of one, the exporter takes it that it is always one."""
+    """Return `value` in C order with at least two along each of `axes`; the exporter takes a size of 1 as fixed."""
     for axis in axes:
         value = torch.cat([value, value], axis) if value.shape[axis] == 1 else value
-    return value.contiguous()  # some runtimes (ExecuTorch) take no arrays of other strides than the example had
+    return value.contiguous()  # some runtimes (ExecuTorch) need arrays with the strides of the example
 
 
 def to_onnx(
@@ -102,8 +102,8 @@ def to_onnx(
 ) -> bytes:
     """Return the ONNX file of a module in eval mode.
 
-    `inputs` are examples in the order of its arguments, `outputs` the names of what it gives, flat. Raises RunFailed
-    where the module cannot be exported, or not with standard operators in one file.
+    `inputs` are examples in the order of its arguments, `outputs` the names of its flat outputs. Raises RunFailed if
+    the module cannot be exported, or not with standard operators in a single file.
     """
     import onnx
 
@@ -119,10 +119,10 @@ def to_onnx(
         )
     assert exported is not None
     data = io.BytesIO()
-    exported.save(data)  # pyright: ignore[reportArgumentType]  takes a file as well
+    exported.save(data)  # pyright: ignore[reportArgumentType]  accepts a file object too
     model = onnx.load_from_string(data.getvalue())
     if foreign := sorted({one.domain for one in model.graph.node} - {"", "ai.onnx"}):
-        raise RunFailed(f"onnx: the network needs operators that are not ONNX's own ({', '.join(foreign)})")
+        raise RunFailed(f"onnx: the network needs operators that are not part of ONNX ({', '.join(foreign)})")
     _name_axes(model, varying or {})
     for number, node in enumerate(_nodes(model.graph)):
         if scope := _scope(node):
@@ -137,12 +137,12 @@ def to_onnx(
             del tensor.metadata_props[:]
     del model.metadata_props[:]
     if model.ByteSize() > MAX_BYTES:
-        raise RunFailed(f"onnx: the network has {model.ByteSize():,} bytes, one file holds {MAX_BYTES:,}")
+        raise RunFailed(f"onnx: the network has {model.ByteSize():,} bytes, but a file holds at most {MAX_BYTES:,}")
     return model.SerializeToString()
 
 
 def nodes_of(data: bytes, modules: Sequence[str]) -> list[str]:
-    """The names of the nodes in which `modules` compute, by name, of a file of `to_onnx`."""
+    """Return the names of the nodes that belong to `modules` (names) in a file of `to_onnx`."""
     import onnx
 
     nodes = _nodes(onnx.load_from_string(data).graph) if modules else ()
@@ -150,16 +150,16 @@ def nodes_of(data: bytes, modules: Sequence[str]) -> list[str]:
 
 
 def _scope(node: Any) -> str:
-    """The module that a node of the exporter comes from: that of its weight, else what is noted; "" if nothing is.
+    """Return the module of a node: that of its weight, or else the one in its metadata; "" if neither is known.
 
-    What is noted of fused nodes is the last module that went in.
+    The metadata of a fused node name the last module that was fused.
     """
     weights = [name for name in node.input if name.endswith(".weight")]
     if weights:
         return weights[0].removesuffix(".weight")
     given = next((one.value for one in node.metadata_props if one.key == "pkg.torch.onnx.name_scopes"), "[]")
     names = [name for name in ast.literal_eval(given) if name]
-    return names[-2] if len(names) > 1 else ""  # the last one is the node itself
+    return names[-2] if len(names) > 1 else ""  # the last name is the node itself
 
 
 def _graphs(graph: Any) -> Iterator[Any]:
@@ -176,7 +176,7 @@ def _nodes(graph: Any) -> Iterator[Any]:
 
 
 def _name_axes(model: Any, varying: Varying) -> None:
-    """Give the symbols of the exporter (`s77`) the names of the axes they stand for, in outputs too (`2*height`)."""
+    """Replace the exporter's symbols (`s77`) by the names of their axes, also in outputs (`2*height`)."""
     symbols: dict[str, str] = {}
     for value in model.graph.input:
         for axis, name in varying.get(value.name, {}).items():
@@ -190,7 +190,7 @@ def _name_axes(model: Any, varying: Varying) -> None:
 
 
 def open_session(data: bytes, threads: int, optimised: bool = True) -> Any:
-    """Return ONNX Runtime's session of a file on the CPU; without `optimised` no operators are fused or replaced."""
+    """Return ONNX Runtime's CPU session of a file; without `optimised`, no operators are fused or replaced."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -203,7 +203,7 @@ def open_session(data: bytes, threads: int, optimised: bool = True) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No words of the exporters: they name every library that they did without."""
+    """Silence the exporters, which report every optional library that is missing."""
     logs = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [log.level for log in logs]
     for log in logs:

@@ -1,10 +1,10 @@
 """Memory and size of a network in int8 on a microcontroller, counted as TinyEngine's scheduler does.
 
-In: operators in the order in which they run (`operators` traces those of a module), with the tensors they take and
-give. Out: bytes. TinyEngine (MCUNet, arXiv 2007.10319; MCUNetV2, 2110.15352) places tensors by first fit, the largest
-first; a depthwise convolution writes over its input (counted so also where a shortcut reads that again); all operators
-share one scratch buffer, for columns of inputs and for one kernel. Weights stay in flash, a byte each, with a bias and
-a scale of four bytes per channel. Surprising: code and stack are not counted; "KB" of limits are 1,000 bytes.
+In: operators in execution order (`operators` traces those of a module), with their input and output tensors. Out:
+bytes. TinyEngine (MCUNet, arXiv 2007.10319; MCUNetV2, 2110.15352) places tensors by first fit, the largest first; a
+depthwise convolution overwrites its input (counted so even if a shortcut reads the input again); all operators share
+one scratch buffer, for columns of inputs and for one kernel. Weights stay in flash, one byte each, with a bias and a
+scale of four bytes each per channel. Surprising: code and stack are not counted; a "KB" in limits is 1,000 bytes.
 """
 
 import operator
@@ -19,7 +19,7 @@ from torch.nn import functional
 from slimray.spec import UserError
 
 KB = 1000
-# what is computed as part of the operator before it, or only looks at a tensor in another way
+# computed as part of the preceding operator, or only a view of a tensor
 _FUSED = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Dropout, nn.Flatten, nn.Identity)
 _FUSED_CALLS = (torch.flatten, torch.relu, functional.relu, functional.relu6, functional.dropout, "flatten", "relu")
 _POOLED = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d)
@@ -29,10 +29,10 @@ _OWN_CALLS = (operator.add, operator.iadd, operator.mul, operator.imul, torch.ad
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator: tensors in, by their numbers (weights are not among them), and one tensor of `values` int8 out.
+    """An operator: input tensors by number (without weights), and one output tensor of `values` int8.
 
-    `kernel`, `given` (input channels of one output channel) and `channels` of convolutions and linear layers, 0 of
-    others; `padded`: height times width of the padded input of a depthwise convolution, 0 of others.
+    `kernel`, `given` (input channels per output channel) and `channels` are those of convolutions and linear layers, 0
+    for others; `padded` is height times width of the padded input of a depthwise convolution, 0 for others.
     """
 
     inputs: tuple[int, ...]
@@ -45,13 +45,13 @@ class Operator:
 
     @property
     def weights(self) -> int:
-        """Return how many weights it has, bias not counted."""
+        """Number of weights, without biases."""
         return self.kernel**2 * self.given * self.channels
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: tensors (`arena`), `columns` of inputs, one `kernel`; together the peak."""
+    """Bytes of tensors (`arena`), `columns` of inputs and one `kernel`; their sum is the peak."""
 
     arena: int
     columns: int
@@ -64,9 +64,9 @@ class Memory:
 
 
 def memory(operators: Sequence[Operator], given: int, in_place: bool = True) -> Memory:
-    """Return what operators need that run one after the other on an input of `given` values, tensor 0.
+    """Return the memory of operators that run one after the other on tensor 0, an input of `given` values.
 
-    `in_place`: depthwise convolutions write over their input.
+    With `in_place`, depthwise convolutions overwrite their input.
     """
     last = {tensor: place for place, one in enumerate(operators) for tensor in one.inputs}
     first = [_Tensor(given, 0, last.get(0, 0))]
@@ -84,13 +84,13 @@ def memory(operators: Sequence[Operator], given: int, in_place: bool = True) -> 
 
 
 def size(operators: Iterable[Operator]) -> int:
-    """Return the bytes of weights, and of a bias and a scale for every output channel."""
+    """Return the bytes of weights, and of a bias and a scale per output channel."""
     return sum(one.weights + 8 * one.channels for one in operators)
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of `size` bytes that is needed from the operator `start` to the operator `end`."""
+    """A tensor of `size` bytes that is needed from operator `start` to operator `end`."""
 
     size: int
     start: int
@@ -98,7 +98,7 @@ class _Tensor:
 
 
 def _first_fit(buffers: Iterable[Sequence[_Tensor]]) -> int:
-    """Return the end of the last tensor; those of a buffer begin at the same address."""
+    """Return the largest end address; the tensors of a buffer start at the same address."""
     placed: list[tuple[int, _Tensor]] = []
     for buffer in sorted(buffers, key=lambda buffer: -max(one.size for one in buffer)):
         beside = [
@@ -116,7 +116,7 @@ def _first_fit(buffers: Iterable[Sequence[_Tensor]]) -> int:
 
 
 def _columns(one: Operator, written_over: bool) -> int:
-    """Bytes of scratch: of a convolution two columns in 16 bits, of a depthwise one two padded channels."""
+    """Return the bytes of scratch memory: two columns in 16 bits, or, for a depthwise one, two padded channels."""
     if one.padded:
         return 2 * (one.padded if written_over else one.kernel**2 * one.channels)
     return 4 * one.kernel**2 * one.given
@@ -126,20 +126,20 @@ def _columns(one: Operator, written_over: bool) -> int:
 
 
 def operators(module: nn.Module, shape: tuple[int, ...]) -> list[Operator]:
-    """Return the operators of a module on the meta device that takes a sample of `shape` (C, H, W); tensor 0 is that.
+    """Return the operators of a module on the meta device; tensor 0 is its input, a sample of `shape` (C, H, W).
 
-    UserError for what TinyEngine has no operator for.
+    Raises UserError for operators that TinyEngine does not have.
     """
     if len(shape) != 3:
-        raise UserError(f"only networks of pictures run in TinyEngine, and this one takes {list(shape)}")
-    tracer = _Tracer(fx.symbolic_trace(nn.Sequential(module)))  # or a single layer would be traced into
+        raise UserError(f"only networks of pictures run in TinyEngine, but this one takes {list(shape)}")
+    tracer = _Tracer(fx.symbolic_trace(nn.Sequential(module)))  # otherwise a single layer would be traced into
     with torch.no_grad():
         tracer.run(torch.zeros(1, *shape, device="meta"))
     return tracer.found
 
 
 def joined(parts: Sequence[Sequence[Operator]]) -> list[Operator]:
-    """Return the operators of parts of which each takes what the one before it gives."""
+    """Return the operators of successive parts, each of which takes the output of the previous one."""
     found: list[Operator] = []
     for part in parts:
         first, base = (found[-1].output if found else 0), len(found)
@@ -151,11 +151,11 @@ def joined(parts: Sequence[Sequence[Operator]]) -> list[Operator]:
 
 
 class _Tracer(fx.Interpreter):
-    """Runs a graph, and notes the operators and the tensors between them."""
+    """Runs a graph and records the operators and the tensors between them."""
 
     def __init__(self, graph: fx.GraphModule):
         super().__init__(graph)
-        self.extra_traceback = False  # or it adds lines to our sentences
+        self.extra_traceback = False  # otherwise it adds lines to our error messages
         self.found: list[Operator] = []
         self.numbers: dict[fx.Node, int] = {}
 
@@ -167,7 +167,7 @@ class _Tracer(fx.Interpreter):
         return value
 
     def _note(self, node: fx.Node, inputs: tuple[int, ...], value: Tensor) -> int:
-        """The number of the tensor that a node gives."""
+        """Return the number of a node's output tensor."""
         module = self.fetch_attr(str(node.target)) if node.op == "call_module" else None
         if node.op == "placeholder":
             return 0

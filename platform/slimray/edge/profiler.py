@@ -1,9 +1,9 @@
-"""Measures what every operator of a supernet takes on this device, and writes the latency table.
+"""Measures the latency of every operator of a supernet on this device, and writes the latency table.
 
-Surprising: units are not measured alone but in place: whole subnets that together have every unit run unit by unit with
-the clock read in between, so that caches are as warm as in use; and a single thread is timed by the processor time it
-got, which on a quiet machine is the latency and on a busy one leaves out the waiting. A reference network timed again
-and again tells how fast the machine was. A few other subnets measured whole give an offset and a slope.
+Surprising: units are not measured alone but in context: subnets that together contain every unit run unit by unit, with
+the clock read in between, so that caches are as warm as in use. A single thread is timed by its processor time, which
+equals the latency on a quiet machine and excludes waiting on a busy one. A reference network, timed repeatedly, tracks
+the speed of the machine. A few further subnets, measured as a whole, give an offset and a slope.
 """
 
 import math
@@ -51,16 +51,16 @@ from slimray.edge.runtimes import (
 )
 from slimray.spec import UserError, did_you_mean
 
-NEW_ARCHS = 400  # drawn without a new unit, before a space without a `cover` counts as covered
+NEW_ARCHS = 400  # archs drawn without a new unit until a space without a `cover` counts as covered
 MOST_UNITS = 20_000
 REFERENCE_RUNS = 4  # before each reading
-DETERMINED = 1e-3  # weight of "no offset, slope 1" beside the calibration subnets, which decides only where they cannot
+DETERMINED = 1e-3  # weight of the prior "no offset, slope 1", relevant only if calibration subnets are too alike
 
 
 def _chains(runtime: Runtime, archs: Sequence[Sequence[Any]], threads: int, known: dict[str, Step]) -> Iterator[Chain]:
-    """Prepared chains of units, one for each of `archs`, which have the same layers and differ in shapes alone.
+    """Yield prepared chains of units, one for each of `archs`, which have the same layers and differ only in shapes.
 
-    A unit whose input the one before does not give has an input of its own. `known`: units that were prepared before.
+    A unit that does not take the output of the previous one has an input of its own. `known` caches prepared units.
     """
     steps: list[Step] = []
     for units in archs:
@@ -79,26 +79,26 @@ def _chains(runtime: Runtime, archs: Sequence[Sequence[Any]], threads: int, know
 
 
 def _whole(runtime: Runtime, net: Any, arch: Arch, first: Any, threads: int) -> Chain:
-    """A subnet as it is shipped: one network, one step. `first`: its first unit."""
+    """Return a subnet in its final form as a chain: one network, one step. `first` is its first unit."""
     module, shape = net.measured(arch, first.input)
     x = torch.randn(1, *shape)
     return Chain(("whole",), (runtime.prepare(module.eval(), x, threads),), (runtime.feed(x),))
 
 
 def _reference(runtime: Runtime) -> Chain:
-    """A small network that is timed again and again: how fast the machine is just now."""
+    """Return the chain of the reference network, which tracks the speed of the machine."""
     module, x = reference_module(), torch.randn(1, 24, 28, 28)
     if runtime.reference is not None:
         return Chain(("reference",), (runtime.reference(module, x),), (runtime.feed(x),))
     on_gpu = runtime.timed is timed_on_gpu
     return Chain(
         ("reference",), (module.to("cuda") if on_gpu else module,), (x.to("cuda") if on_gpu else x,)
-    )  # in eager mode whatever the runtime
+    )  # in eager mode for all runtimes
 
 
 @dataclass(frozen=True, eq=False)
 class Readings:
-    """Of each chain a row of ms per round, one for each step, `[rounds, steps]`, and the reference's times."""
+    """The ms of each chain, `[rounds, steps]`, and the times of the reference."""
 
     chains: list[np.ndarray]
     reference_ms: np.ndarray
@@ -107,7 +107,7 @@ class Readings:
 
 
 def take_readings(runtime: Runtime, chains: Sequence[Chain], threads: int, rounds: int, rng: random.Random) -> Readings:
-    """Time all `chains` in `rounds` rounds, each in a new order; a reading is the fastest of a few runs, per step."""
+    """Time all `chains` in `rounds` rounds, each in a new order; a reading is the fastest of a few runs, by step."""
     reference, order = _reference(runtime), list(range(len(chains)))
     clock = time.thread_time if threads == 1 and THREAD_CLOCK else time.perf_counter
     read = runtime.reading or partial(_reading_here, runtime)
@@ -132,12 +132,12 @@ def _reading_here(runtime: Runtime, reference: Chain, chain: Chain, runs: int, c
     rows = [runtime.timed(chain.steps, chain.inputs, clock) for _ in range(RUNS_PER_READING)]
     fastest = [min(times) for times in zip(*rows, strict=True)]
     wall, busy = time.perf_counter() - wall, time.thread_time() - busy
-    return Reading(min(now[1:]), fastest, wall, busy)  # the first finds the cache full of other things
+    return Reading(min(now[1:]), fastest, wall, busy)  # in the first run, the cache holds other data
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Subnets measured whole: what each typically took in ms, its readings, the reference, the share of waiting."""
+    """Subnets measured as a whole: typical ms of each, its readings, the reference's ms, the share of waiting."""
 
     ms: tuple[float, ...]
     readings_ms: tuple[np.ndarray, ...]
@@ -154,7 +154,7 @@ def measure_whole(
     seed: int,
     num_points: int | None = None,
 ) -> Measured:
-    """Measure the subnets `archs` of `net` (with weights, not on "meta") as they are shipped, batch 1."""
+    """Measure the subnets `archs` of `net` (with weights, not on "meta") in their final form, with batch 1."""
     runtime = RUNTIMES[hardware] if isinstance(hardware, str) else hardware
     prices = Prices(net, num_points)
     with settings(threads):
@@ -165,13 +165,12 @@ def measure_whole(
 
 
 def halves(readings: Any) -> tuple[float, float]:
-    """Return what a subnet typically took by its even and by its odd readings alone: a test and a retest, half as
-    long."""
+    """Return the typical time of a subnet by its even and by its odd readings, as a test and a retest."""
     return typical(readings[::2]), typical(readings[1::2])
 
 
 def noise_percent(rows: Sequence[Any]) -> float:
-    """The median difference between test and retest of subnets, of each its readings."""
+    """Return the median difference in percent between test and retest of subnets, given their readings."""
     return 100 * statistics.median(abs(a / b - 1) for a, b in map(halves, rows))
 
 
@@ -189,12 +188,13 @@ def profile(
     calibrate: int = 12,
     say: Callable[[str], None] = lambda text: None,
 ) -> LatencyTable:
-    """Measure the table of supernet `net` (with weights) on this device and keep it in the file `path`.
+    """Measure the latency table of supernet `net` (with weights) on this device, store it in the file `path`, return
+    it.
 
-    A table that is there is resumed after its last whole round, or returned if it is finished; UserError if it is of
-    something else. `model` (build name and options) is only noted. `rounds`: readings of every unit;
-    `calibrate`: subnets measured whole, between the units; `runtime`: a device that is in no table, which the file then
-    calls `hardware`. Leaves torch's number of threads as it was.
+    An existing table is resumed after its last complete round, or returned if it is finished; UserError if it measures
+    something else. `model` (build name and options) is only recorded. `rounds`: readings of every unit; `calibrate`:
+    subnets measured as a whole, between the units; `runtime`: a device that is not in RUNTIMES, called `hardware` in
+    the file. Restores torch's number of threads.
     """
     if runtime is None and hardware not in RUNTIMES:
         raise UserError(f"hardware: unknown runtime {hardware!r}{did_you_mean(hardware, RUNTIMES)}")
@@ -217,7 +217,7 @@ def profile(
     with settings(threads):
         chains = [_whole(runtime, net, arch, prices.units(arch)[0], threads) for arch in whole]
         for number, archs in enumerate(cover):
-            say(f"preparing {number + 1}/{len(cover)} subnets that show all units")
+            say(f"preparing {number + 1}/{len(cover)} subnets that contain all units")
             chains += _chains(runtime, [prices.units(arch) for arch in archs], threads, known)
         for number in range(table.done, rounds):
             readings = take_readings(runtime, chains, threads, 1, random.Random(f"{number} units"))
@@ -242,7 +242,7 @@ def _empty_table(
     resolutions: tuple[int, ...] | None,
     rounds: int,
 ) -> LatencyTable:
-    """Return a table of this device in which nothing is measured yet."""
+    """Return an empty table of this device."""
     return LatencyTable(
         format=FORMAT,
         model=dict(model),
@@ -265,7 +265,7 @@ def _empty_table(
 
 
 def _resolutions(net: Any, wanted: Sequence[int] | None, runtime: Runtime) -> tuple[int, ...] | None:
-    """The resolutions to measure: those `wanted`, else those of the space, of a slow runtime a few of them."""
+    """Return the resolutions to measure: those `wanted`, or else those of the space, only a few for a slow runtime."""
     name = net.space.input_name("side")
     if name is None:
         if wanted:
@@ -274,7 +274,7 @@ def _resolutions(net: Any, wanted: Sequence[int] | None, runtime: Runtime) -> tu
     sides = [int(side) for side in net.space.dimensions[name].choices[0]]
     for side in wanted or ():
         if side not in sides:
-            raise UserError(f"--resolutions: {side} is none of {', '.join(map(str, sides))}")
+            raise UserError(f"--resolutions: {side} is not one of {', '.join(map(str, sides))}")
     if wanted:
         return tuple(sorted(set(wanted)))
     if runtime.num_resolutions and len(sides) > runtime.num_resolutions:
@@ -284,7 +284,7 @@ def _resolutions(net: Any, wanted: Sequence[int] | None, runtime: Runtime) -> tu
 
 
 def _cover(net: Any, sides: Sequence[int] | None, num_points: int | None) -> list[list[Arch]]:
-    """Archs that together have every unit of the space: lists of archs that differ in resolution alone."""
+    """Return archs that together contain every unit of the space, as lists of archs that differ only in resolution."""
     if hasattr(net, "layout") and hasattr(net.layout, "cover"):
         name = net.space.input_name("side")
         return [[arch.replace(**{name: side}) for side in sides or ()] or [arch] for arch in net.layout.cover()]
@@ -299,14 +299,14 @@ def _cover(net: Any, sides: Sequence[int] | None, num_points: int | None) -> lis
             seen |= keys
         if len(seen) > MOST_UNITS:
             raise UserError(
-                f"profile: this supernet has more than {MOST_UNITS} different units, too many to measure: take a "
-                "described device (slimray.edge.hardware.HARDWARE) in place of a table"
+                f"profile: this supernet has more than {MOST_UNITS} different units, too many to measure: use a "
+                "described device (slimray.edge.hardware.HARDWARE) instead of a table"
             )
     return chosen
 
 
 def _by_macs(prices: Prices, sides: tuple[int, ...] | None) -> Meter:
-    """A first guess at latencies, to spread the subnets that are measured whole."""
+    """Return a first estimate of latencies, for spreading the subnets that are measured as a whole."""
 
     def of(unit: Any) -> Mapping[str, float]:
         return {"latency_ms": 1e-6 * prices.count(unit, "macs")}
@@ -315,7 +315,7 @@ def _by_macs(prices: Prices, sides: tuple[int, ...] | None) -> Meter:
 
 
 def _with_readings(table: LatencyTable, chains: Sequence[Chain], readings: Readings, seconds: float) -> LatencyTable:
-    """`table` with one more round; first come the chains of the subnets measured whole."""
+    """Return `table` with one more round; the chains of the subnets measured as a whole come first."""
     count = len(table.subnets)
     subnets = tuple(
         subnet.model_copy(update={"readings_ms": (*subnet.readings_ms, *rows[:, 0].tolist())})
@@ -341,7 +341,7 @@ def _with_readings(table: LatencyTable, chains: Sequence[Chain], readings: Readi
 
 
 def typical(readings: Any) -> float:
-    """The lower quartile: what disturbs a reading makes it longer, and the fastest one is luck."""
+    """Return the lower quartile of readings, because disturbances only lengthen them and the fastest one is luck."""
     return float(np.quantile(readings, 0.25))
 
 
@@ -375,10 +375,10 @@ def _calibrate(net: Any, table: LatencyTable) -> Calibration:
 
 
 def fit_line(sums: np.ndarray, ms: np.ndarray) -> tuple[float, float]:
-    """Offset and slope of `ms` over `sums` by least squares of the relative error, leaning to 0 and 1 a little.
+    """Return offset and slope of `ms` over `sums` by least squares of the relative error, with a weak prior of 0 and 1.
 
-    The lean decides only where the subnets are too alike to tell the two apart. A slope that is not positive (noise
-    alone) gives way to the ratio of the medians.
+    The prior matters only if the subnets are too alike to separate the two. A slope that is not positive (pure noise)
+    is replaced by the ratio of the medians.
     """
     lean = math.sqrt(DETERMINED * len(ms))
     rows = np.stack([1 / ms, sums / ms], 1)

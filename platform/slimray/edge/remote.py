@@ -1,8 +1,8 @@
-"""A device that runs `slimray agent`: networks go there as ONNX files, times come back.
+"""A device that runs `slimray agent`: sends networks there as ONNX files and receives times.
 
-`connect` makes a `Remote`; `runtime(remote)` is a row like those of RUNTIMES, so that a table is measured on the device
-by the code that measures one here; `time_export` times a whole exported network. What the agent refuses is a UserError
-in its words; one that dies is a RunFailed, and the table goes on from its last round.
+`connect` makes a `Remote`; `runtime(remote)` is a row like those of RUNTIMES, so that the code that measures a table
+here also measures one on the device; `time_export` times a whole exported network. A request that the agent refuses
+raises UserError with its message; an agent that dies raises RunFailed, and the table resumes after its last round.
 """
 
 import hashlib
@@ -25,30 +25,30 @@ from slimray.edge.runtimes import RUNS_PER_READING, Chain, Clock, Reading, Runti
 from slimray.runtime.agent import PROTOCOL, TOKEN_VARIABLE
 from slimray.spec import RunFailed, UserError
 
-HARDWARE = "device-onnx"  # as tables name it
+HARDWARE = "device-onnx"  # its name in tables
 CONNECT_S = 10.0
-ANSWER_S = 600.0  # more than an agent lets a measurement take
+ANSWER_S = 600.0  # more than an agent's limit of a measurement
 MAX_ANSWER_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Remote:
-    """An agent: where it is, its token, and what it said of itself (`about`)."""
+    """An agent: its URL, its token, and its description of itself (`about`)."""
 
     url: str
     token: str = field(repr=False)
     about: dict[str, Any]
 
     def ask(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
-        """Return the agent's answer; UserError for what it refuses, RunFailed if it is gone."""
+        """Return the agent's response; UserError if it refuses, RunFailed if it is unreachable."""
         return _ask(self.url, self.token, method, path, body)
 
     def send(self, data: bytes) -> str:
-        """Return the name (SHA-256) of an ONNX file on the device; it is sent unless it is there."""
+        """Return the name (SHA-256) of an ONNX file on the device, after sending it if it is missing there."""
         most = int(self.about["limits"]["max_mb"])
         if len(data) > most << 20:
             raise UserError(
-                f"{self.url}: the network has {len(data) >> 20} MB, the agent takes {most}: raise its --max-mb"
+                f"{self.url}: the network has {len(data) >> 20} MB, the agent accepts {most}: raise its --max-mb"
             )
         name = hashlib.sha256(data).hexdigest()
         if not self.ask("GET", f"/networks/{name}")["here"]:
@@ -56,31 +56,31 @@ class Remote:
         return name
 
     def time(self, chains: Sequence[Mapping[str, Any]], threads: int) -> dict[str, Any]:
-        """Return the ms of chains: see `slimray.runtime.worker`."""
+        """Return the ms of chains, see `slimray.runtime.worker`."""
         return self.ask("POST", "/time", json.dumps({"threads": threads, "chains": list(chains)}).encode())
 
 
 def connect(url: str, plain_http: bool = False) -> Remote:
     """Return the agent at `url`, whose token is in the environment.
 
-    UserError for a missing or wrong token, for an address that is none, and for plain HTTP to another host than this
-    one, which would show the token to the network, unless `plain_http` allows it.
+    Raises UserError for a missing or wrong token, for an invalid address, and, unless `plain_http` allows it, for plain
+    HTTP to another host, which would expose the token to the network.
     """
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.path.strip("/"):
         raise UserError(f"--device {url}: must be http://HOST:PORT or https://HOST:PORT")
     token = os.environ.get(TOKEN_VARIABLE, "")
     if not token:
-        raise UserError(f"--device {url}: set {TOKEN_VARIABLE} to the token that `slimray agent` printed there")
+        raise UserError(f"--device {url}: needs a token, set {TOKEN_VARIABLE} to the one that `slimray agent` printed")
     if parts.scheme == "http" and not _is_loopback(parts.hostname) and not plain_http:
         raise UserError(
-            f"--device {url}: the token would go over the network in the clear: use a tunnel "
+            f"--device {url}: the token would be sent over the network unencrypted: use a tunnel "
             f"(ssh -L 8060:127.0.0.1:8060 {parts.hostname}, then --device http://127.0.0.1:8060), or --plain-http"
         )
     about = _ask(url, token, "GET", "/about", None)
     if about.get("protocol") != PROTOCOL:
         raise UserError(
-            f"--device {url}: speaks protocol {about.get('protocol')!r}, this slimray {PROTOCOL}: update it"
+            f"--device {url}: uses protocol {about.get('protocol')!r}, this slimray {PROTOCOL}: update the older one"
         )
     return Remote(url, token, about)
 
@@ -100,7 +100,7 @@ def _ask(url: str, token: str, method: str, path: str, body: bytes | None) -> di
         try:
             connection.connect()
             connection.sock.settimeout(ANSWER_S)
-            with suppress(BrokenPipeError, ConnectionResetError):  # it may answer before it has read everything
+            with suppress(BrokenPipeError, ConnectionResetError):  # it may respond before it has read everything
                 connection.request(method, path, body, {"Authorization": f"Bearer {token}"})
             response = connection.getresponse()
             data = response.read(MAX_ANSWER_BYTES)
@@ -109,7 +109,7 @@ def _ask(url: str, token: str, method: str, path: str, body: bytes | None) -> di
         found = json.loads(data)
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
-        sentence = f"{url}: the agent does not answer ({reason}): start `slimray agent` there, the same command goes on"
+        sentence = f"{url}: the agent does not respond ({reason}): start `slimray agent` there and repeat the command"
         raise RunFailed(sentence) from None
     if response.status != 200:
         said = found.get("error") if isinstance(found, dict) else None
@@ -121,7 +121,7 @@ def _ask(url: str, token: str, method: str, path: str, body: bytes | None) -> di
 
 
 def runtime(remote: Remote) -> Runtime:
-    """The device as what runs networks, for `profiler.profile`."""
+    """Return the device as a Runtime, for `profiler.profile`."""
     return Runtime(
         description=f"ONNX Runtime on {remote.about['device']}",
         prepare=partial(_prepare, remote),
@@ -140,13 +140,13 @@ def runtime(remote: Remote) -> Runtime:
 
 @dataclass(frozen=True)
 class _Network:
-    """A network on the device: its name there and how many threads it computes with."""
+    """A network on the device: its name there and its number of threads."""
 
     name: str
     threads: int
 
     def __call__(self, given: Any) -> Any:
-        raise TypeError("a network on a device is timed there, not called")
+        raise TypeError("a network on a device can be timed there, but not called")
 
 
 def _prepare(remote: Remote, module: nn.Module, x: Tensor, threads: int) -> Step:
@@ -166,7 +166,7 @@ def _timed(remote: Remote, steps: Sequence[Any], inputs: Sequence[Any], clock: C
 
 
 def _reading(remote: Remote, reference: Chain, chain: Chain, runs: int, clock: Clock) -> Reading:
-    """One request: the reference, then the chain, so that nothing lies between its runs but themselves."""
+    """Return a reading from a single request: the reference, then the chain, so that nothing comes between them."""
     threads = chain.steps[0].threads  # type: ignore[attr-defined]
     chains = [
         {"skip": 1, "runs": runs - 1, "steps": _steps(reference.steps, reference.inputs)},
@@ -180,9 +180,9 @@ def _reading(remote: Remote, reference: Chain, chain: Chain, runs: int, clock: C
 
 
 def time_export(remote: Remote, data: bytes, feeds: Mapping[str, Any], threads: int, rounds: int) -> dict[str, Any]:
-    """Return what an exported network takes on the device: median, 10th and 90th percentile in ms of `rounds` runs.
+    """Return the latency of an exported network on the device: median, 10th and 90th percentile in ms of `rounds` runs.
 
-    `feeds` are its inputs: name -> [shape, numpy type]. With the device's conditions right after.
+    `feeds` are its inputs: name -> [shape, numpy type]. The result includes the device's conditions right afterwards.
     """
     name = remote.send(data)
     found = remote.time([{"skip": 3, "runs": rounds, "steps": [[name, dict(feeds)]]}], threads)

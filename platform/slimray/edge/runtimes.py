@@ -1,4 +1,4 @@
-"""Runtimes of networks on this device, and how they are timed: torch, torch.compile, ONNX Runtime, a GPU."""
+"""Runtimes of networks on this device, and their timing: torch, torch.compile, ONNX Runtime, a GPU."""
 
 import contextlib
 import importlib.metadata
@@ -19,7 +19,7 @@ from slimray import __version__
 from slimray.edge import onnx_file
 from slimray.spec import UserError
 
-RUNS_PER_READING = 2  # after one that is not timed; the fastest counts
+RUNS_PER_READING = 2  # after an untimed run; the fastest counts
 THREAD_CLOCK = time.get_clock_info("thread_time").resolution <= 1e-6  # coarse on Windows
 Step = Callable[[Any], Any]
 Clock = Callable[[], float]  # seconds
@@ -27,7 +27,7 @@ Clock = Callable[[], float]  # seconds
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """Steps that run one after another, their names, and what goes in where it is not what came out before."""
+    """Steps that run one after another, their names, and inputs of their own (None: the previous step's output)."""
 
     keys: tuple[str, ...]
     steps: tuple[Step, ...]
@@ -36,8 +36,8 @@ class Chain:
 
 @dataclass(frozen=True)
 class Reading:
-    """The fastest ms of each step of a chain, those of the reference just before, and how long it took altogether:
-    seconds by the clock on the wall and seconds that the measuring thread had a processor."""
+    """The fastest ms of each step of a chain, those of the reference just before, and the total seconds: wall time and
+    processor time of the measuring thread."""
 
     reference_ms: float
     ms: list[float]
@@ -47,11 +47,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Way to run networks on a device: `prepare(module, x)` makes a step, `feed` brings an input to it.
+    """A way to run networks on a device: `prepare(module, x, threads)` makes a step, `feed` converts an input for it.
 
-    `timed(steps, inputs, clock)` runs a chain and gives the ms of each step; `inputs[i]` None: what the
-    step before gave. `check` raises UserError where it cannot run here. `per_shape`: a step is for one shape of input,
-    takes seconds to prepare and is prepared once for equal units; else it is the module, of which every place has one.
+    `timed(steps, inputs, clock)` runs a chain and returns the ms of each step; `inputs[i]` None stands for the output
+    of the previous step. `check` raises UserError if it cannot run here. `per_shape`: a step is specific to one input
+    shape, takes seconds to prepare and is prepared once for equal units; otherwise a step is the module itself, one per
+    place.
     """
 
     description: str
@@ -63,12 +64,12 @@ class Runtime:
     per_shape: bool = False
     num_resolutions: int | None = None
     reading: Callable[[Chain, Chain, int, Clock], Reading] | None = None
-    """The reference, a chain, runs of the reference: of a device elsewhere, which must not be asked run by run."""
+    """Reads (reference, chain, runs of the reference, clock) in one request, for a remote device."""
     reference: Callable[[nn.Module, Tensor], Step] | None = None
-    """Prepares the reference network, where that is not done in torch here."""
+    """Prepares the reference network, if it does not run in torch here."""
     versions: Callable[[], dict[str, str]] | None = None
     conditions: Callable[[], dict[str, Any]] | None = None
-    """Temperature, clock, throttling, watts as far as the device tells them."""
+    """Returns temperature, clock, throttling and watts, as far as the device reports them."""
 
 
 def _timed_on_cpu(steps: Sequence[Step], inputs: Sequence[Any], clock: Clock) -> list[float]:
@@ -97,7 +98,8 @@ def _eager(module: nn.Module, x: Tensor, threads: int) -> Step:
 
 
 def _compiled(module: nn.Module, x: Tensor, threads: int) -> Step:
-    # exported first: every graph is then code of its own, else Dynamo's limit of graphs per class ends in eager mode
+    # exported first, so that every graph has code of its own; otherwise Dynamo's limit of graphs per class falls back
+    # to eager mode
     return torch.compile(torch.export.export(module, (x,)).module(), dynamic=False)
 
 
@@ -111,12 +113,12 @@ def _on_gpu(module: nn.Module, x: Tensor, threads: int) -> Step:
 
 
 def _nothing() -> None:
-    """Runs everywhere."""
+    """Check nothing: it runs everywhere."""
 
 
 def _needs_compiler() -> None:
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
-        raise UserError("hardware: cpu-compiled needs a C++ compiler (g++ or clang++): install one, or take cpu-eager")
+        raise UserError("hardware: cpu-compiled needs a C++ compiler (g++ or clang++): install one, or use cpu-eager")
 
 
 def _needs_onnx() -> None:
@@ -125,11 +127,11 @@ def _needs_onnx() -> None:
 
 def _needs_gpu() -> None:
     if not torch.cuda.is_available():
-        raise UserError("hardware: cuda: torch sees no CUDA device here: take cpu-eager, cpu-compiled or cpu-onnx")
+        raise UserError("hardware: cuda: torch finds no CUDA device here: use cpu-eager, cpu-compiled or cpu-onnx")
 
 
 def cpu_name() -> str:
-    """The name of this machine's processor."""
+    """Return the name of this machine's processor."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("model name", "Model")):
@@ -154,8 +156,7 @@ INSTRUCTIONS = (
 
 
 def cpu_flags() -> list[str]:
-    """Return which of INSTRUCTIONS this machine's processor has; those of int8 products change what int8 networks
-    give."""
+    """Return those of INSTRUCTIONS that this processor has; the int8 ones change the outputs of int8 networks."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -184,7 +185,7 @@ RUNTIMES: dict[str, Runtime] = {
 
 
 def reference_module() -> nn.Module:
-    """A small network that is timed again and again: how fast the machine is just now. Takes `[1, 24, 28, 28]`."""
+    """Return a small network, timed repeatedly to track the speed of the machine. Takes `[1, 24, 28, 28]`."""
     return nn.Sequential(
         nn.Conv2d(24, 96, 1), nn.ReLU(), nn.Conv2d(96, 96, 3, padding=1, groups=96), nn.ReLU(), nn.Conv2d(96, 24, 1)
     ).eval()
@@ -192,7 +193,7 @@ def reference_module() -> nn.Module:
 
 @contextlib.contextmanager
 def settings(threads: int) -> Iterator[None]:
-    """So many threads, and denormal numbers as zeros: they are slow, and only fresh weights make many."""
+    """Set the number of threads, and flush denormals to zero, which are slow and only frequent in untrained nets."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)

@@ -56,7 +56,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Points (x, y), a line through their Pareto front (low x; high or low y, as `better` says), and named points
+    """Points (x, y), a line through their Pareto front (low x; high or low y, by `better`), and named points
     (x, y, name)."""
 
     title: str
@@ -107,8 +107,8 @@ def by_batch(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any] = NOT
     metric, unit = (found[0]["name"], found[0]["unit"]) if found else (None, "")
     rules: dict[str, list[Mapping[str, Any]]] = {}
     for row in known:
-        rules.setdefault(f"rate {1000 * row['peak_lr'] / row['batch']:.3g} per 1,000 of a batch", []).append(row)
-        rules.setdefault(f"rate {row['peak_lr']:.3g} whatever the batch", []).append(row)
+        rules.setdefault(f"rate {1000 * row['peak_lr'] / row['batch']:.3g} per 1,000 samples", []).append(row)
+        rules.setdefault(f"rate {row['peak_lr']:.3g} for any batch", []).append(row)
     series = {}
     for name, chosen in rules.items():
         chosen = sorted(chosen, key=lambda row: row["batch"])

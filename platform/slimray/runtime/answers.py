@@ -79,7 +79,7 @@ Answerer = Callable[[Path, Readers], Answer]
 
 @dataclass(frozen=True)
 class Answers:
-    """How a task answers for files: `answer` returns a function of a file; `writes` is True if that writes files."""
+    """A task's answers for files: `answer` returns a function of a file; `writes` is True if that writes files."""
 
     name: str
     answer: Callable[[Model, AnswerOptions], Answerer]

@@ -44,7 +44,7 @@ class Pairs:
 
 def enclosing(count: int) -> int:
     """Return how many of `count` sorted values can be dropped at either end of a 95 % interval of their median."""
-    skip, ways, tail = 0, count, 1 + count  # outcomes of `count` coin tosses with skip + 1 heads, with at most so many
+    skip, ways, tail = 0, count, 1 + count  # outcomes of `count` coin tosses with exactly, with at most skip + 1 heads
     while 40 * tail <= 2**count:
         skip += 1
         ways = ways * (count - skip) // (skip + 1)

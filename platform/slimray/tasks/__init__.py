@@ -1,6 +1,6 @@
-"""The tasks: what networks predict and how that is judged. `TASKS` is the table; a new task is a file and a row.
+"""Tasks: what networks predict and how predictions are scored. `TASKS` is the table; a new task is a file and a row.
 
-A card names its task (`task:`); `task_of_card` gives that of cards written before they did.
+A card names its task (`task:`); `task_of_card` infers the task of older cards without it.
 """
 
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ TASKS: dict[str, Task] = {
 
 
 def task_of_card(card: Any) -> Task:
-    """Return the task of a dataset card; UserError for one that is not known."""
+    """Return the task of a dataset card; UserError for an unknown one."""
     return lookup(TASKS, card.task or task_before(card.sample, card.labelling.per_point, bool(card.parts)), "task")
 
 
 def task_options(card: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a card's task with their defaults; UserError `data.task.scale: ...` for what is wrong."""
+    """Return the options of a card's task with their defaults; UserError `data.task.scale: ...` for an invalid one."""
     try:
         return parse(task_of_card(card).spec, dict(given), "data.task").model_dump()
     except UserError as error:
@@ -35,6 +35,6 @@ def task_options(card: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_target(task: Task, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a plain recipe with the target that `task` has for it."""
+    """Return a plain recipe with its target in `task`."""
     plain = {key: value for key, value in recipe.items() if key != "target"}
     return {**plain, "target": task.target(plain).to_plain()}

@@ -1,16 +1,16 @@
-"""Geometry of 3D boxes that stand on the ground: their IoU from above and in space. numpy alone, in float64.
+"""Geometry of upright 3D boxes: their IoU from above and in space. numpy only, in float64.
 
-A box is x, y, z of the middle of its bottom in rect camera axes (metres, y down), length, width, height, and its
+A box is x, y, z of the centre of its bottom in rectified camera axes (metres, y down), length, width, height, and its
 heading about y: `[n, 7]`. At heading 0 the length lies along x.
 """
 
 import numpy as np
 
-MAX_PAIRS = 2**13  # pairs of boxes held at a time, some 8 MB
+MAX_PAIRS = 2**13  # pairs of boxes processed at once, about 8 MB
 
 
 def box_ious(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """IoU from above and in space of each box with its other, `[n, 7]` both: `[n]`, `[n]`; 0 for a box without size."""
+    """Return the IoU from above and in space, `[n]` each, of pairs of boxes, `[n, 7]` each; 0 for an empty box."""
     boxes, others = np.asarray(boxes, np.float64), np.asarray(others, np.float64)
     slices = [slice(start, start + MAX_PAIRS) for start in range(0, len(boxes), MAX_PAIRS)]
     area = np.concatenate([_shared_area(boxes[one], others[one]) for one in slices] or [np.zeros(0)])
@@ -23,9 +23,9 @@ def box_ious(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def box_iou_matrix(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """IoU from above and in space of every box with every other: `[n, 7]`, `[m, 7]` -> `[n, m]`, `[n, m]`.
+    """Return the IoU from above and in space of all pairs of boxes: `[n, 7]`, `[m, 7]` -> `[n, m]`, `[n, m]`.
 
-    Only pairs whose circles from above touch are clipped.
+    Only pairs whose circumscribed circles touch are clipped against each other.
     """
     boxes, others = np.asarray(boxes, np.float64).reshape(-1, 7), np.asarray(others, np.float64).reshape(-1, 7)
     reach = np.hypot(boxes[:, 3], boxes[:, 4])[:, None] / 2 + np.hypot(others[:, 3], others[:, 4]) / 2
@@ -41,17 +41,17 @@ def over(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def turned(x: np.ndarray, z: np.ndarray, heading: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Points (x, z) turned about y by `heading`."""
+    """Return points (x, z) rotated about y by `heading`."""
     cos, sin = np.cos(heading), np.sin(heading)
     return cos * x + sin * z, cos * z - sin * x
 
 
 def _shared_area(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """The area that each box and its other have in common from above, `[n]`.
+    """Return the overlap of each pair of boxes from above, `[n]`.
 
     In its own axes the other box is |x| <= a, |z| <= b. The outline of the box is cut where it crosses the lines x = a,
-    x = -a, z = b, z = -b, and every piece is clamped into the other box: outside, it turns into a path along the rim,
-    and the whole encloses the common area. No case is special, not even shared sides or equal boxes.
+    x = -a, z = b, z = -b, and every piece is clamped to the other box: pieces outside become a path along its border,
+    and the whole path encloses the overlap. There are no special cases, not even shared sides or equal boxes.
     """
     x, z = turned(boxes[:, 0] - others[:, 0], boxes[:, 2] - others[:, 2], -others[:, 6])
     half, limit = np.maximum(boxes[:, 3:5], 0) / 2, np.maximum(others[:, 3:5], 0)[:, :, None, None] / 2
@@ -60,7 +60,7 @@ def _shared_area(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     corners = np.stack([u + x[:, None], v + z[:, None]], 1)[..., None]  # [n, 2, 4, 1]
     edges = np.roll(corners, -1, 2) - corners
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        cuts = np.concatenate([-limit - corners, limit - corners], 3) / edges  # where an edge is parallel: nan or inf
+        cuts = np.concatenate([-limit - corners, limit - corners], 3) / edges  # nan or inf for a parallel edge
     cuts = np.nan_to_num(np.concatenate([cuts[:, 0], cuts[:, 1], np.zeros_like(cuts[:, 0, :, :1])], 2))
     cuts = np.sort(cuts.clip(0, 1), 2)[:, None]  # [n, 1, 4, 5], from 0: 1 is the 0 of the next edge
     p, q = (corners + cuts * edges).clip(-limit, limit).reshape(len(boxes), 2, 20).transpose(1, 0, 2)

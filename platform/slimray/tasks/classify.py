@@ -1,6 +1,6 @@
-"""Classification: one class for a sample, whatever a sample is.
+"""Classification: one class per sample, for samples of any modality.
 
-Outputs are logits `[n, C]`, targets int64 `[n]`, -1 unknown. Accuracies are percent, 0-100.
+Outputs are logits `[n, C]`, targets int64 `[n]`, -1 if unknown. Accuracies are in percent, 0-100.
 """
 
 import functools
@@ -20,24 +20,24 @@ from slimray.tasks.task import LOSS, LossOptions, Metric, Table, Task, chance_of
 
 
 def class_weights(options: LossOptions, device: torch.device) -> Tensor | None:
-    """Return the weight of each class `[C]`, None where all weigh the same."""
+    """Return the weight of each class `[C]`, None if all are equal."""
     weights = options.class_weights
-    if weights is None or isinstance(weights, str):  # "balanced" is counted before a training begins
+    if weights is None or isinstance(weights, str):  # "balanced" is replaced by weights before training starts
         return None
     return _weights_on(tuple(weights), device)
 
 
 @functools.cache
 def _weights_on(weights: tuple[float, ...], device: torch.device) -> Tensor:
-    """They are sent once, as whoever sends waits for a GPU; for a loss with a gradient too."""
+    """Return the weights on a device, copied only once, because a copy waits for the GPU; usable with gradients."""
     with torch.inference_mode(False):
         return torch.tensor(weights, dtype=torch.float32, device=device)
 
 
 def class_losses(logits: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
-    """Return the cross-entropy at each label, 0 where that is -1: logits `[n, C, ...]`, labels int64 `[n, ...]`.
+    """Return the cross-entropy at each label, 0 at -1: logits `[n, C, ...]`, labels int64 `[n, ...]`.
 
-    Smoothed and weighted by class as the options say.
+    Label smoothing and class weights are those of the options.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return nn.functional.cross_entropy(
@@ -56,7 +56,7 @@ def losses(logits: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
 
 
 def weights(labels: Tensor, options: LossOptions) -> Tensor:
-    """Return the weight of each sample `[n]`: that of its class, 1 without class weights."""
+    """Return the weight of each sample `[n]`: that of its class, or 1 without class weights."""
     by_class = class_weights(options, labels.device)
     if by_class is None:
         return torch.ones(len(labels), device=labels.device)
@@ -64,14 +64,14 @@ def weights(labels: Tensor, options: LossOptions) -> Tensor:
 
 
 def likeliest(scores: Tensor) -> Tensor:
-    """Return the class of the largest of scores `[n, C, ...]`, int64 `[n, ...]`; -1 where that is not finite."""
+    """Return the class with the largest score of `[n, C, ...]`, int64 `[n, ...]`; -1 if that score is not finite."""
     best, chosen = scores.max(1)
     return torch.where(best.isfinite(), chosen, -1)
 
 
 class ClassScore:
-    """Counts of an evaluation, to be summed over ranks: `confusion[truth, predicted]`, top-5 hits, loss, and samples
-    whose scores are not finite (`missed[truth]`), which count as wrong."""
+    """Counts of an evaluation, summed over ranks: `confusion[truth, predicted]`, top-5 hits, loss, and samples whose
+    scores are not finite (`missed[truth]`), which count as wrong."""
 
     def __init__(self, num_classes: int):
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
@@ -79,7 +79,7 @@ class ClassScore:
         self.missed = torch.zeros(num_classes, dtype=torch.int64)
 
     def add(self, scores: Tensor, labels: Tensor) -> None:
-        """Count scores `[n, C]` against labels int64 `[n]`; samples with label -1 (unknown) are left out."""
+        """Count scores `[n, C]` against labels int64 `[n]`; samples with label -1 (unknown) are ignored."""
         known = labels >= 0
         scores, labels = scores[known].float().cpu(), labels[known].cpu()
         if not len(labels):
@@ -98,9 +98,9 @@ class ClassScore:
         return self.confusion, self.sums, self.missed
 
     def result(self) -> dict[str, float | int]:
-        """top1, top5, mean_class_accuracy (percent; the latter over classes that occur), loss, num_samples.
+        """Return top1, top5, mean_class_accuracy (percent; the last over classes that occur), loss, num_samples.
 
-        Besides num_not_finite if there is any: samples whose scores are not finite.
+        num_not_finite is added if the scores of some samples are not finite.
         """
         missed, own = int(self.missed.sum()), self.confusion.diagonal().double()
         total = int(self.confusion.sum()) + missed
@@ -116,14 +116,14 @@ class ClassScore:
 
 
 def start(setting: Setting) -> Pass:
-    """A pass that scores samples, their views averaged."""
+    """Return a pass that scores samples, averaged over views."""
     return Pass(setting, ClassScore(len(setting.network.classes)))
 
 
 def examples(
     network: Network, views: np.ndarray, outputs: Tensor, targets: np.ndarray, shown: int
 ) -> Iterable[dict[str, Any]]:
-    """Yield samples as their modality draws them, with the truth and the three likeliest classes."""
+    """Yield samples in the form of their modality, with the true class and the three likeliest classes."""
     draw = modality_of(network.recipe).example
     assert draw is not None
     for number, (view, scores, label) in enumerate(zip(views, outputs, targets, strict=True), shown):
@@ -132,13 +132,13 @@ def examples(
 
 
 def tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Table]:
-    """Return a table of top1 with frames in natural and in shuffled order, for runs that were scored both ways."""
+    """Return a table of top1 with frames in natural and in shuffled order, for runs that were scored on both."""
     top1 = {(row.get("run"), row.get("variant")): row.get("top1") for row in rows}
     names = list(dict.fromkeys(row.get("run") for row in rows))
     pairs = [(name, top1.get((name, "natural")), top1.get((name, "shuffled"))) for name in names]
     cells = [(name, a, b, a - b) for name, a, b in pairs if a is not None and b is not None]
-    note = "Points of top1 lost when frames come in random order: near 0, the network does not use motion."
-    return [Table("What frame order is worth", ("run", "natural", "shuffled", "lost"), cells, note)] if cells else []
+    note = "Points of top1 lost when frames are in random order; near 0, the network does not use motion."
+    return [Table("Value of frame order", ("run", "natural", "shuffled", "lost"), cells, note)] if cells else []
 
 
 CLASSIFY = Task(

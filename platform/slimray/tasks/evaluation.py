@@ -1,7 +1,7 @@
-"""A pass of a network over a split on one rank: what `evaluate` asks a task for, and how most tasks answer it.
+"""A pass of a network over a split on one rank, as `evaluate` uses it, with the implementation that most tasks share.
 
-Samples come step by step, valid ones only. All ranks take every step and `settle` after it; `score` is then summed over
-ranks and `found` is gathered on the first one.
+Valid samples arrive step by step. All ranks take every step and call `settle` after it; then `score` is summed over
+ranks and `found` is gathered on the first rank.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +19,9 @@ from slimray.tasks.task import Outputs, Score, Task
 class Setting:
     """Settings of a pass.
 
-    `recipe` is the plain one of its samples, `paths` gives those of the whole index to a pass that asks for them,
-    `batch` is the samples of a step over all ranks, `rows` the samples that a network sees at once. `options` are those
-    of the evaluation (`votes`, `missed`, ...), `parts` the labels of each shape's parts.
+    `recipe` is the plain recipe of its samples, `paths` returns the paths of the whole index to a pass that needs them,
+    `batch` is the number of samples of a step over all ranks, `rows` the number that a network sees at once. `options`
+    are those of the evaluation (`votes`, `missed`, ...), `parts` the labels of each shape's parts.
     """
 
     task: Task
@@ -36,7 +36,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples that decode: `data` `[n, V, ...]`, `targets` `[n, ...]`, their paths and their rows in the index."""
+    """Decoded samples: `data` `[n, V, ...]`, `targets` `[n, ...]`, their paths and their row numbers in the index."""
 
     data: np.ndarray
     targets: np.ndarray
@@ -48,14 +48,14 @@ class Samples:
 
 
 class Pass:
-    """A pass that scores outputs of samples, their views averaged."""
+    """A pass that scores the outputs of samples, averaged over views."""
 
     def __init__(self, setting: Setting, score: Score):
         self.setting, self.score = setting, score
         self.found: list[Any] = []  # plain values that the first rank gathers
 
     def take(self, samples: Samples) -> Outputs | None:
-        """Count samples (one or more); returns the outputs that examples are made of, of the first view."""
+        """Count samples (at least one); return the outputs from which examples are made."""
         network = self.setting.network
         outputs = predict_outputs(
             network.net, samples.data, network.pixels, network.device, self.setting.rows, network.precision
@@ -64,14 +64,14 @@ class Pass:
         return outputs
 
     def settle(self, step: int, world: int) -> None:
-        """Count what is known only when a step is over. A collective."""
+        """Count what is known only after a step. A collective."""
 
     def result(self) -> dict[str, Any]:
-        """Return the metrics by name, once all ranks' counts are in the score."""
+        """Return the metrics by name, after the counts of all ranks have been summed into the score."""
         return self.score.result()
 
     def show(self, samples: Samples, outputs: Outputs | None, before: Sequence[dict], most: int) -> list[dict]:
-        """Return examples out of `samples`, `most` of a run with those `before`."""
+        """Return examples from `samples`, at most `most` per run including those of `before`."""
         count = min(len(samples), most - len(before))
         if outputs is None or count <= 0:
             return []

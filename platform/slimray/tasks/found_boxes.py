@@ -1,9 +1,10 @@
-"""Boxes found by frustum networks, for `evaluate`: what each rank found, KITTI's AP of it all, pictures from above.
+"""Boxes found by frustum networks, for `evaluate`: detections of each rank, KITTI's AP of them all, pictures from
+above.
 
-A detection is a plain dict (`image`, `name`, `box` `[7]`, `height` in pixels, `score`), so that ranks can hand theirs
-to the first one. What is to be found lies beside the index, `SPLIT.objects.json` as `prepare` wrote it, so that objects
-without a frustum count as missed. AP: 1711.08488, KITTI devkit; the points a network looks at are drawn at random, so
-published numbers are means over 20 runs (`repeats`).
+A detection is a plain dict (`image`, `name`, `box` `[7]`, `height` in pixels, `score`), so that ranks can send theirs
+to the first one. The objects to be found are in `SPLIT.objects.json` beside the index, written by `prepare`, so that
+objects without a frustum count as missed. AP: arXiv 1711.08488, KITTI devkit; the points that a network sees are drawn
+at random, so published numbers are means over 20 runs (`repeats`).
 """
 
 import json
@@ -20,13 +21,13 @@ from slimray.spec import RunFailed
 from slimray.tasks import kitti
 from slimray.tasks.kitti import Detections, Labels
 
-POINTS_SHOWN = 4000  # of an image, in a picture
+POINTS_SHOWN = 4000  # per image, in a picture
 
 Detection = dict[str, Any]
 
 
 def detections_of(boxes: np.ndarray, truth: np.ndarray, paths: Sequence[str]) -> list[Detection]:
-    """Boxes `[n, 7]` found in frustums of `paths`, with their truths float32 `[n, N + 11]`, as detections."""
+    """Return boxes `[n, 7]` found in frustums of `paths`, with their truths float32 `[n, N + 11]`, as detections."""
     labels, _, scores, heights = truth[:, -4:].T
     return [
         {
@@ -41,20 +42,20 @@ def detections_of(boxes: np.ndarray, truth: np.ndarray, paths: Sequence[str]) ->
 
 
 def read_objects(root: str, split: str) -> dict[str, Labels]:
-    """Image -> its labelled objects; RunFailed if the prepared dataset has none."""
+    """Return image -> its labelled objects; RunFailed if the prepared dataset has no file of objects."""
     fs, folder = storage.open_uri(root)
     place = storage.join(folder, f"{split}.objects.json")
     try:
         images = json.loads(storage.read_bytes(fs, place))
     except FileNotFoundError:
-        raise RunFailed(f"{place}: is missing, it says what is to be found: run prepare again") from None
+        raise RunFailed(f"{place}: is missing, it lists the objects to be found: run prepare again") from None
     return {one["image"]: _labels(one["objects"]) for one in images}
 
 
 def _labels(objects: list[dict[str, Any]]) -> Labels:
     solid = [one for one in objects if one["box"] is not None]
     boxes = np.array([one["box"] for one in solid], np.float64).reshape(-1, 7)
-    boxes[:, 1] += boxes[:, 5] / 2  # of the centre, to the middle of the bottom
+    boxes[:, 1] += boxes[:, 5] / 2  # from the centre to the middle of the bottom
     heights = [one["box_2d"][3] - one["box_2d"][1] for one in solid]
     return Labels(
         [one["kind"] for one in solid],
@@ -66,7 +67,7 @@ def _labels(objects: list[dict[str, Any]]) -> Labels:
 
 
 def average_precisions(found: Sequence[Detection], objects: Mapping[str, Labels]) -> dict[str, float]:
-    """KITTI's AP in percent (see `kitti.kitti_ap`) of the detections in all images."""
+    """Return KITTI's AP in percent (see `kitti.kitti_ap`) of the detections in all images."""
     by_image = _by_image(found)
     frames = [kitti.compare_frame(labels, _detections(by_image.get(image, []))) for image, labels in objects.items()]
     return kitti.kitti_ap(frames)
@@ -89,7 +90,7 @@ def _detections(found: Sequence[Detection]) -> Detections:
 
 
 def scene_points(data: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """The points `[n, C, N]` of frustums turned back into camera coordinates, float32 `[n * N, 3]`."""
+    """Return the points `[n, C, N]` of frustums rotated back into camera coordinates, float32 `[n * N, 3]`."""
     clouds = [
         point_sets.turned(points[:3].T, -rotation) for points, rotation in zip(data, truth[:, -3].tolist(), strict=True)
     ]
@@ -99,7 +100,7 @@ def scene_points(data: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def pictures(
     points: Mapping[str, list[np.ndarray]], found: Sequence[Detection], objects: Mapping[str, Labels]
 ) -> list[dict[str, Any]]:
-    """A view from above of each image of `points` (image -> points `[n, 3]` of its frustums), for the report."""
+    """Return a view from above of each image of `points` (image -> points `[n, 3]` of its frustums), for the report."""
     by_image, out = _by_image(found), []
     for image, parts in points.items():
         coords = np.concatenate([np.asarray(part, np.float32) for part in parts])

@@ -1,4 +1,4 @@
-"""3D boxes out of frustums (KITTI): what a network's outputs mean as boxes, and how many of them are right.
+"""3D boxes from frustums (KITTI): decodes a network's outputs into boxes, and scores them.
 
 In: the outputs of a frustum network and the truth. Out: boxes `[n, 7]` as in boxes.py, and percent, 0-100, merged over
 ranks by summing `tensors()`. Frustum PointNets: arXiv 1711.08488.
@@ -32,18 +32,18 @@ AP = re.compile(r"ap(\d+)_(3d|bev)_(.+)_(easy|moderate|hard)")  # see kitti.kitt
 
 @cache
 def _sizes(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The size template of each class (int64 `[3]`), and all templates l, w, h in metres `[1, 8, 3]`."""
+    """Return the size template of each class (int64 `[3]`), and all templates l, w, h in metres `[1, 8, 3]`."""
     numbers = [list(SIZE_TEMPLATES).index(name) for name in KITTI_CLASSES]
     return torch.tensor(numbers, device=device), torch.tensor([list(SIZE_TEMPLATES.values())], device=device)
 
 
 def targets_of(truth: Tensor) -> dict[str, Tensor]:
-    """Return what a network's outputs should be, of truths `[n, N + 11]` (`load_frustum`): see `frustum_targets`."""
+    """Return the target outputs of a network for truths `[n, N + 11]` (`load_frustum`), see `frustum_targets`."""
     return frustum_targets(truth, *_sizes(truth.device))
 
 
 def losses(outputs: Mapping[str, Tensor], truth: Tensor, options: LossOptions) -> Tensor:
-    """Return the loss of each sample `[n]` against truths `[n, N + 11]`; 0 where no object is known."""
+    """Return the loss of each sample `[n]` against truths `[n, N + 11]`; 0 if no object is known."""
     targets = targets_of(truth)
     return torch.where(targets["known"], frustum_losses(outputs, targets, _sizes(truth.device)[1]), 0.0)
 
@@ -54,18 +54,18 @@ def weights(truth: Tensor, options: LossOptions) -> Tensor:
 
 
 def target(recipe: Mapping[str, Any]) -> Target:
-    """The mask of the points, the box, class, rotation, score and height of a frustum in a row."""
+    """Return the target: point mask, box, class, rotation, score and height of a frustum, concatenated."""
     return Target((read_recipe(dict(recipe)).num_points + 11,), "float32")
 
 
 def decode_boxes(
     outputs: Mapping[str, Any], size_templates: ArrayLike | Tensor, rotation: ArrayLike | Tensor = 0.0
 ) -> np.ndarray:
-    """Boxes `[n, 7]` out of what a frustum network returns; heading within [-pi, pi).
+    """Return boxes `[n, 7]` decoded from the outputs of a frustum network; headings are within [-pi, pi).
 
     `outputs`: `center` `[n, 3]`, `heading_scores` and `heading_residuals` `[n, 12]`, `size_scores` `[n, 8]` and
-    `size_residuals` `[n, 8, 3]`; `size_templates` hold l, w, h. `rotation` `[n]` is by how much the points had been
-    turned: pi / 2 + the angle of the frustum.
+    `size_residuals` `[n, 8, 3]`; `size_templates` hold l, w, h. `rotation` `[n]` is the angle by which the points had
+    been rotated: pi / 2 + the angle of the frustum.
     """
     scores, sizes = _numpy(outputs["heading_scores"]), _numpy(outputs["size_residuals"])
     heading_id, size_id = scores.argmax(1), _numpy(outputs["size_scores"]).argmax(1)
@@ -76,7 +76,7 @@ def decode_boxes(
 
 
 def _standing(center: np.ndarray, heading: np.ndarray, size: np.ndarray, rotation: np.ndarray | float) -> np.ndarray:
-    """Boxes `[n, 7]` turned back by `rotation` from their centres."""
+    """Return boxes `[n, 7]` from their centres, rotated back by `rotation`."""
     x, z = turned(center[:, 0], center[:, 2], np.asarray(rotation))
     wrapped = (heading + rotation + math.pi) % (2 * math.pi) - math.pi
     return np.column_stack([x, center[:, 1] + size[:, 2] / 2, z, size, wrapped])
@@ -87,10 +87,10 @@ def _numpy(values: Any) -> np.ndarray:
 
 
 class FrustumScore:
-    """Score of the boxes that frustum networks find, for the validation while they train; summed over ranks.
+    """Score of the boxes that frustum networks find, for validation during training; summed over ranks.
 
-    Not KITTI's AP: one box is compared with the one truth of its frustum. `min_ious` are the IoU in space above which a
-    box of each class is found (KITTI: 0.7, 0.5, 0.5).
+    Not KITTI's AP: one box is compared with the single true box of its frustum. `min_ious` are the IoUs in space above
+    which a box of each class counts as found (KITTI: 0.7, 0.5, 0.5).
     """
 
     def __init__(self, min_ious: Sequence[float] = (0.7, 0.5, 0.5)):
@@ -99,11 +99,11 @@ class FrustumScore:
         self.sums = torch.zeros(3, dtype=torch.float64)  # points whose mask is right, points, frustums without a truth
 
     def add_unknown(self, count: int) -> None:
-        """Count frustums in which no object is known: a detector's. They are samples, and say nothing of a network."""
+        """Count frustums without a known object, which come from a detector. They are samples, but are not scored."""
         self.sums[2] += count
 
     def add(self, outputs: Mapping[str, Tensor], truth: Tensor) -> None:
-        """Count what a network gives for frustums of truths `[n, N + 11]`; those without an object are unknown."""
+        """Count a network's outputs for frustums with truths `[n, N + 11]`; those without an object are unknown."""
         targets = targets_of(truth)
         known = targets["known"]
         self.add_unknown(int((~known).sum()))
@@ -127,7 +127,7 @@ class FrustumScore:
         truth = _standing(_numpy(targets["center"]), heading, template + _numpy(targets["size_residual"]), 0.0)
         found = decode_boxes(outputs, size_templates)
         _, iou = box_ious(found, truth)
-        iou = np.where(np.isfinite(found).all(1), iou, 0.0)  # a box that is not finite is nowhere
+        iou = np.where(np.isfinite(found).all(1), iou, 0.0)  # a box that is not finite overlaps nothing
         rows = np.stack([np.ones_like(iou), iou >= self.min_ious[labels], iou >= 0.7, iou], 1)
         self.boxes.index_add_(0, torch.from_numpy(labels), torch.from_numpy(rows))
         logits, mask = outputs["mask_logits"], targets["mask"]
@@ -140,8 +140,11 @@ class FrustumScore:
         return self.boxes, self.sums
 
     def result(self) -> dict[str, Any]:
-        """mask_acc, mean_iou_3d, found_3d (IoU of at least 0.7), class_found_3d (mean over classes, each at its own
-        threshold), percent, of the frustums with a known object; num_known of these, num_samples of all."""
+        """Return percentages over the frustums with a known object, num_known of these and num_samples of all.
+
+        mask_acc, mean_iou_3d, found_3d (IoU of at least 0.7), class_found_3d (mean over classes, each at its own
+        threshold).
+        """
         total, _, found, iou = self.boxes.sum(0).tolist()
         right, points, unknown = self.sums.tolist()
         return {
@@ -158,7 +161,7 @@ class FrustumScore:
 
 
 class BoxPass(Pass):
-    """A pass that also keeps the boxes found, for KITTI's AP, and the points of the images shown."""
+    """A pass that also keeps the found boxes, for KITTI's AP, and the points of the images shown."""
 
     def take(self, samples: Samples) -> Outputs | None:
         """Count the boxes of samples."""
@@ -169,7 +172,7 @@ class BoxPass(Pass):
         return outputs
 
     def show(self, samples: Samples, outputs: Outputs | None, before: Sequence[dict], most: int) -> list[dict]:
-        """Return the points of frustums, by image: `finish` makes scenes of them once all boxes are known."""
+        """Return the points of frustums, by image; `finish` makes scenes of them once all boxes are known."""
         images, out = {one["image"] for one in before}, []
         for number, path in enumerate(samples.paths):
             image = path.rpartition("#")[0]
@@ -181,12 +184,12 @@ class BoxPass(Pass):
 
 
 def start(setting: Setting) -> Pass:
-    """A pass over frustums."""
+    """Return a pass over frustums."""
     return BoxPass(setting, FrustumScore())
 
 
 def finish(row: dict[str, Any], result: PassResult) -> list[dict[str, Any]]:
-    """Add KITTI's AP, `ap`, to a row; returns scenes seen from above."""
+    """Add KITTI's AP, `ap`, to a row; return scenes seen from above."""
     objects = found_boxes.read_objects(result.root, result.split)
     row["ap"] = found_boxes.average_precisions(result.found, objects)
     points: dict[str, list[np.ndarray]] = {}
@@ -196,7 +199,7 @@ def finish(row: dict[str, Any], result: PassResult) -> list[dict[str, Any]]:
 
 
 def tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Table]:
-    """Return KITTI's AP of the rows that have `ap`: its name -> `mean`, `std` and `max` over repeats."""
+    """Return tables of KITTI's AP for the rows that have `ap` (name -> `mean`, `std` and `max` over repeats)."""
     levels, found = ("easy", "moderate", "hard"), dict[tuple[str, ...], dict[str, float]]()
     for row in rows:
         key = " · ".join(str(row[name]) for name in ("run", "variant") if row.get(name))
@@ -206,14 +209,14 @@ def tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Ta
                 where = "in space" if seen == "3d" else "from above"
                 found.setdefault((key, kind, where, recalls), {})[level] = numbers["mean"]
     cells = [(*key, *(triple.get(level) for level in levels)) for key, triple in found.items()]
-    note = "Percent; boxes count by their IoU in space or from above; the mean of the precision at 11 or 40 recalls."
+    note = "Percent; mean precision at 11 or 40 recalls, with boxes matched by their IoU in space or from above."
     header = ("run", "class", "boxes", "recalls", *levels)
     return [Table("Average precision of boxes", header, cells, note, levels)] if cells else []
 
 
 def answer(network: Model, options: AnswerOptions) -> Answerer:
-    """No file is a frustum."""
-    raise UserError("this network takes frustums, which files are not: score it by an evaluate job")
+    """Raise UserError, because no file is a frustum."""
+    raise UserError("this network takes frustums, which are not files: score it with an evaluate job")
 
 
 FRUSTUM_BOXES = Task(

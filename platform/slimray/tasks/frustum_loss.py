@@ -1,7 +1,7 @@
 """Loss of frustum networks (models/points/frustum.py): masks, boxes and corners against the truth of each frustum.
 
-In: outputs of a FrustumNet and truths as `load_frustum` gives them. Out: targets by name, and the loss of each sample.
-Frustum PointNets: arXiv 1711.08488, section 4.5.
+In: outputs of a FrustumNet and truths from `load_frustum`. Out: targets by name, and the loss of each sample. Frustum
+PointNets: arXiv 1711.08488, section 4.5.
 """
 
 import math
@@ -15,7 +15,7 @@ from slimray.models.points.frustum import HEADING_BIN, NUM_HEADING_BINS
 
 
 def box_corners(center: Tensor, heading: Tensor, size: Tensor) -> Tensor:
-    """The corners `[B, 8, 3]` of boxes of `center` `[B, 3]`, `heading` `[B]` about y, `size` (l, w, h) `[B, 3]`.
+    """Return the corners `[B, 8, 3]` of boxes: `center` `[B, 3]`, `heading` `[B]` about y, `size` (l, w, h) `[B, 3]`.
 
     Length lies along x, height along y, width along z at heading 0; the first four corners have the larger y.
     """
@@ -28,26 +28,25 @@ def box_corners(center: Tensor, heading: Tensor, size: Tensor) -> Tensor:
 
 
 def huber(error: Tensor, delta: float) -> Tensor:
-    """The Huber loss of each `error`: quadratic up to `delta`, linear beyond."""
+    """Return the Huber loss of each `error`: quadratic up to `delta`, linear beyond."""
     size = error.abs()
     quadratic = size.clamp_max(delta)
     return 0.5 * quadratic.square() + delta * (size - quadratic)
 
 
 def heading_bins(heading: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which of the 12 bins headings in radians fall into, int64, and how far they are from its middle (bin 0:
-    0)."""
+    """Return the bin (0 to 11, int64) of headings in radians, and their offset from its centre (0 for bin 0)."""
     shifted = (heading % (2 * math.pi) + HEADING_BIN / 2) % (2 * math.pi)
     number = (shifted / HEADING_BIN).floor().clamp_max(NUM_HEADING_BINS - 1)
     return number.long(), shifted - (number + 0.5) * HEADING_BIN
 
 
 def frustum_targets(truth: Tensor, class_sizes: Tensor, size_templates: Tensor) -> dict[str, Tensor]:
-    """Return what `frustum_losses` takes, of truths `[B, N + 11]`: mask `[N]`, box (centre, l w h, heading), class, 3
-    more.
+    """Return the targets of `frustum_losses` from truths `[B, N + 11]`: mask `[N]`, box `[7]`, class, and 3 more
+    values.
 
-    `class_sizes` int64 says which size template belongs to each class; class and `known` (bool: there is a truth) are
-    among what is returned.
+    `class_sizes` int64 holds the size template of each class. The result also has `label` (the class) and `known`
+    (bool: there is a true box).
     """
     mask, box, label = truth[:, :-11], truth[:, -11:-4], truth[:, -4].long()
     known = ~box.isnan().any(1)
@@ -69,11 +68,11 @@ def frustum_targets(truth: Tensor, class_sizes: Tensor, size_templates: Tensor) 
 def frustum_losses(
     outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], size_templates: Tensor, box_weight: float = 1.0
 ) -> Tensor:
-    """The loss of a FrustumNet for each sample `[B]`: mask, centre, heading, size, corners (1711.08488, section 4.5).
+    """Return the loss of a FrustumNet for each sample `[B]`: mask, centre, heading, size, corners (1711.08488, 4.5).
 
     `targets`: `mask` `[B, N]` int64, `center` `[B, 3]`, `heading_id` and `size_id` `[B]` int64, `heading_residual`
     `[B]` in radians, `size_residual` `[B, 3]` in metres. The corners are those of the true bin and template with the
-    predicted residuals, against the true box or the same turned round, whichever is nearer.
+    predicted residuals, compared with the true box or the box rotated by pi, whichever is nearer.
     """
     rows = torch.arange(len(targets["center"]), device=targets["center"].device)
     heading_id, size_id = targets["heading_id"], targets["size_id"]

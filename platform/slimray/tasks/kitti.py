@@ -1,8 +1,8 @@
 """KITTI's average precision of boxes, as its devkit computes it (at 11 recalls; at 40: arXiv 1905.12365).
 
-In: a `Frame` per image (its objects, what was found, the IoU of both), two kilobytes or so, which ranks gather. Out:
-percent, 0-100. Surprising: an AP over few objects is not the area under their curve (a single car, found, gets 1/11),
-and a detection too low in the image is neutral whatever its class is. numpy alone.
+In: a `Frame` per image (its objects, the detections, the IoU of both), about two kilobytes, which ranks gather. Out:
+percent, 0-100. Surprising: an AP over few objects is not the area under their curve (a single car that is found gets
+1/11), and a detection with too small a height in the image is neutral for any class. numpy only.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,12 +15,12 @@ from slimray.tasks.boxes import box_iou_matrix, over
 
 NUM_THRESHOLDS = 41  # recalls 0, 1/40 ... 1
 KITTI_MIN_IOU = {"Car": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
-KITTI_NEUTRAL = {"Car": "Van", "Pedestrian": "Person_sitting"}  # finding one is neither right nor wrong
+KITTI_NEUTRAL = {"Car": "Van", "Pedestrian": "Person_sitting"}  # detecting one is neither right nor wrong
 
 
 @dataclass(frozen=True)
 class Difficulty:
-    """Conditions for an object to count: higher in the image (pixels), no more occluded (0-3), truncated (0-1)."""
+    """Conditions for an object to count: least height in pixels, most occlusion (0-3) and truncation (0-1)."""
 
     min_height: float
     max_occlusion: int
@@ -36,9 +36,9 @@ KITTI_DIFFICULTIES = {
 
 @dataclass(frozen=True)
 class Labels:
-    """The true objects of an image: `boxes` `[n, 7]`, `heights` of their 2D boxes in pixels, `occlusion`, `truncation`.
+    """True objects of an image: `boxes` `[n, 7]`, `heights` of their 2D boxes in pixels, `occlusion`, `truncation`.
 
-    Of all classes, the neutral ones too; DontCare regions have no box and play no part.
+    They include all classes, also neutral ones; DontCare regions have no box and are ignored.
     """
 
     names: Sequence[str]
@@ -50,7 +50,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Detections:
-    """Boxes found in an image: `boxes` `[n, 7]`, `heights` of their 2D boxes in pixels, `scores` (high is sure)."""
+    """Boxes found in an image: `boxes` `[n, 7]`, `heights` of their 2D boxes in pixels, `scores` (higher is surer)."""
 
     names: Sequence[str]
     boxes: np.ndarray
@@ -60,7 +60,7 @@ class Detections:
 
 @dataclass(frozen=True)
 class Frame:
-    """All that an AP needs of an image, small enough to be gathered: `ious` `bev` and `3d`, `[detections, labels]`."""
+    """Data of an image for the AP, small enough to be gathered: `ious` `bev` and `3d` are `[detections, labels]`."""
 
     labels: Labels
     detections: Detections
@@ -68,15 +68,16 @@ class Frame:
 
 
 def compare_frame(labels: Labels, detections: Detections) -> Frame:
-    """The geometry of one image, to be done wherever it was predicted."""
+    """Return the `Frame` of one image; to be called on the rank that predicted it."""
     flat, solid = box_iou_matrix(detections.boxes, labels.boxes)
     return Frame(labels, detections, {"bev": flat, "3d": solid})
 
 
 def kitti_ap(frames: Sequence[Frame], min_ious: Mapping[str, float] = KITTI_MIN_IOU) -> dict[str, float]:
-    """AP in percent as `ap11_3d_car_moderate`: at 11 and 40 recalls, `3d` and `bev`, per class and difficulty.
+    """Return the AP in percent as `ap11_3d_car_moderate`: at 11 and 40 recalls, `3d` and `bev`, by class and
+    difficulty.
 
-    `frames` of all workers, in any order.
+    `frames` are those of all workers, in any order.
     """
     out = {}
     for name, min_iou in min_ious.items():
@@ -89,14 +90,14 @@ def kitti_ap(frames: Sequence[Frame], min_ious: Mapping[str, float] = KITTI_MIN_
 
 
 def average_precision(curve: np.ndarray, num_recalls: Literal[11, 40]) -> float:
-    """The mean of a `precision_curve` in percent: over recalls 0, 0.1 ... 1, or over 1/40 ... 1."""
+    """Return the mean of a `precision_curve` in percent: over recalls 0, 0.1 ... 1, or over 1/40 ... 1."""
     return 100 * float((curve[::4] if num_recalls == 11 else curve[1:]).mean())
 
 
 def precision_curve(
     frames: Iterable[Frame], name: str, metric: Literal["bev", "3d"], difficulty: Difficulty, min_iou: float
 ) -> np.ndarray:
-    """The best precision at each of 41 recalls or any higher one, `[41]`; 0 where recall does not reach."""
+    """Return the best precision at each of 41 recalls or any higher one, `[41]`; 0 for recalls that are not reached."""
     cases, num_objects = [], 0
     for frame in frames:
         object_state, found_state = _states(frame, name, difficulty)
@@ -112,7 +113,7 @@ def precision_curve(
 
 
 def _states(frame: Frame, name: str, difficulty: Difficulty) -> tuple[np.ndarray, np.ndarray]:
-    """Return what each object and each detection is to `name`: 0 it counts, 1 it is neutral, -1 it plays no part."""
+    """Return the state of each object and detection for the class `name`: 0 counts, 1 is neutral, -1 is ignored."""
     labels, found, neutral = frame.labels, frame.detections, KITTI_NEUTRAL.get(name, "").lower()
     classes = np.array([0 if n.lower() == name.lower() else 1 if n.lower() == neutral else -1 for n in labels.names])
     fits = (
@@ -127,25 +128,25 @@ def _states(frame: Frame, name: str, difficulty: Difficulty) -> tuple[np.ndarray
 
 @dataclass(frozen=True)
 class _Case:
-    """An image as one class sees it: `near` and `ious` of detections `[D]` and objects `[G]` that play a part."""
+    """An image for one class: `near` and `ious` of the detections `[D]` and objects `[G]` that are not ignored."""
 
     near: np.ndarray  # bool [D, G]: the IoU is above the minimum
     ious: np.ndarray  # [D, G]
-    counts: np.ndarray  # bool [G]: the object is to be found
-    valid: np.ndarray  # bool [D]: the detection may be wrong
+    counts: np.ndarray  # bool [G]: the object must be found
+    valid: np.ndarray  # bool [D]: the detection can count as wrong
     scores: np.ndarray  # [D]
 
 
 def _case(frame: Frame, metric: str, object_state: np.ndarray, found_state: np.ndarray, min_iou: float) -> _Case:
     found = np.flatnonzero(found_state >= 0)
     ious = frame.ious[metric][found]
-    objects = np.flatnonzero((object_state >= 0) & (ious > min_iou).any(0))  # others are found by nothing
+    objects = np.flatnonzero((object_state >= 0) & (ious > min_iou).any(0))  # nothing finds the others
     ious, scores = ious[:, objects], np.asarray(frame.detections.scores, np.float64)[found]
     return _Case(ious > min_iou, ious, object_state[objects] == 0, found_state[found] == 0, scores)
 
 
 def _hit_scores(case: _Case) -> list[float]:
-    """The scores of the detections that find an object, each object taking the surest that is left."""
+    """Return the scores of the detections that find an object; each object takes the surest one that is left."""
     free, hits = np.ones(len(case.scores), bool), []
     for near, counts in zip(case.near.T, case.counts, strict=True):
         if (near & free).any():
@@ -157,7 +158,7 @@ def _hit_scores(case: _Case) -> list[float]:
 
 
 def _thresholds(hits: np.ndarray, num_objects: int) -> np.ndarray:
-    """Of scores `hits`, highest first, those at which recall comes nearest to 0, 1/40, ... 1."""
+    """Return those of the scores `hits`, highest first, at which recall comes nearest to 0, 1/40, ... 1."""
     chosen, recall = [], 0.0
     for i, score in enumerate(hits):
         here, next_ = (i + 1) / num_objects, (i + 2) / num_objects
@@ -169,9 +170,9 @@ def _thresholds(hits: np.ndarray, num_objects: int) -> np.ndarray:
 
 
 def _counts(case: _Case, thresholds: np.ndarray) -> np.ndarray:
-    """Right and wrong detections at each threshold, `[2, T]`: each object takes the nearest that is left.
+    """Return the right and wrong detections at each threshold, `[2, T]`; each object takes the best one that is left.
 
-    A neutral detection is taken only where there is no valid one.
+    The best has the highest IoU; a neutral detection is taken only if there is no valid one.
     """
     free = case.scores >= thresholds[:, None]  # [T, D]
     right, rows = np.zeros(len(thresholds)), np.arange(len(thresholds))

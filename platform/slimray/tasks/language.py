@@ -1,10 +1,11 @@
-"""Language modelling: how likely is the next token.
+"""Language modelling: predicts the next token.
 
 Networks take windows of a stream int `[B, L + 1]` and return the log-probabilities of their last L tokens `[B, L]`, so
-that nothing of the size of a large vocabulary is made, or logits `[B, L, V]`; beside a teacher, which is compared over
-the whole vocabulary, all of them (`whole`). What came before a window is not known in it: perplexity is of streams as
-long as `prepare` made them (`text.stream`), within which a network carries its memory and its cache; so it does not
-depend on the number of workers. Per word it compares tokenizers, per token it does not.
+that nothing of the size of a large vocabulary is allocated, or logits `[B, L, V]`; with a teacher, which is compared
+over the whole vocabulary, all log-probabilities (`whole`). A window does not see what precedes it: perplexity is
+measured on streams of the length that `prepare` made (`text.stream`), within which a network carries its memory and its
+cache, so that it does not depend on the number of workers. Perplexity per word is comparable across tokenizers, per
+token it is not.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,18 +27,18 @@ from slimray.tasks.task import LOSS, Metric, Outputs
 from slimray.tasks.tokens import taught, text_task
 
 GIVEN = 24  # tokens of a stream that is continued in a report
-LONGEST = 1 << 16  # tokens of a line that is gone on with
+LONGEST = 1 << 16  # most tokens of a line to continue
 
 
 class LanguageOptions(Spec):
     """Options of the continuation of a text."""
 
     max_tokens: int = Field(50, ge=1, le=10_000)
-    """Tokens that `predict` writes behind a line at most; it stops at the end of a line."""
+    """Most tokens that `predict` adds to a line; it stops at the end of a line."""
 
 
 def continuation(network: Network, stream: Sequence[int]) -> str:
-    """Return what the network says behind a stream, at each place the likeliest token, up to the end of a line."""
+    """Return the network's continuation of a stream, always the likeliest token, up to the end of a line."""
     recipe: TextRecipe = read_recipe(network.recipe)
     tokens = torch.tensor([stream], device=network.device)
     return recipe.vocabulary.decode(_line(continued(network.net, tokens, recipe.max_tokens)[0].tolist()))
@@ -52,8 +53,8 @@ class LanguagePass(Pass):
     """A pass over streams, which shows how the network continues some."""
 
     def show(self, samples: Samples, outputs: Outputs | None, before: Any, most: int) -> list[dict]:
-        """Return the first tokens of the samples just taken, what the network says behind them up to the end of a line,
-        and what follows up to there."""
+        """Return the first tokens of the samples just taken, the network's continuation up to the end of a line, and
+        the true continuation."""
         network, rows = self.setting.network, []
         recipe: TextRecipe = read_recipe(network.recipe)
         if not hasattr(network.net, "next_words"):
@@ -67,13 +68,13 @@ class LanguagePass(Pass):
 
 
 def lines(network: Network) -> Callable[[str], str]:
-    """Return the function of a line to the line and what the network says behind it; BadSample for a giant one."""
+    """Return a function from a line to the line with the network's continuation; BadSample for too long a line."""
     recipe: TextRecipe = read_recipe(network.recipe)
 
     def one(text: str) -> str:
         tokens = recipe.encode(text)
         if len(tokens) > LONGEST:
-            raise BadSample(f"has {len(tokens)} tokens, at most {LONGEST} are gone on with: give the end of it")
+            raise BadSample(f"has {len(tokens)} tokens, more than {LONGEST}: give only the end of it")
         return f"{text} {continuation(network, [EOS, *tokens])}".strip()
 
     return one

@@ -1,8 +1,8 @@
-"""A run's network as a function: arrays of samples in, its outputs out; for validation, `evaluate` and `predict`.
+"""A run's network as a function from arrays of samples to outputs, for validation, `evaluate` and `predict`.
 
-`Input` is how arrays become what a network takes and how views become one answer; it is stored in the run's
-`model/input.json`, so that a prediction prepares its input as training did. torch only: a machine without Ray predicts
-too.
+`Input` defines how arrays become the network's input and how views are averaged; it is stored in the run's
+`model/input.json`, so that predictions prepare their input as training did. Needs only torch, so that a machine without
+Ray can predict too.
 """
 
 import functools
@@ -27,15 +27,15 @@ from slimray.spec import UserError
 from slimray.tasks.precision import computing
 from slimray.tasks.task import Outputs, task_before
 
-SLIM = "model/model.slim"  # of a compressed run: the file that holds all of its network
+SLIM = "model/model.slim"  # the file of a compressed run that holds its whole network
 
 
 @dataclass(frozen=True)
 class Network:
-    """A run's network ready to use: the module in eval mode, its input, the recipe of its samples, its classes.
+    """A run's network, ready to use: the module in eval mode, its input, the recipe of its samples, its classes.
 
-    `task` is a name in TASKS, `precision` that in which it computes (tasks/precision.py), `model` what `compress.build`
-    takes.
+    `task` is a name in TASKS, `precision` that of its computation (tasks/precision.py), `model` the arguments of
+    `compress.build`.
     """
 
     net: nn.Module
@@ -48,21 +48,21 @@ class Network:
 
     @property
     def device(self) -> torch.device:
-        """Return where its weights are."""
+        """Return the device of its weights."""
         return next(self.net.parameters()).device
 
     @property
     def reach(self) -> int:
-        """Pixels around a place that its output depends on, at most."""
+        """Largest distance in pixels at which an input still affects an output."""
         return int(getattr(self.net, "reach", 32))
 
     @property
     def frame_shape(self) -> tuple[int | None, ...]:
-        """A network in torch takes any size that its layers do."""
+        """Always (): a network in torch takes any size that its layers accept."""
         return ()
 
     def outputs(self, data: np.ndarray, rows: int) -> Arrays:
-        """Return float32 outputs `[n, ...]` of samples `[n, V, ...]` as arrays, views averaged."""
+        """Return float32 outputs `[n, ...]` of samples `[n, V, ...]` as arrays, averaged over views."""
         outputs = predict_outputs(self.net, data, self.pixels, self.device, rows, self.precision)
         if isinstance(outputs, Mapping):
             return {name: value.cpu().numpy() for name, value in outputs.items()}
@@ -70,7 +70,7 @@ class Network:
 
 
 def task_of(input_json: Mapping[str, Any]) -> str:
-    """Return the name of the task of a run, of its `model/input.json`."""
+    """Return the name of the task of a run, from its `model/input.json`."""
     recipe = input_json["recipe"]
     return input_json.get("task") or task_before(recipe.get("kind", "clip"), bool(recipe.get("per_point")))
 
@@ -89,13 +89,13 @@ def load_network(run: runs.Run, device: torch.device | str = "cpu") -> Network:
 
 
 def load_slim(data: bytes, where: str, device: torch.device | str = "cpu") -> Network:
-    """Load the network of a `model.slim`, which holds all of it; UserError, with `where`, for a file that is none.
+    """Load the network of a `model.slim`, which holds all of it; UserError, with `where`, for an invalid file.
 
-    Its tensors are held against the network that it names before any of them is allocated.
+    Its tensors are checked against the network that it names before any of them is allocated.
     """
     header = slim_file.read_header(data, where)
     if not header.model or not {"recipe", "pixels", "classes"} <= header.input.keys():
-        raise UserError(f"{where}: holds tensors without a network: it was not written by a compress job")
+        raise UserError(f"{where}: holds tensors but no network, it was not written by a compress job")
     read_recipe(header.input["recipe"])
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in compress.build(**header.model).state_dict().items()}
@@ -113,11 +113,11 @@ def _ready(net: nn.Module, model: dict[str, Any], input_json: Mapping[str, Any],
 
 
 def to_input(data: np.ndarray | Tensor, pixels: Input, device: torch.device) -> Tensor:
-    """Samples `[n, V, ...]` as a network takes them, `[n*V, ...]` on `device`, where a tensor may be already.
+    """Return samples `[n, V, ...]` as input of a network, `[n*V, ...]` on `device`, where a tensor may already be.
 
     The type of the array is that of its modality: uint8 frames `[n, V, T, H, W, 3]` become normalised
-    `[n*V, T, 3, H, W]`, images `[n, V, H, W, 3]` `[n*V, 3, H, W]` (pixels travel as uint8); floats (points) become
-    floats of torch's default type; other whole numbers (tokens) go as they are.
+    `[n*V, T, 3, H, W]`, images `[n, V, H, W, 3]` `[n*V, 3, H, W]` (pixels are transferred as uint8); floats (points)
+    become floats of torch's default type; other integers (tokens) are unchanged.
     """
     tensor = data.contiguous() if isinstance(data, Tensor) else torch.from_numpy(np.ascontiguousarray(data))
     if device.type == "cuda" and tensor.device.type == "cpu":
@@ -131,12 +131,12 @@ def to_input(data: np.ndarray | Tensor, pixels: Input, device: torch.device) -> 
 
 @functools.cache
 def _of_pixels(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Any:
-    """Mean and standard deviation of pixels 0-255, `[C, 1, 1]` each: sent once, as whoever sends waits for a GPU."""
+    """Return mean and standard deviation of pixels 0-255, `[C, 1, 1]` each; copied once, as copies wait for the GPU."""
     return tuple(torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1) * 255 for values in (mean, std))
 
 
 def merge_views(logits: Tensor, num_views: int, average: str) -> Tensor:
-    """Scores `[n, C, ...]` from logits `[n*V, C, ...]` of V views: their mean, or the log of mean probabilities."""
+    """Return scores `[n, C, ...]` of logits `[n*V, C, ...]` of V views: the mean, or the log of mean probabilities."""
     views = logits.view(-1, num_views, *logits.shape[1:])
     if average == "prob":
         return torch.logsumexp(torch.log_softmax(views, 2), 1) - math.log(num_views)
@@ -152,10 +152,10 @@ def predict_outputs(
     rows: int,
     precision: str = "auto",
 ) -> Outputs:
-    """Outputs in float32, `[n, ...]` or several by name, of samples `[n, V, ...]`, views averaged.
+    """Return float32 outputs, `[n, ...]` or several by name, of samples `[n, V, ...]`, averaged over views.
 
-    The network sees at most `rows` samples at once and computes in `precision` (tasks/precision.py). ValueError without
-    samples.
+    The network sees at most `rows` samples at once and computes in `precision` (tasks/precision.py). Raises ValueError
+    without samples.
     """
     parts: list[Outputs] = []
     for i in range(0, len(data), rows):
@@ -169,21 +169,21 @@ def predict_outputs(
 
 
 def joined(parts: Sequence[Outputs]) -> Outputs:
-    """Return outputs of several pieces, one after the other, as those of all samples; ValueError for none."""
+    """Return the concatenated outputs of several pieces; ValueError if there are none."""
     if not parts:
-        raise ValueError("no samples: there are no outputs")
+        raise ValueError("no samples, so there are no outputs")
     if isinstance(parts[0], Mapping):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}  # type: ignore[call-overload]
     return torch.cat(parts)  # type: ignore[arg-type]
 
 
 def chosen_rows(outputs: Outputs, which: Any) -> Outputs:
-    """Return the samples `which` (a slice, a mask, numbers) of what a network gives."""
+    """Return the outputs of the samples `which` (a slice, a mask, indices)."""
     if isinstance(outputs, Mapping):
         return {name: value[which] for name, value in outputs.items()}
     return outputs[which]
 
 
 def top_classes(scores: Tensor, classes: Sequence[str], k: int) -> list[tuple[str, float]]:
-    """The `k` best (class, probability) of a score vector `[C]`, best first."""
+    """Return the `k` best (class, probability) of a score vector `[C]`, best first."""
     return answers.top_classes(scores.float().cpu().numpy(), classes, k)

@@ -20,7 +20,7 @@ from slimray.tasks.task import LOSS, Metric
 
 
 def part_ranges(num_parts: Mapping[str, int]) -> dict[str, range]:
-    """The labels of each shape's parts, numbered through all shapes in order; name -> how many parts it has."""
+    """Return the part labels of each shape, numbered consecutively; `num_parts`: name -> number of parts."""
     ends = np.cumsum(list(num_parts.values())).tolist()
     return {name: range(end - num, end) for (name, num), end in zip(num_parts.items(), ends, strict=True)}
 
@@ -28,8 +28,9 @@ def part_ranges(num_parts: Mapping[str, int]) -> dict[str, range]:
 class ShapeScore:
     """IoU of the parts of shapes, summed over ranks: per category the sum of its shapes' IoU and their number.
 
-    `parts` are the part labels of each category. A shape's prediction is the best among the parts of its category, its
-    IoU the mean over them; a part that neither is there nor is predicted counts 1. Negative labels are left out.
+    `parts` are the part labels of each category. A point's prediction is the best among the parts of the shape's
+    category; a shape's IoU is the mean over these parts, where a part that is neither present nor predicted counts 1.
+    Negative labels are ignored.
     """
 
     def __init__(self, parts: Mapping[str, Sequence[int]]):
@@ -38,12 +39,12 @@ class ShapeScore:
         for category, labels in enumerate(parts.values()):
             self.allowed[category, list(labels)] = True
         self.shapes = torch.zeros(len(parts), 2, dtype=torch.float64)  # sum of IoU, shapes
-        self.sums = torch.zeros(3, dtype=torch.float64)  # points that are right, points, loss
+        self.sums = torch.zeros(3, dtype=torch.float64)  # correct points, points, loss
 
     def add(self, scores: Tensor, labels: Tensor, categories: Tensor | None = None) -> None:
         """Count scores `[n, P, N]` against labels int64 `[n, N]` of shapes of `categories` `[n]`, on their device.
 
-        Without `categories` they are those that the labels belong to. A shape without labels is left out.
+        Without `categories`, they are inferred from the labels. A shape without labels is ignored.
         """
         if categories is None:
             owner = self.allowed.to(torch.uint8).argmax(0).to(labels.device)
@@ -56,17 +57,17 @@ class ShapeScore:
     def add_predictions(
         self, predicted: Tensor | np.ndarray, labels: Tensor | np.ndarray, categories: Tensor | np.ndarray | int
     ) -> None:
-        """Count parts `[n, N]`, or `[N]` of one shape, that were chosen among those of its category. Adds no loss."""
+        """Count predicted parts `[n, N]`, or `[N]` of one shape, chosen among those of its category. Adds no loss."""
         labels = as_rows(labels)
         predicted, categories = as_rows(predicted).to(labels.device), torch.as_tensor(categories).cpu().view(-1)
         known, num_parts = labels >= 0, self.allowed.shape[1]
         if labels.numel() and int(labels.max()) >= num_parts:
-            raise ValueError(f"label {int(labels.max())}: there are {num_parts} parts")
+            raise ValueError(f"label {int(labels.max())}: there are only {num_parts} parts")
         truth, right = self._per_part(labels, known), self._per_part(labels, known & (labels == predicted))
         positive = self._per_part(predicted, known & (predicted >= 0))
         allowed, seen = self.allowed[categories], known.any(1).cpu()
         if (truth + positive)[~allowed].any():
-            raise ValueError("a part, true or predicted, is none of its shape's category")
+            raise ValueError("a part, true or predicted, does not belong to its shape's category")
         union = truth + positive - right
         iou = torch.where(union > 0, right / union.clamp_min(1), 1.0).double()
         mean = (iou * allowed).sum(1) / allowed.sum(1)
@@ -74,7 +75,7 @@ class ShapeScore:
         self.sums[:2] += torch.stack([right.sum(), truth.sum()])
 
     def _per_part(self, parts: Tensor, counted: Tensor) -> Tensor:
-        """Return how many of parts `[n, N]` are counted, per shape and part: `[n, P]` on the CPU."""
+        """Return the number of counted points of parts `[n, N]`, per shape and part: `[n, P]` on the CPU."""
         size, shape = self.allowed.shape[1], torch.arange(len(parts), device=parts.device)[:, None]
         rows = (shape * size + parts)[counted].long()
         return torch.bincount(rows, minlength=len(parts) * size).cpu().view(-1, size)
@@ -84,8 +85,8 @@ class ShapeScore:
         return self.shapes, self.sums
 
     def result(self) -> dict[str, Any]:
-        """instance_miou (over shapes), category_miou, category_iou (by name, None without shapes), overall_acc, loss,
-        num_samples (shapes); percent."""
+        """Return instance_miou (over shapes), category_miou, category_iou (by name, None without shapes) and
+        overall_acc in percent, loss, and num_samples (shapes)."""
         total, num_shapes = self.shapes.sum(0).tolist()
         iou = percent(self.shapes[:, 0], self.shapes[:, 1])
         right, points, loss = self.sums.tolist()
@@ -100,7 +101,7 @@ class ShapeScore:
 
 
 def start(setting: Setting) -> Pass:
-    """A pass of one draw of each shape, scored as segments, or of votes, scored as shapes."""
+    """Return a pass with one draw of each shape, scored as segments, or with votes, scored as shapes."""
     if not setting.options.get("votes") or not setting.parts:
         return segment.start(setting)
     score = ShapeScore(setting.parts)

@@ -1,6 +1,6 @@
-"""The arithmetic in which networks run, in training and in every judgement of them: the one place that decides it.
+"""Decides the arithmetic in which networks run, both in training and in every evaluation.
 
-`precision` is what a training may write (`optim.precision`): auto, bf16, fp16, tf32 or fp32. torch only.
+`precision` is the value of `optim.precision`: auto, bf16, fp16, tf32 or fp32. Needs only torch.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def arithmetic_of(precision: str, device: torch.device) -> str:
-    """Return what `precision` means on `device`: bf16, fp16, tf32 or fp32. "auto" is bf16 on a GPU that has it."""
+    """Return the meaning of `precision` on `device`: bf16, fp16, tf32 or fp32. "auto" is bf16 on GPUs that have it."""
     if precision != "auto":
         return precision
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -20,23 +20,23 @@ def arithmetic_of(precision: str, device: torch.device) -> str:
 
 
 def judged_in(precision: str) -> str:
-    """Return the precision in which a network that was trained in `precision` is judged and used afterwards.
+    """Return the precision in which a network trained in `precision` is evaluated and used afterwards.
 
-    float32 stays float32; half precision is a matter of the device then, on which it need not have been trained.
+    float32 stays float32; half precision then depends on the device, which need not be the one of the training.
     """
     return precision if precision in ("tf32", "fp32") else "auto"
 
 
 def set_products(precision: str) -> None:
-    """Set how this process multiplies float32 matrices on a GPU: "tf32" on tensor cores, "fp32" strictly; others leave
-    torch's own settings."""
+    """Set how this process multiplies float32 matrices on a GPU: "tf32" uses tensor cores, "fp32" is exact; other
+    values keep torch's settings."""
     if precision in ("tf32", "fp32"):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 @contextlib.contextmanager
 def computing(device: torch.device, precision: str = "auto") -> Iterator[None]:
-    """Compute in the arithmetic that `precision` means on `device` inside the block, which leaves no setting behind."""
+    """Compute in the arithmetic of `precision` on `device` inside the block; settings are restored afterwards."""
     half = HALF.get(arithmetic_of(precision, device))
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     set_products(precision)

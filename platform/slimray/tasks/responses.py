@@ -8,13 +8,13 @@ from slimray.models.points.pvcnn import PVConv
 from slimray.runs.examples import ResponseView
 from slimray.tasks.network import Network
 
-EXPLAINED = 2  # clouds of a run that are shown with what the branches of its PVConvs respond to
+EXPLAINED = 2  # clouds per run that are shown with the responses of the PVConvs' branches
 
 
 def responses(network: Network, view: np.ndarray, number: int) -> list[ResponseView]:
-    """Return what the two branches of each PVConv respond to in points `[C, N]`.
+    """Return the responses of the two branches of each PVConv to points `[C, N]`.
 
-    Nothing for a network without PVConvs, and from example `number` EXPLAINED on.
+    [] for a network without PVConvs, and from example `number` EXPLAINED on.
     """
     if number >= EXPLAINED or not any(isinstance(module, PVConv) for module in network.net.modules()):
         return []

@@ -1,7 +1,7 @@
-"""Segmentation of clouds of points: a class for each point (S3DIS), and how good the predictions are, as published.
+"""Segmentation of point clouds: a class for each point (S3DIS), scored by the published protocol.
 
-Outputs are logits `[n, C, N]`, targets int64 `[n, N]`, -1 unknown. Scores are percent, 0-100, merged over ranks by
-summing `tensors()`; a point whose logits are not finite has no prediction, which is wrong. The protocol is that of
+Outputs are logits `[n, C, N]`, targets int64 `[n, N]`, -1 if unknown. Scores are percent, 0-100, merged over ranks by
+summing `tensors()`; a point whose logits are not finite has no prediction and counts as wrong. The protocol is that of
 PointNet (arXiv 1612.00593) and Point-Voxel CNN (1907.03739).
 """
 
@@ -30,7 +30,7 @@ def losses(logits: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
 
 
 def weights(labels: Tensor, options: LossOptions) -> Tensor:
-    """Return the weight of each cloud `[n]`: the mean over its labelled points, 1 without class weights."""
+    """Return the weight of each cloud `[n]`: the mean over its labelled points, or 1 without class weights."""
     by_class = class_weights(options, labels.device)
     if by_class is None:
         return torch.ones(len(labels), device=labels.device)
@@ -38,16 +38,16 @@ def weights(labels: Tensor, options: LossOptions) -> Tensor:
 
 
 def target(recipe: Mapping[str, Any]) -> Target:
-    """A label per point; in mode "test" the labels and the rows of the cloud of every view `[2, V, N]`."""
+    """Return the target: a label per point; in mode "test", labels and cloud rows of every view, `[2, V, N]`."""
     known = read_recipe(dict(recipe))
     views = (2, known.num_views()) if known.mode == "test" else ()
     return Target((*views, known.num_points))
 
 
 class SegmentationScore:
-    """Counts of labelled points, to be summed over ranks: `confusion[truth, predicted]`, `missed[truth]`, loss.
+    """Counts of labelled points, summed over ranks: `confusion[truth, predicted]`, `missed[truth]`, loss.
 
-    Points whose label is `ignore_label` or negative are left out. `missed` are those that never got a prediction.
+    Points whose label is `ignore_label` or negative are ignored. `missed` are the points without a prediction.
     """
 
     def __init__(self, num_classes: int, ignore_label: int | None = None):
@@ -68,7 +68,7 @@ class SegmentationScore:
         known, num_classes = self._known(labels), len(self.missed)
         pairs = labels[known].long() * (num_classes + 1) + predicted[known].long() + 1
         if len(pairs) and int(labels[known].max()) >= num_classes:
-            raise ValueError(f"label {int(labels[known].max())}: there are {num_classes} classes")
+            raise ValueError(f"label {int(labels[known].max())}: there are only {num_classes} classes")
         counts = torch.bincount(pairs, minlength=num_classes * (num_classes + 1)).cpu().view(num_classes, -1)
         self.missed += counts[:, 0]
         self.confusion += counts[:, 1:]
@@ -82,12 +82,13 @@ class SegmentationScore:
         return self.confusion, self.missed, self.sums
 
     def result(self, absent: Literal["skip", "one"] = "skip", missed_as_last: bool = False) -> dict[str, Any]:
-        """overall_acc, mean_class_accuracy, miou (percent), class_iou (a list), loss (per point), num_samples (clouds).
+        """Return overall_acc, mean_class_accuracy, miou (percent), class_iou (list), loss (per point), num_samples
+        (clouds).
 
-        With `absent="skip"` a class without a true point has no accuracy, and one that is not predicted either has no
-        IoU (None in the list); "one" is the published meter during training: 1 for both if there is no true point.
-        `missed_as_last` is the published evaluation of S3DIS: points without prediction count as predicted to be of
-        the last class, though never rightly.
+        With `absent="skip"`, a class without a true point has no accuracy, and if it is not predicted either, no IoU
+        (None in the list); "one" is the published meter during training: both are 100 if there is no true point.
+        `missed_as_last` is the published evaluation of S3DIS: points without a prediction count as predictions of the
+        last class, but never as correct ones.
         """
         own, truth = self.confusion.diagonal(), self.confusion.sum(1) + self.missed
         positive = self.confusion.sum(0)
@@ -109,25 +110,25 @@ class SegmentationScore:
 
 
 def as_rows(values: Tensor | np.ndarray) -> Tensor:
-    """`[N]` as `[1, N]`; `[n, N]` as it is."""
+    """Return `[N]` as `[1, N]`, and `[n, N]` unchanged."""
     tensor = torch.as_tensor(values)
     return tensor if tensor.ndim > 1 else tensor[None]
 
 
 def loss_sum(scores: Tensor, labels: Tensor, known: Tensor) -> Tensor:
-    """The cross-entropy of scores `[n, C, N]`, summed over the known of labels `[n, N]`, on the CPU."""
+    """Return the cross-entropy of scores `[n, C, N]`, summed over the known labels of `[n, N]`, on the CPU."""
     scores = scores.float()
     own = scores.gather(1, labels.long().where(known, 0)[:, None])[:, 0]
     return (scores.logsumexp(1) - own)[known].double().sum().cpu()
 
 
 def percent(part: Tensor, whole: Tensor) -> Tensor:
-    """100 part / whole in float64, nan where `whole` is 0."""
+    """Return 100 part / whole in float64, nan where `whole` is 0."""
     return 100 * part.double() / whole.double()
 
 
 def mean_known(percent: Tensor) -> float:
-    """The mean of what is not nan, 0 if that is nothing."""
+    """Return the mean of the values that are not nan, 0 if there are none."""
     return float(percent.nanmean().nan_to_num())
 
 
@@ -136,7 +137,7 @@ def listed(percent: Tensor) -> list[float | None]:
 
 
 def point_hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the share of each cloud's labelled points that are right `[n]`."""
+    """Return the share of each cloud's labelled points that are correct, `[n]`."""
     right = (likeliest(logits) == labels) & (labels >= 0)
     return right.sum(1) / (labels >= 0).sum(1).clamp(min=1)
 
@@ -145,7 +146,7 @@ def point_hits(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class VotePass(Pass):
-    """A pass whose views are votes on the points of scenes: see votes.py."""
+    """A pass whose views are votes on the points of scenes, see votes.py."""
 
     def __init__(self, setting: Setting, score: Any, count: Any):
         super().__init__(setting, score)
@@ -153,21 +154,21 @@ class VotePass(Pass):
         self.votes = SceneVotes(setting.paths(), setting.batch, count, parts)
 
     def take(self, samples: Samples) -> Outputs | None:
-        """Vote on the points of samples; returns the logits of the first view of each."""
+        """Vote on the points of samples; return the logits of the first view of each."""
         first = []
         for data, target, number in zip(samples.data, samples.targets, samples.numbers, strict=True):
-            real = target[1, :, 0] >= 0  # the others are blank views
+            real = target[1, :, 0] >= 0  # other views are blank
             logits = _logits(self.setting.network, data[real][:, None], self.setting.rows)
             self.votes.add(int(number), logits, target[:, real])
             first.append(logits[:1])
         return joined(first)
 
     def settle(self, step: int, world: int) -> None:
-        """Count the scenes that are over. A collective where a scene has several rows."""
+        """Count the scenes that are complete. A collective if a scene has several rows."""
         self.votes.settle(step, world, self.setting.network.device)
 
     def result(self) -> dict[str, Any]:
-        """Return the metrics; points without a vote are wrong, or as published for S3DIS of the last class too."""
+        """Return the metrics; points without a vote are wrong, or, as published for S3DIS, also of the last class."""
         if self.setting.options.get("missed") == "last_class":
             return self.score.result(missed_as_last=True)  # type: ignore[call-arg]
         return self.score.result()
@@ -180,7 +181,7 @@ def _logits(network: Network, data: np.ndarray, rows: int) -> Tensor:
 
 
 def start(setting: Setting) -> Pass:
-    """A pass of one draw of each cloud, or of votes on scenes."""
+    """Return a pass with one draw of each cloud, or with votes on scenes."""
     score = SegmentationScore(len(setting.network.classes), ignore_label=-1)
     if not setting.options.get("votes"):
         return Pass(setting, score)
@@ -190,21 +191,22 @@ def start(setting: Setting) -> Pass:
 def examples(
     network: Network, views: np.ndarray, outputs: Tensor, targets: np.ndarray, shown: int
 ) -> Iterable[dict[str, Any]]:
-    """Yield clouds with the label and the class of each point; of votes the first view."""
+    """Yield clouds with the label and the predicted class of each point; with votes, the first view."""
     for number, (view, logits, labels) in enumerate(zip(views, outputs, targets, strict=True), shown):
-        truth = labels[0, 0] if labels.ndim == 3 else labels  # of votes: labels and rows of several views
+        truth = labels[0, 0] if labels.ndim == 3 else labels  # with votes: labels and rows of several views
         chosen = likeliest(logits[None])[0].cpu().numpy()
         explained = responses(network, view, number)
         yield CloudView("", view[:3].T, truth, chosen, network.classes, responses=explained).to_plain()
 
 
 def class_tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Table]:
-    """Return the IoU of each class in the rows with `class_iou`, and of each category in those of `category_iou`.
+    """Return tables of the IoU of each class in rows with `class_iou`, and of each category in rows with
+    `category_iou`.
 
-    The weakest, by their mean over the rows, are first. `class_iou` is a list, one for each of `classes`;
-    `category_iou` has names; None is unknown.
+    The weakest, by their mean over the rows, come first. `class_iou` is a list, one value for each of `classes`;
+    `category_iou` is a mapping by name; None is unknown.
     """
-    note = "Percent of the points that are of a class or were taken for it which are both. –: there were none."
+    note = "Percent of the points with a class as true or predicted label that have both. –: there were none."
     shapes = "Mean over shapes of the mean IoU of their parts, percent. –: there were none."
     judged = {_key(row): dict(zip(classes, row["class_iou"])) for row in rows if row.get("class_iou")}
     categories = {_key(row): row["category_iou"] for row in rows if row.get("category_iou")}
@@ -212,7 +214,7 @@ def class_tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> l
 
 
 def _ious(title: str, kind: str, judged: Mapping[str, Mapping[str, float | None]], note: str) -> list[Table]:
-    """A table out of row -> name -> IoU, [] without rows."""
+    """Return a table of row -> name -> IoU, [] without rows."""
     names = list(dict.fromkeys(name for ious in judged.values() for name in ious))
     cells = [(name, *(ious.get(name) for ious in judged.values())) for name in names]
     known = [[value for value in ious if value is not None] for _, *ious in cells]

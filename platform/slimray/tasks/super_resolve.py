@@ -1,9 +1,9 @@
-"""Super resolution: a picture enlarged by a whole factor.
+"""Super resolution: a picture enlarged by an integer factor.
 
 Outputs are RGB `[n, 3, H, W]` in [0, 1], targets uint8 `[n, H, W, 3]`. The loss is the mean absolute error. PSNR and
-SSIM are published ones: of luma (Y = 16 + (65.481 R + 128.553 G + 24.966 B) / 255, not rounded) of pictures rounded to
-uint8, `scale` pixels cut off at each side; SSIM with a Gaussian of 11 pixels, sigma 1.5 (Wang et al. 2004), inside the
-picture only. Beside them stands what bicubic interpolation gets for the same pictures.
+SSIM follow the published protocol: of luma (Y = 16 + (65.481 R + 128.553 G + 24.966 B) / 255, not rounded) of pictures
+rounded to uint8, without `scale` pixels at each border; SSIM with a Gaussian of 11 pixels, sigma 1.5 (Wang et al.
+2004), only inside the picture. The scores of bicubic interpolation on the same pictures are reported too.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,20 +25,20 @@ from slimray.tasks.network import Network
 from slimray.tasks.task import LOSS, LossOptions, Metric, Table, Task
 
 LUMA = (65.481, 128.553, 24.966)
-LEAST_ERROR = 1e-10  # mean square, so that equal pictures have a PSNR of 148 dB and not an infinite one
+LEAST_ERROR = 1e-10  # mean square, so that equal pictures have a PSNR of 148 dB instead of infinity
 
 
 class SuperResolveOptions(Spec):
-    """Options of larger pictures."""
+    """Options of super resolution."""
 
     scale: int = Field(2, ge=2, le=4)
     """Factor by which a picture is enlarged."""
     val_size: int | None = Field(None, ge=16, le=1024)
-    """Side of the small centre crop in validations, in pixels; default `data.size`."""
+    """Side of the small centre crop in validations, in pixels. Default: `data.size`."""
 
 
 def losses(outputs: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
-    """Return the mean absolute error of each picture `[n]`, of values in [0, 1]."""
+    """Return the mean absolute error of each picture `[n]`, for values in [0, 1]."""
     return (outputs.float() - targets.movedim(-1, 1).float() / 255).abs().flatten(1).mean(1)
 
 
@@ -48,7 +48,7 @@ def weights(targets: Tensor, options: LossOptions) -> Tensor:
 
 
 def target(recipe: Mapping[str, Any]) -> Target:
-    """The large picture, uint8; zeros where there is none."""
+    """Return the target: the large picture, uint8; zeros if there is none."""
     side = read_recipe(dict(recipe)).size * recipe["scale"]
     return Target((side, side, 3), "uint8", 0)
 
@@ -98,7 +98,7 @@ def to_pixels(outputs: Tensor) -> np.ndarray:
 
 
 class PictureScore:
-    """Sums over pictures, to be summed over ranks. A picture that is not finite has a PSNR and an SSIM of 0."""
+    """Sums over pictures, added up over ranks. A picture that is not finite has a PSNR and an SSIM of 0."""
 
     def __init__(self, scale: int):
         self.scale = scale
@@ -120,8 +120,8 @@ class PictureScore:
         return (self.sums,)
 
     def result(self) -> dict[str, Any]:
-        """psnr, psnr_gain over bicubic (dB), ssim, psnr_bicubic, ssim_bicubic, loss, num_samples; num_not_finite if
-        there is any."""
+        """Return psnr, psnr_gain over bicubic (dB), ssim, psnr_bicubic, ssim_bicubic, loss, num_samples, and
+        num_not_finite if there are any."""
         *sums, total, lost = self.sums.tolist()
         ours, ssim_ours, plain, ssim_plain, error = (value / max(total, 1) for value in sums)
         return {
@@ -136,14 +136,14 @@ class PictureScore:
 
 
 def start(setting: Setting) -> Pass:
-    """A pass that scores pictures."""
+    """Return a pass that scores pictures."""
     return Pass(setting, PictureScore(setting.recipe["scale"]))
 
 
 def examples(
     network: Network, views: np.ndarray, outputs: Tensor, targets: np.ndarray, shown: int
 ) -> Iterable[dict[str, Any]]:
-    """Yield what bicubic interpolation and the network make of small pictures, and the large ones, side by side."""
+    """Yield small pictures enlarged by bicubic interpolation and by the network, side by side with the large ones."""
     scale = network.recipe["scale"]
     for small, large, wanted in zip(views, to_pixels(outputs.nan_to_num()), targets, strict=True):
         plain, truth = bicubic(small, scale), luma(wanted[None], scale)
@@ -156,14 +156,14 @@ def examples(
 
 
 def tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Table]:
-    """Return the runs beside bicubic interpolation of the same pictures."""
+    """Return a table of the runs and of bicubic interpolation on the same pictures."""
     known = [row for row in rows if "psnr_bicubic" in row]
     if not known:
         return []
     cells = [("bicubic interpolation", known[0]["psnr_bicubic"], known[0]["ssim_bicubic"], "")]
     cells += [(row["run"], row["psnr"], row["ssim"], row["psnr_gain"]) for row in known]
-    note = "Of luma, the border cut off; PSNR in dB, mean over pictures. Gain: over bicubic interpolation."
-    return [Table("Beside bicubic interpolation", ("picture by", "PSNR", "SSIM", "gain"), cells, note)]
+    note = "Of luma without the border; PSNR in dB, mean over pictures. Gain: over bicubic interpolation."
+    return [Table("Compared with bicubic interpolation", ("picture by", "PSNR", "SSIM", "gain"), cells, note)]
 
 
 SUPER_RESOLVE = Task(

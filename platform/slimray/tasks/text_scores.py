@@ -1,9 +1,9 @@
 """Scores of texts: BLEU and chrF by sacrebleu, counted sentence by sentence, a paired bootstrap, perplexity.
 
-`counts` gives whole numbers per sentence; their sum, over ranks too, gives the score of a corpus by `score`, the same
-as sacrebleu's of all sentences at once. A score means little without its `signature`, so every `TextScore` has one.
-sacrebleu is in the extra `text` and imported here only. Perplexity is exp of the mean NLL in nats: per token, and per
-word, which alone compares tokenizers (the same NLL over fewer units).
+`counts` returns integers per sentence; from their sum, also over ranks, `score` computes the score of a corpus, the
+same as sacrebleu's for all sentences at once. A score means little without its `signature`, so every `TextScore` has
+one. sacrebleu is in the extra `text` and is imported only here. Perplexity is exp of the mean NLL in nats: per token,
+and per word, which alone is comparable across tokenizers (the same NLL over fewer units).
 """
 
 import math
@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from slimray.spec import UserError
 
 Counts = NDArray[np.int64]
-DRAWS = 1000  # of a bootstrap
+DRAWS = 1000  # resamples of a bootstrap
 
 
 @dataclass(frozen=True)
 class TextScore:
-    """A score 0-100 and how it was computed, in sacrebleu's words."""
+    """A score 0-100 and sacrebleu's signature, which describes how it was computed."""
 
     value: float
     signature: str
@@ -31,7 +31,7 @@ class TextScore:
 
 @dataclass(frozen=True)
 class CorpusMetric:
-    """BLEU or chrF against one reference a sentence; `tokenize` (13a, intl, none, zh, ja-mecab, ...) is BLEU's."""
+    """BLEU or chrF against one reference per sentence; `tokenize` (13a, intl, none, zh, ja-mecab, ...) is BLEU's."""
 
     name: Literal["bleu", "chrf"] = "bleu"
     lower: bool = False
@@ -50,8 +50,7 @@ class CorpusMetric:
         return BLEU(lowercase=self.lower, tokenize=self.tokenize, smooth_method=self.smooth, force=True)
 
     def counts(self, hypotheses: Sequence[str], references: Sequence[str]) -> Counts:
-        """Return what is to be summed, int64 `[n, k]`; ValueError unless there is a reference for each of
-        `hypotheses`."""
+        """Return the counts to be summed, int64 `[n, k]`; ValueError unless there is a reference per hypothesis."""
         if len(hypotheses) != len(references):
             raise ValueError(f"{len(hypotheses)} hypotheses, but {len(references)} references")
         if not hypotheses:
@@ -59,19 +58,19 @@ class CorpusMetric:
         return np.array(self._metric._extract_corpus_statistics(hypotheses, [references]), np.int64)
 
     def score(self, total: Counts | Sequence[int]) -> TextScore:
-        """The score of a corpus by the sum of its counts `[k]`."""
-        self.counts(["a"], ["a"])  # a metric that has seen no reference does not know its signature
+        """Return the score of a corpus from the sum of its counts `[k]`."""
+        self.counts(["a"], ["a"])  # a metric knows its signature only once it has seen a reference
         found = self._metric._aggregate_and_compute([[int(one) for one in total]])
         return TextScore(float(found.score), str(self._metric.get_signature()))
 
     def of(self, hypotheses: Sequence[str], references: Sequence[str]) -> TextScore:
-        """The score of a corpus."""
+        """Return the score of a corpus."""
         return self.score(self.counts(hypotheses, references).sum(0))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two systems over the same sentences: by how much the first is better, and the 95 % interval of that."""
+    """Comparison of two systems on the same sentences: the lead of the first, and its 95 % interval."""
 
     difference: float
     low: float
@@ -79,9 +78,9 @@ class Comparison:
 
 
 def paired_bootstrap(metric: CorpusMetric, first: Counts, second: Counts, seed: int = 0) -> Comparison:
-    """Compare two systems by their `counts` `[n, k]` of the same sentences (Koehn 2004): sentences drawn again.
+    """Compare two systems by their `counts` `[n, k]` on the same sentences, which are resampled (Koehn 2004).
 
-    ValueError for different numbers of sentences, or none.
+    Raises ValueError for different numbers of sentences, or none.
     """
     if len(first) != len(second) or not len(first):
         raise ValueError(f"{len(first)} sentences of one system, {len(second)} of the other")
@@ -95,9 +94,10 @@ def paired_bootstrap(metric: CorpusMetric, first: Counts, second: Counts, seed: 
 
 
 def perplexity(nll: float, units: float) -> float:
-    """exp of `nll` in nats, summed over a text, by its number of units: tokens, or words for tokenizers to compare.
+    """Return exp(`nll` / `units`): `nll` in nats is summed over a text, units are tokens, or words to compare
+    tokenizers.
 
-    nan for no units, inf where the exponential is out of range.
+    nan without units, inf if the exponential overflows.
     """
     if units <= 0 or math.isnan(nll):
         return math.nan

@@ -1,10 +1,10 @@
-"""Translation: a sentence in another language.
+"""Translation of sentences into another language.
 
-Networks take pairs int `[B, 2, L]` (the source, and what the decoder is given) and return logits `[B, L, V]`; targets
-are int64 `[B, L]`. Loss and perplexity are those of the tokens of the reference, each with those before it given. BLEU
-and chrF are of what the network says by itself, by beam search, as text against the references as they were written
-(never rebuilt from tokens); sacrebleu computes them for all sentences together, without case where the network was
-trained on lower-case text, and its signature, which says so, stands beside them.
+Networks take pairs int `[B, 2, L]` (the source, and the decoder's input) and return logits `[B, L, V]`; targets are
+int64 `[B, L]`. Loss and perplexity are those of the reference tokens, each given the ones before it. BLEU and chrF
+score the network's own translations, by beam search, as text against the original references (never rebuilt from
+tokens); sacrebleu computes them over all sentences, ignoring case if the network was trained on lower-case text, and
+its signature, which records that, is reported with them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,13 +30,13 @@ SCORES: tuple[Literal["bleu", "chrf"], ...] = ("bleu", "chrf")
 
 
 def translations(network: Network, sources: np.ndarray) -> list[str]:
-    """Return the translations of sentences int `[n, S]`, each with its eos and filled up with PAD, as text."""
+    """Return the translations of sentences int `[n, S]`, each with its eos and padded with PAD, as text."""
     recipe: TextRecipe = read_recipe(network.recipe)
     return [recipe.vocabulary.decode(one) for one in searched(network, sources)]
 
 
 def searched(network: Network, sources: np.ndarray) -> Sequence[Sequence[int]]:
-    """Return the translations of sentences int `[n, S]` as tokens, by the search of the network's recipe."""
+    """Return the translations of sentences int `[n, S]` as tokens, with the search options of the network's recipe."""
     recipe: TextRecipe = read_recipe(network.recipe)
     tokens = torch.from_numpy(np.ascontiguousarray(sources)).long().to(network.device)
     tokens = tokens[:, : int((tokens != PAD).sum(1).max())]
@@ -48,7 +48,7 @@ def searched(network: Network, sources: np.ndarray) -> Sequence[Sequence[int]]:
 
 @dataclass(frozen=True)
 class Counted:
-    """What BLEU counts in each sentence that a network translated: the rows of the sentences, counts `[n, k]`."""
+    """BLEU counts `[n, k]` of the sentences that a network translated, with their row numbers and the metric."""
 
     numbers: tuple[int, ...]
     metric: CorpusMetric
@@ -56,7 +56,7 @@ class Counted:
 
 
 class TranslationPass(Pass):
-    """A pass that translates beside what it counts; `found` are pairs of the row of a sample and its translation."""
+    """A pass that also translates; `found` are pairs of the row number of a sample and its translation."""
 
     def take(self, samples: Samples) -> Outputs | None:
         """Count samples and translate them."""
@@ -79,7 +79,7 @@ class TranslationPass(Pass):
 
 
 def finish(row: dict[str, Any], result: PassResult) -> list[dict[str, Any]]:
-    """Add BLEU and chrF to a row, of the translations of all ranks against the texts of the split."""
+    """Add BLEU and chrF to a row, for the translations of all ranks against the texts of the split."""
     if result.found:
         said = dict(result.found)
         rows = index_rows(result.root, result.split, sorted(said))
@@ -98,9 +98,9 @@ def finish(row: dict[str, Any], result: PassResult) -> list[dict[str, Any]]:
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> None:
-    """Add to rows `bleu_gain`: by how much they are better than the first one, over sentences that are drawn again.
+    """Add `bleu_gain` to rows: their lead over the first row, by a paired bootstrap over sentences.
 
-    Rows of other sentences or of another metric (without case) are not compared.
+    Rows with other sentences or another metric (ignoring case) are not compared.
     """
     counted = [(row, row.pop("counted")) for row in rows if "counted" in row]
     for row, one in counted[1:]:
@@ -111,16 +111,16 @@ def compare(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def lines(network: Network) -> Callable[[str], str]:
-    """Return the function of a line to its translation; BadSample for one that is longer than what was learned from."""
+    """Return a function from a line to its translation; BadSample for a line longer than the sentences of training."""
     recipe: TextRecipe = read_recipe(network.recipe)
     return translator(recipe, lambda source: searched(network, source)[0])
 
 
 def tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Table]:
-    """Return BLEU and chrF with the signatures by which they can be computed again, and how sure their order is."""
+    """Return tables of BLEU and chrF with the signatures that make them reproducible, and of their differences."""
     scored = [row for row in rows if "signatures" in row]
     cells = [(row["run"], name, row[name], row["signatures"][name]) for row in scored for name in SCORES]
-    note = "Of all sentences together, by sacrebleu, against the references as they were written."
+    note = "Over all sentences, by sacrebleu, against the original references."
     made = [Table("Scores of translations", ("run", "score", "value", "signature"), cells, note)] if cells else []
     gains = [
         (row["run"], gain["over"], gain["difference"], f"{gain['low']:+.2f} to {gain['high']:+.2f}")
@@ -128,7 +128,7 @@ def tables(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[Ta
         if (gain := row.get("bleu_gain"))
     ]
     if gains:
-        note = f"A paired bootstrap (Koehn 2004): the sentences of both are drawn again, {DRAWS:,} times."
+        note = f"A paired bootstrap (Koehn 2004): the sentences of both are resampled {DRAWS:,} times."
         header = ("run", "compared with", "difference of BLEU", "95 % interval")
         made.append(Table("Differences of BLEU", header, gains, note))
     return made

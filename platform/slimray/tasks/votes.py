@@ -1,10 +1,10 @@
 """Votes on the points of scenes, for `evaluate`: many draws of a room or shape, the surest answer at each point wins.
 
-As published for PVCNN (arXiv 1907.03739) and PointNet: S3DIS takes the windows of both offsets, ShapeNet ten draws of a
-shape whose answer is one of its own parts. The rows of an index lie scene by scene, so a scene is settled as soon as
-the step of its last row is over and only the few scenes under way are in memory, 16 bytes a point. Its rows may be
-spread over ranks, which then settle it together; what comes out does not depend on their number: where two answers are
-equally sure, the lower class wins (as published it is the first one, which depends on the order of the windows).
+As published for PVCNN (arXiv 1907.03739) and PointNet: S3DIS uses the windows of both offsets, ShapeNet ten draws of a
+shape, whose answers are limited to its own parts. The rows of an index are ordered by scene, so a scene is settled as
+soon as the step of its last row is over, and only the few unfinished scenes are in memory, 16 bytes per point. If its
+rows are spread over ranks, they settle it together. The result does not depend on their number: if two answers are
+equally sure, the lower class wins (as published it is the first, which depends on the order of the windows).
 """
 
 from collections import Counter
@@ -20,11 +20,11 @@ Count = Callable[[np.ndarray, np.ndarray, int], None]
 
 
 class SceneVotes:
-    """The scenes under way on this rank; `count` is told of those that are settled.
+    """The unfinished scenes of this rank; `count` is called with those that are settled.
 
-    `paths` are those of the whole index; what comes before `#` is the scene. `parts` are the labels of each shape, if
-    scenes are shapes. `count(predicted, labels, shape)` takes both int64 `[N]`. All ranks take every step, and `settle`
-    after it.
+    `paths` are those of the whole index; the part before `#` is the scene. `parts` are the labels of each shape, if
+    scenes are shapes. `count(predicted, labels, shape)` takes int64 `[N]` arrays. All ranks take every step, and call
+    `settle` after it.
     """
 
     def __init__(self, paths: Sequence[str], batch: int, count: Count, parts: Sequence[range] = ()):
@@ -35,9 +35,9 @@ class SceneVotes:
         self.open: dict[str, Scene] = {}
 
     def add(self, sample: int, scores: Tensor, labels: np.ndarray) -> None:
-        """Take over the views of row `sample`: scores `[v, C, N]`, labels and rows int64 `[2, v, N]`.
+        """Add the views of row `sample`: scores `[v, C, N]`, labels and rows int64 `[2, v, N]`.
 
-        Scores that are not finite are no vote.
+        Scores that are not finite do not count as votes.
         """
         truth, rows = labels
         shape = self._shape_of(truth)
@@ -46,12 +46,12 @@ class SceneVotes:
         scene.add(rows.reshape(-1), sure.reshape(-1), chosen.reshape(-1), truth.reshape(-1))
 
     def _shape_of(self, truth: np.ndarray) -> int:
-        """The shape that a sample's labels belong to; 0 without parts."""
+        """Return the index of the shape that a sample's labels belong to; 0 without parts."""
         known = truth[truth >= 0]
         return next((i for i, part in enumerate(self.parts) if len(known) and known.max() in part), 0)
 
     def settle(self, step: int, world: int, device: torch.device) -> None:
-        """Count the scenes whose last row was part of `step`. A collective where a scene has several rows."""
+        """Count the scenes whose last row was part of `step`. A collective if a scene has several rows."""
         start = step * self.batch
         ended = dict.fromkeys(s for s in self.scenes[start : start + self.batch] if self.last[s] == step)
         for name in ended:
@@ -61,14 +61,14 @@ class SceneVotes:
                 if dist.get_rank() != 0:
                     continue  # the first rank counts it
             if scene is None:
-                continue  # no row of it decodes, or another rank has it
+                continue  # none of its rows could be decoded, or another rank has it
             self.count(*scene.result(), scene.shape)
 
 
 class Scene:
-    """For each point of a scene the surest answer so far, as one number that is larger the surer: see `_packed`.
+    """The surest answer so far for each point of a scene, as a number that grows with its probability, see `_packed`.
 
-    `best` int64 `[N]` is that number, 0 where none was voted on; `truth` the labels, -1 unknown.
+    `best` int64 `[N]` is that number, 0 without a vote; `truth` holds the labels, -1 if unknown.
     """
 
     def __init__(self, shape: int = 0):
@@ -77,31 +77,31 @@ class Scene:
         self.truth = np.full(0, UNKNOWN, np.int64)
 
     def add(self, rows: np.ndarray, sure: np.ndarray, chosen: np.ndarray, truth: np.ndarray) -> None:
-        """Take over answers for the points `rows`: probability, class, label, all `[n]`; of equally sure ones the lower
-        class stays, and one that is not finite does not count."""
+        """Add answers for the points `rows`: probability, class, label, all `[n]`. Of equally sure answers the lower
+        class is kept; answers that are not finite do not count."""
         self.grow(int(rows.max()) + 1)
         np.maximum.at(self.best, rows, np.where(np.isfinite(sure), _packed(sure, chosen), 0))
         self.truth[rows] = truth
 
     def grow(self, size: int) -> None:
-        """Make room for points up to `size`, on which nothing was voted yet."""
+        """Extend the arrays to `size` points without votes."""
         more = max(0, size - len(self.best))
         self.best = np.pad(self.best, (0, more))
         self.truth = np.pad(self.truth, (0, more), constant_values=UNKNOWN)
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """The winning class of each point, -1 where none was voted on, and its label, -1 unknown."""
+        """Return the winning class of each point, -1 without a vote, and its label, -1 if unknown."""
         return np.where(self.best > 0, 0xFFFF - (self.best & 0xFFFF), -1), self.truth
 
 
 def _packed(sure: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Probabilities float32 above 0 and classes as int64: the bits of a positive float grow with it."""
+    """Return probabilities float32 above 0 and classes packed into int64; the bits of a positive float grow with it."""
     bits = np.maximum(sure.astype(np.float32), np.finfo(np.float32).tiny).view(np.int32).astype(np.int64)
     return (bits << 16) | (0xFFFF - chosen.astype(np.int64))
 
 
 def _merged(scene: Scene | None, device: torch.device) -> Scene | None:
-    """The scene with the votes of all ranks. A collective."""
+    """Return the scene with the votes of all ranks. A collective."""
     scene = scene or Scene()
     facts = torch.tensor([len(scene.best), scene.shape], device=device)
     dist.all_reduce(facts, dist.ReduceOp.MAX)
@@ -116,9 +116,9 @@ def _merged(scene: Scene | None, device: torch.device) -> Scene | None:
 
 
 def confident(scores: Tensor, parts: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The likeliest class and its probability at each point: scores `[n, C, N]` -> float32, int64 `[n, N]`.
+    """Return the probability and index of the likeliest class per point: scores `[n, C, N]` -> float32, int64 `[n, N]`.
 
-    With `parts` the likeliest of those; the probability is still that among all.
+    With `parts`, only those classes are considered; probabilities are still those over all classes.
     """
     probabilities = scores.float().softmax(1)
     if parts is None:
