@@ -171,7 +171,7 @@ def test_the_facts_of_the_quickstart():
             "kind: prepare\nname: a\ndata: {card: moving_shape}",
             "data.card: there is no dataset card 'moving_shape', did",
         ),
-        ("kind: prepare\nname: a\ndata: {card: my.yaml}", "data.card: my.yaml: there is no such dataset card"),
+        ("kind: prepare\nname: a\ndata: {card: my.yaml}", "data.card: my.yaml: no such dataset card"),
         ("kind: prepare\nname: a\ndata: {card: {name: a}}", "data.card: layout: is required"),
         ("extends: b\nname: a", "extends: no earlier document is named 'b'"),
         ("extends: [b]\nname: a", "extends: no earlier document is named ['b']"),
@@ -399,7 +399,7 @@ def test_lists_say_how_many_classes_and_steps(clips):
 def test_a_root_that_is_missing_is_named(tmp_path, clips):
     gone = problems("data.root=/nowhere", file=clips)
     assert gone == [
-        "data.root: /nowhere/train.txt: there is no such file (split 'train' of my_clips): fix data.root or the card"
+        "data.root: /nowhere/train.txt: no such file (split 'train' of my_clips): fix data.root or the card"
     ]
     facts = check("data.root=null", file=clips)["mine"]
     assert facts["problems"] == ["x.yaml (mine): data.root: is required, the folder where my_clips lies"]
@@ -421,7 +421,7 @@ def test_files_that_are_not_there_are_found_by_looking(tmp_path, clips):
 
 def test_a_list_that_is_wrong_is_named_with_its_line(tmp_path, clips):
     (tmp_path / "clips/val.txt").write_text("5.mp4\n")
-    assert "clips/val.txt line 1: 1 columns in place of 3" in problems(file=clips)[0]
+    assert "clips/val.txt line 1: 1 columns instead of 3" in problems(file=clips)[0]
 
 
 @pytest.mark.parametrize(
@@ -432,7 +432,7 @@ def test_a_list_that_is_wrong_is_named_with_its_line(tmp_path, clips):
         (["tsn:data.run=tsm"], "data.run: 'tsm' will hold a network, not a dataset"),
         (["tsm:data.card=moving_shapes"], "data: give either card (a dataset card) or run (a prepare run)"),
         (["tsm:data={size: 32}"], "data: give either card (a dataset card) or run (a prepare run)"),
-        (["tsm:data={card: moving_shapes}"], "data: moving_shapes: is generated: write data: {run: NAME} of the"),
+        (["tsm:data={card: moving_shapes}"], "data: moving_shapes: is generated: set data.run to the"),
         (["data:pack={}"], "pack: moving_shapes is generated: leave it out"),
         (["data:data.root=/x"], "data.root: moving_shapes is generated: leave it out"),
         (["data:data.splits=[test]"], "data.splits: 'test' is not a split of moving_shapes (train, val)"),
@@ -550,7 +550,7 @@ def test_a_storage_that_cannot_be_is_one_sentence(storage, sentence):
         ("eval:runs=[]", "runs: must have at least 1 item, not 0"),
         ("eval:runs=[tsm, tsm]", "runs: one is named twice (tsm, tsm)"),
         ("eval:frame_orders=[natural, natural]", "frame_orders: one is named twice (natural, natural)"),
-        ("eval:clips=10", "clips: 10 is for dense sampling, 'tsm' was trained with uniform"),
+        ("eval:clips=10", "clips: 10 is for dense sampling, but 'tsm' was trained with uniform"),
         ("eval:size=4", "size: must be >= 16 (got 4)"),
         ("eval:data={card: my_clips}", "data.root: is required, the folder where my_clips lies"),
         ("eval:data.card=nope", "data.card: there is no dataset card 'nope'"),
@@ -574,7 +574,7 @@ def test_finished_runs_are_looked_at_without_their_weights():
     facts = check("eval:clips=2", "eval:crops=3")["eval"]
     assert (facts["problems"], facts["views"], facts["split"], facts["samples"]) == ([], 6, "val", 8)
     assert problems("eval:split=tset") == ["data: moving_shapes has no split 'tset' (known: train, val)"]
-    assert problems("eval:clips=10")[0].startswith("clips: 10 is for dense sampling, 't")
+    assert problems("eval:clips=10")[0].startswith("clips: 10 is for dense sampling, but 't")
 
 
 def test_runs_that_cannot_be_scored_are_named():
@@ -736,11 +736,11 @@ def test_check_says_how_many_clips_are_shorter_than_what_is_taken(clips):
     columns = f"data.card={{name: short, layout: list, {splits}, columns: [path, frames, label]}}"
     (facts,) = check(columns, "model.num_segments=8", file=clips).values()
     assert facts["notes"] == [
-        "train: 2 of 5 clips have 7 frames or fewer (1 a single one): 8 are taken, some several times"
+        "train: 2 of 5 clips have 7 frames or fewer (1 only one): 8 are taken, some several times"
     ]
     (facts,) = check(columns, "model.num_segments=8", "data.short_clips=published", file=clips).values()
     assert facts["notes"] == [
-        "train: 3 of 5 clips have 8 frames or fewer (1 a single one): 8 are taken, which may make stills",
+        "train: 3 of 5 clips have 8 frames or fewer (1 only one): 8 are taken, which may make stills",
         "val: 1 of 1 clips have 8 frames or fewer: 8 are taken, which may make stills",
     ]
     (facts,) = check(columns, "model.num_segments=1", file=clips).values()

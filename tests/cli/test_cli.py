@@ -189,7 +189,10 @@ def test_finished_jobs_are_skipped_and_their_numbers_shown(shell):
     ("options", "sentence"),
     [
         ("data", "evaluate (data-eval): runs: 'data' holds a dataset, not a network"),
-        ("./runs/tsm --set clips=10", "evaluate (tsm-eval): clips: 10 is for dense sampling, 'tsm' was trained with"),
+        (
+            "./runs/tsm --set clips=10",
+            "evaluate (tsm-eval): clips: 10 is for dense sampling, but 'tsm' was trained with",
+        ),
         ("tsm --set split=tset", "evaluate (tsm-eval): data: moving_shapes has no split 'tset'"),
         ("tsm --set clip=2", "--set clip=2: no document has a field 'clip', did you mean 'clips'?"),
         ("tsm --set data.card=my_clips", "evaluate (tsm-eval): data.root: is required, the folder where my_clips lies"),

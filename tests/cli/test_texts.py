@@ -79,7 +79,7 @@ def test_files_that_are_no_text_are_a_sentence(translator, tmp_path):
     done = translator("predict", "net", "wide.txt", "cut.gz", ".")
     assert done.code == 2
     assert "wide.txt: is UTF-16: convert it to UTF-8" in done.err
-    assert "cut.gz: the gzip file is cut off behind line" in done.err
+    assert "cut.gz: the gzip file is truncated after line" in done.err
     assert ".: is a directory" in done.err
     for option in (["--columns", "x y z"], ["--shape", "1"], ["--out", "here"]):
         refused = translator("predict", "net", "wide.txt", *option)

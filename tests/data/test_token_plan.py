@@ -38,7 +38,7 @@ def test_bags_hold_samples_of_similar_length_within_their_tokens(tokens: int):
 
 
 def test_a_sample_that_fits_into_no_bag_is_refused():
-    with pytest.raises(ValueError, match="the longest sample has 39 tokens, a bag 38"):
+    with pytest.raises(ValueError, match="the longest sample has 39 tokens, but a bag 38"):
         Bags.of(LENGTHS, 38)
 
 

@@ -161,7 +161,7 @@ def test_an_image_gets_the_probabilities_of_its_centre_and_what_is_no_image_a_re
     assert (code, refused["reason"]) == (2, "is not a picture that can be read")
     assert "1 of 2 files could not be read" in err
     code, _, err = shell("a.jpg", "--columns", "x y z")
-    assert (code, "--columns: is for clouds of points, this network takes images" in err) == (2, True)
+    assert (code, "--columns: is for clouds of points, but this network takes images" in err) == (2, True)
 
 
 @pytest.mark.parametrize("file", FORMATS)
@@ -341,7 +341,7 @@ def test_a_cloud_without_the_channels_of_the_network_is_one_sentence(shell):
     assert (code, err) == (2, "1 of 1 files could not be read; the reasons are above\n")
     assert out == "a.ply: has no colors, intensity, which the network takes (it has: coordinates only)\n"
     put("a.npz", write_cloud(Cloud(CLOUD, {"colors": np.ones((1000, 4)), "intensity": np.ones((1000, 1))})))
-    assert shell("a.npz")[1] == "a.npz: gives 8 channels, the network takes 7\n"
+    assert shell("a.npz")[1] == "a.npz: gives 8 channels, but the network takes 7\n"
 
 
 def test_normals_are_estimated_where_a_file_has_none(shell):
@@ -357,7 +357,7 @@ def test_a_network_that_takes_the_class_of_a_cloud_is_told_it(shell):
     for wrong in ((), ("--shape", "5")):
         code, _, err = shell("a.ply", *wrong)
         assert code == 2
-        assert err == "--shape: the network takes the class of each cloud: give a number from 0 to 4\n"
+        assert err == "--shape: this network takes the class of each cloud: give a number from 0 to 4\n"
     confidence = []
     for number in ("0", "1"):
         assert shell("a.ply", "--shape", number)[0] == 0
@@ -380,7 +380,7 @@ def test_files_that_cannot_be_read_are_named_and_the_others_labelled(shell):
     assert [row["reason"][:26] for row in rows] == [
         "no such file",
         "2999 of 3000 declared numb",
-        "no point file by its name ",
+        "is not a point file by its",
         "",
     ]
     assert [row["written"] for row in rows[:3]] == [[], [], []]
@@ -397,7 +397,7 @@ def test_files_that_cannot_be_read_are_named_and_the_others_labelled(shell):
             "a.ply, in/a.ply: their labels would be the same file, new/a.labels.npz: predict one",
         ),
         ("a.ply --out in/a.ply", "--out: in/a.ply is not a folder"),
-        ("a.ply --shape 1", "--shape: the network takes no class of a cloud"),
+        ("a.ply --shape 1", "--shape: this network does not take the class of a cloud"),
     ],
 )
 def test_no_file_of_the_user_is_overwritten(shell, folder, arguments, sentence):
@@ -425,9 +425,9 @@ def test_labels_of_an_earlier_time_are_replaced(shell):
 @pytest.mark.parametrize(
     ("option", "sentence"),
     [
-        ("--columns=xyz", "--columns: is for clouds of points, this network takes clips\n"),
+        ("--columns=xyz", "--columns: is for clouds of points, but this network takes clips: leave it out\n"),
         ("--out=x", "--out: this network labels whole files, so there is nothing to write: remove it\n"),
-        ("--shape=0", "--shape: the network takes no class of a cloud\n"),
+        ("--shape=0", "--shape: this network does not take the class of a cloud: leave it out\n"),
     ],
 )
 def test_options_of_clouds_are_refused_for_clips(shell, option, sentence):

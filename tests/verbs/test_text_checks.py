@@ -193,7 +193,9 @@ def test_a_tokenizer_of_another_run_comes_with_its_lower_case(file):
 
 @pytest.mark.parametrize("field", [{"tokenizer": "unigram"}, {"vocab_size": 8000}, {"lower": False}])
 def test_what_the_other_run_says_of_its_tokenizer_is_not_said_again(file, field):
-    with pytest.raises(UserError, match=rf"x\.yaml: text\.{next(iter(field))}: is that of the run that `like` names"):
+    with pytest.raises(
+        UserError, match=rf"x\.yaml: text\.{next(iter(field))}: is taken from the run that `like` names"
+    ):
         like(file.parent, **field)
     made = like(file.parent)
     assert parse(PrepareJob, made.model_dump(mode="json"), "x.yaml") == made  # a resolved job is a job again

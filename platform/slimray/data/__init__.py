@@ -1,1 +1,1 @@
-"""Data on its way to a network: cards and indexes, samples, the epoch plan, the Ray Data pipeline."""
+"""The data path to a network: cards and indexes, samples, the epoch plan, the Ray Data pipeline."""

@@ -2,8 +2,8 @@
 
 `read_whole` and `read_sample` fetch them: a video or point file, the numbered pictures of a folder
 (`clip/{00001..00300}.jpg`, one path for all of them) or all its files (`room/{*}.txt`) as a stored ZIP, or one clip of
-a packed shard. A shard holds one clip per row group, so that a clip is one range read, whose place the index tells (of
-older datasets the footer of the shard does).
+a packed shard. A shard holds one clip per row group, so that a clip takes one range read, whose offset is in the index
+(for older datasets in the footer of the shard).
 """
 
 import functools
@@ -31,15 +31,15 @@ from slimray.data.samples import MAX_BYTES, BadSample
 from slimray.data.video.clips import ClipRecipe, frame_indices, generators
 from slimray.storage import join
 
-NUM_FOOTERS = 4096  # kept per process as written, some 11 kB for 64 clips; parsed they would take 170 kB
+NUM_FOOTERS = 4096  # kept unparsed per process, about 11 kB for 64 clips; parsed they would take 170 kB
 SHARD = pa.schema([("path", pa.string()), ("label", pa.int64()), ("data", pa.binary())])
 
 
 def read_whole(fs: pafs.FileSystem, root: str, row: dict[str, Any]) -> bytes:
-    """Return all bytes of the sample of an index row; pictures, or files of `{*}`, as a stored ZIP of all of them.
+    """Return all bytes of the sample of an index row; numbered pictures, or files of `{*}`, as one stored ZIP.
 
-    FileNotFoundError: the file, folder or shard of the index is not there. BadSample: the folder is there, but a
-    picture of it is missing; like a damaged file that costs this one sample, not the run. StorageError.
+    Raises FileNotFoundError if the file, folder or shard is missing, BadSample if the folder exists but lacks a picture
+    (like a damaged file, that costs this one sample and not the run), and StorageError.
     """
     if row["shard"].endswith(".bin"):
         return image_sets.cifar_picture(_read_part(fs, join(root, row["shard"]), row["row"], image_sets.CIFAR_PIXELS))
@@ -60,7 +60,7 @@ def read_whole(fs: pafs.FileSystem, root: str, row: dict[str, Any]) -> bytes:
 
 
 def read_files(fs: pafs.FileSystem, root: str, path: str) -> dict[str, bytes]:
-    """Return the files that the path of a row with `{*}` stands for: name -> bytes, by name. Raises as `read_whole`."""
+    """Return the files that match a row's path with `{*}`: name -> bytes, sorted by name. Raises like `read_whole`."""
     folder, _, form = join(root, path).rpartition("/")
     names = matching([info.base_name for info in storage.list_files(fs, folder)], form.replace(ALL_FILES, "*"))
     if not names:
@@ -71,9 +71,9 @@ def read_files(fs: pafs.FileSystem, root: str, path: str) -> dict[str, bytes]:
 def read_sample(
     fs: pafs.FileSystem, root: str, row: dict[str, Any], recipe: ClipRecipe, key: tuple[int, int, int]
 ) -> bytes:
-    """Return what a decoder needs to make the clip of `recipe` and `key` (seed, epoch, sample); raises as `read_whole`.
+    """Return the bytes a decoder needs for the clip of `recipe` and `key` (seed, epoch, sample).
 
-    Of a folder only the pictures that the decoder will draw with the same key.
+    Of a folder of pictures, only those the decoder will draw with the same key are read. Raises like `read_whole`.
     """
     pictures = None if row["shard"] else _pictures_of(fs, root, row)
     if pictures is None:
@@ -83,10 +83,10 @@ def read_sample(
 
 
 def write_shard(fs: pafs.FileSystem, path: str, packed_rows: Iterable[dict[str, Any]]) -> list[tuple[int, int]]:
-    """Write rows with path, label and data (bytes) as a parquet shard, a row group each, all at once or not at all.
+    """Write rows with path, label and data (bytes) as a Parquet shard atomically, one row group per row.
 
-    Return `offset` and `length` of each for the index. One row at a time is in memory. No compression, dictionary or
-    statistics: videos do not shrink, and statistics would put them into the footer.
+    Return (`offset`, `length`) of each for the index. Holds one row at a time in memory. Uses no compression,
+    dictionary or statistics: videos do not shrink, and statistics would copy them into the footer.
     """
     options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     options |= {"store_schema": False, "write_page_checksum": True}
@@ -103,15 +103,15 @@ def write_shard(fs: pafs.FileSystem, path: str, packed_rows: Iterable[dict[str, 
 
 @dataclass(frozen=True)
 class Place:
-    """A place on a filesystem as the key of a cache."""
+    """A path on a filesystem, usable as the key of a cache."""
 
     path: str
-    fs: pafs.FileSystem = field(hash=False)  # compares, but cannot be hashed
+    fs: pafs.FileSystem = field(hash=False)  # filesystems can be compared but not hashed
 
 
 @dataclass(frozen=True)
 class _Pictures:
-    """Numbered files: `head`, a number of at least `digits` digits from `first` on, `tail`."""
+    """Numbered files: `head`, a number of at least `digits` digits counted from `first`, `tail`."""
 
     head: str
     tail: str
@@ -140,7 +140,7 @@ def _range(fs: pafs.FileSystem, path: str, start: int = 0, size: int | None = No
 
 
 def _read_part(fs: pafs.FileSystem, path: str, start: int, size: int) -> bytes:
-    """`size` bytes of a file from `start` on."""
+    """Return `size` bytes of a file from `start` on."""
 
     def read() -> bytes:
         data = _range(fs, path, start, size) if start >= 0 else b""
@@ -152,7 +152,7 @@ def _read_part(fs: pafs.FileSystem, path: str, start: int, size: int) -> bytes:
 
 
 def _read_idx(fs: pafs.FileSystem, path: str, row: dict[str, Any]) -> bytes:
-    """The pixels of a picture of an idx file, from byte `row` of its array on; a packed one is unpacked once."""
+    """Return the pixels of a picture of an idx file, from byte `row` of its array on; a gzipped file is cached."""
     start, size = row["row"], row["width"] * row["height"]
     if not path.endswith(GZIP_ENDING):
         return _read_part(fs, path, image_sets.IDX_START + start, size)
@@ -168,7 +168,7 @@ def _read_idx(fs: pafs.FileSystem, path: str, row: dict[str, Any]) -> bytes:
 
 @functools.lru_cache(maxsize=2)
 def _unpacked_idx(at: Place) -> bytes:
-    """The array of a packed idx file of pictures."""
+    """Return the bytes of the array of a gzipped idx file of pictures."""
     try:
         return image_sets.read_idx(_read_file(at.fs, at.path), 3).tobytes()
     except ValueError as error:
@@ -176,21 +176,23 @@ def _unpacked_idx(at: Place) -> bytes:
 
 
 def _read_packed(fs: pafs.FileSystem, path: str, row: dict[str, Any]) -> bytes:
-    """The data of one row group, by its place if the index has it, else by the footer; its checksum is verified."""
+    """Return the data of one row group by its offset in the index, else by the footer; its checksum is verified."""
     offset, length = row.get("offset", -1), row.get("length", 0)
     if offset >= 0 and 0 < length <= MAX_BYTES:
         chunk = storage.retry(lambda: _range(fs, path, offset, length), "read", path)
         if (data := _only_value(chunk)) is not None:
             return data
-    return _read_row_group(fs, path, row["row"])  # which says what is wrong, or the shard was written anew
+    return _read_row_group(fs, path, row["row"])  # reports the error, or reads a shard that was rewritten
 
 
 def _only_value(chunk: bytes) -> bytes | None:
-    """The value in a column chunk that `write_shard` wrote: the header of a page, in Thrift's compact protocol, and
-    the page, with levels and the one value. None for anything else, and where the checksum does not fit."""
+    """Return the value in a column chunk that `write_shard` wrote; None for anything else or a wrong checksum.
+
+    A chunk is a page header in Thrift's compact protocol, then the page with its levels and one value.
+    """
     try:
         header, at = [], 0
-        for _ in range(4):  # kind of page, size, compressed size, checksum: whole numbers of 32 bits, in zigzag
+        for _ in range(4):  # page type, size, compressed size, checksum: zigzag-encoded 32-bit integers
             if chunk[at] != 0x15:
                 return None
             number, shift, at = 0, 0, at + 1
@@ -213,14 +215,14 @@ def _only_value(chunk: bytes) -> bytes | None:
 
 
 def _read_row_group(fs: pafs.FileSystem, path: str, row: int) -> bytes:
-    """The data of one row group; its checksum is verified, and a footer that no longer fits is read again."""
+    """Return the data of one row group; its checksum is verified, and an outdated footer is read again."""
     at = Place(path, fs)
 
     def read() -> bytes:
         try:
             footer = pq.read_metadata(pa.BufferReader(_footer(at)))
             if not 0 <= row < footer.num_row_groups:
-                raise OSError(f"it holds {footer.num_row_groups} clips, the index asks for number {row}")
+                raise OSError(f"it holds {footer.num_row_groups} clips, but the index names number {row}")
             with fs.open_input_file(path) as file:
                 shard = pq.ParquetFile(file, metadata=footer, page_checksum_verification=True)
                 return shard.read_row_group(row, columns=["data"], use_threads=False).column("data")[0].as_py()
@@ -235,7 +237,7 @@ def _read_row_group(fs: pafs.FileSystem, path: str, row: int) -> bytes:
 
 @functools.lru_cache(maxsize=NUM_FOOTERS)
 def _footer(at: Place) -> bytes:
-    """The footer of a parquet file, as a file of its own."""
+    """Return the footer of a Parquet file, as a file of its own."""
     with at.fs.open_input_file(at.path) as file:
         footer = pq.read_metadata(file)
     sink = pa.BufferOutputStream()
@@ -244,7 +246,7 @@ def _footer(at: Place) -> bytes:
 
 
 def _pictures_of(fs: pafs.FileSystem, root: str, row: dict[str, Any]) -> _Pictures | None:
-    """The pictures that a row's path stands for, None if it is a file. BadSample for an empty folder."""
+    """Return the pictures that a row's path stands for, None if it is a file; raise BadSample for an empty folder."""
     path = join(root, row["path"])
     match = NUMBERED.search(path)
     if match is None:
@@ -252,13 +254,13 @@ def _pictures_of(fs: pafs.FileSystem, root: str, row: dict[str, Any]) -> _Pictur
     first = int(match[1])
     count = int(match[2]) - first + 1 if match[2] else row["frames"] or _count_pictures(Place(path, fs))
     if count < 1:
-        raise BadSample("the folder holds no pictures")
+        raise BadSample("the folder has no pictures")
     return _Pictures(path[: match.start()], path[match.end() :], len(match[1]), first, count)
 
 
 @functools.lru_cache(maxsize=1 << 17)
 def _count_pictures(at: Place) -> int:
-    """Pictures from the first to the one with the highest number, for a path that leaves the last one open."""
+    """Count the pictures from the first to the highest number, for a path that does not give the last one."""
     folder, _, name = at.path.rpartition("/")
     match = NUMBERED.search(name)
     assert match is not None

@@ -1,10 +1,11 @@
-"""Files of a bucket on a disk of this machine: whatever process reads one first leaves it there for all.
+"""Caches files of a bucket on a disk of this machine: the first process to read a file stores it for all others.
 
-`Cache.open` gives a filesystem that reads each file of another one once; `root` and `cache_of` carry the settings of a
-job to the processes that read samples, as options of the root's URI. Files are whole, so that a shard costs one
-request, whoever needs a clip of it, and from the second epoch on none. They are of a `version` of the dataset, written
-beside and renamed, one process at a time; what was used longest ago goes when there are more than `max_gb`. A process
-that is killed leaves at most a part that the next sweep removes. A full disk reads the bucket.
+`Cache.open` wraps a filesystem so that each of its files is read once; `root` and `cache_of` carry the settings of a
+job to the processes that read samples, as options of the root's URI. Whole files are cached, so that a shard costs one
+request whichever clips are needed, and none from the second epoch on. Files belong to a `version` of the dataset, and
+are written under a temporary name and renamed, by one process at a time; beyond `max_gb` the least recently used are
+deleted. A killed process leaves at most a partial file, which the next sweep removes. If the disk is full, the bucket
+is read instead.
 """
 
 import contextlib
@@ -25,15 +26,15 @@ import pyarrow.fs as pafs
 from slimray.objects import Opened, open_range
 
 PART_BYTES = 32 << 20  # read at a time
-LOCKS = 4096  # lock files, for all files: few processes wait for one that fetches another file
-KEPT = 0.9  # of the largest size is left by a sweep
+LOCKS = 4096  # lock files shared by all files: a process rarely waits for one that fetches a different file
+KEPT = 0.9  # fraction of the size limit that a sweep keeps
 DIR, GB, VERSION = "cache_dir", "cache_gb", "cache_version"  # options of a URI
 
 log = logging.getLogger(__name__)
 
 
 def root(uri: str, folder: str, max_gb: float, version: str) -> str:
-    """Return the URI of a dataset in a bucket with the cache to use; a local path is returned as it is."""
+    """Return the URI of a dataset in a bucket with the cache as its options; a local path is returned unchanged."""
     if "://" not in uri or uri.startswith("file:"):
         return uri
     options = urllib.parse.urlencode({DIR: folder, GB: f"{max_gb:g}", VERSION: version})
@@ -41,7 +42,7 @@ def root(uri: str, folder: str, max_gb: float, version: str) -> str:
 
 
 def cache_of(uri: str) -> tuple[str, "Cache | None"]:
-    """Return the URI without its cache, and the cache; None if it names none."""
+    """Return the URI without cache options, and the cache they describe; None if there are none."""
     head, _, query = uri.partition("?") if "://" in uri else (uri, "", "")
     found = dict(urllib.parse.parse_qsl(query))
     if DIR not in found:
@@ -53,32 +54,32 @@ def cache_of(uri: str) -> tuple[str, "Cache | None"]:
 
 @dataclass(frozen=True)
 class Cache:
-    """Files of a `version` of a dataset in `folder`, which they may share with others', at most `max_bytes` in all."""
+    """Files of one `version` of a dataset in `folder`, which datasets may share; at most `max_bytes` in total."""
 
     folder: Path
     max_bytes: int
     version: str
 
     def open(self, fs: pafs.FileSystem) -> pafs.FileSystem:
-        """Return `fs` as one that reads a file from here, and leaves it here first where it is not."""
+        """Return a filesystem like `fs` that reads files from the cache, storing them there first if necessary."""
         return pafs.PyFileSystem(_Handler(fs, self))
 
     def place(self, path: str) -> Path:
-        """Return where the file `path` lies here."""
+        """Return the location of the file `path` in the cache."""
         key = hashlib.sha256(f"{self.version}\0{path}".encode()).hexdigest()
         return self.folder / "files" / key[:2] / key
 
     def fetch(self, fs: pafs.FileSystem, path: str) -> Path | None:
-        """Return the local file of `path`, fetched if need be; None where it does not fit in.
+        """Return the local copy of `path`, fetched if necessary; None if it does not fit into the cache.
 
-        FileNotFoundError if there is no such file, OSError where it cannot be read.
+        Raises FileNotFoundError if there is no such file, OSError if it cannot be read.
         """
         place = self.place(path)
         if _touched(place):
             return place
         try:
             with self._alone(f"{int(place.name[:8], 16) % LOCKS:04d}"):
-                if _touched(place):  # by a process that was quicker
+                if _touched(place):  # another process was faster
                     return place
                 with open_range(fs, path) as source:
                     if source.size > self.max_bytes:
@@ -86,13 +87,13 @@ class Cache:
                     size = _write(source, place)
             self._count(size)
         except _NoRoom as error:
-            log.warning("%s: %s: the bucket is read instead", self.folder, error)
+            log.warning("%s: cannot cache files (%s), reading the bucket instead", self.folder, error)
             return None
         return place
 
     @contextlib.contextmanager
     def _alone(self, name: str) -> Iterator[None]:
-        """One process at a time is in the block of a `name`; the lock of one that dies is free."""
+        """Let one process at a time into the block of a `name`; the lock of a process that dies is released."""
         with _room():
             (self.folder / "locks").mkdir(parents=True, exist_ok=True)
             file = open(self.folder / "locks" / name, "a")  # noqa: SIM115
@@ -102,12 +103,12 @@ class Cache:
             yield
 
     def _count(self, size: int) -> None:
-        """Note that `size` bytes came, and sweep if that makes too many."""
+        """Add `size` bytes to the counter of the cache, and sweep if it exceeds the limit."""
         with self._alone("size"):
             counter = self.folder / "size"
             try:
                 total = int(counter.read_text()) + size
-            except (OSError, ValueError):  # none yet, or a machine died: count what is there
+            except (OSError, ValueError):  # no counter yet, or one damaged by a crash: count the files
                 total = self.max_bytes + 1
             if total > self.max_bytes:
                 total = _sweep(self.folder / "files", self.max_bytes)
@@ -121,7 +122,7 @@ class _NoRoom(Exception):
 
 @contextlib.contextmanager
 def _room() -> Iterator[None]:
-    """What goes wrong in the block is the cache's matter, and nothing that is said of the bucket or its files."""
+    """Raise OSErrors of the block as _NoRoom, so that they are not mistaken for errors of the bucket."""
     try:
         yield
     except OSError as error:
@@ -129,7 +130,7 @@ def _room() -> Iterator[None]:
 
 
 def _touched(place: Path) -> bool:
-    """Note that a file is used, and return whether it is there."""
+    """Mark a file as used now, and return whether it exists."""
     try:
         os.utime(place)
     except OSError:
@@ -138,13 +139,13 @@ def _touched(place: Path) -> bool:
 
 
 def _write(source: Opened, place: Path) -> int:
-    """Copy a file to `place`, all of it or nothing, and return its size."""
+    """Copy a file to `place` atomically, and return its size."""
     part = place.with_name(f"{place.name}.{os.getpid()}.part")
     size, have = source.size, 0
     with _room():
         place.parent.mkdir(parents=True, exist_ok=True)
         file = open(part, "wb")  # noqa: SIM115
-        fcntl.flock(file, fcntl.LOCK_EX)  # a sweep removes a part that nobody holds
+        fcntl.flock(file, fcntl.LOCK_EX)  # a sweep removes partial files that are not locked
     try:
         with file:
             while have < size:
@@ -164,7 +165,7 @@ def _write(source: Opened, place: Path) -> int:
 
 
 def _sweep(folder: Path, max_bytes: int) -> int:
-    """Remove parts that nobody writes, and files, those used longest ago first; return the bytes that are left."""
+    """Remove abandoned partial files and, beyond `max_bytes`, the least recently used; return the remaining bytes."""
     found = []
     for file in folder.glob("*/*"):
         with contextlib.suppress(OSError):
@@ -185,12 +186,12 @@ def _sweep(folder: Path, max_bytes: int) -> int:
 
 def _remove_part(part: Path) -> None:
     with open(part, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError where its writer lives
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError while its writer is alive
         part.unlink(missing_ok=True)
 
 
 class _Handler(pafs.FileSystemHandler):
-    """Reads files through a cache; everything else is the other filesystem's."""
+    """Reads files through a cache, and passes everything else on to the wrapped filesystem."""
 
     def __init__(self, fs: pafs.FileSystem, cache: Cache):
         self.fs, self.cache = fs, cache
@@ -203,7 +204,7 @@ class _Handler(pafs.FileSystemHandler):
             place = self.cache.fetch(self.fs, path)
             if place is None:
                 break
-            with contextlib.suppress(FileNotFoundError):  # swept since
+            with contextlib.suppress(FileNotFoundError):  # swept in the meantime
                 return pa.OSFile(str(place), "rb")
         return self.fs.open_input_file(path)
 
@@ -222,7 +223,7 @@ class _Handler(pafs.FileSystemHandler):
         return self.fs.get_file_info(selector)
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise OSError(errno.EROFS, "is read through a cache")
+        raise OSError(errno.EROFS, "is read-only, because it is read through a cache")
 
     create_dir = delete_dir = delete_dir_contents = delete_root_dir_contents = delete_file = _refuse
     move = copy_file = open_output_stream = open_append_stream = _refuse

@@ -1,9 +1,9 @@
-"""Work on untrusted bytes in a child process that can be killed: decoding videos, parsing point clouds.
+"""Processes untrusted bytes in a child process that can be killed: decoding videos, parsing point clouds.
 
-C code can hang so that no signal but SIGKILL ends it, can crash its process, and can ask for any amount of memory. So
-the parent's side, `Child`, sends a file's bytes over a socket to a process of its own (`python -m MODULE`, whose `main`
-is `serve(answer)`) and gets a small answer back. A time-out or a death costs that one file (`BadSample`), which is then
-refused at once; the child's address space is bounded. Standard library only: what a child imports it pays for.
+C code can hang so that only SIGKILL ends it, can crash its process, and can allocate any amount of memory. So the
+parent's side, `Child`, sends a file's bytes over a socket to a separate process (`python -m MODULE`, whose `main` calls
+`serve(answer)`) and gets a small answer back. A timeout or a crash costs that one file (`BadSample`), which is refused
+at once from then on; the child's address space is limited. Standard library only, to keep the start of a child fast.
 """
 
 import ctypes
@@ -26,8 +26,8 @@ from typing import Any, Self
 from slimray.data.samples import MAX_BYTES, BadSample
 
 MAX_HEADER_BYTES = 1_000_000
-MAX_MEMORY = 8 << 30  # address space of a child; what needs more is refused
-START_TIMEOUT_S = 120.0  # for a child to import its libraries on a busy machine; no file pays for that
+MAX_MEMORY = 8 << 30  # address space of a child; files that need more are refused
+START_TIMEOUT_S = 120.0  # for a child to import its libraries on a busy machine; not counted against a file
 
 
 # ------------------------------------------------------------------------------------------ the parent's side
@@ -36,7 +36,7 @@ START_TIMEOUT_S = 120.0  # for a child to import its libraries on a busy machine
 class Child:
     """A child process whose answers have a time limit; a context manager. Requests of several threads are serialized.
 
-    `module` is run as the child; `doing` says what it does, for messages ("decoding took over 30 s").
+    `module` is run as the child; `doing` names its work in messages ("decoding took over 30 s").
     """
 
     module = ""
@@ -52,7 +52,7 @@ class Child:
 
     @property
     def pid(self) -> int | None:
-        """The child's process id while it lives."""
+        """The process id of the child, or None if it is not running."""
         return None if self._child is None else self._child.pid
 
     def close(self) -> None:
@@ -69,7 +69,7 @@ class Child:
     def _ask(self, path: str, request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytearray]:
         """Return the child's answer to `request` about the bytes of the file `path`: header and body.
 
-        Raises BadSample: what the child says of the file, or how it was ended.
+        Raises BadSample with the child's complaint about the file, or with how the child ended.
         """
         if path in self.refused:
             raise BadSample(self.refused[path])
@@ -87,21 +87,21 @@ class Child:
         return header, body
 
     def _be_ready(self) -> None:
-        """See to a child that waits for a request, one that died idle is replaced. RuntimeError if none starts."""
+        """Make sure a child is waiting for requests, replacing one that died; raise RuntimeError if none starts."""
         if self._link is not None:
             try:
                 self._link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            except BlockingIOError:  # neither an end nor an answer that nobody asked for
+            except BlockingIOError:  # the child is alive and idle: the link is open, with no unread data
                 return
             self._end()
         self._child, self._link = self._thread.submit(_start_child, self.module).result()
         try:
             self._talk(START_TIMEOUT_S, _receive)
         except _Gone as gone:
-            raise RuntimeError(f"the start of a {self.doing} process {gone}") from None
+            raise RuntimeError(f"starting a {self.doing} process {gone}") from None
 
     def _talk(self, timeout_s: float, talk: Callable[..., Any], *args: Any) -> Any:
-        """The result of `talk(link, *args)`; what cuts it short, Ctrl-C too, ends the child: it would answer late."""
+        """Return `talk(link, *args)`; end the child if it is interrupted, also by Ctrl-C, as it would answer late."""
         try:
             return self._thread.submit(talk, self._link, *args).result(timeout_s)
         except FutureTimeout:
@@ -114,7 +114,7 @@ class Child:
             raise
 
     def _end(self, grace_s: float = 0) -> str:
-        """End the child, after `grace_s` in which it may do so itself; how it ended, in words."""
+        """End the child, after `grace_s` in which it may end by itself, and return how it ended, in words."""
         if self._child is None or self._link is None:
             return ""
         with suppress(subprocess.TimeoutExpired):
@@ -127,7 +127,7 @@ class Child:
 
 
 class _Gone(Exception):
-    """The child was ended or has ended; the words go behind what it was doing."""
+    """The child was killed or has ended; the message follows the name of its work ("decoding took over 30 s")."""
 
 
 def _start_child(module: str) -> tuple[subprocess.Popen, socket.socket]:
@@ -136,7 +136,7 @@ def _start_child(module: str) -> tuple[subprocess.Popen, socket.socket]:
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-P", "-m", module, str(theirs.fileno()), str(os.getpid())]
     null = subprocess.DEVNULL
-    with theirs:  # a socket of its own: whatever a library prints never reaches it
+    with theirs:  # a separate socket, so that output of libraries cannot corrupt messages
         child = subprocess.Popen(
             command, stdin=null, stdout=null, stderr=null, pass_fds=[theirs.fileno()], cwd="/",
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
@@ -156,7 +156,7 @@ def _send(link: socket.socket, header: dict[str, Any], body: bytes | memoryview 
 
 
 def _receive(link: socket.socket) -> tuple[dict[str, Any], bytearray]:
-    """A header and a body; EOFError at the end, or when what comes is not a message."""
+    """Return a header and a body; raise EOFError at the end of the stream or for an invalid message."""
     header_size, body_size = struct.unpack("<IQ", _take(link, 12))
     if header_size > MAX_HEADER_BYTES or body_size > MAX_BYTES:
         raise EOFError
@@ -164,7 +164,7 @@ def _receive(link: socket.socket) -> tuple[dict[str, Any], bytearray]:
 
 
 def _take(link: socket.socket, size: int) -> bytearray:
-    """Exactly `size` bytes."""
+    """Receive exactly `size` bytes; raise EOFError if the stream ends before."""
     data = bytearray(size)
     left = memoryview(data)
     while left:
@@ -183,7 +183,7 @@ Answer = tuple[dict[str, Any], bytes | memoryview]
 def serve(answer: Callable[[dict[str, Any], bytes], Answer], doing: str) -> None:
     """Answer requests on the inherited socket until it closes or the parent is gone.
 
-    `answer` takes a request and the bytes of a file; `doing` ("decode") is what it does, for messages.
+    `answer` takes a request and the bytes of a file; `doing` ("decode") names its work in messages.
     """
     link = socket.socket(fileno=int(sys.argv[1]))
     _be_bound(int(sys.argv[2]))
@@ -197,19 +197,19 @@ def serve(answer: Callable[[dict[str, Any], bytes], Answer], doing: str) -> None
                 header, body = {"error": str(error)}, b""
             except MemoryError:
                 header, body = {"error": f"needs more than {MAX_MEMORY >> 30} GiB to {doing}"}, b""
-            except Exception as error:  # noqa: BLE001  (any complaint of a library is the reason of a quarantine)
+            except Exception as error:  # noqa: BLE001  (any error of a library quarantines the file)
                 words = " ".join(str(error).split())[-200:]
                 header, body = {"error": f"does not {doing} ({type(error).__name__}: {words})"}, b""
             _send(link, header, body)
 
 
 def _be_bound(parent: int) -> None:
-    """Live no longer than the parent, even hanging in C; leave Ctrl-C and SIGTERM to it; keep to MAX_MEMORY."""
+    """Die with the parent, even when hanging in C; leave Ctrl-C and SIGTERM to it; limit memory to MAX_MEMORY."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; the parent is a thread, which `Child` keeps
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: applies to the parent thread, kept by `Child`
     if os.getppid() != parent:
         sys.exit()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    with suppress(ValueError, OSError):  # a lower bound that is set already
+    with suppress(ValueError, OSError):  # a lower limit is already set
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))

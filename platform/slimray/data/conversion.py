@@ -1,9 +1,9 @@
-"""From raw files to samples as `prepare` stores them: probed, re-encoded, cut into tiles, windows or frustums.
+"""Converts raw files to samples as `prepare` stores them: probed, re-encoded, cut into tiles, windows or frustums.
 
-A conversion takes a row of an index and yields the samples made of it. Clouds of points become .npz; a scene may become
-several (an S3DIS room its windows, `room#zero-0007`; the tiles of a scan; the frustums of the objects in a scan), whose
-array `rows` leads back into it. Raises BadSample for a file that does not decode, FileNotFoundError for one that is not
-there.
+A conversion takes a row of an index and yields the samples made from it. Clouds of points become .npz files; a scene
+may become several samples (the windows of an S3DIS room, `room#zero-0007`; the tiles of a scan; the frustums of the
+objects in a scan), whose array `rows` maps their points to those of the scene. Raises BadSample for a file that does
+not decode, FileNotFoundError for a missing one.
 """
 
 import dataclasses
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from slimray.data.video.decoder import Decoder
     from slimray.data.video.repack import Pack
 
-MIN_TILE_POINTS = 100  # tiles with fewer are left out
+MIN_TILE_POINTS = 100  # tiles with fewer points are skipped
 
 
 @dataclass(frozen=True)
 class Raw:
-    """A dataset as it came, and how its samples are stored.
+    """A raw dataset, and how its samples are to be stored.
 
-    `pack` None keeps clips and images as they are. Of each object of split "train" `copies` frustums are made, drawn
-    with `seed`. `timeout_s` is what a cloud may take to read. Texts become tokens of `vocabulary` as `text` says.
+    `pack` None keeps clips and images as they are. Each object of split "train" becomes `copies` frustums, drawn with
+    `seed`. Reading a cloud may take `timeout_s` seconds. Texts become tokens of `vocabulary`, as `text` specifies.
     """
 
     root: str
@@ -55,10 +55,10 @@ class Raw:
 
 @dataclass(frozen=True)
 class Made:
-    """A sample as stored: its path in the index, columns of the index that say what it holds, bytes read for it.
+    """A sample as stored: its path in the index, columns of the index that describe it (`shape`), bytes read for it.
 
-    `psnr` is in dB, of what was lost; `left_out` are files that it lacks, with the reason; `notes` says in words what
-    points of the file are left out; `label` is its class, if that is another than the file's.
+    `psnr` (dB) measures the loss by re-encoding; `left_out` maps files missing from the sample to the reason; `notes`
+    describes in words which points of the file were left out; `label` is its class, if that differs from the file's.
     """
 
     path: str
@@ -73,8 +73,8 @@ class Made:
 
 @dataclass(frozen=True)
 class Bad:
-    """A sample of a file of many that is left out: its path in the index, and why. With `fails` it counts as one that
-    does not decode."""
+    """A sample left out of a file with many: its path in the index, and the reason. With `fails` it counts as a sample
+    that does not decode."""
 
     path: str
     reason: str
@@ -82,7 +82,7 @@ class Bad:
 
 
 def convert_clip(raw: Raw, row: dict[str, Any], decoder: "Decoder") -> Iterator[Made]:
-    """A video probed, and re-encoded if it is to be packed."""
+    """Probe a video, and re-encode it if it is to be packed."""
     source, root = filesystem(raw.root)
     data = read_whole(source, root, row)
     if raw.pack is None:
@@ -94,7 +94,7 @@ def convert_clip(raw: Raw, row: dict[str, Any], decoder: "Decoder") -> Iterator[
 
 
 def convert_image(raw: Raw, row: dict[str, Any], decoder: "Decoder") -> Iterator[Made]:
-    """An image decoded, and made smaller if it is to be packed and its short side is too long."""
+    """Decode an image, and make it smaller if it is to be packed and its short side is too long."""
     source, root = filesystem(raw.root)
     data = read_whole(source, root, row)
     short_side, quality = (None, 90) if raw.pack is None else (raw.pack.short_side, raw.pack.quality)
@@ -103,7 +103,7 @@ def convert_image(raw: Raw, row: dict[str, Any], decoder: "Decoder") -> Iterator
 
 
 def convert_cloud(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
-    """A cloud read from any point file, with the labels of its points as classes; whole, or in tiles."""
+    """Read a cloud from any point file, with the labels of its points as classes; yield it whole, or in tiles."""
     card, (source, root) = raw.card, filesystem(raw.root)
     data, labels = read_whole(source, root, row), None
     if card.point_labels:
@@ -114,7 +114,7 @@ def convert_cloud(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]
     if card.labelling.per_point:
         cloud = _with_classes(cloud, card)
     for name, reason in cloud.unclear.items():
-        if name != "label":  # features are stored, whoever takes them later
+        if name != "label":  # all features are stored, whichever are used later
             raise BadSample(reason)
     size, notes = len(data) + len(labels[1] if labels else b""), _notes(cloud)
     if card.tile is None:
@@ -122,13 +122,13 @@ def convert_cloud(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]
         return
     tiles = _tiles(cloud, card.tile)
     if not tiles:
-        raise BadSample(f"no tile of it has {MIN_TILE_POINTS} points and a label that counts")
+        raise BadSample(f"none of its tiles has {MIN_TILE_POINTS} points and a label that counts")
     for number, tile in enumerate(tiles):
         yield _stored(f"{row['path']}#{number:04d}", tile, 0 if number else size, notes="" if number else notes)
 
 
 def convert_room(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
-    """The windows of an S3DIS room, first those of offset "zero", then those of "half"."""
+    """Yield the windows of an S3DIS room, first those of offset "zero", then those of "half"."""
     source, root = filesystem(raw.root)
     objects = read_files(source, root, row["path"])
     folder, room = row["path"].rpartition("/")[0], row["path"].partition("/Annotations/")[0]
@@ -138,7 +138,7 @@ def convert_room(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
         windows = point_sets.s3dis_windows(xyzrgb, labels, offset, (zlib.crc32(room.encode()), key))
         for number, window in enumerate(windows):
             if not np.ptp(window.coords, 0).any():
-                continue  # a lone point, far from all others, is no cloud
+                continue  # a lone point, far from all others, is not a cloud
             features = dict(window.features)
             window = dataclasses.replace(window, features=features)
             yield _stored(f"{room}#{name}-{number:04d}", window, size, left_out)
@@ -146,7 +146,7 @@ def convert_room(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
 
 
 def convert_shape(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
-    """A shape of ShapeNet part, whose parts must be those of its class."""
+    """Convert a shape of ShapeNet part; its parts must belong to its class."""
     source, root = filesystem(raw.root)
     data = read_whole(source, root, row)
     cloud = cloud_reader(raw.timeout_s).cloud(row["path"], data, point_sets.SHAPENET_COLUMNS)
@@ -155,7 +155,7 @@ def convert_shape(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]
 
 
 def convert_scan(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
-    """The frustums of a KITTI scan: behind the 2D boxes of its labels, or of a detector where the card names one."""
+    """Yield the frustums of a KITTI scan: behind the 2D boxes of its labels, or of a detector if the card names one."""
     path, split, (source, root) = row["path"], row["split"], filesystem(raw.root)
     data, number = read_whole(source, root, row), path.rpartition("/")[2].removesuffix(".bin")
     cloud = cloud_reader(raw.timeout_s).cloud(path, data, KITTI_SCAN)
@@ -178,12 +178,12 @@ def convert_scan(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made]:
 
 
 def scan_objects(raw: Raw, path: str) -> list[point_sets.KittiObject]:
-    """All that is labelled in the image of a scan."""
+    """Return all labelled objects in the image of a scan."""
     return point_sets.kitti_objects(_beside(raw, path, "label_2", ".txt"))
 
 
 def _beside(raw: Raw, path: str, folder: str, suffix: str, num_bytes: int | None = None) -> bytes:
-    """The file that belongs to a scan, `training/velodyne/000123.bin`, in another folder; its first bytes, or all."""
+    """Return the file in another folder that belongs to a scan, `training/velodyne/000123.bin`: all or first bytes."""
     source, root = filesystem(raw.root)
     name = path.replace("/velodyne/", f"/{folder}/").removesuffix(".bin") + suffix
     try:
@@ -194,12 +194,12 @@ def _beside(raw: Raw, path: str, folder: str, suffix: str, num_bytes: int | None
 
 @functools.lru_cache(maxsize=2)
 def _detections(root: str, name: str) -> dict[str, list[point_sets.KittiObject]]:
-    """The 2D boxes of a detector by the number of their image; read once in a process."""
+    """Return the 2D boxes of a detector by image number; read once per process."""
     fs, folder = filesystem(root)
     try:
         return point_sets.rgb_detections(storage.read_bytes(fs, storage.join(folder, name)))
     except FileNotFoundError:
-        raise RunFailed(f"{storage.join(root, name)}: there are no such detections: fix the card") from None
+        raise RunFailed(f"{storage.join(root, name)}: no such file: fix `detections` of the card") from None
     except BadSample as bad:
         raise RunFailed(f"{storage.join(root, name)}: {bad}") from None
 
@@ -208,7 +208,7 @@ BY_LAYOUT: dict[str, Callable[[Raw, dict[str, Any], "Decoder"], Iterator[Made]]]
     "s3dis": convert_room,
     "shapenet_part": convert_shape,
     "kitti": convert_scan,
-}  # releases whose files hold several samples, or need others beside them
+}  # releases whose files hold several samples, or need files beside them
 
 
 def _stored(
@@ -219,18 +219,20 @@ def _stored(
 
 
 def _notes(cloud: clouds.Cloud) -> str:
-    """Return what a file lacks for want of finite numbers: points that are left out, features that have gaps."""
+    """Describe what a file lacks because of numbers that are not finite: points left out, features with gaps."""
     there = len(cloud) + cloud.num_removed
     notes = [clouds.removal_note(cloud.removed, there)]
     for name, array in cloud.features.items():
         if gaps := len(array) - len(clouds.finite_rows({name: array})[0]):
-            notes.append(f"{gaps} of {there} points have no finite {name}: networks that take it leave them out")
+            notes.append(f"{gaps} of {there} points have no finite {name}: networks that use it leave them out")
     return "; ".join(filter(None, notes))
 
 
 def _tiles(cloud: clouds.Cloud, side: float) -> list[clouds.Cloud]:
-    """Squares of x and y, in their order; `rows` lead back into the file. Left out are sparse ones, and those without
-    a label that counts."""
+    """Cut a cloud into x-y squares, in their order; `rows` map points to those of the file.
+
+    Squares with too few points, or without a label that counts, are left out.
+    """
     cells = np.floor((cloud.coords[:, :2] - cloud.coords[:, :2].min(0)) / side).astype(np.int64)
     inverse = np.unique(cells, axis=0, return_inverse=True)[1].reshape(-1)
     order = np.argsort(inverse, kind="stable")
@@ -247,7 +249,7 @@ def _tiles(cloud: clouds.Cloud, side: float) -> list[clouds.Cloud]:
 
 
 def _with_classes(cloud: clouds.Cloud, card: "Card") -> clouds.Cloud:
-    """`cloud` with the class of each point in place of its label; -1 for labels that do not count."""
+    """Return `cloud` with the class of each point instead of its label; -1 for labels that do not count."""
     if cloud.labels is None:
         raise BadSample("has no label per point")
     classes = cloud.labels
@@ -256,12 +258,12 @@ def _with_classes(cloud: clouds.Cloud, card: "Card") -> clouds.Cloud:
         for label, number in card.label_map.items():
             classes[cloud.labels == label] = number
     if classes.max() >= card.num_classes:
-        raise BadSample(f"has label {int(classes.max())}, there are {card.num_classes} classes")
+        raise BadSample(f"has label {int(classes.max())}, but there are {card.num_classes} classes")
     return dataclasses.replace(cloud, labels=classes)
 
 
 def labels_path(card: "Card", path: str) -> str:
-    """The file with the labels of the points of the cloud at `path`; UserError where it could lead out of the root."""
+    """Return the file with the point labels of the cloud at `path`; raise UserError if it could leave the root."""
     assert card.point_labels is not None
     name = path[: -len(posixpath.splitext(path)[1]) or None]
     known = {"name": name, "folder": posixpath.dirname(name) or ".", "stem": posixpath.basename(name)}

@@ -1,7 +1,7 @@
-"""The samples of a block, decoded: rows of an index in, arrays out. Runs in the decoding tasks; no Ray.
+"""Decodes the samples of a block: rows of an index in, arrays out. Runs in the decoding tasks; no Ray.
 
-A sample that does not decode keeps its place, with the reason; one of a training pass is not tried again by the same
-process, as its weight is 0 for good and it may take long to fail. A file that is missing ends the run.
+A sample that does not decode keeps its place, with the reason; in training the same process does not try it again,
+since its weight stays 0 and failing may take long. A missing file ends the run.
 """
 
 import numpy as np
@@ -14,17 +14,18 @@ from slimray.data.rows import PLACE
 from slimray.data.samples import BadSample
 from slimray.spec import RunFailed
 
-_BAD: dict[tuple[str, int], str] = {}  # what this process found: (index, sample) -> why it does not decode
+_BAD: dict[tuple[str, int], str] = {}  # found by this process: (index, sample) -> why it does not decode
 
 
 def decoded(rows: pa.Table, phase: Phase, root: str, index: str, seed: int, timeout_s: float) -> dict[str, np.ndarray]:
-    """Return the columns of a block of `phase`: `rows` have those of the index and PLACE.
+    """Return the columns of a decoded block of `phase`; `rows` have the columns of the index and PLACE.
 
-    `root` is where the files lie, `index` names the index; a file may take `timeout_s` seconds.
+    `root` is the folder of the files, `index` identifies the index; a file may take `timeout_s` seconds. Raises
+    RunFailed if a file is missing.
     """
     _, positions, samples = (rows.column(name).to_numpy() for name in PLACE)
     modality, recipe = modality_of(phase.recipe), read_recipe(phase.recipe)
-    fixed = modality.pad is None  # else samples are as long as they are, and the block as its longest
+    fixed = modality.pad is None  # otherwise samples differ in length, and the block is as long as its longest
     data = np.zeros((len(samples), *modality.shape(recipe)) if fixed else 0, modality.dtype)
     labels = target_of(phase.recipe).empty(len(samples) if fixed else 0)
     own: list[tuple[np.ndarray, np.ndarray]] = []
@@ -44,7 +45,7 @@ def decoded(rows: pa.Table, phase: Phase, root: str, index: str, seed: int, time
             reason = str(bad) or "does not decode"
             _BAD[known] = reason
             own += [] if fixed else [empty_sample(phase.recipe)]
-        except FileNotFoundError as error:  # Ray would take an OSError for something that passes
+        except FileNotFoundError as error:  # Ray would treat an OSError as temporary
             raise RunFailed(
                 f"a file of the index is missing ({error}): fix the list, or run `prepare` again"
             ) from error

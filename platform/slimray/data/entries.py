@@ -1,7 +1,4 @@
-"""A sample as its list names it, and the reading of lists: text in lines and columns, JSON.
-
-Errors name file and line.
-"""
+"""Entries of dataset lists, and readers for lists: lines and columns of text, JSON. Errors name file and line."""
 
 import csv
 import io
@@ -21,9 +18,9 @@ from slimray.storage import join
 
 @dataclass(frozen=True)
 class Entry:
-    """A sample as its list names it: where it says so, the columns that fill `file`, the class by number or name.
+    """A sample as listed: the place of its entry (`where`), the columns to fill in `file`, its class by number or name.
 
-    `place` are further columns of the index.
+    `place` holds further columns of the index.
     """
 
     where: str
@@ -34,17 +31,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file in the folders of a dataset that is none of its samples."""
+    """A file in the folders of a dataset that is not one of its samples."""
 
     path: str
 
 
 class NotThere(UserError):
-    """The list of a split is not there."""
+    """The list, or the files, of a split do not exist."""
 
 
 def place_of(card: Card, split: str) -> str:
-    """Return the one place at which the card finds a split."""
+    """Return the place of a split, the first one if the card has several."""
     return card.places(split)[0]
 
 
@@ -57,22 +54,22 @@ def read_text(fs: pafs.FileSystem, root: str, name: str, what: str) -> str:
     try:
         return storage.read_bytes(fs, path).decode("utf-8-sig")
     except FileNotFoundError:
-        raise NotThere(f"{path}: there is no such file ({what}): fix data.root or the card") from None
+        raise NotThere(f"{path}: no such file ({what}): fix data.root or the card") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text ({what}; byte {error.start})") from None
 
 
 def lines(text: str, path: str) -> Iterator[tuple[str, str]]:
-    """`path line N` and each line that is not blank, without the white space around it."""
+    """Yield `path line N` and the line for each line that is not blank, without surrounding white space."""
     for number, line in enumerate(text.split("\n"), 1):
         if line := line.strip(" \t\r"):
             yield f"{path} line {number}", line
 
 
 def rows(text: str, path: str, delimiter: str) -> Iterator[tuple[str, list[str]]]:
-    """`path line N` and the fields of each line that is not empty, between delimiters, with quotes as in CSV.
+    """Yield `path line N` and the delimited fields of each line that is not empty, with quotes as in CSV.
 
-    Blanks belong to a field, but for one that stands behind each delimiter of a column.
+    Blanks are part of a field, unless every field of a column (not the first) begins with one.
     """
     reader, found = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), []
     try:

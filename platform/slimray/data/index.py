@@ -1,4 +1,4 @@
-"""The index of a split: an Arrow table, a row per sample, that says where its bytes are and what it is."""
+"""The index of a split: an Arrow table with a row per sample that locates its bytes and describes it."""
 
 import hashlib
 import json
@@ -7,40 +7,40 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow.compute import call_function  # its other functions are made when it is imported: no checker knows them
+from pyarrow.compute import call_function  # type checkers do not know the functions pyarrow.compute creates at import
 
 INDEX = pa.schema(
     [
         ("path", pa.string()),  # relative to the root; unique in a split
         ("label", pa.int64()),
-        ("frames", pa.int32()),  # of a clip, points of a cloud; 0 = unknown, also below
+        ("frames", pa.int32()),  # of a clip, or points of a cloud; here and below 0 means unknown
         ("fps", pa.float32()),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("shard", pa.string()),  # "" = a file, or a folder of pictures, of its own
-        ("row", pa.int32()),  # row group in the shard, in a .bin or idx file the byte where the pixels begin; else -1
-        ("offset", pa.int64()),  # of the column chunk with its data in the shard, whose bytes are one request; else -1
-        ("length", pa.int32()),  # of that chunk; 0 = unknown
+        ("shard", pa.string()),  # "" if the sample is a file, or a folder of pictures, of its own
+        ("row", pa.int32()),  # row group in the shard; in a .bin or idx file the byte where the pixels begin; else -1
+        ("offset", pa.int64()),  # of the column chunk with its data in the shard, read with one request; else -1
+        ("length", pa.int32()),  # of that chunk; 0 means unknown
     ]
 )
-FOUND_LATER = ("offset", "length")  # not in indexes of before 2026-11-30; they follow from shard and row
-PIECE = 1 << 20  # rows looked at at a time, where there may be a hundred million
-NOTES = b"notes"  # in the metadata of its schema
+FOUND_LATER = ("offset", "length")  # not in indexes from before 2026-11-30; they follow from shard and row
+PIECE = 1 << 20  # rows processed at a time, as there may be a hundred million
+NOTES = b"notes"  # key in the metadata of the schema
 UNKNOWN = {"frames": 0, "fps": 0.0, "width": 0, "height": 0, "shard": "", "row": -1, "offset": -1, "length": 0}
 
 
 def index_table(rows: list[dict[str, Any]]) -> pa.Table:
-    """Rows with at least path and label as a table with the columns of INDEX."""
+    """Return rows, which have at least path and label, as a table with the columns of INDEX."""
     return pa.Table.from_pylist([UNKNOWN | row for row in rows], schema=INDEX)
 
 
 def with_notes(table: pa.Table, notes: list[str]) -> pa.Table:
-    """Return an index that carries sentences for its user: what of a split was left out."""
+    """Return the index with sentences for the user in its metadata, such as what was left out of a split."""
     return table.replace_schema_metadata({NOTES: json.dumps(notes)} if notes else None)
 
 
 def notes_of(table: pa.Table) -> list[str]:
-    """Return the sentences that an index carries for its user."""
+    """Return the sentences for the user in the metadata of an index."""
     return json.loads((table.schema.metadata or {}).get(NOTES, b"[]"))
 
 
@@ -52,7 +52,7 @@ def pieces_of(column: pa.ChunkedArray) -> Iterator[pa.Array]:
 
 
 def fingerprint(table: pa.Table) -> str:
-    """A digest of an index, 64 hexadecimal digits: equal content in equal order, equal digest, FOUND_LATER left out."""
+    """Return the digest of an index, 64 hexadecimal digits: equal for equal rows in equal order, except FOUND_LATER."""
     digest = hashlib.sha256()
     for column in INDEX:
         if column.name in FOUND_LATER:

@@ -1,8 +1,8 @@
-"""The index of a split as `prepare` wrote it: a Parquet file, read and checked column by column.
+"""The index of a split as written by `prepare`: a Parquet file, read and checked column by column.
 
-A large one is not held in memory: it is copied, a piece at a time, into a local Arrow file that is mapped and has no
-name any more, so that it is gone with the last table that needs it. Checks look at a piece at a time too; the one that
-looks at all rows at once, whether a path is listed twice, holds 8 bytes a row.
+A large index is not held in memory: it is copied piece by piece into a local Arrow file, which is memory-mapped and
+already unlinked, so that it disappears with the last table that uses it. Checks work on a piece at a time, too; only
+the search for duplicate paths needs all rows at once, and holds 8 bytes per row.
 """
 
 import errno
@@ -22,17 +22,17 @@ from slimray.data.index import FOUND_LATER, INDEX, PIECE, UNKNOWN, pieces_of
 from slimray.data.paths import inside
 from slimray.spec import UserError
 
-MAPPED = 2_000_000  # rows from which on an index is mapped from a file in the folder for temporary ones ($TMPDIR)
-MANY = 8192  # small tables that wait to be written together
-PART_BYTES = 64 << 20  # read at a time of a file in a bucket
+MAPPED = 2_000_000  # from this many rows on, an index is mapped from a file in the temporary folder ($TMPDIR)
+MANY = 8192  # small tables that are collected and written together
+PART_BYTES = 64 << 20  # read at a time from a file in a bucket
 OUTSIDE = r"^$|^/|://|(^|/)\.\.(/|$)|[\x00-\x1f\x7f]"  # what `inside` refuses
 
 
 def read_parquet(fs: pafs.FileSystem, path: str) -> pa.Table:
     """Return the rows of a Parquet file as a table with the columns of INDEX.
 
-    FileNotFoundError if it is not there, pa.ArrowException or KeyError if it is no index, StorageError, UserError where
-    the folder for temporary files has no room.
+    Raises FileNotFoundError if it is missing, pa.ArrowException or KeyError if it is not an index, StorageError, and
+    UserError if the temporary folder is full.
     """
     with tempfile.TemporaryDirectory(prefix="slimray-index-") as scratch:
         try:
@@ -52,11 +52,11 @@ def read_parquet(fs: pafs.FileSystem, path: str) -> pa.Table:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise UserError(f"{scratch}: has no room for the index {path}: let TMPDIR name a larger folder") from None
+            raise UserError(f"{scratch}: has no space for the index {path}: set TMPDIR to a larger folder") from None
 
 
 def _completed(piece: pa.Table) -> pa.Table:
-    """Return rows of an index with the columns that older ones have not."""
+    """Return rows of an index with the columns added that older indexes lack."""
     for name in FOUND_LATER:
         if name not in piece.column_names:
             piece = piece.append_column(name, pa.repeat(UNKNOWN[name], piece.num_rows))
@@ -64,7 +64,7 @@ def _completed(piece: pa.Table) -> pa.Table:
 
 
 def _file(fs: pafs.FileSystem, path: str, to: Path) -> pa.BufferReader | str:
-    """Return the file in memory if it is small, else its local path, for which one of a bucket is copied to `to`."""
+    """Return the file in memory if it is small, else its local path; a file in a bucket is copied to `to` for that."""
     part = storage.read_bytes(fs, path, PART_BYTES)
     if len(part) < PART_BYTES:
         return pa.BufferReader(part)
@@ -83,7 +83,7 @@ def _file(fs: pafs.FileSystem, path: str, to: Path) -> pa.BufferReader | str:
 
 
 class IndexWriter:
-    """Writes the rows of an index into a Parquet file, PIECE of them at a time."""
+    """Writes the rows of an index to a Parquet file, PIECE of them at a time."""
 
     def __init__(self, path: Path):
         self.path, self.num_rows, self.num_waiting = path, 0, 0
@@ -103,14 +103,14 @@ class IndexWriter:
         self.waiting, self.num_waiting = [], 0
 
     def close(self) -> Path:
-        """Return the file, which is whole now."""
+        """Finish the file and return its path."""
         self._write()
         self.writer.close()
         return self.path
 
 
 def require_sound(table: pa.Table, where: str) -> None:
-    """Raise UserError for an index without rows, with gaps, with a path twice or one that leads out of the root."""
+    """Raise UserError for an index without rows, with gaps, with duplicate paths or with one that leaves the root."""
     if table.num_rows == 0 or any(column.null_count for column in table.columns):
         raise UserError(f"{where}: is empty or has gaps: run prepare again")
     if repeated(table.column("path")) is not None:
@@ -129,7 +129,7 @@ def _require_inside(paths: pa.Array, where: str) -> None:
 
 
 def repeated(column: pa.ChunkedArray) -> str | None:
-    """Return a string that a column holds twice, None if there is none."""
+    """Return a string that occurs more than once in a column, None if there is none."""
     hashes = _hashes(column)
     hashes.sort()
     twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
@@ -141,7 +141,7 @@ def repeated(column: pa.ChunkedArray) -> str | None:
 
 
 def _hashes(column: pa.ChunkedArray) -> np.ndarray:
-    """Python's hash of each string, int64 `[n]`: others in each process, which is no matter here."""
+    """Return Python's hash of each string, int64 `[n]`; that it differs between processes does not matter here."""
     out, start = np.empty(len(column), np.int64), 0
     for piece in pieces_of(column):
         out[start : start + len(piece)] = np.fromiter(map(hash, piece.to_pylist()), np.int64, len(piece))

@@ -1,6 +1,6 @@
-"""Things of a dataset that have labels: the rows of LABELS say what follows for its lists and its files.
+"""What in a dataset has labels: the rows of LABELS define the consequences for its lists and files.
 
-A card names a row (`labels`). Nothing else asks for the name of one, as nothing asks for the name of a task.
+A card names a row (`labels`). No other code branches on the name of a row, as none does on the name of a task.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ class Labelling:
     """A row of LABELS."""
 
     per_sample: bool = False
-    """The label of a list is the class of its sample, one of the card's; a folder may name it."""
+    """The label in a list is the class of its sample, one of the card's; a folder may name it."""
     per_point: bool = False
-    """Files hold a label for each point; the label of a list is the shape of the cloud."""
+    """Files hold a label for each point; the label in a list is the shape of the cloud."""
 
 
 LABELS: dict[str, Labelling] = {

@@ -1,6 +1,6 @@
-"""Layouts of datasets: from the lists, folders and releases of a split to its entries. The rows of READERS.
+"""Layouts of datasets: readers that turn the lists, folders or release files of a split into entries.
 
-A new list format is one function of READERS.
+A new list format is one function and its row in READERS.
 """
 
 import functools
@@ -28,7 +28,7 @@ SYNSETS = "synsetoffset2category.txt"
 
 
 def _read_list(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
-    """A sample per line."""
+    """Read a list with a sample per line."""
     place, columns = place_of(card, split), None if card.columns == "header" else card.columns
     text, path = read_text(fs, root, place, split_of(card, split)), join(root, place)
     endings = MODALITIES[card.sample].endings
@@ -52,59 +52,59 @@ def _read_list(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterat
             label = int(label)
         if label == "":
             raise UserError(
-                f"{where}: has no label" + ("" if "label" in found else ", nor a folder that names the class")
+                f"{where}: has no label" + ("" if "label" in found else ", and no folder that names the class")
             )
         yield Entry(where, found, label)
 
 
-FRAMES_HINT = "are they path, frames and label? then write columns: [path, frames, label]"
+FRAMES_HINT = "if they are path, frames and label, write columns: [path, frames, label]"
 
 
 def _require_labels(listed: Sequence[tuple[str, list[str]]]) -> None:
-    """Raise UserError for a list of two numbers a line, if the first ones leave numbers out: they may count frames."""
+    """Raise UserError for a list with two numbers per line, if the first ones have gaps: they may count frames."""
     if all(len(fields) == 3 and fields[1].strip().isdigit() and fields[2].strip().isdigit() for _, fields in listed):
         numbers = {int(fields[1]): where for where, fields in listed}
         if len(numbers) < 1 + max(numbers):
             raise UserError(
-                f"{numbers[max(numbers)]}: two numbers behind the path: {FRAMES_HINT}, else name the second one in "
-                "place of '*'"
+                f"{numbers[max(numbers)]}: two numbers after the path: {FRAMES_HINT}, else name the second one instead "
+                "of '*'"
             )
 
 
 def _split(line: str, columns: Sequence[str], endings: frozenset[str]) -> list[str]:
-    """The fields of a line between white space; a path in front that ends like a file may hold some itself."""
+    """Split a line at white space; a leading path with the extension of a sample may contain blanks itself."""
     spans = [match.span() for match in re.finditer(r"[^ \t]+", line)]
     if columns[:1] != ("path",):
         return [line[a:b] for a, b in spans]
     ends = [n for n, (a, b) in enumerate(spans) if posixpath.splitext(line[a:b])[1].lower() in endings]
     more = max(0, len(spans) - len(columns)) if columns[-1] != "*" else 0
     if not ends and not all(line[a:b].isdigit() for a, b in spans[1 : 1 + more]):
-        ends = [more]  # a folder whose name holds blanks
+        ends = [more]  # a folder with blanks in its name
     last = ends[0] if ends else 0
     return [line[: spans[last][1]], *(line[a:b] for a, b in spans[last + 1 :])]
 
 
 def _require_columns(columns: tuple[str, ...], fields: list[str], where: str) -> None:
-    """Raise UserError if the fields of a line are more or fewer than its columns."""
+    """Raise UserError if the number of fields of a line differs from that of its columns."""
     open_end = columns[-1:] == ("*",)
     if len(fields) < len(columns) - open_end or (len(fields) > len(columns) and not open_end):
         three = (
             columns == ("path", "label") and len(fields) == 3 and all(field.strip().isdigit() for field in fields[1:])
         )
         hint = f": {FRAMES_HINT}" if three else ""
-        raise UserError(f"{where}: {len(fields)} columns in place of {len(columns)} ({', '.join(columns)}){hint}")
+        raise UserError(f"{where}: {len(fields)} columns instead of {len(columns)} ({', '.join(columns)}){hint}")
 
 
 def _read_folders(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry | Skipped]:
-    """A folder per class; in it or in folders of it a file per sample, or a folder of pictures.
+    """Read a folder per class, which holds, at any depth, a file or a folder of pictures per sample.
 
-    Names with a dot in front are left out, and files that are no samples by their ending unless all files are.
+    Names that begin with a dot are skipped, and so are files without the extension of a sample, unless all lack one.
     """
     place = inside(place_of(card, split), card.name)
     base, pictures = posixpath.normpath(join(root, place)), NUMBERED.search(card.file)
     classes = [name for name in storage.list_folders(fs, base) if not name.startswith(".")]
     if not classes:
-        raise NotThere(f"{base}: holds no folder per class ({split_of(card, split)}): fix data.root or the card")
+        raise NotThere(f"{base}: has no folders of classes ({split_of(card, split)}): fix data.root or the card")
     found = {}
     for name in classes:
         folder = join(base, name)
@@ -121,29 +121,29 @@ def _read_folders(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Ite
 
 
 def _known_endings(card: Card, paths: Iterable[str]) -> frozenset[str]:
-    """The endings by which samples are told from side files; none where no file has one of them."""
+    """Return the extensions that distinguish samples from other files; none if no file has one of them."""
     endings = MODALITIES[card.sample].endings
     return endings if any(posixpath.splitext(path)[1].lower() in endings for path in paths) else frozenset()
 
 
 def _files_below(fs: pafs.FileSystem, folder: str) -> list[str]:
-    """The paths of all files in a folder and its folders, relative to it."""
+    """Return the paths of all files below a folder, relative to it."""
     start = len(folder.rstrip("/")) + 1
     return [info.path[start:] for info in storage.list_files(fs, folder, recursive=True)]
 
 
 def _picture_folders(fs: pafs.FileSystem, folder: str) -> list[str]:
-    """The paths of the folders of pictures in a folder, relative to it; below folders that hold folders only."""
+    """Return the folders of pictures below a folder, relative to it; folders that hold only folders are descended."""
     names = storage.list_folders(fs, folder)
     shown = [name for name in names if not name.startswith(".")]
-    if not shown or storage.list_files(fs, join(folder, shown[0])):  # the first one tells for all: a list a folder
+    if not shown or storage.list_files(fs, join(folder, shown[0])):  # only the first one is listed, to save requests
         return names
     below = [join(name, path) for name in shown for path in _picture_folders(fs, join(folder, name))]
     return below or names
 
 
 def _read_files(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry | Skipped]:
-    """Files that match the patterns of a split, part for part. Names with a dot in front are left out."""
+    """Read files that match the patterns of a split, component by component; skip names that begin with a dot."""
     for pattern in card.places(split):
         where = join(root, pattern)
         *parts, last = inside(pattern, card.name).split("/")
@@ -164,17 +164,17 @@ def _read_files(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Itera
                 files = storage.list_files(fs, join(root, folder).rstrip("/"))
                 names = matching([info.base_name for info in files], last)
             found += [(posixpath.join(folder, name), label) for name in names]
-        any_file = last.rpartition(".")[2] == "*" and ALL_FILES not in last  # else the pattern says which files
+        any_file = last.rpartition(".")[2] == "*" and ALL_FILES not in last  # otherwise the pattern selects files
         endings = _known_endings(card, (path for path, _ in found)) if any_file else frozenset()
         for path, label in found:
             known = not endings or posixpath.splitext(path)[1].lower() in endings
             yield Entry(where, {"path": path}, label) if known else Skipped(path)
         if not found:
-            raise NotThere(f"{where}: there are no such files ({split_of(card, split)}): fix data.root or the card")
+            raise NotThere(f"{where}: no such files ({split_of(card, split)}): fix data.root or the card")
 
 
 def _read_shapenet_part(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
-    """JSON lists of "shape_data/FOLDER/NAME"; synsetoffset2category.txt says which shape a folder holds."""
+    """Read JSON lists of "shape_data/FOLDER/NAME"; synsetoffset2category.txt maps folders to shapes."""
     try:
         text = read_text(fs, root, SYNSETS, f"the shapes of {card.name}")
         shapes = point_sets.shapenet_synsets(text.encode())
@@ -189,21 +189,21 @@ def _read_shapenet_part(card: Card, split: str, fs: pafs.FileSystem, root: str) 
         for number, path in enumerate(listed, 1):
             shape = shapes.get(path.partition("/")[0])
             if shape is None:
-                raise UserError(f"{where} entry {number}: {path!r} lies in none of the folders of {SYNSETS}")
+                raise UserError(f"{where} entry {number}: {path!r} is not in one of the folders of {SYNSETS}")
             yield Entry(f"{where} entry {number}", {"path": path, "label": str(shape)}, shape)
 
 
 def _read_kitti(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
-    """Numbers of scans, one a line, of files `training/velodyne/NUMBER.bin`."""
+    """Read numbers of scans, one per line, of files `training/velodyne/NUMBER.bin`."""
     place = place_of(card, split)
     for where, number in lines(read_text(fs, root, place, split_of(card, split)), join(root, place)):
         if len(number.split()) != 1:
-            raise UserError(f"{where}: must be the number of a scan alone, as in 000123")
+            raise UserError(f"{where}: must be just the number of a scan, such as 000123")
         yield Entry(where, {"path": f"training/velodyne/{number}.bin", "number": number}, 0)
 
 
 def _read_something_v2(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
-    """A JSON list of objects with `id` and `template`, which is the class with its objects in brackets."""
+    """Read a JSON list of objects with `id` and `template`, which is the class with its objects in brackets."""
     place = place_of(card, split)
     entries = parse_json(read_text(fs, root, place, split_of(card, split)), join(root, place))
     if not isinstance(entries, list):
@@ -217,7 +217,7 @@ def _read_something_v2(card: Card, split: str, fs: pafs.FileSystem, root: str) -
 
 
 def _read_hmdb51(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
-    """A list per class, `CLASS_test_split1.txt`, with lines `file mark`: 1 trains, 2 tests, 0 is left out."""
+    """Read a list per class, `CLASS_test_split1.txt`, with lines `file mark`: 1 trains, 2 tests, 0 is unused."""
     pattern, mark = place_of(card, split), card.splits[split][1]
     folder, _, form = inside(pattern, card.name).rpartition("/")
     lists = [info.base_name for info in storage.list_files(fs, join(root, folder) if folder else root)]
@@ -235,7 +235,7 @@ def _read_hmdb51(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iter
 
 
 def _read_cifar(num_labels: int, card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
-    """The pictures of .bin files, `data_batch_1.bin#00017`; a picture is read where its pixels begin."""
+    """Read the pictures of .bin files, `data_batch_1.bin#00017`; their `row` is the byte where the pixels begin."""
     side = image_sets.CIFAR_SIDE
     for file in _read_files(card, split, fs, root):
         if isinstance(file, Skipped):
@@ -245,16 +245,16 @@ def _read_cifar(num_labels: int, card: Card, split: str, fs: pafs.FileSystem, ro
         try:
             classes, offsets = image_sets.cifar_records(storage.read_bytes(fs, where), num_labels)
         except FileNotFoundError:
-            raise NotThere(f"{where}: there is no such file ({split_of(card, split)}): fix data.root") from None
+            raise NotThere(f"{where}: no such file ({split_of(card, split)}): fix data.root") from None
         except ValueError as error:
-            raise UserError(f"{where}: is not a file of {card.layout}: {error}") from None
+            raise UserError(f"{where}: is not a file of {card.layout} ({error})") from None
         for number, (label, offset) in enumerate(zip(classes.tolist(), offsets.tolist(), strict=True)):
             place = {"shard": path, "row": offset, "width": side, "height": side}
             yield Entry(f"{where} picture {number}", {"path": f"{path}#{number:05d}"}, label, place)
 
 
 def _read_texts(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
-    """Text files, each alone or with the file of its translations; all of their lines become samples."""
+    """Read text files, each alone or with the file of its translations; all of their lines become samples."""
     try:
         there = found_files(card, split, fs, root)
     except FileNotFoundError as error:
@@ -264,13 +264,13 @@ def _read_texts(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Itera
 
 
 def _read_idx(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
-    """The pictures of an idx file, `train-images-idx3-ubyte#00017`, and their labels from another."""
+    """Read the pictures of an idx file, `train-images-idx3-ubyte#00017`, and their labels from another."""
     (name, where, pictures), (_, where_labels, labels) = (
         _idx_file(card, split, fs, root, place, num_axes)
         for place, num_axes in zip(card.places(split), (3, 1), strict=True)
     )
     if len(pictures) != len(labels):
-        raise UserError(f"{where}: holds {len(pictures):,} pictures, {where_labels} {len(labels):,} labels")
+        raise UserError(f"{where}: holds {len(pictures):,} pictures, but {where_labels} {len(labels):,} labels")
     height, width = pictures.shape[1:]
     for number, label in enumerate(labels.tolist()):
         place = {"shard": name, "row": number * width * height, "width": width, "height": height}
@@ -280,7 +280,7 @@ def _read_idx(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterato
 def _idx_file(
     card: Card, split: str, fs: pafs.FileSystem, root: str, place: str, num_axes: int
 ) -> tuple[str, str, np.ndarray]:
-    """Name, path and array of the idx file at a place of a card, which may be packed: `place.gz`."""
+    """Return name, path and array of the idx file at a place of a card, which may be gzipped: `place.gz`."""
     place = inside(place, split_of(card, split))
     for name in dict.fromkeys((place, f"{without_gzip(place)}{GZIP_ENDING}")):
         where = join(root, name)
@@ -294,11 +294,11 @@ def _idx_file(
 
 
 def _neither(path: str, card: Card, split: str) -> NotThere:
-    return NotThere(f"{path}: there is no such file ({split_of(card, split)}), packed by gzip or not: fix data.root")
+    return NotThere(f"{path}: no such file, gzipped or not ({split_of(card, split)}): fix data.root")
 
 
 def _read_visual_wake_words(card: Card, split: str, fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
-    """Instance annotations of COCO: is the category that is the second class in an image, yes or no."""
+    """Read instance annotations of COCO; the label is 1 if the card's second class, a category, is in the image."""
     place = place_of(card, split)
     where = join(root, place)
     text = read_text(fs, root, place, split_of(card, split))

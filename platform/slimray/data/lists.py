@@ -1,4 +1,4 @@
-"""From a card to indexes: the classes that only the dataset knows, and a row for each sample of a split.
+"""Turns a card into indexes: the classes that only the dataset defines, and a row for each sample of a split.
 
 `complete` adds the classes, `read_split` makes the index of a split. No sample is opened here.
 """
@@ -25,10 +25,11 @@ from slimray.storage import StorageError, join
 
 
 def complete(card: Card, root: str | None) -> Card:
-    """Return `card` with its classes as names, read from the dataset at `root` where the card does not list them.
+    """Return `card` with the names of its classes, read from the dataset at `root` if the card does not list them.
 
-    From its file of classes, else from the lists of all splits that are there: the names in them, sorted, or the
-    numbers from 0 to the largest. Without a root the card is returned as it is.
+    They come from the card's file of classes, else from the lists of all existing splits: the names in them, sorted, or
+    the numbers from 0 to the largest. Without a root the card is returned unchanged. Raises UserError if the classes
+    cannot be read, or are not as many as the card's `num_classes`.
     """
     if root is None or isinstance(card.classes, tuple) or card.layout in ("generated", "index"):
         return card
@@ -42,20 +43,20 @@ def complete(card: Card, root: str | None) -> Card:
         where = join(folder, "the lists")
         names = _list_classes(card, fs, folder)
     if card.num_classes and len(names) != card.num_classes:
-        raise UserError(f"{where}: {len(names)} classes, the card {card.name} says num_classes: {card.num_classes}")
+        raise UserError(f"{where}: {len(names)} classes, but the card {card.name} has num_classes: {card.num_classes}")
     return parse(Card, card.model_dump() | {"classes": names, "num_classes": len(names)}, where)
 
 
 def read_split(card: Card, split: str, root: str) -> pa.Table:
     """Return the index of a split (columns of INDEX) in the order of its list; no sample is opened.
 
-    UserError with file and line: an unknown split, a missing or malformed list, a path listed twice or leading out of
-    the root, a label that is not a class, a list without samples.
+    Raises UserError, with file and line, for an unknown split, a missing or malformed list, a path that is listed twice
+    or leads out of the root, a label that is not a class, and a list without samples.
     """
     if split not in card.splits:
         raise UserError(f"{card.name}: unknown split {split!r}{did_you_mean(split, card.splits)}")
     if card.layout == "generated":
-        raise UserError(f"{card.name}: is generated: write data: {{run: NAME}} of the prepare job that makes its clips")
+        raise UserError(f"{card.name}: is generated: set data.run to the prepare job that makes its samples")
     fs, folder = storage.open_uri(root)
     if card.layout == "index":
         return read_index(card, split, fs, folder)
@@ -70,12 +71,12 @@ def read_split(card: Card, split: str, root: str) -> pa.Table:
             continue
         path, frames = _path_of(entry, card.file, split)
         if path in seen:
-            raise UserError(f"{entry.where}: {path} is listed twice, before in {seen[path]}")
+            raise UserError(f"{entry.where}: {path} is listed twice, first in {seen[path]}")
         seen[path] = entry.where
         label = _label_of(entry, names, card.name) if card.labelling.per_sample else _shape_of(entry)
         rows.append({"path": path, "label": label, "frames": frames} | entry.place)
     if not rows:
-        raise UserError(f"{join(folder, place_of(card, split))}: lists no sample for split {split!r} of {card.name}")
+        raise UserError(f"{join(folder, place_of(card, split))}: lists no samples for split {split!r} of {card.name}")
     return with_notes(index_table(rows), _left_out(skipped, MODALITIES[card.sample].plural))
 
 
@@ -83,16 +84,17 @@ def _left_out(paths: list[str], plural: str) -> list[str]:
     if not paths:
         return []
     some = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
-    return [f"left out {len(paths):,} file{'s' * (len(paths) > 1)} that are not {plural} by their endings ({some})"]
+    files = f"file{'s' * (len(paths) > 1)}"
+    return [f"left out {len(paths):,} {files} that are not {plural}, judging by their extension ({some})"]
 
 
 def read_index(card: Card, split: str, fs: pafs.FileSystem, root: str) -> pa.Table:
-    """An index that `prepare` wrote, checked like a list."""
+    """Return an index that `prepare` wrote, checked like a list; raise UserError if it is missing or invalid."""
     where = join(root, place_of(card, split))
     try:
         table = index_file.read_parquet(fs, join(root, inside(place_of(card, split), card.name)))
     except FileNotFoundError:
-        raise UserError(f"{where}: there is no such index ({split_of(card, split)}): run prepare again") from None
+        raise UserError(f"{where}: no such index ({split_of(card, split)}): run prepare again") from None
     except StorageError:
         raise
     except (pa.ArrowException, KeyError, OSError) as error:
@@ -100,12 +102,12 @@ def read_index(card: Card, split: str, fs: pafs.FileSystem, root: str) -> pa.Tab
     index_file.require_sound(table, where)
     lowest, highest = call_function("min_max", [table.column("label")]).as_py().values()
     if card.labelling.per_sample and (lowest < 0 or highest >= card.num_classes):
-        raise UserError(f"{where}: labels from {lowest} to {highest}, {card.name} has {card.num_classes} classes")
+        raise UserError(f"{where}: labels from {lowest} to {highest}, but {card.name} has {card.num_classes} classes")
     return table
 
 
 def _list_classes(card: Card, fs: pafs.FileSystem, root: str) -> list[str]:
-    """The classes that the lists of all splits use, where no file says: names sorted, or numbers up to the largest."""
+    """Return the classes used by the lists of all splits: names, sorted, or numbers up to the largest."""
     labels: dict[int | str, str] = {}
     absent: list[NotThere] = []
     for split in card.splits:
@@ -120,7 +122,7 @@ def _list_classes(card: Card, fs: pafs.FileSystem, root: str) -> list[str]:
     names = sorted(label for label in labels if isinstance(label, str))
     numbers = [label for label in labels if isinstance(label, int)]
     if names and numbers:
-        raise UserError(f"{labels[names[0]]}: label {names[0]!r} is a name, others are numbers")
+        raise UserError(f"{labels[names[0]]}: label {names[0]!r} is a name, but others are numbers")
     if numbers and max(numbers) >= MAX_CLASSES:
         most = max(numbers)
         raise UserError(f"{labels[most]}: label {most} is not a class number, the limit is {MAX_CLASSES}")
@@ -128,9 +130,9 @@ def _list_classes(card: Card, fs: pafs.FileSystem, root: str) -> list[str]:
 
 
 def unused_labels(card: Card, tables: Iterable[pa.Table]) -> str:
-    """Return which classes of a card no sample of some indexes has, in a sentence; an empty one if all are there.
+    """Return a sentence that names the classes of a card without a sample in `tables`; "" if there are none.
 
-    Labels may leave numbers out because they are something else: counts of frames, or counted from 1.
+    Gaps in the labels may mean that the numbers are something else, such as counts of frames, or start at 1.
     """
     if card.labelling.per_point or not card.num_classes:
         return ""
@@ -141,14 +143,14 @@ def unused_labels(card: Card, tables: Iterable[pa.Table]) -> str:
 
 
 def _parse_classes(text: str, where: str) -> list[str]:
-    """Names in order: JSON (a list, or name to number), or a line each, with their numbers in front or without."""
+    """Return the class names in order, from JSON (a list, or name -> number) or from lines, numbered or not."""
     if where.endswith(".json"):
         loaded = parse_json(text, where)
         if isinstance(loaded, dict):
             numbers = {str(number): name for name, number in loaded.items()}
             loaded = [numbers.get(str(number)) for number in range(len(loaded))]
         if not isinstance(loaded, list) or not all(isinstance(name, str) for name in loaded):
-            raise UserError(f"{where}: must be a JSON list of names, or names with numbers from 0 on")
+            raise UserError(f"{where}: must be a JSON list of names, or an object of names with numbers from 0")
         return [str(name) for name in loaded]
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     numbered = [re.fullmatch(r"(\d+)[ \t,;]+(\S.*)", line) for line in lines]
@@ -159,12 +161,12 @@ def _parse_classes(text: str, where: str) -> list[str]:
 
 
 def _path_of(entry: Entry, form: str, split: str) -> tuple[str, int]:
-    """The path of an entry, `file` filled in, and its number of frames (0 unknown)."""
+    """Return the path of an entry, with `file` filled in, and its number of frames (0 if unknown)."""
     found = {**entry.columns, "split": split}
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in found:
-            raise UserError(f"{entry.where}: file: there is no column {match[1]!r}{did_you_mean(match[1], found)}")
+            raise UserError(f"{entry.where}: file: unknown column {match[1]!r}{did_you_mean(match[1], found)}")
         return found[match[1]].zfill(int(match[2] or 0))
 
     def number(name: str) -> int | None:
@@ -184,7 +186,7 @@ def _path_of(entry: Entry, form: str, split: str) -> tuple[str, int]:
         last = int(match[2]) if match[2] else None if frames is None else first + frames - 1
     count = 0 if last is None else last - first + 1
     if last is not None and not 0 < count <= MAX_FRAMES:
-        raise UserError(f"{entry.where}: pictures {first} to {last} make no clip")
+        raise UserError(f"{entry.where}: pictures {first} to {last} are not a valid clip")
     digits = len(match[1])
     end = "" if last is None else f"{last:0{digits}d}"
     return f"{path[: match.start()]}{{{first:0{digits}d}..{end}}}{path[match.end() :]}", count
@@ -203,11 +205,11 @@ def _label_of(entry: Entry, names: dict[str, int], dataset: str) -> int:
 
 
 def _shape_of(entry: Entry) -> int:
-    """The shape of a cloud whose points have labels of their own: its label in the list, 0 where lists have none."""
+    """Return the shape of a cloud whose points have labels: its label in the list, 0 if the list has none."""
     if "label" not in entry.columns:
         return 0
     if isinstance(entry.label, int) and entry.label >= 0:
         return entry.label
     raise UserError(
-        f"{entry.where}: {entry.label!r}: the shape of a cloud with a label per point is a number from 0 on"
+        f"{entry.where}: {entry.label!r}: must be a number from 0, the shape of a cloud with a label per point"
     )

@@ -1,9 +1,9 @@
-"""Clips, images, clouds of points, frustums, texts: all that depends on the kind of a sample is a row of MODALITIES.
+"""Clips, images, clouds of points, frustums, texts: everything specific to a modality is in its row of MODALITIES.
 
-A recipe travels as a plain dict whose `kind` names the row. `load` makes one sample of one row of an index: an array
-of the row's shape and type, and its target (a number, or one per point). Everything random in it is a function of the
-key (seed, epoch, sample). What does not decode raises BadSample; storage that fails raises StorageError. What is
-predicted from a sample is a task (slimray.tasks); of its targets only `Target` is known here. No torch.
+A recipe travels as a plain dict whose `kind` names the row. `load` makes one sample from one row of an index: an array
+of the row's shape and type, and its target (a number, or one per point). All randomness is a function of the key (seed,
+epoch, sample). Files that do not decode raise BadSample, storage failures StorageError. The prediction is defined by a
+task (slimray.tasks), of whose targets only `Target` is known here. No torch.
 """
 
 import math
@@ -63,17 +63,17 @@ def _image_frame(recipe: ImageRecipe, picture: np.ndarray) -> np.ndarray:
 
 
 def modality_of(recipe: Mapping[str, Any]) -> Modality:
-    """Return the row of MODALITIES that a plain recipe names; UserError for an unknown one."""
+    """Return the row of MODALITIES that a plain recipe names; raise UserError for an unknown one."""
     return lookup(MODALITIES, recipe.get("kind", "clip"), "kind of sample")
 
 
 def read_recipe(recipe: Mapping[str, Any]) -> Any:
-    """Return the recipe of a plain one, its target left out; TypeError or ValueError if it does not fit its kind."""
+    """Return a plain recipe as a recipe, without its target; raise TypeError or ValueError for invalid fields."""
     return modality_of(recipe).recipe.from_dict({key: value for key, value in recipe.items() if key != "target"})
 
 
 def target_of(recipe: Mapping[str, Any]) -> Target:
-    """Return the target of a plain recipe; one written before recipes had targets has those of its modality."""
+    """Return the target of a plain recipe; recipes of older versions that name none get that of their modality."""
     plain = recipe.get("target")
     if plain is not None:
         return Target(tuple(plain["shape"]), plain["dtype"], plain["fill"])
@@ -81,24 +81,24 @@ def target_of(recipe: Mapping[str, Any]) -> Target:
 
 
 def pads_of(recipe: Mapping[str, Any]) -> tuple[float, float]:
-    """Return what fills up shorter samples of a plain recipe, and their targets."""
+    """Return the values that pad shorter samples of a plain recipe, and their targets."""
     return modality_of(recipe).pad or 0, target_of(recipe).fill
 
 
 def empty_sample(recipe: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Return what stands for a sample that does not decode where samples have lengths of their own, and its target."""
+    """Return a placeholder for a sample that does not decode, with its target, if samples differ in length."""
     modality, target = modality_of(recipe), target_of(recipe)
     shape = modality.shape(replace(read_recipe(recipe), length=1))
     return np.full(shape, modality.pad, modality.dtype), np.full((*target.shape[:-1], 1), target.fill, target.dtype)
 
 
 def sample_shape(recipe: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the shape of a sample of a plain recipe, its views first."""
+    """Return the shape of a sample of a plain recipe; the first axis is views."""
     return modality_of(recipe).shape(read_recipe(recipe))
 
 
 def sample_bytes(recipe: Mapping[str, Any]) -> int:
-    """Return the bytes of a decoded sample of a plain recipe and of its target, where they differ of the longest."""
+    """Return the bytes of a decoded sample of a plain recipe, target included; of the longest if they differ."""
     return (
         math.prod(sample_shape(recipe)) * np.dtype(modality_of(recipe).dtype).itemsize
         + target_of(recipe).empty(1).nbytes
@@ -106,7 +106,7 @@ def sample_bytes(recipe: Mapping[str, Any]) -> int:
 
 
 def input_shape(recipe: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the shape of one view as a network takes it, without the batch: (T, 3, H, W), (C, H, W) or (C, N)."""
+    """Return the shape of one view as the input of a network, without the batch: (T, 3, H, W), (C, H, W) or (C, N)."""
     return modality_of(recipe).input_shape(read_recipe(recipe))
 
 
@@ -114,7 +114,7 @@ def input_shape(recipe: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def load_clip(row: dict[str, Any], root: str, recipe: ClipRecipe, key: Key, timeout_s: float) -> tuple[np.ndarray, int]:
-    """A clip uint8 `[V, T, size, size, 3]` and its label."""
+    """Return a clip uint8 `[V, T, size, size, 3]` and its label."""
     fs, path = filesystem(root)
     data = read_sample(fs, path, row, recipe, key)
     clip, flipped = decoder(timeout_s).clip(row["path"], data, recipe, key)
@@ -124,7 +124,7 @@ def load_clip(row: dict[str, Any], root: str, recipe: ClipRecipe, key: Key, time
 def load_image(
     row: dict[str, Any], root: str, recipe: ImageRecipe, key: Key, timeout_s: float
 ) -> tuple[np.ndarray, int]:
-    """An image uint8 `[V, size, size, channels]` and its label."""
+    """Return an image uint8 `[V, size, size, channels]` and its label."""
     fs, path = filesystem(root)
     image, flipped = decoder(timeout_s).image(row["path"], read_whole(fs, path, row), recipe, key)
     return image, flip_label(row["label"], recipe.flip_labels) if flipped else row["label"]
@@ -133,10 +133,10 @@ def load_image(
 def load_points(
     row: dict[str, Any], root: str, recipe: PointRecipe, key: Key, timeout_s: float
 ) -> tuple[np.ndarray, Any]:
-    """A cloud float32 `[V, C, N]` and its label, or a label per point int64 `[N]` where `recipe.per_point`.
+    """Return a cloud float32 `[V, C, N]` and its label, or a label per point int64 `[N]` with `recipe.per_point`.
 
-    `row["label"]` is the class of the whole cloud. In mode "test" the labels per point are int64 `[2, V, N]`: the label
-    and the row of its file or room that each point is, -1 both in views that are blank (see `PointRecipe.fill`).
+    `row["label"]` is the class of the whole cloud. In mode "test", labels per point are int64 `[2, V, N]`: the label of
+    each point and its row in the file or room, both -1 in blank views (see `PointRecipe.fill`).
     """
     fs, path = filesystem(root)
     data = read_whole(fs, path, row)
@@ -156,11 +156,11 @@ def load_points(
 def load_frustum(
     row: dict[str, Any], root: str, recipe: PointRecipe, key: Key, timeout_s: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The points of a frustum float32 `[1, C + classes, N]`, the class as one-hot last; its truth float32 `[N + 11]`.
+    """Return the points of a frustum float32 `[1, C + classes, N]`, with the one-hot class last, and its truth.
 
-    The truth is, in a row: 1 for each point on the object and 0 for the others, the box (centre x y z, l w h, heading),
-    the class, by how much the points were turned, the detector's score, the height of the 2D box in pixels. Where no
-    object is known, mask and box are -1 and nan.
+    The truth, float32 `[N + 11]`, holds in this order: a mask (1 for points on the object, 0 for others), the box
+    (centre x y z, l w h, heading), the class, the angle by which the points were rotated, the detector's score, and the
+    height of the 2D box in pixels. If no object is known, the mask is -1 and the box nan.
     """
     fs, path = filesystem(root)
     frustum, sample = cloud_reader(timeout_s).frustum(row["path"], read_whole(fs, path, row), recipe, key)
@@ -230,16 +230,16 @@ def _clip_input(recipe: ClipRecipe) -> tuple[int, ...]:
 
 
 def _short_clips(frames: np.ndarray, recipe: ClipRecipe | None) -> str:
-    """Return how many clips are shorter than what is taken and what becomes of them; frames are 0 where not known."""
+    """Describe how many clips have fewer frames than are taken, and the consequence; unknown `frames` are 0."""
     taken = ClipRecipe.num_segments if recipe is None else recipe.num_segments
     most = taken if recipe is None else recipe.span - (recipe.short == "spread")
     count, single = (int(((frames > 0) & (frames <= limit)).sum()) for limit in (most, 1))
     if not count:
         return ""
-    fate = "a network that takes more gets frames of them several times"
+    fate = "a network that takes more gets some frames several times"
     if recipe is not None:
         fate = f"{taken} are taken, " + ("some several times" if recipe.short == "spread" else "which may make stills")
-    alone = f" ({single:,} a single one)" if single else ""
+    alone = f" ({single:,} only one)" if single else ""
     return f"{count:,} of {len(frames):,} clips have {most} frames or fewer{alone}: {fate}"
 
 
@@ -270,15 +270,15 @@ def _points_target(recipe: PointRecipe) -> Target:
 
 def _require_pixels(card: "Card") -> None:
     if card.labelling.per_point or card.point_columns or card.point_labels or card.tile:
-        raise ValueError("labels: point_columns, point_labels, tile and labels per point need sample: points")
+        raise ValueError("labels: point_columns, point_labels, tile and labels per point require sample: points")
     if card.channels != 3 and card.sample != "image":
-        raise ValueError("channels: 1 is for sample: image")
+        raise ValueError("channels: 1 requires sample: image")
 
 
 def _require_image(card: "Card") -> None:
     _require_pixels(card)
     if NUMBERED.search(card.file) or ALL_FILES in str(card.splits):
-        raise ValueError("file: a sample is one image, no folder of them")
+        raise ValueError("file: must be one image per sample, not a folder of them")
 
 
 def _require_points(card: "Card") -> None:
@@ -292,16 +292,16 @@ def _require_text(card: "Card") -> None:
     if card.layout not in ("texts", "index"):
         raise ValueError("layout: must be texts for sample: text")
     if card.labelling != Labelling():
-        raise ValueError("labels: must be none for sample: text, texts have no classes")
+        raise ValueError("labels: must be none for sample: text, because texts have no classes")
     if card.text_columns and len(card.text_columns) != card.sides:
         raise ValueError(f"text_columns: must be {card.sides}, as many as sides")
 
 
 def _require_frustum(card: "Card") -> None:
     if card.layout not in ("kitti", "index"):
-        raise ValueError("layout: kitti goes with sample: frustum, neither without the other")
+        raise ValueError("layout: must be kitti for sample: frustum")
     if tuple(card.classes or ()) != point_sets.KITTI_CLASSES:
-        raise ValueError(f"classes: frustums have [{', '.join(point_sets.KITTI_CLASSES)}], in this order")
+        raise ValueError(f"classes: must be [{', '.join(point_sets.KITTI_CLASSES)}], in this order, for frustums")
 
 
 def _endings(names: str) -> frozenset[str]:

@@ -1,7 +1,7 @@
-"""A user's own file as a sample: what `predict` reads, by modality.
+"""Makes samples from a user's own files for `predict`, by modality.
 
-A file is a sample as it is in a dataset, made the same way every time. What does not decode raises BadSample; options
-that mean nothing raise UserError before a file is read. PyAV is imported by the decoder's process only.
+A file becomes a sample as in a dataset, the same one every time. Files that do not decode raise BadSample; options that
+do not apply raise UserError before a file is read. PyAV is imported only in the decoder's process.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ KEY = (0, 0, 0)  # seed, epoch, sample
 
 @dataclass(frozen=True)
 class FileOptions:
-    """Options of files that are not part of a dataset: `columns` of clouds as text, and the number of the
-    `shape` they all are, for networks that take it."""
+    """Options for files outside a dataset: `columns` of clouds as text, and the number of the `shape` of all clouds,
+    for networks that take it."""
 
     columns: tuple[str, ...] = ()
     shape: int | None = None
@@ -35,14 +35,14 @@ class FileOptions:
 
 @dataclass(frozen=True)
 class Readers:
-    """The processes that files are read in."""
+    """The processes that read files."""
 
     decoder: "Decoder"
     clouds: CloudReader
 
 
 FileReader = Callable[[str, bytes, Readers], tuple[np.ndarray, str]]
-"""Name and bytes of a file, and the readers, to its sample `[V, ...]` and what a user should know of it."""
+"""(name, bytes, readers) of a file -> its sample `[V, ...]`, and a note about it for the user or ""."""
 
 
 def open_clip(recipe: ClipRecipe, options: FileOptions) -> FileReader:
@@ -70,26 +70,26 @@ def open_points(recipe: PointRecipe, options: FileOptions) -> FileReader:
 
 def _require_no_cloud(options: FileOptions, plural: str) -> None:
     if options.columns:
-        raise UserError(f"--columns: is for clouds of points, this network takes {plural}")
+        raise UserError(f"--columns: is for clouds of points, but this network takes {plural}: leave it out")
     if options.shape is not None:
-        raise UserError("--shape: the network takes no class of a cloud")
+        raise UserError("--shape: this network does not take the class of a cloud: leave it out")
 
 
 def check_cloud_options(recipe: PointRecipe, options: FileOptions) -> None:
-    """Raise UserError unless a shape is given just where the network takes one."""
+    """Raise UserError if a shape is missing though the network takes one, or given though it does not."""
     if recipe.num_shapes and options.shape not in range(recipe.num_shapes):
         last = recipe.num_shapes - 1
-        raise UserError(f"--shape: the network takes the class of each cloud: give a number from 0 to {last}")
+        raise UserError(f"--shape: this network takes the class of each cloud: give a number from 0 to {last}")
     if options.shape is not None and not recipe.num_shapes:
-        raise UserError("--shape: the network takes no class of a cloud")
+        raise UserError("--shape: this network does not take the class of a cloud: leave it out")
 
 
 def read_own_cloud(
     path: str, data: bytes, recipe: PointRecipe, options: FileOptions, readers: Readers
 ) -> tuple[Cloud, PointSample, str]:
-    """Return a user's cloud, the sample of it, and which points were left out.
+    """Return a user's cloud, the sample made from it, and a note about points that were left out.
 
-    BadSample that says which channels are missing, and what to do.
+    Raises BadSample, with the next step, if the cloud lacks channels.
     """
     cloud = readers.clouds.cloud(path, data, options.columns, needs=recipe.channels)
     notes = removal_note(cloud.removed, len(cloud) + cloud.num_removed)
@@ -103,5 +103,5 @@ def read_own_cloud(
         raise BadSample(f"has no {', '.join(missing)}, which the network takes (it has: {there}){hint}")
     sample = make_points(cloud, recipe, KEY, options.shape or 0)
     if sample.points.shape[1] != recipe.num_channels:
-        raise BadSample(f"gives {sample.points.shape[1]} channels, the network takes {recipe.num_channels}")
+        raise BadSample(f"gives {sample.points.shape[1]} channels, but the network takes {recipe.num_channels}")
     return cloud, sample, notes

@@ -1,4 +1,4 @@
-"""Patterns in the paths of cards and lists: columns, numbered pictures, all files of a folder, the class."""
+"""Patterns in the paths of cards and lists: columns, numbered pictures, all files of a folder, classes."""
 
 import posixpath
 import re
@@ -10,22 +10,22 @@ from slimray.spec import UserError
 COLUMN = re.compile(r"\{([A-Za-z_]\w*)(?::0(\d\d?)d)?\}")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 NUMBERED = re.compile(r"\{(\d{1,9})\.\.(\d{0,9})\}(?=[^/]*$)")
-ALL_FILES = "{*}"  # in the last part of a path
-LABELS_OF = ("name", "folder", "stem")  # what `point_labels` of a card may say of a cloud's path
-GZIP = b"\x1f\x8b"  # the first bytes of a file packed by gzip
+ALL_FILES = "{*}"  # in the last component of a path
+LABELS_OF = ("name", "folder", "stem")  # placeholders for a cloud's path in `point_labels` of a card
+GZIP = b"\x1f\x8b"  # the first bytes of a gzip file
 GZIP_ENDING = ".gz"
-CLASS = "{class}"  # a part of a pattern of layout `files`
+CLASS = "{class}"  # a component of a pattern of layout `files`
 
 
 def inside(path: str, where: str) -> str:
-    """`path` in its plain form; UserError where it could lead out of the root."""
+    """Return `path` normalized; raise UserError if it could lead out of the root."""
     if not path or path.startswith("/") or "://" in path or ".." in path.split("/") or CONTROL.search(path):
         raise UserError(f"{where}: {path!r} must be a path relative to the root, without '..'")
     return posixpath.normpath(path)
 
 
 def without_gzip(name: str) -> str:
-    """Return the name of a file as it is when unpacked."""
+    """Return the name of a file without the gzip extension."""
     return name.removesuffix(GZIP_ENDING)
 
 

@@ -1,11 +1,11 @@
-"""A permutation that is computed by position: in go places, out comes what lies there, and no array is held.
+"""A permutation computed by position: in go positions, out come the numbers at them, without holding an array.
 
 A keyed bijection of the numbers below n: a Feistel network over pairs (left, right), each of about sqrt(n) values,
-which adds a hash of one half to the other in turn, ROUNDS times (Luby and Rackoff 1988; over numbers that are not
+which alternately adds a hash of one half to the other, ROUNDS times (Luby and Rackoff 1988; for ranges that are not
 powers of two Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). There are more pairs than numbers:
-what falls beyond n is permuted again until it does not (cycle walking). It keeps no secret and is no draw from all
-permutations (from n = 9 on only every second one can come out); tests/data/test_permutation.py finds places, neighbours
-and the mixture of windows as a random permutation has them. numpy only.
+results of n or more are permuted again until they are below n (cycle walking). It keeps no secret, and cannot produce
+all permutations (from n = 9 on only every second one); tests/data/test_permutation.py shows that positions, neighbours
+and the mixture of windows are distributed as in a random permutation. numpy only.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from collections.abc import Sequence
 import numpy as np
 
 ROUNDS = 8
-_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # of SplitMix64 (Steele, Lea, Flood 2014)
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # SplitMix64 (Steele, Lea, Flood 2014)
 _SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 
 
 def permuted(places: np.ndarray, count: int, key: Sequence[int]) -> np.ndarray:
-    """Return what lies at `places` (from 0, below `count`) of the permutation of `count` numbers by `key`, int64.
+    """Return the numbers at `places` (0 to `count` - 1) of the permutation of `count` numbers by `key`, int64.
 
-    `key` are numbers that are not negative; 0.1 to 0.3 microseconds a place, for few places 0.3 ms.
+    `key` consists of non-negative integers. Takes 0.1 to 0.3 microseconds per place, and 0.3 ms for a few places.
     """
     rows = np.uint64(max(1, int(np.ceil(np.sqrt(count)))))
     columns = np.uint64(max(1, -(-count // int(rows))))
@@ -40,7 +40,7 @@ def _once(values: np.ndarray, rows: np.uint64, columns: np.uint64, rounds: np.nd
 
 
 def _hash(values: np.ndarray, key: np.uint64) -> np.ndarray:
-    """SplitMix64's mixing of `values` under a key; wraps around."""
+    """Return SplitMix64's mix of `values` with a key; wraps around."""
     x = values + key
     x = (x ^ (x >> _SHIFTS[0])) * _MIX[0]
     x = (x ^ (x >> _SHIFTS[1])) * _MIX[1]

@@ -1,13 +1,12 @@
-"""Ray Data feeds the ranks: plan positions in, decoded uint8 batches out, in the plan's order.
+"""Feeds the ranks through Ray Data: plan positions in, decoded batches out, in the plan's order.
 
 A feeder actor serves a group of ranks. It turns a list of phases (data/plan.py) into numbered blocks and streams them
-through Ray Data: one CPU task reads and decodes one block, whose rows of the index come with it, `preserve_order` keeps
-the sequence, and the feeder hands the *reference* of each finished block to its rank, so that pixels never pass through
-the feeder. Several epochs and the
-validations between them share one execution, and the next execution starts before the last has drained: a restart
-costs seconds, an epoch of a large batch may last eight. `RankStream` is the rank's end; it collects a step's rows,
-checks that they are its own, and never waits without bound.
-Sample failures stay in their slot (`valid` 0, `reason`); storage failures are retried, then raised.
+through Ray Data: one CPU task reads and decodes one block from the rows of the index sent with it, `preserve_order`
+keeps the sequence, and the feeder passes the *reference* of each finished block to its rank, so that pixels never pass
+through the feeder. Several epochs and the validations between them share one execution, and the next execution starts
+before the last has drained, because a restart costs seconds and an epoch of large batches may last only eight.
+`RankStream` is the rank's end: it collects the rows of a step, checks that they are its own, and limits every wait.
+Samples that fail keep their slot (`valid` 0, `reason`); storage failures are retried, then raised.
 """
 
 import asyncio
@@ -52,13 +51,13 @@ from slimray.data.rows import Rows, Unpacked, divided, packed, rows_of_blocks
 from slimray.spec import RunFailed, UserError
 from slimray.storage import StorageError
 
-TASK_RETRIES = 3  # of a task whose process died; Ray's own number is "for ever", and a file may be what kills it
+TASK_RETRIES = 3  # for a task whose process died; Ray would retry forever, but a file may be what kills it
 STEPS_AHEAD = 2  # decoded steps kept ready for every rank
 
 
 @dataclass(frozen=True)
 class Source:
-    """One split of a dataset as the pipeline reads it: where its files lie and, in the object store, its index."""
+    """One split of a dataset as the pipeline reads it: the root of its files and, in the object store, its index."""
 
     root: str
     index: "ray.ObjectRef[pa.Table]"
@@ -69,8 +68,8 @@ class Source:
 class FeedConfig:
     """Settings that all feeders of a run share. `max_rows` is the microbatch of one rank; times are seconds.
 
-    `decode_cpus` is what a decoding task reserves: 1, or 0 where the workers of an elastic run hold every CPU there is
-    (they then share the cores, as on a laptop; a reservation would wait for ever). Nodes `left_out` decode nothing.
+    `decode_cpus` is the number of CPUs a decoding task reserves: 1, or 0 if the workers of an elastic run hold all CPUs
+    (decoding then shares their cores, as on a laptop; reservations would wait forever). `left_out` nodes do not decode.
     """
 
     phases: tuple[Phase, ...]
@@ -83,15 +82,15 @@ class FeedConfig:
     wait_timeout_s: float = 600.0
     decode_cpus: int = 1
     left_out: tuple[str, ...] = ()
-    blocks_per_execution: int = 2000  # planning 2,000 read tasks takes about 1.5 s, while the execution before runs on
+    blocks_per_execution: int = 2000  # planning 2,000 read tasks takes about 1.5 s, while the last execution runs on
 
 
 class Batch:
     """The rows of one step (or microbatch) of one rank, as numpy arrays that share memory with the object store.
 
-    `data` and `label` `[n, ...]` as modality and target of the recipe have them, `sample` int64 `[n]` row in the index,
-    `position` int64 `[n]` place in the plan, `valid` bool `[n]`, `path` and `reason` lists of str (reason ""
-    where valid). Blocks of shorter samples are filled up with `pads`, of data and of labels.
+    `data` and `label` `[n, ...]` are as modality and target of the recipe define them, `sample` int64 `[n]` the row in
+    the index, `position` int64 `[n]` the position in the plan, `valid` bool `[n]`, `path` and `reason` lists of str
+    (reason "" if valid). Blocks of shorter samples are padded with `pads`, the values for data and labels.
     """
 
     def __init__(self, tables: Sequence[pa.Table], pads: tuple[float, float] = (0, -1)):
@@ -111,7 +110,7 @@ class Batch:
         return len(self.position)
 
     def cut(self, lo: int, hi: int, pads: tuple[float, float]) -> "Batch":
-        """Return rows [lo, hi) as a batch of its own, as long as the longest of them."""
+        """Return rows [lo, hi) as a batch of its own, trimmed to the longest of them."""
         one = copy.copy(self)
         for name in ("position", "sample", "valid", "path", "reason"):
             setattr(one, name, getattr(self, name)[lo:hi])
@@ -120,7 +119,7 @@ class Batch:
 
 
 def batch_of(tables: Sequence[pa.Table], phase: Phase) -> Batch:
-    """Return rows of blocks as the batch of a step, as long as its own longest sample: a block may hold longer ones."""
+    """Return rows of blocks as the batch of a step, trimmed to its longest sample, as blocks may hold longer ones."""
     pads = pads_of(phase.recipe)
     batch = Batch(tables, pads)
     return batch if modality_of(phase.recipe).pad is None else batch.cut(0, len(batch), pads)
@@ -130,7 +129,7 @@ def batch_of(tables: Sequence[pa.Table], phase: Phase) -> Batch:
 
 
 def rows_of(cut: Sequence[Block], config: FeedConfig) -> list[pa.Table]:
-    """Return what the decoding task of each block of `cut` is given: its rows of the index, and where they belong."""
+    """Return the input of the decoding task of each block of `cut`: its rows of the index with their plan positions."""
     index = {split: source.index for split, source in config.sources.items()}
     return rows_of_blocks(
         cut, config.phases, config.seed, lambda split: _rows(index[split]), lambda split: _by_length(index[split])
@@ -138,15 +137,15 @@ def rows_of(cut: Sequence[Block], config: FeedConfig) -> list[pa.Table]:
 
 
 def decode_block(rows: pa.Table, config: FeedConfig) -> dict[str, np.ndarray]:
-    """Decode one block: `rows` are those that `rows_of` gives."""
+    """Decode one block, given as its `rows` from `rows_of`."""
     phase = config.phases[rows.column("phase")[0].as_py()]
     source = config.sources[phase.split]
     return decoded(rows, phase, source.root, source.index.hex(), config.seed, config.decode_timeout_s)
 
 
 def block_sizes(config: FeedConfig, num_ranks: int) -> tuple[list[int], int]:
-    """Return of how many microbatches a block of each phase is for a feeder of `num_ranks`, and the bytes of the
-    largest that is of several."""
+    """Return how many microbatches make a block of each phase for a feeder of `num_ranks`, and the bytes of the largest
+    block that holds several."""
     sizes, largest = [], 0
     for phase in config.phases:
         bags, rows = phase.bags, config.max_rows
@@ -158,7 +157,7 @@ def block_sizes(config: FeedConfig, num_ranks: int) -> tuple[list[int], int]:
 
 
 def all_nodes_but(left_out: Iterable[str]) -> dict[str, str]:
-    """Return the label selector of every node but those, by their ids."""
+    """Return the label selector that matches all nodes except those, given by their ids."""
     return {"ray.io/node-id": f"!in({','.join(left_out)})"}
 
 
@@ -167,8 +166,8 @@ def map_rows(
 ) -> ray.data.Dataset:
     """Return the dataset of `task(rows)` for each of `blocks`: a Ray task with a CPU each, retried if its process dies.
 
-    The rows travel with the task. With `at_once` that many tasks run at a time, and reserve no CPU. Reading and mapping
-    have equal options, because Ray Data then makes one task of both.
+    The rows are sent with the task. With `at_once`, that many tasks run at a time, and they reserve no CPU. Reading and
+    mapping have equal options, so that Ray Data fuses them into one task.
     """
     ray.data.DataContext.get_current().enable_progress_bars = False
     options: dict[str, Any] = {"num_cpus": 1 if at_once is None else 0, "max_retries": TASK_RETRIES}
@@ -181,19 +180,19 @@ def map_rows(
 
 
 class _Rows(Datasource):
-    """Tables of a few rows, each in the read task that gives it."""
+    """A datasource of small tables, each sent within its read task."""
 
     def __init__(self, tables: Sequence[pa.Table]):
         self.tables = [(table.num_rows, packed(table)) for table in tables]
 
     def estimate_inmemory_data_size(self) -> int:
-        """The bytes of all tables."""
+        """Return the bytes of all tables."""
         return sum(len(data) for _, data in self.tables)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        """A task for each table."""
+        """Return one task for each table."""
         return [
             ReadTask(
                 Unpacked(data),
@@ -211,9 +210,9 @@ def _rows(index: "ray.ObjectRef[pa.Table]") -> Rows:
 
 @functools.lru_cache(maxsize=4)
 def _by_length(index: "ray.ObjectRef[pa.Table]") -> np.ndarray:
-    """The rows of an index from short samples to long ones; its column `frames` is their length."""
+    """Return the row numbers of an index from short to long samples; its column `frames` is their length."""
     order = np.argsort(_fetch(index).column("frames").to_numpy(), kind="stable")
-    return order.astype(np.int32) if len(order) < 2**31 else order  # half as much, for as long as the feeder lives
+    return order.astype(np.int32) if len(order) < 2**31 else order  # half the memory while the feeder lives
 
 
 def _fetch(ref: Any) -> Any:
@@ -224,24 +223,24 @@ def _fetch(ref: Any) -> Any:
 
 
 class _Feeder:
-    """The actor behind `feeder_of`: streams the blocks of its ranks and hands out their references in order."""
+    """The actor behind `feeder_of`: streams the blocks of its ranks and delivers their references in order."""
 
     def __init__(self) -> None:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         self.began, self.ready = False, asyncio.Event()
 
     async def prepare(self, slots: int) -> None:
-        """Have `slots` processes for decoding import what they need, before it is known what is decoded."""
+        """Start `slots` decoding processes and let them import what they need, before the phases are known."""
         threading.Thread(target=_prepare_decoding, args=(slots,), daemon=True, name="prepare").start()
 
     async def begin(self, config: FeedConfig, ranks: list[int]) -> bool:
-        """Begin streaming in a background thread; False if this feeder did so before, for ranks that are gone."""
+        """Begin streaming in a background thread; return False if this feeder already did, for ranks that are gone."""
         if self.began:
             return False
         self.began = True
         self.config, self.ranks = config, ranks
         sizes, self.block_bytes = block_sizes(config, len(ranks))
-        self.plan = blocks(config.phases, config.world, ranks, config.max_rows, sizes)  # lazily: there may be millions
+        self.plan = blocks(config.phases, config.world, ranks, config.max_rows, sizes)  # lazy: there may be millions
         self.queues: dict[int, asyncio.Queue] = {rank: asyncio.Queue() for rank in ranks}
         ahead = max(STEPS_AHEAD * self._pieces_per_step(), *sizes, 1) * len(ranks)  # a block of each rank, or more
         self.room = threading.Semaphore(max(8, ahead))
@@ -258,8 +257,8 @@ class _Feeder:
         return ceil_div(ceil_div(largest, self.config.world), self.config.max_rows)
 
     async def take(self, rank: int) -> tuple[list[Any], int]:
-        """The next block of `rank`: ([reference], rows). Raises what ended the pipeline: RunFailed, StorageError."""
-        await self.ready.wait()  # a rank may ask before the call that begins is here
+        """Return the next block of `rank`: ([reference], rows); raise RunFailed or StorageError if it ended."""
+        await self.ready.wait()  # a rank may call before `begin` has arrived
         ref, num_rows, pieces = await self.queues[rank].get()
         if ref is None:
             self.queues[rank].put_nowait((None, 0, 0))
@@ -274,14 +273,14 @@ class _Feeder:
                 for _ in range(pieces):
                     self.room.acquire()
                 self.loop.call_soon_threadsafe(self.queues[rank].put_nowait, (ref, num_rows, pieces))
-        except BaseException as error:  # noqa: BLE001  (whatever it is, the ranks must hear of it instead of waiting)
+        except BaseException as error:  # noqa: BLE001  (whatever it is, ranks must get it instead of waiting)
             self.failure = failure_of(error)
         for queue in self.queues.values():
             self.loop.call_soon_threadsafe(queue.put_nowait, (None, 0, 0))
 
     def _blocks(self) -> Iterator[tuple[int, Any, int, int]]:
-        """All blocks in order: rank, reference, rows and microbatches, the latter with the first part of one that Ray
-        Data has cut. The next execution is started when the current one has nothing left to begin."""
+        """Yield all blocks in order: rank, reference, rows, microbatches. If Ray Data cuts a block, the microbatches
+        come with its first part. The next execution is started when the current one has nothing left to begin."""
         with ThreadPoolExecutor(1) as starter:
             cut = self._next_cut()
             following: Future | None = starter.submit(self._execute, cut) if cut else None
@@ -311,15 +310,15 @@ class _Feeder:
         return list(itertools.islice(self.plan, self.config.blocks_per_execution))
 
     def _execute(self, cut: list[Block]) -> Iterator[Any]:
-        """Start one Ray Data execution over `cut` and return its stream of bundles, the first one already there."""
+        """Start one Ray Data execution over `cut`, wait for its first bundle, and return its stream of bundles."""
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = ray.data.ExecutionResources(cpu=self.config.decode_slots)
         if self.config.left_out:
             context.execution_options.label_selector = all_nodes_but(self.config.left_out)
-        context.target_max_block_size = max(context.target_max_block_size or 0, self.block_bytes)  # it cuts larger ones
+        context.target_max_block_size = max(context.target_max_block_size or 0, self.block_bytes)  # larger ones are cut
         context.raise_original_map_exception = True
-        context.execution_no_progress_timeout_s = -1  # training may pause longer; a rank's wait has its own bound
+        context.execution_no_progress_timeout_s = -1  # training may pause for longer; a rank limits its own waits
         config = self.config
         at_once = None if config.decode_cpus else config.decode_slots
         dataset = map_rows(rows_of(cut, config), lambda rows: decode_block(rows, config), at_once)
@@ -335,12 +334,12 @@ def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
 
 
 def failure_of(error: BaseException) -> RunFailed:
-    """Return the root cause of a failed Ray task in a sentence; a StorageError, to be retried, if storage failed."""
+    """Return the root cause of a failed Ray task in one sentence; a StorageError, to be retried, if storage failed."""
     cause: Any = error
     while isinstance(cause, exceptions.RayTaskError) and cause.cause is not None and cause.cause is not cause:
         cause = cause.cause
     first = (str(cause).splitlines() or [type(cause).__name__])[0]  # Ray adds lines of its own
-    if isinstance(cause, StorageError | UserError):  # a bucket that did not answer when it was opened is a UserError
+    if isinstance(cause, StorageError | UserError):  # opening a bucket that does not respond raises a UserError
         return StorageError(first)
     if isinstance(cause, RunFailed):
         return RunFailed(first)
@@ -352,10 +351,10 @@ def start_feeders(
 ) -> tuple[str, list[Any]]:
     """Start the feeders of a worker group as actors `name-0`, `name-1`, ...; returns that name and their handles.
 
-    Each runs where most of its ranks do, as far as `node_of` (rank -> node) says, else here.
+    Each runs on the node of most of its ranks, if `node_of` (rank -> node) is given, else on this one.
 
-    They live as long as the caller (rank 0) holds the handles; `feeder_of` finds them from the other ranks. Where one
-    feeder is enough it is the one that `spare_feeder` started under the name `spare`, if that serves nobody yet.
+    They live as long as the caller (rank 0) holds the handles; the other ranks find them by `feeder_of`. If one feeder
+    is enough, the one that `spare_feeder` started under the name `spare` is used, unless it already serves ranks.
     """
     num = num_feeders(config.world, free_cpus(config.left_out))
     config = replace(config, decode_slots=max(1, config.decode_slots // num))
@@ -370,14 +369,14 @@ def start_feeders(
 
 
 def free_cpus(left_out: Sequence[str] = ()) -> list[float]:
-    """Return the CPUs that nothing holds now of each node but those."""
+    """Return the free CPUs of each node that is not in `left_out`."""
     return [have.get("CPU", 0.0) for node, have in available_resources_per_node().items() if node not in left_out]
 
 
 def spare_feeder(name: str, slots: int, environment: dict[str, Any]) -> Any:
-    """Start a feeder under `name` before its ranks live, and `slots` processes for decoding; returns its handle.
+    """Start a feeder under `name` before its ranks exist, with `slots` decoding processes; returns its handle.
 
-    `environment` is the runtime environment of the ranks, which a feeder that they start has by itself.
+    `environment` is the runtime environment of the ranks, which a feeder started by them inherits.
     """
     feeder = _make_feeder(f"{name}-0", runtime_env=environment)
     feeder.prepare.remote(slots)
@@ -385,15 +384,15 @@ def spare_feeder(name: str, slots: int, environment: dict[str, Any]) -> Any:
 
 
 def _make_feeder(name: str, node: str = "", **more: Any) -> Any:
-    """Start a feeder on a node, by default this one, and outside of the group of Train."""
+    """Start a feeder on a node, by default this one, outside Ray Train's placement group."""
     there = NodeAffinitySchedulingStrategy(node or ray.get_runtime_context().get_node_id(), soft=True)
-    # a byte: Ray puts an actor that asks for nothing on any node, whatever its strategy prefers
+    # reserve one byte, because Ray ignores the strategy of an actor that requests no resources
     options = {"name": name, "num_cpus": 0, "memory": 1, "scheduling_strategy": there, "max_concurrency": 1000, **more}
     return ray.remote(_Feeder).options(**options).remote()
 
 
 def _begin_spare(config: FeedConfig, name: str) -> Any:
-    """The spare feeder of that name, which now serves all ranks; None if it served others before, or is gone."""
+    """Let the spare feeder of that name serve all ranks and return it; None if it is gone or has served others."""
     try:
         feeder = ray.get_actor(f"{name}-0")
     except ValueError:
@@ -401,7 +400,7 @@ def _begin_spare(config: FeedConfig, name: str) -> Any:
     try:
         if ray.get(feeder.begin.remote(config, list(range(config.world))), timeout=config.wait_timeout_s):
             return feeder
-    except exceptions.RayError:  # another one is started
+    except exceptions.RayError:  # a new one is started
         pass
     ray.kill(feeder)
     return None
@@ -414,7 +413,7 @@ def _prepare_decoding(slots: int) -> None:
 
 
 def feeder_of(rank: int, world: int, num: int, name: str) -> Any:
-    """The handle of the feeder actor that serves `rank`; the feeders were started under `name`."""
+    """Return the handle of the feeder actor that serves `rank`; the feeders were started under `name`."""
     group = next(g for g in range(num) if rank in feeder_ranks(world, num, g))
     return ray.get_actor(f"{name}-{group}")
 
@@ -426,15 +425,15 @@ Ready = Callable[[Phase, int, Batch | None], Any]
 
 
 class RankStream:
-    """Iterates over the steps of one rank: yields (phase, step, batch), batch None where the rank has no rows.
+    """Iterates over the steps of one rank: yields (phase, step, batch), batch None if the rank has no rows.
 
-    The step after the one in use is fetched by a thread, so that waiting here is waiting for decoding. That thread
-    calls `ready(phase, step, batch)` too: what it returns comes in place of the batch.
+    A thread fetches the step after the one in use, so that a wait here is a wait for decoding. If given,
+    `ready(phase, step, batch)` is called in that thread, and its result is yielded instead of the batch.
     """
 
     def __init__(self, feeder: Any, config: FeedConfig, rank: int, ready: Ready | None = None):
         self.feeder, self.config, self.rank, self.ready = feeder, config, rank, ready
-        self.rest: list[pa.Table] = []  # of a block that holds several steps
+        self.rest: list[pa.Table] = []  # rows of later steps from a block that holds several
 
     def __iter__(self) -> Iterator[tuple[Phase, int, Any]]:
         steps = [
@@ -452,7 +451,7 @@ class RankStream:
             fetcher.shutdown(wait=False, cancel_futures=True)
 
     def _collect(self, number: int, step: int) -> Any:
-        """The rank's rows of one step, checked to be its own, and ready."""
+        """Return the batch of one step, after checking that its rows are the rank's own, passed through `ready`."""
         phase = self.config.phases[number]
         lo, hi = rank_slice(phase, step, self.rank, self.config.world)
         tables, deadline = self.rest, time.monotonic() + self.config.wait_timeout_s
@@ -466,7 +465,7 @@ class RankStream:
         if batch is not None and not np.array_equal(batch.position, np.arange(lo, hi)):
             raise RunFailed(
                 f"rank {self.rank} got positions {batch.position[0]} to {batch.position[-1]} at step {step} of "
-                f"{phase.name}, its own are {lo} to {hi - 1}: a fault of the pipeline"
+                f"{phase.name}, but its own are {lo} to {hi - 1}: this is a bug of the pipeline"
             )
         return batch if self.ready is None else self.ready(phase, step, batch)
 
@@ -476,7 +475,7 @@ class RankStream:
         except exceptions.GetTimeoutError:
             raise RunFailed(
                 f"rank {self.rank} waited {self.config.wait_timeout_s:.0f} s for the data of {phase.name} epoch "
-                f"{phase.epoch} step {step}: no decoding task delivered it (are there free CPUs?)"
+                f"{phase.epoch} step {step}: no decoding task delivered it, check that CPUs are free"
             ) from None
         except exceptions.RayTaskError as error:
             raise failure_of(error) from None

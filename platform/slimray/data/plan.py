@@ -1,12 +1,13 @@
 """The epoch plan: which sample is consumed at which step by which rank, as pure functions.
 
-A `Plan` puts the samples of a pass at positions, in windows, one for each step; there are two. By count, an epoch is a
-permutation of the split's index that depends on (seed, epoch) only, computed for the positions that are asked for
-(permutation.py). Step s consumes the positions s*B to (s+1)*B, B the global batch; of a window of n positions rank r of
-w takes floor(r*n/w) to floor((r+1)*n/w). By tokens (token_plan.py), samples of similar length lie in bags of at most so
-many tokens, and a step consumes so many bags. Progress is therefore (epoch, step), and a resume on another number of
-workers repeats and skips nothing. A `Phase` is one pass over one split (a training epoch, a validation, an evaluation);
-the data pipeline streams a list of phases as numbered blocks, and this file alone knows the numbering. numpy only.
+A `Plan` puts the samples of a pass at positions, in windows, one per step; there are two kinds. By count, an epoch is a
+permutation of the split's index that depends only on (seed, epoch), computed for the requested positions
+(permutation.py). Step s consumes the positions s*B to (s+1)*B, where B is the global batch; of a window of n positions,
+rank r of w takes floor(r*n/w) to floor((r+1)*n/w). By tokens (token_plan.py), samples of similar length are grouped in
+bags with a maximum number of tokens, and a step consumes a number of bags. Progress is therefore (epoch, step), and a
+resume on another number of workers repeats and skips nothing. A `Phase` is one pass over one split (a training epoch, a
+validation, an evaluation); the data pipeline streams a list of phases as numbered blocks, and only this file knows the
+numbering. numpy only.
 """
 
 import itertools
@@ -21,27 +22,27 @@ from slimray.data.permutation import permuted
 from slimray.data.token_plan import Bags, TokenPlan, ceil_div
 
 RANKS_OF_FEEDER = 64
-RANKS_AT_ONCE = 8  # of whose microbatches a block holds one: those of a node
-BLOCK_BYTES = 512 << 20  # a decoding process holds a block twice
-MIN_USED = 0.8  # of the free CPUs that executions are to get
-SHUFFLE = 3  # how new runs shuffle: by position; one that began with arrays (1; of samples in bags 2) ends with them
+RANKS_AT_ONCE = 8  # a block holds one microbatch for every 8 ranks of its feeder, the ranks of a node
+BLOCK_BYTES = 512 << 20  # limit on a block; a decoding process holds it twice
+MIN_USED = 0.8  # minimum fraction of the free CPUs that executions must get
+SHUFFLE = 3  # version of the shuffling of new runs, by position; runs that began with 1 or 2 (arrays) keep theirs
 
 
 class Plan(Protocol):
-    """Which samples lie at which positions of a pass, and which positions a rank consumes at a step."""
+    """The sample at each position of a pass, and the positions that each rank consumes at each step."""
 
     @property
     def num_steps(self) -> int:
-        """Steps of the whole pass, a short last one included."""
+        """Number of steps of the whole pass, including a short last one."""
         ...
 
     @property
     def num_positions(self) -> int:
-        """Positions of the whole pass."""
+        """Number of positions of the whole pass."""
         ...
 
     def share(self, step: int) -> float:
-        """Return how much of a full window that of `step` is: below 1 for a short last one."""
+        """Return the size of the window of `step` as a share of a full one: below 1 for a short last window."""
         ...
 
     def rank_slice(self, step: int, rank: int, world: int) -> tuple[int, int]:
@@ -49,7 +50,7 @@ class Plan(Protocol):
         ...
 
     def microbatches(self, step: int, rank: int, world: int, per_worker: int) -> list[tuple[int, int]]:
-        """Return the rank's slice cut into pieces, equally many on every rank, empty ones at the end."""
+        """Return the rank's slice cut into pieces, the same number on every rank, with empty ones at the end."""
         ...
 
     def samples(self, lo: int, hi: int, seed: int, by_length: Callable[[], np.ndarray]) -> np.ndarray:
@@ -61,16 +62,16 @@ class Plan(Protocol):
 class Phase:
     """One pass over one split: `num_samples` rows in windows of `batch`, from `first_step` on.
 
-    `shuffle` says whether the order is the epoch's permutation or the index as it stands; `recipe` is the plain dict
-    of the per-sample recipe that the decoding side reads. `epoch` keys shuffling and augmentation.
+    With `shuffle` the order is the epoch's permutation, otherwise that of the index; `recipe` is the plain dict of the
+    per-sample recipe that the decoding side reads. `epoch` keys shuffling and augmentation.
 
-    With `held` the last so many samples of the split are left out, but for a window of them after every `every` full
-    windows of the others: what an architecture search learns from. Each is used equally often, over the epochs.
+    With `held`, that many samples at the end of the split are held out, and a window of them follows every `every` full
+    windows of the others: an architecture search learns from them. Over the epochs, all are used equally often.
 
-    `drop_last` leaves out a last window that is not full; `limit` ends the pass after so many positions (0: none).
+    `drop_last` omits a last window that is not full; `limit` ends the pass after that many positions (0: no limit).
 
-    With `bags` a window is `batch` of them, none is held out and there is no limit. `steps` ends the pass after so many
-    windows (0: none).
+    With `bags`, a window consists of `batch` bags, nothing is held out and `limit` does not apply. `steps` ends the
+    pass after that many windows (0: no limit).
 
     `version` is that of the shuffling: 1, 2 or SHUFFLE.
     """
@@ -93,20 +94,20 @@ class Phase:
 
     @property
     def plan(self) -> Plan:
-        """Where its samples lie."""
+        """The plan that places its samples."""
         if self.bags is None:
             return CountPlan(self)
         return TokenPlan(self.bags, self.batch, self.epoch, self.shuffle, self.drop_last, self.version)
 
     @property
     def num_steps(self) -> int:
-        """Steps of the whole pass, a short last window included."""
+        """Number of steps of the whole pass, including a short last window."""
         count = ceil_div(self.num_positions, self.batch) if self.bags is None else self.plan.num_steps
         return min(count, self.steps) if self.steps else count
 
     @property
     def num_positions(self) -> int:
-        """Positions of the whole pass, those of held-out windows included."""
+        """Number of positions of the whole pass, including those of held-out windows."""
         if self.bags is not None:
             return self.plan.num_positions
         count = self.num_samples - self.held + self.num_held_windows * self.batch
@@ -115,22 +116,25 @@ class Phase:
 
     @property
     def num_held_windows(self) -> int:
-        """Windows of held-out samples in the pass."""
+        """Number of windows of held-out samples in the pass."""
         return (self.num_samples - self.held) // (self.every * self.batch) if self.every else 0
 
     def is_held(self, step: int) -> bool:
-        """Return whether the window of `step` is of held-out samples."""
+        """Return whether the window of `step` consists of held-out samples."""
         turn, place = divmod(step, self.every + 1)
         return turn < self.num_held_windows and place == self.every
 
     def share(self, step: int) -> float:
-        """Return the positions of the window of `step` as a share of a full one: below 1 for a short last window."""
+        """Return the size of the window of `step` as a share of a full one: below 1 for a short last window."""
         if self.bags is not None:
             return self.plan.share(step)
         return min(self.batch, self.num_positions - step * self.batch) / self.batch
 
     def num_trained(self, step: int) -> int:
-        """Samples, of those not held out, in the windows before `step`; with `bags` bags, as rates follow steps."""
+        """Return the number of samples, held-out ones excluded, in the windows before `step`.
+
+        With `bags`, return the number of bags instead, because learning rates then follow steps.
+        """
         if self.bags is not None:
             return min(step * self.batch, self.bags.count)
         windows = min(step // (self.every + 1), self.num_held_windows) if self.every else 0
@@ -139,8 +143,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Block:
-    """Positions `lo` to `hi` of phase number `phase`, all for one rank within one step, and what `later` steps have for
-    that rank, (step, lo, hi) each: one decoding task."""
+    """The input of one decoding task: positions `lo` to `hi` of phase number `phase`, all for one rank within one step,
+    and the same rank's positions of `later` steps, each (step, lo, hi)."""
 
     phase: int
     step: int
@@ -151,12 +155,12 @@ class Block:
 
     @property
     def pieces(self) -> tuple[tuple[int, int, int], ...]:
-        """Its microbatches in order: step, and the positions [lo, hi)."""
+        """Its microbatches in order, each (step, lo, hi) for the positions [lo, hi)."""
         return ((self.step, self.lo, self.hi), *self.later)
 
     @property
     def num_rows(self) -> int:
-        """Samples of all its microbatches."""
+        """Number of samples of all its microbatches."""
         return sum(hi - lo for _, lo, hi in self.pieces)
 
 
@@ -184,16 +188,16 @@ class CountPlan:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the whole pass, a short last window included."""
+        """Number of steps of the whole pass, including a short last window."""
         return self.phase.num_steps
 
     @property
     def num_positions(self) -> int:
-        """Positions of the whole pass, those of held-out windows included."""
+        """Number of positions of the whole pass, including those of held-out windows."""
         return self.phase.num_positions
 
     def share(self, step: int) -> float:
-        """Return the positions of the window of `step` as a share of a full one."""
+        """Return the size of the window of `step` as a share of a full one."""
         return self.phase.share(step)
 
     def rank_slice(self, step: int, rank: int, world: int) -> tuple[int, int]:
@@ -210,7 +214,7 @@ class CountPlan:
         return [(min(hi, lo + i * per_worker), min(hi, lo + (i + 1) * per_worker)) for i in range(pieces)]
 
     def samples(self, lo: int, hi: int, seed: int, by_length: Callable[[], np.ndarray] | None = None) -> np.ndarray:
-        """Return the sample ids at positions [lo, hi); their lengths play no part."""
+        """Return the sample ids at positions [lo, hi); `by_length` is ignored."""
         phase, positions = self.phase, np.arange(lo, hi)
         num_trained, key = phase.num_samples - phase.held, (seed, phase.epoch)
         if not phase.num_held_windows:
@@ -222,7 +226,7 @@ class CountPlan:
         trained = positions - np.minimum(turn, phase.num_held_windows) * phase.batch
         ids = np.empty(len(positions), np.int64)
         ids[~is_held] = self._shuffled(trained[~is_held], num_trained, *key)
-        row = (phase.epoch * phase.num_held_windows + turn) * phase.batch + place  # of permutations without an end
+        row = (phase.epoch * phase.num_held_windows + turn) * phase.batch + place  # in an endless row of permutations
         for number in np.unique(row[is_held] // phase.held):
             here = is_held & (row // phase.held == number)
             ids[here] = num_trained + self._shuffled(row[here] % phase.held, phase.held, seed + 1, int(number), True)
@@ -231,7 +235,7 @@ class CountPlan:
     def _shuffled(
         self, places: np.ndarray, count: int, seed: int, epoch: int, shuffle: bool | None = None
     ) -> np.ndarray:
-        """Return what lies at `places` of the `count` numbers from 0, shuffled where the pass is."""
+        """Return the numbers at `places` of the `count` numbers from 0, shuffled if the pass is."""
         if not (self.phase.shuffle if shuffle is None else shuffle):
             return places
         if self.phase.version == 1:
@@ -245,10 +249,10 @@ def rank_slice(phase: Phase, step: int, rank: int, world: int) -> tuple[int, int
 
 
 def microbatches(phase: Phase, step: int, rank: int, world: int, per_worker: int) -> list[tuple[int, int]]:
-    """Return the rank's slice cut into pieces of at most `per_worker` positions, or into bags; every rank gets equally
-    many pieces.
+    """Return the rank's slice cut into pieces of at most `per_worker` positions, or into bags.
 
-    A rank whose slice is shorter gets empty pieces at its end, so that all ranks take part in every collective.
+    All ranks get the same number of pieces, with empty ones at the end of a shorter slice, so that all ranks take part
+    in every collective.
     """
     return phase.plan.microbatches(step, rank, world, per_worker)
 
@@ -258,8 +262,8 @@ def blocks(
 ) -> Iterator[Block]:
     """Yield all blocks of `phases` for `ranks`, step by step, the first pieces of all ranks first.
 
-    A block of phase number i is of up to `sizes[i]` consecutive pieces of its rank, by default of one; it ends with the
-    phase.
+    A block of phase number i consists of up to `sizes[i]` consecutive pieces of its rank, by default one; it never
+    extends beyond the phase.
     """
     for number, phase in enumerate(phases):
         turns = (
@@ -276,19 +280,19 @@ def blocks(
 
 
 def block_size(num_ranks: int, num_bytes: int) -> int:
-    """Return how many consecutive microbatches of a rank, of `num_bytes` each, are a block of a feeder of `num_ranks`.
+    """Return how many consecutive microbatches of a rank, of `num_bytes` each, a feeder of `num_ranks` gets per block.
 
-    As many as it has times 8 ranks, so that what passes through its process at a step does not grow with them; but no
-    more than BLOCK_BYTES, unless it is one.
+    One for every 8 of its ranks, so that the load of its process per step does not grow with them, but several
+    microbatches never exceed BLOCK_BYTES.
     """
     return max(1, min(ceil_div(num_ranks, RANKS_AT_ONCE), BLOCK_BYTES // max(1, num_bytes)))
 
 
 def num_feeders(world: int, free_cpus: Sequence[float]) -> int:
-    """How many feeder actors serve `world` ranks: one per 64, as far as that leaves few CPUs idle.
+    """Return how many feeder actors serve `world` ranks: one per 64 ranks, fewer if that left too many CPUs idle.
 
-    `free_cpus` are those of each node that no worker holds. Ray shares a node's CPUs out among all executions in whole
-    numbers, and each feeder has two where one follows the other: from a node with fewer CPUs they get none.
+    `free_cpus` are those of each node that no worker holds. Ray divides a node's CPUs among all executions in whole
+    numbers, and each feeder has two executions while one follows the other; a node with fewer CPUs gives them none.
     """
     free = [int(count) for count in free_cpus if count >= 1]
     for num in range(ceil_div(world, RANKS_OF_FEEDER), 1, -1):
@@ -298,10 +302,10 @@ def num_feeders(world: int, free_cpus: Sequence[float]) -> int:
 
 
 def feeder_nodes(world: int, num: int, node_of: Mapping[int, str]) -> list[str]:
-    """Return the node on which each of `num` feeders is to run: that of most of its ranks, "" where that is not known,
-    and for the only one, which runs where rank 0 does.
+    """Return the node on which each of `num` feeders should run: that of most of its ranks.
 
-    `node_of` are the nodes of ranks. So what a node has to do for feeders does not grow with the ranks.
+    "" stands for a node that is not known, and for a single feeder, which runs on the node of rank 0. `node_of` maps
+    ranks to nodes. Thus the load of a node by feeders does not grow with the number of ranks.
     """
     if num == 1:
         return [""]

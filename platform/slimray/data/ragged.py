@@ -1,4 +1,4 @@
-"""Arrays of unequal length along their last axis: filled up to the longest, and cut down again. numpy only."""
+"""Arrays of unequal length along their last axis: padded to the longest, and trimmed again. numpy only."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def joined(arrays: Sequence[np.ndarray], pad: float) -> np.ndarray:
-    """Return `[n, ..., L]` arrays one after the other, those with a shorter last axis filled up with `pad`."""
+    """Return `[n, ..., L]` arrays concatenated, with shorter last axes filled up with `pad`."""
     if len({array.shape[1:] for array in arrays}) == 1:
         return np.concatenate(arrays)
     longest = max(array.shape[-1] for array in arrays)
@@ -19,9 +19,9 @@ def joined(arrays: Sequence[np.ndarray], pad: float) -> np.ndarray:
 
 
 def tight(data: np.ndarray, labels: np.ndarray, pads: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Return samples `[n, ..., L]` and labels `[n, ..., M]` without the last places, which are filled up in all.
+    """Return samples `[n, ..., L]` and labels `[n, ..., M]` without trailing places that are padding in all of them.
 
-    Of both as many, so that L - M stays as it is; it is 0 or more.
+    The same number is removed from both, so that L - M, which must be 0 or more, stays the same.
     """
     more, used = data.shape[-1] - labels.shape[-1], 1
     for array, pad, beyond in ((data, pads[0], more), (labels, pads[1], 0)):

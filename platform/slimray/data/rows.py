@@ -1,4 +1,4 @@
-"""Rows of an index by number, for the blocks of a plan: what a decoding task is given in place of the whole index."""
+"""Rows of an index by number, for the blocks of a plan; a decoding task gets them instead of the whole index."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -9,11 +9,11 @@ import pyarrow as pa
 
 from slimray.data.plan import Block, Phase
 
-PLACE = ("phase", "position", "sample")  # columns beside those of the index: where in the plan a row is, and its number
+PLACE = ("phase", "position", "sample")  # added to the columns of the index: a row's place in the plan, and its number
 
 
 class Rows:
-    """The rows of an index by number. Its chunks stay where they are, perhaps in memory that processes share."""
+    """The rows of an index by number. Its chunks are not copied, as they may be in memory that processes share."""
 
     def __init__(self, index: pa.Table):
         self.batches = [batch for batch in index.replace_schema_metadata(None).to_batches() if batch.num_rows]
@@ -41,10 +41,10 @@ def rows_of_blocks(
     rows_of: Callable[[str], Rows],
     by_length: Callable[[str], np.ndarray],
 ) -> list[pa.Table]:
-    """Return the rows of each block, with the columns PLACE.
+    """Return the rows of each block, with the columns PLACE added.
 
-    `rows_of` gives the rows of a split, `by_length` their numbers from short samples to long ones. The ranks of a step
-    lie side by side in the plan, so their samples are computed at once.
+    `rows_of` returns the rows of a split, `by_length` their numbers from short to long samples. The positions of all
+    ranks of a step are contiguous in the plan, so their samples are computed together.
     """
     steps: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for block in blocks:
@@ -77,7 +77,7 @@ def rows_of_blocks(
 
 
 def divided(tables: Sequence[pa.Table], count: int) -> tuple[list[pa.Table], list[pa.Table]]:
-    """Return the first `count` rows of `tables`, which are views of them, and the rest."""
+    """Return the first `count` rows of `tables` and the rest, both as views."""
     first, rest = [], []
     for table in tables:
         here = min(count, table.num_rows)
@@ -88,7 +88,7 @@ def divided(tables: Sequence[pa.Table], count: int) -> tuple[list[pa.Table], lis
 
 
 def packed(table: pa.Table) -> bytes:
-    """Return a table as bytes: pickled, a slice would take the whole of which it is one along."""
+    """Return a table as bytes; pickling a slice would include the whole table it is taken from."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -97,10 +97,10 @@ def packed(table: pa.Table) -> bytes:
 
 @dataclass(frozen=True)
 class Unpacked:
-    """What a read task of Ray Data calls to have the table that was `packed`."""
+    """Callable for a read task of Ray Data that returns the table that was `packed`."""
 
     data: bytes
-    __name__ = "rows of an index"  # by which Ray tells of large ones
+    __name__ = "rows of an index"  # shown in Ray's warnings about large ones
 
     def __call__(self) -> list[pa.Table]:
         with pa.ipc.open_stream(self.data) as reader:

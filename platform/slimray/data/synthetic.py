@@ -1,4 +1,4 @@
-"""Samples of the generated datasets: a function of their number and the seed, as files to be stored."""
+"""Samples of the generated datasets, as files to be stored: functions of their number and the seed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +9,8 @@ from slimray.data.points import clouds, shapes
 
 @dataclass(frozen=True)
 class Generated:
-    """A generated sample: the bytes of its file, its class, the ending of its name, columns of the index that say what
-    it holds. `alone` ones are files of their own, the others are packed into shards."""
+    """A generated sample: the bytes of its file, its class, the file extension, and columns of the index that describe
+    it (`shape`). With `alone` it is stored as a file of its own, otherwise packed into a shard."""
 
     data: bytes
     label: int
@@ -30,7 +30,7 @@ class Sizes:
 
 def generate_clip(number: int, seed: int, sizes: Sizes) -> Generated:
     """Return a clip whose class is a motion, as H.264."""
-    from slimray.data.video import moving_shapes  # PyAV takes long to import
+    from slimray.data.video import moving_shapes  # PyAV is slow to import
 
     frames, label = moving_shapes.make_clip(number, seed, size=sizes.size, num_frames=sizes.frames)
     shape = {"frames": sizes.frames, "fps": float(moving_shapes.FPS), "width": sizes.size, "height": sizes.size}

@@ -1,10 +1,10 @@
-"""Batches by tokens: samples of similar length in bags of at most so many tokens, a pure function of (seed, epoch).
+"""Batches by tokens: samples of similar length in bags with a maximum of tokens, a pure function of (seed, epoch).
 
-Sorted by length, the samples of a split are cut into bags whose longest sample times their number stays within
-`tokens`; that needs only how many samples of each length there are, so that every process knows all windows without the
-index. What changes from epoch to epoch is the order of the bags, and which samples of the same length stand for each
-other (a permutation for each length, computed by position: permutation.py). The number of steps is the same in every
-epoch. A bag is what a rank handles at once: a microbatch that is padded to its own longest sample. numpy only.
+Sorted by length, the samples of a split are cut into bags whose number of samples times the longest length stays within
+`tokens`; this requires only the number of samples of each length, so that every process knows all windows without the
+index. From epoch to epoch the order of the bags changes, and samples of the same length change places (a permutation
+per length, computed by position: permutation.py). The number of steps is the same in every epoch. A bag is a microbatch
+of one rank, padded to its own longest sample. numpy only.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import numpy as np
 
 from slimray.data.permutation import permuted
 
-MULTIPLE = 8  # samples of a bag, where it holds more: shapes that kernels like
+MULTIPLE = 8  # larger bags hold a multiple of this many samples, for efficient kernels
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -27,8 +27,8 @@ def ceil_div(a: int, b: int) -> int:
 class Bags:
     """The bags into which the samples of a split are cut.
 
-    `counts` are (length in tokens, samples of that length), shortest first; a bag holds at most `tokens`, padding
-    included. `seed` is that of the order.
+    `counts` are (length in tokens, samples of that length), shortest first; a bag holds at most `tokens`, including
+    padding. `seed` determines the order.
     """
 
     counts: tuple[tuple[int, int], ...]
@@ -37,31 +37,31 @@ class Bags:
 
     @classmethod
     def of(cls, lengths: np.ndarray, tokens: int, seed: int = 0) -> "Bags":
-        """Return the bags of samples of `lengths`; ValueError if one does not fit into a bag."""
+        """Return the bags of samples of `lengths`; raise ValueError if one does not fit into a bag."""
         values, counts = np.unique(lengths, return_counts=True)
         if not len(values) or values[-1] > tokens:
-            raise ValueError(f"the longest sample has {values[-1] if len(values) else 0} tokens, a bag {tokens}")
+            raise ValueError(f"the longest sample has {values[-1] if len(values) else 0} tokens, but a bag {tokens}")
         return cls(tuple(zip(values.tolist(), counts.tolist(), strict=True)), tokens, seed)
 
     @property
     def count(self) -> int:
-        """Return how many bags there are."""
+        """Number of bags."""
         return len(_edges(self)) - 1
 
     @property
     def num_samples(self) -> int:
-        """Return how many samples there are."""
+        """Number of samples."""
         return sum(count for _, count in self.counts)
 
 
 @lru_cache(maxsize=8)
 def _edges(bags: Bags) -> np.ndarray:
-    """Return where bags begin among the samples sorted by length, int64 `[bags + 1]`."""
+    """Return the index of the first sample of each bag, in the order of length, int64 `[bags + 1]`."""
     edges, start, end = [0], 0, 0
     for length, count in bags.counts:
         shorter, end, room = end, end + count, bags.tokens // length
         while end - start > room:
-            size = max(room, shorter - start)  # the shorter ones alone, if none of these fits in
+            size = max(room, shorter - start)  # only the shorter samples, if none of this length fits in
             start += size - size % MULTIPLE if size > MULTIPLE else size
             edges.append(start)
     edges.append(end)
@@ -72,7 +72,7 @@ def _edges(bags: Bags) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _order(bags: Bags, epoch: int, shuffle: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The bags of an epoch in their order, and the position at which each begins `[bags + 1]`."""
+    """Return the bags of an epoch in order, and the position at which each begins `[bags + 1]`."""
     order = np.arange(bags.count)
     if shuffle:
         order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([bags.seed, epoch]))).permutation(bags.count)
@@ -84,8 +84,8 @@ def _order(bags: Bags, epoch: int, shuffle: bool) -> tuple[np.ndarray, np.ndarra
 
 @lru_cache(maxsize=1024)
 def _members(seed: int, epoch: int, length: int, count: int) -> np.ndarray:
-    """The order of the samples of one length in an epoch of a run that began before it was computed by position, int64
-    `[count]`."""
+    """Return the order of the samples of one length in an epoch, int64 `[count]`, for runs that began with shuffling by
+    arrays (`version` 1 or 2)."""
     members = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, length]))).permutation(count)
     members.setflags(write=False)
     return members
@@ -93,7 +93,7 @@ def _members(seed: int, epoch: int, length: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """Windows of `batch` bags; see `slimray.data.plan.Plan`, for `version` `Phase`."""
+    """Windows of `batch` bags; see `slimray.data.plan.Plan`, and `Phase` for `version`."""
 
     bags: Bags
     batch: int
@@ -104,12 +104,12 @@ class TokenPlan:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the whole pass, a short last window included."""
+        """Number of steps of the whole pass, including a short last window."""
         return self.bags.count // self.batch if self.drop_last else ceil_div(self.bags.count, self.batch)
 
     @property
     def num_positions(self) -> int:
-        """Positions of the whole pass: samples."""
+        """Number of positions, that is samples, of the whole pass."""
         return int(self._starts[min(self.num_steps * self.batch, self.bags.count)])
 
     @property
@@ -120,7 +120,7 @@ class TokenPlan:
         return step * self.batch, min((step + 1) * self.batch, self.bags.count)
 
     def share(self, step: int) -> float:
-        """Return the bags of the window of `step` as a share of a full one."""
+        """Return the number of bags in the window of `step` as a share of a full one."""
         first, end = self._window(step)
         return (end - first) / self.batch
 
@@ -135,7 +135,7 @@ class TokenPlan:
         return int(self._starts[first]), int(self._starts[end])
 
     def microbatches(self, step: int, rank: int, world: int, per_worker: int) -> list[tuple[int, int]]:
-        """Return the positions of each bag of the rank; `per_worker`, which counts samples, plays no part."""
+        """Return the positions of each bag of the rank; `per_worker`, which counts samples, is ignored."""
         first, end = self._bags_of(step, rank, world)
         begin, stop = self._window(step)
         pieces = [(int(self._starts[bag]), int(self._starts[bag + 1])) for bag in range(first, end)]

@@ -50,5 +50,5 @@ def test_a_validation_takes_the_centre_and_a_small_picture_is_one_sentence():
     picture = np.arange(30 * 20 * 3).reshape(30, 20, 3).astype(np.uint8)
     recipe = PairRecipe(scale=2, size=8, mode="val", flip=True)
     np.testing.assert_array_equal(crop(picture, recipe, random.Random(0)), picture[7:23, 2:18])
-    with pytest.raises(BadSample, match="is 20 x 30 pixels, a crop takes 32"):
+    with pytest.raises(BadSample, match="is 20 x 30 pixels, a crop needs 32"):
         crop(picture, PairRecipe(scale=2, size=16), random.Random(0))

@@ -69,7 +69,7 @@ def test_a_column_of_one_name_twice_is_a_question():
         archive.writestr("coords.npy", body.getvalue())
         with pytest.warns(UserWarning, match="Duplicate name"):
             archive.writestr("coords.npy", body.getvalue())
-    with pytest.raises(BadSample, match="two arrays of one name"):
+    with pytest.raises(BadSample, match="two arrays with the same name"):
         read_cloud("a.npz", buffer.getvalue())
 
 
@@ -150,9 +150,9 @@ def test_points_that_float32_merges_get_an_origin():
     assert np.allclose(cloud.coords + cloud.origin, coords, rtol=0, atol=1e-12)
     sample = make_points(cloud, PointRecipe(16, normalize="sphere", mode="val"), (0, 0, 0))
     assert np.isfinite(sample.points).all()
-    with pytest.raises(BadSample, match="lie at one place"):
+    with pytest.raises(BadSample, match="are at the same place"):
         read_cloud("a.npz", npz(coords=coords * 0 + np.arange(40)[:, None] * 1e-200))
-    with pytest.raises(BadSample, match="lie at one place: they have no size"):
+    with pytest.raises(BadSample, match="are at the same place and have no size"):
         make_points(Cloud(np.ones((40, 3), np.float32)), PointRecipe(16, normalize="sphere"), (0, 0, 0))
 
 
@@ -241,7 +241,7 @@ def test_more_or_fewer_faces_than_declared_are_refused(text):
 def test_a_compressed_las_that_declares_more_chunks_than_it_has_is_refused():
     data = bytearray(las(compress=True))
     struct.pack_into("<Q", data, 247, 140_000)  # of chunks of 50,000
-    with pytest.raises(BadSample, match="140000 points are declared, 1 to 50000 are there"):
+    with pytest.raises(BadSample, match="140000 points are declared, but 1 to 50000 are there"):
         read_cloud("a.laz", bytes(data))
 
 

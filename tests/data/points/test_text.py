@@ -126,14 +126,14 @@ def test_line_ends_marks_of_encodings_and_gzip_do_not_matter(data):
 
 def test_words_are_refused_unless_their_column_is_left_out():
     data = b"x,y,z,name\n1,2,3,tree\n4,5,6,car\n"
-    with pytest.raises(BadSample, match=r"'tree' at row 1, column 4, is not a number .*: leave the column out by -"):
+    with pytest.raises(BadSample, match=r"'tree' at row 1, column 4, is not a number .*: skip the column with -"):
         read_cloud("a.csv", data)
     assert read_cloud("a.csv", data, ("x", "y", "z", "-")).coords.tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
 def test_a_header_that_does_not_fit_its_lines_is_refused_unless_the_user_names_the_columns():
     data = b"//X Y Z Scalar field\n2\n1 2 3 4\n4 5 6 4\n"
-    with pytest.raises(BadSample, match="has 4 columns, its header names 5: name the columns yourself"):
+    with pytest.raises(BadSample, match="has 4 columns, but its header names 5: name the columns yourself"):
         read_cloud("a.txt", data)
     assert read_cloud("a.txt", data, ("x", "y", "z", "label")).labels.tolist() == [4, 4]
     assert read_cloud("a.csv", b"easting,northing,height\n1,2,3\n4,5,6\n", ("x", "y", "z")).coords.shape == (2, 3)
@@ -147,7 +147,9 @@ def test_mixed_delimiters_are_refused(data):
 
 @pytest.mark.parametrize("entry", ["decimal=x", "delimiter=;", "label=", "label"])
 def test_columns_that_cannot_be_meant_are_refused(entry):
-    with pytest.raises(BadSample, match=r"its columns cannot be read: label|its columns cannot be read: de"):
+    with pytest.raises(
+        BadSample, match=r"the list of its columns is invalid: label|the list of its columns is invalid: de"
+    ):
         read_cloud("a.txt", b"1 2 3 4\n4 5 6 7\n", ("x", "y", "z", "label", entry))
 
 

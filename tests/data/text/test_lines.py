@@ -45,18 +45,18 @@ def test_utf_16_is_refused_in_a_sentence(encoding):
 
 def test_a_cut_or_damaged_gzip_file_is_refused_with_the_line_it_reaches():
     whole = gzip.compress("\n".join(f"line {n * n}" for n in range(5000)).encode())
-    with pytest.raises(RunFailed, match=r"a\.gz: the gzip file is cut off behind line [\d,]+: copy it again"):
+    with pytest.raises(RunFailed, match=r"a\.gz: the gzip file is truncated after line [\d,]+: copy it again"):
         list(read_lines("a.gz", whole[: len(whole) // 2]))
     spoiled = bytearray(whole)
     spoiled[-6] ^= 255
-    with pytest.raises(RunFailed, match="the gzip file is damaged behind line"):
+    with pytest.raises(RunFailed, match="the gzip file is damaged after line"):
         list(read_lines("a.gz", bytes(spoiled)))
 
 
 def test_unequal_counts_are_refused_with_both():
-    with pytest.raises(RunFailed, match=r"a\.en has 3 lines, a\.de has 2: line N of one"):
+    with pytest.raises(RunFailed, match=r"a\.en has 3 lines, but a\.de has 2, and line N of one"):
         list(read_pairs(("a.en", "a.de"), (b"a\nb\nc\n", b"a\nb\n")))
-    with pytest.raises(RunFailed, match=r"a\.en has 1 lines, a\.de has 4: "):
+    with pytest.raises(RunFailed, match=r"a\.en has 1 lines, but a\.de has 4, "):
         list(read_pairs(("a.en", "a.de"), (b"a\n", b"a\nb\nc\nd")))
 
 
@@ -70,7 +70,7 @@ def test_tables_give_their_columns_by_number_or_name():
     data = b"id\tde\ten\n1\tHallo\thello\n2\tTag\n3\t\tday\n"
     by_name = list(read_texts(["a.tsv"], [data], ("en", "de")))
     assert by_name[0].texts == ("hello", "Hallo")
-    assert bad(by_name) == {3: "has 2 columns, 3 are needed", 4: "is empty"}
+    assert bad(by_name) == {3: "has 2 columns, needs 3", 4: "is empty"}
     assert next(iter(read_texts(["a.tsv.gz"], [gzip.compress(data)], ("3", "2")))).texts == ("en", "de")
     with pytest.raises(RunFailed, match=r"a\.tsv: has no column 'fr' \(it has: id, de, en\)"):
         list(read_texts(["a.tsv"], [data], ("fr",)))
@@ -84,7 +84,7 @@ def test_parquet_gives_its_rows():
     assert [line.texts for line in found] == [("a", "1"), ("", "2"), ("c", "3")]
     assert bad(found) == {2: "is empty"}
     for broken in (data[: len(data) // 2], b"PAR1"):
-        with pytest.raises(RunFailed, match=r"a\.parquet: is no whole Parquet file"):
+        with pytest.raises(RunFailed, match=r"a\.parquet: is not a complete Parquet file"):
             list(read_texts(["a.parquet"], [broken], ("source", "target")))
 
 
@@ -97,5 +97,5 @@ def test_damaged_files_of_a_parallel_corpus(shared: Path):
     found = list(read_pairs(("en", "ja"), (read("empty_lines.en"), read("empty_lines.ja"))))
     assert sorted(bad(found)) == list(range(1, 101, 7))
     assert sorted(bad(read_lines("bad", read("bad_utf8.ja")))) != []
-    with pytest.raises(RunFailed, match="en has 100 lines, ja has 97"):
+    with pytest.raises(RunFailed, match="en has 100 lines, but ja has 97"):
         list(read_pairs(("en", "ja"), (read("count_mismatch.en"), read("count_mismatch.ja"))))

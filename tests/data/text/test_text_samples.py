@@ -171,11 +171,11 @@ def test_a_long_file_becomes_several_shards(tmp_path, monkeypatch):
 def test_files_that_do_not_fit_are_a_sentence(tmp_path):
     (tmp_path / "a.en").write_text("a\nb\n")
     (tmp_path / "a.de").write_text("a\n")
-    with pytest.raises(RunFailed, match=r"a\.en has 2 lines, .*a\.de has 1"):
+    with pytest.raises(RunFailed, match=r"a\.en has 2 lines, but .*a\.de has 1"):
         Prepared(card(2, {"train": ["a.en", "a.de"]}), "train", tmp_path)
     with pytest.raises(UserError, match=r"splits\.train: a\.en has no partner: write \[SOURCE, TRANSLATION\]"):
         read_split(card(2, {"train": "a.en"}), "train", str(tmp_path))
-    with pytest.raises(UserError, match=r"a\.fr: there is no such file \(split 'train' of mine\)"):
+    with pytest.raises(UserError, match=r"a\.fr: no such file, gzipped or not \(split 'train' of mine\)"):
         read_split(card(2, {"train": ["a.en", "a.fr"]}), "train", str(tmp_path))
     with pytest.raises(RunFailed, match="has no split 'train'"):
         Prepared(card(2, {"val": ["a.en", "a.en"]}), "val", tmp_path)
@@ -191,7 +191,7 @@ def test_a_file_is_found_packed_by_gzip_or_not_whatever_the_card_says(tmp_path, 
     assert [row["path"] for row in made.rows] == [f"t.en{stored}#{number}" for number in (1, 2)]
     assert raw_texts(made.root, made.rows) == [("a b", "x"), ("c", "y z")]
     (tmp_path / f"t.de{named}").write_bytes(b"")
-    with pytest.raises(UserError, match=r"splits\.train: t\.de and t\.de\.gz are both there, which one is it"):
+    with pytest.raises(UserError, match=r"splits\.train: t\.de and t\.de\.gz both exist: move one of them away"):
         read_split(pairs, "train", str(tmp_path))
 
 

@@ -259,10 +259,10 @@ def test_every_damaged_file_is_refused_with_its_reason(video, decoder):
         "bitflips_in_mdat": "frame 0 of 55 is missing or damaged",
         "chunk_out_of_range": f"does not decode ({data}: error reading header)",
         "corrupted": "frame 28 of 50 is missing or damaged",
-        "invalid_userdata": "breaks off: 0 of 5544 frames are there",
+        "invalid_userdata": "is truncated: 0 of 5544 frames are there",
         "no_timescale": "frame 0 of 182 is missing or damaged",
         "text_renamed": f"does not decode ({data})",
-        "truncated_half_faststart": "breaks off: 26 of 55 frames are there",
+        "truncated_half_faststart": "is truncated: 26 of 55 frames are there",
         "truncated_half_no_moov": f"does not decode ({data}: moov atom not found)",
         "zero_length": "the file is empty",
     }
@@ -300,7 +300,7 @@ def test_a_file_cut_between_two_frames_breaks_off(video):
     with av.open(io.BytesIO(data)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
     end = packets[24].pos + packets[24].size
-    with pytest.raises(BadSample, match="breaks off: 25 of 55 frames are there"), open_video(data[:end]):
+    with pytest.raises(BadSample, match="is truncated: 25 of 55 frames are there"), open_video(data[:end]):
         pass
 
 
@@ -331,7 +331,7 @@ def test_a_size_too_large_is_refused_before_it_is_allocated(video):
     png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
     with Decoder(timeout_s=patience(20)) as decoder:
         for name, data in (("huge.gif", gif), ("huge.png", png)):
-            with pytest.raises(BadSample, match="larger than what is decoded"):
+            with pytest.raises(BadSample, match="too large to decode"):
                 decoder.probe(name, bytes(data))
         assert peak_mb(decoder) < 150
 
@@ -345,7 +345,7 @@ def test_pictures_left_out_of_a_zip_are_missing_not_shifted(decoder):
         assert len(opened.frames([0, 14])) == 2
     with pytest.raises(BadSample, match="frame 1 of 16 is missing"):
         decoder.probe("left_out.zip", data)
-    with pytest.raises(BadSample, match="ZIP of something else"):
+    with pytest.raises(BadSample, match="ZIP that does not hold numbered pictures"):
         decoder.probe("other.zip", data.replace(b"000002.jpg", b"report.doc"))
     with pytest.raises(BadSample, match="is not a picture that can be read"):
         decoder.probe("text.zip", zip_frames({0: b"text"}, 1))
@@ -520,7 +520,7 @@ def test_a_child_that_cannot_start_is_no_fault_of_the_file(good, tmp_path, monke
     (tmp_path / "sitecustomize.py").write_text("import os; os._exit(3)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with Decoder(timeout_s=patience(20)) as decoder:
-        with pytest.raises(RuntimeError, match="the start of a decoding process ended with code 3"):
+        with pytest.raises(RuntimeError, match="starting a decoding process ended with code 3"):
             decoder.clip("good", good, RECIPE, KEY)
         monkeypatch.delenv("PYTHONPATH")
         decoder.clip("good", good, RECIPE, KEY)
@@ -691,7 +691,7 @@ def test_a_cut_file_breaks_off_wherever_its_container_says_how_long_it_is(name):
         assert opened.num_frames == 40
     for share in (0.5, 0.6, 0.8, 0.97):
         end = int(len(data) * share) // 188 * 188 + 100  # packets of 188 bytes say nothing of those that would follow
-        with pytest.raises(BadSample, match="breaks off"), open_video(data[:end]):
+        with pytest.raises(BadSample, match="is truncated"), open_video(data[:end]):
             pass
 
 
@@ -727,7 +727,7 @@ def test_a_transport_stream_with_a_lost_packet_is_refused():
     data = film("mpeg2video", "mpegts", bf=2, g=10, rate=Fraction(25))
     places = [at for at in range(0, len(data), 188) if data[at + 1] & 31 == 1 and data[at + 2] == 0]  # of the video
     for place in places[20:-1:11]:
-        lost, refusal = data[:place] + data[place + 188 :], r"breaks off|missing or damaged"
+        lost, refusal = data[:place] + data[place + 188 :], r"is truncated|missing or damaged"
         with pytest.raises(BadSample, match=refusal), open_video(lost) as opened:
             opened.check()
 
@@ -773,7 +773,7 @@ def test_a_table_of_samples_that_cannot_be_is_refused_before_it_is_built(decoder
 
 def test_a_video_too_long_and_narrow_is_refused_before_it_is_scaled(decoder):
     frames = {0: png(np.zeros((30_000, 2, 3), np.uint8))}
-    with pytest.raises(BadSample, match="is 2 x 30000 pixels, too long and narrow for a short side of 256"):
+    with pytest.raises(BadSample, match="is 2 x 30000 pixels, too elongated for a short side of 256"):
         decoder.clip("a.zip", zip_frames(frames, 1), ClipRecipe(mode="val"), KEY)
 
 

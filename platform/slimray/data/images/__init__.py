@@ -1,1 +1,1 @@
-"""Images: reading, layouts, generated sets."""
+"""Images: readers, layouts, generated datasets."""

@@ -1,7 +1,7 @@
-"""Reads picture files by content, upright as their EXIF says, and stores the frames of a clip as a ZIP.
+"""Reads picture files by content, upright according to their EXIF data, and stores the frames of a clip as a ZIP.
 
-PIL reads them, in the formats that run no program. A picture that breaks off is noticed, and wrong bits in a PNG, but
-hardly ever wrong bits within a JPEG.
+PIL reads them, limited to formats that do not run external programs. Truncated pictures and wrong bits in a PNG are
+detected, wrong bits within a JPEG hardly ever.
 """
 
 import io
@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from slimray.data.samples import MAX_FRAMES, BadSample, check_size
 
-PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")  # of those of PIL that run no program
+PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")  # PIL runs no external program for these
 PNG = b"\x89PNG\r\n\x1a\n"
 EXIF_ORIENTATION = 0x0112
 TURNS = {
@@ -30,15 +30,15 @@ TURNS = {
 
 
 def read_picture(data: bytes) -> np.ndarray:
-    """Return the pixels of a picture file, uint8 `[H, W, 3]`, upright; of a moving picture the first. By its content.
+    """Return the pixels of a picture file, uint8 `[H, W, 3]`, upright; of an animation the first frame.
 
-    BadSample where it does not decode.
+    The format is recognized by content. Raises BadSample if the file does not decode.
     """
     return read_frames(data, [0])[0]
 
 
 def read_frames(data: bytes, indices: Sequence[int]) -> list[np.ndarray]:
-    """Return the ascending frames `indices` of a moving picture, each uint8 `[H, W, 3]`, upright; else BadSample."""
+    """Return the frames at ascending `indices` of an animation, each uint8 `[H, W, 3]`, upright. Raises BadSample."""
     with _opened(data) as image:
         check_size(image.width, image.height, len(indices))
         turn, pictures = TURNS.get(_orientation(image)), []
@@ -51,44 +51,44 @@ def read_frames(data: bytes, indices: Sequence[int]) -> list[np.ndarray]:
 
 
 def count_frames(data: bytes) -> tuple[int, float]:
-    """Return how many frames a picture file has, and for how many milliseconds the first is shown (0 unknown)."""
+    """Return the number of frames of a picture file, and the duration of the first in milliseconds (0 if unknown)."""
     with _opened(data) as image:
         count = getattr(image, "n_frames", 1)
         if count > MAX_FRAMES:
             raise BadSample(f"holds more than {MAX_FRAMES:,} frames")
         if count > 1:
-            image.load()  # how long a frame is shown is known when it was read
+            image.load()  # the duration of a frame is known only after it was read
         return count, float(image.info.get("duration", 0))
 
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """A picture file, its checksums compared where it has any; errors become BadSample, also in the block."""
+    """Open a picture file after verifying its checksums, if any; errors become BadSample, also those in the block."""
     try:
         if data[:8] == PNG:
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-                image.verify()  # the checksums, which decoding passes over
+                image.verify()  # checksums, which decoding ignores
         with Image.open(io.BytesIO(data), formats=PICTURES) as image:
             check_size(image.width, image.height, 1)
             yield image
     except UnidentifiedImageError:
         raise BadSample("is not a picture that can be read") from None
-    except (OSError, SyntaxError, EOFError) as error:  # PIL calls a damaged PNG a wrong syntax
+    except (OSError, SyntaxError, EOFError) as error:  # PIL raises SyntaxError for a damaged PNG
         raise BadSample(f"does not decode ({error})") from None
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return how the camera was held, as EXIF numbers it; 1 (upright) where it does not say, or is damaged."""
+    """Return the EXIF orientation of a picture; 1 (upright) if it is missing or damaged."""
     try:
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
-    except Exception:  # noqa: BLE001  (a damaged note is no damage to the picture)
+    except Exception:  # noqa: BLE001  (damaged metadata does not damage the picture)
         return 1
 
 
 def _of_eight_bits(image: Image.Image) -> Image.Image:
-    """16 bits a value become their upper 8, which PIL would cut off at 255."""
+    """Reduce 16-bit values to their upper 8 bits, because PIL would clip them at 255."""
     if image.mode == "F":
-        raise BadSample("holds real numbers, not brightness in 8 or 16 bits")
+        raise BadSample("holds floating-point numbers, not brightness in 8 or 16 bits")
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image)
@@ -98,7 +98,7 @@ def _of_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def zip_frames(frames: dict[int, bytes], num_frames: int, fps: float = 0.0) -> bytes:
-    """Encoded pictures by frame number as a stored ZIP; `num_frames` is the length of the video they are from."""
+    """Return encoded pictures by frame number as a stored ZIP; `num_frames` is the length of the whole video."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for number, data in frames.items():

@@ -1,9 +1,8 @@
-"""From the raw releases of image datasets to what an index names: bytes and text in, labels and places out.
+"""Parses the raw releases of image datasets: bytes and text in, labels and places for an index out.
 
-CIFAR-10 and CIFAR-100 in their binary form (the one in Python is a pickle, which runs what it holds, and is not read);
-MNIST's idx files, packed by gzip or not, of shades of gray; Visual Wake Words (arXiv 1906.05721) from the instance
-annotations of COCO: an object is there where a box of it takes more than 0.5 % of the picture. No files are opened
-here.
+CIFAR-10 and CIFAR-100 in their binary form (the Python form is a pickle, which could run code, and is not read);
+MNIST's grayscale idx files, gzipped or not; Visual Wake Words (arXiv 1906.05721) from the instance annotations of COCO,
+where an object counts as present if one of its boxes covers more than 0.5 % of the picture. No files are opened here.
 """
 
 import json
@@ -17,14 +16,14 @@ from slimray.data.paths import GZIP, GZIP_ENDING
 
 CIFAR_SIDE = 32
 CIFAR_PIXELS = 3 * CIFAR_SIDE**2  # bytes: all red values, then green, then blue, row by row
-MIN_OBJECT_SHARE = 0.005  # of the picture's area; a box must take more
+MIN_OBJECT_SHARE = 0.005  # a box must cover more than this share of the picture's area
 
 
 def cifar_records(data: bytes, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
-    """The class of each picture of a .bin file, int64 `[n]`, and the offset of its pixels in the file, int64 `[n]`.
+    """Return the class of each picture of a .bin file, int64 `[n]`, and the offset of its pixels, int64 `[n]`.
 
-    `num_labels` bytes stand before the pixels, the last of them is the class: 1 in CIFAR-10, 2 in CIFAR-100 (coarse,
-    then fine). Raises ValueError for a file that is not a whole number of records.
+    The pixels follow `num_labels` bytes, of which the last is the class: 1 in CIFAR-10, 2 in CIFAR-100 (coarse, then
+    fine). Raises ValueError for a file that is not a whole number of records.
     """
     length = num_labels + CIFAR_PIXELS
     if not data or len(data) % length:
@@ -35,32 +34,32 @@ def cifar_records(data: bytes, num_labels: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def cifar_picture(pixels: bytes) -> bytes:
-    """The pixels of a record as a picture file (PPM), unchanged. Raises ValueError for another number of bytes."""
+    """Return the pixels of a record as a PPM file, unchanged; raise ValueError for a wrong number of bytes."""
     planes = np.frombuffer(pixels, np.uint8).reshape(3, CIFAR_SIDE, CIFAR_SIDE)
     return f"P6 {CIFAR_SIDE} {CIFAR_SIDE} 255\n".encode() + planes.transpose(1, 2, 0).tobytes()
 
 
-IDX_BYTES = b"\0\0\x08"  # of the first four, before the number of axes: whole numbers of 8 bits
+IDX_BYTES = b"\0\0\x08"  # the first three bytes for elements of 8 bits; the number of axes follows
 IDX_START = 16  # bytes before the first picture of an idx file
 IDX_ENDINGS = ("ubyte", f"ubyte{GZIP_ENDING}")
-MAX_EXPANSION = 1032  # bytes that a byte of gzip may stand for
+MAX_EXPANSION = 1032  # bytes that one byte of gzip can expand to
 
 
 def read_idx(data: bytes, num_axes: int) -> np.ndarray:
-    """The array of an idx file of bytes with so many axes, packed by gzip or not, uint8, read-only.
+    """Return the array of an idx file of bytes with `num_axes` axes, gzipped or not, as read-only uint8.
 
-    The size that it declares is compared with that of the file before anything is unpacked. Raises ValueError.
+    The declared size is compared with that of the file before anything is unpacked. Raises ValueError.
     """
     start = 4 + 4 * num_axes
     try:
         unpack = zlib.decompressobj(wbits=31) if data[:2] == GZIP else None
         head = data[:start] if unpack is None else unpack.decompress(data, start)
         if len(head) < start or head[:4] != IDX_BYTES + bytes([num_axes]):
-            raise ValueError(f"it does not begin as an idx file of bytes with {num_axes} axes")
+            raise ValueError(f"it has no header of an idx file of bytes with {num_axes} axes")
         sides = [int.from_bytes(head[at : at + 4], "big") for at in range(4, start, 4)]
         size, most = math.prod(sides), len(data) if unpack is None else len(data) * MAX_EXPANSION
         if start + size > most:
-            raise ValueError(f"it declares {size:,} bytes, more than a file of {len(data):,} can hold")
+            raise ValueError(f"it declares {size:,} bytes, more than a file of {len(data):,} bytes can hold")
         body = data[start:] if unpack is None else unpack.decompress(unpack.unconsumed_tail, size + 1)
     except zlib.error as error:
         raise ValueError(f"gzip: {error}") from None
@@ -71,21 +70,21 @@ def read_idx(data: bytes, num_axes: int) -> np.ndarray:
 
 
 def gray_picture(pixels: bytes, width: int, height: int) -> bytes:
-    """Shades of gray, row by row, as a picture file (PGM), unchanged."""
+    """Return grayscale pixels, given row by row, as a PGM file, unchanged."""
     return f"P5 {width} {height} 255\n".encode() + pixels
 
 
 def coco_presence(text: str, category: str) -> list[tuple[str, bool]]:
-    """The file name of each image of COCO instance annotations, and whether an object of `category` is in it.
+    """Return the file name of each image of COCO instance annotations, and whether an object of `category` is in it.
 
-    It is where the box of at least one such object takes more than MIN_OBJECT_SHARE of the image; images with smaller
-    ones only count as without. Raises ValueError for text that is no such JSON, or knows no such category.
+    An object counts if its box covers more than MIN_OBJECT_SHARE of the image. Raises ValueError for text that is not
+    such JSON, or that does not define the category.
     """
     document = json.loads(text, object_hook=_slim)
     found = {one.get("name"): one.get("id") for one in _dicts(document, "categories")}
     if category not in found:
         known = ", ".join(sorted(str(name) for name in found)[:100])
-        raise ValueError(f"knows no category {category!r} (it has: {known})")
+        raise ValueError(f"has no category {category!r} (it has: {known})")
     areas: dict[int, float] = {}  # the largest box of each image
     for box in _list(document, "annotations"):
         if not isinstance(box, _Box):
@@ -103,7 +102,7 @@ def coco_presence(text: str, category: str) -> list[tuple[str, bool]]:
 
 
 class _Box(NamedTuple):
-    """The kept part of an annotation: with their outlines, those of COCO would take gigabytes."""
+    """The part of an annotation that is kept; with outlines, those of COCO would take gigabytes."""
 
     image: int
     category: int
@@ -130,5 +129,5 @@ def _list(document: Any, name: str) -> list[Any]:
 def _dicts(document: Any, name: str) -> list[dict[str, Any]]:
     found = _list(document, name)
     if not all(isinstance(one, dict) for one in found):
-        raise ValueError(f"has something else than objects in {name}")
+        raise ValueError(f"has values in {name} that are not objects")
     return found

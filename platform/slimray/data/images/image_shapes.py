@@ -1,9 +1,9 @@
-"""A generated image dataset on which networks of different size differ: a bright shape filled with a pattern.
+"""A generated image dataset on which networks of different sizes differ: a bright shape filled with a pattern.
 
-Twelve classes: four outlines (triangle, square, star, disc) with three patterns (stripes, checks, rings), at any place,
-turn, size, stretch and colour. Patches of the same patterns and plain shapes of the same outlines lie about: an outline
-or a pattern that is somewhere in the picture does not tell the class, nor do colour and brightness. Patterns are fine,
-so that resolution counts too. A picture is a function of (seed, number); numpy only.
+Twelve classes: four outlines (triangle, square, star, disc) with three patterns (stripes, checks, rings), at a random
+position, rotation, size, stretch and colour. Patches of the same patterns and plain shapes of the same outlines are
+scattered around it, so that neither a single outline or pattern in the picture nor colour and brightness reveals the
+class. Patterns are fine, so that resolution matters, too. A picture is a function of (seed, number); numpy only.
 """
 
 import io
@@ -17,7 +17,7 @@ CLASSES = tuple(f"{pattern}_{outline}" for outline in OUTLINES for pattern in PA
 
 
 def make_image(number: int, seed: int, size: int = 64) -> tuple[np.ndarray, int]:
-    """Picture `number` of the dataset `seed`: uint8 `[size, size, 3]` and its class, an index of CLASSES.
+    """Return picture `number` of the dataset `seed`: uint8 `[size, size, 3]` and its class, an index of CLASSES.
 
     Labels are balanced: the class is `number` modulo 12.
     """
@@ -27,7 +27,7 @@ def make_image(number: int, seed: int, size: int = 64) -> tuple[np.ndarray, int]
     x, y = np.meshgrid(*[(np.arange(size) + 0.5) / size * 2 - 1] * 2)  # -1 to 1
     slopes = rng.uniform(-30, 30, (2, 3))
     picture = rng.uniform(30, 110, 3) + x[..., None] * slopes[0] + y[..., None] * slopes[1]
-    for _ in range(rng.integers(3)):  # patches of a pattern, without an outline that counts
+    for _ in range(rng.integers(3)):  # patches of a pattern, with an irrelevant outline
         u, v = _turned(x, y, rng, reach=1.0)
         patch = _edge(rng.uniform(0.2, 0.4) - np.hypot(u * rng.uniform(0.5, 1), v) + 0.1 * np.sin(9 * u), size)
         waves = _waves(PATTERNS[rng.integers(3)], u, v, rng.uniform(0.1, 0.2))
@@ -46,14 +46,14 @@ def make_image(number: int, seed: int, size: int = 64) -> tuple[np.ndarray, int]
 
 
 def encode_png(picture: np.ndarray) -> bytes:
-    """uint8 `[H, W, 3]` as a PNG file, without loss."""
+    """Return uint8 `[H, W, 3]` as a PNG file, without loss."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def _turned(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, reach: float) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates of something at a random place up to `reach` from the middle, turned and stretched at random."""
+    """Return coordinates for a random position up to `reach` from the centre, randomly rotated and stretched."""
     x, y = x - rng.uniform(-reach, reach), y - rng.uniform(-reach, reach)
     angle, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.18)
     u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
@@ -61,7 +61,7 @@ def _turned(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, reach: float
 
 
 def _inside(outline: str, u: np.ndarray, v: np.ndarray, radius: float, size: int) -> np.ndarray:
-    """Return how much of each pixel lies inside an outline whose corners are `radius` from its middle: 0 to 1."""
+    """Return the fraction of each pixel, 0 to 1, inside an outline whose corners are `radius` from its centre."""
     r, angle = np.hypot(u, v), np.arctan2(v, u)
     if outline == "disc":
         return _edge(0.8 * radius - r, size)  # about as large as the square
@@ -73,7 +73,7 @@ def _inside(outline: str, u: np.ndarray, v: np.ndarray, radius: float, size: int
 
 
 def _waves(pattern: str, u: np.ndarray, v: np.ndarray, period: float) -> np.ndarray:
-    """A pattern, 0 to 1 `[H, W]`."""
+    """Return a pattern, 0 to 1, `[H, W]`."""
     u, v = 2 * np.pi * u / period, 2 * np.pi * v / period
     if pattern == "stripes":
         waves = np.sin(u)
@@ -85,10 +85,10 @@ def _waves(pattern: str, u: np.ndarray, v: np.ndarray, period: float) -> np.ndar
 
 
 def _edge(distance: np.ndarray, size: int) -> np.ndarray:
-    """1 where `distance` is above 0, 0 below, soft over a pixel."""
+    """Return 1 where `distance` is positive and 0 where it is negative, with a soft edge of one pixel."""
     return np.clip(distance * size / 2 + 0.5, 0, 1)
 
 
 def _laid(below: np.ndarray, share: np.ndarray, above: np.ndarray) -> np.ndarray:
-    """`above` laid over `below` where `share` `[H, W]` says."""
+    """Return `above` blended over `below` with opacity `share` `[H, W]`."""
     return below + share[..., None] * (above - below)

@@ -1,11 +1,11 @@
-"""From a picture to the input of an image network: which crop, mirrored or not, how bright. numpy and PIL only.
+"""Turns a picture into the input of an image network by cropping, mirroring and colour jitter. numpy and PIL only.
 
-`ImageRecipe` is a value that says how, `make_image` does it: training draws a crop of random area and shape (with
-`padding` one of the full size, as small pictures are trained on) and jitters brightness and saturation; validation
-takes the centre (or several crops) of the picture scaled to a short side. Recipe and order of the steps are those of
-Once-for-All (arXiv 1908.09791; the crop is Inception's, 1409.4842). The recipe has one `size`, the largest: a network
-of elastic resolution is fed smaller pictures by its trainer, on the device. All randomness is a function of the key
-(seed, epoch, sample).
+`ImageRecipe` is a value that defines the steps, `make_image` applies them: training draws a crop of random area and
+aspect ratio (with `padding` one of fixed size, as usual for small pictures) and jitters brightness and saturation;
+validation takes the centre (or several crops) of the picture scaled to a short side. Recipe and order of the steps are
+those of Once-for-All (arXiv 1908.09791; the crop is Inception's, 1409.4842). The recipe has one `size`, the largest: a
+network of elastic resolution gets smaller pictures from its trainer, which resizes them on the device. All randomness
+is a function of the key (seed, epoch, sample).
 """
 
 import math
@@ -27,10 +27,10 @@ class ImageRecipe:
     """Preparation of a picture. Sizes are pixels; `resize` is the short side before a centre crop, 0 = size / 0.875.
 
     `mode` "train" draws at random, any other takes `crops`: 1 (centre), 3, 5, or 10 (five and their mirrors). `scale`
-    is the range of a training crop's share of the area, `ratio` of its width to its height; `brightness` and
-    `saturation` are the largest relative changes. With `padding` a training crop is `size` pixels out of the picture at
-    `short_side` with so many black ones around it, whatever `scale` and `ratio` (as in arXiv 1512.03385 for CIFAR-10).
-    `channels` is 3, or 1 for shades of gray (ITU-R 601 luma).
+    is the range of a training crop's share of the area, `ratio` of its width over its height; `brightness` and
+    `saturation` are the largest relative changes. With `padding`, a training crop has `size` pixels and is taken from
+    the picture at `short_side` with this many black pixels around it; `scale` and `ratio` do not apply (as in arXiv
+    1512.03385 for CIFAR-10). `channels` is 3, or 1 for grayscale (ITU-R 601 luma).
     """
 
     size: int = 224
@@ -53,21 +53,21 @@ class ImageRecipe:
         return max(self.size, self.resize or math.ceil(self.size / CENTRE))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "ImageRecipe":
-        """The recipe of `to_dict`, lists from JSON included."""
+        """Return the recipe that `to_dict` stored; accepts the lists of JSON."""
         pairs = tuple((int(a), int(b)) for a, b in plain.get("flip_labels", ()))
         ranges = {name: tuple(plain[name]) for name in ("scale", "ratio") if name in plain}
         return cls(**{**plain, **ranges, "flip_labels": pairs})
 
 
 def make_image(picture: np.ndarray, recipe: ImageRecipe, rng: random.Random) -> tuple[np.ndarray, bool]:
-    """Return the views of a picture uint8 `[H, W, 3]`: uint8 `[V, size, size, channels]`; whether they were mirrored.
+    """Return the views of a picture uint8 `[H, W, 3]` as uint8 `[V, size, size, channels]`, and if they were mirrored.
 
-    Raises ValueError for a picture so long that scaling its short side would take more than MAX_SCALED_PIXELS.
+    Raises ValueError for a picture so elongated that scaling its short side would exceed MAX_SCALED_PIXELS.
     """
     if recipe.mode != "train":
         return _in_channels(_views(picture, recipe), recipe), False
@@ -86,9 +86,9 @@ def make_image(picture: np.ndarray, recipe: ImageRecipe, rng: random.Random) -> 
 def draw_area_crop(
     width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
 ) -> tuple[int, int, int, int]:
-    """Return a random crop (x, y, w, h): its share of the area even in `scale`, the logarithm of w / h even in `ratio`.
+    """Return a random crop (x, y, w, h): its share of the area uniform in `scale`, w / h log-uniform in `ratio`.
 
-    After ten tries that do not fit into the picture: its middle, as large as `ratio` allows.
+    After ten draws that do not fit into the picture, returns its centre, as large as `ratio` allows.
     """
     for _ in range(CROP_TRIES):
         area = width * height * rng.uniform(*scale)
@@ -109,14 +109,14 @@ def _padded_crop(picture: np.ndarray, recipe: ImageRecipe, rng: random.Random) -
 
 
 def _in_channels(views: np.ndarray, recipe: ImageRecipe) -> np.ndarray:
-    """Views `[V, S, S, 3]` in the channels of the recipe."""
+    """Convert views `[V, S, S, 3]` to the channels of the recipe."""
     if recipe.channels == 3:
         return views
     return np.stack([np.asarray(Image.fromarray(view).convert("L")) for view in views])[..., None]
 
 
 def _jittered(image: Image.Image, recipe: ImageRecipe, rng: random.Random) -> Image.Image:
-    """Brightness and saturation changed by random factors, in random order."""
+    """Change brightness and saturation by random factors, in random order."""
     changes = [(ImageEnhance.Brightness, recipe.brightness), (ImageEnhance.Color, recipe.saturation)]
     rng.shuffle(changes)
     for change, most in changes:
@@ -126,7 +126,7 @@ def _jittered(image: Image.Image, recipe: ImageRecipe, rng: random.Random) -> Im
 
 
 def _views(picture: np.ndarray, recipe: ImageRecipe) -> np.ndarray:
-    """The crops of a picture whose short side is `recipe.short_side`; mirrored ones right after their originals."""
+    """Return the crops of a picture scaled to `recipe.short_side`; mirrored ones follow their originals."""
     size, scaled = recipe.size, _scaled(picture, recipe)
     views = []
     for x, y in view_crops(scaled.shape[1], scaled.shape[0], size, 5 if recipe.crops == 10 else recipe.crops):
@@ -136,11 +136,11 @@ def _views(picture: np.ndarray, recipe: ImageRecipe) -> np.ndarray:
 
 
 def _scaled(picture: np.ndarray, recipe: ImageRecipe) -> np.ndarray:
-    """The picture with a short side of `recipe.short_side`."""
+    """Return the picture scaled to a short side of `recipe.short_side`."""
     short, (height, width) = recipe.short_side, picture.shape[:2]
     w, h = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
     if w * h > MAX_SCALED_PIXELS:
-        raise ValueError(f"is {width} x {height} pixels, too long and narrow for a short side of {short}")
+        raise ValueError(f"is {width} x {height} pixels, too elongated for a short side of {short}")
     return picture if (width, height) == (w, h) else np.asarray(_resized(picture, w, h))
 
 

@@ -1,8 +1,8 @@
-"""A cloud of points as a value: coordinates, features, labels; its columns named and checked, and its one stored form.
+"""A cloud of points as a value (coordinates, features, labels), its columns named and checked, and how it is stored.
 
-What a reader finds in a file is a `Table` of columns; `to_cloud` names them by what they mean and leaves out the points
-whose numbers are needed and not finite. Two columns with the same meaning are an error that names both.
-Coordinates that float32 is too coarse for get an origin of their own.
+Readers return a `Table` of columns; `to_cloud` names them by their meaning and leaves out points for which a required
+number is not finite. Two columns with the same meaning are an error that names both. Coordinates for which float32 is
+too coarse are stored relative to an origin.
 """
 
 import io
@@ -16,22 +16,22 @@ from slimray.data.points.columns import GROUPS, Columns, meaning, plain
 from slimray.data.samples import BadSample
 
 MIN_POINTS = 2
-MAX_POINTS = 100_000_000  # a declared count larger than this is refused before anything is allocated
-FAR = 10_000.0  # from here on float32 steps are about a millimetre of a metre: the cloud gets an origin of its own
-HUGE = 1e18  # no number of a point cloud: float32 squares and sums of such numbers overflow
+MAX_POINTS = 100_000_000  # a larger declared count is refused before anything is allocated
+FAR = 10_000.0  # from here on float32 steps are about a millimetre (in metres), and the cloud gets an origin
+HUGE = 1e18  # larger numbers are refused, as float32 squares and sums of them overflow
 
-WIDTHS = {"colors": 3, "normals": 3, "place": 3}  # channels of a feature, others have one
+WIDTHS = {"colors": 3, "normals": 3, "place": 3}  # channels of these features; others have one
 
-Table = list[tuple[str, np.ndarray]]  # column name, [N] or [N, k]; a name may come twice
+Table = list[tuple[str, np.ndarray]]  # column name, [N] or [N, k]; a name may occur twice
 
 
 @dataclass(frozen=True, eq=False)
 class Cloud:
     """Points as read: `coords` float32 `[N, 3]`, `features` name -> float32 `[N, k]`, `labels` int64 `[N]` or None.
 
-    Colors are 0 to 1. `rows` int64 `[N]` says which point of its file or room each one is (None: all, in order);
-    `origin` float64 `[3]` was subtracted from coords. `removed` counts the points left out by the column that was not
-    a finite number. `unclear` says of what the file may hold ("label") why it cannot be told.
+    Colors are 0 to 1. `rows` int64 `[N]` maps each point to its row in the file or room (None: all, in order); `origin`
+    float64 `[3]` was subtracted from coords. `removed` counts the points left out, by the column that was not finite.
+    `unclear` maps data that the file may hold ("label") to the reason why it is ambiguous.
     """
 
     coords: np.ndarray
@@ -47,12 +47,12 @@ class Cloud:
 
     @property
     def num_removed(self) -> int:
-        """Points that were left out."""
+        """Number of points that were left out."""
         return sum(self.removed.values())
 
 
 def removal_note(removed: Mapping[str, int], num_points: int) -> str:
-    """Say in words which points were left out of `num_points`; "" for none."""
+    """Describe in words which of `num_points` points were left out; "" for none."""
     if not removed:
         return ""
     named = ", ".join(f"{count} by {name}" for name, count in removed.items())
@@ -60,7 +60,7 @@ def removal_note(removed: Mapping[str, int], num_points: int) -> str:
 
 
 def write_cloud(cloud: Cloud) -> bytes:
-    """The cloud as an uncompressed .npz that `read_cloud` reads back; the same cloud gives the same bytes."""
+    """Return the cloud as an uncompressed .npz that `read_cloud` reads back; the same cloud gives the same bytes."""
     arrays = {"coords": cloud.coords, "labels": cloud.labels, "rows": cloud.rows, "origin": cloud.origin}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -85,9 +85,9 @@ def to_cloud(
 ) -> Cloud:
     """Name, group and check the columns that a reader found.
 
-    `needs` are the features, and "label", that are wanted beside the coordinates (None: all): points where one of them
-    is not a finite number are left out and counted, and a want that cannot be told raises BadSample. `labels` gives the
-    labels of that many points from elsewhere; `rows` and `origin` are as a Cloud's.
+    `needs` are the features, and "label", required besides the coordinates (None: all): points where one of them is not
+    finite are left out and counted, and an ambiguous one raises BadSample. `labels` returns the labels of the given
+    number of points from elsewhere; `rows` and `origin` are those of a Cloud.
     """
     found, unclear = _by_meaning(table, columns)
     for said in (found, unclear) if labels is not None else ():
@@ -108,12 +108,12 @@ def to_cloud(
     for name, array in (found | {"labels": label, "rows": rows}).items():
         if array is not None and len(array) != len(coords):
             raise BadSample(f"{len(array)} {name} for {len(coords)} points")
-    with np.errstate(all="ignore"):  # what does not fit float32 becomes infinite, and is found so
+    with np.errstate(all="ignore"):  # numbers too large for float32 become infinite, and are detected as such
         features = {name: _feature(name, array) for name, array in found.items()}
     if label is not None:
         label = label.reshape(len(label), -1)
         if label.shape[1] != 1:
-            unclear["label"], label = f"its labels have {label.shape[1]} numbers a point", None
+            unclear["label"], label = f"its labels have {label.shape[1]} numbers per point", None
     checked = {"x, y, z": coords} | {name: array for name, array in features.items() if name in needed}
     if label is not None and "label" in needed:
         checked["label"] = label
@@ -137,7 +137,7 @@ def to_cloud(
 
 
 def _by_meaning(table: Table, columns: Columns) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The columns by what they mean, groups put together; and what two columns or more mean alike, as a question."""
+    """Return the columns by meaning, groups combined, and a question for each meaning that several columns share."""
     sources: dict[str, list[tuple[str, np.ndarray]]] = {}
     taken = set(columns.chosen.values())
     for name, array in table:
@@ -147,7 +147,7 @@ def _by_meaning(table: Table, columns: Columns) -> tuple[dict[str, np.ndarray], 
                     sources.setdefault(means, []).append((name, array))
         elif meaning(name) not in columns.chosen:
             sources.setdefault(meaning(name), []).append((name, array))
-        else:  # means what another column is chosen for
+        else:  # another column is chosen for this meaning
             own = plain(name)
             sources.setdefault(f"column_{own}" if own in columns.chosen else own, []).append((name, array))
     for means, wanted in columns.chosen.items():
@@ -187,17 +187,17 @@ def _question(means: str, names: list[str]) -> str:
     names = sorted(names)
     ways = f"say which, {' or '.join(f'{means}={plain(name)}' for name in names)}"
     if len({plain(name) for name in names}) < len(names):
-        ways = "name all columns in order, and leave out by - what is not meant"
+        ways = "name all columns in order, with - for those to skip"
     question = f"has {len(names)} columns for {means} ({', '.join(names)})"
     return f"{question}: {ways} (in point_columns of the card, or --columns)"
 
 
 def _finite(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
-    """Return which points are finite numbers in all `arrays`, bool `[N]`; how many are not, by the first that fails."""
+    """Return which points are finite in all `arrays`, bool `[N]`, and how many are not, by the first that fails."""
     kept, removed = np.ones(len(next(iter(arrays.values()))), bool), {}
     for name, array in arrays.items():
         with np.errstate(all="ignore"):
-            good = (np.abs(array.reshape(len(array), -1)) < HUGE).all(1)  # NaN is not below
+            good = (np.abs(array.reshape(len(array), -1)) < HUGE).all(1)  # False for NaN
         if not good.all():
             lost = int((kept & ~good).sum())
             kept &= good
@@ -206,15 +206,15 @@ def _finite(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int
 
 
 def finite_rows(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
-    """The rows int64 that are finite in all `arrays` `[N, k]`, and how many are not, by the first array that fails."""
+    """Return the int64 rows that are finite in all `arrays` `[N, k]`, and how many are not, by the first that fails."""
     kept, removed = _finite(arrays)
     return np.flatnonzero(kept), removed
 
 
 def _near(coords: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The coordinates as float32 and what was subtracted: nothing, unless they are far out or float32 merges them."""
+    """Return the coordinates as float32, and the origin subtracted if they are far out or float32 would merge them."""
     if not np.ptp(coords, 0).any():
-        raise BadSample(f"all {len(coords)} points lie at one place")
+        raise BadSample(f"all {len(coords)} points are at the same place")
     origin = np.zeros(3)
     if np.abs(coords).max() > FAR:
         origin = np.floor(coords.min(0))
@@ -223,12 +223,12 @@ def _near(coords: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         origin = coords.min(0)
         near = (coords - origin).astype(np.float32)
     if not np.ptp(near, 0).any():
-        raise BadSample(f"all {len(coords)} points lie at one place, as exactly as float32 can tell")
+        raise BadSample(f"all {len(coords)} points are at the same place within the precision of float32")
     return near, origin
 
 
 def _feature(name: str, array: np.ndarray) -> np.ndarray:
-    """A float32 `[N, k]`; colors as bytes or 16-bit words become 0 to 1."""
+    """Return a feature as float32 `[N, k]`; colors given in 8 or 16 bits are scaled to 0 to 1."""
     wide = array.reshape(len(array), -1)
     if name != "colors":
         return wide.astype(np.float32)
@@ -238,19 +238,19 @@ def _feature(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def whole_numbers(values: np.ndarray) -> np.ndarray:
-    """Labels as int64. Raises BadSample for one that is not a whole number of 32 bits."""
-    if not ((values > -(2**31)) & (values < 2**31) & (values == np.floor(values))).all():  # NaN is not below
-        raise BadSample("a label is not a whole number of 32 bits")
+    """Return labels as int64; raise BadSample for one that is not a 32-bit integer."""
+    if not ((values > -(2**31)) & (values < 2**31) & (values == np.floor(values))).all():  # False for NaN
+        raise BadSample("a label is not a 32-bit integer")
     return values.astype(np.int64)
 
 
 def named(array: np.ndarray, columns: Columns, default: tuple[str, ...] = ()) -> Table:
-    """Columns of `[N, C]` by name; without names x y z, and the rest together as "extra"."""
+    """Return the columns of `[N, C]` by name; without names, the first three as "coords" and the rest as "extra"."""
     names = columns.names or default
     if array.ndim != 2 or array.shape[1] < 3:
         raise BadSample(f"holds an array of shape {list(array.shape)}, not [points, 3 or more]")
     if columns.names and len(columns.names) != array.shape[1]:
-        raise BadSample(f"has {array.shape[1]} columns, the card names {len(columns.names)}")
+        raise BadSample(f"has {array.shape[1]} columns, but the card names {len(columns.names)}")
     if len(names) != array.shape[1]:
         extra = [("extra", array[:, 3:])] if array.shape[1] > 3 else []
         return [("coords", array[:, :3]), *extra]
@@ -258,5 +258,5 @@ def named(array: np.ndarray, columns: Columns, default: tuple[str, ...] = ()) ->
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error, in short."""
+    """Return the first line of an error, shortened."""
     return (str(error).splitlines() or [type(error).__name__])[0].split(";")[0][:160]

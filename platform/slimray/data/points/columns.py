@@ -1,8 +1,8 @@
-"""Columns of point files: how a user lists them, and what the names of columns mean.
+"""Columns of point files: how a user lists them, and the meaning of their names.
 
-A user's list names the columns in order ("x y z - label"); "-" leaves one out. In files that name their columns
-themselves an entry `label=semantic_id` chooses which column is meant. `delimiter=` and `decimal=` say how the numbers
-of a text are written, where that cannot be told from the text.
+A user's list names the columns in order ("x y z - label"); "-" skips one. For files that name their columns themselves,
+an entry such as `label=semantic_id` chooses the column. `delimiter=` and `decimal=` define how the numbers of a text
+are written, if that is not clear from the text.
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ DECIMALS = {"point": ".", "comma": ","}
 
 @dataclass(frozen=True)
 class Columns:
-    """A user's list of columns, read: `names` in order, `chosen` meaning -> column, and how numbers are written.
+    """A parsed list of columns: `names` in order, `chosen` (meaning -> column), and how numbers are written.
 
-    `delimiter` and `decimal` are characters, None where the text is to tell.
+    `delimiter` and `decimal` are characters; None means they are inferred from the text.
     """
 
     names: tuple[str, ...] = ()
@@ -36,7 +36,7 @@ class Columns:
 
 
 def parse_columns(entries: Sequence[str]) -> Columns:
-    """Read a user's list of columns (`point_columns` of a card, `--columns`). Raises ValueError with what is wrong."""
+    """Parse a user's list of columns (`point_columns` of a card, `--columns`); raise ValueError if it is invalid."""
     names, chosen, marks = [], {}, {}
     for entry in entries:
         name, equals, value = entry.strip().strip("\"'").partition("=")
@@ -45,10 +45,10 @@ def parse_columns(entries: Sequence[str]) -> Columns:
         elif name in ("delimiter", "decimal"):
             known = DELIMITERS if name == "delimiter" else DECIMALS
             if value not in known:
-                raise ValueError(f"{entry}: {name} is one of {', '.join(known)}")
+                raise ValueError(f"{entry}: {name} must be one of {', '.join(known)}")
             marks[name] = known[value]
         elif not value:
-            raise ValueError(f"{entry}: which column?")
+            raise ValueError(f"{entry}: must name a column, as in {name}=COLUMN")
         elif meaning(name) in chosen:
             raise ValueError(f"{entry}: {name} is chosen twice")
         else:
@@ -58,18 +58,18 @@ def parse_columns(entries: Sequence[str]) -> Columns:
     means = [meaning(name) for name in names if name != "-"]
     twice = sorted({name for name in means if means.count(name) > 1})
     if twice:
-        raise ValueError(f"{twice[0]} is named twice: leave a column out by -")
+        raise ValueError(f"{twice[0]} is named twice: skip a column with -")
     return Columns(tuple(names), chosen, marks.get("delimiter"), marks.get("decimal"))
 
 
 def plain(name: str) -> str:
-    """A column's name in lower case, without quotes and control characters, blanks as underscores."""
+    """Return a column's name in lower case, without quotes and control characters, with underscores for blanks."""
     kept = "".join(c for c in name.strip().strip("\"'").strip() if c.isprintable())
     return "_".join(kept.lower().split()).encode("utf-8", "replace").decode()
 
 
 def meaning(name: str) -> str:
-    """Return what a column of this name holds: `classification` is a "label", CloudCompare's `scalar_Label` too."""
+    """Return the meaning of a column of this name: "label" for `classification` or CloudCompare's `scalar_Label`."""
     short = plain(name)
     short = short.removeprefix("scalar_") or short
     return ALIASES.get(short, short)

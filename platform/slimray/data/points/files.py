@@ -1,9 +1,9 @@
-"""From the bytes of a point file to a cloud: PCD, PLY, LAS/LAZ, text, npy/npz, KITTI .bin and meshes, also gzipped.
+"""Reads point files from bytes: PCD, PLY, LAS/LAZ, text, npy/npz, KITTI .bin and meshes, also gzipped.
 
-`read_cloud` reads them by libraries, and checks what those let pass: Open3D fills up a cut PCD with whatever is in
-memory and reads unreadable numbers as 0, laspy returns fewer points than declared, trimesh an empty mesh. A file that
-does not hold what it declares is a `BadSample` with the reason. Untrusted files are parsed in a child process
-(reader.py), which calls the functions here. A new format is one reader and its row in READERS.
+`read_cloud` uses libraries, and checks what they do not: Open3D fills up a truncated PCD with whatever is in memory and
+reads invalid numbers as 0, laspy returns fewer points than declared, trimesh an empty mesh. A file that does not hold
+what it declares is a `BadSample` with the reason. Untrusted files are parsed in a child process (reader.py), which
+calls the functions here. A new format is one reader and its row in READERS.
 """
 
 import io
@@ -48,19 +48,19 @@ def read_cloud(
     labels: tuple[str, bytes] | None = None,
     needs: Collection[str] | None = None,
 ) -> Cloud:
-    """Read a point file from its bytes; its first bytes, else the extension of `path`, tell its kind.
+    """Read a point file from its bytes; its format is recognized by its first bytes, else by the extension of `path`.
 
-    `columns` as `parse_columns` takes them: the columns of text, .npy and .bin files in order, and choices between
-    columns that mean the same. `labels` is a (path, bytes) of one label per point. `needs` are the features, and
-    "label", that are wanted beside the coordinates (None: all that is there): points where one of them is not a finite
-    number are left out and counted. A mesh gives MESH_POINTS points of its surface. Raises BadSample.
+    `columns` are those of `parse_columns`: the columns of text, .npy and .bin files in order, and choices between
+    columns with the same meaning. `labels` is the (path, bytes) of a file with one label per point. `needs` are the
+    features, and "label", required besides the coordinates (None: all that exist): points where one of them is not
+    finite are left out and counted. A mesh gives MESH_POINTS points on its surface. Raises BadSample.
     """
     if not data:
         raise BadSample("the file is empty")
     try:
         asked = parse_columns(columns)
     except ValueError as error:
-        raise BadSample(f"its columns cannot be read: {error}") from None
+        raise BadSample(f"the list of its columns is invalid: {error}") from None
     if data[:2] == GZIP:
         path, data = without_gzip(path), _unzipped(data)
     kind = _kind(path, data)
@@ -72,7 +72,7 @@ def read_cloud(
     except (BadSample, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001  (libraries raise anything on bytes that they cannot read)
-        raise BadSample(f"does not read as {kind[1:].upper()}: {first_line(error)}") from None
+        raise BadSample(f"cannot be read as {kind[1:].upper()}: {first_line(error)}") from None
     return to_cloud(table, asked, needs, partial(read_labels, *labels) if labels else None, rows, origin)
 
 
@@ -84,13 +84,13 @@ def read_labels(path: str, data: bytes, num_points: int) -> np.ndarray:
     suffix = PurePosixPath(path).suffix.lower()
     if suffix == ".label":
         if len(data) % 4:
-            raise BadSample(f"the label file has {len(data)} bytes, no multiple of 4")
+            raise BadSample(f"the label file has {len(data)} bytes, not a multiple of 4")
         values = np.frombuffer(data, "<u4") & 0xFFFF
     else:
         try:
             values = npy_array(data) if suffix == ".npy" else np.loadtxt(io.BytesIO(data), ndmin=1)
         except (ValueError, EOFError) as error:
-            raise BadSample(f"the label file does not read: {first_line(error)}") from None
+            raise BadSample(f"the label file cannot be read: {first_line(error)}") from None
     if values.size != num_points:
         raise BadSample(f"{values.size} labels for {num_points} points")
     return whole_numbers(values.reshape(-1))
@@ -101,12 +101,12 @@ def _kind(path: str, data: bytes) -> str:
     magic = next((kind for start, kind in MAGIC if data.startswith(start)), suffix)
     kind = suffix if suffix == ".laz" and magic == ".las" else magic
     if kind not in READERS:
-        raise BadSample(f"no point file by its name or first bytes (known: {', '.join(sorted(READERS))})")
+        raise BadSample(f"is not a point file by its extension or first bytes (known: {', '.join(sorted(READERS))})")
     return kind
 
 
 def _unzipped(data: bytes) -> bytes:
-    """The bytes of a gzip file, all its members. Raises BadSample if it is cut, or unpacks to more than MAX_BYTES."""
+    """Unpack all members of a gzip file; raise BadSample if it is truncated, or unpacks to more than MAX_BYTES."""
     whole = bytearray()
     try:
         while data[:2] == GZIP:
@@ -115,7 +115,7 @@ def _unzipped(data: bytes) -> bytes:
             if len(whole) > MAX_BYTES:
                 raise BadSample(f"unpacks to more than {MAX_BYTES:,} bytes")
             if not stream.eof:
-                raise BadSample("its gzip stream breaks off")
+                raise BadSample("its gzip stream is truncated")
             data = stream.unused_data
     except zlib.error as error:
         raise BadSample(f"does not unpack: {first_line(error)}") from None
@@ -123,13 +123,13 @@ def _unzipped(data: bytes) -> bytes:
 
 
 def _stored(table: Table) -> tuple[Table, np.ndarray | None, np.ndarray | None]:
-    """A stored cloud's table without its `rows` and `origin`, and these. Raises BadSample for a wrong shape of them."""
+    """Separate `rows` and `origin` from the table of a stored cloud; raise BadSample if one has a wrong shape."""
     own = {name: array for name, array in table if name in ("rows", "origin")}
     rows, origin = own.get("rows"), own.get("origin")
     if origin is not None and (origin.shape != (3,) or not np.isfinite(origin.astype(np.float64)).all()):
-        raise BadSample(f"its origin is of shape {list(origin.shape)}, not three finite numbers")
+        raise BadSample(f"its origin has shape {list(origin.shape)}, not three finite numbers")
     if rows is not None and (rows.ndim != 1 or rows.dtype.kind not in "iu" or (rows.size and rows.min() < 0)):
-        raise BadSample("its rows are not whole numbers from 0, one a point")
+        raise BadSample("its rows are not non-negative integers, one per point")
     kept = [(name, array) for name, array in table if name not in own]
     return (
         kept,

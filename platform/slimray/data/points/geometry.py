@@ -1,6 +1,6 @@
-"""Geometry of a cloud's neighbours, by Open3D: normals, a spread-out subset; it also unpacks compressed PCD.
+"""Geometry of neighbouring points, by Open3D: normals, a spread-out subset; also unpacks compressed PCD files.
 
-Open3D is imported here only, and late: it takes seconds.
+Open3D is imported only here, and late, because that takes seconds.
 """
 
 import struct
@@ -26,7 +26,7 @@ def _open3d() -> Any:
 
 
 def estimate_normals(coords: np.ndarray, neighbours: int = 16) -> np.ndarray:
-    """Unit normals float32 `[N, 3]` from the nearest neighbours of each point, turned away from the cloud's centre."""
+    """Estimate unit normals, float32 `[N, 3]`, from the nearest neighbours, pointing away from the cloud's centre."""
     o3d = _open3d()
     cloud = o3d.t.geometry.PointCloud(o3d.core.Tensor(np.ascontiguousarray(coords, np.float32)))
     cloud.estimate_normals(max_nn=neighbours)
@@ -36,7 +36,7 @@ def estimate_normals(coords: np.ndarray, neighbours: int = 16) -> np.ndarray:
 
 
 def farthest_points(coords: np.ndarray, num_points: int) -> np.ndarray:
-    """Rows int64 `[num_points]` of a spread-out subset, ascending: each next point is the farthest from those taken.
+    """Return the ascending rows, int64 `[num_points]`, of a subset found by farthest point sampling.
 
     It starts at row 0 and takes time proportional to N times num_points: about 1 s for 1,024 of 20,000.
     """
@@ -49,8 +49,8 @@ def farthest_points(coords: np.ndarray, num_points: int) -> np.ndarray:
 def unpack_lzf(packed: bytes, size: int) -> bytes:
     """Unpack the LZF stream of a compressed PCD to `size` bytes. Raises BadSample.
 
-    It is read under a header of our own, as points of four single bytes: some headers, so read, end the process. What
-    is missing for a whole point is added to the stream as a run of zeros.
+    Open3D reads it with a header written here, as points of four single bytes, because some headers of files crash the
+    process. Bytes missing for a whole point are added to the stream as a run of zeros.
     """
     missing = -size % 4
     points = (size + missing) // 4
@@ -60,13 +60,13 @@ def unpack_lzf(packed: bytes, size: int) -> bytes:
     with on_disk(header.encode() + struct.pack("<2I", len(packed), points * 4) + packed, ".pcd") as path:
         read = _open3d().t.io.read_point_cloud(path, remove_nan_points=False, remove_infinite_points=False).point
     if "positions" not in read or len(read.positions) != points:
-        raise BadSample("the packed points do not unpack")
+        raise BadSample("the packed points cannot be unpacked")
     return np.concatenate([*read.positions.numpy().T, read["w"].numpy()[:, 0]]).tobytes()[:size]
 
 
 @contextmanager
 def on_disk(data: bytes, suffix: str) -> Iterator[str]:
-    """A file of these bytes, for libraries that read files only or slowly from memory."""
+    """Provide a temporary file of these bytes, for libraries that cannot read from memory, or only slowly."""
     with tempfile.TemporaryDirectory(prefix="slimray-") as folder:
         path = Path(folder) / f"cloud{suffix}"
         path.write_bytes(data)

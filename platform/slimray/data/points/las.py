@@ -1,4 +1,4 @@
-"""LAS and LAZ files: scaled coordinates, classification, intensity, colors, and the extra dimensions by their names."""
+"""Reads LAS and LAZ files: scaled coordinates, classification, intensity, colors, and extra dimensions by name."""
 
 import io
 import struct
@@ -13,7 +13,10 @@ VARIABLE_CHUNKS = 0xFFFFFFFF
 
 
 def read_las(data: bytes, _: str, __: Columns) -> Table:
-    """Read all points. laspy returns as many as it finds: they are counted, and compared with the header."""
+    """Read all points. laspy returns as many as it finds, so their number is compared with the header.
+
+    Raises BadSample if the file does not hold the points it declares.
+    """
     import laspy
 
     _check_header(data)
@@ -25,7 +28,7 @@ def read_las(data: bytes, _: str, __: Columns) -> Table:
         if header.are_points_compressed:
             low, high = _chunk_bounds(data, header)
             if not low <= declared <= high:
-                raise BadSample(f"{declared} points are declared, {low} to {high} are there")
+                raise BadSample(f"{declared} points are declared, but {low} to {high} are there")
         else:
             end = _end_of_points(data, header, start + declared * size)
             if end - start < declared * size or end - start >= (declared + 1) * size:
@@ -46,7 +49,7 @@ def read_las(data: bytes, _: str, __: Columns) -> Table:
 
 
 def _check_header(data: bytes) -> None:
-    """Counts that laspy and lazrs believe: too many records take minutes, too many chunks end the process."""
+    """Check counts that laspy and lazrs trust: too many records take minutes, too many chunks crash the process."""
     if len(data) < 227:
         raise BadSample(f"has {len(data)} bytes, less than a LAS header")
     minor, compressed = data[25], data[104] >= 128
@@ -55,19 +58,18 @@ def _check_header(data: bytes) -> None:
     if start > len(data) or 54 * records + 60 * extended > len(data):
         raise BadSample(f"declares {records + extended} records and points from byte {start} in {len(data)} bytes")
     if compressed and _num_chunks(data, start) > len(data):
-        raise BadSample("its table of chunks is cut or broken")
+        raise BadSample("its table of chunks is truncated or damaged")
 
 
 def _num_chunks(data: bytes, start: int) -> int:
-    """Return how many chunks the table of a LAZ file declares; more than its bytes where the table lies outside of
-    it."""
+    """Return the number of chunks that a LAZ file declares, or more than its bytes if the table is outside the file."""
     table = struct.unpack_from("<q", data, start)[0] if len(data) >= start + 8 else len(data)
     table = struct.unpack_from("<q", data, len(data) - 8)[0] if table == -1 else table
     return struct.unpack_from("<I", data, table + 4)[0] if 0 <= table <= len(data) - 8 else len(data) + 1
 
 
 def _chunk_bounds(data: bytes, header) -> tuple[int, int]:
-    """The fewest and the most points that the chunks of a LAZ file may hold."""
+    """Return the minimum and maximum number of points that the chunks of a LAZ file may hold."""
     records = [one for one in header.vlrs if getattr(one, "record_id", 0) == 22204]
     raw = bytes(records[0].record_data_bytes()) if records else b""
     size = struct.unpack_from("<I", raw, 12)[0] if len(raw) >= 16 else VARIABLE_CHUNKS
@@ -78,7 +80,7 @@ def _chunk_bounds(data: bytes, header) -> tuple[int, int]:
 
 
 def _end_of_points(data: bytes, header, expected: int) -> int:
-    """Return where the points of a LAS file end: before the records behind them, or at the end of the file."""
+    """Return the end of the points of a LAS file: the start of the records behind them, or the end of the file."""
     starts = [len(data)]
     if header.version.minor >= 4 and len(data) >= 375 and struct.unpack_from("<I", data, 243)[0]:
         starts.append(struct.unpack_from("<Q", data, 235)[0])

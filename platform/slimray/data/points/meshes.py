@@ -1,4 +1,4 @@
-"""Meshes (OFF, OBJ, STL, PLY) and clouds of points drawn from their surface."""
+"""Reads meshes (OFF, OBJ, STL, PLY), and draws clouds of points from their surface."""
 
 import io
 import re
@@ -16,7 +16,7 @@ MESH_POINTS = 10_000  # drawn from the surface of a mesh
 
 
 def read_mesh(path: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices float64 `[V, 3]` and triangles int64 `[F, 3]` of an OFF, OBJ, STL or PLY mesh. Raises BadSample."""
+    """Read vertices float64 `[V, 3]` and triangles int64 `[F, 3]` of an OFF, OBJ, STL or PLY file. Raises BadSample."""
     import trimesh
 
     kind = PurePosixPath(path).suffix.lower()[1:]
@@ -27,10 +27,10 @@ def read_mesh(path: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
     except (BadSample, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001  (as in read_cloud)
-        raise BadSample(f"does not read as {kind.upper()}: {first_line(error)}") from None
+        raise BadSample(f"cannot be read as {kind.upper()}: {first_line(error)}") from None
     if not len(faces):
-        raise BadSample("the mesh has no faces, or is cut")
-    if not (np.abs(vertices) < HUGE).all():  # NaN is not below
+        raise BadSample("the mesh has no faces, or is truncated")
+    if not (np.abs(vertices) < HUGE).all():  # False for NaN
         raise BadSample("a vertex of the mesh is not a finite number")
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise BadSample(f"a face names vertex {int(faces.max())} of {len(vertices)}")
@@ -38,12 +38,12 @@ def read_mesh(path: str, data: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _checked_off(data: bytes) -> bytes:
-    """An OFF file without its comments, after its counts are compared with its lines.
+    """Return an OFF file without its comments, after comparing its counts with its lines.
 
-    In some ModelNet files the counts follow OFF without a blank.
+    In some ModelNet files the counts follow OFF without a blank. Raises BadSample.
     """
     if re.match(rb"\s*(ST)?(C)?(N)?(4)?(n)?OFF\s+BINARY", data):
-        raise BadSample("is a binary OFF file: write it as text")
+        raise BadSample("is a binary OFF file: convert it to text")
     text = data.decode("latin-1")
     lines = [line for line in (one.partition("#")[0].strip() for one in text.splitlines()) if line]
     head = re.fullmatch(r"((?:ST)?C?N?4?n?OFF)?\s*(.*)", lines[0] if lines else "")
@@ -62,13 +62,13 @@ def _checked_off(data: bytes) -> bytes:
     for line in body[int(found[1]) :]:
         words = line.split()
         if not words[0].isdigit() or len(words) <= int(words[0][:9]):
-            raise BadSample(f"a face has fewer corners than it says: {line[:40]!r}")
+            raise BadSample(f"a face has fewer corners than declared: {line[:40]!r}")
         faces.append(" ".join(words[: int(words[0][:9]) + 1]))
     return "\n".join(["OFF", f"{found[1]} {found[2]} 0", *vertices, *faces, ""]).encode("latin-1")
 
 
 def _checked_obj(data: bytes) -> bytes:
-    """The vertices and faces of an OBJ file: what else is in it can be long to read, and is not needed."""
+    """Return only the vertices and faces of an OBJ file; other content is not needed and may take long to read."""
     kept, vertices = [], 0
     for line in re.findall(rb"^[ \t]*([vf][ \t].*)$", data.replace(b"\\\n", b" ").replace(b"\r", b"\n"), re.MULTILINE):
         if line[:1] == b"v":
@@ -81,13 +81,16 @@ def _checked_obj(data: bytes) -> bytes:
 
 
 def _checked_stl(data: bytes) -> bytes:
-    """An STL file, after the number of its faces is compared with its bytes, or the ends of faces with their heads."""
+    """Return an STL file after checking its number of faces against its bytes, or for text their starts and ends.
+
+    Raises BadSample.
+    """
     if len(data) >= 84 and 84 + 50 * int.from_bytes(data[80:84], "little") == len(data):
         return data
     if data[:512].lstrip().startswith(b"solid"):
         begun, ended = len(re.findall(rb"\bfacet\s+normal\b", data)), len(re.findall(rb"\bendfacet\b", data))
         if begun != ended or not re.search(rb"\bendsolid\b", data[-1024:]):
-            raise BadSample(f"{ended} of {begun} faces are whole, or its end is missing")
+            raise BadSample(f"{ended} of {begun} faces are complete, or its end is missing")
         return data
     if len(data) < 84:
         raise BadSample(f"has {len(data)} bytes, less than an STL header")
@@ -98,7 +101,7 @@ def _checked_stl(data: bytes) -> bytes:
 def sample_surface(
     vertices: np.ndarray, faces: np.ndarray, num_points: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Points drawn evenly from the surface of triangles, and their normals: float64 `[N, 3]` each.
+    """Draw points uniformly from the surface of triangles; return them and their normals, float64 `[N, 3]` each.
 
     Raises BadSample for a mesh without area.
     """
@@ -106,7 +109,7 @@ def sample_surface(
     across = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     area = np.linalg.norm(across, axis=1)
     if not 0 < area.sum() < np.inf:
-        raise BadSample("the mesh has no area that is a number")
+        raise BadSample("the area of the mesh is zero or not finite")
     picked = rng.choice(len(faces), num_points, p=area / area.sum())
     u, v = rng.random((2, num_points, 1))
     u, v = np.where(u + v > 1, 1 - u, u), np.where(u + v > 1, 1 - v, v)  # the far half folded back
@@ -115,7 +118,7 @@ def sample_surface(
 
 
 def read_surface(data: bytes, suffix: str, _: Columns) -> Table:
-    """Read a mesh as MESH_POINTS points of its surface, with normals; the same points every time."""
+    """Read a mesh as MESH_POINTS points on its surface, with normals; the same points every time."""
     vertices, faces = read_mesh(f"mesh{suffix}", data)
     coords, normals = sample_surface(vertices, faces, MESH_POINTS, np.random.default_rng(0))
     return [("coords", coords), ("normals", normals)]

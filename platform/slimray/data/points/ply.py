@@ -1,4 +1,4 @@
-"""PLY files, text and binary of either byte order: the vertices by their names; all elements are counted."""
+"""Reads the vertices of PLY files, text and binary of either byte order, after counting all elements."""
 
 import io
 import re
@@ -19,7 +19,7 @@ _PROPERTY = re.compile(r"property (\w+) (\S+)|property list (\w+) (\w+) (\S+)")
 
 
 def read_ply(data: bytes, _: str, __: Columns) -> Table:
-    """Read the vertices of a PLY file, lists left out. Raises BadSample."""
+    """Read the properties of the vertices of a PLY file, except lists. Raises BadSample."""
     import plyfile
 
     clean = checked_ply(data)
@@ -35,9 +35,9 @@ def read_ply(data: bytes, _: str, __: Columns) -> Table:
 
 
 def checked_ply(data: bytes) -> bytes:
-    """Return the file with its comments removed, which may be long and need not be ASCII. Raises BadSample.
+    """Return the file without its comments, which may be long and need not be ASCII. Raises BadSample.
 
-    Declared counts are compared with the bytes, or lines, that are there.
+    Declared counts are compared with the bytes or lines of the file.
     """
     end = re.search(rb"^end_header[ \t]*(\r\n|\n|\r)", data[:MAX_HEADER].replace(b"\r", b"\n"), re.MULTILINE)
     if end is None:
@@ -61,13 +61,13 @@ def checked_ply(data: bytes) -> bytes:
             raise BadSample(f"its header has a line that is not valid PLY: {line[:80]!r}")
         kept.append(line)
     if form is None:
-        raise BadSample("its header names no format")
+        raise BadSample("its header does not name a format")
     _check_counts(data[start:] if form == "ascii" else len(data) - start, elements)
     return "\n".join([*kept, "end_header", ""]).encode("latin-1") + data[start:]
 
 
 def _check_counts(body: bytes | int, elements: list[tuple[str, int, int]]) -> None:
-    """Compare what is declared (name, count, least size of a row) with a text, or with a number of bytes."""
+    """Compare the declared elements (name, count, minimum size of a row) with a text, or with a number of bytes."""
     declared = sum(count for _, count, _ in elements)
     vertices = next((count for name, count, _ in elements if name == "vertex"), 0)
     if vertices > MAX_POINTS:
@@ -79,4 +79,4 @@ def _check_counts(body: bytes | int, elements: list[tuple[str, int, int]]) -> No
         return
     least = sum(count * size for _, count, size in elements)
     if least > body or declared > body:
-        raise BadSample(f"declares {declared} points and faces of {least} bytes at least, {body} bytes are there")
+        raise BadSample(f"declares {declared} points and faces of at least {least} bytes, but {body} bytes are there")

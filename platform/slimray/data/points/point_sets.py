@@ -1,9 +1,9 @@
-"""From the raw releases of point-cloud datasets to what is trained on: bytes and arrays in, arrays out.
+"""Converts the raw releases of point-cloud datasets to training data: bytes and arrays in, arrays out.
 
-S3DIS rooms to 1.5 m blocks and windows of at most 8192 points, as published for PVCNN (arXiv 1907.03739; after
-PointCNN, 1801.07791); ShapeNet part files; KITTI scans, calibration, labels and 2D boxes to frustums (1711.08488; the
-ready-made ones are no longer offered for download); SemanticKITTI labels. No files are opened here. What a release gets
-wrong (unreadable S3DIS objects) is left out and named, never guessed.
+S3DIS rooms become 1.5 m blocks and windows of at most 8192 points, as published for PVCNN (arXiv 1907.03739; after
+PointCNN, 1801.07791); KITTI scans, calibration, labels and 2D boxes become frustums (1711.08488; the ready-made ones
+are no longer available for download); ShapeNet part files and SemanticKITTI labels are parsed. No files are opened
+here. Errors in a release (unreadable S3DIS objects) are left out and reported, never guessed.
 """
 
 import dataclasses
@@ -27,20 +27,20 @@ S3DIS_CLASSES = (
     "clutter", "ceiling", "floor", "wall", "beam", "column", "door", "window", "table", "chair", "sofa", "bookcase",
     "board",
 )  # fmt: skip
-S3DIS_OFFSETS = {"zero": 0.0, "half": 0.75}  # metres; a prepared room is seen once with either
+S3DIS_OFFSETS = {"zero": 0.0, "half": 0.75}  # metres; a room is prepared once with each
 BLOCK_M = 1.5
 GRID_M = 0.03
 WINDOW_POINTS = 8192
-SPARSE_SHARE = 10  # blocks with fewer than a tenth of a window's points join a neighbour
+SPARSE_SHARE = 10  # blocks with less than a tenth of a window's points are merged into a neighbour
 NEIGHBOURS = ((0, 1), (1, 0), (0, -1), (-1, 0), (-1, 1), (1, 1), (1, -1), (-1, -1))
 
 
 def s3dis_room(objects: Mapping[str, bytes]) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
-    """Join a room's annotation files (name -> "x y z r g b" lines): float64 `[N, 6]`, labels `[N]`, what was left out.
+    """Join a room's annotation files (name -> "x y z r g b" lines) to float64 `[N, 6]` and labels `[N]`.
 
-    The class is the name up to "_"; other classes ("stairs") are dropped as published. An object that does not read
-    (two are known: Area_5/hallway_6 and an auditorium) is left out whole, as published, and named with the reason.
-    Raises BadSample if nothing remains.
+    Also returns the objects left out, with reasons. The class is the name up to "_"; other classes ("stairs") are
+    dropped as published. An unreadable object (two are known: Area_5/hallway_6 and an auditorium) is left out as a
+    whole, as published. Raises BadSample if nothing remains.
     """
     clouds, labels, skipped = [], [], {}
     for name in sorted(objects):
@@ -68,10 +68,10 @@ def s3dis_windows(
 ) -> list[Cloud]:
     """Cut a room (float64 `[N, 6]`, metres and 0..255) into windows; `offset` is a value of S3DIS_OFFSETS.
 
-    A window's coords are x and y about its block's middle and z above the room's floor; features "colors" 0..1 and
-    "place", x y z as shares of the room: nine channels in the published order. `rows` lead back into the room. No
-    point is left out; in a block, 3 cm cells with fewer points than its mean cell are filled up by repeats. `key`
-    decides the repeats, and which window of several a point goes to.
+    A window's coords are x and y relative to the centre of its block and z above the room's floor; its features are
+    "colors" 0..1 and "place", x y z as fractions of the room: nine channels in the published order. `rows` map points
+    to those of the room. No point is left out; in a block, 3 cm cells with fewer points than its average cell are
+    filled up with repeats. `key` determines the repeats, and the window that a point goes to if there are several.
     """
     rng = np.random.default_rng(np.random.SeedSequence(list(key)))
     xyz = xyzrgb[:, :3] - xyzrgb[:, :3].min(0)
@@ -93,7 +93,7 @@ def s3dis_windows(
 
 
 def _blocks(xyz: np.ndarray, offset: float, window_points: int) -> list[np.ndarray]:
-    """Rows of each block, in the order of x and y; sparse blocks joined to the first neighbour that is not."""
+    """Return the rows of each block, ordered by x and y; sparse blocks are merged into the first dense neighbour."""
     places = np.floor((xyz[:, :2] + offset) / BLOCK_M).astype(np.int64)
     cells, inverse, counts = np.unique(places, axis=0, return_inverse=True, return_counts=True)
     inverse = inverse.reshape(-1)
@@ -110,7 +110,7 @@ def _blocks(xyz: np.ndarray, offset: float, window_points: int) -> list[np.ndarr
 
 
 def _evened(xyz: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Rows with repeats: every occupied grid cell has at least the (whole) mean number of points per cell."""
+    """Return rows with repeats, so that all occupied grid cells have at least the mean number of points (floor)."""
     cells = np.floor((xyz - xyz.min(0)) / GRID_M).astype(np.int64)
     _, inverse, counts = np.unique(cells, axis=0, return_inverse=True, return_counts=True)
     inverse = inverse.reshape(-1)
@@ -141,18 +141,18 @@ SHAPENET_PARTS = {
     "Rocket": 3,
     "Skateboard": 3,
     "Table": 3,
-}  # fmt: skip  (how many parts; the part numbers 0..49 run through all shapes in this order)
+}  # fmt: skip  (number of parts; the part numbers 0..49 run through all shapes in this order)
 SHAPENET_SHAPES = tuple(SHAPENET_PARTS)
 
 
 def shapenet_part_range(shape: int) -> range:
-    """The part numbers of shape class `shape`."""
+    """Return the part numbers of shape class `shape`."""
     start = sum(SHAPENET_PARTS[name] for name in SHAPENET_SHAPES[:shape])
     return range(start, start + SHAPENET_PARTS[SHAPENET_SHAPES[shape]])
 
 
 def shapenet_synsets(data: bytes) -> dict[str, int]:
-    """Folder name -> shape class, from the release's synsetoffset2category.txt. Raises BadSample."""
+    """Return folder name -> shape class from the release's synsetoffset2category.txt. Raises BadSample."""
     pairs = [line.split() for line in data.decode("utf-8", "replace").splitlines() if line.strip()]
     if not all(len(pair) == 2 and pair[0] in SHAPENET_PARTS for pair in pairs):
         raise BadSample("a line is not a known shape name and a folder name")
@@ -160,32 +160,31 @@ def shapenet_synsets(data: bytes) -> dict[str, int]:
 
 
 def shapenet_split(data: bytes) -> list[str]:
-    """Paths "folder/shape.txt" of a split, from the release's shuffled_..._file_list.json."""
+    """Return the paths "folder/shape.txt" of a split from the release's shuffled_..._file_list.json."""
     return [f"{name.removeprefix('shape_data/')}.txt" for name in json.loads(data)]
 
 
 def check_shapenet_parts(cloud: Cloud, shape: int) -> None:
-    """Raise BadSample if a part of the cloud is none of its shape class's."""
+    """Raise BadSample if the cloud has a part that does not belong to its shape class."""
     if cloud.labels is None:
         raise BadSample("has no label per point")
     strange = np.setdiff1d(cloud.labels, shapenet_part_range(shape))
     if len(strange):
-        raise BadSample(f"part {strange[0]} is none of a {SHAPENET_SHAPES[shape]}'s")
+        raise BadSample(f"part {strange[0]} is not a part of {SHAPENET_SHAPES[shape]}")
 
 
 # ------------------------------------------------------------------------------------------------------ KITTI
 
 KITTI_CLASSES = ("Car", "Pedestrian", "Cyclist")
 DETECTION_TYPES = {1: "Pedestrian", 2: "Car", 3: "Cyclist"}  # of frustum-pointnets' rgb_detection_*.txt
-MIN_AHEAD_M = 2.0  # points nearer than this to the scanner's front are not seen by the camera
+MIN_AHEAD_M = 2.0  # points less than this far in front of the scanner are not visible to the camera
 MIN_HEIGHT_PX = 25.0
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """`p2` float64 `[3, 4]` camera 2 from rectified coordinates, `lidar` float64 `[3, 4]` rectified from lidar ones.
-
-    Rectified coordinates: x right, y down, z ahead, metres.
+    """Projections of KITTI: `p2` float64 `[3, 4]` from rectified coordinates to camera 2, `lidar` float64 `[3, 4]` from
+    lidar to rectified coordinates. Rectified coordinates are x right, y down, z forward, in metres.
     """
 
     p2: np.ndarray
@@ -194,7 +193,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class KittiObject:
-    """One line of a KITTI label or result file; `box` is (x y z of the centre, l w h, heading), None without 3D box."""
+    """One line of a KITTI label or result file; `box` is (x y z of the centre, l w h, heading) or None."""
 
     kind: str
     box_2d: tuple[float, float, float, float]
@@ -206,10 +205,11 @@ class KittiObject:
 
 @dataclass(frozen=True, eq=False)
 class Frustum:
-    """The points that a 2D box looks at, turned by `rotation` about the y axis so that the box looks along z.
+    """The points behind a 2D box, rotated by `rotation` about the y axis so that the frustum points along z.
 
-    `cloud` has "intensity" and, where the object is known, labels 1 on it and 0 elsewhere; `box` float64 `[7]` (centre
-    x y z, l w h, heading) is turned alike. Heading and centre in camera coordinates: heading + rotation, turned back.
+    `cloud` has "intensity" and, if the object is known, labels 1 on it and 0 elsewhere; `box` float64 `[7]` (centre x y
+    z, l w h, heading) is rotated in the same way. In camera coordinates the heading is heading + rotation, and the
+    centre is rotated back.
     """
 
     cloud: Cloud
@@ -221,7 +221,7 @@ class Frustum:
 
 
 def write_frustum(frustum: Frustum) -> bytes:
-    """A frustum as an .npz that `read_frustum` reads back: a cloud whose further fields are a feature of its points."""
+    """Return a frustum as an .npz that `read_frustum` reads back: a cloud with the other fields as a feature."""
     box = np.full(7, np.nan) if frustum.box is None else frustum.box
     number = KITTI_CLASSES.index(frustum.kind)
     facts = np.concatenate([[number, frustum.rotation, frustum.score], frustum.box_2d, box])
@@ -242,7 +242,7 @@ def read_frustum(path: str, data: bytes) -> Frustum:
         raise BadSample("is not a frustum: its points, intensity or rows are missing")
     shapes = [array.shape for array in (coords, intensity, rows, labels) if array is not None]
     if shapes[0] != (len(rows), 3) or shapes[1] != (len(rows), 1) or not set(shapes[2:]) <= {(len(rows),)}:
-        raise BadSample(f"is not a frustum: its arrays are of shapes {', '.join(map(str, shapes))}")
+        raise BadSample(f"is not a frustum: its arrays have shapes {', '.join(map(str, shapes))}")
     if facts.shape != (14,) or not 0 <= facts[0] < len(KITTI_CLASSES) or not np.isfinite(facts[:7]).all():
         raise BadSample("is not a frustum of this version: run prepare again")
     if len(coords) < 1 or not np.isfinite(coords).all():
@@ -251,7 +251,7 @@ def read_frustum(path: str, data: bytes) -> Frustum:
     x1, y1, x2, y2 = facts[3:7].tolist()
     box = None if np.isnan(facts[7:]).all() else facts[7:]
     if box is not None and not np.isfinite(box).all():
-        raise BadSample("has a box of numbers that are not finite")
+        raise BadSample("has a box with numbers that are not finite")
     return Frustum(cloud, KITTI_CLASSES[int(facts[0])], facts[1].item(), (x1, y1, x2, y2), box, facts[2].item())
 
 
@@ -263,19 +263,19 @@ def kitti_calibration(data: bytes) -> Calibration:
             np.array(found[name].split(), np.float64).reshape(3, -1) for name in ("P2", "R0_rect", "Tr_velo_to_cam")
         )
     except (KeyError, ValueError) as error:
-        raise BadSample(f"the calibration does not read: {error}") from None
+        raise BadSample(f"the calibration cannot be read: {error}") from None
     if (p2.shape, rect.shape, to_camera.shape) != ((3, 4), (3, 3), (3, 4)):
         raise BadSample("a matrix of the calibration has the wrong size")
     for name, matrix in (("P2", p2), ("R0_rect", rect), ("Tr_velo_to_cam", to_camera)):
         if not np.isfinite(matrix).all():
             raise BadSample(f"{name} of the calibration holds numbers that are not finite")
     if min(p2[0, 0], p2[1, 1]) <= 0:
-        raise BadSample("P2 of the calibration has no focal length above 0")
+        raise BadSample("P2 of the calibration has a focal length that is not positive")
     return Calibration(p2, rect @ to_camera)
 
 
 def png_size(data: bytes) -> tuple[int, int]:
-    """(width, height) out of the first 24 bytes of a PNG. Raises BadSample."""
+    """Return (width, height) from the first 24 bytes of a PNG. Raises BadSample."""
     if len(data) < 24 or not data.startswith(b"\x89PNG\r\n\x1a\n") or data[12:16] != b"IHDR":
         raise BadSample("the image of the scan is not a PNG")
     return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
@@ -291,7 +291,7 @@ def kitti_objects(data: bytes) -> list[KittiObject]:
         try:
             v = [float(word) for word in words[1:]]
         except ValueError:
-            raise BadSample(f"line {number} of the labels holds something else than numbers") from None
+            raise BadSample(f"line {number} of the labels holds words that are not numbers") from None
         if len(v) not in (14, 15):
             raise BadSample(f"line {number} of the labels has {len(words)} words, not 15 or 16")
         if not all(map(math.isfinite, v)):
@@ -305,7 +305,10 @@ def kitti_objects(data: bytes) -> list[KittiObject]:
 
 
 def rgb_detections(data: bytes) -> dict[str, list[KittiObject]]:
-    """2D detections by image name, from "path type score x1 y1 x2 y2" lines (frustum-pointnets). Raises BadSample."""
+    """Return 2D detections by image name from "path type score x1 y1 x2 y2" lines (frustum-pointnets).
+
+    Raises BadSample.
+    """
     found: dict[str, list[KittiObject]] = {}
     for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
         words = line.split()
@@ -316,7 +319,7 @@ def rgb_detections(data: bytes) -> dict[str, list[KittiObject]]:
             x1, y1, x2, y2 = edges
             known = KittiObject(DETECTION_TYPES[int(kind)], (x1, y1, x2, y2), score=score)
         except (ValueError, KeyError, OverflowError):
-            raise BadSample(f"line {number} of the detections does not read") from None
+            raise BadSample(f"line {number} of the detections cannot be read") from None
         if not all(map(math.isfinite, (score, x1, y1, x2, y2))):
             raise BadSample(f"line {number} of the detections holds numbers that are not finite")
         found.setdefault(words[0].rpartition("/")[2].partition(".")[0], []).append(known)
@@ -324,18 +327,18 @@ def rgb_detections(data: bytes) -> dict[str, list[KittiObject]]:
 
 
 def rectified(coords: np.ndarray, calibration: Calibration) -> np.ndarray:
-    """Lidar coordinates `[N, 3]` as rectified camera coordinates, float64 `[N, 3]`."""
+    """Convert lidar coordinates `[N, 3]` to rectified camera coordinates, float64 `[N, 3]`."""
     return coords @ calibration.lidar[:, :3].T + calibration.lidar[:, 3]
 
 
 def projected(coords: np.ndarray, calibration: Calibration) -> np.ndarray:
-    """Rectified coordinates `[N, 3]` as pixels of camera 2, float64 `[N, 2]`."""
+    """Project rectified coordinates `[N, 3]` to pixels of camera 2, float64 `[N, 2]`."""
     flat = coords @ calibration.p2[:, :3].T + calibration.p2[:, 3]
     return flat[:, :2] / flat[:, 2:]
 
 
 def turned(coords: np.ndarray, angle: float) -> np.ndarray:
-    """`[N, 3+]` with x and z turned about the y axis: x cos - z sin, x sin + z cos."""
+    """Return `[N, 3+]` with x and z rotated about the y axis: x cos - z sin, x sin + z cos."""
     out = np.array(coords, np.float64)
     out[:, 0] = coords[:, 0] * np.cos(angle) - coords[:, 2] * np.sin(angle)
     out[:, 2] = coords[:, 0] * np.sin(angle) + coords[:, 2] * np.cos(angle)
@@ -343,7 +346,7 @@ def turned(coords: np.ndarray, angle: float) -> np.ndarray:
 
 
 def frustum_angle(box_2d: Sequence[float], calibration: Calibration) -> float:
-    """-atan2(z, x) of the ray through the middle of a 2D box (x1 y1 x2 y2), at depth 20 m."""
+    """Return -atan2(z, x) of the ray through the centre of a 2D box (x1 y1 x2 y2), at a depth of 20 m."""
     p2, depth = calibration.p2, 20.0
     u = (box_2d[0] + box_2d[2]) / 2
     x = (u - p2[0, 2]) * depth / p2[0, 0] - p2[0, 3] / p2[0, 0]
@@ -351,7 +354,7 @@ def frustum_angle(box_2d: Sequence[float], calibration: Calibration) -> float:
 
 
 def inside_box(coords: np.ndarray, box: Sequence[float]) -> np.ndarray:
-    """Return which of `[N, 3]` lie in (x y z, l w h, heading): bool `[N]`."""
+    """Return which points of `[N, 3]` are inside the box (x y z, l w h, heading), bool `[N]`."""
     x, y, z, length, w, h, heading = box
     cos, sin = np.cos(heading), np.sin(heading)
     local = (coords[:, :3] - [x, y, z]) @ np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
@@ -368,12 +371,12 @@ def kitti_frustums(
     shake: float = 0.0,
     min_points: int = 1,
 ) -> list[Frustum]:
-    """The frustums of a scan (`[N, 4]` lidar x y z intensity): `copies` of each Car, Pedestrian and Cyclist.
+    """Return the frustums of a scan (`[N, 4]` lidar x y z intensity): `copies` of each Car, Pedestrian and Cyclist.
 
-    `image_size` is (width, height). As published, training takes copies 5 with shake 0.1: the 2D box's centre moves by
-    up to that share of its size, and its size changes by as much; validation takes labels or detections as they are.
-    Left out are boxes lower than 25 pixels, with fewer than `min_points` points, or without a point on a known object.
-    `key` (seed, scan) decides the shaking.
+    `image_size` is (width, height). As published, training uses copies 5 with shake 0.1: the centre of the 2D box moves
+    by up to this fraction of its size, and its size changes by as much; validation uses labels or detections as they
+    are. Boxes of less than 25 pixels in height, with fewer than `min_points` points, or without a point on a known
+    object are left out. `key` (seed, scan) determines the shaking.
     """
     rng = np.random.default_rng(np.random.SeedSequence(list(key)))
     coords = rectified(scan[:, :3].astype(np.float64), calibration)
@@ -409,7 +412,7 @@ def _turned_box(box: Sequence[float], rotation: float) -> np.ndarray:
 
 
 def _shaken(box: tuple[float, float, float, float], share: float, rng: np.random.Generator):
-    """The 2D box with its centre moved and its size changed by up to `share` of its size."""
+    """Return the 2D box with its centre moved and its size changed by up to `share` of its size."""
     width, height = box[2] - box[0], box[3] - box[1]
     dx, dy, dw, dh = rng.uniform(-share, share, 4)
     x, y = (box[0] + box[2]) / 2 + dx * width, (box[1] + box[3]) / 2 + dy * height
@@ -418,11 +421,11 @@ def _shaken(box: tuple[float, float, float, float], share: float, rng: np.random
 
 
 def _numbers(data: bytes, columns: int) -> np.ndarray:
-    """Lines of `columns` numbers, float64 `[N, columns]`; raises BadSample for anything else."""
+    """Parse lines of `columns` numbers to float64 `[N, columns]`; raise BadSample for anything else."""
     try:
         array = np.loadtxt(data.decode("ascii").splitlines(), dtype=np.float64, ndmin=2)
     except (ValueError, UnicodeDecodeError) as error:
-        raise BadSample(f"does not read: {str(error).split(';')[0]}") from None
+        raise BadSample(f"cannot be read: {str(error).split(';')[0]}") from None
     if array.shape[1:] != (columns,) or not len(array) or not np.isfinite(array).all():
-        raise BadSample(f"is not lines of {columns} finite numbers")
+        raise BadSample(f"does not consist of lines of {columns} finite numbers")
     return array

@@ -1,7 +1,7 @@
-"""Reading of point files in a child process with limits on time and memory: parsers may hang, crash or exhaust memory.
+"""Reads point files in a child process with limits on time and memory, as parsers may hang, crash or exhaust memory.
 
 A `CloudReader` sends a file's bytes to a child (`python -m slimray.data.points.reader`) and gets the cloud back, or the
-sample that a recipe makes of it. What is computed is what files.py, recipe.py and point_sets.py compute, to the bit.
+sample that a recipe makes from it. Results are bit for bit those of files.py, recipe.py and point_sets.py.
 """
 
 import atexit
@@ -39,7 +39,7 @@ class CloudReader(Child):
         labels: tuple[str, bytes] | None = None,
         needs: Collection[str] | None = None,
     ) -> Cloud:
-        """Read a point file as `read_cloud` does; normals that are needed and not there are estimated."""
+        """Read a point file as `read_cloud` does; required normals that the file lacks are estimated."""
         request: dict[str, Any] = {"do": "cloud", "columns": list(columns), "labels": None}
         request["needs"] = None if needs is None else list(needs)
         if labels is not None:
@@ -57,7 +57,7 @@ class CloudReader(Child):
         return _sample(*self._ask(path, request, data))
 
     def frustum(self, path: str, data: bytes, recipe: PointRecipe, key: Key) -> tuple[Frustum, PointSample]:
-        """Make the sample of a stored frustum; the frustum comes back without its points."""
+        """Make the sample of a stored frustum; the frustum itself is returned without its points."""
         header, body = self._ask(path, {"do": "frustum", "recipe": recipe.to_dict(), "key": list(key)}, data)
         empty = Cloud(np.zeros((0, 3), np.float32))
         box_2d = tuple(header["box_2d"])
@@ -73,7 +73,7 @@ class CloudReader(Child):
 
 @functools.cache
 def cloud_reader(timeout_s: float) -> CloudReader:
-    """Return the reader of this process with this time limit, kept between tasks; its child dies with the process."""
+    """Return this process's reader for a time limit, kept between tasks; its child dies with the process."""
     reader = CloudReader(timeout_s=timeout_s)
     atexit.register(reader.close)
     return reader
@@ -98,7 +98,7 @@ def _unpacked(header: dict[str, Any], body: bytearray) -> dict[str, Any]:
 
 
 def _sample(header: dict[str, Any], body: bytearray) -> PointSample:
-    """Return the sample whose arrays these are; arrays that it has not (labels, boxes) are None."""
+    """Return the sample with these arrays; missing ones (labels, boxes) are None."""
     nothing: dict[str, Any] = dict.fromkeys(field.name for field in fields(PointSample))
     return PointSample(**nothing | _unpacked(header, body))
 

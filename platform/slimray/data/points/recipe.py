@@ -1,7 +1,7 @@
-"""From a cloud to a sample: which points, how scaled, turned, voted on.
+"""Turns a cloud into a sample: draws points, scales, rotates, and arranges views for voting.
 
-`PointRecipe` is a value that says how a sample is made, as published for PVCNN (arXiv 1907.03739) and the nets around
-it; all randomness is a function of the key (seed, epoch, sample).
+`PointRecipe` is a value that defines how a sample is made, as published for PVCNN (arXiv 1907.03739) and related
+networks; all randomness is a function of the key (seed, epoch, sample).
 """
 
 from collections.abc import Sequence
@@ -19,20 +19,21 @@ from slimray.data.samples import BadSample
 class PointRecipe:
     """Recipe of a sample of a cloud. The network's channels are x y z, then `channels`, then a one-hot of the shape.
 
-    `channels` are feature names ("colors", "normals" (estimated where the file has none), "intensity", ...);
-    `num_shapes` > 0 adds the one-hot. `normalize` "sphere": mean to 0, largest radius to 1, over the whole cloud, as
-    ShapeNet part is published; "block": middle of x and y to 0, lowest z to 0, in metres, as an S3DIS block; "none".
-    `mode` "train" draws and augments, "val" draws only, "test" covers all points: `votes` times
-    ceil(n / num_points) views, n the cloud's size or, where given, `max_points` (8192 for S3DIS windows); without
-    `fill` a cloud smaller than that has fewer views, and the rest of its sample is blank (ShapeNet).
-    `replace` draws with replacement always (ShapeNet, KITTI), else only where points are too few (S3DIS); `spread`
-    makes "val" take the farthest points instead of a draw, the same every time.
-    Augmentation: `rotate_z` degrees to either side, `scale` range, mirrored x by `flip` half of the time, `jitter`
-    standard deviation in xyz cut at `jitter_clip`, colors zeroed with chance `color_drop`. As published: S3DIS none,
-    ShapeNet jitter 0.01 (clip 0.05), KITTI flip and `published_shift`. PointNeXt's S3DIS recipe (arXiv 2206.04670):
-    rotate_z 180, scale 0.9 to 1.1, jitter 0.005 (clip 0.02), color_drop 0.2.
-    `per_point` says that the label is one per point, not one per cloud.
-    `published_shift` moves a frustum by 0.8 times its box's distance from the axis along z: a slip in frustum-pointnets
+    `channels` are feature names ("colors", "normals" (estimated if the file has none), "intensity", ...);
+    `num_shapes` > 0 adds the one-hot. `normalize` "sphere": mean at 0 and largest radius 1 over the whole cloud, as
+    published for ShapeNet part; "block": middle of x and y at 0, lowest z at 0, in metres, as for an S3DIS block;
+    "none". `mode` "train" draws and augments, "val" only draws, "test" covers all points: `votes` times
+    ceil(n / num_points) views, where n is the cloud's size or, if given, `max_points` (8192 for S3DIS windows); without
+    `fill` a smaller cloud has fewer views, and the rest of its sample is blank (ShapeNet).
+    With `replace`, points are always drawn with replacement (ShapeNet, KITTI), else only if there are too few (S3DIS);
+    with `spread`, "val" takes the farthest points instead of a draw, the same every time.
+    Augmentation: rotation by up to `rotate_z` degrees in either direction, scaling in the range `scale`, mirroring
+    along x half of the time with `flip`, noise of standard deviation `jitter` clipped at `jitter_clip`, colors zeroed
+    with probability `color_drop`. As published: S3DIS none, ShapeNet jitter 0.01 (clip 0.05), KITTI flip and
+    `published_shift`. PointNeXt's S3DIS recipe (arXiv 2206.04670): rotate_z 180, scale 0.9 to 1.1, jitter 0.005 (clip
+    0.02), color_drop 0.2.
+    `per_point` means one label per point instead of one per cloud.
+    `published_shift` moves a frustum along z by 0.8 times its box's distance from the axis: a bug in frustum-pointnets
     that its published numbers include.
     """
 
@@ -58,32 +59,32 @@ class PointRecipe:
 
     @property
     def num_channels(self) -> int:
-        """Channels of a sample: coordinates, `channels`, one-hot."""
+        """Number of channels of a sample: coordinates, `channels`, one-hot."""
         return 3 + sum(WIDTHS.get(name, 1) for name in self.channels) + self.num_shapes
 
     def num_views(self, num_points: int = 0) -> int:
-        """Views of a cloud of `num_points`; the same for all clouds unless mode is "test" without `max_points`."""
+        """Return the number of views of a cloud; depends on `num_points` only in mode "test" without `max_points`."""
         if self.mode != "test":
             return 1
         return self.votes * -(-(self.max_points or num_points) // self.num_points)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "PointRecipe":
-        """The recipe of `to_dict`, lists from JSON included."""
+        """Return the recipe that `to_dict` stored; accepts the lists of JSON."""
         low, high = plain.get("scale", cls.scale)
         return cls(**{**plain, "channels": tuple(plain.get("channels", ())), "scale": (float(low), float(high))})
 
 
 @dataclass(frozen=True, eq=False)
 class PointSample:
-    """`points` float32 `[V, C, N]`, `labels` int64 `[V, N]` or None, `indices` int64 `[V, N]`: the cloud's row of each.
+    """A sample: `points` float32 `[V, C, N]`, `labels` int64 `[V, N]` or None, `indices` int64 `[V, N]` into the cloud.
 
-    `box` float32 `[7]` (centre x y z, size l w h, heading) where a box was given, moved along with the points. `rows`
-    int64 `[V, N]` says which point of its file or room each one is.
+    `box` float32 `[7]` (centre x y z, size l w h, heading), if one was given, is moved along with the points. `rows`
+    int64 `[V, N]` maps each point to its row in the file or room.
     """
 
     points: np.ndarray
@@ -94,7 +95,7 @@ class PointSample:
 
 
 def streams(key: Sequence[int]) -> tuple[np.random.Generator, np.random.Generator]:
-    """The two random streams of a sample (which points, augmentation), a function of its key alone."""
+    """Return the two random streams of a sample (choice of points, augmentation), a function of its key alone."""
     draw, augment = np.random.SeedSequence(list(key)).spawn(2)
     return np.random.default_rng(draw), np.random.default_rng(augment)
 
@@ -102,9 +103,9 @@ def streams(key: Sequence[int]) -> tuple[np.random.Generator, np.random.Generato
 def make_points(
     cloud: Cloud, recipe: PointRecipe, key: Sequence[int], shape: int = 0, box: np.ndarray | None = None
 ) -> PointSample:
-    """One sample of `cloud`. `key` is (seed, epoch, sample), `shape` the class for the one-hot, `box` as PointSample's.
+    """Make a sample of `cloud`. `key` is (seed, epoch, sample), `shape` the one-hot class, `box` as PointSample's.
 
-    Raises BadSample: a channel that the cloud has not, or more points than `max_points`.
+    Raises BadSample if the cloud lacks a channel, or has more points than `max_points`.
     """
     draw, augment = streams(key)
     coords = normalized(cloud.coords, recipe.normalize)
@@ -130,8 +131,7 @@ def make_points(
 
 
 def draw_indices(recipe: PointRecipe, num_points: int, rng: np.random.Generator) -> np.ndarray:
-    """Return which points each view takes, int64 `[V, recipe.num_points]`; in mode "test" every point at least `votes`
-    times.
+    """Return the points of each view, int64 `[V, recipe.num_points]`; in mode "test" every one at least `votes` times.
 
     Raises BadSample for more points than `max_points`.
     """
@@ -146,12 +146,12 @@ def draw_indices(recipe: PointRecipe, num_points: int, rng: np.random.Generator)
 
 
 def normalized(coords: np.ndarray, how: str) -> np.ndarray:
-    """Coordinates float32 `[N, 3]` normalised "none", "sphere" or "block", as PointRecipe says."""
+    """Normalize coordinates, float32 `[N, 3]`, by "none", "sphere" or "block" (see PointRecipe). Raises BadSample."""
     if how == "sphere":
         centred = coords - coords.mean(0, dtype=np.float64)
         radius = np.linalg.norm(centred, axis=1).max()
         if not 0 < radius < np.inf:
-            raise BadSample(f"its {len(coords)} points lie at one place: they have no size to normalise")
+            raise BadSample(f"its {len(coords)} points are at the same place and have no size to normalize")
         return (centred / radius).astype(np.float32)
     if how == "block":
         low, high = coords.min(0), coords.max(0)
@@ -176,11 +176,11 @@ def _augmented(
     recipe: PointRecipe,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray | None]:
-    """Every draw is made whatever the recipe, so that switching one augmentation does not change the others."""
+    """Augment points and box; all draws are made, so that switching one augmentation does not change the others."""
     angle, size, mirror, drop = rng.uniform(-1, 1), rng.uniform(*recipe.scale), rng.random() < 0.5, rng.random()
     coords = coords.astype(np.float32)
     if box is not None and (recipe.rotate_z or recipe.scale != (1.0, 1.0)):
-        raise ValueError("a box in camera coordinates can be mirrored and shifted, not turned about z or scaled")
+        raise ValueError("a box in camera coordinates can be mirrored and shifted, but not rotated about z or scaled")
     if recipe.rotate_z:
         cos, sin = np.cos(np.radians(angle * recipe.rotate_z)), np.sin(np.radians(angle * recipe.rotate_z))
         turn = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]], np.float32).T
@@ -196,7 +196,7 @@ def _augmented(
             box = np.concatenate([[-box[0]], box[1:6], [np.pi - box[6]]])
     if recipe.published_shift and box is not None:
         far = np.hypot(box[0], box[1])
-        shift = np.clip(rng.standard_normal() * 0.05 * far, 0.8 * far, 1.2 * far)  # all but always 0.8 far
+        shift = np.clip(rng.standard_normal() * 0.05 * far, 0.8 * far, 1.2 * far)  # almost always 0.8 far
         coords = coords + np.array([0, 0, shift], np.float32)
         box = np.concatenate([box[:2], [box[2] + shift], box[3:]])
     if recipe.jitter:

@@ -1,9 +1,8 @@
-"""A generated point-cloud dataset with labelled parts: what a single point's coordinates cannot tell.
+"""A generated point-cloud dataset with labelled parts that cannot be inferred from the coordinates of a single point.
 
 Five classes (lamp, rocket, table, pan, hammer) of two or three parts each, with random proportions, lying, standing or
-upside down, turned about z by any angle, at a random size. What part a point belongs to is a matter of the shape around
-it: which end is the head, which class it is. A network that sees one point at a time stays far below 50 % part mIoU.
-numpy only.
+upside down, rotated about z by any angle, at a random size. The part of a point depends on the shape around it: which
+end is the head, which class it is. A network that sees one point at a time stays far below 50 % part mIoU. numpy only.
 """
 
 from collections.abc import Callable
@@ -19,16 +18,17 @@ PARTS = {
 }
 CLASSES = tuple(PARTS)
 NUM_PARTS = sum(len(parts) for parts in PARTS.values())
-MIN_SHARE = 0.2  # of the points, for every part; the rest is shared out at random, so that the mean tells little
+MIN_SHARE = 0.2  # of the points for every part; the rest is distributed at random, so that the mean reveals little
 
 Sampler = Callable[[np.random.Generator, int], np.ndarray]  # (rng, n) -> points on the surface, float64 [n, 3]
-Piece = tuple[float, Sampler]  # its area and how to sample it
+Piece = tuple[float, Sampler]  # area and sampler of a surface
 
 
 def make_cloud(number: int, seed: int, num_points: int = 1024) -> tuple[np.ndarray, np.ndarray, int]:
-    """Cloud `number` of the dataset `seed`: coords float32 `[N, 3]`, part labels int64 `[N]`, class (number modulo 5).
+    """Return cloud `number` of the dataset `seed`: coords float32 `[N, 3]`, part labels int64 `[N]`, and the class.
 
-    Parts are numbered through all classes, in the order of PARTS. Points are in random order.
+    The class is `number` modulo 5. Parts are numbered through all classes, in the order of PARTS. Points are in random
+    order.
     """
     label = number % len(CLASSES)
     rng = np.random.default_rng([seed, number])
@@ -44,13 +44,13 @@ def make_cloud(number: int, seed: int, num_points: int = 1024) -> tuple[np.ndarr
 
 
 def part_range(label: int) -> range:
-    """The part numbers of class `label`."""
+    """Return the part numbers of class `label`."""
     start = sum(len(PARTS[name]) for name in CLASSES[:label])
     return range(start, start + len(PARTS[CLASSES[label]]))
 
 
 def _pose(coords: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Standing, upside down or lying (half of the shapes), then any turn about z and a size of 0.6 to 1.4."""
+    """Place a shape standing, upside down or (half of them) lying, rotated about z, at a size of 0.6 to 1.4."""
     tilt = rng.choice([0.0, 1.0, 0.5, 0.5]) * np.pi
     turn = rng.uniform(0, 2 * np.pi)
     coords = _turn(_turn(coords, rng.uniform(0, 2 * np.pi), 2), tilt, 0)
@@ -58,7 +58,7 @@ def _pose(coords: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _turn(coords: np.ndarray, angle: float, axis: int) -> np.ndarray:
-    """Turned about coordinate axis `axis`, right-handed, radians."""
+    """Return the coordinates rotated about axis `axis`, right-handed, by an angle in radians."""
     a, b = (axis + 1) % 3, (axis + 2) % 3
     out = coords.copy()
     out[:, a] = np.cos(angle) * coords[:, a] - np.sin(angle) * coords[:, b]
@@ -76,7 +76,7 @@ def _sample(pieces: list[Piece], count: int, rng: np.random.Generator) -> np.nda
 
 
 def _tube(r0: float, r1: float, z0: float, z1: float) -> Piece:
-    """The side of a cylinder or cone about z, radius r0 at z0 to r1 at z1; a flat ring where z0 is z1."""
+    """The side of a cylinder or cone about z, radius r0 at z0 to r1 at z1; a flat ring if z0 equals z1."""
 
     def sample(rng: np.random.Generator, n: int) -> np.ndarray:
         r = np.sqrt(r0**2 + (r1**2 - r0**2) * rng.random(n))

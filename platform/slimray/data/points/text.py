@@ -1,8 +1,8 @@
-"""Clouds written as text, one point per line, however programs separate columns and write numbers.
+"""Reads clouds written as text, one point per line, however programs separate columns and write numbers.
 
-A `Dialect` is a delimiter, a decimal mark and a thousands separator. Where a file uses only blanks and decimal points
-it is read directly; where commas, semicolons or tabs occur, every dialect is tried, and numbers that could be read in
-two ways are an error that names the choices, never a guess. An empty field is a missing number; it shifts no column.
+A `Dialect` is a delimiter, a decimal mark and a thousands separator. A file with only blanks and decimal points is read
+directly; if commas, semicolons or tabs occur, every dialect is tried, and numbers that can be read in two ways are an
+error that names the choices, never a guess. An empty field is a missing number and does not shift columns.
 """
 
 import csv
@@ -17,11 +17,11 @@ from slimray.data.points.clouds import Table, named
 from slimray.data.points.columns import DECIMALS, DELIMITERS, Columns, meaning, plain
 from slimray.data.samples import BadSample
 
-SAMPLE_BYTES = 100_000  # of the beginning, the middle and the end, to tell the dialect by
-MAX_NAMES = 20_000  # characters of a line that names the columns
+SAMPLE_BYTES = 100_000  # of the beginning, the middle and the end, from which the dialect is inferred
+MAX_NAMES = 20_000  # limit on the characters of a line that names the columns
 USUAL = {".xyzn": ("x", "y", "z", "nx", "ny", "nz"), ".xyzrgb": ("x", "y", "z", "r", "g", "b")}
 MISSING = re.compile(r"|n/?a|null|none|[+-]?nan|[+-]?nan\(.*\)|[+-]?\d\.#\w*|[+-]?inf(inity)?", re.IGNORECASE)
-NUMBERS = {  # decimal mark, mark of thousands
+NUMBERS = {  # (decimal mark, thousands separator)
     (".", ""): re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"),
     (",", ""): re.compile(r"[+-]?\d+(,\d+)?([eE][+-]?\d+)?"),
     (".", ","): re.compile(r"[+-]?(0|[1-9]\d{0,2}(,\d{3})*)(\.\d*)?"),
@@ -31,14 +31,14 @@ NUMBERS = {  # decimal mark, mark of thousands
 
 @dataclass(frozen=True)
 class Dialect:
-    """The way in which numbers stand in a line: `delimiter` " " is any white space, `thousands` "" is none."""
+    """The notation of the numbers in a line: `delimiter` " " is any white space, `thousands` "" means no separator."""
 
     delimiter: str = " "
     decimal: str = "."
     thousands: str = ""
 
     def split(self, line: str) -> list[str]:
-        """The fields of a line, without blanks around them."""
+        """Return the fields of a line, without surrounding blanks."""
         if self.delimiter == " ":
             return line.split()
         if '"' in line:
@@ -46,11 +46,11 @@ class Dialect:
         return [one.strip() for one in line.split(self.delimiter)]
 
     def fits(self, word: str) -> bool:
-        """Say if a field is a number of this dialect, or stands for a missing one."""
+        """Return whether a field is a number in this dialect, or stands for a missing one."""
         return bool(NUMBERS[self.decimal, self.thousands].fullmatch(word) or MISSING.fullmatch(word))
 
     def value(self, word: str) -> float:
-        """The number of a field that fits; NaN for a missing one."""
+        """Return the number in a field that fits; NaN for a missing one."""
         if MISSING.fullmatch(word):
             return float("nan")
         return float(word.replace(self.thousands, "").replace(self.decimal, ".") if word else "nan")
@@ -62,12 +62,12 @@ class Dialect:
 
 
 def read_text(data: bytes, suffix: str, columns: Columns) -> Table:
-    """Read numbers in lines. First lines may be comments, name the columns or count the points. Raises BadSample."""
+    """Read lines of numbers. The first lines may be comments, column names or a number of points. Raises BadSample."""
     text = _decode(data)
     header, declared, start = _head(text, columns)
     body = text[start:]
     if not body.strip():
-        raise BadSample("holds no points")
+        raise BadSample("has no points")
     dialect = Dialect()
     if columns.delimiter or columns.decimal or any(mark in body for mark in ',;\t"'):
         dialect = _dialect(body, columns, header)
@@ -75,7 +75,7 @@ def read_text(data: bytes, suffix: str, columns: Columns) -> Table:
     if declared is not None and declared != len(array):
         raise BadSample(f"{len(array)} of {declared} declared points are there")
     if not text.endswith("\n") and not _ends_whole(text, dialect):
-        raise BadSample("the last line has no end and its last number may be cut")
+        raise BadSample("the last line has no line break, so its last number may be truncated")
     names = _names(header, columns, array.shape[1])
     if names is not None:
         named_columns = [(name or f"column_{at + 1}", array[:, at]) for at, name in enumerate(names) if name != "-"]
@@ -85,7 +85,7 @@ def read_text(data: bytes, suffix: str, columns: Columns) -> Table:
 
 
 def _decode(data: bytes) -> str:
-    """Return the text with lines that end in \\n: UTF-8 or UTF-16 by its byte order mark, else Latin-1."""
+    """Decode text as UTF-16 by its byte order mark, else UTF-8, else Latin-1; lines end in \\n. Raises BadSample."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         text = data.decode("utf-16", "replace")
     else:
@@ -100,7 +100,7 @@ def _decode(data: bytes) -> str:
 
 
 def _lines(text: str, start: int = 0) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, each with where the next one starts."""
+    """Yield the lines that are not blank, each with the start of the next one."""
     while start < len(text):
         end = text.find("\n", start)
         end = len(text) if end < 0 else end
@@ -111,7 +111,7 @@ def _lines(text: str, start: int = 0) -> Iterator[tuple[int, str]]:
 
 
 def _head(text: str, columns: Columns) -> tuple[list[str], int | None, int]:
-    """Names of the columns ([] for none), number of points if it is declared, and where the numbers start."""
+    """Return the names of the columns ([] for none), the declared number of points or None, and where numbers start."""
     names, declared, start = [], None, 0
     for end, line in _lines(text):
         if line.startswith(("#", "//")):
@@ -122,13 +122,13 @@ def _head(text: str, columns: Columns) -> tuple[list[str], int | None, int]:
         elif found := _split_names(line):
             names = found
         elif not (start == 0 and columns.names and re.match(r"[\"']?(?!nan|inf)[A-Za-z_]", line)):
-            break  # not a line of names that the user's replace
+            break  # not a header line that the user's column names replace
         start = end
     return names, declared, min(start, len(text))
 
 
 def _split_names(line: str) -> list[str]:
-    """The names in a line that names x, y and z, by the mark that separates them; else []."""
+    """Return the names in a line that names x, y and z, split at whatever separates them; else []."""
     for mark in (";", "\t", ",", " ") if len(line) < MAX_NAMES else ():
         if mark in line:
             words = next(csv.reader([line], delimiter=mark)) if mark != " " else line.split()
@@ -140,7 +140,7 @@ def _split_names(line: str) -> list[str]:
 
 
 def _names(header: Sequence[str], columns: Columns, width: int) -> list[str] | None:
-    """The name of each column: the user's, else the header's; None where neither says."""
+    """Return the name of each column from the header; None if the user's names, or none, apply. Raises BadSample."""
     if header and columns.names and len(columns.names) != width:
         there = {plain(name) for name in header} | {meaning(name) for name in header}
         if len(header) == width and all(plain(name) in there for name in columns.names if name != "-"):
@@ -148,7 +148,7 @@ def _names(header: Sequence[str], columns: Columns, width: int) -> list[str] | N
     if columns.names or not header:
         return None
     if len(header) != width:
-        raise BadSample(f"has {width} columns, its header names {len(header)}: name the columns yourself")
+        raise BadSample(f"has {width} columns, but its header names {len(header)}: name the columns yourself")
     return list(header)
 
 
@@ -156,7 +156,7 @@ def _names(header: Sequence[str], columns: Columns, width: int) -> list[str] | N
 
 
 def _dialect(body: str, columns: Columns, header: Sequence[str]) -> Dialect:
-    """The one dialect in which all lines of a sample read alike. Raises BadSample for none, and for several."""
+    """Return the only dialect that fits all lines of a sample; raise BadSample if there is none, or several."""
     lines = _sample(body)
     known = len(header or columns.names)
     left_out = {at for at, name in enumerate(columns.names) if name == "-"}
@@ -194,7 +194,7 @@ def _dialects(columns: Columns, text: str) -> Iterator[Dialect]:
 
 
 def _sample(body: str) -> list[str]:
-    """Lines of the beginning, the middle and the end of a text; all, if it is short. The last one is left out."""
+    """Return lines from the beginning, the middle and the end of a text; all of them if it is short."""
     if len(body) <= 3 * SAMPLE_BYTES:
         lines = body.split("\n")
     else:
@@ -207,7 +207,7 @@ def _sample(body: str) -> list[str]:
 
 
 def _require_plain(lines: Sequence[str]) -> None:
-    """Refuse commas that may separate columns or be within numbers: `2,739,-4,604,-9,181` is 3 numbers or 6."""
+    """Raise BadSample for commas that may separate columns or be part of numbers: `2,739,-4,604,-9,181` is 3 or 6."""
     rows = [line.rstrip(",").split(",") for line in lines]
     pairs = [(row[at].strip(), row[at + 1].strip()) for row in rows for at in range(0, len(row) - 1, 2)]
     whole = len(rows[0]) % 2 == 0 and len(rows[0]) >= 6
@@ -225,13 +225,13 @@ def _require_plain(lines: Sequence[str]) -> None:
             return
         counts.add(len(found))
     if len(counts) == 1 and max(counts) >= 3 and max(counts) < len(rows[0]):
-        raise BadSample(_comma_question(lines[0], len(rows[0]), max(counts), "marks of thousands"))
+        raise BadSample(_comma_question(lines[0], len(rows[0]), max(counts), "thousands separators"))
 
 
 def _comma_question(line: str, many: int, few: int, marks: str) -> str:
     return (
         f"its lines ({line[:60]}) are {many} columns, or {few} with {marks}: "
-        "name its columns (point_columns of the card, --columns) or write another delimiter"
+        "name its columns (point_columns of the card, --columns) or use another delimiter in the file"
     )
 
 
@@ -243,13 +243,13 @@ def _question(lines: Sequence[str], found: Sequence[Dialect]) -> str:
         marks = f", {dialect.thousands!r} for thousands" if dialect.thousands else ""
         ways.append(f"{values} ({dialect.words()}{marks})")
     return (
-        f"its lines ({lines[0][:60]}) read in {len(found)} ways: {' or '.join(ways)}: "
+        f"its lines ({lines[0][:60]}) can be read in {len(found)} ways: {' or '.join(ways)}: "
         "add delimiter= and decimal= to its columns (point_columns of the card, --columns)"
     )
 
 
 def _reason(lines: Sequence[str], columns: Columns, header: Sequence[str]) -> str:
-    """Return why no dialect fits, by the most likely one."""
+    """Return why no dialect fits, judging by the most likely one."""
     text = "".join(lines)
     delimiter = columns.delimiter or next((mark for mark in ";\t," if mark in text), " ")
     dialect = Dialect(delimiter, columns.decimal or ".")
@@ -261,13 +261,13 @@ def _reason(lines: Sequence[str], columns: Columns, header: Sequence[str]) -> st
         for at, word in enumerate(row):
             if at not in left_out and not dialect.fits(word):
                 return (
-                    f"does not read as text: {word[:40]!r} at row {number}, column {at + 1}, is not a number "
-                    f"({dialect.words()}): leave the column out by -, or give other marks by delimiter= and decimal="
+                    f"cannot be read as text: {word[:40]!r} at row {number}, column {at + 1}, is not a number "
+                    f"({dialect.words()}): skip the column with -, or set delimiter= and decimal="
                 )
     if header and len(header) != len(rows[0]):
-        return f"has {len(rows[0])} columns, its header names {len(header)}: name the columns yourself"
+        return f"has {len(rows[0])} columns, but its header names {len(header)}: name the columns yourself"
     if columns.names and len(columns.names) != len(rows[0]):
-        return f"has {len(rows[0])} columns, the card names {len(columns.names)}"
+        return f"has {len(rows[0])} columns, but the card names {len(columns.names)}"
     return f"has {len(rows[0])} columns, not x, y, z and more"
 
 
@@ -275,7 +275,7 @@ def _reason(lines: Sequence[str], columns: Columns, header: Sequence[str]) -> st
 
 
 def _numbers(body: str, dialect: Dialect, columns: Columns) -> tuple[np.ndarray, set[int]]:
-    """The numbers of all lines, float64 `[N, C]`, NaN where one is missing; and the columns that are empty."""
+    """Return the numbers of all lines, float64 `[N, C]` with NaN for missing ones, and the empty columns."""
     left_out = {at for at, name in enumerate(columns.names) if name == "-"}
     if '"' in body:
         return _numbers_by_line(body, dialect, left_out)
@@ -296,13 +296,13 @@ def _numbers(body: str, dialect: Dialect, columns: Columns) -> tuple[np.ndarray,
     try:
         separator = None if mark == " " else mark
         array = np.loadtxt(io.StringIO(text), dtype=np.float64, comments=None, ndmin=2, delimiter=separator)
-    except ValueError:  # words for missing numbers, or lines that are to be named
+    except ValueError:  # words for missing numbers, or an invalid line, which is then reported
         return _numbers_by_line(body, dialect, left_out)
     return array, set() if mark == " " else {int(at) for at in np.flatnonzero(np.isnan(array).all(0))}
 
 
 def _numbers_by_line(body: str, dialect: Dialect, left_out: set[int]) -> tuple[np.ndarray, set[int]]:
-    """As `_numbers`, for what is quoted, or has words among the numbers."""
+    """Like `_numbers`, for text with quotes, or with words among the numbers. Raises BadSample."""
     rows = [dialect.split(line) for line in body.split("\n") if line.strip()]
     if dialect.delimiter != " " and all(row[-1] == "" for row in rows):
         rows = [row[:-1] for row in rows]
@@ -312,7 +312,7 @@ def _numbers_by_line(body: str, dialect: Dialect, left_out: set[int]) -> tuple[n
         for at, word in enumerate(row):
             if at not in left_out and not dialect.fits(word):
                 raise BadSample(
-                    f"does not read as text: {word[:40]!r} at row {number}, column {at + 1}, is not a number"
+                    f"cannot be read as text: {word[:40]!r} at row {number}, column {at + 1}, is not a number"
                 )
     array = np.array(
         [[np.nan if at in left_out else dialect.value(word) for at, word in enumerate(row)] for row in rows]
@@ -321,7 +321,7 @@ def _numbers_by_line(body: str, dialect: Dialect, left_out: set[int]) -> tuple[n
 
 
 def _ends_whole(text: str, dialect: Dialect) -> bool:
-    """Say if the last number has as many digits as those above it: then nothing of it can have been cut off."""
+    """Return whether the last number has as many decimals as those above it, so that it cannot be truncated."""
     ends = [dialect.split(line)[-1] for line in text[-20_000:].split("\n")[-100:] if line.strip()]
     if MISSING.fullmatch(ends[-1]):
         return ends[-1] != ""

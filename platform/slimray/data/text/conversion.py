@@ -1,7 +1,8 @@
-"""From text files to tokens, as `prepare` stores them: the vocabulary of a dataset, then pairs or windows.
+"""Converts text files to tokens as `prepare` stores them: the vocabulary of a dataset, then pairs or windows.
 
-Lines that are no text are yielded as `Bad`, with the number of their line; blank lines of plain text are no lines. What
-a translation network learns from is bounded in length, as published; what it is judged on is not left out, but cut.
+Lines that are not valid text are yielded as `Bad` with their line number; blank lines of plain text are skipped. Pairs
+for training a translation network are limited in length, as published; longer pairs of other splits are cut, not left
+out.
 """
 
 import json
@@ -22,15 +23,15 @@ if TYPE_CHECKING:
     from slimray.data.cards import Card
     from slimray.data.video.decoder import Decoder
 
-COLUMNS = {1: ("1",), 2: ("1", "2")}  # of a .tsv whose card names none
+COLUMNS = {1: ("1",), 2: ("1", "2")}  # of a .tsv file if the card names none
 PARQUET_COLUMNS = {1: ("text",), 2: ("source", "target")}
 AT_ONCE = 1000  # lines encoded in one call
 
 
 def files_of(card: "Card", split: str) -> list[tuple[str, ...]]:
-    """Return the files of a split of texts: alone, or in pairs where the two sides lie in files of their own.
+    """Return the files of a split of texts: single files, or pairs if the two sides are in separate files.
 
-    UserError where a file has no partner.
+    Raises UserError if a file has no partner.
     """
     places = [inside(place, f"{card.name}: splits.{split}") for place in card.places(split)]
     alone: list[tuple[str, ...]] = []
@@ -46,28 +47,26 @@ def files_of(card: "Card", split: str) -> list[tuple[str, ...]]:
 
 
 def found_files(card: "Card", split: str, fs: pafs.FileSystem, folder: str) -> list[tuple[str, ...]]:
-    """Return the files of a split as they are found in a folder of a filesystem: packed by gzip (NAME.gz) or not.
+    """Return the files of a split under the names they have in a folder of a filesystem: gzipped (NAME.gz) or not.
 
-    FileNotFoundError for one that is there in neither form; UserError for one that is there in both.
+    Raises FileNotFoundError for a file that exists in neither form, UserError for one that exists in both.
     """
     return [tuple(_found(card, split, name, fs, folder) for name in names) for names in files_of(card, split)]
 
 
 def _found(card: "Card", split: str, name: str, fs: pafs.FileSystem, folder: str) -> str:
-    """Return the name under which one file of a split is there; errors as in `found_files`."""
+    """Return the name under which one file of a split exists; raises like `found_files`."""
     plain = without_gzip(name)
     there = [one for one in (plain, f"{plain}{GZIP_ENDING}") if storage.exists(fs, storage.join(folder, one))]
     if len(there) > 1:
-        raise UserError(
-            f"{card.name}: splits.{split}: {' and '.join(there)} are both there, which one is it? Move one away"
-        )
+        raise UserError(f"{card.name}: splits.{split}: {' and '.join(there)} both exist: move one of them away")
     if not there:
         raise FileNotFoundError(storage.join(folder, name))
     return there[0]
 
 
 def read_files(card: "Card", root: str, names: Sequence[str]) -> Iterator[Line]:
-    """Yield the lines of a file or a pair of files under `root`; FileNotFoundError for one that is not there."""
+    """Yield the lines of a file or a pair of files under `root`; raise FileNotFoundError for a missing one."""
     fs, folder = storage.open_uri(root)
     paths = [storage.join(folder, name) for name in names]
     data = []
@@ -81,10 +80,10 @@ def read_files(card: "Card", root: str, names: Sequence[str]) -> Iterator[Line]:
 
 
 def learn_vocabulary(card: "Card", root: str, spec: TextSpec) -> str:
-    """Return the text of the vocabulary of split `train`, both sides of it. RunFailed where there is none."""
+    """Return the vocabulary of split `train`, both of its sides, as text; raise RunFailed if it cannot be trained."""
     if TRAIN not in card.splits:
         raise RunFailed(
-            f"{card.name} has no split {TRAIN!r}, on which the tokenizer is trained: name it so in the card"
+            f"{card.name} has no split {TRAIN!r}, on which the tokenizer is trained: name a split so in the card"
         )
 
     def texts() -> Iterator[str]:
@@ -96,16 +95,16 @@ def learn_vocabulary(card: "Card", root: str, spec: TextSpec) -> str:
     try:
         return train_vocabulary(texts(), spec.tokenizer, spec.vocab_size).to_text()
     except FileNotFoundError as error:
-        raise RunFailed(f"{error}: there is no such file: fix data.root or the card") from None
+        raise RunFailed(f"{error}: no such file: fix data.root or the card") from None
 
 
 def _cased(text: str, spec: TextSpec) -> str:
-    """Return a text as it becomes tokens; it is stored as it was written."""
+    """Return a text in the case in which it becomes tokens; the text itself is stored unchanged."""
     return text.lower() if spec.lower else text
 
 
 def convert_text(raw: Raw, row: dict[str, Any], _: "Decoder") -> Iterator[Made | Bad]:
-    """The pairs or the windows of a file, or of a pair of files, and the lines that are left out."""
+    """Yield the pairs or windows of a file, or of a pair of files, and the lines that are left out."""
     assert raw.text is not None
     split, found = row["split"], row["path"]
     listed = next(names for names in files_of(raw.card, split) if without_gzip(names[0]) == without_gzip(found))
@@ -147,9 +146,9 @@ def _pairs(
 def _windows(
     name: str, lines: Iterator[Line], vocabulary: Vocabulary, spec: TextSpec, length: int, reach: int
 ) -> Iterator[Made | Bad]:
-    """Windows of a stream that begins with eos, so that every token of the lines, and their ends, is predicted once.
+    """Yield windows of a stream that begins with eos, so that each token of the lines, and each end, is predicted once.
 
-    Each is stored with the tokens that follow it, `reach` in all.
+    Each window is stored with the tokens that follow it, `reach` in total.
     """
     stream, first = [EOS], 0
 

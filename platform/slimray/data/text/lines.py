@@ -1,8 +1,8 @@
-"""Lines of text files, plain or gzip: one by one with their numbers, and what is wrong with them.
+"""Reads the lines of text files, plain or gzipped, one by one with their numbers and any problems.
 
-A line is bad (it is left out, with its number) if it is not UTF-8, empty, or longer than MAX_LINE_BYTES; a file is
-refused, with a sentence, if it is UTF-16 or its gzip stream is damaged. Only "\\n" ends a line, so that line N is that
-of every tool; "\\r" before it and a byte order mark at the start of a file are not text. No torch, no Ray.
+A line is left out, with its number, if it is not UTF-8, empty, or longer than MAX_LINE_BYTES; a file is refused if it
+is UTF-16 or its gzip stream is damaged. Only "\\n" ends a line, so that line numbers agree with other tools; "\\r"
+before it and a byte order mark at the start of a file are not part of the text. No torch, no Ray.
 """
 
 import gzip
@@ -28,7 +28,7 @@ FORMATS = {".tsv": "tsv", ".parquet": "parquet"}
 
 @dataclass(frozen=True)
 class Line:
-    """A line, or the line of each file of a pair: its number from 1, its texts, and the reason why it is left out."""
+    """A line, or the same line of both files of a pair: its number from 1, its texts, and why it is left out or ""."""
 
     number: int
     texts: tuple[str, ...]
@@ -36,25 +36,25 @@ class Line:
 
 
 def format_of(name: str) -> str:
-    """Return how the file `name` holds its texts: "tsv", "parquet", or "lines"."""
+    """Return the format of the file `name`: "tsv", "parquet", or "lines"."""
     plain = without_gzip(name.lower())
     return next((form for ending, form in FORMATS.items() if plain.endswith(ending)), "lines")
 
 
 def read_lines(name: str, data: bytes) -> Iterator[Line]:
-    """Yield the lines of a file. RunFailed, with file and line, for one that is no text or is cut off."""
+    """Yield the lines of a file; raise RunFailed, with file and line, for one that is not text or is truncated."""
     stream = io.BytesIO(data)
     return lines_of(name, gzip.GzipFile(fileobj=stream) if data[:2] == GZIP else stream)
 
 
 def lines_of(name: str, unpacked: Any) -> Iterator[Line]:
-    """Yield the lines of a binary stream as they come; raises as `read_lines`."""
+    """Yield the lines of a binary stream while it is read; raises like `read_lines`."""
     for number in itertools.count(1):
         try:
             raw = _next_line(unpacked)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            what = "is cut off" if isinstance(error, EOFError) else "is damaged"
-            raise RunFailed(f"{name}: the gzip file {what} behind line {number - 1:,}: copy it again") from None
+            what = "is truncated" if isinstance(error, EOFError) else "is damaged"
+            raise RunFailed(f"{name}: the gzip file {what} after line {number - 1:,}: copy it again") from None
         if not raw:
             return
         if number == 1:
@@ -65,7 +65,7 @@ def lines_of(name: str, unpacked: Any) -> Iterator[Line]:
 
 
 def _next_line(stream: Any) -> bytes:
-    """The next line with its end, its first MAX_LINE_BYTES + 2 bytes at most; what is left of it is passed over."""
+    """Return the next line with its end, at most its first MAX_LINE_BYTES + 2 bytes; the rest of it is skipped."""
     raw = rest = stream.readline(MAX_LINE_BYTES + 2)
     while rest and not rest.endswith(b"\n"):
         rest = stream.readline(1 << 20)
@@ -86,7 +86,7 @@ def _line(number: int, raw: bytes) -> Line:
 
 
 def read_pairs(names: tuple[str, str], data: tuple[bytes, bytes]) -> Iterator[Line]:
-    """Yield the lines of two files side by side. RunFailed, in a sentence, if one has more lines than the other."""
+    """Yield the lines of two files side by side; raise RunFailed if one has more lines than the other."""
     readers = [read_lines(name, one) for name, one in zip(names, data, strict=True)]
     for number in itertools.count(1):
         found = [next(reader, None) for reader in readers]
@@ -96,7 +96,7 @@ def read_pairs(names: tuple[str, str], data: tuple[bytes, bytes]) -> Iterator[Li
         if first is None or second is None:
             counts = [number - 1 + (one is not None) + sum(1 for _ in reader) for one, reader in zip(found, readers)]
             raise RunFailed(
-                f"{names[0]} has {counts[0]:,} lines, {names[1]} has {counts[1]:,}: line N of one must be the "
+                f"{names[0]} has {counts[0]:,} lines, but {names[1]} has {counts[1]:,}, and line N of one must be the "
                 "translation of line N of the other: copy both again"
             )
         reasons = [f"{name}: {one.reason}" for name, one in zip(names, (first, second)) if one.reason]
@@ -104,21 +104,24 @@ def read_pairs(names: tuple[str, str], data: tuple[bytes, bytes]) -> Iterator[Li
 
 
 def read_tsv(name: str, data: bytes, columns: Sequence[str]) -> Iterator[Line]:
-    """Yield `columns` of a file of fields between tabs, by number from 1, or by name if its first line names them."""
+    """Yield `columns` of a tab-separated file, given by number from 1, or by name if its first line names them.
+
+    Raises RunFailed like `read_lines`, and for a missing column.
+    """
     places: list[int] = []
     named = not all(column.isdigit() for column in columns)
     for line in read_lines(name, data):
         fields = [field.strip() for field in line.texts[0].split("\t")]
         if not places:
             if named and line.reason:
-                raise RunFailed(f"{name}: its first line {line.reason}, it must name the columns {', '.join(columns)}")
+                raise RunFailed(f"{name}: its first line {line.reason}, but must name the columns {', '.join(columns)}")
             places = [_column(name, column, fields if named else []) for column in columns]
             if named:
                 continue
         if line.reason:
             yield Line(line.number, ("",) * len(columns), line.reason)
         elif len(fields) <= max(places):
-            yield Line(line.number, ("",) * len(columns), f"has {len(fields)} columns, {max(places) + 1} are needed")
+            yield Line(line.number, ("",) * len(columns), f"has {len(fields)} columns, needs {max(places) + 1}")
         else:
             texts = tuple(fields[place] for place in places)
             yield Line(line.number, texts, "" if all(texts) else EMPTY)
@@ -133,7 +136,7 @@ def _column(name: str, column: str, header: Sequence[str]) -> int:
 
 
 def read_parquet(name: str, data: bytes, columns: Sequence[str]) -> Iterator[Line]:
-    """Yield `columns` of a Parquet file, by name; the number of a line is that of its row, from 1."""
+    """Yield `columns` of a Parquet file, by name; line numbers are those of rows, from 1. Raises RunFailed."""
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
         header = list(file.schema_arrow.names)
@@ -148,14 +151,14 @@ def read_parquet(name: str, data: bytes, columns: Sequence[str]) -> Iterator[Lin
                 yield Line(number, texts, TOO_LONG if long else "" if all(texts) else EMPTY)
     except (pa.ArrowException, OSError) as error:
         raise RunFailed(
-            f"{name}: is no whole Parquet file ({str(error).splitlines()[0][:100]}): copy it again"
+            f"{name}: is not a complete Parquet file ({str(error).splitlines()[0][:100]}): copy it again"
         ) from None
 
 
 def read_texts(names: Sequence[str], data: Sequence[bytes], columns: Sequence[str]) -> Iterator[Line]:
-    """Yield the lines of one file, or of a pair of files, by the endings of their names; `columns` are those of tables.
+    """Yield the lines of one file, or of a pair, in the format given by the extension; `columns` are those of tables.
 
-    RunFailed for files that cannot be read.
+    Raises RunFailed for files that cannot be read.
     """
     form = format_of(names[0])
     if form == "tsv":

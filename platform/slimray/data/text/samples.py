@@ -1,12 +1,12 @@
-"""Samples of text as arrays of tokens, and the shards that `prepare` stores them in.
+"""Samples of text as arrays of tokens, and the shards in which `prepare` stores them.
 
-A pair is int32 `[1, 2, L]`: the source with eos, and what the decoder is given (eos, then the target); its target,
-int64 `[L]`, is the target with eos. A window of plain text is int32 `[1, L + 1]`, of which the last L tokens are the
-target. PAD fills up on the right; L is the length of the longest sample of a block, so that short ones are
-cheap. Shards are Parquet files of some thousand samples, which a process keeps whole once it has read one: a sample
-alone would be a hundred bytes, and a request each. A window of split `train` is stored with the one that follows it,
-because it begins anywhere in it, as a function of (seed, epoch), so that an epoch has each token once; those of other
-splits are read as they were cut, whatever a network was trained on. No torch, no Ray.
+A pair is int32 `[1, 2, L]`: the source with eos, and the input of the decoder (eos, then the target); its target, int64
+`[L]`, is the target with eos. A window of plain text is int32 `[1, L + 1]`, of which the last L tokens are the target.
+Samples are padded with PAD on the right; L is the length of the longest sample of a block, so that short ones are
+cheap. Shards are Parquet files of a few thousand samples, which a process keeps as a whole after reading one, because
+single samples of a hundred bytes would cost a request each. A window of split `train` is stored with the one that
+follows it, because a sample begins anywhere in it, as a function of (seed, epoch), so that an epoch has each token
+once; windows of other splits are read as they were cut. No torch, no Ray.
 """
 
 import functools
@@ -34,20 +34,20 @@ if TYPE_CHECKING:
     from slimray.data.spec import DataSpec
 
 ROWS_PER_SHARD = 8192
-NUM_SHARDS = 64  # kept by a process, some MB each
-TYPICAL = 32  # tokens a side for which MACs of a translation are counted
+NUM_SHARDS = 64  # kept per process, a few MB each
+TYPICAL = 32  # tokens per side for which the MACs of a translation are counted
 SHARD = pa.schema([("path", pa.string()), ("tokens", pa.list_(pa.int32())), ("target", pa.list_(pa.int32())),
                    ("text", pa.string()), ("translation", pa.string())])  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TextRecipe:
-    """Recipe of a sample: `sides` 2 is a pair, 1 a window of `length` tokens; a pair has `length` a side at most.
+    """Recipe of a sample: a pair (`sides` 2) of at most `length` tokens per side, or a window (1) of `length` tokens.
 
-    `tokenizer` is the text of a vocabulary (vocabulary.py) of `vocab_size` tokens, `lower` says that it was trained on
-    lower-case text. `limit` is the length of the longest sample of the dataset, 0 if that is not known. How an answer
-    is searched: `beam`, `length_penalty` and `max_length` of a translation, `max_tokens` of a continuation. Windows of
-    mode "train" begin anywhere and have `length` tokens, others are those of the index.
+    `tokenizer` is the text of a vocabulary (vocabulary.py) of `vocab_size` tokens, `lower` if it was trained on
+    lower-case text. `limit` is the length of the longest sample of the dataset, 0 if unknown. `beam`, `length_penalty`
+    and `max_length` control the search for a translation, `max_tokens` limits a continuation. Windows of mode "train"
+    begin anywhere and have `length` tokens, others are those of the index.
     """
 
     sides: int = 2
@@ -64,17 +64,17 @@ class TextRecipe:
     kind: str = "text"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "TextRecipe":
-        """The recipe of `to_dict`; fields that a task adds are left out."""
+        """Return the recipe that `to_dict` stored, without fields added by a task."""
         return cls(**{key: value for key, value in plain.items() if key in cls.__dataclass_fields__})
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The vocabulary; UserError for a recipe that holds none."""
+        """The vocabulary; raises UserError if the recipe has none."""
         return vocabulary_of(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
@@ -83,7 +83,7 @@ class TextRecipe:
 
 
 def text_recipe(data: "DataSpec", card: "Card", _: int, mode: str) -> dict[str, Any]:
-    """The fields of a recipe out of the `data` section of a job and a card."""
+    """Return the fields of a recipe for the `data` section of a job and a card."""
     given = ("beam", "length_penalty", "max_length", "max_tokens")
     split = data.train if mode == "train" else data.val or data.train
     mode = mode if split == TRAIN else "val"  # windows of other splits are not stored with the next one
@@ -97,19 +97,19 @@ def text_recipe(data: "DataSpec", card: "Card", _: int, mode: str) -> dict[str, 
 
 
 def text_shape(recipe: TextRecipe) -> tuple[int, ...]:
-    """Return the shape of the longest sample, its one view first."""
+    """Return the shape of the longest sample; the first axis is its one view."""
     return (1, 2, recipe.length) if recipe.sides == 2 else (1, recipe.length + 1)
 
 
 def text_input(recipe: TextRecipe) -> tuple[int, ...]:
-    """Return the shape of a typical sample as a network takes it."""
+    """Return the shape of a typical sample as the input of a network."""
     return (2, min(TYPICAL, recipe.length)) if recipe.sides == 2 else (recipe.length + 1,)
 
 
 def pair_arrays(source: np.ndarray, target: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Return a pair of token arrays without eos as a sample int32 `[1, 2, L]` and its target int64 `[L]`.
 
-    Without a target the decoder is given eos alone.
+    Without a target the input of the decoder is eos alone.
     """
     target = np.zeros(0, np.int32) if target is None else target
     length = max(len(source), len(target)) + 1
@@ -121,7 +121,7 @@ def pair_arrays(source: np.ndarray, target: np.ndarray | None) -> tuple[np.ndarr
 
 
 def window_arrays(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return L + 1 tokens in a row as a sample int32 `[1, L + 1]` and its target int64 `[L]`; L is at least 1."""
+    """Return L + 1 consecutive tokens as a sample int32 `[1, L + 1]` and its target int64 `[L]`; L is at least 1."""
     sample = np.full((1, max(2, len(tokens))), PAD, np.int32)
     sample[0, : len(tokens)] = tokens
     return sample, sample[0, 1:].astype(np.int64)
@@ -130,7 +130,7 @@ def window_arrays(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def load_text(
     row: dict[str, Any], root: str, recipe: TextRecipe, key: tuple[int, int, int], _: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A pair or a window of an index row, and its target."""
+    """Return the pair or window of an index row, and its target."""
     fs, path = filesystem(root)
     shard = _shard(Place(join(path, row["shard"]), fs))
     if recipe.sides == 2:
@@ -146,7 +146,7 @@ def load_text(
 
 @dataclass(frozen=True)
 class _Shard:
-    """Tokens of all samples in a row, and where those of each begin."""
+    """The concatenated tokens of all samples, and the start of each sample."""
 
     values: np.ndarray
     starts: np.ndarray
@@ -154,11 +154,11 @@ class _Shard:
     target_starts: np.ndarray
 
     def tokens(self, row: int) -> np.ndarray:
-        """The tokens of a window, or of the source of a pair."""
+        """Return the tokens of a window, or of the source of a pair."""
         return self.values[self.starts[row] : self.starts[row + 1]]
 
     def targets(self, row: int) -> np.ndarray:
-        """The tokens of the target of a pair."""
+        """Return the tokens of the target of a pair."""
         return self.target_values[self.target_starts[row] : self.target_starts[row + 1]]
 
 
@@ -166,7 +166,7 @@ class _Shard:
 def _shard(at: Place) -> _Shard:
     def read() -> pa.Table:
         try:
-            data = objects.read_range(at.fs, at.path)  # whole, with one request
+            data = objects.read_range(at.fs, at.path)  # as a whole, with one request
             return pq.read_table(pa.BufferReader(data), columns=["tokens", "target"])
         except FileNotFoundError:
             raise FileNotFoundError(at.path) from None
@@ -182,9 +182,9 @@ def _shard(at: Place) -> _Shard:
 
 
 def write_text_shard(fs: pafs.FileSystem, path: str, rows: Iterable[dict[str, Any]]) -> list[tuple[int, int]]:
-    """Write rows of `path` and `data` (JSON of the other columns) as a shard, all at once or not at all.
+    """Write rows of `path` and `data` (JSON of the other columns) as a shard, atomically.
 
-    It is read whole: no places of samples are returned.
+    Returns no places of samples, because a shard is read as a whole.
     """
     table = pa.Table.from_pylist([{"path": row["path"], **json.loads(row["data"])} for row in rows], schema=SHARD)
     sink = pa.BufferOutputStream()
@@ -194,10 +194,7 @@ def write_text_shard(fs: pafs.FileSystem, path: str, rows: Iterable[dict[str, An
 
 
 def raw_texts(root: str, rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Return the text and the translation of index rows as they were before they became tokens.
-
-    RunFailed for a shard that is not there.
-    """
+    """Return the original text and translation of index rows; raise RunFailed for a missing or damaged shard."""
     fs, folder = filesystem(root)
     wanted = [(str(row["shard"]), int(row["row"])) for row in rows]
     held: dict[str, pa.Table] = {}
@@ -211,7 +208,7 @@ def raw_texts(root: str, rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, s
 
 
 def index_rows(root: str, split: str, numbers: Sequence[int]) -> list[dict[str, Any]]:
-    """Return rows of the index of a split that `prepare` wrote at `root`; RunFailed where there is none."""
+    """Return rows of the index of a split that `prepare` wrote at `root`; raise RunFailed if missing or damaged."""
     fs, folder = filesystem(root)
     try:
         data = storage.read_bytes(fs, join(folder, f"{split}.parquet"))

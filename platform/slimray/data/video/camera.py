@@ -1,7 +1,7 @@
-"""Frames as they come: of a camera, or of a video at the pace at which it is shown.
+"""Live frames: from a camera, or from a video at its own frame rate.
 
-A frame carries the moment from which on it could be seen, so that whoever computes on it can tell its own delay. A
-reader that is late gets the next frames at once; it never waits for one that is due already.
+A frame carries the time at which it became visible, so that its consumer can measure its own delay. A late consumer
+gets the next frames at once; it never waits for a frame that is already due.
 """
 
 import sys
@@ -16,22 +16,22 @@ import numpy as np
 from slimray.data.samples import MAX_BYTES, BadSample, check_size
 from slimray.data.video.movies import open_video
 
-USUAL_FPS = 30.0  # of files that do not say
+USUAL_FPS = 30.0  # assumed for files that do not declare it
 INPUTS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """A picture uint8 `[H, W, 3]` and when it was there (`time.monotonic`)."""
+    """A picture uint8 `[H, W, 3]` and the time it became visible (`time.monotonic`, seconds)."""
 
     picture: np.ndarray
     seen: float
 
 
 def file_frames(path: Path, loop: bool = False) -> Iterator[Frame]:
-    """Return the frames of a video, each when it is due, again from the start with `loop`.
+    """Return an iterator over the frames of a video, each when it is due, again from the start with `loop`.
 
-    BadSample or OSError at once for a file that is no video, later for one that is damaged.
+    Raises BadSample or OSError at once for a file that is not a video, and during iteration for a damaged one.
     """
     if path.stat().st_size > MAX_BYTES:
         raise BadSample(f"is larger than {MAX_BYTES:,} bytes")
@@ -56,11 +56,11 @@ def file_frames(path: Path, loop: bool = False) -> Iterator[Frame]:
 
 
 def camera_frames(number: int) -> Iterator[Frame]:
-    """Return the frames of camera `number` until it is gone; BadSample if it cannot be opened."""
+    """Return an iterator over the frames of camera `number`; raise BadSample if it cannot be opened."""
     import av
 
     if sys.platform not in INPUTS:
-        raise BadSample(f"cameras are read on {' and '.join(INPUTS)} only: give a video")
+        raise BadSample(f"cameras are supported on {' and '.join(INPUTS)} only: give a video")
     kind, name = INPUTS[sys.platform]
     try:
         container: Any = av.open(name.format(number), format=kind)

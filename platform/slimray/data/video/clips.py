@@ -1,7 +1,7 @@
-"""From a video's frames to a clip: which frames, which crop, mirrored or not. numpy and PIL only.
+"""Turns a video's frames into a clip: choice of frames, crop, mirroring. numpy and PIL only.
 
-`ClipRecipe` is a value that says how; `frame_indices` picks frames (TSN's segments, arXiv 1608.00859; I3D's dense
-window, 1705.07750), `make_clip` crops and resizes. The conventions, odd ones included, are those of TSM (1811.08383),
+`ClipRecipe` is a value that defines the steps; `frame_indices` chooses frames (TSN's segments, arXiv 1608.00859; I3D's
+dense window, 1705.07750), `make_clip` crops and resizes. All conventions, even odd ones, are those of TSM (1811.08383),
 so that published accuracies can be reached. All randomness is a function of the key (seed, epoch, sample).
 """
 
@@ -15,19 +15,19 @@ from PIL import Image
 
 DENSE_WINDOW = 64  # frames that dense sampling spans
 NUM_DENSE_CLIPS = 10
-MAX_SCALED_PIXELS = 64_000_000  # of a picture scaled to its short side: 1 x 60,000 pixels would become gigabytes
+MAX_SCALED_PIXELS = 64_000_000  # limit after scaling to a short side; 1 x 60,000 pixels would become gigabytes
 
 
 @dataclass(frozen=True)
 class ClipRecipe:
     """Preparation of a clip. Sizes are pixels; `resize` is the short side before a centre or test crop, 0 = as is.
 
-    `mode` "train" draws at random, "val" takes segment centres, "test" likewise without the short-video guard;
-    `num_clips` is 1, 2 (centres, then left edges) or 10 (dense); `crops` 1, 3, 5, or 10 (five and their mirrors);
-    `short` says what becomes of a video with fewer frames than are taken: "spread" takes frames all over it, some
-    several times; "published" is TSM's way, by which its first frame is a still (also one with as many frames as
-    segments in mode "val"), and dense sampling goes round. Recipes written before there was a choice are "published".
-    `reader` "pyav" or "decord" decodes (movies.py).
+    `mode` "train" draws at random, "val" takes segment centres, "test" likewise without the guard for short videos;
+    `num_clips` is 1, 2 (centres, then left edges) or 10 (dense); `crops` 1, 3, 5, or 10 (five and their mirrors).
+    `short` defines how videos with fewer frames than are taken are handled: "spread" takes frames from all over the
+    video, some several times; "published" follows TSM, which repeats the first frame as a still (in mode "val" also if
+    there are as many frames as segments) and wraps around in dense sampling. Recipes older than this field are
+    "published". `reader` "pyav" or "decord" decodes (movies.py).
     """
 
     num_segments: int = 8
@@ -48,22 +48,22 @@ class ClipRecipe:
 
     @property
     def num_views(self) -> int:
-        """Clips times crops."""
+        """Number of views: clips times crops."""
         return self.num_clips * self.crops
 
     @property
     def span(self) -> int:
-        """Frames of a video from which on none is taken twice."""
+        """Minimum number of frames of a video for which no frame is taken twice."""
         dense = 1 + (self.num_segments - 1) * (DENSE_WINDOW // self.num_segments)
         return dense if self.sampling == "dense" else self.num_segments
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "ClipRecipe":
-        """The recipe of `to_dict`, lists from JSON included."""
+        """Return the recipe that `to_dict` stored; accepts the lists of JSON."""
         pairs = tuple((int(a), int(b)) for a, b in plain.get("flip_labels", ()))
         return cls(**{**plain, "scales": tuple(plain.get("scales", cls.scales)), "flip_labels": pairs})
 
@@ -103,9 +103,10 @@ def frame_indices(recipe: ClipRecipe, num_frames: int, rng: np.random.RandomStat
 
 
 def spread(num_frames: int, num_segments: int, rng: np.random.RandomState | None = None) -> np.ndarray:
-    """Frames all over a video of fewer than are taken, in order: the middle of each segment, or with `rng` any place.
+    """Return frames from all over a video that has fewer than are taken, in order, int64 `[num_segments]`.
 
-    Segments are shorter than a frame, so that frames are taken several times: int64 `[num_segments]`.
+    Takes the middle of each segment, or with `rng` a random place in it. Segments are shorter than a frame, so some
+    frames are taken several times.
     """
     within = 0.5 if rng is None else rng.random_sample(num_segments)
     places = (np.arange(num_segments) + within) * num_frames / num_segments
@@ -113,7 +114,7 @@ def spread(num_frames: int, num_segments: int, rng: np.random.RandomState | None
 
 
 def uniform_train(num_frames: int, num_segments: int, rng: np.random.RandomState, new_length: int = 1) -> np.ndarray:
-    """Return a random frame of each segment; the first frame throughout for a video shorter than the segments."""
+    """Return a random frame of each segment; only the first frame if there are fewer frames than segments."""
     length = (num_frames - new_length + 1) // num_segments
     if length > 0:
         return np.arange(num_segments) * length + rng.randint(length, size=num_segments)
@@ -121,14 +122,14 @@ def uniform_train(num_frames: int, num_segments: int, rng: np.random.RandomState
 
 
 def uniform_val(num_frames: int, num_segments: int, new_length: int = 1) -> np.ndarray:
-    """Return the centre of each segment; the first frame throughout unless there are more frames than segments."""
+    """Return the centre of each segment; only the first frame unless there are more frames than segments."""
     if num_frames > num_segments + new_length - 1:
         return uniform_test(num_frames, num_segments, new_length=new_length)
     return np.zeros(num_segments, np.int64)
 
 
 def uniform_test(num_frames: int, num_segments: int, twice: bool = False, new_length: int = 1) -> np.ndarray:
-    """Return the centre of each segment, then with `twice` its left edge."""
+    """Return the centre of each segment, with `twice` followed by the left edge of each segment."""
     tick = (num_frames - new_length + 1) / num_segments
     places = np.arange(num_segments)
     centres = (tick / 2 + tick * places).astype(np.int64)
@@ -136,7 +137,7 @@ def uniform_test(num_frames: int, num_segments: int, twice: bool = False, new_le
 
 
 def _dense(recipe: ClipRecipe, num_frames: int, rng: np.random.RandomState) -> np.ndarray:
-    """Every few frames of a window of 64; ten windows for ten clips, else one drawn at random (also to validate)."""
+    """Return evenly spaced frames of a window of 64: ten windows for ten clips, else a random one (also in "val")."""
     steps = np.arange(recipe.num_segments) * (DENSE_WINDOW // recipe.num_segments)
     room = max(1, 1 + num_frames - DENSE_WINDOW)
     if recipe.num_clips == NUM_DENSE_CLIPS:
@@ -152,7 +153,7 @@ def _dense(recipe: ClipRecipe, num_frames: int, rng: np.random.RandomState) -> n
 def crop_pairs(
     width: int, height: int, size: int, scales: Sequence[float], max_distort: int = 1
 ) -> list[tuple[int, int]]:
-    """The (w, h) that a multi-scale crop may take: scales of the short side, snapped to `size` within 3 pixels."""
+    """Return the (w, h) of all multi-scale crops: scales of the short side, snapped to `size` within 3 pixels."""
     base = min(width, height)
     sides = [max(1, int(base * scale)) for scale in scales]
     sides = [size if abs(side - size) < 3 else side for side in sides]
@@ -162,7 +163,7 @@ def crop_pairs(
 
 
 def crop_offsets(width: int, height: int, w: int, h: int) -> list[tuple[int, int]]:
-    """The 13 places (x, y) of a multi-scale crop on a grid of quarters: corners, centre, edge centres, quarters."""
+    """Return the 13 places (x, y) of a multi-scale crop on a grid of quarters: corners, centre, edges, quarters."""
     x, y = (width - w) // 4, (height - h) // 4
     corners = [(0, 0), (4 * x, 0), (0, 4 * y), (4 * x, 4 * y), (2 * x, 2 * y)]
     edges = [(0, 2 * y), (4 * x, 2 * y), (2 * x, 4 * y), (2 * x, 0)]
@@ -192,10 +193,11 @@ def view_crops(width: int, height: int, size: int, crops: int) -> list[tuple[int
 
 
 def make_clip(frames: Sequence[np.ndarray], recipe: ClipRecipe, rng: random.Random) -> tuple[np.ndarray, bool]:
-    """Crop and resize decoded frames: uint8 `[V, T, size, size, 3]`, and whether the clip was mirrored.
+    """Crop and resize decoded frames to uint8 `[V, T, size, size, 3]`; also return whether the clip was mirrored.
 
-    `frames` are the uint8 `[H, W, 3]` pictures of `frame_indices` in its order. One draw serves the whole clip. Views
-    are ordered crop by crop, clips inside (mirrored crops right after their originals), as in the published tests.
+    `frames` are the uint8 `[H, W, 3]` pictures of `frame_indices`, in that order. One draw applies to the whole clip.
+    Views are ordered by crop, then by clip (mirrored crops follow their originals), as in the published tests. Raises
+    ValueError for frames that would become too large.
     """
     height, width = frames[0].shape[:2]
     if recipe.mode == "train":
@@ -216,14 +218,14 @@ def make_clip(frames: Sequence[np.ndarray], recipe: ClipRecipe, rng: random.Rand
 
 
 def _short_side(frame: np.ndarray, recipe: ClipRecipe) -> np.ndarray:
-    """The frame with its short side at `resize`, at least `size`; ValueError for one that would become too large."""
+    """Scale a frame to a short side of `resize`, at least `size`; raise ValueError if it would become too large."""
     height, width = frame.shape[:2]
     short = max(recipe.resize or min(height, width), recipe.size)
     if min(height, width) == short:
         return frame
     w, h = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
     if w * h > MAX_SCALED_PIXELS:
-        raise ValueError(f"is {width} x {height} pixels, too long and narrow for a short side of {short}")
+        raise ValueError(f"is {width} x {height} pixels, too elongated for a short side of {short}")
     return _resized(frame, w, h)
 
 
@@ -234,7 +236,7 @@ def _resized(frame: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def flip_label(label: int, pairs: Sequence[tuple[int, int]]) -> int:
-    """The label of a mirrored clip or image: `pairs` such as "left to right" and "right to left" change places."""
+    """Return the label of a mirrored clip or image; `pairs` ("left to right", "right to left") are exchanged."""
     for a, b in pairs:
         if label in (a, b):
             return b if label == a else a

@@ -1,9 +1,9 @@
-"""Decoding that cannot take a run down: one child process per decoder, killed when a file takes too long.
+"""Decodes videos and pictures in a child process, which is killed if a file takes too long.
 
-ffmpeg can hang in C code that no signal but SIGKILL ends, and can crash the process on odd files. So a `Decoder`
-sends a file's bytes to a child (`python -m slimray.data.video.decoder`) over a socket and gets a small uint8 clip back;
-a timeout or a death costs that one file (`BadSample`), which this decoder then refuses at once. What the child reads
-videos with is in movies.py, what it stores them with in repack.py.
+ffmpeg can hang in C code so that only SIGKILL ends it, and can crash the process on odd files. So a `Decoder` sends a
+file's bytes to a child (`python -m slimray.data.video.decoder`) over a socket and gets a small uint8 clip back; a
+timeout or a crash costs that one file (`BadSample`), which this decoder refuses at once from then on. The child reads
+videos with movies.py and re-encodes them with repack.py.
 """
 
 from dataclasses import asdict
@@ -24,12 +24,12 @@ from slimray.data.video.repack import Pack, Probe, repack, shrink
 
 
 class Decoder(Child):
-    """A decoding child and the patience with it; a context manager."""
+    """A child process that decodes, with a time limit per file; a context manager."""
 
     module, doing = "slimray.data.video.decoder", "decoding"
 
     def clip(self, path: str, data: bytes, recipe: ClipRecipe, key: tuple[int, int, int]) -> tuple[np.ndarray, bool]:
-        """Decode the frames that `recipe` asks for: uint8 `[V, T, size, size, 3]`, and whether it was mirrored.
+        """Decode the clip of `recipe`: uint8 `[V, T, size, size, 3]`, and whether it was mirrored.
 
         `key` is (seed, epoch, sample). Raises BadSample.
         """
@@ -37,7 +37,7 @@ class Decoder(Child):
         return np.frombuffer(body, np.uint8).reshape(header["shape"]), header["flipped"]
 
     def image(self, path: str, data: bytes, recipe: ImageRecipe, key: tuple[int, int, int]) -> tuple[np.ndarray, bool]:
-        """Decode a picture as `recipe` says: uint8 `[V, size, size, channels]`; whether it was mirrored.
+        """Decode a picture for `recipe`: uint8 `[V, size, size, channels]`, and whether it was mirrored.
 
         `key` is (seed, epoch, sample). Raises BadSample.
         """
@@ -45,28 +45,28 @@ class Decoder(Child):
         return np.frombuffer(body, np.uint8).reshape(header["shape"]), header["flipped"]
 
     def picture(self, path: str, data: bytes) -> np.ndarray:
-        """Decode a picture as it is: uint8 `[H, W, 3]`. Raises as `clip`."""
+        """Decode a picture as it is: uint8 `[H, W, 3]`. Raises BadSample."""
         header, body = self._ask(path, {"do": "picture"}, data)
         return np.frombuffer(body, np.uint8).reshape(header["shape"])
 
     def shrink(
         self, path: str, data: bytes, short_side: int | None, quality: int = 90
     ) -> tuple[bytes, Probe, float | None]:
-        """A picture's file as it is, or, if its short side is longer than `short_side`, as a smaller JPEG.
+        """Return a picture's file unchanged or, if its short side is longer than `short_side`, as a smaller JPEG.
 
-        Also what it now holds and, of a smaller one, the PSNR as `repack` has it. Raises BadSample.
+        Also returns its probe and, if it was re-encoded, the PSNR as in `repack`. Raises BadSample.
         """
         header, body = self._ask(path, {"do": "shrink", "short_side": short_side, "quality": quality}, data)
         return bytes(body) or data, Probe(**header["probe"]), header["psnr"]
 
     def probe(self, path: str, data: bytes) -> Probe:
-        """Decode the whole file and say what it holds. Raises BadSample if not every frame decodes."""
+        """Decode the whole file and describe its content. Raises BadSample if not every frame decodes."""
         return Probe(**self._ask(path, {"do": "probe"}, data)[0]["probe"])
 
     def repack(self, path: str, data: bytes, pack: Pack) -> tuple[bytes, Probe, float | None]:
-        """The file re-encoded with every frame kept, what it now holds, and the PSNR in dB against what went in.
+        """Return the file re-encoded with all frames, its probe, and the PSNR in dB against the encoder's input.
 
-        The PSNR is None for frames that are stored without loss. Raises BadSample.
+        The PSNR is None if frames are stored without loss. Raises BadSample.
         """
         header, body = self._ask(path, {"do": "repack", "pack": asdict(pack)}, data)
         return bytes(body), Probe(**header["probe"]), header["psnr"]

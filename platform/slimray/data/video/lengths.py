@@ -1,9 +1,8 @@
-"""Compares what a video file declares about its own length with the bytes that are there, before anything is decoded.
+"""Compares the length a video file declares with the bytes that are there, before anything is decoded.
 
-ffmpeg reads a file that was cut as a shorter one. The containers know better: sizes of boxes (MP4), elements
-(Matroska, WebM), chunks (AVI, WebP), tags (FLV), packets (MPEG-TS), pages (Ogg), blocks (GIF), objects (WMV). A size
-that is left open, as in a live recording, declares nothing. Only headers are looked at; what lies in them is ffmpeg's
-to read.
+ffmpeg reads a truncated file as a shorter one, but containers declare sizes: of boxes (MP4), elements (Matroska, WebM),
+chunks (AVI, WebP), tags (FLV), packets (MPEG-TS), pages (Ogg), blocks (GIF), objects (WMV). A size that is left open,
+as in a live recording, declares nothing. Only headers are read here; their content is left to ffmpeg.
 """
 
 import struct
@@ -41,14 +40,14 @@ def require_whole(data: bytes) -> None:
 
 def _require(end: int, data: bytes) -> None:
     if end > len(data):
-        raise BadSample(f"breaks off: it declares {end:,} bytes or more, {len(data):,} are there")
+        raise BadSample(f"is truncated: it declares {end:,} bytes or more, but {len(data):,} are there")
 
 
 # ---------------------------------------------------------------------------------------------------------- MP4
 
 
 def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start and end of the content of each box; the end as declared, beyond `end` where the file was cut."""
+    """Yield kind, start and declared end of the content of each box; the end exceeds `end` if the file is truncated."""
     while start + 8 <= end:
         size, kind = struct.unpack_from(">I4s", data, start)
         content = start + 8
@@ -57,7 +56,7 @@ def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]
         if size == 0:  # up to the end of the file
             size = end - start
         if size < content - start:
-            return  # not a box: whatever it is, ffmpeg decides
+            return  # not a box: left to ffmpeg
         yield kind, content, start + size
         start += size
 
@@ -66,7 +65,7 @@ def _mp4(data: bytes) -> None:
     boxes = list(_boxes(data, 0, len(data)))
     fragmented = any(kind == b"moof" for kind, _, _ in boxes)
     for kind, start, end in boxes:
-        if fragmented or kind != b"mdat":  # of that the index says how many frames are missing
+        if fragmented or kind != b"mdat":  # for a truncated mdat, missing frames are counted by the index
             _require(end, data)
         if kind == b"moov":
             _sample_sizes(data, start, min(end, len(data)))
@@ -75,7 +74,7 @@ def _mp4(data: bytes) -> None:
 
 
 def _segments(data: bytes, start: int, end: int, after: int) -> None:
-    """A `sidx` box names the sizes of the segments that follow it."""
+    """Check the sizes of the segments that follow a `sidx` box, which lists them."""
     if end - start < 12:
         return
     wide = data[start] == 1
@@ -85,28 +84,28 @@ def _segments(data: bytes, start: int, end: int, after: int) -> None:
     first = struct.unpack_from(">Q" if wide else ">I", data, place - (8 if wide else 4))[0]
     count = struct.unpack_from(">H", data, place + 2)[0]
     sizes = [struct.unpack_from(">I", data, at)[0] for at in range(place + 4, min(end - 3, place + 4 + 12 * count), 12)]
-    if not any(size >> 31 for size in sizes):  # else it names further tables
+    if not any(size >> 31 for size in sizes):  # otherwise it refers to further tables
         _require(after + first + sum(sizes), data)
 
 
 def _sample_sizes(data: bytes, start: int, end: int) -> None:
-    """Raise BadSample for a table of samples that is longer than what is decoded: ffmpeg would allocate it."""
+    """Raise BadSample for a table of too many samples, because ffmpeg would allocate memory for it."""
     for kind, inner, after in _boxes(data, start, end):
         if kind in NESTED:
             _sample_sizes(data, inner, min(after, end))
         elif kind == b"stsz" and inner + 12 <= end:
             size, count = struct.unpack_from(">II", data, inner + 4)
             if size == 0 and count > (min(after, end) - inner) // 4:
-                raise BadSample(f"declares {count:,} samples, its table has room for fewer")
+                raise BadSample(f"declares {count:,} samples, more than fit into its table")
             if size and count > max(MAX_FRAMES, len(data)):
-                raise BadSample(f"declares {count:,} samples, the file holds {len(data):,} bytes")
+                raise BadSample(f"declares {count:,} samples in a file of {len(data):,} bytes")
 
 
 # ----------------------------------------------------------------------------------------------------- Matroska
 
 
 def _element(data: bytes, start: int) -> tuple[int, int, int | None] | None:
-    """Identity, start of the content and its declared size (None: open) of the element at `start`; None at the end."""
+    """Return id, start and declared size (None: open) of the content of the element at `start`; None at the end."""
     if start >= len(data) or not data[start]:
         return None
     width = 9 - data[start].bit_length()
@@ -123,7 +122,7 @@ def _matroska(data: bytes) -> None:
     while found := _element(data, place):
         name, content, size = found
         if not inside and name not in (EBML, SEGMENT):
-            return  # something behind the segment
+            return  # other data after the segment
         if name in (SEGMENT, CLUSTER) and size is None:
             place, inside = content, True
             continue
@@ -169,7 +168,7 @@ def _ogg(data: bytes) -> None:
         _require(max(end, place + 27 + segments), data)
         ended, place = bool(data[place + 5] & 4), end
     if not ended:
-        raise BadSample("breaks off: its last page is missing")
+        raise BadSample("is truncated: its last page is missing")
 
 
 def _gif(data: bytes) -> None:
@@ -186,14 +185,14 @@ def _gif(data: bytes) -> None:
             flags = data[place + 9] if place + 9 < len(data) else 0
             place += 11 + colours(flags)
         elif data[place] == 0:
-            place += 1  # padding, which readers pass over
+            place += 1  # padding, which readers skip
             continue
         else:
-            return  # ffmpeg decides
+            return  # left to ffmpeg
         while place < len(data) and data[place]:
             place += 1 + data[place]
         place += 1
-    raise BadSample("breaks off: its end mark is missing")
+    raise BadSample("is truncated: its end mark is missing")
 
 
 def _asf(data: bytes) -> None:
@@ -201,7 +200,7 @@ def _asf(data: bytes) -> None:
     if place < 0 or place + 92 > len(data):
         return
     size, flags = struct.unpack_from("<Q", data, place + 40)[0], struct.unpack_from("<I", data, place + 88)[0]
-    if not flags & 1:  # else written as a stream
+    if not flags & 1:  # otherwise written as a stream
         _require(size, data)
 
 
@@ -210,5 +209,5 @@ def _transport(data: bytes) -> None:
         first = 4 if size == 192 else 0
         if len(data) > 4 * size and all(data[first + size * n] == 0x47 for n in range(4)):
             if len(data) % size and data[len(data) // size * size + first :][:1] in (b"G", b""):
-                raise BadSample(f"breaks off: {len(data):,} bytes are not a whole number of packets of {size} bytes")
+                raise BadSample(f"is truncated: {len(data):,} bytes are not a whole number of packets of {size} bytes")
             return

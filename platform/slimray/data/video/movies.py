@@ -1,9 +1,9 @@
-"""Videos open for reading: a video file, a ZIP of numbered pictures, a picture; the frame asked for, or nothing.
+"""Reads videos: a video file, a ZIP of numbered pictures, a picture. Returns exactly the requested frame, or none.
 
-PyAV reads videos and finds frames by their timestamps. decord is there for those who ask for it (`data.reader: decord`;
-PyAV then reads what it cannot): decord 0.6 was slower and without a word gave other frames of intact files (open GOPs,
-MPEG-TS, AVI with B-frames) and wrong pixels of damaged ones. Damage that ffmpeg does not notice (rare in H.264, common
-in HEVC and VP9) stays unnoticed.
+PyAV reads videos and finds frames by their timestamps. decord is optional (`data.reader: decord`; PyAV then reads the
+files it cannot): decord 0.6 was slower, and silently returned other frames of intact files (open GOPs, MPEG-TS, AVI
+with B-frames) and wrong pixels of damaged ones. Damage that ffmpeg does not notice (rare in H.264, common in HEVC and
+VP9) is not detected.
 """
 
 import io
@@ -32,7 +32,7 @@ from slimray.data.samples import MAX_BYTES, MAX_FRAMES, MAX_PIXELS, BadSample, c
 from slimray.data.video.lengths import require_whole
 
 DISPLAY_MATRIX = SideData.DISPLAYMATRIX
-DROPPABLE = ("h264", "mpeg4", "mpeg2video", "mpeg1video", "vp9")  # their non-reference frames serve no other frame
+DROPPABLE = ("h264", "mpeg4", "mpeg2video", "mpeg1video", "vp9")  # no frame depends on their non-reference frames
 
 
 class Video(ABC):
@@ -46,14 +46,14 @@ class Video(ABC):
 
     @abstractmethod
     def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """The uint8 `[H, W, 3]` pictures of ascending `indices`, each once. BadSample when one does not decode."""
+        """Return the uint8 `[H, W, 3]` pictures at ascending, distinct `indices`; raise BadSample if one is damaged."""
 
     def walk(self) -> Iterator[np.ndarray]:
-        """All pictures in order. BadSample at the first that does not decode."""
+        """Yield all pictures in order; raise BadSample at the first that does not decode."""
         return (self.frames([i])[0] for i in range(self.num_frames))
 
     def check(self) -> tuple[int, int]:
-        """Decode everything; the width and height of a picture. BadSample as in `walk`."""
+        """Decode everything and return the width and height of a picture; raise BadSample like `walk`."""
         sizes = [picture.shape[1::-1] for picture in self.walk()]
         return sizes[-1]
 
@@ -62,7 +62,7 @@ class Video(ABC):
 def open_video(data: bytes, reader: str = "pyav") -> Iterator[Video]:
     """Open a video, a picture, or a ZIP of numbered pictures. Errors of ffmpeg become BadSample, also in the block.
 
-    `reader` "decord" reads a video with decord, as far as decord opens it.
+    With `reader` "decord", a video is read by decord if that can open it.
     """
     told, _ = av_logging.get_last_error()
     require_whole(data)
@@ -82,17 +82,17 @@ def open_video(data: bytes, reader: str = "pyav") -> Iterator[Video]:
 
 
 class _Movie(Video):
-    """A video file. Its packets are read once, then decoded from the key frame before each frame that is wanted."""
+    """A video file. Its packets are read once, then decoded from the last key frame before each requested frame."""
 
     def __init__(self, data: bytes):
         limits = {"max_pixels": str(MAX_PIXELS)}
-        options = {**limits, "protocol_whitelist": "none"}  # a playlist opens no other file
+        options = {**limits, "protocol_whitelist": "none"}  # a playlist must not open other files
         with av.open(io.BytesIO(data), options=options, metadata_errors="replace") as container:
             stream = _best_stream(container)
             self.context, self.codec = stream.codec_context, stream.codec_context.codec.canonical_name
             self.width, self.height = self.context.width, self.context.height
             if not self.width * self.height:
-                raise BadSample("declares no size, or one that is larger than what is decoded")
+                raise BadSample("declares no size, or one that is too large to decode")
             check_size(self.width, self.height, 1)
             self.context.thread_count, self.context.options = 1, limits
             self.fps, self.tick = float(stream.average_rate or 0), stream.time_base
@@ -104,7 +104,7 @@ class _Movie(Video):
             self._number_packets()
         shown = [(p.pts, n) for n, p in enumerate(self.packets) if p.pts is not None and not self._is_hidden(p)]
         self.keys = [(p.pts, n) for n, p in enumerate(self.packets) if p.is_keyframe and p.pts is not None]
-        first = self.packets[0]  # what is shown before the first key frame needs what lies before the file
+        first = self.packets[0]  # frames shown before the first key frame depend on data before the file
         start = first.pts if first.is_keyframe and first.pts is not None else -float("inf")
         self.place = {pts: n for pts, n in shown if pts >= start}
         if not self.place:
@@ -119,7 +119,7 @@ class _Movie(Video):
         found: dict[int, np.ndarray] = {}
         for start, group in itertools.groupby(wanted, self._start_of):
             self._pick(start, set(group), found, drop=self.codec in DROPPABLE)
-        if len(found) < len(wanted):  # damage, or a frame that needs more than its key frame: the whole way decides
+        if len(found) < len(wanted):  # damage, or a frame that needs more than its key frame: decode from the start
             self._pick(0, set(wanted), found, drop=False)
         for index, pts in zip(indices, wanted, strict=True):
             if pts not in found:
@@ -136,12 +136,12 @@ class _Movie(Video):
         return (self.height, self.width) if exchanged else (self.width, self.height)
 
     def _start_of(self, pts: int) -> int:
-        """Return the packet of the last key frame that is not shown after `pts`."""
+        """Return the number of the packet of the last key frame that is not shown after `pts`."""
         number = bisect_right(self.keys, (pts, len(self.packets)))
         return self.keys[number - 1][1] if number else 0
 
     def _pick(self, start: int, wanted: set[int], found: dict[int, np.ndarray], drop: bool) -> None:
-        """Add the `wanted` frames to `found`, decoding from packet `start`; none that decodes after a damaged one."""
+        """Add the `wanted` frames to `found`, decoding from packet `start`, except those after a damaged frame."""
         end = max(self.place[pts] for pts in wanted) + 1
         taken, intact = {}, end
         with suppress(FFmpegError):
@@ -153,7 +153,7 @@ class _Movie(Video):
         found.update({pts: picture for pts, picture in taken.items() if self.place[pts] < intact})
 
     def _shown(self) -> Iterator[av.VideoFrame]:
-        """All frames in order; BadSample at the first that is missing or damaged."""
+        """Yield all frames in order; raise BadSample at the first that is missing or damaged."""
         count = 0
         with suppress(FFmpegError):
             for frame in self._decode(0, len(self.packets)):
@@ -167,7 +167,7 @@ class _Movie(Video):
             raise self._missing(count)
 
     def _decode(self, start: int, end: int, wanted: Collection[int] | None = None) -> Iterator[Any]:
-        """The frames of packets `start` to `end`; with `wanted`, others that serve no other frame are left out."""
+        """Yield the frames of packets `start` to `end`; with `wanted`, skip others that no frame depends on."""
         self.context.flush_buffers()
         for packet in itertools.chain(self.packets[start:end], [None]):
             drop = packet is not None and wanted is not None and packet.pts not in wanted
@@ -175,23 +175,23 @@ class _Movie(Video):
             yield from self.context.decode(packet)
 
     def _number_packets(self) -> None:
-        """Give the packets of a file without usable timestamps the rank at which their frames come out."""
+        """Number the packets of a file without usable timestamps by the order in which their frames are decoded."""
         for number, packet in enumerate(self.packets):
             packet.pts = number
         came = [frame.pts for frame in self._decode(0, len(self.packets))]
         ranks = {number: rank for rank, number in enumerate(came)}
         if len(ranks) < len(came) or not came:
-            raise BadSample("holds frames that cannot be told apart" if came else "holds no frames")
+            raise BadSample("holds frames that cannot be distinguished" if came else "holds no frames")
         for number, packet in enumerate(self.packets):
             packet.pts = ranks.get(number)
         self.tick = 1 / Fraction(self.fps or 25).limit_denominator(100_000)
 
     def _is_hidden(self, packet: av.Packet) -> bool:
-        """Return whether the frame of a packet only serves others: cut off by an edit list, or marked so in VP8."""
+        """Return whether a packet's frame is not shown: cut off by an edit list, or marked as hidden in VP8."""
         return packet.is_discard or (self.codec == "vp8" and not bytes(packet)[0] & 16)
 
     def _picture(self, frame: av.VideoFrame) -> np.ndarray:
-        """The pixels, turned and mirrored as the file asks, and scaled if the frames of the file change their size."""
+        """Return the pixels, rotated and mirrored as the file specifies, and scaled if frames vary in size."""
         image = self.reformatter.reformat(frame, self.width, self.height, "rgb24", threads=1).to_ndarray()
         exchanged, mirrored, overturned = _display(frame)
         image = image.transpose(1, 0, 2) if exchanged else image
@@ -203,7 +203,7 @@ class _Movie(Video):
 
 
 def _best_stream(container: Any) -> Any:
-    """Return the video of a file that has most to show; BadSample where there is none, or a cover picture only."""
+    """Return the best video stream of a file; raise BadSample if there is none, or only a cover picture."""
     covers = [stream for stream in container.streams.video if stream.disposition & Disposition.attached_pic]
     best = container.streams.best("video")
     if best in covers:
@@ -215,26 +215,26 @@ def _best_stream(container: Any) -> Any:
 
 
 def _read_packets(container: Any, stream: Any) -> list[av.Packet]:
-    """Return the packets of a stream in decoding order, from the first key frame on."""
+    """Return the packets of a stream in decoding order, from the first key frame on; raise BadSample if one is lost."""
     packets = [packet for packet in itertools.islice(container.demux(stream), MAX_FRAMES + 1) if packet.size]
     kind = container.format.name
     declared = sum(entry.size > 0 for entry in stream.index_entries) if kind.startswith("mov") else len(packets)
     broken = [number for number, packet in enumerate(packets) if packet.is_corrupt]
     if kind == "mpegts" and broken and all(_is_joint(packets, number) for number in broken):
-        broken = [] if _decodes_quietly(packets, stream.codec_context) else broken  # where streams were joined
+        broken = [] if _decodes_quietly(packets, stream.codec_context) else broken  # joined streams are not damage
     whole = len(packets) - len(broken)
     if whole < max(declared, len(packets), 1):
-        raise BadSample(f"breaks off: {whole} of {declared} frames are there" if declared else "holds no frames")
+        raise BadSample(f"is truncated: {whole} of {declared} frames are there" if declared else "holds no frames")
     if len(packets) > MAX_FRAMES:
         raise BadSample(f"holds more than {MAX_FRAMES:,} frames")
     return packets[next((n for n, packet in enumerate(packets) if packet.is_keyframe), 0) :]
 
 
 def _is_joint(packets: Sequence[av.Packet], number: int) -> bool:
-    """Return whether transport streams may have been joined near a packet, which is why they are not numbered on.
+    """Return whether transport streams may have been joined near a packet, which explains a gap in the numbering.
 
-    The new one begins with a key frame, its time goes on evenly, restarts, or jumps by seconds. A shorter gap is a
-    frame that was lost.
+    A joined stream begins with a key frame, and its time continues evenly, restarts, or jumps by seconds. A shorter gap
+    means that a frame was lost.
     """
     near = range(max(1, number - 1), min(len(packets), number + 4))
     times: list[Any] = [packet.dts for packet in packets]
@@ -248,7 +248,7 @@ def _is_joint(packets: Sequence[av.Packet], number: int) -> bool:
 
 
 def _decodes_quietly(packets: Sequence[av.Packet], context: Any) -> bool:
-    """Return whether a frame comes of every packet, and the decoder has no complaint."""
+    """Return whether every packet decodes to a frame without any message of the decoder."""
     level = av_logging.get_level()
     av_logging.set_level(av_logging.ERROR)
     try:
@@ -262,10 +262,10 @@ def _decodes_quietly(packets: Sequence[av.Packet], context: Any) -> bool:
 
 
 def _display(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-    """Return what makes a picture upright: exchange its axes, then mirror left and right, then top and bottom.
+    """Return which steps make a picture upright: exchange axes, then mirror horizontally, then vertically.
 
-    From the display matrix, by which (x, y) is shown at (a x + c y, b x + d y). One that is not made of quarter turns
-    and mirrors, but for its scale, changes nothing.
+    They follow from the display matrix, which shows (x, y) at (a x + c y, b x + d y). A matrix that, apart from its
+    scale, is not made of rotations by 90 degrees and mirrors is ignored.
     """
     side_data: Any = frame.side_data
     found = side_data.get(DISPLAY_MATRIX)
@@ -280,7 +280,7 @@ def _display(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 
 
 class _Decord(Video):
-    """A video file as decord sees it; fps and codec are not asked for."""
+    """A video file read by decord; fps and codec are not provided."""
 
     fps, codec = 0.0, ""
 
@@ -290,26 +290,26 @@ class _Decord(Video):
     def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
         try:
             return list(self.reader.get_batch(list(indices)).asnumpy())
-        except Exception as error:  # noqa: BLE001  (DECORDError is no common class)
+        except Exception as error:  # noqa: BLE001  (decord raises several unrelated classes)
             raise BadSample(f"decord does not decode it ({str(error).splitlines()[0][-120:]})") from None
 
 
 def _decord(data: bytes) -> _Decord | None:
-    """The video opened by decord, None where decord cannot (AV1, GIF, no decord on this platform)."""
+    """Open a video with decord; return None if that fails (AV1, GIF, no decord on this platform)."""
     try:
         import decord
 
         decord.logging.set_level(decord.logging.QUIET)
         reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
         height, width = reader[0].shape[:2]
-    except Exception:  # noqa: BLE001  (whatever it is: PyAV reads the file, and has the last word)
+    except Exception:  # noqa: BLE001  (PyAV reads the file instead, and reports any error)
         return None
     check_size(width, height, 1)
     return _Decord(reader) if len(reader) else None
 
 
 class _Pictures(Video):
-    """A ZIP of pictures named by number; frames that were left out are missing, not shifted."""
+    """A ZIP of pictures named by number; frames that were left out are missing, they do not shift others."""
 
     codec = "jpeg"
 
@@ -321,9 +321,9 @@ class _Pictures(Video):
             self.names = {int(Path(file.filename).stem): file.filename for file in files}
             self.num_frames, self.fps = int(notes.get("frames", len(files))), float(notes.get("fps", 0))
         except ValueError:
-            raise BadSample("is a ZIP of something else than numbered pictures") from None
+            raise BadSample("is a ZIP that does not hold numbered pictures") from None
         if not 0 < self.num_frames <= MAX_FRAMES or sum(file.file_size for file in files) > MAX_BYTES:
-            raise BadSample(f"declares {self.num_frames} pictures, more or larger ones than are decoded")
+            raise BadSample(f"declares {self.num_frames} pictures: none, too many or too large to decode")
         self.ticks, self.tick = range(self.num_frames), 1 / Fraction(self.fps or 25).limit_denominator(100_000)
 
     def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
@@ -346,7 +346,7 @@ class _Still(Video):
 
 
 class _Animation(Video):
-    """A PNG or WebP, moving or not, its frames shown for as long as the first one."""
+    """A PNG or WebP file, animated or not; all frames get the duration of the first."""
 
     codec = "image"
 

@@ -1,10 +1,10 @@
-"""A generated video dataset whose classes are motions: nothing in the frames tells them, only the order of the frames.
+"""A generated video dataset whose classes are motions, which only the order of the frames reveals.
 
-A textured shape circles round the frame (what leaves on one side comes back on the other), once or three times a clip,
-to the right or to the left, from a random place with random shape and colours. A single frame is equally likely under
-every class. So is a whole *set* of frames: 1 and 3 have no factor in common with 4, 8 or 16, so that as many evenly
-spaced frames show the same places whatever the class, in another order. Hence a network that does not use order stays
-at chance, 25 %, and one that does falls there when the frames are shuffled.
+A textured shape moves across the frame and wraps around, once or three times per clip, to the right or to the left,
+from a random place, with random shape and colours. A single frame is equally likely in every class. So is a whole *set*
+of frames: 1 and 3 have no common factor with 4, 8 or 16, so that this many evenly spaced frames show the same places in
+every class, only in a different order. Hence a network that ignores the order stays at chance, 25 %, and one that uses
+it drops to chance when the frames are shuffled.
 """
 
 import io
@@ -13,12 +13,12 @@ import av
 import numpy as np
 
 CLASSES = ("slow_right", "fast_right", "fast_left", "slow_left")
-ROUNDS = (1, 3, -3, -1)  # times round the frame in one clip
+ROUNDS = (1, 3, -3, -1)  # rounds across the frame per clip
 FPS = 12
 
 
 def make_clip(number: int, seed: int, size: int = 64, num_frames: int = 16) -> tuple[np.ndarray, int]:
-    """Clip `number` of the dataset `seed`: uint8 `[num_frames, size, size, 3]` and its class, an index of CLASSES.
+    """Return clip `number` of the dataset `seed`: uint8 `[num_frames, size, size, 3]` and its class, index of CLASSES.
 
     Labels are balanced: the class is `number` modulo 4.
     """
@@ -36,13 +36,13 @@ def make_clip(number: int, seed: int, size: int = 64, num_frames: int = 16) -> t
 
 
 def _texture(rng: np.random.Generator, size: int, low: int, high: int) -> np.ndarray:
-    """Coarse coloured noise, uint8 `[size, size, 3]`."""
+    """Return coarse coloured noise, uint8 `[size, size, 3]`."""
     coarse = rng.integers(low, high, (8, 8, 3))
     return np.kron(coarse, np.ones((-(-size // 8), -(-size // 8), 1)))[:size, :size].astype(np.uint8)
 
 
 def _sprite(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A disc, square or diamond in the upper left corner: picture uint8 `[size, size, 3]`, mask bool `[size, size]`."""
+    """Draw a disc, square or diamond in the upper left corner: picture uint8 `[size, size, 3]`, mask `[size, size]`."""
     radius = int(rng.integers(size // 8, size // 5))
     y, x = np.mgrid[:size, :size] - radius
     kind = rng.integers(3)
@@ -53,7 +53,7 @@ def _sprite(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray
 
 
 def encode_h264(frames: np.ndarray, fps: int = FPS, gop: int = 12, crf: int = 18) -> bytes:
-    """uint8 `[T, H, W, 3]` (even sides) as an H.264 mp4 file; the same frames give the same bytes."""
+    """Encode uint8 `[T, H, W, 3]` (even sides) as an H.264 mp4 file; the same frames give the same bytes."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         options = {"crf": str(crf), "g": str(gop), "bf": "0", "rc-lookahead": "0", "threads": "1"}  # as in decoder.py

@@ -1,4 +1,4 @@
-"""Videos and pictures made smaller for training, every frame kept: short-GOP H.264, JPEG frames, smaller JPEGs."""
+"""Makes videos and pictures smaller for training, keeping every frame: short-GOP H.264, JPEG frames, smaller JPEGs."""
 
 import io
 from collections import deque
@@ -17,7 +17,7 @@ from slimray.data.video.movies import Video, open_video
 
 @dataclass(frozen=True)
 class Probe:
-    """Contents of a file as decoded: frames that decode, frames per second (0 unknown), size in pixels, codec."""
+    """Content of a decoded file: number of frames, frames per second (0 if unknown), size in pixels, codec."""
 
     frames: int
     fps: float
@@ -28,7 +28,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Pack:
-    """Storage of a clip for training: "h264" (gop, crf) or "jpeg" (quality); `short_side` None keeps the size."""
+    """Format of a clip for training: "h264" (gop, crf) or "jpeg" (quality); `short_side` None keeps the size."""
 
     format: str = "h264"
     short_side: int | None = 256
@@ -38,7 +38,7 @@ class Pack:
 
 
 class _Loss:
-    """Loss by encoding so far, over all pixels; it holds no pictures, videos may be long."""
+    """Accumulates the loss by encoding over all pixels, without holding pictures, as videos may be long."""
 
     def __init__(self) -> None:
         self.squares, self.values, self.frames = 0.0, 0, 0
@@ -50,12 +50,15 @@ class _Loss:
 
     @property
     def psnr(self) -> float | None:
-        """In dB; None if nothing was lost."""
+        """PSNR in dB; None if nothing was lost."""
         return None if self.squares == 0 else 10 * float(np.log10(255**2 * self.values / self.squares))
 
 
 def repack(video: Video, pack: Pack) -> tuple[dict[str, Any], bytes]:
-    """Re-encode every frame; PSNR is over all pixels, against the resized frames that went into the encoder."""
+    """Re-encode every frame; PSNR is over all pixels, against the resized frames given to the encoder.
+
+    Returns the answer of `Decoder.repack`; raises BadSample if frames were lost.
+    """
     loss = _Loss()
     encoded = (_encode_jpeg if pack.format == "jpeg" else _encode_h264)(video, pack, loss)
     with open_video(encoded) as again:
@@ -66,7 +69,10 @@ def repack(video: Video, pack: Pack) -> tuple[dict[str, Any], bytes]:
 
 
 def _small(frame: np.ndarray, short_side: int | None, step: int) -> np.ndarray:
-    """The frame with its short side at most `short_side`, both sides multiples of `step`: cut, if it keeps its size."""
+    """Return the frame with a short side of at most `short_side` and both sides multiples of `step`.
+
+    A frame that is not scaled is cropped to multiples.
+    """
     height, width = frame.shape[:2]
     scale = 1.0 if short_side is None else min(1.0, short_side / min(height, width))
     if scale == 1 and min(height, width) >= step:
@@ -76,7 +82,7 @@ def _small(frame: np.ndarray, short_side: int | None, step: int) -> np.ndarray:
 
 
 def shrink(picture: np.ndarray, short_side: int | None, quality: int) -> tuple[dict[str, Any], bytes]:
-    """The answer of `Decoder.shrink`; no bytes if the file stays as it is."""
+    """Return the answer of `Decoder.shrink`; no bytes if the file stays unchanged."""
     small, encoded, loss = _small(picture, short_side, step=1), b"", _Loss()
     if small.shape != picture.shape:
         buffer = io.BytesIO()
@@ -88,7 +94,7 @@ def shrink(picture: np.ndarray, short_side: int | None, quality: int) -> tuple[d
 
 
 def _encode_h264(video: Video, pack: Pack, loss: _Loss) -> bytes:
-    """An mp4 file with the timestamps of `video`. No lookahead: x264's makes the bytes differ from run to run."""
+    """Encode an mp4 file with the timestamps of `video`, without lookahead, which makes x264's bytes vary by run."""
     buffer, waiting = io.BytesIO(), deque[np.ndarray]()
     back: Any = av.CodecContext.create("h264", "r")
     with av.open(buffer, "w", format="mp4") as container:
@@ -120,7 +126,7 @@ def _encode_h264(video: Video, pack: Pack, loss: _Loss) -> bytes:
 
 
 def _encode_jpeg(video: Video, pack: Pack, loss: _Loss) -> bytes:
-    """A ZIP of JPEG pictures."""
+    """Encode a ZIP of JPEG pictures."""
     encoded = {}
     for number, picture in enumerate(video.walk()):
         small, buffer = _small(picture, pack.short_side, step=1), io.BytesIO()
