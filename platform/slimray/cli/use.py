@@ -263,8 +263,8 @@ def profile(
     resolutions. The same command resumes an interrupted table. A single thread is timed by its processor time.
     With --device the operators are sent as ONNX files to an agent, whose token is in SLIMRAY_AGENT_TOKEN; an export, or
     a run that has one, is timed there as a whole. Needs no Ray.
-    With --calibrate 20 or more it prints the errors on unseen subnets of the table, of a network and least squares on
-    features of the subnets, and of a line over MACs.
+    With --calibrate 20 or more it also prints how large the errors on unseen subnets are for the table, for a network
+    and least squares on features of the subnets, and for a line over MACs.
     In a job: `targets: [{name: here, hardware: TABLE.json, limits: {latency_ms: 12}}]`.
     """
     from slimray import models
