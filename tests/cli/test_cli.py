@@ -373,7 +373,7 @@ def test_check_opens_the_weights_that_a_training_starts_from(shell):
     tensors["base_model.bn1.weight"][0] = float("nan")
     safetensors.torch.save_file(tensors, "nan.safetensors")
     for name, said in (
-        ("cut.pth", "is not a checkpoint that can be read safely, or is cut short"),
+        ("cut.pth", "is not a checkpoint that can be read safely, or is truncated"),
         ("less.safetensors", "3 weights of this network are not in the file, which has others like them ("),
         ("nan.safetensors", "base_model.bn1.weight holds 1 values that are not finite numbers"),
     ):

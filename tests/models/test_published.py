@@ -340,7 +340,7 @@ def test_complex_whole_and_quantized_weights_are_refused():
     trained = small("tsm_resnet18").state_dict()
     for value, said in (
         (torch.complex(trained["new_fc.bias"], trained["new_fc.bias"]), "new_fc.bias holds complex numbers"),
-        (trained["new_fc.bias"].to(torch.int8), r"new_fc.bias holds whole numbers \(int8\), as quantized weights do"),
+        (trained["new_fc.bias"].to(torch.int8), r"new_fc.bias holds integers \(int8\), as quantized weights do"),
     ):
         with pytest.raises(UserError, match=said):
             published.load(small("tsm_resnet18"), trained | {"new_fc.bias": value})
@@ -522,7 +522,7 @@ def test_a_file_cut_short_is_one_sentence(format_name, tmp_path):
     data = (tmp_path / "whole.pth").read_bytes()
     for size in (5, 100, len(data) // 3, len(data) * 9 // 10, len(data) - 1):
         (tmp_path / "cut.pth").write_bytes(data[:size])
-        assert "cut short: fetch it again" in one_sentence(tmp_path / "cut.pth")
+        assert "truncated: fetch it again" in one_sentence(tmp_path / "cut.pth")
 
 
 @pytest.mark.parametrize(
@@ -548,7 +548,7 @@ def test_a_missing_file_and_a_file_without_tensors_are_one_sentence(tmp_path):
 def test_files_that_claim_more_than_they_hold_are_refused(tmp_path):
     path = tmp_path / "bomb.pth"
     torch.save({"a": torch.ones(1).expand(1_000_000), "b": torch.ones(1)}, path)
-    assert "a claims more values than the file holds" in one_sentence(path)
+    assert "a declares more values than the file holds" in one_sentence(path)
 
     torch.save({"a": torch.zeros(1_000_000), "args": argparse.Namespace()}, path)
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(tmp_path / "deflated", "w", zipfile.ZIP_DEFLATED) as out:

@@ -256,7 +256,7 @@ def test_options_change_what_they_say():
 
 def test_a_clip_of_another_length_is_refused():
     net = small("tsm_resnet18")
-    with pytest.raises(ValueError, match="12 frames, the network takes 6"):
+    with pytest.raises(ValueError, match="12 frames, but the network takes 6"):
         net(torch.randn(1, 12, 3, 32, 32))
 
 

@@ -1,11 +1,11 @@
-"""The networks: `MODELS`, a table one can read, and `build`, which makes a network from a row and its options.
+"""The networks: the table `MODELS`, and `build`, which makes a network from a row and its options.
 
 A new model is one file and one row. Video networks take `[B, T, C, H, W]` and have `num_segments` (T), image networks
 take `[B, C, H, W]`; both return `[B, num_classes]` and have `head_name` (prefix of the last linear layer) and
-`first_conv_name`, by which optimisers group. Point networks are the rows of points/table.py. Networks of `text` take
-tokens: pairs `[B, 2, L]`, of which they give logits `[B, L, vocab_size]`, or streams `[B, L + 1]` with
-log-probabilities of the last L tokens `[B, L]`. The `ofa_` and `hat_` rows are supernets (supernet.py, ofa_pvcnn.py,
-hat.py): one network with a `space` of archs, each of which it runs and extracts.
+`first_conv_name`, which optimizers use to form groups. Point networks are the rows of points/table.py. Networks of
+`text` take tokens: pairs `[B, 2, L]` to logits `[B, L, vocab_size]`, or streams `[B, L + 1]` to log-probabilities of
+the last L tokens `[B, L]`. The `ofa_` and `hat_` rows are supernets (supernet.py, ofa_pvcnn.py, hat.py): one network
+with a `space` of archs, any of which it can run and extract.
 """
 
 import inspect
@@ -39,9 +39,9 @@ from slimray.spec import UserError, did_you_mean, lookup
 
 @dataclass(frozen=True)
 class Model:
-    """A row of MODELS: how to build it, what it takes, what it is. `defaults` are the options that differ by row.
+    """A row of MODELS: its builder, description and input. `defaults` are the options that differ by row.
 
-    A `supernet` has a `space` of archs; with the option `arch` the row gives that subnet.
+    A `supernet` has a `space` of archs; with the option `arch` the row builds that subnet.
     """
 
     make: Callable[..., nn.Module]
@@ -50,9 +50,9 @@ class Model:
     defaults: dict[str, Any] = field(default_factory=dict)
     supernet: bool = False
     sides: int = 0
-    """Texts of a sample: 1 of a stream, 2 of a pair; 0 where samples are no texts."""
+    """Texts per sample: 1 for a stream, 2 for a pair, 0 if samples are not texts."""
     profiled: Mapping[str, Any] | None = None
-    """Options with which the operators of a supernet are measured; None where only a dataset says what it takes."""
+    """Options for measuring the operators of a supernet; None if its input depends on the dataset."""
 
 
 def _video_net(
@@ -71,7 +71,7 @@ def _video_net(
     temporal_pool: bool = False,
     zero_gamma: bool = False,
 ) -> nn.Module:
-    """A 2D backbone over frames; the keyword arguments are the options a user may give."""
+    """Build a 2D backbone over frames; the keyword arguments are the options a user may set."""
     if place not in ("blockres", "block"):
         raise UserError(f"place: must be blockres or block (got {place!r})")
     if backbone is MobileNetV2 and (temporal_pool or place == "block"):
@@ -121,12 +121,12 @@ MODELS: dict[str, Model] = {
 
 MODELS |= {
     "mobilenetv3_large": Model(mobilenetv3_large, "MobileNetV3-Large for images", "image"),
-    "proxyless_mobile": Model(partial(proxyless_net, "mobile"), "what ProxylessNAS found for phones", "image"),
-    "proxyless_cpu": Model(partial(proxyless_net, "cpu"), "what ProxylessNAS found for CPUs", "image"),
-    "proxyless_gpu": Model(partial(proxyless_net, "gpu"), "what ProxylessNAS found for GPUs", "image"),
+    "proxyless_mobile": Model(partial(proxyless_net, "mobile"), "found by ProxylessNAS for phones", "image"),
+    "proxyless_cpu": Model(partial(proxyless_net, "cpu"), "found by ProxylessNAS for CPUs", "image"),
+    "proxyless_gpu": Model(partial(proxyless_net, "gpu"), "found by ProxylessNAS for GPUs", "image"),
     "proxyless_mobile_14": Model(partial(proxyless_net, "mobile_14"), "proxyless_mobile, widened 1.4 times", "image"),
-    "proxyless_supernet": Model(proxyless_supernet, "every block a choice: what ProxylessNAS searches", "image"),
-    "proxyless_found": Model(proxyless_found, "what a search found: one choice per block (`blocks`)", "image"),
+    "proxyless_supernet": Model(proxyless_supernet, "ProxylessNAS supernet: candidates for every block", "image"),
+    "proxyless_found": Model(proxyless_found, "result of a ProxylessNAS search (`blocks`)", "image"),
     "ofa_mobilenetv3": Model(ofa_mobilenetv3, "Once-for-All supernet of MobileNetV3 blocks", "image", **_OFA),
     "ofa_proxyless": Model(ofa_proxyless, "Once-for-All supernet of ProxylessNAS blocks", "image", **_OFA),
     "ofa_resnet50": Model(ofa_resnet50, "Once-for-All supernet of ResNet-50D", "image", **_OFA),
@@ -157,7 +157,10 @@ MODELS |= {name: Model(make, text, takes) for name, (make, text, takes) in POINT
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """The options of a model and their defaults (`inspect.Parameter.empty` where required); UserError if unknown."""
+    """Return the options of a model with their defaults (`inspect.Parameter.empty` if required).
+
+    Raises UserError for an unknown model.
+    """
     row = lookup(MODELS, name, "model")
     make = I3D.__init__ if row.make is _i3d or getattr(row.make, "func", None) is _i3d else row.make
     parameters = inspect.signature(make).parameters
@@ -167,38 +170,38 @@ def options_of(name: str) -> dict[str, Any]:
 
 
 def required(name: str) -> list[str]:
-    """Return the options of a model without default: what it must know of its task and dataset."""
+    """Return the options of a model without a default, which depend on its task and dataset."""
     return [option for option, default in options_of(name).items() if default is inspect.Parameter.empty]
 
 
 def is_supernet(model: Mapping[str, Any]) -> bool:
-    """Return whether `model`, the arguments of `build`, makes a supernet and not one of its subnets."""
+    """Return whether `model`, the arguments of `build`, defines a supernet rather than one of its subnets."""
     return lookup(MODELS, str(model.get("name")), "model").supernet and not model.get("arch")
 
 
-# Options that a model.json of an earlier version does not have, and what the networks did then.
+# Options missing from a model.json of an earlier version -> the behaviour of networks of that version.
 EARLIER = {"shortcuts": "by_channels"}
 
 
 def stored(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a stored model.json means: with what its network did where it says nothing.
+    """Return a stored model.json with the options that its version did not have (EARLIER) added.
 
-    `model` is returned as it is where its name is not in MODELS (building it says so).
+    `model` is returned unchanged if its name is not in MODELS; building it then raises the error.
     """
     known = options_of(str(model["name"])) if model.get("name") in MODELS else {}
     return {option: value for option, value in EARLIER.items() if option in known} | dict(model)
 
 
 def explicit(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `model`, the arguments of `build`, with the defaults that a model.json must say: see `stored`."""
+    """Return `model`, the arguments of `build`, with the defaults that a model.json must contain: see `stored`."""
     known = options_of(str(model["name"])) if model.get("name") in MODELS else {}
     return dict(model) | {option: known[option] for option in EARLIER if option in known and option not in model}
 
 
 def build(name: str, **options: Any) -> nn.Module:
-    """Build the network `name` of MODELS; UserError for an unknown name or option, or a value out of range.
+    """Build the network `name` of MODELS; raise UserError for an unknown name or option, or a value out of range.
 
-    With `arch` (plain, as of `Arch.to_dict`) a supernet gives that subnet.
+    With `arch` (plain values, see `Arch.to_dict`), build that subnet of a supernet.
     """
     known = options_of(name)
     for option, value in options.items():
@@ -214,7 +217,7 @@ def build(name: str, **options: Any) -> nn.Module:
 
 
 def _check(name: str, option: str, value: Any, default: Any) -> None:
-    """One option's value against the type of its default and the ranges that all models share."""
+    """Check the value of an option against the type of its default and the ranges common to all models."""
     where = f"model {name}: {option}"
     kind = int if default is inspect.Parameter.empty else type(default)
     fits = isinstance(value, kind) and not (kind is int and isinstance(value, bool))

@@ -1,7 +1,7 @@
-"""Checkpoint files as plain values and tensors, without running their code: safetensors, and PyTorch's old and new.
+"""Reads checkpoint files as plain values and tensors, without running their code: safetensors, and PyTorch files.
 
-In: bytes. Out: mappings, lists, tensors on the CPU. In a pickle every name that is not part of a tensor means an inert
-value, and sizes are compared with what is there before anything is reserved.
+In: bytes. Out: mappings, lists, tensors on the CPU. In a pickle, every name that is not part of a tensor becomes an
+inert value, and sizes are checked against the bytes of the file before memory is reserved.
 """
 
 import io
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def parse(data: bytes) -> Any:
-    """Return what a checkpoint's bytes hold; any exception if they are none."""
+    """Return the content of a checkpoint's bytes; raises various exceptions for other bytes."""
     if data[8:9] == b"{":
         return safetensors.torch.load(data)
     if data[:2] == b"PK":
@@ -26,12 +26,12 @@ def parse(data: bytes) -> Any:
                 raise ValueError("the archive claims more bytes than it has")
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # it names classes beside those of tensors
+    except pickle.UnpicklingError:  # it contains classes other than those of tensors
         return _read_zip(data) if data[:2] == b"PK" else _read_legacy(data)
 
 
 class _Inert(dict):
-    """Stand-in for every name in a file that is not part of a tensor: accepts all a pickle does to it, does nothing."""
+    """Stand-in for every name in a file that is not part of a tensor: accepts all pickle operations, does nothing."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
@@ -76,8 +76,8 @@ DTYPES = {
 }
 
 
-class _Unpickler(pickle._Unpickler):  # in Python: the one in C reserves as much memory as a file asks for
-    """Builds plain values and tensors; `storage` makes the flat tensor of (dtype, key, number of values)."""
+class _Unpickler(pickle._Unpickler):  # the Python one, as the C one reserves any amount of memory a file declares
+    """Builds plain values and tensors; `make` returns the flat tensor for (dtype, key, number of values)."""
 
     def __init__(self, data: io.BytesIO, make: Callable[[torch.dtype, str, int], Tensor] | None = None):
         super().__init__(data, encoding="utf-8")
@@ -100,14 +100,14 @@ class _Unpickler(pickle._Unpickler):  # in Python: the one in C reserves as much
 
 
 def _flat(data: bytes, dtype: torch.dtype, numel: int) -> Tensor:
-    """`numel` values of `dtype` out of exactly as many bytes."""
+    """Return `numel` values of `dtype` from exactly as many bytes; raise ValueError for another number of bytes."""
     if len(data) != numel * dtype.itemsize:
         raise ValueError(f"{len(data)} bytes for {numel} values of {dtype}")
     return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
 def _read_zip(data: bytes) -> Any:
-    """The content of a PyTorch file since 1.6: `x/data.pkl`, and the storages in `x/data/`."""
+    """Read a PyTorch file since version 1.6: `x/data.pkl`, and the storages in `x/data/`."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         (index,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         root = index.removesuffix(".pkl")
@@ -119,7 +119,7 @@ def _read_zip(data: bytes) -> Any:
 
 
 def _read_legacy(data: bytes) -> Any:
-    """The content of a PyTorch file before 1.6: a magic number, version and system, content, keys, storages."""
+    """Read a PyTorch file from before version 1.6: a magic number, version and system, content, keys, storages."""
     file, room = io.BytesIO(data), len(data)
 
     def reserve(dtype: torch.dtype, _: str, numel: int) -> Tensor:
@@ -130,7 +130,7 @@ def _read_legacy(data: bytes) -> Any:
         return torch.empty(numel, dtype=dtype)
 
     if _Unpickler(file).load() != torch.serialization.MAGIC_NUMBER:
-        raise ValueError("no PyTorch file")
+        raise ValueError("not a PyTorch file")
     for _ in ("version", "system"):
         _Unpickler(file).load()
     unpickler = _Unpickler(file, reserve)

@@ -1,8 +1,9 @@
-"""ResNet-20 and its deeper kin for pictures of 32 pixels, with the parameter names of the published CIFAR-10 weights.
+"""ResNet-20 and deeper variants for pictures of 32 pixels, with the parameter names of the published CIFAR-10 weights.
 
 Input `[N, C, H, W]`, output `[N, num_classes]`. Deep Residual Learning (arXiv 1512.03385), section 4.2: three stages of
-16, 32 and 64 channels, 6n + 2 layers. A shortcut whose shape changes has no weights ("option A"): every second pixel,
-and channels of zeros to both sides. Published weights expect 32 pixels as they are (`data: {size: 32, resize: 32}`).
+16, 32 and 64 channels, 6n + 2 layers. A shortcut whose shape changes has no weights ("option A"): it takes every second
+pixel and adds zero channels on both sides. Published weights expect 32 pixels without resizing (`data: {size: 32,
+resize: 32}`).
 """
 
 import torch
@@ -13,7 +14,7 @@ from slimray.models.resnet import init_convolutions, scaled
 
 
 class PadShortcut(nn.Module):
-    """Every `stride`-th pixel, and zeros as new channels: `low` in front of the others, `high` behind them."""
+    """Takes every `stride`-th pixel, and adds zero channels: `low` before the others, `high` after them."""
 
     def __init__(self, low: int, high: int, stride: int):
         super().__init__()

@@ -1,8 +1,8 @@
-"""I3D: a ResNet-50 inflated to 3D, the baseline that TSM is measured against.
+"""I3D: a ResNet-50 inflated to 3D, the baseline for TSM.
 
 Quo Vadis, Action Recognition? (arXiv 1705.07750); the ResNet forms of Non-local Neural Networks (1711.07971) and of the
 table in 1811.08383. A clip `[B, T, 3, H, W]` in, `[B, num_classes]` out; parameter names are those of the 2D ResNet, so
-that a 2D checkpoint inflates by repeating each kernel over time and dividing by its length (published.py).
+that a 2D checkpoint can be inflated by repeating each kernel over time and dividing by its length (published.py).
 """
 
 import torch
@@ -25,7 +25,7 @@ def _conv3d(in_channels: int, out_channels: int, frames: int, kernel: int, strid
 class Bottleneck3D(nn.Module):
     """A bottleneck over `[N, C, T, H, W]`; `frames` are the temporal lengths of its first and second convolution.
 
-    A non-local block after it is its child `nl`, so that the blocks of a stage are numbered as in the 2D network.
+    A non-local block after it is its child `nl`, so that the blocks of a stage have the numbers of the 2D network.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int, frames: tuple[int, int], non_local: bool = False):
@@ -118,7 +118,7 @@ class I3D(nn.Module):
 
 
 def _frames(inflation: str, stage: int, i: int) -> tuple[int, int]:
-    """Temporal kernel lengths of conv1 and conv2 of block `i` of a stage."""
+    """Return the temporal kernel lengths of conv1 and conv2 of block `i` of a stage."""
     if inflation == "3x3x3":
         return 1, 3
     return (3 if inflation == "3x1x1_every" or ALTERNATE[stage][i] else 1), 1

@@ -1,9 +1,9 @@
-"""LeNet-300-100 and LeNet-5 (the one of Caffe) for pictures of 28 x 28 with one channel, the networks of Deep
-Compression (arXiv 1510.00149).
+"""LeNet-300-100 and Caffe's LeNet-5 for 28 x 28 pictures with one channel, the networks of Deep Compression
+(arXiv 1510.00149).
 
-Input `[N, C, S, S]`, output `[N, num_classes]`. LeNet-300-100 is three linear layers, 266,610 weights and biases at 10
-classes; LeNet-5 two 5x5 convolutions without padding (20 and 50 channels), each with 2x2 pooling, and two linear
-layers, 431,080. Caffe's LeNet-5 has no activation after its convolutions, ours as published there.
+Input `[N, C, S, S]`, output `[N, num_classes]`. LeNet-300-100 has three linear layers, with 266,610 weights and biases
+for 10 classes; LeNet-5 has two 5x5 convolutions without padding (20 and 50 channels), each with 2x2 pooling, and two
+linear layers, with 431,080. As in Caffe's LeNet-5, there is no activation after the convolutions.
 """
 
 import torch
@@ -13,7 +13,7 @@ from slimray.spec import UserError
 
 
 class LeNet300(nn.Module):
-    """Linear layers of 300 and 100 units; `side` is that of the picture in pixels (`data.size`)."""
+    """Linear layers of 300 and 100 units; `side` is the side of the picture in pixels (`data.size`)."""
 
     head_name, first_conv_name = "ip3", "ip1"
 

@@ -1,8 +1,8 @@
 """MobileNetV2 for images, with the parameter names of the TSM checkpoints (`features.3.conv.0.weight`).
 
 Input `[N, C, H, W]`, output `[N, num_classes]`. Inverted Residuals and Linear Bottlenecks (arXiv 1801.04381). Channels
-are rounded up to multiples of 8, the stem keeps 32 channels and the last layer at least 1,280 whatever the width, as in
-the published video networks; torchvision's names are mapped on loading (published.py).
+are rounded up to multiples of 8; at any width the stem has 32 channels and the last layer at least 1,280, as in the
+published video networks. torchvision's names are mapped on loading (published.py).
 """
 
 import math
@@ -24,7 +24,7 @@ def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, gro
 
 
 class InvertedResidual(nn.Module):
-    """Expand (1x1), filter by depth (3x3), project (1x1): `[N, in, H, W]` -> `[N, out, H/stride, W/stride]`."""
+    """Expand (1x1), filter depthwise (3x3), project (1x1): `[N, in, H, W]` -> `[N, out, H/stride, W/stride]`."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int):
         super().__init__()
@@ -40,7 +40,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """MobileNetV2; `classifier` is the classifier."""
+    """MobileNetV2; `classifier` is the last linear layer."""
 
     head_name, first_conv_name = "classifier", "features.0.0"
 

@@ -1,4 +1,4 @@
-"""Training and evaluation mode of networks, and how one is called on an example."""
+"""Training and evaluation mode of networks, and calling them on an example."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 @contextlib.contextmanager
 def evaluating(*nets: nn.Module) -> Iterator[None]:
-    """Put `nets` into eval mode; afterwards every module has its own mode again, which need not be its parent's."""
+    """Put `nets` into eval mode; afterwards restore the mode of every module, which may differ from its parent's."""
     modes = [(module, module.training) for net in nets for module in net.modules()]
     try:
         for net in nets:
@@ -22,10 +22,10 @@ def evaluating(*nets: nn.Module) -> Iterator[None]:
 
 
 def called(net: nn.Module, example: Any) -> Any:
-    """Return what `net` gives for an input, or for a tuple of arguments."""
+    """Return the output of `net` for an input, or for a tuple of arguments."""
     return net(*example) if isinstance(example, tuple) else net(example)
 
 
 def samples_in(example: Any) -> int:
-    """The batch of an input or a tuple of arguments: the first size of the first tensor."""
+    """Return the batch size of an input or a tuple of arguments: the first dimension of the first tensor."""
     return len(next(leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)))

@@ -1,7 +1,7 @@
-"""The non-local block: every place of a clip looks at every other (Non-local Neural Networks, arXiv 1711.07971).
+"""The non-local block: every position of a clip attends to every other (Non-local Neural Networks, arXiv 1711.07971).
 
 Embedded Gaussian on `[N, C, T, H, W]`: softmax of plain dot products (no 1/sqrt(d)), keys and values pooled 2x2 in
-space, half the channels inside. The closing BatchNorm starts at zero, so the block starts as identity.
+space, half the channels inside. The last BatchNorm is initialized with zeros, so the block starts as identity.
 """
 
 import torch

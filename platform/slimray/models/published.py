@@ -1,10 +1,11 @@
-"""Weights that others trained, read without running their code and put into a network by what their names mean.
+"""Published weights, read without running code and loaded into a network by the meaning of their names.
 
 `load` takes a checkpoint (TSM, torchvision, mmaction2, PVCNN, Once-for-All, CIFAR ResNets, our own) or a state dict;
-`read` returns its tensors. What wrapped the network (`module.`, `_orig_mod.`, `_fsdp_wrapped_module.`, `state.model.`)
-is found by structure: a part of a name that the network does not have, or a prefix, is left out where what remains is a
-name of the network. So a 2D network starts a shifted, pooled, online or inflated one, and a plain network the supernet
-whose largest arch it is. A kernel inflates by repetition over time, divided by its length (arXiv 1705.07750).
+`read` returns its tensors. Wrappers of the network (`module.`, `_orig_mod.`, `_fsdp_wrapped_module.`, `state.model.`)
+are found by structure: a component of a name that the network does not have, or a prefix, is ignored if the rest is a
+name of the network. So the weights of a 2D network can initialize a shifted, pooled, online or inflated one, and those
+of a plain network the supernet of which it is the largest arch. A kernel is inflated by repeating it over time and
+dividing by its length (arXiv 1705.07750).
 """
 
 import re
@@ -20,31 +21,31 @@ from slimray import storage
 from slimray.models import checkpoint_files
 from slimray.spec import UserError
 
-# Parts of a name that networks here have or lack without another meaning of the weight.
+# Components of a name that do not change the meaning of a weight.
 WRAPPERS = ("module", "_orig_mod", "base_model", "backbone", "model", "net", "block")
 HEADS = ("new_fc", "classifier", "classifier.1", "cls_head.fc_cls", "classifier.linear", "linear")  # all mean `fc`
-# Supernets have a level more than plain nets (`conv.conv.weight`), and older ones another name for a block's branch.
+# Supernets have one more level than plain networks (`conv.conv.weight`), older ones another name for a block's branch.
 ELASTIC = ((r"\bmobile_inverted_conv\.", "conv."), (r"\b(conv|bn|linear)\.(?:\1\.)+", r"\1."))
 MMACTION = ((r"\bconv(\d)\.conv\.", r"conv\1."), (r"\bconv(\d)\.bn\.", r"bn\1."))
 MMACTION += ((r"\bdownsample\.conv\.", "downsample.0."), (r"\bdownsample\.bn\.", "downsample.1."))
-# The layers of a MobileNetV2 block in torchvision and here, with an expansion in front and without.
+# The layers of a MobileNetV2 block in torchvision -> here, with and without an expansion.
 EXPANDED = {"0.0": "0", "0.1": "1", "1.0": "3", "1.1": "4", "2": "6", "3": "7"}
 PLAIN = {"0.0": "0", "0.1": "1", "1": "3", "2": "4"}
-# Parts that the rules above read, which are therefore never those of a wrapper.
+# Components that the rules above use, and that are therefore never taken for wrappers.
 READ_PARTS = {"conv", "bn", "linear", "downsample", "mobile_inverted_conv", *(p for h in HEADS for p in h.split("."))}
-# Where a training checkpoint keeps the state dict, if several fit the network as well: the likelier first.
+# Keys of state dicts in training checkpoints, most likely first, for when several match the network equally well.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "state_dict_ema", "ema", "model_ema")
 MAX_DEPTH = 6  # of mappings and lists around a state dict
-MAX_PREFIX = 6  # parts of a prefix
-MAX_PREFIXES = 50  # that are tried, those of most names first
+MAX_PREFIX = 6  # components of a prefix
+MAX_PREFIXES = 50  # prefixes that are tried, most frequent first
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Result of `load`: names of the network that were loaded, that were missing, and what was left out and why.
+    """Result of `load`: names of the network that were loaded or missing, and weights that were left out.
 
-    `dropped` maps names of the network (a head of other classes, excluded ones) and names of the file for which the
-    network has no place to the reason.
+    `dropped` maps names of the network (a head with other classes, excluded names), and names in the file that have no
+    place in the network, to the reason.
     """
 
     loaded: list[str]
@@ -62,11 +63,11 @@ class LoadReport:
 def load(model: nn.Module, source: str | Path | Mapping[str, Any], exclude: Sequence[str] = ()) -> LoadReport:
     """Copy the weights of `source`, a checkpoint's path or URI or a state dict, into `model`.
 
-    Names that start with one of `exclude` (names of `model`) keep their values, as does a head of another number of
-    classes. A first convolution for other channels gets the mean over the file's channels, repeated. Layers of a kind
-    that the file does not have (non-local blocks for a plain network) keep their values and are `missing`. Nothing is
-    copied when UserError is raised: unreadable file, another network, some layers of a kind missing, another shape,
-    numbers that are none (NaN) or not floats, an `exclude` that means nothing.
+    Names of `model` that start with one of `exclude` keep their values, as does a head for another number of classes. A
+    first convolution with another number of channels gets the mean over the file's channels, repeated. Layers of a type
+    that the file does not have (non-local blocks for a plain network) keep their values and are `missing`. Raises
+    UserError, before anything is copied, for an unreadable file, another network, a type of layer that is only partly
+    in the file, a different shape, NaN or values that are not floats, and an `exclude` that matches nothing.
     """
     where = "weights" if isinstance(source, Mapping) else str(source)
     ours = model.state_dict()
@@ -111,21 +112,22 @@ def load(model: nn.Module, source: str | Path | Mapping[str, Any], exclude: Sequ
 
 
 def read(source: str | Path) -> dict[str, Tensor]:
-    """Return the named tensors of the checkpoint at `source`: safetensors, or a PyTorch file old or new.
+    """Return the named tensors of the checkpoint at `source`: safetensors, or a PyTorch file of any version.
 
-    Nothing in the file is executed. Raises UserError: no such file, damaged, not a checkpoint, tensors without values.
+    Nothing in the file is executed. Raises UserError if the file is missing, damaged or not a checkpoint, or has
+    tensors without values.
     """
     theirs, _ = _choose(_parse_source(source), set(), str(source))
     return theirs
 
 
 def require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise UserError if one of the tensors holds NaN: a network with it answers nothing else."""
+    """Raise UserError if one of the tensors holds NaN, because then so do all outputs of the network."""
     bad = [name for name, value in tensors.items() if value.is_floating_point() and value.isnan().any()]
     if bad:
         raise UserError(
             f"{where}: {len(bad)} of {len(tensors)} tensors hold NaN ({_few(bad)}), as after a training that diverged: "
-            "take an earlier checkpoint, or train again with a lower rate"
+            "use an earlier checkpoint, or train again with a lower learning rate"
         )
 
 
@@ -139,9 +141,9 @@ def _parse_source(source: str | Path | Mapping[str, Any]) -> Any:
         raise UserError(f"{source}: no such file") from None
     try:
         return checkpoint_files.parse(data)
-    except Exception as error:  # damaged bytes raise whatever a format's reader stumbles over
+    except Exception as error:  # readers of formats raise anything on damaged bytes
         raise UserError(
-            f"{source}: is not a checkpoint that can be read safely, or is cut short: fetch it again, or save its "
+            f"{source}: is not a checkpoint that can be read safely, or is truncated: fetch it again, or save its "
             "state_dict() as safetensors"
         ) from error
 
@@ -150,7 +152,7 @@ def _parse_source(source: str | Path | Mapping[str, Any]) -> Any:
 
 
 def _key(name: str) -> str:
-    """Return the meaning of a name: without wrappers, in torchvision's form, the classifier as `fc`."""
+    """Return the canonical form of a name: without wrappers, in torchvision's form, with the classifier as `fc`."""
     key = ".".join(part for part in name.split(".") if part not in WRAPPERS)
     for pattern, plain in (*ELASTIC, *MMACTION):
         key = re.sub(pattern, plain, key)
@@ -159,9 +161,9 @@ def _key(name: str) -> str:
 
 
 def _keys(names: Iterable[str]) -> dict[str, str]:
-    """`_key` of each name, with torchvision's MobileNetV2 blocks (`conv.0.0`) in our form (`conv.0`).
+    """Return `_key` of each name, with torchvision's MobileNetV2 blocks (`conv.0.0`) in our form (`conv.0`).
 
-    It takes all names at once: `conv.3` of a block is another layer in either form.
+    Needs all names at once, because `conv.3` of a block is a different layer in each form.
     """
     keys = {name: _key(name) for name in names}
     nested = {m[1] for key in keys.values() if (m := re.match(r"features\.(\d+)\.conv\.0\.0\.", key))}
@@ -175,9 +177,9 @@ def _keys(names: Iterable[str]) -> dict[str, str]:
 
 
 def _find(theirs: Iterable[str], wanted: set[str], where: str) -> dict[str, str]:
-    """The file's name for each key that is wanted and there; UserError where two names mean the same.
+    """Return the file's name for each wanted key that it has; raise UserError if two names mean the same weight.
 
-    A name is taken as it is, else without the parts that the network does not have at all, fewest first, else without
+    Names are tried unchanged, then without the components that occur nowhere in the network, fewest first, then without
     the prefix that most names share.
     """
     names = list(theirs)
@@ -207,7 +209,7 @@ def _find(theirs: Iterable[str], wanted: set[str], where: str) -> dict[str, str]
 
 
 def _foreign_parts(name: str, known: set[str]) -> set[str]:
-    """The parts of a file's name that no name of the network has, nor any rule reads; never the last, nor a number."""
+    """Return the components of a file's name that neither the network nor a rule has; never the last or a number."""
     parts = name.split(".")[:-1]
     return {p for p in parts if p not in known and p not in WRAPPERS and not re.fullmatch(r"(conv|bn)?\d+", p)}
 
@@ -218,7 +220,7 @@ def _without_parts(name: str, parts: set[str]) -> str:
 
 
 def _shared_prefix(bare: Mapping[str, str], wanted: set[str], found: Mapping[str, str]) -> str:
-    """The prefix (with its dot) without which most of the names that are not names of the network would be some."""
+    """Return the prefix, with its dot, whose removal turns the most unmatched names into names of the network."""
     taken = set(found.values())
     inside: dict[str, list[str]] = {}
     for short in (short for name, short in bare.items() if name not in taken):
@@ -235,9 +237,9 @@ def _shared_prefix(bare: Mapping[str, str], wanted: set[str], found: Mapping[str
 
 
 def _require_whole(where: str, missing: Sequence[str], keys: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Raise UserError for missing weights where the file has others of their kind: it is cut, or named otherwise.
+    """Raise UserError if the file has only some weights of a type, because it is incomplete or uses other names.
 
-    All weights of a kind may be missing (non-local blocks), as networks start from others that have none.
+    All weights of a type may be missing (non-local blocks), because networks can start from others without them.
     """
     there = {re.sub(r"\d+", "*", key) for key in found}
     partly = [name for name in missing if re.sub(r"\d+", "*", keys[name]) in there]
@@ -249,12 +251,14 @@ def _require_whole(where: str, missing: Sequence[str], keys: Mapping[str, str], 
 
 
 def _require_numbers(value: Tensor, target: Tensor, name: str, is_learned: bool) -> None:
-    """Raise UserError for values that would not survive the copy, or that a network cannot compute with."""
+    """Raise UserError for values that cannot be copied without loss, or that a network cannot compute with."""
     if value.is_complex() and not target.is_complex():
-        raise UserError(f"{name} holds complex numbers, here they are real: save its real part, if that is meant")
+        raise UserError(
+            f"{name} holds complex numbers, but this network has real ones: save its real part, if intended"
+        )
     if target.is_floating_point() and not value.is_floating_point() and value.dtype != torch.bool and is_learned:
         kind = str(value.dtype).removeprefix("torch.")
-        raise UserError(f"{name} holds whole numbers ({kind}), as quantized weights do: save the weights as floats")
+        raise UserError(f"{name} holds integers ({kind}), as quantized weights do: save the weights as floats")
     if not value.is_floating_point() or value.is_meta:
         return
     value = value.to(target.dtype if target.is_floating_point() else torch.float32)
@@ -262,12 +266,12 @@ def _require_numbers(value: Tensor, target: Tensor, name: str, is_learned: bool)
     if bad.any():
         raise UserError(
             f"{name} holds {int(bad.sum())} values that are not finite numbers (NaN or infinite), as after a training "
-            "that diverged: take an earlier checkpoint"
+            "that diverged: use an earlier checkpoint"
         )
 
 
 def _fit(value: Tensor, shape: torch.Size, is_first: bool) -> Tensor | None:
-    """`value` in `shape`: as it is, over other input channels, inflated over time; None if it does not fit."""
+    """Return `value` in `shape`: unchanged, for other input channels, or inflated over time; None if impossible."""
     if is_first and value.ndim in (4, 5) and value.shape[1] != shape[1]:
         value = value.float().mean(1, keepdim=True).expand(-1, shape[1], *value.shape[2:])
     if value.ndim == 4 and len(shape) == 5:
@@ -287,7 +291,7 @@ def _another_network(
 
 
 def _is_counter(name: str) -> bool:
-    """Return whether this is BatchNorm's count of batches, which old checkpoints lack and nothing here reads."""
+    """Return whether this is BatchNorm's count of batches, which old checkpoints lack and nothing here uses."""
     return name.endswith("num_batches_tracked")
 
 
@@ -296,13 +300,13 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-# ------------------------------------------------------------------------------------ which of a checkpoint
+# ------------------------------------------------------------------------------------ state dicts of checkpoints
 
 
 def _choose(content: Any, wanted: set[str], where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict in a checkpoint that has most of the `wanted` keys, and the file's name of each key.
+    """Return the state dict of a checkpoint that has most of the `wanted` keys, and the file's name of each key.
 
-    UserError if there is none, or if two fit as well and neither stands where programs keep it.
+    Raises UserError if there is none, or if two match equally well and STATE_KEYS does not decide.
     """
     candidates = list(_state_dicts(content))
     if not candidates:
@@ -322,7 +326,7 @@ def _choose(content: Any, wanted: set[str], where: str) -> tuple[dict[str, Tenso
     best = ranked[0]
     if len(ranked) > 1 and ranked[1][:2] == best[:2] and best[0]:
         names = " and ".join(".".join(one[3]) or "its top" for one in ranked[:2])
-        raise UserError(f"{where}: {names} are networks of the same kind: save the one that is meant by itself")
+        raise UserError(f"{where}: {names} are networks of the same kind: save only the one you mean")
     if problem is not None and not best[0] and wanted:
         raise problem
     _require_values(best[4], where)
@@ -330,7 +334,7 @@ def _choose(content: Any, wanted: set[str], where: str) -> tuple[dict[str, Tenso
 
 
 def _state_dicts(content: Any, path: tuple[str, ...] = (), seen: frozenset[int] = frozenset()) -> Iterator[Any]:
-    """(path, named tensors) of every mapping inside a checkpoint that holds tensors by name."""
+    """Yield (path, named tensors) of every mapping inside a checkpoint that holds tensors by name."""
     if len(path) > MAX_DEPTH or id(content) in seen:
         return
     if isinstance(content, Mapping):
@@ -345,14 +349,14 @@ def _state_dicts(content: Any, path: tuple[str, ...] = (), seen: frozenset[int] 
 
 
 def _require_values(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise UserError for tensors whose values are not there, or not there one by one."""
+    """Raise UserError for tensors without values, or that do not store each value (quantized, nested, sparse)."""
     for name, value in tensors.items():
         if value.is_meta and where == "weights":
-            continue  # a state dict of shapes, as tests of fit and plans use them
+            continue  # a state dict of shapes only, as checks and plans use
         kind = "without values (meta)" if value.is_meta else "quantized" if value.is_quantized else ""
         kind = "nested" if value.is_nested else kind
         kind = "sparse" if not kind and value.layout != torch.strided else kind
         if kind:
             raise UserError(f"{where}: {name} is {kind}: save the network's state_dict() with ordinary float tensors")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise UserError(f"{where}: {name} claims more values than the file holds: fetch it from a better place")
+            raise UserError(f"{where}: {name} declares more values than the file holds: get the file from elsewhere")

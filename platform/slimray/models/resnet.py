@@ -11,7 +11,7 @@ LAYERS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
 def scaled(channels: int, width: float) -> int:
-    """`channels` times `width`, to the nearest multiple of 8, at least 8."""
+    """Return `channels` times `width`, rounded to the nearest multiple of 8, at least 8."""
     return max(8, round(channels * width / 8) * 8)
 
 
@@ -57,7 +57,7 @@ class Bottleneck(nn.Module):
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
-    """The projection of a shortcut whose shape changes, None where it does not."""
+    """Return the projection for a shortcut that changes the shape, None if it does not."""
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
@@ -101,7 +101,7 @@ class ResNet(nn.Module):
 
 
 def init_convolutions(net: nn.Module) -> None:
-    """He initialisation by fan-out of every convolution (arXiv 1502.01852)."""
+    """Apply He initialization by fan-out to every convolution (arXiv 1502.01852)."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

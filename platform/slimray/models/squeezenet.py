@@ -1,8 +1,8 @@
 """SqueezeNet 1.0 (arXiv 1602.07360) with torchvision's parameter names, so that its published weights load.
 
-Input `[N, C, H, W]`, output `[N, num_classes]`: the mean over the picture of what a 1x1 convolution says. A fire module
-squeezes channels by a 1x1 convolution and expands them by 1x1 and 3x3 ones side by side. 1,248,424 weights and biases
-at 1000 classes.
+Input `[N, C, H, W]`, output `[N, num_classes]`: the mean over the picture of a 1x1 convolution. A fire module squeezes
+channels by a 1x1 convolution and expands them by parallel 1x1 and 3x3 convolutions. It has 1,248,424 weights and biases
+for 1000 classes.
 """
 
 import torch
@@ -24,7 +24,7 @@ class Fire(nn.Module):
 
 
 class SqueezeNet(nn.Module):
-    """SqueezeNet 1.0; `width` scales all channels but those of the classes, to multiples of 8."""
+    """SqueezeNet 1.0; `width` scales all channels except the classes, to multiples of 8."""
 
     head_name, first_conv_name = "classifier.1", "features.0"
 

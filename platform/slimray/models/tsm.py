@@ -1,9 +1,10 @@
-"""TSM: the temporal shift that lets a 2D network see motion at no cost, its 2D twin TSN, and the online form.
+"""TSM: the temporal shift with which a 2D network sees motion at no cost, its counterpart TSN, and the online form.
 
 Temporal Shift Module for Efficient Video Understanding (arXiv 1811.08383); Temporal Segment Networks (1608.00859).
-A clip `[B, T, 3, H, W]` is run frame by frame through a 2D backbone; an eighth of the channels comes from the next
-frame, an eighth from the last (`causal`: only from the last), and the frames' logits are averaged. Parameter names are
-those of the published checkpoints. The shift is written with `cat`, never in place, so that it exports and compiles.
+A clip `[B, T, 3, H, W]` runs frame by frame through a 2D backbone; one eighth of the channels comes from the next
+frame, one eighth from the previous one (`causal`: only from the previous one), and the frames' logits are averaged.
+Parameter names are those of the published checkpoints. The shift uses `cat` instead of in-place operations, so that it
+exports and compiles.
 """
 
 import copy
@@ -28,11 +29,11 @@ def temporal_shift(
     causal: bool = False,
     folds: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Shift a part of the channels by one frame along time, zeros at the ends of a clip.
+    """Shift some of the channels by one frame along time, with zeros at the ends of a clip.
 
-    `x` is `[B*T, C, H, W]`, time fastest. With fold = C // shift_div: channels [0, fold) come from the next frame and
-    [fold, 2*fold) from the last; `causal` moves only [0, fold), from the last. The rest stays. A pruned network says
-    with `folds` how many channels of the first and of the second part are left.
+    `x` is `[B*T, C, H, W]`, time fastest. With fold = C // shift_div, channels [0, fold) come from the next frame and
+    [fold, 2*fold) from the previous one; `causal` shifts only [0, fold), from the previous frame. Others stay. For a
+    pruned network, `folds` gives the number of channels left in the first and in the second group.
     """
     rows, channels, height, width = x.shape
     clips = x.view(-1, num_segments, channels, height, width)
@@ -49,7 +50,7 @@ def temporal_shift(
 
 
 def _delay(x: Tensor) -> Tensor:
-    """Every frame of `[B, T, C, H, W]` replaced by the one before, the first by zeros."""
+    """Replace every frame of `[B, T, C, H, W]` by the previous one, and the first by zeros."""
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
 
@@ -67,7 +68,7 @@ class TemporalShift(nn.Module):
 
 
 class Shift(nn.Module):
-    """`net` behind a temporal shift: `[B*T, C, H, W]` in, what `net` returns out; `folds` as of `temporal_shift`."""
+    """`net` after a temporal shift: `[B*T, C, H, W]` in, the output of `net` out; `folds` as in `temporal_shift`."""
 
     folds: tuple[int, int] | None = None
 
@@ -80,7 +81,7 @@ class Shift(nn.Module):
 
 
 class TemporalPool(nn.Module):
-    """`net` behind a max pool over three frames with stride two: `[B*T, C, H, W]` -> `net([B*T/2, C, H, W])`."""
+    """`net` after a max pool over three frames with stride two: `[B*T, C, H, W]` -> `net([B*T/2, C, H, W])`."""
 
     def __init__(self, net: nn.Module, num_segments: int):
         super().__init__()
@@ -91,7 +92,7 @@ class TemporalPool(nn.Module):
 
 
 def temporal_pool(x: Tensor, num_segments: int) -> Tensor:
-    """Maximum over frames t-1, t, t+1 at every second t: `[B*T, C, H, W]` -> `[B*ceil(T/2), C, H, W]`."""
+    """Return the maximum over frames t-1, t, t+1 at every second t: `[B*T, C, H, W]` -> `[B*ceil(T/2), C, H, W]`."""
     clips = x.view(-1, num_segments, *x.shape[1:]).transpose(1, 2)  # [B, C, T, H, W]
     return nn.functional.max_pool3d(clips, (3, 1, 1), (2, 1, 1), (1, 0, 0)).transpose(1, 2).flatten(0, 1)
 
@@ -112,8 +113,8 @@ class NonLocalAfter(nn.Module):
 class VideoNet2D(nn.Module):
     """A 2D backbone over the frames of a clip and the mean of their logits: `[B, T, C, H, W]` -> `[B, num_classes]`.
 
-    `shift` turns TSN into TSM. With dropout the classifier is `new_fc`, without it is the backbone's own, as in the
-    published checkpoints. `num_segments` is T.
+    `shift` turns TSN into TSM. As in the published checkpoints, the classifier is `new_fc` with dropout, and the
+    backbone's own without. `num_segments` is T.
     """
 
     def __init__(
@@ -153,12 +154,12 @@ class VideoNet2D(nn.Module):
             _shift_mobilenetv2(base_model, num_segments, shift_div, causal)
 
     def per_frame(self) -> Mapping[str, nn.Module]:
-        """The modules that one after another take frames `[B*T, C, H, W]` to the logits of each, by name."""
+        """Return the modules, by name, that in sequence turn frames `[B*T, C, H, W]` into the logits of each frame."""
         return {"base_model": self.base_model} | ({} if self.new_fc is None else {"new_fc": self.new_fc})
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] != self.num_segments:  # the logits of 16 frames would be viewed as 8 frames of twice the classes
-            raise ValueError(f"a clip has {x.shape[1]} frames, the network takes {self.num_segments}")
+        if x.shape[1] != self.num_segments:  # else the logits of 16 frames would pass for 8 frames of twice the classes
+            raise ValueError(f"a clip has {x.shape[1]} frames, but the network takes {self.num_segments}")
         logits = self.base_model(x.flatten(0, 1))
         if self.new_fc is not None:
             logits = self.new_fc(logits)
@@ -170,7 +171,7 @@ def _stages(net: ResNet) -> list[nn.Sequential]:
 
 
 def _shift_resnet(net: ResNet, num_segments: Sequence[int], shift_div: int, causal: bool, place: str) -> None:
-    """Wrap the first convolution of the blocks (or the blocks): all of them, every second one in a ResNet-101."""
+    """Wrap the first convolution of each block (or the block) in a shift; in a ResNet-101 of every second block."""
     step = 2 if len(net.layer3) >= 23 else 1
     for stage, segments in zip(_stages(net), num_segments, strict=True):
         for i in range(0, len(stage), step if place == "blockres" else 1):
@@ -199,7 +200,7 @@ def _shift_mobilenetv2(net: MobileNetV2, num_segments: int, shift_div: int, caus
 
 
 class _Stream:
-    """Buffers of one step of an online network: buffers in, buffers out, in the order of the places."""
+    """Buffers of one step of an online network, in and out, in the order of the shifts."""
 
     def __init__(self) -> None:
         self.incoming: list[Tensor] | None = None
@@ -207,7 +208,7 @@ class _Stream:
 
 
 class _CachedShift(nn.Module):
-    """The causal shift of one frame; the delayed channels come from and go to the stream."""
+    """The causal shift of a single frame; the delayed channels are read from and written to the stream."""
 
     def __init__(self, shift: Shift | TemporalShift, stream: _Stream):
         super().__init__()
@@ -223,7 +224,7 @@ class _CachedShift(nn.Module):
 
 
 class _Cached(nn.Module):
-    """`net` behind the causal shift of one frame."""
+    """`net` after the causal shift of a single frame."""
 
     def __init__(self, shift: Shift, stream: _Stream):
         super().__init__()
@@ -234,7 +235,7 @@ class _Cached(nn.Module):
 
 
 class PerFrame(Protocol):
-    """A network over clips as `OnlineTSM` takes it apart: `VideoNet2D`, or a subnet of a supernet over clips."""
+    """A network over clips that `OnlineTSM` can convert: `VideoNet2D`, or a subnet of a supernet over clips."""
 
     training: bool
 
@@ -250,9 +251,9 @@ class PerFrame(Protocol):
 class OnlineTSM(nn.Module):
     """A causal TSM stepped frame by frame: `(frame [B, C, H, W], buffers) -> (logits [B, num_classes], buffers)`.
 
-    `buffers` is a tuple with one tensor `[B, C//shift_div, h, w]` per shifted place, `initial_buffers` makes the zeros
-    of a stream's start. Nothing is kept between calls: a stream is its buffers. The mean of the logits over a clip
-    equals what the offline network returns. Raises ValueError for a network that has no online form.
+    `buffers` is a tuple with a tensor `[B, C//shift_div, h, w]` per shift; `initial_buffers` returns the zeros for the
+    start of one. Nothing is kept between calls: the buffers are the whole state of a stream. The mean of the
+    logits over a clip equals the output of the offline network. Raises ValueError for a network without online form.
     """
 
     def __init__(self, net: PerFrame):
@@ -266,7 +267,7 @@ class OnlineTSM(nn.Module):
         for parent in list(self.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, NonLocalAfter):
-                    raise ValueError("OnlineTSM: non-local blocks look at the whole clip and have no online form")
+                    raise ValueError("OnlineTSM: non-local blocks need the whole clip and have no online form")
                 if isinstance(child, Shift):
                     setattr(parent, name, _Cached(child, self._stream).train(child.training))
                 if isinstance(child, TemporalShift):
@@ -279,7 +280,7 @@ class OnlineTSM(nn.Module):
 
     @torch.no_grad()
     def initial_buffers(self, batch: int, height: int, width: int, channels: int = 3) -> tuple[Tensor, ...]:
-        """The zero buffers of a stream of frames `[batch, channels, height, width]`."""
+        """Return the zero buffers for a stream of frames `[batch, channels, height, width]`."""
         like = next(self.parameters())
         frame = torch.zeros(1, channels, height, width, dtype=like.dtype, device=like.device)
         with evaluating(self):

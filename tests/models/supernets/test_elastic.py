@@ -158,7 +158,7 @@ def test_norms_without_weights_or_statistics_are_sliced_too(options):
 
 
 def test_synchronised_norms_are_refused_with_a_word():
-    with pytest.raises(UserError, match="norm: sync is not for supernets"):
+    with pytest.raises(UserError, match="norm: sync does not work for supernets"):
         elastic.sliced_norm(nn.SyncBatchNorm(4), torch.randn(2, 4, 3, 3))
 
 

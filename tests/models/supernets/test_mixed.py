@@ -150,7 +150,7 @@ def test_without_a_path_the_likeliest_one_runs():
         block.alphas[number] = 2.0
     assert net.most_likely() == path
     assert torch.equal(net(x), net(x, path))
-    with pytest.raises(ValueError, match="does not choose among"):
+    with pytest.raises(ValueError, match="must choose one of"):
         net(x, path[:-1])
 
 

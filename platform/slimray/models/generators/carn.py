@@ -1,9 +1,10 @@
 """CARN: super resolution by cascading residual units (arXiv 1803.08664), at one scale.
 
-Takes pictures `[B, 3, h, w]` normalised as all networks here do, of any size, and gives RGB `[B, 3, h*s, w*s]` in
-[0, 1], not clipped. Each block, and the whole, feeds all that came before into 1x1 convolutions (the cascade). The
-mobile form has grouped convolutions and one unit for all places of a block. As published the activation comes before
-the pixel shuffle. `width`, `blocks` and `units` make it smaller than the published 64, 3 and 3.
+Takes pictures `[B, 3, h, w]` of any size, normalized as for all networks here, and returns RGB `[B, 3, h*s, w*s]`,
+nominally in [0, 1] but not clipped. Within each block, and in the whole network, 1x1 convolutions take all previous
+outputs (the cascade). The mobile form has grouped convolutions, and its blocks repeat one shared unit. As published,
+the activation comes before the pixel shuffle. `width`, `blocks` and `units` can be smaller than the published 64, 3
+and 3.
 """
 
 from collections.abc import Sequence
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 from slimray.spec import UserError
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K, as published
-PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation with which pictures are normalised
+PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation that normalize pictures
 SCALES = (2, 3, 4)
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions around which the input goes; grouped, with a 1x1 after them, in the mobile form."""
+    """Two 3x3 convolutions with a shortcut; in the mobile form grouped, with a 1x1 convolution after them."""
 
     def __init__(self, width: int, groups: int = 1):
         super().__init__()
@@ -34,12 +35,12 @@ class Residual(nn.Module):
 
 
 class Cascade(nn.Module):
-    """Parts in a row, after each a 1x1 convolution of the input and of what all parts until there gave."""
+    """A chain of parts, each followed by a 1x1 convolution of the input and the outputs of all parts so far."""
 
     def __init__(self, parts: Sequence[nn.Module], width: int):
         super().__init__()
         self.order = [list(dict.fromkeys(parts)).index(part) for part in parts]
-        self.parts = nn.ModuleList(dict.fromkeys(parts))  # a shared part is there once
+        self.parts = nn.ModuleList(dict.fromkeys(parts))  # a shared part is registered once
         self.joins = nn.ModuleList(nn.Conv2d(width * (place + 2), width, 1) for place in range(len(parts)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ class Cascade(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice or three times as large by a convolution and a pixel shuffle, four times in two steps."""
+    """Enlarges two or three times by a convolution and a pixel shuffle, four times in two steps."""
 
     def __init__(self, width: int, scale: int, groups: int = 1):
         super().__init__()
@@ -66,7 +67,7 @@ class Upsample(nn.Module):
 
 
 class Carn(nn.Module):
-    """The network; `reach` is how many pixels of the input around a place its output depends on."""
+    """The network; `reach` is the radius, in input pixels, of its receptive field."""
 
     mean: Tensor
     shift: Tensor
@@ -96,7 +97,7 @@ class Carn(nn.Module):
 def carn(
     *, scale: int, width: int = 64, blocks: int = 3, units: int = 3, groups: int = 1, shared: bool = False
 ) -> Carn:
-    """Build CARN; UserError for a scale other than 2, 3 or 4, and groups that do not divide the width."""
+    """Build CARN; raise UserError for a scale other than 2, 3 or 4, or groups that do not divide the width."""
     if scale not in SCALES:
         raise UserError(f"scale: must be 2, 3 or 4 (got {scale})")
     if width % groups:

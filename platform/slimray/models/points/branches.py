@@ -1,9 +1,9 @@
-"""Responses of the two branches of a PVConv: how strongly each answers at every point of a cloud.
+"""Responses of the two branches of a PVConv: the strength of each at every point of a cloud.
 
-In: a network and one cloud. Out: for each PVConv the length of the feature vectors that its voxel branch and its point
-branch add up, as pictures of Point-Voxel CNN (arXiv 1907.03739) are made. Coordinates come with it: a PVConv of
-PVCNN++ or of a frustum network sees fewer points than the network does, or around another origin. Surprising: each
-PVConv is run twice, since what its sum was made of cannot be told from the sum.
+In: a network and one cloud. Out: for each PVConv the lengths of the feature vectors of its voxel branch and its point
+branch, which it adds up, as in the figures of Point-Voxel CNN (arXiv 1907.03739). Coordinates are returned as well,
+because a PVConv of PVCNN++ or of a frustum network sees fewer points than the network, or relative to another origin.
+Surprising: each PVConv is run twice, since its output does not reveal the two terms of the sum.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from slimray.models.points.pvcnn import PVConv
 class BranchResponse:
     """One PVConv: its name in the network, its points `coords` `[3, n]`, `voxel` and `point` `[n]`, all float32.
 
-    The two are L2 norms over the channels of what each branch gives, before they are added.
+    The two are L2 norms over the channels of each branch's output, before they are added.
     """
 
     name: str
@@ -33,10 +33,10 @@ class BranchResponse:
 
 @torch.no_grad()
 def branch_responses(net: nn.Module, points: Tensor) -> list[BranchResponse]:
-    """The responses of all PVConvs of `net` to a cloud `[1, C, N]`, in the order in which they run; [] without PVConvs.
+    """Return the responses of all PVConvs of `net` to a cloud `[1, C, N]`, in order of execution; [] without PVConvs.
 
-    In eval mode, float32, on the device of `net`, and as often as asked the same, also where the network draws points
-    at random. Leaves mode, hooks and random numbers as they were. Raises ValueError for any other number of clouds.
+    Runs in eval mode, float32, on the device of `net`, and always gives the same result, even if the network draws
+    points at random. Restores mode, hooks and random state. Raises ValueError for any other number of clouds.
     """
     if points.ndim != 3 or len(points) != 1:
         raise ValueError(f"points: must be one cloud [1, C, N], got {list(points.shape)}")
@@ -57,7 +57,7 @@ def branch_responses(net: nn.Module, points: Tensor) -> list[BranchResponse]:
 
 
 def _recorder(name: str, found: list[BranchResponse]) -> Callable[..., None]:
-    """A forward hook that adds what a PVConv responds with to `found`."""
+    """Return a forward hook that appends the response of a PVConv to `found`."""
 
     def record(block: Any, inputs: tuple[Any, ...], _: Any) -> None:
         voxel, point = (branch.float().norm(dim=1)[0].cpu().numpy() for branch in block.branches(inputs[0]))

@@ -1,6 +1,6 @@
-"""DGCNN: convolutions over a graph of nearest neighbours that is rebuilt in the features of every layer.
+"""DGCNN: convolutions over a graph of nearest neighbours that is rebuilt from the features of every layer.
 
-Dynamic Graph CNN for Learning on Point Clouds (arXiv 1801.07829), in the form and with the counts of
+Dynamic Graph CNN for Learning on Point Clouds (arXiv 1801.07829), in the form and with the sizes of
 antao97/dgcnn.pytorch. Takes `[B, C, N]`, coordinates first, and returns `[B, num_classes, N]`. Neighbours are searched
 in float32; parameter names are our own.
 """
@@ -15,7 +15,7 @@ from slimray.models.points.pointnet import NUM_SHAPES, repeat_points, scaled
 
 
 def _conv(in_channels: int, channels: Sequence[int], dim: int = 1) -> nn.Sequential:
-    """1x1 convolutions without bias, each with BatchNorm and LeakyReLU(0.2)."""
+    """Return 1x1 convolutions without bias, each with BatchNorm and LeakyReLU(0.2)."""
     conv, norm = (nn.Conv1d, nn.BatchNorm1d) if dim == 1 else (nn.Conv2d, nn.BatchNorm2d)
     layers: list[nn.Module] = []
     for before, after in zip([in_channels, *channels], channels):
@@ -26,7 +26,7 @@ def _conv(in_channels: int, channels: Sequence[int], dim: int = 1) -> nn.Sequent
 class EdgeConv(nn.Module):
     """The maximum over `k` neighbours of an MLP on [neighbour - point, point]: `[B, C, N]` -> `[B, C', N]`.
 
-    Neighbours are the nearest by `places` `[B, D, N]`, the features themselves by default; a point is its own.
+    Neighbours are the nearest by `places` `[B, D, N]`, by default the features; a point is a neighbour of itself.
     """
 
     def __init__(self, in_channels: int, channels: Sequence[int], k: int):
@@ -40,7 +40,7 @@ class EdgeConv(nn.Module):
 
 
 class EdgeTransform(nn.Module):
-    """A T-Net on edges: a 3x3 matrix from the points `[B, 3, N]`, applied to them; the identity at first."""
+    """A T-Net on edges: a 3x3 matrix computed from the points `[B, 3, N]` and applied to them; initially identity."""
 
     def __init__(self, k: int, width: float):
         super().__init__()
@@ -64,8 +64,8 @@ class EdgeTransform(nn.Module):
 class DGCNN(nn.Module):
     """Three EdgeConvs, a summary of the cloud, a head that sees all: `[B, C, N]` -> `[B, num_classes, N]`.
 
-    The first graph lies in the channels `graph` of the input. With `num_shapes`, the last channels are a one-hot shape.
-    `head` are the widths after the first, each with whether dropout follows it.
+    The first graph is built from the channels `graph` of the input. With `num_shapes`, the last channels are a one-hot
+    shape. `head` lists the widths of the hidden layers, each with a flag for dropout after it.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class DGCNN(nn.Module):
 def dgcnn_s3dis(
     *, num_classes: int, width: float = 1.0, in_channels: int = 9, k: int = 20, dropout: float = 0.5
 ) -> DGCNN:
-    """The first graph lies in channels 6 to 8 (places in the room) if there are nine, in the coordinates otherwise."""
+    """Build DGCNN for scenes; the first graph uses channels 6 to 8 (place in the room) of 9, else the coordinates."""
     graph = slice(6, 9) if in_channels == 9 else slice(0, 3)
     return DGCNN(num_classes, in_channels, graph, [(512, False), (256, True)], k, width, dropout)
 
@@ -125,6 +125,6 @@ def dgcnn_s3dis(
 def dgcnn_shapenet(
     *, num_classes: int, width: float = 1.0, k: int = 40, num_shapes: int = NUM_SHAPES, dropout: float = 0.5
 ) -> DGCNN:
-    """Sees coordinates and shape only."""
+    """Build DGCNN for parts, which uses only coordinates and shape."""
     head = [(256, True), (256, True), (128, False)]
     return DGCNN(num_classes, 3, slice(0, 3), head, k, width, dropout, num_shapes, transform=True)

@@ -1,10 +1,10 @@
-"""Frustum networks: a 3D box out of the points behind a 2D box, KITTI's cars, pedestrians and cyclists.
+"""Frustum networks: predict a 3D box from the points behind a 2D box, for KITTI's cars, pedestrians and cyclists.
 
-Frustum PointNets (arXiv 1711.08488), with the networks of Point-Voxel CNN (1907.03739). One network says which points
-are the object, one where its centre is, one what its box is. Points are `[B, 4, N]` (coordinates, intensity) in rect
-camera axes (y down), turned so that the frustum looks along z; the class is a one-hot `[B, 3]`. A box is centre,
+Frustum PointNets (arXiv 1711.08488), with the networks of Point-Voxel CNN (1907.03739). One network segments the
+object's points, one predicts its centre, one its box. Points are `[B, 4, N]` (coordinates, intensity) in rectified
+camera axes (y down), rotated so that the frustum points along z; the class is a one-hot `[B, 3]`. A box is centre,
 heading about y and size (l, w, h); heading is one of 12 bins and a residual, size one of 8 templates and a residual.
-The task `frustum_boxes` says what they are trained with.
+The task `frustum_boxes` defines their training.
 """
 
 import math
@@ -46,7 +46,7 @@ NUM_SIZES = len(SIZE_TEMPLATES)
 BOX_PARTS = [3, NUM_HEADING_BINS, NUM_HEADING_BINS, NUM_SIZES, NUM_SIZES * 3]  # 59 outputs of a box network
 IN_CHANNELS = 4
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-EPS = 1e-15  # of voxel grids around masked points, which may all coincide
+EPS = 1e-15  # for voxel grids around masked points, which may all coincide
 
 
 # ------------------------------------------------------------------------------------------------ masking
@@ -59,12 +59,13 @@ def mask_points(
     generator: torch.Generator | None = None,
     evenly: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw `num_points` of the points that the mask calls object, around their mean.
+    """Draw `num_points` of the points that the mask assigns to the object, relative to their mean.
 
-    `coords` `[B, 3, N]`, `mask_logits` `[B, 2, N]` -> coordinates less mean `[B, 3, num_points]`, mean `[B, 3]`, mask
-    `[B, N]`. Drawn without replacement; if there are too few, each equally often and a random rest once more; if there
-    is none, all are zero. Random also in eval mode unless `generator` is seeded, or `evenly`: then always the same
-    points are drawn, which lie evenly among the object's, as an exported network does. Differentiable in `coords`.
+    `coords` `[B, 3, N]`, `mask_logits` `[B, 2, N]` -> coordinates minus mean `[B, 3, num_points]`, mean `[B, 3]`, mask
+    `[B, N]`. Points are drawn without replacement; if there are too few, each equally often, and a random rest once
+    more; if there are none, all are zero. The draw is random even in eval mode unless `generator` is seeded. With
+    `evenly`, as in an exported network, always the same points are drawn, evenly spaced among those of the object.
+    Differentiable in `coords`.
     """
     mask = mask_logits[:, 1] > mask_logits[:, 0]
     kept = coords.float() * mask[:, None]
@@ -74,7 +75,7 @@ def mask_points(
         keys = (torch.arange(mask.shape[1], device=coords.device) * GOLDEN_RATIO).frac().expand(mask.shape)
     else:
         keys = torch.rand(mask.shape, generator=generator, device=coords.device)
-    order = ops.ascending(keys + ~mask)  # the object's points first, in random order
+    order = ops.ascending(keys + ~mask)  # the object's points come first, in random order
     places = torch.arange(num_points, device=coords.device) % count
     return ops.gather(kept, order.gather(1, places)) - mean[..., None], mean, mask
 
@@ -83,12 +84,13 @@ def mask_points(
 
 
 class FrustumNet(nn.Module):
-    """The three networks in a row: points `[B, 4, N]` and one-hot `[B, 3]` -> the parts of a box, by name.
+    """The three networks in sequence: points `[B, 4, N]` and one-hot `[B, 3]` -> the parts of a box, by name.
 
-    Without `one_hot` it is the last three channels of `points`. Returns `mask_logits` `[B, 2, N]`, `center_reg` and
-    `center` `[B, 3]`, `heading_scores`, `heading_residuals_normalized` and `heading_residuals` (radians) `[B, 12]`,
-    `size_scores` `[B, 8]`, `size_residuals_normalized` and `size_residuals` (metres) `[B, 8, 3]`. `generator` fixes the
-    points drawn, `draws_evenly` too (`mask_points`): a graph that is exported always does.
+    Without `one_hot`, the class is in the last three channels of `points`. Returns `mask_logits` `[B, 2, N]`,
+    `center_reg` and `center` `[B, 3]`, `heading_scores`, `heading_residuals_normalized` and `heading_residuals`
+    (radians) `[B, 12]`, `size_scores` `[B, 8]`, `size_residuals_normalized` and `size_residuals` (metres) `[B, 8, 3]`.
+    The points drawn are fixed by `generator`, or by `draws_evenly` (see `mask_points`), which an exported graph always
+    uses.
     """
 
     size_templates: Tensor
@@ -105,15 +107,15 @@ class FrustumNet(nn.Module):
         self.register_buffer("class_sizes", sizes, persistent=False)
 
     def mask_net(self, points: Tensor, one_hot: Tensor) -> Tensor:
-        """`[B, 4, N]`, `[B, 3]` -> logits of background and object `[B, 2, N]`."""
+        """Return the logits of background and object `[B, 2, N]` for points `[B, 4, N]` and one-hot `[B, 3]`."""
         return self.inst_seg_net(points, one_hot)
 
     def center_net(self, coords: Tensor, one_hot: Tensor) -> Tensor:
-        """The object's points around their mean `[B, 3, num_points]` -> its centre from there `[B, 3]`."""
+        """Return the object's centre `[B, 3]` relative to the mean of its points; `coords` are relative to it, too."""
         return self.center_reg_net(coords, one_hot)
 
     def box_net(self, coords: Tensor, one_hot: Tensor) -> Tensor:
-        """The object's points around its centre `[B, 3, num_points]` -> `[B, 59]`: BOX_PARTS in a row."""
+        """Return `[B, 59]`, the concatenated BOX_PARTS, for the points relative to the centre `[B, 3, num_points]`."""
         return self.box_est_net(coords, one_hot)
 
     def forward(
@@ -159,7 +161,7 @@ def _box_net(num_classes: int, width: float, layers: list[nn.Module] | None = No
 def frustum_pointnet(
     *, num_classes: int, width: float = 1.0, num_points: int = 512, dropout: float = 0.5
 ) -> FrustumNet:
-    """PointNets throughout."""
+    """Build a frustum network of PointNets."""
     points, clouds = scaled([64, 64, 64], width), scaled([128, 1024], width)
     head = point_head(num_classes + points[-1] + clouds[-1], head_widths(MASK_HEAD, width), 2, dropout)
     summary = nn.Sequential(*shared_blocks(points[-1], clouds))
@@ -182,7 +184,7 @@ BOX_STAGES = (
 def frustum_pointnetpp(
     *, num_classes: int, width: float = 1.0, num_points: int = 512, dropout: float = 0.3
 ) -> FrustumNet:
-    """PointNet++ for mask and box, PointNet for the centre."""
+    """Build a frustum network with PointNet++ for mask and box, and PointNet for the centre."""
     sa_layers = abstractions(IN_CHANNELS - 3, MASK_STAGES, width)
     fp_layers = propagations(sa_layers, IN_CHANNELS, num_classes, ((128, 128),) * 3, width)
     (hidden,) = scaled([128], width)
@@ -202,7 +204,7 @@ def _pvcnn_mask_net(num_classes: int, width: float, voxel: float, dropout: float
 def frustum_pvcnne(
     *, num_classes: int, width: float = 1.0, voxel: float = 1.0, num_points: int = 512, dropout: float = 0.5
 ) -> FrustumNet:
-    """The efficient form: PVCNN for the mask, PointNets for centre and box."""
+    """Build the efficient form: PVCNN for the mask, PointNets for centre and box."""
     mask_net = _pvcnn_mask_net(num_classes, width, voxel, dropout)
     return FrustumNet(mask_net, _center_net(num_classes, width), _box_net(num_classes, width), num_classes, num_points)
 
@@ -214,7 +216,7 @@ BOX_BLOCKS: Sequence[Block] = ((128, 2, 12), (256, 1, 8), (512, 1, None))
 def frustum_pvcnn_complete(
     *, num_classes: int, width: float = 1.0, voxel: float = 1.0, num_points: int = 512, dropout: float = 0.5
 ) -> FrustumNet:
-    """PVConvs in all three networks. The paper has such a row but published no configuration: the grids are ours."""
+    """Build a network with PVConvs in all three parts; the paper lists it without configuration, so grids are ours."""
     center, _ = point_voxel_blocks(3, CENTER_BLOCKS, width, voxel, eps=EPS)
     box, _ = point_voxel_blocks(3, BOX_BLOCKS, width, voxel, eps=EPS)
     mask_net = _pvcnn_mask_net(num_classes, width, voxel, dropout)

@@ -1,10 +1,10 @@
 # type: ignore
 # ruff: noqa: N803, as constants of a kernel are in capitals and pyright knows no kernels
-"""Triton kernels for the operators on points that plain torch runs far below the memory bandwidth of a GPU.
+"""Triton kernels for operators on points that plain torch runs far below the memory bandwidth of a GPU.
 
-Each gives what the operator of the same name in `point_ops` gives, which is where the conventions are explained and
-where the choice is made: sampling and ball query bit for bit, sums up to the order in which float32 is added. Grids
-are rows `[B * R^3, C]`, so that a voxel is one contiguous read. Only for tensors on a CUDA device.
+Each computes the same as the operator of the same name in ops.py, where the conventions are explained and the kernels
+are selected: sampling and ball query are equal bit for bit, sums up to the order of float32 additions. Grids are rows
+`[B * R^3, C]`, so that a voxel is one contiguous read. Only for tensors on a CUDA device.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 POINTS, CHANNELS = 32, 64  # a tile of features
-COORDS = 256  # points a program counts
+COORDS = 256  # points counted by a program
 MAX_SAMPLED = 2**14  # points of a cloud that one program holds in registers
 CENTERS, SCANNED = 16, 128  # a tile of distances
 NO_INDEX = tl.constexpr(2**31 - 1)
@@ -27,7 +27,7 @@ NO_INDEX = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _count_kernel(coords, counts, rows, size, resolution, BLOCK: tl.constexpr):
-    """The voxel of each point, as a row of the batch, and how many points each voxel has."""
+    """Compute the voxel of each point, as a row of the batch, and the number of points of each voxel."""
     sample = tl.program_id(1)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < size
@@ -37,7 +37,7 @@ def _count_kernel(coords, counts, rows, size, resolution, BLOCK: tl.constexpr):
         place = tl.load(at + axis * size, inside, other=0.0)
         low = tl.floor(place)
         part, low = place - low, low.to(tl.int32)
-        up = (part > 0.5) | ((part == 0.5) & (low % 2 == 1))  # half to even
+        up = (part > 0.5) | ((part == 0.5) & (low % 2 == 1))  # round half to even
         row = row * resolution + tl.minimum(tl.maximum(low + up.to(tl.int32), 0), resolution - 1)
     tl.store(rows + sample * size + n, row, inside)
     tl.atomic_add(counts + row, 1, inside, sem="relaxed")
@@ -45,7 +45,7 @@ def _count_kernel(coords, counts, rows, size, resolution, BLOCK: tl.constexpr):
 
 @triton.jit
 def _scatter_mean_kernel(x, rows, counts, grid, size, channels, N: tl.constexpr, C: tl.constexpr):
-    """Add every point's features over its voxel's count to the voxel: x `[B, C, N]` -> grid `[B * R^3, C]`."""
+    """Add every point's features, divided by its voxel's count, to the voxel: x `[B, C, N]` -> grid `[B * R^3, C]`."""
     sample = tl.program_id(1).to(tl.int64)
     n, c = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(2) * C + tl.arange(0, C)
     inside, known = n < size, c < channels
@@ -59,7 +59,7 @@ def _scatter_mean_kernel(x, rows, counts, grid, size, channels, N: tl.constexpr,
 
 @triton.jit
 def _gather_mean_kernel(grid, rows, counts, x, size, channels, N: tl.constexpr, C: tl.constexpr):
-    """The gradient of `_scatter_mean_kernel`: each point takes its voxel's over the voxel's count."""
+    """Compute the gradient of `_scatter_mean_kernel`: each point gets its voxel's gradient divided by the count."""
     sample = tl.program_id(1).to(tl.int64)
     n, c = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(2) * C + tl.arange(0, C)
     inside, known = n < size, c < channels
@@ -72,7 +72,7 @@ def _gather_mean_kernel(grid, rows, counts, x, size, channels, N: tl.constexpr, 
 
 @triton.jit
 def _along(coords, axis, n, inside, size, last):
-    """Lower and upper voxel along an axis, at most `last`, and the weight of the upper one."""
+    """Return the lower and upper voxel along an axis, at most `last`, and the weight of the upper one."""
     place = tl.load(coords + axis * size + n, inside, other=0.0)
     low = tl.floor(place)
     lower, upper = low.to(tl.int32), tl.ceil(place).to(tl.int32)
@@ -82,7 +82,7 @@ def _along(coords, axis, n, inside, size, last):
 
 @triton.jit
 def _interpolate_kernel(grid, coords, x, size, channels, resolution, N: tl.constexpr, C: tl.constexpr):
-    """Each point's eight corners, weighted: grid `[B * R^3, C]` -> x `[B, C, N]`."""
+    """Sum each point's eight corners, weighted: grid `[B * R^3, C]` -> x `[B, C, N]`."""
     sample = tl.program_id(1).to(tl.int64)
     n, c = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(2) * C + tl.arange(0, C)
     inside, known = n < size, c < channels
@@ -102,7 +102,7 @@ def _interpolate_kernel(grid, coords, x, size, channels, resolution, N: tl.const
 
 @triton.jit
 def _interpolate_back_kernel(x, coords, grid, size, channels, resolution, N: tl.constexpr, C: tl.constexpr):
-    """The gradient of `_interpolate_kernel`: each point adds to its eight corners."""
+    """Compute the gradient of `_interpolate_kernel`: each point adds to its eight corners."""
     sample = tl.program_id(1).to(tl.int64)
     n, c = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(2) * C + tl.arange(0, C)
     inside, known = n < size, c < channels
@@ -121,13 +121,13 @@ def _interpolate_back_kernel(x, coords, grid, size, channels, resolution, N: tl.
 
 
 def _tiles(batch: int, size: int, channels: int) -> tuple[tuple[int, int, int], int]:
-    """The launch grid over tiles of POINTS x C features, and C."""
+    """Return the launch grid over tiles of POINTS x C features, and C."""
     width = min(CHANNELS, max(16, triton.next_power_of_2(channels)))
     return (triton.cdiv(size, POINTS), batch, triton.cdiv(channels, width)), width
 
 
 def _as_rows(grid: Tensor) -> Tensor:
-    """`[B, C, R, R, R]` -> `[B * R^3, C]`, contiguous; free in channels-last memory."""
+    """Return `[B, C, R, R, R]` as contiguous rows `[B * R^3, C]`; no copy if memory is channels-last."""
     return grid.flatten(2).transpose(1, 2).contiguous().flatten(0, 1)
 
 
@@ -197,7 +197,7 @@ def devoxelize(grid: Tensor, voxel_coords: Tensor) -> Tensor:
 
 @triton.jit
 def _sample_kernel(points, order, chosen, size, num_centers: tl.constexpr, N: tl.constexpr):
-    """One cloud `[3, N]`, all of it in registers: `order` gives the index of each place, ties go to the first place."""
+    """Sample one cloud `[3, N]`, held in registers; `order` has the index of each place, the first place wins ties."""
     sample = tl.program_id(0)
     points, chosen = points + sample * 3 * size, chosen + sample.to(tl.int64) * num_centers
     n = tl.arange(0, N)
@@ -220,7 +220,7 @@ def _sample_kernel(points, order, chosen, size, num_centers: tl.constexpr, N: tl
 
 
 def furthest_point_sample(points: Tensor, order: Tensor, num_centers: int) -> Tensor:
-    """Indices `[B, num_centers]` of `points`, float32 `[B, 3, N]` already in `order` `[N]`: the first of ties wins.
+    """Return indices `[B, num_centers]` of `points`, float32 `[B, 3, N]` already in `order` `[N]`; the first wins ties.
 
     N is at most MAX_SAMPLED.
     """
@@ -243,7 +243,7 @@ def furthest_point_sample(points: Tensor, order: Tensor, num_centers: int) -> Te
 @triton.jit
 def _ball_kernel(
     points, centers, limit, found, size, num_centers, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr
-):  # a tile of M centres runs over the points until each has K
+):  # a tile of M centres scans the points until each centre has K
     sample = tl.program_id(1)
     points, centers = points + sample * 3 * size, centers + sample * 3 * num_centers
     m = tl.program_id(0) * M + tl.arange(0, M)
@@ -272,7 +272,7 @@ def _ball_kernel(
 
 
 def ball_query(coords: Tensor, centers: Tensor, limit: float, num_neighbors: int) -> Tensor:
-    """Indices `[B, M, num_neighbors]`: coords `[B, 3, N]`, centers `[B, 3, M]`; `limit` is the squared radius."""
+    """Return indices `[B, M, num_neighbors]` for coords `[B, 3, N]`, centers `[B, 3, M]`; `limit` is radius squared."""
     (batch, _, size), num_centers = coords.shape, centers.shape[2]
     found = torch.empty(batch, num_centers, num_neighbors, dtype=torch.int64, device=coords.device)
     _ball_kernel[(triton.cdiv(num_centers, CENTERS), batch)](

@@ -1,11 +1,11 @@
 """Operators on point clouds in torch: CPU and GPU, differentiable, exportable, no compiled extension.
 
-Features are `[B, C, N]`, coordinates `[B, 3, N]`, indices int64. Point-Voxel CNN (arXiv 1907.03739) gives voxelization
-and devoxelization, PointNet++ (1706.02413) sampling, grouping and interpolation; indices and ties are those of the
-published kernels. Inside, points and voxels are rows `[B * N, C]`, so that a neighbour is one contiguous read: grids
-and groups come out in channels-last memory. Coordinates, counts and sums are float32 whatever the features are. Sums
-run in a fixed order on a CPU, and on CUDA under `torch.use_deterministic_algorithms(True)`. On CUDA the Triton kernels
-of `point_kernels` take over where they are faster and give the same; `SLIMRAY_POINT_KERNELS=0` leaves all to torch.
+Features are `[B, C, N]`, coordinates `[B, 3, N]`, indices int64. Voxelization and devoxelization are from Point-Voxel
+CNN (arXiv 1907.03739), sampling, grouping and interpolation from PointNet++ (1706.02413); indices and ties are those of
+the published kernels. Internally points and voxels are rows `[B * N, C]`, so that a neighbour is one contiguous read;
+grids and groups are returned in channels-last memory. Coordinates, counts and sums are float32 for any type of
+features. Sums have a fixed order on a CPU, and on CUDA under `torch.use_deterministic_algorithms(True)`. On CUDA the
+Triton kernels of kernels.py are used where they are faster and equivalent; `SLIMRAY_POINT_KERNELS=0` disables them.
 """
 
 import importlib
@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-MAX_DISTANCES = 2**22  # distances held at a time by a search, 16 MB
+MAX_DISTANCES = 2**22  # distances that a search holds at a time, 16 MB
 CACHE_LINE = 16  # floats
-MIN_CAPABILITY = (8, 0)  # of a GPU that Triton compiles for
-KERNEL_THREADS = 512  # ties of the published sampling kernel go to the lowest index modulo its threads
+MIN_CAPABILITY = (8, 0)  # minimum compute capability of a GPU for the Triton kernels
+KERNEL_THREADS = 512  # in the published sampling kernel, the lowest index modulo its threads wins ties
 
 
 # ------------------------------------------------------------------------------------------------ kernels
@@ -37,11 +37,11 @@ def _triton_kernels() -> Any:
 
 
 def _kernels(x: Tensor, *, adds: bool = False) -> Any:
-    """The module of kernels if they serve `x`, else None: those that add do so in no fixed order."""
+    """Return the module of kernels if they can be used for `x`, else None; kernels that `adds` have no fixed order."""
     if x.device.type != "cuda" or not x.numel() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return None
     if (adds and torch.are_deterministic_algorithms_enabled()) or x.device.index != torch.cuda.current_device():
-        return None  # kernels are launched on the current device, whatever the tensors are on
+        return None  # kernels are launched on the current device, which may not be that of the tensors
     return _triton_kernels() if torch.cuda.get_device_capability(x.device) >= MIN_CAPABILITY else None
 
 
@@ -49,13 +49,13 @@ def _kernels(x: Tensor, *, adds: bool = False) -> Any:
 
 
 def _to_rows(x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """`[B, C, N]`, times `scale` `[B, 1, N]` -> `[B * N, C]`, contiguous; free if `x` has channels-last memory."""
+    """Return `[B, C, N]`, times `scale` `[B, 1, N]`, as contiguous rows `[B * N, C]`; no copy from channels-last."""
     rows = x.transpose(1, 2)
     if rows.is_contiguous() or x.device.type != "cpu" or torch.compiler.is_exporting():
         rows = rows if scale is None else rows.float() * scale.transpose(1, 2)
         return rows.contiguous().flatten(0, 1)
     rows = torch.empty(rows.shape, dtype=x.dtype if scale is None else torch.float32)
-    # Channels a power of two apart share a few lines of the cache: setting them apart first takes half the time.
+    # Channels a power of two apart share a few cache lines; copying them to another spacing first halves the time.
     apart = torch.empty(x.shape[1], x.shape[2] + CACHE_LINE, dtype=rows.dtype)[:, : x.shape[2]]
     for number, sample in enumerate(x):
         apart.copy_(sample) if scale is None else torch.mul(sample, scale[number], out=apart)
@@ -64,21 +64,21 @@ def _to_rows(x: Tensor, scale: Tensor | None = None) -> Tensor:
 
 
 def _row_numbers(index: Tensor, size: int) -> Tensor:
-    """`index` `[B, ...]` into `size` rows per sample, as `[B, ...]` into the rows of the whole batch."""
+    """Convert `index` `[B, ...]` into `size` rows per sample to an index into the rows of the whole batch."""
     start = torch.arange(index.shape[0], device=index.device, dtype=index.dtype) * size
     return index + start.view(-1, *[1] * (index.ndim - 1))
 
 
 def _count(rows: Tensor, size: int) -> Tensor:
-    """Return how often each of `size` numbers is in `rows`, in the type of `rows`; slow on a CPU if they are sorted."""
+    """Return how often each of `size` numbers occurs in `rows`, in the type of `rows`; slow on a CPU if sorted."""
     return torch.zeros(size, dtype=rows.dtype, device=rows.device).index_add_(0, rows, torch.ones_like(rows))
 
 
 def _collect(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """`sum_k weights[k, n] * x[index[k, n]]`: `[B, C, M]`, index and weights `[B, K, N]` -> `[B, C, N]`."""
+    """Return `sum_k weights[k, n] * x[index[k, n]]`: `[B, C, M]`, index and weights `[B, K, N]` -> `[B, C, N]`."""
     batch, channels, size = x.shape
     table, rows = _to_rows(x).float(), _to_rows(_row_numbers(index, size))
-    if torch.compiler.is_exporting():  # other runtimes know int64 indices of whole rows, few know embedding_bag
+    if torch.compiler.is_exporting():  # other runtimes support int64 indices of whole rows, few have embedding_bag
         taken = table.index_select(0, rows.long().flatten()).view(*rows.shape, channels)
         out = (taken * _to_rows(weights)[..., None]).sum(1)
     else:
@@ -87,7 +87,7 @@ def _collect(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
 
 
 def _spread(x: Tensor, index: Tensor, weights: Tensor, size: int) -> Tensor:
-    """The transpose of `_collect`, which adds `weights[k, n] * x[n]` to row `index[k, n]`: -> `[B, C, size]`."""
+    """Apply the transpose of `_collect`: add `weights[k, n] * x[n]` to row `index[k, n]`, giving `[B, C, size]`."""
     if torch.compiler.is_exporting() or x.device.type != "cpu" or len(x) == 1:
         out = _spread_rows(x, index, weights, size)
     else:  # one sample at a time stays in the cache, and a batch is slow to sort
@@ -98,7 +98,7 @@ def _spread(x: Tensor, index: Tensor, weights: Tensor, size: int) -> Tensor:
 
 
 def _spread_rows(x: Tensor, index: Tensor, weights: Tensor, size: int, out: Tensor | None = None) -> Tensor:
-    """`[B * size, C]` in float32. Several rows per point are sorted and summed, which keeps their order fixed."""
+    """Return `[B * size, C]` in float32. Several rows per point are sorted before the sum, to fix its order."""
     rows, total = _to_rows(_row_numbers(index, size)), x.shape[0] * size
     if index.shape[1] == 1:
         out = torch.empty(total, x.shape[1], device=x.device) if out is None else out
@@ -117,7 +117,7 @@ def _spread_rows(x: Tensor, index: Tensor, weights: Tensor, size: int, out: Tens
 
 
 class _WeightedSum(torch.autograd.Function):
-    """`_collect`, or with a `size` `_spread`: the gradient of either is the other."""
+    """`_collect`, or with a `size` `_spread`; each is the gradient of the other."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, weights: Tensor, size: int | None) -> Tensor:
@@ -154,7 +154,7 @@ class _Rows(torch.autograd.Function):
 
 
 def gather(features: Tensor, index: Tensor) -> Tensor:
-    """`features` `[B, C, N]` at `index` `[B, ...]`: `[B, C, ...]` in channels-last memory. Differentiable."""
+    """Return `features` `[B, C, N]` at `index` `[B, ...]` as `[B, C, ...]` in channels-last memory. Differentiable."""
     rows = _row_numbers(index, features.shape[2]).flatten()
     table: Any = _to_rows(features) if torch.compiler.is_exporting() else _Rows.apply(features)
     taken = table.index_select(0, rows)
@@ -166,10 +166,10 @@ def gather(features: Tensor, index: Tensor) -> Tensor:
 
 @torch.no_grad()
 def normalize_coords(coords: Tensor, resolution: int, normalize: bool = True, eps: float = 0.0) -> Tensor:
-    """Coordinates in units of voxels, float32 in [0, resolution - 1]; without gradient.
+    """Return coordinates in units of voxels, float32 in [0, resolution - 1]; without gradient.
 
-    Centred on the mean of the points, then scaled by twice the largest distance from it (+ `eps`) or, without
-    `normalize`, taken to lie in the unit ball. Points that all coincide go to the middle.
+    They are centred on the mean of the points and divided by twice the largest distance from it (+ `eps`); without
+    `normalize` they are assumed to lie in the unit ball. If all points coincide, they are in the middle.
     """
     centred = coords.float() - coords.float().mean(2, keepdim=True)
     if normalize:
@@ -181,16 +181,16 @@ def normalize_coords(coords: Tensor, resolution: int, normalize: bool = True, ep
 
 
 def voxel_index(voxel_coords: Tensor, resolution: int) -> Tensor:
-    """The voxel nearest to each point, half to even, as x * R^2 + y * R + z: `[B, 3, N]` -> int64 `[B, N]`.
+    """Return the voxel nearest to each point, rounding half to even, as x * R^2 + y * R + z, int64 `[B, N]`.
 
-    Coordinates that are not numbers count as 0: interpolating at them gives NaN, so that the step is dropped.
+    NaN coordinates count as 0; interpolating at them gives NaN, so that the training step is dropped.
     """
     x, y, z = voxel_coords.detach().round().nan_to_num(0.0).long().unbind(1)
     return (x * resolution + y) * resolution + z
 
 
 def voxelize(features: Tensor, voxel_coords: Tensor, resolution: int) -> Tensor:
-    """The mean of the features of each voxel's points, 0 where there are none: `[B, C, N]` -> `[B, C, R, R, R]`.
+    """Return the mean features of each voxel's points, 0 without points: `[B, C, N]` -> `[B, C, R, R, R]`.
 
     `voxel_coords` are those of `normalize_coords`. Axes are x, y, z. Differentiable in the features.
     """
@@ -204,10 +204,10 @@ def voxelize(features: Tensor, voxel_coords: Tensor, resolution: int) -> Tensor:
 
 @torch.no_grad()
 def trilinear_corners(voxel_coords: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
-    """The eight voxels around each point and their weights: int32 and float32 `[B, 8, N]`.
+    """Return the eight voxels around each point and their weights: int32 and float32 `[B, 8, N]`.
 
-    In the order 000, 001 ... 111, the last bit is z. Where a coordinate is whole, its upper corner is its lower one. A
-    coordinate that is not a number has voxel 0 and weights that are not numbers.
+    The order is 000, 001 ... 111, where the last bit is z. For an integer coordinate the upper corner equals the lower
+    one. A NaN coordinate has voxel 0 and NaN weights.
     """
     low, high = voxel_coords.floor(), voxel_coords.ceil()
     part = voxel_coords - low
@@ -221,7 +221,7 @@ def trilinear_corners(voxel_coords: Tensor, resolution: int) -> tuple[Tensor, Te
 
 
 def devoxelize(grid: Tensor, voxel_coords: Tensor) -> Tensor:
-    """The trilinear interpolation of `grid` at the points: `[B, C, R, R, R]` -> `[B, C, N]`; values as `grid_sample`.
+    """Interpolate `grid` trilinearly at the points: `[B, C, R, R, R]` -> `[B, C, N]`; same values as `grid_sample`.
 
     `voxel_coords` are those of `normalize_coords`, not rounded. Differentiable in the grid.
     """
@@ -234,9 +234,9 @@ def devoxelize(grid: Tensor, voxel_coords: Tensor) -> Tensor:
 
 
 def squared_distances(points: Tensor, queries: Tensor) -> Tensor:
-    """Squared Euclidean distances in float32: `[B, D, N]`, `[B, D, M]` -> `[B, M, N]`.
+    """Return squared Euclidean distances in float32: `[B, D, N]`, `[B, D, M]` -> `[B, M, N]`.
 
-    Up to three dimensions they are summed exactly as the published kernels do; more go through a matrix product.
+    For up to three dimensions they are summed exactly as in the published kernels, for more by a matrix product.
     """
     points, queries = points.float(), queries.float()
     if points.shape[1] <= 3:
@@ -248,7 +248,7 @@ def squared_distances(points: Tensor, queries: Tensor) -> Tensor:
 
 
 def _search(points: Tensor, queries: Tensor, find: Callable[[Tensor], Tensor]) -> Tensor:
-    """`find(distances [B, m, N])` for a slice of the queries at a time, put together along dimension 1."""
+    """Return `find(distances [B, m, N])` for one slice of the queries at a time, concatenated along dimension 1."""
     if torch.compiler.is_exporting():  # the number of slices would depend on the shape
         return find(squared_distances(points, queries))
     step = max(1, MAX_DISTANCES // (points.shape[0] * points.shape[2]))
@@ -256,7 +256,7 @@ def _search(points: Tensor, queries: Tensor, find: Callable[[Tensor], Tensor]) -
 
 
 def ascending(keys: Tensor) -> Tensor:
-    """Indices that put different `keys` `[..., N]` into ascending order; exported as topk, ExecuTorch has no sort."""
+    """Return indices that sort distinct `keys` `[..., N]`; exported as topk, because ExecuTorch has no sort."""
     if torch.compiler.is_exporting():
         return keys.topk(keys.shape[-1], largest=False).indices
     return keys.argsort(-1)
@@ -264,10 +264,10 @@ def ascending(keys: Tensor) -> Tensor:
 
 @torch.no_grad()
 def furthest_point_sample(coords: Tensor, num_centers: int) -> Tensor:
-    """Indices `[B, num_centers]` of points, each the furthest from those before it, the first point first.
+    """Return indices `[B, num_centers]` of points, each the furthest from those before it, starting with the first.
 
-    Of equally far points that with the lowest index modulo 512 wins, then the lowest, as in the published kernel. More
-    centres than points repeat points.
+    Among equally distant points the lowest index modulo 512 wins, then the lowest index, as in the published kernel. If
+    there are more centres than points, points are repeated.
     """
     batch, _, num_points = coords.shape
     number = torch.arange(num_points, device=coords.device)
@@ -283,7 +283,7 @@ def furthest_point_sample(coords: Tensor, num_centers: int) -> Tensor:
         nearest = torch.minimum(nearest, (points - center).square().sum(1))
         return nearest, nearest.argmax(1, keepdim=True)
 
-    if torch.compiler.is_exporting():  # one loop in the graph in place of a thousand copies of its body
+    if torch.compiler.is_exporting():  # one loop in the graph instead of a thousand copies of its body
         return order[_looped(further, nearest, last, points, num_centers)]
     chosen = [last]
     for _ in range(num_centers - 1):
@@ -295,10 +295,10 @@ def furthest_point_sample(coords: Tensor, num_centers: int) -> Tensor:
 def _looped(
     step: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], first: Tensor, last: Tensor, seen: Tensor, num: int
 ) -> Tensor:
-    """`last` `[B, 1]` and what `num - 1` steps make of it, `[B, num]`, as one loop of an exported graph.
+    """Return `last` `[B, 1]` and the results of `num - 1` further steps, `[B, num]`, as one loop of an exported graph.
 
-    What each step sees goes round with it, and the zero of each step is used: OpenVINO's loops see nothing outside,
-    and go round once where they need no step's own input.
+    All inputs of a step are carried along, and the zero of each step is used, because OpenVINO's loops cannot see
+    values outside, and run only once if no step has an input of its own.
     """
     from torch._higher_order_ops.scan import scan
 
@@ -314,9 +314,9 @@ def _looped(
 
 @torch.no_grad()
 def ball_query(coords: Tensor, centers: Tensor, radius: float, num_neighbors: int) -> Tensor:
-    """Indices `[B, M, num_neighbors]` of the first points, by index, closer to each centre than `radius`.
+    """Return indices `[B, M, num_neighbors]` of the first points, by index, that are closer to a centre than `radius`.
 
-    Where there are fewer, the first is repeated; where there is none, all are 0.
+    If there are fewer, the first is repeated; if there is none, all are 0.
     """
     limit = float(np.square(np.float32(radius)))
     if kernels := _kernels(centers):
@@ -325,7 +325,7 @@ def ball_query(coords: Tensor, centers: Tensor, radius: float, num_neighbors: in
     number = torch.arange(coords.shape[2], device=coords.device)
 
     def find(distances: Tensor) -> Tensor:
-        if torch.compiler.is_exporting():  # few runtimes know searchsorted; a cloud has as many points as neighbours
+        if torch.compiler.is_exporting():  # few runtimes have searchsorted; needs as many points as neighbours
             inside = torch.where(distances < limit, number, number.shape[0])
             return inside.topk(num_neighbors, largest=False).values
         rank = (distances < limit).cumsum(-1, dtype=torch.int32)
@@ -338,9 +338,9 @@ def ball_query(coords: Tensor, centers: Tensor, radius: float, num_neighbors: in
 
 @torch.no_grad()
 def knn(points: Tensor, queries: Tensor, num_neighbors: int) -> Tensor:
-    """Indices `[B, M, num_neighbors]` of the points `[B, D, N]` nearest to each query `[B, D, M]`, nearest first.
+    """Return indices `[B, M, num_neighbors]` of the points `[B, D, N]` nearest to each query `[B, D, M]`, in order.
 
-    Equally near points come in no promised order. If there are fewer points than neighbours, they come again in turn.
+    The order of equally near points is undefined. If there are fewer points than neighbours, they are repeated in turn.
     """
     num = num_neighbors if torch.compiler.is_exporting() else min(num_neighbors, points.shape[2])
     found = _search(points, queries, lambda distances: distances.topk(num, largest=False).indices)
@@ -349,10 +349,10 @@ def knn(points: Tensor, queries: Tensor, num_neighbors: int) -> Tensor:
 
 @torch.no_grad()
 def three_nearest(coords: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """The three centres nearest to each point and their weights by inverse squared distance: `[B, 3, N]` both.
+    """Return the three centres nearest to each point and their weights by inverse squared distance, both `[B, 3, N]`.
 
-    Of equally near centres the lowest index comes first. Squared distances are held within [1e-10, 1e10]; a centre
-    that is missing (M < 3) counts as index 0 at 1e10.
+    Among equally near centres the lowest index comes first. Squared distances are clamped to [1e-10, 1e10]; a missing
+    centre (M < 3) counts as index 0 at 1e10.
     """
 
     def find(distances: Tensor) -> Tensor:
@@ -371,11 +371,14 @@ def three_nearest(coords: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def interpolate(coords: Tensor, centers: Tensor, center_features: Tensor) -> Tensor:
-    """Features of the points from their three nearest centres: `[B, C, M]` -> `[B, C, N]`. Coordinates do not learn."""
+    """Interpolate features of points from their three nearest centres: `[B, C, M]` -> `[B, C, N]`.
+
+    Differentiable in the features, not in the coordinates.
+    """
     return _weighted_sum(center_features, *three_nearest(coords, centers))
 
 
 def group(coords: Tensor, centers: Tensor, features: Tensor | None, index: Tensor) -> Tensor:
-    """`[neighbour - centre, features]` of the points at `index` `[B, M, K]`: `[B, 3 + C, M, K]`. Differentiable."""
+    """Return `[neighbour - centre, features]` `[B, 3 + C, M, K]` of the points `index` `[B, M, K]`. Differentiable."""
     relative = gather(coords.float(), index) - centers.float()[..., None]
     return relative if features is None else torch.cat([relative.to(features.dtype), gather(features, index)], 1)

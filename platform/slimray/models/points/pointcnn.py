@@ -1,8 +1,9 @@
-"""PointCNN: a learned K x K matrix brings the neighbours of a point into order, then they are convolved.
+"""PointCNN: a learned K x K matrix reorders the neighbours of a point, which are then convolved.
 
 PointCNN: Convolution On X-Transformed Points (arXiv 1801.07791), ShapeNet part form, written in torch from its
-description; the original is TensorFlow, weights do not carry over. `[B, C, N]` in, coordinates first, then normals, and
-`[B, num_classes, N]` out. The decoder repeats the encoder's (K, D), as the published configuration was not available.
+description; weights of the original, in TensorFlow, cannot be loaded. Takes `[B, C, N]`, coordinates first, then
+normals, and returns `[B, num_classes, N]`. The decoder repeats the encoder's (K, D), as the published configuration was
+not available.
 """
 
 import math
@@ -15,11 +16,11 @@ from slimray.models.points.pointnet import NUM_NORMALS, Cloud, scaled
 
 ENCODER = ((8, 1, None, 256), (12, 2, 768, 256), (16, 2, 384, 512), (16, 6, 128, 1024))  # K, D, points, channels
 DECODER = ((16, 6, 3, 3), (16, 6, 3, 2), (12, 2, 2, 1), (8, 2, 1, 0), (8, 1, 0, 0))  # K, D, from level, to level
-GLOBAL_SHARE = 4  # the last layer adds a quarter of its channels, made from where the points are
+GLOBAL_SHARE = 4  # the last layer adds a quarter of its channels, computed from the coordinates of the points
 
 
 def _dense(in_channels: int, out_channels: int, dim: int = 2, kernel: int = 1, activate: bool = True) -> nn.Sequential:
-    """A convolution without bias (over `kernel` neighbours), ELU and, after it, BatchNorm."""
+    """Return a convolution without bias (over `kernel` neighbours), then ELU, then BatchNorm."""
     if dim == 1:
         conv, norm = nn.Conv1d(in_channels, out_channels, 1, bias=False), nn.BatchNorm1d(out_channels)
     else:
@@ -29,9 +30,9 @@ def _dense(in_channels: int, out_channels: int, dim: int = 2, kernel: int = 1, a
 
 
 class XConv(nn.Module):
-    """Features of queries from every `dilation`-th of their k * dilation nearest points.
+    """Computes features of queries from every `dilation`-th of their k * dilation nearest points.
 
-    `in_channels` of the points' features, 0 for none; `delta` channels are lifted from the local coordinates.
+    `in_channels` are those of the points' features, 0 for none; `delta` channels are lifted from local coordinates.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class XConv(nn.Module):
         self.out_channels = out_channels + summary
 
     def forward(self, cloud: Cloud, queries: Tensor) -> Tensor:
-        """The points' features `[B, in_channels, N]` and coords; queries `[B, 3, M]` -> `[B, out_channels, M]`."""
+        """Return `[B, out_channels, M]` for points (features `[B, in_channels, N]`, coords) and queries `[B, 3, M]`."""
         features, coords = cloud
         index = knn(coords, queries, self.k * self.dilation)[:, :, :: self.dilation]
         local = gather(coords, index) - queries[..., None]  # [B, 3, M, K]
@@ -71,7 +72,7 @@ class XConv(nn.Module):
 
 
 class PointCNN(nn.Module):
-    """X-convolutions on ever fewer points and back, a head: `[B, C, N]` -> `[B, num_classes, N]`."""
+    """X-convolutions on fewer and fewer points and back, and a head: `[B, C, N]` -> `[B, num_classes, N]`."""
 
     def __init__(self, num_classes: int, width: float, num_features: int, dropout: float):
         super().__init__()
@@ -117,5 +118,5 @@ class PointCNN(nn.Module):
 
 
 def pointcnn_shapenet(*, num_classes: int, width: float = 1.0, dropout: float = 0.5) -> PointCNN:
-    """Sees coordinates and normals; channels after them are ignored."""
+    """Build PointCNN for parts, which uses coordinates and normals and ignores the channels after them."""
     return PointCNN(num_classes, width, NUM_NORMALS, dropout)

@@ -1,7 +1,7 @@
-"""PointNet and PointNet++ and the blocks that all point networks share: shared MLPs, set abstraction, propagation.
+"""PointNet, PointNet++, and the blocks that all point networks use: shared MLPs, set abstraction, propagation.
 
 PointNet (arXiv 1612.00593), PointNet++ (1706.02413), in the form of the Point-Voxel CNN models (1907.03739). A cloud is
-a pair (features `[B, C, N]`, coords `[B, 3, N]`); a block takes and returns one, so that blocks chain in a Sequential.
+a pair (features `[B, C, N]`, coords `[B, 3, N]`); a block takes and returns one, so that a Sequential can chain blocks.
 Networks take `[B, C, N]`, coordinates first, and return `[B, num_classes, N]`. Parameter names are those of the
 published checkpoints. Every hidden width is `int(width * channels)`.
 """
@@ -20,12 +20,12 @@ DROPOUT = "dropout"
 
 
 def scaled(channels: Sequence[int], width: float) -> list[int]:
-    """Each of `channels` times `width`, cut to a whole number as in the published models, at least 1."""
+    """Return each of `channels` times `width`, truncated to an integer as in the published models, at least 1."""
     return [max(1, int(width * c)) for c in channels]
 
 
 class SharedMLP(nn.Module):
-    """One MLP at every point: 1x1 convolutions, each with BatchNorm and ReLU; `[B, C, *]` or a cloud in and out."""
+    """One MLP for every point: 1x1 convolutions, each with BatchNorm and ReLU; `[B, C, *]` or a cloud in and out."""
 
     def __init__(self, in_channels: int, channels: Sequence[int], dim: int = 1):
         super().__init__()
@@ -40,7 +40,7 @@ class SharedMLP(nn.Module):
 
 
 def linear_head(in_channels: int, channels: Sequence[int | str], num_outputs: int, dropout: float) -> nn.Sequential:
-    """Linear-BatchNorm-ReLU layers of `channels`, "dropout" among them for one, and a last linear layer."""
+    """Return Linear-BatchNorm-ReLU layers of `channels`, with dropout for each "dropout", and a last linear layer."""
     layers: list[nn.Module] = []
     for size in channels:
         if isinstance(size, str):
@@ -52,7 +52,7 @@ def linear_head(in_channels: int, channels: Sequence[int | str], num_outputs: in
 
 
 def point_head(in_channels: int, channels: Sequence[int | str], num_outputs: int, dropout: float) -> nn.Sequential:
-    """Shared MLPs of `channels`, "dropout" among them for one, and a last 1x1 convolution, for every point."""
+    """Return shared MLPs of `channels`, where "dropout" stands for dropout, and a last 1x1 convolution."""
     layers: list[nn.Module] = []
     for size in channels:
         layers.append(nn.Dropout(dropout) if isinstance(size, str) else SharedMLP(in_channels, [size]))
@@ -61,12 +61,12 @@ def point_head(in_channels: int, channels: Sequence[int | str], num_outputs: int
 
 
 def head_widths(channels: Sequence[int | str], width: float) -> list[int | str]:
-    """`scaled`, which leaves "dropout" as it is."""
+    """Return `scaled` channels, with "dropout" unchanged."""
     return [c if isinstance(c, str) else scaled([c], width)[0] for c in channels]
 
 
 def repeat_points(cloud: Tensor, num_points: int) -> Tensor:
-    """A vector per cloud, `[B, C]` or `[B, C, 1]`, given to each of its points: `[B, C, N]`."""
+    """Repeat a vector per cloud, `[B, C]` or `[B, C, 1]`, for each of its points: `[B, C, N]`."""
     return cloud.reshape(*cloud.shape[:2], 1).expand(-1, -1, num_points)
 
 
@@ -74,9 +74,9 @@ def repeat_points(cloud: Tensor, num_points: int) -> Tensor:
 
 
 class Transform(nn.Module):
-    """A T-Net: a `C x C` matrix from the points themselves, applied to their first C channels, near identity.
+    """A T-Net: a `C x C` matrix computed from the points and applied to their first C channels, at first near identity.
 
-    Its sizes are those of the published counts; where it stands among the blocks is our choice.
+    Its sizes are the published ones; its place among the blocks is our choice.
     """
 
     def __init__(self, channels: int, width: float = 1.0):
@@ -95,9 +95,9 @@ class Transform(nn.Module):
 class PointNet(nn.Module):
     """Blocks at every point, a summary of the cloud, and a head that sees both: `[B, C, N]` -> `[B, num_classes, N]`.
 
-    `point_features` are chained. The summary is their maximum over the points, behind `cloud_features`: linear layers,
-    or shared MLPs before the maximum. The head sees the last `num_one_hot` input channels, the output of every block
-    (`dense`) or of the last, and the summary. The blocks see the first `in_channels`.
+    `point_features` are chained and see the first `in_channels`. The summary is their maximum over the points, followed
+    by `cloud_features` if these are linear layers, or preceded by them if they are shared MLPs. The head sees the last
+    `num_one_hot` input channels, the output of every block (`dense`) or of the last, and the summary.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class PointNet(nn.Module):
         self.head_name = f"classifier.{len(classifier) - 1}"
 
     def forward(self, x: Tensor, one_hot: Tensor | None = None) -> Tensor:
-        """`one_hot` `[B, num_one_hot]` where it is not the last channels of `x`."""
+        """Run the network; `one_hot` is `[B, num_one_hot]` if it is not in the last channels of `x`."""
         num_points = x.shape[-1]
         if one_hot is None:
             label = x[:, x.shape[1] - self.num_one_hot :]
@@ -157,7 +157,7 @@ class CloudNet(nn.Module):
 
 
 def shared_blocks(in_channels: int, channels: Sequence[int]) -> list[nn.Module]:
-    """One SharedMLP of one layer for each of `channels`."""
+    """Return one SharedMLP with one layer for each of `channels`."""
     return [SharedMLP(before, [after]) for before, after in zip([in_channels, *channels], channels)]
 
 
@@ -179,7 +179,10 @@ def pointnet_shapenet(
     num_shapes: int = NUM_SHAPES,
     dropout: float = 0.2,
 ) -> PointNet:
-    """Sees coordinates and shape only. `transform` adds T-Nets to the input and before the fourth block."""
+    """Build PointNet for parts, which uses only coordinates and shape.
+
+    `transform` adds T-Nets to the input and before the fourth block.
+    """
     points = scaled([64, 128, 128, 512, 2048], width)
     blocks = shared_blocks(3, points)
     if transform:
@@ -190,13 +193,13 @@ def pointnet_shapenet(
 def shapenet_head(
     points: Sequence[int], num_classes: int, width: float, num_shapes: int, dropout: float
 ) -> nn.Sequential:
-    """The head of PointNet and PVCNN for parts: it sees the shape, every block's output and the last one's maximum."""
+    """Return the head of PointNet and PVCNN for parts; sees the shape, all blocks' outputs and the last's maximum."""
     channels = head_widths([256, DROPOUT, 256, DROPOUT, 128], width)
     return point_head(num_shapes + sum(points) + points[-1], channels, num_classes, dropout)
 
 
 def pointnet_cls(*, num_classes: int, width: float = 1.0, in_channels: int = 3, dropout: float = 0.3) -> CloudNet:
-    """PointNet without T-Nets for whole clouds."""
+    """Build PointNet without T-Nets for whole clouds."""
     points = scaled([64, 64, 64, 128, 1024], width)
     head = linear_head(points[-1], head_widths([512, 256, DROPOUT], width), num_classes, dropout)
     return CloudNet(shared_blocks(in_channels, points), head)
@@ -206,10 +209,11 @@ def pointnet_cls(*, num_classes: int, width: float = 1.0, in_channels: int = 3, 
 
 
 class SetAbstraction(nn.Module):
-    """Fewer points that know their surroundings: `num_centers` sampled, their neighbours in balls, an MLP, the maximum.
+    """Samples `num_centers` points and summarizes the neighbours of each by an MLP and a maximum.
 
-    One ball and MLP per entry of `radii` (unscaled coordinates), `num_neighbors` and `channels`, concatenated. With
-    `in_channels` 0 only where the neighbours lie counts. Clouds of N points in, of `num_centers` out.
+    There is one ball and MLP per entry of `radii` (unscaled coordinates), `num_neighbors` and `channels`; outputs are
+    concatenated. With `in_channels` 0 only the positions of neighbours are used. Clouds of N points in, `num_centers`
+    out.
     """
 
     def __init__(
@@ -236,7 +240,7 @@ class SetAbstraction(nn.Module):
 
 
 class GlobalAbstraction(nn.Module):
-    """A cloud as one point at the origin: an MLP on [features, coords] and the maximum, `[B, C, N]` -> `[B, C', 1]`."""
+    """Reduces a cloud to one point at the origin by an MLP on [features, coords] and the maximum: `[B, C', 1]`."""
 
     def __init__(self, in_channels: int, channels: Sequence[int]):
         super().__init__()
@@ -250,7 +254,7 @@ class GlobalAbstraction(nn.Module):
 
 
 class FeaturePropagation(nn.Module):
-    """Features of centres brought to more points: interpolated, joined with the points' own, an MLP.
+    """Propagates features of centres to more points: interpolation, concatenation with the points' own, an MLP.
 
     Takes (points' features, points' coords, centres' features, centres' coords) and returns the points' cloud.
     """
@@ -267,8 +271,8 @@ class FeaturePropagation(nn.Module):
 class PointNet2(nn.Module):
     """Set abstraction down, propagation up, a head at every point: `[B, C, N]` -> `[B, num_classes, N]`.
 
-    The first stage sees the channels `inputs` of `x` as features, the last propagation those of `skip`. A one-hot joins
-    the features of the last stage. Radii are in the units of the coordinates.
+    The first stage gets the channels `inputs` of `x` as features, the last propagation those of `skip`. A one-hot is
+    appended to the features of the last stage. Radii are in the units of the coordinates.
     """
 
     def __init__(
@@ -300,7 +304,7 @@ class PointNet2(nn.Module):
 
 
 def abstractions(in_channels: int, stages: Sequence[tuple], width: float) -> list[nn.Module]:
-    """Set abstractions of `stages`: (centres, radii, neighbours, widths per scale), or (widths,) for a global one."""
+    """Return set abstractions for `stages`: (centres, radii, neighbours, widths per scale), or (widths,) if global."""
     layers: list[nn.Module] = []
     for stage in stages:
         if len(stage) == 1:
@@ -316,7 +320,7 @@ def abstractions(in_channels: int, stages: Sequence[tuple], width: float) -> lis
 def propagations(
     sa_layers: Sequence[nn.Module], num_skip: int, num_one_hot: int, channels: Sequence[Sequence[int]], width: float
 ) -> list[nn.Module]:
-    """Feature propagations of `channels` back up the levels of `sa_layers`; `num_skip` channels wait at the top."""
+    """Return feature propagations of `channels` back up the levels of `sa_layers`; the top has `num_skip` channels."""
     skips = [num_skip, *(layer.out_channels for layer in sa_layers)]  # type: ignore[misc]
     in_channels, layers = skips.pop() + num_one_hot, []
     for widths, skip in zip(channels, reversed(skips), strict=True):
@@ -349,12 +353,15 @@ def _pointnetpp_shapenet(
 
 
 def pointnetpp_ssg_shapenet(*, num_classes: int, width: float = 1.0, dropout: float = 0.5) -> PointNet2:
-    """Sees coordinates and normals; channels after them are ignored."""
+    """Build PointNet++ with one scale for parts, which uses coordinates and normals and ignores other channels."""
     return _pointnetpp_shapenet(SSG, 3 + NUM_NORMALS, num_classes, width, dropout)
 
 
 def pointnetpp_msg_shapenet(
     *, num_classes: int, width: float = 1.0, num_shapes: int = NUM_SHAPES, dropout: float = 0.5
 ) -> PointNet2:
-    """Sees coordinates, normals and, at the last propagation, the one-hot shape that follows them."""
+    """Build PointNet++ with several scales for parts.
+
+    It uses coordinates, normals and, in the last propagation, the one-hot shape that follows them.
+    """
     return _pointnetpp_shapenet(MSG, 3 + NUM_NORMALS + num_shapes, num_classes, width, dropout)

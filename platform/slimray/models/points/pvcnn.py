@@ -2,8 +2,8 @@
 
 Point-Voxel CNN for Efficient 3D Deep Learning (arXiv 1907.03739). A PVConv adds a voxel branch (average into a grid,
 two 3D convolutions, interpolate back) to a point branch (a shared MLP). Networks take `[B, C, N]`, coordinates first,
-and return `[B, num_classes, N]`. `width` multiplies the channels and `voxel` the grid resolutions, both cut to whole
-numbers as in the published models; parameter names are those of the published checkpoints.
+and return `[B, num_classes, N]`. `width` multiplies the channels and `voxel` the grid resolutions, both truncated to
+integers as in the published models; parameter names are those of the published checkpoints.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ Block = tuple[int, int, int | None]  # channels, repeats, grid resolution or Non
 
 
 class SE3d(nn.Module):
-    """Squeeze and excitation over a dense grid, its empty voxels included: `[B, C, R, R, R]` (arXiv 1709.01507)."""
+    """Squeeze and excitation over a dense grid, including empty voxels: `[B, C, R, R, R]` (arXiv 1709.01507)."""
 
     def __init__(self, channels: int, reduction: int = 8):
         super().__init__()
@@ -52,7 +52,7 @@ class SE3d(nn.Module):
 class PVConv(nn.Module):
     """A voxel branch at `resolution` plus a point branch: a cloud of `in_channels` in, of `out_channels` out.
 
-    The grid is laid around the raw coordinates (`normalize_coords`), which pass on unchanged.
+    The grid is fitted to the raw coordinates (`normalize_coords`), which are returned unchanged.
     """
 
     def __init__(
@@ -80,12 +80,11 @@ class PVConv(nn.Module):
         return point + voxel, cloud[1]
 
     def branches(self, cloud: Cloud) -> tuple[Tensor, Tensor]:
-        """Return what the voxel branch and the point branch give, `[B, out_channels, N]` both; the output is their
-        sum."""
+        """Return the outputs of voxel and point branch, both `[B, out_channels, N]`; their sum is the output."""
         features, coords = cloud
         places = normalize_coords(coords, self.resolution, self.normalize, self.eps)
         grid = voxelize(features, places, self.resolution)
-        if not grid.is_cuda:  # as it is it saves a fifth of a training step on a GPU; CPU BatchNorm then errs by 1e-4
+        if not grid.is_cuda:  # channels-last saves a fifth of a step on a GPU, but makes CPU BatchNorm err by 1e-4
             grid = grid.contiguous()
         return devoxelize(self.voxel_layers(grid), places), self.point_features(features)
 
@@ -99,7 +98,7 @@ def point_voxel_blocks(
     normalize: bool = True,
     eps: float = 0.0,
 ) -> tuple[list[nn.Module], list[int]]:
-    """The modules that `blocks` stand for, and the channels that each of them returns."""
+    """Return the modules of `blocks`, and the output channels of each."""
     layers: list[nn.Module] = []
     channels: list[int] = []
     for base, repeats, resolution in blocks:
@@ -118,7 +117,7 @@ def point_voxel_blocks(
 def pvcnn_s3dis(
     *, num_classes: int, width: float = 1.0, voxel: float = 1.0, in_channels: int = 9, dropout: float = 0.3
 ) -> PointNet:
-    """The head sees the output of every block and a summary of the cloud."""
+    """Build PVCNN for scenes; its head sees the output of every block and a summary of the cloud."""
     blocks: list[Block] = [(64, 1, 32), (64, 2, 16), (128, 1, 16), (1024, 1, None)]
     layers, channels = point_voxel_blocks(in_channels, blocks, width, voxel)
     clouds = scaled([256, 128], width)
@@ -131,7 +130,7 @@ def pvcnn_s3dis(
 def pvcnn_shapenet(
     *, num_classes: int, width: float = 1.0, voxel: float = 1.0, num_shapes: int = NUM_SHAPES, dropout: float = 0.2
 ) -> PointNet:
-    """Sees coordinates in the unit ball, normals, and the shape as the last `num_shapes` channels."""
+    """Build PVCNN for parts, which uses coordinates in the unit ball, normals, and the one-hot shape after them."""
     blocks: list[Block] = [(64, 1, 32), (128, 2, 16), (512, 1, None), (2048, 1, None)]
     in_channels = 3 + NUM_NORMALS
     layers, channels = point_voxel_blocks(in_channels, blocks, width, voxel, with_se=True, normalize=False)
@@ -142,7 +141,7 @@ def pvcnn_shapenet(
 def pvcnn_cls(
     *, num_classes: int, width: float = 1.0, voxel: float = 1.0, in_channels: int = 3, dropout: float = 0.3
 ) -> CloudNet:
-    """PVCNN for whole clouds, our own definition: the blocks of the S3DIS network under the head of PointNet."""
+    """Build PVCNN for whole clouds, our own definition: the blocks of the S3DIS network with the head of PointNet."""
     blocks: list[Block] = [(64, 1, 32), (64, 2, 16), (128, 1, 16), (1024, 1, None)]
     layers, channels = point_voxel_blocks(in_channels, blocks, width, voxel)
     head = linear_head(channels[-1], head_widths([512, 256, DROPOUT], width), num_classes, dropout)
@@ -167,7 +166,7 @@ FP_STAGES: tuple[tuple[tuple[int, ...], list[Block]], ...] = (
 def pvcnnpp_s3dis(
     *, num_classes: int, width: float = 1.0, voxel: float = 1.0, in_channels: int = 9, dropout: float = 0.5
 ) -> PointNet2:
-    """PointNet++ with PVConvs before each sampling and after each propagation."""
+    """Build PVCNN++: PointNet++ with PVConvs before each sampling and after each propagation."""
     channels, sa_layers, skips = in_channels, [], [in_channels - 3]
     for blocks, num_centers, radius, num_neighbors, widths in SA_STAGES:
         layers, out = point_voxel_blocks(channels, blocks, width, voxel, with_se=True)

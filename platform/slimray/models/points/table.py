@@ -1,9 +1,9 @@
-"""The rows of point networks for the MODELS table: name -> (what makes it, what it is, what it takes).
+"""The rows of point networks for the MODELS table: name -> (builder, description, input).
 
 All take `[B, C, N]`, coordinates in the first three channels. Segmentation returns `[B, num_classes, N]`, `_cls` whole
 clouds `[B, num_classes]`, the frustum networks a dict (frustum.py; their input ends with the one-hot class). Channels:
 S3DIS 9 (block coordinates, colour, place in the room); ShapeNet 22 (coordinates, normals, one-hot shape), of which each
-network takes what it knows; frustums 4 + 3.
+network uses those it supports; frustums 4 + 3.
 """
 
 from collections.abc import Callable

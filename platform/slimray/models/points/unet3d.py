@@ -1,9 +1,10 @@
-"""A 3D U-Net over voxels, the baseline that point-voxel networks are measured against: our own definition.
+"""A 3D U-Net over voxels, the baseline for point-voxel networks, our own definition.
 
-After 3D U-Net (arXiv 1606.06650). Point-Voxel CNN (1907.03739) reports such a baseline but published no configuration:
-points are averaged into a grid of 64 (`voxel=1.5` for the 96 recalled from the paper), two 3x3x3 convolutions per
-level, three times down and up by strided convolutions (no pooling, whose backward is not deterministic on CUDA), and
-the grid is interpolated at the points. `[B, C, N]` in, coordinates first, `[B, num_classes, N]` out.
+After 3D U-Net (arXiv 1606.06650). Point-Voxel CNN (1907.03739) reports such a baseline but published no configuration.
+Here points are averaged into a grid of 64 (`voxel=1.5` for the 96 recalled from the paper), there are two 3x3x3
+convolutions per level, strided convolutions go down and up three times (no pooling, whose backward pass is not
+deterministic on CUDA), and the grid is interpolated at the points. Takes `[B, C, N]`, coordinates first, and returns
+`[B, num_classes, N]`.
 """
 
 from collections.abc import Sequence
@@ -75,5 +76,5 @@ def unet3d_s3dis(
 def unet3d_shapenet(
     *, num_classes: int, width: float = 1.0, voxel: float = 1.0, num_shapes: int = NUM_SHAPES, dropout: float = 0.3
 ) -> UNet3D:
-    """Sees coordinates in the unit ball, normals, and the shape as the last channels."""
+    """Build the U-Net for parts, which uses coordinates in the unit ball, normals, and the one-hot shape after them."""
     return UNet3D(num_classes, 3 + NUM_NORMALS, width, voxel, False, (128, DROPOUT), dropout, num_shapes)

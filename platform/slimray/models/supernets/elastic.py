@@ -1,11 +1,11 @@
-"""Parts that every supernet is made of: layers that run on their first channels, plain copies of them, channel sorting.
+"""Building blocks of all supernets: layers that run on their first channels, plain copies of them, channel sorting.
 
 A layer of a supernet holds the weights of its widest form. `sliced_conv`, `sliced_norm` and `sliced_linear` run an
-ordinary torch layer on the first channels only: as many as the input has, as many out as asked for. `take` copies the
-same slices into a plain layer, so a supernet and its extracted subnet read the same numbers. Once-for-All: Train One
-Network and Specialize it for Efficient Deployment (arXiv 1908.09791). Surprising: in train mode a sliced BatchNorm
-updates the first entries of the shared running statistics in place, as published, so the statistics of a subnet mean
-nothing until `recalibrate_norms` has been over the extracted net.
+ordinary torch layer on the first channels only: as many as the input has, and the requested number of outputs. `take`
+copies the same slices into a plain layer, so that a supernet and its extracted subnet use the same numbers.
+Once-for-All: Train One Network and Specialize it for Efficient Deployment (arXiv 1908.09791). Surprising: in train mode
+a sliced BatchNorm updates the first entries of the shared running statistics in place, as published, so the statistics
+of a subnet are meaningless until `recalibrate_norms` was applied to the extracted network.
 """
 
 import itertools
@@ -27,7 +27,7 @@ SE_REDUCTION = 4
 
 
 def make_divisible(channels: float, divisor: int = 8) -> int:
-    """`channels` to the nearest multiple of `divisor`, at least one, and never more than 10 % below `channels`."""
+    """Round `channels` to the nearest multiple of `divisor`, at least one, never more than 10 % below `channels`."""
     rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * channels else rounded
 
@@ -36,10 +36,11 @@ def make_divisible(channels: float, divisor: int = 8) -> int:
 
 
 def sliced_conv(conv: nn.Module, x: Tensor, out_channels: int | None = None, spans: Spans | None = None) -> Tensor:
-    """`conv` (1D, 2D or 3D) on the first channels: `[N, in, ...]` -> `[N, out_channels, ...]` (None: all).
+    """Run `conv` (1D, 2D or 3D) on its first channels: `[N, in, ...]` -> `[N, out_channels, ...]` (None: all).
 
-    The input has the first channels of what `conv` takes in all; if it is a concatenation of several slices, `spans`
-    says where each of them begins and how long it is. A depthwise convolution keeps the channels of its input.
+    The input holds the first channels of the full input of `conv`; if it is a concatenation of several slices, `spans`
+    lists the start and length of each. A depthwise convolution keeps the channels of its input. Raises ValueError for
+    other grouped convolutions.
     """
     conv = cast(nn.Conv2d, conv)
     groups, out = 1, out_channels
@@ -52,20 +53,23 @@ def sliced_conv(conv: nn.Module, x: Tensor, out_channels: int | None = None, spa
 
 
 def sliced_linear(linear: nn.Module, x: Tensor, out_features: int | None = None, spans: Spans | None = None) -> Tensor:
-    """`linear` on the first features: `[..., in]` -> `[..., out_features]` (None: all); `spans` as `sliced_conv`."""
+    """Run `linear` on its first features: `[..., in]` -> `[..., out_features]` (None: all).
+
+    `spans` as in `sliced_conv`.
+    """
     linear = cast(nn.Linear, linear)
     weight = _first(linear.weight, out_features, x.shape[-1], spans)
     return functional.linear(x, weight, _first(linear.bias, out_features))
 
 
 def sliced_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """A BatchNorm `norm` on its first features, those of `x` `[N, C, ...]`; its own train or eval mode counts.
+    """Run a BatchNorm on its first features, those of `x` `[N, C, ...]`, in the train or eval mode of `norm`.
 
-    In train mode the first C running statistics are updated in place, but for a lone value per channel, which has no
-    variance: they are used then, and left alone.
+    In train mode the first C running statistics are updated in place. With a single value per channel, which has no
+    variance, they are used instead and not updated. Raises UserError for a SyncBatchNorm.
     """
     if isinstance(norm, nn.SyncBatchNorm):
-        raise UserError("norm: sync is not for supernets: their BatchNorm keeps statistics per worker (norm: local)")
+        raise UserError("norm: sync does not work for supernets, whose BatchNorm is per worker: use norm: local")
     norm = cast(nn.BatchNorm2d, norm)
     channels, momentum = x.shape[1], norm.momentum
     mean, var = _first(norm.running_mean, channels), _first(norm.running_var, channels)
@@ -78,7 +82,7 @@ def sliced_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def _first(value: Tensor | None, out: int | None, inputs: int | None = None, spans: Spans | None = None) -> Any:
-    """The first `out` rows (None: all) and `inputs` columns of `value`, or the columns of `spans`; None stays None."""
+    """Return the first `out` rows (None: all) and `inputs` columns of `value`, or the columns of `spans`."""
     if value is None:
         return None
     value = value if out is None or out == len(value) else value[:out]
@@ -88,12 +92,12 @@ def _first(value: Tensor | None, out: int | None, inputs: int | None = None, spa
 
 
 def take(plain: nn.Module, source: nn.Module, spans: Spans | None = None) -> None:
-    """Give every tensor of `plain` a copy of the first rows and columns of the tensor of that name in `source`.
+    """Give every tensor of `plain` a copy of the first rows and columns of the tensor of the same name in `source`.
 
-    `plain` says the sizes and may be on the meta device; afterwards its tensors have the device and the type of
-    `source` and share nothing with it, and a BatchNorm its `eps` and `momentum`. The level of names that elastic layers
-    add is left out, and an `ElasticDepthwise` gives the kernel of the size wanted. `spans`: which columns of the weight
-    instead of the first.
+    `plain` defines the sizes and may be on the meta device; afterwards its tensors have the device and type of `source`
+    but share no memory with it, and a BatchNorm also gets its `eps` and `momentum`. The extra level of names of elastic
+    layers is skipped, and an `ElasticDepthwise` provides the kernel of the required size. `spans` selects other columns
+    of the weight than the first. Raises ValueError if a tensor of `source` is too small.
     """
     source = getattr(source, _LEVEL[type(source)]) if type(source) in _LEVEL else source
     for name, like in list(plain.named_parameters(recurse=False)):
@@ -122,7 +126,7 @@ def _slice(value: Tensor, shape: torch.Size, spans: Spans | None) -> Tensor:
 
 
 class ElasticConv(nn.Module):
-    """A convolution whose channels are sliced, under the name `conv`: the level of names of the published supernets."""
+    """A convolution with sliced channels, under the name `conv`, the extra level of names in published supernets."""
 
     def __init__(self, conv: nn.Module):
         super().__init__()
@@ -133,7 +137,7 @@ class ElasticConv(nn.Module):
 
 
 class ElasticNorm(nn.Module):
-    """A BatchNorm whose features are sliced, under the name `bn`."""
+    """A BatchNorm with sliced features, under the name `bn`."""
 
     def __init__(self, bn: nn.Module):
         super().__init__()
@@ -144,7 +148,7 @@ class ElasticNorm(nn.Module):
 
 
 class ElasticLinear(nn.Module):
-    """A linear layer whose features are sliced, under the name `linear`."""
+    """A linear layer with sliced features, under the name `linear`."""
 
     def __init__(self, linear: nn.Module):
         super().__init__()
@@ -155,7 +159,7 @@ class ElasticLinear(nn.Module):
 
 
 class ElasticDepthwise(nn.Module):
-    """A depthwise 2D convolution of several kernel sizes: each the centre of the next larger, times a learned matrix.
+    """A depthwise 2D convolution with several kernel sizes: each is the centre of the next, times a learned matrix.
 
     `kernels` are odd, ascending. The matrices `7to5_matrix`, ... act on the flat kernel, are shared by all channels and
     start as identity.
@@ -170,7 +174,7 @@ class ElasticDepthwise(nn.Module):
         self.conv = nn.Conv2d(channels, channels, largest, stride, largest // 2, groups=channels, bias=False)
 
     def filter(self, channels: int, kernel: int) -> Tensor:
-        """The weights `[channels, 1, kernel, kernel]` at that size."""
+        """Return the weights `[channels, 1, kernel, kernel]` for a kernel size; raise ValueError if unknown."""
         if kernel not in self.kernels:
             raise ValueError(f"kernel: {kernel} is not one of {self.kernels}")
         weight = _first(self.conv.weight, channels)
@@ -188,13 +192,13 @@ class ElasticDepthwise(nn.Module):
         return functional.conv2d(x, weight, None, self.conv.stride, kernel // 2, 1, channels)
 
 
-_LEVEL = {ElasticConv: "conv", ElasticNorm: "bn", ElasticLinear: "linear"}  # the level of names that each adds
+_LEVEL = {ElasticConv: "conv", ElasticNorm: "bn", ElasticLinear: "linear"}  # the level of names added by each
 
 
 class SqueezeExcite(nn.Module):
     """Squeeze-and-excitation: `[N, C, H, W]` times a factor per channel, `relu6(. + 3) / 6` of a small network.
 
-    In a supernet it runs on the first channels: `sliced_squeeze`.
+    In a supernet `sliced_squeeze` runs it on its first channels.
     """
 
     def __init__(self, channels: int):
@@ -214,7 +218,7 @@ class SqueezeExcite(nn.Module):
 
 
 def sliced_squeeze(se: nn.Module, x: Tensor) -> Tensor:
-    """A `SqueezeExcite` on its first channels, those of `x`; its middle shrinks with them."""
+    """Run a `SqueezeExcite` on its first channels, those of `x`; its middle channels shrink with them."""
     channels, layers = x.shape[1], cast(Any, se).fc
     middle = sliced_conv(layers.reduce, x.mean((2, 3), keepdim=True), make_divisible(channels // SE_REDUCTION))
     return x * functional.hardsigmoid(sliced_conv(layers.expand, functional.relu(middle), channels))
@@ -225,10 +229,10 @@ def sliced_squeeze(se: nn.Module, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of a network whose latency is measured on its own; equal `key` means equal work.
+    """A piece of a network whose latency is measured separately; units with the same `key` do the same work.
 
-    `input` is the shape it takes without the batch, `make` builds a fresh module of that shape. `counted` builds
-    another one where that is what parameters and MACs are counted of; None: what `make` builds.
+    `input` is its input shape without the batch, `make` builds a new module. `counted` builds the module for counting
+    parameters and MACs, if it is a different one; None means that of `make`.
     """
 
     key: str
@@ -242,12 +246,12 @@ class Unit:
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """Channels that can be put into another order together without changing what the whole supernet computes.
+    """Channels that can be reordered together without changing the output of the whole supernet.
 
-    `makers` are the layers whose outputs they are (convolutions, BatchNorms, depthwise ones, the output of an SE),
-    `users` those that take them in, all beginning with the group's first channel or, as a pair, at a channel of theirs.
-    `judges`, some of the users, say what a channel is worth. `sizes`: gene of `dimension` -> how many channels it has.
-    Where that depends on several dimensions, `tiers` gives the numbers of channels under all freed values instead.
+    `makers` are the layers that produce them (convolutions, BatchNorms, depthwise ones, the output of an SE), `users`
+    the layers that consume them, at the first input channel or, given as a pair, from another one on. `judges`, some of
+    the users, determine the importance of a channel. `sizes` maps a gene of `dimension` to its number of channels. If
+    that depends on several dimensions, `tiers` returns the numbers of channels for all freed values instead.
     """
 
     dimension: str
@@ -260,12 +264,12 @@ class ChannelGroup:
 
 @torch.no_grad()
 def sort_channels(net: nn.Module, freed: Mapping[str, Sequence[Gene]] | None = None) -> None:
-    """Sort the channels of a supernet in place, the most important first; the whole net computes what it did.
+    """Sort the channels of a supernet in place, most important first, without changing the output of the whole network.
 
-    Importance is the L1 norm of the weights that take a channel in. `freed` are the values that training has freed
-    already (`{"expand": (4, 6)}`): a channel stays among those that the same of these widths have, so that the subnets
-    of these values compute what they did. `net.channel_groups()` says what belongs together; a dimension that no
-    group has is ignored.
+    Importance is the L1 norm of the weights that consume a channel. `freed` are the values that training has already
+    freed (`{"expand": (4, 6)}`): channels are only reordered within the range between two of these widths, so that the
+    outputs of subnets with these values do not change either. `net.channel_groups()` returns the channels that belong
+    together; a dimension without a group is ignored.
     """
     freed = freed or {}
     for group in cast(Any, net).channel_groups():
@@ -280,7 +284,7 @@ def sort_channels(net: nn.Module, freed: Mapping[str, Sequence[Gene]] | None = N
 
 
 def channel_order(importance: Tensor, tiers: Sequence[int] = ()) -> Tensor:
-    """The numbers of the channels, the most important first, int64 `[C]`; channels keep to their side of each tier."""
+    """Return the channel numbers, most important first, int64 `[C]`; no channel crosses a tier."""
     edges = sorted({0, len(importance), *(tier for tier in tiers if tier < len(importance))})
     parts = [
         start + importance[start:end].argsort(descending=True, stable=True) for start, end in itertools.pairwise(edges)
@@ -289,14 +293,14 @@ def channel_order(importance: Tensor, tiers: Sequence[int] = ()) -> Tensor:
 
 
 def permute_outputs(module: nn.Module, order: Tensor) -> None:
-    """Put the output channels of a convolution, linear layer or BatchNorm in place into `order` `[C]`."""
+    """Reorder the output channels of a convolution, linear layer or BatchNorm in place by `order` `[C]`."""
     for value in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-        if value.ndim:  # a BatchNorm's count of batches has none
+        if value.ndim:  # not a BatchNorm's count of batches, a scalar
             value.data.copy_(value.data[order.to(value.device)])
 
 
 def permute_inputs(module: nn.Module, start: int = 0, *, order: Tensor) -> None:
-    """Put the input channels `start`, ... of a convolution or linear layer in place into `order` `[C]`."""
+    """Reorder the input channels `start`, ... of a convolution or linear layer in place by `order` `[C]`."""
     weight = _weight(module)
     part = weight[:, start : start + len(order)]
     part.copy_(part[:, order.to(weight.device)].clone())

@@ -1,10 +1,10 @@
-"""The supernet of ProxylessNAS and what is found in it: every block a choice of candidates with weights of their own.
+"""The supernet of ProxylessNAS and the networks found in it: every block chooses among candidates with own weights.
 
 In: pictures and a path, a number per block; out: logits of that path, the only one that runs and is kept in memory
-(ProxylessNAS, arXiv 1812.00332). Candidates are kernels {3, 5, 7} with expansions {3, 6}, and nothing at all where the
-block has a shortcut. With `Gates` the backward pass tells how the loss changes with the probability of each candidate:
-the gate of the active one is 1 and of the others 0, and their outputs are computed there, one after another, never
-together. `alphas`, whose softmax are the probabilities, are buffers: the optimizer of the weights must not see them.
+(ProxylessNAS, arXiv 1812.00332). Candidates are kernels {3, 5, 7} with expansions {3, 6}, and nothing at all if the
+block has a shortcut. With `Gates` the backward pass computes how the loss changes with the probability of each
+candidate: the gate of the active one is 1, those of the others are 0, and their outputs are computed then, one after
+another. `alphas`, whose softmax are the probabilities, are buffers: the optimizer of the weights must not see them.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ Path = tuple[int, ...]  # the number of the candidate of each mixed block
 
 
 def candidates(widest: MBConv) -> dict[str, Part]:
-    """Return what a block may be, by code: `3/3`, `5/3`, ..., `7/6`, and `-` where a shortcut remains."""
+    """Return the candidates of a block by code: `3/3`, `5/3`, ..., `7/6`, and `-` if it has a shortcut."""
     inputs = widest.inputs
     out: dict[str, Part] = {
         f"{kernel}/{expand}": replace(widest, kernel=kernel, middle=make_divisible(round(inputs * expand)))
@@ -40,9 +40,9 @@ def candidates(widest: MBConv) -> dict[str, Part]:
 
 @dataclass(frozen=True)
 class Gates:
-    """The candidates of a block among which a step weighs (`members`, the active one too) and their `probabilities`.
+    """The candidates of a block that a step compares (`members`, including the active one) and their `probabilities`.
 
-    The latter `[len(members)]` sum to 1 and are a function of the block's alphas, so that gradients arrive there.
+    The latter `[len(members)]` sum to 1 and are a function of the block's alphas, so that these get gradients.
     """
 
     members: tuple[int, ...]
@@ -50,7 +50,7 @@ class Gates:
 
 
 class _Gate(torch.autograd.Function):
-    """`out` as it is; its backward gives each gate the sum of (output of its candidate x gradient of the output)."""
+    """Returns `out`; its backward gives each gate the sum of (output of its candidate x gradient of the output)."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cuda")
@@ -72,10 +72,10 @@ class _Gate(torch.autograd.Function):
 
 
 def gated(out: Tensor, x: Tensor, gates: Tensor, others: Sequence[Callable | None]) -> Tensor:
-    """`out`, the output of the active candidate, with a gradient for `gates` `[n]`: dL/dg_k = sum(out_k x dL/dout).
+    """Return `out`, the output of the active candidate, with a gradient for `gates` `[n]`: sum(out_k x dL/dout).
 
-    `others[k]` gives the output of candidate k on `x`, or None, all zeros, and is None itself for the active one. They
-    run in the backward pass, without a graph.
+    `others[k]` returns the output of candidate k on `x`, or None for all zeros, and is itself None for the active one.
+    They run in the backward pass, without a graph.
     """
     return cast(Tensor, _Gate.apply(out, x.detach(), gates, others))
 
@@ -92,15 +92,15 @@ class MixedBlock(nn.Module):
 
     @property
     def codes(self) -> tuple[str, ...]:
-        """The codes of the candidates in the order of their numbers."""
+        """Codes of the candidates in the order of their numbers."""
         return tuple(self.parts)
 
     def is_nothing(self, number: int) -> bool:
-        """Return whether that candidate is only the shortcut."""
+        """Return whether a candidate is only the shortcut."""
         return self.codes[number] == NOTHING
 
     def _branch(self, number: int, x: Tensor) -> Tensor | None:
-        """Return what a candidate adds to the shortcut (all, without one); None for nothing."""
+        """Return the output of a candidate, without the shortcut; None for nothing."""
         return None if self.is_nothing(number) else cast(Any, self.choices[number]).conv(x)
 
     def forward(self, x: Tensor, active: int, gates: Gates | None = None) -> Tensor:
@@ -120,9 +120,9 @@ class MixedBlock(nn.Module):
 
 
 class MixedNet(nn.Module):
-    """The supernet: `net(x, path)` runs one candidate per mixed block, `net.extract(path)` copies it as a plain net.
+    """The supernet: `net(x, path)` runs one candidate per mixed block, `net.extract(path)` copies it as a plain one.
 
-    Without a path the candidates with the largest alphas run. Takes `[B, 3, H, W]`, gives `[B, num_classes]`.
+    Without a path, the candidates with the largest alphas run. Takes `[B, 3, H, W]`, returns `[B, num_classes]`.
     """
 
     head_name, first_conv_name = "classifier.linear", "first_conv.conv"
@@ -144,11 +144,11 @@ class MixedNet(nn.Module):
 
     @property
     def mixed(self) -> list[MixedBlock]:
-        """The blocks with a choice, in order."""
+        """The blocks with several candidates, in order."""
         return [module for module in self.modules() if isinstance(module, MixedBlock)]
 
     def most_likely(self) -> Path:
-        """The path of the largest alphas (without numbers, on the meta device, of the first candidates)."""
+        """Return the path of the largest alphas (on the meta device, which has no values, of the first candidates)."""
         return tuple(0 if block.alphas.is_meta else int(block.alphas.argmax()) for block in self.mixed)
 
     def forward(self, x: Tensor, path: Sequence[int] | None = None, gates: Sequence[Gates] | None = None) -> Tensor:
@@ -167,16 +167,16 @@ class MixedNet(nn.Module):
         blocks = self.mixed
         if len(path) != len(blocks) or not all(0 <= n < len(b.parts) for n, b in zip(path, blocks, strict=True)):
             sizes = [len(block.parts) for block in blocks]
-            raise ValueError(f"path: {list(path)} does not choose among {sizes} candidates")
+            raise ValueError(f"path: {list(path)} must choose one of {sizes} candidates for each block")
         return tuple(path)
 
     def describe(self, path: Sequence[int]) -> str:
-        """The path as text that `proxyless_found` takes: `5/3 3/3 - -, 7/3 ...`, a stage between commas."""
+        """Return the path as text for `proxyless_found`: `5/3 3/3 - -, 7/3 ...`, with commas between stages."""
         codes = iter(block.codes[number] for number, block in zip(self._checked(path), self.mixed, strict=True))
         return ", ".join(" ".join(next(codes) for _ in range(max(stage.depths))) for stage in self.layout.stages)
 
     def extract(self, path: Sequence[int]) -> Subnet:
-        """The path as an ordinary network, in the mode of this one, with copies of its weights."""
+        """Return the path as an ordinary network, in the train or eval mode of this one, with copies of its weights."""
         numbers = iter(self._checked(path))
         modules: dict[str, nn.Module] = {}
         for placed in self.plan:
@@ -191,9 +191,9 @@ class MixedNet(nn.Module):
         return Subnet(modules, self.first_conv_name).train(self.training)
 
     def units(self, resolution: int | None = None) -> tuple[list[Unit], list[list[Unit | None]]]:
-        """Return the units whose cost counts on inputs of `resolution`: those of all paths, and for each mixed block
-        those of its candidates (None: nothing). Keys are those of the supernet `ofa_proxyless`, of which a table may
-        be."""
+        """Return the units for costs on inputs of `resolution`: those common to all paths, and for each mixed block
+        those of its candidates (None for nothing). Keys are those of the supernet `ofa_proxyless`, so that its latency
+        tables can be used."""
         with torch.device("meta"):
             ruler = Supernet(self.layout)
         side = self.layout.resolution if resolution is None else resolution
@@ -214,7 +214,7 @@ class MixedNet(nn.Module):
 
 
 def _all(space: Any, kernel: int, expand: int) -> dict[str, Any]:
-    """The genes of the arch whose every block has this kernel and expansion."""
+    """Return the genes of the arch in which all blocks have this kernel and expansion."""
     count = len(space.dimensions["kernel"].choices)
     return {"kernel": [kernel] * count, "expand": [expand] * count}
 
@@ -226,7 +226,7 @@ def proxyless_supernet(
     preset: str = "imagenet",
     shortcuts: str = "defined",
 ) -> MixedNet:
-    """The supernet of ProxylessNAS: 21 mixed blocks, or 10 in `preset: tiny` for pictures of 32 pixels."""
+    """Build the supernet of ProxylessNAS: 21 mixed blocks, or 10 with `preset: tiny` for pictures of 32 pixels."""
     return MixedNet(proxyless_layout(preset, shortcuts).scaled(width, num_classes=num_classes, dropout=dropout))
 
 
@@ -238,7 +238,7 @@ def proxyless_found(
     preset: str = "imagenet",
     shortcuts: str = "defined",
 ) -> Subnet:
-    """A path of `proxyless_supernet` as a network of its own: `blocks` as `describe` writes them, "" the largest."""
+    """Build a path of `proxyless_supernet` as a network: `blocks` as returned by `describe`, "" for the largest."""
     layout = proxyless_layout(preset, shortcuts).scaled(width, num_classes=num_classes, dropout=dropout)
     plan = layout.plan(layout.space().largest())
     wanted = [stage.split() for stage in blocks.split(",")] if blocks else []

@@ -1,14 +1,14 @@
 """Once-for-All over MobileNetV3 and ProxylessNAS blocks.
 
-Supernets: kernel, expansion and depth are elastic (Once-for-All, arXiv 1908.09791; layouts of MobileNetV3, 1905.02244,
-and ProxylessNAS, 1812.00332), parameter names as released. With `num_segments` the same over clips, with a temporal
-shift (TSM, 1811.08383) at the input of every block that has a residual connection, the first block excepted, as in
-TSM's MobileNetV2. `preset: tiny` is our own: three short stages for pictures of 32 pixels and clips of 64; so is
+Supernets with elastic kernel, expansion and depth (Once-for-All, arXiv 1908.09791; layouts of MobileNetV3, 1905.02244,
+and ProxylessNAS, 1812.00332), parameter names as released. With `num_segments` the same networks take clips, with a
+temporal shift (TSM, 1811.08383) at the input of every block that has a residual connection, except the first block, as
+in TSM's MobileNetV2. `preset: tiny` is our own: three short stages for pictures of 32 pixels and clips of 64; so is
 `micro` (of ProxylessNAS), for microcontrollers and pictures of 96.
 
-Shortcuts, as released: a block of a stage has one where its stride is 1 and it keeps its channels. The first block of
-MobileNetV3 has one, that of ProxylessNAS has none, also where a small width makes its channels equal. Before
-2026-11-30 it had one there: `shortcuts: by_channels` is what runs of that time are read with (`models.stored`).
+Shortcuts are as released: a block of a stage has one if its stride is 1 and it keeps its channels. The first block of
+MobileNetV3 has one; that of ProxylessNAS has none, even if a small width makes its channels equal. Before 2026-11-30 it
+had one in that case: runs from then are read with `shortcuts: by_channels` (`models.stored`).
 """
 
 from collections.abc import Iterable
@@ -56,10 +56,10 @@ SHORTCUTS = ("defined", "by_channels")
 
 @dataclass(frozen=True)
 class MBConv:
-    """An inverted residual block: expand (1x1, left out without `expands`), filter by depth, project.
+    """An inverted residual block: expand (1x1, omitted without `expands`), filter depthwise, project.
 
-    `frames`: the residual branch begins with a temporal shift over that many (0 for none), `causal`: from the past
-    alone. `shortcut`: what comes in is added to what comes out, where the stride is 1 and the channels are as many.
+    With `frames` > 0 the residual branch begins with a temporal shift over that many frames, with `causal` only from
+    the past. With `shortcut` the input is added to the output, if the stride is 1 and the channels are equal.
     """
 
     inputs: int
@@ -77,7 +77,7 @@ class MBConv:
 
     @property
     def residual(self) -> bool:
-        """Return whether what comes in is added to what comes out."""
+        """True if the input is added to the output."""
         return self.shortcut and self.stride == 1 and self.inputs == self.outputs
 
     def make(self) -> "MBConvBlock":
@@ -107,14 +107,14 @@ class MBConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = x if self.shift is None else self.shift(x)
-        for layers in self.conv:  # not self.conv(out): its frame would hold the widest activation while layers run
+        for layers in self.conv:  # not self.conv(out), whose call frame would keep the widest activation alive
             for layer in cast(nn.Sequential, layers):
                 out = layer(out)
         return x + out if self.residual else out
 
 
 class ElasticMBConv(nn.Module):
-    """An `MBConv` of which fewer middle channels and smaller kernels may run: called with the block that is meant."""
+    """An `MBConv` with elastic middle channels and kernel; it is called with the block to run."""
 
     def __init__(self, widest: MBConv, kernels: tuple[int, ...]):
         super().__init__()
@@ -150,7 +150,7 @@ class ElasticMBConv(nn.Module):
         return x + out if block.residual else out
 
     def channel_groups(self, sizes: dict[Any, int]) -> list[ChannelGroup]:
-        """The middle channels, and those inside the SE; `sizes`: gene of `expand` -> middle channels."""
+        """Return the groups of middle channels, and of those inside the SE; `sizes`: gene of `expand` -> channels."""
         expand, depth, project = cast(Any, self.conv)
         makers = [expand.conv.conv, expand.bn.bn, depth.conv.conv, depth.bn.bn]
         judge = project.conv.conv
@@ -165,8 +165,8 @@ class ElasticMBConv(nn.Module):
 
 
 def first_block(stem: int, outputs: int, act: str, eps: float, shortcut: bool) -> MBConv:
-    """The block behind the first convolution, which expands nothing; `shortcut` is what the family defines."""
-    # False is said only where the channels would allow one: the keys of all other first blocks stay what they were
+    """Return the block after the first convolution, which does not expand; `shortcut` as the family defines it."""
+    # False is set only if the channels would allow one, so that the keys of all other first blocks do not change
     return MBConv(stem, stem, outputs, 3, 1, act, False, expands=False, shortcut=shortcut or stem != outputs, eps=eps)
 
 
@@ -175,7 +175,7 @@ def first_block(stem: int, outputs: int, act: str, eps: float, shortcut: bool) -
 
 @dataclass(frozen=True)
 class MobileStage:
-    """Blocks of the same width; the first has the stride. `depths`: how many may run."""
+    """Blocks of the same width; the first has the stride. `depths` are the numbers of blocks that may run."""
 
     channels: int
     stride: int
@@ -186,10 +186,10 @@ class MobileStage:
 
 @dataclass(frozen=True)
 class MobileLayout:
-    """A supernet of inverted residual blocks, all channels as they are (`scaled` applies a width).
+    """A supernet of inverted residual blocks, with final numbers of channels (`scaled` applies a width).
 
-    `expand` > 0: MobileNetV3's end (1x1 to `expand`, pool, 1x1 to `last` without BatchNorm); 0: 1x1 to `last`, pool.
-    `first_shortcut`: the first block has a shortcut (where its channels are equal).
+    `expand` > 0: the end of MobileNetV3 (1x1 to `expand`, pool, 1x1 to `last` without BatchNorm); 0: 1x1 to `last`,
+    pool. `first_shortcut`: the first block has a shortcut (if its channels are equal).
     """
 
     stem: int
@@ -209,7 +209,7 @@ class MobileLayout:
     first_conv_name = "first_conv.conv"
 
     def scaled(self, width: float, **changes: Any) -> "MobileLayout":
-        """The same with `width` times the channels, rounded to multiples of 8, and other `changes`."""
+        """Return the layout with `width` times the channels, rounded to multiples of 8, and other `changes`."""
         stages = tuple(replace(s, channels=make_divisible(s.channels * width)) for s in self.stages)
         return replace(
             self,
@@ -288,7 +288,7 @@ def middle_channels(inputs: int, expand: float) -> int:
 def end_parts(
     channels: int, expand: int, last: int, act: str, eps: float, num_classes: int, dropout: float
 ) -> dict[str, Part]:
-    """The parts behind the blocks: MobileNetV3's with `expand`, else those of ProxylessNAS."""
+    """Return the parts after the blocks: those of MobileNetV3 with `expand`, else those of ProxylessNAS."""
     classifier = Classifier(last, num_classes, dropout)
     if expand:
         return {
@@ -355,7 +355,7 @@ PROXYLESS_TINY = replace(
     PROXYLESS,
     stem=8,
     first=8,
-    first_shortcut=True,  # our own preset keeps its channels there, at every width
+    first_shortcut=True,  # in our own preset, the first block keeps its channels at every width
     stages=(
         MobileStage(16, 1, "relu6", depths=(2, 3)),
         MobileStage(24, 2, "relu6", depths=(2, 3)),
@@ -383,7 +383,7 @@ PROXYLESS_MICRO = replace(
 
 
 def at_twice_the_resolution(layout: MobileLayout) -> MobileLayout:
-    """`layout` for inputs of twice the size: its first stage halves them once more."""
+    """Return `layout` for inputs of twice the size, which its first stage halves once more."""
     first, *rest = layout.stages
     return replace(layout, stages=(replace(first, stride=2 * first.stride), *rest), resolution=2 * layout.resolution)
 
@@ -391,13 +391,13 @@ def at_twice_the_resolution(layout: MobileLayout) -> MobileLayout:
 def ofa_mobilenetv3(
     num_classes: int, width: float = 1.0, dropout: float = 0.1, preset: str = "imagenet", zero_gamma: bool = False
 ) -> Supernet:
-    """The supernet of MobileNetV3 blocks; released with `width` 1.0 and 1.2."""
+    """Build the supernet of MobileNetV3 blocks; released with `width` 1.0 and 1.2."""
     layout = of_preset({"imagenet": MOBILENETV3, "tiny": MOBILENETV3_TINY}, preset)
     return _supernet(layout.scaled(width, num_classes=num_classes, dropout=dropout), zero_gamma)
 
 
 def proxyless_layout(preset: str, shortcuts: str) -> MobileLayout:
-    """The layout of ProxylessNAS of that name; UserError for an unknown one. `shortcuts`: see the module."""
+    """Return the layout of a ProxylessNAS preset; raise UserError for an unknown one. `shortcuts`: see the module."""
     layout = of_preset({"imagenet": PROXYLESS, "tiny": PROXYLESS_TINY, "micro": PROXYLESS_MICRO}, preset)
     return replace(layout, first_shortcut=layout.first_shortcut or by_channels(shortcuts))
 
@@ -416,7 +416,7 @@ def ofa_proxyless(
     zero_gamma: bool = False,
     shortcuts: str = "defined",
 ) -> Supernet:
-    """The supernet of ProxylessNAS blocks; released with `width` 1.3."""
+    """Build the supernet of ProxylessNAS blocks; released with `width` 1.3."""
     layout = proxyless_layout(preset, shortcuts)
     return _supernet(layout.scaled(width, num_classes=num_classes, dropout=dropout), zero_gamma)
 
@@ -430,9 +430,9 @@ def ofa_tsm_mobilenetv3(
     zero_gamma: bool = False,
     causal: bool = False,
 ) -> Supernet:
-    """The supernet of MobileNetV3 blocks over clips: `frames` are `num_segments`, half and a quarter of them.
+    """Build the supernet of MobileNetV3 blocks over clips: `frames` are `num_segments`, half and a quarter of it.
 
-    `causal`: frames take from those before them alone, so that a subnet can be stepped frame by frame.
+    With `causal`, frames depend only on earlier ones, so that a subnet can be stepped frame by frame.
     """
     tiny = at_twice_the_resolution(MOBILENETV3_TINY)
     layout = of_preset({"imagenet": MOBILENETV3, "tiny": tiny}, preset)

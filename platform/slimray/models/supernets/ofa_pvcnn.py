@@ -1,12 +1,12 @@
-"""A Once-for-All supernet over PVCNN: one network of point clouds, of which millions of smaller PVCNNs are slices.
+"""A Once-for-All supernet over PVCNN: one network for point clouds that contains millions of smaller PVCNNs as slices.
 
 Our own design: the training of Once-for-All (arXiv 1908.09791) over the blocks of Point-Voxel CNN (1907.03739). Elastic
-are the blocks of a stage (`depth`), the channels of a block (`width`, a part of its widest), the grid of a stage
-(`voxel`, a part of its finest) and the layers behind the blocks (`head`). Networks take `[B, C, N]`, coordinates first;
-`extract` gives an ordinary PVCNN. Surprising: the head sees the outputs of all blocks in a row, so it is sliced part by
-part. The subnets share running statistics that fit none of them, least of all those of another `voxel` (on a coarser
-grid fewer voxels are empty, and BatchNorm and SE average over those too): run `recalibrate_norms` over an
-extracted net, the largest too, before you judge it.
+are the number of blocks of a stage (`depth`), the channels of a block (`width`, a fraction of its widest), the grid of
+a stage (`voxel`, a fraction of its finest) and the layers after the blocks (`head`). Networks take `[B, C, N]`,
+coordinates first; `extract` returns an ordinary PVCNN. Surprising: the head sees the concatenated outputs of all
+blocks, so it is sliced per block. The subnets share running statistics that are right for none of them, least of all
+for another `voxel` (a coarser grid has fewer empty voxels, over which BatchNorm and SE also average): apply
+`recalibrate_norms` to an extracted network, even the largest, before evaluating it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,15 +37,15 @@ from slimray.spec import lookup
 WIDTHS = HEADS = (0.25, 0.5, 0.75, 1.0)
 VOXELS = (0.5, 0.75, 1.0)
 
-Sizes = Sequence[int | str]  # of layers, "dropout" among them for one
+Sizes = Sequence[int | str]  # widths of layers, "dropout" for dropout
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A supernet at its widest. A stage is (channels, fewest blocks, most blocks, grid or None for SharedMLPs).
+    """A supernet at its widest. A stage is (channels, minimum and maximum blocks, grid or None for SharedMLPs).
 
-    `clouds` are the linear layers behind the maximum over the points, `point_head` and `cloud_head` the layers before
-    the last for every point or for whole clouds.
+    `clouds` are the linear layers after the maximum over the points, `point_head` and `cloud_head` the hidden layers of
+    the head for points or for whole clouds.
     """
 
     stages: tuple[tuple[int, int, int, int | None], ...]
@@ -56,7 +56,7 @@ class Layout:
     normalize: bool = True
 
     def scaled(self, width: float, voxel: float) -> "Layout":
-        """The same with `width` times the channels and `voxel` times the grids, as the other PVCNNs scale."""
+        """Return the layout with `width` times the channels and `voxel` times the grids, as in the other PVCNNs."""
         return replace(
             self,
             stages=tuple((_part(c, width), few, most, g and _part(g, voxel)) for c, few, most, g in self.stages),
@@ -66,8 +66,8 @@ class Layout:
         )
 
 
-# `scenes` and `parts` hold the published PVCNNs for S3DIS (depth 1, 2, 1, 1) and ShapeNet (the same); `tiny` trains in
-# minutes on a laptop.
+# `scenes` and `parts` contain the published PVCNNs for S3DIS (depth 1, 2, 1, 1) and ShapeNet (the same depth); `tiny`
+# trains in minutes on a laptop.
 PRESETS: dict[str, Layout] = {
     "tiny": Layout(
         stages=((16, 1, 1, 16), (16, 1, 2, 8), (32, 1, 2, 8), (128, 1, 1, None)),
@@ -102,10 +102,10 @@ def ofa_pvcnn(
     num_shapes: int = 0,
     dropout: float = 0.3,
 ) -> "OfaPVCNN":
-    """A supernet that labels points: `[B, in_channels + num_shapes, N]` -> `[B, num_classes, N]`.
+    """Build a supernet that labels points: `[B, in_channels + num_shapes, N]` -> `[B, num_classes, N]`.
 
-    `preset` is one of PRESETS (tiny, scenes, parts); `width` and `voxel` scale the whole of it. The head alone sees the
-    last `num_shapes` channels, a one-hot shape. UserError for an unknown preset.
+    `preset` is one of PRESETS (tiny, scenes, parts); `width` and `voxel` scale all of it. Only the head sees the last
+    `num_shapes` channels, a one-hot shape. Raises UserError for an unknown preset.
     """
     layout = lookup(PRESETS, preset, "preset").scaled(width, voxel)
     return OfaPVCNN(layout, num_classes, in_channels, dropout, dense=True, num_shapes=num_shapes)
@@ -120,7 +120,7 @@ def ofa_pvcnn_cls(
     in_channels: int = 3,
     dropout: float = 0.3,
 ) -> "OfaPVCNN":
-    """A supernet that labels whole clouds: `[B, in_channels, N]` -> `[B, num_classes]`; options as `ofa_pvcnn`."""
+    """Build a supernet that labels whole clouds: `[B, in_channels, N]` -> `[B, num_classes]`; see `ofa_pvcnn`."""
     layout = lookup(PRESETS, preset, "preset").scaled(width, voxel)
     return OfaPVCNN(layout, num_classes, in_channels, dropout, dense=False)
 
@@ -130,7 +130,7 @@ def ofa_pvcnn_cls(
 
 @dataclass(frozen=True)
 class _Block:
-    """A block that runs: its place among all blocks, its channels, its grid or None for a SharedMLP."""
+    """A block that runs: its index among all blocks, its channels, its grid or None for a SharedMLP."""
 
     place: int
     in_channels: int
@@ -140,7 +140,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Plan:
-    """An arch in channels: the blocks that run, the layers behind the maximum, those of the head."""
+    """An arch in channels: the blocks that run, the layers after the maximum, those of the head."""
 
     blocks: tuple[_Block, ...]
     clouds: list[int]
@@ -148,15 +148,15 @@ class _Plan:
 
     @property
     def summary(self) -> int:
-        """Channels of what is known of the cloud as a whole."""
+        """Number of channels of the summary of the cloud."""
         return self.clouds[-1] if self.clouds else self.blocks[-1].out_channels
 
 
 class OfaPVCNN(nn.Module):
     """The supernet: `net(x, arch)` runs a subnet, `net(x)` the largest, `net.extract(arch)` copies one out.
 
-    `dense` networks label points, with a head over all blocks and a one-hot of `num_shapes`; others whole clouds. The
-    parameters are those of the largest subnet. Which subnet runs is not remembered.
+    `dense` networks label points, with a head over all blocks and a one-hot of `num_shapes`; others label whole clouds.
+    The parameters are those of the largest subnet. No active subnet is stored.
     """
 
     def __init__(
@@ -187,9 +187,9 @@ class OfaPVCNN(nn.Module):
         self.head_name = f"classifier.{len(self.classifier) - 1}"
 
     def forward(self, x: Tensor, arch: Arch | None = None) -> Tensor:
-        """The subnet `arch` on `x`; UserError if it is not of `space`, ValueError for clouds of other channels."""
+        """Run the subnet `arch`; raise UserError if it is not in `space`, ValueError for a wrong number of channels."""
         given, wanted = x.shape[1], self.in_channels + self.num_shapes
-        if given < wanted or (given > wanted and not self.dense):  # a slice would take fewer without a word
+        if given < wanted or (given > wanted and not self.dense):  # slicing would silently accept fewer
             raise ValueError(f"the network takes clouds of {wanted} channels (got {given})")
         plan = self._plan(self.space.largest() if arch is None else arch)
         features, coords, seen = x[:, : self.in_channels], x[:, :3], []
@@ -209,7 +209,7 @@ class OfaPVCNN(nn.Module):
         return sliced_conv(self.classifier[-1], _layers(self.classifier, joined, plan.head, self._spans(plan)))
 
     def extract(self, arch: Arch) -> PointNet | CloudNet:
-        """The subnet `arch` as an ordinary PVCNN with copies of its weights and statistics, in the mode of this one."""
+        """Return the subnet `arch` as an ordinary PVCNN with copies of its weights, in the mode of this one."""
         plan = self._plan(arch)
         with torch.device("meta"):
             plain = self._build(plan)
@@ -220,22 +220,22 @@ class OfaPVCNN(nn.Module):
         head = cast(nn.Sequential, plain.classifier)
         take(head, self.classifier)
         if self.dense:
-            take(_three(head[0])[0], _three(self.classifier[0])[0], self._spans(plan))  # parts, not first columns
+            take(_three(head[0])[0], _three(self.classifier[0])[0], self._spans(plan))  # spans, not the first columns
         return plain.train(self.training)
 
     def latency_features(self, arch: Arch) -> list[float]:
-        """Numbers from which the latency of `arch` can be learned."""
+        """Return the features from which a predictor learns the latency of `arch`."""
         return self.space.encode(arch)
 
     def measured(self, arch: Arch, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
-        """Return what is timed of the subnet `arch` whose first unit takes `shape`, and the shape that it takes."""
+        """Return the module to time for the subnet `arch`, whose first unit takes `shape`, and its input shape."""
         return self.extract(arch), (self.in_channels + self.num_shapes, shape[-1])
 
     def units(self, arch: Arch, num_points: int) -> list[Unit]:
-        """The pieces of the subnet `arch` that run one after another on clouds of `num_points`, the head last.
+        """Return the pieces of the subnet `arch` in order of execution on clouds of `num_points`, with the head last.
 
-        A block with a grid takes `[3 + C, N]`, coordinates and features: give it coordinates that are spread out, its
-        time depends on where they lie. What a unit leaves out is the maximum over the points of nets without `clouds`.
+        A block with a grid takes `[3 + C, N]`, coordinates and features; the coordinates should be spread out, because
+        its time depends on them. No unit includes the maximum over the points of networks without `clouds`.
         """
         plan, points, out = self._plan(arch), f"points:{num_points}", []
         for block in plan.blocks:
@@ -260,14 +260,13 @@ class OfaPVCNN(nn.Module):
         return out
 
     def channel_groups(self) -> list[ChannelGroup]:
-        """Return what `elastic.sort_channels` may reorder; the full-width subnets of every depth and grid compute as
-        before.
+        """Return the channels that `elastic.sort_channels` may reorder without changing full-width subnets.
 
-        All blocks that may be the last of their stage share an order, because the same weights take in any of them.
+        All blocks that can be the last of their stage share an order, because the same weights consume their outputs.
         """
         groups, start, last = [], 0, len(self.layout.stages) - 1
         head, starts = _three(self.classifier[0])[0], self._starts()
-        summary: Any = (head, starts[-1]) if self.dense else head  # what takes in what is known of the whole cloud
+        summary: Any = (head, starts[-1]) if self.dense else head  # the consumer of the summary of the cloud
         for number, (channels, few, most, _) in enumerate(self.layout.stages):
             end, sizes = start + most, {width: _part(channels, width) for width in WIDTHS}
             if number < last:
@@ -290,7 +289,7 @@ class OfaPVCNN(nn.Module):
         return groups + _layer_groups(self.classifier, self.head_sizes, self.classifier[-1])
 
     def _plan(self, arch: Arch) -> _Plan:
-        """UserError for an arch that is not of `space`."""
+        """Return an arch in channels; raise UserError for one that is not in `space`."""
         arch = self.space.arch(arch)
         voxels, place, channels, blocks = iter(arch["voxel"]), 0, self.in_channels, []
         for (base, _, most, finest), depth in zip(self.layout.stages, arch["depth"], strict=True):
@@ -309,7 +308,7 @@ class OfaPVCNN(nn.Module):
         return PVConv(block.in_channels, block.out_channels, block.grid, layout.with_se, layout.normalize)
 
     def _build(self, plan: _Plan) -> PointNet | CloudNet:
-        """The ordinary PVCNN of a plan, its weights as they begin."""
+        """Build the ordinary PVCNN of a plan, with initial weights."""
         blocks, last = [self._block(block) for block in plan.blocks], plan.blocks[-1].out_channels
         if not self.dense:
             return CloudNet(blocks, linear_head(last, plan.head, self.num_classes, self.dropout))
@@ -319,12 +318,11 @@ class OfaPVCNN(nn.Module):
         return PointNet(self.in_channels, blocks, clouds, head, self.num_shapes, dense=True)
 
     def _starts(self) -> list[int]:
-        """Return where in the input of the widest head each block's output begins, and at the end what sums up the
-        cloud."""
+        """Return the first input channel of each block's output in the widest head, and last that of the summary."""
         return [self.num_shapes + sum(self.channels[:i]) for i in range(len(self.channels) + 1)]
 
     def _spans(self, plan: _Plan) -> Spans:
-        """Return which input channels of the widest head a subnet's head has: of each part the first ones."""
+        """Return the input channels of the widest head that a subnet's head uses: the first ones of each part."""
         starts = self._starts()
         parts = [(starts[block.place], block.out_channels) for block in plan.blocks]
         return [(0, self.num_shapes), *parts, (starts[-1], plan.summary)]
@@ -336,7 +334,7 @@ def _part(size: int, ratio: float) -> int:
 
 
 def _distinct(ratios: Sequence[Gene], sizes: Sizes) -> list[Gene]:
-    """Those of the ascending `ratios` that differ in whole channels: a narrow net has fewer subnets."""
+    """Return the ascending `ratios` that give different numbers of channels: a narrow network has fewer subnets."""
     return list({tuple(head_widths(sizes, ratio)): ratio for ratio in ratios}.values())
 
 
@@ -348,19 +346,19 @@ def _blocks_of(net: PointNet | CloudNet) -> nn.ModuleList:
 
 
 def _three(layer: nn.Module) -> list[Any]:
-    """Convolution or linear layer, BatchNorm, ReLU: what a SharedMLP of one layer and a layer of a head consist of."""
+    """Return the convolution or linear layer, BatchNorm and ReLU of a one-layer SharedMLP or of a layer of a head."""
     return list(layer.layers.children() if isinstance(layer, SharedMLP) else layer.children())
 
 
 def _layer(module: nn.Module, x: Tensor, size: int, spans: Spans | None = None) -> Tensor:
-    """Such a layer on the first channels."""
+    """Run such a layer on its first channels."""
     weighing, norm, activation = _three(module)
     run = sliced_linear if isinstance(weighing, nn.Linear) else sliced_conv
     return activation(sliced_norm(norm, run(weighing, x, size, spans)))
 
 
 def _layers(modules: nn.Sequential, x: Tensor, sizes: Sizes, spans: Spans | None = None) -> Tensor:
-    """One layer or dropout for each of `sizes`; `spans` for the first."""
+    """Run one layer or dropout for each of `sizes`; `spans` applies to the first."""
     for module, size in zip(modules, sizes, strict=False):
         x = module(x) if isinstance(size, str) else _layer(module, x, size, spans)
         spans = None
@@ -368,7 +366,7 @@ def _layers(modules: nn.Sequential, x: Tensor, sizes: Sizes, spans: Spans | None
 
 
 def _point_voxel(block: PVConv, features: Tensor, coords: Tensor, channels: int, resolution: int) -> Tensor:
-    """The features that `block` gives on the first channels, on a grid of another resolution."""
+    """Run `block` on its first channels, with a grid of another resolution."""
     places = normalize_coords(coords, resolution, block.normalize, block.eps)
     grid = voxelize(features, places, resolution).contiguous()  # as in PVConv
     layers = list(block.voxel_layers)
@@ -381,7 +379,7 @@ def _point_voxel(block: PVConv, features: Tensor, coords: Tensor, channels: int,
 
 
 def _squeezed(channels: int) -> int:
-    """Channels in the middle of an SE3d."""
+    """Return the number of middle channels of an SE3d."""
     return max(1, channels // 8)
 
 
@@ -389,7 +387,7 @@ def _squeezed(channels: int) -> int:
 
 
 class _Columns(nn.Module):
-    """The columns of a wider layer's weights that take in one part of a concatenation; they move with it."""
+    """A view of the columns of a wider layer's weights that consume one part of a concatenation."""
 
     def __init__(self, wide: nn.Module, start: int, count: int):
         super().__init__()
@@ -397,20 +395,20 @@ class _Columns(nn.Module):
 
 
 def _squeeze(block: nn.Module) -> list[nn.Module]:
-    """The two linear layers of a block's SE, [] if it has none."""
+    """Return the two linear layers of a block's SE, [] if it has none."""
     se = block.voxel_layers[-1] if isinstance(block, PVConv) else None
     return [se.fc[0], se.fc[2]] if isinstance(se, SE3d) else []
 
 
 def _inputs(block: nn.Module) -> list[nn.Module]:
-    """The layers of a block that take in what it is given."""
+    """Return the layers of a block that consume its input."""
     if isinstance(block, PVConv):
         return [block.voxel_layers[0], _three(block.point_features)[0]]
     return _three(block)[:1]
 
 
 def _outputs(block: nn.Module) -> list[nn.Module]:
-    """The layers of a block whose channels are those of its output."""
+    """Return the layers of a block whose channels are those of its output."""
     if isinstance(block, PVConv):
         return [*list(block.voxel_layers)[3:5], *_squeeze(block)[1:], *_outputs(block.point_features)]
     return _three(block)[:2]
@@ -419,13 +417,13 @@ def _outputs(block: nn.Module) -> list[nn.Module]:
 def _group(
     dimension: str, sizes: Mapping[Gene, int], makers: Sequence[nn.Module], users: Sequence[Any], judges: Sequence[Any]
 ) -> ChannelGroup:
-    """A group judged by whole layers and by the parts of layers, pairs, that take it in."""
+    """Return a group judged by the layers that consume it, or by parts of layers given as pairs."""
     judging = [_Columns(*j, count=max(sizes.values())) if isinstance(j, tuple) else j for j in judges]
     return ChannelGroup(dimension, sizes, tuple(makers), tuple(users), tuple(judging))
 
 
 def _inner_groups(block: nn.Module, sizes: Mapping[Gene, int]) -> list[ChannelGroup]:
-    """The channels between the two convolutions of a block with a grid, and those in the middle of its SE."""
+    """Return the groups between the two convolutions of a block with a grid, and in the middle of its SE."""
     if not isinstance(block, PVConv):
         return []
     layers = list(block.voxel_layers)
@@ -437,7 +435,7 @@ def _inner_groups(block: nn.Module, sizes: Mapping[Gene, int]) -> list[ChannelGr
 
 
 def _layer_groups(modules: nn.Sequential, sizes: Sizes, user: Any) -> list[ChannelGroup]:
-    """The channels between the layers of a head, the last of which `user` takes in."""
+    """Return the groups between the layers of a head; `user` consumes the last."""
     layers = [(module, size) for module, size in zip(modules, sizes, strict=False) if isinstance(size, int)]
     users = [_three(module)[0] for module, _ in layers[1:]] + [user]
     groups = []
@@ -462,7 +460,7 @@ class _VoxelUnit(nn.Module):
 
 
 class _SummaryUnit(nn.Module):
-    """The maximum over the points and the linear layers behind it: `[B, C, N]` -> `[B, C']`."""
+    """The maximum over the points and the linear layers after it: `[B, C, N]` -> `[B, C']`."""
 
     def __init__(self, in_channels: int, layers: Sizes, num_outputs: int):
         super().__init__()
@@ -473,14 +471,14 @@ class _SummaryUnit(nn.Module):
 
 
 class _HeadUnit(nn.Module):
-    """The head of every point, with the copy that joins its parts: `[B, C, N]` -> `[B, num_classes, N]`."""
+    """The head for points, with the copy that concatenates its parts: `[B, C, N]` -> `[B, num_classes, N]`."""
 
     def __init__(self, in_channels: int, layers: Sizes, num_classes: int):
         super().__init__()
         self.layers = point_head(in_channels, layers, num_classes, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(torch.cat(x.chunk(2, 1), 1))  # as many bytes move as if all parts came from elsewhere
+        return self.layers(torch.cat(x.chunk(2, 1), 1))  # copies as many bytes as concatenating the real parts
 
 
 def _listed(sizes: Sizes, outputs: int) -> str:

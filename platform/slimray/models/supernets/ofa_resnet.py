@@ -1,10 +1,10 @@
-"""Once-for-All over ResNet-50D: depth, width and the bottlenecks' expansion are elastic, parameter names as released.
+"""Once-for-All over ResNet-50D: elastic depth, width and expansion of bottlenecks, parameter names as released.
 
-Once-for-All (arXiv 1908.09791) over the "D" form of ResNet-50 (Bag of Tricks, 1812.01187): a stem of 3x3 convolutions
-and shortcuts that average before they project. `depth` says how many blocks run beyond each stage's base, its first
-gene (0 or 2) whether the stem has its residual convolution; `width` are indices into WIDTHS, two for the stem and one
-per stage. With `num_segments` the same over clips, a temporal shift (TSM, 1811.08383) before every bottleneck's first
-convolution. `preset: tiny` is our own: three short stages for pictures of 32 pixels and clips of 64.
+Once-for-All (arXiv 1908.09791) over the "D" form of ResNet-50 (Bag of Tricks, 1812.01187): a stem of 3x3 convolutions,
+and shortcuts that average before they project. `depth` is the number of blocks beyond each stage's base; its first gene
+(0 or 2) selects the residual convolution of the stem. `width` holds indices into WIDTHS, two for the stem and one per
+stage. With `num_segments` the same network takes clips, with a temporal shift (TSM, 1811.08383) before every
+bottleneck's first convolution. `preset: tiny` is our own: three short stages for pictures of 32 pixels and clips of 64.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,9 +41,10 @@ WIDTHS, EXPANDS, EXTRA = (0.65, 0.8, 1.0), (0.2, 0.25, 0.35), (0, 1, 2)
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """1x1, 3x3 and 1x1 convolutions and a shortcut, which projects where the shape changes (`projects`).
+    """1x1, 3x3 and 1x1 convolutions and a shortcut, with a projection if the shape changes (`projects`).
 
-    `frames`: the first convolution sees a temporal shift over that many (0 for none), `causal`: from the past alone.
+    With `frames` > 0, a temporal shift over that many frames precedes the first convolution, with `causal` only from
+    the past.
     """
 
     inputs: int
@@ -55,7 +56,7 @@ class Bottleneck:
     causal: bool = field(default=False, metadata={"unsaid": True})
 
     def layers(self) -> dict[str, ConvNorm]:
-        """The convolutions by name."""
+        """Return the convolutions by name."""
         layers = {
             "conv1": ConvNorm(self.inputs, self.middle, act="relu"),
             "conv2": ConvNorm(self.middle, self.middle, 3, self.stride, "relu"),
@@ -88,7 +89,7 @@ class BottleneckBlock(nn.Module):
 
 
 def _shortcut(block: Bottleneck, projection: nn.Module | None) -> nn.Module | None:
-    """The projection behind an average pool over the stride, which leaves the names of its weights as they are."""
+    """Return the projection after an average pool over the stride, without changing the names of its weights."""
     if isinstance(projection, nn.Sequential) and block.stride > 1:
         pool = nn.AvgPool2d(block.stride, block.stride, ceil_mode=True)
         return named(avg_pool=pool, **dict(projection.named_children()))
@@ -96,7 +97,7 @@ def _shortcut(block: Bottleneck, projection: nn.Module | None) -> nn.Module | No
 
 
 class ElasticBottleneck(nn.Module):
-    """A `Bottleneck` of which fewer channels may run: called with the block that is meant."""
+    """A `Bottleneck` with elastic channels; it is called with the block to run."""
 
     def __init__(self, widest: Bottleneck):
         super().__init__()
@@ -117,12 +118,12 @@ class ElasticBottleneck(nn.Module):
 
 @dataclass(frozen=True)
 class StemResidual:
-    """A 3x3 convolution that is added to what it takes in."""
+    """A 3x3 convolution with a shortcut."""
 
     channels: int
 
     def layer(self) -> ConvNorm:
-        """The convolution."""
+        """Return the convolution."""
         return ConvNorm(self.channels, self.channels, 3, act="relu")
 
     def make(self) -> "StemResidualBlock":
@@ -144,7 +145,7 @@ class StemResidualBlock(nn.Module):
 
 
 class ElasticStemResidual(nn.Module):
-    """A `StemResidual` of which fewer channels may run: called with the one that is meant."""
+    """A `StemResidual` with elastic channels; it is called with the part to run."""
 
     def __init__(self, widest: StemResidual):
         super().__init__()
@@ -156,7 +157,7 @@ class ElasticStemResidual(nn.Module):
 
 @dataclass(frozen=True)
 class MaxPool:
-    """The maximum over 3x3 with stride 2."""
+    """A max pool over 3x3 with stride 2."""
 
     def make(self) -> nn.Module:
         return nn.MaxPool2d(3, 2, 1)
@@ -166,7 +167,7 @@ class MaxPool:
 
 
 class ElasticClassifier(nn.Module):
-    """A `Classifier` that takes fewer features in: called with the one that is meant."""
+    """A `Classifier` with elastic inputs; it is called with the part to run."""
 
     def __init__(self, widest: Classifier):
         super().__init__()
@@ -182,7 +183,7 @@ class ElasticClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class ResNetLayout:
-    """A supernet of bottlenecks, all channels at their widest; `base`: the fewest blocks of each stage."""
+    """A supernet of bottlenecks at its widest; `base` are the minimum numbers of blocks per stage."""
 
     stem: int
     channels: tuple[int, ...]
@@ -197,7 +198,7 @@ class ResNetLayout:
     first_conv_name = "input_stem.0.conv"
 
     def scaled(self, width: float, **changes: Any) -> "ResNetLayout":
-        """The same with `width` times the channels, rounded to multiples of 8, and other `changes`."""
+        """Return the layout with `width` times the channels, rounded to multiples of 8, and other `changes`."""
         channels = tuple(make_divisible(c * width) for c in self.channels)
         return replace(self, stem=make_divisible(self.stem * width), channels=channels, **changes)
 
@@ -256,7 +257,7 @@ class ResNetLayout:
                 yield space.arch({"expand": expand, "width": width, **single})
 
     def channel_groups(self, net: Supernet) -> list[ChannelGroup]:
-        """The middle channels of every bottleneck; without a shift also those that run from block to block."""
+        """Return the groups of middle channels of bottlenecks; without a shift also of those between blocks."""
         modules = {p.source: cast(Any, net.get_submodule(p.source)) for p in self.plan(self.space().largest())}
         stem, residual, after = (modules[f"input_stem.{i}"] for i in range(3))
         blocks = [module for name, module in modules.items() if name.startswith("blocks.")]
@@ -290,7 +291,7 @@ class ResNetLayout:
 
 @dataclass(frozen=True)
 class _MiddleTiers:
-    """The numbers of middle channels that freed values of `expand` and `width` give."""
+    """Returns the numbers of middle channels for freed values of `expand` and `width`."""
 
     outputs: int
 
@@ -328,7 +329,7 @@ TINY_CLIPS = replace(TINY, max_pool=True, resolution=64)
 def ofa_resnet50(
     num_classes: int, width: float = 1.0, dropout: float = 0.1, preset: str = "imagenet", zero_gamma: bool = False
 ) -> Supernet:
-    """The supernet of ResNet-50D; released with `width` 1.0."""
+    """Build the supernet of ResNet-50D; released with `width` 1.0."""
     layout = of_preset({"imagenet": RESNET50, "tiny": TINY}, preset)
     return _supernet(layout.scaled(width, num_classes=num_classes, dropout=dropout), zero_gamma)
 
@@ -342,9 +343,9 @@ def ofa_tsm_resnet50(
     zero_gamma: bool = False,
     causal: bool = False,
 ) -> Supernet:
-    """The supernet of ResNet-50D over clips: `frames` are `num_segments`, half and a quarter of them.
+    """Build the supernet of ResNet-50D over clips: `frames` are `num_segments`, half and a quarter of it.
 
-    `causal`: frames take from those before them alone, so that a subnet can be stepped frame by frame.
+    With `causal`, frames depend only on earlier ones, so that a subnet can be stepped frame by frame.
     """
     layout = of_preset({"imagenet": RESNET50, "tiny": TINY_CLIPS}, preset)
     options = {"num_classes": num_classes, "dropout": dropout, "num_segments": num_segments, "causal": causal}

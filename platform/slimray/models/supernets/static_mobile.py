@@ -1,4 +1,4 @@
-"""The published static networks of the blocks of ofa_mobilenet.py: MobileNetV3-Large, and what ProxylessNAS found.
+"""Published static networks with the blocks of ofa_mobilenet.py: MobileNetV3-Large, and those found by ProxylessNAS.
 
 ProxylessNAS (arXiv 1812.00332), MobileNetV3 (1905.02244): `[B, 3, H, W]` -> `[B, num_classes]`, names as released.
 """
@@ -14,8 +14,8 @@ from slimray.models.supernets.ofa_mobilenet import (
 )
 from slimray.models.supernets.supernet import ConvNorm, Nothing, Part, Subnet, make_subnet
 
-# Channels of the stem, the first block, the stages and the last layer; the stages' blocks as "kernel/expansion", "-"
-# for a block that is only its shortcut.
+# Channels of the stem, the first block, the stages and the last layer; the blocks of the stages as "kernel/expansion",
+# with "-" for a block that is only its shortcut.
 PROXYLESS_NETS: dict[str, tuple[tuple[int, ...], str]] = {
     "mobile": (
         (32, 16, 32, 40, 80, 96, 192, 320, 1280),
@@ -57,7 +57,7 @@ MOBILENETV3_LARGE = (
 def proxyless_net(
     net: str, num_classes: int, width: float = 1.0, dropout: float = 0.0, shortcuts: str = "defined"
 ) -> Subnet:
-    """A network that ProxylessNAS (arXiv 1812.00332) found: `mobile`, `cpu`, `gpu` or `mobile_14`."""
+    """Build a network found by ProxylessNAS (arXiv 1812.00332): `mobile`, `cpu`, `gpu` or `mobile_14`."""
     widths, text = PROXYLESS_NETS[net]
     stem, first, *stages, last = (make_divisible(channels * width) for channels in widths)
     eps, act = PROXYLESS.eps, PROXYLESS.act
@@ -79,7 +79,7 @@ def proxyless_net(
 
 
 def mobilenetv3_large(num_classes: int, width: float = 1.0, dropout: float = 0.1) -> Subnet:
-    """MobileNetV3-Large, which the supernet of its blocks is measured against."""
+    """Build MobileNetV3-Large, the baseline for the supernet of its blocks."""
     stem = channels = make_divisible(16 * width)
     parts: dict[str, Part] = {"first_conv": ConvNorm(3, stem, 3, 2, "h_swish")}
     for kernel, middle, outputs, se, act, stride in MOBILENETV3_LARGE:

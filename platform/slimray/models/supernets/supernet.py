@@ -1,11 +1,11 @@
-"""The supernets of convolutions and what they are made of: a network is a list of parts, and parts are values.
+"""Convolutional supernets and their parts: a network is a list of parts, and parts are values.
 
-A layout (ofa_mobilenet.py, ofa_resnet.py) says for an arch which `Part`s run one after another. All else follows from
-that list: `Supernet` runs it on shared weights, `extract` builds it as a plain `Subnet` and copies the weights, `units`
-cuts it into pieces whose latency is measured. So none of them can mean another network than the others. With frames
-(our own design: Once-for-All, arXiv 1908.09791, over TSM, 1811.08383) the input is a clip, the parts run frame by
-frame, the residual branches begin with a temporal shift and the frames' logits are averaged. A causal shift takes from
-the past alone: its subnets can be stepped frame by frame (`tsm.OnlineTSM`).
+A layout (ofa_mobilenet.py, ofa_resnet.py) lists for an arch the `Part`s that run one after another. Everything else
+follows from that list: `Supernet` runs it on shared weights, `extract` builds it as a plain `Subnet` and copies the
+weights, `units` cuts it into pieces whose latency is measured. So all of them always describe the same network. With
+frames (our own design: Once-for-All, arXiv 1908.09791, over TSM, 1811.08383) the input is a clip, the parts run frame
+by frame, residual branches begin with a temporal shift, and the frames' logits are averaged. A causal shift only uses
+the past, so that its subnets can be stepped frame by frame (`tsm.OnlineTSM`).
 """
 
 import dataclasses
@@ -31,22 +31,22 @@ T = TypeVar("T")
 
 
 class Part(Protocol):
-    """A piece of a network as a value; its fields say all that its cost depends on."""
+    """A piece of a network as a value; its fields determine its cost."""
 
     def make(self) -> nn.Module:
-        """A fresh module of this shape."""
+        """Build a new module of this shape."""
         ...
 
     def output(self, shape: Shape) -> Shape:
-        """The shape of what comes out when `shape` goes in."""
+        """Return the output shape for the input `shape`."""
         ...
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A part, its name in the extracted net, and where its weights lie in the supernet.
+    """A part, its name in the extracted network, and the name of the supernet's module with its weights (`source`).
 
-    `elastic`: the supernet's module holds more than this part and is called with it.
+    With `elastic`, the supernet's module holds more than this part and is called with the part to run.
     """
 
     name: str
@@ -126,12 +126,12 @@ class Classifier:
 
 
 def halved(size: int, stride: int) -> int:
-    """Height or width behind a convolution or pooling of that stride, padded so that stride 1 keeps it."""
+    """Return the height or width after a convolution or pool of that stride, padded so that stride 1 keeps it."""
     return -(-size // stride)
 
 
 class ElasticConvNorm(nn.Module):
-    """A `ConvNorm` of which less may run: called with the part that is meant."""
+    """A `ConvNorm` with elastic channels; it is called with the part to run."""
 
     def __init__(self, widest: ConvNorm):
         super().__init__()
@@ -144,7 +144,7 @@ class ElasticConvNorm(nn.Module):
 
 
 def named(**layers: nn.Module) -> nn.Sequential:
-    """Layers in a row under these names."""
+    """Return a Sequential of layers with these names."""
     return nn.Sequential(OrderedDict(layers))
 
 
@@ -152,9 +152,9 @@ def named(**layers: nn.Module) -> nn.Sequential:
 
 
 class Subnet(nn.Sequential):
-    """An ordinary network of parts in a row: `[B, 3, H, W]` -> `[B, num_classes]`.
+    """An ordinary network, a chain of parts: `[B, 3, H, W]` -> `[B, num_classes]`.
 
-    With `num_segments` (T) it takes clips `[B, T, 3, H, W]` and gives the mean of the frames' logits; 0 for images.
+    With `num_segments` (T) it takes clips `[B, T, 3, H, W]` and returns the mean of the frames' logits; 0 for images.
     """
 
     head_name = "classifier.linear"
@@ -165,17 +165,17 @@ class Subnet(nn.Sequential):
 
     @property
     def causal(self) -> bool:
-        """Return whether no frame of a clip sees a later one."""
+        """True if no frame of a clip depends on a later one."""
         shifts = [module for module in self.modules() if isinstance(module, TemporalShift)]
         return self.num_segments > 0 and all(shift.causal for shift in shifts)
 
     @property
     def num_outputs(self) -> int:
-        """The number of logits whose mean a clip gets: one per frame."""
+        """Number of logits averaged for a clip: one per frame."""
         return self.num_segments
 
     def per_frame(self) -> dict[str, nn.Module]:
-        """The modules that one after another take frames `[B*T, 3, H, W]` to the logits of each, by name."""
+        """Return the modules, by name, that in sequence turn frames `[B*T, 3, H, W]` into the logits of each frame."""
         return dict(self.named_children())
 
     def forward(self, input: Tensor) -> Tensor:
@@ -186,14 +186,14 @@ class Subnet(nn.Sequential):
 
 
 def _frames_of(clips: Tensor, num_segments: int) -> Tensor:
-    """`[B, T, 3, H, W]` -> `[B*T, 3, H, W]`; ValueError unless T is `num_segments`."""
+    """Return clips `[B, T, 3, H, W]` as frames `[B*T, 3, H, W]`; raise ValueError unless T is `num_segments`."""
     if clips.ndim != 5 or clips.shape[1] != num_segments:
         raise ValueError(f"input {list(clips.shape)}: this network takes clips of {num_segments} frames")
     return clips.flatten(0, 1)
 
 
 def _nested(modules: Mapping[str, nn.Module]) -> "OrderedDict[str, nn.Module]":
-    """`blocks.0`, `blocks.1`, ... as one Sequential `blocks`, in order of first appearance."""
+    """Collect `blocks.0`, `blocks.1`, ... in one Sequential `blocks`, in order of first appearance."""
     groups: dict[str, OrderedDict[str, nn.Module]] = {}
     for name, module in modules.items():
         top, _, rest = name.partition(".")
@@ -204,14 +204,14 @@ def _nested(modules: Mapping[str, nn.Module]) -> "OrderedDict[str, nn.Module]":
 
 
 def make_subnet(parts: Mapping[str, Part], first_conv_name: str, num_segments: int = 0) -> Subnet:
-    """A fresh plain network of `parts`, convolutions initialised by fan-out."""
+    """Build a new plain network of `parts`, with convolutions initialized by fan-out."""
     net = Subnet({name: part.make() for name, part in parts.items()}, first_conv_name, num_segments)
     initialise(net)
     return net
 
 
 def initialise(net: nn.Module) -> None:
-    """He initialisation of convolutions by fan-out, as published; linear layers start without a bias."""
+    """Apply He initialization by fan-out to convolutions, as published; biases of linear layers start at 0."""
     init_convolutions(net)
     for module in net.modules():
         if isinstance(module, nn.Linear):
@@ -222,27 +222,27 @@ def initialise(net: nn.Module) -> None:
 
 
 class Layout(Protocol):
-    """A kind of supernet: its space, the parts of an arch, and the modules that hold the widest ones."""
+    """A family of supernets: its space, the parts of an arch, and the modules that hold the widest parts."""
 
     @property
     def first_conv_name(self) -> str:
-        """The first convolution of an extracted net."""
+        """Name of the first convolution of an extracted network."""
         ...
 
     def space(self) -> Space:
-        """All archs."""
+        """Return the space of all archs."""
         ...
 
     def plan(self, arch: Arch) -> list[Placed]:
-        """The parts of `arch` in the order in which they run."""
+        """Return the parts of `arch` in order of execution."""
         ...
 
     def elastic(self, widest: Part) -> nn.Module:
-        """The module of the supernet for a part of the largest arch that is elastic; called with (x, part)."""
+        """Build the supernet's module for an elastic part of the largest arch; it is called with (x, part)."""
         ...
 
     def cover(self) -> Iterable[Arch]:
-        """Archs of the largest resolution that together have every part which any arch has, for every `frames`."""
+        """Yield archs of the largest resolution that together contain all parts of all archs, for every `frames`."""
         ...
 
     def channel_groups(self, net: "Supernet") -> list[ChannelGroup]:
@@ -251,11 +251,11 @@ class Layout(Protocol):
 
 
 class Supernet(nn.Module):
-    """One network of which every arch of `space` is a part: `net(x, arch)` runs it, `net.extract(arch)` copies it.
+    """One network that contains every arch of `space`: `net(x, arch)` runs it, `net.extract(arch)` copies it.
 
-    Takes `[B, 3, H, W]`, with `frames` in the space clips `[B, T, 3, H, W]`, T = `arch["frames"]`, and gives
-    `[B, num_classes]`. Nothing is stored about an arch, the input is never resized, and without an arch the largest
-    runs. In train mode the shared running statistics of BatchNorm are updated in place, their first entries.
+    Takes `[B, 3, H, W]`, or with `frames` in the space clips `[B, T, 3, H, W]`, T = `arch["frames"]`, and returns
+    `[B, num_classes]`. No active arch is stored, the input is never resized, and without an arch the largest runs. In
+    train mode the first entries of BatchNorm's shared running statistics are updated in place.
     """
 
     def __init__(self, layout: Layout):
@@ -280,9 +280,10 @@ class Supernet(nn.Module):
         return out.view(len(x), frames, -1).mean(1) if frames else out
 
     def extract(self, arch: Arch) -> Subnet:
-        """The subnet `arch` as an ordinary network, in the mode of this one, with copies of its weights.
+        """Return the subnet `arch` as an ordinary network, in the mode of this one, with copies of its weights.
 
-        Its BatchNorm statistics mean nothing until `recalibrate_norms`. UserError for an arch of another space.
+        Its BatchNorm statistics are meaningless until `recalibrate_norms`. Raises UserError for an arch of another
+        space.
         """
         arch = self.space.arch(arch)
         plan = self.layout.plan(arch)
@@ -293,17 +294,17 @@ class Supernet(nn.Module):
         return Subnet(modules, self.layout.first_conv_name, int(arch.get("frames", 0))).train(self.training)
 
     def latency_features(self, arch: Arch) -> list[float]:
-        """Numbers from which the latency of `arch` can be learned."""
+        """Return the features from which a predictor learns the latency of `arch`."""
         return self.space.encode(arch)
 
     def measured(self, arch: Arch, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
-        """Return what is timed of the subnet `arch` whose first unit takes `shape`, and the shape that it takes."""
+        """Return the module to time for the subnet `arch`, whose first unit takes `shape`, and its input shape."""
         return self.extract(arch), shape
 
     def units(self, arch: Arch, resolution: int | None = None) -> list[Unit]:
-        """The pieces of the subnet `arch` on an input of `resolution` (None: that of the arch), in order.
+        """Return the pieces of the subnet `arch` on an input of `resolution` (None: that of the arch), in order.
 
-        One after another they are the extracted net. An input is `(C, H, W)`, `(T, C, H, W)` for clips.
+        Chained together they are the extracted network. An input is `(C, H, W)`, or `(T, C, H, W)` for clips.
         """
         arch = self.space.arch(arch)
         side = int(arch["resolution"]) if resolution is None else resolution
@@ -318,19 +319,18 @@ class Supernet(nn.Module):
         return out
 
     def all_units(self, resolutions: Iterable[int] | None = None) -> dict[str, Unit]:
-        """Every unit that any arch has at one of `resolutions` (None: those of the space), by key."""
+        """Return the units of all archs at all `resolutions` (None: those of the space), by key."""
         sides = self.space.dimensions["resolution"].choices[0] if resolutions is None else resolutions
         archs = list(self.layout.cover())
         return {unit.key: unit for side in sides for arch in archs for unit in self.units(arch, int(side))}
 
     def channel_groups(self) -> list[ChannelGroup]:
-        """Return which channels `elastic.sort_channels` may put into another order; none on which a temporal shift
-        acts."""
+        """Return the channels that `elastic.sort_channels` may reorder; none on which a temporal shift acts."""
         return self.layout.channel_groups(self)
 
 
 class _OverFrames(nn.Module):
-    """A part on every frame of clips `[B, T, C, H, W]`; `mean` over the frames of what comes out."""
+    """Runs a part on every frame of clips `[B, T, C, H, W]`; with `mean` its outputs are averaged over the frames."""
 
     def __init__(self, part: Part, mean: bool):
         super().__init__()
@@ -343,10 +343,10 @@ class _OverFrames(nn.Module):
 
 
 def _key(part: Part, shape: Shape, frames: int) -> str:
-    """`MBConv-56x56-inputs:24-...`: what the part is, what goes in, and every field that its cost depends on.
+    """Return the key of a part, `MBConv-56x56-inputs:24-...`: its class, its input, and fields that affect its cost.
 
-    Fields of the metadata `unsaid` are named only where they differ from their default, so that tables that were
-    measured before there were such fields still hold.
+    Fields with the metadata `unsaid` are included only if they differ from their default, so that tables measured
+    before these fields existed remain valid.
     """
     fields = [
         f
@@ -367,16 +367,16 @@ def _plain(value: Any) -> Any:
 
 
 def of_preset(presets: Mapping[str, T], preset: str) -> T:
-    """The layout of that name; UserError if there is none."""
+    """Return the layout of a preset; raise UserError if there is none of that name."""
     if preset not in presets:
         raise UserError(f"preset: must be {' or '.join(presets)} (got {preset!r})")
     return presets[preset]
 
 
 def input_dimensions(resolution: int, num_segments: int = 0) -> dict[str, Dimension]:
-    """The dimensions of the input: `resolution` from four sevenths of the largest in steps of 4 (224: 128 to 224).
+    """Return the dimensions of the input: `resolution` from 4/7 of the largest in steps of 4 (224: 128 to 224).
 
-    With `num_segments` also `frames`: that many, half and a quarter, as far as these are whole and at least 2.
+    With `num_segments` also `frames`: that many, half and a quarter, if these are integers and at least 2.
     """
     out = {"resolution": Dimension.number(range(4 * round(resolution / 7), resolution + 1, 4), input="side")}
     if num_segments:
@@ -386,6 +386,6 @@ def input_dimensions(resolution: int, num_segments: int = 0) -> dict[str, Dimens
 
 
 def clip_lengths(space: Space) -> list[dict[str, int]]:
-    """The genes of each length of clips that `space` has, `[{}]` for images."""
+    """Return the genes for each length of clips in `space`, `[{}]` for images."""
     name = space.input_name("frames")
     return [{}] if name is None else [{name: int(frames)} for frames in space.dimensions[name].choices[0]]

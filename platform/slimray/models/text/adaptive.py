@@ -1,8 +1,8 @@
-"""Adaptive embedding and softmax: words in bins by frequency, rare ones with few numbers each.
+"""Adaptive embedding and softmax: words in bins by frequency, with narrow vectors for rare ones.
 
 Adaptive Input Representations (arXiv 1809.10853) over Efficient softmax (1609.04309), as in the MicroNet language model
 (2005.07877): the rows of a bin are shared by input and output, its projection is not. Words are numbered by frequency.
-Surprising: the clusters of the head are in reverse, its last column is the first tail, as released weights have it.
+Surprising: the clusters of the head are in reverse order, its last column is the first tail, as in released weights.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 
 class AdaptiveEmbedding(nn.Module):
-    """Words int `[...]` to `[..., widths[0]]`; the bin of `cutoffs[i]` and above has `widths[i + 1]` numbers a word."""
+    """Words int `[...]` to `[..., widths[0]]`; the bin from `cutoffs[i]` on has vectors of width `widths[i + 1]`."""
 
     def __init__(self, vocab_size: int, widths: Sequence[int], cutoffs: Sequence[int]):
         super().__init__()
@@ -41,7 +41,7 @@ class AdaptiveEmbedding(nn.Module):
 
 
 class AdaptiveSoftmax(nn.Module):
-    """Log-probabilities of the next word; the weights of the words are those of `embed`, handed in with each call."""
+    """Log-probabilities of the next word; the weights of the words are those of `embed`, passed to each call."""
 
     def __init__(self, vocab_size: int, widths: Sequence[int], cutoffs: Sequence[int]):
         super().__init__()
@@ -53,20 +53,20 @@ class AdaptiveSoftmax(nn.Module):
             nn.init.normal_(projection.weight, 0, width**-0.5)  # type: ignore[arg-type]
 
     def _head(self, hidden: Tensor, embed: AdaptiveEmbedding) -> Tensor:
-        """Log-probabilities `[..., words of the first bin + tails]`."""
+        """Return log-probabilities `[..., words of the first bin + tails]`."""
         logits = functional.linear(hidden, embed.layers[0].weight, self.biases[0])  # type: ignore[arg-type]
         if self.clusters is not None:
             logits = torch.cat([logits, self.clusters(hidden)], -1)
         return logits.log_softmax(-1)
 
     def _tail(self, number: int, hidden: Tensor, embed: AdaptiveEmbedding) -> Tensor:
-        """Log-probabilities `[..., words]` within the bin `number`, 1 or above."""
+        """Return log-probabilities `[..., words]` within the bin `number`, 1 or above."""
         weight = embed.layers[number].weight
         narrow = self.projections[number - 1](hidden)
         return functional.linear(narrow, weight, self.biases[number]).log_softmax(-1)  # type: ignore[arg-type]
 
     def forward(self, hidden: Tensor, embed: AdaptiveEmbedding) -> Tensor:
-        """Log-probabilities of all words `[..., V]`."""
+        """Return log-probabilities of all words `[..., V]`."""
         head, first = self._head(hidden, embed), self.edges[1]
         tails = len(self.edges) - 2
         parts = [head[..., :first]]
@@ -76,9 +76,9 @@ class AdaptiveSoftmax(nn.Module):
         return torch.cat(parts, -1)
 
     def log_probs_of(self, hidden: Tensor, words: Tensor, embed: AdaptiveEmbedding) -> Tensor:
-        """Log-probabilities `[n]` of `words` `[n]` after `hidden` `[n, C]`; a tail is computed for its words alone.
+        """Return log-probabilities `[n]` of `words` `[n]` after `hidden` `[n, C]`; tails are only computed if needed.
 
-        Where only shapes flow (meta, an export) all of it is computed, as costs are counted.
+        On the meta device and in an export everything is computed, which is also how costs are counted.
         """
         if hidden.is_meta or torch.compiler.is_exporting():
             return self(hidden, embed).gather(-1, words[:, None])[:, 0]
@@ -97,8 +97,8 @@ class AdaptiveSoftmax(nn.Module):
 
 @torch.no_grad()
 def hebbian_sums(weight: Tensor, hidden: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums `[V, C]` of the vectors `hidden` `[n, C]` that preceded `words` `[n]`, each brought to the length of the
-    word's `weight` `[V, C]`, and how many there were of each word `[V]`. Those of parts of a batch may be added."""
+    """Return sums `[V, C]` of the vectors `hidden` `[n, C]` that preceded `words` `[n]`, each scaled to the length of
+    the word's `weight` `[V, C]`, and the counts of each word `[V]`. Results for parts of a batch may be added."""
     scaled = hidden * (weight[words].norm(dim=1) / hidden.norm(dim=1))[:, None]
     seen = weight.new_zeros(len(weight)).index_add(0, words, torch.ones_like(words, dtype=weight.dtype))
     return torch.zeros_like(weight).index_add(0, words, scaled), seen
@@ -108,11 +108,11 @@ def hebbian_sums(weight: Tensor, hidden: Tensor, words: Tensor) -> tuple[Tensor,
 def hebbian_update(
     weight: Tensor, sums: Tensor, seen: Tensor, counts: Tensor, most: int = 500, least: float = 0.01
 ) -> tuple[Tensor, Tensor]:
-    """Weights `[V, C]` of words drawn to what preceded them (Fast Parametric Learning, arXiv 1803.10049), and counts.
+    """Move the weights `[V, C]` of words towards what preceded them (Fast Parametric Learning, arXiv 1803.10049).
 
-    `sums` and `seen` are those of `hebbian_sums`, `counts` `[V]` begin with 1. A word seen `c` times so far, fewer than
-    `most`, moves by the share max(1 / c, `least`) to the mean of its hidden vectors. This is the rule as intended: the
-    released code computed it and lost the result.
+    Returns new weights and counts. `sums` and `seen` come from `hebbian_sums`, `counts` `[V]` start at 1. A word seen
+    `c` times so far, less than `most`, moves by the fraction max(1 / c, `least`) towards the mean of its hidden
+    vectors. This is the rule as intended; the released code computed it but discarded the result.
     """
     share = torch.where(counts < most, (1 / counts).clamp(min=least), 0.0)
     mean = sums / seen.clamp(min=1)[:, None]

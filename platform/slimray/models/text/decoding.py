@@ -1,8 +1,8 @@
-"""Greedy and beam search over a network that translates, for many sentences at once; streams that go on.
+"""Greedy and beam search for translation networks, for many sentences at once; continuation of streams.
 
-`net` is a Transformer, or anything with its `encode`, `start` and `decode`. Rules are those of the published results
-(runtime/translate.py, which keeps the books of a beam). What becomes of a sentence does not depend on those beside it,
-but for rounding.
+`net` is a Transformer, or anything with its `encode`, `start` and `decode`. The rules are those of the published
+results (runtime/translate.py, which tracks the hypotheses of a beam). Apart from rounding, the result for a sentence
+does not depend on the others in the batch.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ from slimray.data.text.vocabulary import EOS, PAD
 from slimray.runtime.translate import Beams, Hypothesis, forbidden
 
 MAX_LENGTH = 200
-CHUNK = 256  # words of a stream that are read at once
+CHUNK = 256  # words of a stream processed at once
 
 
 @torch.inference_mode()
 def greedy(net: Any, source: Tensor, max_length: int = MAX_LENGTH) -> list[list[int]]:
-    """The likeliest token again and again, for sentences int `[B, S]` with eos; lists without eos."""
+    """Translate sentences int `[B, S]` with eos by always taking the most likely token; returns lists without eos."""
     state, found = net.start(net.encode(source)), []
     token, open_rows = torch.full_like(source[:, 0], EOS), torch.ones_like(source[:, 0], dtype=torch.bool)
     for step in range(max_length + 1):
@@ -38,7 +38,7 @@ def greedy(net: Any, source: Tensor, max_length: int = MAX_LENGTH) -> list[list[
 def beam_search(
     net: Any, source: Tensor, beam: int = 4, penalty: float = 0.6, max_length: int = MAX_LENGTH
 ) -> list[list[Hypothesis]]:
-    """For each of the sentences int `[B, S]` with eos up to `beam` translations, the best first."""
+    """Return up to `beam` translations, best first, for each of the sentences int `[B, S]` with eos."""
     index = torch.arange(len(source), device=source.device).repeat_interleave(beam)
     state, beams = net.start(net.encode(source).rows(index)), Beams(len(source), beam, penalty, max_length)
     while True:
@@ -55,7 +55,7 @@ def beam_search(
 
 
 def _allowed(log_probs: Tensor, length: int, max_length: int) -> Tensor:
-    """Log-probabilities or logits `[n, V]` without the tokens that may not follow `length` others."""
+    """Mask in log-probabilities or logits `[n, V]` the tokens that must not follow `length` others."""
     out = torch.from_numpy(forbidden(length, max_length, log_probs.shape[-1])).to(log_probs.device)
     return log_probs.masked_fill(out, -torch.inf)
 
@@ -64,10 +64,10 @@ def _allowed(log_probs: Tensor, length: int, max_length: int) -> Tensor:
 def continued(
     net: Any, tokens: Tensor, count: int, temperature: float = 0.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """`count` words int `[B, count]` behind streams `[B, L]` of a language model (`start`, `next_words`).
+    """Continue streams `[B, L]` of a language model (`start`, `next_words`) by `count` words, int `[B, count]`.
 
-    The likeliest each time, or with a `temperature` drawn by `generator`. PAD is never chosen. Long streams are read
-    CHUNK by CHUNK.
+    Takes the most likely word each time, or with a `temperature` draws it by `generator`. PAD is never chosen. Long
+    streams are processed in chunks of CHUNK words.
     """
     past, found = net.start(), []
     *before, tokens = tokens.split(CHUNK, 1)

@@ -1,11 +1,11 @@
-"""HAT: supernets of transformers for translation, of which any subnet is a slice (arXiv 2005.14187).
+"""HAT: supernets of transformers for translation, whose subnets are slices (arXiv 2005.14187).
 
-Elastic are the width of either side, and per layer the heads, the channels inside the feed-forward network, and in the
-decoder how many of the encoder's last outputs are attended to; and the number of the decoder's layers. A subnet takes
-the first channels of everything. `preset`s are the published spaces (`wmt`, `iwslt`) and a `small` one of our own that
-trains on a laptop. Surprising: `attends` counts outputs (1 to 3), the published configs write -1, 1 and 2 for them.
-Units, whose latencies add up to that of a subnet, are one sentence of `length` tokens with `beam` hypotheses: a layer
-of the encoder once, one of the decoder token by token with its cache.
+Elastic are the width of each side, the number of decoder layers, and per layer the heads, the channels inside the
+feed-forward network and, in the decoder, how many of the encoder's last outputs it attends to. A subnet uses the first
+channels of everything. `preset`s are the published spaces (`wmt`, `iwslt`) and a `small` one of our own that trains on
+a laptop. Surprising: `attends` counts outputs (1 to 3), which published configs write as -1, 1 and 2. Units, whose
+latencies add up to that of a subnet, process one sentence of `length` tokens with `beam` hypotheses: an encoder layer
+once, a decoder layer token by token with its cache.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,14 +24,14 @@ from slimray.spec import lookup
 
 @dataclass(frozen=True)
 class Placed:
-    """Place in the supernet of the unit of that number."""
+    """Name of the supernet's module for a unit (`source`)."""
 
     source: str
 
 
 @dataclass(frozen=True)
 class HatLayout:
-    """A space of transformers: choices ascending, the same for all layers; `length` and `beam` are what units take."""
+    """A space of transformers: choices ascending, the same for all layers; `length` and `beam` define the units."""
 
     embeds: tuple[int, ...]
     ffns: tuple[int, ...]
@@ -45,7 +45,7 @@ class HatLayout:
     beam: int = 5
 
     def space(self) -> Space:
-        """All subnets; the layers of the decoder are skipped by `depth`."""
+        """Return the space of all subnets; `depth` skips layers of the decoder."""
         encoder, decoder = self.encoder_layers, self.decoder_layers
         return Space.of(
             {
@@ -62,14 +62,14 @@ class HatLayout:
         )
 
     def plan(self, arch: Arch) -> list[Placed]:
-        """Return what the units of `arch` are, in their order."""
+        """Return the places of the units of `arch`, in order."""
         places = [f"encoder_layers.{i}" for i in range(self.encoder_layers)]
         for i in range(int(arch["depth"][0])):
             places += [f"decoder_layers.{i}", f"decoder_layers.{i}.encoder_attn"]
         return [Placed(place) for place in [*places, "embed"]]
 
     def cover(self) -> Iterator[Arch]:
-        """Few archs that together have every unit which any arch has."""
+        """Yield a few archs that together contain the units of all archs."""
         space = self.space()
         layers = list(product(self.heads, self.ffns))
         crosses = list(product(self.heads, self.attends))
@@ -95,7 +95,7 @@ class HatLayout:
 
 
 def sizes_of(arch: Arch) -> Sizes:
-    """Return what of a supernet runs for `arch`."""
+    """Return the sizes of the part of a supernet that runs for `arch`."""
     encoder = zip(arch["encoder_heads"], arch["encoder_ffn"], strict=True)
     names = ("decoder_heads", "cross_heads", "decoder_ffn", "attends")
     decoder = list(zip(*(arch[name] for name in names), strict=True))[: int(arch["depth"][0])]
@@ -116,32 +116,32 @@ class HatSupernet(Transformer):
         self.layout, self.space = layout, space
 
     def forward(self, tokens: Tensor, arch: Arch | None = None) -> Tensor:  # type: ignore[override]
-        """Pairs int `[B, 2, L]` to logits `[B, L, V]`; UserError for an arch of another space."""
+        """Compute logits `[B, L, V]` for pairs int `[B, 2, L]`; raise UserError for an arch of another space."""
         return super().forward(tokens, None if arch is None else sizes_of(self.space.arch(arch)))
 
     def extract(self, arch: Arch) -> Transformer:
-        """The subnet `arch` as an ordinary transformer, in the mode of this one, with copies of its weights."""
+        """Return the subnet `arch` as an ordinary transformer, in the mode of this one, with copies of its weights."""
         with torch.device("meta"):
             plain = Transformer(self.design, sizes_of(self.space.arch(arch)))
         take(plain, self)
         return plain.train(self.training)
 
     def latency_features(self, arch: Arch) -> list[float]:
-        """Numbers from which the latency of `arch` can be learned: the published ten."""
+        """Return the features from which a predictor learns the latency of `arch`: the published ten numbers."""
         return features(arch)
 
     def measured(self, arch: Arch, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
-        """Return what is timed of the subnet `arch`: it translates a sentence as its units do, whatever it is given."""
+        """Return the module to time for the subnet `arch`, which translates a fixed sentence as its units do."""
         return Translation(self.extract(arch), self.spoken), shape
 
     @property
     def spoken(self) -> Spoken:
-        """The sentence that units and measurements are about."""
+        """The sentence that units and measurements process."""
         return Spoken(self.layout.length, self.layout.beam)
 
     def units(self, arch: Arch) -> list[Unit]:
-        """The pieces of the subnet `arch`: layers of the encoder, of the decoder and their attention to the source, and
-        what is done with words: embeddings and the output."""
+        """Return the pieces of the subnet `arch`: encoder layers, decoder layers and their attention to the source, and
+        finally the embeddings and the output layer."""
         sizes, design = sizes_of(self.space.arch(arch)), self.design
         spoken = self.spoken
         out = [encoder_unit(design, sizes.encoder, one.heads, one.ffn, spoken) for one in sizes.encoder_layers]
@@ -151,12 +151,12 @@ class HatSupernet(Transformer):
         return [*out, words_unit(design, sizes.encoder, sizes.decoder, spoken)]
 
     def channel_groups(self) -> list[ChannelGroup]:
-        """None: as published, channels keep their order."""
+        """Return no groups: as published, channels keep their order."""
         return []
 
 
 def features(arch: Arch) -> list[float]:
-    """The published ten numbers from which latency is predicted: widths, layers, and means over the layers that run."""
+    """Return the published ten features for predicting latency: widths, layers, and means over the layers that run."""
     sizes = sizes_of(arch)
 
     def mean(values: Sequence[Gene]) -> float:
@@ -199,9 +199,9 @@ def hat(
     length: int = 0,
     beam: int = 0,
 ) -> HatSupernet:
-    """Build a supernet of the space `preset` (PRESETS); UserError for an unknown one.
+    """Build a supernet of the space `preset` (PRESETS); raise UserError for an unknown one.
 
-    `length` and `beam` (0: the preset's) are those of the sentence whose latency counts.
+    `length` and `beam` (0: the preset's) are those of the sentence for measuring latency.
     """
     layout = lookup(PRESETS, preset, "preset")
     layout = replace(layout, length=length or layout.length, beam=beam or layout.beam)

@@ -1,10 +1,10 @@
-"""Layers of transformers over tokens, which also run on their first channels: those of HAT's supernets are these.
+"""Layers of transformers over tokens that can also run on their first channels, as in HAT's supernets.
 
 Hardware-Aware Transformers (arXiv 2005.14187) over "Attention Is All You Need" (1706.03762). Activations are
-`[B, L, C]`. A layer given fewer channels than it has takes the first columns of its weights, so a supernet and the
-subnet cut out of it run the same code. Surprising: heads are not sliced but divided anew, the `qkv` channels are always
-all there, so fewer heads are wider ones and the number of weights does not depend on them. Masks are True where a key
-may be seen.
+`[B, L, C]`. A layer that gets fewer channels than it has uses the first columns of its weights, so that a supernet and
+its extracted subnet run the same code. Surprising: heads are not sliced; all `qkv` channels are always used and divided
+by the number of heads, so that fewer heads are wider and the number of weights does not depend on them. Masks are True
+for keys that may be seen.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from slimray.models.supernets.elastic import sliced_linear
 
 
 def linear(layer: nn.Module, x: Tensor, out_features: int | None = None) -> Tensor:
-    """`layer` on `[..., C]`; on its first rows and columns where it has more than `x` and `out_features` (None: all).
+    """Run `layer` on `[..., C]`, with its first rows and columns if it has more than `out_features` (None: all) and C.
 
-    Where it fits it is called as a module, whatever it has been replaced by.
+    If the sizes match it is called as a module, even if compression has replaced it.
     """
     weight = getattr(layer, "weight", None)
     whole = not isinstance(layer, nn.Linear) or (
@@ -31,7 +31,7 @@ def linear(layer: nn.Module, x: Tensor, out_features: int | None = None) -> Tens
 
 
 def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """A LayerNorm over the channels of `x`, its first ones where it has more."""
+    """Run a LayerNorm over the channels of `x`, with its first channels if it has more."""
     norm, channels = cast(nn.LayerNorm, norm), x.shape[-1]
     if norm.weight.shape[0] == channels:
         return norm(x)
@@ -39,21 +39,21 @@ def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def embedding(table: nn.Module, tokens: Tensor, width: int) -> Tensor:
-    """The first `width` channels of the rows of `tokens`."""
+    """Return the first `width` channels of the rows of `tokens`."""
     return table(tokens)[..., :width]
 
 
 def positions_of(tokens: Tensor) -> Tensor:
-    """Positions int64 `[B, L]`: the first token that is not PAD has 2, the next 3; PAD has 1, on either side."""
+    """Return positions int64 `[B, L]`: the first token that is not PAD has 2, the next 3; PAD has 1, on either side."""
     seen = tokens != PAD
     return seen.long().cumsum(1) * seen + PAD
 
 
 def sinusoids(positions: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Sinusoidal embeddings `[..., width]` of positions: all sines, then all cosines; zeros for the position PAD.
+    """Return sinusoidal embeddings `[..., width]` of positions: all sines, then all cosines; zeros for position PAD.
 
-    `width` is even and that of the widest network: a narrower one takes the first channels, which are other waves than
-    those that a network of its own width would have.
+    `width` is even and that of the widest network; a narrower one uses the first channels, which have other frequencies
+    than those of a network built with its width.
     """
     half = width // 2
     waves = torch.arange(half, device=positions.device, dtype=torch.float32)
@@ -65,24 +65,24 @@ def sinusoids(positions: Tensor, width: int, dtype: torch.dtype = torch.float32)
 
 @dataclass(frozen=True, eq=False)
 class Cached:
-    """Keys and values that are there already, `[B, L, C]` of all heads, or `[B, heads, L, C]`."""
+    """Cached keys and values, `[B, L, C]` for all heads, or `[B, heads, L, C]`."""
 
     keys: Tensor
     values: Tensor
 
     def rows(self, index: Tensor) -> "Cached":
-        """Those of other rows of the batch."""
+        """Return the rows `index` of the batch."""
         return Cached(self.keys[index], self.values[index])
 
     def then(self, new: "Cached") -> "Cached":
-        """These, and behind them the keys and values `[B, L, C]` of further tokens."""
+        """Return these followed by the keys and values `[B, L, C]` of further tokens."""
         return Cached(torch.cat([self.keys, new.keys], 1), torch.cat([self.values, new.values], 1))
 
 
 class Heads(nn.Module):
     """Heads of `width` channels each: queries `[B, T, C]`, keys and values `[B, S, C]`, out `[B, T, C]`.
 
-    A module without weights, so that pruning sees where heads begin: how many there are, `C` says.
+    A module without weights, so that pruning can see where heads begin; `C` determines their number.
     """
 
     def __init__(self, width: int, dropout: float = 0.0):
@@ -92,7 +92,7 @@ class Heads(nn.Module):
     def forward(
         self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool, heads: int | None
     ) -> Tensor:
-        """`heads`: divided anew into so many."""
+        """Attend; with `heads`, the channels are divided into that many heads instead."""
         width = query.shape[-1] // heads if heads else self.width
         query, keys, values = (one.unflatten(-1, (-1, width)).transpose(1, 2) for one in (query, keys, values))
         dropped = self.dropout if self.training else 0.0
@@ -101,9 +101,9 @@ class Heads(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of several heads over `qkv` channels: from `width` to keys and values of `source` channels.
+    """Multi-head attention with `qkv` channels: from `width` channels to keys and values of `source` channels.
 
-    Weights start as Xavier's over the three projections together, biases at 0, as published.
+    As published, weights start with Xavier initialization over the three projections together, biases at 0.
     """
 
     def __init__(self, width: int, qkv: int, heads: int, source: int | None = None, dropout: float = 0.0):
@@ -120,27 +120,26 @@ class Attention(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def project(self, source: Tensor) -> Cached:
-        """Keys and values of what may be attended to, `[B, S, C]`."""
+        """Return the keys and values of a source `[B, S, C]`."""
         return Cached(linear(self.k_proj, source), linear(self.v_proj, source))
 
     def forward(
         self, x: Tensor, cached: Cached, mask: Tensor | None = None, causal: bool = False, heads: int | None = None
     ) -> Tensor:
-        """Return what `x` `[B, T, C]` finds in `cached`, `[B, T, C]`; bool `mask` goes for `[B, heads, T, S]`."""
+        """Return the attention of `x` `[B, T, C]` to `cached`, `[B, T, C]`; `mask` broadcasts to `[B, heads, T, S]`."""
         query = linear(self.q_proj, x)
         found = self.heads(query, cached.keys, cached.values, mask, causal, heads)
         return linear(self.out_proj, found, x.shape[-1])
 
 
 def key_mask(tokens: Tensor) -> Tensor:
-    """Return which of `tokens` `[B, S]` may be seen, bool `[B, 1, 1, S]`; in a row of PAD alone all, so nothing is
-    nan."""
+    """Return which of `tokens` `[B, S]` may be seen, bool `[B, 1, 1, S]`; all in a row of only PAD, to avoid nan."""
     seen = tokens != PAD
     return (seen | ~seen.any(1, keepdim=True))[:, None, None]
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a ReLU between them: `[..., C]` -> `[..., C]`; the first `middle` channels between."""
+    """Two linear layers with a ReLU between them, `[..., C]` in and out; may use only the first `middle` channels."""
 
     def __init__(self, width: int, middle: int):
         super().__init__()
@@ -156,8 +155,8 @@ class FeedForward(nn.Module):
 
 @dataclass(frozen=True)
 class Drops:
-    """Shares of values that are dropped in training: of `embeddings`, `residual` branches and activations
-    (`inside`); `encoder` are the residual branches of the encoder's attention."""
+    """Dropout rates for `embeddings`, `residual` branches and activations (`inside`); `encoder` is the rate for the
+    residual branches of the encoder's attention."""
 
     embeddings: float = 0.0
     residual: float = 0.0
@@ -166,9 +165,9 @@ class Drops:
 
 
 class EncoderLayer(nn.Module):
-    """Attention of a sentence to itself, or of its tokens to the past, and a feed-forward network.
+    """Self-attention over a sentence, or of its tokens to the past, and a feed-forward network.
 
-    Each is normalised after (`pre_norm`: before) it.
+    Each is followed (with `pre_norm` preceded) by a LayerNorm.
     """
 
     def __init__(self, width: int, qkv: int, heads: int, ffn: int, pre_norm: bool, attention_dropout: float):
@@ -181,7 +180,7 @@ class EncoderLayer(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None, drops: Drops, heads: int | None = None, ffn: int | None = None
     ) -> Tensor:
-        """`[B, S, C]` in and out; `heads` and `ffn`: of a subnet."""
+        """Run the layer, `[B, S, C]` in and out; `heads` and `ffn` are the sizes of a subnet."""
         seen = self._before(self.self_attn_layer_norm, x)
         out = self.self_attn(seen, self.self_attn.project(seen), mask, heads=heads)
         x = self._after(self.self_attn_layer_norm, x + functional.dropout(out, drops.encoder, self.training))
@@ -190,18 +189,18 @@ class EncoderLayer(nn.Module):
     def attend_past(
         self, x: Tensor, past: Cached | None, dropout: float, heads: int | None = None
     ) -> tuple[Tensor, Cached]:
-        """`[B, T, C]` after attention of tokens to themselves and the past, and keys and values of all so far."""
+        """Return `[B, T, C]` after attention of tokens to themselves and the past, and all keys and values so far."""
         seen = self._before(self.self_attn_layer_norm, x)
         new, mask = self.self_attn.project(seen), None
         if past is not None:
             known, new, length = past.keys.shape[1], past.then(new), x.shape[1]
-            if length > 1:  # a single one may see all
+            if length > 1:  # a single token may see all
                 mask = torch.ones(length, known + length, dtype=torch.bool, device=x.device).tril(known)
         out = self.self_attn(seen, new, mask, causal=past is None, heads=heads)
         return self._after(self.self_attn_layer_norm, x + functional.dropout(out, dropout, self.training)), new
 
     def feed_forward(self, x: Tensor, drops: Drops, middle: int | None = None) -> Tensor:
-        """`[B, S, C]` after the feed-forward network."""
+        """Return `[B, S, C]` after the feed-forward network."""
         out = self.ffn(self._before(self.final_layer_norm, x), drops.inside, middle)
         return self._after(self.final_layer_norm, x + functional.dropout(out, drops.residual, self.training))
 
@@ -234,9 +233,9 @@ class DecoderLayer(EncoderLayer):
         cross_heads: int | None = None,
         ffn: int | None = None,
     ) -> tuple[Tensor, Cached]:
-        """`[B, T, C]` in and out, and the keys and values of all tokens so far.
+        """Run the layer, `[B, T, C]` in and out; also return the keys and values of all tokens so far.
 
-        `source` are the keys and values of `encoder_attn`, `mask` says which of them count.
+        `source` are the keys and values for `encoder_attn`, `mask` marks those that may be seen.
         """
         x, new = self.attend_past(x, past, drops.residual, heads)
         out = self.encoder_attn(self._before(self.encoder_attn_layer_norm, x), source, mask, heads=cross_heads)

@@ -1,12 +1,12 @@
-"""The MicroNet language model: a small transformer with a short window, a memory and a cache of what was just written.
+"""The MicroNet language model: a small transformer with a short window, a memory and a cache of recent words.
 
-MicroNet for Efficient Language Modeling (arXiv 2005.07877). Takes streams int `[B, L + 1]` and gives the
-log-probabilities `[B, L]` of all words but the first: no table over the vocabulary is made, unless it is asked for
-(`whole`). `score` does so chunk by chunk, with memory and cache carried on, `next_words` gives those of all words that
-may follow. Layers are pre-norm; a query sees itself and the `context` - 1 words before it, with a learned embedding of
-the distance, and the keys and values of these are the memory. Surprising: attention runs in blocks as long as the
-window, so that time and memory grow with the length of a chunk and not with its square; there is no last norm. The
-cache (1612.04426) mixes in words of the last `cache` positions, by how alike what preceded them was.
+MicroNet for Efficient Language Modeling (arXiv 2005.07877). Takes streams int `[B, L + 1]` and returns the
+log-probabilities `[B, L]` of all words but the first, without a table over the vocabulary unless requested (`whole`).
+`score` does so chunk by chunk, carrying memory and cache along; `next_words` returns those of all possible next words.
+Layers are pre-norm; a query sees itself and the `context` - 1 words before it, with a learned embedding of the
+distance; the keys and values of these words are the memory. Surprising: attention runs in blocks as long as the window,
+so that time and memory grow linearly with the length of a chunk; there is no final norm. The cache (1612.04426) mixes
+in words of the last `cache` positions, weighted by the similarity of the hidden vectors before them.
 """
 
 from dataclasses import dataclass, replace
@@ -19,14 +19,14 @@ from slimray.models.text.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from slimray.models.text.layers import Cached
 from slimray.spec import lookup
 
-CHUNK = 2048  # words of a stream at once
-CACHE_START = (0.016, 0.07)  # sharpness and share of the cache, before training
+CHUNK = 2048  # words of a stream processed at once
+CACHE_START = (0.016, 0.07)  # initial sharpness and share of the cache
 
 
 class RelativeAttention(nn.Module):
     """Attention of every word to itself and the `context` - 1 before it: `[B, L, C]` in and out.
 
-    `qkv` is laid out head by head, query, key and value in a row; `positions` `[k, context]` has the distance 0 last.
+    `qkv` is laid out head by head, each with query, key and value; `positions` `[k, context]` has the distance 0 last.
     """
 
     def __init__(self, width: int, heads: int, key: int, value: int, context: int):
@@ -38,7 +38,7 @@ class RelativeAttention(nn.Module):
         nn.init.normal_(self.positions, 0, 0.02)
 
     def forward(self, x: Tensor, memory: Cached | None) -> tuple[Tensor, Cached]:
-        """Return what comes out, and the memory for the words that follow."""
+        """Return the output, and the memory for the words that follow."""
         batch, length, _ = x.shape
         packed = self.qkv(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         query, keys, values = packed.split([self.key, self.key, self.value], -1)
@@ -61,24 +61,24 @@ class RelativeAttention(nn.Module):
         return self.out(found), after
 
     def _bias(self, query: Tensor, missing: int) -> Tensor:
-        """Return what the distance adds to logits `[B, heads, blocks, block, window + block]`, -inf out of the window.
+        """Return the bias of logits by distance `[B, heads, blocks, block, window + block]`, -inf outside the window.
 
-        The first `missing` keys are not there.
+        The first `missing` keys do not exist.
         """
         window, (blocks, block) = self.context - 1, query.shape[2:4]
         by_distance = query @ self.positions / self.key**0.5
         rows = torch.arange(block, device=query.device)[:, None]
         columns = torch.arange(window + block, device=query.device)[None]
-        column = (columns - rows).expand(block, -1)  # of `positions`
+        column = (columns - rows).expand(block, -1)  # index into `positions`
         bias = by_distance.gather(-1, column.clamp(0, window).expand(*query.shape[:4], -1))
         inside = (column >= 0) & (column <= window)
-        first = torch.arange(blocks, device=query.device)[:, None] * block + columns  # the key's place in all
+        first = torch.arange(blocks, device=query.device)[:, None] * block + columns  # index among all keys
         seen = inside & (first >= missing)[:, None]
         return bias.masked_fill(~seen, -torch.inf)
 
 
 class Layer(nn.Module):
-    """Attention and a feed-forward network, each behind a norm: `[B, L, C]` in and out."""
+    """Attention and a feed-forward network, each after a norm: `[B, L, C]` in and out."""
 
     def __init__(self, width: int, heads: int, key: int, value: int, ffn: int, context: int, dropout: float):
         super().__init__()
@@ -96,7 +96,7 @@ class Layer(nn.Module):
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a language model; `widths` of the bins of words, the first is that of the network."""
+    """Sizes of a language model; `widths` are those of the bins of words, the first is that of the network."""
 
     widths: tuple[int, ...]
     cutoffs: tuple[int, ...]
@@ -110,8 +110,8 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Past:
-    """State that a stream leaves behind: the memory of each layer, and of the cache hidden vectors `[B, m, C]` and the
-    words `[B, m]` that followed them. `pending` `[B, 1, C]`: the last one, whose word is not known yet."""
+    """State of a stream: the memory of each layer, and for the cache hidden vectors `[B, m, C]` and the words `[B, m]`
+    that followed them. `pending` `[B, 1, C]` is the last hidden vector, whose next word is not known yet."""
 
     memories: tuple[Cached | None, ...]
     keys: Tensor | None = None
@@ -120,7 +120,7 @@ class Past:
 
 
 class MicroNetLM(nn.Module):
-    """The network; with `cache` 0 it has none."""
+    """The network; `cache` 0 means no cache."""
 
     head_name = "softmax"
 
@@ -139,13 +139,13 @@ class MicroNetLM(nn.Module):
             self.cache_share = nn.Parameter(share.logit())
 
     def forward(self, tokens: Tensor, whole: bool = False) -> Tensor:
-        """Streams int `[B, L + 1]` to log-probabilities `[B, L]` of their last L words, chunk by chunk if long.
+        """Return log-probabilities `[B, L]` of the last L words of streams int `[B, L + 1]`, in chunks if long.
 
-        With `whole` those of all words in their places, `[B, L, V]`, at once.
+        With `whole`, return those of all words at each position, `[B, L, V]`, in one step.
         """
         if whole:
             return self.next_words(tokens[:, :-1], self.start())[0]
-        if torch.compiler.is_exporting():  # of any length, which a loop over chunks is not
+        if torch.compiler.is_exporting():  # a loop over chunks would fix the length
             return self.score(tokens[:, :-1], tokens[:, 1:], self.start())[0]
         past, found = self.start(), []
         for first in range(0, tokens.shape[1] - 1, CHUNK):
@@ -155,11 +155,11 @@ class MicroNetLM(nn.Module):
         return found[0] if len(found) == 1 else torch.cat(found, 1)
 
     def start(self) -> Past:
-        """Nothing that came before."""
+        """Return the state of an empty stream."""
         return Past((None,) * len(self.layers))
 
     def hidden(self, tokens: Tensor, past: Past) -> tuple[Tensor, tuple[Cached, ...]]:
-        """Return what the last layer gives, `[B, L, C]`, and the memories behind the tokens."""
+        """Return the output of the last layer, `[B, L, C]`, and the memories after the tokens."""
         x, memories = functional.dropout(self.embed(tokens.long()), self.dropout, self.training), []
         for layer, memory in zip(self.layers, past.memories, strict=True):
             x, after = layer(x, memory)
@@ -167,7 +167,7 @@ class MicroNetLM(nn.Module):
         return x, tuple(memories)
 
     def next_words(self, tokens: Tensor, past: Past) -> tuple[Tensor, Past]:
-        """Log-probabilities `[B, L, V]` of the words behind `tokens` `[B, L]`, the next of a stream."""
+        """Return log-probabilities `[B, L, V]` of the words after `tokens` `[B, L]`, which continue a stream."""
         tokens = tokens.long()
         hidden, memories = self.hidden(tokens, past)
         log_probs = self.softmax(hidden, self.embed)
@@ -182,7 +182,7 @@ class MicroNetLM(nn.Module):
         return self._mixed(log_probs, found), replace(past, memories=memories, pending=hidden[:, -1:].detach())
 
     def score(self, tokens: Tensor, targets: Tensor, past: Past) -> tuple[Tensor, Past]:
-        """Log-probabilities `[B, L]` of the words `targets` behind `tokens`, int `[B, L]` too, the next of a stream."""
+        """Return log-probabilities `[B, L]` of `targets` after `tokens`, both int `[B, L]`, which continue a stream."""
         tokens, targets = tokens.long(), targets.long()
         hidden, memories = self.hidden(tokens, past)
         found = self.softmax.log_probs_of(hidden.flatten(0, 1), targets.flatten(), self.embed).view(targets.shape)
@@ -193,10 +193,9 @@ class MicroNetLM(nn.Module):
         return self._mixed(found, cached), replace(self._remember(past, hidden, targets), memories=memories)
 
     def _cached(self, past: Past, hidden: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how much each position `[B, L, m + L]` counts for each of `hidden`, and the words `[B, m + L]` behind
-        them.
+        """Return the weight of each cached position for each of `hidden`, `[B, L, m + L]`, and the words `[B, m + L]`.
 
-        Each sees the last `cache` positions before it; the first of a stream sees none, and all counts are 0.
+        Each sees the last `cache` positions before it; the first of a stream sees none, so all its weights are 0.
         """
         keys, known = hidden, 0
         if past.keys is not None:
@@ -218,7 +217,7 @@ class MicroNetLM(nn.Module):
         return torch.logaddexp(log_probs + functional.logsigmoid(-share), by_cache)
 
     def _remember(self, past: Past, hidden: Tensor, words: Tensor) -> Past:
-        """`past` with positions that are known now, the last `cache` of them."""
+        """Add positions whose words are now known to `past`, and keep the last `cache` of them."""
         hidden = hidden.detach()
         if past.keys is not None and past.words is not None:
             hidden, words = torch.cat([past.keys, hidden], 1), torch.cat([past.words, words], 1)
@@ -245,10 +244,10 @@ def micronet_lm(
     adaptive: bool = True,
     dropout: float = 0.0,
 ) -> MicroNetLM:
-    """Build a language model of the sizes `preset` (PRESETS); UserError for an unknown one.
+    """Build a language model of the sizes `preset` (PRESETS); raise UserError for an unknown one.
 
-    `cache` is the number of positions that it looks back at (published: 2000). Without `adaptive` all words have
-    as many numbers.
+    `cache` is the number of cached positions (published: 2000). Without `adaptive`, the vectors of all words have the
+    same width.
     """
     shape = lookup(PRESETS, preset, "preset")
     cutoffs = tuple(cut for cut in shape.cutoffs if cut < vocab_size) if adaptive else ()

@@ -1,10 +1,10 @@
-"""Transformer for translation (arXiv 1706.03762), whole sentences at once or token by token with what is cached.
+"""Transformer for translation (arXiv 1706.03762), for whole sentences at once or token by token with a cache.
 
-Takes pairs of sentences int `[B, 2, L]`, PAD filling up: the source with its eos, and what the decoder is given, which
-begins with eos; gives logits `[B, L, V]`, at each place those of the token behind it. Conventions are those of the
-released HAT networks (2005.14187): embeddings times the root of their width, post-norm by default, `qkv` channels
-divided by the heads, one table for both sides and the output (`tied`) or three. `Sizes` say how much of it runs: less
-than there is in HAT's supernets (hat.py), where a narrower side takes the first channels of everything, positions too.
+Takes pairs of sentences int `[B, 2, L]`, padded with PAD: the source with its eos, and the input of the decoder, which
+begins with eos; returns logits `[B, L, V]` of the next token at each position. Conventions are those of the released
+HAT networks (2005.14187): embeddings times the root of their width, post-norm by default, `qkv` channels divided by the
+heads, one table for both sides and the output (`tied`) or three. `Sizes` define how much of it runs: in HAT's
+supernets (hat.py) less than all, where a narrower side uses the first channels of everything, even of positions.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class EncoderSize:
 
 @dataclass(frozen=True)
 class DecoderSize:
-    """A layer of the decoder. It attends to the last `attends` outputs of the encoder's layers at once."""
+    """A layer of the decoder, which attends to the last `attends` outputs of the encoder's layers at once."""
 
     heads: int
     cross_heads: int
@@ -50,7 +50,7 @@ class DecoderSize:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Part of a network that runs: channels of both sides, and their layers."""
+    """Sizes of the part of a network that runs: channels of both sides, and their layers."""
 
     encoder: int
     decoder: int
@@ -62,8 +62,8 @@ class Sizes:
 class Design:
     """Properties that all subnets of a transformer share.
 
-    `widest` is the width for which `dropout` is meant and positions are made: a side of e channels drops
-    dropout * e / widest. `released_dropout`: but the encoder's attention drops `dropout`, as the released code does.
+    `widest` is the width to which `dropout` and the positions refer: a side of e channels drops dropout * e / widest.
+    With `released_dropout` the encoder's attention drops `dropout` instead, as in the released code.
     """
 
     vocab_size: int
@@ -76,26 +76,26 @@ class Design:
     released_dropout: bool = False
 
     def drops(self, width: int) -> Drops:
-        """Return what a side of so many channels drops."""
+        """Return the dropout rates for a side of `width` channels."""
         share = self.dropout * width / self.widest
         return Drops(share, share, share, self.dropout if self.released_dropout else share)
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Result of the encoder: outputs `[B, S, C]` of its last layers, the last one first, and which places count."""
+    """Result of the encoder: outputs `[B, S, C]` of its last layers, the last one first, and a mask of valid tokens."""
 
     outputs: tuple[Tensor, ...]
     mask: Tensor
 
     def rows(self, index: Tensor) -> "Encoded":
-        """That of other rows of the batch."""
+        """Return the rows `index` of the batch."""
         return Encoded(tuple(one[index] for one in self.outputs), self.mask[index])
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """A decoder that has seen `length` tokens: per layer what it cached of them, and keys, values and mask of the
+    """State of a decoder after `length` tokens: per layer their cached keys and values, and those and the mask of the
     source."""
 
     past: tuple[Cached | None, ...]
@@ -104,15 +104,15 @@ class State:
     length: int = 0
 
     def rows(self, index: Tensor) -> "State":
-        """That of other rows of the batch."""
+        """Return the rows `index` of the batch."""
         past = tuple(None if one is None else one.rows(index) for one in self.past)
         source = tuple(one.rows(index) for one in self.source)
         return replace(self, past=past, source=source, masks=tuple(mask[index] for mask in self.masks))
 
 
 class Transformer(nn.Module):
-    """The network; `sizes` are those of all of it as it was built. A call that names none runs the layers as they are,
-    which pruning may have made narrower."""
+    """The network; `sizes` are those it was built with. A call without sizes runs the layers as they are, which pruning
+    may have made narrower."""
 
     head_name = "output"
 
@@ -140,13 +140,13 @@ class Transformer(nn.Module):
             self.encoder_norm, self.decoder_norm = (nn.LayerNorm(width) for width in widths)
 
     def forward(self, tokens: Tensor, sizes: Sizes | None = None) -> Tensor:
-        """Pairs int `[B, 2, L]` to logits `[B, L, V]`."""
+        """Compute logits `[B, L, V]` for pairs int `[B, 2, L]`."""
         tokens = tokens.long()
         logits, _ = self.decode(tokens[:, 1], self.start(self.encode(tokens[:, 0], sizes), sizes), sizes)
         return logits
 
     def encode(self, source: Tensor, sizes: Sizes | None = None) -> Encoded:
-        """Sentences int `[B, S]` with eos, PAD on either side, to what the decoder attends to."""
+        """Encode sentences int `[B, S]` with eos, and PAD on either side, for the decoder to attend to."""
         whole, sizes = sizes is None, sizes or self.sizes
         drops, mask = self.design.drops(sizes.encoder), key_mask(source)
         x = self._embed(source, positions_of(source), sizes.encoder, "source_embed")
@@ -160,7 +160,7 @@ class Transformer(nn.Module):
         return Encoded(tuple(outputs), mask)
 
     def start(self, encoded: Encoded, sizes: Sizes | None = None) -> State:
-        """A decoder that has seen nothing: keys and values of the source, once for all tokens."""
+        """Return the state of a decoder before its first token, with the keys and values of the source."""
         layers = (sizes or self.sizes).decoder_layers
         source, masks = [], []
         for layer, size in zip(self.decoder_layers, layers, strict=False):
@@ -171,7 +171,7 @@ class Transformer(nn.Module):
         return State((None,) * len(layers), tuple(source), tuple(masks))
 
     def decode(self, tokens: Tensor, state: State, sizes: Sizes | None = None) -> tuple[Tensor, State]:
-        """The next tokens int `[B, T]`, T is 1 unless they are the first, to logits `[B, T, V]`."""
+        """Return logits `[B, T, V]` for the next tokens int `[B, T]`, and the new state; T is 1 except at first."""
         whole, sizes = sizes is None, sizes or self.sizes
         drops, length = self.design.drops(sizes.decoder), state.length
         places = positions_of(tokens) if None in state.past else torch.full_like(tokens, PAD + 1 + length)
@@ -188,7 +188,7 @@ class Transformer(nn.Module):
         return self.logits(x), replace(state, past=tuple(past), length=length + tokens.shape[1])
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits `[..., V]` of what the last layer gives."""
+        """Return logits `[..., V]` for outputs of the last layer."""
         if not self.design.tied:
             return linear(self.output, x)
         return functional.linear(x, self.embed.weight[:, : x.shape[-1]])
@@ -201,7 +201,7 @@ class Transformer(nn.Module):
 
 
 def table_of(vocab_size: int, width: int, widest: int) -> nn.Embedding:
-    """A table of words, zeros for PAD."""
+    """Return a table of words with zeros for PAD."""
     table = nn.Embedding(vocab_size, width, padding_idx=PAD)
     nn.init.normal_(table.weight, 0, widest**-0.5)
     with torch.no_grad():
@@ -237,7 +237,7 @@ def transformer(
     dropout: float = 0.1,
     attention_dropout: float = 0.0,
 ) -> Transformer:
-    """Build a transformer for translation; UserError for heads that do not divide `qkv`, and an odd `embed`."""
+    """Build a transformer for translation; raise UserError for heads that do not divide `qkv`, or an odd `embed`."""
     require_heads(qkv, [heads], "heads")
     require_even(embed)
     design = Design(vocab_size, qkv, embed, tied, pre_norm, dropout, attention_dropout)

@@ -1,8 +1,8 @@
-"""A plain transformer that continues a text: the layers of translation without a source, all words alike.
+"""A plain transformer language model: the layers of translation without a source, with the same width for all words.
 
-Takes streams int `[B, L + 1]`, gives logits `[B, L, V]` of all words but the first. It is what MicroNet's network
-(micronet.py) is compared with: sinusoidal positions, attention to all that came before within the window, one table of
-words for input and output. `next_words` continues from what is cached.
+Takes streams int `[B, L + 1]`, returns logits `[B, L, V]` of all words but the first. It is the baseline for MicroNet's
+network (micronet.py): sinusoidal positions, attention to all previous words in the window, one table of words for input
+and output. `next_words` continues from a cache.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from slimray.models.text.transformer import require_even, require_heads, table_o
 
 @dataclass(frozen=True, eq=False)
 class Past:
-    """The words that were seen: keys and values of every layer, and how many words."""
+    """State of a stream: the keys and values of every layer, and the number of words so far."""
 
     cached: tuple[Cached | None, ...]
     length: int = 0
@@ -37,15 +37,15 @@ class TransformerLM(nn.Module):
         self.norm = nn.LayerNorm(embed) if pre_norm else None
 
     def forward(self, tokens: Tensor, whole: bool = True) -> Tensor:
-        """Streams int `[B, L + 1]` to logits `[B, L, V]` of their last L words: of all words, `whole` or not."""
+        """Return logits `[B, L, V]` of the last L words of streams int `[B, L + 1]`; `whole` makes no difference."""
         return self._logits(tokens[:, :-1], self.start())[0]
 
     def start(self) -> Past:
-        """Nothing that came before."""
+        """Return the state of an empty stream."""
         return Past((None,) * len(self.layers))
 
     def next_words(self, tokens: Tensor, past: Past) -> tuple[Tensor, Past]:
-        """Log-probabilities `[B, L, V]` of the words behind `tokens` int `[B, L]`, the next of a stream."""
+        """Return log-probabilities `[B, L, V]` of the words after `tokens` int `[B, L]`, which continue a stream."""
         logits, past = self._logits(tokens, past)
         return logits.log_softmax(-1), past
 
@@ -74,7 +74,7 @@ def transformer_lm(
     pre_norm: bool = True,
     dropout: float = 0.1,
 ) -> TransformerLM:
-    """Build a language model; UserError for heads that do not divide `embed`, and an odd `embed`."""
+    """Build a language model; raise UserError for heads that do not divide `embed`, or an odd `embed`."""
     require_heads(embed, [heads], "heads", "embed")
     require_even(embed)
     return TransformerLM(vocab_size, embed, ffn, heads, layers, pre_norm, dropout)

@@ -1,9 +1,9 @@
-"""The pieces of a transformer whose costs are counted and measured on their own: what `HatSupernet.units` gives.
+"""The pieces of a transformer whose costs are counted and measured separately, returned by `HatSupernet.units`.
 
-Protocol of HAT's latency (arXiv 2005.14187), in the key of every unit: one sentence of `length` tokens; a layer of the
-encoder runs once, one of the decoder `length` times, a token a time with what is cached, for `beam` hypotheses; no beam
-search is in it. MACs are counted on other modules, the same layers over a whole target sentence at once and once, as
-published.
+The protocol of HAT's latency (arXiv 2005.14187) is part of the key of every unit: one sentence of `length` tokens; an
+encoder layer runs once, a decoder layer `length` times, one token at a time with a cache, for `beam` hypotheses,
+without the beam search itself. MACs are counted on other modules: as published, the same layers run once over a whole
+target sentence.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ NO_DROPS = Drops()
 
 @dataclass(frozen=True)
 class Spoken:
-    """The protocol: tokens of the source and of the target, and hypotheses that are decoded at once."""
+    """The protocol: number of tokens of the source and of the target, and of hypotheses decoded at once."""
 
     length: int
     beam: int
@@ -46,33 +46,33 @@ def _unit(what: str, sizes: dict[str, int], spoken: Spoken, width: int, make: Ca
 
 
 def encoder_unit(design: Design, width: int, heads: int, ffn: int, spoken: Spoken) -> Unit:
-    """A layer of the encoder over a sentence `[B, S, width]`."""
+    """Return the unit of an encoder layer over a sentence `[B, S, width]`."""
     sizes = {"width": width, "qkv": design.qkv, "heads": heads, "ffn": ffn, "pre_norm": int(design.pre_norm)}
     return _unit("encoder", sizes, spoken, width, _EncoderUnit)
 
 
 def decoder_unit(design: Design, width: int, heads: int, ffn: int, spoken: Spoken) -> Unit:
-    """A layer of the decoder without its attention to the source."""
+    """Return the unit of a decoder layer without its attention to the source."""
     sizes = {"width": width, "qkv": design.qkv, "heads": heads, "ffn": ffn, "pre_norm": int(design.pre_norm)}
     return _unit("decoder", sizes, spoken, width, _DecoderUnit)
 
 
 def cross_unit(design: Design, source: int, width: int, heads: int, attends: int, spoken: Spoken) -> Unit:
-    """The attention of a layer of the decoder to the source `[B, S, source]`, its keys and values made once."""
+    """Return the unit of a decoder layer's attention to the source `[B, S, source]`, including its keys and values."""
     sizes = {"source": source, "width": width, "qkv": design.qkv, "heads": heads, "attends": attends}
     return _unit("cross", sizes, spoken, source, _CrossUnit)
 
 
 def words_unit(design: Design, source: int, width: int, spoken: Spoken) -> Unit:
-    """The embeddings of both sides and the output."""
+    """Return the unit of the embeddings of both sides and the output layer."""
     sizes = {"source": source, "width": width, "widest": design.widest, "words": design.vocab_size}
     sizes |= {"tied": int(design.tied), "pre_norm": int(design.pre_norm)}
     return _unit("words", sizes, spoken, width, _WordsUnit)
 
 
 class Translation(nn.Module):
-    """A transformer that translates a sentence as `spoken` says, the likeliest words or not: `[1, L, C]` in, not looked
-    at, logits `[beam, 1, V]` of the last step out."""
+    """A transformer that processes a fixed sentence by the protocol `spoken`, without choosing words: `[1, L, C]` in,
+    which is ignored, logits `[beam, 1, V]` of the last step out."""
 
     def __init__(self, net: Transformer, spoken: Spoken):
         super().__init__()
@@ -142,7 +142,7 @@ class _CrossUnit(nn.Module):
 
 
 class _WordsUnit(nn.Module):
-    """`[B, L, width]` -> `[B, L, words]`; what goes in is not looked at, the words are all eos."""
+    """`[B, L, width]` -> `[B, L, words]`; the input is ignored, all words are eos."""
 
     def __init__(
         self, source: int, width: int, widest: int, words: int, tied: int, pre_norm: int, spoken: Spoken, steps: bool
