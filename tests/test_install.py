@@ -222,7 +222,7 @@ def test_a_command_that_needs_torch_says_what_to_install_where_it_is_missing(tmp
         check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "this needs torch, not installed here" in done.stderr
+    assert "this needs torch, which a plain install (for exports) lacks" in done.stderr
     assert "pip install 'slimray[train]'" in done.stderr
 
 

@@ -160,7 +160,7 @@ def problems(tmp_path_factory):
 @pytest.mark.parametrize(
     ("step", "said"),
     [
-        ("channels: {layer1.0.convl: 8}", "no group 'layer1.0.convl' in this network, did you mean 'layer1.0.conv1'?"),
+        ("channels: {layer1.0.convl: 8}", "this network has no group 'layer1.0.convl', did you mean 'layer1.0.conv1'?"),
         ("channels: {layer1.0.conv1: 17}", "layer1.0.conv1: must be a number from 1 to 16 (got 17)"),
         ("limits: {macs: 1}", "the smallest policy has macs"),
         ("shares: {params: 0.001}, policy: sensitivity", "the smallest policy has params"),
