@@ -1,4 +1,4 @@
-"""Blocks of several microbatches: the same samples and bits for every rank, as many blocks a step for all ranks."""
+"""Blocks of several microbatches: the same samples and bits for every rank, the same number of blocks per step."""
 
 import json
 from collections import deque
@@ -57,14 +57,14 @@ def texts(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
 
 
 def passes(recipe: dict[str, Any], bags: Bags | None, first: int = 0) -> tuple[Phase, ...]:
-    """What is left of an epoch of five steps or more, and a validation."""
+    """The rest of an epoch of five steps or more, and a validation."""
     size = 13 if bags is None else 5
     train = Phase("train", "train", 1, NUM, size, True, recipe, first, bags=bags, version=SHUFFLE)
     return train, Phase("val", "train", 1, NUM, size, False, recipe, bags=bags)
 
 
 def consumed(folder: Path, index: pa.Table, phases: tuple[Phase, ...], world: int, size: int) -> dict[Any, Batch]:
-    """The batch of each rank at each step, its blocks decoded in the plan's order and taken as a rank takes them."""
+    """Return the batch of each rank at each step, from blocks decoded in the plan's order and consumed as by a rank."""
     cut = list(blocks(phases, world, range(world), 2, [size] * len(phases)))
     tables = rows_of_blocks(cut, phases, 7, lambda _: Rows(index), lambda _: BY_LENGTH)
     queues: dict[int, deque[pa.Table]] = {rank: deque() for rank in range(world)}

@@ -1,4 +1,4 @@
-"""A cache on this machine: files of a bucket are read once, whoever reads them, within a bound, whatever dies."""
+"""A cache on this machine: files of a bucket are read once by all processes, within a limit, even if some die."""
 
 import multiprocessing
 import os
@@ -50,7 +50,7 @@ def test_the_first_epoch_reads_a_shard_once_and_the_second_one_nothing(s3, clips
     root = cache.root(uri, str(tmp_path), 1, "v1")
     for epoch in range(2):
         order = np.random.default_rng(epoch).permutation(len(rows))
-        filesystem(root)  # says that the bucket is there
+        filesystem(root)  # checks that the bucket exists
         before = s3.done.total()
         assert read(root, rows, order) == [data[i] for i in order]
         asked = s3.done.total() - before
@@ -100,7 +100,7 @@ def test_the_folder_stays_within_its_bound_and_what_was_used_longest_ago_goes(cl
     there = [small.place(f"{path}/s{shard}.parquet").exists() for shard in range(SHARDS)]
     assert there == [True, False, True, True]
     assert int((tmp_path / "size").read_text()) == sum(file.stat().st_size for file in files(tmp_path))
-    (tmp_path / "size").write_text("")  # a machine that died
+    (tmp_path / "size").write_text("")  # after a machine crashed
     assert small.fetch(fs, f"{path}/s1.parquet") is not None
     assert int((tmp_path / "size").read_text()) == sum(file.stat().st_size for file in files(tmp_path))
     tiny = Cache(tmp_path / "tiny", size // 2, "v")
@@ -135,7 +135,7 @@ def test_an_answer_that_breaks_off_leaves_nothing(s3, clips, tmp_path):
 
 @pytest.fixture
 def spawn(monkeypatch):
-    """Processes that start anew and find the tests' modules, wherever pytest was started from."""
+    """A context of spawned processes that find the tests' modules wherever pytest was started."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
     return multiprocessing.get_context("spawn")
 
@@ -161,12 +161,12 @@ def test_processes_that_want_the_same_file_fetch_it_once(s3, clips, tmp_path, sp
         process.join(patience(30))
         assert process.exitcode == 0
     assert len(set(found)) == SHARDS
-    opened = 3 * 2  # each looks for the bucket
+    opened = 3 * 2  # each checks the bucket
     assert s3.done.total() - before <= opened + SHARDS
 
 
 def _write_half(folder: str, ready) -> None:
-    """Write a part of a file as `fetch` does, and wait to be killed."""
+    """Write part of a file as `fetch` does, and wait to be killed."""
 
     def read(size: int) -> bytes:
         if ready.is_set():

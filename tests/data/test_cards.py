@@ -1,4 +1,4 @@
-"""Cards and indexes: every shipped card, every list format from files named as the real ones, hostile lists, shards."""
+"""Cards and indexes: all shipped cards, all list formats with files named like the real ones, hostile lists, shards."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 
 def picture(number: int) -> bytes:
-    """A JPEG whose brightness tells its number."""
+    """A JPEG whose brightness encodes its number."""
     buffer = io.BytesIO()
     Image.fromarray(np.full((48, 64, 3), 5 * (number % 50), np.uint8)).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
@@ -593,7 +593,7 @@ def test_pictures_may_be_numbered_from_anywhere(tmp_path):
 
 
 class Counting(pafs.FileSystemHandler):
-    """A disk that counts what is read from it, and fails the next `failures` times a file is opened."""
+    """A disk that counts the bytes read from it, and fails the next `failures` times a file is opened."""
 
     def __init__(self):
         self.opened, self.bytes, self.failures = 0, 0, 0
@@ -640,7 +640,7 @@ def shard(tmp_path):
 
 @pytest.fixture(params=["footer", "place"])
 def known(request, shard):
-    """The same, with rows that do not know or know their places."""
+    """The same, with rows that do or do not know their offsets."""
     root, rows, clips = shard
     if request.param == "place":
         footer = pq.read_metadata(f"{root}/{rows[0]['shard']}")
@@ -652,7 +652,7 @@ def known(request, shard):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """No waiting between attempts."""
+    """Disable waits between attempts."""
     monkeypatch.setattr(storage.time, "sleep", lambda _: None)
 
 

@@ -1,4 +1,4 @@
-"""A prepared index is read and checked in pieces, with the same result however large it is and where it lies."""
+"""A prepared index is read and checked in pieces, with the same result for any size and storage."""
 
 import gc
 import os

@@ -1,4 +1,4 @@
-"""The permutation by position is one, is the same for any cut into blocks, and looks like a random one.
+"""The permutation by position is a permutation, is the same for any cut into blocks, and looks like a random one.
 
 Statistics are of fixed keys, so a test never fails by chance; the bounds are of a chance below one in a million.
 """
@@ -16,7 +16,7 @@ HUGE = 100_000_000
 
 
 def too_far(counts: np.ndarray, expected: float, degrees: int) -> float:
-    """By how many standard deviations chi-squared is above what chance gives; Wilson and Hilferty's normal form."""
+    """Return by how many standard deviations chi-squared exceeds chance, by the Wilson-Hilferty approximation."""
     chi2 = float(((counts - expected) ** 2 / expected).sum())
     return ((chi2 / degrees) ** (1 / 3) - (1 - 2 / (9 * degrees))) / math.sqrt(2 / (9 * degrees))
 

@@ -1,4 +1,4 @@
-"""What a failed Ray task is called: the cause in one sentence, storage apart from the rest; batches out of blocks."""
+"""Errors of failed Ray tasks: the cause in one sentence, storage failures kept apart; batches from blocks."""
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ ADVICE = "\nTo change retry attempts, backoff, or which errors are retried, conf
 
 
 def failed(cause: Exception) -> RunFailed:
-    """What is said of a task that raised `cause`, wrapped twice and with Ray's advice below."""
+    """Return the error of a task that raised `cause`, wrapped twice and with Ray's advice below."""
     cause.args = (f"{cause.args[0]}{ADVICE}",)
     return failure_of(RayTaskError("map", "", RayTaskError("inner", "", cause)))
 
@@ -37,7 +37,7 @@ def test_anything_else_is_named_by_its_kind():
 
 
 def block(positions: list[int], lengths: list[int]) -> pa.Table:
-    """A decoded block of texts: at position p tokens of p + 10, as many as its length says, 1 behind them."""
+    """A decoded block of texts: at position p as many tokens p + 10 as its length, then padding with 1."""
     longest = max(lengths)
     data = np.ones((len(lengths), 1, 2, longest), np.int32)
     for row, (position, length) in enumerate(zip(positions, lengths, strict=True)):

@@ -1,4 +1,4 @@
-"""A decoding task is given the rows of its own block, whatever the chunks of the index and the order of the plan."""
+"""A decoding task gets the rows of its own block, for any chunks of the index and any order of the plan."""
 
 import pickle
 

@@ -93,7 +93,7 @@ def test_the_order_depends_on_seed_and_epoch_only_and_changes_with_both():
     others = [order(1, 3), order(2, 2)]
     assert all(one != first for one in others)
     bags = [{frozenset(one[i : i + 5]) for i in range(0, 500, 5)} for one in (first, *others)]
-    assert len(bags[0] & bags[1]) < 20  # the company of a sample changes too
+    assert len(bags[0] & bags[1]) < 20  # the samples sharing a bag change, too
     assert len({phase(Bags.of(LENGTHS, 100, s), epoch=e).num_steps for s in range(3) for e in range(3)}) == 1
     p = Phase("val", "val", 5, 503, 4, False, {}, bags=Bags.of(LENGTHS, 100))
     assert ids(p, 0, 503) == BY_LENGTH.tolist()

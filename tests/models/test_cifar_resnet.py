@@ -1,4 +1,4 @@
-"""CIFAR ResNets: their counts, the shortcut without weights, and published weights on real pictures."""
+"""CIFAR ResNets: their sizes, the shortcut without weights, and published weights on real pictures."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Weights of others load by what their names mean; a file is read and never run."""
+"""Published weights are loaded by the meaning of their names; a file is read and never executed."""
 
 import argparse
 import collections
@@ -46,7 +46,7 @@ def small(name: str, **options) -> nn.Module:
 
 
 def equal(ours: nn.Module, theirs: dict[str, torch.Tensor], names: dict[str, str] | None = None) -> bool:
-    """Whether each weight of `ours` is that of `theirs` (under the name that `names` gives)."""
+    """Return whether each weight of `ours` equals that of `theirs` (under the name given by `names`)."""
     return all(torch.equal(v, theirs[(names or {}).get(k, k)]) for k, v in ours.state_dict().items())
 
 
@@ -472,7 +472,7 @@ def test_every_type_of_number_and_every_view_is_read(tmp_path):
 
 
 class Attack:
-    """Unpickled by a reader that obeys, it calls `function(*arguments)`."""
+    """Calls `function(*arguments)` when unpickled by a reader that executes code."""
 
     def __init__(self, function, *arguments):
         self.call = (function, arguments)
@@ -502,7 +502,7 @@ def test_code_in_a_file_is_not_run(writes, tmp_path):
     else:
         assert torch.equal(published.read(tmp_path / "evil.pth")["conv.weight"], torch.ones(2))
         assert not made.exists()
-        with pytest.raises(FileExistsError):  # the second call of the obedient reader finds the work of the first
+        with pytest.raises(FileExistsError):  # the second call of the unsafe reader finds the result of the first
             torch.load(tmp_path / "evil.pth", weights_only=False)
     assert made.exists()
 

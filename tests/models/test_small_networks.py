@@ -1,4 +1,4 @@
-"""LeNets and SqueezeNet: the sizes of the papers, the shapes they take, and published weights of SqueezeNet."""
+"""LeNets and SqueezeNet: sizes as in the papers, input shapes, and published weights of SqueezeNet."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Run folders that somebody changed: whatever their files hold, `runs`, `show` and the pages' readers say so and go on.
+"""Modified run folders: whatever their files hold, `runs`, `show` and the pages' readers report it and go on.
 
 Two ways of changing them, with fixed seeds: bits flipped in files that slimray wrote, and values of other types in
 their place, drawn from a grammar. What is checked: no error but the two kinds of one sentence, rows that can be shown.
@@ -76,7 +76,7 @@ def files_of(run: runs.Run) -> list[Path]:
 
 
 def read_everything(where: Path, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
-    """The rows of `slimray runs --json`, after all readers have read the folder."""
+    """Return the rows of `slimray runs --json`, after all readers have read the folder."""
     for command in (["runs"], ["show", "a"], ["show", "a", "--json"], ["runs", "--json"]):
         capsys.readouterr()
         try:

@@ -1,4 +1,4 @@
-"""Small parts of records become one, and a reader gets every row once, whenever it looks and whatever dies."""
+"""Small parts of records are joined, and a reader gets every row once, at any time and even if a writer is killed."""
 
 import threading
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A webhook is told how a run ended, by a real server on loopback; its address is never shown and nothing is raised."""
+"""A webhook, a real server on loopback, is notified how a run ended; its address is never shown, nothing is raised."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ EVENT = {"state": "finished", "name": "my-run", "kind": "train", "metrics": {"va
 
 
 class Hook(ThreadingHTTPServer):
-    """Keeps what it is sent; answers with `codes` in turn, the last of them from then on."""
+    """Records requests; answers with `codes` in turn, then always with the last."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -140,7 +140,7 @@ def test_a_webhook_that_does_not_answer_is_given_up(hook, monkeypatch, caplog):
 )
 def test_an_address_that_cannot_be_used_leaves_one_warning_without_it(monkeypatch, caplog, value, reason):
     monkeypatch.setattr(notify, "PAUSE_S", 0.01)
-    with socket.socket() as free:  # nobody listens on a port that is bound and not listened on
+    with socket.socket() as free:  # a port that is bound but not listened on refuses connections
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MY_HOOK", value.replace("PORT", str(free.getsockname()[1])))
         send(spec(), EVENT)

@@ -24,7 +24,7 @@ JOB = {"kind": "train", "name": "a", "optim": {"lr": 0.1, "tags": ("1e-3", "x")}
 
 @pytest.fixture(autouse=True)
 def settles_soon(monkeypatch) -> None:
-    """Look again sooner at a lock that is taken over or lies in a bucket; rivals in processes of their own wait on."""
+    """Shorten the waits for locks in this process; rivals in other processes keep their waits."""
     monkeypatch.setattr(runs.lock, "SETTLE_S", patience(0.3))
 
 
@@ -282,14 +282,14 @@ except UserError as error:
 
 
 def compete(where: str) -> list[str]:
-    """What two processes say that want the lock of run `a` at the same moment, sorted."""
+    """Return the sorted output of two processes that want the lock of run `a` at the same time."""
     rivals = [start(COMPETE, where) for _ in range(2)]
     for rival in rivals:
         assert rival.stdout.readline() == "ready\n"
     for rival in rivals:
         rival.stdin.write("go\n")
         rival.stdin.flush()
-    said = [rival.stdout.readline() for rival in rivals]  # the one that holds it does so until both have spoken
+    said = [rival.stdout.readline() for rival in rivals]  # the holder keeps it until both have written their output
     for rival in rivals:
         rival.communicate(timeout=patience(30))
     return sorted(said)
@@ -331,7 +331,7 @@ def test_sigterm_releases_the_lock(local):
 
 
 def test_under_a_scheduler_the_lock_of_a_process_that_was_killed_elsewhere_is_waited_for(local, monkeypatch):
-    """Seen from another machine only the heartbeat tells that its holder is gone."""
+    """From another machine, only the heartbeat reveals that the holder is gone."""
     monkeypatch.setattr(runs.lock, "STALE_S", 3.0)
     told: list[str] = []
     put_lock(local, heartbeat=time.time() + 2)  # written a moment ago by a clock that is ahead
@@ -592,7 +592,7 @@ def test_rows_without_a_step_stay_but_for_repetitions(local):
 
 
 def newest(run: runs.Run) -> runs.Checkpoint | None:
-    """The newest checkpoint that reads, whose files come with it."""
+    """Return the newest readable checkpoint."""
     found = runs.read_newest(run)
     assert found is None or found[1] == runs.read_checkpoint(run, found[0])
     return None if found is None else found[0]
@@ -645,7 +645,7 @@ def test_the_best_and_the_last_checkpoints_are_kept(run):
 
 def test_a_checkpoint_whose_writer_was_killed_is_never_taken_for_whole(run, tmp_path):
     runs.save_checkpoint(run, 1, {"a": b"x", "b": b"x"}, {})
-    pipe = tmp_path / "pipe"  # the writer waits at its second file for ever
+    pipe = tmp_path / "pipe"  # the writer blocks forever at its second file
     os.mkfifo(pipe)
     code = "run = runs.run_at(sys.argv[1])\nruns.save_checkpoint(run, 2, {'a': b'x' * 100, 'b': Path(sys.argv[2])}, {})"
     writer = start(code, run.uri, str(pipe))

@@ -1,4 +1,4 @@
-"""What is tracked: the run's rows always, W&B and TensorBoard on request, no secret and no path unless asked for."""
+"""Tracking: the run's rows always, W&B and TensorBoard on request, no secrets, and paths only on request."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_an_id_is_the_same_for_the_same_place_only():
 
 
 class Service:
-    """Stands for the package of W&B: notes the ids that runs are begun with, and refuses those that were deleted."""
+    """Stands in for the W&B package: records the ids of runs, and refuses those that were deleted."""
 
     def __init__(self):
         self.ids: list[str] = []

@@ -1,4 +1,4 @@
-"""Weights by URL: fetched once and whole, from a server that breaks off, lies and fails."""
+"""Weights by URL: fetched once and completely, from a server that breaks off, sends wrong lengths and fails."""
 
 import hashlib
 import http.server
@@ -14,7 +14,7 @@ DATA = bytes(range(256)) * 4096
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves DATA at any path; the first `len(breaks)` answers break off after so many bytes."""
+    """Serves DATA at any path; the first answers break off after the numbers of bytes in `breaks`."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -89,7 +89,7 @@ def test_a_cached_file_that_is_not_whole_is_fetched_again(server, tmp_path):
     (path,) = tmp_path.glob("cache/slimray/weights/*.pth")
     path.write_bytes(DATA[:-1])
     assert fetch(server) == DATA
-    path.with_name(path.name + ".json").unlink()  # as a version left it that did not note lengths
+    path.with_name(path.name + ".json").unlink()  # as written by a version that did not store lengths
     path.write_bytes(DATA[:-1])
     assert fetch(server) == DATA
 

@@ -1,4 +1,4 @@
-"""Image datasets by their shipped cards, from files named as the real ones to indexes, packed shards and recipes."""
+"""Image datasets with their shipped cards, from files named like real ones to indexes, packed shards and recipes."""
 
 import gzip
 import io
@@ -239,7 +239,7 @@ def test_wrong_annotations_are_refused_with_their_file(tmp_path, text, reason):
 
 
 class Prepared:
-    """What the task of one chunk leaves, without Ray: rows of the index, what is bad, where the files lie."""
+    """Result of the task of one chunk, without Ray: rows of the index, bad samples, and the root of the files."""
 
     def __init__(self, card: Card, root: str, out: Path, **fields: Any):
         data = {"card": card.model_dump(), "root": root or None, **fields.pop("data", {})}

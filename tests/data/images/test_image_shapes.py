@@ -1,4 +1,4 @@
-"""Generated images: each is a function of its number, and neither colour nor coarse brightness tells the class."""
+"""Generated images: each is a function of its number, and colour and coarse brightness do not reveal the class."""
 
 from collections import Counter
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_a_png_keeps_every_pixel():
 
 
 def nearest(features: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the second half that lies nearest to the mean of its class in the first."""
+    """Return the fraction of the second half that is nearest to the mean of its class in the first half."""
     features = (features - features.mean(0)) / (features.std(0) + 1e-9)
     half = len(labels) // 2
     centres = np.stack([features[:half][labels[:half] == label].mean(0) for label in range(len(CLASSES))])

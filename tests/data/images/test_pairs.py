@@ -1,4 +1,4 @@
-"""A picture and its smaller version: shrunk by the published rule, cropped and turned as the key alone says."""
+"""A picture and its smaller version: reduced by the published rule, cropped and rotated as a function of the key."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""From the bytes of a picture to what an image network takes: crops, colours, formats, damage, training on it."""
+"""From the bytes of a picture to the input of an image network: crops, colours, formats, damage, training."""
 
 import io
 import math
@@ -36,7 +36,7 @@ WHOLE = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), **PLAIN}
 
 
 def ramp(width: int, height: int) -> np.ndarray:
-    """A picture whose red grows to the right and green downwards."""
+    """A picture whose red increases to the right and green downwards."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     return np.stack([x * 255 // max(1, width - 1), y * 255 // max(1, height - 1), np.full_like(x, 60)], 2).astype(
         np.uint8

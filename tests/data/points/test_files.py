@@ -1,4 +1,4 @@
-"""Point files read right or are refused with the reason; samples are the recipe's, and depend on their key alone."""
+"""Point files are read correctly or refused with a reason; samples follow the recipe and depend on the key alone."""
 
 import io
 import json
@@ -440,7 +440,7 @@ def test_a_block_stands_on_the_floor_about_its_middle():
 
 
 def augmented(epoch: int = 0, box=None, **options):
-    """A cloud's sample with augmentation, beside the same points without."""
+    """Return a cloud's sample with augmentation, and the same points without."""
     cloud, key = cloud_of(), (0, epoch, 0)
     recipe = PointRecipe(200, ("normals", "colors"), **options)
     sample = make_points(cloud, recipe, key, box=box)

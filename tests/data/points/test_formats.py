@@ -1,4 +1,4 @@
-"""What files say of themselves: columns that mean the same, numbers that are missing, counts that are not kept."""
+"""Declarations of files: columns with the same meaning, missing numbers, counts that do not hold."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""Point-cloud releases by their shipped cards, from files named as the real ones to packed clouds, without Ray."""
+"""Point-cloud releases with their shipped cards, from files named like the real ones to packed clouds, without Ray."""
 
 import io
 import json
@@ -51,7 +51,7 @@ def paths(card: Card, split: str, root: Any) -> list[str]:
 
 
 class Prepared:
-    """What the task of one chunk leaves: rows of the index, what is bad, the clouds read back from the shard."""
+    """Result of the task of one chunk: rows of the index, bad samples, the clouds read back from the shard."""
 
     def __init__(self, card: Card, split: str, root: Any, out: Path, lo: int = 0, hi: int | None = None):
         card = complete(card, str(root))
@@ -170,7 +170,7 @@ def thing(rng: np.random.Generator, low: tuple, high: tuple, count: int) -> np.n
 
 @pytest.fixture(scope="module")
 def s3dis(tmp_path_factory):
-    """A release of two rooms to train and two to validate on, one of them without any object that reads."""
+    """A release of two rooms to train and two to validate on, one of them without any readable object."""
     root, rng = tmp_path_factory.mktemp("s3dis"), np.random.default_rng(0)
     for room in ("Area_1/hall_1", "Area_6/hall_2", "Area_5/office_1"):
         objects = {

@@ -1,4 +1,4 @@
-"""Raw releases become what is trained on: S3DIS windows as recorded, ShapeNet files, KITTI frustums, label maps."""
+"""Raw releases become training data: S3DIS windows as recorded, ShapeNet files, KITTI frustums, label maps."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_a_room_is_cut_into_the_recorded_windows(recorded, offset):
     room = recorded["xyzrgb"][:, :3] - recorded["xyzrgb"][:, :3].min(0)
     middles = [np.round(room[r[0], :2] - d[0, :2], 6) for r, d in zip(rows, recorded[f"{offset}_data"], strict=True)]
     compared = 0
-    for block in np.unique(middles, axis=0):  # which of a block's windows a point is in was a matter of luck
+    for block in np.unique(middles, axis=0):  # the window of a point within its block was random
         these = [i for i, middle in enumerate(middles) if np.array_equal(middle, block)]
         mine, theirs = (np.concatenate([r[i][: nums[i]] for i in these]) for r in ([w.rows for w in windows], rows))
         assert np.array_equal(np.sort(mine), np.sort(theirs))
@@ -58,7 +58,7 @@ def test_every_point_of_a_room_is_in_a_window_and_windows_are_a_function_of_thei
 
 
 def room_of(*blocks: tuple[float, float, int]) -> np.ndarray:
-    """A room with so many points in 1.5 m blocks at (x, y), and a corner point at 0."""
+    """A room with the given numbers of points in 1.5 m blocks at (x, y), and a corner point at 0."""
     rng = np.random.default_rng(0)
     coords = [rng.uniform([x, y, 0], [x + 1.5, y + 1.5, 3], (n, 3)) for x, y, n in blocks]
     xyz = np.concatenate([np.zeros((1, 3)), *coords])
@@ -133,7 +133,7 @@ def test_shapenet_lists_are_read():
 
 @pytest.fixture(scope="module")
 def calibration(shared):
-    """That of scan 000007; the sample scan 000008 was taken by the same rig on the same day."""
+    """Calibration of scan 000007; the sample scan 000008 was taken by the same rig on the same day."""
     path = shared / "data/pointcloud/mmdet3d_samples/tests/data/kitti/kitti_infos_mono3d.coco.json"
     image = json.loads(path.read_text())["images"][0]
 

@@ -1,4 +1,4 @@
-"""Point files are parsed in a child: the same bits, one file lost to a hang or a crash, bounded memory."""
+"""Point files are parsed in a child process: the same bits, one file lost to a hang or crash, limited memory."""
 
 import itertools
 import os
@@ -20,7 +20,7 @@ from slimray.data.points.reader import CloudReader
 from slimray.data.points.recipe import PointRecipe, make_points
 from slimray.data.samples import BadSample
 
-MAX_MB = 400  # what a child may come to hold of inputs of a few megabytes; its libraries take some 140
+MAX_MB = 400  # MB that a child may hold for inputs of a few megabytes; its libraries take about 140
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def equal(one, two) -> bool:
 
 
 def attempt(read, *args, **options) -> Cloud | str:
-    """The cloud, or the reason why there is none."""
+    """Return the cloud, or the reason why there is none."""
     try:
         return read(*args, **options)
     except BadSample as bad:
@@ -163,7 +163,7 @@ def packed_pcd(count: int, points: int) -> bytes:
 
 
 def bomb() -> bytes:
-    """An .npz that declares to unpack to 4 GB."""
+    """An .npz that declares an unpacked size of 4 GB."""
     data = bytearray(write_cloud(Cloud(COORDS)))
     struct.pack_into("<I", data, data.index(b"PK\x01\x02") + 24, 4_000_000_000)
     return bytes(data)
@@ -233,7 +233,7 @@ def whole_files() -> dict[str, tuple[str, bytes]]:
 
 
 def damaged(data: bytes, rng: np.random.Generator) -> bytes:
-    """Flipped bits, words of a header exchanged, lines repeated or gone, an end cut off, foreign bytes put in."""
+    """Damage a file: flip bits, exchange words of a header, repeat or drop lines, truncate it, insert foreign bytes."""
     broken = bytearray(data)
     how, head = rng.integers(6), min(len(data), 400)
     if how == 0:
@@ -261,7 +261,7 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def fuzz(reader: CloudReader, rounds: int) -> tuple[int, int]:
-    """Send each kind of file damaged in `rounds` ways; how many still read, and how many inputs there were."""
+    """Send each kind of file damaged in `rounds` ways; return how many can still be read, and the total."""
     read = sent = 0
     for (kind, (name, data)), number in itertools.product(whole_files().items(), range(rounds)):
         broken = damaged(data, np.random.default_rng([number, len(kind), len(data)]))

@@ -1,4 +1,4 @@
-"""Generated shapes: every cloud is a function of its number, and a point's own place says little about its part."""
+"""Generated shapes: every cloud is a function of its number, and a point's position says little about its part."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_shapes_stand_lie_and_differ_in_size():
 
 
 def features(coords: np.ndarray) -> np.ndarray:
-    """Cells of (radius about z, height) of normalised points: all that a turn about z leaves of a point's own place."""
+    """Cells of (radius about z, height) of normalized points: the part of a position invariant to rotation about z."""
     coords = normalized(coords, "sphere")
     radius, height = np.hypot(coords[:, 0], coords[:, 1]), coords[:, 2]
     return np.minimum((radius * 20).astype(int), 19) * 40 + np.clip(((height + 1) * 20).astype(int), 0, 39)

@@ -1,4 +1,4 @@
-"""Numbers in lines read as they were written, whatever the dialect; what can be read in two ways is a question."""
+"""Numbers in lines are read as they were written in any dialect; if they can be read in two ways, the user is asked."""
 
 import gzip
 
@@ -154,5 +154,5 @@ def test_columns_that_cannot_be_meant_are_refused(entry):
 
 
 def test_comment_lines_cost_time_in_proportion():
-    """A hundred thousand of them took minutes when each was cut off the text."""
+    """A hundred thousand of them took minutes when each was sliced off the text."""
     assert len(read_cloud("a.txt", b"#\n" * 200_000 + b"1 2 3\n4 5 6\n")) == 2

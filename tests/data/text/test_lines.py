@@ -1,4 +1,4 @@
-"""Lines of text: counted as every tool counts them, left out with their number, or a sentence for the whole file."""
+"""Lines of text: numbered like in other tools, left out with their number, or one sentence for the whole file."""
 
 import gzip
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Text as `prepare` stores it and as networks get it: pairs, windows of a stream, what is left out."""
+"""Text as stored by `prepare` and as seen by networks: pairs, windows of a stream, lines left out."""
 
 import dataclasses
 import gzip
@@ -35,7 +35,7 @@ def card(sides: int, splits: dict[str, Any], **fields: Any) -> Card:
 
 
 class Prepared:
-    """What the task of one chunk leaves, without Ray."""
+    """Result of the task of one chunk, without Ray."""
 
     def __init__(self, card: Card, split: str, root: Path, **text: Any):
         document = {"card": card.model_dump(exclude_none=True), "root": str(root)}
@@ -152,7 +152,7 @@ def test_a_window_is_stored_with_the_next_one_for_training_only(tmp_path):
     assert held == {"train": [17, 17, 17, 17, 10, 2], "val": [9, 9, 9, 9, 9, 2]}
     text = {"tokenizer": "words:", "vocab_size": 9, "lengths": {"train": 8, "val": 8}}
     prepared = plain.model_copy(update={"text": PreparedText.model_validate(text)})
-    for split, mode in (("train", "train"), ("val", "val")):  # who learns from another split reads it as it was cut
+    for split, mode in (("train", "train"), ("val", "val")):  # training on another split reads it as it was cut
         data = DataSpec.model_validate({"run": "x", "train": split, "val": None})
         assert MODALITIES["text"].make_recipe(data, prepared, 0, "train")["mode"] == mode
 

@@ -1,4 +1,4 @@
-"""Vocabularies: text comes back, numbers of special tokens are fixed, and what travels as text is checked."""
+"""Vocabularies: text survives a round trip, special tokens have fixed numbers, and stored vocabularies are checked."""
 
 import base64
 import zlib

@@ -1,4 +1,4 @@
-"""The decoder with real files and real children: an odd file gives a clip or a reason, and takes nothing down."""
+"""The decoder with real files and child processes: an odd file gives a clip or a reason, and harms nothing else."""
 
 import io
 import os
@@ -57,7 +57,7 @@ def long(video) -> bytes:
 
 
 def peak_mb(decoder: Decoder) -> int:
-    """The most memory that the child has held."""
+    """Return the peak memory of the child."""
     lines = Path(f"/proc/{decoder.pid}/status").read_text().splitlines()
     return int(next(line for line in lines if "VmHWM" in line).split()[1]) // 1000
 
@@ -66,7 +66,7 @@ def peak_mb(decoder: Decoder) -> int:
 
 
 def pictures(count: int, height: int = 64, width: int = 96) -> Iterator[np.ndarray]:
-    """Pictures that say their number: ten black or white squares above moving stripes."""
+    """Pictures that encode their number: ten black or white squares above moving stripes."""
     y, x = np.mgrid[:height, :width]
     for number in range(count):
         wave = 128 + 60 * np.sin((x + 3 * number) / 9) + 50 * np.cos((y - number) / 7)
@@ -102,7 +102,7 @@ def film(
 
 
 def at_usual_priority(encode: Callable[[], bytes]) -> bytes:
-    """Encode; SVT-AV1 makes the thread of a root real-time, for good: undo it, or all others starve."""
+    """Encode; SVT-AV1 gives the thread of a root user real-time priority for good: undo it, or all others starve."""
     policy, param = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         return encode()
@@ -355,7 +355,7 @@ def test_pictures_left_out_of_a_zip_are_missing_not_shifted(decoder):
 
 
 def is_gone(pid: int | None, zombie: bool = False) -> bool:
-    """Whether no process `pid` runs, or with `zombie` one that only waits for its parent to take notice."""
+    """Return whether process `pid` is gone, or with `zombie` has ended and only waits for its parent to reap it."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
@@ -498,7 +498,7 @@ def test_no_child_outlives_a_parent_that_is_killed(video, state):
     assert not is_gone(born)
     parent.kill()
     parent.communicate()
-    wait_for("the child to end", lambda: is_gone(born, zombie=True), 20)  # it is now for init to take notice
+    wait_for("the child to end", lambda: is_gone(born, zombie=True), 20)  # init has to reap it now
 
 
 # ---------------------------------------------------------------------------------------------- start and protocol
@@ -690,7 +690,7 @@ def test_a_cut_file_breaks_off_wherever_its_container_says_how_long_it_is(name):
     with open_video(data) as opened:
         assert opened.num_frames == 40
     for share in (0.5, 0.6, 0.8, 0.97):
-        end = int(len(data) * share) // 188 * 188 + 100  # packets of 188 bytes say nothing of those that would follow
+        end = int(len(data) * share) // 188 * 188 + 100  # packets of 188 bytes do not declare those that should follow
         with pytest.raises(BadSample, match="is truncated"), open_video(data[:end]):
             pass
 

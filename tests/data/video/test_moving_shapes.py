@@ -1,4 +1,4 @@
-"""Generated clips: the class is the motion, and nothing but the order of the frames gives it away."""
+"""Generated clips: the class is the motion, and only the order of the frames reveals it."""
 
 import hashlib
 from collections import Counter
@@ -13,7 +13,7 @@ SIZE, FRAMES, PER_CLASS = 64, 16, 120
 
 
 def place(frame: np.ndarray) -> list[float]:
-    """Where the shape is, as angles (x, y) on the torus: the mean of the pixels brighter than any background."""
+    """Return the place of the shape as angles (x, y) on the torus: the mean of pixels brighter than any background."""
     y, x = np.nonzero(frame.min(-1) >= 140)
     return [float(np.angle(np.exp(2j * np.pi * axis / SIZE).mean())) for axis in (x, y)]
 

@@ -1,4 +1,4 @@
-"""What the branches of a PVConv answer, on real networks: the right numbers at the right points, and no trace left."""
+"""Responses of the branches of a PVConv in real networks: the right numbers at the right points, no side effects."""
 
 import numpy as np
 import pytest

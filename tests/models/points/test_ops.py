@@ -204,7 +204,7 @@ def test_searches_do_not_depend_on_how_they_are_split():
 
 
 def operate(coords, features):
-    """All that adds up: voxelize, devoxelize, group, interpolate."""
+    """All operators with sums: voxelize, devoxelize, group, interpolate."""
     places = point_ops.normalize_coords(coords, 6)
     centers = point_ops.gather(coords, point_ops.furthest_point_sample(coords, 9))
     index = point_ops.ball_query(coords, centers, 0.5, 8)

@@ -24,7 +24,7 @@ SIDE = 32
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Inputs here are too small for more to be faster."""
+    """Use few threads, as inputs here are too small for more to be faster."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -65,7 +65,7 @@ def archs(net: Any) -> list[Any]:
 
 
 def frame_logits(subnet: Any, x: Tensor) -> Tensor:
-    """What a subnet says of every frame, `[B, T, classes]`."""
+    """Return a subnet's logits for every frame, `[B, T, classes]`."""
     out = x.flatten(0, 1)
     for module in subnet.per_frame().values():
         out = module(out)
@@ -110,7 +110,7 @@ def test_no_frame_of_a_causal_subnet_sees_a_later_one(name, causal):
     earlier = x.clone()
     earlier[:, 2] += 1
     gap = (frame_logits(subnet, x) - frame_logits(subnet, earlier)).abs().amax((0, 2))
-    assert gap[3] > 1e-4  # what was is seen by the next frame
+    assert gap[3] > 1e-4  # the next frame sees the past
 
 
 def test_subnets_that_look_ahead_or_know_no_frames_have_no_online_form():

@@ -1,4 +1,4 @@
-"""Mixed blocks: the published gradients of gates, one path at a time, and what is found equals what was searched."""
+"""Mixed blocks: the published gradients of gates, one path at a time, and the found network equals the searched one."""
 
 import json
 import random
@@ -23,7 +23,7 @@ def recorded(shared: Path) -> dict:
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Inputs here are too small for more to be faster."""
+    """Use few threads, as inputs here are too small for more to be faster."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

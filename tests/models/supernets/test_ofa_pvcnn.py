@@ -31,7 +31,7 @@ NUM_CLASSES, DEFAULT_CHANNELS = 7, {"ofa_pvcnn": 9, "ofa_pvcnn_cls": 3}
 
 
 def cloud(net: OfaPVCNN, batch: int = 3, num_points: int = 128, seed: int = 1) -> Tensor:
-    """Points on a few planes and a sphere in the unit ball, so that grids have empty voxels; a one-hot behind."""
+    """Points on a few planes and a sphere in the unit ball, so that grids have empty voxels, followed by a one-hot."""
     made = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, net.in_channels, num_points, generator=made)
     x[:, :3] /= x[:, :3].norm(dim=1, keepdim=True)
@@ -186,7 +186,7 @@ def test_a_subnet_that_runs_is_the_subnet_extracted(net):
         for arch in corners(net) + some(net, 40 if net.num_shapes or not net.dense else 200):
             recalibrate(whole, arch)
             plain, out = whole.extract(arch), whole(x, arch)
-            assert distance(whole(other, arch), out) > 0.02, arch  # what comes out depends on what goes in
+            assert distance(whole(other, arch), out) > 0.02, arch  # the output depends on the input
             assert distance(plain(x), out) < 1e-5, arch
             assert not plain.training
 

@@ -59,7 +59,7 @@ def test_the_tiny_preset_which_is_ours_keeps_its_shortcut_at_every_width():
 
 
 def first_blocks(net: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What goes into the first block, what its branch makes of it, and what comes out."""
+    """Return the input of the first block, the output of its branch, and its output."""
     block: Any = net.get_submodule("blocks.0")
     torch.manual_seed(1)
     x = torch.randn(2, 8, 6, 6)
@@ -97,7 +97,7 @@ def test_measured_tables_keep_their_units_but_for_the_block_that_lost_its_shortc
 
 
 def stored(folder: Any, model: dict[str, Any]) -> runs.Run:
-    """A run that holds the network `model`, whose model.json says just that."""
+    """A run with the network `model`, whose model.json is exactly that."""
     torch.manual_seed(0)
     run = runs.open_run(str(folder), "net")
     weights = safetensors.torch.save(models.build(**model).state_dict())

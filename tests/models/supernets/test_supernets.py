@@ -42,7 +42,7 @@ SIDE = 24  # of the inputs here: far smaller than any resolution of the spaces f
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Inputs here are too small for more to be faster."""
+    """Use few threads, as inputs here are too small for more to be faster."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Greedy and beam search: batched and alone equal, and a beam that is wide enough finds the best of all sentences."""
+"""Greedy and beam search: equal in a batch and alone, and a beam that is wide enough finds the best sentence."""
 
 import itertools
 

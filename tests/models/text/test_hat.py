@@ -1,4 +1,4 @@
-"""HAT's supernets: counts of all published subnets, subnets that compute what they do as networks of their own."""
+"""HAT's supernets: sizes of all published subnets, and subnets that compute the same after extraction."""
 
 import json
 import random
@@ -30,7 +30,7 @@ def supernets():
 
 
 def of_config(supernets, title, config):
-    """The supernet and the arch of a published config; layers that it has not: largest."""
+    """Return the supernet and the arch of a published config; layers missing from it get the largest values."""
     net = supernets["hat_iwslt" if "iwslt" in title else "hat_wmt"]
     encoder, decoder = config["encoder"], config["decoder"]
     depth = decoder["decoder_layer_num"]
