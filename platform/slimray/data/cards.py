@@ -79,10 +79,10 @@ class Card(Spec):
     channels: Literal[1, 3] = 3
     """Channels of images as networks take them: 3 for red, green and blue, or 1 for grayscale."""
     labels: Literal["sample", "point", "none"] = "sample"
-    """What has a label: each sample, or each of its points (the label in a list is then its shape, from 0)."""
+    """Unit that has a label: each sample, or each of its points (the label in a list is then its shape, from 0)."""
     task: str | None = None
-    """What is predicted: `classify`, `segment`, `translate`, ...; `slimray explain tasks` lists them. Default: follows
-    from `sample`, `labels` and `parts`."""
+    """Task, the prediction to learn: `classify`, `segment`, `translate`, ...; `slimray explain tasks` lists them. Default:
+    follows from `sample`, `labels` and `parts`."""
     point_columns: tuple[str, ...] = ()
     """Columns of text, .npy and .bin point files: x y z, nx ny nz, r g b, intensity, label; `-` skips one. If files
     name their columns, `label=NAME` chooses between two with the same meaning. `decimal=comma` (or point) and

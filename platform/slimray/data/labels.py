@@ -1,4 +1,4 @@
-"""What in a dataset has labels: the rows of LABELS define the consequences for its lists and files.
+"""Labels of a dataset: the rows of LABELS define what has labels, with the consequences for lists and files.
 
 A card names a row (`labels`). No other code branches on the name of a row, as none does on the name of a task.
 """
