@@ -81,8 +81,8 @@ class Card(Spec):
     labels: Literal["sample", "point", "none"] = "sample"
     """Unit that has a label: each sample, or each of its points (the label in a list is then its shape, from 0)."""
     task: str | None = None
-    """Task, the prediction to learn: `classify`, `segment`, `translate`, ...; `slimray explain tasks` lists them. Default:
-    follows from `sample`, `labels` and `parts`."""
+    """Task, the prediction to learn: `classify`, `segment`, `translate`, ...; `slimray explain tasks` lists them.
+    Default: follows from `sample`, `labels` and `parts`."""
     point_columns: tuple[str, ...] = ()
     """Columns of text, .npy and .bin point files: x y z, nx ny nz, r g b, intensity, label; `-` skips one. If files
     name their columns, `label=NAME` chooses between two with the same meaning. `decimal=comma` (or point) and
