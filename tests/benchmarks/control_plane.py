@@ -36,7 +36,7 @@ from slimray.data.plan import Phase
 from slimray.runtime.pairs import Pairs
 
 ROOT = Path(__file__).resolve().parents[2]
-NODES, STEPS = 8, 100
+NODES, STEPS = 8, int(os.environ.get("STEPS", "100"))
 TOLD = re.compile(r"start and end ([\d.]+) s, first batch ([\d.]+) s, \d+ steps ([\d.]+) s; peak MB \(PSS\): (\d+)")
 WHAT = ("start, first batch and end", f"{STEPS} steps", "memory")
 RECIPE = {"kind": "image", "size": 32}

@@ -93,7 +93,7 @@ def decode(folder: Path, count: int) -> dict[str, Any]:
     from PIL import Image
 
     from slimray.data.index import index_table
-    from slimray.data.pipeline import FeedConfig, Source, decode_block
+    from slimray.data.pipeline import FeedConfig, Source, decode_block, decode_config
     from slimray.data.plan import SHUFFLE, Block, Phase
     from slimray.data.rows import PLACE
 
@@ -109,7 +109,7 @@ def decode(folder: Path, count: int) -> dict[str, Any]:
         for name, values in zip(PLACE, (np.zeros(8, np.int32), np.arange(block.lo, block.hi), samples), strict=True):
             rows = rows.append_column(name, pa.array(values))
         began = time.monotonic()
-        assert decode_block(rows, config)["valid"].all()
+        assert decode_block(rows, decode_config([block], config))["valid"].all()
         spent.append((time.monotonic() - began) * 1e3)
     return {"first block ms": spent[0], "ms a block, median": float(np.median(spent))}
 

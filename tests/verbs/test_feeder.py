@@ -1,5 +1,6 @@
 """A feeder gives every rank its own positions of the plan in order, across phases and Ray Data executions."""
 
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from slimray.data.pipeline import (
     Source,
     block_sizes,
     decode_block,
+    decode_config,
     feeder_of,
     map_rows,
     rows_of,
@@ -150,15 +152,28 @@ def test_a_training_file_that_does_not_decode_is_not_decoded_again(cluster, tmp_
     source = Source(str(tmp_path), ray.put(index), NUM)
     phases = tuple(Phase(name, name, 0, NUM, NUM, False, RECIPE) for name in ("train", "val"))
     config = FeedConfig(phases, {"train": source, "val": source}, 0, 1, NUM, 1)
-    rows = rows_of([Block(phase, 0, 0, 0, NUM) for phase in (0, 1)], config)
+    cut = [Block(phase, 0, 0, 0, NUM) for phase in (0, 1)]
+    rows, shared = rows_of(cut, config), decode_config(cut, config)
     (tmp_path / "1.npz").write_bytes(b"damaged")
     for number in (0, 1):
-        assert decode_block(rows[number], config)["valid"].tolist() == [1, 0] + [1] * (NUM - 2)
+        assert decode_block(rows[number], shared)["valid"].tolist() == [1, 0] + [1] * (NUM - 2)
     (tmp_path / "1.npz").write_bytes(good)
-    again = decode_block(rows[0], config)
+    again = decode_block(rows[0], shared)
     assert again["valid"].tolist() == [1, 0] + [1] * (NUM - 2), "it keeps its slot with weight 0"
     assert again["reason"][1]
-    assert decode_block(rows[1], config)["valid"].all()
+    assert decode_block(rows[1], shared)["valid"].all()
+
+
+def test_what_a_decoding_task_unpickles_is_no_larger_for_a_thousand_epochs_and_holds_no_reference(cluster, tmp_path):
+    source = Source(str(tmp_path), ray.put(clouds(tmp_path)), NUM)
+    data = []
+    for epochs in (2, 1000):
+        phases = tuple(Phase("train", "all", epoch, NUM, BATCH, True, RECIPE) for epoch in range(epochs))
+        config = FeedConfig(phases, {"all": source}, 0, WORLD, BATCH, 1)
+        data.append(pickle.dumps(decode_config([Block(1, 0, 0, 0, 4)], config)))
+    assert len(data[0]) == len(data[1])
+    assert b"ObjectRef" in pickle.dumps(source)
+    assert b"ObjectRef" not in data[1]
 
 
 @ray.remote(num_cpus=0)

@@ -136,11 +136,31 @@ def rows_of(cut: Sequence[Block], config: FeedConfig) -> list[pa.Table]:
     )
 
 
-def decode_block(rows: pa.Table, config: FeedConfig) -> dict[str, np.ndarray]:
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Settings that the decoding tasks of one execution share; times are seconds.
+
+    Each task unpickles them. So they hold the phases of these blocks only, by number, and for every split its root and
+    the name of its index, not a reference, whose borrowers Ray would track task by task.
+    """
+
+    phases: dict[int, Phase]
+    splits: dict[str, tuple[str, str]]
+    seed: int
+    timeout_s: float
+
+
+def decode_config(cut: Sequence[Block], config: FeedConfig) -> DecodeConfig:
+    """Return what the decoding tasks of the blocks `cut` share."""
+    phases = {number: config.phases[number] for number in sorted({block.phase for block in cut})}
+    splits = {split: (source.root, source.index.hex()) for split, source in config.sources.items()}
+    return DecodeConfig(phases, splits, config.seed, config.decode_timeout_s)
+
+
+def decode_block(rows: pa.Table, config: DecodeConfig) -> dict[str, np.ndarray]:
     """Decode one block, given as its `rows` from `rows_of`."""
     phase = config.phases[rows.column("phase")[0].as_py()]
-    source = config.sources[phase.split]
-    return decoded(rows, phase, source.root, source.index.hex(), config.seed, config.decode_timeout_s)
+    return decoded(rows, phase, *config.splits[phase.split], config.seed, config.timeout_s)
 
 
 def block_sizes(config: FeedConfig, num_ranks: int) -> tuple[list[int], int]:
@@ -319,9 +339,9 @@ class _Feeder:
         context.target_max_block_size = max(context.target_max_block_size or 0, self.block_bytes)  # larger ones are cut
         context.raise_original_map_exception = True
         context.execution_no_progress_timeout_s = -1  # training may pause for longer; a rank limits its own waits
-        config = self.config
-        at_once = None if config.decode_cpus else config.decode_slots
-        dataset = map_rows(rows_of(cut, config), lambda rows: decode_block(rows, config), at_once)
+        shared = decode_config(cut, self.config)
+        at_once = None if self.config.decode_cpus else self.config.decode_slots
+        dataset = map_rows(rows_of(cut, self.config), lambda rows: decode_block(rows, shared), at_once)
         bundles = iter(dataset.iter_internal_ref_bundles())
         first = next(bundles, None)
         return _chain(first, bundles)

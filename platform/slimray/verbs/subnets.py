@@ -27,7 +27,16 @@ from slimray.arch import Arch, Space
 from slimray.data.index import INDEX
 from slimray.data.modalities import pads_of
 from slimray.data.permutation import permuted
-from slimray.data.pipeline import Batch, FeedConfig, Source, decode_block, failure_of, map_rows, rows_of
+from slimray.data.pipeline import (
+    Batch,
+    FeedConfig,
+    Source,
+    decode_block,
+    decode_config,
+    failure_of,
+    map_rows,
+    rows_of,
+)
 from slimray.data.plan import SHUFFLE, Phase, blocks
 from slimray.data.ragged import joined
 from slimray.report import pages
@@ -60,13 +69,14 @@ def decode(source: Source, recipe: dict[str, Any], count: int, seed: int, shuffl
     phase = drawn(source.num_samples, shuffle, recipe)
     plan = list(itertools.takewhile(lambda block: block.lo < count, blocks([phase], 1, [0], ROWS)))
     config = FeedConfig((phase,), {"split": source}, seed, 1, ROWS, 1, timeout_s)
-    rows = rows_of([replace(block, hi=min(block.hi, count)) for block in plan], config)
+    cut = [replace(block, hi=min(block.hi, count)) for block in plan]
+    rows, shared = rows_of(cut, config), decode_config(cut, config)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.raise_original_map_exception = True
     try:
-        dataset = map_rows(rows, lambda block: decode_block(block, config))
+        dataset = map_rows(rows, lambda block: decode_block(block, shared))
         return tuple(entry.ref for bundle in dataset.iter_internal_ref_bundles() for entry in bundle.blocks)
     except exceptions.RayTaskError as error:
         raise failure_of(error) from error
