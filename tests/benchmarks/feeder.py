@@ -6,10 +6,15 @@ cores: that of the feeder's process, of the node's raylet and of the cluster's h
 the last one. A line is fitted to the share of a core over the blocks a second: the constant cost of an execution, and a
 cost per block. The shares of the largest feeder of 2, 8, 32 and 192 nodes of 8 ranks follow from it, for the clips of
 "Training Kinetics in 15 Minutes" (arXiv 1910.00932): 28,000 a second for 1,536 ranks, 8 in a microbatch, 64 free CPUs
-per node.
+per node. With SLIMRAY_AGAINST, the folder of another checkout, blocks of 8 alone are measured, here and by the same
+command there, in as many alternating pairs as PAIRS says (9). CASES of the environment are the steps and the samples of
+a block of each line ("5x400 25x96 100x8").
 """
 
 import os
+import re
+import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -21,6 +26,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import ray
+from tests.benchmarks.pairs import Ratio
 
 from slimray.data.index import index_table
 from slimray.data.pipeline import FeedConfig, RankStream, Source, feeder_of, start_feeders
@@ -30,7 +36,9 @@ from slimray.data.points.recipe import PointRecipe
 from slimray.train import workers
 
 CLOUDS, RANKS, SLOTS = 64, 8, 8
-CASES = ((5, 400), (25, 96), (100, 8))  # steps, samples of a block
+CASES = [tuple(map(int, one.split("x"))) for one in os.environ.get("CASES", "5x400 25x96 100x8").split()]
+TOLD = re.compile(r"blocks of 8: ([\d.]+) blocks/s; of a core: feeder ([\d.]+)%")
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = PointRecipe(num_points=4, mode="val").to_dict()
 CLIPS, CLIP_BYTES, RATE = 8, 8 * 224 * 224 * 3 + 8, 28_000 / 1536
 
@@ -91,9 +99,33 @@ def asked(num_nodes: int) -> tuple[int, float, float]:
     return ranks, rate, rate / block_size(ranks, CLIPS * CLIP_BYTES)
 
 
+def told(root: Path) -> tuple[float, float]:
+    """Return the blocks a second and the milliseconds of the feeder's process per block of 8, by the code in `root`."""
+    environment = os.environ | {"PYTHONPATH": f"{root / 'platform'}:{root}", "CASES": "150x8"}
+    environment.pop("SLIMRAY_AGAINST")
+    command = [sys.executable, "-m", "tests.benchmarks", "feeder"]
+    done = subprocess.run(command, cwd=root, env=environment, check=True, timeout=900, capture_output=True, text=True)
+    rate, share = map(float, TOLD.findall(done.stdout)[0])
+    return rate, 10 * share / rate
+
+
+def compare(against: Path) -> None:
+    """Print the ratios of this checkout over another one."""
+    found: list[list[tuple[float, float]]] = [[], []]
+    for turn in range(int(os.environ.get("PAIRS", "9"))):
+        for number in (0, 1) if turn % 2 == 0 else (1, 0):
+            found[number].append(told((ROOT, against)[number]))
+        print(f"pair {turn}: {found[0][-1]}, {found[1][-1]}", flush=True)
+    for number, what in enumerate(("blocks a second", "ms of the feeder's process per block, all it does")):
+        print(Ratio(what, *(tuple(one[number] for one in side) for side in found)))
+
+
 def main() -> None:
     """Print a line for each size of block, and one for each number of nodes."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
+    if against := os.environ.get("SLIMRAY_AGAINST"):
+        compare(Path(against).resolve())
+        return
     found = []
     for steps, rows in CASES:
         workers.connect(SLOTS)  # anew, as Ray Data shares CPUs with executions that have just ended
@@ -104,6 +136,8 @@ def main() -> None:
             ray.shutdown()
         shares = ", ".join(f"{name} {one[name]:.1%}" for name in ("feeder", "raylet", "head"))
         print(f"blocks of {rows}: {one['rate']:.1f} blocks/s; of a core: {shares}", flush=True)
+    if len(found) == 1:
+        return
     each, idle = np.polyfit([one["rate"] for one in found], [one["feeder"] for one in found], 1)
     print(f"a feeder takes {idle:.1%} of a core and {each * 1e3:.1f} ms a block: {(1 - idle) / each:.0f} blocks/s")
     for num_nodes in (2, 8, 32, 192):
