@@ -92,8 +92,9 @@ def decode(folder: Path, count: int) -> dict[str, Any]:
     import ray
     from PIL import Image
 
+    from slimray.data.decode import decode_block
     from slimray.data.index import index_table
-    from slimray.data.pipeline import FeedConfig, Source, decode_block, decode_config
+    from slimray.data.pipeline import FeedConfig, Source, decode_config
     from slimray.data.plan import SHUFFLE, Block, Phase
     from slimray.data.rows import PLACE
 

@@ -126,5 +126,5 @@ def test_a_table_of_a_wide_layer_by_hand(layers):
     assert table[0, 7, 7] == pytest.approx(1e3 * max(1e6 / (1e9 * device.gmacs_per_s), 2000 / (1e9 * device.gb_per_s)))
     assert bit_table(None, [layer], "size_mb")[0, 3].tolist() == [0.0005] * 8
     assert bit_table(None, [layer], "size_mb", books=True)[0, 3] == pytest.approx(0.0005 + 16 * 4e-6), "16 floats"
-    with pytest.raises(UserError, match="latency_ms is no cost of bits here"):
+    with pytest.raises(UserError, match="latency_ms cannot be computed from bits: must be one of size_mb"):
         bit_table(None, [layer], "latency_ms")

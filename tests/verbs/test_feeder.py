@@ -12,13 +12,13 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tests.waits import patience, wait_for
 
+from slimray.data.decode import decode_block
 from slimray.data.index import index_table
 from slimray.data.pipeline import (
     FeedConfig,
     RankStream,
     Source,
     block_sizes,
-    decode_block,
     decode_config,
     feeder_of,
     map_rows,

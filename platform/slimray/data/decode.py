@@ -4,6 +4,8 @@ A sample that does not decode keeps its place, with the reason; in training the 
 since its weight stays 0 and failing may take long. A missing file ends the run.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import pyarrow as pa
 
@@ -15,6 +17,26 @@ from slimray.data.samples import BadSample
 from slimray.spec import RunFailed
 
 _BAD: dict[tuple[str, int], str] = {}  # found by this process: (index, sample) -> why it does not decode
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Settings that the decoding tasks of one execution share; times are seconds.
+
+    Each task unpickles them. So they hold the phases of these blocks only, by number, and for every split its root and
+    the name of its index, not a reference, whose borrowers Ray would track task by task.
+    """
+
+    phases: dict[int, Phase]
+    splits: dict[str, tuple[str, str]]
+    seed: int
+    timeout_s: float
+
+
+def decode_block(rows: pa.Table, config: DecodeConfig) -> dict[str, np.ndarray]:
+    """Decode one block: `rows` of the index with the columns PLACE, all of one phase; see `decoded`."""
+    phase = config.phases[rows.column("phase")[0].as_py()]
+    return decoded(rows, phase, *config.splits[phase.split], config.seed, config.timeout_s)
 
 
 def decoded(rows: pa.Table, phase: Phase, root: str, index: str, seed: int, timeout_s: float) -> dict[str, np.ndarray]:

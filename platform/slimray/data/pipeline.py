@@ -33,7 +33,7 @@ from ray.data.datasource import Datasource, ReadTask
 from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from slimray.data.decode import decoded
+from slimray.data.decode import DecodeConfig, decode_block
 from slimray.data.modalities import modality_of, pads_of, sample_bytes, sample_shape
 from slimray.data.plan import (
     Block,
@@ -136,31 +136,11 @@ def rows_of(cut: Sequence[Block], config: FeedConfig) -> list[pa.Table]:
     )
 
 
-@dataclass(frozen=True)
-class DecodeConfig:
-    """Settings that the decoding tasks of one execution share; times are seconds.
-
-    Each task unpickles them. So they hold the phases of these blocks only, by number, and for every split its root and
-    the name of its index, not a reference, whose borrowers Ray would track task by task.
-    """
-
-    phases: dict[int, Phase]
-    splits: dict[str, tuple[str, str]]
-    seed: int
-    timeout_s: float
-
-
 def decode_config(cut: Sequence[Block], config: FeedConfig) -> DecodeConfig:
     """Return what the decoding tasks of the blocks `cut` share."""
     phases = {number: config.phases[number] for number in sorted({block.phase for block in cut})}
     splits = {split: (source.root, source.index.hex()) for split, source in config.sources.items()}
     return DecodeConfig(phases, splits, config.seed, config.decode_timeout_s)
-
-
-def decode_block(rows: pa.Table, config: DecodeConfig) -> dict[str, np.ndarray]:
-    """Decode one block, given as its `rows` from `rows_of`."""
-    phase = config.phases[rows.column("phase")[0].as_py()]
-    return decoded(rows, phase, *config.splits[phase.split], config.seed, config.timeout_s)
 
 
 def block_sizes(config: FeedConfig, num_ranks: int) -> tuple[list[int], int]:

@@ -24,19 +24,11 @@ from ray.util import ActorPool
 
 from slimray import runs
 from slimray.arch import Arch, Space
+from slimray.data.decode import decode_block
 from slimray.data.index import INDEX
 from slimray.data.modalities import pads_of
 from slimray.data.permutation import permuted
-from slimray.data.pipeline import (
-    Batch,
-    FeedConfig,
-    Source,
-    decode_block,
-    decode_config,
-    failure_of,
-    map_rows,
-    rows_of,
-)
+from slimray.data.pipeline import Batch, FeedConfig, Source, decode_config, failure_of, map_rows, rows_of
 from slimray.data.plan import SHUFFLE, Phase, blocks
 from slimray.data.ragged import joined
 from slimray.report import pages
