@@ -25,7 +25,7 @@ LOW, LIKELY, HIGH = 0, 1, 2
 BACKWARD = 2 / 3  # the backward pass's share of forward + backward: it costs twice the forward pass
 LAST_BUCKET_MB = 25.0  # DDP's default bucket: no computing is left to hide the all-reduce of the last one
 CONTROL_BYTES = 64  # size of the sum with which a step begins
-BLOCK_S = 0.0044  # seconds that a feeder's process spends per block (tests/benchmarks/feeder.py)
+BLOCK_S = 0.0045  # seconds that a feeder's process spends per block (tests/benchmarks/feeder.py)
 RESTART_S = 60.0  # cost of a lost node besides the work since the last checkpoint: a new group of workers
 
 
