@@ -416,7 +416,9 @@ def test_files_that_are_not_there_are_found_by_looking(tmp_path, clips):
     assert problems(file=raw, look=True) == [], "a file that is gone is quarantined by prepare"
     (tmp_path / "clips/5.mp4").unlink()
     said = problems(file=raw, look=True)
-    assert said == [f"data.root: the files of split 'val' are missing ({tmp_path}/clips/5.mp4)"]
+    assert said == [
+        f"data.root: the files of split 'val' are missing ({tmp_path}/clips/5.mp4): fix data.root or the list"
+    ]
 
 
 def test_a_list_that_is_wrong_is_named_with_its_line(tmp_path, clips):

@@ -1,6 +1,7 @@
 """A feeder gives every rank its own positions of the plan in order, across phases and Ray Data executions."""
 
 import pickle
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tests.waits import patience, wait_for
 
@@ -93,7 +95,10 @@ def consume(config: FeedConfig, name: str) -> list[list[tuple[str, int, int, lis
 @pytest.mark.parametrize("at_once", [None, 2])
 def test_a_block_is_read_and_mapped_by_one_task(cluster, at_once):
     blocks = [pa.table({"number": [number]}) for number in range(6)]
-    done = map_rows(blocks, lambda rows: {"number": rows["number"].to_numpy() + 1}, at_once).materialize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RayDeprecationWarning)  # a user would see it
+        dataset = map_rows(blocks, lambda rows: {"number": rows["number"].to_numpy() + 1}, at_once)
+    done = dataset.materialize()
     assert sorted(row["number"] for row in done.take_all()) == [1, 2, 3, 4, 5, 6]
     operators = [line for line in done.stats().splitlines() if line.startswith("Operator ") and "executed" in line]
     assert len(operators) == 1

@@ -171,11 +171,11 @@ def map_rows(
     """
     ray.data.DataContext.get_current().enable_progress_bars = False
     options: dict[str, Any] = {"num_cpus": 1 if at_once is None else 0, "max_retries": TASK_RETRIES}
-    source = ray.data.read_datasource(
-        _Rows(blocks), override_num_blocks=len(blocks), ray_remote_args=options, concurrency=at_once
-    )
-    with warnings.catch_warnings():  # `max_retries` has no parameter of its own, and other ones are deprecated
+    with warnings.catch_warnings():  # `max_retries` has no parameter of its own, and other ways are deprecated
         warnings.simplefilter("ignore", RayDeprecationWarning)
+        source = ray.data.read_datasource(
+            _Rows(blocks), override_num_blocks=len(blocks), ray_remote_args=options, concurrency=at_once
+        )
         return source.map_batches(task, batch_size=None, batch_format="pyarrow", concurrency=at_once, **options)
 
 

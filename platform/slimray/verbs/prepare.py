@@ -178,7 +178,9 @@ def check(job: PrepareJob, ctx: CheckContext) -> dict[str, Any]:
         for split, table in tables.items() if ctx.look else ():
             absent = inputs.absent_samples(table, root)
             if len(absent) == min(3, table.num_rows):
-                raise UserError(f"data.root: the files of split {split!r} are missing ({absent[0]})")
+                raise UserError(
+                    f"data.root: the files of split {split!r} are missing ({absent[0]}): fix data.root or the list"
+                )
     return out
 
 
