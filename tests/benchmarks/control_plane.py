@@ -11,7 +11,6 @@ ratios after each pair. What is in SLIMRAY_BENCH_DIR is not computed again.
 
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import threading
@@ -28,6 +27,7 @@ import ray.train
 from ray.cluster_utils import Cluster
 from ray.train.collective import barrier, broadcast_from_rank_zero
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from tests.benchmarks.pairs import printed_by
 
 from slimray import runs
 from slimray.data.index import INDEX, UNKNOWN
@@ -44,7 +44,6 @@ RECIPE = {"kind": "image", "size": 32}
 
 def dry_rank(config: dict[str, Any]) -> dict[str, float]:
     """A rank that takes its data, counts it and reports, and does nothing with it."""
-    import sys
 
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -228,11 +227,8 @@ def compare(world: int, against: Path, kept: _Kept) -> None:
 
 def _told(root: Path, world: int) -> str:
     """The line that `root` prints for `world` workers."""
-    command = [sys.executable, "-m", "tests.benchmarks", "control_plane"]
-    environment = os.environ | {"PYTHONPATH": f"{root / 'platform'}:{root}", "WORKERS": str(world)}
-    environment.pop("SLIMRAY_AGAINST")
-    done = subprocess.run(command, cwd=root, env=environment, check=True, timeout=3600, capture_output=True, text=True)
-    return next(line for line in done.stdout.splitlines() if TOLD.search(line))
+    printed = printed_by(root, "control_plane", WORKERS=str(world))
+    return next(line for line in printed.splitlines() if TOLD.search(line))
 
 
 def main() -> None:

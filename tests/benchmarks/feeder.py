@@ -13,8 +13,6 @@ a block of each line ("5x400 25x96 100x8").
 
 import os
 import re
-import subprocess
-import sys
 import tempfile
 import time
 import uuid
@@ -26,7 +24,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import ray
-from tests.benchmarks.pairs import Ratio
+from tests.benchmarks.pairs import Ratio, printed_by
 
 from slimray.data.index import index_table
 from slimray.data.pipeline import FeedConfig, RankStream, Source, feeder_of, start_feeders
@@ -101,11 +99,7 @@ def asked(num_nodes: int) -> tuple[int, float, float]:
 
 def told(root: Path) -> tuple[float, float]:
     """Return the blocks a second and the milliseconds of the feeder's process per block of 8, by the code in `root`."""
-    environment = os.environ | {"PYTHONPATH": f"{root / 'platform'}:{root}", "CASES": "150x8"}
-    environment.pop("SLIMRAY_AGAINST")
-    command = [sys.executable, "-m", "tests.benchmarks", "feeder"]
-    done = subprocess.run(command, cwd=root, env=environment, check=True, timeout=900, capture_output=True, text=True)
-    rate, share = map(float, TOLD.findall(done.stdout)[0])
+    rate, share = map(float, TOLD.findall(printed_by(root, "feeder", CASES="150x8"))[0])
     return rate, 10 * share / rate
 
 

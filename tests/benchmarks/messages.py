@@ -25,6 +25,7 @@ import numpy as np
 import psutil
 import ray
 from ray.cluster_utils import Cluster
+from tests.benchmarks.pairs import environment_of
 
 from slimray import runs
 
@@ -143,9 +144,8 @@ def _steps_a_second(run: runs.Run, first: float, last: float) -> float:
 def _slimray(root: Path, folder: Path, text: str) -> subprocess.Popen[bytes]:
     (folder / "job.yaml").write_text(text)
     command = [sys.executable, "-m", "slimray.cli", "run", "job.yaml", "--storage", str(folder / "runs")]
-    environment = os.environ | {"PYTHONPATH": f"{root / 'platform'}:{root}"}
     with (folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+        return subprocess.Popen(command, cwd=folder, env=environment_of(root), stdout=log, stderr=log)
 
 
 def train(root: Path, folder: Path, nodes: int, each: int) -> Traffic:
